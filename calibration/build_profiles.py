@@ -1,9 +1,9 @@
 """Build the fitted part of the shipped profiles, one file per device and stack, from the measurements:
 ``python -m calibration.build_profiles [NAME.STACK ...] [--operator LIST] [--wheel FILE]``.
 
-Values are rounded, so that the same tables give the same file. Tables that do not ship are read from the wheel in which
-they were published (:mod:`calibration.measurements.wheel`), the tables of the RTX 4090 from a folder
-(``--shared-data``, or ``PRUNESIM_SHARED_DATA``); without them the sections are kept, and a line reports it.
+Values are rounded, because the same tables must give the same file. Tables that do not ship are read from the wheel in
+which they were published, the tables of the RTX 4090 from a folder (``--shared-data``, or ``PRUNESIM_SHARED_DATA``).
+Without the wheel or folder, their sections are kept, and a line reports it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -36,11 +36,7 @@ from simulator.hardware.sections import Fitted, Section
 
 DATE = "2026-11-25"  # date of the fits; the tables have no date
 
-RTX_FILES: Mapping[str, tuple[str, ...]] = {
-    "rtx4090_gemm.csv": ("gemm",),
-    "rtx4090_attention.csv": ("attention_prefill", "attention_decode"),
-    "rtx4090_other_ops.csv": ("elementwise",),
-}
+RTX_FILES = ("rtx4090_gemm.csv", "rtx4090_attention.csv", "rtx4090_other_ops.csv")
 _GEMM = ("gemm", "bf16")
 
 
@@ -52,12 +48,17 @@ class Recipe:
     prior: str = ""  # recipe whose GEMM sections are the prior of an incomplete table
 
     @property
-    def ships(self) -> bool:
-        return any(SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables)
+    def operators(self) -> set[str]:
+        return {table.split("/")[1] for table in self.tables}
+
+    def available(self, wheel: Path | None, shared: Path | None) -> bool:
+        if not self.tables:
+            return shared is not None
+        return wheel is not None or any(SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables)
 
 
-# stacks without NCCL's rows: their all-reduce was timed on a machine with peer access between GPUs (20 GB/s each, any
-# number), NCCL on one without (1.3 GB/s each among eight)
+# Stacks without NCCL's rows. Their all-reduce was timed on a machine with peer access between GPUs (20 GB/s per GPU for
+# any number of GPUs), NCCL on a machine without peer access (1.3 GB/s per GPU among eight).
 _OTHER_HOST = ("l40s.sglang",)
 
 
@@ -79,10 +80,8 @@ RECIPES: Mapping[str, Recipe] = _recipes()  # name of the file without its exten
 def shared_folder(folder: str | None = None) -> Path | None:
     """Return the folder of the RTX 4090 tables (else ``PRUNESIM_SHARED_DATA``, or ``../shared/data``), or None."""
     checkout = Path(__file__).resolve().parents[2] / "shared" / "data"
-    for path in (folder, os.environ.get("PRUNESIM_SHARED_DATA"), checkout):
-        if path is not None:
-            return Path(path) if all((Path(path) / name).is_file() for name in RTX_FILES) else None
-    return None
+    path = Path(folder or os.environ.get("PRUNESIM_SHARED_DATA") or checkout)
+    return path if all((path / name).is_file() for name in RTX_FILES) else None
 
 
 def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
@@ -99,26 +98,24 @@ def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
 def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
     """Return the RTX 4090's rows; sources name the file and its licence, not the folder, which is private."""
     parts = []
-    for name, operators in RTX_FILES.items():
-        records = import_table(folder / name, hw=hw, dtype="bf16").records
+    for name in RTX_FILES:
+        records = import_table(folder / name, hw=hw).records
         sources = []
         for s in records.sources:
             stack = {"vLLM": "0.19"} if "vLLM 0.19" in s.method else s.stack
             sources.append(replace(s, origin=f"{name}, from {s.origin}", licence="MIT", stack=stack))
-        parts.append(records.replace(sources=sources).select(records.is_operator(*operators)))
+        parts.append(records.replace(sources=sources))
     return Records.concat(parts)
-
-
-def available(recipe: Recipe, wheel: Path | None, shared: Path | None) -> bool:
-    return wheel is not None or recipe.ships if recipe.tables else shared is not None
 
 
 @lru_cache(maxsize=4)
 def build(
     name: str, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
 ) -> ProfileFit:
-    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved; ``operators``
-    selects operators whose fit needs no other operator. InputError if no table is available."""
+    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved.
+
+    ``operators`` selects operators whose fit needs no other operator. InputError if no table is available.
+    """
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
@@ -126,17 +123,18 @@ def build(
         recipe = replace(recipe, tables=tuple(t for t in recipe.tables if t.split("/")[1] in operators), prior="")
         if not recipe.tables:
             raise InputError(f"{name}: no table of {', '.join(operators)}")
-    if not available(recipe, wheel, shared):
+    if not recipe.available(wheel, shared):
         where = "name the wheel they are in by --wheel" if recipe.tables else "name their folder by --shared-data"
         raise InputError(f"{name}: its tables do not ship; {where}")
     base, prior = datasheet(recipe.hardware), None
     if recipe.prior:
-        related = build(recipe.prior, wheel, shared).profile
+        related = build(recipe.prior, wheel, shared, ()).profile
         prior = related.calibrated({key: s for key, s in related.sections.items() if key[0] == "gemm"})
     if recipe.tables or shared is None:
         fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
         dense = [key for key in fit.profile.sections if key[0] == "gemm" and key[1] in base.rates]
-        profile = with_sections(fit.profile, {key: fit_sparse24(fit.profile, key[1]) for key in dense})
+        sparse = {key: fit_sparse24(fit.profile, key[1]) for key in dense}
+        profile = fit.profile.calibrated({**fit.profile.sections, **sparse})
     else:
         fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
         profile = _with_gap(fit.profile, related)  # a profiler's kernel times, while the related GPU has graph replays
@@ -144,12 +142,8 @@ def build(
     return replace(fit, profile=profile.calibrated(sections))
 
 
-def with_sections(profile: HardwareProfile, sections: Mapping[tuple[str, str], Section]) -> HardwareProfile:
-    return profile.calibrated({**profile.sections, **sections})
-
-
 def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile of kernel times with the gap between kernels of a graph: the excess of the related GPU's t0."""
+    """Return a profile with the gap between kernels of a graph: the related GPU's t0 less the profile's."""
     section = profile.sections[_GEMM]
     gap = related.sections[_GEMM]["t0"] - section["t0"]
     if gap <= 0.0 or section.provenance is None:
@@ -157,38 +151,44 @@ def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwarePro
     constants = {**profile.section("runtime", "*").constants, "graph_gap_s": Fitted(gap, None, "inherited")}
     origin = f"{related.name}: its GEMM t0 (graph replays) less this device's (kernel times)"
     provenance = replace(section.provenance, inherited_from=origin)
-    return with_sections(profile, {("runtime", "*"): Section(constants, provenance=provenance, status="inherited")})
+    runtime = Section(constants, provenance=provenance, status="inherited")
+    return profile.calibrated({**profile.sections, ("runtime", "*"): runtime})
 
 
 def rounded(section: Section) -> Section:
     """Return a section rounded to the digits that do not depend on a machine's linear algebra."""
+
+    def digits(value: float, count: int) -> float:
+        return float(f"{value:.{count}g}")
+
     constants = {
-        name: replace(c, value=_round(c.value, 6), std_error=None if c.std_error is None else _round(c.std_error, 3))
+        name: replace(c, value=digits(c.value, 6), std_error=None if c.std_error is None else digits(c.std_error, 3))
         for name, c in section.constants.items()
     }
     arrays = dict(section.arrays)
-    if "values" in arrays:
-        arrays["values"] = np.round(arrays["values"], 4).astype(np.float32)
-    if "measured" in arrays:
-        arrays["measured"] = np.round(arrays["measured"], 3).astype(np.float32)
-    accuracy = {name: _round(value, 4) for name, value in section.accuracy.items()}
-    scale = _round(section.section_scale, 3)
+    for name, decimals in (("values", 4), ("measured", 3)):
+        if name in arrays:
+            arrays[name] = np.round(arrays[name], decimals).astype(np.float32)
+    accuracy = {name: digits(value, 4) for name, value in section.accuracy.items()}
+    scale = digits(section.section_scale, 3)
     return replace(section, constants=constants, arrays=arrays, section_scale=scale, accuracy=accuracy)
-
-
-def _round(value: float, digits: int) -> float:
-    return float(f"{value:.{digits}g}")
 
 
 def make(
     name: str, folder: Path, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
 ) -> list[str]:
-    """Write a stack file and return one line of text per section. Sections are kept whose tables are in a wheel that is
-    not given, or whose operator is not among ``operators``, if any are selected."""
-    recipe = RECIPES[name]
-    fit = build(name, wheel, shared, operators) if operators else build(name, wheel, shared)
+    """Write a stack file and return one line of text per section.
+
+    Sections are kept if their tables are in a wheel that is not given, or if their operator is not selected.
+    """
+    recipe, fit = RECIPES[name], build(name, wheel, shared, operators)
     kept: Mapping[tuple[str, str], Section] = {}
-    lines = list(_report_lines(name, fit))
+    lines = []
+    for (operator, dtype), section in fit.profile.sections.items():
+        error = f", unseen MAPE {100 * section.accuracy['mape']:.2f} %" if "mape" in section.accuracy else ""
+        rows = section.provenance.rows if section.provenance else 0
+        lines.append(f"{name} {operator} {dtype}: {section.status}, {rows} rows{error}")
+    lines += [f"{name}: {note}" for note in fit.notes]
     if (wheel is None or operators) and recipe.tables:
         try:
             before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
@@ -197,20 +197,13 @@ def make(
             lines += [f"{name} {' '.join(key)}: kept, {why}" for key in kept]
         except InputError as error:  # the file may have constants that no model has now
             lines.append(f"{name}: no section kept, because the earlier file cannot be read: {error}")
-    save_stack(with_sections(fit.profile, kept), recipe.stack, folder / f"{name}.yaml")
+    profile = fit.profile.calibrated({**fit.profile.sections, **kept})
+    save_stack(profile, recipe.stack, folder / f"{name}.yaml")
     return lines
 
 
 def _make_all(names: Sequence[str], **how: Any) -> list[str]:
     return [line for name in names for line in make(name, **how)]
-
-
-def _report_lines(name: str, fit: ProfileFit) -> Iterator[str]:
-    for (operator, dtype), section in fit.profile.sections.items():
-        error = f", unseen MAPE {100 * section.accuracy['mape']:.2f} %" if "mape" in section.accuracy else ""
-        rows = section.provenance.rows if section.provenance else 0
-        yield f"{name} {operator} {dtype}: {section.status}, {rows} rows{error}"
-    yield from (f"{name}: {note}" for note in fit.notes)
 
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
@@ -219,8 +212,7 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     every = "files to build (default: all whose tables are available)"
     parser.add_argument("names", nargs="*", metavar="NAME.STACK", help=every)
     parser.add_argument("--wheel", type=Path, help="wheel of the measurements, for tables that do not ship")
-    output = "folder for the files (default: that of the shipped files)"
-    parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help=output)
+    parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help="folder for the files")
     selected = "operators whose fit needs no other, comma-separated; the rest is kept (default: all)"
     parser.add_argument("--operator", metavar="LIST", default="", help=selected)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
@@ -228,22 +220,21 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     given = parser.parse_args(arguments)
     shared, names = shared_folder(given.shared_data), given.names
     if not names:
-        names = [name for name, recipe in RECIPES.items() if available(recipe, given.wheel, shared)]
+        names = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel, shared)]
         for name in (name for name in RECIPES if name not in names):
             report(f"{name}: kept; its tables do not ship (use --wheel; for the RTX 4090 --shared-data)")
     try:
         if wrong := [name for name in names if name not in RECIPES]:
             raise unknown("stack file", wrong[0], RECIPES)
         operators = tuple(filter(None, given.operator.split(",")))
-        tables = {name: {table.split("/")[1] for table in RECIPES[name].tables} for name in names}
-        known = sorted({table.split("/")[1] for table in SOURCES})
+        known = sorted(set().union(*(recipe.operators for recipe in RECIPES.values())))
         if wrong := [operator for operator in operators if operator not in known]:
             raise unknown("operator", wrong[0], known)
         if operators and not given.names:
-            names = [name for name in names if tables[name] & set(operators)]
+            names = [name for name in names if RECIPES[name].operators & set(operators)]
         if given.workers < 1:
             raise InputError(f"--workers: expected 1 or more, got {given.workers}")
-        # a stack and its prior run in the same process, which keeps the prior's fit
+        # a stack and its prior are fitted in the same process, which keeps the prior's fit
         roots = dict.fromkeys(RECIPES[name].prior or name for name in names)
         groups = [[n for n in names if root in (n, RECIPES[n].prior)] for root in roots]
         make_all = partial(_make_all, folder=given.output, wheel=given.wheel, shared=shared, operators=operators)

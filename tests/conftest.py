@@ -44,17 +44,6 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def wheel_tables() -> Path:
-    """``aiconfigurator_core/systems/data`` of the wheel aiconfigurator-core 0.12.0 (``PRUNESIM_AICONFIGURATOR``)."""
-    folder = os.environ.get("PRUNESIM_AICONFIGURATOR")
-    if not folder or not (Path(folder) / "a100_sxm").is_dir():
-        pytest.skip(
-            "the aiconfigurator-core tables are not at hand; set PRUNESIM_AICONFIGURATOR to its systems/data folder"
-        )
-    return Path(folder)
-
-
 @pytest.fixture(scope="module")
 def three_folds() -> Iterator[None]:
     """Fits of GEMMs to few rows predict held-out rows in three folds, each with constants of its own, instead of ten:

@@ -10,7 +10,7 @@ import pytest
 from operator_times import prefill_time
 
 import calibration.build_profiles as shipped
-from calibration.build_profiles import RECIPES, available, build, main, make, tables_of
+from calibration.build_profiles import RECIPES, build, main, make, tables_of
 from calibration.fit.profile import ProfileFit
 from calibration.measurements import list_measurements
 from calibration.measurements.infersim import SOURCES
@@ -43,7 +43,7 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
 
 @pytest.mark.quick
 def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() -> None:
-    left = {name for name, recipe in RECIPES.items() if not available(recipe, None, None)}
+    left = {name for name, recipe in RECIPES.items() if not recipe.available(None, None)}
     assert left == {name for name in RECIPES if name.endswith(".vllm")}
     with pytest.raises(InputError, match=r"h100_sxm\.vllm: its tables do not ship; name the wheel"):
         build("h100_sxm.vllm")

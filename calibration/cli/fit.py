@@ -110,6 +110,7 @@ def load_rows(
     ``column_map`` are texts NAME=COLUMN."""
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
+    from calibration.records.screening import refusal_lines
     from calibration.records.timing_table import Records
 
     mapping = dict(parsing.pair("--map", text, "NAME=COLUMN") for text in column_map or ()) or None
@@ -127,8 +128,9 @@ def load_rows(
         found = import_table(path, hw=hw, column_map=mapping, device=device, screened=screened)
         parts.append(found.records)
         if found.refusals:
-            counts = f"{len(found.records):,} rows kept, {found.refusals.total:,} refused"
-            notes.append(f"{path}: {counts}: {'; '.join(found.refusals.lines())}")
+            refused = sum(map(len, found.refusals.values()))
+            counts = f"{len(found.records):,} rows kept, {refused:,} refused"
+            notes.append(f"{path}: {counts}: {'; '.join(refusal_lines(found.refusals))}")
         notes += [f"{path}: {line}" for line in found.notes]
     return Records.concat(parts), tuple(notes)
 

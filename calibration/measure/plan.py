@@ -1,13 +1,13 @@
-"""Choose the operators to measure in a given time.
+"""Choose the operators to measure in a given time, by the rates of a device.
 
-:func:`base_plan` spreads GEMM shapes over (m, n, k) on a logarithmic scale, mixes sizes of language models with odd
-sizes, adds attention, elementwise operators, copies and launches, and shuffles them. Groups (n, k) are held out here,
-before the measurement, so no fit sees them. :func:`in_order` measures given operators.
+:func:`base_plan` takes candidates of ``shapes`` until the time is used, and holds out groups (n, k) before the
+measurement, so no fit sees them. :func:`in_order` measures given operators.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import HOST_KINDS, Operator
+from calibration.devices.protocol import HOST_KINDS, Device, Operator, OutOfMemory, Unsupported
 from calibration.measure.shapes import gemm_stream, other_streams
-from calibration.measure.timing import Protocol
+from calibration.measure.timing import WARM_VALUES, Protocol, measure
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
 from simulator.uncertainty.factors import Uncertainty, correlation
@@ -52,11 +52,6 @@ class Rates:
     noise: float = 0.0  # relative standard deviation of one sample
     compile_s: float = 0.0  # time to compile a kernel of block-sparse attention, once per :func:`compilation`
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name not in ("noise", "compile_s") and not value > 0:
-                raise ValueError(f"rates {name}: expected a number above zero, got {value}")
-
     def launch_s(self, op: Operator) -> float:
         return self.floor_s * op.launches + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
 
@@ -68,7 +63,7 @@ class Rates:
         """
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
-        windows = 3 + protocol.warm_values + max(2 * protocol.min_samples, math.ceil(needed))
+        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
         sampling_s = min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch))
         kernel = compilation(op)
         compile_s = self.compile_s if kernel is not None and kernel not in compiled else 0.0
@@ -76,10 +71,65 @@ class Rates:
 
 
 def compilation(op: Operator) -> tuple[Any, ...] | None:
-    """Return for what flex attention is compiled, if the operator needs it. One kernel serves all lengths."""
+    """Return the configuration for which flex attention is compiled, if the operator needs it, for all lengths."""
     if op.kind != "attention_block_sparse":
         return None
     return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
+
+
+# time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU
+FLEX_COMPILE_S = 15.0
+
+
+def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
+    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second.
+
+    A square GEMM grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty
+    launch and a thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product.
+    """
+    window_s = protocol.min_window_s if protocol else 1e-3
+    quick = Protocol(window_s, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
+    setups: list[float] = []
+    noises: list[float] = []
+
+    def time_of(op: Operator) -> float | None:
+        """Return the seconds per launch; None if the device does not support the operator or its size."""
+        if device.refuses(op):
+            return None
+        start = device.clock()
+        try:
+            prepared = device.prepare(op)
+        except (OutOfMemory, Unsupported):  # a library may refuse one shape
+            return None
+        setups.append(device.clock() - start)
+        timing = measure(prepared.sample, quick, device.clock)
+        noises.append(1.48 * statistics.median(abs(s / timing.median_s - 1.0) for s in timing.samples_s))
+        return timing.median_s
+
+    flop_per_s = 0.0
+    for size in (256, 512, 1024, 2048, 4096):
+        op = Operator("gemm", dtype, m=size, n=size, k=size)
+        seconds = time_of(op)
+        if seconds is not None:
+            flop_per_s = max(flop_per_s, op.flops / seconds)
+            if seconds > 5e-3:
+                break
+    if not flop_per_s:
+        formats = ", ".join(device.dtypes())
+        raise Unsupported(f"dtype {dtype}: device {device.name} cannot run a square GEMM; supported: {formats}")
+    copy = Operator("copy", dtype, n=1 << 26)
+    copied = time_of(copy)
+    floor = time_of(Operator("launch_eager", dtype, cold=False)) or 5e-6
+    bytes_per_s = copy.bytes / copied if copied else flop_per_s / 100.0
+    thin = Operator("gemm", dtype, m=8, n=2048, k=2048)
+    seconds = time_of(thin)
+    if seconds is not None and seconds > 50.0 * floor:
+        bytes_per_s = min(bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds))
+    # the median, because the first preparation in a number format also fills memory with random data
+    setup = max(1e-3, 1.5 * statistics.median(setups))
+    memory_bytes = device.describe().memory_bytes or float("inf")
+    compile_s = FLEX_COMPILE_S if device.name.startswith("cuda") else 0.0
+    return Rates(flop_per_s, bytes_per_s, floor, setup, memory_bytes, statistics.median(noises), compile_s)
 
 
 @dataclass(frozen=True)
@@ -102,7 +152,7 @@ class MeasurementPlan:
     visits: int = 1
 
     def order(self, visit: int) -> tuple[Item, ...]:
-        """Return the items in the order of one visit, from 0; visit 0 has the order of the plan."""
+        """Return the items in the order of a visit; visit 0 has the order of the plan."""
         return self.items if visit == 0 else _shuffled(self.items, self.seed + visit)
 
     @property
@@ -125,7 +175,7 @@ class _Budget:
     compiled: set[Any] = field(default_factory=set)  # compilations of the taken operators
 
     def fits(self, op: Operator) -> bool:
-        """Whether the device can run an operator that is new, not too large and not too slow."""
+        """Return whether the device can run an operator that is new, not too large and not too slow."""
         if self.rates.launch_s(op) > self.protocol.time_limit_s / 12.0 or op.footprint_bytes > self.rates.memory_bytes:
             return False
         return op.key not in self.taken and not self.refuses(op)
@@ -173,11 +223,10 @@ def base_plan(
 ) -> MeasurementPlan:
     """Plan measurements of an unknown device; ``refuses`` is the device's method, ``shares`` are shares of the budget.
 
-    The order begins with one operator of each kind, so a run that ends early has a time of each. ``kernels_apart``:
-    measure enough attention calls of one head width for a fit before the next width.
+    The order begins with one operator per kind, so a run that ends early has a time of each. With ``kernels_apart``,
+    enough attention calls of one head width for a fit come before the next width.
     """
     protocol = protocol or Protocol()
-    check_budget(budget_s)
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
     left = shares["gemm"] * budget_s
@@ -247,10 +296,10 @@ def in_order(
 
 
 def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
-    """Return which ``count`` of n rows to measure: each reduces the variance of the targets most, after those before.
+    """Return the ``count`` of n rows that reduce the variance of the targets most, each given the rows before it.
 
-    ``rows`` are the errors of the rows, of kinds of operators ``kind`` (n,); ``targets`` (t, n) is the covariance of
-    each target with each row, as by ``PassUncertainty.covariance``.
+    ``rows`` are the errors of the rows, ``kind`` (n,) the kinds of their operators; ``targets`` (t, n) is the
+    covariance of each target with each row (``PassUncertainty.covariance``).
     """
     systematic, sd = rows.wide(), rows.correlated
     common = systematic @ systematic.T
@@ -268,8 +317,7 @@ def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: i
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    """Shuffle items by seed, whatever their order; since time may run out, exact shapes come first, then one item of
-    each kind of operator."""
+    """Shuffle items by seed. Since time may run out, exact shapes come first, then one item per kind of operator."""
     ordered = sorted(items, key=lambda item: item.operator.key)
     mixed = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
     first = {item.operator.kind: item.operator.key for item in reversed(mixed) if item.purpose != EXACT}

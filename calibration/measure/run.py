@@ -1,9 +1,8 @@
 """Run a measurement plan on a device, with one record per operator.
 
-A shape that does not fit in memory is skipped, an invalid time is refused, and a measurement is repeated if the device
-throttles or other processes use the CPU; each case is counted. A lost device, a failed graph capture or an interrupt
-ends the run with a reason, and all earlier records are kept. The operator that lost the device is recorded as failed,
-one whose capture failed as unsupported; a resumed run does not try it again.
+A measurement is repeated if the device throttles or other processes use the CPU. A lost device, a failed graph capture
+or an interrupt ends the run with a reason, and all earlier records are kept. A resumed run does not repeat the operator
+that lost the device (recorded as failed) or whose capture failed (unsupported).
 
 A record is a JSON-ready mapping:
 
@@ -40,8 +39,7 @@ from typing import Any
 
 from calibration.devices.protocol import CaptureFailed, Device, DeviceLost, Operator, OutOfMemory, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
-from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan, check_budget
-from calibration.measure.probe import default_protocol
+from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
 from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
 
@@ -51,25 +49,17 @@ MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
 CAPTURE_FAILED = "capture failed"
 
-Append = Callable[[Mapping[str, Any]], Any]
-
 
 class Interrupted(Exception):
     """The user requested an end; raised between two samples, never inside a write."""
 
 
 class Interrupt:
-    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual.
-
-    Only the main thread receives signals; in other threads only :meth:`set` sets the flag.
-    """
+    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual."""
 
     def __init__(self) -> None:
         self.requested = False
         self._old: Any = None
-
-    def set(self, *_: Any) -> None:
-        self.requested = True
 
     def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
         """Wrap a function so that it raises :class:`Interrupted` after an end was requested."""
@@ -134,12 +124,12 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Whether the run succeeded: the plan is done or its time is used."""
+        """Return whether the run succeeded: the plan is done or its time is used."""
         return self.stopped in ("", "budget")
 
     @property
     def needs_new_process(self) -> bool:
-        """Whether this process can measure nothing more, but a new one can."""
+        """Return whether this process can measure nothing more, but a new process can."""
         return self.stopped.startswith(CAPTURE_FAILED)
 
 
@@ -148,7 +138,7 @@ class _Run:
     """State of one run, mutable and internal to :func:`run`."""
 
     device: Device
-    append: Append
+    append: Callable[[Mapping[str, Any]], Any]
     protocol: Protocol
     interrupt: Interrupt
     counts: Counts = field(default_factory=Counts)
@@ -191,10 +181,10 @@ class _Run:
         if reason := self.device.refuses(op):
             raise Unsupported(reason)
         discarded = 0
-        least = 0.0  # smallest share of waiting, that of ``best``
         best: dict[str, Any] = {}  # the attempt that other processes disturbed least
+        least = 0.0  # share of waiting in the best attempt
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            prepared = None  # frees the operands of the last attempt before new ones are made
+            prepared = None  # frees the operands of the last attempt before new operands are made
             prepared = self.device.prepare(op)
             before = self.device.snapshot()
             timing = measure(self.interrupt.watched(prepared.sample), protocol, self.device.clock)
@@ -211,7 +201,7 @@ class _Run:
                 self.waits.append(share)
                 if share <= WAIT_LIMIT:
                     return
-                # a repeat does not help on a machine that is always shared: repeat once, if the share is unusual here
+                # on a machine that is always shared, a repeat does not help: repeat once if the share is unusual
                 if attempt > 1 or share < 2.0 * statistics.median(self.waits):
                     break
                 pause = 0.0
@@ -273,22 +263,19 @@ class _Run:
 def run(
     plan: MeasurementPlan,
     device: Device,
-    append: Append,
+    append: Callable[[Mapping[str, Any]], Any],
     *,
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
-    budget_s: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-    interrupt: Interrupt | None = None,
 ) -> Outcome:
-    """Measure the items of a plan, by default with :func:`default_protocol` and the plan's budget.
+    """Measure the items of a plan; an item is omitted if it is not expected to end within the plan's budget.
 
     ``append`` stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs in the
-    same store: their operators are not measured again, and their first drift check stays the reference. An item is
-    omitted if it is not expected to end within ``budget_s``. ``progress`` is called after every visit with the seconds
-    that have passed and the expected total. ``interrupt`` is for callers that stop a run from another thread.
+    same store: their operators are not measured again, and their first drift check stays the reference. ``progress``
+    is called after every visit with the seconds that have passed and the expected total.
     """
-    budget = check_budget(plan.budget_s if budget_s is None else budget_s)
+    budget, protocol = plan.budget_s, protocol or Protocol()
     earlier = list(previous)
     done = {(str(r["key"]), int(r.get("visit", 0))) for r in earlier if r.get("purpose") != DRIFT_CHECK and "key" in r}
     timed = {str(r["key"]) for r in earlier if r.get("median_s") is not None}
@@ -296,10 +283,9 @@ def run(
     waiting_s = sum(item.cost_s for items in todo for item in items)
     start = device.clock()
     description = device.describe()
-    protocol = protocol or default_protocol(description, min(budget, 600.0))
     stopped, since_check, failures = "", 0, 0
     spent_s = expected_s = 0.0
-    with interrupt or Interrupt() as flag:
+    with Interrupt() as flag:
         threads = description.stack.get("threads", "1")
         state = _Run(device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1)
         counts = state.counts
@@ -314,14 +300,14 @@ def run(
                     raise Interrupted
                 waiting_s -= item.cost_s
                 if visit and item.operator.key not in timed:
-                    continue  # an operator without a time in the first visit gets none now
+                    continue  # an operator without a time in the first visit has none in later visits
                 elapsed = device.clock() - start
                 # estimates are rough at first and accurate after about 20 items, so both are combined
                 pace = (spent_s + 5.0 * protocol.time_limit_s) / (expected_s + 5.0 * protocol.time_limit_s)
                 expected = max(item.cost_s, 1e-3)
                 if elapsed + pace * expected > budget * (visit + 1) / plan.visits:
                     stopped = "budget"
-                    continue  # a cheaper one may still fit
+                    continue  # a cheaper operator may still fit
                 begin = device.clock()
                 limit_s = min(protocol.time_limit_s, max(budget - elapsed, 0.05))
                 status = state.keep(item, replace(protocol, time_limit_s=limit_s), visit)

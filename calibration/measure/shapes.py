@@ -1,5 +1,5 @@
 """Candidates for a measurement plan, best first: sizes of language models and odd sizes between them, spread over
-logarithmic space. ``plan`` takes operators of each stream until a share of the budget is used."""
+logarithmic space."""
 
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
 
 
 def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
-    """Yield GEMMs of widely spread groups (n, k), one in eight misaligned; each group gets one m from each stratum, in
-    rounds until nothing that fits is left."""
+    """Yield GEMMs of widely spread groups (n, k), one in eight misaligned, in rounds until nothing that fits is left.
+
+    Each group gets one m from each stratum.
+    """
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
-    small = TOKENS[0]  # pairs that fit no m are excluded
-    pools = [[(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=small, n=n, k=k))] for pool in (regular, odd)]
+    # pairs that do not fit with the smallest m are excluded
+    pools = [[(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=1, n=n, k=k))] for pool in (regular, odd)]
     turn, gained = 0, True
     while gained:
         gained = False
@@ -108,8 +110,8 @@ def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = Tr
 
 
 def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
-    """Return shapes of attention calls; ``apart``: head widths take turns, the narrowest first, with enough calls for a
-    fit of their kernel in each turn."""
+    """Return shapes of attention calls. With ``apart``, head widths take turns, the narrowest first, and a turn has
+    enough calls for a fit of the width's kernel."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
     pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
     orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
@@ -135,7 +137,7 @@ def host_operators(dtype: str) -> list[Operator]:
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
-    """Yield low-rank pairs, gathered and grouped GEMMs and block-sparse attention in turn, which check predictions that
+    """Yield low-rank pairs, gathered and grouped GEMMs and block-sparse attention in turn; they check predictions that
     are sums of plain kernels."""
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
@@ -149,14 +151,7 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             role, size = ("up", n) if turn // 3 % 4 < 2 else ("down", k)
             yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
         elif turn // 3 < len(lengths):
-            s, h = lengths[turn // 3]
-            shape: dict[str, Any] = {
-                "batch": 1,
-                "q_len": s,
-                "kv_len": s,
-                "heads": h,
-                "kv_heads": h // 4,
-                "head_dim": 64,
-            }
-            block = (64, 16, 128)[turn // 3 % 3]
-            yield Operator("attention_block_sparse", dtype, block=block, density=density, cold=False, **shape)
+            length, h = lengths[turn // 3]
+            heads: dict[str, Any] = {"batch": 1, "heads": h, "kv_heads": h // 4, "head_dim": 64}
+            sparse: dict[str, Any] = {"block": (64, 16, 128)[turn // 3 % 3], "density": density, "cold": False}
+            yield Operator("attention_block_sparse", dtype, q_len=length, kv_len=length, **heads, **sparse)

@@ -2,13 +2,12 @@
 
 The interval of the median is distribution-free. For n independent samples, the order statistics x(l), x(n+1-l) enclose
 the median with probability 1 - 2 P(Binomial(n, 1/2) < l) for any noise (H. A. David, H. N. Nagaraja, "Order
-Statistics", 3rd edition, section 7.1). Samples are never trimmed: an outlier is real behaviour of the machine.
+Statistics", 3rd edition, section 7.1). Samples are never trimmed, because an outlier is real behaviour of the machine.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +15,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.devices.protocol import Description
+
 OK = "ok"
 NOISY = "noisy"
+WARM_VALUES = 6  # length of the steady stretch that ends the warm-up
+MAX_LOOPS = 1 << 20  # maximum launches per sample
 
 Sample = Callable[[int], float]
 
@@ -31,20 +34,21 @@ class Protocol:
     """Duration and precision of a measurement; see :func:`measure`."""
 
     min_window_s: float = 2e-3  # minimum duration of one sample; launches are repeated to reach it
-    precision: float = 0.01  # relative half-width of the interval of the median at which the measurement stops
-    confidence: float = 0.95  # level of that interval
-    min_samples: int = 8  # a 95 % interval of the median needs at least 6
+    precision: float = 0.01  # relative half-width of the 95 % interval of the median at which the measurement stops
+    min_samples: int = 8  # the interval needs at least 6
     max_samples: int = 400
     time_limit_s: float = 2.0  # the measurement then ends; it is noisy if it missed the precision
-    warm_values: int = 6  # length of the steady stretch that ends the warm-up
-    max_loops: int = 1 << 20  # maximum launches per sample
 
-    def __post_init__(self) -> None:
-        least = {"min_samples": 2, "max_samples": self.min_samples, "warm_values": 4, "max_loops": 1}
-        for name, value in vars(self).items():
-            good = value >= least[name] if name in least else value > 0
-            if not good or (name == "confidence" and value >= 1):
-                raise ValueError(f"protocol {name}: {value!r} is out of range")
+
+def default_protocol(description: Description, budget_s: float) -> Protocol:
+    """Return the protocol for a device; a short budget gives each shape less time, to measure enough for a fit."""
+    limit = min(2.0, max(0.25, budget_s / 400.0))
+    return Protocol(time_limit_s=limit / default_visits(description))
+
+
+def default_visits(description: Description) -> int:
+    """Return the number of visits per item: CPUs are often shared with other processes, GPUs are not."""
+    return 3 if description.name == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -63,45 +67,39 @@ class Timing:
 
 
 @lru_cache(maxsize=4096)
-def interval_rank(count: int, confidence: float = 0.95) -> int:
-    """Return the rank l (from 1) at which x(l), x(count+1-l) enclose the median at ``confidence``; 0 if none does."""
-    rank, tail = 0, 0.0
-    for below in range(count // 2 + 1):
-        # lgamma keeps the binomial weight in range for any count
-        log_ways = math.lgamma(count + 1) - math.lgamma(below + 1) - math.lgamma(count - below + 1)
-        tail += math.exp(log_ways - count * math.log(2.0))
-        if tail > (1.0 - confidence) / 2.0:
-            break
-        rank = below + 1
-    return min(rank, count // 2)
+def interval_rank(count: int) -> int:
+    """Return the rank l (from 1) at which x(l), x(count+1-l) enclose the median at 95 %; 0 if none does."""
+    tail = 0
+    for rank in range(count // 2):
+        tail += math.comb(count, rank)
+        if tail / 2**count > 0.025:
+            return rank
+    return count // 2
 
 
-def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return the median of a series and its distribution-free interval: 0 to infinity for a short series."""
+def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median of a series and its distribution-free 95 % interval: 0 to infinity for a short series."""
     values = np.sort(np.asarray(samples, dtype=np.float64))
     if values.size == 0:
         raise ValueError("median_interval: expected at least one sample, got none")
-    rank = interval_rank(int(values.size), confidence)
+    rank = interval_rank(int(values.size))
     median = float(np.median(values))
     return (median, float(values[rank - 1]), float(values[values.size - rank])) if rank else (median, 0.0, math.inf)
 
 
 def _noise(values: NDArray[np.float64]) -> float:
-    """Return the standard deviation of a series about its trend, which must not count as noise: a drifting series would
-    seem noisy, and therefore steady."""
+    """Return the standard deviation of a series about its trend: with the trend as noise, drift would seem steady."""
     return float(np.std(np.diff(values))) / math.sqrt(2.0)
 
 
-def is_warm(values: Sequence[float], tolerance: float = 0.01) -> bool:
-    """Whether a stretch of samples is steady: its first value is not an outlier, and its halves agree.
+def is_warm(values: Sequence[float], tolerance: float) -> bool:
+    """Return whether a stretch of samples is steady: its first value is not an outlier, and its halves agree.
 
     The first value is an outlier if its distance from the median of the others exceeds both five standard deviations
     and ``tolerance``. The halves agree if their medians differ by less than three standard errors or ``tolerance``.
     Both tests need the tolerance because a quiet clock may repeat one number exactly.
     """
     series = np.asarray(values, dtype=np.float64)
-    if series.size < 4:
-        return False
     first, rest = series[0], series[1:]
     middle = float(np.median(rest))
     slack = tolerance * abs(middle)
@@ -122,7 +120,7 @@ def checked(seconds: float) -> float:
     return value
 
 
-def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 20) -> int:
+def calibrate_loops(sample: Sample, min_window_s: float) -> int:
     """Return the launches per sample that cover ``min_window_s``.
 
     The count grows at most tenfold per step: the first launches are slower, so a count from them alone is too small.
@@ -130,37 +128,30 @@ def calibrate_loops(sample: Sample, min_window_s: float, max_loops: int = 1 << 2
     loops = 1
     while True:
         each = checked(sample(loops))
-        if each * loops >= min_window_s or loops >= max_loops:
+        if each * loops >= min_window_s or loops >= MAX_LOOPS:
             return loops
         needed = math.ceil(min_window_s / each)
         # 1 % short of the window is close enough; another step would double the count
         if needed <= 1.01 * loops:
             return loops
-        loops = min(max_loops, needed, 10 * loops)
+        loops = min(MAX_LOOPS, needed, 10 * loops)
 
 
-def next_look(count: int) -> int:
-    """Return the sample count at which the stopping rule is applied next. Every check may stop at an interval that is
-    narrow by chance, so checks after every sample would lower the coverage."""
-    return max(count + 1, math.ceil(1.25 * count))
-
-
-def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[], float] = time.monotonic) -> Timing:
+def measure(sample: Sample, protocol: Protocol, clock: Callable[[], float]) -> Timing:
     """Time a launch: warm up, find the loop count, sample until the median is precise or the time is up.
 
     ``sample(loops)`` launches ``loops`` times and returns seconds per launch; ``clock`` gives monotonic seconds. The
     first steady stretch begins the samples; a series that is not steady in half of the time limit is marked noisy.
     """
-    p = protocol or Protocol()
-    start = clock()
+    p, start = protocol, clock()
     checked(sample(1))  # loads libraries, selects kernels, touches memory: not part of any series
-    loops = calibrate_loops(sample, p.min_window_s, p.max_loops)
+    loops = calibrate_loops(sample, p.min_window_s)
     series: list[float] = []
     begin, warm = 0, False
     while not warm and clock() - start < 0.5 * p.time_limit_s and len(series) < p.max_samples:
         series.append(checked(sample(loops)))
-        begin = max(0, len(series) - p.warm_values)
-        warm = len(series) >= p.warm_values and is_warm(series[begin:], p.precision)
+        begin = max(0, len(series) - WARM_VALUES)
+        warm = len(series) >= WARM_VALUES and is_warm(series[begin:], p.precision)
     warmup, values = series[:begin], series[begin:]
     look = max(p.min_samples, len(values))
     while True:
@@ -170,11 +161,12 @@ def measure(sample: Sample, protocol: Protocol | None = None, clock: Callable[[]
             in_time = clock() - start < p.time_limit_s
         if not values:
             values.append(checked(sample(loops)))
-        median, lower, upper = median_interval(values, p.confidence)
+        median, lower, upper = median_interval(values)
         precise = upper - lower <= 2.0 * p.precision * median
         if precise or not in_time or len(values) >= p.max_samples:
             break
-        look = min(p.max_samples, next_look(len(values)))
+        # an interval may be narrow by chance, so looks after every sample would lower the coverage
+        look = min(p.max_samples, max(len(values) + 1, math.ceil(1.25 * len(values))))
     reasons = [] if warm else [f"not steady within {0.5 * p.time_limit_s:g} s"]
     if not precise:
         width = (upper - lower) / (2.0 * median)

@@ -35,20 +35,22 @@ def file_name(name: str) -> str:
 
 
 def list_measurements() -> tuple[str, ...]:
-    return tuple(_index())
+    return tuple(read_tables(INDEX))
 
 
 def provenance(name: str) -> Mapping[str, Any]:
     """Return the origin of a table: package, path, device, software, kept and refused rows, digest, licence."""
-    index = _index()
+    index = read_tables(INDEX)
     if name not in index:
         raise unknown("measurement", name, index)
     return index[name]
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats;
-    InputError if the file does not match its provenance."""
+    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats.
+
+    InputError if the file does not match its provenance.
+    """
     digest = provenance(name)["sha256"]
     path = FOLDER / file_name(name)
     try:
@@ -61,11 +63,12 @@ def load_measurements(name: str, dtype: str | None = None) -> Records:
     return records if dtype is None else records.of_dtype(dtype)
 
 
-def _index() -> dict[str, dict[str, Any]]:
-    return _parsed((FOLDER / INDEX).read_text(encoding="utf-8"))
+def read_tables(file: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of the tables in a YAML file of this folder, by device/operator/stack."""
+    return _parsed((FOLDER / file).read_text(encoding="utf-8"))
 
 
-@lru_cache(maxsize=2)  # parsing takes as long as reading several tables
+@lru_cache(maxsize=3)  # parsing takes as long as reading several tables
 def _parsed(text: str) -> dict[str, dict[str, Any]]:
     index: dict[str, dict[str, Any]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["tables"]
     return index

@@ -1,10 +1,8 @@
-"""Make the shipped tables from the published wheel (``wheel`` names it and the selected rows) and from the folder of
-InferSim's files (``infersim``): ``python -m calibration.measurements.build aiconfigurator_core-0.12.0-*.whl FOLDER``.
+"""Make the shipped tables from the wheel (``wheel``) and from the folder of InferSim's files (``infersim``):
+``python -m calibration.measurements.build aiconfigurator_core-0.12.0-*.whl FOLDER``.
 
-The same sources give the same bytes. PROVENANCE.yaml counts excluded rows by reason, and names the version of pyarrow,
-because another version may encode differently. ``serving.csv`` has the serving runs of dense models, and of
-Qwen3-235B-A22B, on one H100, H200 or B200 node in one pool (mode agg), where one engine runs the prefill and decode of
-a request. Rows that a steady-state model cannot explain stay, with the reason in ``left_out``.
+The same sources give the same bytes. PROVENANCE.yaml counts excluded rows by reason. It names the version of pyarrow,
+because another version may encode differently.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import io
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +25,13 @@ from calibration.measurements import FOLDER, INDEX, PUBLISHED, file_name, infers
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, PACKAGE, WHEEL_SHA256, open_wheel, read_choice, shipped_part
 from calibration.records.timing_table import write_records
+from simulator.files.csv import csv_text
 from simulator.files.write import write_whole
 
 LICENCE = "Apache-2.0"
 COPYRIGHT = "Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES. All rights reserved."
 
 MEMBER = "aiconfigurator_core/systems/silicon_sample.csv"
-# SI units; devices share every layer, concurrency requests are in flight
-COLUMNS: tuple[str, ...] = (
-    *("engine", "version", "model", "hardware", "devices", "parallel", "weight_dtype", "kv_dtype"),
-    *("concurrency", "seq", "new_tokens", "ttft_s", "tpot_s", "left_out", "assumed", "source"),
-)
-
 MODELS: Mapping[str, str] = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
     "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
@@ -47,7 +40,7 @@ MODELS: Mapping[str, str] = {
     "nvidia/Qwen3-32B-NVFP4": "qwen3-32b",
     "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
 }
-FP8_CACHE = ("meta-llama/Llama-3.1-70B",)
+FP8_CACHE = "meta-llama/Llama-3.1-70B"
 CACHE_ASSUMED = "the cache's format is not stated: fp8, with which errors do not grow with the concurrency"
 HARDWARE = ("h100_sxm", "h200_sxm", "b200_sxm")
 ENGINES = ("trtllm", "sglang", "vllm")
@@ -87,11 +80,14 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 "kernels": [s.kernel for s in records.sources],
                 "rows": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
                 "left_out": left,
-                "refused": dict(refusals),
+                "refused": {reason: len(rows) for reason, rows in refusals.items()},
                 **_origin_of(content, path, owner),
             }
         served = serving_table(archive)
-    head = {
+    content = csv_text(served).encode()
+    write_whole(folder / PUBLISHED["serving"], content)
+    serving = {"file": PUBLISHED["serving"], "rows": len(served), "left_out": dict(why_left_out(served))}
+    index = {
         "package": PACKAGE,
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
         "wheel": wheel.name,
@@ -101,16 +97,17 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "without the conversion of activations, weights alone without the time of a profiler; column names and order; "
         "copies added; sizes of collectives in bytes",
         "pyarrow": pyarrow.__version__,
+        "serving": serving | _origin_of(content, MEMBER, COPYRIGHT),
+        "infersim": {
+            "package": infersim.REPOSITORY,
+            "url": infersim.URL,
+            "protocol": "as said in each table's source",
+            "unknown": "versions of the libraries; how MLA was timed; whether the GPU was otherwise idle",
+            "changes": "rows selected as said under each table; microseconds to seconds in float32; "
+            "column names and order",
+        },
+        "tables": tables,
     }
-    content = serving_csv(served)
-    write_whole(folder / PUBLISHED["serving"], content)
-    serving = {"file": PUBLISHED["serving"], "rows": len(served), "left_out": dict(why_left_out(served))}
-    serving |= _origin_of(content, MEMBER, COPYRIGHT)
-    selected = "rows selected as said under each table; microseconds to seconds in float32; column names and order"
-    second = {"package": infersim.REPOSITORY, "url": infersim.URL, "protocol": "as said in each table's source"}
-    second["unknown"] = "versions of the libraries; how MLA was timed; whether the GPU was otherwise idle"
-    second["changes"] = selected
-    index = {**head, "serving": serving, "infersim": second, "tables": tables}
     text = yaml.safe_dump(index, sort_keys=False, width=140, allow_unicode=True)
     write_whole(folder / INDEX, text.encode())
     return tables
@@ -124,86 +121,69 @@ def _origin_of(content: bytes, path: str, owner: str) -> dict[str, Any]:
 def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
     """Return the rows of ``serving.csv``, sorted; duplicate runs with equal times count once."""
     with archive.open(MEMBER) as file:
-        found = {tuple(row.values()): row for row in _rows(csv.DictReader(io.TextIOWrapper(file, "utf-8")))}
-    return sorted(found.values(), key=_order)
+        rows = [row for run in csv.DictReader(io.TextIOWrapper(file, "utf-8")) if (row := _served(run))]
+    distinct = {tuple(row.values()): row for row in rows}
+    texts, numbers = ("engine", "version", "model", "hardware", "weight_dtype"), ("devices", "seq", "new_tokens")
+
+    def order(row: Mapping[str, str]) -> tuple[object, ...]:
+        sizes = (int(row[name]) for name in (*numbers, "concurrency"))
+        return (*(row[name] for name in texts), *sizes, row["source"], float(row["ttft_s"]), float(row["tpot_s"]))
+
+    return sorted(distinct.values(), key=order)
 
 
-def _rows(raw: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
-    for r in raw:
-        taken = r["mode"] == "agg" and r["backend"] in ENGINES and r["system"] in HARDWARE
-        experts = _parallel(r) if "235B" in r["model_path"] else "tensor"
-        if taken and r["model_path"] in MODELS and float(r["pp_size"]) == 1 and experts:
-            row = {
-                "engine": r["backend"],
-                "version": r["backend_version"],
-                "model": MODELS[r["model_path"]],
-                "hardware": r["system"],
-                "devices": _whole(r["tp_size"]),
-                "parallel": experts,
-                # without a format of the products and a precision, the checkpoint is bf16
-                "weight_dtype": r["gemm_quant_mode"] or r["precision"] or "bf16",
-                "kv_dtype": "fp8" if r["model_path"] in FP8_CACHE else "",
-                "concurrency": _concurrency(r),
-                "seq": _whole(r["isl"]),
-                "new_tokens": _whole(r["osl"]),
-                "ttft_s": f"{float(r['silicon_ttft_ms']) / 1e3:.7g}",
-                "tpot_s": f"{float(r['silicon_tpot_ms']) / 1e3:.7g}",
-            }
-            assumed = CACHE_ASSUMED if row["kv_dtype"] else ""
-            yield {**row, "left_out": _left_out(r), "assumed": assumed, "source": f"silicon_sample.csv: {_origin(r)}"}
+def _served(run: Mapping[str, str]) -> dict[str, str]:
+    """Return the row of a run in SI units; {} for a run that is not selected.
 
-
-def _parallel(r: Mapping[str, str]) -> str:
-    """Return how devices share the routed experts of a row; "" for attention and experts on other numbers of them."""
-    devices, tensor, expert = (float(r[name] or 0) for name in ("tp_size", "moe_tp_size", "moe_ep_size"))
-    return "tensor" if tensor == devices else "expert" if expert == devices else ""
-
-
-def _whole(text: str) -> str:
-    return str(int(float(text)))
-
-
-def _concurrency(r: Mapping[str, str]) -> str:
-    """Return the requests in flight: as the source states them, else the batch, as in older lists."""
-    stated = re.search(r"silicon_concurrency=(\d+)", r["silicon_data_source"])
-    return stated[1] if stated else _whole(r["batch_size"])
-
-
-def _origin(r: Mapping[str, str]) -> str:
-    """Return the list of a row, without the folder of lists, and the date of measurement."""
-    source = r["silicon_data_source"]
+    Selected are runs on one node in one pool (mode agg), where one engine runs the prefill and decode of a request, of
+    dense models and of Qwen3-235B-A22B. Rows that a steady-state model cannot explain have the reason in ``left_out``.
+    """
+    path, engine, version, source = (
+        run[name] for name in ("model_path", "backend", "backend_version", "silicon_data_source")
+    )
+    selected = run["mode"] == "agg" and engine in ENGINES and run["system"] in HARDWARE and path in MODELS
+    if not selected or float(run["pp_size"]) != 1:
+        return {}
+    parallel = "tensor"
+    if "235B" in path:  # devices share the routed experts
+        devices, tensor, expert = (float(run[name] or 0) for name in ("tp_size", "moe_tp_size", "moe_ep_size"))
+        if devices not in (tensor, expert):
+            return {}  # attention and experts run on different numbers of devices
+        parallel = "tensor" if tensor == devices else "expert"
+    # older lists state the batch instead of the requests in flight
+    stated = re.search(r"silicon_concurrency=(\d+)", source)
+    concurrency = int(stated[1]) if stated else int(float(run["batch_size"]))
+    left_out = SEVERAL if concurrency > float(run["batch_size"]) else ""
+    if (engine, version) == ("sglang", "0.5.8.post1"):
+        left_out = QUEUED
+    fp8 = run["gemm_quant_mode"] == "fp8"
+    if (engine, version, fp8) == ("vllm", "0.12.0", True) or version.startswith("1.2.0rc6"):
+        left_out = CACHED
     file = source.split(";")[0].removeprefix("source_file=").rpartition("/data/")[2]  # without the folders
     measured = re.search(r"measured=(\d{4}-\d{2}-\d{2})", source)
-    return file + (f", measured {measured[1]}" if measured else "")
-
-
-def _left_out(r: Mapping[str, str]) -> str:
-    """Return why a steady-state model cannot explain a row (found for groups of 28 and 6 rows), or ""."""
-    engine, version, precise = r["backend"], r["backend_version"], r["gemm_quant_mode"]
-    if (engine, version, precise) == ("vllm", "0.12.0", "fp8") or version.startswith("1.2.0rc6"):
-        return CACHED
-    if (engine, version) == ("sglang", "0.5.8.post1"):
-        return QUEUED
-    return SEVERAL if int(_concurrency(r)) > float(r["batch_size"]) else ""
-
-
-def _order(row: Mapping[str, str]) -> tuple[object, ...]:
-    numbers = ("devices", "seq", "new_tokens", "concurrency")
-    texts = ("engine", "version", "model", "hardware", "weight_dtype")
-    rest = (row["source"], float(row["ttft_s"]), float(row["tpot_s"]))
-    return (*(row[name] for name in texts), *(int(row[name]) for name in numbers), *rest)
+    return {
+        "engine": engine,
+        "version": version,
+        "model": MODELS[path],
+        "hardware": run["system"],
+        "devices": str(int(float(run["tp_size"]))),
+        "parallel": parallel,
+        # without a format of the products and a precision, the checkpoint is bf16
+        "weight_dtype": run["gemm_quant_mode"] or run["precision"] or "bf16",
+        "kv_dtype": "fp8" if path == FP8_CACHE else "",
+        "concurrency": str(concurrency),
+        "seq": str(int(float(run["isl"]))),
+        "new_tokens": str(int(float(run["osl"]))),
+        "ttft_s": f"{float(run['silicon_ttft_ms']) / 1e3:.7g}",
+        "tpot_s": f"{float(run['silicon_tpot_ms']) / 1e3:.7g}",
+        "left_out": left_out,
+        "assumed": CACHE_ASSUMED if path == FP8_CACHE else "",
+        "source": f"silicon_sample.csv: {file}{f', measured {measured[1]}' if measured else ''}",
+    }
 
 
 def why_left_out(rows: list[dict[str, str]]) -> Counter[str]:
     return Counter(row["left_out"] for row in rows if row["left_out"])
-
-
-def serving_csv(rows: list[dict[str, str]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def main() -> None:

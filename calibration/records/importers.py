@@ -1,20 +1,23 @@
-"""Import published tables as records; refuse invalid rows and count them by reason."""
+"""Import published tables as records: convert the columns of each format; refuse invalid rows, counted by reason."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from calibration.records.readers import MEASURED, Draft, draft_of_records, read_aiconfigurator, read_csv, read_measured
-from calibration.records.screening import Refusals, Screen, compute_bound, join_repeats, rotated_copies, too_fast, work
+from calibration.records import screening
+from calibration.records.screening import Refusals, Screen
 from calibration.records.store import MARK, content_records, parse, untimed
-from calibration.records.timing_table import COUNTS, NEEDED, Records, is_records, read_records
-from simulator.arrays import Array
-from simulator.errors import InputError
+from calibration.records.timing_table import COUNTS, LAUNCHES, NEEDED, OPERATORS, Records, Source, records_of_parquet
+from simulator.arrays import Array, FloatArray
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
+from simulator.errors import InputError, one_line, unknown
 from simulator.files import csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
@@ -22,12 +25,37 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.operators.experts import POWER
 
 FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
+TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
+_ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+
+
+class RawColumns(dict[str, Array]):
+    """Columns of a file by name; a column that the file lacks is an InputError."""
+
+    def __init__(self, columns: Mapping[str, Array], path: Path) -> None:
+        super().__init__(columns)
+        self.path = path
+
+    def __missing__(self, name: str) -> Array:
+        raise InputError(f"{self.path}: column {name} missing; the file has {', '.join(self)}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Rows of a file before they are checked."""
+
+    columns: Mapping[str, Array]  # columns of ``Records`` over all rows: float64, or names
+    sources: tuple[Source, ...]
+    screen: Screen  # the rows, with those that the reader refused
+    rotated: bool = False  # whether GEMMs rotated a few copies of their weights; the number is inferred
+    still: bool = False  # whether operands were not random numbers, which saves power and makes arithmetic too fast
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ImportResult:
     records: Records
-    refusals: Refusals = field(default_factory=Refusals)
+    refusals: Refusals
     notes: tuple[str, ...] = ()
 
 
@@ -36,22 +64,20 @@ def import_table(
     *,
     content: bytes | None = None,
     hw: HardwareProfile | None = None,
-    dtype: str = "all",
     column_map: Mapping[str, str] | None = None,
     device: str = "",
     screened: bool = True,
 ) -> ImportResult:
-    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program; ``content`` is
-    that of a file in an archive.
+    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program.
 
-    Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. ``dtype`` is the number format to
-    keep. For a CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``), and
-    ``device`` is the measured device. InputError without a usable row.
+    ``content`` is the content of a file in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if
+    ``screened``. For a CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``),
+    and ``device`` is the measured device. InputError without a usable row.
     """
     raw = read_bounded(path) if content is None else content
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
         draft = _read(raw, Path(path), column_map, device)
-    return finish(draft, label=str(path), hw=hw, dtype=dtype, screened=screened)
+    return finish(draft, label=str(path), hw=hw, screened=screened)
 
 
 def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, device: str) -> Draft:
@@ -62,25 +88,31 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
             raise InputError(f"{path}: holds no records")
         lost = ("the last line was incomplete and was dropped",) if stored.dropped else ()
         left = tuple(f"{count} operators without a time: {reason}" for reason, count in untimed(stored.rows).items())
-        return draft_of_records(content_records(stored), lost + left)
-    if content[:4] == b"PAR1" and is_records(content):
-        return draft_of_records(read_records(content, str(path)))
+        return _draft_of_records(content_records(stored), lost + left)
     if content[:4] == b"PAR1":
-        return read_aiconfigurator(parquet_columns(read_parquet(content, str(path)), str(path)), path, digest)
+        parquet = read_parquet(content, str(path))
+        records = records_of_parquet(parquet, str(path))
+        if records is not None:
+            return _draft_of_records(records)
+        return read_aiconfigurator(RawColumns(parquet_columns(parquet, str(path)), path), digest)
     if path.suffix.lower() == ".parquet":
         raise InputError(f"{path}: not a Parquet file")
     cells = csv.read_csv(content, str(path))
-    table = {name: np.array(cells.column(name), dtype=object) for name in cells.header if name}
+    table = RawColumns({name: np.array(cells.column(name), dtype=object) for name in cells.header if name}, path)
     if column_map is None and set(MEASURED) <= table.keys():
-        draft = read_measured(table, path, digest)
+        draft = read_measured(table, digest)
     else:
-        draft = read_csv(table, path, digest, column_map or {}, device)
+        draft = read_csv(table, digest, column_map or {}, device)
     return replace(draft, columns={**draft.columns, "line": np.array(cells.lines)})
 
 
-def finish(
-    draft: Draft, *, label: str, hw: HardwareProfile | None, dtype: str = "all", screened: bool = True
-) -> ImportResult:
+def _draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
+    columns = {name: getattr(records, name) for name in records.SCHEMA}
+    columns["operator"] = np.array(OPERATORS, dtype=object)[records.operator]
+    return Draft(columns, records.sources, Screen(len(records)), notes=notes)
+
+
+def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True) -> ImportResult:
     """Return the valid rows of a draft as records; ``label`` names the file."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
@@ -89,39 +121,35 @@ def finish(
     sources = [replace(source, file=label) for source in draft.sources]
     records = Records.from_columns(sources, size=int(screen.kept.sum()), **kept)
     if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
-        copies = rotated_copies(np.maximum(work(records)[1], 1.0), hw.l2_bytes)
+        copies = screening.rotated_copies(np.maximum(screening.work(records)[1], 1.0), hw.l2_bytes)
         several = records.is_operator("gemm") & (records.copies > 1)
         records = records.replace(copies=np.where(several, copies, records.copies))
     notes = list(draft.notes)
-    for other in np.unique(records.labels()).tolist() if dtype != "all" else ():
-        if other != dtype:
-            screen.refuse_kept(records.labels() == other, f"dtype {other}, not {dtype}")
-            records = records.select(records.labels() != other)
     if draft.still:
         if hw is None:
             why = "its operands were not random numbers, which saves power and raises clocks"
             raise InputError(f"{label}: {why}; name the hardware, to exclude compute-bound rows")
-        unreliable = compute_bound(records, hw)
+        unreliable = screening.compute_bound(records, hw)
         screen.refuse_kept(unreliable, "compute-bound, on operands that were not random numbers")
         records = records.select(~unreliable)
     if hw is None:
         notes.append("no hardware given; times were not checked against a roofline")
     elif screened:
-        compute, memory = too_fast(records, hw)
+        compute, memory = screening.too_fast(records, hw)
         screen.refuse_kept(compute, "faster than the arithmetic peak at the highest clock")
         screen.refuse_kept(memory[~compute], "faster than memory, L2 or link allow")
         records = records.select(~(compute | memory))
     if not len(records):
-        reasons = "; ".join(screen.refusals().lines()) or "the file has no rows"
+        reasons = "; ".join(screening.refusal_lines(screen.refusals)) or "the file has no rows"
         raise InputError(f"{label}: no usable row: {reasons}")
-    records, joined, conflicts = join_repeats(records)
+    records, joined, conflicts = screening.join_repeats(records)
     if joined:
         flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
         notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
     if len(records) < FEW_ROWS:
         advice = f"{FEW_ROWS} or more recommended to re-anchor a profile"
         notes.append(f"only {len(records)} usable rows: too few for a fit; {advice}")
-    return ImportResult(records.tidy(), screen.refusals(), tuple(notes))
+    return ImportResult(records.tidy(), screen.refusals, tuple(notes))
 
 
 def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
@@ -163,3 +191,354 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
         heads, groups = (np.where(attention, columns[name], 1.0) for name in ("heads", "kv_heads"))
         screen.refuse(heads % groups != 0, "heads is not a multiple of kv_heads")
         screen.refuse(attention & (columns["q_len"] > columns["kv_len"]), "q_len exceeds kv_len")
+
+
+# --- tables of aiconfigurator-core
+
+AICONFIGURATOR_METHOD = "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
+# fmt: off
+_AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
+    "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "half": ("fp16", "fp16"), "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8_block"), "nvfp4": ("nvfp4", "nvfp4"), "int8": ("int8", "int8"),
+    "sq": ("int8", "int8"), "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"), "w4a16_mxfp4": ("bf16", "mxfp4"),
+}
+_AIC_SIZES = {"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+_AIC_COLLECTIVES = {
+    "all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+}
+_AIC_OPERATORS: Mapping[str, str] = {
+    "gemm": "gemm", "context_attention": "attention_prefill", "generation_attention": "attention_decode",
+    **dict.fromkeys(_AIC_COLLECTIVES, "collective"), "moe": "experts",
+    "mla_context": "mla_prefill", "mla_generation": "mla_decode",
+}
+# features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated part, and the latent
+_AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
+# fmt: on
+# device, framework and version of a collection, its formats whose times are those of TensorRT's profiler of layers, and
+# the time that it adds: the smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+_AIC_PROFILED_BY = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
+_AIC_PROFILED, _AIC_PROFILER_S = ("int8_wo", "int4_wo"), 4.7e-6
+# the collector of vLLM times these formats on one weight (collector/vllm/collect_gemm.py: outside_loop_count)
+_AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
+
+
+def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
+    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts; times in ms.
+
+    A context row has ``isl`` new positions over ``step`` cached ones, a generation row has one new position over
+    ``step``. SGLang's collector passes keys of one head to its MLA kernels. A collective's ``message_size`` counts the
+    elements of a device: before an all-reduce, reduce-scatter or all-to-all, after an all-gather.
+    """
+    operator = _texts(table["op_name"])
+    for name in np.unique(operator):
+        if name not in _AIC_OPERATORS:
+            raise unknown(f"{table.path}: op_name", str(name), _AIC_OPERATORS)
+    kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
+    framework, kernel = _texts(table["framework"]), _texts(table["kernel_source"])
+    engine = np.char.upper(framework)
+    size = len(operator)
+    screen = Screen(size)
+    columns: dict[str, Array] = {
+        "operator": _mapped(operator, _AIC_OPERATORS),
+        "seconds": _number(table["latency"]) * 1e-3,
+        "launch": np.where(np.char.endswith(kernel, "_eager"), "eager", "graph").astype(object),
+    }
+    if kind != "gemm":  # every replay uses the same operands again
+        columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}
+    if kind == "gemm":
+        columns |= {name: _number(table[name]) for name in ("m", "n", "k")}
+        formats = _texts(table["gemm_dtype"])
+        columns["copies"] = np.where((engine == "VLLM") & np.isin(formats, _AIC_ONE_WEIGHT), 1.0, 6.0)
+    elif kind == "collective":
+        formats = _texts(table["allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"])
+        columns |= {"batch": _number(table["num_gpus"]), "n": _number(table["message_size"])}
+        columns["role"] = np.array([float(ROLES.index(_AIC_COLLECTIVES[name])) for name in operator])
+    elif kind == "experts":
+        formats = _texts(table["moe_dtype"])
+        columns |= _experts(table, kernel, screen)
+    else:
+        formats = _texts(table["mla_dtype" if kind in _AIC_LATENT else "attn_dtype"])
+        sizes = ("batch_size", "num_heads") if kind in _AIC_LATENT else _AIC_SIZES
+        columns |= {_AIC_SIZES[name]: _number(table[name]) for name in sizes}
+        columns["q_len"] = _number(table["isl"])
+        columns["kv_len"] = columns["q_len"] + _number(table["step"])
+        columns["window"] = _number(table.get("window_size", np.zeros(size)))
+        if kind in _AIC_LATENT:
+            one_head = (kind == "mla_decode") | (engine == "SGLANG")
+            columns["kv_heads"] = np.where(one_head, 1.0, columns["heads"])
+            columns["head_dim"], columns["n"] = (np.full(size, width) for width in _AIC_LATENT[kind])
+            absorbed = one_head & (kind == "mla_prefill") & (kernel != "trtllm_mla")
+            screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
+    cached = "attention" in kind or kind in _AIC_LATENT  # the second format is that of the cache, else of the weights
+    for name, text in (("dtype", formats), ("weight_dtype", _texts(table["kv_cache_dtype"]) if cached else formats)):
+        for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
+            screen.refuse(text == other, f"number format {other} is not modelled")
+        of_weights = kind in ("gemm", "experts") and name == "weight_dtype"
+        columns[name] = _mapped(text, {theirs: pair[of_weights] for theirs, pair in _AIC_DTYPES.items()})
+    if kind == "collective":
+        columns["n"] = columns["n"] * np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
+    # NCCL's version is listed under the engine that contains it
+    stack = np.where(kernel == "NCCL", "NCCL", framework)
+    keys = np.stack([_texts(table["device"]), stack, _texts(table["version"]), kernel], axis=1)
+    if kind == "gemm":
+        profiled = (keys[:, :3] == _AIC_PROFILED_BY).all(axis=1) & np.isin(formats, _AIC_PROFILED)
+        columns["seconds"] = columns["seconds"] - np.where(profiled, _AIC_PROFILER_S, 0.0)
+        _without_conversion(screen, columns)
+    if "beam_width" in table:
+        screen.refuse(_number(table["beam_width"]) != 1, "beam search")
+    kinds, columns["source"] = _unique_rows(keys)
+    origin = "/".join(table.path.parts[-5:])  # names the collection: system/operator/backend/version/file
+    same = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
+    sources = tuple(Source(device, {name: version}, kernel_, **same) for device, name, version, kernel_ in kinds)
+    still = kind == "gemm" and bool((engine == "VLLM").any())
+    return Draft(columns, sources, screen, rotated=kind == "gemm", still=still)
+
+
+# (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's tables mark them
+# (``nongated``); other tables do not, and their times would need 1.5 times the memory's bandwidth
+_NO_GATE = ((5120, 22), (2688, 22), (1856, 6))
+SLOW = 2.0  # largest plausible factor between a time and the times of the same experts at other widths or loads
+MANY = 0.3  # share of slow times above which a whole configuration counts as an untuned kernel
+
+
+def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Array]:
+    """Return columns of experts, timed together on one device with the movement of tokens, without the router.
+
+    ``moe_tp_size`` divides the width of every expert, ``moe_ep_size`` their number. Implausibly slow rows are refused,
+    with all rows of a configuration that has many of them: a wider expert takes at least as long; a narrower one takes
+    at least its share of that time, or half of its share, since its weights may fit in L2.
+    """
+    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
+    m, k, inner, active, experts, tensor, parallel = (np.asarray(table[name], dtype=np.float64) for name in names)
+    known, which = np.unique(np.asarray(table["distribution"]).astype(str), return_inverse=True)
+    power = [0.0 if v == "balanced" else _float(v.removeprefix("power_law_")) for v in known]
+    skew = np.array(power)[which.reshape(-1)]
+    screen.refuse(np.isnan(skew), "tokens distributed by another rule")
+    screen.refuse(parallel != 1, "experts shared among devices: most tokens use no expert of this device")
+    plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
+    screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
+    n = inner / np.maximum(tensor, 1.0)
+    seconds = np.asarray(table["latency"], dtype=np.float64)
+    configurations = list(zip(_texts(table["moe_dtype"]), kernel, k, experts, active))
+    slow = np.zeros(len(m), dtype=np.bool_)
+    rows = np.flatnonzero(screen.kept & (n % 16 == 0))
+    for at in _grouped(rows, configurations, m):
+        wider = n[at][:, None] / n[at]
+        least = seconds[at] * np.where(wider > 1.0, 2.0 * wider, 1.0)
+        slow[at] = seconds[at] > SLOW * least.min(axis=1)
+    for at in _grouped(rows, configurations, n, skew):
+        slow[at] |= slow[at].mean() > MANY
+    screen.refuse(slow, f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned kernel")
+    return {"m": m, "n": n, "k": k, "experts": experts, "active": active, "skew": skew}
+
+
+def _grouped(rows: Array, *keys: Any) -> list[Array]:
+    """Return rows in groups of equal keys; each key is a column of the file."""
+    groups = defaultdict(list)
+    for row in rows.tolist():
+        groups[tuple(key[row] for key in keys)].append(row)
+    return [np.array(group) for group in groups.values()]
+
+
+# The collectors of aiconfigurator-core time a layer as an engine runs it: below 16 bits, kernels convert the 16-bit
+# activations first (collector/*/collect_gemm.py). Engines fuse this conversion or not, so a profile needs the product
+# alone. Products of few outputs in 16 bits and in the narrow format differ by the conversion, by m and k.
+NARROW = 256  # output features up to which a product takes less time than the conversion of its activations
+FEW, SHORT = 16, 1024  # tokens and input features up to which the time of a conversion is that of its launches
+MOST = 0.65  # share of a row's time above which the conversion leaves too little of the product
+
+
+def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float) -> FloatArray:
+    """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
+
+    Without conversion, a narrow product takes a ``share`` of the time of the product in 16 bits, after the same launch.
+    The additional time of few tokens at large k is the main loop of one tile, not the conversion.
+    """
+    out = np.full(len(seconds), np.nan)
+    few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
+    in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
+    launch = seconds[wide].min(initial=np.inf)
+    added = defaultdict(list)  # time that a narrow product takes in addition, by tokens and input features
+    for row in np.flatnonzero(few & ~wide):
+        tokens, _, inputs = shapes[row]
+        if shapes[row] in in_16_bits:
+            product_s = launch + share * (in_16_bits[shapes[row]] - launch)
+            added[tokens, inputs].append(seconds[row] - product_s)
+    medians = {place: np.median(times) for place, times in added.items()}
+    of_few = defaultdict(list)  # medians of few tokens by input features
+    for (tokens, inputs), time in medians.items():
+        if tokens <= FEW:
+            of_few[inputs].append(time)
+    launches = [time for inputs, times in of_few.items() for time in times if inputs <= SHORT]
+    if not launches:
+        return out
+    least, loop = np.median(launches), {inputs: np.median(times) for inputs, times in of_few.items()}
+    for row in np.flatnonzero(~wide):
+        tokens, _, inputs = shapes[row]
+        if inputs in loop and (tokens, inputs) in medians:
+            out[row] = least + max(medians[tokens, inputs] - loop[inputs], 0.0)
+    return out
+
+
+def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
+    """Subtract the conversion of activations from the times of narrow products, where other rows determine it."""
+    m, n, k, seconds = (columns[name] for name in ("m", "n", "k", "seconds"))
+    valid = np.isfinite(m) & np.isfinite(n) & np.isfinite(k) & (seconds > 0) & (np.minimum(m, np.minimum(n, k)) >= 1)
+    bytes_ = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
+    weights = columns["weight_dtype"].astype(str)
+    wide = valid & (bytes_ == 2.0) & (weights == columns["dtype"].astype(str))
+    converted = np.zeros(len(seconds))
+    for name in np.unique(weights[bytes_ < 2.0]):
+        of_format = (bytes_ < 2.0) & (weights == name)
+        rows = np.flatnonzero(wide | (of_format & valid))
+        share = float(bytes_[of_format][0]) / 2.0
+        converted[of_format] = np.nan
+        converted[rows] = conversion_s(m[rows], n[rows], k[rows], seconds[rows], wide[rows], share)
+        converted[wide] = 0.0
+    screen.refuse(valid & np.isnan(converted), "the time includes a conversion of activations that no narrow row tells")
+    most = valid & (converted > MOST * seconds)
+    screen.refuse(most, f"over {100 * MOST:.0f} % of the time is the conversion of activations")
+    columns["seconds"] = seconds - np.where(valid & ~most, np.nan_to_num(converted), 0.0)
+
+
+# --- the measured tables of the RTX 4090
+
+MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns that identify such a table
+
+# hidden size, width of the MLP, and width of k and v of the model of the elementwise rows
+_HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
+# fmt: off
+_KERNELS: Mapping[str, tuple[str, str, float, float]] = {  # op -> operator, role, features read and written per token
+    "qkv_proj": ("gemm", "qkv", 0.0, 0.0), "down_proj": ("gemm", "down", 0.0, 0.0),
+    "lm_head": ("gemm", "lm_head", 0.0, 0.0),
+    "attn_prefill_causal": ("attention_prefill", "", 0.0, 0.0), "attn_decode": ("attention_decode", "", 0.0, 0.0),
+    "act_fn": ("elementwise", "activation", 2.0 * _INNER, _INNER),
+    "embedding": ("elementwise", "embedding", _HIDDEN, _HIDDEN),
+    # vLLM adds the residual in the same kernel
+    "layernorm": ("elementwise", "attention_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
+    "final_layernorm": ("elementwise", "final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
+    "rotary_emb": ("elementwise", "rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
+}
+_UNREAD = {"attn_prefill_noncausal": "attention without a causal mask is not modelled"}
+# fmt: on
+
+
+def read_measured(table: RawColumns, digest: str) -> Draft:
+    """Read a table of measured GEMMs, attention and elementwise operators of the RTX 4090; each row has a source."""
+    op = table["op"].astype(str)
+    size = len(op)
+    screen = Screen(size)
+    columns: dict[str, Array] = {"seconds": _number(table["latency_us"]) * 1e-6}
+    columns |= {name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table}
+    columns.setdefault("m", np.full(size, np.nan))
+    for name in np.unique(op[~np.isin(op, [*_KERNELS])]).tolist():
+        screen.refuse(op == name, f"{name}: {_UNREAD.get(name, 'unknown operator')}")
+    kinds, roles, reads, writes = zip(*(_KERNELS.get(name, ("gemm", "", 0.0, 0.0)) for name in op.tolist()))
+    columns["operator"] = np.array(kinds, dtype=object)
+    columns["role"] = np.array([float(ROLES.index(role)) if role else -1.0 for role in roles])
+    tokens = np.where(columns["operator"] == "elementwise", columns["m"], 0.0)
+    columns |= {"read_bytes": tokens * 2.0 * np.array(reads), "write_bytes": tokens * 2.0 * np.array(writes)}
+    kernel_time = np.array(["kernel time" in note for note in table["note"]])
+    columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
+    # kernel times are from a running model, whose weights and cache come from memory; others are loops over one shape
+    columns["cold"] = kernel_time & np.isin(columns["operator"], ("gemm", "attention_decode"))
+    columns["dtype"] = _chosen(screen, "dtype", table["dtype"], DTYPES, "bf16")
+    keys = np.stack([table[name] for name in ("gpu", "source", "note")], axis=1).astype(str)
+    distinct, columns["source"] = _unique_rows(keys)
+    sources = tuple(Source(device=g, method=n, origin=s, digest=digest) for g, s, n in distinct)
+    return Draft(columns, sources, screen)
+
+
+# --- other CSV files
+
+_NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
+_SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float8": "fp8"}
+
+
+def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
+    """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time contains its unit."""
+    path = table.path
+    known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")] + list(TIME_UNITS)
+    for name, theirs in column_map.items():
+        if name not in known:
+            raise unknown(f"{path}: column map: column", name, known)
+        if theirs not in table:
+            raise unknown(f"{path}: column", theirs, table)
+    taken = {**{name: name for name in known if name in table and name not in column_map}, **column_map}
+    times = [name for name in taken if name in TIME_UNITS]
+    has = f"the file has {', '.join(table)}"
+    if len(times) != 1:
+        found = f"found {', '.join(times)}" if times else has
+        names = ", ".join(TIME_UNITS)
+        raise InputError(f"{path}: expected one column of times, named or mapped to one of {names}; {found}")
+    left = sorted(set(table) - set(taken.values()))
+    columns: dict[str, Array] = {"seconds": _number(table[taken.pop(times[0])]) * TIME_UNITS[times[0]]}
+    size = len(columns["seconds"])
+    screen = Screen(size)
+    for name, theirs in taken.items():
+        text = table[theirs]
+        if name == "weight_dtype" and "dtype" in taken:
+            text = np.where(text == "", table[taken["dtype"]], text)
+        if name == "role":
+            roles = _chosen(screen, name, text, ("", *ROLES), "")
+            columns[name] = np.array([ROLES.index(role) if role else -1.0 for role in roles])
+        elif name in _NAMES:
+            spelt = np.array([_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object)
+            columns[name] = _chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
+            if not np.isin(spelt.astype(str), _NAMES[name]).any():
+                raise unknown(f"{path}: {name}", str(spelt[0]), _NAMES[name])
+        else:
+            columns[name] = _number(text)
+    columns.setdefault("operator", np.full(size, "attention_prefill" if "q_len" in columns else "gemm", dtype=object))
+    for kind, needed in (("attention", _ATTENTION_SHAPE), ("gemm", ("m", "n", "k"))):
+        missing = [name for name in needed if name not in columns]
+        if missing and any(str(operator).startswith(kind) for operator in set(columns["operator"])):
+            names = ", ".join(missing)
+            raise InputError(f"{path}: {kind} needs the columns {names}; {has} (name them with a column map)")
+    if "cold" in columns:
+        columns["cold"] = columns["cold"] != 0
+    for name in ("density", "sample_count", "read_bytes", "write_bytes"):
+        if name in columns:
+            columns[name] = np.where(np.isfinite(columns[name]), columns[name], Records.SCHEMA[name][1])
+    source = Source(device=device, origin=path.name, digest=digest)
+    notes = (f"columns not used: {', '.join(left)}",) if left else ()
+    return Draft(columns, (source,), screen, notes=notes)
+
+
+def _mapped(text: Array, names: Mapping[str, str]) -> Array:
+    """Return each text's name in this program, or ``bf16``; rows of other names are refused."""
+    return np.array([names.get(value, "bf16") for value in text.tolist()], dtype=object)
+
+
+def _texts(column: Array) -> Array:
+    return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
+
+
+def _number(column: Array) -> Array:
+    """Return a column as float64, NaN for other values."""
+    if column.dtype.kind in "iufb":
+        return column.astype(np.float64)
+    return np.array([_float(value) for value in column.tolist()], dtype=np.float64)
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value) if "_" not in str(value) else np.nan
+    except (TypeError, ValueError):
+        return np.nan
+
+
+def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
+    """Return a column of names; refuse the rows of unknown names and replace them, since every row needs a value."""
+    bad = ~np.isin(text.astype(str), choices)
+    for value in np.unique(text[bad].astype(str)):
+        screen.refuse(text == value, f"{name} {str(value)!r} is unknown")
+    return np.asarray(np.where(bad, otherwise, text))
+
+
+def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
+    """Return the distinct rows of a text table in order of appearance, and each row's index among them."""
+    rows = [tuple(row) for row in keys.tolist()]
+    index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return list(index), np.array([index[row] for row in rows], dtype=np.int64)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -21,32 +19,16 @@ ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to 
 L2_BYTES_PER_CLOCK = 64.0
 
 
-@dataclass(frozen=True)
-class Refusals(Mapping[str, int]):
-    """Number of refused rows by reason, and their row numbers (1 is the first row of data)."""
+Refusals = dict[str, list[int]]  # reason -> numbers of the refused rows (1 is the first row of data)
 
-    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
-    def __getitem__(self, reason: str) -> int:
-        return len(self.rows[reason])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def total(self) -> int:
-        return sum(self.values())
-
-    def lines(self) -> list[str]:
-        """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
-        out = []
-        for reason, rows in self.rows.items():
-            some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
-            out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
-        return out
+def refusal_lines(refusals: Refusals) -> list[str]:
+    """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
+    out = []
+    for reason, rows in refusals.items():
+        some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
+        out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
+    return out
 
 
 class Screen:
@@ -54,22 +36,21 @@ class Screen:
 
     def __init__(self, size: int) -> None:
         self.kept: Array = np.ones(size, dtype=np.bool_)
-        self._rows: dict[str, list[int]] = {}
+        self.refusals: Refusals = {}
 
     def refuse(self, bad: Array, reason: str) -> None:
         """Refuse the rows of a mask over all rows, except rows that are refused already."""
         bad = np.broadcast_to(bad, self.kept.shape) & self.kept
         if bad.any():
             self.kept = self.kept & ~bad
-            self._rows.setdefault(reason, []).extend((np.flatnonzero(bad) + 1).tolist())
+            rows = (np.flatnonzero(bad) + 1).tolist()
+            self.refusals[reason] = sorted(self.refusals.get(reason, []) + rows)
 
     def refuse_kept(self, bad: Array, reason: str) -> None:
+        """Refuse the rows of a mask over the rows that are kept so far."""
         full = np.zeros_like(self.kept)
         full[np.flatnonzero(self.kept)[bad]] = True
         self.refuse(full, reason)
-
-    def refusals(self) -> Refusals:
-        return Refusals({reason: sorted(rows) for reason, rows in self._rows.items()})
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
@@ -78,8 +59,10 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row: attention counts the
-    pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups."""
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
+
+    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
+    """
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
@@ -130,8 +113,10 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2, which
-    ``c`` rotated weights share. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2."""
+    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
+
+    Rotated weights share the L2. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2.
+    """
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
@@ -154,50 +139,44 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 def join_repeats(records: Records) -> tuple[Records, int, int]:
     """Return a table with the median time of each shape and source, the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
-    group = records.groups(*(name for name in records.SCHEMA if name not in timing))
-    _, first, counts = np.unique(group, return_index=True, return_counts=True)
-    if len(first) == len(records):
-        return records, 0, 0
-    order = np.lexsort((records.seconds, group))
-    times = records.seconds[order]
-    start = np.cumsum(counts) - counts
-    median = 0.5 * times[start + (counts - 1) // 2] + 0.5 * times[start + counts // 2]
-    conflict = times[start + counts - 1] > DISAGREE * times[start]
-    flags = np.bitwise_or.reduceat(records.flags[order], start) | np.where(conflict, int(Flag.CONFLICT), 0)
-    appearance = np.argsort(first)
-    kept = records.select(first[appearance]).replace(seconds=median[appearance], flags=flags[appearance])
-    return kept, len(records) - len(kept), int(conflict.sum())
-
-
-OLDEST = "1"  # protocol of CUDA runs that record none (calibration.devices.cuda.PROTOCOL)
-_WORDS = {"graph": "graph replays", "eager": "single launches"}
+    rows_of = defaultdict(list)
+    for row, shape in enumerate(records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()):
+        rows_of[shape].append(row)
+    seconds, flags, conflicts = records.seconds.copy(), records.flags.copy(), 0
+    for rows in rows_of.values():
+        if len(rows) > 1:
+            times, first = seconds[rows], rows[0]
+            seconds[first] = np.median(times)
+            flags[first] = np.bitwise_or.reduce(flags[rows])
+            if times.max() > DISAGREE * times.min():
+                flags[first] |= Flag.CONFLICT
+                conflicts += 1
+    kept = np.array([rows[0] for rows in rows_of.values()], dtype=np.int64)
+    return records.replace(seconds=seconds, flags=flags).select(kept), len(records) - len(kept), conflicts
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
     """Return the rows without those whose method differs from most rows of their operator and format, with notes.
 
-    The method is how launches were timed and the protocol for CUDA: they differ by 8 to 12 % for short kernels.
+    The method is how launches were timed and the protocol for CUDA: methods differ by 8 to 12 % for short kernels.
     Imported tables are not changed.
     """
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
-    protocols = [s.stack.get("protocol", OLDEST) if s.run and "cuda" in s.stack else "" for s in r.sources]
-    protocol = np.array(protocols, dtype=object)[r.source]
+    protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[r.source]
     own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
     for operator, dtype in np.unique(np.stack([r.operator, r.dtype], axis=1)[own], axis=0).tolist():
         rows = np.flatnonzero(own & (r.operator == operator) & (r.dtype == dtype))
         methods = list(zip(protocol[rows].tolist(), r.launch[rows].tolist()))
         counts = Counter(methods)
-        best = max(counts, key=lambda method: (counts[method], method))  # of equally many, the newest protocol
+        best = max(counts, key=lambda method: (counts[method], method))  # if equal, the newest protocol
         kept[rows[[method != best for method in methods]]] = False
         most = f"the other {counts[best]} by {_method(*best)}; measure them again"
         what = f"{OPERATORS[operator]} {DTYPES[dtype]} rows excluded: timed by"
         notes += [f"{counts[other]} {what} {_method(*other)}, {most}" for other in sorted(counts) if other != best]
-    if old := int((kept & (protocol == OLDEST)).sum()):
-        what = "weights may be in L2, and clocks not steady"
-        notes.append(f"{old} rows follow protocol {OLDEST} of an older version: {what}; measure again")
     return r.select(kept), tuple(notes)
 
 
 def _method(protocol: str, launch: int) -> str:
     name = LAUNCHES[launch]
-    return _WORDS.get(name, f"a method of launches {name!r}") + (f" (protocol {protocol})" if protocol else "")
+    words = {"graph": "graph replays", "eager": "single launches"}.get(name, f"a method of launches {name!r}")
+    return words + (f" (protocol {protocol})" if protocol else "")

@@ -1,7 +1,7 @@
 """Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
 
 The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is
-dropped and counted. A damaged, repeated or misplaced line, or a second header, is an error: no kill causes it.
+dropped and counted. A damaged, repeated or misplaced line and a second header are errors, because no kill causes them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from calibration.devices.protocol import elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
-from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source
+from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source, check_texts
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 from simulator.errors import InputError, unknown
 from simulator.files.read import read_bounded
@@ -51,14 +51,10 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
     if found is None or zlib.crc32(body) != int(found[1], 16):
         return None
     try:
-        out = json.loads(body, parse_constant=_refuse)
+        out = json.loads(body)
     except (ValueError, RecursionError):
         return None
     return out if isinstance(out, dict) else None
-
-
-def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _now() -> str:
@@ -95,15 +91,10 @@ class Header:
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
-        for name in names:
-            kind, right = (Mapping, "names and values") if name in ("stack", "extra") else (str, "text")
-            if not isinstance(line[name], kind):
-                raise InputError(f"{label}:1: {name}: expected {right}, got {line[name]!r:.60}")
-        for name, version in line["stack"].items():
-            if not isinstance(version, str):
-                raise InputError(f"{label}:1: stack.{name}: expected text, got {version!r:.60}")
         try:
-            return cls(**{name: line[name] for name in names})
+            found = {name: line[name] for name in names}
+            check_texts(found)
+            return cls(**found)
         except InputError as error:
             raise InputError(f"{label}:1: {error}") from None
 
@@ -115,9 +106,9 @@ class Header:
             if mine != theirs:
                 raise InputError(f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file")
 
-    def source(self, run: str = "") -> Source:
+    def source(self) -> Source:
         method = str(self.extra.get("method", ""))
-        return Source(self.device, dict(self.stack), method=method, date=self.started, run=run or self.run)
+        return Source(self.device, dict(self.stack), method=method, date=self.started, run=self.run)
 
 
 @dataclass(frozen=True)
@@ -133,44 +124,33 @@ def parse(content: bytes, label: str) -> Content | None:
     """Read a store's bytes; None if the file is empty or its header is incomplete; InputError for other damage."""
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: not a store of records (its first line is not a header)")
-    lines = content.split(b"\n")
-    last = max((i for i, line in enumerate(lines) if line), default=-1)
+    lines = content.rstrip(b"\n").split(b"\n") if content else []
     header: Header | None = None
     rows: list[dict[str, Any]] = []
-    numbers: dict[bytes, int] = {}  # line -> the number of its first occurrence
     end = dropped = 0
-    for number, line in enumerate(lines[: last + 1]):
+    for number, line in enumerate(lines, 1):
+        place = f"{label}:{number}"
         if not line:
-            raise InputError(f"{label}:{number + 1}: empty line between records")
+            raise InputError(f"{place}: empty line between records")
         row = decode_line(line)
         if row is None:
-            if number < last or _RUN_ON.search(line):  # a kill damages only the last line
-                damage = "damaged record (its checksum is wrong); restore the file from a copy"
-                raise InputError(f"{label}:{number + 1}: {damage}")
+            if number < len(lines) or _RUN_ON.search(line):  # a kill damages only the last line
+                raise InputError(f"{place}: damaged record (its checksum is wrong); restore the file from a copy")
             dropped = 1
             break
         if header is None:
             header = Header.from_dict(row, label)
-        elif fault := _misplaced(row, number + 1, numbers.setdefault(line, number + 1)):
-            raise InputError(f"{label}:{number + 1}: {fault}")
+        elif "prunesim" in row:
+            raise InputError(f"{place}: second header; keep the runs in separate files: prunesim fit reads several")
+        elif (own := row.pop("line", None)) != number:
+            order = "lines are missing, repeated or in another order; restore the file from a copy"
+            raise InputError(f"{place}: was written as line {own!r:.40}: {order}")
         else:
             rows.append(row)
         end += len(line) + 1
     if header is None:
         return None
     return Content(header, tuple(rows), dropped, min(end, len(content)), label)
-
-
-def _misplaced(row: dict[str, Any], line: int, first: int) -> str:
-    """Return the fault of a line's position, or "", and remove its number; ``first`` is its first occurrence."""
-    own = row.pop("line", None)
-    if "prunesim" in row:
-        return "second header; keep the runs in separate files: prunesim fit reads several"
-    if line != first:
-        return f"repeats line {first}; remove it, or restore the file from a copy"
-    if own != line:
-        return f"was written as line {own!r:.40}: lines are missing or in another order; restore the file from a copy"
-    return ""
 
 
 def read_store(path: str | Path) -> Content:
@@ -182,8 +162,10 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The only writer of a file of records, whose run it resumes; InputError if the file belongs to another process or
-    holds records of another device, software or number format."""
+    """The only writer of a file of records; it resumes the run of an existing file.
+
+    InputError if another process writes to the file, or if it has records of another device, software or number format.
+    """
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
@@ -200,7 +182,10 @@ class Store:
                 found = Content(header, ())
             else:
                 found.header.refuse_other(header, str(self.path))
-                self._mend(size)
+                if self._end < size:  # drops an incomplete line
+                    os.ftruncate(self._fd, self._end)
+                if os.pread(self._fd, 1, self._end - 1) != b"\n":
+                    self._put(b"\n")
         except BaseException:
             self.close()
             raise
@@ -213,13 +198,10 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
-        earlier records stay valid, and the store can be used again."""
-        operator, mine = record.get("operator"), self.header.dtype
-        if isinstance(operator, Mapping) and not str(operator.get("kind", "")).startswith(("copy", "launch")):
-            theirs = operator.get("dtype", mine)  # copies and launches have none
-            if theirs != mine:
-                raise InputError(f"{self.path}: holds records of dtype {mine!r}, not of {theirs!r}; use another file")
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
+
+        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
+        """
         row = {"run": self.header.run, "time": _now(), **record}
         self._put(encode_line({"line": len(self._rows) + 2, **row}))
         self._rows.append(row)
@@ -239,27 +221,15 @@ class Store:
         try:
             done = 0
             while done < len(line):
-                done += _write(self._fd, line[done:], self._end + done)
-            _sync(self._fd)
+                done += os.pwrite(self._fd, line[done:], self._end + done)
+            os.fsync(self._fd)
         except OSError as error:
             with suppress(OSError):  # if this fails too, readers drop the incomplete line
                 os.ftruncate(self._fd, self._end)
-                _sync(self._fd)
-            raise self._unwritten(error, "; earlier records are safe") from error
+                os.fsync(self._fd)
+            reason = f"cannot be written: {error.strerror}; earlier records are safe"
+            raise OSError(error.errno, reason, str(self.path)) from error
         self._end += len(line)
-
-    def _mend(self, size: int) -> None:
-        try:
-            if self._end < size:
-                os.ftruncate(self._fd, self._end)
-            if os.pread(self._fd, 1, self._end - 1) != b"\n":
-                self._end += _write(self._fd, b"\n", self._end)
-            _sync(self._fd)
-        except OSError as error:
-            raise self._unwritten(error) from error
-
-    def _unwritten(self, error: OSError, more: str = "") -> OSError:
-        return OSError(error.errno, f"cannot be written: {error.strerror}{more}", str(self.path))
 
 
 def _open_locked(path: Path) -> int:
@@ -278,20 +248,10 @@ def _open_locked(path: Path) -> int:
     return fd
 
 
-def _write(fd: int, data: bytes, offset: int) -> int:
-    return os.pwrite(fd, data, offset)  # a function here, so that a test can fill the disk
-
-
-def _sync(fd: int) -> None:
-    os.fsync(fd)
-
-
 DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
 CLOCK_LIMIT = 0.03  # distance from the highest clock of a run above which rows at the power limit are flagged
 WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
 _MOST = 2**40  # largest plausible dimension of an operator
-_FLAGS: Mapping[str, Flag] = {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}
-_GEMM_LAUNCH = {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
 
 
 def content_records(content: Content) -> Records:
@@ -302,37 +262,36 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time; of
-    several visits the fastest counts. Rows around a drift check that differs from the first one of the run (from the
-    fastest quarter if operators were visited several times) get ``DRIFT``."""
-    rows = list(rows)
-    drifted = _drifted(rows)
-    capped = set() if "threads" in header.stack else _capped(rows)  # only GPUs have a power limit
-    runs: dict[str, int] = {}
-    timings: list[dict[str, Any]] = []
-    visited: dict[tuple[str, str], int] = {}  # run and operator -> index of its timing
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("operator"), Mapping) or row.get("median_s") is None:
-            continue
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time.
+
+    If an operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the
+    first one of the run (after several visits: from the fastest quarter) get ``DRIFT``.
+    """
+    timed = {
+        number: row
+        for number, row in enumerate(rows, 1)
+        if isinstance(row.get("operator"), Mapping) and row.get("median_s") is not None
+    }
+    drifted = _drifted(list(timed.values()))
+    readings = [row["after"] if isinstance(row.get("after"), Mapping) else {} for row in timed.values()]
+    # only GPUs have a power limit
+    capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
+    timings: dict[object, dict[str, Any]] = {}  # key: the operator; the number if an operator has one visit
+    for (number, row), slow in zip(timed.items(), capped, strict=True):
         try:
-            run = str(row.get("run", header.run))
-            timing = {**_timing(row, drifted), "source": runs.setdefault(run, len(runs)), "line": number + 1}
-            timing["flags"] |= Flag.POWER_CAPPED if number in capped else 0
-            index = len(timings)
-            if "visit" in row and "key" in row:
-                index = visited.setdefault((run, str(row["key"])), index)
-            if index == len(timings):
-                timings.append(timing)
-            elif timing["seconds"] < timings[index]["seconds"]:
-                timings[index] = timing
+            timing = {**_timing(row, drifted), "line": number + 1}
+            timing["flags"] |= Flag.POWER_CAPPED if slow else 0
+            key = str(row["key"]) if "visit" in row and "key" in row else number
+            if key not in timings or timing["seconds"] < timings[key]["seconds"]:
+                timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
             raise InputError(f"record {number}: not a timing: {reason}") from None
-    return Records.from_rows(timings, [header.source(run) for run in runs])
+    return Records.from_rows(timings.values(), [header.source()])
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which readings of one run, taken under load, show the power cap at a clock below the run's highest."""
+    """Return which readings of a run, taken under load, show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
@@ -341,38 +300,24 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
     ]
 
 
-def _capped(rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for number, row in enumerate(rows, 1):
-        if row.get("median_s") is not None and isinstance(row.get("after"), Mapping):
-            runs.setdefault(str(row.get("run", "")), {})[number] = row["after"]
-    return {n for own in runs.values() for n, slow in zip(own, power_capped([*own.values()]), strict=True) if slow}
+def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the blocks whose drift check differs."""
+    checks = [row for row in rows if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)]
+    if any(row.get("visit") for row in rows):
+        times = sorted(row["median_s"] for row in checks)
+        return {_block(row) for row in checks if row["median_s"] > (1.0 + DRIFT_LIMIT) * times[len(times) // 4]}
+    return {_block(row) for row in checks if row.get("drifted")}
 
 
-def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """Return the blocks whose drift check differs, by run."""
-    visited = {str(row.get("run", "")) for row in rows if row.get("visit")}
-    checks: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("purpose") == "drift_check" and isinstance(row.get("median_s"), float):
-            checks.setdefault(str(row.get("run", "")), []).append(row)
-    out = set()
-    for run, found in checks.items():
-        times = sorted(row["median_s"] for row in found)
-        limit = (1.0 + DRIFT_LIMIT) * times[len(times) // 4]
-        out |= {_block(row) for row in found if (row["median_s"] > limit if run in visited else row.get("drifted"))}
-    return out
-
-
-def _block(row: Mapping[str, Any]) -> tuple[str, int]:
+def _block(row: Mapping[str, Any]) -> int:
     block = row.get("block", 0)
-    return str(row.get("run", "")), block if isinstance(block, int) else 0
+    return block if isinstance(block, int) else 0
 
 
-def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dict[str, Any]:
-    run, block = _block(row)
-    flags = int(_FLAGS.get(str(row.get("status", "")), 0))
-    if (run, block) in drifted or ((run, block + 1) in drifted and row.get("purpose") != "drift_check"):
+def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
+    block = _block(row)
+    flags = int({"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(str(row.get("status", "")), 0))
+    if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
     if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:
@@ -400,30 +345,29 @@ def _timing(row: Mapping[str, Any], drifted: Collection[tuple[str, int]]) -> dic
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a measured operator; ValueError if one is invalid."""
     kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
-    shape: dict[str, Any] = {name: operator[name] for name in (*COUNTS, "density", "dtype") if name in operator}
-    shape |= {"operator": kind, "cold": cold, "copies": 0 if cold else 1}
+    if kind not in OPERATORS:
+        raise unknown("operator", kind, OPERATORS)
+    dtype, density = str(operator.get("dtype", "bf16")), operator.get("density", 1.0)
+    element_bytes = float(DTYPE_BYTES[dtype_code(dtype)])
+    if not (isinstance(density, (int, float)) and 0.0 < density <= 1.0):
+        raise ValueError(f"density: expected a share above 0, up to 1, got {density!r:.60}")
+    shape: dict[str, Any] = {"operator": kind, "dtype": dtype, "density": density}
+    shape |= {"cold": cold, "copies": 0 if cold else 1}
+    for name in COUNTS:
+        value = operator.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or not 0 <= value <= _MOST:
+            raise ValueError(f"{name}: expected a whole number from 0 to {_MOST}, got {value!r:.60}")
+        shape[name] = value
     if role in ROLES:
         shape["role"] = role
     if kind.startswith("launch") and role == "gemm":
-        shape |= _GEMM_LAUNCH
+        shape |= {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
     if kind == "elementwise":
-        size = float(DTYPE_BYTES[dtype_code(str(operator.get("dtype", "bf16")))])
-        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, operator["m"], operator["n"], size)
+        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, shape["m"], shape["n"], element_bytes)
     if kind == "copy":
-        shape["read_bytes"] = shape["write_bytes"] = float(operator["n"])
-    shape = {name: value for name, value in shape.items() if value is not None}
-    for name, value in shape.items():
-        right = ""
-        if name == "dtype" and not (isinstance(value, str) and value in DTYPES):
-            right = "one of " + ", ".join(DTYPES)
-        elif name == "density" and not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
-            right = "a share above 0, up to 1"
-        elif name in COUNTS and not (type(value) is int and 0 <= value <= _MOST):
-            right = f"a whole number from 0 to {_MOST}"
-        if right:
-            raise ValueError(f"{name}: expected {right}, got {value!r:.60}")
-    if kind not in OPERATORS:
-        raise unknown("operator", kind, OPERATORS)
+        shape["read_bytes"] = shape["write_bytes"] = float(shape["n"])
     return shape
 
 

@@ -1,7 +1,7 @@
-"""Measured times as a table: one row per timing, and the sources of the rows, which hold the facts they share.
+"""Measured times as a table: one row per timing, and the sources of the rows.
 
-In a Parquet file, constant columns become metadata, and integers take the smallest type that holds them: 36,000 GEMMs
-take 150 kB.
+In a Parquet file, constant columns become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take
+150 kB.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from pathlib import Path
 from types import MappingProxyType
@@ -36,9 +36,9 @@ NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
 _LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
 # names of timed operators; the index is the code in the operator column and in files, so new names come last
 OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
-# how the launch counts in a time: not in kernel times of a profiler, as a gap in a graph, as host time
+# how the launch counts in a time: excluded (kernel times of a profiler), as a gap in a graph, or as host time (eager)
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
-PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # of a measurement; unknown in imports
+PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # imports: unknown
 
 
 class Flag(IntFlag):
@@ -47,14 +47,14 @@ class Flag(IntFlag):
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
-    CONFLICT = 8  # several timings of this shape differ; the row holds their median
+    CONFLICT = 8  # several timings of this shape differ; the row has their median
     POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
     WAITED = 32  # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
 
 
 @dataclass(frozen=True)
 class Source:
-    """Origin of rows: the facts that many rows share."""
+    """Origin of rows: facts that many rows share."""
 
     device: str  # the hardware as it names itself
     stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
@@ -77,15 +77,19 @@ class Source:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Source:
-        names = {f.name for f in fields(cls) if f.compare}
-        if extra := sorted(set(data) - names):
-            raise InputError(f"source has unknown fields {extra}; expected some of {sorted(names)}")
-        for name, value in data.items():
-            texts = value.values() if name == "stack" and isinstance(value, Mapping) else [value]
-            if not all(isinstance(text, str) for text in texts) or (name == "stack" and isinstance(value, str)):
-                right = "names and versions" if name == "stack" else "text"
-                raise InputError(f"source: {name}: expected {right}, got {value!r:.60}")
+        check_texts(data, "source: ")
         return cls(**{"device": "", **data})
+
+
+def check_texts(data: Mapping[str, Any], place: str = "") -> None:
+    """Check that values are text, except ``stack``, a mapping of text, and ``extra``, a mapping of any values."""
+    for name, value in data.items():
+        expected: Any = Mapping if name in ("stack", "extra") else str
+        if not isinstance(value, expected):
+            right = "text" if expected is str else "names and values"
+            raise InputError(f"{place}{name}: expected {right}, got {value!r:.60}")
+        if name == "stack":
+            check_texts(value, f"{place}stack.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +97,7 @@ class Records(Table):
     """Timings as columns of equal length: what was timed, then the time and its quality."""
 
     operator: Array = column(np.int8, 0)
-    # index into workload.ROLES; -1 where the operator has none, and for all products of experts
+    # index into ROLES; -1 where the operator has no role, and for all products of experts together
     role: Array = column(np.int16, -1)
     dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
     weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; dtype by default
@@ -118,7 +122,8 @@ class Records(Table):
     copies: Array = column(np.int32, 0)  # distinct weights rotated; 0: none stays in the cache (unknown, if not cold)
     experts: Array = column(np.int64, 0)  # experts on the device
     active: Array = column(np.float64, 0.0)  # experts on the device that a token uses, on average
-    # experts: exponent of the power law of their tokens; 0: uniform; below: minus the largest share off their mean
+    # experts: exponent of the power law of their tokens; 0: uniform; negative: minus the largest relative deviation
+    # from the mean
     skew: Array = column(np.float64, 0.0)
     fused: Array = column(np.bool_, False)  # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
     seconds: Array = column(np.float64, np.nan)  # s, median of the samples (the mean, if the source has no median)
@@ -128,7 +133,7 @@ class Records(Table):
     flags: Array = column(np.int32, 0)  # Flag bits
     purpose: Array = column(np.int8, 0)  # index into PURPOSES
     source: Array = column(np.int32, 0)  # index into sources
-    line: Array = column(np.int32, 0)  # of the file that the row was read from, for messages; 0: unknown; never stored
+    line: Array = column(np.int32, 0)  # line of the file, for messages; 0: unknown; never stored
     sources: tuple[Source, ...] = ()
 
     TITLE = "records "
@@ -155,7 +160,7 @@ class Records(Table):
             most = len(cls.CODES[name]) - 1 if name in cls.CODES else int(np.iinfo(kind).max)
             least = -1 if name == "role" else 0 if name in cls.CODES else int(np.iinfo(kind).min)
             low, high = given.min(), given.max()
-            if not (least <= low and high <= most):  # also true for NaN
+            if not (least <= low and high <= most):  # NaN is refused too
                 right = f"expected whole numbers from {least} to {most}"
                 raise ValueError(f"records column {name}: {right}, got {low} to {high}")
         return given
@@ -167,15 +172,10 @@ class Records(Table):
         return super().from_columns(*sources, size=size, **columns)
 
     @classmethod
-    def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *sources: Any) -> T:
-        full = ({"weight_dtype": row["dtype"], **row} if "dtype" in row else row for row in rows)
-        return super().from_rows(full, *sources)
-
-    @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
         """Join the rows of several tables; equal sources are kept once."""
         sources: list[Source] = []
-        recoded = [cls.from_columns([])]  # so zero tables give an empty table
+        recoded = [cls.from_columns([])]  # without parts, the result is an empty table
         for part in parts:
             for source in part.sources:
                 if source not in sources:
@@ -236,10 +236,10 @@ class Records(Table):
         return sha.hexdigest()
 
 
-# columns that are omitted from files and digests if they are all zero, so older tables keep their digests
+# columns that files and digests omit if they are all zero, because older tables must keep their digests
 LATER = ("experts", "active", "skew", "fused")
 
-# columns of what was timed and how: equal in two timings of one shape
+# columns that are equal in two timings of one shape
 SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
 
 # columns of SHAPE that are dimensions: whole numbers
@@ -247,11 +247,14 @@ COUNTS: tuple[str, ...] = tuple(name for name in SHAPE if Records.SCHEMA[name][0
 
 SCHEMA_VERSION = 1
 _KEY = b"prunesim.records"
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
-    """Return a table as the bytes of a Parquet file; ``extra`` is JSON-ready metadata, ``single`` stores times as
-    float32, whose rounding of 6e-8 is far below the noise of any clock."""
+    """Return a table as the bytes of a Parquet file.
+
+    ``extra`` is JSON-ready metadata; ``single`` stores times as float32, whose rounding is below the noise of clocks.
+    """
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -275,29 +278,32 @@ def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, s
     return buffer.getvalue()
 
 
-def read_records(path: str | Path | bytes, label: str = "table") -> Records:
-    """Read a table of :func:`write_records` from a path, or from bytes that ``label`` names."""
-    label = label if isinstance(path, bytes) else str(path)
-    table = read_parquet(path if isinstance(path, bytes) else read_bounded(path), label)
-    head = _head(table.schema.metadata, label)
+def read_records(path: str | Path | bytes) -> Records:
+    """Read a table of :func:`write_records` from a path or from its bytes."""
+    label, content = ("table", path) if isinstance(path, bytes) else (str(path), read_bounded(path))
+    records = records_of_parquet(read_parquet(content, label), label)
+    if records is None:
+        raise InputError(f"{label}: not a table of records by prunesim")
+    return records
+
+
+def records_of_parquet(table: Any, label: str) -> Records | None:
+    """Return the records of a pyarrow table, None for a table by another program; ``label`` names its file."""
+    if _KEY not in (table.schema.metadata or {}):
+        return None
     try:
+        head = json.loads(table.schema.metadata[_KEY])
+        if head["schema"] != SCHEMA_VERSION:
+            raise InputError(f"expected schema {SCHEMA_VERSION}, got {head['schema']!r:.40}")
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
         found = Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, load_pyarrow()[0].ArrowException) as error:
+    except (*_DAMAGE, load_pyarrow()[0].ArrowException) as error:
         raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
     # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
     of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[found.source]
     old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
     return found.replace(flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags))
-
-
-def is_records(content: bytes) -> bool:
-    pa, pq = load_pyarrow()
-    try:
-        return _KEY in (pq.read_schema(io.BytesIO(content)).metadata or {})
-    except (pa.ArrowException, OSError, ValueError):
-        return False
 
 
 def _narrow(values: Array) -> type:
@@ -306,19 +312,3 @@ def _narrow(values: Array) -> type:
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     kinds = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
     return next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
-
-
-def _head(metadata: Mapping[bytes, bytes] | None, label: str) -> dict[str, Any]:
-    if not metadata or _KEY not in metadata:
-        raise InputError(f"{label}: not a table of records by prunesim")
-    damaged = f"{label}: damaged table of records: its metadata"
-    try:
-        head: Any = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{damaged} cannot be read") from error
-    if not isinstance(head, dict):
-        raise InputError(f"{damaged} are not a mapping")
-    if head.get("schema") != SCHEMA_VERSION:
-        schema = head.get("schema")
-        raise InputError(f"{label}: records: expected schema {SCHEMA_VERSION}, got {schema!r:.40}")
-    return head

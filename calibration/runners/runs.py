@@ -21,11 +21,10 @@ from calibration.evidence.validate import Report, disturbed_share, validate
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order, next_rows
-from calibration.measure.probe import default_protocol, default_visits, probe
+from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order, next_rows, probe
 from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
-from calibration.measure.timing import Protocol
+from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.exact_shapes import without_exact
 from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store

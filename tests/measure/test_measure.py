@@ -53,13 +53,12 @@ def test_the_fastest_of_several_visits_is_what_a_shared_machine_can_do() -> None
 
 
 def test_visits_share_the_budget_and_a_rerun_makes_those_that_are_missing() -> None:
-    plan = plan_of(visits=3)
-    first, kept = go(ReplayDevice(setup_s=0.05), plan, budget_s=7.0)
+    first, kept = go(ReplayDevice(setup_s=0.05), plan_of(visits=3, budget_s=7.0))
     assert first.elapsed_s < 7.5
     assert 0 < first.counts.left < ALL
     assert first.counts.timed + first.counts.left == ALL
     assert first.counts.revisited > first.counts.timed
-    again, more = go(ReplayDevice(setup_s=0.05), plan, previous=kept, budget_s=60.0)
+    again, more = go(ReplayDevice(setup_s=0.05), plan_of(visits=3, budget_s=60.0), previous=kept)
     assert again.counts.resumed == first.counts.timed
     visits = [(r["key"], r["visit"]) for r in items(kept + more)]
     assert len(visits) == len(set(visits)) == 3 * ALL

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,19 @@ import pytest
 from planted import PROTOCOL, RATES, SHAPES, go, items, plan_of
 
 from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
-from calibration.measure.plan import DRIFT_CHECK, base_plan
-from calibration.measure.probe import probe
+from calibration.measure.plan import DRIFT_CHECK, base_plan, probe
 from calibration.measure.run import run
-from calibration.records.store import Header, Store, parse, read_store
-from simulator.errors import InputError
+from calibration.records.store import parse, read_store
 
 ALL = len(SHAPES)
 
 
 @pytest.mark.parametrize(("budget_s", "factor"), [(20.0, 1.0), (120.0, 0.3), (120.0, 4.0)])
 def test_the_budget_holds_though_estimates_are_wrong(budget_s: float, factor: float) -> None:
-    plan = base_plan(RATES, budget_s=3 * budget_s, protocol=PROTOCOL)
-    outcome, _ = go(ReplayDevice(noise=0.05, setup_s=0.05 * factor), plan, budget_s=budget_s)
+    plan = replace(base_plan(RATES, budget_s=3 * budget_s, protocol=PROTOCOL), budget_s=budget_s)
+    outcome, _ = go(ReplayDevice(noise=0.05, setup_s=0.05 * factor), plan)
     assert (outcome.stopped, outcome.complete) == ("budget", True)
     assert 0.9 * budget_s <= outcome.elapsed_s <= 1.1 * budget_s
-    with pytest.raises(InputError, match="budget"):
-        go(ReplayDevice(), budget_s=0.0)
 
 
 def test_a_rerun_measures_what_is_missing_and_keeps_the_reference() -> None:
@@ -85,17 +82,6 @@ def test_a_store_that_cannot_write_ends_the_run_and_the_error_says_so() -> None:
     with pytest.raises(OSError, match="No space left"):
         run(plan_of(), ReplayDevice(), kept, protocol=PROTOCOL)
     assert len(kept) == 6
-
-
-def test_a_real_store_takes_the_records(tmp_path: Path) -> None:
-    path, header = tmp_path / "records.jsonl", Header("planted")
-    outcomes = []
-    for _ in range(2):
-        with Store(path, header) as store:
-            device = ReplayDevice(noise=0.002, faults=Faults(nan={2}))
-            outcomes.append(run(plan_of(), device, store.append, previous=store.rows, protocol=PROTOCOL))
-        assert len(read_store(path).rows) == ALL + outcomes[0].counts.drift_checks
-    assert outcomes[1].counts.resumed == ALL
 
 
 MANY = [(m, 256, 512) for m in range(1, 201)]

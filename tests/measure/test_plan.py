@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -53,10 +52,14 @@ def test_a_plan_begins_with_each_kind_of_operator_even_on_a_slow_machine(
     made = base_plan(rates, budget_s=budget_s, seed=seed, protocol=Protocol(time_limit_s=0.25 / 3.0))
     exact = in_order([Operator("gemm", m=m, n=48, k=48) for m in (1, 2)], rates).items
     both = replace(made, items=(*exact, *made.items), visits=3)
-    for visit in range(3):
-        kinds = [item.operator.kind for item in both.order(visit)[2:]]
+    orders = [both.order(visit) for visit in range(3)]
+    for order in orders:
+        assert {item.purpose for item in order[:2]} == {EXACT}
+        assert {item.operator.key for item in order} == {item.operator.key for item in both.items}
+        kinds = [item.operator.kind for item in order[2:]]
         assert len(set(kinds)) == len(set(kinds[: len(set(kinds))]))
         assert set(kinds) >= {*OPERATORS} - {"gemm_2to4", "attention_block_sparse"}
+    assert len({tuple(item.operator.key for item in order) for order in orders}) == 3
     assert made.estimated_s <= budget_s
     assert _gemms(made)
 
@@ -82,7 +85,7 @@ def test_groups_are_held_out_whole_and_a_fifth_of_them_and_have_several_m(plan: 
 
 def test_a_short_plan_has_enough_attention_of_one_head_width_for_a_fit() -> None:
     def most(**options: bool) -> float:
-        """Of each kind: the largest share of its rows that are of one head width."""
+        """The largest share of a kind's rows with one head width, for the kind with less of it."""
         items = base_plan(CPU, budget_s=200.0, dtype="fp32", seed=2, **options).items
         found = []
         for kind in ("attention_prefill", "attention_decode"):
@@ -115,10 +118,7 @@ def test_shapes_too_slow_or_too_large_are_left_out() -> None:
     assert max(item.operator.footprint_bytes for item in made.items) <= 1e8
 
 
-def test_a_budget_of_nothing_or_for_not_one_gemm_is_refused() -> None:
-    for budget in (0, -1.0, math.nan):
-        with pytest.raises(InputError, match="budget: expected a time above zero"):
-            base_plan(CPU, budget_s=budget)
+def test_a_budget_for_not_one_gemm_is_refused() -> None:
     with pytest.raises(InputError, match="too short for one GEMM in bf16"):
         base_plan(CPU, budget_s=0.01)
 
@@ -132,15 +132,6 @@ def test_in_order_takes_exactly_the_operators_given() -> None:
     assert [item.purpose for item in made.items] == [EXACT, EXACT, FIT]
     with pytest.raises(InputError, match="expected at least one operator"):
         in_order([], GPU)
-
-
-def test_exact_shapes_come_first_at_every_visit() -> None:
-    base, exact = base_plan(CPU, budget_s=60.0, seed=3), [Operator("gemm", m=m, n=48, k=48) for m in range(1, 9)]
-    both = replace(base, items=(*in_order(exact, CPU).items, *base.items), visits=3)
-    orders = [both.order(visit) for visit in range(3)]
-    assert all({item.purpose for item in order[:8]} == {EXACT} for order in orders)
-    assert all({item.operator.key for item in order} == {item.operator.key for item in both.items} for order in orders)
-    assert len({tuple(item.operator.key for item in part) for order in orders for part in (order[:8], order[8:])}) == 6
 
 
 SPARSE: dict[str, Any] = {"kind": "attention_block_sparse", "batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64}

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.measurements import load_measurements
-from calibration.records.importers import import_table
-from calibration.records.readers import MOST, conversion_s
+from calibration.records.importers import MOST, conversion_s, import_table
 from simulator import load_hardware
 
 LAUNCH, KERNEL, RATE, CHAIN = 2.5e-6, 3e-6, 1.2e12, 1e-9
@@ -55,22 +53,11 @@ def test_an_import_keeps_products_alone(tmp_path: Path) -> None:
     columns |= {"gemm_dtype": np.where(wide, "bfloat16", "fp8").tolist(), "latency": (1e3 * seconds).tolist()}
     columns |= {name: x.astype(int).tolist() for name, x in (("m", m), ("n", n), ("k", k))}
     pq.write_table(pa.table(columns), path := tmp_path / "gemm_perf.parquet")
-    result = import_table(path, hw=load_hardware("h100"), dtype="fp8")
+    result = import_table(path, hw=load_hardware("h100"))
     most = ~wide & (conversion + CHAIN * 768 > MOST * seconds)
-    assert result.refusals["over 65 % of the time is the conversion of activations"] == pytest.approx(most.sum(), abs=3)
-    r = result.records
+    refused = result.refusals["over 65 % of the time is the conversion of activations"]
+    assert len(refused) == pytest.approx(most.sum(), abs=3)
+    r = result.records.of_dtype("fp8")
     full = {(a, b, c): t - v for a, b, c, w, t, v in zip(m, n, k, wide, seconds, conversion, strict=True) if not w}
     alone = np.array([full[shape] for shape in zip(r.m, r.n, r.k, strict=True)])
     assert r.seconds == pytest.approx(alone - CHAIN * 768, abs=0.4e-6)
-
-
-def test_two_stacks_agree_on_the_product_alone() -> None:
-    """TensorRT-LLM converts in 10 us, SGLang in 2; of few tokens, their products alone take as long."""
-    of = {}
-    for stack in ("trtllm", "sglang"):
-        r = load_measurements(f"h100_sxm/gemm/{stack}")
-        r = r.select((r.labels() == "fp8") & (r.m <= 64))
-        of[stack] = dict(zip(zip(r.m, r.n, r.k, strict=True), r.seconds, strict=True))
-    ratio = np.array([t / of["sglang"][shape] for shape, t in of["trtllm"].items() if shape in of["sglang"]])
-    assert len(ratio) > 5000
-    assert np.median(ratio) == pytest.approx(1.0, abs=0.1)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from calibration.measurements.wheel import datasheet
-from calibration.records.importers import import_table
-from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, too_fast
+from calibration.records.importers import ImportResult, import_table
+from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, refusal_lines, too_fast
 from calibration.records.store import Header, Store
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
 from simulator.codes import DTYPES, ROLES
@@ -28,6 +28,10 @@ A100 = datasheet("a100_sxm_80gb")
 def refused(says: str, call: Any, *arguments: Any, **options: Any) -> None:
     with pytest.raises(InputError, match=says):
         call(*arguments, **options)
+
+
+def counts(result: ImportResult) -> dict[str, int]:
+    return {reason: len(rows) for reason, rows in result.refusals.items()}
 
 
 def csv(path: Path, text: str) -> Path:
@@ -71,9 +75,8 @@ def test_the_time_column_names_its_unit(path: Path) -> None:
 )
 def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: str) -> None:
     result = import_table(gemms(path, [line, "16,4096,4096,30", line]), hw=H100)
-    assert dict(result.refusals) == {reason: 2}
-    assert result.refusals.rows[reason] == [31, 33]
-    assert result.refusals.lines() == [f"2 rows: {reason} (rows 31, 33)"]
+    assert counts(result) == {reason: 2}
+    assert refusal_lines(result.refusals) == [f"2 rows: {reason} (rows 31, 33)"]
     assert len(result.records) == 30  # the good row repeats the first shape
 
 
@@ -86,7 +89,7 @@ def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "columns", "reason"),
     [
-        ("m,n,latency_us\n1,2,3\n", None, "column k is missing; the file has m, n, latency_us"),
+        ("m,n,latency_us\n1,2,3\n", None, "gemm needs the columns k; the file has m, n, latency_us"),
         ("m,n,k,time\n1,2,3,4\n", None, "expected one column of times, named or mapped to one of seconds"),
         ("m,n,k,latency_us,latency_ms\n1,2,3,4,5\n", None, "one column of times.*; found latency_ms, latency_us"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
@@ -122,7 +125,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
 def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Path) -> None:
     lines = ["16,4096,4096,32.5", "32,4096,4096,34", "32,4096,4096,35"]
     result = import_table(gemms(path, lines), hw=H100)
-    assert (len(result.records), result.refusals.total) == (30, 0)
+    assert (len(result.records), result.refusals) == (30, {})
     assert result.records.sources[0].origin == "table.csv"
     assert result.records.seconds[:3] == pytest.approx([31.25e-6, 34e-6, 32e-6])
     assert result.records.flags.tolist()[:3] == [0, Flag.CONFLICT, 0]
@@ -142,22 +145,17 @@ def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_n
             store.append({"operator": {"kind": "gemm", "m": m, "n": 8, "k": 8}, "median_s": 1.0})
     assert import_table(run).records.place(1) == f"{run}:3: gemm bf16 m=2 n=8 k=8"
     both = Records.concat([csv, csv.replace(sources=(replace(csv.sources[0], file="other.csv"),))])
-    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")  # of one of two files
+    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")  # two files have it: none is named
     moved = csv.replace(line=0, sources=(replace(csv.sources[0], file=""),))
     assert moved.digest() == csv.digest()
     assert write_records(moved) == write_records(csv)
 
 
-def test_one_of_mixed_number_formats_is_chosen(path: Path) -> None:
+def test_a_file_may_mix_number_formats(path: Path) -> None:
     formats = ("bfloat16,bf16", "fp8,fp8", "bf16,int8")
     rows = [f"{m},4096,4096,{names},40" for m in range(1, 31) for names in formats]
     csv(path, "\n".join(["m,n,k,dtype,weight_dtype,latency_us", *rows]))
     assert set(import_table(path, hw=H100).records.labels()) == {"bf16", "fp8", "int8_wo"}
-    chosen = import_table(path, hw=H100, dtype="int8_wo")
-    assert set(chosen.records.labels()) == {"int8_wo"}
-    assert dict(chosen.refusals) == {"dtype bf16, not int8_wo": 30, "dtype fp8, not int8_wo": 30}
-    assert chosen.refusals.rows["dtype fp8, not int8_wo"][:3] == [2, 5, 8]
-    refused("no usable row: 30 rows: dtype bf16, not int4_wo", import_table, path, hw=H100, dtype="int4_wo")
 
 
 def test_few_rows_and_a_missing_datasheet_are_said(path: Path) -> None:
@@ -184,7 +182,7 @@ def test_attention_and_other_operators_from_csv(path: Path) -> None:
     assert [int(r) for r in result.records.role] == [-1, ROLES.index("activation"), ROLES.index("q")]
     heads = ["heads is not a multiple of kv_heads", "q_len exceeds kv_len"]
     reasons = ["operator 'conv' is unknown", "k is missing or not a number", *heads]
-    assert dict(result.refusals) == dict.fromkeys(reasons, 1)
+    assert counts(result) == dict.fromkeys(reasons, 1)
 
 
 def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
@@ -197,7 +195,7 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
         store.append({"operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"})
     path.write_bytes(path.read_bytes() + b'{"half a')
     result = import_table(path, hw=H100)
-    assert dict(result.refusals) == {"faster than the arithmetic peak at the highest clock": 1}
+    assert counts(result) == {"faster than the arithmetic peak at the highest clock": 1}
     cut = "the last line was incomplete and was dropped"
     assert result.notes == (cut, "1 operators without a time: skipped: out of memory")
     (tmp_path / "records.parquet").write_bytes(write_records(result.records))
@@ -230,7 +228,7 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100)
     unknown = "the time includes a conversion of activations that no narrow row tells"
-    assert dict(result.refusals) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
+    assert counts(result) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
     assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "bf16"]
     # weights alone without the 4.7 us of a profiler
     assert result.records.seconds == pytest.approx(np.array([0.05, 0.0253, 0.0153, 0.7]) / 1e3)
@@ -247,7 +245,7 @@ def test_products_of_no_random_numbers_are_taken_where_memory_bounds_them(tmp_pa
     columns = {"gemm_dtype": ["bfloat16"] * 3, "m": [1, 64, 4096], "n": [8192] * 3, "k": [8192] * 3}
     path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.1, 0.1, 2.0]}, framework="vLLM")
     result = import_table(path, hw=A100)
-    assert dict(result.refusals) == {"compute-bound, on operands that were not random numbers": 1}
+    assert counts(result) == {"compute-bound, on operands that were not random numbers": 1}
     assert result.records.m.tolist() == [1, 64]
     refused("were not random numbers, .* name the hardware", import_table, path)
 
@@ -280,7 +278,7 @@ def test_latent_attention_is_held_against_physics() -> None:
     r = Records.from_columns([Source("H100")], **shape, weight_dtype=["bf16", "fp8"])
     compute, memory = least_seconds(r, H100)
     flop, peaks = 2.0 * 1088 * 64 * 128 * 8192, [H100.peak_flop_per_s(dtype) for dtype in ("bf16", "fp8")]
-    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])  # of the cache's format
+    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])  # in the cache's format
     moved = 64 * 8192 * 576 * 2 + 64 * 128 * 1088 * 2 - H100.l2_bytes  # the cache, queries and outputs, but for the L2
     assert memory[0] == pytest.approx(moved / H100.bandwidth_bytes_per_s)
 
@@ -291,7 +289,7 @@ def test_aiconfigurator_collectives(tmp_path: Path) -> None:
     result = import_table(path, hw=A100)
     records = result.records
     # 512 MiB, of which 7/8 leave the device, in 0.9 ms: 522 GB/s on links of 300
-    assert dict(result.refusals) == {"faster than memory, L2 or link allow": 1}
+    assert counts(result) == {"faster than memory, L2 or link allow": 1}
     assert records.is_operator("collective").all()
     assert [ROLES[code] for code in records.role] == ["all_to_all"] * 2
     assert (records.n.tolist(), records.batch.tolist()) == ([512, 512], [2, 8])  # bytes, devices
@@ -307,7 +305,7 @@ def test_aiconfigurator_tables_that_lack_something_are_refused(tmp_path: Path) -
     path = tmp_path / "t.parquet"
     refused("column k missing; the file has", import_table, aic(path, columns))
     refused("op_name 'mamba' is unknown", import_table, aic(path, {"latency": [0.01]}, op="mamba"))
-    refused("column moe_dtype, num_tokens, .* missing", import_table, aic(path, {"latency": [0.01]}, op="moe"))
+    refused("column moe_dtype missing", import_table, aic(path, {"latency": [0.01]}, op="moe"))
 
 
 def test_aiconfigurator_experts(tmp_path: Path) -> None:
@@ -331,7 +329,7 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
     ]  # fmt: skip
     columns["latency"][0] = 0.01  # 75 MB in 10 us
     again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
-    assert again.refusals["faster than memory, L2 or link allow"] == 1
+    assert counts(again)["faster than memory, L2 or link allow"] == 1
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
@@ -339,7 +337,7 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
     result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100)
     records = result.records
-    assert dict(result.refusals) == {"beam search": 1}
+    assert counts(result) == {"beam search": 1}
     assert (records.kv_len.tolist(), records.q_len.tolist()) == ([1024] * 3, [1] * 3)
     assert records.window.tolist() == [0, 128, 0]
     assert records.labels().tolist() == ["bf16", "bf16", "fp8_wo"]
@@ -353,7 +351,7 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
 def test_the_rtx_4090_tables(shared_data: Path) -> None:
     hw = datasheet("rtx_4090")
     gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
-    assert (len(gemm.records), gemm.refusals.total) == (344, 0)
+    assert (len(gemm.records), gemm.refusals) == (344, {})
     assert {ROLES[r] for r in gemm.records.role} == {"qkv", "down", "lm_head"}
     assert gemm.records.cold.all()
     assert {LAUNCHES[c] for c in gemm.records.launch} == {"excluded"}
@@ -363,16 +361,12 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
         "attn_prefill_noncausal: attention without a causal mask is not modelled": 1,
         "faster than memory, L2 or link allow": 1,  # one sequence of 16,384 keys, partly from L2
     }
-    assert (len(attention.records), dict(attention.refusals)) == (97, refused)
+    assert (len(attention.records), counts(attention)) == (97, refused)
     decode = attention.records.is_operator("attention_decode")
     assert attention.records.cold.tolist() == decode.tolist()  # a running model's cache comes from memory
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
     roles = "activation embedding attention_norm final_norm rotary"
     assert {ROLES[r] for r in others.records.role} == set(roles.split())
-    moved = others.records.read_bytes + others.records.write_bytes
-    large = (others.records.role == ROLES.index("activation")) & (others.records.m == 2048)
-    bandwidth = float(moved[large][0] / others.records.seconds[large][0])
-    assert 0.7 < bandwidth / hw.bandwidth_bytes_per_s < 1.3  # 176 MB, more than the L2 holds
 
 
 def one(**columns: Any) -> Records:
@@ -386,7 +380,7 @@ def test_what_no_run_can_beat() -> None:
     assert cold == pytest.approx(2 * 16384**2 / 3.35e12, rel=1e-3)
     warm = least_seconds(one(m=1, n=4096, k=4096, copies=1, cold=False), H100)[1][0]  # 32 MiB stay in the L2
     assert warm == pytest.approx((2 * 4096**2 + 2 * 8192) / (L2_BYTES_PER_CLOCK * 132 * 1.98e9), rel=1e-3)
-    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]  # of two, at most one half is there
+    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]  # at most one stays in the L2
     assert rotated == pytest.approx((2 * 4096**2 - 25 * 2**20) / 3.35e12, rel=1e-3)
     sparse = least_seconds(one(m=4096, n=4096, k=4096, operator=np.array(["gemm_2to4"])), H100)[0][0]
     assert sparse == pytest.approx(compute[0] / 2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from calibration.measurements import load_measurements
 from calibration.measurements.infersim import read_table
 from simulator.codes import DTYPES
+
+pytestmark = pytest.mark.quick
 
 HEAD = "heads,kv_heads,head_dim,dtype,kv_dtype,batch_size,kv_len,latency_us"
 
@@ -19,7 +19,6 @@ def decode(folder: Path, *rows: str) -> Path:
     return folder
 
 
-@pytest.mark.quick
 def test_times_of_calls_and_disturbed_rows_are_refused(tmp_path: Path) -> None:
     timed_calls = [
         f"32,4,128,bf16,bf16,{b},8192,{t}" for b, t in ((1.0, 28.1), (16.0, 100.4), (32.0, 188.0), (8.0, 130.0))
@@ -28,7 +27,7 @@ def test_times_of_calls_and_disturbed_rows_are_refused(tmp_path: Path) -> None:
     records, _, refused = read_table(
         "h20/attention_decode/flashinfer", decode(tmp_path, *timed_calls, *kernels, "64,2,128,,,,,")
     )
-    assert dict(refused) == {
+    assert {reason: len(rows) for reason, rows in refused.items()} == {
         "the file has no time": 1,
         "shorter than 40 us, where calls take the host that long": 1,  # not of the layout that has 9.9 us
         "over 1.15 times the time of a call of more work": 1,  # 8 sequences in 130 us, 16 in 100
@@ -38,7 +37,6 @@ def test_times_of_calls_and_disturbed_rows_are_refused(tmp_path: Path) -> None:
     assert not records.cold.any()  # calls repeat one cache
 
 
-@pytest.mark.quick
 def test_products_have_scales_by_block_and_cold_weights(tmp_path: Path) -> None:
     rows = ["m,n,k,latency_us", "16,6144,2048,10.63", "64,24576,4096,50", "64,24576,4096,52"]
     (tmp_path / "gemm_fp8.csv").write_text("\n".join(rows) + "\n")
@@ -46,12 +44,3 @@ def test_products_have_scales_by_block_and_cold_weights(tmp_path: Path) -> None:
     assert (records.labels().tolist(), len(refused)) == (["fp8_block"] * 2, 0)
     assert records.seconds.tolist() == pytest.approx([10.63e-6, 51e-6])  # a repeated shape has its median
     assert records.cold.all()
-
-
-@pytest.mark.quick
-def test_fp8_products_need_the_same_time_up_to_64_rows() -> None:
-    """A tile of Hopper's instructions has 64 rows: fewer tokens save nothing."""
-    r = load_measurements("h20/gemm/sglang")
-    few = [r.seconds[(r.n == 6144) & (r.k == 2048) & (r.m == m)].item() for m in (16, 32, 64, 128)]
-    assert np.ptp(np.log(few[:3])) < 0.02
-    assert few[3] > 1.4 * few[2]

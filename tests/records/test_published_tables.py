@@ -1,5 +1,4 @@
-"""What was measured of whole models: every row is well formed, in the tool's terms, from a named source, and can be
-lowered and pruned as it says."""
+"""Published measurements of whole models: every row is well formed, names its source, and can be lowered and pruned."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from calibration.measurements import FOLDER, INDEX, PUBLISHED, published
 from calibration.measurements import build as made
 from simulator.engines.generations import split
 from simulator.errors import InputError
+from simulator.files.csv import csv_text
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.quality import parse_options
@@ -79,7 +79,7 @@ def test_a_source_is_fitted_on_or_judged_on_never_both() -> None:
     assert judge
     assert not fit & judge
     assert {r["split"] for r in rows} == {"fit", "judge"}
-    # of sglang the only source has chosen a default of Hopper's; its serving runs judge it
+    # sglang's only source determined a default for Hopper; its serving runs judge it
     assert {split(r["engine"])[0] for r in used(DENSE) if r["split"] == "judge"} == ENGINES - {"reference", "sglang"}
 
 
@@ -87,11 +87,10 @@ def test_serving_rows_are_what_the_provenance_says() -> None:
     entry = yaml.safe_load((FOLDER / INDEX).read_text(encoding="utf-8"))["serving"]
     content = (FOLDER / entry["file"]).read_bytes()
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
-    assert content == made.serving_csv(SERVING)
+    assert content == csv_text(SERVING).encode()
     assert len(SERVING) == entry["rows"] == 1237
     assert made.why_left_out(SERVING) == entry["left_out"] == {made.CACHED: 74, made.QUEUED: 6, made.SEVERAL: 1}
     for r in SERVING:
-        assert tuple(r) == made.COLUMNS
         assert r["engine"] in made.ENGINES
         assert r["hardware"] in made.HARDWARE
         assert r["weight_dtype"] in ("bf16", "fp8", "fp8_block", "nvfp4")

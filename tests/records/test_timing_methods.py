@@ -1,18 +1,16 @@
-"""Rows of several measuring methods are never fitted together, and rows of older protocols are marked."""
+"""Rows of several measuring methods are never fitted together."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from calibration.devices.protocol import Operator
 from calibration.records.screening import one_method
-from calibration.records.store import Header, Store, content_records, read_store, records_of
+from calibration.records.store import Header, records_of
 from calibration.records.timing_table import LAUNCHES, Records, Source
-from simulator.errors import InputError
 
 pytestmark = pytest.mark.quick
 
@@ -46,14 +44,12 @@ def test_kernel_names_in_a_method_do_not_change_how_launches_count() -> None:
     assert {LAUNCHES[code] for code in records_of(_rows(named, 2), GPU).launch} == {"eager"}
 
 
-def test_runs_of_two_protocols_are_not_mixed_and_old_ones_are_marked() -> None:
+def test_runs_of_two_protocols_are_not_mixed() -> None:
     old, new = records_of(_rows(GRAPH, 3), OLD), records_of(_rows(GRAPH, 3, start=10), GPU)
     kept, notes = one_method(Records.concat([old, new]))
-    assert [source.run for source in kept.tidy().sources] == ["new"]  # of equally many, the newest
-    assert "3 gemm bf16 rows excluded: timed by graph replays (protocol 1), the other 3" in notes[0]
-    kept, notes = one_method(old)
-    assert len(kept) == 3
-    assert notes[0].startswith("3 rows follow protocol 1 of an older version")
+    assert [source.run for source in kept.tidy().sources] == ["new"]  # as many rows: the newest protocol is kept
+    assert "3 gemm bf16 rows excluded: timed by graph replays, the other 3 by graph replays (protocol 2)" in notes[0]
+    assert one_method(old)[1] == ()
 
 
 def test_tables_of_others_and_of_a_cpu_are_not_changed() -> None:
@@ -62,13 +58,3 @@ def test_tables_of_others_and_of_a_cpu_are_not_changed() -> None:
     for records in (table, cpu, Records.from_columns([])):
         kept, notes = one_method(records)
         assert (kept.digest(), notes) == (records.digest(), ())
-
-
-def test_a_run_of_an_older_protocol_is_read_but_not_resumed(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    with Store(path, OLD) as store:
-        for row in _rows(GRAPH, 2):
-            store.append(row)
-    assert len(content_records(read_store(path))) == 2
-    with pytest.raises(InputError, match="protocol 'none', not of '2'; use another file"):
-        Store(path, GPU)
