@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.evidence.__main__ import main
-from calibration.evidence.pages import accuracy_page, columns_of_table, filled
+from calibration.evidence.pages import accuracy_page, columns_of_table, filled, main
 from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
 from calibration.evidence.sets import (
     ATTENTION,
@@ -75,7 +74,7 @@ def test_scores_by_hand() -> None:
     two = products([1.0, 2.0], np.full(2, 64.0), np.full(2, 64.0), [1.0, 2.0], MACHINE)
     table = MeasuredRows(two, HW)
     found = score(table.timed(np.array([1.1, 1.8]), table.pairs()))
-    assert found["mape"] == found["mape m<=16"] == pytest.approx(0.1)
+    assert found["mape"] == found["mape m <= 16"] == pytest.approx(0.1)
     assert found["bias"] == pytest.approx(0.0)
     assert found["speedup median"] == pytest.approx(abs(1.8 / 1.1 / 2 - 1))
     assert found["speedup pairs"] == 1
