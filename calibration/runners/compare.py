@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interru
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.pairs import Runner
+from calibration.runners.pairs import ModelRun, Runner
 from calibration.runners.runs import begin
 from simulator.codes import PHASES
 from simulator.display import few
@@ -36,8 +35,6 @@ from simulator.engines.engine import load_engine
 from simulator.engines.generations import numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.changes import NONE
-from simulator.models.config import ModelConfig
 from simulator.prediction.benchmarks import BenchRun
 from simulator.prediction.measured import pass_seconds
 from simulator.units import ratio
@@ -87,28 +84,22 @@ class ComparedCases:
 def compare(
     folder: str | Path,
     device: Device,
-    config: ModelConfig,
+    model: ModelRun,
     cases: Sequence[Case],
-    *,
     budget_s: float,
-    dtype: str = "bf16",
-    engine: str = "reference",
-    content: Mapping[str, Any] = NONE,
-    python: str = sys.executable,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
     """Run and time a model in every case, into a new run folder or the folder of an earlier run of the same device.
 
-    The cases share the budget equally; the next run measures those that remain. Engines of a library need ``content``,
-    that of the model's ``config.json``; ``python`` has vLLM. ``seed`` determines weights and the order of the cases.
+    The cases share the budget equally; the next run measures the cases that remain.
     """
+    dtype, engine = model.dtype, model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
         raise InputError(f"--dtype: expected one of {known} for a model on {device.name}, got {dtype}")
     if not device.name.startswith(("cpu", "cuda")):
         raise InputError(f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}")
-    runner = runner_of(engine, device, config, content, dtype, seed, python)
+    runner = runner_of(device, model)
     unable, names = dict[str, dict[str, None]](), dict[str, Case]()
     for case in cases:
         try:
@@ -121,15 +112,15 @@ def compare(
         raise InputError(next(iter(refused), "expected at least one case"))
     package = "" if engine == "vllm" else ENGINES[engine].package  # vLLM states its version in each record
     name, software = file_name("decoder.jsonl", engine), {package: metadata.version(package)} if package else {}
-    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=config.name)
+    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=model.config.name)
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
         done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
-        todo = _shuffled({name: case for name, case in names.items() if name not in done}, seed)
+        todo = _shuffled({name: case for name, case in names.items() if name not in done}, model.seed)
         left = len(todo)
         if todo:
-            _prepare(runner, todo[0][1], config, dtype)
+            _prepare(runner, todo[0][1])
         for name, case in todo:
             spent = device.clock() - start
             if interrupt.requested or spent >= budget_s:
@@ -206,32 +197,24 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
     }
 
 
-def runner_of(
-    engine: str,
-    device: Device,
-    config: ModelConfig,
-    content: Mapping[str, Any],
-    dtype: str,
-    seed: int,
-    python: str = sys.executable,
-) -> Runner:
+def runner_of(device: Device, model: ModelRun) -> Runner:
+    engine = model.engine
     if engine == "reference":
         from calibration.runners.decoder.timing import Executor
 
-        return Executor(device, config, dtype, seed)
+        return Executor(device, model)
     if engine == "vllm":
         from calibration.runners.vllm.runner import VllmRunner
 
-        return VllmRunner(device, config, content, dtype, seed=seed, python=python)
-    if find_spec(ENGINES[engine].package) is None:
-        package = ENGINES[engine].package
+        return VllmRunner(device, model)
+    if find_spec(package := ENGINES[engine].package) is None:
         raise InputError(f"--engine {engine} needs {package}, which is not installed; try: pip install {package}")
     from calibration.runners.hf import HfRunner
 
-    return HfRunner(device, config, content, dtype, compiled=engine == "compile", seed=seed)
+    return HfRunner(device, model)
 
 
-def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> None:
+def _prepare(runner: Runner, case: Case) -> None:
     try:
         runner.prepare(case)
     except (RuntimeError, MemoryError) as error:
@@ -239,8 +222,9 @@ def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> Non
 
         if not is_out_of_memory(error):
             raise
+        what = f"{runner.model.config.name} in {runner.model.dtype}"
         fewer = "use its first layers with --layers"
-        raise InputError(f"{config.name} in {dtype} does not fit on {runner.device.name}; {fewer}") from None
+        raise InputError(f"{what} does not fit on {runner.device.name}; {fewer}") from None
 
 
 def name_of(case: Case, dtype: str, engine: str = "reference") -> str:

@@ -25,11 +25,11 @@ from torch import nn
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
 from calibration.runners.cases import Case
-from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
+from calibration.runners.pairs import ModelRun, PairRunner, PairTimes, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
-from simulator.models.config import Block, ModelConfig
+from simulator.models.config import Block
 from simulator.models.huggingface import from_hf_config
 from simulator.workload import Workload
 
@@ -79,11 +79,11 @@ def layout_of(w: Workload) -> Layout:
     return Layout(int(rows.k[rows.is_role("lm_head")][0]), tuple(blocks))
 
 
-def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[Layout, Any]:
+def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
     """Return the layout of a workload, and the library's configuration of the model that is patched to it."""
     from transformers import AutoConfig
 
-    layout = layout_of(w)
+    model, content, layout = given.config, given.content, layout_of(w)
     usual, many = layout.usual, len(layout.layers)
     new = replace(model.with_usual(usual, ()), layers=many, windows=model.windows[:many], hidden=layout.hidden)
     keys = {**_NEUTRAL, **changed_keys(model, new)}
@@ -124,23 +124,21 @@ class HfModel:
         return "cache" if "cache" in names else "past_key_values"
 
 
-def build(
-    model: ModelConfig, content: Mapping[str, Any], w: Workload, *, dtype: str, device: str, seed: int = 0
-) -> HfModel:
-    """Return the model of a dense or pruned workload on one device, with random weights; InputError if it cannot be.
+def build(given: ModelRun, w: Workload, device: str) -> HfModel:
+    """Return the model of a dense or pruned workload, with random weights; InputError if the library cannot build it.
 
-    ``model`` is the dense model, ``content`` that of its ``config.json``. Attention is torch's
-    ``scaled_dot_product_attention`` where the model can use it.
+    Attention is torch's ``scaled_dot_product_attention`` where the model can use it.
     """
     from transformers import AutoModelForCausalLM
 
-    layout, config = check(model, content, w)
-    torch.manual_seed(seed)
+    layout, config = check(given, w)
+    make = partial(AutoModelForCausalLM.from_config, config, dtype=TORCH_DTYPE[given.dtype])
+    torch.manual_seed(given.seed)
     with torch.device(device):
         try:
-            made = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPE[dtype], attn_implementation="sdpa")
+            made = make(attn_implementation="sdpa")
         except ValueError:  # the model soft-caps its scores, which that function does not
-            made = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPE[dtype], attn_implementation="eager")
+            made = make(attn_implementation="eager")
     made.eval()
     patched = _patch(made, layout)
     _sparsify(made, w)
@@ -259,33 +257,26 @@ MOST_COMPILED = 1024  # passes of one process
 class HfRunner(PairRunner):
     """Time models of Transformers: eager (engine hf), or compiled (engine compile)."""
 
-    def __init__(
-        self, device: Device, config: ModelConfig, content: Mapping[str, Any], dtype: str, *, compiled: bool, seed: int
-    ) -> None:
-        super().__init__(device)
-        self.config, self.content, self.dtype = config, content, dtype
-        self.compiled, self.seed = compiled, seed
-        self.kept: dict[str, HfModel] = {}  # the last pruned model
+    def __init__(self, device: Device, model: ModelRun) -> None:
+        super().__init__(device, model)
+        self.kept: dict[str, HfModel] = {}  # the dense and the last pruned model
 
     def check(self, case: Case) -> None:
-        check(self.config, self.content, case.pruned)
+        check(self.model, case.pruned)
 
     def prepare(self, case: Case) -> None:
-        self.kept["dense"] = self._build(case.dense)
-
-    def _build(self, w: Workload) -> HfModel:
-        return build(self.config, self.content, w, dtype=self.dtype, device=self.device.name, seed=self.seed)
+        self.kept["dense"] = build(self.model, case.dense, self.device.name)
 
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
         if case.prune not in self.kept:
             self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
-            self.kept[case.prune] = self._build(case.pruned)
-        pruned = self.kept[case.prune]
-        sampler_of = compiled_sampler if self.compiled else eager_sampler
+            self.kept[case.prune] = build(self.model, case.pruned, self.device.name)
+        dense, pruned = self.kept["dense"], self.kept[case.prune]
+        runtime = "compiled" if self.model.engine == "compile" else "eager"
+        sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
-            dense_sampler, pruned_sampler = (sampler_of(one, case) for one in (self.kept["dense"], pruned))
-            times = alternate(dense_sampler, pruned_sampler, time_limit_s=self.limit_s(end))
-        return times, {"runtime": "compiled" if self.compiled else "eager", "patched": pruned.patched}
+            times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
+        return times, {"runtime": runtime, "patched": pruned.patched}
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:

@@ -35,8 +35,7 @@ from calibration.runners.compare import (  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
-from calibration.runners.decoder.timing import time_pair  # noqa: E402
-from calibration.runners.pairs import PairTimes  # noqa: E402
+from calibration.runners.pairs import ModelRun, PairTimes, alternate  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
@@ -55,7 +54,8 @@ def _cases(**settings: Any) -> list[Case]:
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:
-    return comparing.compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
+    budget_s = options.pop("budget_s", 5.0)
+    return comparing.compare(folder / "run", device or _device(), ModelRun(CONFIG, **options), cases, budget_s)
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Times planted instead of passes: a decoder takes as long as its layers; the list receives what was timed."""
     seen: list[str] = []
 
-    def timed(first: Any, second: Any, *, phase: str, time_limit_s: float, runtime: str, **_: Any) -> PairTimes:
-        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {phase} {runtime}")
+    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:
+        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}")
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
         return PairTimes(tuple(len(first.layers) * x for x in noise), (float(len(second.layers)),) * len(noise), 1)
 
@@ -76,22 +76,21 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     ticks = itertools.count()
 
-    def ready(decoder: Any, *_: Any) -> Any:
+    def sampler(seconds: float) -> pairs.Sampler:
         def sample(loops: int) -> float:
-            order.append(len(decoder.layers))
-            return (2.0 if len(decoder.layers) == 4 else 1.0) * (1.0 + 0.1 * math.sin(len(order)))
+            order.append(int(seconds))
+            return seconds * (1.0 + 0.1 * math.sin(len(order)))
 
         return sample
 
-    monkeypatch.setattr(timing, "_ready", ready)
-    first, second = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=2)
-    where: dict[str, Any] = {"batch": 1, "seq": 8, "phase": "prefill", "clock": lambda: float(next(ticks))}
-    times = time_pair(first, second, **where, time_limit_s=5.0)
-    assert len(times.first_s) == len(times.second_s) == 5  # a tick a pair
-    assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
-    assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
-    for limit_s in (1.5, 0.5, 0.2):  # fewer would not show their scatter
-        assert len(time_pair(first, second, **where, time_limit_s=limit_s).first_s) == pairs.LEAST
+    monkeypatch.setattr(pairs.time, "perf_counter", lambda: float(next(ticks)))
+    first, second = sampler(2.0), sampler(1.0)
+    times = alternate(first, second, 5.0)
+    assert len(times.first_s) == len(times.second_s) == 5  # a tick per pair
+    assert order[:2] == [2, 1]  # first passes; long passes need no others to be warm
+    assert order[2:10] == [2, 1, 1, 2, 2, 1, 1, 2]
+    for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
+        assert len(alternate(first, second, limit_s).first_s) == pairs.LEAST
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -203,7 +202,7 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 ) -> None:
     asked: list[str] = []
 
-    def timed(*_: Any, runtime: str, **__: Any) -> PairTimes:
+    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:
         asked.append(runtime)
         if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -360,7 +359,7 @@ NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
 def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_decoder(CONFIG, dtype="fp32")
     monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
-    executor = timing.Executor(_device(), CONFIG, "fp32", 0)
+    executor = timing.Executor(_device(), ModelRun(CONFIG, "fp32"))
     for family in DYNAMIC:
         pruned = prune_decoder(made, family, 0.5)
         assert executor._runtime(pruned) == "eager"

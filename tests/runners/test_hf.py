@@ -21,6 +21,7 @@ from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import hf  # noqa: E402
 from calibration.runners.cases import Case, settings_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
+from calibration.runners.pairs import ModelRun  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
@@ -43,7 +44,7 @@ def _built(content: dict[str, Any], text: str, dtype: str = "fp32") -> Any:
     config = load_model(content)
     dense = lower(config, phase="prefill", seq=8, engine="hf", dtype=dtype)
     pruned = prune(dense, text) if text else dense
-    return build(config, content, pruned, dtype=dtype, device="cpu")
+    return build(ModelRun(config, dtype, "hf", content), pruned, "cpu")
 
 
 def _shapes(built: Any, layer: int) -> dict[str, tuple[int, ...]]:
@@ -105,7 +106,7 @@ def test_what_transformers_cannot_build_is_refused_by_name() -> None:
         _built({**LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96}, "width hidden=0.3")
     config = load_model(LLAMA)
     with pytest.raises(InputError, match="cannot state its shapes"):
-        check(config, {}, lower(config, engine="hf"))
+        check(ModelRun(config), lower(config, engine="hf"))
 
 
 TINY: dict[str, Any] = {
@@ -137,8 +138,8 @@ def _device() -> ReplayDevice:
     return ReplayDevice(description=Description("cpu", "some CPU", {"threads": "1"}))
 
 
-def _runner(content: dict[str, Any] = TINY, compiled: bool = False) -> HfRunner:
-    return HfRunner(_device(), load_model(content), content, "fp32", compiled=compiled, seed=0)
+def _runner(content: dict[str, Any] = TINY, engine: str = "hf") -> HfRunner:
+    return HfRunner(_device(), ModelRun(load_model(content), "fp32", engine, content))
 
 
 @pytest.mark.parametrize("phase", comparing.ENGINES["hf"].phases)
@@ -185,7 +186,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
         given = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, mode, **options: given(f, backend="aot_eager", **options))
     (case,) = _cases("compile", load_model(COMPILED), phases=[phase], families=["width"])
-    runner = _runner(COMPILED, compiled=True)
+    runner = _runner(COMPILED, "compile")
     runner.prepare(case)
     record = runner.record(case, 3.0)
     assert record["status"] == "ok", record["reason"]
@@ -195,9 +196,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
 
 def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     cases = _cases("hf", families=["depth", "dynamic_depth", "token"], phases=["prefill"])
-    found = comparing.compare(
-        tmp_path / "run", _device(), CONFIG, cases, budget_s=3.0, dtype="fp32", engine="hf", content=TINY
-    )
+    found = comparing.compare(tmp_path / "run", _device(), ModelRun(CONFIG, "fp32", "hf", TINY), cases, 3.0)
     assert [r["prune"] for r in found.records] == ["depth 0.5"]
     (note,) = found.notes
     assert note.startswith("dynamic_depth 0.5, token 0.5: not executed: it decides during a pass"), note

@@ -23,7 +23,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -36,7 +35,7 @@ from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, InvalidTiming
 from calibration.runners.cases import Case
-from calibration.runners.pairs import ENOUGH, LEAST, Runner, in_turns
+from calibration.runners.pairs import ENOUGH, LEAST, ModelRun, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
 from simulator.engines.generations import numbers
@@ -92,26 +91,13 @@ def lengths(case: Case) -> tuple[int, int]:
 
 
 class VllmRunner(Runner):
-    """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason.
+    """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason."""
 
-    ``content`` is that of the model's ``config.json``; ``python`` has vLLM and may belong to another environment.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        config: ModelConfig,
-        content: Mapping[str, Any],
-        dtype: str,
-        *,
-        seed: int,
-        python: str = sys.executable,
-        patience_s: float = PATIENCE_S,
-    ) -> None:
-        self.models = Models(config, content)
-        check_installed(python)
-        super().__init__(device)
-        self.dtype, self.seed, self.python, self.patience_s = dtype, seed, python, patience_s
+    def __init__(self, device: Device, model: ModelRun, patience_s: float = PATIENCE_S) -> None:
+        super().__init__(device, model)
+        self.models = Models(model.config, model.content)
+        check_installed(model.python)
+        self.dtype, self.patience_s = model.dtype, patience_s
         self.sizes = LargestRequest()
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Started, EngineProcess] = {}
@@ -217,7 +203,7 @@ class VllmRunner(Runner):
             self.engines[started] = EngineProcess(
                 {**self._settings(model), "model": str(file.parent)},
                 file.with_name("output.txt"),
-                python=self.python,
+                python=self.model.python,
                 env=environment(self.device.name),
                 patience_s=self.patience_s,
             )
@@ -231,7 +217,7 @@ class VllmRunner(Runner):
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": DTYPES[self.dtype],
-            "seed": self.seed,
+            "seed": self.model.seed,
             "max_model_len": self.sizes.tokens,
             "max_num_seqs": self.sizes.sequences,
             "max_num_batched_tokens": self.sizes.batched,
