@@ -1,11 +1,11 @@
 """Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with random weights.
 
-The library makes the model from a ``config.json`` where that states the shapes. Layers that differ, low-rank factors
-and missing sublayers are patched into the modules of the library.
+The library makes the model from a ``config.json`` that states the usual shapes. Layers that differ, low-rank factors
+and missing sublayers are patched into its modules.
 
-A prefill is a forward pass over the prompt that fills the keys and values and computes the last logits. Eager decode is
-the time per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A
-compiled model is the forward pass under ``torch.compile`` with a static cache, with CUDA graphs on a GPU.
+A prefill is a forward pass over the prompt that fills the cache and computes the last logits. Eager decode is the time
+per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A compiled
+model runs its forward pass under ``torch.compile`` with a static cache, with CUDA graphs on a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROJECTIONS: Mapping[str, str] = {
     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},
     **{role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
 }
-# special tokens may lie outside the vocabulary of a small model; passes here need none
+# special tokens may lie outside the vocabulary of a small model, and these passes need none
 _NEUTRAL: Mapping[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 _SHARED = "shared_expert_intermediate_size"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def usual(self) -> Block:
-        """The most frequent layer with attention and an MLP, as whole weights."""
+        """The most frequent layer with attention and an MLP, without low-rank factors."""
         whole = Counter(replace(b, ranks=()) for b in self.layers if b.heads and (b.inner or b.experts))
         if not whole:
             raise InputError("no layer has attention and an MLP")
@@ -59,7 +59,7 @@ class Layout:
 
 
 def layout_of(w: Workload) -> Layout:
-    """Return the shapes of the decoder of a workload; InputError if it decides during a pass."""
+    """Return the shapes of a workload's decoder; InputError for a pruning that decides during a pass."""
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
     rows, layers = w.expand(), dict[int, dict[str, Any]]()
@@ -80,7 +80,7 @@ def layout_of(w: Workload) -> Layout:
 
 
 def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
-    """Return the layout of a workload, and the library's configuration of the model that is patched to it."""
+    """Return the layout of a workload, and the configuration of the library's model with the usual layers."""
     from transformers import AutoConfig
 
     model, content, layout = given.config, given.content, layout_of(w)
@@ -115,11 +115,11 @@ def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
 @dataclass(frozen=True)
 class HfModel:
     model: Any
-    patched: str  # what the library does not build by itself; "" for nothing
+    patched: str  # changes that the configuration cannot state; "" for none
 
     @property
     def cache_name(self) -> str:
-        """Name of the argument for keys and values, which differs by version."""
+        """Name of the argument for keys and values, which differs by version of the library."""
         names = inspect.signature(type(self.model).forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
@@ -148,7 +148,7 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
 
 
 def _patch(made: Any, layout: Layout) -> str:
-    """Change layers that differ from the usual one; return what was changed."""
+    """Change the layers that differ from the usual layer; return the changes."""
     usual, changed = layout.usual, Counter[str]()
     attention = 0
     for number, block in enumerate(layout.layers):
@@ -162,7 +162,7 @@ def _patch(made: Any, layout: Layout) -> str:
 
 
 def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
-    """Change one layer to a block; return what was changed."""
+    """Change one layer to a block; return the changes."""
     out = []
     for role, where in PROJECTIONS.items():
         size = block.heads if where.startswith("self_attn") else block.inner
@@ -198,7 +198,7 @@ def _module(layer: nn.Module, role: str) -> Any:
 
 
 def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> Any:
-    """The pass of a layer with one sublayer, as that of Llama with both."""
+    """The pass of a layer of Llama, without one of its sublayers."""
     if missing == "mlp":
         return hidden_states + layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **context)[0]
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
@@ -215,7 +215,7 @@ def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
 
 
 def _sparsify(made: Any, w: Workload) -> None:
-    """Pack the projections that are 2:4 sparse; set the share of scattered zeros of others."""
+    """Pack the projections that are 2:4 sparse; set scattered weights of unstructured projections to zero."""
     if not (w.kernel != Kernel.DENSE).any():
         return
     from calibration.runners.decoder.families import two_of_four
@@ -236,22 +236,19 @@ def _sparsify(made: Any, w: Workload) -> None:
 
 
 def _check_weights(made: Any, w: Workload) -> None:
-    """Raise InputError if the weights of the projections are not as many as those that are predicted."""
-    once = w.phase == w.phase.min()  # a request has the rows of its prefill and those of its decode steps
+    """Raise InputError if the projections do not have as many weights as predicted."""
+    once = w.phase == w.phase.min()  # a request has rows for its prefill and for its decode steps
     inside = once & (w.layer >= 0) & (w.kind == Kind.GEMM)
     expected = float((w.n * w.k * w.count)[inside].sum())
     routed = once & (w.kind == Kind.EXPERTS)
     expected += float((3.0 * w.experts * w.n * w.k * w.count)[routed].sum())
-    found = 0
-    for module in made.model.layers.modules():
-        own = module.named_parameters(recurse=False)
-        found += sum(p.numel() for name, p in own if p.dim() > 1)
+    found = sum(p.numel() for p in made.model.layers.parameters() if p.dim() > 1)
     if found != round(expected):
         raise InputError(f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted")
 
 
-TOKENS = 4  # decode steps of a sample of eager decode
-MOST_COMPILED = 1024  # passes of one process
+TOKENS = 4  # decode steps per sample of eager decode
+MOST_COMPILED = 1024  # compiled passes of one process
 
 
 class HfRunner(PairRunner):
@@ -294,7 +291,7 @@ class _Stamps:
         self.synchronize, self.tokens, self.at_s = synchronize, tokens, list[float]()
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if len(self.at_s) in (0, self.tokens):  # the host may run ahead between the first and the last
+        if len(self.at_s) in (0, self.tokens):  # between the first and the last token the host may run ahead
             self.synchronize()
         self.at_s.append(time.perf_counter())
         return scores
@@ -308,7 +305,7 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
     if case.phase == "prefill":
         return looped(lambda: model(tokens, use_cache=True, logits_to_keep=1), wait)
     if case.phase == "generate":
-        many = case.dense.meta.new_tokens + 1  # the prefill makes the first
+        many = case.dense.meta.new_tokens + 1  # the prefill makes the first token
         return looped(lambda: model.generate(tokens, max_new_tokens=many, do_sample=False), wait)
     cache = DynamicCache(config=model.config)
     model(tokens, use_cache=True, logits_to_keep=1, **{built.cache_name: cache})
@@ -325,10 +322,10 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
 
 
 def compiled_sampler(built: HfModel, case: Case) -> Sampler:
-    """Return the sampler of a phase of a compiled model; its first pass compiles."""
+    """Return the sampler of a compiled model; its first pass compiles."""
     from transformers import StaticCache
 
-    # every model and phase has an entry of its own; beyond the limit torch would stop to compile
+    # each model and phase is compiled; beyond these limits torch would run passes eagerly
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED))
     model = built.model

@@ -1,4 +1,4 @@
-"""Time a dense and a pruned model in alternating passes: disturbances affect both, so their ratio is stable."""
+"""Time a dense and a pruned model in alternating passes: disturbances affect both times, so the ratio is stable."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ModelRun:
 
 
 class Runner:
-    """Run the cases of a comparison next to the dense model."""
+    """Runs the cases of a comparison next to the dense model."""
 
     def __init__(self, device: Device, model: ModelRun) -> None:
         self.device, self.model = device, model
@@ -102,21 +102,21 @@ class Runner:
         """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
 
     def prepare(self, case: Case) -> None:
-        """Make what all cases share, such as the dense model; ``case`` is any of them."""
+        """Make the dense model, which all cases share; ``case`` is any of them."""
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; CaptureFailed: this process cannot time any more."""
+        """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Free what the cases shared."""
+        """Free the models."""
 
 
 class PairRunner(Runner):
-    """Run cases in this process, in alternation with the dense model."""
+    """Runs the cases in this process."""
 
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
-        """Time a case until ``end`` on the device's clock; return the times, the runtime and more of the record."""
+        """Time a case until ``end`` on the device's clock; return the times and further fields of the record."""
         raise NotImplementedError
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class PairRunner(Runner):
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
         except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
-            from calibration.devices.operators import is_out_of_memory  # with torch, which recorded results do not need
+            from calibration.devices.operators import is_out_of_memory  # imports torch, which recorded runs do not need
 
             status = SKIPPED if is_out_of_memory(error) else FAILED
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -135,5 +135,5 @@ class PairRunner(Runner):
         return {"status": OK, "reason": "", **fields, **samples}
 
     def limit_s(self, end: float) -> float:
-        """Return the time limit of the pairs of a case that ends at ``end``: first passes take time too."""
+        """Return the time limit of the pairs of a case that ends at ``end``; first passes get the rest."""
         return min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)

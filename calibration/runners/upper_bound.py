@@ -23,7 +23,7 @@ from calibration.records.exact_shapes import without_exact
 from calibration.records.store import content_records, read_store
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.runs import MeasuredRun, begin, measure_plan
+from calibration.runners.runs import MeasuredRun, RunOptions, begin, measure_plan
 from simulator.arrays import FloatArray
 from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
@@ -119,14 +119,13 @@ def measure_bounds(
     folder: str | Path,
     device: Device,
     cases: Sequence[Case],
+    options: RunOptions,
     *,
-    budget_s: float,
-    dtype: str = "bf16",
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
     """Time the plain kernels of some cases into a run folder, new or of an earlier run of the same device."""
+    dtype, budget_s, seed = options.dtype, options.budget_s, options.seed
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
@@ -140,7 +139,7 @@ def measure_bounds(
         note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
 
-    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
+    return measure_plan(file, header, device, options, planned, progress)
 
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:

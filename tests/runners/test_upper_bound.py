@@ -15,6 +15,7 @@ from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, profile_of, settings_of
+from calibration.runners.runs import RunOptions
 from calibration.runners.upper_bound import (
     Bound,
     bounds,
@@ -82,8 +83,8 @@ def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: st
     assert set(pruned) <= {sizes, wanted}
 
 
-def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Any:
-    return measure_bounds(folder / "run", device or ReplayDevice(), cases, **{"budget_s": 600.0, **options})
+def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, budget_s: float = 600.0) -> Any:
+    return measure_bounds(folder / "run", device or ReplayDevice(), cases, RunOptions(budget_s))
 
 
 def test_the_bound_is_the_ratio_of_planted_times(tmp_path: Path) -> None:
