@@ -292,8 +292,9 @@ def measure_layers(
             own = todo.get((number, "mlp"), [])
             importance = _importance(state, layer.mlp, both[many:]) if own else None
             for change in own:
-                narrow = Layer(None, _mlp(layer.mlp, change.block, importance))
-                changed = through_layer(state, number, narrow, both[:many])
+                m, stays = layer.mlp, has("mlp", change.block)
+                narrow = m.channels(best(importance, change.block.inner)) if m is not None and stays else None
+                changed = through_layer(state, number, Layer(None, narrow), both[:many])
                 yield dense.score(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, attention=None), both)
 
@@ -344,13 +345,6 @@ def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Atten
     return replace(
         a, q=a.q.rows(features), k=joined(a.k), v=joined(a.v), o=a.o.columns(features), heads=heads, kv_heads=kv_heads
     )
-
-
-def _mlp(m: Mlp | None, block: Block, importance: Tensor) -> Mlp | None:
-    if m is None or not has("mlp", block):
-        return None
-    index = best(importance, block.inner)
-    return replace(m, gate=m.gate.rows(index), up=m.up.rows(index), down=m.down.columns(index))
 
 
 def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:

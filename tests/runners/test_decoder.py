@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.runners.cases import settings_of  # noqa: E402
+from calibration.runners.cases import fewer_layers, settings_of  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
@@ -61,7 +61,7 @@ def routed(request: pytest.FixtureRequest) -> Decoder:
     if request.param != "cpu" or request.param is CPU:
         kernels()
     few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
-    made = random_decoder(replace(CONFIG, qkv_bias=True, qk_norm="head"), dtype="fp32", layers=few, seed=1)
+    made = random_decoder(fewer_layers(replace(CONFIG, qkv_bias=True, qk_norm="head"), few), dtype="fp32", seed=1)
     return replace(_moved(made, request.param), device=request.param)
 
 
