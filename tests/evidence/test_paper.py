@@ -198,9 +198,9 @@ def test_what_is_decided_is_what_was_measured(phase: str) -> None:
     assert wrong <= 0.1 * right
 
 
+# Bars that are not explained; docs/paper.md states why
 OTHER_KERNELS = {("M gathered", 1024), ("M gathered", 2048), ("M reference", 4096)}
 FUSED_AND_SMALL = {(f"{axis} reference groups of 128", size) for axis in "NK" for size in (1024, 2048)}
-"""Bars that are not explained; docs/paper.md says why."""
 
 
 def test_every_cell_of_the_table_is_met() -> None:
@@ -214,14 +214,10 @@ def test_every_cell_of_the_table_is_met() -> None:
 
 
 def test_families_come_in_the_published_order_where_it_is_clear() -> None:
-    cells = table_2()
-    for phase in ("prefill", "decode"):
-        for s in (0.25, 0.5):
-            mine = [c for c in cells if c.phase == phase and c.sparsity == s]
-            for a in mine:
-                for b in mine:
-                    if a.published > 1.06 * b.published:  # of what is closer the intervals tell no order
-                        assert a.predicted > b.predicted, (phase, s, a.family, b.family)
+    for a, b in itertools.permutations(table_2(), 2):
+        same = (a.phase, a.sparsity) == (b.phase, b.sparsity)
+        if same and a.published > 1.06 * b.published:  # intervals do not order closer speedups
+            assert a.predicted > b.predicted, (a, b)
 
 
 def test_equal_depths_are_those_of_batch_one() -> None:
@@ -242,11 +238,10 @@ def test_what_lies_outside_gemms_grows_with_dynamic_depth() -> None:
 def test_kernel_charts_are_explained_by_the_kernels_of_the_families() -> None:
     charts = kernel_charts()
     errors = {(c["part"], c["size"], c["published"]): c["predicted"] / c["published"] - 1 for c in charts}
-    assert len(errors) == 23
-    explained = {key: e for key, e in errors.items() if key[:2] not in OTHER_KERNELS | FUSED_AND_SMALL}
-    assert len(explained) == 15
-    assert max(abs(e) for e in explained.values()) < 0.20
-    assert sorted(abs(e) for e in explained.values())[-2] < 0.15
+    explained = sorted(abs(e) for key, e in errors.items() if key[:2] not in OTHER_KERNELS | FUSED_AND_SMALL)
+    assert (len(errors), len(explained)) == (23, 15)
+    assert explained[-1] < 0.20
+    assert explained[-2] < 0.15
 
 
 def test_the_table_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -175,21 +176,10 @@ def test_every_stack_with_another_is_held_out() -> None:
 
 @pytest.mark.quick
 def test_means_over_seeds_and_the_page_that_marks_a_missed_target() -> None:
-    names = {"held_out": "", "method": "prunesim", "trained_on": 9}
-    rows: list[dict[str, Any]] = [
-        {
-            "set": t,
-            "table": t,
-            "kind": "gemm" if not size else "",
-            "rows": size,
-            "seed": seed,
-            "mape": mape + seed / 100.0,
-        }
-        | names
-        for t, mape in (("h100", 0.035), ("a100", 0.02))
-        for size in (100, 0)
-        for seed in (0, 1, 2)
-    ]
+    rows: list[dict[str, Any]] = []
+    for (name, mape), size, seed in product((("h100", 0.035), ("a100", 0.02)), (100, 0), (0, 1, 2)):
+        about = {"set": name, "table": name, "kind": "" if size else "gemm", "held_out": "", "method": "prunesim"}
+        rows.append({**about, "rows": size, "trained_on": 9, "seed": seed, "mape": mape + seed / 100.0})
     assert [(r["rows"], r["seeds"]) for r in means(rows, "a100")] == [(100, 3), (0, 3)]
     columns = [("method", ["prunesim"] * 2), ("rows", ["100", "all"]), ("MAPE", ["3.00", "3.00"])]
     assert columns_of_table(rows, "a100") == columns

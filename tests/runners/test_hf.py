@@ -109,22 +109,10 @@ def test_what_transformers_cannot_build_is_refused_by_name() -> None:
         check(ModelRun(config), lower(config, engine="hf"))
 
 
-TINY: dict[str, Any] = {
-    "model_type": "llama",
-    "num_hidden_layers": 6,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 128,
-}
-TINY |= {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+TINY: dict[str, Any] = {"model_type": "llama", **SMALL, "num_hidden_layers": 6, "tie_word_embeddings": True}
+TINY |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 CONFIG = load_model(TINY)
-COMPILED = {**TINY, "num_hidden_layers": 1}
-"""A compiler takes seconds for each kernel."""
+COMPILED = {**TINY, "num_hidden_layers": 1}  # a compiler takes seconds for each kernel
 
 
 def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
