@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -36,7 +35,6 @@ from calibration.evidence.paper import (
     table_2,
 )
 from simulator.arrays import FloatArray
-from simulator.cli import run
 from simulator.prediction.pareto import Front, Point, bands, frontier, marked
 from simulator.prediction.quality import Axis
 
@@ -109,22 +107,19 @@ def test_outcomes_on_every_device_and_engine() -> None:
     assert bottleneck["h100_sxm", "vllm", "prefill"] == "compute"
 
 
-def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    where: list[Any] = ["paper", "--claims", "--hardware", "h100", "--engine", "reference,vllm"]
-    assert run([*where, "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
+def test_command(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "paper --claims --hardware h100 --engine reference,vllm"
+    records = cli.json(line)
     places = product(("bound", "order"), ("rtx_pro_6000", "h100_sxm"), ("reference", "vllm"))
     assert {(r["claim"], r["hardware"], r["engine"]) for r in records} == set(places)
     assert all(bool(r["needed"]) == (r["verdict"] == UNDECIDED) for r in records)
     monkeypatch.setattr("simulator.cli.render.width", lambda: 100)
-    assert run(where) == 0
-    out = capsys.readouterr().out
+    out = cli.out(line)
     assert max(map(len, out.splitlines())) <= 100
     assert "(a) in memory-bound inference" in out
     assert "(b) along the prefill frontier" in out
     assert out.count("does not apply") == 4  # prefill
-    assert run([*where, "--figure", "x.png"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "--figure" in cli.refused(f"{line} --figure x.png")
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,18 +239,16 @@ def test_kernel_charts_are_explained_by_the_kernels_of_the_families() -> None:
     assert explained[-2] < 0.15
 
 
-def test_the_table_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_table_is_printed_and_drawn(cli: Any, tmp_path: Path) -> None:
     file = tmp_path / "table.png"
-    assert run(["paper", "--hardware", "a100", "--engine", "vllm", "--figure", str(file)]) == 0
-    shown = capsys.readouterr().out
+    shown = cli.out(f"paper --hardware a100 --engine vllm --figure {file}")
     conclusion, _, tables = shown.partition("\n\n")
     assert max(map(len, conclusion.splitlines())) <= 120  # sentences fill the width of a pipe
     assert max(map(len, tables.splitlines())) <= 100
     assert "of 20 published speedups lie in the 90 % interval" in shown
     assert file.stat().st_size > 10_000
-    assert run(["paper", "--hardware", "a100", "--engine", "vllm", "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
+    records = cli.json("paper --hardware a100 --engine vllm")
     count = {what: sum(r["what"] == what for r in records) for what in dict.fromkeys(r["what"] for r in records)}
     assert count["table 2"] == count["elsewhere"] == 20
     assert all(r["published"] is None for r in records if r["what"] == "elsewhere")
-    assert run(["paper", "--hardware", "no_such_gpu"]) == 2
+    assert "no_such_gpu" in cli.refused("paper --hardware no_such_gpu")

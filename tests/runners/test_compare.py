@@ -36,7 +36,6 @@ from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.pairs import ModelRun, PairTimes, alternate  # noqa: E402
-from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
@@ -266,46 +265,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _command(tiny: Path, folder: Path, *more: str) -> list[str]:
-    words = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder}"
-    return [*words.split(), *more]
-
-
-def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, cli: Any) -> None:
     folder = tmp_path / "run"
-    assert run(_command(tiny, folder, "--family", "depth,semi_structured", "--budget", "15s")) == 0
-    out, err = capsys.readouterr()
+    line = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder} --family"
+    out, err = cli(f"{line} depth,semi_structured --budget 15s")
     assert "median error" in out
     assert "sparse tensor cores" in err
     assert {p.name for p in folder.iterdir()} == {"decoder.jsonl", "comparison.csv", "comparison.md", "comparison.png"}
     page = (folder / "comparison.md").read_text()
     assert page.count("\n| depth") == 2
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
-    assert run(_command(tiny, folder, "--family", "depth", "--json")) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [list(row) for row in rows] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
+    assert [list(row) for row in cli.json(f"{line} depth")] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
 
 
-def test_the_command_runs_texts(
-    tiny: Path, tmp_path: Path, planted: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}".split()
-    texts = [word for text in TEXTS for word in ("--prune", text)]
-    assert run([*words, *texts, "--prune", "width heads=0.2"]) == 0
-    out, err = capsys.readouterr()
+def test_the_command_runs_texts(tiny: Path, tmp_path: Path, planted: list[str], cli: Any) -> None:
+    command = f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}"
+    command += "".join(f" --prune '{text}'" for text in TEXTS)
+    out, err = cli(f"{command} --prune 'width heads=0.2'")
     assert [line for text in TEXTS for line in out.splitlines() if line.startswith(f"{text} ")]
     assert "width heads=0.2 in decode: 6 query heads on 4 KV heads cannot run here" in err
-    assert run([*words, *texts, "--family", "depth", "--sparsity", "0.5", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = cli.json(f"{command} --family depth --sparsity 0.5")
     assert [row["prune"] for row in rows] == [*TEXTS, "depth 0.5"]
     assert len(planted) == 4
-    for more, reason in (
-        (["--sparsity", "0.5"], "a text states the whole pruning"),
-        (["--prune", "width mpl=0.3"], "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"),
-    ):
-        assert run([*words, *texts, *more]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert reason in line
+    assert "a text states the whole pruning" in cli.refused(f"{command} --sparsity 0.5")
+    reason = "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"
+    assert reason in cli.refused(f"{command} --prune 'width mpl=0.3'")
 
 
 BAD = {
@@ -329,20 +313,10 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["compare", "upper-bound"])
 @pytest.mark.parametrize("change", BAD)
-def test_bad_input_is_one_line_and_status_2(
-    tiny: Path, tmp_path: Path, command: str, change: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run([command, *_command(tiny, tmp_path / "run")[1:], *change.split()]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert BAD[change] in err.splitlines()[-1]
-    assert all(line.startswith(("note:", "status:", "prunesim:")) for line in err.splitlines())
+def test_bad_input_is_one_line(tiny: Path, tmp_path: Path, command: str, change: str, cli: Any) -> None:
+    line = f"{command} {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {tmp_path / 'run'} {change}"
+    assert BAD[change] in cli.refused(line)
     assert not (tmp_path / "run").exists()
-
-
-# -- launches of a pass
-
-NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
 
 
 def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +327,6 @@ def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: 
         pruned = prune_decoder(made, family, 0.5)
         assert executor._runtime(pruned) == "eager"
         assert executor._runtime(replace(pruned, device="cuda:0")) == "cuda_graph"
-    monkeypatch.setattr(*NO_TRITON)
+    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: None)
     runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC}
     assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {f for f in DYNAMIC if DYNAMIC[f].skips}

@@ -22,7 +22,6 @@ from calibration.runners import hf  # noqa: E402
 from calibration.runners.cases import Case, settings_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
 from calibration.runners.pairs import ModelRun  # noqa: E402
-from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
@@ -192,13 +191,12 @@ def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_pat
     assert header.stack["transformers"] == version("transformers")
 
 
-def test_the_command_runs_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     model, folder = tmp_path / "config.json", tmp_path / "run"
     model.write_text(json.dumps(TINY))
-    words = f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware a100 -o {folder}"
-    texts = ["--prune", "depth 0.5", "--prune", "width mlp=0.5 layers=1-2"]
-    assert run([*words.split(), *texts, "--phase", "prefill,decode,generate", "--budget", "6s"]) == 0
-    out, _ = capsys.readouterr()
+    line = f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware a100 -o {folder}"
+    texts = "--prune 'depth 0.5' --prune 'width mlp=0.5 layers=1-2'"
+    out = cli.out(f"{line} {texts} --phase prefill,decode,generate --budget 6s")
     assert out.startswith("The predictions of a100_sxm_80gb for ")
     assert out.count("generate") >= 2
     files = {p.name for p in folder.iterdir()}
@@ -227,14 +225,12 @@ def chosen(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["reference", "hf"])
-def test_the_command_runs_other_choices_in_each_layer(
-    engine: str, chosen: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = f"compare {chosen / 'dense'} --device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100".split()
-    words += ["--pruned", str(chosen / "chosen"), "--prune", str(chosen / "plan.yaml"), "--budget", "4s"]
-    words += ["--phase", "prefill", "-o", str(chosen / "run")]
-    assert run([*words, "--json"]) == 0
-    plan, model = json.loads(capsys.readouterr().out)
+def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path, cli: Any) -> None:
+    line = (
+        f"compare {chosen / 'dense'} --device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100 --budget 4s"
+    )
+    line += f" --pruned {chosen / 'chosen'} --prune {chosen / 'plan.yaml'} --phase prefill -o {chosen / 'run'}"
+    plan, model = cli.json(line)
     assert plan["prune"].startswith("width mlp=0.5 kv=0.5 layers=0 + depth layers=1 unit=attention")
     assert model["prune"].startswith("chosen (")
     assert model["family"] == "depth+width"
@@ -243,8 +239,7 @@ def test_the_command_runs_other_choices_in_each_layer(
         assert row["predicted"] > 1
     config = chosen / "chosen" / "config.json"
     config.write_text(config.read_text().replace("12.0", "6.0"))  # the file is another model now
-    assert run([*words, "--json"]) == 0
-    _, other = json.loads(capsys.readouterr().out)
+    _, other = cli.json(line)
     assert other["prune"] != model["prune"]
     assert len(read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows) == 3
 
@@ -258,12 +253,10 @@ def test_the_command_runs_other_choices_in_each_layer(
     ],
 )
 def test_pruned_models_that_cannot_be_compared(
-    change: dict[str, int], more: str, reason: str, chosen: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, int], more: str, reason: str, chosen: Path, cli: Any
 ) -> None:
     file = chosen / "chosen" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    words = f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o {chosen / 'run'}"
-    assert run([*words.split(), *more.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert reason in line
+    line = f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o {chosen / 'run'}"
+    assert reason in cli.refused(f"{line} {more}")
     assert not (chosen / "run").exists()
