@@ -226,10 +226,9 @@ def chosen(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("engine", ["reference", "hf"])
 def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path, cli: Any) -> None:
-    line = (
-        f"compare {chosen / 'dense'} --device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100 --budget 4s"
-    )
-    line += f" --pruned {chosen / 'chosen'} --prune {chosen / 'plan.yaml'} --phase prefill -o {chosen / 'run'}"
+    how = f"--device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100 --phase prefill --budget 4s"
+    models = f"{chosen / 'dense'} --pruned {chosen / 'chosen'} --prune {chosen / 'plan.yaml'}"
+    line = f"compare {models} {how} -o {chosen / 'run'}"
     plan, model = cli.json(line)
     assert plan["prune"].startswith("width mlp=0.5 kv=0.5 layers=0 + depth layers=1 unit=attention")
     assert model["prune"].startswith("chosen (")
