@@ -118,11 +118,12 @@ class MeasuredRows:
         columns |= {"operator": c.operator, "dtype": dtype, "seconds": self.data.seconds}
         return Records.from_columns([Source("")], **columns)
 
-    def fit(self, *, seed: int = 0, prior: Section | None = None, fold_by: Sequence[str] = GROUPINGS) -> Section:
-        """Return the section fitted to all rows; ``prior`` applies to GEMMs, ``fold_by`` to attention."""
+    def fit(self, *, seed: int = 0, prior: Section | None = None, by: str = "") -> Section:
+        """Return the section fitted to all rows; ``prior`` applies to GEMMs, groups to fold ``by`` to attention."""
         if isinstance(self.data, GemmFit):
             return fit_gemm(self.data, self.hw, dtype=self.dtype, seed=seed, prior=prior).section
         if isinstance(self.data, AttentionFit):
+            fold_by = (by,) if by else GROUPINGS
             return fit_attention(self.data, self.hw.architecture, seed=seed, fold_by=fold_by).section
         return fit_section(self.data, seed=seed).section
 
@@ -168,18 +169,10 @@ def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, f
     return out
 
 
-def evaluate_table(
-    table: MeasuredRows,
-    size: int | None,
-    seed: int,
-    by: str = "",
-    *,
-    prior: Section | None = None,
-    fold_by: Sequence[str] = GROUPINGS,
-) -> Row:
+def evaluate_table(table: MeasuredRows, size: int | None, seed: int, by: str = "", prior: Section | None = None) -> Row:
     """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups."""
     train, test = table.train_test(size, seed, by)
-    section = train.fit(seed=seed, prior=prior, fold_by=fold_by)
+    section = train.fit(seed=seed, prior=prior, by=by)
     return row("prunesim + prior" if prior else "prunesim", seed, len(train.data), evaluate(section, test, by))
 
 
@@ -240,7 +233,7 @@ class SetOptions:
 
 @dataclass(frozen=True)
 class EvidenceSet:
-    held_out: str  # what no fit saw
+    held_out: str
     rows: Callable[[SetOptions], Iterable[Row]]  # loads, predicts and scores
     whole: bool = False  # collectives and whole models, which are not split by seeds and have pages of their own
 
@@ -487,7 +480,7 @@ def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = Non
         kind, phase = operator.split("_")
         data, names = table.load(), {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
-            yield from ({**evaluate_table(data, None, s, by, fold_by=(by,)), **names} for s in o.seeds)
+            yield from ({**evaluate_table(data, None, s, by), **names} for s in o.seeds)
 
 
 def _mla(o: SetOptions) -> Iterator[Row]:

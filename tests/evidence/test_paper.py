@@ -65,7 +65,7 @@ def front(*points: Point) -> Front:
         ((*CLAIMED[:2], point("width", 0.2, 1.2)), FAILS),  # width is never optimal
         ((*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)), UNDECIDED),  # within the intervals
         ((*CLAIMED, point("semi_structured", 0.15, 1.5)), HOLDS),  # other families do not count
-        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # nor does a larger loss than the claim's
+        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # a larger loss than the claim's does not count
     ],
 )
 def test_order(points: tuple[Point, ...], verdict: str) -> None:
@@ -152,7 +152,7 @@ points = st.lists(
 
 
 def along(loss: FloatArray, group: FloatArray, log: FloatArray) -> bool:
-    """Whether groups come in order, each of them, along a frontier: by the rule on arrays."""
+    """Whether all groups come in order along a frontier, computed from arrays."""
     mask = frontier(loss, log)
     found = [g for g in group[mask][np.argsort(loss[mask])] if g >= 0]
     return [g for g, _ in itertools.groupby(found)] == sorted({g for g in group if g >= 0})
@@ -176,7 +176,7 @@ def test_order_margin_against_the_frontier_and_whatever_the_interval_allows(
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_is_decided_is_what_was_measured(phase: str) -> None:
-    """On the CPU, whose pruned decoders were timed: of a 90 % interval one in twenty may decide the wrong way."""
+    """Decided comparisons on the CPU, whose pruned decoders were timed: a 90 % interval errs once in twenty."""
     rows = list(csv.DictReader((ROOT / "docs" / "cpu" / "comparison.csv").read_text(encoding="utf-8").splitlines()))
     timed = {(r["family"], float(r["sparsity"])): float(r["measured"]) for r in rows if r["phase"] == phase}
     ((batch, seq),) = {(int(r["batch"]), int(r["seq"])) for r in rows}

@@ -1,4 +1,4 @@
-"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages say, and all there."""
+"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENGINES = ("vllm", "sglang", "trtllm")
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """All comparisons of whole models, which take seconds."""
+    """All comparisons of whole models; they take seconds."""
     given = compare_speedups(given=True)
     return {"dense": compare_dense(), "speedups": compare_speedups(), "given": given, "serve": compare_serving()}
 

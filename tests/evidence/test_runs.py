@@ -21,7 +21,7 @@ H100 = Conditions(hardware="h100", batch=8, seq=1024, new_tokens=128)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The results of every tool, one in a folder of its own, and files that are none."""
+    """The results of every tool, one of them in an inner folder, and two files without results."""
     found = tmp_path / "runs"
     shutil.copytree(FILES, found)
     (found / "inner").mkdir()

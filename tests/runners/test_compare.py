@@ -59,7 +59,7 @@ def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Times planted instead of passes: a decoder takes as long as its layers; the list receives what was timed."""
+    """Plant times instead of passes: a decoder takes a second per layer. The list receives the timed decoders."""
     seen: list[str] = []
 
     def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:

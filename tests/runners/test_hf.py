@@ -207,7 +207,7 @@ def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Path:
-    """Folders of a dense model, and of a model with another choice for each of its layers; a plan of other layers."""
+    """Folders of a dense model and of a model whose layers differ, and a plan of different layers."""
     dense = {**TINY, "num_hidden_layers": 4, "intermediate_size": 512}
     attention, mlp = {"n_heads_in_group": 8}, {"ffn_mult": 4.0}
     none = {"no_op": True}

@@ -67,7 +67,7 @@ def _tokenizer(text: str, **_: object) -> SimpleNamespace:
 
 @pytest.fixture
 def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a model: a random decoder in place of what transformers would load from it."""
+    """A folder of a model: a random decoder replaces the model that transformers would load."""
     models = {"Tiny-Llama": decoder}
 
     def loaded(what: str, folder: str | Path, **_: object) -> Any:
@@ -123,7 +123,7 @@ def test_command_refuses(more: str, expected: str, folders: Path, cli: Any) -> N
 
 
 def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
-    """A tiny random model and its tokenizer, written and read by transformers: pruned here and as a checkpoint."""
+    """A tiny random model, written and read by transformers: pruned here, and as a pruned checkpoint."""
     pytest.importorskip("transformers", reason="reading a model needs transformers")
     pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
     dense = tmp_path / "dense"
@@ -202,7 +202,7 @@ def test_channels_that_are_silent_on_the_text_go_first(small: Decoder) -> None:
 
 
 def test_joined_kv_heads_are_means() -> None:
-    """Attention whose neighbouring KV heads are equal loses nothing with half of them; the mean of others is exact."""
+    """Attention with pairs of equal KV heads loses nothing with half of its KV heads; joined heads are exact means."""
     decoder = random_decoder(SMALL, dtype="fp32")
     attention, mlp = _parts(decoder.layers[0])
     d = decoder.head_dim

@@ -48,11 +48,11 @@ def _flops(w: Workload, kind: str) -> float:
 
 def test_counts_are_those_of_the_workload() -> None:
     kinds = {"gemm": Kind.GEMM, "attention_prefill": Kind.PREFILL_ATTENTION, "attention_decode": Kind.DECODE_ATTENTION}
-    for case in _cases():  # what pruning adds is left out
+    for case in _cases():  # work that pruning adds is excluded
         for w in (case.dense, case.pruned):
             for kind, code in kinds.items():
                 if kind == "gemm" and case.family in ("semi_structured", "unstructured", "dynamic_width"):
-                    continue  # of rounded widths
+                    continue  # widths are rounded
                 flops = float(w.flops[(w.kind == code) & ~w.overhead].sum())
                 assert _flops(w, kind) == pytest.approx(flops, rel=1e-2 if "decode" in kind else 1e-9), case.family
 
@@ -142,7 +142,7 @@ def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Times of everything the command asks of a device for one small model."""
+    """Times of all operators that the command measures for one small model."""
     planted = roofline_timings()
     squares = [(s, s, s) for s in (256, 512, 1024, 2048, 4096)]
     anchors = [(s // 2, s, s) for s in (4096, 2048, 1024, 512)]
