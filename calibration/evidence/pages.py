@@ -240,7 +240,6 @@ def _seconds(value: float) -> str:
 
 
 def text_of(given: argparse.Namespace) -> str:
-    """Return what was asked for."""
     (name,) = given.names if len(given.names) == 1 else ("",)
     if name == "list":
         return table(["set", "held out"], [[name, one.held_out] for name, one in SETS.items()], left=(0, 1)) + "\n"

@@ -418,7 +418,6 @@ def _margin(difference: FloatArray, half_width: FloatArray) -> FloatArray:
 
 
 def _towards(difference: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """Return the half-width on the side of 0."""
     return np.asarray(np.where(difference + TOLERANCE >= 0.0, low, high))
 
 

@@ -255,7 +255,6 @@ class HeldOut:
 
     @property
     def ratio(self) -> FloatArray:
-        """Predicted over measured time per token."""
         return self.tpot_s / self.group.tpot_s
 
 
@@ -292,7 +291,6 @@ def fit_engine(engine: str, without: str = "") -> HostParameters:
 
 
 def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
-    """Return the parameters of an engine, fitted to some groups."""
     h0 = hs = 0.0
     if engine not in NO_HOST:
         prior = np.log(PRIOR)
@@ -328,7 +326,6 @@ def held_out_models() -> tuple[HeldOut, ...]:
 
 
 def host_lines() -> Iterator[str]:
-    """Yield the parameters of every engine, and its errors on held-out models."""
     for engine in sorted({key[0] for key in groups()}):
         p = fit_engine(engine)
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"

@@ -300,7 +300,6 @@ def means(rows: Sequence[Row], table: str = "") -> list[Row]:
 
 
 def against_targets(rows: Sequence[Row]) -> list[Criterion]:
-    """Return the targets of the rows, next to their means over seeds."""
     lines, out = means(rows), []
     for t in TARGETS:
         groups: dict[str, list[float]] = {}
@@ -334,8 +333,6 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
 
 @dataclass(frozen=True)
 class TableChoice:
-    """A table to evaluate."""
-
     measurement: str  # device/operator/stack
     dtype: str = "bf16"
     prior: str = ""  # table of another stack, whose section is the prior of a small fit
@@ -348,7 +345,6 @@ class TableChoice:
 
     @lru_cache(maxsize=8)  # noqa: B019
     def load(self) -> MeasuredRows:
-        """Return the usable rows, with the datasheet of their device."""
         records = _records(self.measurement, self.wheel).of_dtype(self.dtype)
         hw, operator = datasheet(SOURCES[self.measurement].hardware), self.parts[1]
         machine = Machine.of(hw, self.dtype)

@@ -125,7 +125,6 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportP
 
 
 def part_speedups(part: ReportPart) -> dict[str, float]:
-    """Return the errors of ratios of rows that differ in one size."""
     at = neighbours([size for name, size in part.sizes.items() if name != "role"])
     if len(at) > PAIRS:
         at = at[np.sort(np.random.default_rng(0).choice(len(at), PAIRS, replace=False))]
@@ -248,8 +247,6 @@ def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[P
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether to use a profile."""
-
     verdict: str  # USE, PARTLY or DO_NOT_USE
     sentences: tuple[str, ...]  # the conclusion
     reasons: tuple[str, ...] = ()  # reasons against the profile, a few words each
@@ -340,7 +337,6 @@ def disturbed_share(records: Records) -> float:
 
 
 def of_validation(report: Report) -> Judgement:
-    """Judge whether a profile holds on measurements."""
     found = verdicts(report)
     every = _of_parts("all", report.parts, report.level)
     failed = [v for v in found if not v.holds]

@@ -162,7 +162,6 @@ def _patch(made: Any, layout: Layout) -> str:
 
 
 def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
-    """Change one layer to a block; return the changes."""
     out = []
     for role, where in PROJECTIONS.items():
         size = block.heads if where.startswith("self_attn") else block.inner

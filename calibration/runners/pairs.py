@@ -113,8 +113,6 @@ class Runner:
 
 
 class PairRunner(Runner):
-    """Runs the cases in this process."""
-
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
         """Time a case until ``end`` on the device's clock; return the times and further fields of the record."""
         raise NotImplementedError

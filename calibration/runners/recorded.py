@@ -39,8 +39,6 @@ Groups = Mapping[str, list[tuple[float, float]]]  # measured and predicted value
 
 @dataclass(frozen=True)
 class RecordedRow:
-    """A measured speedup next to its prediction."""
-
     engine: str
     threads: str
     compared: ComparedSpeedup

@@ -47,7 +47,6 @@ class Removed:
         return next((float(self.table[name][layer]) for name in names if name in self.table), 0.0)
 
     def of_projection(self, layer: int, role: str) -> float:
-        """Return the fraction of a projection, or of its group."""
         groups = [name for name in ("qkv", *SUBLAYERS) if role in GROUPS[name]]
         return self.of(layer, role, *groups)
 
@@ -70,7 +69,6 @@ def prune_decoder(
 
 
 def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
-    """Prune a decoder by steps of families, in their order."""
     for step in steps:
         decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
     return decoder
@@ -262,7 +260,6 @@ def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """Set the smallest two of every four neighbours in a row to zero."""
     if weight.shape[1] % 4:
         raise InputError(f"semi_structured: input features: expected a multiple of 4, got {weight.shape[1]}")
     fours = weight.abs().view(len(weight), -1, 4)

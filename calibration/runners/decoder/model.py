@@ -53,7 +53,6 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """The weight of a dense projection."""
         if len(self.factors) != 1 or type(self.factors[0]) not in _PLAIN:
             raise InputError("decoder: the projection is factorised or sparse already; prune in another order")
         return self.factors[0]

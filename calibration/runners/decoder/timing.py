@@ -21,7 +21,6 @@ from simulator.workload import Workload
 
 
 def time_pair(first: Decoder, second: Decoder, case: Case, runtime: str, time_limit_s: float) -> PairTimes:
-    """Time two decoders on one device in alternation."""
     return alternate(sampler(first, case, runtime), sampler(second, case, runtime), time_limit_s)
 
 
