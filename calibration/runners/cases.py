@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +216,14 @@ def _check_heads(w: Workload) -> None:
         heads, groups = int(w.heads[uneven][0]), int(w.kv_heads[uneven][0])
         expected = f"expected a multiple of {groups}, such as {max(heads // groups, 1) * groups}"
         raise InputError(f"{heads} query heads on {groups} KV heads cannot run here; {expected}")
+
+
+def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
+    """Return how often a workload has each combination of values of some columns."""
+    out = Counter[tuple[int, ...]]()
+    for count, *values in zip(w.count.tolist(), *(getattr(w, name).tolist() for name in names)):
+        out[tuple(values)] += round(count)
+    return out
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:

@@ -10,7 +10,7 @@ import torch
 
 from calibration.devices.operators import is_out_of_memory
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.runners.cases import Case
+from calibration.runners.cases import Case, counted
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
 from calibration.runners.pairs import ModelRun, PairRunner, PairTimes, Sampler, alternate, looped
@@ -62,18 +62,14 @@ def check_shapes(decoder: Decoder, workload: Workload) -> None:
     if decoder.rule is not None:
         return
     w = workload.take((workload.kind == Kind.GEMM) & (workload.layer >= 0) & ~workload.overhead)
-    expected, found = Counter[tuple[str, int, int, int]](), Counter[tuple[str, int, int, int]]()
-    for role, stage, n, k, count in zip(
-        w.role.tolist(), w.stage.tolist(), w.n.tolist(), w.k.tolist(), w.count.tolist()
-    ):
-        expected[ROLES[role], stage, n, k] += round(count)
+    expected, found = counted(w, "role", "stage", "n", "k"), Counter[tuple[int, ...]]()
     for _, role, projection in decoder.projections():
         for stage, factor in enumerate(projection.factors, 1):
             n, k = factor.shape
-            found[role, stage if len(projection.factors) > 1 else 0, n, k] += 1
+            found[ROLES.index(role), stage if len(projection.factors) > 1 else 0, n, k] += 1
     if different := sorted((expected - found) + (found - expected)):
-        role, _, n, k = different[0]
-        raise InputError(f"decoder: its shapes are not those that are predicted, such as {role} with n={n}, k={k}")
+        code, _, n, k = different[0]
+        raise InputError(f"decoder: its shapes are not as predicted, such as {ROLES[code]} with n={n}, k={k}")
 
 
 class Executor(PairRunner):

@@ -25,7 +25,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, InvalidTiming
-from calibration.runners.cases import Case
+from calibration.runners.cases import Case, counted
 from calibration.runners.pairs import ENOUGH, LEAST, ModelRun, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
@@ -45,7 +44,7 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
 from simulator.prediction.runnable import shapes_of, will_run
-from simulator.workload import Workload, WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
 STEPS = 64  # decode steps of a sample
@@ -407,7 +406,6 @@ CLASSES: Mapping[str, str] = {
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Keys of code, of stored formats and of parts that are not timed
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
-ModelShape = tuple[str | int, ...]  # kind, role, n, k, heads, KV heads, experts, window
 
 
 @dataclass(frozen=True)
@@ -450,21 +448,11 @@ class Models:
         self.config_of(model)
         same = ("phase", "batch", "seq", "new_tokens", "dtype", "engine")
         built = lower(model, **{name: getattr(meta, name) for name in same})
-        expected, found = shapes(case.pruned), shapes(built)
+        names = ("kind", "role", "n", "k", "heads", "kv_heads", "experts", "window")
+        timed = (w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE)) for w in (case.pruned, built))
+        expected, found = (counted(w, *names) for w in timed)
         if different := sorted((expected - found) + (found - expected)):
             _, role, n, k, heads, *_ = different[0]
             where = f"{heads} heads" if heads else f"n={n}, k={k}"
-            raise InputError(f"vLLM would not build the predicted shapes, such as {role} with {where}")
+            raise InputError(f"vLLM would not build the predicted shapes, such as {ROLES[role]} with {where}")
         return model
-
-
-def shapes(w: Workload) -> Counter[ModelShape]:
-    timed = w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
-    names = ("n", "k", "heads", "kv_heads", "experts", "window")
-    out = Counter[ModelShape]()
-    for kind, role, count, *sizes in zip(
-        timed.kind, timed.role, timed.count, *(getattr(timed, name).tolist() for name in names)
-    ):
-        shape = (Kind(kind).name, ROLES[role], *sizes)
-        out[shape] += round(count)
-    return out
