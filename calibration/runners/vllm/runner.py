@@ -8,10 +8,11 @@ sequence and no prefix cache.
 - generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make ``new_tokens`` + 1 tokens.
 - serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one request.
 
-vLLM keeps its memory until its process ends, so each model has a child process for all its cases. If both models fit,
-dense and pruned samples alternate; the idle process uses no GPU time. Else the pruned model is timed after the dense
-model, and slow changes of the machine affect the ratio. The caches hold the largest checked case, so check all cases
-before the first record.
+The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
+finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
+each model has a child process for all its cases. If both models fit, dense and pruned samples alternate; the idle
+process uses no GPU time. Else the pruned model is timed after the dense model, and slow changes of the machine affect
+the ratio. The caches hold the largest checked case, so check all cases before the first record.
 """
 
 from __future__ import annotations
