@@ -55,7 +55,6 @@ def prune_decoder(
     decoder: Decoder, family: str, sparsity: Any = None, *, layers: Sequence[int] | None = None, **options: Any
 ) -> Decoder:
     """Prune a decoder by a family, with the arguments of :func:`simulator.prune` or fields of the family's rule."""
-    check_family(family, sparsity, layers, options)
     options = _different(family, options)
     if sparsity is None and layers is None:
         sparsity = FAMILIES[family].default
