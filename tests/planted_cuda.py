@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
 from typing import Any
 
 import pretended_cuda  # noqa: F401 - before Triton
@@ -28,12 +27,9 @@ from calibration.devices import attention, operators
 from calibration.devices import cuda as cuda_device
 from calibration.devices.operators import Launches
 from calibration.devices.protocol import Operator
-from calibration.runners import pairs
-from calibration.runners.decoder import timing
 
 ATTENTION = 0.6
 """Arithmetic rate of attention relative to that of GEMMs."""
-REAL_CLOCK = time.perf_counter
 PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "__matmul__", "__rmatmul__", "_scaled_mm", "_int_mm")
 LOOKUPS = ("embedding", "index_select", "__getitem__", "gather")
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided")
@@ -188,23 +184,7 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
         patch.setattr(time, "perf_counter", cuda.read)
         patch.setattr(time, "perf_counter_ns", lambda: round(cuda.read() * 1e9))
         patch.setattr(time, "sleep", cuda.rest)
-        for module in (pairs, timing):
-            _use_clock(patch, module, cuda.read)
         yield cuda
-
-
-def _use_clock(patch: pytest.MonkeyPatch, module: ModuleType, read: Callable[[], float]) -> None:
-    """Replace the clock that functions of a module have as default."""
-    for function in vars(module).values():
-        if not isinstance(function, FunctionType):
-            continue
-        if REAL_CLOCK in (function.__defaults__ or ()):
-            patch.setattr(
-                function, "__defaults__", tuple(read if d is REAL_CLOCK else d for d in function.__defaults__)
-            )
-        named = function.__kwdefaults__ or {}
-        if REAL_CLOCK in named.values():
-            patch.setattr(function, "__kwdefaults__", {n: read if d is REAL_CLOCK else d for n, d in named.items()})
 
 
 def planted_triton(cuda: PlantedCuda) -> Callable[..., None]:

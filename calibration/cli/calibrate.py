@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from calibration.evidence.validate import Judgement
     from calibration.measure.run import Outcome
     from calibration.runners.compare import ComparedCases
-    from calibration.runners.runs import Calibrated, MeasuredRun
+    from calibration.runners.runs import Calibrated, MeasuredRun, RunOptions
 
 RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3  # environment variable with the number of restarts so far, its limit
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
@@ -80,7 +80,7 @@ def command(
     """
     from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
     from calibration.fit.local_update import Updated, as_row
-    from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
+    from calibration.runners.runs import RunOptions, TargetModels, fit_run, measure_into, target_workloads
 
     budget_s = seconds("--budget", budget)
     if measure_only and (quick or device == "host"):
@@ -90,7 +90,7 @@ def command(
             raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
         if threads is not None:
             raise InputError("--threads: DEVICE host is measured with one thread; use another device")
-        _host(output, budget_s, dtype, hardware, seed, json, verbose)
+        _host(output, RunOptions(budget_s, dtype, hardware, seed), json, verbose)
         return
     targets: TargetModels = ()
     if model:
@@ -105,8 +105,8 @@ def command(
             engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
 
-    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
-    found = measured(device, output, measure_into, threads, **how, targets=targets, quick=quick)
+    how = RunOptions(budget_s, dtype, hardware, seed)
+    found = measured(device, output, partial(measure_into, targets=targets, quick=quick), how, threads)
     if measure_only and render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
     if measure_only or not found.outcome.complete:
@@ -150,7 +150,7 @@ def _end(
         raise typer.Exit(judged.status)
 
 
-def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
+def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
@@ -159,8 +159,7 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware
 
-    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
-    found = measured("host", output, measure_host, **how)
+    found = measured("host", output, measure_host, how)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
     done = fit_run(output, anchor=True)
@@ -214,9 +213,9 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
 
 
 def measured(
-    device: str, output: str, measure: Callable[..., MeasuredRun], threads: int | None = None, **how: Any
+    device: str, output: str, measure: Callable[..., MeasuredRun], how: RunOptions, threads: int | None = None
 ) -> MeasuredRun:
-    """Measure a device into a folder with progress; ``how`` are options of ``measure``."""
+    """Measure a device into a folder, with progress."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 
@@ -224,7 +223,7 @@ def measured(
     opened = open_device(device, threads=threads)
     try:
         with render.progress("measuring") as report:
-            found = measure(output, opened, progress=report, note=render.status, **how)
+            found = measure(output, opened, how, progress=report, note=render.status)
     finally:
         opened.close()
     restart_if_needed(found.outcome, render.status)

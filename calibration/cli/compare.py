@@ -7,7 +7,7 @@ import sys
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -58,6 +58,7 @@ def command(
     and comparison.png, for a library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
+    from calibration.runners.pairs import ModelRun
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
@@ -76,9 +77,8 @@ def command(
         with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
             name = opened.describe().device
             render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
-            how: dict[str, Any] = {"budget_s": left, "dtype": dtype, "engine": engine, "seed": seed}
-            how |= {"content": content_of(model), "python": vllm_python or sys.executable, "progress": report}
-            found = compare(folder, opened, config, cases, **how)
+            how = ModelRun(config, dtype, engine, content_of(model), vllm_python or sys.executable, seed)
+            found = compare(folder, opened, how, cases, left, report)
         restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)

@@ -126,7 +126,7 @@ def command(
     device; it is printed with the roofline bound and the predicted speedup. Writes RUN/records.jsonl and
     RUN/upper_bound.csv. Run the command again to resume.
     """
-    from calibration.runners.runs import check_folder
+    from calibration.runners.runs import RunOptions, check_folder
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
 
@@ -134,8 +134,8 @@ def command(
     _, cases, notes = selection.cases(model, engine)
     folder = check_folder(output)
     with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
-        how: dict[str, Any] = {"budget_s": left, "dtype": dtype, "seed": seed, "progress": report}
-        found = measure_bounds(folder, opened, cases, note=render.status, **how)
+        how = RunOptions(left, dtype, seed=seed)
+        found = measure_bounds(folder, opened, cases, how, progress=report, note=render.status)
     restart_if_needed(found.outcome, render.status)
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"

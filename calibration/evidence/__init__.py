@@ -1,1 +1,1 @@
-"""How well profiles and engines predict data that their fits did not use: sets of such data, and one scorer for all."""
+"""How well profiles and engines predict data that no fit used: sets of such data, and one scorer for all sets."""

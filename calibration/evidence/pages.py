@@ -1,8 +1,15 @@
-"""The generated pages accuracy.md and engines.md: their tables, with the prose of the page in ``docs``."""
+"""Evaluate on data that no fit saw: ``python -m calibration.evidence [SET ...]``, or make a generated page of it.
+
+Prints the tables of sets (default: all) and their targets; *accuracy* and *engines* print a page of ``docs/generated``,
+or write it (``-o FILE``); *hosts* prints the fitted host times of engines. The accuracy page takes ten minutes on two
+cores.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,23 +27,26 @@ from calibration.evidence.published import (
     compare_serving,
     compare_speedups,
     held_out_models,
+    host_lines,
     ratio_scores,
 )
 from calibration.evidence.scoring import Comparison, score_of, table
-from calibration.evidence.sets import WHOLE, Row, against_targets, means
+from calibration.evidence.sets import SETS, Row, SetOptions, against_targets, evaluate_sets, means
 from calibration.measurements import published
+from simulator.cli import parsing
 from simulator.engines.engine import list_engines, load_engine
 from simulator.engines.loading import FEATURES, Loading
 from simulator.errors import InputError
+from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import load_hardware
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
 # fmt: off
-# Columns of a table, and of a table of held-out stacks: title, score, digits; those without a value are omitted.
+# Title, score and digits of the columns of a table, and of a table of held-out stacks. Empty columns are omitted.
 COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2), ("median", "median", 2), ("p95", "p95", 1), ("bias", "bias", 2), ("m<=16", "mape m<=16", 1),
-    ("17-256", "mape m<=256", 1), (">256", "mape m>256", 1), ("over 10 us", "mape over 10us", 2),
+    ("MAPE", "mape", 2), ("median", "median", 2), ("p95", "p95", 1), ("bias", "bias", 2), ("m<=16", "mape m <= 16", 1),
+    ("17-256", "mape m 17-256", 1), (">256", "mape m > 256", 1),
     ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
     ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
     ("ratios in", "ratio coverage", 1), ("ratio width", "ratio width", 1),
@@ -53,11 +63,11 @@ KINDS: Mapping[str, str] = {
     "given": "the same, given their dense time",
     "serve": "times per output token of serving runs",
 }
-PROMPTS: Mapping[str, tuple[float, float]] = {  # prompt lengths of the serving runs -> ends of the range
+PROMPTS: Mapping[str, tuple[float, float]] = {  # prompt lengths of the serving runs -> ends of their range
     "128": (0, 200), "256": (200, 400), "512": (400, 600), "1,000 to 1,024": (600, 1500),
     "2,000 to 2,048": (1500, 3000), "4,000 to 4,096": (3000, 6000), "8,000 to 8,192": (6000, np.inf),
 }  # fmt: skip
-LOADS: Mapping[str, tuple[float, float]] = {  # concurrency per new token: prompts that arrive with a decode step
+LOADS: Mapping[str, tuple[float, float]] = {  # requests in flight per new token: prompts that arrive per decode step
     "below 0.03": (0, 0.03), "0.03 to 0.1": (0.03, 0.1), "0.1 to 0.3": (0.1, 0.3), "0.3 to 0.75": (0.3, 0.75),
     "0.75 to 1.5": (0.75, 1.5), "above 1.5": (1.5, np.inf),
 }  # fmt: skip
@@ -78,17 +88,15 @@ def filled(page: str, tables: Sequence[str]) -> str:
 
 def accuracy_page(rows: Sequence[Row]) -> str:
     """Return ``docs/generated/accuracy.md``: targets and measured accuracy, then the table of every set of kernels."""
-    return head("accuracy") + accuracy_text([r for r in rows if r["set"] not in WHOLE], rows)
+    return head("accuracy") + accuracy_text(rows, [r for r in rows if not SETS[r["set"]].whole])
 
 
-def accuracy_text(rows: Sequence[Row], targets_of: Sequence[Row]) -> str:
-    """Return the targets, and the tables of some rows as means over seeds, %."""
-    cells = [
-        [c.criterion, c.target, c.measured if c.met is not False else f"**{c.measured}**"]
-        for c in against_targets(targets_of)
-    ]
+def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
+    """Return the targets of rows, and the tables of the listed rows as means over seeds, %."""
+    criteria = against_targets(rows)
+    cells = [[c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured] for c in criteria]
     lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""] if cells else []
-    for title in dict.fromkeys(r["table"] for r in rows):
+    for title in dict.fromkeys(r["table"] for r in listed):
         names, columns = zip(*columns_of_table(rows, title), strict=True)
         lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -101,15 +109,12 @@ def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[st
     groups = [[r] for r in lines]
     columns = [("method", [r["method"] for r in lines]), ("rows", [str(r["rows"] or "all") for r in lines])]
     if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
-        scores, sizes, at = (
-            STACK_COLUMNS,
-            sorted({r["rows"] for r in lines}),
-            {(r["held_out"], r["rows"]): r for r in lines},
-        )
-        places = [(name, size, [name]) for name in held_out for size in sizes]
-        places += [("mean", size, held_out) for size in sizes]
-        columns = [("held out", [name for name, *_ in places]), ("rows", [str(size) for _, size, _ in places])]
-        groups = [[at.get((name, size), {}) for name in names] for _, size, names in places]
+        scores, sizes = STACK_COLUMNS, sorted({r["rows"] for r in lines})
+        at = {(r["held_out"], r["rows"]): r for r in lines}
+        places = [*((name, [name]) for name in held_out), ("mean", held_out)]
+        columns = [("held out", [name for name, _ in places for _ in sizes])]
+        columns.append(("rows", [str(size) for _ in places for size in sizes]))
+        groups = [[at.get((name, size), {}) for name in names] for _, names in places for size in sizes]
     for name, key, digits in scores:
         if held_out or any(key in r for r in lines):
             unit = 1.0 if key == "speedup spearman" else 100.0
@@ -119,8 +124,8 @@ def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[st
 
 
 def engine_tables() -> list[str]:
-    """Return the tables of ``docs/generated/engines.md`` in their order. Rows of split "fit" are from sources on which
-    engine parameters were fitted, by hand where rows are few; rows of split "judge" from other sources."""
+    """Return the tables of ``docs/generated/engines.md`` in their order. Engine parameters were fitted on the sources
+    of split "fit", by hand where rows are few, and not on those of split "judge"."""
     given = compare_speedups(given=True)
     found = {"dense": compare_dense(), "speedup": compare_speedups(), "given": given, "serve": compare_serving()}
     sparse, narrow, held_out = compare_gemms("2:4"), compare_gemms("narrower"), held_out_models()
@@ -232,3 +237,40 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def text_of(given: argparse.Namespace) -> str:
+    (name,) = given.names if len(given.names) == 1 else ("",)
+    if name == "list":
+        return table(["set", "held out"], [[name, one.held_out] for name, one in SETS.items()], left=(0, 1)) + "\n"
+    if name == "hosts":
+        return "\n".join(host_lines()) + "\n"
+    if name == "engines":
+        return filled("engines", engine_tables())
+    sizes = [None if size == "all" else parsing.integers("--sizes", size)[0] for size in given.sizes.split(",")]
+    options = SetOptions(tuple(parsing.integers("--seeds", given.seeds)), tuple(sizes), given.wheel)
+    names = () if name == "accuracy" else given.names
+    rows = evaluate_sets(names, options, max(given.jobs, 1), lambda text: print(text, file=sys.stderr, flush=True))
+    return accuracy_page(rows) if name == "accuracy" else accuracy_text(rows, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of the module's docstring and return the exit status."""
+    parser = argparse.ArgumentParser("python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts")
+    parser.add_argument("-o", "--output", help="write to this file")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
+    parser.add_argument("--sizes", default="400,all", help="numbers of training rows of GEMMs, or all")
+    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for unlisted, mla and experts")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    given = parser.parse_args(arguments)
+    try:
+        if given.output:
+            check_target(given.output)
+            write_whole(given.output, text_of(given).encode())
+        else:
+            print(text_of(given), end="")
+    except InputError as error:
+        print(f"calibration.evidence: {error}", file=sys.stderr)
+        return 2
+    return 0

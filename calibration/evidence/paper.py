@@ -2,15 +2,14 @@
 
 The published numbers (``calibration/measurements/published_paper.csv``) are quoted from a reading note of the paper.
 The conditions are those of its code (github.com/EIT-NLP/LLM-Pruning, PruningInferSim): batch 1, 8, 16, 32 at 1024
-tokens, logits of all positions, a CUDA graph. Nothing is fitted to a cell of the table. Rows are dictionaries, as
-``prunesim paper --json`` prints them.
+tokens, logits of all positions, a CUDA graph. No constant is fitted to the table. Functions that return rows return
+what ``prunesim paper --json`` prints.
 
-A claim consists of comparisons of two pruned models. Each has a *margin*: a difference divided by the half-width of its
-interval on the side towards 0. From 1 up the difference is positive with the whole interval, from -1 down negative.
-The interval is that of the difference: what two models have in common cancels. Where all of several differences must be
-positive, the smallest margin counts; where one is enough, the largest. A claim has the margin of the comparison that
-decides it: from 1 up it *holds*, from -1 down it *does not hold*, else it is *undecided*. Claim (a) *does not apply*
-where memory is not the bottleneck.
+A claim consists of comparisons of two pruned models. Each comparison has a *margin*: a difference divided by the
+half-width of its interval on the side towards 0. Errors that two models share cancel in the interval. Where all of
+several differences must be positive, the smallest margin decides; where one is enough, the largest. A claim *holds* if
+the margin that decides is at least 1, it *does not hold* if the margin is at most -1, else it is *undecided*. Claim (a)
+*does not apply* where memory is not the bottleneck.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ MODEL, HARDWARE, ENGINE = "llama-3.1-8b", "rtx_pro_6000", "reference"
 BATCHES, SEQ, PHASES = (1, 8, 16, 32), 1024, ("prefill", "decode")
 PRINTED = 0.005  # half a unit of the last printed digit of a published speedup
 
-# Parts of Figure 2 -> roles; other kernels are elementwise, gaps between kernels are "graph execution"
+# Part of Figure 2 -> roles; "elementwise" are all other kernels, "graph execution" the gaps between kernels
 PARTS: Mapping[str, tuple[str, ...]] = {
     "gate/up/down": ("gate", "up", "down"),
     "attention": ("attention",),
@@ -63,14 +62,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A speedup of the table: the mean over the batches, the mean ends of the intervals, the published value or NaN."""
+    """A speedup of the table: means over the batches."""
 
     hardware: str
     engine: str
     family: str
     sparsity: float
     phase: str
-    published: float
+    published: float  # or NaN
     predicted: float
     lower: float
     upper: float
@@ -91,8 +90,7 @@ def table_2(
     engine: Sequence[str] = (ENGINE,),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Cell]:
-    """Return the paper's Table 2 on some devices in some engines; published values only for the paper's device and
-    engine."""
+    """Return the paper's Table 2 on some devices in some engines; the paper's own have published values."""
     known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in _published("table 2")}
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Result]] = {}
@@ -114,12 +112,12 @@ def _published(what: str) -> list[Mapping[str, str]]:
 
 
 def equal_depths() -> list[Row]:
-    """Return families at 50 % and the fraction of layers to drop for the same prefill speedup (section 5.3): published;
-    by the published table (NaN without the family there); predicted, as a mean over the batches and at batch 1."""
+    """Return the fraction of layers to drop for the prefill speedup of each family at 50 % (section 5.3): published; by
+    the published table (NaN without the family); predicted by the mean over the batches, and at batch 1."""
     rows, model = _published("section 5.3"), load_model(MODEL)
     bench = partial(table, [model], [HARDWARE], phase=["prefill"], batch=BATCHES, seq=[SEQ], engine=[ENGINE])
     fractions = np.arange(model.layers) / model.layers
-    families = [r["family"] for r in rows if r["family"] != "width_cross"]  # which is pruned as by SliceGPT
+    families = [r["family"] for r in rows if r["family"] != "width_cross"]  # width_cross is pruned as by SliceGPT
     found: dict[tuple[str, float], dict[int, float]] = {}
     for r in (
         *bench(family=["depth"], sparsity=fractions.tolist()),
@@ -144,10 +142,10 @@ def equal_depths() -> list[Row]:
 
 
 def figure_2() -> list[Row]:
-    """Return the times of the parts of prefill and decode, and of the whole.
+    """Return the times of prefill and decode by part, and their sums.
 
-    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head, but its code computes logits of all
-    positions, which take as long as the part of the graph. The two are therefore compared together.
+    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head. Its code computes logits of all
+    positions, which take as long as the graph's part, so graph and head are compared together.
     """
     rows, out = _published("figure 2"), list[Row]()
     for phase in dict.fromkeys(r["phase"] for r in rows):
@@ -170,8 +168,8 @@ def figure_2() -> list[Row]:
 
 
 def outside_gemms() -> list[Row]:
-    """Return the time outside GEMMs, with the gaps between kernels, of dynamic depth and low rank at 50 % over that of
-    the dense pass (section 5.4), predicted by batch."""
+    """Return the time outside GEMMs, gaps between kernels included, over that of the dense pass (section 5.4), for
+    dynamic depth and low rank at 50 %."""
     hw, model, out = load_hardware(HARDWARE), load_model(MODEL), []
     for r in _published("section 5.4"):
         ratios = []
@@ -185,8 +183,8 @@ def outside_gemms() -> list[Row]:
 
 
 def kernel_charts() -> list[Row]:
-    """Return the charts of the authors' kernels (RTX 5090): speedups of one operator at 50 % by number of tokens. The
-    device has no kernel table: the published dense times are used, and between them their rate is interpolated."""
+    """Return the charts of the authors' kernels (RTX 5090): speedups of one operator at 50 % by number of tokens. This
+    device has no kernel table, so dense times are the published ones, or have a rate interpolated between them."""
     rows = _published("kernel")
     hw, out = load_hardware(rows[0]["hardware"]), []
     cubes = {float(r["seq"]): float(r["value"]) for r in rows if r["family"] == "dense"}  # s by side
@@ -228,16 +226,14 @@ CLAIMS: Mapping[str, str] = {
 QUALITY = "taxonomy-paper"  # the quality table of the paper's own models
 BATCH, CLAIM_SEQ, LEVEL = 1, 2048, 0.9
 SPARSITIES = (0.125, 0.25, 0.5)  # tested for (a): whole layers of models with a multiple of eight of them
-GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}  # places in the order of (b)
-LAST_LOSS = (4, 16, 26)  # largest loss of accuracy, whole per cent, at which (b) places each group on the frontier
-LEAST_GAIN = 0.05  # a family whose roofline bound is a smaller gain is not compared: a share of it would mean little
+GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}  # place in the order of (b)
+LAST_LOSS = (4, 16, 26)  # largest loss of accuracy, whole per cent, of each place in the order of (b)
+LEAST_GAIN = 0.05  # a family with a smaller gain as roofline bound is not compared: a share of it would mean little
 TOLERANCE = 0.005  # speedups and shares that differ by less count as equal: papers print two digits
 
 
 @dataclass(frozen=True)
 class ClaimOutcome:
-    """The outcome of one test of a claim."""
-
     claim: str  # bound or order
     hardware: str
     engine: str
@@ -245,34 +241,33 @@ class ClaimOutcome:
     batch: int
     seq: int
     verdict: str  # holds, does not hold, undecided, does not apply
-    margin: float | None  # of the deciding comparison: from 1 up the claim holds, from -1 down it does not
+    margin: float | None  # margin of the comparison that decides
     calibrated: bool  # this and the next two as in a result
     uncalibrated: str
     uncalibrated_share: float
-    margins: tuple[tuple[float, float], ...] = ()  # (a): (sparsity, margin), the claim at that sparsity alone
-    bottleneck: str = ""  # (a): of depth at these sparsities
+    margins: tuple[tuple[float, float], ...] = ()  # (a): (sparsity, margin of the claim at this sparsity)
+    bottleneck: str = ""  # (a): bottleneck of depth
     decided_by: str = ""  # the comparison
-    needed: str = ""  # undecided: how well the comparison is known, and how well it must be
+    needed: str = ""  # undecided: the interval of the comparison, and how narrow it must be
     elsewhere: tuple[str, ...] = ()  # (b): points of the frontier where another family is claimed
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """One family against pruned models (n,) of one device and request; arrays (2, n) have a row per measure: the log
-    ratio of speedups, and the difference of the shares (speedup - 1) / (roofline bound - 1), which count up to 1."""
+    """One family against n pruned models of one device and request. Arrays (2, n) have two measures: the log ratio of
+    speedups, and the difference of shares (speedup - 1) / (roofline bound - 1), each at most 1."""
 
     models: tuple[tuple[str, float], ...]  # family and sparsity
     speedups: tuple[simulator.Result, ...]
-    share: FloatArray  # (n,) of the roofline bound's gain that is achieved
-    own: NDArray[np.intp]  # (n,) the family's model at the same sparsity
-    competes: NDArray[np.bool_]  # (n,) whether a model is compared with it
-    difference: FloatArray
-    half_width: FloatArray  # towards 0
-    margin: FloatArray  # infinite for models that do not compete
+    share: FloatArray  # (n,)
+    own: NDArray[np.intp]  # (n,) index of the family's model at the same sparsity
+    competes: NDArray[np.bool_]  # (n,) whether the model is compared with the family's
+    difference: FloatArray  # (2, n)
+    half_width: FloatArray  # (2, n), on the side of 0
+    margin: FloatArray  # (2, n), infinite for models that do not compete
 
 
 def decided(margin: float) -> str:
-    """Return the verdict on a claim of a margin."""
     return HOLDS if margin >= 1.0 else FAILS if margin <= -1.0 else UNDECIDED
 
 
@@ -330,7 +325,7 @@ def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]]
 
 
 def _needed(difference: float, half_width: float, shares: bool = False) -> str:
-    """Return the end of the interval of a difference beyond 0, and how well the difference must be known to decide."""
+    """Return how far the interval of a difference reaches beyond 0, and how narrow it must be to decide."""
     unit, reach = "points" if shares else "%", difference - math.copysign(half_width, difference)
     end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (reach, abs(difference)))
     within = f"measure both models within {enough:.2g} {unit} to decide"
@@ -338,7 +333,7 @@ def _needed(difference: float, half_width: float, shares: bool = False) -> str:
 
 
 def order_outcome(front: Front) -> ClaimOutcome:
-    """Claim (b) on one frontier, among the dense model and the families that it orders, up to its largest loss."""
+    """Claim (b) on one frontier: the dense model and the families that (b) orders, up to the largest claimed loss."""
     reached = [i for i, p in enumerate(front.points) if round(100.0 * p.loss) <= LAST_LOSS[-1]]
     own = [i for i in reached if front.points[i].family in GROUPS]
     points = [front.points[i] for i in own]
@@ -375,8 +370,8 @@ def order_outcome(front: Front) -> ClaimOutcome:
 def compare_family(
     family: str, dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile
 ) -> Comparisons:
-    """Compare a family with every other at the same sparsity: ``pruned`` are workloads with their family and sparsity,
-    of which those that the device cannot run are excluded."""
+    """Compare a family with every other at the same sparsity. ``pruned`` are families, sparsities and workloads; those
+    that the device cannot run are excluded."""
 
     def runs(w: Workload) -> bool:
         try:
@@ -392,7 +387,7 @@ def compare_family(
         found = simulator.speedups(dense, [w for _, _, w in pruned], hw)
     at = {sparsity: i for i, (name, sparsity, _) in enumerate(pruned) if name == family}
     own = np.array([at.get(sparsity, i) for i, (_, sparsity, _) in enumerate(pruned)])
-    # log of the speedup of each over the family's: its interval reaches as far above as that of the inverse below
+    # log ratio of each speedup to the family's; the interval of the inverse has the same widths, exchanged
     stacked = WorkloadBatch.of([dense, *(w for _, _, w in pruned)])
     behind, high, low = (part[0, 1:] for part in against(stacked, hw, [np.r_[0, 1 + own]], LEVEL))
     s, lower, upper, bound = np.array([(f.speedup, f.lower, f.upper, f.roofline_bound) for f in found]).T
@@ -400,7 +395,7 @@ def compare_family(
     down, up, share, slope = np.log(s / lower), np.log(upper / s), (s - 1.0) / gain, s / gain
 
     def of_shares(of_own: FloatArray, of_other: FloatArray, of_ratio: FloatArray) -> FloatArray:
-        """Half-width of a difference of shares; those of two logs and of their ratio give the covariance."""
+        """Half-width of a difference of shares; the half-widths of two logs and of their ratio give the covariance."""
         covariance = 0.5 * (of_own**2 + of_other**2 - of_ratio**2)
         a, b = slope[own], slope
         square = (a * of_own) ** 2 + (b * of_other) ** 2 - 2.0 * a * b * covariance
@@ -409,7 +404,7 @@ def compare_family(
     difference, to_bound = share[own] - share, share[own] - 1.0
     width = _towards(difference, of_shares(down[own], up, low), of_shares(up[own], down, high))
     width_to_bound = _towards(to_bound, slope[own] * down[own], slope[own] * up[own])
-    at_bound = _margin(to_bound, width_to_bound) > _margin(difference, width)  # no other model can be closer to it
+    at_bound = _margin(to_bound, width_to_bound) > _margin(difference, width)  # no model is closer to its bound
     differences = np.stack([-behind, np.where(at_bound, to_bound, difference)])
     widths = np.stack([_towards(-behind, low, high), np.where(at_bound, width_to_bound, width)])
     competes = (own != np.arange(len(own))) & (np.minimum(gain, gain[own]) >= LEAST_GAIN)
@@ -423,19 +418,18 @@ def _margin(difference: FloatArray, half_width: FloatArray) -> FloatArray:
 
 
 def _towards(difference: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """Return the half-width on the side of 0."""
     return np.asarray(np.where(difference + TOLERANCE >= 0.0, low, high))
 
 
 def in_order(
     loss: ArrayLike, group: Sequence[int], speedup: ArrayLike, below: ArrayLike
 ) -> tuple[float, int, int, float, float]:
-    """Compare the points that decide whether every group has a point on the frontier, and groups come in their order.
-    Return the margin, the two points, the log ratio of their speedups, and its half-width towards 0.
+    """Decide whether every group has a point on the frontier, and the groups come in their order. Return the margin,
+    the two points that decide, the log ratio of their speedups, and its half-width towards 0.
 
-    ``loss`` (n,) of quality; ``group`` (n,) place in the claimed order, -1 for a point that only competes; ``speedup``
-    (n,) and ``below`` (n, n) as of :func:`simulator.prediction.pareto.margins`. A point is on the frontier where it is
-    faster than all others at no more loss; of two points whose groups come in the wrong order, one must not be on it.
+    ``loss`` (n,) is that of quality; ``group`` (n,) the place in the claimed order, -1 for a point that only competes;
+    ``speedup`` (n,) and ``below`` (n, n) are those of :func:`simulator.prediction.pareto.margins`. A point is on the
+    frontier if it is faster than all points of no more loss; of two points in the wrong order, one must not be on it.
     """
     x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)

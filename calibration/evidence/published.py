@@ -1,14 +1,13 @@
 """Published measurements predicted under their conditions, and the host times of engines that are fitted to them.
 
-The measured values ship as ``calibration/measurements/``; each row has its source, whether engines are fitted or
-evaluated on it, and the assumptions where the source is silent.
+The measured values ship as ``calibration/measurements/``. Each row has its source, its split (engines are fitted or
+judged on it), and assumptions about conditions that the source does not state.
 
-Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes
-E = P + o (t_d + h0 + hs c), where P is the time of the prefills of all c requests, of which those that arrive during
-one decode step share a pass, and o are the decode steps. h0 and hs are fitted to E, which does not depend on how the
-load generator spaces requests; then phi, the share of the other requests' prefills before the first token, is fitted to
-the time per output token. Each group of runs (a model on a GPU) has an offset, because a common error is attributed to
-its kernels.
+Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes E = P + o (t_d + h0 + hs c).
+P is the time of the prefills of all c requests; prompts that arrive during one decode step share a pass. o is the
+number of decode steps, t_d the device time of a step. h0 and hs are fitted to E, which does not depend on how the load
+generator spaces requests. Then phi, the share of the other requests' prefills before the first token, is fitted to the
+time per output token. Each group of runs (a model on a GPU) has an offset: a common error is attributed to its kernels.
 """
 
 from __future__ import annotations
@@ -62,15 +61,15 @@ def compare_dense() -> list[Comparison]:
 
 
 def compare_speedups(given: bool = False) -> list[Comparison]:
-    """Return published speedups of pruned models in their engines, predicted under the same conditions; with ``given``,
-    only of whole models, predicted from the measured dense time."""
+    """Return published speedups of pruned models in their engines; with ``given``, only speedups of whole models,
+    predicted from the measured dense time."""
     rows = [r for r in published("speedups") if not r["left_out"] and not (given and r["scope"] == "projections")]
     return [_speedup(r, given) for r in rows]
 
 
 def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
-    """Return measured times per output token of serving runs, s, of one engine or of all, with or without models with
-    routed experts; runs whose caches do not fit are excluded."""
+    """Return measured times per output token, s, of the serving runs of one engine or of all. Runs whose caches do not
+    fit are excluded, and without ``experts`` models with routed experts."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
     rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]
@@ -104,7 +103,7 @@ def _where(row: Mapping[str, str], scope: str = "") -> str:
 
 def _dense(row: Mapping[str, str]) -> Comparison:
     w = _workload(row, row["engine"])
-    # FlashAttention-2 is what the vLLM tables ran
+    # the vLLM tables ran FlashAttention-2
     stack = "vllm" if "FlashAttention-2" in row["framework"] else ""
     time, m = workload_time(w, load_hardware(row["hardware"], stack)), w.meta
     measured = float(row["value"])
@@ -141,7 +140,7 @@ def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
 
 
 def _pruned(row: Mapping[str, str], dense: Workload) -> Workload:
-    """Return the pruned model: one fraction, or fractions by part ("q=0.1,down=0.5"), of all layers or of some."""
+    """Prune by one fraction, or by fractions of parts ("q=0.1,down=0.5"), all layers or some."""
     pairs = [pair.rpartition("=") for pair in row["sparsity"].split(",")]
     kinds = {part: parse_fraction(value) for part, _, value in pairs}
     removed: Any = kinds
@@ -198,12 +197,12 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     return _comparison(row, shape, where, measured, ratio, ratio / width, ratio * width)
 
 
-PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # of h0 and hs, s: a scheduler in Python
+PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # h0 and hs, s, of a scheduler in Python
 OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run
-INDEPENDENT_ROWS, FEWEST = 20.0, 10  # rows of a group that count as independent, and that it needs
+INDEPENDENT_ROWS, FEWEST = 20.0, 10  # most rows of a group that count as independent, and rows that a group needs
 NO_HOST = ("trtllm",)  # engines with a compiled step, whose host time is hidden: 0, not fitted
-# Engines that compute all waiting prompts before they resume decoding: requests that arrive together wait for half of
-# the prompts on average. Not fitted.
+# Engines that compute all waiting prompts before they resume decoding: a request waits for half of the prompts that
+# arrive with it, on average. Not fitted.
 PROMPTS_FIRST: Mapping[str, float] = {"sglang": 0.5}
 
 
@@ -229,24 +228,22 @@ class Group:
 
 
 class HostParameters(NamedTuple):
-    """Host time per pass and per sequence in it, s, and the share of other prefills before a request's first token."""
-
-    each_pass_s: float
-    each_sequence_s: float
-    prefill_wait: float
+    each_pass_s: float  # h0
+    each_sequence_s: float  # hs
+    prefill_wait: float  # phi
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A group of runs whose model was held out of the fit, with its predicted times, s."""
+    """A group of runs whose model was held out of the fit."""
 
     engine: str
     model: str
     hardware: str
     dtype: str
     group: Group
-    tpot_s: FloatArray
-    request_s: FloatArray
+    tpot_s: FloatArray  # predicted
+    request_s: FloatArray  # predicted
 
     @property
     def experts(self) -> bool:
@@ -258,20 +255,19 @@ class HeldOut:
 
     @property
     def ratio(self) -> FloatArray:
-        """Predicted over measured time per token."""
         return self.tpot_s / self.group.tpot_s
 
 
 def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[str, float]:
-    """Return the scores of the times per token of some rows (default: all) of groups, and their number ("runs")."""
+    """Return the scores of the times per token of groups, or of some rows of each, and the number of rows ("runs")."""
     ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
     return {**score(ScoredRows(np.ones(len(ratio)), ratio)), "runs": float(len(ratio))}
 
 
 @lru_cache(maxsize=1)
 def groups() -> Mapping[tuple[str, ...], Group]:
-    """Return the serving runs that fit their memory by engine, version, model, hardware and format of the weights, with
-    the predicted device times."""
+    """Return the serving runs that fit their memory, with predicted device times, by engine, version, model, hardware
+    and format of the weights."""
     runs: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
     for row in published("serving"):
         served = None if row["left_out"] else serving_workload(row)
@@ -289,13 +285,12 @@ def groups() -> Mapping[tuple[str, ...], Group]:
 
 
 def fit_engine(engine: str, without: str = "") -> HostParameters:
-    """Return the parameters of an engine, fitted to its dense models except one, as experts are less certain."""
+    """Return the parameters of an engine, fitted to its dense models except one: experts are less certain."""
     runs = [g for k, g in groups().items() if k[0] == engine and k[2] != without and not load_model(k[2]).experts]
     return fit_hosts(engine, runs)
 
 
 def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
-    """Return the parameters of an engine, fitted to some groups."""
     h0 = hs = 0.0
     if engine not in NO_HOST:
         prior = np.log(PRIOR)
@@ -320,7 +315,7 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
 
 @lru_cache(maxsize=1)
 def held_out_models() -> tuple[HeldOut, ...]:
-    """Return every group, predicted with parameters fitted to the runs of other models."""
+    """Return every group, predicted by parameters that are fitted to the runs of other models."""
     out, hosts = [], dict[tuple[str, str], HostParameters]()
     for (engine, _, model, hardware, dtype), group in groups().items():
         if (engine, model) not in hosts:
@@ -331,7 +326,6 @@ def held_out_models() -> tuple[HeldOut, ...]:
 
 
 def host_lines() -> Iterator[str]:
-    """Yield the parameters of every engine, and its errors on held-out models."""
     for engine in sorted({key[0] for key in groups()}):
         p = fit_engine(engine)
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"

@@ -1,5 +1,5 @@
 """The user's own result files of serving benchmarks (:mod:`simulator.prediction.benchmarks`), each predicted under its
-own conditions; a result whose conditions stay unknown is skipped with the reason."""
+own conditions. A result with unknown conditions is skipped with the reason."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Conditions of results that do not state them ("" and None: not known). ``model``, ``batch``, ``seq`` and
-    ``new_tokens`` (decode steps; 0 is a prefill) are used for results without them; others replace those of files."""
+    """Conditions of results; "" and None: unknown. ``model``, ``batch``, ``seq`` and ``new_tokens`` (decode steps; 0 is
+    a prefill) apply to results that do not state them, the other fields replace those of files."""
 
     model: str = ""
     hardware: str = ""
@@ -41,7 +41,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One result: its comparison and request, or the reason why it was skipped."""
+    """One result, compared or skipped for a reason."""
 
     source: str
     reason: str = ""
@@ -60,7 +60,7 @@ class RunResult:
         return f"{self.phase}, {self.batch} x {self.seq:,}{new}"
 
     def as_row(self) -> dict[str, object]:
-        """Return the fields of ``--json``; times in s, None for a skipped result."""
+        """Return the fields of ``--json``; times are in s, and None for a skipped result."""
         names, c = ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens"), self.compared
         found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
         times = zip(("measured_s", "predicted_s", "lower_s", "upper_s", "error", "inside"), found)
@@ -69,7 +69,7 @@ class RunResult:
 
 
 def evaluate(folder: str | Path, given: Conditions) -> list[RunResult]:
-    """Return each result in the JSON files of a folder and its folders, next to its prediction."""
+    """Return each result in the JSON files of a folder and of folders inside it, next to its prediction."""
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")

@@ -1,4 +1,4 @@
-"""The scorer of every set (errors, speedups of pairs, coverage of intervals, as fractions), and its tables."""
+"""The scores of predictions next to measurements: errors, speedups of pairs, coverage of intervals, as fractions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from numpy.typing import NDArray
 from calibration.fit.section import accuracy_of
 from simulator.arrays import FloatArray, IndexArray
 
-# Title, key of a score, and bounds (low, high] of each range of m for which errors are reported
-M_RANGES: tuple[tuple[str, str, float, float], ...] = (
-    ("m <= 16", "m<=16", 0.0, 16.0),
-    ("m 17-256", "m<=256", 16.0, 256.0),
-    ("m > 256", "m>256", 256.0, np.inf),
-)
+# Ranges (low, high] of m for which errors are reported
+M_RANGES = (("m <= 16", 0.0, 16.0), ("m 17-256", 16.0, 256.0), ("m > 256", 256.0, np.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +23,9 @@ class ScoredRows:
     predicted: FloatArray
     lower: FloatArray | None = None
     upper: FloatArray | None = None
-    m: FloatArray | None = None  # GEMMs are also scored by range of m
+    m: FloatArray | None = None  # tokens of GEMMs, which are also scored by range of m
     pairs: IndexArray | None = None  # (smaller, larger) rows whose ratio is a speedup
-    half_width: FloatArray | None = None  # of the log ratio of each pair
+    half_width: FloatArray | None = None  # half-width of the interval of each pair's log ratio
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,12 @@ class Comparison:
         return self.lower <= self.measured <= self.upper
 
 
-def m_ranges(m: FloatArray) -> Iterator[tuple[str, str, NDArray[np.bool_]]]:
-    """Yield title, key and rows of each of :data:`M_RANGES` that has rows."""
-    for title, key, low, high in M_RANGES:
+def m_ranges(m: FloatArray) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield the name and the rows of each range of m that has rows."""
+    for name, low, high in M_RANGES:
         rows = (m > low) & (m <= high)
         if rows.any():
-            yield title, key, rows
+            yield name, rows
 
 
 def errors(predicted: FloatArray, measured: FloatArray) -> dict[str, float]:
@@ -80,7 +76,7 @@ def spearman(a: FloatArray, b: FloatArray) -> float:
 
 
 def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> dict[str, float]:
-    """Return the accuracy of larger over smaller time at pairs (smaller, larger) of rows, and the number of pairs."""
+    """Return the errors of the ratio of the larger to the smaller row of each pair, and the number of pairs."""
     if not len(pairs):
         return {"pairs": 0}
     small, large = pairs.T
@@ -94,7 +90,7 @@ def score(p: ScoredRows) -> dict[str, float]:
     """Return every score that the rows allow; ``width`` is the median distance of the upper end from the prediction,
     ``half-width`` the geometric half-width."""
     error = p.predicted / p.measured - 1.0
-    ranges = [] if p.m is None else [(f" {key}", rows) for _, key, rows in m_ranges(p.m)]
+    ranges = [] if p.m is None else [(f" {name}", rows) for name, rows in m_ranges(p.m)]
     out = {**accuracy_of(error), "median bias": np.median(error)}
     out |= {f"mape{key}": np.abs(error[rows]).mean() for key, rows in ranges}
     if p.pairs is not None:

@@ -1,4 +1,4 @@
-"""The sets of evidence: which rows, what no fit saw of them, how they are predicted and scored, and their targets."""
+"""The sets of evidence: their rows, what was held out, how the rows are predicted and scored, and their targets."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ from simulator.uncertainty.posterior import posterior_of
 
 Row = dict[str, Any]
 
-# What is held out of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
+# Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
 GROUPINGS: tuple[str, ...] = ("heads", "lengths")
 TEST_SHARE = 0.3
 COLD_L2 = 4.0  # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
-MOST_ROWS, MOST_PAIRS = 3000, 4000  # held-out rows, and pairs of them, of an update; of more, a random sample
+MOST_ROWS, MOST_PAIRS = 3000, 4000  # most held-out rows of an update, and most pairs of rows: random samples
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """Rows of one operator in one table, their number format, and the profile with the datasheet of their device."""
+    """Rows of one operator in one table."""
 
     data: Fit
-    hw: HardwareProfile
+    hw: HardwareProfile  # the datasheet of their device
     dtype: str = "bf16"
 
     def pairs(self, by: str = "") -> IndexArray:
@@ -88,8 +88,8 @@ class MeasuredRows:
         return replace(self, data=self.data.take(rows))
 
     def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[MeasuredRows, MeasuredRows]:
-        """Hold out 30 % of the groups (of (n, k) of GEMMs, of models of experts, of "heads" or "lengths" of attention);
-        return ``size`` rows of the others at random (None: all), and every row of the groups held out."""
+        """Hold out 30 % of the groups: (n, k) of GEMMs, models of experts, "heads" or "lengths" of attention. Return
+        ``size`` rows of the other groups at random (None: all), and every row of the held-out groups."""
         groups = self.data.groups(by)
         count = int(groups.max()) + 1
         order = np.random.default_rng(seed).permutation(count)
@@ -117,11 +117,12 @@ class MeasuredRows:
         columns |= {"operator": c.operator, "dtype": dtype, "seconds": self.data.seconds}
         return Records.from_columns([Source("")], **columns)
 
-    def fit(self, *, seed: int = 0, prior: Section | None = None, fold_by: Sequence[str] = GROUPINGS) -> Section:
-        """Return the section fitted to all rows; ``prior`` applies to GEMMs, ``fold_by`` to attention."""
+    def fit(self, *, seed: int = 0, prior: Section | None = None, by: str = "") -> Section:
+        """Return the section fitted to all rows; ``prior`` applies to GEMMs, groups to fold ``by`` to attention."""
         if isinstance(self.data, GemmFit):
             return fit_gemm(self.data, self.hw, dtype=self.dtype, seed=seed, prior=prior).section
         if isinstance(self.data, AttentionFit):
+            fold_by = (by,) if by else GROUPINGS
             return fit_attention(self.data, self.hw.architecture, seed=seed, fold_by=fold_by).section
         return fit_section(self.data, seed=seed).section
 
@@ -146,14 +147,13 @@ class MeasuredRows:
 
 
 def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
-    """Return the scores of one method on one split of a table, with the number of training rows (0: none) and the
-    requested number ``rows`` (0: all)."""
+    """Return the scores of one method on one split of a table; ``rows`` are those that were asked for (0: all)."""
     return {"method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **names, **scores}
 
 
 def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
-    """Return the scores of a section on rows of its stack; of GEMMs also bias and coverage of the cold prediction, as
-    in a decoder, for rows with few tokens whose rotated weights take :data:`COLD_L2` times the L2 or more."""
+    """Return the scores of a section on rows of its stack. GEMMs have also bias and coverage with cold weights, as in a
+    decoder, for rows with few tokens whose rotated weights take :data:`COLD_L2` times the L2 or more."""
     hw, calls = table.profile(section), table.data.calls
     out = score(table.predictions(hw, table.pairs(by), isinstance(calls, Layers)))
     if isinstance(calls, Products):
@@ -168,25 +168,16 @@ def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, f
     return out
 
 
-def evaluate_table(
-    table: MeasuredRows,
-    size: int | None,
-    seed: int,
-    by: str = "",
-    *,
-    prior: Section | None = None,
-    fold_by: Sequence[str] = GROUPINGS,
-) -> Row:
-    """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups; ``prior``
-    and ``fold_by`` as in :meth:`MeasuredRows.fit`."""
+def evaluate_table(table: MeasuredRows, size: int | None, seed: int, by: str = "", prior: Section | None = None) -> Row:
+    """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups."""
     train, test = table.train_test(size, seed, by)
-    section = train.fit(seed=seed, prior=prior, fold_by=fold_by)
+    section = train.fit(seed=seed, prior=prior, by=by)
     return row("prunesim + prior" if prior else "prunesim", seed, len(train.data), evaluate(section, test, by))
 
 
 def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list[Row]:
-    """Return the scores of rooflines without a fit, and with two efficiencies, on the same rows of GEMMs. Simulators in
-    the style of GenZ use two efficiencies; here they are fitted by robust least squares in log time."""
+    """Return the scores of rooflines on the same rows of GEMMs: without a fit, and with two efficiencies as in GenZ,
+    which are fitted by robust least squares in log time."""
     train, test = table.train_test(size, seed)
     machine = Machine.of(table.hw, table.dtype)
 
@@ -213,8 +204,8 @@ def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list
 def evaluate_updates(
     hw: HardwareProfile, tables: Mapping[str, MeasuredRows], sizes: Sequence[int], seed: int
 ) -> list[Row]:
-    """Evaluate a profile on the test groups of the first table: as shipped, and updated with some of the training rows
-    of each table. The method of a row is the name of the table that updated the profile."""
+    """Evaluate a profile on the test groups of the first table: as shipped, and updated with some training rows of each
+    table, whose name is the method of the row."""
     rng, unseen = np.random.default_rng(seed + 50), next(iter(tables.values())).train_test(None, seed)[1]
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
     pairs = test.pairs()
@@ -241,11 +232,9 @@ class SetOptions:
 
 @dataclass(frozen=True)
 class EvidenceSet:
-    """Rows to predict: ``rows`` loads, predicts and scores them."""
-
-    held_out: str  # what no fit saw
-    rows: Callable[[SetOptions], Iterable[Row]]
-    seeded: bool = True
+    held_out: str
+    rows: Callable[[SetOptions], Iterable[Row]]  # loads, predicts and scores
+    whole: bool = False  # collectives and whole models, which are not split by seeds and have pages of their own
 
 
 @dataclass(frozen=True)
@@ -253,20 +242,18 @@ class AccuracyTarget:
     """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only reported."""
 
     kind: str
-    name: str  # of a group of rows, formatted with their keys
+    name: str  # name of a group of rows, formatted with their keys
     score: str
-    high: float | Mapping[str, float] | None = None  # mapping: by how the name begins
+    high: float | Mapping[str, float] | None = None  # mapping: by the beginning of the name
     low: float | None = None
-    of: str = "mean"  # of several rows: "mean", "median", "worst" or the "ends"
+    of: str = "mean"  # how several rows become one value: "mean", "median", "worst" or the "ends"
 
 
 class Criterion(NamedTuple):
-    """A target and the measured value, %; ``met`` is None where there is no target."""
-
     criterion: str
-    target: str
-    measured: str
-    met: bool | None
+    target: str  # range, %
+    measured: str  # %
+    met: bool | None  # None: there is no target
 
 
 def evaluate_sets(
@@ -282,7 +269,7 @@ def evaluate_sets(
             raise unknown("set", name, SETS)
     if options.wheel is not None:
         open_wheel(options.wheel).close()
-    seeds = {name: options.seeds if SETS[name].seeded else options.seeds[:1] for name in names or SETS}
+    seeds = {name: options.seeds[:1] if SETS[name].whole else options.seeds for name in names or SETS}
     parts = [(name, replace(options, seeds=(seed,))) for name, some in seeds.items() for seed in some]
     out: list[Row] = []
     # spawned: a forked child would inherit the locks of threads that it does not have
@@ -312,7 +299,6 @@ def means(rows: Sequence[Row], table: str = "") -> list[Row]:
 
 
 def against_targets(rows: Sequence[Row]) -> list[Criterion]:
-    """Return the targets of the rows, next to their means over seeds."""
     lines, out = means(rows), []
     for t in TARGETS:
         groups: dict[str, list[float]] = {}
@@ -325,20 +311,19 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
             last = max(values) if t.of == "ends" else one
             if isinstance(high, Mapping):
                 high = next((v for key, v in high.items() if name.startswith(key)), None)
-            wanted, measured, several = "-", f"{one:.{2 if t.low is None else 1}f}", len(values) > 1
-            if several and t.low is None:
-                about = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}.get(
-                    t.of, ""
-                )
-                name += f", {t.of} of {len(values)}{about}"
-            if several and t.of == "ends":
+            measured = f"{one:.{2 if t.low is None else 1}f}"
+            if len(values) > 1 and t.low is None:
+                others = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}
+                name += f", {t.of} of {len(values)}{others.get(t.of, '')}"
+            if len(values) > 1 and t.of == "ends":
                 measured += f" to {last:.1f}"
-            if high is not None:
-                wanted = (
-                    f"<= {high:g}" if t.low is None else f"{t.low:g} to {high:g}" if high < 100 else f">= {t.low:g}"
-                )
-            met = None if high is None else bool((t.low or 0.0) <= one and last <= high)
-            out.append(Criterion(name, wanted, measured, met))
+            if high is None:
+                out.append(Criterion(name, "-", measured, None))
+            elif t.low is None:
+                out.append(Criterion(name, f"<= {high:g}", measured, last <= high))
+            else:
+                wanted = f"{t.low:g} to {high:g}" if high < 100 else f">= {t.low:g}"
+                out.append(Criterion(name, wanted, measured, t.low <= one and last <= high))
     return out
 
 
@@ -347,8 +332,6 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
 
 @dataclass(frozen=True)
 class TableChoice:
-    """A table to evaluate."""
-
     measurement: str  # device/operator/stack
     dtype: str = "bf16"
     prior: str = ""  # table of another stack, whose section is the prior of a small fit
@@ -361,7 +344,6 @@ class TableChoice:
 
     @lru_cache(maxsize=8)  # noqa: B019
     def load(self) -> MeasuredRows:
-        """Return the usable rows, with the datasheet of their device."""
         records = _records(self.measurement, self.wheel).of_dtype(self.dtype)
         hw, operator = datasheet(SOURCES[self.measurement].hardware), self.parts[1]
         machine = Machine.of(hw, self.dtype)
@@ -377,7 +359,7 @@ class TableChoice:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def formats(self) -> frozenset[str]:
-        """Return the number formats that are evaluated: of a shipped table, those that it was chosen for."""
+        """Return the number formats that are evaluated; for a shipped table, those that it was chosen for."""
         found = frozenset(_records(self.measurement, self.wheel).labels().astype(str))
         return found if self.wheel else found & set(provenance(self.measurement)["rows"])
 
@@ -413,8 +395,8 @@ FEWEST = 40  # rows of an attention table from which three tenths of its heads o
 
 
 def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
-    """Return the tables of an operator, those of one device next to each other. The wheel has all formats of experts,
-    also of a table that ships in part."""
+    """Return the tables of an operator, ordered by device. The wheel has all formats of experts, also of a table that
+    ships in part."""
     shipped, out = list_measurements(), dict[str, list[TableChoice]]()
     for name in shipped if wheel is None else SOURCES:
         table = TableChoice(name, wheel=None if name in shipped and operator != "experts" else wheel)
@@ -475,7 +457,7 @@ def _unlisted(o: SetOptions) -> Iterator[Row]:
     """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
     for table, others in unlisted_tables(o.wheel):
         (device, operator, stack), hw = table.parts, datasheet(SOURCES[table.measurement].hardware)
-        # as if it had no tables: the defaults of its architecture must come from another GPU of it
+        # the defaults of its architecture must come from other GPUs, as if this GPU had no tables
         kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
         kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
         hw = hw if kin - {SOURCES[table.measurement].hardware} else replace(hw, architecture="cdna3")
@@ -493,7 +475,7 @@ def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = Non
         kind, phase = operator.split("_")
         data, names = table.load(), {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
-            yield from ({**evaluate_table(data, None, s, by, fold_by=(by,)), **names} for s in o.seeds)
+            yield from ({**evaluate_table(data, None, s, by), **names} for s in o.seeds)
 
 
 def _mla(o: SetOptions) -> Iterator[Row]:
@@ -516,6 +498,8 @@ def _experts(o: SetOptions) -> Iterator[Row]:
 
 # collectives, and published measurements of whole models
 
+# System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same generation of link,
+# else of the same family
 LINKS: Mapping[str, tuple[str, ...]] = {
     "a100_sxm": ("a100_sxm_80gb", "h100_sxm", "h200_sxm", "b200_sxm"),
     "h100_sxm": ("h100_sxm", "h200_sxm"),
@@ -524,20 +508,18 @@ LINKS: Mapping[str, tuple[str, ...]] = {
     "l40s": ("l40s", "rtx_pro_6000"),
     "rtx_pro_6000": ("rtx_pro_6000", "l40s"),
 }
-"""System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same generation of
-link, else of the same family."""
-LEAST_BYTES = 1.6e7  # of published rows: below, the overhead of a call, about 40 us, is more than a third of a time
+LEAST_BYTES = 1.6e7  # smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
 
 
 def _links(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of systems with tables, and of NVSwitch and A100 joined in pairs, whose rows another laboratory
-    published; the defaults, which none of these rows set, predict the latter."""
+    """Yield the scores of systems with tables, and of two systems whose rows another laboratory published, which the
+    defaults predict: no default was set by these rows."""
     for system, (name, *others) in LINKS.items():
         hw, rows = load_hardware(name), []
         for table in (f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")):
             if table in list_measurements():
                 r = load_measurements(table)
-                # of NCCL's, engines run their own all-reduce
+                # engines run an all-reduce of their own instead of NCCL's
                 rows.append(r.select(r.role != ROLES.index("all_reduce")) if table.endswith("nccl") else r)
         hw = hw.over(hw.link.name if hw.link else "")
         yield _link(system, hw, rows, {("collective", "*"): _mean_section(others)})
@@ -571,7 +553,7 @@ def _mean_section(names: Sequence[str]) -> Section:
 
 
 def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of the rows that nothing was fitted to: of all, and of each engine; without custom code."""
+    """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no custom code."""
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
         some = [c for c in rows if engine in ("", c.engine)]
@@ -598,8 +580,8 @@ TARGETS = (
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
     AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: bias, either way", "cold bias", 3.0),
     AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW),
-    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m<=16", 10.0),
-    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m<=16", HIGH, LOW),
+    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m <= 16", 10.0),
+    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m <= 16", HIGH, LOW),
     AccuracyTarget("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
     AccuracyTarget("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
     AccuracyTarget("update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"),
@@ -622,10 +604,8 @@ SETS: Mapping[str, EvidenceSet] = {
     "unlisted": EvidenceSet("all fits of a GPU", _unlisted),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),
     "experts": EvidenceSet("models; a software stack", _experts),
-    "collectives": EvidenceSet("a system", _links, seeded=False),
-    "dense": EvidenceSet("sources", partial(_published, "published dense times", compare_dense), seeded=False),
-    "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), seeded=False),
-    "serving": EvidenceSet("a model", _serving, seeded=False),
+    "collectives": EvidenceSet("a system", _links, whole=True),
+    "dense": EvidenceSet("sources", partial(_published, "published dense times", compare_dense), whole=True),
+    "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), whole=True),
+    "serving": EvidenceSet("a model", _serving, whole=True),
 }
-# Sets of collectives and whole models, whose rows docs/model.md and docs/generated/engines.md have
-WHOLE = ("collectives", "dense", "speedups", "serving")

@@ -1,5 +1,4 @@
-"""A profile next to measurements: predictions of every record, their scores as data and as Markdown, and the verdict
-whether to use the profile."""
+"""A profile next to measurements: predictions of every record, their scores, and the verdict whether to use it."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,25 +29,25 @@ if TYPE_CHECKING:
     from calibration.fit.profile import ProfileFit
 
 SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6  # rule of thumb: max(FLOP / peak, bytes / (0.8 bandwidth)) + 3 us
-PAIRS = 200_000  # most pairs of rows for the speedups of a report; of more pairs, a random sample counts
+PAIRS = 200_000  # most pairs of rows for the speedups of a report: a random sample
 ENOUGH_TO_DRAW = 10  # rows that an operator needs for a figure
 ERRORS = ("mape", "median", "p95", "bias")
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
-USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"  # with the last one a command has the exit status 1
+USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"  # do_not_use: the exit status of a command is 1
 LEAST_ROWS = 10  # held-out rows below which a profile is not recommended
 DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5  # shares above which a profile is for use with care, and not for use
 WIDE_INTERVAL = 0.1  # relative half-width of the 95 % interval of a measured time above which the row is disturbed
-COVERAGE = (85.0, 95.0)  # target range of the coverage of 90 % intervals, of times and of ratios, %
+COVERAGE = (85.0, 95.0)  # target range, %, of the coverage of 90 % intervals of times and of ratios
 _COMPOSED = ("low_rank", "gather_gemm", "grouped_gemm")  # predicted as sums of other operators
 _LONGER = "run the command again with a larger --budget"
 
 
 @dataclass(frozen=True, eq=False)
 class ReportPart:
-    """One operator in one number format ("int8_wo": int8 weights, 16-bit activations); one row per measurement."""
+    """Measurements of one operator in one number format, with their predictions."""
 
     operator: str
-    dtype: str
+    dtype: str  # a label such as "int8_wo": int8 weights, 16-bit activations
     sizes: Mapping[str, FloatArray]  # for errors by size and for pairs that differ in one size
     measured_s: FloatArray
     predicted_s: FloatArray
@@ -57,8 +55,8 @@ class ReportPart:
     upper_s: FloatArray
     roofline_s: FloatArray  # max(FLOP / peak, bytes / bandwidth)
     simple_s: FloatArray  # the roofline with 0.8 of the bandwidth, plus 3 us
-    bottleneck: NDArray[np.str_]  # of the predicted time
-    status: str = "default"  # of the profile's section: "calibrated", "inherited" or "default"
+    bottleneck: NDArray[np.str_]
+    status: str = "default"  # section of the profile: "calibrated", "inherited" or "default"
     in_fit: bool = False  # whether the section was fitted on exactly these rows
 
     def __len__(self) -> int:
@@ -75,20 +73,17 @@ class ReportPart:
 
 @dataclass(frozen=True)
 class Report:
-    """A validation: the profile, its parts, and the number of excluded rows by reason."""
-
     hardware: str
     device: str
     software: str
     level: float
     parts: tuple[ReportPart, ...]
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of excluded rows by reason
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # errors on shapes held out of the fit
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Report:
-    """Predict every record of one number format (as :meth:`Records.labels` names it) or of all. Rows that cannot be
-    predicted are counted in ``skipped``; InputError, with the reasons, when no row can."""
+    """Predict every record, or those of one number format (a label); InputError if no row can be predicted."""
     skipped: dict[str, int] = {}
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
@@ -100,24 +95,23 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
     device = ", ".join(dict.fromkeys(s.device for s in records.sources if s.device)) or "unknown"
     software = ", ".join(dict.fromkeys(s.software for s in records.sources if s.software)) or "unknown"
     held_out = {f"{o} {d}": dict(s.accuracy) for (o, d), s in hw.sections.items() if s.accuracy}
-    return Report(hw.name, device, software, LEVEL, tuple(parts), MappingProxyType(skipped), MappingProxyType(held_out))
+    return Report(hw.name, device, software, LEVEL, tuple(parts), skipped, held_out)
 
 
 def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportPart:
-    """Return rows of one operator and format with their prediction and two rooflines."""
     dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw)
     time = predicted.time
     flops, weights, others = work(r)
     compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s
     if operator == "collective":
         moved = time.roofline_s
-    of_format = (SECTIONS[operator], label) in hw.sections  # weights narrower than the arithmetic, or with scales
-    section = hw.section(SECTIONS[operator], label if of_format else dtype)
+    own = (SECTIONS[operator], label) in hw.sections  # weights narrower than the arithmetic, or with scales
+    section = hw.section(SECTIONS[operator], label if own else dtype)
     origin = section.provenance
     return ReportPart(
         operator=operator,
         dtype=label,
-        sizes=MappingProxyType({name: np.asarray(v, dtype=np.float64) for name, v in predicted.sizes.items()}),
+        sizes={name: np.asarray(v, dtype=np.float64) for name, v in predicted.sizes.items()},
         measured_s=r.seconds.astype(np.float64),
         predicted_s=time.seconds,
         lower_s=time.lower,
@@ -131,7 +125,6 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportP
 
 
 def part_speedups(part: ReportPart) -> dict[str, float]:
-    """Return :func:`speedups` of the rows of a part that differ in one size."""
     at = neighbours([size for name, size in part.sizes.items() if name != "role"])
     if len(at) > PAIRS:
         at = at[np.sort(np.random.default_rng(0).choice(len(at), PAIRS, replace=False))]
@@ -139,8 +132,7 @@ def part_speedups(part: ReportPart) -> dict[str, float]:
 
 
 def coverage(part: ReportPart) -> list[dict[str, Any]]:
-    """Return the coverage of measured times and the geometric half-width of their intervals (a factor less 1): "all",
-    then by bottleneck."""
+    """Return coverage and geometric half-width of the intervals (a factor less 1), of all rows, then by bottleneck."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
     half, out = 0.5 * np.log(part.upper_s / part.lower_s), []
     for bottleneck in ["all", *sorted(set(part.bottleneck.tolist()))]:
@@ -151,7 +143,6 @@ def coverage(part: ReportPart) -> list[dict[str, Any]]:
 
 
 def part_summary(part: ReportPart) -> dict[str, Any]:
-    """Return all scores of one part as plain data."""
     out: dict[str, Any] = {
         "operator": part.operator,
         "dtype": part.dtype,
@@ -166,12 +157,12 @@ def part_summary(part: ReportPart) -> dict[str, Any]:
     }
     if "m" in part.sizes:
         ranges = m_ranges(part.sizes["m"])
-        out["by_m"] = {title: {"rows": int(rows.sum()), **accuracy_of(part.error[rows])} for title, _, rows in ranges}
+        out["by_m"] = {name: {"rows": int(rows.sum()), **accuracy_of(part.error[rows])} for name, rows in ranges}
     return out
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """Return a report as plain data, the output of ``prunesim validate --json``."""
+    """Return the output of ``prunesim validate --json``."""
     return {
         "hardware": report.hardware,
         "measured_on": report.device,
@@ -189,7 +180,7 @@ def number(value: Any, digits: int = 1) -> str:
 
 
 def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Return one line per operator: errors of the model and of two baselines without a fit, speedups, coverage."""
+    """Return a row per operator: errors of the model and of two rooflines, errors of speedups, coverage."""
     header = ["operator", "rows", *ERROR_TITLES, "roofline MAPE %", "0.8 bw + 3 us MAPE %"]
     header += ["speedup median / p95 %", "Spearman", "coverage"]
     rows = []
@@ -207,7 +198,7 @@ def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Report, figures: Mapping[str, str] | None = None, title: str = "") -> str:
-    """Return the report as Markdown; ``figures``: part ("gemm bf16") -> address of its image."""
+    """Return the report as Markdown; ``figures`` are the addresses of images by name of the part."""
 
     def errors(values: Mapping[str, Any]) -> list[str]:
         return [number(values.get(name), 2) for name in ERRORS]
@@ -256,11 +247,9 @@ def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[P
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether to use a profile, the reasons against it in a few words, and the sentences of the conclusion."""
-
     verdict: str  # USE, PARTLY or DO_NOT_USE
-    sentences: tuple[str, ...]
-    reasons: tuple[str, ...] = ()
+    sentences: tuple[str, ...]  # the conclusion
+    reasons: tuple[str, ...] = ()  # reasons against the profile, a few words each
 
     @property
     def status(self) -> int:
@@ -272,7 +261,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of predictions and of datasheet rooflines on the same measurements, absolute and relative."""
+    """Absolute relative errors of predictions, and of datasheet rooflines on the same measurements."""
 
     name: str
     rows: int
@@ -289,7 +278,7 @@ class Verdict:
 
     @property
     def covered(self) -> bool:
-        """Whether the coverage reaches its target, within two standard errors of as many rows at the level."""
+        """Whether the coverage reaches its target, within two standard errors for this number of rows."""
         deviation = math.sqrt(self.level * (1.0 - self.level) / self.rows)
         return self.coverage >= min(COVERAGE[0] / 100.0, self.level - 2.0 * deviation)
 
@@ -299,7 +288,7 @@ class Verdict:
 
     @property
     def errors(self) -> str:
-        """The median error in words, unless only the mean is above that of a roofline."""
+        """The median error in words, or the mean error if only the mean exceeds that of a roofline."""
         if self.median < self.roofline_median and not self.better:
             return f"mean error {percent(self.mean)} (datasheet roofline {percent(self.roofline_mean)})"
         return f"median error {percent(self.median)} (datasheet roofline {percent(self.roofline_median)})"
@@ -313,12 +302,12 @@ class Verdict:
 def verdict_of(
     name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any, level: float = 0.9
 ) -> Verdict:
-    """Return the verdict on predictions with intervals; all arrays have the shape of ``measured``."""
-    true = np.asarray(measured, dtype=np.float64)
-    error, baseline = (np.abs(np.asarray(x, dtype=np.float64) / true - 1.0) for x in (predicted, roofline))
-    inside = (np.asarray(lower) <= true) & (true <= np.asarray(upper))
-    middle, mean = (tuple(float(f(x)) for x in (error, baseline)) for f in (np.median, np.mean))
-    return Verdict(name, len(true), middle[0], mean[0], middle[1], mean[1], float(inside.mean()), level)
+    """Return the verdict on predictions with intervals; all values are arrays or sequences of one length."""
+    true, found, low, high, bound = np.array([measured, predicted, lower, upper, roofline], dtype=np.float64)
+    errors = np.abs(np.array([found, bound]) / true - 1.0)
+    (median, roofline_median), (mean, roofline_mean) = np.median(errors, axis=1).tolist(), errors.mean(axis=1).tolist()
+    coverage = float(((low <= true) & (true <= high)).mean())
+    return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage, level)
 
 
 def _of_parts(name: str, parts: Sequence[ReportPart], level: float) -> Verdict:
@@ -328,19 +317,18 @@ def _of_parts(name: str, parts: Sequence[ReportPart], level: float) -> Verdict:
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """Return the verdict on each part of a report."""
     return [_of_parts(part.name, [part], report.level) for part in report.parts]
 
 
 def _whole(report: Report) -> Verdict:
-    """Return the verdict on operators with a fit of their own; a few rows of others must not decide on a profile."""
+    """Return the verdict on operators that have a fit; a few rows of others must not decide on a profile."""
     own = [part for part in report.parts if part.operator not in _COMPOSED]
     return _of_parts("all", own or report.parts, report.level)
 
 
 def disturbed_share(records: Records) -> float:
-    """Return the share of measured times, except drift checks, that are disturbed: the process waited for a CPU, the
-    device throttled, or the interval is wider than :data:`WIDE_INTERVAL` (rows of tables have none)."""
+    """Return the share of measured times, without drift checks, during which the process waited for a CPU or the device
+    throttled, or whose interval is wide."""
     kept = records.timed & (records.purpose != PURPOSES.index("drift_check"))
     if not kept.any():
         return 0.0
@@ -349,7 +337,6 @@ def disturbed_share(records: Records) -> float:
 
 
 def of_validation(report: Report) -> Judgement:
-    """Judge a profile by measurements: whether it holds on them, and where it is worst."""
     found = verdicts(report)
     every = _of_parts("all", report.parts, report.level)
     failed = [v for v in found if not v.holds]
@@ -372,17 +359,16 @@ def of_validation(report: Report) -> Judgement:
 
 
 def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, useless: bool, narrow: bool) -> Judgement:
-    """Judge a new profile by its parts that err more than a datasheet roofline and by intervals that are too narrow."""
+    """Judge a new profile: ``worse`` are its parts that err more than a datasheet roofline."""
     roofline = "worse than a datasheet roofline"
     reasons: tuple[str, ...] = (f"{roofline}: {few(worse)}",) if worse else (roofline,) if useless else ()
     if useless:
         text = f"Do not use {profile}: it errs more than a datasheet roofline, {fact}; {remedy}."
         return Judgement(DO_NOT_USE, (text,), reasons)
-    buts = (
-        [f"not for passes that spend most time in {few(worse)}, where it errs more than a datasheet roofline"]
-        if worse
-        else []
-    )
+    buts = []
+    if worse:
+        where = f"not for passes that spend most time in {few(worse)}"
+        buts.append(f"{where}, where it errs more than a datasheet roofline")
     if narrow:
         buts.append("do not rely on its intervals, which are too narrow for its errors")
         reasons += ("intervals too narrow",)
@@ -393,8 +379,7 @@ def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, usele
 def of_calibration(
     report: Report | None, fit: Updated | None, folder: str | Path, hardware: str, disturbed: float = 0.0
 ) -> Judgement:
-    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) against the profile before it;
-    ``disturbed`` is that of :func:`disturbed_share`."""
+    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the profile before it."""
     profile = Path(folder) / "profile.yaml"
     if fit is not None and fit.fits:
         update = of_update(fit, profile, hardware, _LONGER)
@@ -414,7 +399,7 @@ def of_calibration(
 
 
 def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judgement:
-    """Return a judgement that takes into account the share of disturbed times."""
+    """Return the judgement, or a worse one if a large share of the times was disturbed."""
     if judged.status or share <= DISTURBED_PARTLY:
         return judged
     fact = f"{percent(share)} of the times were disturbed by other processes or throttling"
@@ -425,7 +410,7 @@ def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judg
 
 
 def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows") -> Judgement:
-    """Judge a local update: the errors of its rows, each predicted from the others, against those before it."""
+    """Judge a local update by the errors of its rows, each predicted from the other rows, before and after it."""
     whole = fit.fits[-1]  # all rows, or the only operator
     errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
     based = f"of {whole.rows} rows, each predicted from the others"
@@ -437,7 +422,7 @@ def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "m
 
 
 def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0) -> Judgement:
-    """Judge a fit by the errors of its sections on held-out shapes against those of the roofline in ``report``."""
+    """Judge a fit by the errors of its sections on held-out shapes; ``report`` has those of datasheet rooflines."""
     rows, many = sum(part.rows for part in fit.parts), f"{len(fit.parts)} section{'s' if len(fit.parts) > 1 else ''}"
     about = f"{many} of {fit.profile.name} fitted on {rows:,} rows"
     known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}

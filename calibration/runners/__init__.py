@@ -1,1 +1,1 @@
-"""Decoders really pruned and really run: upper bounds, comparisons, quality."""
+"""Runs of dense and pruned models on a device: upper bounds, comparisons with predictions, quality."""

@@ -1,10 +1,11 @@
-"""Cases of a comparison or of upper bounds, their predicted speedups, and the profile of the device."""
+"""The cases of a comparison or of upper bounds, their predicted speedups, and the profile of the device."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ class CaseRow:
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width 25 %``, or the text of ``--prune``."""
+        """The pruning in words, such as ``width 25 %``, or the text of ``--prune``."""
         return f"{self.family} {percent(self.sparsity)}" if self.simple else self.prune
 
 
@@ -64,7 +65,7 @@ class Case:
     """A dense and a pruned workload of a model in one setting."""
 
     pruning: Pruning
-    steps: tuple[PruningStep, ...]  # the pruning as steps of families, in their order, with the kernels of the device
+    steps: tuple[PruningStep, ...]  # steps of families in their order, with the kernels of the device
     dense: Workload
     pruned: Workload
 
@@ -100,7 +101,7 @@ class Case:
 
     @property
     def sparsity(self) -> float:
-        """Requested fraction, of several steps that of all together."""
+        """The requested fraction; of several steps, their joint fraction."""
         return self.pruning.requested(self.pruned)
 
     @property
@@ -118,7 +119,7 @@ class Case:
 
     @property
     def prune(self) -> str:
-        """The pruning as text; of a plan its steps, of an existing model with a digest: their files can change."""
+        """The pruning as text: its steps, or the name of an existing model and a digest, as its file can change."""
         model = self.pruning.model
         if model is not None:
             shapes = repr((model.hidden, model.layout))
@@ -199,7 +200,7 @@ def settings_of(
 
 
 def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
-    """Return a step with the kernel that the device runs, which the step may state."""
+    """Return a step with the kernel that the device runs; InputError if the step states another."""
     stated = dict(step.options).get("kernel", kernel)
     if not kernel:
         return step
@@ -209,12 +210,20 @@ def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
 
 
 def _check_heads(w: Workload) -> None:
-    """Raise InputError if query heads do not divide evenly among the KV heads: no kernel here runs such attention."""
+    """Raise InputError if KV heads have different numbers of query heads, which no kernel here runs."""
     uneven = w.is_attention & (w.heads % np.maximum(w.kv_heads, 1) > 0)
     if uneven.any():
         heads, groups = int(w.heads[uneven][0]), int(w.kv_heads[uneven][0])
         expected = f"expected a multiple of {groups}, such as {max(heads // groups, 1) * groups}"
         raise InputError(f"{heads} query heads on {groups} KV heads cannot run here; {expected}")
+
+
+def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
+    """Return how often a workload has each combination of values of some columns."""
+    out = Counter[tuple[int, ...]]()
+    for count, *values in zip(w.count.tolist(), *(getattr(w, name).tolist() for name in names)):
+        out[tuple(values)] += round(count)
+    return out
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
@@ -227,7 +236,7 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
 
 
 def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
-    """Return the predicted speedup of a case; NaN times and speedup if the device cannot run it."""
+    """Return the predicted speedup of a case; time and speedup are NaN if the device cannot run it."""
     try:
         return speedup(case.dense, case.pruned, hw)
     except InputError:

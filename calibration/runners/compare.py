@@ -1,16 +1,15 @@
-"""Run a model, dense and pruned by every family, and compare its times with predictions.
+"""Run a model, dense and pruned, and compare its times with predictions.
 
-:func:`compare` times each pruned model in alternation with the dense model, so that a slower machine slows both, and
-keeps every result in a run folder; :func:`compare_files` reads result files of ``vllm bench`` instead. :func:`rows_of`
-adds predictions and bounds to the records, :func:`conclusions` states how measured and predicted speedups agree. torch
-and the libraries are imported only to run a model.
+:func:`compare` times each pruned model in alternation with the dense model, so a slower machine slows both, and keeps
+every result in a run folder; :func:`compare_files` reads result files of ``vllm bench`` instead. :func:`rows_of` adds
+predictions and bounds to the records, :func:`conclusions` states how measured and predicted speedups agree. torch and
+the libraries are imported only to run a model.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interru
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.pairs import Runner
+from calibration.runners.pairs import ModelRun, Runner
 from calibration.runners.runs import begin
 from simulator.codes import PHASES
 from simulator.display import few
@@ -36,13 +35,11 @@ from simulator.engines.engine import load_engine
 from simulator.engines.generations import numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.changes import NONE
-from simulator.models.config import ModelConfig
 from simulator.prediction.benchmarks import BenchRun
 from simulator.prediction.measured import pass_seconds
 from simulator.units import ratio
 
-# engines of our decoder in plain PyTorch, and of Transformers under torch.compile
+# engine files of our decoder in plain PyTorch, and of Transformers under torch.compile
 EXECUTED, COMPILED = (str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml"))
 
 
@@ -73,42 +70,36 @@ def kernels_on(device: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ComparedCases:
-    records: tuple[dict[str, Any], ...]  # records of the cases in the folder
+    records: tuple[dict[str, Any], ...]
     left: int  # number of cases that were not reached in time
-    notes: tuple[str, ...]  # reasons of cases without a time
+    notes: tuple[str, ...]  # why cases have no time
     stopped: str = ""
 
     @property
     def needs_new_process(self) -> bool:
-        """Whether a failed capture ended it, after which only a new process can time the rest."""
+        """Whether a failed capture ended the comparison; then only a new process can time the rest."""
         return self.stopped.startswith(CAPTURE_FAILED) and self.left > 0
 
 
 def compare(
     folder: str | Path,
     device: Device,
-    config: ModelConfig,
+    model: ModelRun,
     cases: Sequence[Case],
-    *,
     budget_s: float,
-    dtype: str = "bf16",
-    engine: str = "reference",
-    content: Mapping[str, Any] = NONE,
-    python: str = sys.executable,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
     """Run and time a model in every case, into a new run folder or the folder of an earlier run of the same device.
 
-    The cases share the budget equally; the next run measures those that remain. Engines of a library need ``content``,
-    that of the model's ``config.json``; ``python`` has vLLM. ``seed`` determines weights and the order of the cases.
+    The cases share the budget equally; the next run measures the cases that remain.
     """
+    dtype, engine = model.dtype, model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
         raise InputError(f"--dtype: expected one of {known} for a model on {device.name}, got {dtype}")
     if not device.name.startswith(("cpu", "cuda")):
         raise InputError(f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}")
-    runner = runner_of(engine, device, config, content, dtype, seed, python)
+    runner = runner_of(device, model)
     unable, names = dict[str, dict[str, None]](), dict[str, Case]()
     for case in cases:
         try:
@@ -121,15 +112,15 @@ def compare(
         raise InputError(next(iter(refused), "expected at least one case"))
     package = "" if engine == "vllm" else ENGINES[engine].package  # vLLM states its version in each record
     name, software = file_name("decoder.jsonl", engine), {package: metadata.version(package)} if package else {}
-    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=config.name)
+    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=model.config.name)
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
         done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
-        todo = _shuffled({name: case for name, case in names.items() if name not in done}, seed)
+        todo = _shuffled({name: case for name, case in names.items() if name not in done}, model.seed)
         left = len(todo)
         if todo:
-            _prepare(runner, todo[0][1], config, dtype)
+            _prepare(runner, todo[0][1])
         for name, case in todo:
             spent = device.clock() - start
             if interrupt.requested or spent >= budget_s:
@@ -160,12 +151,12 @@ def compare(
 
 
 def file_name(name: str, engine: str) -> str:
-    """Return the name of a file in a run folder: with the name of the engine, unless it is our decoder."""
+    """Return the name of a file in a run folder; files of other engines than our decoder have the engine's name."""
     return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
 
 
 def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
-    """Return the comparison of cases with result files of ``vllm bench``: of the dense model, then of each case."""
+    """Return the comparison of cases with result files of ``vllm bench``: the dense model's, then one per case."""
     if len(files) != len(cases) + 1:
         expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
         raise InputError(f"--bench: expected {expected}, got {len(files)}")
@@ -178,10 +169,8 @@ def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) 
 
 
 def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any]:
-    """Return the record of a case from the files of its dense and its pruned model, without pairs in time.
-
-    The longer series loses its last samples.
-    """
+    """Return the record of a case from the files of its dense and its pruned model; the longer file loses its last
+    samples."""
     for what in ("tool", "concurrency"):
         a, b = getattr(dense, what), getattr(pruned, what)
         if a != b:
@@ -206,32 +195,24 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
     }
 
 
-def runner_of(
-    engine: str,
-    device: Device,
-    config: ModelConfig,
-    content: Mapping[str, Any],
-    dtype: str,
-    seed: int,
-    python: str = sys.executable,
-) -> Runner:
+def runner_of(device: Device, model: ModelRun) -> Runner:
+    engine = model.engine
     if engine == "reference":
         from calibration.runners.decoder.timing import Executor
 
-        return Executor(device, config, dtype, seed)
+        return Executor(device, model)
     if engine == "vllm":
         from calibration.runners.vllm.runner import VllmRunner
 
-        return VllmRunner(device, config, content, dtype, seed=seed, python=python)
-    if find_spec(ENGINES[engine].package) is None:
-        package = ENGINES[engine].package
+        return VllmRunner(device, model)
+    if find_spec(package := ENGINES[engine].package) is None:
         raise InputError(f"--engine {engine} needs {package}, which is not installed; try: pip install {package}")
     from calibration.runners.hf import HfRunner
 
-    return HfRunner(device, config, content, dtype, compiled=engine == "compile", seed=seed)
+    return HfRunner(device, model)
 
 
-def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> None:
+def _prepare(runner: Runner, case: Case) -> None:
     try:
         runner.prepare(case)
     except (RuntimeError, MemoryError) as error:
@@ -239,12 +220,13 @@ def _prepare(runner: Runner, case: Case, config: ModelConfig, dtype: str) -> Non
 
         if not is_out_of_memory(error):
             raise
+        what = f"{runner.model.config.name} in {runner.model.dtype}"
         fewer = "use its first layers with --layers"
-        raise InputError(f"{config.name} in {dtype} does not fit on {runner.device.name}; {fewer}") from None
+        raise InputError(f"{what} does not fit on {runner.device.name}; {fewer}") from None
 
 
 def name_of(case: Case, dtype: str, engine: str = "reference") -> str:
-    """Text that identifies a case in an engine: equal cases, equal names."""
+    """Return the key of a case in the records."""
     w = case.dense
     layers = int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
     where = f"{case.phase} batch={case.batch} seq={case.seq} {dtype} layers={layers}"
@@ -252,26 +234,21 @@ def name_of(case: Case, dtype: str, engine: str = "reference") -> str:
 
 
 def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
-    """Return the pruned models in random order, to spread drift; the cases of one model stay together."""
-    decoders = list(dict.fromkeys(case.prune for case in cases.values()))
-    order = np.random.default_rng(seed).permutation(len(decoders))
-    rank = {decoders[i]: position for position, i in enumerate(order)}
-    return sorted(cases.items(), key=lambda item: rank[item[1].prune])
+    """Return the cases with pruned models in random order, which spreads drift; cases of one model stay together."""
+    models = list(dict.fromkeys(case.prune for case in cases.values()))
+    order = [models[i] for i in np.random.default_rng(seed).permutation(len(models))]
+    return sorted(cases.items(), key=lambda item: order.index(item[1].prune))
 
 
 @dataclass(frozen=True)
 class ComparedSpeedup(CaseRow):
-    """One comparison, in the order of the columns. Times are of a forward pass, of generate those of a request.
-
-    ``dense_s``, ``pruned_s`` and their ratio ``measured`` belong to the pair of alternating passes with the median
-    ratio; ``measured_lower`` and ``measured_upper`` are its 95 % interval, or of few pairs the extremes.
-    """
+    """One comparison, in the order of the columns. Times are those of a pass; generate and serve: of a request."""
 
     runtime: str
-    dense_s: float
+    dense_s: float  # this and the next two: the pair of alternating passes with the median ratio
     pruned_s: float
     measured: float
-    measured_lower: float
+    measured_lower: float  # 95 % interval of the median ratio; extremes if there are few pairs
     measured_upper: float
     predicted_dense_s: float
     predicted_pruned_s: float
@@ -295,12 +272,8 @@ def rows_of(
     engine: str = "reference",
     measured_bounds: Sequence[float] = (),
 ) -> list[ComparedSpeedup]:
-    """Return comparisons of the cases, in their order, that have a measured time and a prediction.
-
-    A case of a library is predicted in the engine that it was lowered for, in the generation of the version in its
-    record. A decode step of our decoder with single launches on a GPU is predicted in eager mode, its other passes as
-    the sum of their operators. ``measured_bounds`` is the measured upper bound of each case, or NaN.
-    """
+    """Return comparisons of the cases, in their order, that have a measured time and a prediction; ``measured_bounds``
+    are the measured upper bounds of the cases, or NaN."""
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
     for case, bound in zip(cases, measured_bounds or [math.nan] * len(cases), strict=True):
@@ -336,6 +309,8 @@ def rows_of(
 
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
+    """Return a case with the launches of its run: those of the library's version; of our decoder those of eager
+    Transformers for a decode step with single launches on a GPU, else the sum of its operators."""
     if not case.dense.meta.engine:
         host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
         return case.run_in("hf" if host_bound else EXECUTED)
@@ -345,9 +320,8 @@ def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> 
 
 
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
-    """Return the agreement of speedups: "count", "spearman", "median" and "p95" of the errors, "bias" (median of
-    predicted / measured - 1), "inside" (coverage of the intervals), "dense_time" (median error of the dense times).
-    """
+    """Return the agreement of speedups: number, rank correlation, errors with the median as "bias", coverage of the
+    intervals ("inside"), and the median error of the dense times ("dense_time")."""
     if not rows:
         raise InputError("comparison: expected at least one measured case, got none")
     names = ("predicted", "measured", "predicted_lower", "predicted_upper", "predicted_dense_s", "dense_s")
@@ -358,22 +332,17 @@ def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
 
 
 def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
-    """Return the :func:`summary` of each phase, and of ``"all"`` phases if there are several."""
+    """Return the :func:`summary` of each phase, and of all phases ("all") if there are several."""
     phases = list(dict.fromkeys(r.phase for r in rows))
     out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
     return {**out, "all": summary(rows)} if len(phases) > 1 else out
 
 
 def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
-    """Return whether predicted speedups hold on a device, next to the roofline bound as prediction, and the worst."""
-    every = verdict_of(
-        "speedups",
-        measured=[r.measured for r in rows],
-        predicted=[r.predicted for r in rows],
-        lower=[r.predicted_lower for r in rows],
-        upper=[r.predicted_upper for r in rows],
-        roofline=[r.roofline_bound for r in rows],
-    )
+    """Return whether the predicted speedups hold, compared with roofline bounds as predictions, and the worst case."""
+    names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
+    measured, predicted, lower, upper, roofline = ([getattr(r, name) for r in rows] for name in names)
+    every = verdict_of("speedups", measured, predicted, lower, upper, roofline)
     first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
     holds = "hold" if every.holds else "do not hold"
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
@@ -385,7 +354,7 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
 
 
 def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
-    """Return the scatter of a repeated speedup, from the medians of two halves of its passes; NaN if there are few."""
+    """Return the median difference of speedups between the first and the last half of their pairs; NaN if few."""
     off: list[float] = []
     for r in records:
         if r.get("status") == OK and len(r["dense_s"]) >= 6:

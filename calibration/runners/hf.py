@@ -1,11 +1,11 @@
 """Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with random weights.
 
-The library makes the model from a ``config.json`` where that states the shapes. Layers that differ, low-rank factors
-and missing sublayers are patched into the modules of the library.
+The library makes the model from a ``config.json`` that states the usual shapes. Layers that differ, low-rank factors
+and missing sublayers are patched into its modules.
 
-A prefill is a forward pass over the prompt that fills the keys and values and computes the last logits. Eager decode is
-the time per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A
-compiled model is the forward pass under ``torch.compile`` with a static cache, with CUDA graphs on a GPU.
+A prefill is a forward pass over the prompt that fills the cache and computes the last logits. Eager decode is the time
+per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A compiled
+model runs its forward pass under ``torch.compile`` with a static cache, with CUDA graphs on a GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import nn
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
 from calibration.runners.cases import Case
-from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
+from calibration.runners.pairs import ModelRun, PairRunner, PairTimes, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
-from simulator.models.config import Block, ModelConfig
+from simulator.models.config import Block
 from simulator.models.huggingface import from_hf_config
 from simulator.workload import Workload
 
@@ -38,7 +38,7 @@ PROJECTIONS: Mapping[str, str] = {
     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},
     **{role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
 }
-# special tokens may lie outside the vocabulary of a small model; passes here need none
+# special tokens may lie outside the vocabulary of a small model, and these passes need none
 _NEUTRAL: Mapping[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 _SHARED = "shared_expert_intermediate_size"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def usual(self) -> Block:
-        """The most frequent layer with attention and an MLP, as whole weights."""
+        """The most frequent layer with attention and an MLP, without low-rank factors."""
         whole = Counter(replace(b, ranks=()) for b in self.layers if b.heads and (b.inner or b.experts))
         if not whole:
             raise InputError("no layer has attention and an MLP")
@@ -59,7 +59,7 @@ class Layout:
 
 
 def layout_of(w: Workload) -> Layout:
-    """Return the shapes of the decoder of a workload; InputError if it decides during a pass."""
+    """Return the shapes of a workload's decoder; InputError for a pruning that decides during a pass."""
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
     rows, layers = w.expand(), dict[int, dict[str, Any]]()
@@ -79,11 +79,11 @@ def layout_of(w: Workload) -> Layout:
     return Layout(int(rows.k[rows.is_role("lm_head")][0]), tuple(blocks))
 
 
-def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[Layout, Any]:
-    """Return the layout of a workload, and the library's configuration of the model that is patched to it."""
+def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
+    """Return the layout of a workload, and the configuration of the library's model with the usual layers."""
     from transformers import AutoConfig
 
-    layout = layout_of(w)
+    model, content, layout = given.config, given.content, layout_of(w)
     usual, many = layout.usual, len(layout.layers)
     new = replace(model.with_usual(usual, ()), layers=many, windows=model.windows[:many], hidden=layout.hidden)
     keys = {**_NEUTRAL, **changed_keys(model, new)}
@@ -115,32 +115,30 @@ def check(model: ModelConfig, content: Mapping[str, Any], w: Workload) -> tuple[
 @dataclass(frozen=True)
 class HfModel:
     model: Any
-    patched: str  # what the library does not build by itself; "" for nothing
+    patched: str  # changes that the configuration cannot state; "" for none
 
     @property
     def cache_name(self) -> str:
-        """Name of the argument for keys and values, which differs by version."""
+        """Name of the argument for keys and values, which differs by version of the library."""
         names = inspect.signature(type(self.model).forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
 
-def build(
-    model: ModelConfig, content: Mapping[str, Any], w: Workload, *, dtype: str, device: str, seed: int = 0
-) -> HfModel:
-    """Return the model of a dense or pruned workload on one device, with random weights; InputError if it cannot be.
+def build(given: ModelRun, w: Workload, device: str) -> HfModel:
+    """Return the model of a dense or pruned workload, with random weights; InputError if the library cannot build it.
 
-    ``model`` is the dense model, ``content`` that of its ``config.json``. Attention is torch's
-    ``scaled_dot_product_attention`` where the model can use it.
+    Attention is torch's ``scaled_dot_product_attention`` where the model can use it.
     """
     from transformers import AutoModelForCausalLM
 
-    layout, config = check(model, content, w)
-    torch.manual_seed(seed)
+    layout, config = check(given, w)
+    make = partial(AutoModelForCausalLM.from_config, config, dtype=TORCH_DTYPE[given.dtype])
+    torch.manual_seed(given.seed)
     with torch.device(device):
         try:
-            made = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPE[dtype], attn_implementation="sdpa")
+            made = make(attn_implementation="sdpa")
         except ValueError:  # the model soft-caps its scores, which that function does not
-            made = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPE[dtype], attn_implementation="eager")
+            made = make(attn_implementation="eager")
     made.eval()
     patched = _patch(made, layout)
     _sparsify(made, w)
@@ -150,7 +148,7 @@ def build(
 
 
 def _patch(made: Any, layout: Layout) -> str:
-    """Change layers that differ from the usual one; return what was changed."""
+    """Change the layers that differ from the usual layer; return the changes."""
     usual, changed = layout.usual, Counter[str]()
     attention = 0
     for number, block in enumerate(layout.layers):
@@ -164,7 +162,6 @@ def _patch(made: Any, layout: Layout) -> str:
 
 
 def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
-    """Change one layer to a block; return what was changed."""
     out = []
     for role, where in PROJECTIONS.items():
         size = block.heads if where.startswith("self_attn") else block.inner
@@ -200,7 +197,7 @@ def _module(layer: nn.Module, role: str) -> Any:
 
 
 def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> Any:
-    """The pass of a layer with one sublayer, as that of Llama with both."""
+    """The pass of a layer of Llama, without one of its sublayers."""
     if missing == "mlp":
         return hidden_states + layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **context)[0]
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
@@ -217,7 +214,7 @@ def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
 
 
 def _sparsify(made: Any, w: Workload) -> None:
-    """Pack the projections that are 2:4 sparse; set the share of scattered zeros of others."""
+    """Pack the projections that are 2:4 sparse; set scattered weights of unstructured projections to zero."""
     if not (w.kernel != Kernel.DENSE).any():
         return
     from calibration.runners.decoder.families import two_of_four
@@ -238,54 +235,44 @@ def _sparsify(made: Any, w: Workload) -> None:
 
 
 def _check_weights(made: Any, w: Workload) -> None:
-    """Raise InputError if the weights of the projections are not as many as those that are predicted."""
-    once = w.phase == w.phase.min()  # a request has the rows of its prefill and those of its decode steps
+    """Raise InputError if the projections do not have as many weights as predicted."""
+    once = w.phase == w.phase.min()  # a request has rows for its prefill and for its decode steps
     inside = once & (w.layer >= 0) & (w.kind == Kind.GEMM)
     expected = float((w.n * w.k * w.count)[inside].sum())
     routed = once & (w.kind == Kind.EXPERTS)
     expected += float((3.0 * w.experts * w.n * w.k * w.count)[routed].sum())
-    found = 0
-    for module in made.model.layers.modules():
-        own = module.named_parameters(recurse=False)
-        found += sum(p.numel() for name, p in own if p.dim() > 1)
+    found = sum(p.numel() for p in made.model.layers.parameters() if p.dim() > 1)
     if found != round(expected):
         raise InputError(f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted")
 
 
-TOKENS = 4  # decode steps of a sample of eager decode
-MOST_COMPILED = 1024  # passes of one process
+TOKENS = 4  # decode steps per sample of eager decode
+MOST_COMPILED = 1024  # compiled passes of one process
 
 
 class HfRunner(PairRunner):
     """Time models of Transformers: eager (engine hf), or compiled (engine compile)."""
 
-    def __init__(
-        self, device: Device, config: ModelConfig, content: Mapping[str, Any], dtype: str, *, compiled: bool, seed: int
-    ) -> None:
-        super().__init__(device)
-        self.config, self.content, self.dtype = config, content, dtype
-        self.compiled, self.seed = compiled, seed
-        self.kept: dict[str, HfModel] = {}  # the last pruned model
+    def __init__(self, device: Device, model: ModelRun) -> None:
+        super().__init__(device, model)
+        self.kept: dict[str, HfModel] = {}  # the dense and the last pruned model
 
     def check(self, case: Case) -> None:
-        check(self.config, self.content, case.pruned)
+        check(self.model, case.pruned)
 
     def prepare(self, case: Case) -> None:
-        self.kept["dense"] = self._build(case.dense)
-
-    def _build(self, w: Workload) -> HfModel:
-        return build(self.config, self.content, w, dtype=self.dtype, device=self.device.name, seed=self.seed)
+        self.kept["dense"] = build(self.model, case.dense, self.device.name)
 
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
         if case.prune not in self.kept:
             self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
-            self.kept[case.prune] = self._build(case.pruned)
-        pruned = self.kept[case.prune]
-        sampler_of = compiled_sampler if self.compiled else eager_sampler
+            self.kept[case.prune] = build(self.model, case.pruned, self.device.name)
+        dense, pruned = self.kept["dense"], self.kept[case.prune]
+        runtime = "compiled" if self.model.engine == "compile" else "eager"
+        sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
-            dense_sampler, pruned_sampler = (sampler_of(one, case) for one in (self.kept["dense"], pruned))
-            times = alternate(dense_sampler, pruned_sampler, time_limit_s=self.limit_s(end))
-        return times, {"runtime": "compiled" if self.compiled else "eager", "patched": pruned.patched}
+            times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
+        return times, {"runtime": runtime, "patched": pruned.patched}
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:
@@ -303,7 +290,7 @@ class _Stamps:
         self.synchronize, self.tokens, self.at_s = synchronize, tokens, list[float]()
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if len(self.at_s) in (0, self.tokens):  # the host may run ahead between the first and the last
+        if len(self.at_s) in (0, self.tokens):  # between the first and the last token the host may run ahead
             self.synchronize()
         self.at_s.append(time.perf_counter())
         return scores
@@ -317,7 +304,7 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
     if case.phase == "prefill":
         return looped(lambda: model(tokens, use_cache=True, logits_to_keep=1), wait)
     if case.phase == "generate":
-        many = case.dense.meta.new_tokens + 1  # the prefill makes the first
+        many = case.dense.meta.new_tokens + 1  # the prefill makes the first token
         return looped(lambda: model.generate(tokens, max_new_tokens=many, do_sample=False), wait)
     cache = DynamicCache(config=model.config)
     model(tokens, use_cache=True, logits_to_keep=1, **{built.cache_name: cache})
@@ -334,10 +321,10 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
 
 
 def compiled_sampler(built: HfModel, case: Case) -> Sampler:
-    """Return the sampler of a phase of a compiled model; its first pass compiles."""
+    """Return the sampler of a compiled model; its first pass compiles."""
     from transformers import StaticCache
 
-    # every model and phase has an entry of its own; beyond the limit torch would stop to compile
+    # each model and phase is compiled; beyond these limits torch would run passes eagerly
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED))
     model = built.model

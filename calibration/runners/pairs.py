@@ -1,11 +1,12 @@
-"""Time a dense and a pruned model in alternating passes: disturbances affect both, so their ratio is stable."""
+"""Time a dense and a pruned model in alternating passes: disturbances affect both times, so the ratio is stable."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from calibration.devices.protocol import CaptureFailed, Device, Unsupported
@@ -13,11 +14,12 @@ from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.runners.cases import Case
 from simulator.errors import InputError
+from simulator.models.config import ModelConfig
 
-LONGEST_S = 30.0  # for the pairs of one case
+LONGEST_S = 30.0  # longest time of the pairs of one case
 WINDOW_S = 4e-3
 PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
-LEAST, ENOUGH, MOST = 3, 8, 200  # pairs: fewer do not show their scatter; these may end if the ratio is precise; limit
+LEAST, ENOUGH, MOST = 3, 8, 200  # pairs that show scatter; pairs that suffice if their ratio is precise; most pairs
 
 T = TypeVar("T")
 Sampler = Callable[[int], float]  # runs some passes and returns the seconds per pass
@@ -30,16 +32,14 @@ class PairTimes:
     loops: int  # passes per sample
 
 
-def alternate(
-    first: Sampler, second: Sampler, *, time_limit_s: float = 5.0, clock: Callable[[], float] = time.perf_counter
-) -> PairTimes:
+def alternate(first: Sampler, second: Sampler, time_limit_s: float) -> PairTimes:
     """Time two models in alternation, until their ratio is precise or the time is over (after a first pass of each)."""
     samplers = (first, second)
     once = [sample(1) for sample in samplers]  # also warms caches, selects and compiles kernels
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():
         sample(loops)
-    found = in_turns(lambda i: [samplers[i](loops)], list, time_limit_s, clock)
+    found = in_turns(lambda i: [samplers[i](loops)], list, time_limit_s, time.perf_counter)
     first_s, second_s = ([one for (one,) in samples] for samples in found)
     return PairTimes(first_s, second_s, loops)
 
@@ -68,45 +68,53 @@ def in_turns(
     return found
 
 
-def looped(
-    step: Callable[[], Any], synchronize: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
-) -> Sampler:
+def looped(step: Callable[[], Any], synchronize: Callable[[], Any]) -> Sampler:
     def sample(loops: int) -> float:
         synchronize()
-        start = clock()
+        start = time.perf_counter()
         for _ in range(loops):
             step()
         synchronize()
-        return (clock() - start) / loops
+        return (time.perf_counter() - start) / loops
 
     return sample
 
 
-class Runner:
-    """Run the cases of a comparison next to the dense model."""
+@dataclass(frozen=True)
+class ModelRun:
+    """A dense model, and how this model and its pruned versions run."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    config: ModelConfig
+    dtype: str = "bf16"
+    engine: str = "reference"  # a key of :data:`calibration.runners.compare.ENGINES`
+    content: Mapping[str, Any] = field(default_factory=dict)  # the model's config.json, for engines of a library
+    python: str = sys.executable  # interpreter that has vLLM
+    seed: int = 0  # determines weights and the order of the cases
+
+
+class Runner:
+    """Runs the cases of a comparison next to the dense model."""
+
+    def __init__(self, device: Device, model: ModelRun) -> None:
+        self.device, self.model = device, model
 
     def check(self, case: Case) -> None:
         """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
 
     def prepare(self, case: Case) -> None:
-        """Make what all cases share, such as the dense model; ``case`` is any of them."""
+        """Make the dense model, which all cases share; ``case`` is any of them."""
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; CaptureFailed: this process cannot time any more."""
+        """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Free what the cases shared."""
+        """Free the models."""
 
 
 class PairRunner(Runner):
-    """Run cases in this process, in alternation with the dense model."""
-
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
-        """Time a case until ``end`` on the device's clock; return the times, the runtime and more of the record."""
+        """Time a case until ``end`` on the device's clock; return the times and further fields of the record."""
         raise NotImplementedError
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
@@ -117,7 +125,7 @@ class PairRunner(Runner):
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
         except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
-            from calibration.devices.operators import is_out_of_memory  # with torch, which recorded results do not need
+            from calibration.devices.operators import is_out_of_memory  # imports torch, which recorded runs do not need
 
             status = SKIPPED if is_out_of_memory(error) else FAILED
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -125,5 +133,5 @@ class PairRunner(Runner):
         return {"status": OK, "reason": "", **fields, **samples}
 
     def limit_s(self, end: float) -> float:
-        """Return the time limit of the pairs of a case that ends at ``end``: first passes take time too."""
+        """Return the time limit of the pairs of a case that ends at ``end``; first passes get the rest."""
         return min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)

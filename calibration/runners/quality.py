@@ -1,7 +1,7 @@
 """Quality of a pruned language model: its perplexity, and the KL divergence of its predictions from the dense model's.
 
-:func:`measure_quality` scores a Hugging Face model pruned by families, without fine-tuning, or next to a pruned
-checkpoint of it. :func:`measure_layers` scores variants of single layers; its rows are a library of variants
+:func:`measure_quality` scores a Hugging Face model that is pruned by families, without fine-tuning, or one of its
+pruned checkpoints. :func:`measure_layers` scores variants of single layers, for a library of variants
 (:mod:`simulator.plans.library`).
 """
 
@@ -47,23 +47,20 @@ from simulator.prediction.quality import QualityRow
 from simulator.prediction.scenario import one_of
 
 Logits = Callable[[Tensor], Tensor]  # from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
+# 2:4 needs a GPU, and dynamic families need a trained router or predictor
 FAMILIES: tuple[str, ...] = tuple(name for name in STATIC if name != "semi_structured")
-"""Families that change weights, except 2:4, which needs a GPU; the others need a trained router or predictor."""
-
-MOST_LOGIT_BYTES = 2_000_000_000  # logits of the dense model in memory; more are computed again for each variant
-MATCH_TOLERANCE = 2e-3  # of a loss relative to that of the model's own code; more means another architecture
+MOST_LOGIT_BYTES = 2_000_000_000  # dense logits that stay in memory; larger ones are computed again for each variant
+MATCH_TOLERANCE = 2e-3  # relative difference from the loss of the model's own code that shows another architecture
 
 
 @dataclass(frozen=True)
 class Score:
-    """Quality of a pruned model on the windows that both models read, and what was removed."""
-
     dense_perplexity: float
     perplexity: float
     kl_nats: float  # mean over tokens of KL(dense || pruned)
     family: str = ""
     sparsity: float = math.nan
-    realised_sparsity: float = math.nan  # share of the weights of all projections that is gone; NaN for a checkpoint
+    realised_sparsity: float = math.nan  # removed share of the weights of all projections; NaN for a checkpoint
 
     def row(self, model: str, protocol: str, source: str) -> QualityRow:
         return QualityRow(
@@ -82,12 +79,12 @@ class Score:
 
 
 def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
-    """Score one model against another on windows of tokens; every token after the first of a window counts."""
+    """Score one model against another on windows of tokens; each token after the first of a window counts."""
     return score_logits((dense(ids), pruned(ids), ids) for ids in windows)
 
 
 def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
-    """Score the logits of two models, dense and pruned, after each token of windows; the tokens are the third."""
+    """Score windows of (dense logits, pruned logits, tokens)."""
     losses, divergences = [], []
     for *both, ids in windows:
         before, after = (F.log_softmax(logits[:-1].float(), -1) for logits in both)
@@ -100,7 +97,7 @@ def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
 def measure_quality(
     model: str | Path, windows: Sequence[Tensor], cases: Sequence[tuple[str, float]], pruned: str | Path | None = None
 ) -> Iterator[Score]:
-    """Score a model pruned in every case of family and fraction, or next to a pruned checkpoint of it (one case)."""
+    """Score a model that is pruned in each case of family and fraction, or a pruned checkpoint (one case)."""
     for family, sparsity in cases:
         one_of("family", family, FAMILIES)
         if not 0.0 < sparsity < 1.0:
@@ -167,7 +164,7 @@ def logits_of(model: Any) -> Logits:
 
 
 def decoder_of(model: Any, name: str) -> Decoder:
-    """Return the decoder with the weights of a transformers model; InputError if its own code gives another loss."""
+    """Return our decoder with the weights of a transformers model; InputError if the model gives another loss."""
     try:
         config, rotary = model.config, model.model.rotary_emb
         decoder = from_weights(
@@ -193,7 +190,7 @@ def decoder_of(model: Any, name: str) -> Decoder:
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """A text and its name: a UTF-8 file, or the English of ``pydoc_data.topics``, which Python ships."""
+    """Return a text and its name: a UTF-8 file, or the English ``pydoc_data.topics`` that Python ships."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -225,7 +222,7 @@ DENSE = ("all", "dense", "dense")  # key of the row of the dense model
 
 @dataclass(frozen=True)
 class LayerScore:
-    """Score of a model with one changed sublayer; its fields are the columns of a library."""
+    """A row of a library: the score of a model with one changed sublayer."""
 
     layer: str
     attention: str
@@ -239,7 +236,7 @@ class LayerScore:
 
 
 def changes_of(library: Library) -> list[Change]:
-    """Return each variant of each attention and of each MLP in a library, in the order of the layers."""
+    """Return the variants of all attentions and MLPs in a library, in the order of the layers."""
     found: dict[tuple[int, str, str], Change] = {}
     for layer, (dense, blocks) in enumerate(zip(library.model.layout, library.layers)):
         for name in SUBLAYERS:
@@ -261,12 +258,11 @@ def measure_layers(
     changes: Iterable[Change],
     done: Collection[tuple[str, str, str]] = (),
 ) -> Iterator[LayerScore]:
-    """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer.
+    """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer, except keys in ``done``.
 
-    Fewer KV heads are means of the heads that are joined (arXiv 2305.13245), as Puzzle initialises such a layer. A
-    narrower MLP keeps the channels with the largest mean activation times the norm of its output weights, on windows of
-    ``calibration``. A pass continues from the state before the changed sublayer, so only the later layers are computed.
-    All windows are equally long. Rows with the keys ``done`` exist and are not measured again.
+    Fewer KV heads are means of joined heads (arXiv 2305.13245), as Puzzle initialises such a layer. A narrower MLP
+    keeps the channels with the largest mean output on windows of ``calibration``. A pass continues from the state
+    before the changed sublayer, so only later layers are computed. All windows are equally long.
     """
     todo: dict[tuple[int, str], list[Change]] = {}
     for change in changes:
@@ -296,14 +292,15 @@ def measure_layers(
             own = todo.get((number, "mlp"), [])
             importance = _importance(state, layer.mlp, both[many:]) if own else None
             for change in own:
-                narrow = Layer(None, _mlp(layer.mlp, change.block, importance))
-                changed = through_layer(state, number, narrow, both[:many])
+                m, stays = layer.mlp, has("mlp", change.block)
+                narrow = m.channels(best(importance, change.block.inner)) if m is not None and stays else None
+                changed = through_layer(state, number, Layer(None, narrow), both[:many])
                 yield dense.score(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, attention=None), both)
 
 
 def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
-    """Return the residual stream after all layers from the one before the layer ``first``."""
+    """Return the residual stream after the last layer, from the stream before the layer ``first``."""
     for number, layer in enumerate(state.decoder.layers[first:], first):
         x = through_layer(state, number, layer, x)
     return x
@@ -325,8 +322,8 @@ class _Dense:
 
 
 def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Attention:
-    """Return attention with the query heads of the largest output weights (whole groups if their size stays, else
-    equally many of each if possible) and with means of their KV heads."""
+    """Return attention with the query heads of the largest output weights and means of their KV heads. Whole groups
+    stay if the group size stays, else equally many heads of each group if possible."""
     ratio = a.heads // a.kv_heads
     size = a.o.weight.float().pow(2).sum(0).view(a.kv_heads, ratio, head_dim).sum(2)
     number = torch.arange(a.heads, device=size.device).view(a.kv_heads, ratio)
@@ -339,7 +336,7 @@ def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Atten
     features = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
 
     def joined(p: Projection) -> Projection:
-        def mean(rows: Tensor) -> Tensor:  # of the KV heads of the query heads in each new group
+        def mean(rows: Tensor) -> Tensor:  # mean over the query heads in each new group, each with its KV head
             by_query = rows.view(a.kv_heads, head_dim, -1)[kept // ratio]
             return by_query.view(kv_heads, -1, *by_query.shape[1:]).mean(1).reshape(kv_heads * head_dim, -1)
 
@@ -350,15 +347,8 @@ def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Atten
     )
 
 
-def _mlp(m: Mlp | None, block: Block, importance: Tensor) -> Mlp | None:
-    if m is None or not has("mlp", block):
-        return None
-    index = best(importance, block.inner)
-    return replace(m, gate=m.gate.rows(index), up=m.up.rows(index), down=m.down.columns(index))
-
-
 def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
-    """Return the mean output of each channel of an MLP: its mean activation times the norm of its output weights."""
+    """Return the mean output of each channel: its mean activation times the norm of its output weights."""
     if m is None:
         return None
     h = state.norm(x, m.norm)

@@ -1,24 +1,31 @@
-"""Recorded runs of Transformers compared with predictions: the tables of ``docs/generated/transformers.md``.
+"""Recorded runs of Transformers compared with predictions, and the first picture of the README.
 
-A folder has one file of records per run of ``prunesim compare`` (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, raw samples and
-versions included) and the profile that was calibrated on the same machine (``DTYPE.THREADS.yaml``).
-:func:`recorded_rows` predicts every case again; ``python -m calibration.runners.recorded`` makes the page again.
+``python -m calibration.runners.recorded`` makes ``docs/generated/transformers.md`` and ``docs/measured.png`` again.
+A folder has one file of records per run of ``prunesim compare`` (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, with raw samples
+and versions) and the profile that was calibrated on the same machine (``DTYPE.THREADS.yaml``).
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from calibration.evidence.pages import DOCS, filled
+from calibration.evidence.paper import table_2
+from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.evidence.scoring import table
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, fewer_layers, settings_of
 from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of, summary
+from simulator.figures.layout import fixed_ticks
+from simulator.figures.measured import time_text
+from simulator.figures.style import COLORS, paper_style, save_figure
 from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
@@ -27,17 +34,15 @@ from simulator.prediction.table import speedup
 from simulator.units import percent, ratio
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cpu" / "transformers"
-"""The runs of docs/generated/transformers.md."""
+Groups = Mapping[str, list[tuple[float, float]]]  # measured and predicted values by legend entry
 
 
 @dataclass(frozen=True)
 class RecordedRow:
-    """A measured speedup next to its prediction, also with the measured dense time given."""
-
     engine: str
     threads: str
     compared: ComparedSpeedup
-    given: float
+    given: float  # predicted from the measured dense time
     given_lower: float
     given_upper: float
 
@@ -47,7 +52,7 @@ class RecordedRow:
 
     @property
     def half_width(self) -> float:
-        """Half of the logarithmic width of the predicted interval, as a share."""
+        """The geometric half-width of the predicted interval, less 1."""
         return float(np.sqrt(self.compared.predicted_upper / self.compared.predicted_lower) - 1.0)
 
 
@@ -87,7 +92,7 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
 
 
 def tables(rows: Sequence[RecordedRow] = ()) -> list[str]:
-    """Return the tables of the page: by model, by engine and phase, by family, by run, and the ten largest errors."""
+    """Return the tables of the page: scores by model, by engine and phase, by family and by run, and the worst ten."""
     found = list(rows) or recorded_rows()
     by: Mapping[str, Callable[[RecordedRow], str]] = {
         "model": lambda r: r.compared.model,
@@ -104,7 +109,7 @@ def _threads(number: str) -> str:
 
 
 def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow], str]) -> str:
-    """Return one line per group of rows, and one of all rows."""
+    """Return a line per group of rows, and a line of all rows."""
     groups: dict[str, list[RecordedRow]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -142,5 +147,52 @@ def _worst(rows: Sequence[RecordedRow]) -> str:
     return table(header, cells, left=(0, 1))
 
 
+def measured_speedups() -> Groups:
+    published = compare_speedups()
+    files = [FOLDER.parent / "comparison.csv", FOLDER.parent / "plans.csv"]
+    decoders = [row for file in files for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
+    return {
+        "executed, Transformers": [(r.compared.measured, r.compared.predicted) for r in recorded_rows()],
+        "executed, our decoder and plans": [(float(r["measured"]), float(r["predicted"])) for r in decoders],
+        "published, taxonomy paper": [(c.published, c.predicted) for c in table_2()],
+        "published, other": [(c.measured, c.predicted) for c in published if not c.own_code],
+        "published, custom code": [(c.measured, c.predicted) for c in published if c.own_code],
+    }
+
+
+def overview() -> Figure:
+    """Return predicted against measured values of everything that was executed or published: speedups, times of dense
+    models, and times per token of servers."""
+    names = {"hf": "Transformers", "compile": "torch.compile", "vllm": "vLLM", "sglang": "SGLang"}
+    names |= {"trtllm": "TensorRT-LLM", "reference": "taxonomy paper's bench"}
+    panels = {"speedups of pruned models": ("speedup", measured_speedups())}
+    dense = ("times of dense models", "time of a pass or request", compare_dense())
+    for what, label, times in (dense, ("runs of servers", "time per output token", compare_serving())):
+        engines = {names[key]: [(c.measured, c.predicted) for c in times if c.engine == key] for key in names}
+        panels[what] = label, {name: found for name, found in engines.items() if found}
+    with paper_style():
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained", dpi=200)
+        for ax, (what, (label, groups)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            every = np.concatenate([np.array(rows) for rows in groups.values()])
+            ends = np.array([every.min() / 1.15, every.max() * 1.15])
+            ax.fill_between(ends, ends / 1.1, ends * 1.1, color="0.85", linewidth=0, label="within 10 %")
+            ax.plot(ends, ends, color="black", linewidth=0.6)
+            for color, (name, rows) in zip(COLORS, groups.items(), strict=False):
+                ax.plot(*np.array(rows).T, "o", color=color, markersize=2.2, alpha=0.6, markeredgewidth=0, label=name)
+            error = 100 * np.median(np.abs(every[:, 1] / every[:, 0] - 1))
+            ax.set_title(f"{len(every):,} {what}\nmedian error {error:.1f} %")
+            ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"measured {label}", ylabel="predicted")
+            ax.set_box_aspect(1)
+            for axis in (ax.xaxis, ax.yaxis):
+                if label == "speedup":
+                    fixed_ticks(axis, [0.7, 1, 1.5, 2, 3], lambda value, _: f"{value:g}x")
+                else:
+                    ticks = [10.0**e for e in range(-3, 3) if ends[0] < 10.0**e < ends[1]]
+                    fixed_ticks(axis, ticks, lambda seconds, _: time_text(1e6 * seconds))
+            ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), fontsize=6, markerscale=1.5, frameon=False)
+    return figure
+
+
 if __name__ == "__main__":
     write_whole(DOCS / "transformers.md", filled("transformers", tables()).encode())
+    save_figure(overview(), DOCS.parent / "measured.png")

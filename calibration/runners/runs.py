@@ -1,8 +1,8 @@
 """A calibration run in a folder: plan, measure, fit, validate on held-out shapes.
 
 The folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its arrays, and
-``report.md`` with figures. :func:`measure_into` writes the first two and resumes an earlier call; :func:`fit_run`
-writes the others. :func:`target_operators` selects what to measure for a given model.
+``report.md`` with figures. :func:`measure_into` writes the first two files and resumes an earlier call; :func:`fit_run`
+writes the others. :func:`target_operators` selects the operators to measure for a model.
 """
 
 from __future__ import annotations
@@ -44,25 +44,26 @@ from simulator.workload import Workload, WorkloadBatch
 
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
-QUICK_SHARES: Mapping[str, float] = {
-    "gemm": 0.6,
-    "attention_prefill": 0.15,
-    "attention_decode": 0.15,
-    "elementwise": 0.1,
-}
-"""Shares of the time of a quick run: the operators that re-anchoring uses."""
-
-HOST_BUDGET_S = 20.0  # at most, for the operators that measure the host
+# Shares of the time of a quick run, for the operators that re-anchoring uses
+QUICK_SHARES = {"gemm": 0.6, "attention_prefill": 0.15, "attention_decode": 0.15, "elementwise": 0.1}
+HOST_BUDGET_S = 20.0  # longest time for the operators that measure the host
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
-
-TargetModels = Sequence[Sequence[Workload]]
-"""Dense workloads, each followed by its pruned workloads."""
-
+# Purpose of records -> file and subject of their report
 REPORTS = {
     "holdout": (REPORT, "shapes held out before the fit"),
     "exact": ("exact_shapes.md", "the model on shapes that were measured exactly"),
 }
-"""Purpose of records -> file and subject of their report."""
+
+TargetModels = Sequence[Sequence[Workload]]  # dense workloads, each followed by its pruned workloads
+Planner = Callable[[Rates, Protocol, int], tuple[MeasurementPlan, Protocol]]  # from rates, protocol and seed of a run
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    budget_s: float
+    dtype: str = "bf16"
+    hardware: str = ""  # profile with the datasheet; "": found by the device's name, or measured
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def begin(
     software: Mapping[str, str] = MappingProxyType({}),
     **extra: Any,
 ) -> tuple[Path, Header]:
-    """Return the file of a run's records and its header; ``software`` are versions next to those of the device."""
+    """Return the file of a run's records and its header, with versions of ``software`` beside those of the device."""
     file = check_folder(folder) / name
     check_budget(budget_s)
     if dtype not in device.dtypes():
@@ -109,26 +110,32 @@ def is_new(file: Path) -> bool:
     return not file.exists() or not file.stat().st_size
 
 
+def _begun(folder: str | Path, device: Device, options: RunOptions, note: Callable[[str], None]) -> tuple[Path, Header]:
+    description = device.describe()
+    begun = begin(folder, device, options.dtype, options.budget_s, memory_bytes=description.memory_bytes)
+    note(f"{description.device}; {description.software}; {options.dtype}")
+    return begun
+
+
 def measure_plan(
     file: Path,
     header: Header,
     device: Device,
-    planned: Callable[[Rates, Protocol, int], tuple[MeasurementPlan, Protocol]],
-    *,
-    budget_s: float,
-    seed: int,
+    options: RunOptions,
+    planned: Planner,
     progress: Callable[[int, int], None] | None = None,
 ) -> MeasuredRun:
-    """Run a plan, made by ``planned`` from rates, protocol and seed of the run, and write its records to a file."""
-    protocol = default_protocol(device.describe(), budget_s)
+    """Run a plan and write its records to a file."""
+    protocol = default_protocol(device.describe(), options.budget_s)
     if is_new(file):
         file.parent.mkdir(exist_ok=True)
-        probed = {"rates": asdict(probe(device, header.dtype, protocol)), "seed": seed, "budget_s": budget_s}
+        rates = probe(device, options.dtype, protocol)
+        probed = {"rates": asdict(rates), "seed": options.seed, "budget_s": options.budget_s}
         header = replace(header, extra={**header.extra, **probed})
     with Store(file, header) as store:
         kept = store.header.extra.get("rates")
-        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, header.dtype, protocol)
-        plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", seed)))
+        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, options.dtype, protocol)
+        plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", options.seed)))
         outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
     return MeasuredRun(plan, outcome, content_records(read_store(file)))
 
@@ -136,28 +143,24 @@ def measure_plan(
 def measure_into(
     folder: str | Path,
     device: Device,
+    options: RunOptions,
     *,
-    budget_s: float,
-    dtype: str = "bf16",
-    hardware: str = "",
     targets: TargetModels = (),
     quick: bool = False,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
 
-    ``hardware`` is the profile with the datasheet (default: found by the device's name, or measured). The GEMMs of
-    ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured exactly and first, in the
-    order of how much they narrow the speedups. ``progress`` gets the seconds that have passed and the expected total.
+    The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured exactly and
+    first, in the order of how much they narrow the speedups. ``progress`` gets the seconds that have passed and the
+    expected total.
     """
-    description = device.describe()
-    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
-    note(f"{description.device}; {description.software}; {dtype}")
+    dtype, budget_s, description = options.dtype, options.budget_s, device.describe()
+    file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
     if is_new(file) or not datasheet.exists():
-        base = base_profile(device, dtype, hardware)
+        base = base_profile(device, dtype, options.hardware)
         for line in thread_notes(base, description.device):
             note(line)
         datasheet.parent.mkdir(exist_ok=True)
@@ -189,28 +192,24 @@ def measure_into(
         note(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
 
-    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
+    return measure_plan(file, header, device, options, planned, progress)
 
 
 def measure_host(
     folder: str | Path,
     device: Device,
+    options: RunOptions,
     *,
-    budget_s: float = HOST_BUDGET_S,
-    dtype: str = "bf16",
-    hardware: str = "",
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Measure the host time of this machine in a few seconds, to update the profile ``hardware``."""
-    budget_s = min(check_budget(budget_s), HOST_BUDGET_S)
-    description = device.describe()
-    file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
-    note(f"{description.device}; {description.software}; {dtype}")
+    """Measure the host time of this machine in a few seconds, to update the profile of the options."""
+    dtype, budget_s = options.dtype, min(check_budget(options.budget_s), HOST_BUDGET_S)
+    options = replace(options, budget_s=budget_s)
+    file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
-    if hardware or not datasheet.exists():
-        base = load_hardware(hardware) if hardware else base_profile(device, dtype)
+    if options.hardware or not datasheet.exists():
+        base = load_hardware(options.hardware) if options.hardware else base_profile(device, dtype)
         if dtype not in base.rates:
             raise InputError(f"--dtype {dtype}: not supported by {base.name}; supported: {', '.join(base.rates)}")
         datasheet.parent.mkdir(exist_ok=True)
@@ -218,13 +217,13 @@ def measure_host(
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
         plan = in_order(host_operators(dtype), rates, protocol=protocol, budget_s=budget_s, seed=seed)
-        return replace(plan, drift_check=plan.items[-1].operator, visits=default_visits(description)), protocol
+        return replace(plan, drift_check=plan.items[-1].operator, visits=default_visits(device.describe())), protocol
 
-    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
+    return measure_plan(file, header, device, options, planned, progress)
 
 
 def keep_apart(records: Records) -> Records:
-    """Hold out fit rows that share an (n, k) with held-out rows, which a folder of two plans may contain."""
+    """Hold out fit rows that share an (n, k) with held-out rows: a folder of two plans may contain such rows."""
     purpose = np.array(records.purpose)
     held, fit = PURPOSES.index("holdout"), PURPOSES.index("fit")
     gemm = records.is_operator("gemm")
@@ -236,12 +235,12 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted or re-anchored run, reports on held-out and on exact shapes, and the share of disturbed times."""
+    """A fitted or re-anchored run."""
 
     fit: ProfileFit | Updated
-    held_out: Report | None
-    exact: Report | None
-    disturbed: float
+    held_out: Report | None  # on held-out shapes
+    exact: Report | None  # on shapes that were measured exactly
+    disturbed: float  # share of disturbed times
 
 
 def fit_run(

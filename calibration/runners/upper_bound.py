@@ -22,7 +22,7 @@ from calibration.records.exact_shapes import without_exact
 from calibration.records.store import content_records, read_store
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.runs import MeasuredRun, begin, measure_plan
+from calibration.runners.runs import MeasuredRun, RunOptions, begin, measure_plan
 from simulator.arrays import FloatArray
 from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
@@ -31,13 +31,13 @@ from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_t
 from simulator.workload import Workload
 
 ALIGN = 16  # features that remain after unstructured pruning are rounded to a multiple, as in structured families
+# Plain kernels and the dimensions of their shapes
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
     "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
 }
-"""Plain kernels and the dimensions of their shapes."""
-HOT = ("attention_prefill",)  # its operands are in the cache, since the previous kernel wrote them
+HOT = ("attention_prefill",)  # its operands are in the cache, because the previous kernel wrote them
 Shape = tuple[str, tuple[int, ...]]  # a plain kernel and its sizes
 
 
@@ -58,16 +58,16 @@ class Bound(CaseRow):
     predicted_upper: float
     efficiency: float
     kernel_share: float  # share of the plain kernels in the predicted dense pass
-    missing: int  # shapes without a time
+    missing: int  # number of shapes without a time
 
 
 def plain_kernels(w: Workload) -> dict[Shape, float]:
     """Return a workload's GEMMs and attention as plain dense kernels: the count of each shape.
 
-    Work that pruning adds is excluded. A GEMM with zeros in its weights (2:4 or unstructured) becomes a dense GEMM with
-    as many input features as weights remain, in multiples of :data:`ALIGN`. A decode that skips blocks becomes a decode
-    with the remaining keys. A prefill that skips blocks, or has a sliding window, becomes a share of a dense prefill,
-    because its queries need all keys. Routed experts and latent attention have no plain kernel and are excluded.
+    Work that pruning adds is excluded, and so are routed experts and latent attention, which have no plain kernel. A
+    GEMM with zeros in its weights (2:4 or unstructured) becomes a dense GEMM with fewer input features, in multiples of
+    :data:`ALIGN`. A decode that skips blocks becomes a decode with the remaining keys. A prefill that skips blocks, or
+    has a sliding window, becomes a share of a dense prefill, because its queries need all keys.
     """
     runs = ~w.overhead & (w.count > 0)
     plain = runs & (w.latent == 0) & ((w.value_dim == 0) | (w.value_dim == w.head_dim))
@@ -88,7 +88,7 @@ def plain_kernels(w: Workload) -> dict[Shape, float]:
 
 
 def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) -> Iterator[tuple[Shape, float]]:
-    """Yield each shape of a kernel once, with its count, from the columns of a workload and the changed columns."""
+    """Yield each shape of a kernel with its count, from the columns of a workload and changed columns."""
     sizes = np.stack([changed.get(name, getattr(w, name)) for name in DIMENSIONS[kind]], axis=1)
     shapes, which = np.unique(np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True)
     found = np.bincount(which.reshape(-1), weights=counts, minlength=len(shapes))
@@ -105,7 +105,7 @@ def operator_of(shape: Shape, dtype: str) -> Operator:
 
 
 def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
-    """Return every shape of some cases once, case by case in random order, so that some cases are complete."""
+    """Return every shape of some cases once, case by case in random order: short runs complete some cases."""
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
@@ -118,14 +118,13 @@ def measure_bounds(
     folder: str | Path,
     device: Device,
     cases: Sequence[Case],
+    options: RunOptions,
     *,
-    budget_s: float,
-    dtype: str = "bf16",
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
     """Time the plain kernels of some cases into a run folder, new or of an earlier run of the same device."""
+    dtype, budget_s, seed = options.dtype, options.budget_s, options.seed
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
@@ -139,11 +138,11 @@ def measure_bounds(
         note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
 
-    return measure_plan(file, header, device, planned, budget_s=budget_s, seed=seed, progress=progress)
+    return measure_plan(file, header, device, options, planned, progress)
 
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
-    """Return time and relative half-width (95 %) of the plain kernels of a table, by shape; the median of repeats."""
+    """Return time and relative half-width (95 %) of plain kernels by shape, as medians over repeats."""
     usable = records.timed & (records.labels() == dtype) & (records.window == 0) & (records.density == 1.0)
     out: dict[Shape, tuple[float, float]] = {}
     for kind, names in DIMENSIONS.items():
@@ -161,7 +160,7 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
 
 
 def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
-    """Return the measured bounds of cases, NaN where kernels have no time, with other bounds and predictions."""
+    """Return measured bounds (NaN where kernels have no time), other bounds and predictions of cases."""
     times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
@@ -198,7 +197,7 @@ def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16"
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
-    """Return median relative errors of the bounds from the profile and from its cost model alone."""
+    """Return median errors of the bounds that the profile predicts, and of those of its cost model alone."""
     known = [r for r in rows if math.isfinite(r.measured_bound)]
     if not known:
         return {}

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_a_captured_pass_is_one_launch(family: str, phase: str) -> None:
     with installed("H100") as cuda:
         dense = random_decoder(CONFIG, dtype="bf16", device="cuda")
         pruned = prune_decoder(dense, family, 0.5) if family else dense
-        sample = timing._ready(pruned, 1, 64, phase, "cuda_graph", cuda.read)
+        sample = timing.sampler(pruned, Mock(batch=1, seq=64, phase=phase), "cuda_graph")
         with cuda.watched() as launches:
             sample(5)
     assert len(launches) == 5

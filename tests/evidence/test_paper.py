@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -36,7 +35,6 @@ from calibration.evidence.paper import (
     table_2,
 )
 from simulator.arrays import FloatArray
-from simulator.cli import run
 from simulator.prediction.pareto import Front, Point, bands, frontier, marked
 from simulator.prediction.quality import Axis
 
@@ -67,7 +65,7 @@ def front(*points: Point) -> Front:
         ((*CLAIMED[:2], point("width", 0.2, 1.2)), FAILS),  # width is never optimal
         ((*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)), UNDECIDED),  # within the intervals
         ((*CLAIMED, point("semi_structured", 0.15, 1.5)), HOLDS),  # other families do not count
-        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # nor does a larger loss than the claim's
+        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # a larger loss than the claim's does not count
     ],
 )
 def test_order(points: tuple[Point, ...], verdict: str) -> None:
@@ -109,22 +107,19 @@ def test_outcomes_on_every_device_and_engine() -> None:
     assert bottleneck["h100_sxm", "vllm", "prefill"] == "compute"
 
 
-def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    where: list[Any] = ["paper", "--claims", "--hardware", "h100", "--engine", "reference,vllm"]
-    assert run([*where, "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
+def test_command(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "paper --claims --hardware h100 --engine reference,vllm"
+    records = cli.json(line)
     places = product(("bound", "order"), ("rtx_pro_6000", "h100_sxm"), ("reference", "vllm"))
     assert {(r["claim"], r["hardware"], r["engine"]) for r in records} == set(places)
     assert all(bool(r["needed"]) == (r["verdict"] == UNDECIDED) for r in records)
     monkeypatch.setattr("simulator.cli.render.width", lambda: 100)
-    assert run(where) == 0
-    out = capsys.readouterr().out
+    out = cli.out(line)
     assert max(map(len, out.splitlines())) <= 100
     assert "(a) in memory-bound inference" in out
     assert "(b) along the prefill frontier" in out
     assert out.count("does not apply") == 4  # prefill
-    assert run([*where, "--figure", "x.png"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "--figure" in cli.refused(f"{line} --figure x.png")
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +152,7 @@ points = st.lists(
 
 
 def along(loss: FloatArray, group: FloatArray, log: FloatArray) -> bool:
-    """Whether groups come in order, each of them, along a frontier: by the rule on arrays."""
+    """Whether all groups come in order along a frontier, computed from arrays."""
     mask = frontier(loss, log)
     found = [g for g in group[mask][np.argsort(loss[mask])] if g >= 0]
     return [g for g, _ in itertools.groupby(found)] == sorted({g for g in group if g >= 0})
@@ -181,7 +176,7 @@ def test_order_margin_against_the_frontier_and_whatever_the_interval_allows(
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_is_decided_is_what_was_measured(phase: str) -> None:
-    """On the CPU, whose pruned decoders were timed: of a 90 % interval one in twenty may decide the wrong way."""
+    """Decided comparisons on the CPU, whose pruned decoders were timed: a 90 % interval errs once in twenty."""
     rows = list(csv.DictReader((ROOT / "docs" / "cpu" / "comparison.csv").read_text(encoding="utf-8").splitlines()))
     timed = {(r["family"], float(r["sparsity"])): float(r["measured"]) for r in rows if r["phase"] == phase}
     ((batch, seq),) = {(int(r["batch"]), int(r["seq"])) for r in rows}
@@ -198,9 +193,9 @@ def test_what_is_decided_is_what_was_measured(phase: str) -> None:
     assert wrong <= 0.1 * right
 
 
+# Bars that are not explained; docs/paper.md states why
 OTHER_KERNELS = {("M gathered", 1024), ("M gathered", 2048), ("M reference", 4096)}
 FUSED_AND_SMALL = {(f"{axis} reference groups of 128", size) for axis in "NK" for size in (1024, 2048)}
-"""Bars that are not explained; docs/paper.md says why."""
 
 
 def test_every_cell_of_the_table_is_met() -> None:
@@ -214,14 +209,10 @@ def test_every_cell_of_the_table_is_met() -> None:
 
 
 def test_families_come_in_the_published_order_where_it_is_clear() -> None:
-    cells = table_2()
-    for phase in ("prefill", "decode"):
-        for s in (0.25, 0.5):
-            mine = [c for c in cells if c.phase == phase and c.sparsity == s]
-            for a in mine:
-                for b in mine:
-                    if a.published > 1.06 * b.published:  # of what is closer the intervals tell no order
-                        assert a.predicted > b.predicted, (phase, s, a.family, b.family)
+    for a, b in itertools.permutations(table_2(), 2):
+        same = (a.phase, a.sparsity) == (b.phase, b.sparsity)
+        if same and a.published > 1.06 * b.published:  # intervals do not order closer speedups
+            assert a.predicted > b.predicted, (a, b)
 
 
 def test_equal_depths_are_those_of_batch_one() -> None:
@@ -242,25 +233,22 @@ def test_what_lies_outside_gemms_grows_with_dynamic_depth() -> None:
 def test_kernel_charts_are_explained_by_the_kernels_of_the_families() -> None:
     charts = kernel_charts()
     errors = {(c["part"], c["size"], c["published"]): c["predicted"] / c["published"] - 1 for c in charts}
-    assert len(errors) == 23
-    explained = {key: e for key, e in errors.items() if key[:2] not in OTHER_KERNELS | FUSED_AND_SMALL}
-    assert len(explained) == 15
-    assert max(abs(e) for e in explained.values()) < 0.20
-    assert sorted(abs(e) for e in explained.values())[-2] < 0.15
+    explained = sorted(abs(e) for key, e in errors.items() if key[:2] not in OTHER_KERNELS | FUSED_AND_SMALL)
+    assert (len(errors), len(explained)) == (23, 15)
+    assert explained[-1] < 0.20
+    assert explained[-2] < 0.15
 
 
-def test_the_table_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_table_is_printed_and_drawn(cli: Any, tmp_path: Path) -> None:
     file = tmp_path / "table.png"
-    assert run(["paper", "--hardware", "a100", "--engine", "vllm", "--figure", str(file)]) == 0
-    shown = capsys.readouterr().out
+    shown = cli.out(f"paper --hardware a100 --engine vllm --figure {file}")
     conclusion, _, tables = shown.partition("\n\n")
     assert max(map(len, conclusion.splitlines())) <= 120  # sentences fill the width of a pipe
     assert max(map(len, tables.splitlines())) <= 100
     assert "of 20 published speedups lie in the 90 % interval" in shown
     assert file.stat().st_size > 10_000
-    assert run(["paper", "--hardware", "a100", "--engine", "vllm", "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
+    records = cli.json("paper --hardware a100 --engine vllm")
     count = {what: sum(r["what"] == what for r in records) for what in dict.fromkeys(r["what"] for r in records)}
     assert count["table 2"] == count["elsewhere"] == 20
     assert all(r["published"] is None for r in records if r["what"] == "elsewhere")
-    assert run(["paper", "--hardware", "no_such_gpu"]) == 2
+    assert "no_such_gpu" in cli.refused("paper --hardware no_such_gpu")

@@ -5,16 +5,15 @@ The files are those of ``tests/prediction/test_measured.py``.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import simulator
 from calibration.evidence.runs import Conditions, evaluate
-from simulator.cli import run
 
 FILES = Path(__file__).parent.parent / "prediction" / "benchmarks"
 H100 = Conditions(hardware="h100", batch=8, seq=1024, new_tokens=128)
@@ -22,7 +21,7 @@ H100 = Conditions(hardware="h100", batch=8, seq=1024, new_tokens=128)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The results of every tool, one in a folder of its own, and files that are none."""
+    """The results of every tool, one of them in an inner folder, and two files without results."""
     found = tmp_path / "runs"
     shutil.copytree(FILES, found)
     (found / "inner").mkdir()
@@ -67,19 +66,15 @@ def test_a_prediction_is_that_of_the_request_with_formats_and_gpu_of_the_file(fo
     assert stated["inner/vllm_serve.json"].reason.startswith("hardware: expected --hardware")
 
 
-def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     monkeypatch.chdir(folder.parent)
-    words = "validate runs --hardware h100 --batch 8 --seq 1024 --new-tokens 128"
-    assert run(words.split()) == 0
-    out, err = capsys.readouterr()
-    assert out.startswith(
-        "Predicted times of 7 runs in runs (vllm on h100_sxm, sglang on h100_sxm, trtllm on h100_sxm)"
-    )
+    line = "validate runs --hardware h100 --batch 8 --seq 1024 --new-tokens 128"
+    out, err = cli(line)
+    assert out.startswith("Predicted times of 7 runs in runs (vllm on h100_sxm, sglang on h100_sxm, trtllm on h100_sx")
     assert "results were skipped." in out
     assert "sglang.jsonl:3" in out
     assert "note: aiperf.json, genai_perf.json: skipped: engine: expected --engine" in err
-    assert run([*words.split(), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = cli.json(line)
     assert len(rows) == 12
     assert {bool(row["reason"]) == (row["predicted_s"] is None) for row in rows} == {True}
 
@@ -95,11 +90,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("validate --seq 8", "expected a FOLDER of result files, got none"),
     ],
 )
-def test_refusals(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, reason: str
-) -> None:
+def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any, words: str, reason: str) -> None:
     (folder.parent / "empty").mkdir()
     monkeypatch.chdir(folder.parent)
-    assert run(words.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert reason in line
+    assert reason in cli.refused(words)

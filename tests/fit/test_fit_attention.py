@@ -211,7 +211,7 @@ def test_one_section_holds_kernels_of_widths_windows_and_caches_each_with_its_ow
 def test_accuracy_on_unseen_heads_at_400_rows(measurement: str, mape: float) -> None:
     table = TableChoice(measurement).load()
     one_width = table.take(table.data.calls.geometry.head_dim == 128)  # 400 rows of one kernel
-    result = evaluate_table(one_width, 400, 0, "heads", fold_by=("heads",))
+    result = evaluate_table(one_width, 400, 0, "heads")
     assert 100.0 * result["mape"] < mape
     assert 100.0 * result["speedup median"] < 4.5
 
@@ -269,6 +269,6 @@ def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float
 
 @pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 0.075), ("mla_decode", 0.05)])
 def test_latent_accuracy_on_unseen_lengths_of_the_shipped_tables(operator: str, mape: float) -> None:
-    result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths", fold_by=("lengths",))
+    result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths")
     assert result["mape"] < mape
     assert result["coverage"] > 0.85

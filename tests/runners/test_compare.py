@@ -35,9 +35,7 @@ from calibration.runners.compare import (  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
-from calibration.runners.decoder.timing import time_pair  # noqa: E402
-from calibration.runners.pairs import PairTimes  # noqa: E402
-from simulator.cli import run  # noqa: E402
+from calibration.runners.pairs import ModelRun, PairTimes, alternate  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.prediction.scenario import Scenario  # noqa: E402
@@ -55,16 +53,17 @@ def _cases(**settings: Any) -> list[Case]:
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:
-    return comparing.compare(folder / "run", device or _device(), CONFIG, cases, **{"budget_s": 5.0, **options})
+    budget_s = options.pop("budget_s", 5.0)
+    return comparing.compare(folder / "run", device or _device(), ModelRun(CONFIG, **options), cases, budget_s)
 
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Times planted instead of passes: a decoder takes as long as its layers; the list receives what was timed."""
+    """Plant times instead of passes: a decoder takes a second per layer. The list receives the timed decoders."""
     seen: list[str] = []
 
-    def timed(first: Any, second: Any, *, phase: str, time_limit_s: float, runtime: str, **_: Any) -> PairTimes:
-        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {phase} {runtime}")
+    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:
+        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}")
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
         return PairTimes(tuple(len(first.layers) * x for x in noise), (float(len(second.layers)),) * len(noise), 1)
 
@@ -76,22 +75,21 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     ticks = itertools.count()
 
-    def ready(decoder: Any, *_: Any) -> Any:
+    def sampler(seconds: float) -> pairs.Sampler:
         def sample(loops: int) -> float:
-            order.append(len(decoder.layers))
-            return (2.0 if len(decoder.layers) == 4 else 1.0) * (1.0 + 0.1 * math.sin(len(order)))
+            order.append(int(seconds))
+            return seconds * (1.0 + 0.1 * math.sin(len(order)))
 
         return sample
 
-    monkeypatch.setattr(timing, "_ready", ready)
-    first, second = random_decoder(CONFIG, dtype="fp32"), random_decoder(CONFIG, dtype="fp32", layers=2)
-    where: dict[str, Any] = {"batch": 1, "seq": 8, "phase": "prefill", "clock": lambda: float(next(ticks))}
-    times = time_pair(first, second, **where, time_limit_s=5.0)
-    assert len(times.first_s) == len(times.second_s) == 5  # a tick a pair
-    assert order[:2] == [4, 2]  # first passes; long ones need no others to be warm
-    assert order[2:10] == [4, 2, 2, 4, 4, 2, 2, 4]
-    for limit_s in (1.5, 0.5, 0.2):  # fewer would not show their scatter
-        assert len(time_pair(first, second, **where, time_limit_s=limit_s).first_s) == pairs.LEAST
+    monkeypatch.setattr(pairs.time, "perf_counter", lambda: float(next(ticks)))
+    first, second = sampler(2.0), sampler(1.0)
+    times = alternate(first, second, 5.0)
+    assert len(times.first_s) == len(times.second_s) == 5  # a tick per pair
+    assert order[:2] == [2, 1]  # first passes; long passes need no others to be warm
+    assert order[2:10] == [2, 1, 1, 2, 2, 1, 1, 2]
+    for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
+        assert len(alternate(first, second, limit_s).first_s) == pairs.LEAST
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -203,7 +201,7 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 ) -> None:
     asked: list[str] = []
 
-    def timed(*_: Any, runtime: str, **__: Any) -> PairTimes:
+    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:
         asked.append(runtime)
         if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -241,31 +239,20 @@ def _row(predicted: float, measured: float, **changes: Any) -> ComparedSpeedup:
 
 def test_agreement_by_hand() -> None:
     rows = [_row(1.1, 1.0), _row(2.0, 2.0), _row(3.0, 4.0), _row(1.5, 1.5, phase="prefill")]
-    # of four, 4 lies above 1.1 x 3
+    # one of four measured speedups is outside: 4 > 1.1 x 3
     wanted = {"count": 4, "spearman": 1.0, "median": 0.05, "bias": 0.0, "inside": 0.75, "dense_time": 0.2}
     assert {name: value for name, value in summary(rows).items() if name in wanted} == pytest.approx(wanted, abs=1e-9)
     assert {name: b["count"] for name, b in by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
 
 
 def test_a_comparison_states_whether_predictions_hold_and_its_worst_case() -> None:
-    def row(family: str, measured: float, predicted: float) -> Any:
-        ends = {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted}
-        about = {"model": "m", "hardware": "planted", "device": "planted GPU", "sparsity": 0.5, "phase": "decode"}
-        error = predicted / measured - 1.0
-        return Mock(
-            family=family,
-            pruning=f"{family} at 50 %",
-            measured=measured,
-            predicted=predicted,
-            roofline_bound=2.0,
-            error=error,
-            **ends,
-            **about,
-        )
+    def row(family: str, measured: float, predicted: float) -> ComparedSpeedup:
+        about = {"model": "m", "hardware": "planted", "device": "planted GPU", "sparsity": 0.5, "roofline_bound": 2.0}
+        return _row(predicted, measured, family=family, error=predicted / measured - 1.0, **about)
 
     first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)])
     assert first.startswith("The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof")
-    assert worst == "Worst: width at 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
+    assert worst == "Worst: width 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
     assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)])[0]
 
 
@@ -278,46 +265,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _command(tiny: Path, folder: Path, *more: str) -> list[str]:
-    words = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder}"
-    return [*words.split(), *more]
-
-
-def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, cli: Any) -> None:
     folder = tmp_path / "run"
-    assert run(_command(tiny, folder, "--family", "depth,semi_structured", "--budget", "15s")) == 0
-    out, err = capsys.readouterr()
+    line = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder} --family"
+    out, err = cli(f"{line} depth,semi_structured --budget 15s")
     assert "median error" in out
     assert "sparse tensor cores" in err
     assert {p.name for p in folder.iterdir()} == {"decoder.jsonl", "comparison.csv", "comparison.md", "comparison.png"}
     page = (folder / "comparison.md").read_text()
     assert page.count("\n| depth") == 2
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
-    assert run(_command(tiny, folder, "--family", "depth", "--json")) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [list(row) for row in rows] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
+    assert [list(row) for row in cli.json(f"{line} depth")] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
 
 
-def test_the_command_runs_texts(
-    tiny: Path, tmp_path: Path, planted: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}".split()
-    texts = [word for text in TEXTS for word in ("--prune", text)]
-    assert run([*words, *texts, "--prune", "width heads=0.2"]) == 0
-    out, err = capsys.readouterr()
+def test_the_command_runs_texts(tiny: Path, tmp_path: Path, planted: list[str], cli: Any) -> None:
+    command = f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}"
+    command += "".join(f" --prune '{text}'" for text in TEXTS)
+    out, err = cli(f"{command} --prune 'width heads=0.2'")
     assert [line for text in TEXTS for line in out.splitlines() if line.startswith(f"{text} ")]
     assert "width heads=0.2 in decode: 6 query heads on 4 KV heads cannot run here" in err
-    assert run([*words, *texts, "--family", "depth", "--sparsity", "0.5", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = cli.json(f"{command} --family depth --sparsity 0.5")
     assert [row["prune"] for row in rows] == [*TEXTS, "depth 0.5"]
     assert len(planted) == 4
-    for more, reason in (
-        (["--sparsity", "0.5"], "a text states the whole pruning"),
-        (["--prune", "width mpl=0.3"], "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"),
-    ):
-        assert run([*words, *texts, *more]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert reason in line
+    assert "a text states the whole pruning" in cli.refused(f"{command} --sparsity 0.5")
+    reason = "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"
+    assert reason in cli.refused(f"{command} --prune 'width mpl=0.3'")
 
 
 BAD = {
@@ -341,30 +313,20 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["compare", "upper-bound"])
 @pytest.mark.parametrize("change", BAD)
-def test_bad_input_is_one_line_and_status_2(
-    tiny: Path, tmp_path: Path, command: str, change: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run([command, *_command(tiny, tmp_path / "run")[1:], *change.split()]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert BAD[change] in err.splitlines()[-1]
-    assert all(line.startswith(("note:", "status:", "prunesim:")) for line in err.splitlines())
+def test_bad_input_is_one_line(tiny: Path, tmp_path: Path, command: str, change: str, cli: Any) -> None:
+    line = f"{command} {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {tmp_path / 'run'} {change}"
+    assert BAD[change] in cli.refused(line)
     assert not (tmp_path / "run").exists()
-
-
-# -- launches of a pass
-
-NO_TRITON = ("calibration.devices.skipping.find_spec", lambda name: None)
 
 
 def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_decoder(CONFIG, dtype="fp32")
     monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
-    executor = timing.Executor(_device(), CONFIG, "fp32", 0)
+    executor = timing.Executor(_device(), ModelRun(CONFIG, "fp32"))
     for family in DYNAMIC:
         pruned = prune_decoder(made, family, 0.5)
         assert executor._runtime(pruned) == "eager"
         assert executor._runtime(replace(pruned, device="cuda:0")) == "cuda_graph"
-    monkeypatch.setattr(*NO_TRITON)
+    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: None)
     runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC}
     assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {f for f in DYNAMIC if DYNAMIC[f].skips}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.runners.cases import settings_of  # noqa: E402
+from calibration.runners.cases import fewer_layers, settings_of  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
@@ -57,16 +57,16 @@ def dense() -> Decoder:
 
 @pytest.fixture(params=["cpu", CPU if PLACE == "cpu" else PLACE], ids=["host", "device"])
 def routed(request: pytest.FixtureRequest) -> Decoder:
-    """A dense decoder whose routers are read by the host, or by kernels, which a GPU runs or else a CPU interprets."""
+    """A dense decoder whose routers are read by the host, or by kernels, which the GPU runs or a CPU interprets."""
     if request.param != "cpu" or request.param is CPU:
         kernels()
     few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
-    made = random_decoder(replace(CONFIG, qkv_bias=True, qk_norm="head"), dtype="fp32", layers=few, seed=1)
+    made = random_decoder(fewer_layers(replace(CONFIG, qkv_bias=True, qk_norm="head"), few), dtype="fp32", seed=1)
     return replace(_moved(made, request.param), device=request.param)
 
 
 def _ran(pruned: Decoder) -> tuple[Any, Any]:
-    """Logits and traces of :func:`run` where a decoder is, on the CPU."""
+    """Logits and traces of :func:`run` on the decoder's device, moved to the CPU."""
     return _moved(run(pruned, TOKENS.to(pruned.embedding.device)), "cpu")  # type: ignore[no-any-return]
 
 
@@ -317,7 +317,7 @@ def test_sparse_attention(routed: Decoder, sparsity: float) -> None:
 
 
 class Launched:
-    """In place of Triton's kernels: results of the right shape, of which nothing is computed."""
+    """Stands for Triton's kernels: results have the right shape and no values."""
 
     @staticmethod
     def tiles_of(mask: Any) -> Any:
@@ -337,7 +337,7 @@ class Launched:
 
 
 class OnDevice(TorchDispatchMode):  # type: ignore[misc]
-    """Refuses operators on tensors of the host: a copy from there cannot be captured either."""
+    """Refuses operators on tensors of the host, because a graph cannot capture a copy from the host."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tree_leaves((args, kwargs))
@@ -347,7 +347,7 @@ class OnDevice(TorchDispatchMode):  # type: ignore[misc]
 
 @pytest.mark.parametrize("family", ["", *DYNAMIC])
 def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph holds may not depend on data: here there is none."""
+    """Passes in a CUDA graph must not depend on data; meta tensors have no data."""
     monkeypatch.setattr("calibration.devices.skipping.kernels", lambda: Launched)
     monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
     monkeypatch.setattr("calibration.devices.attention._attend", lambda q, *_, **__: torch.empty_like(q))
@@ -361,11 +361,11 @@ def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(AssertionError, match="host"), OnDevice():
         torch.tensor([1]).to("meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
-        logits.argmax(-1).tolist()  # such a read would have been found
+        logits.argmax(-1).tolist()  # meta tensors refuse a read of data
 
 
 def _moved(value: Any, place: str) -> Any:
-    """A decoder, or a part of one, with its tensors elsewhere."""
+    """A decoder, or a part of it, with its tensors on another device."""
     if isinstance(value, torch.Tensor):
         return value.to(place)
     if isinstance(value, tuple | list):

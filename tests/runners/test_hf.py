@@ -21,7 +21,7 @@ from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import hf  # noqa: E402
 from calibration.runners.cases import Case, settings_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
-from simulator.cli import run  # noqa: E402
+from calibration.runners.pairs import ModelRun  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
@@ -43,7 +43,7 @@ def _built(content: dict[str, Any], text: str, dtype: str = "fp32") -> Any:
     config = load_model(content)
     dense = lower(config, phase="prefill", seq=8, engine="hf", dtype=dtype)
     pruned = prune(dense, text) if text else dense
-    return build(config, content, pruned, dtype=dtype, device="cpu")
+    return build(ModelRun(config, dtype, "hf", content), pruned, "cpu")
 
 
 def _shapes(built: Any, layer: int) -> dict[str, tuple[int, ...]]:
@@ -105,25 +105,13 @@ def test_what_transformers_cannot_build_is_refused_by_name() -> None:
         _built({**LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96}, "width hidden=0.3")
     config = load_model(LLAMA)
     with pytest.raises(InputError, match="cannot state its shapes"):
-        check(config, {}, lower(config, engine="hf"))
+        check(ModelRun(config), lower(config, engine="hf"))
 
 
-TINY: dict[str, Any] = {
-    "model_type": "llama",
-    "num_hidden_layers": 6,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 128,
-}
-TINY |= {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+TINY: dict[str, Any] = {"model_type": "llama", **SMALL, "num_hidden_layers": 6, "tie_word_embeddings": True}
+TINY |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 CONFIG = load_model(TINY)
-COMPILED = {**TINY, "num_hidden_layers": 1}
-"""A compiler takes seconds for each kernel."""
+COMPILED = {**TINY, "num_hidden_layers": 1}  # a compiler takes seconds for each kernel
 
 
 def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
@@ -137,8 +125,8 @@ def _device() -> ReplayDevice:
     return ReplayDevice(description=Description("cpu", "some CPU", {"threads": "1"}))
 
 
-def _runner(content: dict[str, Any] = TINY, compiled: bool = False) -> HfRunner:
-    return HfRunner(_device(), load_model(content), content, "fp32", compiled=compiled, seed=0)
+def _runner(content: dict[str, Any] = TINY, engine: str = "hf") -> HfRunner:
+    return HfRunner(_device(), ModelRun(load_model(content), "fp32", engine, content))
 
 
 @pytest.mark.parametrize("phase", comparing.ENGINES["hf"].phases)
@@ -185,7 +173,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
         given = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, mode, **options: given(f, backend="aot_eager", **options))
     (case,) = _cases("compile", load_model(COMPILED), phases=[phase], families=["width"])
-    runner = _runner(COMPILED, compiled=True)
+    runner = _runner(COMPILED, "compile")
     runner.prepare(case)
     record = runner.record(case, 3.0)
     assert record["status"] == "ok", record["reason"]
@@ -195,9 +183,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
 
 def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     cases = _cases("hf", families=["depth", "dynamic_depth", "token"], phases=["prefill"])
-    found = comparing.compare(
-        tmp_path / "run", _device(), CONFIG, cases, budget_s=3.0, dtype="fp32", engine="hf", content=TINY
-    )
+    found = comparing.compare(tmp_path / "run", _device(), ModelRun(CONFIG, "fp32", "hf", TINY), cases, 3.0)
     assert [r["prune"] for r in found.records] == ["depth 0.5"]
     (note,) = found.notes
     assert note.startswith("dynamic_depth 0.5, token 0.5: not executed: it decides during a pass"), note
@@ -205,13 +191,12 @@ def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_pat
     assert header.stack["transformers"] == version("transformers")
 
 
-def test_the_command_runs_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     model, folder = tmp_path / "config.json", tmp_path / "run"
     model.write_text(json.dumps(TINY))
-    words = f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware a100 -o {folder}"
-    texts = ["--prune", "depth 0.5", "--prune", "width mlp=0.5 layers=1-2"]
-    assert run([*words.split(), *texts, "--phase", "prefill,decode,generate", "--budget", "6s"]) == 0
-    out, _ = capsys.readouterr()
+    line = f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware a100 -o {folder}"
+    texts = "--prune 'depth 0.5' --prune 'width mlp=0.5 layers=1-2'"
+    out = cli.out(f"{line} {texts} --phase prefill,decode,generate --budget 6s")
     assert out.startswith("The predictions of a100_sxm_80gb for ")
     assert out.count("generate") >= 2
     files = {p.name for p in folder.iterdir()}
@@ -222,7 +207,7 @@ def test_the_command_runs_transformers(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Path:
-    """Folders of a dense model, and of a model with another choice for each of its layers; a plan of other layers."""
+    """Folders of a dense model and of a model whose layers differ, and a plan of different layers."""
     dense = {**TINY, "num_hidden_layers": 4, "intermediate_size": 512}
     attention, mlp = {"n_heads_in_group": 8}, {"ffn_mult": 4.0}
     none = {"no_op": True}
@@ -240,14 +225,11 @@ def chosen(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["reference", "hf"])
-def test_the_command_runs_other_choices_in_each_layer(
-    engine: str, chosen: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = f"compare {chosen / 'dense'} --device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100".split()
-    words += ["--pruned", str(chosen / "chosen"), "--prune", str(chosen / "plan.yaml"), "--budget", "4s"]
-    words += ["--phase", "prefill", "-o", str(chosen / "run")]
-    assert run([*words, "--json"]) == 0
-    plan, model = json.loads(capsys.readouterr().out)
+def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path, cli: Any) -> None:
+    how = f"--device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100 --phase prefill --budget 4s"
+    models = f"{chosen / 'dense'} --pruned {chosen / 'chosen'} --prune {chosen / 'plan.yaml'}"
+    line = f"compare {models} {how} -o {chosen / 'run'}"
+    plan, model = cli.json(line)
     assert plan["prune"].startswith("width mlp=0.5 kv=0.5 layers=0 + depth layers=1 unit=attention")
     assert model["prune"].startswith("chosen (")
     assert model["family"] == "depth+width"
@@ -256,8 +238,7 @@ def test_the_command_runs_other_choices_in_each_layer(
         assert row["predicted"] > 1
     config = chosen / "chosen" / "config.json"
     config.write_text(config.read_text().replace("12.0", "6.0"))  # the file is another model now
-    assert run([*words, "--json"]) == 0
-    _, other = json.loads(capsys.readouterr().out)
+    _, other = cli.json(line)
     assert other["prune"] != model["prune"]
     assert len(read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows) == 3
 
@@ -271,12 +252,10 @@ def test_the_command_runs_other_choices_in_each_layer(
     ],
 )
 def test_pruned_models_that_cannot_be_compared(
-    change: dict[str, int], more: str, reason: str, chosen: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, int], more: str, reason: str, chosen: Path, cli: Any
 ) -> None:
     file = chosen / "chosen" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    words = f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o {chosen / 'run'}"
-    assert run([*words.split(), *more.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert reason in line
+    line = f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o {chosen / 'run'}"
+    assert reason in cli.refused(f"{line} {more}")
     assert not (chosen / "run").exists()

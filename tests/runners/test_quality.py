@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,6 @@ from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder, window_logits  # noqa: E402
 from calibration.runners.quality import DENSE, changes_of, decoder_of, fewer_heads, logits_of, measure_layers, score  # noqa: E402
-from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.plans.library import Library, generated_library, read_library  # noqa: E402
@@ -70,7 +67,7 @@ def _tokenizer(text: str, **_: object) -> SimpleNamespace:
 
 @pytest.fixture
 def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a model: a random decoder in place of what transformers would load from it."""
+    """A folder of a model: a random decoder replaces the model that transformers would load."""
     models = {"Tiny-Llama": decoder}
 
     def loaded(what: str, folder: str | Path, **_: object) -> Any:
@@ -87,14 +84,10 @@ def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def test_command_scores_families_and_writes_a_table_for_pareto(
-    folders: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = [str(folders / "Tiny-Llama"), "--text", str(folders / "text.txt"), "--windows", "3", "--length", "64"]
-    chosen = ["--family", "depth,width,low_rank,unstructured,width_cross", "--sparsity", "0.3,0.6"]
-    table = folders / "q.csv"
-    assert run(["quality", *where, *chosen, "-o", str(table), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cli: Any) -> None:
+    table, chosen = folders / "q.csv", "--family depth,width,low_rank,unstructured,width_cross --sparsity 0.3,0.6"
+    where = f"{folders / 'Tiny-Llama'} --text {folders / 'text.txt'} --windows 3 --length 64"
+    rows = cli.json(f"quality {where} {chosen} -o {table}")
     assert len(rows) == 10
     for row in rows:
         assert row["model"] == "Tiny-Llama"
@@ -107,35 +100,30 @@ def test_command_scores_families_and_writes_a_table_for_pareto(
     read = load_quality(table)
     assert read.models == ("tiny-llama",)
     assert [r.pruned for r in read.rows] == [pytest.approx(r["perplexity"]) for r in rows]
-    assert run(["pareto", "llama-3.2-1b", "--hardware", "rtx_4090", "--quality", str(table)]) == 2
-    capsys.readouterr()
-    of = ["--quality", str(table), "--quality-model", "tiny-llama"]
-    assert run(["pareto", "llama-3.2-1b", "--hardware", "rtx_4090", *of]) == 0
-    assert "largest weights" in capsys.readouterr().out
+    pareto = f"pareto llama-3.2-1b --hardware rtx_4090 --quality {table}"
+    assert "tiny-llama" in cli.refused(pareto)
+    assert "largest weights" in cli.out(f"{pareto} --quality-model tiny-llama")
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--family", "dynamic_depth"], "family 'dynamic_depth' is unknown"),
-        (["--sparsity", "1.5"], "expected a fraction in (0, 1)"),
-        (["--windows", "0"], "expected at least 1 window"),
-        (["--length", "4000"], "too short"),
-        (["--text", "none.txt"], "none.txt: cannot be read"),
-        (["-o", "no/folder/q.csv"], "no/folder"),
-        (["--pruned", "x", "--family", "width", "--sparsity", "0.2,0.5"], "one --family and one --sparsity"),
+        ("--family dynamic_depth", "family 'dynamic_depth' is unknown"),
+        ("--sparsity 1.5", "expected a fraction in (0, 1)"),
+        ("--windows 0", "expected at least 1 window"),
+        ("--length 4000", "too short"),
+        ("--text none.txt", "none.txt: cannot be read"),
+        ("-o no/folder/q.csv", "no/folder"),
+        ("--pruned x --family width --sparsity 0.2,0.5", "one --family and one --sparsity"),
     ],
 )
-def test_command_refuses(more: list[str], expected: str, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = [str(folders / "Tiny-Llama"), "--text", str(folders / "text.txt"), "--windows", "2", "--length", "64"]
-    assert run(["quality", *where, *more]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert expected in err
+def test_command_refuses(more: str, expected: str, folders: Path, cli: Any) -> None:
+    where = f"{folders / 'Tiny-Llama'} --text {folders / 'text.txt'} --windows 2 --length 64"
+    assert expected in cli.refused(f"quality {where} {more}")
 
 
-def test_real_folders_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tiny random model and its tokenizer, written and read by transformers: pruned here and as a checkpoint."""
+def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
+    """A tiny random model, written and read by transformers: pruned here, and as a pruned checkpoint."""
     pytest.importorskip("transformers", reason="reading a model needs transformers")
     pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
     dense = tmp_path / "dense"
@@ -144,11 +132,10 @@ def test_real_folders_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     model.config.num_hidden_layers = 2
     model.save_pretrained(tmp_path / "pruned")
     (tmp_path / "text.txt").write_text(TEXT)
-    size = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--length", "100", "--json"]
-    assert run(["quality", str(dense), *size, "--family", "width", "--sparsity", "0.2"]) == 0
-    assert run(["quality", str(dense), *size, "--pruned", str(tmp_path / "pruned"), "--family", "depth",
-                "--sparsity", "0.33"]) == 0  # fmt: skip
-    assert capsys.readouterr().out.count('"kl_nats": ') == 2
+    line = f"quality {dense} --text {tmp_path / 'text.txt'} --windows 2 --length 100"
+    for more in ("--family width --sparsity 0.2", f"--pruned {tmp_path / 'pruned'} --family depth --sparsity 0.33"):
+        (row,) = cli.json(f"{line} {more}")
+        assert row["kl_nats"] > 0.0
 
 
 # -- single layers
@@ -215,7 +202,7 @@ def test_channels_that_are_silent_on_the_text_go_first(small: Decoder) -> None:
 
 
 def test_joined_kv_heads_are_means() -> None:
-    """Attention whose neighbouring KV heads are equal loses nothing with half of them; the mean of others is exact."""
+    """Attention with pairs of equal KV heads loses nothing with half of its KV heads; joined heads are exact means."""
     decoder = random_decoder(SMALL, dtype="fp32")
     attention, mlp = _parts(decoder.layers[0])
     d = decoder.head_dim
@@ -259,48 +246,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The words of a command that scores the choices of the tiny model, with some more words."""
-    words = ["quality", str(folder / "tiny"), "--per-layer", "--choices", str(folder / "choices.yaml")]
-    words += ["--text", str(folder / "text.txt"), "--windows", "2", "--length", "60", "-o", str(tmp_path / "s.csv")]
-    return lambda *more: [*words, *more]
+def command(folder: Path, tmp_path: Path) -> str:
+    """A command that scores the choices of the tiny model."""
+    line = f"quality {folder / 'tiny'} --per-layer --choices {folder / 'choices.yaml'} --text {folder / 'text.txt'}"
+    return f"{line} --windows 2 --length 60 -o {tmp_path / 's.csv'}"
 
 
-def test_the_command_writes_a_library(
-    command: Callable[..., list[str]], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(command()) == 0
-    out = capsys.readouterr().out
+def test_the_command_writes_a_library(command: str, folder: Path, tmp_path: Path, cli: Any) -> None:
+    out = cli.out(command)
     assert "KL divergence (nats/token) of one changed sublayer; dense perplexity" in out
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["0", "1", "2"]
     model = load_model(str(folder / "tiny"))
     library = read_library(tmp_path / "s.csv", model)
-    assert library.texts(0) == [
-        ("dense", "dense"),
-        ("kv=1", "dense"),
-        ("none", "dense"),
-        ("dense", "64"),
-        ("dense", "none"),
-    ]
-    assert library.texts(1) == [("dense", "dense"), ("kv=1", "dense"), ("none", "dense")]
+    attention = [("dense", "dense"), ("kv=1", "dense"), ("none", "dense")]
+    assert library.texts(0) == [*attention, ("dense", "64"), ("dense", "none")]
+    assert library.texts(1) == attention
     assert set(library.values) == {"kl_div", "perplexity"}
     for column in library.values["kl_div"]:
         assert column[0] == pytest.approx(0.0, abs=1e-6)
         assert (column[1:] > 1e-6).all()
     assert len({float(column[0]) for column in library.values["perplexity"]}) == 1
-    assert run(command("--json")) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = cli.json(command)
     assert len(rows) == 1 + 4 + 2 + 4
     assert len(changes_of(generated_library(model))) > len(rows)  # the default
 
 
-def test_a_killed_run_is_resumed(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run(command("-o", str(tmp_path / "whole.csv"))) == 0
+def test_a_killed_run_is_resumed(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    cli(f"{command} -o {tmp_path / 'whole.csv'}")
     scored, passes = quality._Dense.score, list[Any]()
 
     def counted(self: Any, key: Any, last: Any) -> Any:
@@ -310,31 +282,24 @@ def test_a_killed_run_is_resumed(
         return scored(self, key, last)
 
     monkeypatch.setattr(quality._Dense, "score", counted)
-    assert run(command()) == 130
+    cli(command, 130)
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 6
     passes.clear()
-    capsys.readouterr()
-    assert run(command()) == 0
-    assert "6 rows exist; 5 left" in capsys.readouterr().err
+    assert "6 rows exist; 5 left" in cli(command)[1]
     assert len(passes) == 5
     assert (tmp_path / "s.csv").read_text() == (tmp_path / "whole.csv").read_text()
     passes.clear()
-    assert run(command()) == 0  # nothing is left
+    cli(command)  # nothing is left
     assert not passes
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--family", "width"], "--per-layer: expected no --pruned, --family or --sparsity"),
-        (["--choices", "none.yaml"], "none.yaml"),
-        (["--windows", "30"], "too short; expected at least 3600"),
+        ("--family width", "--per-layer: expected no --pruned, --family or --sparsity"),
+        ("--choices none.yaml", "none.yaml"),
+        ("--windows 30", "too short; expected at least 3600"),
     ],
 )
-def test_bad_input_per_layer_is_one_line(
-    command: Callable[..., list[str]], more: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(command(*more)) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert reason in err
+def test_bad_input_per_layer_is_one_line(command: str, more: str, reason: str, cli: Any) -> None:
+    assert reason in cli.refused(f"{command} {more}")

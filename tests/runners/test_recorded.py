@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 from calibration.runners import recorded
-from calibration.runners.overview import overview
-from calibration.runners.recorded import RecordedRow, recorded_rows, scores, tables
+from calibration.runners.recorded import RecordedRow, overview, recorded_rows, scores, tables
 
 
 @pytest.fixture(scope="module")

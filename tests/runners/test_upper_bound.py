@@ -15,6 +15,7 @@ from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, profile_of, settings_of
+from calibration.runners.runs import RunOptions
 from calibration.runners.upper_bound import (
     Bound,
     bounds,
@@ -24,7 +25,6 @@ from calibration.runners.upper_bound import (
     plain_kernels,
     shapes_of,
 )
-from simulator.cli import run
 from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -48,11 +48,11 @@ def _flops(w: Workload, kind: str) -> float:
 
 def test_counts_are_those_of_the_workload() -> None:
     kinds = {"gemm": Kind.GEMM, "attention_prefill": Kind.PREFILL_ATTENTION, "attention_decode": Kind.DECODE_ATTENTION}
-    for case in _cases():  # what pruning adds is left out
+    for case in _cases():  # work that pruning adds is excluded
         for w in (case.dense, case.pruned):
             for kind, code in kinds.items():
                 if kind == "gemm" and case.family in ("semi_structured", "unstructured", "dynamic_width"):
-                    continue  # of rounded widths
+                    continue  # widths are rounded
                 flops = float(w.flops[(w.kind == code) & ~w.overhead].sum())
                 assert _flops(w, kind) == pytest.approx(flops, rel=1e-2 if "decode" in kind else 1e-9), case.family
 
@@ -82,8 +82,8 @@ def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: st
     assert set(pruned) <= {sizes, wanted}
 
 
-def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> Any:
-    return measure_bounds(folder / "run", device or ReplayDevice(), cases, **{"budget_s": 600.0, **options})
+def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, budget_s: float = 600.0) -> Any:
+    return measure_bounds(folder / "run", device or ReplayDevice(), cases, RunOptions(budget_s))
 
 
 def test_the_bound_is_the_ratio_of_planted_times(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Times of everything the command asks of a device for one small model."""
+    """Times of all operators that the command measures for one small model."""
     planted = roofline_timings()
     squares = [(s, s, s) for s in (256, 512, 1024, 2048, 4096)]
     anchors = [(s // 2, s, s) for s in (4096, 2048, 1024, 512)]
@@ -153,16 +153,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _command(recording: Path, folder: Path, *more: str) -> list[str]:
-    where = f"--device replay:{recording} -o {folder} --hardware a100 --seq 128 --sparsity 0.5".split()
-    return ["upper-bound", MODEL, *where, *more]
-
-
-def test_the_command_prints_a_table_or_json_and_writes_a_file(
-    recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(_command(recording, tmp_path / "run", "--family", "depth,width", "--budget", "1min")) == 0
-    out, err = capsys.readouterr()
+def test_the_command_prints_a_table_or_json_and_writes_a_file(recording: Path, tmp_path: Path, cli: Any) -> None:
+    line = f"upper-bound {MODEL} --device replay:{recording} -o {tmp_path / 'run'} --hardware a100 --seq 128"
+    out = cli.out(f"{line} --sparsity 0.5 --family depth,width --budget 1min")
     table = out.partition("\n\n")[2].splitlines()
     assert [line.split()[:4] for line in table if line.startswith(("depth", "width"))] == [
         [family, "50", "%", phase] for phase in ("prefill", "decode") for family in ("depth", "width")
@@ -175,13 +168,11 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(
     first = " ".join(out.partition("\n\n")[0].split())
     assert first.startswith("The largest measured bounds of smollm2-135m on planted device: prefill ")
     assert "a100_sxm_80gb predicts the bounds with a median error of " in first
-    assert "Traceback" not in err
     with open(tmp_path / "run" / "upper_bound.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [list(row) for row in rows] == [list(Bound.__dataclass_fields__)] * 4
     assert all(float(row["measured_bound"]) > 1.0 for row in rows)
     assert len(read_store(tmp_path / "run" / "records.jsonl").rows) > 10
-    assert run(_command(recording, tmp_path / "run", "--family", "width", "--phase", "decode", "--json")) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = cli.json(f"{line} --sparsity 0.5 --family width --phase decode")
     assert row["measured_bound"] == pytest.approx(row["dense_kernels_s"] / row["pruned_kernels_s"])
     assert row["missing"] == 0

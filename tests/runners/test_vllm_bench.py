@@ -13,7 +13,6 @@ from fake_vllm import FILE
 
 from calibration.runners.cases import Case
 from calibration.runners.compare import bench_record, name_of, rows_of
-from simulator.cli import run
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.prediction.benchmarks import BenchRun, read_bench
@@ -31,31 +30,12 @@ def _serve(each_s: float = 2.0, **changes: Any) -> dict[str, Any]:
     """Return a detailed result of a closed loop: the first and last requests are slower, as in a ramp."""
     times = [each_s * (3.0 if i < MANY or i >= REQUESTS - MANY else 1.0 + 0.01 * (i // MANY)) for i in range(REQUESTS)]
     duration = sum(times) / MANY
-    found = {
-        "date": "20261128-120000",
-        "backend": "vllm",
-        "endpoint_type": "vllm",
-        "label": None,
-        "model_id": "dense",
-        "tokenizer_id": None,
-        "num_prompts": REQUESTS,
-        "request_rate": "inf",
-        "burstiness": 1.0,
-        "max_concurrency": MANY,
-        "duration": duration,
-        "completed": REQUESTS,
-        "total_input_tokens": REQUESTS * TOKENS,
-        "total_output_tokens": REQUESTS * OUTPUT,
-        "request_throughput": REQUESTS / duration,
-        "output_throughput": REQUESTS * OUTPUT / duration,
-        "total_token_throughput": REQUESTS * (OUTPUT + TOKENS) / duration,
-        "request_goodput": None,
-        "ttfts": [0.25 * t for t in times],
-        "itls": [[0.75 * t / (OUTPUT - 1)] * (OUTPUT - 1) for t in times],
-        "mean_ttft_ms": 500.0,
-        "p99_ttft_ms": 1500.0,
-        "std_ttft_ms": 100.0,
-    }
+    found: dict[str, Any] = {"backend": "vllm", "model_id": "dense", "num_prompts": REQUESTS, "max_concurrency": MANY}
+    found |= {"duration": duration, "completed": REQUESTS, "request_throughput": REQUESTS / duration}
+    found |= {"total_input_tokens": REQUESTS * TOKENS, "total_output_tokens": REQUESTS * OUTPUT}
+    found |= {"request_rate": "inf", "mean_ttft_ms": 500.0, "p99_ttft_ms": 1500.0, "std_ttft_ms": 100.0}
+    found["ttfts"] = [0.25 * t for t in times]
+    found["itls"] = [[0.75 * t / (OUTPUT - 1)] * (OUTPUT - 1) for t in times]
     return {key: value for key, value in {**found, **changes}.items() if value != "absent"}
 
 
@@ -144,40 +124,33 @@ def _latency(folder: Path, name: str, seconds: float) -> str:
     return str(file)
 
 
-def _command(folder: Path, files: list[str], *more: str) -> list[str]:
-    words = "compare llama-3.1-8b --engine vllm --hardware h100 --batch 8 --seq 1024 --new-tokens 128 -o"
-    return [*words.split(), str(folder / "r"), *(word for file in files for word in ("--bench", file)), *more]
+def _command(folder: Path, pruned_s: float) -> str:
+    files = f"--bench {_latency(folder, 'dense.json', 1.2)} --bench {_latency(folder, 'pruned.json', pruned_s)}"
+    how = "--engine vllm --hardware h100 --batch 8 --seq 1024 --new-tokens 128"
+    return f"compare llama-3.1-8b {how} -o {folder / 'r'} {files}"
 
 
-def test_two_files_give_a_measured_speedup_next_to_the_prediction(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = [_latency(tmp_path, "dense.json", 1.2), _latency(tmp_path, "pruned.json", 0.96)]
-    assert run(_command(tmp_path, files, "--prune", "depth 0.25", "--json")) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+def test_two_files_give_a_measured_speedup_next_to_the_prediction(tmp_path: Path, cli: Any) -> None:
+    command = f"{_command(tmp_path, 0.96)} --prune 'depth 0.25'"
+    (row,) = cli.json(command)
     assert (row["phase"], row["batch"], row["seq"], row["prune"]) == ("generate", 8, 1024, "depth 0.25")
     assert row["measured"] == pytest.approx(1.25)
     assert row["dense_s"] / row["pruned_s"] == pytest.approx(row["measured"])
     assert 1.1 < row["predicted"] < 1.4
     assert (tmp_path / "r" / "comparison.vllm.csv").is_file()
     assert not list((tmp_path / "r").glob("*.jsonl"))
-    prefill = _command(tmp_path, files, "--prune", "depth 0.25", "--phase", "prefill", "--json")
-    assert run(prefill) == 0
-    assert json.loads(capsys.readouterr().out)[0]["phase"] == "prefill"
+    assert cli.json(f"{command} --phase prefill")[0]["phase"] == "prefill"
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--prune", "depth 0.25", "--prune", "width 0.25"], "--bench: expected 3 files, of the dense model"),
-        (["--prune", "depth 0.25", "--batch", "1,8"], "--bench: expected one --batch and one --seq"),
-        (["--prune", "depth 0.25", "--engine", "hf"], "--bench: expected --engine vllm"),
-        (["--prune", "semi_structured 0.25"], "expected 0.5"),
+        ("--prune 'depth 0.25' --prune 'width 0.25'", "--bench: expected 3 files, of the dense model"),
+        ("--prune 'depth 0.25' --batch 1,8", "--bench: expected one --batch and one --seq"),
+        ("--prune 'depth 0.25' --engine hf", "--bench: expected --engine vllm"),
+        ("--prune 'semi_structured 0.25'", "expected 0.5"),
     ],
 )
-def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], reason: str) -> None:
-    files = [_latency(tmp_path, name, 1.0) for name in ("dense.json", "pruned.json")]
-    assert run(_command(tmp_path, files, *more)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert reason in line
+def test_refusals(tmp_path: Path, cli: Any, more: str, reason: str) -> None:
+    assert reason in cli.refused(f"{_command(tmp_path, 1.0)} {more}")
     assert not (tmp_path / "r").exists()

@@ -21,6 +21,7 @@ from fake_vllm import FILE, pass_s
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
 from calibration.runners.cases import Case
+from calibration.runners.pairs import ModelRun
 from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
 from simulator.errors import InputError
@@ -60,9 +61,11 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return planted
 
 
-def _runner(cases: list[Case], *, memory: float = 1e11, **options: Any) -> VllmRunner:
+def _runner(
+    cases: list[Case], *, memory: float = 1e11, python: str = sys.executable, patience_s: float = 900.0
+) -> VllmRunner:
     device = ReplayDevice(description=Description("cpu", "some CPU", memory_bytes=memory))
-    runner = VllmRunner(device, MODEL, content_of(MODEL), "bf16", seed=0, **options)
+    runner = VllmRunner(device, ModelRun(MODEL, "bf16", "vllm", content_of(MODEL), python), patience_s)
     for case in cases:
         runner.check(case)
     return runner
@@ -174,7 +177,7 @@ def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
 def test_vllm_must_be_installed() -> None:
     (case,) = _cases("depth 0.25")
     with pytest.raises(InputError, match=r"vLLM is not installed .* pip install vllm"):
-        _runner([case], python=sys.executable)
+        _runner([case])
     with pytest.raises(InputError, match=r"cannot be run .* expected a Python interpreter with vLLM"):
         _runner([case], python="/nowhere/python")
 

@@ -1,7 +1,7 @@
 """Prune a decoder by any family: change its weights, or set the rule of its passes.
 
-Widths, ranks and counts are rounded as in ``simulator.pruning``, so shapes equal the predicted shapes. The size of the
-weights selects what is removed, which does not affect the time.
+Widths, ranks and counts are rounded as in ``simulator.pruning``, so shapes equal the predicted shapes. The smallest
+weights are removed, which does not affect the time.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ from simulator.pruning import FAMILIES, _rows, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import PruningStep
 
-ALIGN = 16  # widths and ranks are rounded up to a multiple of this by default, as in the simulator's families
+ALIGN = 16  # default multiple to which widths and ranks are rounded up, as in the simulator's families
 
+# Families that decide during a pass
 DYNAMIC: Mapping[str, Callable[..., Rule]] = {
     rule.family: rule for rule in (TokenRouting, GroupRouting, BlockAttention, TokenDropping, CacheCut)
 }
-"""Families that decide during a pass."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """Fractions removed, resolved to layers: of a part (attention, mlp, heads) or of a projection (q, down)."""
+    """Removed fractions by layer."""
 
-    table: Mapping[str, FloatArray]  # part or projection -> fraction of every layer
-    by_part: bool = False  # whether parts are named; else the table has the same fractions for attention and mlp
-    layers: tuple[int, ...] | None = None  # layers from which whole layers are removed; None: all
+    table: Mapping[str, FloatArray]  # part (attention, mlp, heads) or projection (q, down) -> fraction of every layer
+    by_part: bool = False  # whether parts were named; else attention and mlp have the same fractions
+    layers: tuple[int, ...] | None = None  # candidates for the removal of whole layers; None: all
 
     def of(self, layer: int, *names: str) -> float:
-        """Return the fraction of the first of some names that the table has, else 0."""
+        """Return the fraction of the first name that the table has, else 0."""
         return next((float(self.table[name][layer]) for name in names if name in self.table), 0.0)
 
     def of_projection(self, layer: int, role: str) -> float:
-        """Return the fraction of a projection: its own, or that of its group."""
         groups = [name for name in ("qkv", *SUBLAYERS) if role in GROUPS[name]]
         return self.of(layer, role, *groups)
 
@@ -55,8 +54,7 @@ class Removed:
 def prune_decoder(
     decoder: Decoder, family: str, sparsity: Any = None, *, layers: Sequence[int] | None = None, **options: Any
 ) -> Decoder:
-    """Prune a decoder by a family; its arguments are those of :func:`simulator.prune`, or fields of its rule."""
-    check_family(family, sparsity, layers, options)
+    """Prune a decoder by a family, with the arguments of :func:`simulator.prune` or fields of the family's rule."""
     options = _different(family, options)
     if sparsity is None and layers is None:
         sparsity = FAMILIES[family].default
@@ -70,7 +68,6 @@ def prune_decoder(
 
 
 def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
-    """Prune a decoder by steps of families, in their order."""
     for step in steps:
         decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
     return decoder
@@ -102,7 +99,7 @@ def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, optio
 
 
 def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a family has here, or that differ from their defaults in the simulator."""
+    """Return the options without those that a family lacks here and that have the simulator's defaults."""
     own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options
     dropped = {name for name, value in usual.items() if name not in own and options.get(name) == value}
     dropped |= {"kernel"} if family in DYNAMIC else set()
@@ -110,7 +107,7 @@ def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int) -> Removed:
-    """Return the fractions of every layer. ``layers`` are pruned, or a fraction of them (None: all) is removed."""
+    """Return the fractions of every layer; ``layers`` are pruned, or a fraction of these layers is removed."""
     by_part, listed = isinstance(sparsity, Mapping), None if layers is None else listed_layers(layers, many)
     from_list = FAMILIES[family].layers == "some"
     if sparsity is None and from_list and listed is not None:
@@ -132,7 +129,7 @@ def aligned(width: int, keep: float, align: int = ALIGN) -> int:
 
 
 def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False) -> Decoder:
-    """Remove layers or sublayers: the deepest except the last, which stays unless tokens exit early."""
+    """Remove layers or sublayers: the deepest ones, except the last one unless tokens exit early."""
     kinds = [("attention", "mlp")] if unit == "layer" and not removed.by_part else [("attention",), ("mlp",)]
     layers = list(decoder.layers)
     for kind in kinds if unit in ("layer", "both") else [(unit,)]:
@@ -159,8 +156,7 @@ def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int 
             share = removed.of(number, "mlp")
             if not share:
                 return part
-            index = best(size, aligned(len(size), 1.0 - share, align) if inner is None else inner)
-            return replace(part, gate=part.gate.rows(index), up=part.up.rows(index), down=part.down.columns(index))
+            return part.channels(best(size, aligned(len(size), 1.0 - share, align) if inner is None else inner))
         shares = [removed.of(number, name) for name in ("attention", "heads", "kv")]
         return _fewer_heads(part, decoder.head_dim, size, *shares) if any(shares) else part
 
@@ -170,7 +166,7 @@ def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int 
 
 
 def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float) -> Attention:
-    """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is that of every feature."""
+    """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is the size of each feature."""
 
     def left(many: int, share: float) -> int:
         return max(whole_share(1.0 - share, many), 1) if share else many
@@ -183,7 +179,7 @@ def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: 
     by_head = size.view(a.kv_heads, ratio, -1).sum(2)
     kept = best(by_head.sum(1), groups)
     number = kept[:, None] * ratio + torch.arange(ratio, device=kept.device)
-    if kv_heads == groups:  # the same number of every group, which keep their KV heads
+    if kv_heads == groups:  # each group loses the same number of query heads and keeps its KV head
         queries = number.gather(1, best(by_head[kept], heads // groups)).flatten()
         keys = kept
     else:
@@ -196,7 +192,7 @@ def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: 
 
 
 def width_cross(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
-    """Reduce the hidden size everywhere. Norms keep their scale, as if the removed features were zero."""
+    """Reduce the hidden size. Norms have the scale that they would have with removed features of zero."""
     return _fewer_features(decoder, removed.of(0, "mlp"), align)
 
 
@@ -204,7 +200,7 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
     before = decoder.hidden
     kept = aligned(before, 1.0 - sparsity, align)
     index = best(decoder.embedding.float().pow(2).sum(0), kept)
-    scale = math.sqrt(before / kept)  # a mean over fewer features is larger by its square
+    scale = math.sqrt(before / kept)  # the mean square over fewer features is larger by the square of this
 
     def change(number: int, part: Any) -> Any:
         *readers, writer = part.roles
@@ -223,7 +219,7 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
 
 
 def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
-    """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of its row space (randomised range finder)."""
+    """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of W's row space (randomised range finder)."""
     generator = torch.Generator().manual_seed(0)
 
     def factorise(p: Projection, sparsity: float) -> Projection:
@@ -239,7 +235,7 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
 
 
 def semi_structured(decoder: Decoder, removed: Removed) -> Decoder:
-    """Make projections 2:4 sparse, for sparse tensor cores; Unsupported on a device without them."""
+    """Make projections 2:4 sparse; Unsupported on a device without sparse tensor cores."""
     if not decoder.device.startswith("cuda"):
         raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none")
     algorithms: dict[tuple[int, int], Any] = {}  # one search per shape of weights
@@ -252,7 +248,7 @@ def semi_structured(decoder: Decoder, removed: Removed) -> Decoder:
 
 
 def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
-    """Set the smallest weights of projections to zero; dense kernels still compute them."""
+    """Set the smallest weights of projections to zero; dense kernels compute all weights."""
 
     def zero(p: Projection, sparsity: float) -> Projection:
         flat = p.weight.flatten()
@@ -263,7 +259,6 @@ def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """Set the smallest two of every four neighbours in a row of a weight to zero."""
     if weight.shape[1] % 4:
         raise InputError(f"semi_structured: input features: expected a multiple of 4, got {weight.shape[1]}")
     fours = weight.abs().view(len(weight), -1, 4)
@@ -286,14 +281,14 @@ def _each_pruned(decoder: Decoder, removed: Removed, change: Callable[[Projectio
     return each_projection(decoder, changed)
 
 
+# Families that change the weights
 STATIC: Mapping[str, Callable[..., Decoder]] = {
     function.__name__: function for function in (depth, width, width_cross, semi_structured, low_rank, unstructured)
 }
-"""Families that change the weights."""
 
 
 def _routed(decoder: Decoder, rule: Any) -> Decoder:
-    """Set the rule of a decoder, with random routers if the rule needs them."""
+    """Set the rule of a decoder, with random routers if the rule needs routers."""
 
     def router(outputs: int, generator: torch.Generator) -> Tensor:
         weight = torch.randn(outputs, decoder.hidden, generator=generator) / math.sqrt(decoder.hidden)
@@ -305,7 +300,7 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
             if part is None or isinstance(rule, TokenRouting):
                 yield part and replace(part, router=router(2, generator))
                 continue
-            if isinstance(part, Attention):  # by KV group; the rows of q have this order already
+            if isinstance(part, Attention):  # by KV group; the rows of q are already in this order
                 blocks = Blocks(part.q.weight, part.o.weight.t().contiguous(), part.kv_heads)
             else:
                 blocks = _channel_blocks(part, rule.channel_groups)

@@ -2,7 +2,7 @@
 
 The decoder has an RMS norm before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
 Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). A pass is a prefill of prompts, a decode step of one token per sequence, or the
-logits of a whole window. A :class:`Rule` decides what a pass skips; the rule of a dense decoder skips nothing.
+logits of a whole window. A :class:`Rule` decides which work a pass skips.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Projection:
         return linear(x, self.factors[-1], self.bias)
 
     def of_rows(self, x: Tensor, index: Tensor, count: Tensor, add_to: Tensor = None) -> Tensor:
-        """Apply the projection to the first ``count`` rows of ``index`` of x (tokens, k); a kernel skips the others.
+        """Apply the projection to the rows of x (tokens, k) that the first ``count`` (on the device) of ``index`` name.
 
-        ``count`` is on the device. Other rows of the result are undefined, or unchanged in ``add_to``.
+        Other rows are skipped by a kernel: undefined in the result, or unchanged in ``add_to``.
         """
-        if type(self.factors[-1]) not in _PLAIN:  # sparse weights have no such kernel
+        if type(self.factors[-1]) not in _PLAIN:  # sparse weights have no kernel that skips rows
             y = self(x)
             rest = torch.arange(len(index), device=x.device) >= count
             return y if add_to is None else add_to.index_add_(0, index, y[index].masked_fill(rest[:, None], 0.0))
@@ -53,7 +53,6 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """The single weight of a dense projection, for families that slice or mask it."""
         if len(self.factors) != 1 or type(self.factors[0]) not in _PLAIN:
             raise InputError("decoder: the projection is factorised or sparse already; prune in another order")
         return self.factors[0]
@@ -68,11 +67,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A copy of a sublayer's weights by groups, so a token uses whole neighbouring rows."""
+    """A copy of a sublayer's weights, ordered by groups of equal width: a token uses neighbouring rows."""
 
     inner: Tensor  # (rows, hidden): rows that compute a group's features (MLP: gate, then up), by group
     outer: Tensor  # (features, hidden): transposed weight from the features to the hidden state
-    groups: int  # number of groups of equal width
+    groups: int
 
     @property
     def width(self) -> int:
@@ -84,7 +83,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Sublayer:
-    roles: ClassVar[tuple[str, ...]] = ()  # names of the projections: the last writes the hidden state, others read it
+    roles: ClassVar[tuple[str, ...]] = ()  # projections: the last one writes the hidden state, the others read it
     norm: Tensor
     router: Tensor = None  # for dynamic depth and width
     blocks: Blocks | None = None  # for dynamic width: q and o by KV group, or the MLP by groups of channels
@@ -110,6 +109,9 @@ class Mlp(Sublayer):
     up: Projection
     down: Projection
 
+    def channels(self, index: Tensor) -> Mlp:
+        return replace(self, gate=self.gate.rows(index), up=self.up.rows(index), down=self.down.columns(index))
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -119,8 +121,6 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder that can run; ``rule`` (a :class:`Rule`) determines what a pass skips."""
-
     name: str
     dtype: str
     device: str
@@ -132,7 +132,7 @@ class Decoder:
     epsilon: float = 1e-5
     frequencies: Tensor | None = None  # (head_dim / 2,) of the rotary positions; None: Llama's
     rotary_scale: float = 1.0
-    rule: Any = None
+    rule: Rule | None = None  # decides which work a pass skips
 
     @property
     def hidden(self) -> int:
@@ -145,6 +145,7 @@ class Decoder:
                     yield number, role, getattr(sublayer, role)
 
     def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
+        """Return the decoder with a function of (layer, sublayer) applied to every sublayer."""
         layers = []
         for number, layer in enumerate(self.layers):
             parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
@@ -153,7 +154,7 @@ class Decoder:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise InputError, with every reason, for a model that this decoder cannot run."""
+    """Raise InputError with all reasons why this decoder cannot run a model."""
     whole_heads = config.rotary_dim == config.head_dim and not config.learned_positions
     reasons = {
         "it has routed experts": any(block.experts for block in config.layout),
@@ -176,9 +177,7 @@ def check_model(config: ModelConfig) -> None:
         raise InputError(f"decoder: {config.name} is not a Llama-style model: {'; '.join(found)}")
 
 
-def random_decoder(
-    config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", layers: int | None = None, seed: int = 0
-) -> Decoder:
+def random_decoder(config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", seed: int = 0) -> Decoder:
     """Return a decoder with the shape of a model and random weights that keep activations near one."""
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -195,8 +194,7 @@ def random_decoder(
     h, d = config.hidden, config.head_dim
     qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ()
     weights: dict[str, Tensor] = {}
-    for number in range(config.layers if layers is None else layers):
-        block = config.layout[number % config.layers]
+    for number, block in enumerate(config.layout):
         # the order of these lines determines the random weights
         at, q, kv, inner = f"model.layers.{number}", block.heads * d, block.kv_heads * d, block.inner
         weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
@@ -227,8 +225,8 @@ def from_weights(
 ) -> Decoder:
     """Return a decoder with the weights of a Hugging Face checkpoint (``model.layers.0.self_attn.q_proj.weight``, ...).
 
-    Their shapes determine the heads and widths of each layer. A sublayer without a norm is removed.
-    ``constants`` are fields of :class:`Decoder`: ``epsilon``, ``frequencies``, ``rotary_scale``, ``rule``.
+    The shapes of the weights determine heads and widths. A layer without the norm of a sublayer lacks the sublayer.
+    ``constants`` are further fields of :class:`Decoder`.
     """
 
     def get(key: str) -> Tensor:
@@ -274,11 +272,9 @@ def from_weights(
 
 @dataclass
 class LayerCache:
-    """Keys and values of a layer, (batch, kv_heads, room, head_dim) each, with ``length`` filled positions."""
-
-    k: Tensor
+    k: Tensor  # (batch, kv_heads, room, head_dim)
     v: Tensor
-    length: int
+    length: int  # filled positions
 
 
 @dataclass
@@ -287,14 +283,14 @@ class PassState:
 
     decoder: Decoder
     prompt: int  # tokens of the prompt
-    room: int = 0  # cache positions after those of the prefill
-    trace: dict[tuple[int, str], Any] | None = None  # receives the decisions of a rule, by (layer, what)
-    position: int = 0  # position of the pass's first token; after the pass, of the next token
+    room: int = 0  # cache positions after the prompt
+    trace: dict[tuple[int, str], Any] | None = None  # receives the decisions of a rule, by (layer, sublayer)
+    position: int = 0  # position of the first token of the pass; after the pass, position of the next token
     decoding: bool = False  # whether this is a decode step
     layer: int = 0  # current layer
     cos: Tensor = None  # rotary tables of the current tokens, (tokens, head_dim)
     sin: Tensor = None
-    caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer; layers without attention have none
+    caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer
     kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
 
     def note(self, what: str, value: Any) -> None:
@@ -305,7 +301,7 @@ class PassState:
         return self.position, {layer: cache.length for layer, cache in self.caches.items()}
 
     def rewind(self, mark: tuple[int, dict[int, int]]) -> None:
-        """Remove the tokens decoded after the mark."""
+        """Remove the tokens that were decoded after the mark."""
         self.position, lengths = mark
         for layer, length in lengths.items():
             self.caches[layer].length = length
@@ -314,7 +310,7 @@ class PassState:
         return rms_norm(x, weight, self.decoder.epsilon)
 
     def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
-        """Normalise query or key heads, if the model does, and rotate them by the given or this pass's tables."""
+        """Normalise query or key heads if there is a norm, and rotate them by the given tables or those of the pass."""
         heads = heads if norm is None else self.norm(heads, norm)
         return rotary(heads, *(tables or (self.cos, self.sin)))
 
@@ -322,7 +318,7 @@ class PassState:
         return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Add rotated key heads and value heads of normalised tokens to the cache; return them (decode: the cache)."""
+        """Add keys and values of normalised tokens to the cache; return them (decode: the whole cache)."""
         k = self.turned(split_heads(a.k(h), a.kv_heads), a.k_norm)
         v = split_heads(a.v(h), a.kv_heads)
         if not self.decoding:
@@ -339,13 +335,13 @@ class PassState:
 
 
 class Rule:
-    """Decisions of a pass; this base class skips nothing. ``PassState.kept`` is the memory of a rule."""
+    """Decisions of a pass. This base class skips nothing."""
 
     family: ClassVar[str] = ""
-    skips: ClassVar[bool] = False  # whether data determines the skipped work
+    skips: ClassVar[bool] = False  # whether data determines which work is skipped
 
     def on_host(self, device: str) -> bool:
-        """Whether the host selects the kernels from data, which a CUDA graph cannot hold."""
+        """Whether the host selects kernels by data; a CUDA graph cannot hold such a pass."""
         return self.skips and not skipping.in_triton(device)
 
     def enter(self, s: PassState, x: Tensor) -> Tensor:
@@ -381,14 +377,14 @@ def joined(x: Tensor) -> Tensor:
 def prefill(
     decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
 ) -> tuple[Tensor, PassState]:
-    """Return logits (batch, vocab) after prompts (batch, seq), and the state, with ``room`` positions in its caches."""
+    """Return logits (batch, vocab) after prompts (batch, seq), and the state with ``room`` free positions per cache."""
     with torch.no_grad():
         state = PassState(decoder, tokens.shape[1], room, trace)
         return logits_after(decoder, _through(state, tokens)[:, -1]), state
 
 
 def decode(decoder: Decoder, token: Tensor, state: PassState) -> Tensor:
-    """Add one token (batch, 1) of each sequence to the state's caches; return the logits (batch, vocab) after it."""
+    """Add one token per sequence (batch, 1) to the caches; return the logits (batch, vocab) after the token."""
     with torch.no_grad():
         state.decoding = True
         return logits_after(decoder, _through(state, token)[:, -1])
@@ -410,7 +406,7 @@ def embedded(s: PassState, tokens: Tensor) -> Tensor:
 
 
 def through_layer(s: PassState, number: int, layer: Layer, x: Tensor) -> Tensor:
-    """Return the residual stream after a layer, the decoder's or another in its place."""
+    """Return the residual stream after a layer, which may replace the decoder's layer of this number."""
     rule = s.decoder.rule or DENSE
     s.layer = number
     x = rule.enter(s, x)

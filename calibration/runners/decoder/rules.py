@@ -1,8 +1,8 @@
 """Rules that skip work: routed tokens, groups of heads and channels per token, blocks of keys, tokens, cache positions.
 
-The data determines every choice. Nothing is computed and then masked, except within the blocks of queries of
-:func:`routed_attention`. On a GPU with Triton, kernels read the choices on the device, and shapes do not depend on
-data, so CUDA graphs can hold prefill and decode. On other devices the host reads the choices.
+Data determines every choice. Work is skipped, not masked, except inside the blocks of :func:`routed_attention`. On a
+GPU with Triton, kernels read the choices on the device, and shapes do not depend on data, so CUDA graphs can hold
+prefill and decode. On other devices the host reads the choices.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from calibration.runners.decoder.model import (
 )
 from simulator.errors import InputError
 
-_ROWS = 128  # queries per block; keys after the last query of a block are not computed
+_ROWS = 128  # queries per block of :func:`routed_attention`
 
 
 def at_least_one(share: float, of: int) -> int:
-    """Return a share of ``of``, rounded as in the simulator's families, without NumPy: decode steps are short."""
+    """Return a share of ``of``, rounded as in the simulator's families, without the time of a NumPy call."""
     return max(math.floor(share * of + 0.5), 1)
 
 
@@ -48,7 +48,7 @@ def best(scores: Tensor, many: int) -> Tensor:
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
 
-    Each block of 128 queries sees the keys up to its last query; a mask hides the keys after each query.
+    Keys after the last query of a block of 128 are not computed; a mask hides the other keys after each query.
     """
     out = torch.empty_like(q)
     for start in range(0, q.shape[2], _ROWS):
@@ -61,7 +61,7 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
 
 
 def shared_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return scores of queries (batch, heads, queries, d) as (batch, kv_heads, heads of each, queries, keys)."""
+    """Return scores of queries (batch, heads, queries, d) as (batch, kv_heads, heads per KV head, queries, keys)."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = grouped.flatten(2, 3) @ k.transpose(-1, -2)
     return scores.float().div_(math.sqrt(q.shape[-1])).unflatten(2, grouped.shape[2:4])
@@ -69,9 +69,9 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer, except k and v.
+    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer; k and v are dense.
 
-    In a decode step, the number of active tokens is drawn, because random weights have no threshold for a given share.
+    In a decode step the number of active tokens is drawn, because random routers have no threshold for a share.
     """
 
     family: ClassVar[str] = "dynamic_depth"
@@ -97,7 +97,7 @@ class TokenRouting(Rule):
             out = attend(q, k, v, positions)
         elif len(rows) == len(x):
             out = decode_attention(s.queries(a, h), k, v)
-        else:  # each sequence reads its cache in place, without a copy
+        else:  # each sequence reads its cache in place
             q = s.queries(a, h.index_select(0, rows))
             one = [decode_attention(q[i : i + 1], k[b : b + 1], v[b : b + 1]) for i, b in enumerate(rows.tolist())]
             out = torch.cat(one)
@@ -108,7 +108,6 @@ class TokenRouting(Rule):
             index, count, _ = self._drawn(s, "mlp", m.router, x)
             h = s.norm(x[:, 0], m.norm)
             inner = gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
-
             return m.down.of_rows(inner, index, count, x[:, 0])[:, None]
         rows, _ = self._chosen(s, "mlp", m.router, x)
         if not len(rows):
@@ -117,11 +116,11 @@ class TokenRouting(Rule):
         return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))))
 
     def _in_place(self, s: PassState) -> bool:
-        """Whether kernels skip rows in place, so their number is not a shape."""
+        """Whether kernels skip rows, so the number of active rows is not a shape."""
         return s.decoding and skipping.in_triton(s.decoder.device)
 
     def _drawn(self, s: PassState, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sequences of a decode step, active ones first; the number of active ones, drawn; their mask."""
+        """Return the sequences of a decode step, active ones first; the drawn number of active ones; their mask."""
         index = _votes(x[:, 0], router).argsort(descending=True)
         count = (torch.rand(len(x), device=x.device) < self.keep).sum(dtype=torch.int32)
         first = torch.arange(len(x), device=x.device) < count
@@ -130,7 +129,7 @@ class TokenRouting(Rule):
         return index, count, runs
 
     def _chosen(self, s: PassState, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return active rows of the flattened batch (prompt: a fixed share) and their positions (batch, chosen)."""
+        """Return the active rows of the flattened batch (of prompts a fixed share), and their positions."""
         scores = _votes(x, router)
         if s.decoding:
             if "generator" not in s.kept:
@@ -155,7 +154,7 @@ def _scattered(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockAttention(Rule):
-    """Sparse attention over the key blocks whose mean key fits a block of queries, or a decoded query, best."""
+    """Sparse attention over the blocks of keys whose mean key scores best for a block of queries or a decoded query."""
 
     family: ClassVar[str] = "sparse_attention"
     skips: ClassVar[bool] = True
@@ -172,7 +171,7 @@ class BlockAttention(Rule):
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
     def _table(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return which blocks of keys each block of queries sees, for all heads and sequences."""
+        """Return the mask of the blocks of keys that each block of queries sees, for all heads and sequences."""
         mean_q, mean_k = (block_means(x, self.block).float().mean((0, 1)) for x in (q, k))
         scores, rows = mean_q @ mean_k.t(), -(-q.shape[2] // self.block)
         whole = len(scores)
@@ -185,7 +184,7 @@ class BlockAttention(Rule):
         return (earlier & (rank < many[:, None])) | (number == number[:, None])
 
     def _chosen(self, s: PassState, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a share of the prompt's blocks, per KV head, and of all newer positions."""
+        """Return keys and values of a share of the prompt's blocks, by KV head, and of all later positions."""
         means = s.kept["means", s.layer]
         batch, kv_heads, blocks, head_dim = means.shape
         if not blocks:
@@ -209,7 +208,7 @@ def block_means(x: Tensor, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenDropping(Rule):
-    """From layer ``start`` on, keep the prompt tokens that the last token attends to most (layer 0: evenly spread)."""
+    """From layer ``start`` on, keep prompt tokens with most attention of the last token (layer 0: evenly spread)."""
 
     family: ClassVar[str] = "token"
     keep: float
@@ -241,7 +240,7 @@ class TokenDropping(Rule):
 
 @dataclass(frozen=True)
 class CacheCut(Rule):
-    """KV cache: keep the positions with most attention of the prompt's last ``observed`` queries, per KV head."""
+    """KV cache: keep the positions with most attention of the prompt's last ``observed`` queries, by KV head."""
 
     family: ClassVar[str] = "kv_cache"
     keep: float
@@ -265,29 +264,27 @@ class CacheCut(Rule):
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
-    """Return the number of groups per token: the two whole numbers around ``keep * groups`` in an exact cycle.
-
-    ``first`` is the start of the tokens in the cycle, which differs by layer and position.
-    """
+    """Return the number of groups of each token: the whole numbers around ``keep * groups`` in a cycle that has exactly
+    this mean. ``first`` is the place of the first token in the cycle."""
     edges = np.floor(keep * groups * np.arange(first, first + tokens + 1, dtype=np.float64) + 1e-6)
     return np.diff(edges).astype(np.int64)
 
 
 def _spans(groups: Sequence[int]) -> list[tuple[int, int]]:
-    """Return ascending numbers as spans of neighbours."""
+    """Return spans [begin, end) of neighbours among ascending numbers."""
     begins = [g for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g - 1]
     ends = [g + 1 for i, g in enumerate(groups) if i + 1 == len(groups) or groups[i + 1] != g + 1]
     return list(zip(begins, ends, strict=True))
 
 
 def _sliced(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
-    """Multiply a vector by spans of a weight's groups, ``rows`` rows each, read in place."""
+    """Multiply a vector by spans of a weight's groups of ``rows`` rows, which are read in place."""
     parts = [torch.mv(weight[rows * start : rows * stop], x) for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
-    """Multiply features (groups, width) by their rows of the transposed weight, read in place; return (1, hidden)."""
+    """Multiply features (groups, width) by their rows of the transposed weight; return (1, hidden)."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
 
@@ -296,9 +293,9 @@ def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
 class GroupRouting(Rule):
     """Dynamic width: a router selects the groups of heads and of MLP channels of each token; k and v are dense.
 
-    On a GPU with Triton, kernels skip tiles of tokens that are sorted by their groups. On other devices, a loop over
-    the groups gathers the tokens of each, multiplies them and adds the results (the kernel "looped" of the simulator's
-    family). A single token needs no loop: neighbouring groups are one slice of the stacked weights, read in place.
+    On a GPU with Triton, kernels skip tiles of tokens that are sorted by group. On other devices a loop over the groups
+    gathers the tokens of each group, multiplies them and adds the results (kernel "looped" of the simulator's family).
+    A single token needs no loop: neighbouring groups are one slice of the stacked weights.
     """
 
     family: ClassVar[str] = "dynamic_width"
@@ -342,7 +339,7 @@ class GroupRouting(Rule):
         return x + y.view_as(x)
 
     def _choice(self, s: PassState, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-        """Return the groups of each token, best first, as many as any token uses, and the number that each uses."""
+        """Return the best groups of each token, as many as any token uses, and the number that each token uses."""
         groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
         counts = group_counts(self.keep, groups, self._turn(s), batch * tokens)
         index = F.linear(x.flatten(0, 1), sublayer.router).topk(int(counts.max()), dim=-1).indices
@@ -358,7 +355,7 @@ class GroupRouting(Rule):
         mask = torch.zeros(tokens, groups, dtype=torch.bool, device=device)
         if (counts == most).all():
             return mask.scatter_(1, index, True)
-        # recompute the counts on the device, because a graph cannot capture a copy from the host
+        # the counts are computed again on the device, because a graph cannot capture a copy from the host
         turn = torch.arange(first, first + tokens + 1, dtype=torch.float64, device=device)
         used = torch.arange(most, device=device) < torch.floor(self.keep * groups * turn + 1e-6).diff()[:, None]
         return mask.scatter_(1, index, used)
@@ -375,7 +372,7 @@ def _heads_in_tiles(s: PassState, a: Attention, h: Tensor, keys: Tensor, values:
 
 
 def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention of the queries in a mask (batch * tokens, kv_heads), gathered by group; 0 for other queries."""
+    """Causal attention of the queries in a mask (batch * tokens, kv_heads), gathered by group; other queries give 0."""
     batch, heads, tokens, _ = q.shape
     groups = mask.shape[1]
     chosen = mask.view(batch, tokens, groups).transpose(1, 2).flatten(0, 1)  # (batch * groups, tokens)
@@ -401,7 +398,7 @@ def _heads_of_one(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: T
 
 
 def _heads(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Compute query, attention and output of each KV group for the tokens of a mask (batch * tokens, kv_heads)."""
+    """Compute queries, attention and output of each KV group for the tokens in a mask (batch * tokens, kv_heads)."""
     blocks, (batch, tokens) = a.blocks, h.shape[:2]
     assert blocks is not None
     h = h.flatten(0, 1)
@@ -412,7 +409,7 @@ def _heads(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, 
         if a.q.bias is not None:
             q = q + a.q.bias.view(a.kv_heads, -1)[group]
         q = q.unflatten(-1, (a.heads // a.kv_heads, -1))  # (rows, heads of a group, d)
-        if s.decoding:  # one launch per sequence, since a single launch would need a copy of the caches
+        if s.decoding:  # one launch per sequence, because a single launch would need a copy of the caches
             q = s.turned(q, a.q_norm)
             caches = [(keys[b, group][None, None], values[b, group][None, None]) for b in rows.tolist()]
             parts = [decode_attention(q[i][None, :, None], k, v)[0, :, 0][None] for i, (k, v) in enumerate(caches)]

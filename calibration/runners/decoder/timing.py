@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,47 +10,37 @@ import torch
 
 from calibration.devices.operators import is_out_of_memory
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.runners.cases import Case
+from calibration.runners.cases import Case, counted
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
-from calibration.runners.pairs import PairRunner, PairTimes, Sampler, alternate, looped
+from calibration.runners.pairs import ModelRun, PairRunner, PairTimes, Sampler, alternate, looped
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.workload import Workload
 
 
-def time_pair(
-    first: Decoder,
-    second: Decoder,
-    *,
-    batch: int,
-    seq: int,
-    phase: str,
-    runtime: str = "eager",
-    time_limit_s: float = 5.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> PairTimes:
-    """Time a phase of two decoders on one device in alternation; decode repeats one step at the same position."""
-    samplers = (_ready(decoder, batch, seq, phase, runtime, clock) for decoder in (first, second))
-    return alternate(*samplers, time_limit_s=time_limit_s, clock=clock)
+def time_pair(first: Decoder, second: Decoder, case: Case, runtime: str, time_limit_s: float) -> PairTimes:
+    return alternate(sampler(first, case, runtime), sampler(second, case, runtime), time_limit_s)
 
 
-def _ready(decoder: Decoder, batch: int, seq: int, phase: str, runtime: str, clock: Callable[[], float]) -> Sampler:
-    tokens = torch.randint(len(decoder.embedding), (batch, seq), generator=torch.Generator().manual_seed(0))
+def sampler(decoder: Decoder, case: Case, runtime: str) -> Sampler:
+    """Return the sampler of the phase of a case; decode repeats one step at the same position."""
+    shape = (case.batch, case.seq)
+    tokens = torch.randint(len(decoder.embedding), shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.embedding.device)
-    if phase == "decode":
+    if case.phase == "decode":
         _, state = prefill(decoder, tokens, room=2)
         mark, token = state.mark(), tokens[:, :1].clone()
 
     def step() -> Any:
-        if phase == "prefill":
+        if case.phase == "prefill":
             return prefill(decoder, tokens)
         state.rewind(mark)
         return decode(decoder, token, state)
 
     wait = torch.cuda.synchronize if decoder.device.startswith("cuda") else lambda: None
-    return looped(_recorded(step) if runtime == "cuda_graph" else step, wait, clock)
+    return looped(_recorded(step) if runtime == "cuda_graph" else step, wait)
 
 
 def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
@@ -73,28 +62,23 @@ def check_shapes(decoder: Decoder, workload: Workload) -> None:
     if decoder.rule is not None:
         return
     w = workload.take((workload.kind == Kind.GEMM) & (workload.layer >= 0) & ~workload.overhead)
-    expected, found = Counter[tuple[str, int, int, int]](), Counter[tuple[str, int, int, int]]()
-    for role, stage, n, k, count in zip(
-        w.role.tolist(), w.stage.tolist(), w.n.tolist(), w.k.tolist(), w.count.tolist()
-    ):
-        expected[ROLES[role], stage, n, k] += round(count)
+    expected, found = counted(w, "role", "stage", "n", "k"), Counter[tuple[int, ...]]()
     for _, role, projection in decoder.projections():
         for stage, factor in enumerate(projection.factors, 1):
             n, k = factor.shape
-            found[role, stage if len(projection.factors) > 1 else 0, n, k] += 1
+            found[ROLES.index(role), stage if len(projection.factors) > 1 else 0, n, k] += 1
     if different := sorted((expected - found) + (found - expected)):
-        role, _, n, k = different[0]
-        raise InputError(f"decoder: its shapes are not those that are predicted, such as {role} with n={n}, k={k}")
+        code, _, n, k = different[0]
+        raise InputError(f"decoder: its shapes are not as predicted, such as {ROLES[code]} with n={n}, k={k}")
 
 
 class Executor(PairRunner):
     """Time the decoders of cases in alternation with the dense decoder."""
 
-    def __init__(self, device: Device, config: ModelConfig, dtype: str, seed: int) -> None:
-        super().__init__(device)
-        check_model(config)
+    def __init__(self, device: Device, model: ModelRun) -> None:
+        super().__init__(device, model)
+        check_model(model.config)
         self.kept: dict[str, Decoder] = {}  # the last pruned decoder
-        self.config, self.dtype, self.seed = config, dtype, seed
 
     def check(self, case: Case) -> None:
         if case.pruning.model is not None:
@@ -102,24 +86,21 @@ class Executor(PairRunner):
         check_steps(case.steps)
 
     def prepare(self, case: Case) -> None:
-        self.dense = self._random(self.config)
+        self.dense = self._random(self.model.config)
 
     def _random(self, config: ModelConfig) -> Decoder:
-        return random_decoder(config, dtype=self.dtype, device=self.device.name, seed=self.seed)
+        return random_decoder(config, dtype=self.model.dtype, device=self.device.name, seed=self.model.seed)
 
     def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
         if case.prune not in self.kept:
             self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
-            model = case.pruning.model
-            made = prune_by_steps(self.dense, case.steps) if model is None else self._random(model)
-            self.kept[case.prune] = made
+            config = case.pruning.model
+            self.kept[case.prune] = self._random(config) if config else prune_by_steps(self.dense, case.steps)
         pruned = self.kept[case.prune]
         check_shapes(pruned, case.pruned)
         runtime = self._runtime(pruned)
-        how: dict[str, Any] = {"runtime": runtime, "time_limit_s": self.limit_s(end)}
         try:
-            times = time_pair(self.dense, pruned, batch=case.batch, seq=case.seq, phase=case.phase, **how)
-            return times, {"runtime": runtime}
+            return time_pair(self.dense, pruned, case, runtime, self.limit_s(end)), {"runtime": runtime}
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error) or "captur" not in str(error):
                 raise  # all messages of failed captures have this word

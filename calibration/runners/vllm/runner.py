@@ -1,17 +1,18 @@
 """Time cases in vLLM.
 
-Samples are those of ``vllm bench latency``: a batch of random prompts is sent at once, greedy sampling, no end of
-sequence, no prefix cache.
+Samples are those of ``vllm bench latency``: a batch of random prompts is sent at once, with greedy sampling, no end of
+sequence and no prefix cache.
 
 - prefill: one new token per sequence.
 - decode: the difference of 1 and :data:`STEPS` + 1 new tokens, per step; lengths are centred on ``seq``.
-- generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make one token more.
+- generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make ``new_tokens`` + 1 tokens.
 - serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one request.
 
-vLLM keeps the memory that it reserved until its process ends, so each model has a child process for all its cases. If
-both fit, dense and pruned samples alternate; the idle process uses no GPU time. Else the dense model is timed first,
-then the pruned one, and slow changes of the machine affect the ratio. The caches hold the largest case that was
-checked, so check all cases before the first record.
+The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
+finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
+each model has a child process for all its cases. If both models fit, dense and pruned samples alternate; the idle
+process uses no GPU time. Else the pruned model is timed after the dense model, and slow changes of the machine affect
+the ratio. The caches hold the largest checked case, so check all cases before the first record.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +34,8 @@ from typing import Any
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, InvalidTiming
-from calibration.runners.cases import Case
-from calibration.runners.pairs import ENOUGH, LEAST, Runner, in_turns
+from calibration.runners.cases import Case, counted
+from calibration.runners.pairs import ENOUGH, LEAST, ModelRun, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
 from simulator.engines.generations import numbers
@@ -46,30 +45,30 @@ from simulator.models.config import ModelConfig
 from simulator.models.huggingface import from_hf_config
 from simulator.models.lower import lower
 from simulator.prediction.runnable import shapes_of, will_run
-from simulator.workload import Workload, WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
 STEPS = 64  # decode steps of a sample
 WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
-WARM = 2  # unmeasured samples of each model before those of a case
-LONGEST_S = 60.0  # for the pairs of one case
-MOST = 50  # pairs
+WARM = 2  # unmeasured samples of each model before a case
+LONGEST_S = 60.0  # longest time of the pairs of one case
+MOST = 50  # most pairs of one case
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED, _BATCHED_SERVING, _MOST_BATCHED = 2048, 8192, 32768  # tokens of one pass: vLLM's defaults, and a limit
-_BLOCK = 128  # tokens; at least a block of every attention backend
+_BLOCK = 128  # tokens; no attention backend has larger blocks
 _OWN_BYTES = 3e9  # context, libraries, graphs and workspaces of one process on a GPU
-_SHARE = 0.92  # of the memory, as vLLM's default
+_SHARE = 0.92  # usable share of the memory, vLLM's default
 
 
 @dataclass(frozen=True)
 class LargestRequest:
     sequences: int = 1
-    tokens: int = 0  # of one sequence, new ones included
+    tokens: int = 0  # length of one sequence with its new tokens
     batched: int = _BATCHED  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
-        """Return the sizes that also hold a case: a prefill is one pass, as predicted, up to a limit."""
+        """Return sizes that also hold a case. A prefill is one pass, as predicted, up to a limit."""
         prompt = case.batch * case.seq if case.phase in ("prefill", "generate") else 0
         least = _BATCHED_SERVING if case.phase == "serve" else case.batch
         return LargestRequest(
@@ -92,30 +91,17 @@ def lengths(case: Case) -> tuple[int, int]:
 
 
 class VllmRunner(Runner):
-    """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason.
+    """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason."""
 
-    ``content`` is that of the model's ``config.json``; ``python`` has vLLM and may belong to another environment.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        config: ModelConfig,
-        content: Mapping[str, Any],
-        dtype: str,
-        *,
-        seed: int,
-        python: str = sys.executable,
-        patience_s: float = PATIENCE_S,
-    ) -> None:
-        self.models = Models(config, content)
-        check_installed(python)
-        super().__init__(device)
-        self.dtype, self.seed, self.python, self.patience_s = dtype, seed, python, patience_s
+    def __init__(self, device: Device, model: ModelRun, patience_s: float = PATIENCE_S) -> None:
+        super().__init__(device, model)
+        self.models = Models(model.config, model.content)
+        check_installed(model.python)
+        self.dtype, self.patience_s = model.dtype, patience_s
         self.sizes = LargestRequest()
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Started, EngineProcess] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the models, made with the first
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # folder of the models
 
     def close(self) -> None:
         self._keep(())
@@ -135,7 +121,6 @@ class VllmRunner(Runner):
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
         try:
-            self.check(case)
             return {"status": OK, **self._timed(case, seconds)}
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
@@ -174,7 +159,7 @@ class VllmRunner(Runner):
         }
 
     def _in_turn(self, case: Case, pair: Sequence[ModelConfig], limit: float) -> tuple[list[Samples], list[Samples]]:
-        """Return samples of one model, then of the other: only one fits in the memory."""
+        """Return samples of one model, then of the other: the memory holds only one."""
         found: tuple[list[Samples], list[Samples]] = ([], [])
         for model, samples in zip(pair, found):
             self._keep((model,))
@@ -187,7 +172,7 @@ class VllmRunner(Runner):
         return found
 
     def _sample(self, case: Case, engine: EngineProcess) -> Samples:
-        """Return samples of a case in a running model: one, in serve several."""
+        """Return samples of a case in a running model: one sample, in serve several."""
         tokens, output = lengths(case)
         vocab, batch = self.models.dense.vocab, case.batch
         if case.phase == "serve":
@@ -217,7 +202,7 @@ class VllmRunner(Runner):
             self.engines[started] = EngineProcess(
                 {**self._settings(model), "model": str(file.parent)},
                 file.with_name("output.txt"),
-                python=self.python,
+                python=self.model.python,
                 env=environment(self.device.name),
                 patience_s=self.patience_s,
             )
@@ -231,7 +216,7 @@ class VllmRunner(Runner):
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": DTYPES[self.dtype],
-            "seed": self.seed,
+            "seed": self.model.seed,
             "max_model_len": self.sizes.tokens,
             "max_num_seqs": self.sizes.sequences,
             "max_num_batched_tokens": self.sizes.batched,
@@ -241,7 +226,7 @@ class VllmRunner(Runner):
         }
 
     def _cache_bytes(self, model: ModelConfig) -> int:
-        """Return the bytes of a cache that holds all sequences in whole blocks; windows save nothing."""
+        """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make it smaller."""
         full = replace(model, windows=(0,) * model.layers)
         tokens = (self.sizes.tokens // _BLOCK + 2) * _BLOCK
         held = lower(full, phase="decode", batch=self.sizes.sequences, seq=tokens, dtype=self.dtype)
@@ -253,17 +238,14 @@ class VllmRunner(Runner):
 
 
 def release_note(version: str) -> str:
-    """Return a note for a release of vLLM whose interface was not compared; "" for others."""
+    """Return a note for a release of vLLM that was not compared with the worker's calls."""
     first, own, last = ((numbers(text) or ())[:2] for text in (RELEASES[0], version, RELEASES[1]))
     known = first <= own <= last
     return "" if known else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
 
 
 WORKER = Path(__file__).with_name("worker.py")
-
-RELEASES = ("0.11.0", "0.33.0")
-"""First and last release of vLLM whose interface was compared with the worker's calls."""
-
+RELEASES = ("0.11.0", "0.33.0")  # first and last release of vLLM that were compared with the worker's calls
 _LOG_BYTES = 200_000
 _CLOSING_S = 20.0
 _ERROR = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.*)")
@@ -302,9 +284,8 @@ def check_installed(python: str) -> None:
 
 
 class EngineProcess:
-    """One model in vLLM in a child process; it is ready when made.
+    """One model in vLLM in a child process, whose crash does not end a comparison; it is ready when made.
 
-    vLLM returns its memory only when its process ends, and a crash of an engine must not end a comparison.
     ``settings`` are keyword arguments of ``vllm.LLM``, ``log`` receives the output of vLLM, ``python`` has vLLM,
     ``patience_s`` is the longest wait for an answer, such as the start. OutOfMemory: the model or its cache does not
     fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or is silent.
@@ -358,7 +339,7 @@ class EngineProcess:
     def _answer(self) -> dict[str, Any]:
         end = time.monotonic() + self.patience_s
         while b"\n" not in self._rest:
-            over = self.process.poll() is not None  # before the read: the last answer may still come
+            over = self.process.poll() is not None  # polled before the read: the last answer may still come
             ready, _, _ = select.select([self._answers], [], [], 0.0 if over else 0.2)
             part = os.read(self._answers, 1 << 16) if ready else b""
             self._rest += part
@@ -381,7 +362,7 @@ class EngineProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _failure(self, error: str) -> Exception:
-        """Return the exception for an error of the child: its own, or if that names none the cause in the output."""
+        """Return the exception for an error of the child, with the cause in vLLM's output if the error names none."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5.0)  # it writes the rest of its output
         text = self.log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
@@ -398,7 +379,7 @@ class EngineProcess:
 
 
 def cause(output: str) -> str:
-    """Return the last error in the output of vLLM that names a cause, else the last line; "" without any."""
+    """Return the last error in the output of vLLM that names a cause, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     telling = [line for line in lines if not _QUIET.search(line)]
     found = [m for line in telling if (m := _ERROR.search(line)) and not _GENERIC.search(line)]
@@ -407,6 +388,7 @@ def cause(output: str) -> str:
     return one_line(lines[-1], 300) if lines else ""
 
 
+# Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)
 # fmt: off
 CLASSES: Mapping[str, str] = {
     "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -421,21 +403,17 @@ CLASSES: Mapping[str, str] = {
     "qwen3_next": "Qwen3NextForCausalLM",
 }
 # fmt: on
-"""Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)."""
-
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Keys of code, of stored formats and of parts that are not timed
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
-"""Keys of code, of stored formats and of parts that are not timed."""
-
-ModelShape = tuple[str | int, ...]  # kind, role, n, k, heads, KV heads, experts, window
 
 
 @dataclass(frozen=True)
 class Models:
     """Writes the ``config.json`` of a dense model and of its prunings: vLLM builds a model from that file alone."""
 
-    dense: ModelConfig  # all layers or the first ones
-    content: Mapping[str, Any]  # of its config.json
+    dense: ModelConfig  # all layers or the first layers
+    content: Mapping[str, Any]  # config.json
 
     def __post_init__(self) -> None:
         name, kind = self.dense.name, self.dense.architecture
@@ -470,21 +448,11 @@ class Models:
         self.config_of(model)
         same = ("phase", "batch", "seq", "new_tokens", "dtype", "engine")
         built = lower(model, **{name: getattr(meta, name) for name in same})
-        expected, found = shapes(case.pruned), shapes(built)
+        names = ("kind", "role", "n", "k", "heads", "kv_heads", "experts", "window")
+        timed = (w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE)) for w in (case.pruned, built))
+        expected, found = (counted(w, *names) for w in timed)
         if different := sorted((expected - found) + (found - expected)):
             _, role, n, k, heads, *_ = different[0]
             where = f"{heads} heads" if heads else f"n={n}, k={k}"
-            raise InputError(f"vLLM would not build the predicted shapes, such as {role} with {where}")
+            raise InputError(f"vLLM would not build the predicted shapes, such as {ROLES[role]} with {where}")
         return model
-
-
-def shapes(w: Workload) -> Counter[ModelShape]:
-    timed = w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
-    names = ("n", "k", "heads", "kv_heads", "experts", "window")
-    out = Counter[ModelShape]()
-    for kind, role, count, *sizes in zip(
-        timed.kind, timed.role, timed.count, *(getattr(timed, name).tolist() for name in names)
-    ):
-        shape = (Kind(kind).name, ROLES[role], *sizes)
-        out[shape] += round(count)
-    return out

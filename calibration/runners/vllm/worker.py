@@ -2,8 +2,8 @@
 
     python worker.py DESCRIPTOR '{"model": "FOLDER", "load_format": "dummy", ...}'
 
-The settings are keyword arguments of ``vllm.LLM``. Each line of the standard input is a request, each line written to
-the file descriptor its answer, both JSON; vLLM itself writes to the standard output. The process ends with its input.
+The settings are keyword arguments of ``vllm.LLM``. Each line of the standard input is a request, and each line written
+to the file descriptor an answer, in JSON; vLLM writes to the standard output. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab:
 def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vocab: int, windows: int) -> Answer:
     """Return times of windows in the steady state of a closed loop, and waits for first tokens.
 
-    ``concurrency`` requests are in flight; a finished one is replaced at once. The first ones ask for fewer tokens, so
-    that requests finish at equal distances. The ramp-up ends when as many requests have finished as are in flight. A
-    window is the time in which as many requests finish as are in flight: the time of one request.
+    ``concurrency`` requests are in flight; a finished request is replaced at once. The first requests ask for fewer
+    tokens, so requests finish at equal distances. The ramp-up ends when ``concurrency`` requests have finished. A
+    window is the time in which ``concurrency`` requests finish: the time of one request.
     """
     engine, kind = llm.llm_engine, importlib.import_module("vllm.sampling_params").RequestOutputKind
     sent, begun, done = prompts(vllm, concurrency, tokens, vocab), dict[str, float](), 0
@@ -85,7 +85,7 @@ TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "serve": serve}
 
 def main(descriptor: int, settings: Answer) -> None:
     """Start the model, then answer requests until the input ends; an error is answered and ends the process."""
-    os.set_inheritable(descriptor, False)  # so that the reader sees the end of this process, not of vLLM's own
+    os.set_inheritable(descriptor, False)  # the reader must see the end of this process, not of vLLM's processes
     with os.fdopen(descriptor, "w", buffering=1) as answers:
 
         def answer(**found: Any) -> None:
