@@ -334,17 +334,15 @@ def _scatter(p: Paper) -> Made:
             continue
         predicted = seen.predict(hw, p.scenario.dtype)
         title = device_title(hw.label)
-        clouds.append(Cloud(title, seen.seconds, predicted, seen.predicted_s is not None))
+        clouds.append(Cloud(title, seen.seconds, predicted))
         _, median, _, bias = agreement(seen.seconds, predicted)
         errors.append(f"{title}: {seen.source}, median error {100 * median:.1f} %, bias {100 * bias:+.1f} %")
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
-    held = all(c.held_out for c in clouds)
-    fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
-        f"is the density of rows; {fitted}. {'; '.join(errors)}."
+        f"is the density of rows; some of these rows may have been used to fit the profiles. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()
 

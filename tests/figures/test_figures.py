@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 import simulator
-from calibration.cli.figures import shipped_gemms
+from calibration.cli.figures import gemms_of_format, shipped_gemms
+from calibration.cli.fit import load_rows
 from simulator.engines.engine import list_engines
 from simulator.figures.gemms import Roof, roofline_figure
-from simulator.figures.measured import read_measured_gemms
 from simulator.figures.speedup import speedups_of
 from simulator.figures.style import (
     COLUMN_IN,
@@ -211,7 +211,8 @@ def test_no_point_lies_above_the_roof_of_the_highest_clock() -> None:
 def test_no_measured_gemm_lies_above_the_highest_line(name: str, request: pytest.FixtureRequest) -> None:
     hw = load_hardware(name)
     if name == "rtx_4090":
-        table = read_measured_gemms(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")
+        rows, _ = load_rows([str(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")], screened=False)
+        table = gemms_of_format(rows, "bf16", "")
     else:
         table = shipped_gemms(hw, "bf16")
     work = 2 * table.m * table.n * table.k
