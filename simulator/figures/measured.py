@@ -57,8 +57,7 @@ class Cloud:
 
 
 def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, float, float, float]:
-    """Return the mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error
-    as bias."""
+    """Return mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error."""
     error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
     size = np.abs(error)
     return float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95)), float(np.median(error))
@@ -111,7 +110,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
 
 
 def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
-    """Draw ratios within :data:`RATIO`; above and below, draw arrows with their number and the farthest value."""
+    """Draw ratios within :data:`RATIO`, and arrows with their count and farthest value for ratios beyond it."""
     above, below = ratio > RATIO, ratio < 1 / RATIO
     inside = ~(above | below)
     _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
@@ -127,8 +126,8 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Put powers of ten of a microsecond on a logarithmic axis, or other round numbers if there are fewer than two
-    powers; at most four, each with a suitable unit."""
+    """Put at most four powers of ten of a microsecond on a logarithmic axis, or other round numbers if it has fewer
+    than two powers."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
     fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
@@ -143,7 +142,7 @@ def time_text(microseconds: float) -> str:
 
 
 def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:
-    """Draw dots, or a density if they are too many (as pixels, because a file of 40,000 dots opens slowly)."""
+    """Draw dots, or a density as pixels if they are too many: a file of 40,000 dots opens slowly."""
     if len(x) <= MOST_DOTS:
         size = 1.8 if len(x) > 100 else 2.8
         ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=size, markeredgewidth=0, alpha=0.6, zorder=3)
@@ -169,10 +168,7 @@ class Beside:
 
 
 def published_figure(panels: Sequence[Beside], *, observed: str = "published") -> Figure:
-    """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
-
-    NaN leaves a row empty.
-    """
+    """Draw predicted speedups with intervals, and published or measured ones (``observed``) as bars; NaN: no bar."""
     with paper_style():
         columns, names = in_a_row(len(panels)), panels[0].family
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
