@@ -1,5 +1,5 @@
-"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes, in one step; and what all
-commands share that measure."""
+"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes; and functions for all
+commands that measure."""
 
 from __future__ import annotations
 
@@ -82,15 +82,14 @@ def command(
     from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
-    budget_s = seconds("--budget", budget)
-    if measure_only and (quick or device == "host"):
-        raise InputError("--measure-only: expected no --quick and no DEVICE host with it")
+    how: dict[str, Any] = {"budget_s": seconds("--budget", budget), "dtype": dtype, "hardware": hardware, "seed": seed}
+    if measure_only and quick:
+        raise InputError("--measure-only: expected no --quick with it")
     if device == "host":
-        if model:
-            raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
-        if threads is not None:
-            raise InputError("--threads: DEVICE host is measured with one thread; use another device")
-        _host(output, budget_s, dtype, hardware, seed, json, verbose)
+        given = {"--measure-only": measure_only, "--for": bool(model), "--threads": threads is not None}
+        for option in (name for name, value in given.items() if value):
+            raise InputError(f"{option}: expected another DEVICE, got host, whose launches alone are measured")
+        _host(output, how, json, verbose)
         return
     targets: TargetModels = ()
     if model:
@@ -105,7 +104,6 @@ def command(
             engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
 
-    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
     found = measured(device, output, measure_into, threads, **how, targets=targets, quick=quick)
     if measure_only and render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
@@ -116,7 +114,7 @@ def command(
     try:
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
-    except InputError as error:  # too few or useless rows: the run is there, a profile is not
+    except InputError as error:  # too few or useless rows
         text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
         _end(found, Judgement(DO_NOT_USE, (text,), (str(error),)), {}, json, verbose)
         return
@@ -124,7 +122,7 @@ def command(
     judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
     row = {
         "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],
-        "anchored": as_row(done.fit) if isinstance(done.fit, Updated) else None,
+        "anchored": as_row(update) if update else None,
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
     }
@@ -141,7 +139,7 @@ def _end(
     notes: tuple[str, ...] = (),
     show: Callable[[], tuple[str, ...]] = tuple,
 ) -> None:
-    """Print the judgement and what ``show`` prints, which returns further notes, and exit with the status."""
+    """Print the judgement and the tables of ``show``, which returns further notes, and exit with the status."""
     if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)} | row]):
         render.conclude(*judged.sentences)
         notes += show()
@@ -150,7 +148,7 @@ def _end(
         raise typer.Exit(judged.status)
 
 
-def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
+def _host(output: str, how: dict[str, Any], json: bool, verbose: bool) -> None:
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
@@ -159,20 +157,16 @@ def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, js
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware
 
-    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
     found = measured("host", output, measure_host, **how)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)
     done = fit_run(output, anchor=True)
     before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
-    layer_s, bare_s = (
-        float(np.median(timed.seconds[timed.is_operator(name)])) for name in ("layer_eager", "launch_eager")
-    )
-    new, old = (
-        render.seconds_between(host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half))
-        for host in (now, before)
-    )
+    kinds = ("layer_eager", "launch_eager")
+    layer_s, bare_s = (float(np.median(timed.seconds[timed.is_operator(kind)])) for kind in kinds)
+    ends = ([t.launch_s * math.exp(end * t.half) for end in (0, -1, 1)] for t in (now, before))
+    new, old = (render.seconds_between(*times) for times in ends)
     layer = f"{render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
     profile = Path(output) / "profile.yaml"
     use = f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}."
@@ -247,7 +241,7 @@ def outcome_row(found: MeasuredRun) -> dict[str, Any]:
 
 
 def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
-    """Print why a run stopped early, ``notes`` and the problems of the run; exit with its status if it stopped."""
+    """Print notes: why a run stopped early, ``notes`` and its problems; exit with its status if it stopped."""
     stopped = () if outcome.complete else (f"stopped: {outcome.stopped}; run the command again to resume",)
     render.notes((*stopped, *notes, *outcome.problems), verbose)
     if stopped:
@@ -255,8 +249,8 @@ def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -
 
 
 def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
-    """Restart this program if a run needs a new process (a failed capture of a CUDA graph spoils its process), which
-    resumes from the records. Another program, such as a notebook, is not restarted."""
+    """Restart this program, which resumes from its records, if a run needs a new process: a failed capture of a CUDA
+    graph spoils its process. Another program, such as a notebook, is not restarted."""
     script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
     ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
     count = int(done) if done.isdecimal() else MOST_RESTARTS
@@ -272,9 +266,7 @@ def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], No
 def seconds(option: str, text: str) -> float:
     """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
-    if match is None or (match[2] or "s") not in _SECONDS:
-        raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")
-    value = float(match[1]) * _SECONDS[match[2] or "s"]
+    value = float(match[1]) * _SECONDS.get(match[2] or "s", 0.0) if match else 0.0
     if value <= 0.0:
-        raise InputError(f"{option}: expected a time above zero, such as 2min, got {text!r}")
+        raise InputError(f"{option}: expected a time above zero such as 2min, 90s or 1h, got {text!r}")
     return value
