@@ -50,12 +50,11 @@ def command(
     """Compare predicted with measured speedups.
 
     Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
-    model with random weights, dense and pruned by each family or text of --prune, or with the shapes of --pruned: our
-    own decoder, which has the families that decide during a pass, the model of the library Transformers, eagerly (hf)
-    or under torch.compile (compile), or that of vLLM. Layers may differ, by a plan or by the model of --pruned. With
-    --bench it reads result files of vllm bench instead, and --hardware names the GPU that wrote them. The profile is
-    --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md
-    and comparison.png, for a library with the name of its engine. Run the command again to resume.
+    model with random weights, dense and pruned: our own decoder, which has the families that decide during a pass, the
+    model of Transformers, eagerly (hf) or under torch.compile (compile), or that of vLLM. With --bench it reads result
+    files of vllm bench instead, and --hardware names the GPU that wrote them. The profile is --hardware, else
+    RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a
+    library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
@@ -102,8 +101,8 @@ def command(
 def _of_files(
     files: list[str], model: str, selection: CaseOptions, engine: str
 ) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
-    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options give what a file does
-    not state: batch, length, and new tokens unless the phase is prefill."""
+    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options supply batch, length
+    and new tokens (none for a prefill) if the files do not state them."""
     from calibration.runners.compare import ENGINES, compare_files
     from simulator.hardware.library import load_hardware
     from simulator.prediction.benchmarks import read_bench
@@ -117,14 +116,14 @@ def _of_files(
     for run in runs:
         if run.engine not in ("vllm", ""):
             raise InputError(f"{run.source}: engine: expected vllm, got {run.engine}")
-    given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
+    given: dict[str, int] = {}
     if runs[0].kind == "batch":
         batch, seq = parsing.integers("--batch", selection.batch), parsing.integers("--seq", selection.seq)
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
         output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
         given = {"batch": batch[0], "seq": seq[0], "output": output}
-    phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
+    phase, many, length, steps = request_of(runs[0], **given)
     of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
     _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
     if notes:  # the files belong to the prunings by their order
@@ -156,13 +155,12 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
     lines = []
     for phase, a in by_phase(rows).items():
         percent = {name: 100 * value for name, value in a.items()}
-        rank = f"Spearman {a['spearman']:.3f}, " if a["spearman"] == a["spearman"] else ""
+        rank = "" if math.isnan(a["spearman"]) else f"Spearman {a['spearman']:.3f}, "
         errors = f"median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, bias {percent['bias']:+.1f} %"
         inside = f"{percent['inside']:.0f} % of {a['count']} in their 90 % interval"
         dense = f"median error of dense times {percent['dense_time']:.1f} %"
         lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
-    again = repeatability(records)
-    if again == again:
+    if not math.isnan(again := repeatability(records)):
         lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")
     return lines
 
@@ -175,10 +173,9 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, a
     from simulator.files.write import write_whole
 
     columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
-    listed = [f"- {line}" for line in agreement]
-    lines = [f"# {markdown_text(title)}", "", *listed, "", f"![]({figure.name})", ""]
     cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
     left = [at for at, c in enumerate(columns) if not c.right]
+    lines = [f"# {markdown_text(title)}", "", *(f"- {line}" for line in agreement), "", f"![]({figure.name})", ""]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / file_name("comparison.md", engine), ("\n".join(lines) + "\n").encode())
     save_figure(comparison_figure(rows), figure)
@@ -190,14 +187,11 @@ def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
 
     simple = all(r.simple for r in rows)
     names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}
+    labels, fields = [*dict.fromkeys(names.values())], ("measured", "predicted", "predicted_lower", "predicted_upper")
     panels = []
     for phase, sparsity in dict.fromkeys((r.phase, r.sparsity if simple else None) for r in rows):
         at = {names[r.prune]: r for r in rows if r.phase == phase and sparsity in (None, r.sparsity)}
-        labels, columns = (
-            [*dict.fromkeys(names.values())],
-            ("measured", "predicted", "predicted_lower", "predicted_upper"),
-        )
-        values = [[getattr(at[name], column) if name in at else math.nan for name in labels] for column in columns]
+        values = [[getattr(at[name], field) if name in at else math.nan for name in labels] for field in fields]
         title = phase if sparsity is None else f"{phase}, {render.percent(sparsity)} removed"
         panels.append(Beside(title, labels, *values))
     return published_figure(panels, observed="measured")
