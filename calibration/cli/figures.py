@@ -1,7 +1,4 @@
-"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of captions.
-
-The measured GEMMs that ship are drawn next to the predictions of their devices.
-"""
+"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of captions."""
 
 from __future__ import annotations
 
@@ -43,11 +40,13 @@ def command(
 ) -> None:
     """Draw the figures of a paper about a model.
 
-    Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
-    (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
+    Each figure is written in every format, and captions.md lists them with their captions. A figure without data
+    (measured GEMMs, quality of the model) is omitted with a note, or refused when --only names it.
     """
+    from simulator.display import markdown_text
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, save_figure
+    from simulator.files.write import write_whole
     from simulator.prediction.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]
@@ -69,19 +68,24 @@ def command(
         for i, name in enumerate(chosen):
             try:
                 drawn.append(draw(name, about))
+                for suffix in suffixes:
+                    save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
             except NothingToDraw as error:
                 if only:
                     raise
                 missing.append(str(error))
-            else:
-                for suffix in suffixes:
-                    save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
             report(i + 1, len(chosen))
     given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
     given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
     changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
-    shown = ".png" if ".png" in suffixes else suffixes[0]
-    _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
+    files = [part for text in measured or () for part in ("--measured", text)]
+    lines = ["# Figures", ""]
+    for d in drawn:
+        words = ["prunesim", "figures", model, "-o", "DIR", "--only", d.name, *changed]
+        words += files if d.name in MEASURED else ()
+        picture = f"![{d.name}]({d.name}{'.png' if '.png' in suffixes else suffixes[0]})"
+        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
+    write_whole(folder / "captions.md", "\n".join(lines).encode())
     if as_json:
         paths = [[str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn]
         render.show_json([{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)])
@@ -120,22 +124,6 @@ def _with_measured(about: Paper, files: list[str], dtype: str, notes: list[str],
         found[hw.label] = table
         notes += more
     return replace(about, measured=found)
-
-
-def _write_captions(
-    drawn: list[Drawn], folder: Path, shown: str, first: list[str], changed: list[str], measured: list[str]
-) -> None:
-    from simulator.display import markdown_text
-    from simulator.figures.paper import MEASURED
-    from simulator.files.write import write_whole
-
-    files = [part for text in measured for part in ("--measured", text)]
-    lines = ["# Figures", ""]
-    for d in drawn:
-        words = ["prunesim", "figures", *first, "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
-        picture = f"![{d.name}]({d.name}{shown})"
-        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
-    write_whole(folder / "captions.md", "\n".join(lines).encode())
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
