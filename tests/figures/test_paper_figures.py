@@ -1,6 +1,4 @@
-"""Figures of a paper: what they show is what the simulator predicts, and they print without clashes, the same every
-time.
-"""
+"""Figures of a paper show the predictions of the simulator, and they print without clashes."""
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ def one() -> Paper:
 
 @pytest.fixture(scope="module")
 def drawn(about: Paper, one: Paper) -> dict[str, Drawn]:
-    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}  # of 5,000 predictions a device
+    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}  # 5,000 predictions per device
     return out | {f"{name}, one device": draw(name, one) for name in FIGURES}
 
 
