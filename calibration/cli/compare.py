@@ -132,7 +132,8 @@ def _of_files(
 
 
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
-    columns = render.columns(
+    measured = [] if all(math.isnan(r.measured_bound) for r in rows) else ["measured"]
+    return render.columns(
         rows,
         *case_columns(rows),
         ("dense", lambda r: render.seconds(r.dense_s)),
@@ -141,11 +142,8 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
         ("predicted", ratio_of("predicted")),
         ("interval", lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}"),
         ("error\n%", lambda r: f"{100 * r.error:+.1f}"),
-        ("measured\nbound", ratio_of("measured_bound")),
-        ("roofline\nbound", ratio_of("roofline_bound")),
-        ("FLOP\nbound", ratio_of("flop_bound")),
+        *((f"{name}\nbound", ratio_of(f"{name.lower()}_bound")) for name in (*measured, "roofline", "FLOP")),
     )
-    return [c for c in columns if c.title != "measured\nbound" or any(cell != "-" for cell in c.cells)]
 
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
@@ -154,11 +152,10 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
     lines = []
     for phase, a in by_phase(rows).items():
-        percent = {name: 100 * value for name, value in a.items()}
         rank = "" if math.isnan(a["spearman"]) else f"Spearman {a['spearman']:.3f}, "
-        errors = f"median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, bias {percent['bias']:+.1f} %"
-        inside = f"{percent['inside']:.0f} % of {a['count']} in their 90 % interval"
-        dense = f"median error of dense times {percent['dense_time']:.1f} %"
+        errors = f"median error {100 * a['median']:.1f} %, p95 {100 * a['p95']:.1f} %, bias {100 * a['bias']:+.1f} %"
+        inside = f"{100 * a['inside']:.0f} % of {a['count']} in their 90 % interval"
+        dense = f"median error of dense times {100 * a['dense_time']:.1f} %"
         lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
     if not math.isnan(again := repeatability(records)):
         lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")

@@ -52,9 +52,8 @@ _NUMBER: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 
 def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     """Draw the fastest family with its colour, marker and speedup in each cell.
 
-    Columns: ``row`` and ``column`` (labels of the phase and the device), ``batch``, ``seq``, ``winner`` (empty if no
-    family is faster than the dense model) and its ``speedup``, ``certain`` (else the cell is pale), and ``fits``
-    (whether the dense model fits the device's memory; else the cell is blank).
+    Columns: ``row`` and ``column`` (labels of phase and device), ``batch``, ``seq``, ``winner`` (empty: no family is
+    faster than dense), ``speedup``, ``certain`` (else pale), ``fits`` (else blank: the dense model exceeds the memory).
     """
     data = arrays(cells)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
