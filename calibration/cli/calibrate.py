@@ -80,14 +80,15 @@ def command(
     from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import TargetModels, fit_run, measure_into, target_workloads
 
-    how: dict[str, Any] = {"budget_s": seconds("--budget", budget), "dtype": dtype, "hardware": hardware, "seed": seed}
-    if measure_only and quick:
-        raise InputError("--measure-only: expected no --quick with it")
+    budget_s = seconds("--budget", budget)
+    if measure_only and (quick or device == "host"):
+        raise InputError("--measure-only: expected no --quick and no DEVICE host with it")
     if device == "host":
-        given = {"--measure-only": measure_only, "--for": bool(model), "--threads": threads is not None}
-        for option in (name for name, value in given.items() if value):
-            raise InputError(f"{option}: expected another DEVICE, got host, whose launches alone are measured")
-        _host(output, how, json, verbose)
+        if model:
+            raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
+        if threads is not None:
+            raise InputError("--threads: DEVICE host is measured with one thread; use another device")
+        _host(output, budget_s, dtype, hardware, seed, json, verbose)
         return
     targets: TargetModels = ()
     if model:
@@ -102,6 +103,7 @@ def command(
             engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
         )
 
+    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
     found = measured(device, output, measure_into, threads, **how, targets=targets, quick=quick)
     if measure_only and render.Output(json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
@@ -130,7 +132,7 @@ def command(
     conclude(judged, [row], show, done.fit.notes, json, verbose, found.outcome.problems)
 
 
-def _host(output: str, how: dict[str, Any], json: bool, verbose: bool) -> None:
+def _host(output: str, budget_s: float, dtype: str, hardware: str, seed: int, json: bool, verbose: bool) -> None:
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
@@ -139,6 +141,7 @@ def _host(output: str, how: dict[str, Any], json: bool, verbose: bool) -> None:
     from calibration.runners.runs import DATASHEET, fit_run, measure_host
     from simulator.hardware.library import load_hardware
 
+    how: dict[str, Any] = {"budget_s": budget_s, "dtype": dtype, "hardware": hardware, "seed": seed}
     found = measured("host", output, measure_host, **how)
     if not found.outcome.complete:
         finish(found.outcome, verbose=verbose)

@@ -116,14 +116,14 @@ def _of_files(
     for run in runs:
         if run.engine not in ("vllm", ""):
             raise InputError(f"{run.source}: engine: expected vllm, got {run.engine}")
-    given: dict[str, int] = {}
+    given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
     if runs[0].kind == "batch":
         batch, seq = parsing.integers("--batch", selection.batch), parsing.integers("--seq", selection.seq)
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
         output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
         given = {"batch": batch[0], "seq": seq[0], "output": output}
-    phase, many, length, steps = request_of(runs[0], **given)
+    phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
     of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
     _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
     if notes:  # the files belong to the prunings by their order

@@ -43,10 +43,8 @@ def command(
     Each figure is written in every format, and captions.md lists them with their captions. A figure without data
     (measured GEMMs, quality of the model) is omitted with a note, or refused when --only names it.
     """
-    from simulator.display import markdown_text
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, save_figure
-    from simulator.files.write import write_whole
     from simulator.prediction.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]
@@ -78,14 +76,8 @@ def command(
     given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
     given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
     changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
-    files = [part for text in measured or () for part in ("--measured", text)]
-    lines = ["# Figures", ""]
-    for d in drawn:
-        words = ["prunesim", "figures", model, "-o", "DIR", "--only", d.name, *changed]
-        words += files if d.name in MEASURED else ()
-        picture = f"![{d.name}]({d.name}{'.png' if '.png' in suffixes else suffixes[0]})"
-        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
-    write_whole(folder / "captions.md", "\n".join(lines).encode())
+    shown = ".png" if ".png" in suffixes else suffixes[0]
+    _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
     if as_json:
         paths = [[str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn]
         render.show_json([{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)])
@@ -124,6 +116,22 @@ def _with_measured(about: Paper, files: list[str], dtype: str, notes: list[str],
         found[hw.label] = table
         notes += more
     return replace(about, measured=found)
+
+
+def _write_captions(
+    drawn: list[Drawn], folder: Path, shown: str, first: list[str], changed: list[str], measured: list[str]
+) -> None:
+    from simulator.display import markdown_text
+    from simulator.figures.paper import MEASURED
+    from simulator.files.write import write_whole
+
+    files = [part for text in measured for part in ("--measured", text)]
+    lines = ["# Figures", ""]
+    for d in drawn:
+        words = ["prunesim", "figures", *first, "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
+        picture = f"![{d.name}]({d.name}{shown})"
+        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
+    write_whole(folder / "captions.md", "\n".join(lines).encode())
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:

@@ -137,7 +137,7 @@ def _has_sparse24(p: Paper, engine: str) -> bool:
 
 
 def _without_sparse24(p: Paper) -> str:
-    """Return the sentence of a caption on 2:4 kernels that the engine lacks."""
+    """Return the sentence of a caption whose figure excludes 2:4."""
     has = _has_sparse24(p, p.scenario.engine)
     return "" if has else f" 2:4 is excluded: {engine_title(p.scenario.engine_name)} has no kernels for it."
 
@@ -333,9 +333,10 @@ def _scatter(p: Paper) -> Made:
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
+    fitted = "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
-        f"is the density of rows; some of these rows may have been used to fit the profiles. {'; '.join(errors)}."
+        f"is the density of rows; {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()
 

@@ -193,7 +193,7 @@ validate h100 r.parquet --html x.html                | --html: no longer an opti
 calibrate gpu -o run                                 | device 'gpu' is unknown
 calibrate cpu -o r.parquet                           | is a file
 calibrate cpu cuda -o run                            | unexpected extra argument
-calibrate host -o run --measure-only                 | expected another DEVICE, got host
+calibrate host -o run --measure-only                 | no DEVICE host
 calibrate cpu -o a/b                                 | does not exist
 """
 
@@ -355,7 +355,7 @@ def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], 
     assert "before: 16.5 us" in out
     assert "use --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
     assert "--dtype bf16: not supported by cpu; supported: fp32" in cli.refused("calibrate host -o no --hardware cpu")
-    assert "--for: expected another DEVICE, got host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
+    assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
     assert not Path("no").exists()
 
 
