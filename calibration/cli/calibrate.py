@@ -222,7 +222,7 @@ def outcome_row(found: MeasuredRun) -> dict[str, Any]:
 
 
 def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
-    """Print notes: why a run stopped early, ``notes`` and its problems; exit with its status if it stopped."""
+    """Print why a run stopped early, ``notes``, and the problems of the run; exit with its status if it stopped."""
     stopped = () if outcome.complete else (f"stopped: {outcome.stopped}; run the command again to resume",)
     render.notes((*stopped, *notes, *outcome.problems), verbose)
     if stopped:

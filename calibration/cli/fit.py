@@ -96,7 +96,7 @@ def conclude(
     verbose: bool,
     problems: Sequence[str] = (),
 ) -> None:
-    """Print a judgement, tables by ``show``, which returns further notes, and notes; exit with the status."""
+    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with the status."""
     if render.Output(json).write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
         notes += show()

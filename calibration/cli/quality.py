@@ -110,7 +110,7 @@ def _per_layer(
     library = read_library(choices, config) if choices else generated_library(config)
     changes = quality.changes_of(library)
     content, text_name = quality.read_text(text)
-    tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other one selects channels
+    tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other window selects channels
     decoder = quality.decoder_of(quality.load_model(folder), name)
     protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
     source = f"prunesim quality --per-layer on {name} ({quality.weights_digest(decoder)})"

@@ -137,8 +137,7 @@ def panel_list(
 
 
 def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any) -> Any:
-    """Return a figure and its axes, with a legend of the entries ``handles`` under the title ``legend``; other options
-    are those of :meth:`matplotlib.figure.Figure.subplots`."""
+    """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend, options of subplots."""
     handles, legend = look.pop("handles", ()), look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
     figure = Figure(figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained")
@@ -263,7 +262,7 @@ def write_labels(
     style |= {"ha": "center", "va": "center"}
     names = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
     inside = ax.get_window_extent().extents
-    groups: list[list[int]] = []  # points within a distance of the first of their group, from the top down
+    groups: list[list[int]] = []  # points whose markers overlap the marker of the first, from the top down
     for i in np.argsort(-places[:, 1], kind="stable").tolist():
         for group in groups:
             if np.hypot(*(places[i] - places[group[0]])) < 2 * MARKER_PT * scale:

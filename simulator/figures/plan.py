@@ -28,7 +28,7 @@ UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part tha
 
 RULES = {"parameters": Style(VERMILLION, "s"), "FLOPs": Style(BLUE, "^"), "library times": Style(GREEN, "D")}
 BUDGETS = {"same": "as many", "targets": "until targets are met"}  # for other rules; the first has hollow markers
-SPEEDS = ("speedup", "latency_s", "tokens_per_s")  # targets that are a speedup in their setting
+SPEEDS = ("speedup", "latency_s", "tokens_per_s")  # targets that have a line in the panel of speedups
 STEEP = 6.0  # a loss axis is logarithmic beyond a usual loss if its end is this many times larger
 NEARBY = 3.0  # the axis of the frontier ends at this many times the loss of the chosen plan
 
@@ -109,7 +109,7 @@ def _layer_axis(ax: Axes, layers: int, *, named: bool) -> None:
 
 
 def _losses(ax: Axes, plan: Plan) -> None:
-    """Draw the quality loss of each layer; far larger losses than usual bend the axis."""
+    """Draw the quality loss of each layer, on a logarithmic axis if some are far larger than usual."""
     values = np.array([row.score for row in plan.layers])
     ax.bar(range(len(values)), values, width=0.8, color=INK, linewidth=0, zorder=2, label="loss")
     usual = float(np.median(values[values > 0.0])) if (values > 0.0).any() else 1.0

@@ -52,7 +52,7 @@ _LIMIT_RING: dict[str, Any] = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 def speedups_of(results: Sequence[Result]) -> Figure:
     """Draw speedups over the field of :func:`varying`; each setting of other fields has its panels."""
     axis = varying(results)
-    # in one scenario, only a sweep of sparsities has several: a budget's follows from the length, a text has one
+    # a pruning has several sparsities in one scenario only if these were asked for: a budget's follows from the length
     scenarios = [(_name(r), r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens) for r in results]
     swept = any(len(found) > 1 for found in _sets(scenarios, results, "sparsity"))
     fields = ["batch", "seq", *(["sparsity"] if swept else [])]
@@ -83,7 +83,7 @@ def speedups_of(results: Sequence[Result]) -> Figure:
 
 
 def varying(results: Sequence[Result]) -> str:
-    """Return batch, seq or sparsity, whichever has most values in the results of a pruning; sparsity without any."""
+    """Return the field with most values for a pruning, batch, seq or sparsity; sparsity if none varies."""
     counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
     return max(counts, key=counts.__getitem__) if max(counts.values()) > 1 else "sparsity"
 
@@ -167,7 +167,7 @@ def _own(data: layout.FigurePoints, r: str, c: str, name: str) -> NDArray[np.int
 
 
 def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, float]:
-    """Return the range of some columns, widened a little; it always holds 1."""
+    """Return a range that is a little wider than some columns and includes 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
     low, high = float(values.min()), float(values.max())
@@ -227,7 +227,7 @@ def _dots(
 
 
 def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, interval: str, x_label: str) -> Figure:
-    """Draw few candidates as curves with bands and rings, very few with bounds, many as curves only."""
+    """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without bounds, more as lines."""
     few = len(styles) <= MOST_CURVES
     bounds = BOUNDS if len(styles) <= MOST_BOUNDED else {}
     rings = few and any(
@@ -366,7 +366,7 @@ def _name_throughputs(ax: Axes, service: Service, curves: Mapping[str, tuple[Flo
     """Write the names of the curves right of the panel, with lines to their ends."""
     (left, right), (low, high) = np.log(ax.get_xlim()), np.log(ax.get_ylim())
     edge = float(np.exp(left + 1.02 * (right - left)))
-    most = {p.name: p.concurrency for p in service.curve}  # the last point
+    most = {p.name: p.concurrency for p in service.curve}  # at the last point
     ends = [(float(np.log(rate[0, -1]) - low) / (high - low), name) for name, (_, rate) in curves.items()]
     height = 1.0 + LINE
     for place, name in sorted(ends, key=lambda end: -end[0]):

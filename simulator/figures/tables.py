@@ -141,7 +141,7 @@ def number(value: float) -> str:
 
 
 def _color(value: float) -> tuple[tuple[float, ...], str]:
-    """Return blue for a gain, darker closer to the bound, or red for a loss; and a readable colour for text on it."""
+    """Return blue for a gain, darker closer to the bound, or red for a loss, and a readable colour of text on it."""
     if not np.isfinite(value):
         return (1.0, 1.0, 1.0), GREY
     depth = min(value / CLOSE if value >= 0 else value / LOSS, 1.0)

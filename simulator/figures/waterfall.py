@@ -37,8 +37,8 @@ class Steps:
 
 
 def folded(panels: Sequence[Steps]) -> list[Steps]:
-    """Replace the steps whose factors are within :data:`FOLDED` of 1 in every panel, if they are two or more, by a last
-    step with the product of their factors."""
+    """Replace the steps whose factors are within :data:`FOLDED` of 1 in every panel by one step with the product of
+    their factors, if there are two or more."""
     factors = np.array([p.factors for p in panels])
     small = np.asarray((np.abs(factors - 1.0) <= FOLDED).all(axis=0))
     if (count := int(small.sum())) < 2:
@@ -96,7 +96,7 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     places = np.arange(count + 1)
     line: dict[str, Any] = {"color": "#777777", "linewidth": 0.5, "zorder": 1.8}
-    ax.vlines(reached, places + 0.33, places + 0.67, **line)  # from bar to bar
+    ax.vlines(reached, places + 0.33, places + 0.67, **line)  # lines that connect the bars
     ax.barh([0, last], [panel.nominal - 1.0, predicted - 1.0], left=1.0, height=0.66, color=["#C8C8C8", BLUE], zorder=2)
     _write(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
     for i, factor in enumerate(panel.factors, start=1):
