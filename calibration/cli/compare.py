@@ -126,7 +126,7 @@ def _of_files(
     phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
     of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
     _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
-    if notes:  # without an excluded case, the files would belong to other prunings
+    if notes:  # the files belong to the prunings by their order
         raise InputError(notes[0])
     return hw.title, hw, cases, notes, compare_files(cases, runs, selection.dtype)
 
