@@ -1,5 +1,5 @@
-"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes, in one step; and what all
-commands share that measure."""
+"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes; and functions for all
+commands that measure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.fit import part_row, show_fitted
+from calibration.cli.fit import conclude, part_row, show_fitted
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.evidence.validate import Judgement
     from calibration.measure.run import Outcome
     from calibration.runners.compare import ComparedCases
     from calibration.runners.runs import Calibrated, MeasuredRun, RunOptions
@@ -71,12 +71,10 @@ def command(
     """Calibrate a device in one step.
 
     Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline. The
-    exit status is 1 if not: larger errors than the roofline's, too few held-out shapes, or a busy machine.
-    Writes RUN/records.jsonl, RUN/profile.yaml and RUN/report.md with plots. Use the profile as --hardware of other
-    commands. Every record is on the disk before the next measurement: run the command again to resume a stopped run. A
-    folder of another device, driver, number format or number of threads is an error. DEVICE host takes a few seconds;
-    it measures only the host's launch time per kernel and per eager layer, on the first GPU or else the CPU, and
-    updates --hardware.
+    exit status is 1 if its errors are larger, if there are too few held-out shapes, or if the machine was busy. Writes
+    RUN/records.jsonl, RUN/profile.yaml for --hardware of other commands, and RUN/report.md with plots. Run the command
+    again to resume a stopped run; a folder of another device, driver, number format or number of threads is an error.
+    DEVICE host measures only the launch time per kernel and per eager layer, in seconds, and updates --hardware.
     """
     from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
     from calibration.fit.local_update import Updated, as_row
@@ -116,38 +114,22 @@ def command(
     try:
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
-    except InputError as error:  # too few or useless rows: the run is there, a profile is not
+    except InputError as error:  # too few or useless rows
         text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
-        _end(found, Judgement(DO_NOT_USE, (text,), (str(error),)), {}, json, verbose)
+        judged = Judgement(DO_NOT_USE, (text,), (str(error),))
+        conclude(judged, [{"measured": outcome_row(found)}], tuple, (), json, verbose, found.outcome.problems)
         return
     update = done.fit if isinstance(done.fit, Updated) else None
     judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
     row = {
+        "measured": outcome_row(found),
         "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],
-        "anchored": as_row(done.fit) if isinstance(done.fit, Updated) else None,
+        "anchored": as_row(update) if update else None,
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
     }
     show = partial(_show, output, done, describe(found.outcome))
-    _end(found, judged, row, json, verbose, done.fit.notes, show)
-
-
-def _end(
-    found: MeasuredRun,
-    judged: Judgement,
-    row: dict[str, Any],
-    json: bool,
-    verbose: bool,
-    notes: tuple[str, ...] = (),
-    show: Callable[[], tuple[str, ...]] = tuple,
-) -> None:
-    """Print the judgement and what ``show`` prints, which returns further notes, and exit with the status."""
-    if render.Output(json).write([judged.as_row() | {"measured": outcome_row(found)} | row]):
-        render.conclude(*judged.sentences)
-        notes += show()
-    finish(found.outcome, notes, verbose)
-    if judged.status:
-        raise typer.Exit(judged.status)
+    conclude(judged, [row], show, done.fit.notes, json, verbose, found.outcome.problems)
 
 
 def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
@@ -165,18 +147,16 @@ def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
     done = fit_run(output, anchor=True)
     before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
-    layer_s, bare_s = (
-        float(np.median(timed.seconds[timed.is_operator(name)])) for name in ("layer_eager", "launch_eager")
-    )
-    new, old = (
-        render.seconds_between(host.launch_s, host.launch_s * math.exp(-host.half), host.launch_s * math.exp(host.half))
-        for host in (now, before)
-    )
+    kinds = ("layer_eager", "launch_eager")
+    layer_s, bare_s = (float(np.median(timed.seconds[timed.is_operator(kind)])) for kind in kinds)
+    ends = ([t.launch_s * math.exp(end * t.half) for end in (0, -1, 1)] for t in (now, before))
+    new, old = (render.seconds_between(*times) for times in ends)
     layer = f"{render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
     profile = Path(output) / "profile.yaml"
     use = f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}."
     judged = with_disturbed(Judgement(USE, (use,)), profile, done.disturbed)
     row = {
+        "measured": outcome_row(found),
         "launch_s": now.launch_s,
         "half": math.expm1(now.half),
         "layer_s": now.layer_s,
@@ -192,12 +172,12 @@ def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
         print(f"measured: {render.seconds(layer_s)} per layer, {render.seconds(bare_s)} per launch outside a layer")
         return ()
 
-    _end(found, judged, row, json, verbose, done.fit.notes, show)
+    conclude(judged, [row], show, done.fit.notes, json, verbose, found.outcome.problems)
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
     """Print the fit and the reports; return notes."""
-    from calibration.cli.validate import show_report, skipped_notes
+    from calibration.cli.validate import show_report
 
     print(f"measured: {measured}\n")
     lines = show_fitted(done.fit)
@@ -205,8 +185,7 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
     for title, report in about.items():
         if report is not None:
             print()
-            show_report(report, title)
-            lines += skipped_notes(report)
+            lines += show_report(report, title)
     if done.held_out:
         print(f"\n{Path(output) / 'report.md'}")
     return lines
@@ -220,12 +199,8 @@ def measured(
     from calibration.runners.runs import check_folder
 
     check_folder(output)
-    opened = open_device(device, threads=threads)
-    try:
-        with render.progress("measuring") as report:
-            found = measure(output, opened, how, progress=report, note=render.status)
-    finally:
-        opened.close()
+    with closing(open_device(device, threads=threads)) as opened, render.progress("measuring") as report:
+        found = measure(output, opened, how, progress=report, note=render.status)
     restart_if_needed(found.outcome, render.status)
     return found
 
@@ -246,7 +221,7 @@ def outcome_row(found: MeasuredRun) -> dict[str, Any]:
 
 
 def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
-    """Print why a run stopped early, ``notes`` and the problems of the run; exit with its status if it stopped."""
+    """Print why a run stopped early, ``notes``, and the problems of the run; exit with its status if it stopped."""
     stopped = () if outcome.complete else (f"stopped: {outcome.stopped}; run the command again to resume",)
     render.notes((*stopped, *notes, *outcome.problems), verbose)
     if stopped:
@@ -254,8 +229,8 @@ def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -
 
 
 def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
-    """Restart this program if a run needs a new process (a failed capture of a CUDA graph spoils its process), which
-    resumes from the records. Another program, such as a notebook, is not restarted."""
+    """Restart this program, which resumes from its records, if a run needs a new process: a failed capture of a CUDA
+    graph spoils its process. Another program, such as a notebook, is not restarted."""
     script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
     ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
     count = int(done) if done.isdecimal() else MOST_RESTARTS
@@ -271,9 +246,7 @@ def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], No
 def seconds(option: str, text: str) -> float:
     """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
-    if match is None or (match[2] or "s") not in _SECONDS:
-        raise InputError(f"{option}: expected a time such as 2min, 90s or 1h, got {text!r}")
-    value = float(match[1]) * _SECONDS[match[2] or "s"]
+    value = float(match[1]) * _SECONDS.get(match[2] or "s", 0.0) if match else 0.0
     if value <= 0.0:
-        raise InputError(f"{option}: expected a time above zero, such as 2min, got {text!r}")
+        raise InputError(f"{option}: expected a time above zero such as 2min, 90s or 1h, got {text!r}")
     return value

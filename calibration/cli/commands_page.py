@@ -21,10 +21,6 @@ def commands() -> Iterator[tuple[str, Any]]:
         yield from [(name, command)] if inner is None else [(f"{name} {sub}", one) for sub, one in inner.items()]
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def _parameter(p: Any) -> list[str]:
     """Return name, default, "yes" if it may be repeated, and help of an argument or option."""
     name, value = p.metavar or p.name.upper(), p.default() if callable(p.default) else p.default
@@ -32,7 +28,7 @@ def _parameter(p: Any) -> list[str]:
         name = ", ".join([*p.opts, *p.secondary_opts]) + ("" if p.is_flag else f" {p.metavar or p.type.name.upper()}")
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     default = "required" if p.required else "" if text in (None, "") or value is False else f"`{text}`"
-    return [_cell(f"`{name}`"), _cell(default), "yes" if p.multiple or p.nargs == -1 else "", _cell(p.help or "")]
+    return [f"`{name}`", default, "yes" if p.multiple or p.nargs == -1 else "", p.help or ""]
 
 
 def commands_page() -> str:
@@ -40,7 +36,7 @@ def commands_page() -> str:
     index, lines = [], []
     for path, command in commands():
         paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
-        index.append([f"[`prunesim {path}`](#prunesim-{path.replace(' ', '-')})", _cell(paragraphs[0])])
+        index.append([f"[`prunesim {path}`](#prunesim-{path.replace(' ', '-')})", paragraphs[0]])
         shown = [_parameter(p) for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
         parameters = table(["argument or option", "default", "several", "meaning"], shown, left=(0, 1, 2, 3))
         lines += [f"## prunesim {path}", "", "\n\n".join(paragraphs), "", parameters, ""]

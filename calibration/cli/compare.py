@@ -50,12 +50,11 @@ def command(
     """Compare predicted with measured speedups.
 
     Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
-    model with random weights, dense and pruned by each family or text of --prune, or with the shapes of --pruned: our
-    own decoder, which has the families that decide during a pass, the model of the library Transformers, eagerly (hf)
-    or under torch.compile (compile), or that of vLLM. Layers may differ, by a plan or by the model of --pruned. With
-    --bench it reads result files of vllm bench instead, and --hardware names the GPU that wrote them. The profile is
-    --hardware, else RUN/profile.yaml if a calibration wrote it. Writes RUN/decoder.jsonl, comparison.csv, comparison.md
-    and comparison.png, for a library with the name of its engine. Run the command again to resume.
+    model with random weights, dense and pruned: our own decoder, which has the families that decide during a pass, the
+    model of Transformers, eagerly (hf) or under torch.compile (compile), or that of vLLM. With --bench it reads result
+    files of vllm bench instead, and --hardware names the GPU that wrote them. The profile is --hardware, else
+    RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a
+    library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
     from calibration.runners.pairs import ModelRun
@@ -102,8 +101,8 @@ def command(
 def _of_files(
     files: list[str], model: str, selection: CaseOptions, engine: str
 ) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
-    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options give what a file does
-    not state: batch, length, and new tokens unless the phase is prefill."""
+    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options supply batch, length
+    and new tokens (none for a prefill) if the files do not state them."""
     from calibration.runners.compare import ENGINES, compare_files
     from simulator.hardware.library import load_hardware
     from simulator.prediction.benchmarks import read_bench
@@ -133,7 +132,8 @@ def _of_files(
 
 
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
-    columns = render.columns(
+    measured = [] if all(math.isnan(r.measured_bound) for r in rows) else ["measured"]
+    return render.columns(
         rows,
         *case_columns(rows),
         ("dense", lambda r: render.seconds(r.dense_s)),
@@ -142,11 +142,8 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
         ("predicted", ratio_of("predicted")),
         ("interval", lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}"),
         ("error\n%", lambda r: f"{100 * r.error:+.1f}"),
-        ("measured\nbound", ratio_of("measured_bound")),
-        ("roofline\nbound", ratio_of("roofline_bound")),
-        ("FLOP\nbound", ratio_of("flop_bound")),
+        *((f"{name}\nbound", ratio_of(f"{name.lower()}_bound")) for name in (*measured, "roofline", "FLOP")),
     )
-    return [c for c in columns if c.title != "measured\nbound" or any(cell != "-" for cell in c.cells)]
 
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
@@ -155,14 +152,12 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 
     lines = []
     for phase, a in by_phase(rows).items():
-        percent = {name: 100 * value for name, value in a.items()}
-        rank = f"Spearman {a['spearman']:.3f}, " if a["spearman"] == a["spearman"] else ""
-        errors = f"median error {percent['median']:.1f} %, p95 {percent['p95']:.1f} %, bias {percent['bias']:+.1f} %"
-        inside = f"{percent['inside']:.0f} % of {a['count']} in their 90 % interval"
-        dense = f"median error of dense times {percent['dense_time']:.1f} %"
+        rank = "" if math.isnan(a["spearman"]) else f"Spearman {a['spearman']:.3f}, "
+        errors = f"median error {100 * a['median']:.1f} %, p95 {100 * a['p95']:.1f} %, bias {100 * a['bias']:+.1f} %"
+        inside = f"{100 * a['inside']:.0f} % of {a['count']} in their 90 % interval"
+        dense = f"median error of dense times {100 * a['dense_time']:.1f} %"
         lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
-    again = repeatability(records)
-    if again == again:
+    if not math.isnan(again := repeatability(records)):
         lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")
     return lines
 
@@ -175,10 +170,9 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, a
     from simulator.files.write import write_whole
 
     columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
-    listed = [f"- {line}" for line in agreement]
-    lines = [f"# {markdown_text(title)}", "", *listed, "", f"![]({figure.name})", ""]
     cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
     left = [at for at, c in enumerate(columns) if not c.right]
+    lines = [f"# {markdown_text(title)}", "", *(f"- {line}" for line in agreement), "", f"![]({figure.name})", ""]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / file_name("comparison.md", engine), ("\n".join(lines) + "\n").encode())
     save_figure(comparison_figure(rows), figure)
@@ -190,14 +184,11 @@ def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
 
     simple = all(r.simple for r in rows)
     names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}
+    labels, fields = [*dict.fromkeys(names.values())], ("measured", "predicted", "predicted_lower", "predicted_upper")
     panels = []
     for phase, sparsity in dict.fromkeys((r.phase, r.sparsity if simple else None) for r in rows):
         at = {names[r.prune]: r for r in rows if r.phase == phase and sparsity in (None, r.sparsity)}
-        labels, columns = (
-            [*dict.fromkeys(names.values())],
-            ("measured", "predicted", "predicted_lower", "predicted_upper"),
-        )
-        values = [[getattr(at[name], column) if name in at else math.nan for name in labels] for column in columns]
+        values = [[getattr(at[name], field) if name in at else math.nan for name in labels] for field in fields]
         title = phase if sparsity is None else f"{phase}, {render.percent(sparsity)} removed"
         panels.append(Beside(title, labels, *values))
     return published_figure(panels, observed="measured")

@@ -1,7 +1,4 @@
-"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of captions.
-
-The measured GEMMs that ship are drawn next to the predictions of their devices.
-"""
+"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of captions."""
 
 from __future__ import annotations
 
@@ -10,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from calibration.cli.fit import load_rows
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.records.timing_table import Records
     from simulator.figures.measured import MeasuredGemms
     from simulator.figures.paper import Drawn, Paper
     from simulator.hardware.profile import HardwareProfile
@@ -34,17 +33,15 @@ def command(
     dtype: options.Dtype = "bf16",
     measured: Annotated[
         list[str] | None,
-        opt(
-            "--measured", "DEVICE=FILE", "Measured GEMMs of a device (CSV, Parquet): m, n, k, seconds; may be repeated."
-        ),
+        opt("--measured", "DEVICE=FILE", "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable."),
     ] = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Draw the figures of a paper about a model.
 
-    Each figure is written in every format, and captions.md lists them with their captions. What lacks its data
-    (measured GEMMs, quality of the model) is left out with a note, or refused when --only names it.
+    Each figure is written in every format, and captions.md lists them with their captions. A figure without data
+    (measured GEMMs, quality of the model) is omitted with a note, or refused when --only names it.
     """
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, save_figure
@@ -69,13 +66,12 @@ def command(
         for i, name in enumerate(chosen):
             try:
                 drawn.append(draw(name, about))
+                for suffix in suffixes:
+                    save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
             except NothingToDraw as error:
                 if only:
                     raise
                 missing.append(str(error))
-            else:
-                for suffix in suffixes:
-                    save_figure(drawn[-1].figure, folder / f"{name}{suffix}")
             report(i + 1, len(chosen))
     given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
     given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
@@ -83,9 +79,8 @@ def command(
     shown = ".png" if ".png" in suffixes else suffixes[0]
     _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
     if as_json:
-        files = {d.name: [str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn}
-        rows = [{"name": d.name, "caption": d.caption, "files": files[d.name]} for d in drawn]
-        render.show_json(rows)
+        paths = [[str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn]
+        render.show_json([{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)])
     else:
         for d in drawn:
             print(f"{folder / d.name}{'|'.join(suffixes)}")
@@ -93,10 +88,9 @@ def command(
     render.notes((*missing, *(line for d in drawn for line in d.notes)), verbose)
 
 
-def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str], needed: bool) -> Paper:
-    """Return the paper with the measured GEMMs of its devices; shipped tables that cannot be read and are not needed
-    are named in ``missing``."""
-    from simulator.figures.measured import read_measured_gemms
+def _with_measured(about: Paper, files: list[str], dtype: str, notes: list[str], needed: bool) -> Paper:
+    """Return the paper with the measured GEMMs of its devices, and append notes on excluded rows. A shipped table that
+    cannot be read is a note too, unless it is needed."""
     from simulator.hardware.library import load_hardware
 
     found: dict[str, MeasuredGemms] = {}
@@ -106,17 +100,21 @@ def _with_measured(about: Paper, files: list[str], dtype: str, missing: list[str
     except InputError as error:
         if needed:
             raise
-        missing.append(str(error))
+        notes.append(str(error))
     given: set[str] = set()
     for text in files:
         name, path = parsing.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
-        device = load_hardware(name).label
-        if device not in [hw.label for hw in about.devices]:
-            raise InputError(f"--measured {text!r}: {device} is not among --hardware")
-        if device in given:
-            raise InputError(f"--measured {text!r}: {device} is given twice")
-        given.add(device)
-        found[device] = read_measured_gemms(path, dtype)
+        hw = load_hardware(name)
+        if hw.label not in [known.label for known in about.devices]:
+            raise InputError(f"--measured {text!r}: {hw.label} is not among --hardware")
+        if hw.label in given:
+            raise InputError(f"--measured {text!r}: {hw.label} is given twice")
+        given.add(hw.label)
+        rows, more = load_rows([path], hw)
+        if (table := gemms_of_format(rows, dtype, Path(path).name)) is None:
+            raise InputError(f"{path}: no GEMM of {dtype}")
+        found[hw.label] = table
+        notes += more
     return replace(about, measured=found)
 
 
@@ -140,19 +138,21 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     """Return the first shipped table that a stack of a device was fitted on; None without rows of the number format."""
     from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
-    from simulator.figures.measured import from_columns
 
     recipes = {stack: RECIPES.get(f"{hw.name}.{stack}") for stack in ([hw.stack] if hw.pinned else hw.stacks)}
     tables = ((stack, name) for stack, recipe in recipes.items() for name in (recipe.tables if recipe else ()))
-    shipped = [(stack, name) for stack, name in tables if "/gemm/" in name and name in list_measurements()]
-    if not shipped:
-        return None
-    stack, name = shipped[0]
-    rows = load_measurements(name)
-    rows = rows.select(rows.labels() == dtype)
-    if not len(rows):
-        return None
-    about = provenance(name)
-    source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"
-    columns = {column: getattr(rows, column) for column in ("m", "n", "k", "copies", "seconds")}
-    return replace(from_columns(columns, source, dtype), stack=stack)
+    for stack, name in tables:
+        if "/gemm/" in name and name in list_measurements():
+            about = provenance(name)
+            source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"
+            return gemms_of_format(load_measurements(name), dtype, source, stack)
+    return None
+
+
+def gemms_of_format(rows: Records, dtype: str, source: str, stack: str = "") -> MeasuredGemms | None:
+    """Return the GEMMs of a number format; None if there are none."""
+    from calibration.fit.gemm import weight_copies
+    from simulator.figures.measured import MeasuredGemms
+
+    r = rows.select(rows.is_operator("gemm") & (rows.labels() == dtype))
+    return MeasuredGemms(source, r.m, r.n, r.k, r.seconds, weight_copies(r), stack) if len(r) else None

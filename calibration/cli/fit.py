@@ -1,5 +1,4 @@
-"""``prunesim fit``: fit a calibrated profile to records and a datasheet, or update one with local rows; and reading the
-records that a command line names."""
+"""``prunesim fit``: fit a profile to records and a datasheet, or update one with local rows; read records."""
 
 from __future__ import annotations
 
@@ -15,18 +14,16 @@ from simulator.cli.options import arg, opt
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from calibration.evidence.validate import Judgement
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
     from calibration.records.timing_table import Records
     from simulator.hardware.profile import HardwareProfile
 
-# fmt: off
 Map = Annotated[
-    list[str] | None,
-    opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file, as latency_us=time; repeatable."),
+    list[str] | None, opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file (latency_us=time).")
 ]
-# fmt: on
 
 
 def command(
@@ -50,12 +47,11 @@ def command(
     """Calibrate a profile on records.
 
     Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before and after the update.
-    The exit status is 1 if not: larger errors than a datasheet roofline's, too few rows, or a busy machine.
-    Each operator and number format is fitted separately; operators without records keep their section of --hardware.
-    RECORDS are run folders and tables: .parquet of aiconfigurator or of this program, .jsonl, .csv. Rows that cannot be
-    right (no time, faster than the datasheet allows) are refused and counted by reason. Held-out rows are excluded.
-    Prints the fitted sections and their errors on held-out shapes. With --anchor nothing is fitted: the rows, of any
-    operators, shift all predictions together and narrow their intervals. Prints their effects on this machine.
+    The exit status is 1 if its errors are larger than a datasheet roofline's, if there are too few rows, or if the
+    machine was busy. Each operator and number format is fitted separately; operators without records keep their section
+    of --hardware. RECORDS are run folders and tables: .parquet of aiconfigurator or of this program, .jsonl, .csv. Rows
+    without a time, or faster than the datasheet allows, are refused and counted by reason. With --anchor nothing is
+    fitted: the rows, of any operators, shift all predictions together and narrow their intervals.
     """
     from calibration.evidence.validate import disturbed_share, of_fit, of_update, validate
     from calibration.fit.local_update import Updated, as_row, update_profile
@@ -84,16 +80,27 @@ def command(
         raise
     save_hardware(fit.profile, output)
     if isinstance(fit, Updated):
-        judged = of_update(fit, output, base.name)
-        found = [judged.as_row() | as_row(fit)]
+        judged, found = of_update(fit, output, base.name), [as_row(fit)]
     else:
         judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
-        found = [judged.as_row() | part_row(part) for part in fit.parts]
-    notes += fit.notes
-    if render.Output(json).write(found):
+        found = [part_row(part) for part in fit.parts]
+    conclude(judged, found, lambda: show_fitted(fit), notes + fit.notes, json, verbose)
+
+
+def conclude(
+    judged: Judgement,
+    found: Sequence[dict[str, Any]],
+    show: Callable[[], tuple[str, ...]],
+    notes: tuple[str, ...],
+    json: bool,
+    verbose: bool,
+    problems: Sequence[str] = (),
+) -> None:
+    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with the status."""
+    if render.Output(json).write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
-        notes += show_fitted(fit)
-    render.notes(notes, verbose)
+        notes += show()
+    render.notes((*notes, *problems), verbose)
     if judged.status:
         raise typer.Exit(judged.status)
 
@@ -119,12 +126,12 @@ def load_rows(
         path = Path(name)
         if path.is_dir():
             path = path / "records.jsonl"
-        if not path.exists() and name in list_measurements():
+        if not path.exists() and name in (shipped := list_measurements()):
             parts.append(load_measurements(name))
             continue
         if not path.exists() and not path.suffix:
-            known = f"shipped measurements: {', '.join(list_measurements())}"
-            raise InputError(f"records {name!r}: no file, folder or shipped measurement has this name; {known}")
+            known = f"no file, folder or shipped measurement has this name; shipped measurements: {', '.join(shipped)}"
+            raise InputError(f"records {name!r}: {known}")
         found = import_table(path, hw=hw, column_map=mapping, device=device, screened=screened)
         parts.append(found.records)
         if found.refusals:
@@ -170,11 +177,9 @@ def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
         ("p95", accuracy("p95")),
     )
     render.show(columns, fit.profile.title)
-    out = []
-    for p in fit.parts:
-        if fixed := [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]:
-            out.append(f"{p.operator} {p.dtype}: constants kept, not fitted: {', '.join(fixed)}; measure more shapes")
-    return tuple(out)
+    fixed = [(p, [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]) for p in fit.parts]
+    kept = ((f"{p.operator} {p.dtype}", ", ".join(names)) for p, names in fixed if names)
+    return tuple(f"{part}: constants kept, not fitted: {names}; measure more shapes" for part, names in kept)
 
 
 def _show_update(done: Updated) -> None:

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,18 +61,21 @@ def command(
         _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()
     growth, charts = paper.outside_gemms(), paper.kernel_charts()
-    records: list[dict[str, Any]] = []
-    for what, some in (("table 2", cells), ("elsewhere", others)):
-        for c in some:
-            inside = None if math.isnan(c.published) else c.inside
-            records.append({"what": what, **asdict(c), "error": c.error, "inside": inside})
-    for what, part in (("equal depth", depths), ("figure 2", split), ("outside GEMMs", growth), ("kernels", charts)):
-        records += [{"what": what, **row} for row in part]
-    if not render.Output(json).write(records):
+
+    def record(c: Cell) -> dict[str, Any]:
+        return asdict(c) | {"error": c.error, "inside": None if math.isnan(c.published) else c.inside}
+
+    parts: dict[str, list[Any]] = {"table 2": [*map(record, cells)], "elsewhere": [*map(record, others)]}
+    parts |= {"equal depth": depths, "figure 2": split, "outside GEMMs": growth, "kernels": charts}
+    if not render.Output(json).write([{"what": what, **row} for what, part in parts.items() for row in part]):
         return
     render.conclude(_conclusion(cells))
-    _print_table(cells)
-    _print_elsewhere(others)
+    columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
+    render.show(render.columns(_rows(cells), *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
+    print("*: outside its 90 % interval")
+    for engine in dict.fromkeys(c.engine for c in others):
+        some = [c for c in others if c.engine == engine]
+        _print_columns(f"Predicted speedups in {engine}, prefill / decode", _rows(some), *_LABELS, *_by_device(some))
     _print_columns(
         "Layers to drop for the same prefill speedup (section 5.3)",
         depths,
@@ -122,15 +126,9 @@ def _conclusion(cells: Sequence[Cell]) -> str:
     return f"{about}; the median error is {half:.1f} %, the largest {100 * abs(worst.error):.1f} % ({where})."
 
 
-def _print_table(cells: Sequence[Cell]) -> None:
-    """Print published and predicted speedups, one row per family and sparsity."""
-    columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
-    render.show(render.columns(list(_rows(cells)), *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
-    print("*: outside its 90 % interval")
-
-
-def _rows(cells: Sequence[Cell], phase: str = "prefill") -> dict[tuple[str, float], Cell]:
-    return {(c.family, c.sparsity): c for c in cells if c.phase == phase}
+def _rows(cells: Sequence[Cell]) -> list[tuple[str, float]]:
+    """Return the rows of a table: families and sparsities."""
+    return list(dict.fromkeys((c.family, c.sparsity) for c in cells))
 
 
 def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
@@ -138,23 +136,19 @@ def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
         c = at[r]
         return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
 
-    at = _rows(cells, phase)
+    at = {(c.family, c.sparsity): c for c in cells if c.phase == phase}
     published: Column = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
     return [published, ("<predicted", predicted), ("error", lambda r: f"{100 * at[r].error:+.1f} %")]
 
 
-def _print_elsewhere(cells: Sequence[Cell]) -> None:
-    """Print predictions (prefill / decode) on other devices, one table per engine."""
+def _by_device(cells: Sequence[Cell]) -> list[Column]:
+    """Return the predictions of both phases, one column per device."""
+    at = {(c.hardware, c.phase, (c.family, c.sparsity)): f"{c.predicted:.2f}" for c in cells}
 
-    def both_phases(cells: Sequence[Cell]) -> Callable[[Any], str]:
-        both = [_rows(cells, phase) for phase in ("prefill", "decode")]
-        return lambda r: " / ".join(f"{at[r].predicted:.2f}" for at in both)
+    def both(name: str, r: tuple[str, float]) -> str:
+        return " / ".join(at[name, phase, r] for phase in ("prefill", "decode"))
 
-    for engine in dict.fromkeys(c.engine for c in cells):
-        some = [c for c in cells if c.engine == engine]
-        names = dict.fromkeys(c.hardware for c in some)
-        columns = [(name, both_phases([c for c in some if c.hardware == name])) for name in names]
-        _print_columns(f"Predicted speedups in {engine}, prefill / decode", list(_rows(some)), *_LABELS, *columns)
+    return [(name, partial(both, name)) for name in dict.fromkeys(c.hardware for c in cells)]
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
@@ -207,7 +201,7 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
 
 
 def _claim_text(o: ClaimOutcome) -> str:
-    """The verdict at each sparsity, and the comparison that decides."""
+    """Return the verdict at each sparsity, and the comparison that decides."""
     from calibration.evidence.paper import decided
 
     at: dict[str, list[str]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,9 +46,9 @@ def command(
 
     Quality is perplexity, and KL divergence to the dense model. The model is pruned here, without fine-tuning, or read
     with --pruned. With --per-layer, one sublayer at a time is replaced by each of its variants: attention with fewer KV
-    heads (means of the heads that are joined), an MLP with fewer channels (those with the largest mean output on text
-    that is not scored), or none. Each row is written when it is measured; run the command again to resume. Needs torch
-    and transformers. For accuracy on tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
+    heads (means of joined heads), an MLP with fewer channels (those with the largest mean output on other text), or
+    none; run the command again to resume. Needs torch and transformers. For accuracy on tasks use EleutherAI's
+    lm-evaluation-harness: prunesim pareto reads its results.
     """
     from simulator.files.write import check_target, write_whole
 
@@ -111,7 +110,7 @@ def _per_layer(
     library = read_library(choices, config) if choices else generated_library(config)
     changes = quality.changes_of(library)
     content, text_name = quality.read_text(text)
-    tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other one selects channels
+    tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other window selects channels
     decoder = quality.decoder_of(quality.load_model(folder), name)
     protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
     source = f"prunesim quality --per-layer on {name} ({quality.weights_digest(decoder)})"
@@ -134,15 +133,10 @@ def _per_layer(
 
 def _by_layer(rows: list[LayerScore]) -> list[render.Column]:
     """Return the table of divergences: a row per layer, a column per variant."""
-    found: dict[tuple[int, str], str] = {}
-    for row in rows:
-        if row.layer.isdigit():
-            title = f"attention\n{row.attention}" if row.mlp == "dense" else f"MLP\n{row.mlp}"
-            found[int(row.layer), title] = f"{row.kl_div:.3g}"
-    layers = sorted({layer for layer, _ in found})
-    titles = sorted(dict.fromkeys(title for _, title in found), key=lambda title: title.startswith("MLP"))
-
-    def cells(title: str) -> Callable[[int], str]:
-        return lambda layer: found.get((layer, title), "-")
-
-    return render.columns(layers, ("layer", str), *((title, cells(title)) for title in titles))
+    found: dict[str, dict[int, str]] = {}
+    for row in (row for row in rows if row.layer.isdigit()):
+        title = f"attention\n{row.attention}" if row.mlp == "dense" else f"MLP\n{row.mlp}"
+        found.setdefault(title, {})[int(row.layer)] = f"{row.kl_div:.3g}"
+    titles = sorted(found, key=lambda title: title.startswith("MLP"))
+    columns = ((title, lambda layer, at=found[title]: at.get(layer, "-")) for title in titles)
+    return render.columns(sorted({layer for at in found.values() for layer in at}), ("layer", str), *columns)

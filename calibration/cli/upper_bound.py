@@ -98,14 +98,11 @@ class CaseOptions:
         from calibration.fit.base_profile import thread_notes
         from calibration.runners.cases import profile_of
 
-        opened = open_device(device, threads=self.threads)
-        try:
+        with contextlib.closing(open_device(device, threads=self.threads)) as opened:
             start = opened.clock()
             hw = profile_of(folder, opened, self.dtype, self.hardware)
             render.notes(thread_notes(hw, opened.describe().device))
             yield opened, hw, max(budget_s - (opened.clock() - start), 1e-3)
-        finally:
-            opened.close()
 
 
 @options.expanded()
@@ -121,10 +118,9 @@ def command(
 ) -> None:
     """Measure the upper bound of pruning a model.
 
-    Begins with the largest measured bound and the error of the predicted bounds.
-    Times plain GEMMs and attention at the dense and the pruned shapes. Their ratio is the best possible speedup on the
-    device; it is printed with the roofline bound and the predicted speedup. Writes RUN/records.jsonl and
-    RUN/upper_bound.csv. Run the command again to resume.
+    Begins with the largest measured bound and the error of the predicted bounds. Times plain GEMMs and attention at the
+    dense and the pruned shapes; the ratio of the times is the best possible speedup on the device. Writes
+    RUN/records.jsonl and RUN/upper_bound.csv. Run the command again to resume.
     """
     from calibration.runners.runs import RunOptions, check_folder
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
@@ -148,9 +144,7 @@ def command(
             rows,
             *case_columns(rows),
             ("FLOP\nbound", ratio_of("flop_bound")),
-            ("byte\nbound", ratio_of("byte_bound")),
-            ("roofline\nbound", ratio_of("roofline_bound")),
-            ("measured\nbound", ratio_of("measured_bound")),
+            *((f"{name}\nbound", ratio_of(f"{name}_bound")) for name in ("byte", "roofline", "measured")),
             ("predicted\nspeedup", ratio_of("predicted")),
             ("bound as\npredicted", ratio_of("predicted_bound")),
             ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
@@ -168,27 +162,26 @@ def command(
 def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]:
     """Return the largest measured bound of each phase, and the error of the predicted bounds."""
     measured = [r for r in rows if not math.isnan(r.measured_bound)]
-    first = rows[0]
+    first, parts = rows[0], []
     if not measured:
         return [f"No bound of {first.model} was measured on {first.device}: shapes have no time."]
-    parts = []
     for phase in dict.fromkeys(r.phase for r in measured):
         r = max((r for r in measured if r.phase == phase), key=lambda r: r.measured_bound)
         bound = f"{render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)})"
         parts.append(f"{phase} {bound} by {r.pruning}, predicted speedup {render.ratio(r.predicted)}x")
-    error = render.percent(errors["predicted"])
-    if errors["predicted"] != errors["model"]:
-        error += f" (without measured shapes {render.percent(errors['model'])})"
+    error, bare = render.percent(errors["predicted"]), render.percent(errors["model"])
+    without = f" (without measured shapes {bare})" if errors["predicted"] != errors["model"] else ""
     return [
         f"The largest measured bounds of {first.model} on {first.device}: {'; '.join(parts)}.",
-        f"{first.hardware} predicts the bounds with a median error of {error}.",
+        f"{first.hardware} predicts the bounds with a median error of {error}{without}.",
     ]
 
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
-    shape: tuple[str, Callable[[Any], object]] = "batch\nx seq", lambda r: f"{r.batch} x {r.seq}"
-    known = [shape] if len({(r.batch, r.seq) for r in rows}) > 1 else []
-    return [("<pruning", lambda r: one_line(r.pruning, 40)), ("<phase", lambda r: r.phase), *known]
+    """Return the columns of a case: its pruning and phase, and its shape if that varies."""
+    columns: list[tuple[str, Callable[[Any], object]]] = [("<pruning", lambda r: one_line(r.pruning, 40))]
+    columns += [("<phase", lambda r: r.phase), ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}")]
+    return columns if len({(r.batch, r.seq) for r in rows}) > 1 else columns[:2]
 
 
 def ratio_of(name: str) -> Callable[[Any], str]:

@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from calibration.cli.fit import Map, load_rows
+from calibration.cli.fit import Map, conclude, load_rows
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
@@ -64,10 +62,9 @@ def command(
     """Evaluate a profile on measurements.
 
     Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals. The exit
-    status is 1 if it holds for no operator.
-    Predicts every row of the tables and prints the errors of times and of speedups, the errors of two rooflines without
-    a fit, and the coverage of the intervals. With a folder of result files of serving benchmarks instead, predicts each
-    result under its own conditions; the other options state what files do not.
+    status is 1 if it holds for no operator. A table has the errors of times and of speedups, and those of two rooflines
+    without a fit. With a folder of result files of serving benchmarks instead, predicts each result under its own
+    conditions; the other options state what files do not.
     """
     if runs is None and profile and not tables and Path(profile).is_dir():
         profile, runs = None, profile
@@ -95,37 +92,27 @@ def command(
     notes = (*thread_notes(hw, report.device), *notes)
     if markdown:
         write_markdown(report, markdown)
-    judged = of_validation(report)
-    if render.Output(json).write([judged.as_row() | summary(report)]):
-        render.conclude(*judged.sentences)
-        show_report(report)
+
+    def show() -> tuple[str, ...]:
+        excluded = show_report(report)
         if markdown:
             print(f"\n{markdown}")
-        notes = (*notes, *skipped_notes(report))
-    render.notes(notes, verbose)
-    if judged.status:
-        raise typer.Exit(judged.status)
+        return excluded
+
+    conclude(of_validation(report), [summary(report)], show, notes, json, verbose)
 
 
-def skipped_notes(report: Report) -> tuple[str, ...]:
-    """Return a note on the rows excluded for each reason."""
-    return tuple(f"{count} rows excluded: {reason}" for reason, count in report.skipped.items())
-
-
-def show_report(report: Report, title: str = "") -> None:
-    """Print the accuracy of every part; a star marks rows of the profile's fit."""
+def show_report(report: Report, title: str = "") -> tuple[str, ...]:
+    """Print the accuracy of every part; return a note on the rows excluded for each reason."""
     from calibration.evidence.validate import number, part_summary
 
     parts = [part_summary(part) for part in report.parts]
-
+    scores = ("MAPE", "median", "p95", "bias")
     columns = render.columns(
         parts,
         ("<operator", lambda p: f"{p['operator']} {p['dtype']}{' *' if p['fitted_on_these_rows'] else ''}"),
         ("rows", lambda p: f"{p['rows']:,}"),
-        ("MAPE\n%", lambda p: number(p["errors"]["mape"], 2)),
-        ("median\n%", lambda p: number(p["errors"]["median"], 2)),
-        ("p95\n%", lambda p: number(p["errors"]["p95"], 2)),
-        ("bias\n%", lambda p: number(p["errors"]["bias"], 2)),
+        *((f"{name}\n%", lambda p, name=name: number(p["errors"][name.lower()], 2)) for name in scores),
         ("speedup\nmedian %", lambda p: number(p["speedup"].get("median"), 2)),
         ("speedup\np95 %", lambda p: number(p["speedup"].get("p95"), 2)),
         ("coverage\n%", lambda p: number(p["coverage"][0]["coverage"], 2)),
@@ -139,8 +126,9 @@ def show_report(report: Report, title: str = "") -> None:
         print("* the profile was fitted on these rows; on shapes held out of the fit:")
         for name, values in report.accuracy.items():
             if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
-                shown = [f"{label} {number(values.get(label.lower()), 2)}" for label in ("MAPE", "median", "p95")]
+                shown = [f"{score} {number(values.get(score.lower()), 2)}" for score in scores[:3]]
                 print(f"  {name}: {', '.join(shown)} %")
+    return tuple(f"{count} rows excluded: {reason}" for reason, count in report.skipped.items())
 
 
 def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> None:

@@ -82,8 +82,8 @@ def command(
     if output.write([point.to_dict() for point in (*found.points, *curves)]):
         _print(found.services, verbose)
     if figure:
+        from simulator.figures.speedup import services_of
         from simulator.figures.style import save_figure
-        from simulator.figures.throughput import services_of
 
         save_figure(services_of(found.services), figure)
     render.notes((*requested.notes, *found.notes), verbose)

@@ -30,8 +30,6 @@ DENSE: dict[str, Any] = {"marker": "o", "color": style.BLUE, "markersize": 5, "l
 DENSE |= {"markerfacecolor": "none"}
 PRUNED: dict[str, Any] = {"marker": "s", "color": style.VERMILLION, "markersize": 2.6, "linestyle": "none"}
 
-_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
-
 _IDEAL: dict[str, Any] = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
 _HIGHEST: dict[str, Any] = {**_IDEAL, "linestyle": (0, (1, 1))}
 _BAND: dict[str, Any] = {"color": style.BLUE, "alpha": 0.18, "linewidth": 0}
@@ -65,8 +63,7 @@ class Roof:
         return x, y / 1e12, np.asarray(self.pruned, dtype=bool)
 
     def ranges(self) -> Limits:
-        """Return ranges that hold all points, and the ridge of the roof unless it is so far that it would squeeze the
-        points."""
+        """Return ranges with all points, and with the ridge of the roof unless it is far from the points."""
         x, y, _ = self.columns()
         peak, bandwidth = self.peaks
         ridge = peak / bandwidth
@@ -78,14 +75,14 @@ class Roof:
 
     def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
         """Return corners of the roof between two intensities: intensity and TFLOP/s. With the headroom, this is the
-        roof of the highest clock, which no time that streams its operands from memory can exceed."""
-        peak, bandwidth = headroom * self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
+        roof of the highest clock, which no GEMM that streams its operands from memory can exceed."""
+        peak, bandwidth = headroom * self.peaks[0], self.peaks[1]
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
 
     def drawn(self) -> list[tuple[str, int, int | None]]:
-        """Return, for every drawn point, its name, its index, and the index of the dense point that a pruned point came
-        from: the nearest in intensity. GEMMs whose points coincide, dense and pruned, have one with a joint name."""
+        """Return the name and the index of every drawn point, and for a pruned point the index of its dense point: the
+        nearest in intensity. GEMMs whose dense and pruned points coincide have a joint name."""
         x, y, pruned = self.columns()
         logs = np.log(np.stack([x, y], axis=1))
         points: dict[str, list[int]] = {}
@@ -103,16 +100,17 @@ class Roof:
                 groups.append([name])
         out: list[tuple[str, int, int | None]] = []
         for group in groups:
-            dense = [i for i in points[group[0]] if not pruned[i]]
-            for i in points[group[0]]:
-                origin = min(dense, key=lambda j: abs(float(logs[j, 0] - logs[i, 0]))) if pruned[i] and dense else None
+            own = points[group[0]]
+            for i in own:
+                dense = [j for j in own if pruned[i] and not pruned[j]]
+                origin = min(dense, key=lambda j: abs(float(logs[j, 0] - logs[i, 0])), default=None)
                 out.append((", ".join(group), i, origin))
         return out
 
 
 def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
-    """Draw devices side by side on common axes: circles for the dense model, squares for the pruned model, names next
-    to the points where there is room; ``columns`` is the number of panels per row, ``names`` the legend's title."""
+    """Draw devices side by side on common axes, with names next to the points where there is room; ``columns`` is the
+    number of panels per row, ``names`` the legend's title."""
     columns = columns or layout.in_a_row(len(roofs))
     width = layout.width_of(columns)
     with style.paper_style():
@@ -158,21 +156,20 @@ def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
 def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
     """Write the rates of a roof above it, where no point can be, and the names of the GEMMs next to their points."""
     low, high, _, top = limits
+    text: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
     peak, bandwidth = roof.peaks
     ridge, highest = peak / bandwidth, roof.bend(low, high, roof.headroom)
     rates = f"{peak:,.4g}" + (f" to {peak * roof.headroom:,.4g}" if roof.headroom > 1.0 else "")
     if high > ridge:
-        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **_LABEL)
+        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **text)
     if low < ridge:
         middle = float(np.sqrt(low * min(ridge, high)))
         (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
-        where: dict[str, Any] = {"xytext": (-2.5, 2.5), "ha": "center", "rotation_mode": "anchor", **_LABEL}
-        where["rotation"] = float(np.degrees(np.arctan2(y1 - y0, x1 - x0)))
-        ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), **where)
+        text |= {"rotation": float(np.degrees(np.arctan2(y1 - y0, x1 - x0))), "rotation_mode": "anchor"}
+        ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), xytext=(-2.5, 2.5), ha="center", **text)
     x, y, pruned = roof.columns()
     named = {i: name for name, i, _ in roof.drawn() if pruned[i] or not pruned.any()}
-    at = list(named)
-    along = np.geomspace(low, high, 100)
+    at, along = list(named), np.geomspace(low, high, 100)
     roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
     above = [(along, np.minimum(roofs[-1] * factor, top)) for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)]
     layout.write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
@@ -180,7 +177,8 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:
     """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
-    return roofline_figure([roof_of(e, title) for e, title in layout.titled(found)], columns=layout.side_by_side(found))
+    titles, columns = layout.titled(found)
+    return roofline_figure([roof_of(e, title) for e, title in zip(found, titles)], columns=columns)
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
@@ -249,8 +247,7 @@ def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
 
 def _draw_stairs(ax: Axes, p: Stairs) -> None:
     x, values = np.asarray(p.x, dtype=float), p.values
-    every = [*(values[name] for name in values if name not in ("predicted", "lower")), np.asarray(p.measured)]
-    top = max(float(np.max(v)) for v in every if np.size(v)) * 1.05
+    top = 1.05 * float(max(np.max(v) for v in (*values.values(), p.measured) if np.size(v)))
     ax.fill_between(x, values["lower"], values["upper"], **_BAND, zorder=2)
     ax.plot(x, values["ideal"], **_IDEAL, zorder=2.5)
     if "highest" in values:

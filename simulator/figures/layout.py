@@ -1,8 +1,4 @@
-"""Lay out figures: panels under matplotlib's constrained layout, round numbers on logarithmic axes, one legend, and
-names next to points where they cover neither another name nor a point.
-
-Use :func:`panel_grid` if rows and columns have a meaning, :func:`panel_list` for panels in sequence.
-"""
+"""Lay out figures: panels, round numbers on logarithmic axes, one legend, and names next to points."""
 
 from __future__ import annotations
 
@@ -41,7 +37,6 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 # fmt: on
 
 MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
-
 MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
 GAP_PT = 2.0  # horizontal room between two names, points
 LONG = 22  # characters of a joint name from which its parts are written below each other
@@ -65,8 +60,7 @@ def of_panel(data: FigurePoints, row: str, column: str) -> FigurePoints:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most ``most`` round numbers between two values on a logarithmic axis, so far from each other that their
-    texts do not overlap."""
+    """Return at most ``most`` round numbers of a logarithmic axis, far enough from each other for their texts."""
     ticks: list[float] = []
     closest = (high / low) ** (0.7 / most)
     for mantissas in _MANTISSAS:
@@ -115,9 +109,9 @@ def panel_grid(
     names: Mapping[str, str] | None = None,
     **look: Any,
 ) -> tuple[Figure, Panels]:
-    """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order in which they first
-    occur, and with the names of columns and rows above and right of the panels; ``names`` are other names of rows.
-    ``around_in`` is the height above and below the panels without the legend; ``look`` as for :func:`_subplots`."""
+    """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order of their first
+    occurrence. Their names, or the ``names`` of rows, are above and right of the panels. ``around_in`` is the height
+    above and below the panels without the legend; ``look`` as for :func:`_subplots`."""
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
@@ -143,8 +137,7 @@ def panel_list(
 
 
 def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any) -> Any:
-    """Return a figure and its axes, with a legend of the entries ``handles`` under the title ``legend``; other options
-    are those of :meth:`matplotlib.figure.Figure.subplots`."""
+    """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend, options of subplots."""
     handles, legend = look.pop("handles", ()), look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
     figure = Figure(figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained")
@@ -165,8 +158,7 @@ def wrapped(title: str, room_in: float) -> str:
 
 
 def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
-    """Draw panels as tables without grid or spines: names of cells are below the last row and left of the first
-    column."""
+    """Make tables of panels, with the names of cells below the last row and left of the first column."""
     (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
     for (r, c), ax in panels.items():
         ax.set_yticks(range(len(down)), down if c == first else [])
@@ -191,8 +183,8 @@ def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: st
 
 
 def laid_out(figure: Figure, y_label: str = "") -> Figure:
-    """Lay out a figure and fix its layout, because each further pass would move it by a fraction of a pixel. The label
-    that the y axes share is at the middle of the panels, not of the figure with its legend."""
+    """Lay out a figure and fix its layout, because each further pass would move it by a fraction of a pixel. The shared
+    label of the y axes is at the middle of the panels, not of the figure with its legend."""
     text = figure.supylabel(y_label, fontsize=7) if y_label else None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -202,10 +194,9 @@ def laid_out(figure: Figure, y_label: str = "") -> Figure:
     return figure
 
 
-def columns(rows: Iterable[Any], **names: str) -> dict[str, Any]:
-    """Return attributes of some rows, one list each, under the figure's names for them."""
-    found = list(rows)
-    return {column: [getattr(row, name) for row in found] for column, name in names.items()}
+def columns(rows: Sequence[Any], **names: str) -> dict[str, Any]:
+    """Return attributes of rows, one list each, under the figure's names of them."""
+    return {column: [getattr(row, name) for row in rows] for column, name in names.items()}
 
 
 def interval(level: float) -> str:
@@ -239,16 +230,14 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
 
 
-def titled(found: Sequence[Any]) -> list[tuple[Any, str]]:
-    """Return explanations with the titles of their panels: device and engine, and what varies of the request."""
-    several = len({(e.result.phase, e.result.batch, e.result.seq) for e in found}) > 1
-    return [(e, device(e.result) + (f"\n{setting_label(e.result)}" if several else "")) for e in found]
-
-
-def side_by_side(found: Sequence[Any]) -> int | None:
-    """Return the number of panels per row of explanations, as :func:`across`."""
-    devices, engines = (len({getattr(e.result, name) for e in found}) for name in ("hardware", "engine"))
-    return across(devices, engines)
+def titled(found: Sequence[Any]) -> tuple[list[str], int | None]:
+    """Return the titles of the panels of explanations, device and engine with the fields of the request that vary, and
+    the number of panels per row as :func:`across`."""
+    results = [e.result for e in found]
+    several, lengths = (len({get(r) for r in results}) > 1 for get in (setting_label, lambda r: r.seq))
+    titles = [device(r) + (f"\n{setting_label(r)}" if several or lengths else "") for r in results]
+    titles = [title + (f", seq {r.seq}" if lengths else "") for title, r in zip(titles, results)]
+    return titles, across(*(len({getattr(r, name) for r in results}) for name in ("hardware", "engine")))
 
 
 def write_labels(
@@ -262,10 +251,8 @@ def write_labels(
     color: str = BLACK,
 ) -> None:
     """Write a name next to each point, as near as there is room, at most ``reach_pt`` typographic points away, with a
-    line to the point if it is far; points whose markers overlap have a joint name.
-
-    Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout must be final.
-    """
+    line to the point if it is far. Points whose markers overlap have a joint name. Names cover neither the texts of the
+    axes nor the points (x, y) ``clear_of``. The layout must be final."""
     figure: Any = ax.figure
     scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point
     places = ax.transData.transform(np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1))
@@ -275,13 +262,14 @@ def write_labels(
     style |= {"ha": "center", "va": "center"}
     names = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
     inside = ax.get_window_extent().extents
-    groups: list[list[int]] = []  # points within a distance of the first of their group, from the top down
+    groups: list[list[int]] = []  # points whose markers overlap the marker of the first, from the top down
     for i in np.argsort(-places[:, 1], kind="stable").tolist():
-        near = (g for g in groups if np.hypot(*(places[i] - places[g[0]])) < 2 * MARKER_PT * scale)
-        if (group := next(near, None)) is None:
-            groups.append([i])
+        for group in groups:
+            if np.hypot(*(places[i] - places[group[0]])) < 2 * MARKER_PT * scale:
+                group.append(i)
+                break
         else:
-            group.append(i)
+            groups.append([i])
     for group in groups:
         own_names = list(dict.fromkeys(texts[i] for i in group))
         text = (", " if sum(map(len, own_names)) < LONG else "\n").join(own_names)
@@ -289,7 +277,6 @@ def write_labels(
         x0, y0 = to_data.transform(point).tolist()
         label = ax.text(x0, y0, text, **style)
         extent = label.get_window_extent()
-        label.remove()
         size = np.array([extent.width + GAP_PT * scale, extent.height])
         for center, far, strict in _candidates(point, size, scale, reach_pt):
             own = np.concatenate([center - 0.5 * size, center + 0.5 * size])
@@ -301,11 +288,12 @@ def write_labels(
             crosses = strict and any(_overlaps(along, name).any() for name in names)
             if within and not clash and not crosses:
                 names, taken = np.concatenate([names, own[None]]), np.concatenate([taken, along])
-                x0, y0 = to_data.transform(center).tolist()
-                ax.text(x0, y0, text, **style)
+                label.set_position(tuple(to_data.transform(center)))
                 if far:
                     ax.plot(*to_data.transform(line[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5)
                 break
+        else:
+            label.remove()
 
 
 def _boxes(centers: FloatArray, half: float) -> FloatArray:
@@ -318,8 +306,8 @@ def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
 
 
 def _candidates(point: FloatArray, size: FloatArray, scale: float, reach_pt: float) -> Iterator[Any]:
-    """Yield centres of a text around a point, the nearest first, whether it needs a line to the point, and whether the
-    line must not cross names: at first it must not."""
+    """Yield centres of a text around a point, the nearest first, with whether the text needs a line to the point, and
+    whether this line must not cross names. If no centre is free, lines may cross names."""
     for strict in (True, False):
         for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
             for direction in np.array(_DIRECTIONS):

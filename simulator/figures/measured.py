@@ -1,15 +1,9 @@
-"""Draw predictions next to measurements: times of GEMMs that are read from a file, and speedups.
-
-A file has columns ``m``, ``n``, ``k`` and one of :data:`TIMES`; optional are ``copies`` (number of rotated weights;
-without it they are cold), ``dtype`` and ``weight_dtype`` (names, or codes of :data:`simulator.codes.DTYPES`; without
-them bf16) and ``predicted_s`` (a held-out prediction of the row). Further columns are ignored.
-"""
+"""Draw predictions next to measurements: times of GEMMs, and speedups."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,22 +14,13 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import BoolArray, FloatArray
-from simulator.codes import DTYPES
-from simulator.errors import InputError
 from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
 from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
-from simulator.files.csv import read_csv
-from simulator.files.parquet import parquet_columns, read_parquet
-from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import gemm_time
 
-# columns that may hold the time, and their unit in seconds
-TIMES: Mapping[str, float] = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6}
-OPTIONAL = ("copies", "dtype", "weight_dtype", "predicted_s")
-
 MOST_DOTS = 1500  # more points become a density
-RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a count on the edge stand for others
+RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a count on the edge replace others
 
 
 @dataclass(frozen=True)
@@ -43,12 +28,11 @@ class MeasuredGemms:
     """Measured GEMMs of one device and number format."""
 
     source: str  # origin, for captions
-    m: FloatArray
-    n: FloatArray
-    k: FloatArray
+    m: NDArray[Any]
+    n: NDArray[Any]
+    k: NDArray[Any]
     seconds: FloatArray
-    copies: FloatArray | None = None  # number of rotated weights; None: cold
-    predicted_s: FloatArray | None = None  # held-out predictions
+    copies: NDArray[Any] | None = None  # number of rotated weights, inf if cold; None: all cold
     stack: str = ""  # software stack that was measured; "": that of the device's profile
 
     def of_weight(self, n: int, k: int) -> BoolArray:
@@ -56,71 +40,9 @@ class MeasuredGemms:
         return np.asarray((self.n == n) & (self.k == k))
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
-        """Return predictions of all rows, s: the given ones, else the profile's under the same rotation of weights,
-        for the stack that was measured."""
-        if self.predicted_s is not None:
-            return self.predicted_s
+        """Return predicted times of all rows, s, for the stack and the rotation of weights that were measured."""
         hw = hw.on(self.stack) if self.stack else hw
         return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, copies=self.copies).seconds
-
-
-def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:
-    """Read measured GEMMs from a CSV or Parquet file: rows with ``dtype`` for activations and weights.
-
-    InputError if the file cannot be read, a column is missing, a value is not above zero, or no row is of the format.
-    """
-    where = Path(path)
-    content, label = read_bounded(where), str(where)
-    columns: Mapping[str, Any]
-    if content[:4] == b"PAR1":
-        columns = parquet_columns(read_parquet(content, label), label, ("m", "n", "k", *TIMES, *OPTIONAL))
-    else:
-        table = read_csv(content, label)
-        columns = {name: table.column(name) for name in table.header}
-    return from_columns(columns, where.name, dtype, label)
-
-
-def from_columns(columns: Mapping[str, Any], source: str, dtype: str = "bf16", label: str = "") -> MeasuredGemms:
-    """Return measured GEMMs from named columns. Messages begin with ``label``, by default the source."""
-    label = label or source
-    time = next((name for name in TIMES if name in columns), None)
-    missing = [name for name in ("m", "n", "k") if name not in columns] + ([] if time else ["seconds"])
-    if missing or time is None:
-        raise InputError(f"{label}: column {missing[0]} is missing; expected m, n, k and one of {', '.join(TIMES)}")
-    keep = np.ones(len(columns[time]), dtype=bool)
-    for name in ("dtype", "weight_dtype"):
-        if name in columns:
-            keep &= _formats(columns[name]) == dtype
-    if not keep.any():
-        raise InputError(f"{label}: no row of {dtype}")
-    used = (name for name in ("m", "n", "k", time, "copies", "predicted_s") if name in columns)
-    found = {name: _numbers(columns[name], name, label)[keep] for name in used}
-    seconds = found.pop(time) * TIMES[time]
-    return MeasuredGemms(source, seconds=seconds, **found)  # type: ignore[arg-type]
-
-
-def _formats(column: Sequence[Any]) -> NDArray[Any]:
-    """Return names of number formats, given as names or codes."""
-    table = np.asarray(column)
-    if table.dtype.kind in "iu":
-        known = np.array([*DTYPES, "unknown"], dtype=object)
-        out: NDArray[Any] = known[np.where((table >= 0) & (table < len(DTYPES)), table, len(DTYPES))]
-        return out
-    return np.array([str(value) for value in table.tolist()], dtype=object)
-
-
-def _numbers(column: Sequence[Any], name: str, source: str) -> FloatArray:
-    try:
-        out = np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{source}: column {name}: expected numbers") from None
-    size = name in ("m", "n", "k", "copies")
-    low, high, right = (1.0, 2.0**31 - 1, "number from 1 to 2**31 - 1") if size else (1e-15, 1e9, "time above zero")
-    good = (out >= low) & (out <= high)  # NaN is not good
-    if not good.all():
-        bad = int(np.flatnonzero(~good)[0])
-        raise InputError(f"{source}: column {name}, row {bad + 1}: expected a {right}, got {out[bad]:g}")
-    return out
 
 
 @dataclass(frozen=True)
@@ -135,8 +57,7 @@ class Cloud:
 
 
 def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, float, float, float]:
-    """Return the mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error
-    as bias."""
+    """Return mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error."""
     error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
     size = np.abs(error)
     return float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95)), float(np.median(error))
@@ -189,7 +110,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
 
 
 def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
-    """Draw ratios within :data:`RATIO`; above and below, draw arrows with their number and the farthest value."""
+    """Draw ratios within :data:`RATIO`, and arrows with their count and farthest value for ratios beyond it."""
     above, below = ratio > RATIO, ratio < 1 / RATIO
     inside = ~(above | below)
     _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
@@ -205,8 +126,8 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Put powers of ten of a microsecond on a logarithmic axis, or other round numbers if there are fewer than two
-    powers; at most four, each with a suitable unit."""
+    """Put at most four powers of ten of a microsecond on a logarithmic axis, or other round numbers if it has fewer
+    than two powers."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
     fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
@@ -221,7 +142,7 @@ def time_text(microseconds: float) -> str:
 
 
 def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:
-    """Draw dots, or a density if they are too many (as pixels, because a file of 40,000 dots opens slowly)."""
+    """Draw dots, or a density as pixels if they are too many: a file of 40,000 dots opens slowly."""
     if len(x) <= MOST_DOTS:
         size = 1.8 if len(x) > 100 else 2.8
         ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=size, markeredgewidth=0, alpha=0.6, zorder=3)
@@ -247,10 +168,7 @@ class Beside:
 
 
 def published_figure(panels: Sequence[Beside], *, observed: str = "published") -> Figure:
-    """Draw predicted speedups as marks on their intervals, published or measured ones (``observed``) as bars across.
-
-    NaN leaves a row empty.
-    """
+    """Draw predicted speedups with intervals, and published or measured ones (``observed``) as bars; NaN: no bar."""
     with paper_style():
         columns, names = in_a_row(len(panels)), panels[0].family
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)

@@ -1,8 +1,4 @@
-"""Draw the figures of a paper about a model, each with its name and caption.
-
-Use :func:`draw` for one figure of :data:`FIGURES`; each caption states content and settings. The other modules take
-arrays; this module gets them from the simulator.
-"""
+"""Predict and draw the figures of a paper about a model, each with its name and caption."""
 
 from __future__ import annotations
 
@@ -44,11 +40,10 @@ from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
 MAP_SPARSITY = 0.5  # sparsity at which families are compared: all of them support it (2:4 supports no other)
-
 ROOFLINE_FAMILY, ROOFLINE_SPARSITY = "width", 0.3
 ROOFLINE_CASES = (("prefill", 1), ("decode", 64))
 
-# family, sparsity, phase and batch of each row of waterfalls: costs of rounding, kernels and routers
+# family, sparsity, phase and batch of each row of waterfalls: they show rounding, kernels and routers
 WATERFALL_CASES = (
     ("width", 0.3, "prefill", 1),
     ("semi_structured", 0.5, "decode", 1),
@@ -66,9 +61,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LEAST_BOUND = 1.05  # minimum roofline bound for an efficiency: a share of a smaller gain would mean little
 QUALITY_MODEL = "llama-2-7b"  # model of the frontier if the paper's model has quality of fewer than two families
-
-# rows of the staircases: every number for tiles, because a step may be at any of them
-TOKENS, MORE_TOKENS = np.arange(1, 513), np.arange(16, 4097, 8)
+TOKENS, MORE_TOKENS = np.arange(1, 513), np.arange(16, 4097, 8)  # staircases over few and over many tokens
 
 Made = tuple[Any, str, tuple[str, ...]]  # a figure, its caption, and notes
 
@@ -288,7 +281,7 @@ def _staircase(p: Paper) -> Made:
 
 
 def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many; weights are as warm as in
+    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many. Weights are rotated as in
     the measurements, if there are any."""
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
     tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
@@ -334,14 +327,13 @@ def _scatter(p: Paper) -> Made:
             continue
         predicted = seen.predict(hw, p.scenario.dtype)
         title = device_title(hw.label)
-        clouds.append(Cloud(title, seen.seconds, predicted, seen.predicted_s is not None))
+        clouds.append(Cloud(title, seen.seconds, predicted))
         _, median, _, bias = agreement(seen.seconds, predicted)
         errors.append(f"{title}: {seen.source}, median error {100 * median:.1f} %, bias {100 * bias:+.1f} %")
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
-    held = all(c.held_out for c in clouds)
-    fitted = "held-out predictions" if held else "some of these rows may have been used to fit the profiles"
+    fitted = "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
         f"is the density of rows; {fitted}. {'; '.join(errors)}."

@@ -1,7 +1,6 @@
-"""Draw speedup against quality loss: small multiples with the frontier as a staircase.
+"""Draw speedup against quality loss with the frontier; points that are not on the frontier are faint.
 
-Points on the frontier are full, others faint; the fraction removed is next to them where there is room. A strip below
-each panel shows the fastest family within each quality budget, hatched if it is dynamic.
+A strip below each panel shows the fastest family within each quality budget, hatched if it is dynamic.
 """
 
 from __future__ import annotations
@@ -28,12 +27,10 @@ STRIP = 0.045  # height of the strip of fastest families, as a share of a panel'
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
-    """Draw speedup against quality loss with its frontier, all on one metric under one protocol; ``rows`` has one label
-    per frontier, by default phase, batch and length."""
-    lengths = len({f.seq for f in fronts}) > 1
-    rows = rows or [
-        f"{f.phase}, {batch_name(f.phase)} {f.batch}" + (f", seq {f.seq}" if lengths else "") for f in fronts
-    ]
+    """Draw frontiers of speedup and quality loss on one metric under one protocol; ``rows`` has one label per frontier,
+    by default phase, batch and length."""
+    length = ", seq {}" if len({f.seq for f in fronts}) > 1 else ""
+    rows = rows or [f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts]
     points = [p for f in fronts for p in f.points]
     found = layout.columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **layout.SPEEDUP)
     for name, labels in layout.placed(fronts, rows).items():
@@ -56,16 +53,14 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
             ax.set(yscale="log", ylim=(low / pad, high * pad))
             layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
-        # names of points depend on the final layout
-        layout.laid_out(figure, "speedup (log scale)")
+        layout.laid_out(figure, "speedup (log scale)")  # before the names of points, which depend on the layout
         for place, ax in panels.items():
             _panel(ax, layout.of_panel(data, *place))
     return figure
 
 
 def _loss_axis(ax: Axes, loss: FloatArray) -> None:
-    """Set an axis in percent: linear, or logarithmic from a dotted line on if losses are large; ticks are below the
-    strip."""
+    """Set an axis in per cent, which is logarithmic from a dotted line on if losses are large."""
     first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
     if last > 100 * LINEAR_UP_TO:
         ax.set_xscale("symlog", linthresh=100 * BEND, linscale=0.5)
@@ -76,7 +71,7 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
         layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
         ax.set_xlim(first - 0.03 * last if first < 0 else 0.0, last * 1.08)
-    ax.tick_params(axis="x", length=0, pad=7)
+    ax.tick_params(axis="x", length=0, pad=7)  # below the strip
     ax.spines["bottom"].set_visible(False)
 
 

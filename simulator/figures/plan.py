@@ -1,7 +1,6 @@
 """Draw the plan of a search: the share of each layer that stays, its quality loss, and the frontier.
 
-The upper panels have one column per layer: the shares of attention and MLP that stay, and the layer's quality loss. The
-lower panel has speedup against quality loss in the first setting of the search, with the plans of other rules.
+The frontier is that of the first setting of the search, with the plans of other rules.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from simulator.units import ratio
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed
 
 RULES = {"parameters": Style(VERMILLION, "s"), "FLOPs": Style(BLUE, "^"), "library times": Style(GREEN, "D")}
-BUDGETS = {"same": "as many", "targets": "until targets are met"}  # of other rules; the first has hollow markers
-SPEEDS = ("speedup", "latency_s", "tokens_per_s")  # targets that are a speedup in their setting
+BUDGETS = {"same": "as many", "targets": "until targets are met"}  # for other rules; the first has hollow markers
+SPEEDS = ("speedup", "latency_s", "tokens_per_s")  # targets that have a line in the panel of speedups
 STEEP = 6.0  # a loss axis is logarithmic beyond a usual loss if its end is this many times larger
 NEARBY = 3.0  # the axis of the frontier ends at this many times the loss of the chosen plan
 
@@ -38,7 +37,6 @@ _REMOVED: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": VERMILL
 _LINEAR: dict[str, Any] = {"facecolor": "white", "edgecolor": GREEN, "hatch": "//////", "linewidth": 0.4}
 _FRONTIER: dict[str, Any] = {"color": INK, "linewidth": 0.8, "marker": "o", "markersize": 2.6, "markeredgewidth": 0}
 _CHOSEN: dict[str, Any] = {"color": BLACK, "linestyle": "none", "marker": "*", "markersize": 8, "markeredgewidth": 0}
-_TARGET: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8}
 
 
 def plan_figure(plan: Plan) -> Figure:
@@ -73,8 +71,7 @@ def plan_figure(plan: Plan) -> Figure:
 
 
 def kept(sublayer: str, block: Block, dense: Block) -> float:
-    """Return the share of a sublayer that stays: width of an MLP or of all experts, else the smaller share of the heads
-    and the KV heads."""
+    """Return the kept share of an MLP's or of all experts' width, or the smaller share of heads and KV heads."""
     if sublayer == "attention":
         return min(block.heads / dense.heads, block.kv_heads / dense.kv_heads)
     if dense.experts:
@@ -112,7 +109,7 @@ def _layer_axis(ax: Axes, layers: int, *, named: bool) -> None:
 
 
 def _losses(ax: Axes, plan: Plan) -> None:
-    """Draw the quality loss of each layer; far larger losses than usual bend the axis."""
+    """Draw the quality loss of each layer, on a logarithmic axis if some are far larger than usual."""
     values = np.array([row.score for row in plan.layers])
     ax.bar(range(len(values)), values, width=0.8, color=INK, linewidth=0, zorder=2, label="loss")
     usual = float(np.median(values[values > 0.0])) if (values > 0.0).any() else 1.0
@@ -159,13 +156,13 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level))
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
     chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
-    sure = chance if plan.confidence > 0.5 else ""
     styles = iter(["--", "-.", ":"])
     for t in plan.targets:
         if (t.hardware, t.engine, t.phase, t.batch, t.seq) == setting and t.target in SPEEDS:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
-            label = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}{sure}"
-            line = {**_TARGET, "linestyle": next(styles), "label": textwrap.fill(label, _WIDE)}
+            name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
+            name = textwrap.fill(name + (chance if plan.confidence > 0.5 else ""), _WIDE)
+            line: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8, "linestyle": next(styles), "label": name}
             handles.append(ax.axhline(chosen.speedup * share, **line, zorder=1.6))
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)

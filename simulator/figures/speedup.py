@@ -1,4 +1,4 @@
-"""Draw speedup over batch, length or sparsity in small multiples that print on one page.
+"""Draw speedup over batch, length or sparsity, and throughput of services over their time per token.
 
 A few candidates are curves with interval bands, and with bounds if they are one or two: a row of panels per setting, a
 column per device and engine, and a ring at the first value from which a candidate pays. More candidates, or single
@@ -8,49 +8,56 @@ values, are dots: a panel per setting, a line of text per candidate and value, a
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.arrays import FloatArray
 from simulator.figures import layout
-from simulator.figures.style import BLACK, COLORS, GREY, INK, Style, in_order, label, paper_style, styles_of
+from simulator.figures.style import COLORS, DENSE, GREY, INK, PALE_INK, Style, in_order, label, paper_style, styles_of
 from simulator.models.library import model_title
 from simulator.prediction.result import Result
 from simulator.prediction.scenario import batch_name
-from simulator.prediction.sentences import GAIN
+from simulator.prediction.sentences import GAIN, LIMITS
+from simulator.prediction.service import OperatingPoint, Service
 
 MOST_CURVES, MOST_BOUNDED = 4, 2  # most candidates drawn as curves with bands (more become dots), and with bounds
 
 # fields that speedup is drawn over, and labels of their axes
 AXES: Mapping[str, str] = MappingProxyType({"batch": "batch", "seq": "sequence (tokens)", "sparsity": "removed (%)"})
-
 PAYS = "pays from here (interval above 1)"  # label of the rings
 PAGE_HEIGHT_IN = 9.0  # height of a page's text, inches
 MOST_ACROSS = 4  # panels of dots per row
 MOST_VALUES = 5  # values of a field other than the axis: each has a row of panels
+LINE = 0.055  # height of a name next to a curve of throughput, as a share of a panel's height
 
 # minimum height of a line of text and of a dot, inches; on a page with less, dots become curves without bands
 LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
 
 # upper bounds: attribute of a result, line of curves, colour of ticks
-BOUNDS = {"FLOP bound": ("flop_bound", (0, (1, 1)), GREY), "roofline bound": ("roofline_bound", (0, (5, 1.5)), BLACK)}
+BOUNDS = {"FLOP bound": ("flop_bound", (0, (1, 1)), GREY), "roofline bound": ("roofline_bound", (0, (5, 1.5)), "black")}
 _BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "linestyle": "none"}
+_LIMIT_RING: dict[str, Any] = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 
 
 def speedups_of(results: Sequence[Result]) -> Figure:
-    """Draw speedups over the field that varies: batch, length or sparsity, the one with the most values if several vary
-    (each setting of the others has panels of its own)."""
+    """Draw speedups over the field of :func:`varying`; each setting of other fields has its panels."""
     axis = varying(results)
-    fields = ["batch", "seq", *(["sparsity"] if _several_sparsities(results) else [])]
+    # a pruning has several sparsities in one scenario only if these were asked for: a budget's follows from the length
+    scenarios = [(_name(r), r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens) for r in results]
+    swept = any(len(found) > 1 for found in _sets(scenarios, results, "sparsity"))
+    fields = ["batch", "seq", *(["sparsity"] if swept else [])]
     results, omitted = _of_few_settings(results, [field for field in fields if field != axis])
-    removed = "sparsity" in fields and len(_values(results, "sparsity")) > 1  # each sparsity has a row of panels
+    removed = swept and len(_values(results, "sparsity")) > 1  # each sparsity has a row of panels
     models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
     note = ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted]))
     titles = _names(results, axis, removed)
@@ -76,20 +83,23 @@ def speedups_of(results: Sequence[Result]) -> Figure:
 
 
 def varying(results: Sequence[Result]) -> str:
-    """Return the field over which speedups are drawn: that of batch, seq and sparsity in which the results of one
-    pruning differ most; sparsity if they differ in none."""
+    """Return the field with most values for a pruning, batch, seq or sparsity; sparsity if none varies."""
     counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
-    most = max(counts.values())
-    return "sparsity" if most == 1 else next(axis for axis, count in counts.items() if count == most)
+    return max(counts, key=counts.__getitem__) if max(counts.values()) > 1 else "sparsity"
 
 
 def _values(results: Sequence[Result], axis: str) -> list[float]:
     """Return the values of a field over which a pruning varies, if any does; else one value."""
-    of_name: dict[str, dict[float, None]] = {}
-    for r in results:
-        of_name.setdefault(_name(r), {})[getattr(r, axis)] = None
-    several = [values for values in of_name.values() if len(values) > 1] or list(of_name.values())[:1]
-    return sorted({value for values in several for value in values})
+    sets = _sets([_name(r) for r in results], results, axis)
+    return sorted(set[float]().union(*([found for found in sets if len(found) > 1] or sets[:1])))
+
+
+def _sets(groups: Sequence[Any], results: Sequence[Result], axis: str) -> list[set[float]]:
+    """Return the values of a field in each group of results."""
+    found: dict[Any, set[float]] = {}
+    for group, r in zip(groups, results):
+        found.setdefault(group, set()).add(getattr(r, axis))
+    return list(found.values())
 
 
 def _name(r: Result) -> str:
@@ -97,25 +107,13 @@ def _name(r: Result) -> str:
     return r.pruned or r.method or f"{label(r.family)}{r.options and f' ({r.options})'}"
 
 
-def _several_sparsities(results: Sequence[Result]) -> bool:
-    """Return whether a pruning has several sparsities in one scenario, each of which is another candidate: that of a
-    budget follows from the length, and prunings as texts have one each."""
-    found: dict[tuple[object, ...], set[float]] = {}
-    for r in results:
-        place = (r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens)
-        found.setdefault((_name(r), *place), set()).add(r.sparsity)
-    return any(len(sparsities) > 1 for sparsities in found.values())
-
-
 def _names(results: Sequence[Result], axis: str, removed: bool) -> list[str]:
-    """Return the titles of curves, with the sparsity unless that is the axis, names the panel, or varies."""
+    """Return the titles of curves, with the sparsity unless it is the axis, names the panel, or varies."""
     names = [_name(r) for r in results]
     if axis == "sparsity" or removed:
         return names
-    found: dict[str, set[float]] = {}
-    for name, r in zip(names, results):
-        found.setdefault(name, set()).add(r.sparsity)
-    return [f"{n}, {100 * r.sparsity:.3g} %" if len(found[n]) == 1 else n for n, r in zip(names, results)]
+    counts = Counter(name for name, _ in {(name, r.sparsity) for name, r in zip(names, results)})
+    return [n if counts[n] > 1 else f"{n}, {100 * r.sparsity:.3g} %" for n, r in zip(names, results)]
 
 
 def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> str:
@@ -132,8 +130,8 @@ def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> 
 
 
 def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[Sequence[Result], str]:
-    """Return the results of at most :data:`MOST_VALUES` values of each of some fields, the first, the last and some
-    between, and a note on omitted values."""
+    """Return the results of at most :data:`MOST_VALUES` values of each of some fields, among them the first and the
+    last, and a note on omitted values."""
     notes = []
     for other in others:
         values = _values(results, other)
@@ -146,8 +144,7 @@ def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
-    """Return the index of the first value at which, and at every larger one, the whole interval is above 1; None if it
-    is not at the largest value."""
+    """Return the index of the first value from which the whole interval is above 1 at every value; None without one."""
     x, low = np.asarray(at, dtype=float), np.asarray(lower, dtype=float)
     order = np.argsort(x, kind="stable")
     pays = np.logical_and.accumulate(low[order][::-1] >= GAIN)[::-1]
@@ -170,7 +167,7 @@ def _own(data: layout.FigurePoints, r: str, c: str, name: str) -> NDArray[np.int
 
 
 def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, float]:
-    """Return the range of some columns, widened a little; it always holds 1."""
+    """Return a range that is a little wider than some columns and includes 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
     low, high = float(values.min()), float(values.max())
@@ -230,7 +227,7 @@ def _dots(
 
 
 def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, interval: str, x_label: str) -> Figure:
-    """Draw few candidates as curves with bands and rings, very few with bounds, many as curves only."""
+    """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without bounds, more as lines."""
     few = len(styles) <= MOST_CURVES
     bounds = BOUNDS if len(styles) <= MOST_BOUNDED else {}
     rings = few and any(
@@ -293,3 +290,88 @@ def _value_axes(panels: layout.Panels, values: NDArray[np.float64], axis: str, r
             margin = max(high / low, 2.0) ** 0.05
             ax.set_xlim(low / margin, high * margin)
         layout.fixed_ticks(ax.xaxis, ticks.tolist(), text)
+
+
+def services_of(services: Sequence[Service]) -> Figure:
+    """Draw the throughput of services over their time per output token, one panel each.
+
+    A curve follows the concurrency from a single request (bottom left) to as many as fit, which its name states.
+    """
+    engines, devices = (len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware"))
+    first = services[0].points[0]
+    model = "" if len(services) > 1 else f"{model_title(first.model)}, "
+    many = f"{first.devices} × " if first.devices > 1 else ""
+    curves = [_throughputs(service) for service in services]
+    with paper_style():
+        most: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK, "markersize": 5.5}
+        handles: list[Any] = [Line2D([], [], **most, label="as many as fit (number)")]
+        if any(_within(service) for service in services):
+            handles.append(Line2D([], [], **_LIMIT_RING, markeredgecolor=INK, label="most within the limits"))
+        handles.append(Patch(color=INK, alpha=0.12, linewidth=0, label=layout.interval(first.level)))
+        look: dict[str, Any] = {"handles": handles, "sharex": True, "sharey": True}
+        figure, axes, columns = layout.panel_list(len(services), 2.3, 0.35, layout.across(devices, engines), **look)
+        every = [np.concatenate([curve[i].ravel() for some in curves for curve in some.values()]) for i in (0, 1)]
+        pads = [float(values.max() / values.min()) ** 0.05 for values in every]
+        ranges = [(float(v.min()) / pad, float(v.max()) * pad) for v, pad in zip(every, pads)]
+        room_in = layout.width_of(len(services)) / columns - 0.4
+        for i, (ax, service, some) in enumerate(zip(axes, services, curves)):
+            ax.set(xscale="log", yscale="log", xlim=ranges[0], ylim=ranges[1])
+            ax.set_title(layout.wrapped(f"{model}{many}{layout.device(service.points[0])}", room_in), pad=5)
+            ax.set_xlabel("time per output token (ms)", labelpad=2)
+            ax.set_ylabel("tokens/s per GPU" if i % columns == 0 else "")
+            layout.log_axis(ax.xaxis, *ranges[0], 6)
+            layout.log_axis(ax.yaxis, *ranges[1], 6)
+            _draw_throughputs(ax, service, some)
+            _name_throughputs(ax, service, some)
+        return layout.laid_out(figure)
+
+
+def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Return time per output token, ms, and tokens/s per GPU of each model at rising concurrencies (n), each as the
+    prediction and both ends of its interval (3, n)."""
+    columns = ("tpot_s", "tpot_lower", "tpot_upper", "tokens_per_s", "tokens_per_s_lower", "tokens_per_s_upper")
+    out = {}
+    for name in dict.fromkeys(p.name for p in service.curve):
+        points = [p for p in service.curve if p.name == name]
+        values = np.array([[getattr(p, column) for p in points] for column in columns], dtype=float)
+        out[name] = 1e3 * values[:3], values[3:]
+    return out
+
+
+def _within(service: Service) -> dict[str, OperatingPoint]:
+    """Return the point of each model within the limits."""
+    return {p.name: p for p in service.kinds.get(LIMITS, ()) if p.concurrency}
+
+
+def _draw_throughputs(ax: Axes, service: Service, curves: Mapping[str, tuple[FloatArray, FloatArray]]) -> None:
+    if (limit_s := service.limits.tpot_s) is not None:
+        ax.axvline(1e3 * limit_s, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=1.5)
+        where: dict[str, Any] = {"rotation": 90, "va": "bottom", "ha": "right", "fontsize": 6, "color": PALE_INK}
+        ax.text(1e3 * limit_s, ax.get_ylim()[0] * 1.1, f"limit {1e3 * limit_s:.3g} ms", **where)
+    families = {p.name: p.family for p in service.curve if p.pruning}
+    styles, within = {DENSE.label: DENSE, **styles_of(families)}, _within(service)
+    for name, ((x, low_x, high_x), (y, low_y, high_y)) in curves.items():
+        style = styles[name]
+        # a slower pass moves a point right and down
+        edge = np.concatenate([low_x, high_x[::-1]]), np.concatenate([high_y, low_y[::-1]])
+        ax.fill(*edge, color=style.color, alpha=0.12, linewidth=0, zorder=2)
+        ax.plot(x, y, **style.marks(markersize=2.6, zorder=4))
+        ax.plot(x[-1:], y[-1:], **style.marks(markersize=5.5, zorder=4.5))
+        if name in within:
+            point = within[name]
+            ax.plot(1e3 * point.tpot_s, point.tokens_per_s, **_LIMIT_RING, markeredgecolor=style.color, zorder=4.5)
+
+
+def _name_throughputs(ax: Axes, service: Service, curves: Mapping[str, tuple[FloatArray, FloatArray]]) -> None:
+    """Write the names of the curves right of the panel, with lines to their ends."""
+    (left, right), (low, high) = np.log(ax.get_xlim()), np.log(ax.get_ylim())
+    edge = float(np.exp(left + 1.02 * (right - left)))
+    most = {p.name: p.concurrency for p in service.curve}  # at the last point
+    ends = [(float(np.log(rate[0, -1]) - low) / (high - low), name) for name, (_, rate) in curves.items()]
+    height = 1.0 + LINE
+    for place, name in sorted(ends, key=lambda end: -end[0]):
+        height = min(place, height - LINE)
+        ax.text(1.03, height, f"{name} ({most[name]:,})", transform=ax.transAxes, va="center", fontsize=6)
+        to = float(np.exp(low + height * (high - low)))
+        line: dict[str, Any] = {"color": GREY, "linewidth": 0.4, "clip_on": False, "zorder": 3}
+        ax.plot([curves[name][0][0, -1], edge], [curves[name][1][0, -1], to], **line)

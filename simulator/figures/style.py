@@ -7,10 +7,10 @@ lines, dynamic families hollow markers and dashed lines. Both forms of an idea s
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
 COLUMN_IN, PAGE_IN = 3.35, 7.0  # widths of one and of both columns of a paper, inches
 
-# fmt: off
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-# fmt: on
 GREY, INK, PALE_INK = "#8A8A8A", "#444444", "#5A5A5A"
 
 
@@ -97,8 +95,8 @@ def in_order(names: Any) -> list[str]:
 
 
 def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
-    """Return styles of candidates, given their families: the first of a family has the family's style, others have
-    colours and markers that no candidate has."""
+    """Return styles of candidates, given the family of each: the first candidate of a family has the family's style,
+    others have colours and markers that no candidate has."""
     first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
     styles = {name: STYLES[family] for family, name in first.items()}
     used = {(style.color, style.marker) for style in styles.values()}
@@ -110,7 +108,7 @@ def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
 
 @lru_cache(maxsize=256)
 def device_title(label: str) -> str:
-    """Return the title of a device ("A100 80GB SXM") from the label of its profile: those words of the vendor's title
+    """Return the title of a device ("A100 80GB SXM") from the label of its profile: the words of the vendor's title
     that are in its name, and a software stack that was selected by name. An unknown label is its own title."""
     found = re.fullmatch(r"(?P<name>[^@ ]+)(?:@(?P<stack>\S+))?(?P<more>.*)", label)
     if found is None or found["name"] not in list_hardware():
@@ -126,15 +124,12 @@ def engine_title(name: str) -> str:
     return load_engine(name).short_title or name if split(name)[0] in list_engines() else name
 
 
-@contextlib.contextmanager
-def paper_style() -> Iterator[None]:
-    """Make figures that are drawn and saved inside use the style sheet only, whatever the user's settings are."""
-    import matplotlib
+def paper_style() -> AbstractContextManager[None]:
+    """Return a context in which figures have the style sheet only, whatever the user's settings are."""
+    from matplotlib import style
 
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update(matplotlib.rcParamsDefault)
-        matplotlib.rcParams.update(matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False))
-        yield
+    sheets: AbstractContextManager[None] = style.context(["default", STYLE_FILE])
+    return sheets
 
 
 SUFFIXES = (".pdf", ".svg", ".png")
@@ -151,12 +146,18 @@ def check_figure(path: str | Path) -> Path:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure, whole, in the format of its suffix; the same figure has the same bytes."""
-    target = check_figure(path)
+    target, out = check_figure(path), io.BytesIO()
     suffix = target.suffix.lower()
-    out = io.BytesIO()
     with paper_style():
         figure.savefig(out, format=suffix[1:], metadata=_METADATA[suffix])
-    write_whole(target, _of_few_colors(out.getvalue()) if suffix == ".png" else out.getvalue())
+    if suffix == ".png":  # a palette instead of colours: a third of the bytes
+        from PIL import Image
+
+        with Image.open(out) as picture:
+            few = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            out = io.BytesIO()
+            few.save(out, "png", dpi=picture.info["dpi"])
+    write_whole(target, out.getvalue())
 
 
 def svg_text(figure: Figure) -> str:
@@ -167,14 +168,3 @@ def svg_text(figure: Figure) -> str:
         figure.savefig(out, format="svg", metadata=_METADATA[".svg"])
     text = out.getvalue()
     return text[text.index("<svg") :]
-
-
-def _of_few_colors(png: bytes) -> bytes:
-    """Return the same picture with a palette: a third of the bytes."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as picture:
-        few = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        few.save(out, "png", dpi=picture.info["dpi"])
-    return out.getvalue()

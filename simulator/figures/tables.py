@@ -1,5 +1,4 @@
-"""Draw tables of families: the taxonomy (what each family keeps and adds), the fastest family over batch and sequence,
-and the share of the roofline bound's gain that each family achieves at each batch."""
+"""Draw tables of families: taxonomy, fastest family over batch and sequence, and efficiency to the bound."""
 
 from __future__ import annotations
 
@@ -35,17 +34,15 @@ from simulator.figures.style import (
 )
 from simulator.workload import Workload
 
-# Axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K.
+# axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K
 SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
 
 AXES = ("M", "N", "K")
 WHOLE = 0.995  # shares from this value up count as unchanged
-
 _ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
 
 CERTAIN, PALE = 0.42, 0.14  # opacity of a cell whose winner is certain, and of a cell whose winner is not
 CLOSE, LOSS = 1.0, -0.5  # efficiencies of the darkest blue (the whole gain of the bound) and the darkest red
-
 _CELL_IN, _LINE_IN = 0.24, 0.155
 _SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
 # numbers fit into their cells, and measuring hundreds of them for the layout is slow
@@ -55,9 +52,8 @@ _NUMBER: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 
 def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     """Draw the fastest family with its colour, marker and speedup in each cell.
 
-    Columns: ``row`` and ``column`` (labels of the phase and the device), ``batch``, ``seq``, ``winner`` (empty if no
-    family is faster than the dense model) and its ``speedup``, ``certain`` (else the cell is pale), and ``fits``
-    (whether the dense model fits the device's memory; else the cell is blank).
+    Columns: ``row`` and ``column`` (labels of phase and device), ``batch``, ``seq``, ``winner`` (empty: no family is
+    faster than dense), ``speedup``, ``certain`` (else pale), ``fits`` (else blank: the dense model exceeds the memory).
     """
     data = arrays(cells)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
@@ -88,18 +84,17 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
     y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
     winner, gains = data["winner"], data["winner"] != ""
 
-    def draw(chosen: NDArray[np.bool_], **style: Any) -> None:
-        if chosen.any():
-            center = np.stack([x[chosen], y[chosen]], axis=1)
-            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **style))
-
     colors = []
     for name, certain in zip(winner[gains], data["certain"][gains]):
         color, opacity = style_of(name).color, CERTAIN if certain else PALE
-        # black families are paler, so that the numbers in their cells are readable
+        # numbers would be unreadable on a darker black
         colors.append(to_rgba(color, 0.6 * opacity if color == BLACK else opacity))
-    draw(gains, facecolors=colors, edgecolors="white", linewidths=0.6)
-    draw(~gains, facecolors="white", edgecolors="#B8B8B8", hatch="////", linewidths=0.0)
+    gain: dict[str, Any] = {"facecolors": colors, "edgecolors": "white", "linewidths": 0.6}
+    none: dict[str, Any] = {"facecolors": "white", "edgecolors": "#B8B8B8", "linewidths": 0.0, "hatch": "////"}
+    for chosen, look in ((gains, gain), (~gains, none)):
+        if chosen.any():
+            center = np.stack([x[chosen], y[chosen]], axis=1)
+            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **look))
     for name in in_order(winner[gains]):
         own = winner == name
         ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
@@ -115,10 +110,15 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     with paper_style():
         figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
         for panel, ax in panels.items():
-            table, own = np.full((len(families), len(batches)), np.nan), of_panel(data, *panel)
-            for name, size, value in zip(own["family"], own["batch"], own["efficiency"]):
-                table[families.index(name), batches.index(int(size))] = value
-            _draw_table(ax, table)
+            own, colors = of_panel(data, *panel), np.ones((len(families), len(batches), 3))
+            efficiency = dict(zip(zip(own["family"], own["batch"]), own["efficiency"]))
+            for i, j in np.ndindex(len(families), len(batches)):
+                value = float(efficiency.get((families[i], batches[j]), np.nan))
+                colors[i, j], ink = _color(value)
+                ax.text(j, i, number(value), color=ink, **_NUMBER)
+            ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(len(families) - 0.5, -0.5))
+            edges = (np.arange(count + 1) - 0.5 for count in (len(batches), len(families)))
+            ax.pcolormesh(*edges, colors, edgecolors="white", linewidth=0.5)
         as_table(panels, [str(b) for b in batches], [label(f) for f in families])
         # a scale of the colours below the panels
         shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
@@ -131,31 +131,17 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
         return laid_out(figure)
 
 
-def _draw_table(ax: Axes, table: NDArray[np.float64]) -> None:
-    count, across = table.shape
-    ax.set(xlim=(-0.5, across - 0.5), ylim=(count - 0.5, -0.5))
-    shades = [[_color(float(value)) for value in line] for line in table]
-    mesh = np.array([[color for color, _ in line] for line in shades])
-    ax.pcolormesh(np.arange(across + 1) - 0.5, np.arange(count + 1) - 0.5, mesh, edgecolors="white", linewidth=0.5)
-    for (i, j), value in np.ndenumerate(table):
-        ax.text(j, i, number(float(value)), color=shades[i][j][1], **_NUMBER)
-
-
 def number(value: float) -> str:
     """Format an efficiency in few characters."""
     if not np.isfinite(value):
         return "–"
-    if value < -0.995:
-        return "<−1"
-    if value >= 9.95:
-        return ">9"
-    if abs(value) >= 0.995:
-        return f"{value:.1f}"
-    return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+    if not -0.995 <= value < 9.95:
+        return "<−1" if value < 0 else ">9"
+    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _color(value: float) -> tuple[tuple[float, ...], str]:
-    """Return blue for a gain, darker closer to the bound, or red for a loss; and a readable colour for text on it."""
+    """Return blue for a gain, darker closer to the bound, or red for a loss, and a readable colour of text on it."""
     if not np.isfinite(value):
         return (1.0, 1.0, 1.0), GREY
     depth = min(value / CLOSE if value >= 0 else value / LOSS, 1.0)
@@ -169,50 +155,40 @@ def kept_axes(
 ) -> tuple[float, float, float]:
     """Return the shares of the logical M, N and K of some operators that pruning keeps, over a whole pass.
 
-    M is the tokens of all layers together, N the outputs of a token, K the multiply-adds of an output. A removed layer
+    M is the tokens of all layers together, N the outputs per token, K the multiply-adds per output. A removed layer
     reduces M; a low-rank pair, or zeros, reduce K; tiles skipped by groups of features reduce N, or K if the features
     are inputs. For attention M is queries, N keys and K the features of all heads; skipped query-key pairs reduce the
-    axis named.
+    axis ``attention``.
     """
     before, after = (w.take(w.is_role(*roles) & ~w.overhead) for w in (dense, pruned))
     if not len(before):
         return (float("nan"),) * 3
     share = float(after.flops.sum() / before.flops.sum())
-    if "attention" in roles:
-        (m0, k0), (m1, k1) = _queries_features(before), _queries_features(after)
-        m, k = m1 / m0, k1 / k0 if k1 else 1.0
-        n = share / (m * k)
-        return {"N": (m, n, k), "M": (m * n, 1.0, k), "K": (m, 1.0, k * n)}[attention]
+    is_attention = "attention" in roles
+    (rows0, width0), (rows1, width1) = (_rows_and_width(w, is_attention) for w in (before, after))
+    m, width = rows1 / rows0, width1 / width0 if width1 else 1.0
+    rest = share / (m * width) if m * width else 1.0
+    if is_attention:
+        return {"N": (m, rest, width), "M": (m * rest, 1.0, width), "K": (m, 1.0, width * rest)}[attention]
     if ((after.kernel == Kernel.GROUPS_N) | (after.kernel == Kernel.GROUPS_K)).any():
         return (1.0, 1.0, share) if set(roles) & {"o", "down"} else (1.0, share, 1.0)
-    (m0, n0), (m1, n1) = _tokens_outputs(before), _tokens_outputs(after)
-    m, n = m1 / m0, n1 / n0 if n1 else 1.0
-    return m, n, share / (m * n) if m * n else 1.0
+    return m, width, rest
 
 
-def _tokens_outputs(w: Workload) -> tuple[float, float]:
-    """Return tokens of GEMMs in a pass, and outputs per token; a low-rank pair's second factor makes the output."""
-    out = w.stage != 1
-    return _mean((w.m * w.count)[out], w.n[out])
-
-
-def _queries_features(w: Workload) -> tuple[float, float]:
-    """Return queries of attention in a pass, and features per query over all heads."""
-    return _mean(w.batch * w.q_len * w.count, w.heads * w.head_dim)
-
-
-def _mean(rows: NDArray[Any], values: NDArray[Any]) -> tuple[float, float]:
-    return float(rows.sum()), float((rows * values).sum() / rows.sum()) if rows.sum() else 0.0
+def _rows_and_width(w: Workload, attention: bool) -> tuple[float, float]:
+    """Return the queries of attention in a pass and their features over all heads, or the tokens of GEMMs and their
+    outputs, which are those of the second factor of a low-rank pair."""
+    rows, width = w.batch * w.q_len * w.count, w.heads * w.head_dim
+    if not attention:
+        rows, width = (w.m * w.count)[w.stage != 1], w.n[w.stage != 1]
+    return float(rows.sum()), float((rows * width).sum() / rows.sum()) if rows.sum() else 0.0
 
 
 def taxonomy_figure(
     family: Sequence[str], axis: Sequence[str], operators: Sequence[str], kept: ArrayLike, adds: Sequence[str]
 ) -> Figure:
     """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an operator that the model
-    lacks; a row is a family with the axis that it changes and the operators that it adds.
-
-    A cell has three bars. Unchanged axes are grey lines, so reductions are easy to see.
-    """
+    lacks. A row is a family with the axis that it changes and the operators that it adds."""
     values = np.asarray(kept, dtype=float)
     left, right, top, bottom = 1.38, 1.04, 0.30, 0.05
     with paper_style():
@@ -242,13 +218,12 @@ def taxonomy_figure(
 
 
 def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color: str) -> None:
-    """Draw three bars, each after the letter of its axis; the kept per cent follows if it is below 100."""
+    """Draw three bars, each after the letter of its axis and before the kept per cent; an unchanged axis is a line."""
     start, full = x + 0.13, width - 0.13 - 0.19
     for b, share in enumerate(kept):
-        middle = y + (b - 1) * _STEP_IN
         if not np.isfinite(share):
             continue
-        reduced = share < WHOLE
+        middle, reduced = y + (b - 1) * _STEP_IN, share < WHOLE
         letter: dict[str, Any] = {"fontsize": 6, "va": "center_baseline", "color": BLACK if reduced else "#9A9A9A"}
         ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
         if reduced:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, side_by_side, titled, width_of, wrapped
+from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, titled, width_of, wrapped
 from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
 from simulator.prediction.explain import Explanation
 
@@ -37,21 +37,15 @@ class Steps:
 
 
 def folded(panels: Sequence[Steps]) -> list[Steps]:
-    """Fold the steps whose factors are within :data:`FOLDED` of 1 in every panel into a last step, if they are two or
-    more. Its factor is the product of theirs, so the waterfall ends at the same speedup."""
-    small = np.all([np.abs(np.asarray(p.factors) - 1.0) <= FOLDED for p in panels], axis=0)
-    count = int(small.sum())
-    if count < 2:
+    """Replace the steps whose factors are within :data:`FOLDED` of 1 in every panel by one step with the product of
+    their factors, if there are two or more."""
+    factors = np.array([p.factors for p in panels])
+    small = np.asarray((np.abs(factors - 1.0) <= FOLDED).all(axis=0))
+    if (count := int(small.sum())) < 2:
         return list(panels)
-    kept, others = np.flatnonzero(~small).tolist(), np.flatnonzero(small).tolist()
-
-    def fold(p: Steps) -> Steps:
-        names = [*(p.names[i] for i in kept), f"other ({count} steps)"]
-        return replace(
-            p, names=names, factors=[*(p.factors[i] for i in kept), float(np.prod([p.factors[i] for i in others]))]
-        )
-
-    return [fold(p) for p in panels]
+    names = [*(name for name, fold in zip(panels[0].names, small) if not fold), f"other ({count} steps)"]
+    products = np.concatenate([factors[:, ~small], factors[:, small].prod(axis=1, keepdims=True)], axis=1)
+    return [replace(p, names=names, factors=own) for p, own in zip(panels, products.tolist())]
 
 
 def steps_of(e: Explanation, title: str) -> Steps:
@@ -63,14 +57,12 @@ def steps_of(e: Explanation, title: str) -> Steps:
 
 def waterfalls_of(found: Sequence[Explanation]) -> Figure:
     """Draw the waterfalls of explanations, one panel each."""
-    lengths = len({e.result.seq for e in found}) > 1
-    panels = [steps_of(e, f"{title}{f', seq {e.result.seq}' if lengths else ''}") for e, title in titled(found)]
-    return waterfall_figure(panels, columns=side_by_side(found))
+    titles, columns = titled(found)
+    return waterfall_figure([steps_of(e, title) for e, title in zip(found, titles)], columns=columns)
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
-    """Draw waterfalls with the same steps side by side; each row is :func:`folded` and has its steps on common lines.
-    ``columns`` is the number of panels per row."""
+    """Draw waterfalls with the same steps in rows of ``columns`` panels, each row :func:`folded`."""
     columns = columns or in_a_row(len(panels))
     room_in = (width_of(columns) - 1.3) / columns  # next to the names of the steps
     panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]
@@ -104,7 +96,7 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     places = np.arange(count + 1)
     line: dict[str, Any] = {"color": "#777777", "linewidth": 0.5, "zorder": 1.8}
-    ax.vlines(reached, places + 0.33, places + 0.67, **line)  # from bar to bar
+    ax.vlines(reached, places + 0.33, places + 0.67, **line)  # lines that connect the bars
     ax.barh([0, last], [panel.nominal - 1.0, predicted - 1.0], left=1.0, height=0.66, color=["#C8C8C8", BLUE], zorder=2)
     _write(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
     for i, factor in enumerate(panel.factors, start=1):

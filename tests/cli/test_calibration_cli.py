@@ -247,8 +247,8 @@ def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: p
 
 
 BAD_RUNS = {
-    "--budget 0": "expected a time above zero",
-    "--budget soon": "expected a time such as 2min",
+    "--budget 0": "expected a time above zero such as 2min",
+    "--budget soon": "expected a time above zero such as 2min",
     "--dtype fp8": "not supported by device cuda:0; supported: bf16, fp16, fp32",
     "--hardware h1000": "did you mean",
     "--for lama": "unknown",

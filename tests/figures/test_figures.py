@@ -1,6 +1,4 @@
-"""Figures: the same bytes for the same predictions, embedded fonts, nothing outside the page, no two texts on top of
-each other.
-"""
+"""Figures: equal bytes for equal predictions, embedded fonts, nothing outside the page, no overlapping texts."""
 
 from __future__ import annotations
 
@@ -19,22 +17,12 @@ import pytest
 from PIL import Image
 
 import simulator
-from calibration.cli.figures import shipped_gemms
+from calibration.cli.figures import gemms_of_format, shipped_gemms
+from calibration.cli.fit import load_rows
 from simulator.engines.engine import list_engines
+from simulator.figures import style
 from simulator.figures.gemms import Roof, roofline_figure
-from simulator.figures.measured import read_measured_gemms
 from simulator.figures.speedup import speedups_of
-from simulator.figures.style import (
-    COLUMN_IN,
-    PAGE_IN,
-    STYLES,
-    device_title,
-    engine_title,
-    in_order,
-    label,
-    save_figure,
-    style_of,
-)
 from simulator.figures.waterfall import Steps, waterfall_figure
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model, model_title
@@ -109,19 +97,17 @@ def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: 
     there = [tmp_path / f"there{suffix}" for suffix in (".svg", ".pdf", ".png")]
     figure = waterfall_figure([Steps("x", ["a", "b"], [0.9, 1.1], 1.3, 1.2, 1.4)])
     for path in here:
-        save_figure(figure, path)
+        style.save_figure(figure, path)
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code, *map(str, there)], check=True, cwd=root)
     assert [path.read_bytes() for path in here] == [path.read_bytes() for path in there]
 
 
 def test_pdf_fonts_are_embedded_truetype(tmp_path: Path, drawn: dict[str, Figure]) -> None:
-    save_figure(drawn["waterfall"], tmp_path / "x.pdf")
+    style.save_figure(drawn["waterfall"], tmp_path / "x.pdf")
     content = (tmp_path / "x.pdf").read_bytes()
-    streams = [
-        zlib.decompress(s) for s in re.findall(rb"stream\n(.*?)\nendstream", content, re.DOTALL) if s[:1] == b"\x78"
-    ]
-    everything = content + b"".join(streams)
+    streams = re.findall(rb"stream\n(.*?)\nendstream", content, re.DOTALL)
+    everything = content + b"".join(zlib.decompress(s) for s in streams if s[:1] == b"\x78")
     assert b"/FontFile2" in everything  # TrueType programs
     assert b"/Type3" not in everything
     assert b"CreationDate" not in everything
@@ -143,7 +129,7 @@ def texts(figure: Figure) -> list[tuple[str, Any]]:
 
 
 def _shown(figure: Figure, text: Any) -> bool:
-    """Whether a text is really drawn: tick labels outside the axes' limits or switched off are not."""
+    """Return whether a text is drawn: tick labels outside the axes' limits or switched off are not."""
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
             for tick in [*axis.majorTicks, *axis.minorTicks]:
@@ -159,7 +145,7 @@ def _shown(figure: Figure, text: Any) -> bool:
 
 def check_print(figure: Figure) -> None:
     """A width of a paper's columns, no taller than its page, and no text off the page or on top of another."""
-    assert figure.get_size_inches()[0] in (COLUMN_IN, PAGE_IN)
+    assert figure.get_size_inches()[0] in (style.COLUMN_IN, style.PAGE_IN)
     assert figure.get_size_inches()[1] <= 9.5
     found = texts(figure)
     assert len(found) > 5
@@ -179,13 +165,13 @@ def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> N
 
 @pytest.mark.quick
 def test_every_family_has_a_look_of_its_own() -> None:
-    assert set(STYLES) == set(FAMILIES)
-    assert len({(a.marker, a.color, a.hollow) for a in STYLES.values()}) == len(STYLES)
-    assert len({(a.marker, a.hollow) for a in STYLES.values()}) == len(STYLES)  # apart in grey print too
+    assert set(style.STYLES) == set(FAMILIES)
+    assert len({(a.marker, a.color, a.hollow) for a in style.STYLES.values()}) == len(style.STYLES)
+    assert len({(a.marker, a.hollow) for a in style.STYLES.values()}) == len(style.STYLES)  # apart in grey print too
     for name, family in FAMILIES.items():
         if name not in ("token", "kv_cache", "sparse_attention"):
-            assert style_of(name).hollow == family.dynamic, name
-    assert in_order(reversed(list(STYLES))) == list(STYLES)
+            assert style.style_of(name).hollow == family.dynamic, name
+    assert style.in_order(reversed(list(style.STYLES))) == list(style.STYLES)
 
 
 def roofs(ax: Any) -> tuple[Any, Any]:
@@ -211,7 +197,8 @@ def test_no_point_lies_above_the_roof_of_the_highest_clock() -> None:
 def test_no_measured_gemm_lies_above_the_highest_line(name: str, request: pytest.FixtureRequest) -> None:
     hw = load_hardware(name)
     if name == "rtx_4090":
-        table = read_measured_gemms(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")
+        rows, _ = load_rows([str(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")], screened=False)
+        table = gemms_of_format(rows, "bf16", "")
     else:
         table = shipped_gemms(hw, "bf16")
     work = 2 * table.m * table.n * table.k
@@ -233,35 +220,16 @@ def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
     assert last.get_x() + last.get_width() == pytest.approx(1.333 * np.prod(factors))
 
 
-def test_a_figure_is_written_whole_or_not_at_all(
-    tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "x.png"
-    target.write_bytes(b"old")
-
-    def refuse(*_: object) -> None:
-        raise PermissionError("planted")
-
-    monkeypatch.setattr("simulator.files.write.os.replace", refuse)
-    with pytest.raises(PermissionError):
-        save_figure(drawn["waterfall"], target)
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
-    monkeypatch.undo()
-    save_figure(drawn["waterfall"], target)
-    with Image.open(target) as picture:
+def test_a_png_has_a_palette_and_the_resolution_of_prints(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    style.save_figure(drawn["waterfall"], tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
         assert picture.mode == "P"  # a palette: a third of the bytes
         assert picture.info["dpi"] == pytest.approx((300, 300), rel=1e-3)
 
 
 def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
-    for names, title in (
-        (list_hardware(), device_title),
-        (list_engines(), engine_title),
-        (list_models(), model_title),
-        (FAMILIES, label),
-    ):
-        titles = [title(name) for name in names]
+    devices, engines = map(style.device_title, list_hardware()), map(style.engine_title, list_engines())
+    for titles in map(list, (devices, engines, map(model_title, list_models()), map(style.label, FAMILIES))):
         assert len(set(titles)) == len(titles)
         assert not any("_" in t for t in titles if "Nemotron" not in t)
     for name in list_models():
@@ -269,15 +237,7 @@ def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("name", "title"),
-    [
-        ("a100_sxm_80gb", "A100 80GB SXM"),
-        ("rtx_4090", "RTX 4090"),
-        ("rtx_4090@vllm", "RTX 4090 (vLLM kernels)"),
-        ("rtx_4090 (anchored)", "RTX 4090 (anchored)"),
-        ("gpu of mine", "gpu of mine"),
-    ],
-)
-def test_a_device_has_the_words_that_people_say(name: str, title: str) -> None:
-    assert device_title(name) == title
+def test_a_device_has_the_words_that_people_say() -> None:
+    titles = {"a100_sxm_80gb": "A100 80GB SXM", "rtx_4090": "RTX 4090", "rtx_4090@vllm": "RTX 4090 (vLLM kernels)"}
+    titles |= {"rtx_4090 (anchored)": "RTX 4090 (anchored)", "gpu of mine": "gpu of mine"}
+    assert {name: style.device_title(name) for name in titles} == titles

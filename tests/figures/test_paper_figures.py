@@ -1,6 +1,4 @@
-"""Figures of a paper: what they show is what the simulator predicts, and they print without clashes, the same every
-time.
-"""
+"""Figures of a paper show the predictions of the simulator, and they print without clashes."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from test_figures import check_print
 
 import simulator
 from simulator.cli import run
-from simulator.errors import InputError
-from simulator.figures.measured import MOST_DOTS, MeasuredGemms, from_columns, read_measured_gemms
+from simulator.figures.measured import MOST_DOTS, MeasuredGemms
 from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, OPERATORS, Paper, draw, paper
 from simulator.figures.style import device_title, style_of
 from simulator.figures.tables import SKIPPED_PAIRS, efficiency_figure, kept_axes, number
@@ -59,7 +56,7 @@ def one() -> Paper:
 
 @pytest.fixture(scope="module")
 def drawn(about: Paper, one: Paper) -> dict[str, Drawn]:
-    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}  # of 5,000 predictions a device
+    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}  # 5,000 predictions per device
     return out | {f"{name}, one device": draw(name, one) for name in FIGURES}
 
 
@@ -160,11 +157,10 @@ def test_a_staircase_shows_the_prediction_and_the_measured_points(about: Paper, 
 
 def test_predictions_beside_measurements_assume_the_same_rotation_of_weights() -> None:
     hw = load_hardware("a100")
-    table = from_columns({"m": [8], "n": [4096], "k": [2048], "seconds": [1e-5], "copies": [1]}, "mine")
+    one = np.ones(1)
+    table = MeasuredGemms("mine", 8 * one, 4096 * one, 2048 * one, 1e-5 * one, copies=one)
     assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, copies=1).seconds
     assert table.predict(hw)[0] != gemm_time(8, 4096, 2048, hw).seconds
-    held = from_columns({"m": [8], "n": [512], "k": [512], "seconds": [1e-5], "predicted_s": [9e-6]}, "mine")
-    assert held.predict(hw).tolist() == [9e-6]
 
 
 def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
@@ -247,24 +243,3 @@ def test_bad_input_is_one_line_and_status_2(
     assert prunesim([*FIGURES_OF, "-o", str(tmp_path / "out"), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "is empty"),
-        (b"m,n,k\n1,2,3\n", "column seconds is missing"),
-        (b"m,n,k,seconds\n1,2,3,fast\n", "column seconds: expected numbers"),
-        (b"m,n,k,seconds\n1,2,3,1e-5\n0,2,3,1e-5\n", "column m, row 2: expected a number from 1"),
-        (b"m,n,k,seconds,dtype\n1,2,3,1e-5,fp8\n", "no row of bf16"),
-        (b"PAR1\x00\x00", "cannot be read as Parquet"),
-    ],
-)
-def test_a_bad_table_of_measurements_is_refused_with_the_reason(content: bytes, says: str, tmp_path: Path) -> None:
-    if content.startswith(b"PAR1"):
-        pytest.importorskip("pyarrow")
-    path = tmp_path / "table.csv"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(says)) as caught:
-        read_measured_gemms(path)
-    assert "\n" not in str(caught.value)

@@ -9,9 +9,8 @@ import pytest
 from test_figures import check_print
 
 import simulator
-from simulator.figures.speedup import PAYS, pays_from, speedups_of, varying
+from simulator.figures.speedup import PAYS, pays_from, services_of, speedups_of, varying
 from simulator.figures.style import styles_of
-from simulator.figures.throughput import services_of
 from simulator.prediction.sentences import GAIN, break_even
 
 MODEL = "llama-3.1-8b"
