@@ -70,7 +70,6 @@ class Family(Displayed):
     # part of a request ("": a fraction without parts) -> sizes of which it is the requested share; None: sizes depend
     # on the tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
-    narrows: bool  # whether it makes kernels smaller without removing one
     summary: str
     cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
@@ -83,6 +82,7 @@ class Family(Displayed):
     needs: str = ""  # field of the configuration that a model must have
     # "each" layer can have its own sparsity; it removes "some" layers, from a list if one is given; "all" are equal
     layers: str = "each"
+    narrows: bool = False  # whether it makes kernels smaller without removing one
     default: float | None = None  # sparsity if none is given
     # requests of one model that one call can prune together: "any", or "equal length" if the function reads the length
     # of the prompt from the workload

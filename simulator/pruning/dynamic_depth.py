@@ -160,7 +160,6 @@ FAMILY = Family(
     axis="dynamic M",
     loading="kernels",
     parts=None,
-    narrows=False,
     order=7,
     summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
     cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "

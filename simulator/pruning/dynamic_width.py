@@ -128,7 +128,6 @@ FAMILY = Family(
     axis="dynamic N, K",
     loading="kernels",
     parts=None,
-    narrows=False,
     order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
     cost="a router and a sort of its mask per sublayer; kernels slower than cuBLAS, more so for narrow groups (or "

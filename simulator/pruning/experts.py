@@ -64,7 +64,6 @@ FAMILY = Family(
     axis="static or dynamic N of experts",
     loading="checkpoint",
     parts={"": ("experts",)},
-    narrows=False,
     order=12,
     needs="experts",
     summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",

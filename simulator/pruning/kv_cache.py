@@ -65,7 +65,6 @@ FAMILY = Family(
     axis="K of decode attention",
     loading="kernels",
     parts={},
-    narrows=False,
     order=11,
     together="equal length",
     summary="keeps a share of the prompt's cache, or a budget of positions",

@@ -55,7 +55,6 @@ FAMILY = Family(
     axis="dynamic N, K of attention",
     loading="kernels",
     parts={},
-    narrows=False,
     order=9,
     summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
     "share of the cache's blocks",

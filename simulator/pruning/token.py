@@ -113,7 +113,6 @@ FAMILY = Family(
     axis="static or dynamic M",
     loading="kernels",
     parts={},
-    narrows=False,
     order=10,
     together="equal length",
     summary="drops prompt tokens from some layer on, also from the cache",
