@@ -251,7 +251,7 @@ def insert(w: Workload, parts: Inserted) -> Workload:
 
 
 EXACT_TOKENS = 16  # up to this number of tokens, every outcome of the binomial distribution has its own row
-CAPACITY_TOKENS = 512  # from this number on, only the mean is computed, as in capacity-based routers; its sd is below 5 %
+CAPACITY_TOKENS = 512  # from this number on, only the mean counts, as in capacity-based routers: its sd is below 5 %
 BINS = 5  # number of equally likely bins that approximate the distribution between these two numbers
 
 

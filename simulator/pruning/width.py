@@ -13,19 +13,8 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.errors import InputError
+from simulator.pruning import _rows
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
-from simulator.pruning._rows import (
-    aligned,
-    covering,
-    moved,
-    parameters_removed,
-    readers,
-    resized,
-    whole_share,
-    with_expert_width,
-    with_inner,
-    writers,
-)
 from simulator.pruning.width_cross import width_cross
 from simulator.workload import Workload
 
@@ -47,31 +36,33 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     out = _experts(_mlp(attended, mlp, align, inner), mlp, align)
     if (hidden := float(choice.of("hidden").max(initial=0.0))) > 0:
         out, _ = width_cross(out, Choice(choice.of("hidden"), hidden), ideal=ideal, align=align)
-    return out, parameters_removed(w, out)
+    return out, _rows.parameters_removed(w, out)
 
 
 def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone."""
     delta = w.kind == Kind.DELTA_NET
     attention = w.is_attention | delta
-    nets = covering(w, attention, delta.astype(np.int64)) > 0
+    nets = _rows.covering(w, attention, delta.astype(np.int64)) > 0
     alone, kv = np.where(nets, 0.0, alone), np.where(nets, 0.0, kv)
     latent = w.latent > 0  # one vector for all heads
-    heads, groups = (covering(w, attention, x) for x in (w.heads, np.where(latent, w.heads, w.kv_heads)))
-    one_vector = covering(w, attention, latent.astype(np.int64)) > 0
+    heads, groups = (_rows.covering(w, attention, x) for x in (w.heads, np.where(latent, w.heads, w.kv_heads)))
+    one_vector = _rows.covering(w, attention, latent.astype(np.int64)) > 0
     if (one_vector & (kv > 0)).any():
         raise InputError("sparsity of kv: latent attention has one vector for all heads; expected attention or heads")
 
     def left(many: Array, share: Array) -> Array:
-        return np.where((share > 0) & (many > 0), np.maximum(whole_share(1.0 - share, many), 1), many)
+        return np.where((share > 0) & (many > 0), np.maximum(_rows.whole_share(1.0 - share, many), 1), many)
 
     grouped = left(groups, both)
     some_heads = left(heads * grouped // np.maximum(groups, 1), alone)
     some_groups = np.where(one_vector, some_heads, left(grouped, kv))
     heads, groups = np.maximum(heads, 1), np.maximum(groups, 1)
-    queries, fused = writers(w, *HEADS) | w.is_role(*OUTPUTS) | delta, writers(w, "qkv")
-    keys = groups * covering(w, attention, w.head_dim)  # features of all keys
-    n = np.where(queries, w.n * some_heads // heads, np.where(writers(w, "k", "v"), w.n * some_groups // groups, w.n))
+    queries, fused = _rows.writers(w, *HEADS) | w.is_role(*OUTPUTS) | delta, _rows.writers(w, "qkv")
+    keys = groups * _rows.covering(w, attention, w.head_dim)  # features of all keys
+    n = np.where(
+        queries, w.n * some_heads // heads, np.where(_rows.writers(w, "k", "v"), w.n * some_groups // groups, w.n)
+    )
     # what is no key and no value of a fused projection are queries, and gates of the outputs if there are any
     made = (w.n - 2 * keys) * some_heads // heads + 2 * keys * some_groups // groups
     n = np.where(fused, made, n)
@@ -83,13 +74,13 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     )
     share = np.where(w.is_role(*OUTPUTS), some_heads / heads, share)
     params = np.where(delta, w.params * (some_heads / heads), w.params)
-    return resized(
+    return _rows.resized(
         w.replace(params=params),
         n,
-        np.where(readers(w, "o"), w.k * some_heads // heads, w.k),
+        np.where(_rows.readers(w, "o"), w.k * some_heads // heads, w.k),
         heads=np.where(attention, some_heads, w.heads),
         kv_heads=np.where(attention & ~(latent & (w.kv_heads == 1)), some_groups, w.kv_heads),
-        **_copied(w, moved(w, share), (heads, groups), (some_heads, some_groups)),
+        **_copied(w, _rows.moved(w, share), (heads, groups), (some_heads, some_groups)),
     )
 
 
@@ -116,9 +107,9 @@ def _copied(
 
 
 def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
-    width = covering(w, readers(w, "down"), w.k)
+    width = _rows.covering(w, _rows.readers(w, "down"), w.k)
     shrink = (s > 0) & (width > 0)
-    kept = np.where(shrink, aligned(width, 1.0 - s, align), width)
+    kept = np.where(shrink, _rows.aligned(width, 1.0 - s, align), width)
     if inner is not None:
         devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
         wanted = whole("inner", inner)
@@ -126,12 +117,12 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
             expected = f"expected a multiple of {devices} up to the inner width {int(width.max(initial=0)) * devices}"
             raise InputError(f"option inner: {expected}, got {wanted}")
         kept = np.where(shrink, wanted // devices, width)
-    return with_inner(w, kept)
+    return _rows.with_inner(w, kept)
 
 
 def _experts(w: Workload, s: Array, align: int) -> Workload:
     """Make each routed expert narrower; keep all experts."""
-    return with_expert_width(w, np.where(s > 0, aligned(w.n, 1.0 - s, align), w.n))
+    return _rows.with_expert_width(w, np.where(s > 0, _rows.aligned(w.n, 1.0 - s, align), w.n))
 
 
 FAMILY = Family(
