@@ -14,8 +14,6 @@ from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_o
 from simulator.workload import Workload
 
 START = 2  # default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
-_LAST = "lm_head", "all_gather", "softcap"
-"""Operators of the head that compute all positions, or only the last of each prompt."""
 
 
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
@@ -42,38 +40,39 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
             raise InputError(f"option start: expected a layer from 0 to {layers - 1}, got {start!r}")
         table[first:] = choice.asked
         w = _rows.split_at(w, first)
-    out, kept, prompt = _dropped(w, table)
+    out, share = _dropped(w, table)
     if not ideal:
-        out = _with_selection(w, out, table, kept, prompt, mode)
-    share = kept / np.maximum(prompt, 1)
+        out = _with_selection(w, out, table, share, mode)
     counted = range(layers) if per_layer else (layers - 1,)
-    shares = [float(share[(w.layer <= i) & (w.layer + w.layers > i)][0]) for i in counted]
-    return _rows.merge_runs(out), float(np.mean([_rows.removed(1.0, x) for x in shares]))
+    dropped = [1.0 - share[(w.layer <= i) & (w.layer + w.layers > i)][0] for i in counted]
+    return _rows.merge_runs(out), float(np.mean(dropped))
 
 
-def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
-    """Return the workload with fewer tokens, and prompt tokens per row after and before dropping."""
+def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
+    """Return the workload with fewer tokens, and the share of prompt tokens that each row keeps."""
     s = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0))
     prompt = _rows.prompt_of(w)
-    whole_prompt = int(prompt.max(initial=0)) or w.meta.seq
-    prompt = np.where(prompt > 0, prompt, whole_prompt)  # outside the layers, or without attention
+    # outside the layers, and in layers without attention, the prompt has its full length
+    prompt = np.where(prompt > 0, prompt, int(prompt.max(initial=0)) or w.meta.seq)
     kept = np.where(s > 0, np.maximum(_rows.whole_share(1.0 - s, prompt), 1), prompt)
     begins, norms = w.is_role("embedding"), w.is_role("final_norm")
     ends = w.m[norms if norms.sum() == begins.sum() else begins]  # tokens at the end of each pass
-    sampled = w.is_role(*_LAST) & (w.m < np.r_[w.m.max(initial=0), ends][np.cumsum(begins)])
+    # the head computes all positions, or only the last of each prompt
+    few = w.m < np.r_[w.m.max(initial=0), ends][np.cumsum(begins)]
+    sampled = w.is_role("lm_head", "all_gather", "softcap") & few
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
-    m = np.where(fewer, np.maximum(w.m * kept // np.maximum(prompt, 1), 1), w.m)
-    prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / np.maximum(prompt, 1)
-    q_len, kv_len = (
-        # of each chunk of a prompt the same share
+    m = np.where(fewer, np.maximum(w.m * kept // prompt, 1), w.m)
+    prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / prompt
+    q_len, kv_len = (  # in the prefill, the same share of each chunk of a prompt
         np.where(prefill, np.maximum(_rows.whole_share(share, length), 1), np.maximum(length - (prompt - kept), 1))
         for length in (w.q_len, w.kv_len)
     )
     out = _rows.shorter_copies(w, _rows.changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
-    return out.replace(m=m, **_rows.moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
+    return out.replace(m=m, **_rows.moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), share
 
 
-def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, prompt: Array, mode: str) -> Workload:
+def _with_selection(w: Workload, out: Workload, table: Array, share: Array, mode: str) -> Workload:
+    """Return ``out`` with the rows that score and gather tokens; they run once per layer that drops tokens."""
     steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)  # layers before which tokens are dropped
     rows = np.flatnonzero((w.kind == Kind.PREFILL_ATTENTION) & np.isin(w.layer, steps))
     if not len(rows):
@@ -81,10 +80,10 @@ def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, promp
     x, place = w.take(rows), _rows.before_sublayer(w, rows)
     missing = np.r_[0.0, table][x.layer]  # share of the prompt missing in the previous layer
     before = x.batch * np.maximum(_rows.whole_share(1.0 - missing, x.q_len), 1)
-    left = x.batch * np.maximum(_rows.whole_share(kept[rows] / np.maximum(prompt[rows], 1), x.q_len), 1)
+    left = x.batch * np.maximum(_rows.whole_share(share[rows], x.q_len), 1)
     hidden = int(_rows.hidden_at(w, np.flatnonzero(_rows.sublayer_ends(w))).max())
     stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
-    once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # only in one layer
+    once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}
     traffic: dict[str, Any] = {
         "select": {"m": before, "n": x.heads, "read_bytes": scores, "write_bytes": index},
         "gather": {"m": left, "n": hidden, "read_bytes": stream + index, "write_bytes": stream},
