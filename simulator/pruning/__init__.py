@@ -21,7 +21,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import ROLES, Part
 from simulator.errors import InputError, unknown
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
-from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weights
+from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weighted, weights
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -208,10 +208,9 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
         raise InputError(f"sparsity by part: expected some of {', '.join(family.targets)}, got none")
     if any(np.ndim(plain(s)) for s in sparsity.values()) or (some is not None and family.layers == "each"):
         w = w.expand()
-    inside, parts, count = projections(w), {}, layer_count(w)
+    parts, count = {}, layer_count(w)
     keep, removed = np.ones(len(w)), np.zeros(len(w))
-    wider_first = sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS))
-    for name in wider_first:
+    for name in sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS)):  # the widest first
         if name not in family.targets:
             raise unknown(f"part (for family {family.name})", name, family.targets)
         if np.ndim(plain(sparsity[name])):
@@ -227,7 +226,7 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
         rows = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], 0.0)
         share = _share(w, name)
         if not share.any():
-            has = dict.fromkeys(ROLES[code] for code in w.role[inside])
+            has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
             raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
         parts[name] = np.where(share > 0, rows, 0.0)
         if name in NESTED:  # removes a share of what other parts leave
@@ -235,7 +234,7 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
         else:
             removed = np.where(share > 0, rows, removed)
     rows = 1.0 - (1.0 - removed) * keep if keep.min(initial=1.0) < 1.0 else removed
-    weight = np.where(inside, weights(w), 0.0)
+    weight = np.where(weighted(w), weights(w), 0.0)
     asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(rows))
     if some is not None and family.layers == "some":
         asked *= len(some) / count

@@ -1,8 +1,8 @@
-"""Published pruning methods as arguments of :func:`simulator.prune`: families, options and layers.
+"""Published pruning methods by name, as families with options and layers: :data:`METHODS`.
 
-:data:`METHODS` has them by name; a new method is an entry of ``_TABLE``. An entry describes how a method changes
-shapes, not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another
-alignment. The code of a method can leave odd widths, which are slower (``align=1`` of the family).
+A new method is an entry of ``_TABLE``. An entry describes how a method changes shapes, not how it selects weights.
+Widths and ranks are rounded as in the family; the code of a method can leave odd widths, which are slower (``align=1``
+of the family).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._family import check_fraction
-from simulator.pruning._rows import layer_count, projections, weights
+from simulator.pruning._rows import layer_count, weighted, weights
 from simulator.workload import Workload
 
 Form = Callable[[float, Workload], tuple[Any, ...]]
@@ -36,12 +36,11 @@ class Method(Displayed):
     family: str  # key of FAMILIES, or two keys joined by "+", applied in order
     what: str  # removed parts, and their layers
     # sparsities in the paper, as the family defines them; none if a budget in tokens sets the sparsity
-    sparsities: tuple[float, ...]
+    sparsities: tuple[float, ...] = ()
     title: str  # title of the paper
     arxiv: str
     options: Mapping[str, Any] = field(default_factory=dict)  # options of its families
-    # function from the number of layers to the pruned layers; None: all layers
-    layers: Callable[[int], range] | None = field(default=None, repr=False)
+    layers: slice | None = field(default=None, repr=False)  # pruned layers; None: all
     # None: the same fraction everywhere; each family prunes the same share of its input
     form: Form | None = field(default=None, repr=False)
     phases: tuple[str, ...] = PHASES  # phases that it prunes
@@ -58,13 +57,7 @@ class Method(Displayed):
     def prune(self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False) -> Workload:
         """Return the pruned workload; ``sparsity`` is that of the whole model, as the family defines it.
 
-        A method with a budget in tokens takes no sparsity: it follows from the length of the request.
-
-        >>> import simulator
-        >>> dense = simulator.lower(simulator.load_model("llama-7b"), phase="decode", batch=1, seq=128)
-        >>> round(METHODS["llm-pruner"].prune(dense, 0.2).parameters / 1e9, 1)  # the paper: 5.4 B
-        5.4
-        """
+        A method with a budget in tokens takes no sparsity: it follows from the length of the request."""
         for family, part, options in self.families_of(workload, sparsity):
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload
@@ -74,10 +67,10 @@ class Method(Displayed):
         phase = workload.meta.phase
         if phase not in self.phases:
             raise InputError(f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}")
-        found = zip(self.family.split("+"), self._forms(sparsity, workload))
-        return [
-            (name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}) for name, part in found
-        ]
+        out = []
+        for name, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
+            out.append((name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}))
+        return out
 
     def _forms(self, requested: float | None, w: Workload) -> tuple[Any, ...]:
         if self.budget is not None:
@@ -92,11 +85,11 @@ class Method(Displayed):
             many = self.family.count("+") + 1
             return (1.0 - (1.0 - sparsity) ** (1.0 / many) if many > 1 else sparsity,) * many
         of, table = layer_count(w), np.zeros(layer_count(w))
-        some = list(self.layers(of))
-        if sparsity * of >= len(some):
-            expected = f"expected less than {len(some) / of:.3g}, as it prunes {len(some)} of {of} layers"
+        some = len(table[self.layers])
+        if sparsity * of >= some:
+            expected = f"expected less than {some / of:.3g}, as it prunes {some} of {of} layers"
             raise InputError(f"{self.name} at sparsity {sparsity:g}: {expected}")
-        table[some] = sparsity * of / len(some)
+        table[self.layers] = sparsity * of / some
         return (table,)
 
 
@@ -109,7 +102,7 @@ def load_method(name: str) -> Method:
 
 def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
     """Scale hidden size and inner width by r and keep the heads: attention keeps r of its weights, the MLP r^2."""
-    inside = projections(w)
+    inside = weighted(w)
     attention = float(weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum())
     mlp = 1.0 - attention
     r = (math.sqrt(attention**2 + 4.0 * mlp * (1.0 - sparsity)) - attention) / (2.0 * mlp)
@@ -120,8 +113,7 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
     """Use four equal stages with 1, r, r^2 and r^3 of the tokens, whose mean is 1 - sparsity."""
     layers = layer_count(w)
     if sparsity >= 0.75:
-        expected = "expected less than 0.75, as its first stage is dense"
-        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: {expected}")
+        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: expected less than 0.75, as its first stage is dense")
     return (_decay(4 * np.arange(layers) // layers, sparsity),)
 
 
@@ -144,10 +136,6 @@ def _decay(stage: Array, sparsity: float) -> Array:
         else:
             high = r
     return 1.0 - r**stage
-
-
-def _first_dense(many: int, last: int = 0) -> Callable[[int], range]:
-    return lambda layers: range(many, layers - last)
 
 
 # fmt: off
@@ -191,7 +179,7 @@ _TABLE = (
     ),
     # width
     Method(
-        name="llm-pruner", family="width", layers=_first_dense(4, 2), sparsities=(0.2, 0.5), arxiv="2305.11627",
+        name="llm-pruner", family="width", layers=slice(4, -2), sparsities=(0.2, 0.5), arxiv="2305.11627",
         what="heads and MLP channels; the first four and the last two layers stay",
         title="LLM-Pruner: On the Structural Pruning of Large Language Models",
     ),
@@ -203,7 +191,7 @@ _TABLE = (
     Method(
         name="slicegpt", family="width_cross", options={"residual_projections": True, "align": 8},
         sparsities=(0.2, 0.25, 0.3), arxiv="2401.15024",
-        what="hidden size; two residual projections a layer are added",
+        what="hidden size; two residual projections per layer are added",
         title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
     ),
     Method(
@@ -260,7 +248,7 @@ _TABLE = (
     ),
     Method(
         name="mod", family="dynamic_depth", options={"prune_kv": True, "router": 1},
-        layers=lambda layers: range(1, layers, 2), sparsities=(0.4375,), arxiv="2404.02258",
+        layers=slice(1, None, 2), sparsities=(0.4375,), arxiv="2404.02258",
         what="tokens skip every other layer, with keys and values; 0.4375: 12.5 % stay",
         title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
     ),
@@ -297,14 +285,14 @@ _TABLE = (
     ),
     Method(
         name="minference-7096", family="sparse_attention", options={"block": 64, "budget": 7096}, phases=("prefill",),
-        sparsities=(), arxiv="2407.02490",
+        arxiv="2407.02490",
         models=("Llama-3-8B-1M", "GLM-4-9B-1M", "Yi-200K", "Phi-3-128K", "Qwen2-128K"),
         what="all but 7,096 keys per query, in 1,000 vertical and 6,096 slash lines of each head",
         title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
     ),
     Method(
         name="quest", family="sparse_attention", options={"block": 16}, phases=("decode",),
-        layers=_first_dense(2), sparsities=(0.82, 0.88), arxiv="2406.10774",
+        layers=slice(2, None), sparsities=(0.82, 0.88), arxiv="2406.10774",
         what="pages of 16 cached positions, except in two layers; 0.82: 4k of 32k stay",
         title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
     ),
@@ -345,7 +333,7 @@ _TABLE = (
     ),
     Method(
         name="streaming-llm", family="kv_cache", options={"observed": 0, "budget": 2048, "rolling": True},
-        sparsities=(), arxiv="2309.17453", models=("Llama-2", "MPT", "Falcon", "Pythia"),
+        arxiv="2309.17453", models=("Llama-2", "MPT", "Falcon", "Pythia"),
         what="cached positions, of the prompt or new, except the first 4 and the last 2,044; the prefill stays dense",
         title="Efficient Streaming Language Models with Attention Sinks",
     ),
@@ -379,11 +367,10 @@ _TABLE = (
     Method(
         name="m-smoe", family="experts", options={"merged": True}, sparsities=(0.75,), arxiv="2310.01334",
         models=("Switch-base-32",),
-        what="experts, merged by their routing into about 8 of 32 a layer; the router keeps its outputs",
+        what="experts, merged by their routing into about 8 of 32 per layer; the router keeps its outputs",
         title="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
     ),
 )
 # fmt: on
 
 METHODS: Mapping[str, Method] = MappingProxyType({entry.name: entry for entry in _TABLE})
-"""Published methods by name, ordered by family."""
