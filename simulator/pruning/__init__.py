@@ -1,9 +1,7 @@
 """Prune: pure functions from a workload to the workload of the pruned model.
 
-Use :func:`prune`; :data:`FAMILIES` lists the families. A new family is one new module here with a constant ``FAMILY``.
-The module ``_grammar`` reads texts such as ``width mlp=0.3 + depth 0.25``.
-Calls compose: ``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Numbers are rounded to the nearest whole
-number, halves up, unless a family documents another rule.
+A family is one module of this package with a constant ``FAMILY``; no list names it. Numbers are rounded to the nearest
+whole number, halves up, unless a family documents another rule.
 """
 
 from __future__ import annotations
@@ -124,10 +122,9 @@ def prune(
     if not isinstance(pruning, str) or pruning not in FAMILIES:
         raise unknown("pruning family", pruning, FAMILIES)
     chosen = FAMILIES[pruning]
-    if wrong := [name for name in options if name not in chosen.options]:
-        if not chosen.options:
-            raise InputError(f"family {pruning} has no option {wrong[0]!r}; it has none")
-        raise unknown(f"option of family {pruning}", wrong[0], chosen.options)
+    for name in options:
+        if name not in chosen.options:
+            raise unknown(f"option of family {pruning}", name, chosen.options, chosen.options or ["none"])
     work, choice = _resolve(workload, chosen, sparsity, layers, options.get("budget"))
     pruned, realised = workload, 0.0
     if choice.form == "budget" or choice.rows.any():

@@ -1,8 +1,4 @@
-"""Define a pruning family, the sparsity of each row, and checks of options.
-
-A family is one file of this package with a constant ``FAMILY``; no list names it. The module ``_rows`` serves all
-families.
-"""
+"""Define a pruning family, the sparsity of each row, and checks of options."""
 
 from __future__ import annotations
 
@@ -20,21 +16,16 @@ from simulator.errors import InputError
 from simulator.workload import Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
+# names of several projections in a sparsity per projection
 GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
-"""Names of several projections in a sparsity per projection."""
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
-NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
-"""Parts of the family width whose removal leaves a share of what other parts leave."""
+NESTED: tuple[str, ...] = ("heads", "kv", "hidden")  # parts of width that remove a share of the rest of other parts
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
-WHOLE: tuple[str, ...] = (
-    *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
-    *("experts", "delta_in", "delta_ba"),
-)
-"""Weights of latent attention, experts and delta nets: only families that remove whole parts, heads or channels prune
-them."""
-WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
-"""Names in a sparsity per part of families that prune single weights."""
+# weights of latent attention, experts and delta nets, which only families that remove heads, channels or more prune
+LATENT: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v")
+WHOLE: tuple[str, ...] = (*LATENT, "experts", "delta_in", "delta_ba")
+WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
 
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
 Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsity
