@@ -7,7 +7,7 @@ whole number, halves up, unless a family documents another rule.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -170,11 +170,8 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
 
 def listed_layers(layers: Any, many: int) -> Array:
     """Return layer numbers without repeats, which must be from 0 to ``many`` - 1."""
-    try:
-        found = np.asarray(list(layers))
-    except TypeError:
-        found = np.zeros(0)
-    if not len(found) or found.ndim != 1 or found.dtype.kind not in "iu":
+    found = plain(list(layers) if isinstance(layers, Iterable) else layers)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
         raise InputError(f"layers: expected layer numbers, got {shown(layers)}")
     if wrong := [int(i) for i in found if not 0 <= i < many]:
         raise InputError(f"layers: expected numbers from 0 to {many - 1}, got {wrong[0]}")

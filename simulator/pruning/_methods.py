@@ -8,7 +8,7 @@ of the family).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -24,8 +24,8 @@ from simulator.pruning._family import check_fraction
 from simulator.pruning._rows import layer_count, weighted, weights
 from simulator.workload import Workload
 
+# function from the requested sparsity and the dense workload to the sparsity of each family
 Form = Callable[[float, Workload], tuple[Any, ...]]
-"""Function from the requested sparsity and the dense workload to the sparsity of each family."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -62,15 +62,13 @@ class Method(Displayed):
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload
 
-    def families_of(self, workload: Workload, sparsity: float | None) -> list[tuple[str, Any, dict[str, Any]]]:
-        """Return the families that prune a workload, with the sparsity and the options of each."""
+    def families_of(self, workload: Workload, sparsity: float | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Yield the families that prune a workload, with the sparsity and the options of each."""
         phase = workload.meta.phase
         if phase not in self.phases:
             raise InputError(f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}")
-        out = []
         for name, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
-            out.append((name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}))
-        return out
+            yield name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}
 
     def _forms(self, requested: float | None, w: Workload) -> tuple[Any, ...]:
         if self.budget is not None:
@@ -110,7 +108,7 @@ def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
 
 
 def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
-    """Use four equal stages with 1, r, r^2 and r^3 of the tokens, whose mean is 1 - sparsity."""
+    """Use four equal stages with 1, r, r^2 and r^3 of the tokens; their mean is 1 - sparsity."""
     layers = layer_count(w)
     if sparsity >= 0.75:
         raise InputError(f"pyramiddrop at sparsity {sparsity:g}: expected less than 0.75, as its first stage is dense")
@@ -127,7 +125,7 @@ def _exits(sparsity: float, w: Workload) -> tuple[Any, ...]:
 
 
 def _decay(stage: Array, sparsity: float) -> Array:
-    """Return sparsities per layer, of which a share r^stage stays, with the mean ``sparsity``."""
+    """Return sparsities per layer with the mean ``sparsity``: a layer keeps a share r^stage of its tokens."""
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r
         r = (low + high) / 2.0

@@ -69,8 +69,6 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
 def shorter_copies(w: Workload, out: Workload) -> Workload:
     """Return ``out`` with cache copies as long as its decode attention; ``w`` is the workload before pruning."""
     copies = w.is_role("cache_write") & (w.kv_len > 0)
-    if not copies.any():
-        return out
     before, after = (covering(x, x.kind == Kind.DECODE_ATTENTION, x.kv_len.astype(np.float64)) for x in (w, out))
     share = np.where(copies & (before > 0), after / np.maximum(before, 1.0), 1.0)
     kept = np.where(copies, np.maximum(np.round(w.kv_len * share), 1), out.kv_len)
@@ -166,8 +164,6 @@ def doubled(w: Workload, mask: Array) -> tuple[Workload, Array, Array, Array]:
 def split_at(w: Workload, layer: int) -> Workload:
     """Split rows whose run of layers contains the start of ``layer`` into two rows that share their count."""
     across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
-    if not across.any():
-        return w
     out, _, first, second = doubled(w, across)
     layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
     out = changed(out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1)))
@@ -184,8 +180,6 @@ def merge_runs(w: Workload) -> Workload:
         column = getattr(w, name)
         new[1:] |= column[1:] != column[:-1]
     start = np.flatnonzero(new)
-    if len(start) == len(w):
-        return w
     return w.take(start).replace(count=np.add.reduceat(w.count, start), layers=np.add.reduceat(w.layers, start))
 
 
@@ -241,8 +235,7 @@ Inserted = list[tuple[Array, Workload]]  # rows to insert, and the position of e
 
 def insertion(w: Workload, parts: Inserted) -> Array:
     """Return the order that puts the rows of ``w`` followed by ``parts`` into their places."""
-    place = np.concatenate([np.arange(len(w), dtype=np.float64), *[at for at, _ in parts]])
-    return np.argsort(place, kind="stable")
+    return np.argsort(np.concatenate([np.arange(len(w)), *[at for at, _ in parts]]), kind="stable")
 
 
 def insert(w: Workload, parts: Inserted) -> Workload:

@@ -38,26 +38,23 @@ def _in_layers(w: Workload, parts: list[Part]) -> Array:
 def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
     rows = _in_layers(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
-    present = np.zeros(layers + 1, dtype=np.int64)  # layers can lack a sublayer
-    np.add.at(present, w.layer[rows], 1)
-    np.add.at(present, (w.layer + w.layers)[rows], -1)
-    there = np.flatnonzero(np.cumsum(present)[:-1] > 0)
-    candidates = there if listed is None else np.intersect1d(there, listed)
-    many = int(whole_share(sparsity, len(candidates)))
     if listed is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers are equal
-        left = layers - many
+        left = layers - int(whole_share(sparsity, layers))
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
+    w = w.expand()
+    rows = _in_layers(w, parts)
+    there = np.unique(w.layer[rows])  # layers can lack a sublayer
+    candidates = there if listed is None else np.intersect1d(there, listed)
+    many = int(whole_share(sparsity, len(candidates)))
     # published methods remove the deepest layers, except the last
     spared = int(not exits and 0 < many < len(candidates) and candidates[-1] == there[-1])
     end = len(candidates) - spared
     keep = np.ones(layers, dtype=bool)
     keep[candidates[end - many : end]] = False
     number = np.cumsum(keep) - 1  # new number of each remaining layer
-    wide = w.expand()
-    rows = _in_layers(wide, parts)
-    layer = np.where(rows, wide.layer, 0)
-    return merge_runs(changed(wide, rows, layer=number[layer]).take(~rows | keep[layer]))
+    layer = np.where(rows, w.layer, 0)
+    return merge_runs(changed(w, rows, layer=number[layer]).take(~rows | keep[layer]))
 
 
 FAMILY = Family(

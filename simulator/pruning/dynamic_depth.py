@@ -40,13 +40,10 @@ def dynamic_depth(
 
     k, v, their rotary and cache writes, and the norm before them stay dense, so later tokens see every key. With
     ``prune_kv`` a skipped token leaves no key in that layer, and attention sees ``1-s`` of the positions. The number of
-    tokens of a GEMM is binomial (``token_points``). Prefill attention with dense keys computes ``1-s`` of the query-key
-    pairs (block-sparse); decode attention has fewer sequences. Early exit is a sparsity per layer that grows with
-    depth: the share of tokens that have left before each layer.
-
-    Cost: a router GEMM (``router`` outputs) over all tokens per sublayer, or with ``unit`` "layer" per layer. With
-    ``kernel`` "reference", each GEMM writes zeros for skipped tokens (``fill``); with "gathered", several tokens are
-    gathered before a sublayer and scattered after it."""
+    tokens of a GEMM is binomial. Prefill attention with dense keys computes ``1-s`` of the query-key pairs
+    (block-sparse); decode attention has fewer sequences. Early exit is a sparsity per layer that grows with depth: the
+    share of tokens that have left. A router (``router`` outputs) sees all tokens, per sublayer or with ``unit`` "layer"
+    per layer. With ``kernel`` "reference", each GEMM writes zeros for skipped tokens (``fill``)."""
     dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"
@@ -107,14 +104,9 @@ def _masked(w: Workload, ends: Array, first: Array, skips: Array, router: int) -
 
 def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
     """Return the ends of the first sublayer of each layer, and of the last."""
-    has = {}
-    for part in (Part.ATTENTION, Part.MLP):
-        at, change = ends[w.part[ends] == part], np.zeros(_rows.layer_count(w) + 1, dtype=np.int64)
-        np.add.at(change, w.layer[at], 1)
-        np.add.at(change, w.layer[at] + w.layers[at], -1)
-        has[part] = (np.cumsum(change) > 0)[w.layer[ends]]
-    attention = w.part[ends] == Part.ATTENTION
-    return ends[attention | ~has[Part.ATTENTION]], ends[~attention | ~has[Part.MLP]]
+    each, part = w.take(ends).expand(), w.part[ends]
+    attends, feeds = (np.isin(w.layer[ends], each.layer[each.part == of]) for of in (Part.ATTENTION, Part.MLP))
+    return ends[(part == Part.ATTENTION) | ~attends], ends[(part == Part.MLP) | ~feeds]
 
 
 def _copies(w: Workload, ends: Array, last: Array, first: Array) -> _rows.Inserted:

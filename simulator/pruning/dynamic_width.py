@@ -12,7 +12,7 @@ from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pr
 from simulator.workload import Workload
 
 # GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a gather, a GEMM and a
-# scatter per group; GEMMs of the same shapes without added work
+# scatter per group in use; GEMMs of the same shapes without added work
 KERNELS = ("reference", "gathered", "looped", "ideal")
 # kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of a kernel of the
 # benchmark at 1024^3 on an RTX 5090
@@ -29,9 +29,8 @@ def dynamic_width(
     on average. The row becomes that number of tokens (rounded up) times ``u`` of the width (rounded up to 16), with the
     density that preserves the FLOPs of the tiles. Attention computes (in decode: reads) a share ``1-s`` of its groups.
 
-    Cost: one router per sublayer (with KV groups or ``channel_groups`` outputs), and the sorting of its mask. Without
-    kernels that skip tiles ("gathered", "looped") the hidden state of a token is copied for each of its groups
-    (``gather``), and partial outputs are added (``scatter``); "looped" runs each group in use separately."""
+    A router has an output per KV group, or ``channel_groups`` outputs. The kernels "gathered" and "looped" copy the
+    hidden state of a token for each of its groups (``gather``) and add partial outputs (``scatter``)."""
     channel_groups = whole("channel_groups", channel_groups)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     w, s = _rows.split_fused_qkv(w, choice.rows)

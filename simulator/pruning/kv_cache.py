@@ -19,10 +19,9 @@ def kv_cache(
     """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
 
     With ``budget``, keep at most that many prompt positions. With ``rolling``, a generated position replaces an older
-    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``), the newest included.
-
-    The prefill adds work in every layer: the last ``observed`` queries score all keys (``mask``), each KV head selects
-    positions (``select``), and the cache is compacted (``gather``). With ``observed`` 0 their place alone decides."""
+    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``). At the end of the
+    prefill, the last ``observed`` queries score all keys (``mask``), each KV head selects positions (``select``), and
+    the cache is compacted (``gather``). With ``observed`` 0, the place of a position alone decides."""
     observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
     if budget is None:
         pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)

@@ -19,10 +19,9 @@ START = 2  # default of the first layer with fewer tokens (FastV drops after lay
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
     """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
 
-    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. Cost
-    per layer that drops tokens: ``mode`` "dynamic" scores them by the attention of the last query (``select``) and
-    gathers the rest; "static" only gathers. The realised sparsity is that of the last layer, or the mean over
-    layers."""
+    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth.
+    ``mode`` "dynamic" scores tokens by the attention of the last query (``select``) and gathers the rest; "static" only
+    gathers. The realised sparsity is the share of the last layer, or the mean over layers."""
     one_of("mode", mode, ("dynamic", "static"))
     layers, per_layer = _rows.layer_count(w), choice.form == "layer"
     table = np.zeros(layers)  # share of the prompt that is missing in each layer
