@@ -13,6 +13,7 @@ from simulator.errors import InputError, needs_extra
 from simulator.files.read import MOST_TABLE_BYTES
 
 MOST_CELLS = 20_000_000  # 160 MB as float64, a thousand times the shipped tables
+TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
@@ -27,15 +28,13 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """Return the plain columns of a Parquet file, without lists and structures; InputError, one line, for others."""
+    """Return the plain columns of a Parquet file, without lists and structures."""
     pa, pq = load_pyarrow()
     try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        flat = _accepted(file, label, pa)
-        texts = [field.name for field in flat if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        flat = _accepted(pq.ParquetFile(io.BytesIO(content)), label, pa)
+        texts = [field.name for field in flat if str(field.type) in TEXTS]
         file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
-        # without threads: tables are small
-        table = file.read(columns=[field.name for field in flat], use_threads=False)
+        table = file.read(columns=[field.name for field in flat], use_threads=False)  # tables are small
         for at, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
                 table = table.set_column(at, table.field(at).name, _decoded(column, label, pa))
@@ -66,17 +65,12 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """Return a dictionary-encoded column as a plain column, if it fits into memory: repeated texts take no space in a
-    file."""
+    """Return a column of texts, which a file stores once each, as a plain column; InputError if it takes too much
+    memory."""
     import pyarrow.compute as compute
 
-    size = 0
-    for chunk in column.chunks:
-        texts = chunk.dictionary
-        if pa.types.is_string(texts.type) or pa.types.is_binary(texts.type) or pa.types.is_large_string(texts.type):
-            size += len(chunk) * (compute.max(compute.binary_length(texts)).as_py() or 0)
-        elif len(texts):
-            size += len(chunk) * (texts.nbytes // len(texts) + 1)
+    longest = [compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks]
+    size = sum(len(chunk) * most for chunk, most in zip(column.chunks, longest))
     if size > MOST_TABLE_BYTES:
         raise InputError(f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten them")
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError, one_line, unknown
-from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
+from simulator.files.yaml import Node, Problems, first_of, parse_yaml, path_of, read_text
 from simulator.pruning import FAMILIES
 from simulator.pruning._family import check_fraction
 from simulator.pruning._methods import METHODS
@@ -196,7 +196,7 @@ def _of_layers(node: Node, problems: Problems) -> tuple[PruningStep, ...]:
     steps: tuple[PruningStep, ...] = ()
     taken: set[int] = set()
     for text, (key_node, value) in node.entries.items():
-        key = join("layers", text)
+        key = path_of(("layers", text))
         try:
             layers = _layers(text, 1)
         except InputError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from simulator.files.write import remove_left, replacing, write_whole
+from simulator.files.write import _temporary, remove_left, write_whole
 
 pytestmark = pytest.mark.quick
 
@@ -26,10 +27,11 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next(tmp_path: Pat
 
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "t.csv"
-    with replacing(target) as theirs:
-        Path(theirs).write_text("theirs")
-        write_whole(target, b"mine")
-        remove_left(tmp_path, "*")
-        assert target.read_text() == "mine"
-    assert target.read_text() == "theirs"
+    handle, theirs = _temporary(target)
+    write_whole(target, b"mine")
+    remove_left(tmp_path, "*")
+    assert target.read_text() == "mine"
+    assert names(tmp_path) == sorted([Path(theirs).name, "t.csv"])
+    os.close(handle)
+    remove_left(tmp_path, "*")
     assert names(tmp_path) == ["t.csv"]
