@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError, needs_extra
+from simulator.errors import InputError, needs_extra, one_line
 from simulator.files.read import MOST_TABLE_BYTES
 
 MOST_CELLS = 20_000_000  # 160 MB as float64, a thousand times the shipped tables
@@ -42,7 +42,7 @@ def read_parquet(content: bytes, label: str) -> Any:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{label}: cannot be read as Parquet: {_first(error)}") from None
+        raise InputError(f"{label}: cannot be read as Parquet: {one_line(str(error), 200)}") from None
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
@@ -82,8 +82,4 @@ def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None)
     try:
         return {name: np.asarray(table.column(name).to_numpy()) for name in names}
     except (load_pyarrow()[0].ArrowException, TypeError, ValueError) as error:
-        raise InputError(f"{label}: has a column of a type that cannot be read: {_first(error)}") from None
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or ["damaged"])[0]
+        raise InputError(f"{label}: has a column of a type that cannot be read: {one_line(str(error), 200)}") from None

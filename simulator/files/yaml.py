@@ -109,18 +109,24 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     """Return the tree of a YAML text; None if it is empty, and None with a problem if it is rejected."""
     import yaml  # late, as it takes 25 ms
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    parser = _Parser(yaml, yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), problems)
+    root = None
     try:
-        return _Parser(yaml, yaml.parse(text, Loader=loader), problems).root()
+        for event in parser.events:
+            if isinstance(event, yaml.NodeEvent):
+                root = parser.node(event, ())
+            elif root is not None and isinstance(event, yaml.DocumentStartEvent):
+                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
+        return root
     except _Refused as refused:
         mark, path, reason = refused.args
         problems.add(_place(mark), path_of(path), reason)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = str(error.problem or error.context or "cannot be read")
         line = "".join(text.split("\n")[mark.line : mark.line + 1]) if mark else ""
         tab = mark and "\t" in line[: mark.column + 1]
         hint = "indent with spaces, not tabs" if tab else "check quotes, colons and indentation"
+        reason = error.problem or error.context or "cannot be read"
         problems.add(_place(mark) if mark else None, "yaml", f"{reason}; {hint}")
     except yaml.YAMLError as error:
         problems.add(None, "yaml", f"{str(error).splitlines()[0]}; expected plain YAML text")
@@ -135,18 +141,10 @@ class _Refused(Exception):
     """A reason to stop parsing: mark, path and reason."""
 
 
-class _Parser:
-    def __init__(self, yaml: Any, events: Iterator[Any], problems: Problems) -> None:
-        self.yaml, self.events, self.problems = yaml, events, problems
-
-    def root(self) -> Node | None:
-        root = None
-        for event in self.events:
-            if isinstance(event, self.yaml.NodeEvent):
-                root = self.node(event, ())
-            elif root is not None and isinstance(event, self.yaml.DocumentStartEvent):
-                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
-        return root
+class _Parser(NamedTuple):
+    yaml: Any
+    events: Iterator[Any]
+    problems: Problems
 
     def node(self, event: Any, path: tuple[Any, ...], is_key: bool = False) -> Node:
         mark = event.start_mark
