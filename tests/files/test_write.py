@@ -1,4 +1,4 @@
-"""Files written whole: what a killed writer leaves beside them goes with the next, what another still writes stays."""
+"""Temporary files: those of killed writers are removed by the next writer; those that a process writes stay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next(tmp_path: Pat
     assert names(tmp_path) == [".other.csv.k1lled.tmp", ".t.csv", "t.csv"]
 
 
-def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_another_process_writes_stays(tmp_path: Path) -> None:
     target = tmp_path / "t.csv"
     handle, theirs = _temporary(target)
     write_whole(target, b"mine")
