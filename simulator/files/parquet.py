@@ -65,8 +65,7 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """Return a column of texts, which a file stores once each, as a plain column; InputError if it takes too much
-    memory."""
+    """Return a column of texts as a plain column; a file stores equal texts once, so their size is checked first."""
     import pyarrow.compute as compute
 
     longest = [compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks]

@@ -20,7 +20,7 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 
-class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass takes three times as long to make
+class Node(NamedTuple):  # a file has thousands of nodes, and making a frozen dataclass takes three times as long
     """A part of a YAML file, and its place, counted from 1."""
 
     kind: str  # "scalar", "list" or "mapping"
@@ -107,7 +107,7 @@ def aliases_of(path: Path) -> list[str]:
 
 def parse_yaml(text: str, problems: Problems) -> Node | None:
     """Return the tree of a YAML text; None if it is empty, and None with a problem if it is rejected."""
-    import yaml  # late, as it takes 25 ms
+    import yaml  # here, as the import takes 25 ms
 
     parser = _Parser(yaml, yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), problems)
     root = None

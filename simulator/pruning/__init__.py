@@ -134,7 +134,7 @@ def prune(
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if work is not workload:
             pruned = merge_runs(pruned)
-    asked = realised if sparsity is None else choice.asked  # a budget or listed layers: exactly what is removed
+    asked = realised if sparsity is None else choice.asked  # a budget and listed layers are removed exactly
     applied = (*workload.meta.applied, Applied(pruning, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 
@@ -223,7 +223,7 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
             has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
             raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
         parts[name] = np.where(share > 0, rows, 0.0)
-        if name in NESTED:  # removes a share of what other parts leave
+        if name in NESTED:
             keep *= 1.0 - rows * share
         else:
             removed = np.where(share > 0, rows, removed)

@@ -345,7 +345,7 @@ def prompt_of(w: Workload) -> Array:
     out = np.full(layer_count(w) + 1, none)
     decodes = bool((w.kind == Kind.DECODE_ATTENTION).any())
     rows = w.take(w.kind == (Kind.DECODE_ATTENTION if decodes else Kind.PREFILL_ATTENTION))
-    # positions after the prompt in the first decode step: its own; a serve has one step, in the middle of the answer
+    # the first decode step sees one position after the prompt; the step of a serve is in the middle of the answer
     grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
     length = rows.kv_len - (grown if decodes else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):

@@ -1,4 +1,4 @@
-"""A budget in tokens: the sparsity follows from the length; pairs and positions counted by hand."""
+"""A budget in tokens: the sparsity follows from the length; pairs and positions are counted by hand."""
 
 from __future__ import annotations
 

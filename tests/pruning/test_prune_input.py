@@ -1,4 +1,4 @@
-"""The interface of prune: choices of sparsity, records of what was applied, and one clear line for what is wrong."""
+"""The interface of prune: choices of sparsity, records of applied steps, and one line per invalid argument."""
 
 from __future__ import annotations
 

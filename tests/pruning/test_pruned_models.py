@@ -1,4 +1,4 @@
-"""Families on models with experts, a latent, or layers that differ: what is left against counts of the tensors."""
+"""Families on models with experts, a latent, or layers that differ; remaining tensors are counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pruned workloads: FLOPs and parameters as counted from shapes in plain Python; what moves, stays and is added."""
+"""Pruned workloads: FLOPs and parameters counted from shapes in plain Python; bytes, unchanged rows, added rows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,8 @@ def counts(w: Workload) -> tuple[float, float]:
 
 OPTIONS = [
     *((family, {}) for family in general_families()),
-    *(
-        ("dynamic_depth", {"prune_kv": prune_kv, "kernel": kernel})
-        for prune_kv in (True, False)
-        for kernel in ("reference", "gathered")
-    ),
-    *(("dynamic_depth", {"unit": "layer", "kernel": kernel}) for kernel in ("reference", "gathered")),
+    *(("dynamic_depth", {"prune_kv": p, "kernel": k}) for p in (True, False) for k in ("reference", "gathered")),
+    *(("dynamic_depth", {"unit": "layer", "kernel": k}) for k in ("reference", "gathered")),
     *(("dynamic_width", {"kernel": kernel}) for kernel in ("gathered", "looped")),
     ("unstructured", {"kernel": "spmv"}),
     *(("width", {"align": align}) for align in (1, 8)),
@@ -134,7 +130,7 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
 
 
 @pytest.mark.quick
-def test_width_keeps_query_heads_a_group_and_scales_what_moves() -> None:
+def test_width_keeps_the_query_heads_per_group_and_scales_bytes() -> None:
     w = workload(GQA)
     pruned = prune(w, "width", 0.3)  # 2.8 of 4 groups -> 3, 123.2 of 176 -> 128
     assert shapes(pruned, "q", "k", "v") == {"q": [(96, 96, 64)], "k": [(96, 48, 64)], "v": [(96, 48, 64)]}
@@ -247,7 +243,7 @@ def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere(
 
 
 @pytest.mark.quick
-def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
+def test_kernels_of_dynamic_width_copy_once_or_per_group() -> None:
     w = workload(MHA, "prefill", 2)
     tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
     assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
@@ -256,10 +252,8 @@ def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
     assert not tiles.is_role("gather", "scatter").any()
     for role in ("gather", "scatter"):
         assert moved(looped, role) == pytest.approx(moved(gathered, role))
-    count = {
-        name: float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for name, p in (("g", gathered), ("l", looped))
-    }
-    assert count["l"] == pytest.approx(32 * count["g"])
+    once, per_group = (float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for p in (gathered, looped))
+    assert per_group == pytest.approx(32 * once)
     sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
     assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
 
