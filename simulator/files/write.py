@@ -63,7 +63,7 @@ def _replace(target: Path, content: bytes) -> None:
 
 
 def _temporary(target: Path) -> tuple[int, str]:
-    """Create an empty file in the target's folder and lock it: a temporary file without a lock has no writer."""
+    """Create an empty file in the target's folder and lock it; a temporary file without a lock has no writer."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         if not _lock(handle, wait=True) or os.fstat(handle).st_nlink:
@@ -74,13 +74,9 @@ def _temporary(target: Path) -> tuple[int, str]:
 def remove_left(folder: Path, names: str) -> None:
     """Remove temporary files of target names (a pattern) that no process writes."""
     for path in folder.glob(f".{names}.*.tmp"):
-        with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDWR)
-            try:
-                if _lock(handle):
-                    path.unlink(missing_ok=True)
-            finally:
-                os.close(handle)
+        with contextlib.suppress(OSError), open(path, "rb+") as file:
+            if _lock(file.fileno()):
+                path.unlink(missing_ok=True)
 
 
 def _lock(handle: int, wait: bool = False) -> bool:

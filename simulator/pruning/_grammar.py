@@ -129,8 +129,7 @@ def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
     if name in METHODS:
         usual = METHODS[name].sparsities
         if step.budgeted and step.sparsity is not None:
-            expected = f"{name} keeps a number of tokens, from which its fraction follows; expected none"
-            raise _MisplacedError(at, expected)
+            raise _MisplacedError(at, f"{name} keeps a number of tokens; expected no fraction, as it follows from them")
         if step.sparsity is None and len(usual) > 1:
             papers = " or ".join(f"{name} {s:g}" for s in usual)
             raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")

@@ -129,10 +129,7 @@ def _decay(stage: Array, sparsity: float) -> Array:
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r
         r = (low + high) / 2.0
-        if float(np.mean(r**stage)) < 1.0 - sparsity:
-            low = r
-        else:
-            high = r
+        low, high = (r, high) if np.mean(r**stage) < 1.0 - sparsity else (low, r)
     return 1.0 - r**stage
 
 

@@ -67,7 +67,7 @@ def dynamic_depth(
     keep = np.where(skips, keep, 1.0)
     if ideal:
         return _rows.split_tokens(w, keep), choice.asked
-    # router, mask and gather run before the sublayer, scatter after it
+    # router, mask and gather run before the sublayer, the scatter after it
     last = ends = np.flatnonzero(_rows.sublayer_ends(w) & routed)
     if whole_layers:
         ends, last = _layer_ends(w, ends)

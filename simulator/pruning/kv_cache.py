@@ -51,12 +51,11 @@ def kv_cache(
         "select": (heads, keys, chosen * keys, chosen * left),
         "gather": (heads * left, 2 * features, position * 2.0 * left, position * 2.0 * left),
     }
-    added = [
-        overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)
-        for role, (m, n, read, write) in traffic.items()
-        if observed or role == "gather"
-    ]
-    return insert(out, [(at + 0.5, rows) for rows in added]), realised
+    parts = []
+    for role, (m, n, read, write) in traffic.items():
+        if observed or role == "gather":
+            parts.append((at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)))
+    return insert(out, parts), realised
 
 
 FAMILY = Family(
