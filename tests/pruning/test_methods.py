@@ -100,14 +100,6 @@ def test_depth_methods_remove_whole_layers_or_attention_alone() -> None:
     assert [layers_with(attention, role) for role in ("attention", "o", "down")] == [16, 16, 32]
 
 
-def test_slicegpt_adds_its_residual_projections_unless_ideal() -> None:
-    w = METHODS["slicegpt"].prune(dense(), 0.25)
-    extra = w.take(np.flatnonzero(w.is_role("residual_projection")))
-    assert set(extra.n) == set(extra.k) == {3072}
-    assert extra.count.sum() == 64
-    assert not METHODS["slicegpt"].prune(dense(), 0.25, ideal=True).is_role("residual_projection").any()
-
-
 def test_widths_across_layers_come_near_published_models() -> None:
     """Sheared-LLaMA-2.7B: hidden 2560, 20 heads, inner 6912. Llama-3.1-Minitron-4B-Width: all heads, 4.5 B."""
     sheared = METHODS["sheared-llama"].prune(dense(), 0.61)
