@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 MOST_BYTES = 50_000_000  # about 800,000 measured rows, which take half a gigabyte as cells
 MOST_COLUMNS = 1000
-MOST_CELLS = 12_000_000  # a row counts at least four, as its list takes memory too
+MOST_CELLS = 12_000_000
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,7 @@ class CsvTable:
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
     """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped.
 
-    Raises InputError, one line, ``file:line: reason``.
-
-    >>> table = read_csv("m, n\\n1,2\\n\\n3,4\\n", "t.csv")
-    >>> table.column("n"), table.lines
-    (['2', '4'], [2, 4])
-    """
+    An InputError is ``file:line: reason``."""
     if len(content) > MOST_BYTES:
         large = f"expected at most {MOST_BYTES / 1e6:g} MB of CSV, got more"
         raise InputError(f"{label}: {large}; split it or write Parquet")
@@ -80,7 +75,7 @@ def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> 
                 continue
             if len(row) != len(header):
                 raise InputError(f"{place}: expected {len(header)} cells, as the header has, got {len(row)}")
-            if len(rows) * max(len(row), 4) > MOST_CELLS:
+            if len(rows) * max(len(row), 4) > MOST_CELLS:  # a list of few cells takes as much memory as four
                 raise InputError(f"{place}: expected at most {MOST_CELLS:.3g} cells; split it or write Parquet")
             rows.append(row)
             lines.append(reader.line_num)

@@ -8,36 +8,28 @@ from typing import Any
 
 from simulator.errors import InputError, one_line
 
+MOST_CONTAINERS = 300_000  # objects and lists in a file: each takes about a hundred bytes, also an empty one
+
 
 def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str], float] | None = None) -> Any:
-    """Return parsed JSON; InputError for an object with a key twice, of which ``json.loads`` takes the last silently.
-
-    >>> parse_json('{"a": 1, "b": {"c": 2, "c": 3}}', "x.json")
-    Traceback (most recent call last):
-    simulator.errors.InputError: x.json: key 'c': expected once in an object, got twice or more; keep one
-    """
+    """Return parsed JSON; InputError for an object that has a key twice, where ``json.loads`` takes the last value."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                place = f"{label}: key {one_line(repr(name), 80)}"
-                raise InputError(f"{place}: expected once in an object, got twice or more; keep one")
+                key = one_line(repr(name), 80)
+                raise InputError(f"{label}: key {key}: expected once in an object, got twice or more; keep one")
             found[name] = value
         return found
 
     return json.loads(content, object_pairs_hook=unique, parse_constant=parse_constant)
 
 
-MOST_CONTAINERS = 300_000  # objects and lists in a file: each takes about a hundred bytes, also an empty one
-
-
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
-    """Return the value in a JSON text in UTF-8, whose size and number of objects are checked first.
+    """Return the value of a JSON text in UTF-8; its size and its number of objects are checked first.
 
-    NaN and infinity, which are not JSON but which Python writes, are read as floats. InputError, one line that starts
-    with the label, for other content and for an object with a key twice.
-    """
+    NaN and infinity, which are not JSON but which Python writes, are read as floats."""
     if len(content) > most_bytes:
         raise InputError(f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
     if (many := content.count(b"{") + content.count(b"[")) > MOST_CONTAINERS:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError, needs_extra
+from simulator.errors import InputError, needs_extra, one_line
 from simulator.files.read import MOST_TABLE_BYTES
 
 MOST_CELLS = 20_000_000  # 160 MB as float64, a thousand times the shipped tables
+TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
@@ -27,15 +28,13 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """Return the plain columns of a Parquet file, without lists and structures; InputError, one line, for others."""
+    """Return the plain columns of a Parquet file, without lists and structures."""
     pa, pq = load_pyarrow()
     try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        flat = _accepted(file, label, pa)
-        texts = [field.name for field in flat if pa.types.is_string(field.type) or pa.types.is_binary(field.type)]
+        flat = _accepted(pq.ParquetFile(io.BytesIO(content)), label, pa)
+        texts = [field.name for field in flat if str(field.type) in TEXTS]
         file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
-        # without threads: tables are small
-        table = file.read(columns=[field.name for field in flat], use_threads=False)
+        table = file.read(columns=[field.name for field in flat], use_threads=False)  # tables are small
         for at, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
                 table = table.set_column(at, table.field(at).name, _decoded(column, label, pa))
@@ -43,7 +42,7 @@ def read_parquet(content: bytes, label: str) -> Any:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{label}: cannot be read as Parquet: {_first(error)}") from None
+        raise InputError(f"{label}: cannot be read as Parquet: {one_line(str(error), 200)}") from None
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
@@ -66,17 +65,11 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """Return a dictionary-encoded column as a plain column, if it fits into memory: repeated texts take no space in a
-    file."""
+    """Return a column of texts as a plain column; a file stores equal texts once, so their size is checked first."""
     import pyarrow.compute as compute
 
-    size = 0
-    for chunk in column.chunks:
-        texts = chunk.dictionary
-        if pa.types.is_string(texts.type) or pa.types.is_binary(texts.type) or pa.types.is_large_string(texts.type):
-            size += len(chunk) * (compute.max(compute.binary_length(texts)).as_py() or 0)
-        elif len(texts):
-            size += len(chunk) * (texts.nbytes // len(texts) + 1)
+    longest = [compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks]
+    size = sum(len(chunk) * most for chunk, most in zip(column.chunks, longest))
     if size > MOST_TABLE_BYTES:
         raise InputError(f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten them")
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
@@ -88,8 +81,4 @@ def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None)
     try:
         return {name: np.asarray(table.column(name).to_numpy()) for name in names}
     except (load_pyarrow()[0].ArrowException, TypeError, ValueError) as error:
-        raise InputError(f"{label}: has a column of a type that cannot be read: {_first(error)}") from None
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or ["damaged"])[0]
+        raise InputError(f"{label}: has a column of a type that cannot be read: {one_line(str(error), 200)}") from None

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from simulator.errors import InputError
 
-_SUFFIX = ".tmp"
-
 
 def check_target(path: str | Path) -> Path:
     """Return a path that a file can probably be written to; raise InputError for a folder or a missing folder."""
@@ -29,25 +27,22 @@ def check_target(path: str | Path) -> Path:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary file in the same folder, which is synced and renamed; an old file stays if that
-    fails. Devices and pipes (``/dev/stdout``) are written directly."""
+    """Write a file through a temporary file in the same folder, which is synced and renamed.
+
+    An old file stays if the writing fails. Devices and pipes (``/dev/stdout``) are written directly."""
     target = check_target(path)
     try:
         if target.exists() and not target.is_file():
             target.write_bytes(content)
         else:
-            with replacing(target) as name:
-                Path(name).write_bytes(content)
+            _replace(target.resolve(), content)
     except OSError as error:
         error.filename = str(target)  # a failed write or sync does not name its file
         raise
 
 
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[str]:
-    """Yield the name of an empty file that replaces ``target`` at the end, or is removed after an error; temporary
-    files of killed writers are removed too."""
-    target = target.resolve()
+def _replace(target: Path, content: bytes) -> None:
+    """Replace a file, or create it, and remove temporary files of killed writers."""
     if target.exists():
         mode = target.stat().st_mode & 0o777
     else:
@@ -55,23 +50,22 @@ def replacing(target: Path) -> Iterator[str]:
         mode = 0o666 & ~umask
     remove_left(target.parent, glob.escape(target.name))
     handle, name = _temporary(target)
-    try:
-        yield name
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, mode)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(handle)
+    with os.fdopen(handle, "wb") as file:  # the lock lasts until the file is closed
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+            os.chmod(name, mode)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def _temporary(target: Path) -> tuple[int, str]:
-    """Create an empty file in the target's folder and lock it: a temporary file without a lock has no writer."""
+    """Create an empty file in the target's folder and lock it; a temporary file without a lock has no writer."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         if not _lock(handle, wait=True) or os.fstat(handle).st_nlink:
             return handle, name
         os.close(handle)  # another process removed it before it was locked
@@ -79,14 +73,10 @@ def _temporary(target: Path) -> tuple[int, str]:
 
 def remove_left(folder: Path, names: str) -> None:
     """Remove temporary files of target names (a pattern) that no process writes."""
-    for path in folder.glob(f".{names}.*{_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDWR)
-            try:
-                if _lock(handle):
-                    path.unlink(missing_ok=True)
-            finally:
-                os.close(handle)
+    for path in folder.glob(f".{names}.*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb+") as file:
+            if _lock(file.fileno()):
+                path.unlink(missing_ok=True)
 
 
 def _lock(handle: int, wait: bool = False) -> bool:
@@ -103,13 +93,9 @@ def _lock(handle: int, wait: bool = False) -> bool:
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
     """Let one process at a time write related files into a folder; without file locks, processes do not wait."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            _lock(handle, wait=True)
         yield
-        return
-    try:
-        _lock(handle, wait=True)
-        yield
-    finally:
-        os.close(handle)

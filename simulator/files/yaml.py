@@ -7,22 +7,20 @@ rejected; depth and size are limited, so a file can neither run code nor fill th
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from simulator.errors import InputError, one_line
+from simulator.files.read import content_of
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 
-class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass takes three times as long to make
+class Node(NamedTuple):  # a file has thousands of nodes, and making a frozen dataclass takes three times as long
     """A part of a YAML file, and its place, counted from 1."""
 
     kind: str  # "scalar", "list" or "mapping"
@@ -48,7 +46,7 @@ class Node(NamedTuple):  # a tuple, as a file has thousands: a frozen dataclass 
 
 
 class Problems:
-    """Problems of a file with their places; ``lines`` are ``file:line:column: key: reason``."""
+    """Problems of a file with their places."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -64,7 +62,7 @@ class Problems:
 
     @property
     def lines(self) -> list[str]:
-        """One line per problem, in the order of the file."""
+        """One line per problem, ``file:line:column: key: reason``, in the order of the file."""
         found = sorted(self._found, key=lambda p: p[:2])
         return [one_line(f"{self.file}:{line}:{column}: {key}: {reason}") for line, column, key, reason in found]
 
@@ -79,39 +77,24 @@ def first_of(lines: Sequence[str], way: str = "") -> InputError:
     return InputError(first + (f" (and {len(rest)} more{way})" if rest else ""))
 
 
-def join(path: str, key: str) -> str:
-    """Return the path of a member for messages; a long or unprintable key is shortened and quoted."""
-    short = key if len(key) <= 40 else key[:40] + "..."
-    short = short if short.strip() and short.isprintable() else repr(short)
-    return f"{path}.{short}" if path else short
-
-
 def path_of(keys: Iterable[Any]) -> str:
-    """Return the path of a node from its keys and positions."""
-    return reduce(join, map(str, keys), "")
+    """Return the path of a node from its keys and positions; long or unprintable keys are shortened and quoted."""
+    short = (key if len(key) <= 40 else key[:40] + "..." for key in map(str, keys))
+    return ".".join(key if key.strip() and key.isprintable() else repr(key) for key in short)
 
 
 def read_text(path: Path, problems: Problems) -> str | None:
-    """Return the text of a file, or None with a problem: missing, not a file, too large, or not UTF-8."""
-    place, raw = None, b""
+    """Return the text of a file, or None with a problem if the file cannot be read or is not UTF-8."""
+    raw = b""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            with open(path, "rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-            if len(raw) <= MAX_BYTES:
-                return raw.decode("utf-8-sig")
-            large = f"is larger than {MAX_BYTES / 1e6:g} MB"
-            reason = f"{large}; expected a few kB; arrays of a profile belong in an .npz next to it"
-        else:
-            reason = f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}; expected a YAML file"
+        raw = content_of(path, MAX_BYTES)
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         place = Node("scalar", before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
-        reason = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or error}); expected a YAML file"
-    problems.add(place, "file", reason)
+        problems.add(place, "file", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
+    except InputError as error:
+        problems.add(None, "file", str(error))
     return None
 
 
@@ -123,21 +106,27 @@ def aliases_of(path: Path) -> list[str]:
 
 
 def parse_yaml(text: str, problems: Problems) -> Node | None:
-    """Return the tree of a YAML text, None if it is empty, or None with a problem if it is rejected."""
-    import yaml  # late, as it takes 25 ms
+    """Return the tree of a YAML text; None if it is empty, and None with a problem if it is rejected."""
+    import yaml  # here, as the import takes 25 ms
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    parser = _Parser(yaml, yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), problems)
+    root = None
     try:
-        return _Parser(yaml, yaml.parse(text, Loader=loader), problems).root()
+        for event in parser.events:
+            if isinstance(event, yaml.NodeEvent):
+                root = parser.node(event, ())
+            elif root is not None and isinstance(event, yaml.DocumentStartEvent):
+                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
+        return root
     except _Refused as refused:
         mark, path, reason = refused.args
         problems.add(_place(mark), path_of(path), reason)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = str(error.problem or error.context or "cannot be read")
-        line = text.split("\n")[mark.line] if mark and mark.line <= text.count("\n") else ""
-        tab = "\t" in line[: mark.column + 1] if mark else False
+        line = "".join(text.split("\n")[mark.line : mark.line + 1]) if mark else ""
+        tab = mark and "\t" in line[: mark.column + 1]
         hint = "indent with spaces, not tabs" if tab else "check quotes, colons and indentation"
+        reason = error.problem or error.context or "cannot be read"
         problems.add(_place(mark) if mark else None, "yaml", f"{reason}; {hint}")
     except yaml.YAMLError as error:
         problems.add(None, "yaml", f"{str(error).splitlines()[0]}; expected plain YAML text")
@@ -152,18 +141,10 @@ class _Refused(Exception):
     """A reason to stop parsing: mark, path and reason."""
 
 
-class _Parser:
-    def __init__(self, yaml: Any, events: Iterator[Any], problems: Problems) -> None:
-        self.yaml, self.events, self.problems = yaml, events, problems
-
-    def root(self) -> Node | None:
-        root = None
-        for event in self.events:
-            if isinstance(event, self.yaml.NodeEvent):
-                root = self.node(event, ())
-            elif root is not None and isinstance(event, self.yaml.DocumentStartEvent):
-                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
-        return root
+class _Parser(NamedTuple):
+    yaml: Any
+    events: Iterator[Any]
+    problems: Problems
 
     def node(self, event: Any, path: tuple[Any, ...], is_key: bool = False) -> Node:
         mark = event.start_mark

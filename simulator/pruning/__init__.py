@@ -1,15 +1,13 @@
 """Prune: pure functions from a workload to the workload of the pruned model.
 
-Use :func:`prune`; :data:`FAMILIES` lists the families. A new family is one new module here with a constant ``FAMILY``.
-The module ``_grammar`` reads texts such as ``width mlp=0.3 + depth 0.25``.
-Calls compose: ``prune(prune(w, "depth", 0.25), "semi_structured", 0.5)``. Numbers are rounded to the nearest whole
-number, halves up, unless a family documents another rule.
+A family is one module of this package with a constant ``FAMILY``; no list names it. Numbers are rounded to the nearest
+whole number, halves up, unless a family documents another rule.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -21,7 +19,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import ROLES, Part
 from simulator.errors import InputError, unknown
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
-from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weights
+from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weighted, weights
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -124,10 +122,9 @@ def prune(
     if not isinstance(pruning, str) or pruning not in FAMILIES:
         raise unknown("pruning family", pruning, FAMILIES)
     chosen = FAMILIES[pruning]
-    if wrong := [name for name in options if name not in chosen.options]:
-        if not chosen.options:
-            raise InputError(f"family {pruning} has no option {wrong[0]!r}; it has none")
-        raise unknown(f"option of family {pruning}", wrong[0], chosen.options)
+    for name in options:
+        if name not in chosen.options:
+            raise unknown(f"option of family {pruning}", name, chosen.options, chosen.options or ["none"])
     work, choice = _resolve(workload, chosen, sparsity, layers, options.get("budget"))
     pruned, realised = workload, 0.0
     if choice.form == "budget" or choice.rows.any():
@@ -137,7 +134,7 @@ def prune(
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if work is not workload:
             pruned = merge_runs(pruned)
-    asked = realised if sparsity is None else choice.asked  # a budget or listed layers: exactly what is removed
+    asked = realised if sparsity is None else choice.asked  # a budget and listed layers are removed exactly
     applied = (*workload.meta.applied, Applied(pruning, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 
@@ -173,11 +170,8 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
 
 def listed_layers(layers: Any, many: int) -> Array:
     """Return layer numbers without repeats, which must be from 0 to ``many`` - 1."""
-    try:
-        found = np.asarray(list(layers))
-    except TypeError:
-        found = np.zeros(0)
-    if not len(found) or found.ndim != 1 or found.dtype.kind not in "iu":
+    found = plain(list(layers) if isinstance(layers, Iterable) else layers)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
         raise InputError(f"layers: expected layer numbers, got {shown(layers)}")
     if wrong := [int(i) for i in found if not 0 <= i < many]:
         raise InputError(f"layers: expected numbers from 0 to {many - 1}, got {wrong[0]}")
@@ -208,10 +202,9 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
         raise InputError(f"sparsity by part: expected some of {', '.join(family.targets)}, got none")
     if any(np.ndim(plain(s)) for s in sparsity.values()) or (some is not None and family.layers == "each"):
         w = w.expand()
-    inside, parts, count = projections(w), {}, layer_count(w)
+    parts, count = {}, layer_count(w)
     keep, removed = np.ones(len(w)), np.zeros(len(w))
-    wider_first = sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS))
-    for name in wider_first:
+    for name in sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS)):  # the widest first
         if name not in family.targets:
             raise unknown(f"part (for family {family.name})", name, family.targets)
         if np.ndim(plain(sparsity[name])):
@@ -227,15 +220,15 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
         rows = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], 0.0)
         share = _share(w, name)
         if not share.any():
-            has = dict.fromkeys(ROLES[code] for code in w.role[inside])
+            has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
             raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
         parts[name] = np.where(share > 0, rows, 0.0)
-        if name in NESTED:  # removes a share of what other parts leave
+        if name in NESTED:
             keep *= 1.0 - rows * share
         else:
             removed = np.where(share > 0, rows, removed)
     rows = 1.0 - (1.0 - removed) * keep if keep.min(initial=1.0) < 1.0 else removed
-    weight = np.where(inside, weights(w), 0.0)
+    weight = np.where(weighted(w), weights(w), 0.0)
     asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(rows))
     if some is not None and family.layers == "some":
         asked *= len(some) / count

@@ -1,8 +1,4 @@
-"""Define a pruning family, the sparsity of each row, and checks of options.
-
-A family is one file of this package with a constant ``FAMILY``; no list names it. The module ``_rows`` serves all
-families.
-"""
+"""Define a pruning family, the sparsity of each row, and checks of options."""
 
 from __future__ import annotations
 
@@ -20,21 +16,16 @@ from simulator.errors import InputError
 from simulator.workload import Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
+# names of several projections in a sparsity per projection
 GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
-"""Names of several projections in a sparsity per projection."""
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
-NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
-"""Parts of the family width whose removal leaves a share of what other parts leave."""
+NESTED: tuple[str, ...] = ("heads", "kv", "hidden")  # parts of width that remove a share of the rest of other parts
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
-WHOLE: tuple[str, ...] = (
-    *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
-    *("experts", "delta_in", "delta_ba"),
-)
-"""Weights of latent attention, experts and delta nets: only families that remove whole parts, heads or channels prune
-them."""
-WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)
-"""Names in a sparsity per part of families that prune single weights."""
+# weights of latent attention, experts and delta nets, which only families that remove heads, channels or more prune
+LATENT: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v")
+WHOLE: tuple[str, ...] = (*LATENT, "experts", "delta_in", "delta_ba")
+WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
 
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
 Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsity
@@ -45,7 +36,7 @@ class Choice:
     """The requested sparsity, resolved to rows."""
 
     rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
-    asked: float  # the scalar, or the mean over layers or over the parameters of the projections
+    asked: float  # the fraction, or the mean of several over the layers or over the weights in the layers
     # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes them)
     form: str = "scalar"
     parts: Mapping[str, Array] = field(default_factory=dict)  # sparsity of every row by the name of the part
@@ -64,28 +55,29 @@ class Family(Displayed):
 
     name: str = field(init=False)
     axis: str  # logical GEMM dimension that it changes
-    # what an engine needs to run it: "config" (config.json states its shapes), "checkpoint" (tensors of other forms),
-    # or "kernels" (the pruning happens at inference: a dynamic family)
+    # an engine needs a "config" (config.json states the shapes), a "checkpoint" (tensors of other forms), or "kernels"
+    # (the pruning happens at inference: a dynamic family)
     loading: str
-    # part of a request ("": a fraction without parts) -> sizes of which it is the requested share; None: sizes depend
-    # on the tokens of a request
+    # part of a request ("": a fraction without parts) -> sizes that lose the requested share; None: sizes depend on the
+    # tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
-    narrows: bool  # whether it makes kernels smaller without removing one
     summary: str
     cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
     order: int  # place in tables
-    realised: str  # definition of its realised sparsity
+    realised: str  # definition of the realised sparsity
     options: Mapping[str, Any] = field(init=False)  # option -> default
     support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
     targets: tuple[str, ...] = ()  # names of parts in a sparsity per part
     whole: bool = True  # whether it also prunes weights of WHOLE
     needs: str = ""  # field of the configuration that a model must have
-    # "each" layer can have its own sparsity; it removes "some" layers, from a list if one is given; "all" are equal
+    # "each": layers can have different sparsities; "some": the family removes whole layers, from a list if one is
+    # given; "all": all layers are pruned equally
     layers: str = "each"
+    narrows: bool = False  # whether it makes kernels smaller without removing one
     default: float | None = None  # sparsity if none is given
-    # requests of one model that one call can prune together: "any", or "equal length" if the function reads the length
-    # of the prompt from the workload
+    # requests of one model that one call can prune together: "any", or "equal length" if the function reads the prompt
+    # length from the workload
     together: str = "any"
 
     def __post_init__(self) -> None:

@@ -1,9 +1,8 @@
 """Read prunings as text: ``width mlp=0.3 heads=0.2 + depth 0.25``, and plans, which list layers in a file.
 
-Use :func:`read_steps` for a text or the path of a plan. A text has
-steps joined by ``+``. A step is the name of a family or of a published method, then a fraction (``0.25``, ``25%``) or
-fractions by part (``mlp=0.3``), then ``layers=4-29`` and options (``align=64``), in any order. A plan is a YAML or JSON
-file::
+A text has steps joined by ``+``. A step is the name of a family or of a published method, then a fraction (``0.25``,
+``25%``) or fractions by part (``mlp=0.3``), then ``layers=4-29`` and options (``align=64``), in any order. A plan is a
+YAML or JSON file::
 
     prune: depth 0.1                        # optional: steps of the whole model
     layers:                                 # layers of the dense model, from 0
@@ -16,11 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError, one_line, unknown
-from simulator.files.yaml import Node, Problems, first_of, join, parse_yaml, read_text
+from simulator.files.yaml import Node, Problems, first_of, parse_yaml, path_of, read_text
 from simulator.pruning import FAMILIES
 from simulator.pruning._family import check_fraction
 from simulator.pruning._methods import METHODS
@@ -28,7 +28,6 @@ from simulator.pruning._steps import PruningStep
 from simulator.units import parse_fraction, parse_value
 
 MOST_CHARACTERS = 2000
-PLANS: tuple[str, ...] = (".yaml", ".yml", ".json")  # endings of plans
 MOST_LAYERS = 10_000  # largest accepted layer number; models have fewer layers
 
 _TOKEN = re.compile(
@@ -37,14 +36,14 @@ _TOKEN = re.compile(
 
 
 def read_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of a text such as ``"width mlp=0.3 + depth 0.25"``, or of a plan if the text is the path of a
-    YAML or JSON file. Errors have the place of the first mistake: the column in the text, or line and column in the
-    file."""
+    """Return the steps of a text, or of a plan if the text is the path of a YAML or JSON file.
+
+    Errors have the place of the first mistake: the column in the text, or line and column in the file."""
     if not isinstance(text, str):
         raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
     if is_plan(text):
         problems = Problems(text.strip())
-        return _steps_of(read_text(Path(text.strip()), problems), problems)
+        return plan_steps(read_text(Path(text.strip()), problems), problems)
     try:
         return _steps(text)
     except _MisplacedError as wrong:
@@ -54,10 +53,7 @@ def read_steps(text: str) -> tuple[PruningStep, ...]:
 
 def is_plan(text: str) -> bool:
     """Return whether a text of ``--prune`` is the path of a plan."""
-    return text.strip().endswith(PLANS)
-
-
-# -- texts -------------------------------------------------------------------------------------------------------------
+    return text.strip().endswith((".yaml", ".yml", ".json"))
 
 
 class _MisplacedError(InputError):
@@ -69,7 +65,7 @@ class _MisplacedError(InputError):
 
 
 def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningStep, ...]:
-    """Return the steps of a text; ``layers`` are those of an entry of a plan."""
+    """Return the steps of a text; in a plan, ``layers`` are the layers of its entry."""
     if len(text) > MOST_CHARACTERS:
         raise _MisplacedError(MOST_CHARACTERS, f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
     steps: list[list[re.Match[str]]] = [[]]
@@ -94,72 +90,60 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
         raise _MisplacedError(at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES)))
     if not first["word"]:
         raise _MisplacedError(at, f"expected a fraction or a part after {name}, such as {name} 0.25")
-    method = METHODS.get(name)
-    if method and listed is not None:
+    if name in METHODS and listed is not None:
         raise _MisplacedError(at, f"method {name} selects its own layers; expected a family, or the method under prune")
+    targets = () if name in METHODS else FAMILIES[name].targets
+    known = () if name in METHODS else ("layers", *targets, *FAMILIES[name].options)
     parts: dict[str, float] = {}
     options: dict[str, Any] = {}
     sparsity, layers = None, listed
-    allowed = () if method else ("layers", *FAMILIES[name].targets, *FAMILIES[name].options)
     for token in tokens[1:]:
-        at = token.start() + 1
+        at, key, value = token.start() + 1, token["name"], token["value"]
         if token["word"]:
             if sparsity is not None:
                 raise _MisplacedError(at, f"expected NAME=VALUE or + after the fraction, got {token['word']!r}")
             sparsity = _fraction(token["word"], at)
-            continue
-        key, value, at_value = token["name"], token["value"], token.start("value") + 1
-        if key not in allowed:
-            if not allowed:
-                raise _MisplacedError(at, f"method {name} sets its own parts and options; expected a fraction only")
-            raise _MisplacedError(at, str(unknown(f"part or option of {name}", key, allowed)))
-        if key == "layers" and listed is not None:
+        elif not known:
+            raise _MisplacedError(at, f"method {name} sets its own parts and options; expected a fraction only")
+        elif key not in known:
+            raise _MisplacedError(at, str(unknown(f"part or option of {name}", key, known)))
+        elif key == "layers" and listed is not None:
             raise _MisplacedError(at, "expected no layers, as the key of the plan lists them")
-        if key in parts or key in options or (key == "layers" and layers is not None):
+        elif key in parts or key in options or (key == "layers" and layers is not None):
             raise _MisplacedError(at, f"{key} is given twice")
-        if key == "layers":
-            layers = _layers(value, at_value)
-        elif method is None and key in FAMILIES[name].targets:
-            parts[key] = _fraction(value, at_value)
+        elif key == "layers":
+            layers = _layers(value, token.start("value") + 1)
+        elif key in targets:
+            parts[key] = _fraction(value, token.start("value") + 1)
         else:
-            options[key] = tuple(map(parse_value, value.split(","))) if "," in value else parse_value(value)
-    return _checked(tokens, sparsity, parts, layers, options)
-
-
-def _checked(
-    tokens: Sequence[re.Match[str]],
-    sparsity: float | None,
-    parts: dict[str, float],
-    layers: tuple[int, ...] | None,
-    options: dict[str, Any],
-) -> PruningStep:
-    """Return a step, whose fraction can follow from the family or the method."""
-    name, at, end = tokens[0]["word"], tokens[0].start() + 1, tokens[-1].end() + 1
+            options[key] = parse_value(value)
     if parts and sparsity is not None:
-        raise _MisplacedError(at, f"{name}: expected one fraction or fractions by part, got both")
+        raise _MisplacedError(first.start() + 1, f"{name}: expected one fraction or fractions by part, got both")
+    found = PruningStep(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
+    return _complete(found, first.start() + 1, tokens[-1].end() + 1)
+
+
+def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
+    """Return a step with the usual fraction of its family or method, if the text has none and one is needed."""
+    name = step.name
     if name in METHODS:
         usual = METHODS[name].sparsities
-        if METHODS[name].budget is not None:
-            if sparsity is not None:
-                raise _MisplacedError(
-                    at, f"{name} keeps a number of tokens, from which its fraction follows; expected none"
-                )
-            return PruningStep(name)
-        if sparsity is None and len(usual) > 1:
+        if step.budgeted and step.sparsity is not None:
+            raise _MisplacedError(at, f"{name} keeps a number of tokens; expected no fraction, as it follows from them")
+        if step.sparsity is None and len(usual) > 1:
             papers = " or ".join(f"{name} {s:g}" for s in usual)
             raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")
-        return PruningStep(name, usual[0] if sparsity is None else sparsity)
+        return replace(step, sparsity=usual[0]) if step.sparsity is None and usual else step
     family = FAMILIES[name]
-    if layers is not None and family.layers == "all":
+    if step.layers is not None and family.layers == "all":
         raise _MisplacedError(at, f"family {name}: expected no layers, as it prunes all layers equally")
-    whole = (layers is not None and family.layers == "some") or "budget" in options
-    if not parts and sparsity is None and family.default is None and not whole:
+    if step.sparsity is not None or step.budgeted or (step.layers is not None and family.layers == "some"):
+        return step
+    if family.default is None:
         some = f", or parts, such as {name} {family.targets[0]}=0.25" if family.targets else ""
         some += f", or a budget of tokens, such as {name} budget=1024" if "budget" in family.options else ""
         raise _MisplacedError(end, f"expected a fraction, such as {name} 0.25{some}")
-    if sparsity is None and not parts and not whole:
-        sparsity = family.default
-    return PruningStep(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
+    return replace(step, sparsity=family.default)
 
 
 def _fraction(text: str, column: int) -> float:
@@ -181,28 +165,21 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-# -- plans -------------------------------------------------------------------------------------------------------------
-
-
-def plan_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of the content of a plan."""
-    return _steps_of(text, Problems("plan"))
-
-
-def _steps_of(text: str | None, problems: Problems) -> tuple[PruningStep, ...]:
-    """Return the steps of a plan; raise InputError for its first problem as ``file:line:column: key: reason``."""
-    steps = tuple[PruningStep, ...]()
+def plan_steps(text: str | None, problems: Problems | None = None) -> tuple[PruningStep, ...]:
+    """Return the steps of the content of a plan; raise InputError for its first problem as ``file:line:column: key:
+    reason``."""
+    problems = Problems("plan") if problems is None else problems
+    steps: tuple[PruningStep, ...] = ()
     root = None if text is None else parse_yaml(text, problems)
-    keys = ("prune", "layers")
     if root is None or root.kind != "mapping":
         if not len(problems):
             problems.add(root, "file", "expected the keys layers or prune")
         raise InputError(problems.lines[0])
     for key, (key_node, node) in root.entries.items():
-        if key not in keys:
-            problems.add(key_node, key, "is unknown; expected layers or prune")
-        elif key == "prune":
+        if key == "prune":
             steps += _of_node(node, "prune", problems)
+        elif key != "layers":
+            problems.add(key_node, key, "is unknown; expected layers or prune")
         elif node.kind != "mapping":
             problems.add(node, "layers", f"expected a mapping from layers to prunings, got {node}")
         else:
@@ -211,14 +188,14 @@ def _steps_of(text: str | None, problems: Problems) -> tuple[PruningStep, ...]:
         problems.add(root, "file", "expected at least one pruning in layers or prune")
     if len(problems):
         raise first_of(problems.lines)
-    return tuple(steps)
+    return steps
 
 
 def _of_layers(node: Node, problems: Problems) -> tuple[PruningStep, ...]:
     steps: tuple[PruningStep, ...] = ()
     taken: set[int] = set()
     for text, (key_node, value) in node.entries.items():
-        key = join("layers", text)
+        key = path_of(("layers", text))
         try:
             layers = _layers(text, 1)
         except InputError as error:

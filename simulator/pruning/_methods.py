@@ -1,14 +1,14 @@
-"""Published pruning methods as arguments of :func:`simulator.prune`: families, options and layers.
+"""Published pruning methods by name, as families with options and layers: :data:`METHODS`.
 
-:data:`METHODS` has them by name; a new method is an entry of ``_TABLE``. An entry describes how a method changes
-shapes, not how it selects weights. Widths and ranks are rounded as in the family unless the entry has another
-alignment. The code of a method can leave odd widths, which are slower (``align=1`` of the family).
+A new method is an entry of ``_TABLE``. An entry describes how a method changes shapes, not how it selects weights.
+Widths and ranks are rounded as in the family; the code of a method can leave odd widths, which are slower (``align=1``
+of the family).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -21,11 +21,11 @@ from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._family import check_fraction
-from simulator.pruning._rows import layer_count, projections, weights
+from simulator.pruning._rows import layer_count, weighted, weights
 from simulator.workload import Workload
 
+# function from the requested sparsity and the dense workload to the sparsity of each family
 Form = Callable[[float, Workload], tuple[Any, ...]]
-"""Function from the requested sparsity and the dense workload to the sparsity of each family."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -36,12 +36,11 @@ class Method(Displayed):
     family: str  # key of FAMILIES, or two keys joined by "+", applied in order
     what: str  # removed parts, and their layers
     # sparsities in the paper, as the family defines them; none if a budget in tokens sets the sparsity
-    sparsities: tuple[float, ...]
+    sparsities: tuple[float, ...] = ()
     title: str  # title of the paper
     arxiv: str
     options: Mapping[str, Any] = field(default_factory=dict)  # options of its families
-    # function from the number of layers to the pruned layers; None: all layers
-    layers: Callable[[int], range] | None = field(default=None, repr=False)
+    layers: slice | None = field(default=None, repr=False)  # pruned layers; None: all
     # None: the same fraction everywhere; each family prunes the same share of its input
     form: Form | None = field(default=None, repr=False)
     phases: tuple[str, ...] = PHASES  # phases that it prunes
@@ -58,26 +57,18 @@ class Method(Displayed):
     def prune(self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False) -> Workload:
         """Return the pruned workload; ``sparsity`` is that of the whole model, as the family defines it.
 
-        A method with a budget in tokens takes no sparsity: it follows from the length of the request.
-
-        >>> import simulator
-        >>> dense = simulator.lower(simulator.load_model("llama-7b"), phase="decode", batch=1, seq=128)
-        >>> round(METHODS["llm-pruner"].prune(dense, 0.2).parameters / 1e9, 1)  # the paper: 5.4 B
-        5.4
-        """
+        A method with a budget in tokens takes no sparsity: it follows from the length of the request."""
         for family, part, options in self.families_of(workload, sparsity):
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload
 
-    def families_of(self, workload: Workload, sparsity: float | None) -> list[tuple[str, Any, dict[str, Any]]]:
-        """Return the families that prune a workload, with the sparsity and the options of each."""
+    def families_of(self, workload: Workload, sparsity: float | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Yield the families that prune a workload, with the sparsity and the options of each."""
         phase = workload.meta.phase
         if phase not in self.phases:
             raise InputError(f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}")
-        found = zip(self.family.split("+"), self._forms(sparsity, workload))
-        return [
-            (name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}) for name, part in found
-        ]
+        for name, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
+            yield name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}
 
     def _forms(self, requested: float | None, w: Workload) -> tuple[Any, ...]:
         if self.budget is not None:
@@ -92,11 +83,11 @@ class Method(Displayed):
             many = self.family.count("+") + 1
             return (1.0 - (1.0 - sparsity) ** (1.0 / many) if many > 1 else sparsity,) * many
         of, table = layer_count(w), np.zeros(layer_count(w))
-        some = list(self.layers(of))
-        if sparsity * of >= len(some):
-            expected = f"expected less than {len(some) / of:.3g}, as it prunes {len(some)} of {of} layers"
+        some = len(table[self.layers])
+        if sparsity * of >= some:
+            expected = f"expected less than {some / of:.3g}, as it prunes {some} of {of} layers"
             raise InputError(f"{self.name} at sparsity {sparsity:g}: {expected}")
-        table[some] = sparsity * of / len(some)
+        table[self.layers] = sparsity * of / some
         return (table,)
 
 
@@ -109,7 +100,7 @@ def load_method(name: str) -> Method:
 
 def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
     """Scale hidden size and inner width by r and keep the heads: attention keeps r of its weights, the MLP r^2."""
-    inside = projections(w)
+    inside = weighted(w)
     attention = float(weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum())
     mlp = 1.0 - attention
     r = (math.sqrt(attention**2 + 4.0 * mlp * (1.0 - sparsity)) - attention) / (2.0 * mlp)
@@ -117,11 +108,10 @@ def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
 
 
 def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
-    """Use four equal stages with 1, r, r^2 and r^3 of the tokens, whose mean is 1 - sparsity."""
+    """Use four equal stages with 1, r, r^2 and r^3 of the tokens; their mean is 1 - sparsity."""
     layers = layer_count(w)
     if sparsity >= 0.75:
-        expected = "expected less than 0.75, as its first stage is dense"
-        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: {expected}")
+        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: expected less than 0.75, as its first stage is dense")
     return (_decay(4 * np.arange(layers) // layers, sparsity),)
 
 
@@ -135,255 +125,167 @@ def _exits(sparsity: float, w: Workload) -> tuple[Any, ...]:
 
 
 def _decay(stage: Array, sparsity: float) -> Array:
-    """Return sparsities per layer, of which a share r^stage stays, with the mean ``sparsity``."""
+    """Return sparsities per layer with the mean ``sparsity``: a layer keeps a share r^stage of its tokens."""
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r
         r = (low + high) / 2.0
-        if float(np.mean(r**stage)) < 1.0 - sparsity:
-            low = r
-        else:
-            high = r
+        low, high = (r, high) if np.mean(r**stage) < 1.0 - sparsity else (low, r)
     return 1.0 - r**stage
-
-
-def _first_dense(many: int, last: int = 0) -> Callable[[int], range]:
-    return lambda layers: range(many, layers - last)
 
 
 # fmt: off
 _TABLE = (
     # depth
-    Method(
-        name="shortgpt", family="depth", sparsities=(0.25, 0.27), arxiv="2403.03853",
+    Method(name="shortgpt", family="depth", sparsities=(0.25, 0.27), arxiv="2403.03853",
         what="whole layers that change the hidden state least, most of them deep",
-        title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
-    ),
-    Method(
-        name="laco", family="depth", sparsities=(0.25, 0.27), arxiv="2402.11187",
+        title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect"),
+    Method(name="laco", family="depth", sparsities=(0.25, 0.27), arxiv="2402.11187",
         what="whole layers, merged into the one before them",
-        title="LaCo: Large Language Model Pruning via Layer Collapse",
-    ),
-    Method(
-        name="sleb", family="depth", sparsities=(0.1, 0.2), arxiv="2402.09025",
+        title="LaCo: Large Language Model Pruning via Layer Collapse"),
+    Method(name="sleb", family="depth", sparsities=(0.1, 0.2), arxiv="2402.09025",
         what="whole layers, one after the other, by the perplexity without each",
-        title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
-    ),
-    Method(
-        name="shortened-llama", family="depth", sparsities=(0.2, 0.35), arxiv="2402.02834",
+        title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks"),
+    Method(name="shortened-llama", family="depth", sparsities=(0.2, 0.35), arxiv="2402.02834",
         what="whole layers, all at once, then retraining",
-        title="Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
-    ),
-    Method(
-        name="minitron-depth", family="depth", sparsities=(0.5,), arxiv="2408.11796",
+        title="Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods"),
+    Method(name="minitron-depth", family="depth", sparsities=(0.5,), arxiv="2408.11796",
         what="a run of whole layers before the last, then distillation",
-        title="LLM Pruning and Distillation in Practice: The Minitron Approach",
-    ),
-    Method(
-        name="attention-drop", family="depth", options={"unit": "attention"}, sparsities=(0.25, 0.5),
+        title="LLM Pruning and Distillation in Practice: The Minitron Approach"),
+    Method(name="attention-drop", family="depth", options={"unit": "attention"}, sparsities=(0.25, 0.5),
         arxiv="2406.15786", what="attention sublayers, with their cache; every MLP stays",
-        title="What Matters in Transformers? Not All Attention is Needed",
-    ),
-    Method(
-        name="layerskip", family="depth", options={"early_exit": True}, sparsities=(0.5,), arxiv="2404.16710",
+        title="What Matters in Transformers? Not All Attention is Needed"),
+    Method(name="layerskip", family="depth", options={"early_exit": True}, sparsities=(0.5,), arxiv="2404.16710",
         models=("Llama-2-7B", "Llama-2-13B"),
         what="the last layers: all tokens exit at layer E and go to the head (no self-speculation)",
-        title="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding",
-    ),
+        title="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding"),
     # width
-    Method(
-        name="llm-pruner", family="width", layers=_first_dense(4, 2), sparsities=(0.2, 0.5), arxiv="2305.11627",
+    Method(name="llm-pruner", family="width", layers=slice(4, -2), sparsities=(0.2, 0.5), arxiv="2305.11627",
         what="heads and MLP channels; the first four and the last two layers stay",
-        title="LLM-Pruner: On the Structural Pruning of Large Language Models",
-    ),
-    Method(
-        name="flap", family="width", sparsities=(0.2, 0.3, 0.5), arxiv="2312.11983",
+        title="LLM-Pruner: On the Structural Pruning of Large Language Models"),
+    Method(name="flap", family="width", sparsities=(0.2, 0.3, 0.5), arxiv="2312.11983",
         what="heads and MLP channels; here the same share of every layer",
-        title="Fluctuation-based Adaptive Structured Pruning for Large Language Models",
-    ),
-    Method(
-        name="slicegpt", family="width_cross", options={"residual_projections": True, "align": 8},
+        title="Fluctuation-based Adaptive Structured Pruning for Large Language Models"),
+    Method(name="slicegpt", family="width_cross", options={"residual_projections": True, "align": 8},
         sparsities=(0.2, 0.25, 0.3), arxiv="2401.15024",
-        what="hidden size; two residual projections a layer are added",
-        title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
-    ),
-    Method(
-        name="minitron-width", family="width_cross+width", form=_hidden_and_inner, sparsities=(0.5,),
+        what="hidden size; two residual projections per layer are added",
+        title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns"),
+    Method(name="minitron-width", family="width_cross+width", form=_hidden_and_inner, sparsities=(0.5,),
         arxiv="2408.11796", what="hidden size and inner width by one share; heads and layers stay",
-        title="LLM Pruning and Distillation in Practice: The Minitron Approach",
-    ),
-    Method(
-        name="sheared-llama", family="width_cross+width", sparsities=(0.6, 0.8), arxiv="2310.06694",
+        title="LLM Pruning and Distillation in Practice: The Minitron Approach"),
+    Method(name="sheared-llama", family="width_cross+width", sparsities=(0.6, 0.8), arxiv="2310.06694",
         what="hidden size, heads and inner width by one share (not its 1.3B's layers)",
-        title="Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning",
-    ),
+        title="Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning"),
     # zeros and factors
-    Method(
-        name="wanda", family="unstructured", sparsities=(0.5,), arxiv="2306.11695",
+    Method(name="wanda", family="unstructured", sparsities=(0.5,), arxiv="2306.11695",
         what="single weights of every projection, by magnitude times activation",
-        title="A Simple and Effective Pruning Approach for Large Language Models",
-    ),
-    Method(
-        name="sparsegpt", family="unstructured", sparsities=(0.5,), arxiv="2301.00774",
+        title="A Simple and Effective Pruning Approach for Large Language Models"),
+    Method(name="sparsegpt", family="unstructured", sparsities=(0.5,), arxiv="2301.00774",
         what="single weights of every projection, by a layer-wise reconstruction",
-        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-    ),
-    Method(
-        name="wanda-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2306.11695",
+        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"),
+    Method(name="wanda-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2306.11695",
         what="two of four neighbouring weights of every projection",
-        title="A Simple and Effective Pruning Approach for Large Language Models",
-    ),
-    Method(
-        name="sparsegpt-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2301.00774",
+        title="A Simple and Effective Pruning Approach for Large Language Models"),
+    Method(name="sparsegpt-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2301.00774",
         what="two of four neighbouring weights of every projection",
-        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-    ),
-    Method(
-        name="mask-llm", family="semi_structured", sparsities=(0.5,), arxiv="2409.17481",
+        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"),
+    Method(name="mask-llm", family="semi_structured", sparsities=(0.5,), arxiv="2409.17481",
         what="two of four neighbouring weights of every projection, by a learned mask",
-        title="MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
-    ),
-    Method(
-        name="svd-llm", family="low_rank", sparsities=(0.2, 0.4, 0.6, 0.8), arxiv="2403.07378",
+        title="MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models"),
+    Method(name="svd-llm", family="low_rank", sparsities=(0.2, 0.4, 0.6, 0.8), arxiv="2403.07378",
         what="every projection becomes two thin factors, of whitened weights",
-        title="SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
-    ),
-    Method(
-        name="asvd", family="low_rank", sparsities=(0.1, 0.2, 0.3), arxiv="2312.05821",
+        title="SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression"),
+    Method(name="asvd", family="low_rank", sparsities=(0.1, 0.2, 0.3), arxiv="2312.05821",
         what="every projection becomes two thin factors; here the same share of each",
-        title="ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models",
-    ),
+        title="ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models"),
     # dynamic depth and width
-    Method(
-        name="skipgpt", family="dynamic_depth", sparsities=(0.25, 0.4), arxiv="2506.04179",
+    Method(name="skipgpt", family="dynamic_depth", sparsities=(0.25, 0.4), arxiv="2506.04179",
         what="tokens skip attention and MLP, each by its own router; k and v stay",
-        title="SkipGPT: Dynamic Layer Pruning Reinvented with Token Awareness and Module Decoupling",
-    ),
-    Method(
-        name="mod", family="dynamic_depth", options={"prune_kv": True, "router": 1},
-        layers=lambda layers: range(1, layers, 2), sparsities=(0.4375,), arxiv="2404.02258",
+        title="SkipGPT: Dynamic Layer Pruning Reinvented with Token Awareness and Module Decoupling"),
+    Method(name="mod", family="dynamic_depth", options={"prune_kv": True, "router": 1},
+        layers=slice(1, None, 2), sparsities=(0.4375,), arxiv="2404.02258",
         what="tokens skip every other layer, with keys and values; 0.4375: 12.5 % stay",
-        title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
-    ),
-    Method(
-        name="calm", family="dynamic_depth", options={"unit": "layer", "router": 1, "kernel": "gathered"},
+        title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models"),
+    Method(name="calm", family="dynamic_depth", options={"unit": "layer", "router": 1, "kernel": "gathered"},
         form=_exits, phases=("decode",), sparsities=(0.67,), arxiv="2207.07061", models=("T5 1.1",),
         what="tokens exit by a classifier after each layer, each alone in a batch; 0.67: a third of the layers on "
              "average; k and v of skipped layers are computed",
-        title="Confident Adaptive Language Modeling",
-    ),
-    Method(
-        name="deja-vu", family="dynamic_width", sparsities=(0.75,), arxiv="2310.17157",
+        title="Confident Adaptive Language Modeling"),
+    Method(name="deja-vu", family="dynamic_width", sparsities=(0.75,), arxiv="2310.17157",
         what="heads and MLP channels of every layer, chosen for each token",
-        title="Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time",
-    ),
+        title="Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time"),
     # attention, tokens, cache
-    Method(
-        name="seer-attention", family="sparse_attention", options={"block": 64}, phases=("prefill",),
+    Method(name="seer-attention", family="sparse_attention", options={"block": 64}, phases=("prefill",),
         sparsities=(0.9,), arxiv="2410.13276",
         what="blocks of 64 x 64 query-key pairs, by a learned gate",
-        title="SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs",
-    ),
-    Method(
-        name="seer-attention-r", family="sparse_attention", options={"block": 64}, phases=("decode",),
+        title="SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs"),
+    Method(name="seer-attention-r", family="sparse_attention", options={"block": 64}, phases=("decode",),
         sparsities=(0.9,), arxiv="2506.08889",
         what="blocks of 64 cached positions, by a learned gate",
-        title="SeerAttention-R: Sparse Attention Adaptation for Long Reasoning",
-    ),
-    Method(
-        name="minference", family="sparse_attention", options={"block": 64}, phases=("prefill",),
+        title="SeerAttention-R: Sparse Attention Adaptation for Long Reasoning"),
+    Method(name="minference", family="sparse_attention", options={"block": 64}, phases=("prefill",),
         sparsities=(0.95,), arxiv="2407.02490",
         what="blocks of 64 x 64 query-key pairs, by a pattern of each head",
-        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
-    ),
-    Method(
-        name="minference-7096", family="sparse_attention", options={"block": 64, "budget": 7096}, phases=("prefill",),
-        sparsities=(), arxiv="2407.02490",
+        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention"),
+    Method(name="minference-7096", family="sparse_attention", options={"block": 64, "budget": 7096},
+        phases=("prefill",), arxiv="2407.02490",
         models=("Llama-3-8B-1M", "GLM-4-9B-1M", "Yi-200K", "Phi-3-128K", "Qwen2-128K"),
         what="all but 7,096 keys per query, in 1,000 vertical and 6,096 slash lines of each head",
-        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
-    ),
-    Method(
-        name="quest", family="sparse_attention", options={"block": 16}, phases=("decode",),
-        layers=_first_dense(2), sparsities=(0.82, 0.88), arxiv="2406.10774",
+        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention"),
+    Method(name="quest", family="sparse_attention", options={"block": 16}, phases=("decode",),
+        layers=slice(2, None), sparsities=(0.82, 0.88), arxiv="2406.10774",
         what="pages of 16 cached positions, except in two layers; 0.82: 4k of 32k stay",
-        title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
-    ),
-    Method(
-        name="fastv", family="token", options={"start": 2}, sparsities=(0.5, 0.75), arxiv="2403.06764",
+        title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference"),
+    Method(name="fastv", family="token", options={"start": 2}, sparsities=(0.5, 0.75), arxiv="2403.06764",
         what="tokens (of images) from the third layer on, by their attention",
         title="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
-              "Vision-Language Models",
-    ),
-    Method(
-        name="pyramiddrop", family="token", form=_pyramid, sparsities=(0.53125,), arxiv="2410.17247",
+              "Vision-Language Models"),
+    Method(name="pyramiddrop", family="token", form=_pyramid, sparsities=(0.53125,), arxiv="2410.17247",
         what="tokens (of images) after each quarter of the layers; at 0.53125 half",
-        title="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction",
-    ),
-    Method(
-        name="llmlingua", family="token", options={"start": 0, "mode": "static"}, sparsities=(0.5, 0.8, 0.95),
+        title="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction"),
+    Method(name="llmlingua", family="token", options={"start": 0, "mode": "static"}, sparsities=(0.5, 0.8, 0.95),
         arxiv="2310.05736", what="tokens of the prompt, by a small model before it (not timed here)",
-        title="LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models",
-    ),
-    Method(
-        name="snapkv", family="kv_cache", options={"observed": 32}, sparsities=(0.68, 0.92), arxiv="2404.14469",
+        title="LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models"),
+    Method(name="snapkv", family="kv_cache", options={"observed": 32}, sparsities=(0.68, 0.92), arxiv="2404.14469",
         what="cached positions of the prompt, by the attention of its last 32",
-        title="SnapKV: LLM Knows What You are Looking for Before Generation",
-    ),
-    Method(
-        name="h2o", family="kv_cache", options={"observed": 10**6}, sparsities=(0.8,), arxiv="2306.14048",
+        title="SnapKV: LLM Knows What You are Looking for Before Generation"),
+    Method(name="h2o", family="kv_cache", options={"observed": 10**6}, sparsities=(0.8,), arxiv="2306.14048",
         what="cached positions of the prompt, by the attention of all queries, written out",
-        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
-    ),
+        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models"),
     *(
-        Method(
-            name=f"snapkv-{budget}", family="kv_cache", options={"observed": 32, "budget": budget}, sparsities=(),
+        Method(name=f"snapkv-{budget}", family="kv_cache", options={"observed": 32, "budget": budget},
             arxiv="2404.14469", models=("Mistral-7B-v0.2", "Mixtral-8x7B", "LongChat-7B", "LWM-Text-1M"),
             what=f"all but {budget:,} cached positions of the prompt, by the attention of its last 32",
-            title="SnapKV: LLM Knows What You are Looking for Before Generation",
-        )
+            title="SnapKV: LLM Knows What You are Looking for Before Generation")
         for budget in (1024, 2048, 4096)
     ),
-    Method(
-        name="streaming-llm", family="kv_cache", options={"observed": 0, "budget": 2048, "rolling": True},
-        sparsities=(), arxiv="2309.17453", models=("Llama-2", "MPT", "Falcon", "Pythia"),
+    Method(name="streaming-llm", family="kv_cache", options={"observed": 0, "budget": 2048, "rolling": True},
+        arxiv="2309.17453", models=("Llama-2", "MPT", "Falcon", "Pythia"),
         what="cached positions, of the prompt or new, except the first 4 and the last 2,044; the prefill stays dense",
-        title="Efficient Streaming Language Models with Attention Sinks",
-    ),
+        title="Efficient Streaming Language Models with Attention Sinks"),
     # experts
-    Method(
-        name="reap", family="experts", sparsities=(0.25, 0.5), arxiv="2510.13999",
+    Method(name="reap", family="experts", sparsities=(0.25, 0.5), arxiv="2510.13999",
         models=("ERNIE-4.5-21B-A3B", "Qwen3-30B-A3B", "Mixtral-8x7B", "GLM-4.5-Air", "Llama-4-Scout",
                 "Qwen3-Coder-480B-A35B", "Kimi-K2"),
         what="experts with their router outputs, by gate value times output norm",
-        title="REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
-    ),
-    Method(
-        name="naee", family="experts", sparsities=(0.25, 0.5), arxiv="2402.14800", models=("Mixtral-8x7B",),
+        title="REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression"),
+    Method(name="naee", family="experts", sparsities=(0.25, 0.5), arxiv="2402.14800", models=("Mixtral-8x7B",),
         what="experts with their router outputs, by the error of each layer's output",
         title="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
-              "Models",
-    ),
-    Method(
-        name="naee-skip", family="experts", options={"fewer": "average"}, sparsities=(0.25,), arxiv="2402.14800",
+              "Models"),
+    Method(name="naee-skip", family="experts", options={"fewer": "average"}, sparsities=(0.25,), arxiv="2402.14800",
         models=("Mixtral-8x7B",),
         what="the second expert of half of the tokens, where its gate value is small; all weights stay",
         title="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
-              "Models",
-    ),
-    Method(
-        name="hc-smoe", family="experts", options={"merged": True}, sparsities=(0.25, 0.5), arxiv="2410.08589",
+              "Models"),
+    Method(name="hc-smoe", family="experts", options={"merged": True}, sparsities=(0.25, 0.5), arxiv="2410.08589",
         models=("Qwen1.5-MoE-A2.7B", "Mixtral-8x7B"),
         what="experts, merged by clusters of their outputs; the router keeps its outputs",
-        title="Retraining-Free Merging of Sparse Mixture-of-Experts via Hierarchical Clustering",
-    ),
-    Method(
-        name="m-smoe", family="experts", options={"merged": True}, sparsities=(0.75,), arxiv="2310.01334",
+        title="Retraining-Free Merging of Sparse Mixture-of-Experts via Hierarchical Clustering"),
+    Method(name="m-smoe", family="experts", options={"merged": True}, sparsities=(0.75,), arxiv="2310.01334",
         models=("Switch-base-32",),
-        what="experts, merged by their routing into about 8 of 32 a layer; the router keeps its outputs",
-        title="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
-    ),
+        what="experts, merged by their routing into about 8 of 32 per layer; the router keeps its outputs",
+        title="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy"),
 )
 # fmt: on
 
 METHODS: Mapping[str, Method] = MappingProxyType({entry.name: entry for entry in _TABLE})
-"""Published methods by name, ordered by family."""

@@ -15,12 +15,12 @@ from simulator.errors import InputError
 from simulator.pruning._family import PROJECTIONS, QKV, WHOLE, Choice, Pruned
 from simulator.workload import Workload
 
+# projections that read the residual stream
 INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "delta_in", "delta_ba", "gate", "up", "gate_up", "linear", "shared_gate")
-"""Projections that read the residual stream."""
-
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm")
+# roles that move the residual stream; gathers of logits have their own width
 STREAM = ("embedding", *NORMS, "residual", "gather", "scatter", "quantize", "all_reduce", "send")
-"""Roles that move the residual stream; gathers of logits have their own width."""
+FIXED: tuple[str, ...] = ("query width",)  # widths that aligned_up does not change: heads times the head dimension
 
 
 def layer_count(w: Workload) -> int:
@@ -69,12 +69,10 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
 def shorter_copies(w: Workload, out: Workload) -> Workload:
     """Return ``out`` with cache copies as long as its decode attention; ``w`` is the workload before pruning."""
     copies = w.is_role("cache_write") & (w.kv_len > 0)
-    if not copies.any():
-        return out
     before, after = (covering(x, x.kind == Kind.DECODE_ATTENTION, x.kv_len.astype(np.float64)) for x in (w, out))
     share = np.where(copies & (before > 0), after / np.maximum(before, 1.0), 1.0)
     kept = np.where(copies, np.maximum(np.round(w.kv_len * share), 1), out.kv_len)
-    return out.replace(kv_len=kept, read_bytes=out.read_bytes * share, write_bytes=out.write_bytes * share)
+    return out.replace(kv_len=kept, **moved(out, share))
 
 
 def biases(w: Workload) -> Array:
@@ -137,9 +135,7 @@ def with_inner(w: Workload, kept: Array) -> Workload:
 
 def with_expert_width(w: Workload, kept: Array) -> Workload:
     """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows do not change."""
-    routed = w.kind == Kind.EXPERTS
-    params = w.params * (kept / np.maximum(w.n, 1))
-    return changed(w, routed, n=kept, params=params)
+    return changed(w, w.kind == Kind.EXPERTS, n=kept, params=w.params * (kept / np.maximum(w.n, 1)))
 
 
 def moved(w: Workload, share: Array) -> dict[str, Array]:
@@ -168,8 +164,6 @@ def doubled(w: Workload, mask: Array) -> tuple[Workload, Array, Array, Array]:
 def split_at(w: Workload, layer: int) -> Workload:
     """Split rows whose run of layers contains the start of ``layer`` into two rows that share their count."""
     across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
-    if not across.any():
-        return w
     out, _, first, second = doubled(w, across)
     layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
     out = changed(out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1)))
@@ -186,8 +180,6 @@ def merge_runs(w: Workload) -> Workload:
         column = getattr(w, name)
         new[1:] |= column[1:] != column[:-1]
     start = np.flatnonzero(new)
-    if len(start) == len(w):
-        return w
     return w.take(start).replace(count=np.add.reduceat(w.count, start), layers=np.add.reduceat(w.layers, start))
 
 
@@ -232,20 +224,18 @@ def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
 
 def overhead_gemm(w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any) -> Workload:
     """Return GEMMs over all tokens of the rows ``at``; they own parameters in the phase that counts parameters."""
-    # the decode steps of a generate own none
+    # in a generate, the prefill counts the parameters and the decode steps do not
     owns = (w.phase[at] == Phase.PREFILL) | ~(w.phase == Phase.PREFILL).any()
     params = np.where(owns, np.asarray(n, dtype=np.float64) * k / w.repeats[at], 0.0)
     return overheads(w, at, role, kind=Kind.GEMM, m=w.m[at], n=n, k=k, params=params, **columns)
 
 
-Inserted = list[tuple[Array, Workload]]
-"""Rows to insert, each with a position (possibly fractional) before which it is put."""
+Inserted = list[tuple[Array, Workload]]  # rows to insert, and the position of each: 2.5 is between the rows 2 and 3
 
 
 def insertion(w: Workload, parts: Inserted) -> Array:
     """Return the order that puts the rows of ``w`` followed by ``parts`` into their places."""
-    place = np.concatenate([np.arange(len(w), dtype=np.float64), *[at for at, _ in parts]])
-    return np.argsort(place, kind="stable")
+    return np.argsort(np.concatenate([np.arange(len(w)), *[at for at, _ in parts]]), kind="stable")
 
 
 def insert(w: Workload, parts: Inserted) -> Workload:
@@ -254,52 +244,45 @@ def insert(w: Workload, parts: Inserted) -> Workload:
 
 
 EXACT_TOKENS = 16  # up to this number of tokens, every outcome of the binomial distribution has its own row
-CAPACITY_TOKENS = 512
-"""From this number of tokens, the computed number is the mean, as in capacity-based routers; its sd is below 5 %."""
-
-BINS = 5  # number of equally likely bins that approximate the binomial distribution between these two numbers
+CAPACITY_TOKENS = 512  # from this number on, only the mean counts, as in capacity-based routers: its sd is below 5 %
+BINS = 5  # number of equally likely bins that approximate the distribution between these two numbers
 
 
 @lru_cache(maxsize=4096)
-def token_points(tokens: int, keep: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def token_points(tokens: int, keep: float) -> tuple[Array, Array]:
     """Return possible numbers of computed tokens, without 0, and their probabilities; each is kept with ``keep``.
 
-    The expected number is exactly ``tokens * keep``. Up to :data:`EXACT_TOKENS` the distribution is binomial. Beyond,
-    it has the means of :data:`BINS` bins, each divided between the two nearest whole numbers. From
-    :data:`CAPACITY_TOKENS` it is the mean alone."""
-    if tokens <= 0 or keep >= 1.0:
-        return (tokens,), (1.0,)
-    if tokens <= EXACT_TOKENS:
-        many = np.arange(tokens + 1)
-        chance = np.array([math.comb(tokens, j) * keep**j * (1.0 - keep) ** (tokens - j) for j in range(tokens + 1)])
+    The expected number is exactly ``tokens * keep``. The mean of a bin is divided between the two nearest whole
+    numbers."""
+    if tokens <= 0:
+        return np.array([tokens]), np.array([1.0])
+    if tokens >= CAPACITY_TOKENS:
+        means, chance = np.array([tokens * keep]), np.array([1.0])
     else:
-        if tokens >= CAPACITY_TOKENS:
-            means, weights = np.array([tokens * keep]), np.array([1.0])
-        else:
-            means, weights = _binned(tokens, keep)
-        low = np.floor(means)
-        both = np.concatenate([low, low + 1]).astype(np.int64)
-        many, inverse = np.unique(both, return_inverse=True)
-        shares = np.concatenate([weights * (low + 1 - means), weights * (means - low)])
-        chance = np.bincount(inverse.reshape(-1), weights=shares)
+        means, chance = _binomial(tokens, keep)
+    low = np.floor(means)
+    many, inverse = np.unique(np.concatenate([low, low + 1]).astype(np.int64), return_inverse=True)
+    shares = np.concatenate([chance * (low + 1 - means), chance * (means - low)])
+    chance = np.bincount(inverse.reshape(-1), weights=shares)
     kept = (many > 0) & (chance > 0)
-    return tuple(int(j) for j in many[kept]), tuple(float(c) for c in chance[kept])
+    return many[kept], chance[kept]
 
 
-def _binned(tokens: int, keep: float) -> tuple[Array, Array]:
-    """Return means and weights of the bins of a binomial distribution."""
+def _binomial(tokens: int, keep: float) -> tuple[Array, Array]:
+    """Return the outcomes of a binomial distribution, or the means of bins of outcomes, and their probabilities."""
     outcome = np.arange(tokens + 1)
     factorial = np.array([math.lgamma(j + 1) for j in range(tokens + 1)])
     choose = factorial[-1] - factorial - factorial[::-1]
     mass = np.exp(choose + outcome * math.log(keep) + (tokens - outcome) * math.log1p(-keep))
     mass /= mass.sum()
+    if tokens <= EXACT_TOKENS:
+        return outcome, mass
     which = np.minimum((np.cumsum(mass) - mass / 2) * BINS, BINS - 1).astype(np.int64)
-    weights = np.bincount(which, weights=mass, minlength=BINS)
-    used = weights > 0
-    means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / weights[used]
-    weights = weights[used]
-    means *= tokens * keep / (means @ weights)  # exact mean, without rounding errors
-    return np.minimum(means, tokens), weights
+    chance = np.bincount(which, weights=mass, minlength=BINS)
+    used = chance > 0
+    means = np.bincount(which, weights=mass * outcome, minlength=BINS)[used] / chance[used]
+    means *= tokens * keep / (means @ chance[used])  # removes rounding errors of the mean
+    return np.minimum(means, tokens), chance[used]
 
 
 def split_tokens(w: Workload, keep: Array) -> Workload:
@@ -315,20 +298,17 @@ def split_tokens(w: Workload, keep: Array) -> Workload:
     points = [token_points(int(t), float(p)) for t, p in pairs.T]
     times, conserve = np.ones(len(w), dtype=np.int64), np.ones(len(w))
     times[chosen] = np.array([len(many) for many, _ in points])[inverse]
-    conserve[chosen] = np.array([1.0 / sum(chance) for _, chance in points])[inverse]
+    conserve[chosen] = np.array([1.0 / chance.sum() for _, chance in points])[inverse]
     index = np.repeat(np.arange(len(w)), times)
     out, own, split = w.take(index), tokens[index], (keep < 1.0)[index]
     many, chance = own.astype(np.float64), np.ones(len(out))
-    both = [np.array(pair) for pair in points]
-    many[split], chance[split] = np.concatenate([both[pair] for pair in inverse.tolist()], axis=1)
-    share = many / np.maximum(own, 1)
+    many[split], chance[split] = np.concatenate([points[pair] for pair in inverse.tolist()], axis=1)
     return out.replace(
         count=out.count * chance,
         m=np.where(out.m > 0, many, out.m),
         batch=np.where(out.kind == Kind.DECODE_ATTENTION, many, out.batch),
-        read_bytes=out.read_bytes * share,
-        write_bytes=out.write_bytes * share,
         params=out.params * conserve[index],
+        **moved(out, many / np.maximum(own, 1)),
     )
 
 
@@ -360,23 +340,20 @@ def query_share(w: Workload, keep: Array) -> Array:
 
 
 def prompt_of(w: Workload) -> Array:
-    """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees them; else 0."""
+    """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees them; 0 outside."""
     none = np.iinfo(np.int64).max
     out = np.full(layer_count(w) + 1, none)
     decodes = bool((w.kind == Kind.DECODE_ATTENTION).any())
     rows = w.take(w.kind == (Kind.DECODE_ATTENTION if decodes else Kind.PREFILL_ATTENTION))
-    # a decode step also attends to its own position
+    # the first decode step sees one position after the prompt; the step of a serve is in the middle of the answer
     grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
     length = rows.kv_len - (grown if decodes else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
         run, lengths = slice(first, first + many), length[(rows.layer == first) & (rows.layers == many)]
-        # the first decode step, or the last chunk of the prompt
+        # the first decode step is the shortest, the last chunk of a prompt the longest
         out[run] = np.minimum(out[run], lengths.min() if decodes else lengths.max())
     out[out == none] = 0
     return np.where(w.layer >= 0, out[np.maximum(w.layer, 0)], 0)
-
-
-FIXED: tuple[str, ...] = ("query width",)  # widths that aligned_up does not change: heads times the head dimension
 
 
 def with_hidden(w: Workload, hidden: int, new: int) -> Workload:

@@ -1,6 +1,6 @@
 """Define steps of a pruning, and apply several to a workload: :func:`prune_steps`.
 
-Layer numbers are those of the dense model in every step: steps that remove layers are applied last.
+In every step, layers have their numbers in the dense model: steps that remove layers are applied last.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from simulator.errors import InputError
 from simulator.models.difference import consecutive
 from simulator.pruning import FAMILIES, Family, listed_layers, prune
 from simulator.pruning._family import SUBLAYERS, one_of
+from simulator.pruning._methods import METHODS
 from simulator.pruning._rows import layer_count
 from simulator.workload import Workload
 
+# a fraction, one fraction per layer, or one of these per part
 Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...]], ...] | None
-"""A fraction, one fraction per layer, or either by part."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,18 @@ class PruningStep:
             parts.append(f"{sparsity:.9g}")
         if self.layers is not None:
             parts.append(f"layers={','.join(consecutive(self.layers))}")
-        for name, value in self.options:
-            text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-            parts.append(f"{name}={text.lower() if isinstance(value, bool) else text}")
+        parts += [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in self.options]
         return " ".join(parts)
 
     @cached_property
     def families(self) -> tuple[Family, ...]:
-        """Families of the step: one, those of the method, or none if the name is neither."""
-        from simulator.pruning._methods import METHODS
-
+        """Families of the step: one, those of a method, or none if the name is unknown."""
         names = METHODS[self.name].family.split("+") if self.name in METHODS else [self.name]
         return tuple(FAMILIES[name] for name in names if name in FAMILIES)
 
     @property
     def budgeted(self) -> bool:
-        """Whether the sparsity follows from the length of a request: the step keeps a number of tokens."""
-        from simulator.pruning._methods import METHODS
-
+        """Whether the step keeps a number of tokens, so that its sparsity follows from the length of a request."""
         options = METHODS[self.name].options if self.name in METHODS else dict(self.options)
         return options.get("budget") is not None
 
@@ -78,21 +73,16 @@ class PruningStep:
         return sparsity
 
     def by_family(self, workload: Workload) -> tuple[PruningStep, ...]:
-        """Return the step as steps of families: those of a method, as it prunes a workload, else the step itself."""
-        from simulator.pruning._methods import METHODS
-
+        """Return the step of each family that a method applies to a workload; a step of a family is returned."""
         if self.name not in METHODS:
             return (self,)
         found = METHODS[self.name].families_of(workload, _argument(self.sparsity))
-        return tuple(
-            PruningStep(name, _hashable(part), options=tuple(sorted(own.items()))) for name, part, own in found
-        )
+        return tuple(PruningStep(name, _hashable(part), None, tuple(sorted(own.items()))) for name, part, own in found)
 
     def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
         """Return the pruned workload."""
         for step in self.by_family(workload):
-            options = {name: list(value) if isinstance(value, tuple) else value for name, value in step.options}
-            workload = prune(workload, step.name, step.argument, layers=step.layers, ideal=ideal, **options)
+            workload = prune(workload, step.name, step.argument, layers=step.layers, ideal=ideal, **dict(step.options))
         return workload
 
 
@@ -110,9 +100,7 @@ def _argument(sparsity: Sparsity) -> Any:
 
 
 def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = "") -> Workload:
-    """Return the workload pruned by steps, of which those that remove layers are applied last.
-
-    Errors name the step, and the plan if the steps are of one."""
+    """Return the workload pruned by steps. Errors name the step, and the plan that contains the steps."""
     step: PruningStep | None = None
     try:
         for step in in_order(steps, workload):
@@ -123,10 +111,9 @@ def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool
 
 
 def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[PruningStep]:
-    """Yield the steps that prune a workload, in their order.
+    """Yield the steps in the order in which they prune a workload.
 
-    Those of one family at different layers are one step. Those that remove layers are last, with the numbers that
-    layers then have."""
+    Steps of one family at different layers become one step. Steps that remove layers are last."""
     keeping = [step for step in steps if not step.removes_layers]
     listed = [step for step in steps if step.removes_layers and step.layers is not None]
     rest = [step for step in steps if step.removes_layers and step.layers is None]
@@ -134,7 +121,7 @@ def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[Pruni
 
 
 def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
-    """Yield steps; those of one family at different layers become one step with a sparsity per layer."""
+    """Yield steps; steps of one family at different layers become one step with a sparsity per layer."""
     groups: list[list[PruningStep]] = []
     for step in steps:
         for group in groups:
@@ -150,23 +137,22 @@ def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
 
 
 def _by_layer(steps: Sequence[PruningStep], layers: int) -> PruningStep:
-    first = steps[0]
-    targets = first.families[0].targets
+    first, family = steps[0], steps[0].families[0]
     tables: dict[str, FloatArray] = {}
     for step in steps:
-        found = _argument(first.families[0].default if step.sparsity is None else step.sparsity)
+        found = _argument(family.default if step.sparsity is None else step.sparsity)
         if found is None:
             raise InputError(f"{step}: expected a fraction")
-        parts = found if isinstance(found, dict) else dict.fromkeys(SUBLAYERS if targets else ("",), found)
+        parts = found if isinstance(found, dict) else dict.fromkeys(SUBLAYERS if family.targets else ("",), found)
         for part, fraction in parts.items():
             table = tables.setdefault(part, np.zeros(layers))
             table[listed_layers(step.layers, layers)] = fraction
     each = tuple((part, tuple(table.tolist())) for part, table in tables.items())
-    return PruningStep(first.name, each if targets else each[0][1], options=first.options)
+    return PruningStep(first.name, each if family.targets else each[0][1], options=first.options)
 
 
 def _renumbered(steps: Sequence[PruningStep]) -> Iterator[PruningStep]:
-    """Yield steps that remove listed layers; of several, numbers of layers after the first are new ones."""
+    """Yield steps that remove listed layers; after a step, layers have new numbers."""
     if len(steps) < 2:
         yield from steps
         return

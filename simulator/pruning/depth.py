@@ -24,40 +24,37 @@ def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", earl
         raise InputError(f"option unit: expected no unit with a sparsity by part, got {unit!r}")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
     for together in [parts] if unit == "layer" and choice.form != "part" else [[part] for part in parts]:
-        rows = _rows(w, together)
+        rows = _in_layers(w, together)
         if rows.any():
             out = _without(out, together, float(choice.rows[rows].max()), choice.layers, early_exit)
     before, after = (float(weights(x)[weighted(x) & np.isin(x.part, parts)].sum()) for x in (w, out))
     return out, removed(before, after)
 
 
-def _rows(w: Workload, parts: list[Part]) -> Array:
+def _in_layers(w: Workload, parts: list[Part]) -> Array:
     return np.isin(w.part, parts) & (w.layer >= 0)
 
 
 def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
-    rows = _rows(w, parts)
+    rows = _in_layers(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
-    present = np.zeros(layers + 1, dtype=np.int64)  # layers can lack a sublayer
-    np.add.at(present, w.layer[rows], 1)
-    np.add.at(present, (w.layer + w.layers)[rows], -1)
-    there = np.flatnonzero(np.cumsum(present)[:-1] > 0)
-    candidates = there if listed is None else np.intersect1d(there, listed)
-    many = int(whole_share(sparsity, len(candidates)))
     if listed is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers are equal
-        left = layers - many
+        left = layers - int(whole_share(sparsity, layers))
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)
-    # published methods find the deepest layers, except the last, redundant
+    w = w.expand()
+    rows = _in_layers(w, parts)
+    there = np.unique(w.layer[rows])  # layers can lack a sublayer
+    candidates = there if listed is None else np.intersect1d(there, listed)
+    many = int(whole_share(sparsity, len(candidates)))
+    # published methods remove the deepest layers, except the last
     spared = int(not exits and 0 < many < len(candidates) and candidates[-1] == there[-1])
     end = len(candidates) - spared
     keep = np.ones(layers, dtype=bool)
     keep[candidates[end - many : end]] = False
     number = np.cumsum(keep) - 1  # new number of each remaining layer
-    wide = w.expand()
-    rows = _rows(wide, parts)
-    layer = np.where(rows, wide.layer, 0)
-    return merge_runs(changed(wide, rows, layer=number[layer]).take(~rows | keep[layer]))
+    layer = np.where(rows, w.layer, 0)
+    return merge_runs(changed(w, rows, layer=number[layer]).take(~rows | keep[layer]))
 
 
 FAMILY = Family(
@@ -65,7 +62,6 @@ FAMILY = Family(
     axis="static M",
     loading="config",
     parts={"": ("layers",), "attention": ("attention layers",), "mlp": ("MLP layers",)},
-    narrows=False,
     order=1,
     summary="removes layers, or attention or MLP sublayers, with norm, residual and cache",
     cost="nothing",

@@ -16,10 +16,9 @@ from simulator.workload import Workload
 def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False) -> Pruned:
     """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the router shrinks.
 
-    With ``merged``, each group of experts becomes one; the router keeps its E outputs, and a table maps the chosen ones
-    of a token to their groups (``select``). With ``fewer`` "active" all experts stay, and a token uses ``round((1-s)
-    A)`` of them, at least one; with "average" that number is a mean over tokens. With expert parallel, these are
-    numbers over all devices. A model, or listed layers, without routed experts are rejected."""
+    With ``merged``, each group of experts becomes one; the router keeps its E outputs, and a table maps the choices of
+    a token to groups (``select``). With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of
+    them, at least one; with "average" that number is a mean over tokens. Numbers are counted over all devices."""
     one_of("fewer", fewer, ("experts", "active", "average"))
     if flag("option merged", merged) and fewer != "experts":
         raise InputError(f"option merged: expected fewer=experts with it, got {fewer}")
@@ -30,33 +29,28 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
         got += w.meta.model
         raise InputError(f"family experts: expected {expected} with routed experts, got {got} without them")
     devices = w.meta.devices if w.meta.parallel == "expert" else 1
-    own: Array = w.experts if fewer == "experts" else w.active
-    least = np.ceil(w.active * devices) if fewer == "experts" else np.ones(len(w))
-    before = own * devices
-    exact = fewer == "average"
-    left = (1.0 - choice.rows) * before if exact else whole_share(1.0 - choice.rows, before)
+    before: Array = (w.experts if fewer == "experts" else w.active) * devices
+    least = np.ceil(w.active * devices) if fewer == "experts" else 1.0
+    left = (1.0 - choice.rows) * before if fewer == "average" else whole_share(1.0 - choice.rows, before)
     kept = np.where(pruned, np.maximum(left, least), before)
     realised = removed(*(float(values @ (w.count * routed)) for values in (before, kept)))
-    if fewer != "experts":
+    if fewer == "experts":
+        if (uneven := routed & (kept % devices > 0)).any():
+            expected = f"expected a multiple of {devices} devices"
+            raise InputError(f"experts at sparsity {choice.asked:g}: {expected}, got {kept[uneven][0]:g} experts")
+        routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
+        out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
+        params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
+        out = out.replace(experts=np.where(routed, kept / devices, w.experts), params=params)
+    else:
         out = w.replace(active=kept / devices)
-        return (_selecting(w, out, pruned) if exact and not ideal else out), realised
-    if (uneven := routed & (kept % devices > 0)).any():
-        expected = f"expected a multiple of {devices} devices"
-        raise InputError(f"experts at sparsity {choice.asked:g}: {expected}, got {kept[uneven][0]:g} experts")
-    routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
-    out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
-    params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
-    out = out.replace(experts=np.where(routed, kept / devices, w.experts), params=params)
-    return (_selecting(w, out, pruned) if merged and not ideal else out), realised
-
-
-def _selecting(w: Workload, out: Workload, pruned: Array) -> Workload:
-    """Return ``out`` with a kernel before its experts that rewrites which ones each token uses."""
-    at = np.flatnonzero(pruned)
-    m, devices = w.m[at], w.meta.devices if w.meta.parallel == "expert" else 1
-    active = np.round(w.active[at] * devices).astype(np.int64)
-    indices = m * active * SCORE_BYTES
-    return insert(out, [(at - 0.5, overheads(w, at, "select", m=m, n=active, read_bytes=indices, write_bytes=indices))])
+    if (merged or fewer == "average") and not ideal:  # a kernel changes which experts each token uses
+        at = np.flatnonzero(pruned)
+        active = np.round(w.active[at] * devices).astype(np.int64)
+        indices = w.m[at] * active * SCORE_BYTES
+        select = overheads(w, at, "select", m=w.m[at], n=active, read_bytes=indices, write_bytes=indices)
+        out = insert(out, [(at - 0.5, select)])
+    return out, realised
 
 
 FAMILY = Family(
@@ -64,7 +58,6 @@ FAMILY = Family(
     axis="static or dynamic N of experts",
     loading="checkpoint",
     parts={"": ("experts",)},
-    narrows=False,
     order=12,
     needs="experts",
     summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",

@@ -19,10 +19,9 @@ def kv_cache(
     """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
 
     With ``budget``, keep at most that many prompt positions. With ``rolling``, a generated position replaces an older
-    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``), the newest included.
-
-    The prefill adds work in every layer: the last ``observed`` queries score all keys (``mask``), each KV head selects
-    positions (``select``), and the cache is compacted (``gather``). With ``observed`` 0 their place alone decides."""
+    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``). At the end of the
+    prefill, the last ``observed`` queries score all keys (``mask``), each KV head selects positions (``select``), and
+    the cache is compacted (``gather``). With ``observed`` 0, the place of a position alone decides."""
     observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
     if budget is None:
         pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
@@ -52,12 +51,11 @@ def kv_cache(
         "select": (heads, keys, chosen * keys, chosen * left),
         "gather": (heads * left, 2 * features, position * 2.0 * left, position * 2.0 * left),
     }
-    added = [
-        overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)
-        for role, (m, n, read, write) in traffic.items()
-        if observed or role == "gather"
-    ]
-    return insert(out, [(at + 0.5, rows) for rows in added]), realised
+    parts = []
+    for role, (m, n, read, write) in traffic.items():
+        if observed or role == "gather":
+            parts.append((at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)))
+    return insert(out, parts), realised
 
 
 FAMILY = Family(
@@ -65,7 +63,6 @@ FAMILY = Family(
     axis="K of decode attention",
     loading="kernels",
     parts={},
-    narrows=False,
     order=11,
     together="equal length",
     summary="keeps a share of the prompt's cache, or a budget of positions",

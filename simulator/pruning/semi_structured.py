@@ -25,7 +25,6 @@ FAMILY = Family(
     axis="static K",
     loading="checkpoint",
     parts={},
-    narrows=False,
     order=4,
     summary="2:4 sparsity in all projections: half the weights and FLOPs, plus 2-bit indices",
     cost="kernels are less efficient than dense ones; small M gives no speedup, often a slowdown",

@@ -17,9 +17,8 @@ from simulator.workload import Workload
 def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None) -> Pruned:
     """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of the cache's blocks.
 
-    With ``budget``, each query sees at most that many keys. Cost per attention: prefill pools queries and keys by block
-    and scores them (``mask``); decode scores two bounds of the keys in every cached block; blocks are selected
-    (``select``)."""
+    With ``budget``, each query sees at most that many keys. Prefill pools queries and keys by block and scores them
+    (``mask``); decode scores two bounds of the keys in every cached block. Then blocks are selected (``select``)."""
     one_of("block", block, (16, 64, 128))
     s, realised = (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
     rows = w.is_attention & (s > 0)
@@ -55,7 +54,6 @@ FAMILY = Family(
     axis="dynamic N, K of attention",
     loading="kernels",
     parts={},
-    narrows=False,
     order=9,
     summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
     "share of the cache's blocks",

@@ -9,39 +9,21 @@ import numpy as np
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kind, Part, Phase
 from simulator.errors import InputError
+from simulator.pruning import _rows
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
-from simulator.pruning._rows import (
-    before_sublayer,
-    changed,
-    hidden_at,
-    insert,
-    layer_count,
-    merge_runs,
-    moved,
-    overheads,
-    prompt_of,
-    removed,
-    shorter_copies,
-    split_at,
-    sublayer_ends,
-    whole_share,
-)
 from simulator.workload import Workload
 
 START = 2  # default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
-_LAST = "lm_head", "all_gather", "softcap"
-"""Operators of the head that compute all positions, or only the last of each prompt."""
 
 
 def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
     """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
 
-    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth. Cost
-    per layer that drops tokens: ``mode`` "dynamic" scores them by the attention of the last query (``select``) and
-    gathers the rest; "static" only gathers. The realised sparsity is that of the last layer, or the mean over
-    layers."""
+    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth.
+    ``mode`` "dynamic" scores tokens by the attention of the last query (``select``) and gathers the rest; "static" only
+    gathers. The realised sparsity is the share of the last layer, or the mean over layers."""
     one_of("mode", mode, ("dynamic", "static"))
-    layers, per_layer = layer_count(w), choice.form == "layer"
+    layers, per_layer = _rows.layer_count(w), choice.form == "layer"
     table = np.zeros(layers)  # share of the prompt that is missing in each layer
     if per_layer:
         if start is not None:
@@ -56,56 +38,57 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
         if first >= layers:
             raise InputError(f"option start: expected a layer from 0 to {layers - 1}, got {start!r}")
         table[first:] = choice.asked
-        w = split_at(w, first)
-    out, kept, prompt = _dropped(w, table)
+        w = _rows.split_at(w, first)
+    out, share = _dropped(w, table)
     if not ideal:
-        out = _with_selection(w, out, table, kept, prompt, mode)
-    share = kept / np.maximum(prompt, 1)
+        out = _with_selection(w, out, table, share, mode)
     counted = range(layers) if per_layer else (layers - 1,)
-    shares = [float(share[(w.layer <= i) & (w.layer + w.layers > i)][0]) for i in counted]
-    return merge_runs(out), float(np.mean([removed(1.0, x) for x in shares]))
+    dropped = [1.0 - share[(w.layer <= i) & (w.layer + w.layers > i)][0] for i in counted]
+    return _rows.merge_runs(out), float(np.mean(dropped))
 
 
-def _dropped(w: Workload, table: Array) -> tuple[Workload, Array, Array]:
-    """Return the workload with fewer tokens, and prompt tokens per row after and before dropping."""
+def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
+    """Return the workload with fewer tokens, and the share of prompt tokens that each row keeps."""
     s = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0))
-    prompt = prompt_of(w)
-    whole_prompt = int(prompt.max(initial=0)) or w.meta.seq
-    prompt = np.where(prompt > 0, prompt, whole_prompt)  # outside the layers, or without attention
-    kept = np.where(s > 0, np.maximum(whole_share(1.0 - s, prompt), 1), prompt)
+    prompt = _rows.prompt_of(w)
+    # outside the layers, and in layers without attention, the prompt has its full length
+    prompt = np.where(prompt > 0, prompt, int(prompt.max(initial=0)) or w.meta.seq)
+    kept = np.where(s > 0, np.maximum(_rows.whole_share(1.0 - s, prompt), 1), prompt)
     begins, norms = w.is_role("embedding"), w.is_role("final_norm")
     ends = w.m[norms if norms.sum() == begins.sum() else begins]  # tokens at the end of each pass
-    sampled = w.is_role(*_LAST) & (w.m < np.r_[w.m.max(initial=0), ends][np.cumsum(begins)])
+    # the head computes all positions, or only the last of each prompt
+    few = w.m < np.r_[w.m.max(initial=0), ends][np.cumsum(begins)]
+    sampled = w.is_role("lm_head", "all_gather", "softcap") & few
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
-    m = np.where(fewer, np.maximum(w.m * kept // np.maximum(prompt, 1), 1), w.m)
-    prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / np.maximum(prompt, 1)
-    q_len, kv_len = (
-        # of each chunk of a prompt the same share
-        np.where(prefill, np.maximum(whole_share(share, length), 1), np.maximum(length - (prompt - kept), 1))
+    m = np.where(fewer, np.maximum(w.m * kept // prompt, 1), w.m)
+    prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / prompt
+    q_len, kv_len = (  # in the prefill, the same share of each chunk of a prompt
+        np.where(prefill, np.maximum(_rows.whole_share(share, length), 1), np.maximum(length - (prompt - kept), 1))
         for length in (w.q_len, w.kv_len)
     )
-    out = shorter_copies(w, changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
-    return out.replace(m=m, **moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), kept, prompt
+    out = _rows.shorter_copies(w, _rows.changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
+    return out.replace(m=m, **_rows.moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), share
 
 
-def _with_selection(w: Workload, out: Workload, table: Array, kept: Array, prompt: Array, mode: str) -> Workload:
+def _with_selection(w: Workload, out: Workload, table: Array, share: Array, mode: str) -> Workload:
+    """Return ``out`` with the rows that score and gather tokens; they run once per layer that drops tokens."""
     steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)  # layers before which tokens are dropped
     rows = np.flatnonzero((w.kind == Kind.PREFILL_ATTENTION) & np.isin(w.layer, steps))
     if not len(rows):
         return out
-    x, place = w.take(rows), before_sublayer(w, rows)
+    x, place = w.take(rows), _rows.before_sublayer(w, rows)
     missing = np.r_[0.0, table][x.layer]  # share of the prompt missing in the previous layer
-    before = x.batch * np.maximum(whole_share(1.0 - missing, x.q_len), 1)
-    left = x.batch * np.maximum(whole_share(kept[rows] / np.maximum(prompt[rows], 1), x.q_len), 1)
-    hidden = int(hidden_at(w, np.flatnonzero(sublayer_ends(w))).max())
+    before = x.batch * np.maximum(_rows.whole_share(1.0 - missing, x.q_len), 1)
+    left = x.batch * np.maximum(_rows.whole_share(share[rows], x.q_len), 1)
+    hidden = int(_rows.hidden_at(w, np.flatnonzero(_rows.sublayer_ends(w))).max())
     stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
-    once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}  # only in one layer
+    once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}
     traffic: dict[str, Any] = {
         "select": {"m": before, "n": x.heads, "read_bytes": scores, "write_bytes": index},
         "gather": {"m": left, "n": hidden, "read_bytes": stream + index, "write_bytes": stream},
     }
     roles = ("select", "gather") if mode == "dynamic" else ("gather",)
-    return insert(out, [(place, overheads(w, rows, role, **traffic[role], **once)) for role in roles])
+    return _rows.insert(out, [(place, _rows.overheads(w, rows, role, **traffic[role], **once)) for role in roles])
 
 
 FAMILY = Family(
@@ -113,7 +96,6 @@ FAMILY = Family(
     axis="static or dynamic M",
     loading="kernels",
     parts={},
-    narrows=False,
     order=10,
     together="equal length",
     summary="drops prompt tokens from some layer on, also from the cache",

@@ -27,7 +27,6 @@ FAMILY = Family(
     axis="static K",
     loading="checkpoint",
     parts={},
-    narrows=False,
     order=6,
     summary="sets weights of all projections to zero, without structure",
     cost="no speedup, as dense kernels compute zeros; bounds count them (kernel=spmv: a kernel for one token)",

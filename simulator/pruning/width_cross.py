@@ -6,16 +6,8 @@ import numpy as np
 
 from simulator.arguments import flag
 from simulator.errors import InputError
+from simulator.pruning import _rows
 from simulator.pruning._family import Choice, Family, Pruned, whole
-from simulator.pruning._rows import (
-    aligned,
-    hidden_at,
-    insert,
-    overhead_gemm,
-    parameters_removed,
-    sublayer_ends,
-    with_hidden,
-)
 from simulator.workload import Workload
 
 
@@ -28,17 +20,17 @@ def width_cross(
     stream."""
     align = whole("align", align)
     rotates = flag("option residual_projections", residual_projections)
-    ends = sublayer_ends(w)
-    sizes = np.unique(hidden_at(w, np.flatnonzero(ends)))
+    ends = _rows.sublayer_ends(w)
+    sizes = np.unique(_rows.hidden_at(w, np.flatnonzero(ends)))
     if len(sizes) != 1:
         raise InputError(f"width_cross: expected one hidden size in all layers, got {sizes.tolist()}")
-    hidden, new = int(sizes[0]), int(aligned(sizes, np.array([1.0 - choice.asked]), align)[0])
-    out = with_hidden(w, hidden, new)
-    realised = parameters_removed(w, out)
+    hidden, new = int(sizes[0]), int(_rows.aligned(sizes, np.array([1.0 - choice.asked]), align)[0])
+    out = _rows.with_hidden(w, hidden, new)
+    realised = _rows.parameters_removed(w, out)
     if rotates and not ideal:
         at = np.flatnonzero(ends)
-        extra = overhead_gemm(out, at, "residual_projection", new, new, weight_dtype=out.weight_dtype[at])
-        out = insert(out, [(at + 0.5, extra)])
+        extra = _rows.overhead_gemm(out, at, "residual_projection", new, new, weight_dtype=out.weight_dtype[at])
+        out = _rows.insert(out, [(at + 0.5, extra)])
     return out, realised
 
 

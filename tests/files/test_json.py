@@ -25,14 +25,11 @@ def twice(content: dict[str, object], key: str) -> str:
     return f"{json.dumps(content)[:-1]}, {json.dumps(key)}: 4}}"
 
 
-def test_equal_keys_of_different_objects_are_accepted() -> None:
+def test_a_key_given_twice_is_named() -> None:
     assert parse_json('{"a": {"b": 1}, "b": [{"a": 2}]}', "x") == {"a": {"b": 1}, "b": [{"a": 2}]}
-
-
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '[{"b": {"a": 1, "c": 0, "\\u0061": 2}}]'])
-def test_a_key_given_twice_is_named(text: str) -> None:
-    with pytest.raises(InputError, match=r"x\.json: key 'a': expected once in an object, got twice or more; keep one"):
-        parse_json(text, "x.json")
+    for text in ('{"a": 1, "a": 1}', '[{"b": {"a": 1, "c": 0, "\\u0061": 2}}]'):
+        with pytest.raises(InputError, match=r"^x: key 'a': expected once in an object, got twice or more; keep one$"):
+            parse_json(text, "x")
 
 
 def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
@@ -48,10 +45,8 @@ def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
 
 
 def test_values_are_read_and_not_a_number_too() -> None:
-    assert parse_bounded(b'\xef\xbb\xbf {"a": [1, 2.5, null, "x"], "b": {}}', "own", 1000) == {
-        "a": [1, 2.5, None, "x"],
-        "b": {},
-    }
+    found = parse_bounded(b'\xef\xbb\xbf {"a": [1, 2.5, null, "x"], "b": {}}', "own", 1000)
+    assert found == {"a": [1, 2.5, None, "x"], "b": {}}
     assert math.isnan(parse_bounded(b"NaN", "own", 10))
 
 

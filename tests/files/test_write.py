@@ -1,12 +1,13 @@
-"""Files written whole: what a killed writer leaves beside them goes with the next, what another still writes stays."""
+"""Temporary files: those of killed writers are removed by the next writer; those that a process writes stay."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from simulator.files.write import remove_left, replacing, write_whole
+from simulator.files.write import _temporary, remove_left, write_whole
 
 pytestmark = pytest.mark.quick
 
@@ -24,12 +25,13 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next(tmp_path: Pat
     assert names(tmp_path) == [".other.csv.k1lled.tmp", ".t.csv", "t.csv"]
 
 
-def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_another_process_writes_stays(tmp_path: Path) -> None:
     target = tmp_path / "t.csv"
-    with replacing(target) as theirs:
-        Path(theirs).write_text("theirs")
-        write_whole(target, b"mine")
-        remove_left(tmp_path, "*")
-        assert target.read_text() == "mine"
-    assert target.read_text() == "theirs"
+    handle, theirs = _temporary(target)
+    write_whole(target, b"mine")
+    remove_left(tmp_path, "*")
+    assert target.read_text() == "mine"
+    assert names(tmp_path) == sorted([Path(theirs).name, "t.csv"])
+    os.close(handle)
+    remove_left(tmp_path, "*")
     assert names(tmp_path) == ["t.csv"]

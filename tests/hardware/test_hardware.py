@@ -214,7 +214,7 @@ def test_what_is_no_file_and_files_that_take_too_much(tmp_path: Path) -> None:
     assert "is a folder" in check_hardware(tmp_path)[0]
     assert "cannot be read" in check_hardware(tmp_path / "gone.yaml")[0]
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "not a regular file" in check_hardware(tmp_path / "pipe.yaml")[0]
+    assert "the pipe is empty" in check_hardware(tmp_path / "pipe.yaml")[0]
     assert "larger than 1 MB" in check_hardware(write(tmp_path, GOOD + "#" * 1_000_001))[0]
     bomb = "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 4}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
     (problem,) = check_hardware(write(tmp_path, bomb))

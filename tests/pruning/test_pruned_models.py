@@ -1,4 +1,4 @@
-"""Families on models with experts, a latent, or layers that differ: what is left against counts of the tensors."""
+"""Families on models with experts, a latent, or layers that differ; remaining tensors are counted by hand."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import FAMILIES, general_families, prune
+from simulator.pruning._methods import METHODS
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
 MODELS = ["mixtral-8x7b", "deepseek-v3", "nemotron-super-49b", "qwen1.5-moe-a2.7b", "qwen3-next-80b-a3b"]
-DENSE = ["semi_structured", "low_rank", "unstructured", "dynamic_width"]  # of weights with kernels of their own
+DENSE = ["semi_structured", "low_rank", "unstructured", "dynamic_width"]  # no kernels for experts and latents
 
 
 def layer_parameters(name: str, layer: int) -> int:
@@ -36,7 +37,7 @@ def shapes(w: Workload, *names: str) -> set[tuple[str, int, int]]:
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 @pytest.mark.parametrize("name", MODELS)
 def test_work_never_grows(name: str, engine: str) -> None:
-    """Beside what a method adds; families without a kernel for experts or latents refuse them."""
+    """Only added rows are more work; families without a kernel for experts or latents refuse them."""
     routed = PUBLISHED[name].experts > 0
     for phase in ("prefill", "decode", "serve"):
         for devices in (1, 2):
@@ -48,10 +49,8 @@ def test_work_never_grows(name: str, engine: str) -> None:
                     with pytest.raises(InputError, match="routed experts, latent attention and delta nets have no"):
                         prune(w, family, 0.5)
                     continue
-                options = (
-                    {"kernel": "gathered"} if "kernel" in FAMILIES[family].options and FAMILIES[family].dynamic else {}
-                )
-                pruned = prune(w, family, 0.5, **options)
+                kernels = FAMILIES[family].dynamic and "kernel" in FAMILIES[family].options
+                pruned = prune(w, family, 0.5, **{"kernel": "gathered"} if kernels else {})
                 own = pruned.take(~pruned.overhead)
                 assert own == prune(w, family, 0.5, ideal=True)
                 for column in ("flops", "bytes"):
@@ -159,3 +158,66 @@ def test_fewer_experts() -> None:
     assert less.parameters == w.parameters
     with pytest.raises(InputError, match="expected a multiple of 8 devices, got 90 experts"):
         prune(w, "experts", 0.3)
+
+
+QWEN3_CODER_480B = {  # huggingface.co/Qwen/Qwen3-Coder-480B-A35B-Instruct
+    "model_type": "qwen3_moe", "hidden_size": 6144, "intermediate_size": 8192, "num_hidden_layers": 62,
+    "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "max_position_embeddings": 262144, "tie_word_embeddings": False, "attention_bias": False, "num_experts": 160,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 2560, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "use_sliding_window": False,
+}  # fmt: skip
+
+
+def mixtral() -> Workload:
+    return lower(load_model("mixtral-8x7b"), phase="decode", batch=16, seq=2048, engine="")
+
+
+def only(w: Workload, role: str, column: str) -> float:
+    (value,) = set(getattr(w, column)[w.is_role(role)])
+    return float(value)
+
+
+def test_reap_has_the_parameters_of_the_published_checkpoints() -> None:
+    """Qwen3-Coder-480B-A35B becomes Qwen3-Coder-REAP-363B-A35B at 25 %, and -246B-A35B at 50 %."""
+    dense = lower(load_model(QWEN3_CODER_480B), phase="decode", batch=1, seq=128)
+    assert round(dense.parameters / 1e9) == 480
+    for sparsity, billions, kept in ((0.25, 363, 120), (0.5, 246, 80)):
+        pruned = METHODS["reap"].prune(dense, sparsity)
+        assert round(pruned.parameters / 1e9) == billions
+        assert only(pruned, "router", "n") == only(pruned, "experts", "experts") == kept
+        assert pruned.flops.sum() < dense.flops.sum()  # only the router: a token uses as many experts
+        assert only(pruned, "experts", "active") == 8
+
+
+def test_skipping_halves_the_second_expert() -> None:
+    """Half of the tokens skip the second of two experts: 1.5 on average, all weights stay."""
+    dense = mixtral()
+    pruned = METHODS["naee-skip"].prune(dense, 0.25)
+    assert only(pruned, "experts", "active") == 1.5
+    assert dense.flops.sum() - pruned.flops.sum() == 32 * 16 * 0.5 * 3 * 2 * 4096 * 14336
+    assert pruned.parameters == dense.parameters
+    assert pruned.meta.applied[0].realised == 0.25
+    # 16 tokens' two weights of 4 bytes, in 32 layers
+    rows = pruned.is_role("select")
+    assert (only(pruned, "select", "read_bytes"), float(pruned.count[rows].sum())) == (16 * 2 * 4, 32)
+    assert not prune(dense, "experts", 0.25, fewer="average", ideal=True).overhead.any()
+    rounded = prune(dense, "experts", 0.25, fewer="active")
+    assert only(rounded, "experts", "active") == 2  # 1.5 rounds up
+    assert only(prune(dense, "experts", 0.9, fewer="average"), "experts", "active") == 1
+
+
+def test_merged_experts_keep_the_router_wide() -> None:
+    dense = mixtral()
+    removed, merged = (prune(dense, "experts", 0.5, merged=m) for m in (False, True))
+    assert (only(removed, "router", "n"), only(merged, "router", "n")) == (4, 8)
+    assert merged.parameters - removed.parameters == 32 * 4 * 4096
+    for column in ("experts", "active", "params", "m", "n", "k"):
+        assert only(merged, "experts", column) == only(removed, "experts", column)
+    # a table maps two choices per token, indices of 4 bytes
+    assert only(merged, "select", "write_bytes") == only(merged, "select", "read_bytes") == 16 * 2 * 4
+    at = np.flatnonzero(merged.is_role("router", "select", "experts"))
+    assert [ROLES[code] for code in merged.role[at]] == ["router", "select", "experts"]
+    assert merged.overhead[at].tolist() == [False, True, False]
+    bound = prune(dense, "experts", 0.5, merged=True, ideal=True)
+    assert merged.take(~merged.overhead) == bound

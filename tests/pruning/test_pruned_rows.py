@@ -1,4 +1,4 @@
-"""Pruned workloads: FLOPs and parameters as counted from shapes in plain Python; what moves, stays and is added."""
+"""Pruned workloads: FLOPs and parameters counted from shapes in plain Python; bytes, unchanged rows, added rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, expected, workload
 
-import simulator
 from simulator.codes import PHASES, ROLES, Kernel, Kind
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
+from simulator.pruning._methods import METHODS
 from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.5, 0.7)
@@ -26,12 +26,8 @@ def counts(w: Workload) -> tuple[float, float]:
 
 OPTIONS = [
     *((family, {}) for family in general_families()),
-    *(
-        ("dynamic_depth", {"prune_kv": prune_kv, "kernel": kernel})
-        for prune_kv in (True, False)
-        for kernel in ("reference", "gathered")
-    ),
-    *(("dynamic_depth", {"unit": "layer", "kernel": kernel}) for kernel in ("reference", "gathered")),
+    *(("dynamic_depth", {"prune_kv": p, "kernel": k}) for p in (True, False) for k in ("reference", "gathered")),
+    *(("dynamic_depth", {"unit": "layer", "kernel": k}) for k in ("reference", "gathered")),
     *(("dynamic_width", {"kernel": kernel}) for kernel in ("gathered", "looped")),
     ("unstructured", {"kernel": "spmv"}),
     *(("width", {"align": align}) for align in (1, 8)),
@@ -56,7 +52,7 @@ def test_flops_and_parameters(family: str, options: dict[str, object], phase: st
 @pytest.mark.quick
 def test_parameters_of_llama_2_7b_at_width() -> None:
     """LLaMA-2-7B at 20 %: 26 of 32 heads (25.6) and an inner width of 8816, from the published shapes."""
-    dense = simulator.lower(simulator.load_model("llama-2-7b"), phase="prefill", batch=1, seq=128, engine="")
+    dense = lower(load_model("llama-2-7b"), phase="prefill", batch=1, seq=128, engine="")
     pruned = prune(dense, "width", 0.2)
     realised = 1 - (4 * 26 * 128 + 3 * 8816) / (4 * 4096 + 3 * 11008)
     assert pruned.meta.applied[-1].realised == pytest.approx(realised, rel=1e-12)
@@ -85,8 +81,8 @@ def test_overhead_flops_are_those_of_router_and_projection() -> None:
 
 @pytest.mark.quick
 def test_devices_prune_their_own_share() -> None:
-    model = simulator.load_model("llama-3.1-8b")
-    dense = simulator.lower(model, phase="decode", batch=4, seq=512, devices=2, engine="")
+    model = load_model("llama-3.1-8b")
+    dense = lower(model, phase="decode", batch=4, seq=512, devices=2, engine="")
     pruned = prune(dense, "width", 0.4)
     # each device: 4 KV groups -> 2.4 -> 2, an inner width of 7168 -> 4300.8 -> 4304
     assert set(pruned.kv_heads[pruned.is_role("attention")]) == {2}
@@ -134,7 +130,7 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
 
 
 @pytest.mark.quick
-def test_width_keeps_query_heads_a_group_and_scales_what_moves() -> None:
+def test_width_keeps_the_query_heads_per_group_and_scales_bytes() -> None:
     w = workload(GQA)
     pruned = prune(w, "width", 0.3)  # 2.8 of 4 groups -> 3, 123.2 of 176 -> 128
     assert shapes(pruned, "q", "k", "v") == {"q": [(96, 96, 64)], "k": [(96, 48, 64)], "v": [(96, 48, 64)]}
@@ -247,7 +243,7 @@ def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere(
 
 
 @pytest.mark.quick
-def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
+def test_kernels_of_dynamic_width_copy_once_or_per_group() -> None:
     w = workload(MHA, "prefill", 2)
     tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
     assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
@@ -256,10 +252,8 @@ def test_kernels_of_dynamic_width_copy_once_or_once_a_group() -> None:
     assert not tiles.is_role("gather", "scatter").any()
     for role in ("gather", "scatter"):
         assert moved(looped, role) == pytest.approx(moved(gathered, role))
-    count = {
-        name: float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for name, p in (("g", gathered), ("l", looped))
-    }
-    assert count["l"] == pytest.approx(32 * count["g"])
+    once, per_group = (float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for p in (gathered, looped))
+    assert per_group == pytest.approx(32 * once)
     sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
     assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
 
@@ -352,17 +346,12 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
 @pytest.mark.parametrize(("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")])
 def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> None:
     more = {} if phase == "decode" else {"new_tokens": 16}
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, engine="hf", **more)
-    pruned = simulator.prune(dense, family, 0.5)
-
-    def copied(w: simulator.Workload) -> float:
-        rows = w.is_role("cache_write") & (w.kv_len > 0)
-        return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
-
-    kept = copied(pruned) / copied(dense)
-    assert 0.45 < kept < 0.56
-    paged = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, **more)
-    assert copied(paged) == 0.0
+    dense = lower(load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, engine="hf", **more)
+    pruned = prune(dense, family, 0.5)
+    copied, before = (moved(w.take(w.kv_len > 0), "cache_write") for w in (pruned, dense))
+    assert 0.45 < copied / before < 0.56
+    paged = lower(load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, **more)
+    assert moved(paged.take(paged.kv_len > 0), "cache_write") == 0.0
 
 
 @pytest.mark.parametrize("phase", ["decode", "generate"])
@@ -378,3 +367,53 @@ def test_a_copied_cache_is_repeated_for_each_query_head(text: str, phase: str, h
     stored = lower(replace(model, heads=heads, kv_heads=kv_heads), **request)
     for name in ("read_bytes", "write_bytes", "bytes", "flops"):
         assert getattr(pruned, name).sum() == pytest.approx(getattr(stored, name).sum(), rel=1e-12)
+
+
+LEFT = [0.0, 0.0, 0.0, 0.5, 0.5, 0.5]  # half of the tokens exit after three of six layers
+EXITS = {"unit": "layer", "router": 1, "kernel": "gathered"}
+
+
+def total(w: Workload, role: str) -> float:
+    return float(w.count[w.is_role(role) & (w.layer >= 0)].sum())
+
+
+@pytest.mark.quick
+def test_half_of_the_tokens_exit_and_all_leave_keys_and_values() -> None:
+    w = workload(GQA, "decode", 1, 48)
+    pruned = prune(w, "dynamic_depth", LEFT, **EXITS)
+    # 64 features, 8 heads of 16, inner width 176, 49 cached positions
+    skipped = 2 * 64 * 128 * 2 + 2 * 3 * 64 * 176 + 2 * 8 * 2 * 16 * 49
+    classifiers = 3 * 2 * 64  # one before each layer that some tokens skip
+    assert w.flops.sum() - pruned.flops.sum() == pytest.approx(3 * 0.5 * skipped - classifiers)
+    for role in ("k", "v"):
+        assert total(pruned, role) == total(w, role) == 6
+    for role in ("q", "o", "attention", "gate", "up", "down", "mlp_norm"):
+        assert total(pruned, role) == pytest.approx(3 + 3 * 0.5)
+    assert total(pruned, "router") == 3
+    assert pruned.meta.applied[0].sparsity == pruned.meta.applied[0].realised == 0.25
+
+
+@pytest.mark.quick
+def test_tokens_are_copied_once_per_layer_or_once_per_sublayer() -> None:
+    w = workload(GQA, "decode", 2)
+    each = 1 * (2 * 64 * 2 + 4)  # one of two tokens on average: 64 features read and written, and an index
+    for unit, times in (("layer", 3), ("sublayer", 6)):
+        pruned = prune(w, "dynamic_depth", LEFT, **{**EXITS, "unit": unit})
+        for role in ("gather", "scatter"):
+            assert moved(pruned, role) == pytest.approx(times * each)
+        assert total(pruned, "router") == times
+    masked = prune(w, "dynamic_depth", LEFT, unit="layer")
+    assert (total(masked, "select"), total(masked, "sort")) == (2 * 3, 2 * 3)
+
+
+@pytest.mark.quick
+def test_layerskip_keeps_the_first_layers_with_their_windows() -> None:
+    w = lower(load_model("gemma-2-9b"), phase="decode", batch=1, seq=8192, engine="")
+    first = w.expand()
+    first = first.take(first.is_attention & (first.layer < 21))
+    exited = METHODS["layerskip"].prune(w, 0.5).expand()
+    exited = exited.take(exited.is_attention)
+    assert exited.window.tolist() == first.window.tolist()
+    assert exited.layer.tolist() == list(range(21))
+    deepest_but_one = prune(w, "depth", 0.5).expand()
+    assert deepest_but_one.window[deepest_but_one.is_attention].tolist() != first.window.tolist()

@@ -1,4 +1,4 @@
-"""Properties every family has at any shape and sparsity, and how families compose."""
+"""Properties of every family at any shape and sparsity, and compositions of families."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_columns_stay_valid_and_work_never_grows(case: tuple[Workload, str, floa
     w, family, s = case
     kernels = FAMILIES[family].dynamic and "kernel" in FAMILIES[family].options
     check(prune(w, family, s))
-    # kernels that are no dense ones compute the same otherwise
+    # rows of other kernels are not equal to rows of dense kernels
     full, bound = prune(w, family, s, **{"kernel": "gathered"} if kernels else {}), prune(w, family, s, ideal=True)
     check(full)
     check(bound)
@@ -109,7 +109,7 @@ def test_independent_families_commute(first: str, second: str, phase: str, name:
     b = prune(prune(w, second, 0.5), first, 0.5)
     flops, parameters, moved = totals(a)
     assert (flops, moved) == pytest.approx(totals(b)[::2], rel=1e-12)
-    # where a batch may leave a sublayer out, its rows carry more than their own weights, and a bias looks like weights
+    # rows of a sublayer that a batch can skip carry more than their weights, and a bias then counts as weights
     biases = d.bias * d.layers * sum(n for n, _ in projections(d).values()) if "dynamic_depth" in (first, second) else 0
     assert parameters == pytest.approx(totals(b)[1], rel=1e-12, abs=biases)
 

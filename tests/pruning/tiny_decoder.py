@@ -73,8 +73,8 @@ def causal(queries: int) -> int:
 
 
 def passes(phase: str, batch: int, seq: int, new_tokens: int) -> list[tuple[int, int, int, int]]:
-    """(times, sequences, queries a sequence, keys a sequence) of every pass; of a serve prompts go one at a time, and
-    every decode is that of the middle of the answer."""
+    """(times, sequences, queries per sequence, keys per sequence) of every pass; a serve has passes of one prompt, and
+    decode steps as in the middle of the answer."""
     if phase == "serve":
         return [(batch, 1, seq, seq), (new_tokens, batch, 1, seq + (new_tokens + 1) // 2)]
     out = [(1, batch, seq, seq)] if phase != "decode" else []
