@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from simulator.models.config import Block, ModelConfig
-from simulator.models.headers import BITS, Tensor
 from simulator.models.library import FOLDER
+from simulator.models.tensors import BITS, Tensor
 
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]

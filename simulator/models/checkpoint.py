@@ -16,7 +16,6 @@ from pathlib import Path
 from simulator.errors import InputError, one_line
 from simulator.models.config import Block, Latent, ModelConfig
 from simulator.models.difference import difference, runs
-from simulator.models.headers import Tensor
 from simulator.models.tensors import (
     ATTENTION,
     BUFFER,
@@ -30,6 +29,7 @@ from simulator.models.tensors import (
     ROUTED,
     WEIGHTS,
     WIDE,
+    Tensor,
     Weight,
     axes_of,
     factor_of,

@@ -12,8 +12,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.models.changes import config_of, content_of, write_config
 from simulator.models.config import Block, ModelConfig
-from simulator.models.huggingface import from_hf_config
-from simulator.models.library import list_models, load_model
+from simulator.models.library import from_hf_config, list_models, load_model
 
 LLAMA: dict[str, Any] = {
     **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "_name_or_path": "own/tiny", "rope_theta": 5e5},

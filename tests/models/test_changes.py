@@ -12,8 +12,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES
 from simulator.models.changes import changed_keys, content_of, write_config
-from simulator.models.huggingface import from_hf_config
-from simulator.models.library import list_models, load_model
+from simulator.models.library import from_hf_config, list_models, load_model
 
 pytestmark = pytest.mark.quick
 

@@ -16,9 +16,9 @@ from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import Block, Latent, ModelConfig
-from simulator.models.headers import MAX_HEADER_BYTES, Tensor
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
+from simulator.models.tensors import MAX_HEADER_BYTES, Tensor
 from simulator.prediction.table import table
 
 LLAMA = load_model("llama-2-7b")

@@ -11,8 +11,7 @@ from simulator.capacity import cache_bytes
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import Block, DeltaNet, Latent
-from simulator.models.huggingface import from_hf_config
-from simulator.models.library import load_model
+from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
 from simulator.workload import Workload, WorkloadBatch
 

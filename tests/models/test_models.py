@@ -14,8 +14,7 @@ from model_shapes import PUBLISHED, outer_tensors, parameters_of
 from simulator.codes import Kernel
 from simulator.errors import InputError
 from simulator.models.forward import SPARSE
-from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, read_config
-from simulator.models.library import list_models, load_model
+from simulator.models.library import MAX_FILE_BYTES, from_hf_config, list_models, load_model, read_config
 from simulator.models.lower import lower
 from simulator.prediction.table import table
 
@@ -76,10 +75,11 @@ def test_names_and_ids(given_name: str, name: str) -> None:
     ("source", "reason"),
     [
         ("lama-2-7b", "model 'lama-2-7b' is unknown; did you mean llama-2-7b"),
-        *(
-            (name, "expected a name or a path|is unknown|no such file")
-            for name in ("", "  ", "a\0b", "x" * 5000, "no/such/folder/", "./nothing.json")
-        ),
+        ("nofolder", "model 'nofolder' is unknown. No folder or file has this path. Known: deepseek"),
+        ("x" * 5000, "is unknown. No folder or file has this path"),
+        *((name, "expected a name or a path") for name in ("", "  ", "a\0b")),
+        *((name, f"^{name}: no such file or folder") for name in ("no/such/folder", "/no/folder", "nothing.json")),
+        ("./" + "x" * 5000, "cannot be read"),
         *((source, "expected a name, a path or a configuration") for source in (None, 3, ["llama-2-7b"], 1.5)),
     ],
 )
@@ -211,7 +211,7 @@ def test_an_unknown_hugging_face_id_reports_how_to_get_its_config() -> None:
     for name in ("Qwen/Qwen9-8B", "some.one/A_new-model.v2"):
         with pytest.raises(InputError, match=way.format(re.escape(name))):
             load_model(name)
-    with pytest.raises(InputError, match=r"did you mean qwen3-8b .*curl"):
+    with pytest.raises(InputError, match=r"did you mean qwen3-8b .*No folder or file has this path.*curl"):
         load_model("Qwen/Qwen4-8B")
     for name in ("qwen9", "a/b/c", "x y/z", "a/" + "b" * 200):
         with pytest.raises(InputError) as error:
@@ -234,13 +234,8 @@ def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "is not JSON"),
         (b'{"model_type": "llama", "hidden_', r"config.json:1:25: is not JSON"),
-        (b'{"a": NaN}', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "is not JSON"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"[1, 2]", "expected a JSON object"),
         (b'"text"', "expected a JSON object"),
         (b"{}", "model_type: missing"),
         (b" " * (MAX_FILE_BYTES + 1), "is larger than 1 MB"),
