@@ -12,15 +12,14 @@ hidden size, ``ffn_mult``, which is rounded up to a multiple of 256. NVIDIA Mode
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import shown
 from simulator.errors import InputError
-from simulator.models.config import Block, DeltaNet, Latent
+from simulator.models.config import Block, DeltaNet, Latent, layer_fields
 
 ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig
 
@@ -186,20 +185,10 @@ class Architecture:
         return values
 
 
-_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-
-
-def _layers(blocks: Sequence[Block]) -> ConfigFields:
-    """Return the fields of the usual layer, and ``blocks`` if layers differ."""
-    whole = [block for block in blocks if block.sublayers == 2 and not (block.linear or block.delta)] or blocks
-    usual = Counter(whole).most_common(1)[0][0]
-    fields: ConfigFields = {name: getattr(usual, name) for name in _WIDTHS}
-    return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
-
-
 def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
-    """Return each layer, from the fields that :func:`_layers` returns."""
-    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
+    """Return each layer, from the fields that :func:`layer_fields` returns or from those of a layer without experts."""
+    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
+    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in names)),) * layers
 
 
 def _routed(
@@ -210,7 +199,7 @@ def _routed(
     experts = read.integer(count)
     active, heads = float(read.integer("num_experts_per_tok", high=experts)), (values["heads"], values["kv_heads"])
     plain, block = Block(*heads, values["inner"]), Block(*heads, shared, experts, active, width)
-    return _layers([plain if dense(layer) else block for layer in range(values["layers"])])
+    return layer_fields([plain if dense(layer) else block for layer in range(values["layers"])])
 
 
 def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -256,7 +245,7 @@ def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
     linear = [t == "linear_attention" for t in types] or [(i + 1) % every > 0 for i in range(values["layers"])]
     plain = _each(_qwen_layers(read, values), values["layers"])
     blocks = [replace(b, heads=many, kv_heads=groups, delta=True) if d else b for b, d in zip(plain, linear)]
-    return _layers(blocks) | {"delta": own if any(linear) else None}
+    return layer_fields(blocks) | {"delta": own if any(linear) else None}
 
 
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -274,7 +263,7 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
     windows = tuple(chunk if inside else 0 for inside in chunked)
-    return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | _layers(blocks)
+    return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | layer_fields(blocks)
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], ConfigFields]:
@@ -383,7 +372,7 @@ def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
         # the query heads of a layer without attention are those of the model
         blocks.append(read_block(part, replace(old, heads=old.heads or values["heads"]), values["hidden"]))
         windows.append(part.part("attention").integer("window_length", window, low=0))
-    return {"windows": tuple(windows)} | _layers(blocks)
+    return {"windows": tuple(windows)} | layer_fields(blocks)
 
 
 def _rotary_layers(read: Reader, layers: int) -> list[bool]:
@@ -402,7 +391,7 @@ def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
     layers, rotary = values["layers"], _rotary_layers(read, values["layers"])
     windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
     widths = (values["heads"], values["kv_heads"], values["inner"])
-    return {"windows": windows} | _layers([Block(*widths, rotary=turns) for turns in rotary])
+    return {"windows": windows} | layer_fields([Block(*widths, rotary=turns) for turns in rotary])
 
 
 def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
