@@ -24,6 +24,7 @@ from simulator.display import Displayed
 from simulator.prediction.advise import advise
 from simulator.prediction.explain import explanations
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.result import COLUMNS, Result
 from simulator.prediction.runnable import runnable
 from simulator.pruning import general_families
 
@@ -142,6 +143,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     assert t.to_pandas()["bottleneck"].tolist() == t.bottlenecks.ravel().tolist()
     assert "tile_m" not in held["attention_time"].to_dict()
     assert held["table"].to_dict()["results"][0] == held["record"].to_dict()
+    assert list(held["table"].to_pandas().columns) == list(Result.__dataclass_fields__) == list(COLUMNS)
 
 
 @pytest.mark.quick

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_shapes import PUBLISHED
 
 import simulator
 from simulator.capacity import activation_bytes, cache_bytes, memory, weights_bytes
 from simulator.codes import Kind, Phase
-from simulator.engines.engine import list_engines
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
 from simulator.pruning import general_families, prune
@@ -56,15 +54,6 @@ def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
     rows, those = whole.phase == Phase.DECODE, generate.phase == Phase.DECODE
     for column in ("flops", "bytes"):
         assert getattr(whole, column)[rows].sum() == pytest.approx(getattr(generate, column)[those].sum(), rel=1e-12)
-
-
-@pytest.mark.parametrize("engine", ["", *list_engines()])
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_parameters_are_counted_once(name: str, engine: str) -> None:
-    w = serve(name, batch=7, engine=engine, weight_dtype="bf16")
-    assert w.parameters == pytest.approx(PUBLISHED[name].parameters, rel=1e-12)
-    assert weights_bytes(WorkloadBatch.of([w]))[0] == pytest.approx(2 * PUBLISHED[name].parameters, rel=1e-12)
-    assert not (w.params * w.count)[w.phase == Phase.DECODE].any()
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "opt-13b", "mistral-7b-v0.1"])
