@@ -14,15 +14,12 @@ from simulator import arguments, codes, display, errors, units
 from simulator.errors import InputError
 from simulator.hardware.link import named
 from simulator.operators.base import Link
-from simulator.operators.delta_net import delta_state_bytes
-from simulator.operators.experts import experts_touched
 from simulator.operators.gemm import spmv_bytes
 from simulator.units import EXAMPLES, UNITS, format_quantity, parse_quantity
 
 pytestmark = pytest.mark.quick
 
 INF, NAN = float("inf"), float("nan")
-DELTA = map(np.array, (32, 16, 128, 128, 4, 4.0, 2.0))
 CASES: list[tuple[Any, Any]] = [
     ([units.parse_fraction(text) for text in ("0.25", "12.5%")], [0.25, 0.125]),
     ([units.parse_count(text) for text in ("64", "32k", "1.5k")], [64, 32768, 1536]),
@@ -46,16 +43,10 @@ CASES: list[tuple[Any, Any]] = [
     ([display.few("abcabc", 2), display.few("ab")], ["a, b and 1 more", "a, b"]),
     (display.markdown_text("<b> a|b *c*"), "&#60;b&#62; a&#124;b &#42;c&#42;"),
     ([errors.one_line("a\tb\u202e"), errors.one_line("x" * 100, 20)], ["a b\\u202e", "xxxxxxxx ... xxxxxxx"]),
-    (
-        str(errors.unknown("GPU", "h10", ["h100", "a100"])),
-        "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100",
-    ),
     ([arguments.whole(value) for value in (np.int64(3), 2.5, "8", True)], [3, None, None, None]),
     ([arguments.listed("engine", "vllm"), arguments.listed("batch", (1, 8))], [["vllm"], [1, 8]]),
     ([codes.label_of("bf16", "int4"), codes.label_of("fp8", "fp8_block")], ["int4_wo", "fp8_block"]),
     (codes.formats_of("int4_wo", ["fp32", "fp16"]), ("fp16", "int4")),
-    (float(delta_state_bytes(*DELTA)), 2146304.0),
-    (experts_touched(np.array([1, 16, 256]), 128, 8).round(1).tolist(), [8.0, 82.4, 128.0]),
     (spmv_bytes(np.array([1.0, 0.5]), 2.0).round(3).tolist(), [2.5, 1.25]),
     (
         named("pcie-host", Link("pcie4", 32e9, 1.6e-6, 8), None, "ada", "l40s").text,

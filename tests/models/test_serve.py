@@ -122,20 +122,6 @@ def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine:
     assert {key: count for key, count in found.items() if key[0] == attention} == pytest.approx(of_attention, rel=1e-9)
 
 
-@pytest.mark.parametrize("family", general_families())
-def test_pruning_nothing_is_the_identity_and_less_costs_less(family: str) -> None:
-    w = serve("opt-13b", batch=12)  # with biases
-    assert prune(w, family, 0.0).replace(meta=w.meta) == w
-    pruned = prune(w, family, 0.5, ideal=True)
-    assert pruned.flops.sum() <= w.flops.sum()
-    assert pruned.parameters <= w.parameters * (1 + 1e-12)
-    dense = lower(load_model("opt-13b"), phase="prefill", seq=500)
-    assert pruned.parameters == pytest.approx(prune(dense, family, 0.5, ideal=True).parameters, rel=1e-12)
-    with_what_it_adds = prune(dense, family, 0.5).parameters
-    if family != "dynamic_depth":  # rows that run only sometimes
-        assert prune(w, family, 0.5).parameters == pytest.approx(with_what_it_adds, rel=1e-12)
-
-
 def test_a_serve_takes_the_time_of_its_parts() -> None:
     hw, batch, steps = simulator.load_hardware("h100"), 24, 65
     for engine in ("", "reference", "trtllm"):

@@ -91,17 +91,6 @@ def test_bounds_of_any_host_and_that_more_time_is_never_faster(
     assert (longer <= total * more + 1e-9).all()
 
 
-def test_an_eager_host_is_hidden_beside_a_long_pass_and_shows_beside_a_short_one() -> None:
-    short, long = passed(lowered("hf")), passed(lowered("hf", "prefill", batch=64, seq=2048))
-    for p in (short, long):
-        (total,), (device,), (host,) = p.total_s, p.device_s, p.host_s
-        assert max(device, host) <= total <= device + host
-    assert short.host_bound.tolist() == [True]
-    assert short.total_s[0] == pytest.approx(short.host_s[0], rel=0.01)
-    assert long.host_bound.tolist() == [False]
-    assert long.total_s[0] == pytest.approx(long.device_s[0], rel=1e-3)
-
-
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize(
     ("phase", "prefills", "decodes"), [("prefill", 1, 0), ("decode", 0, 1), ("generate", 1, 5), ("serve", 0, 5)]

@@ -233,14 +233,6 @@ def test_an_odd_width_is_slower_than_its_aligned_neighbour_and_the_waterfall_say
     assert fast == pytest.approx(1.0)
 
 
-def test_eager_decode_gains_by_depth_not_by_width() -> None:
-    small: dict[str, Any] = {"engine": "hf", "phase": "decode", "seq": 256}
-    depth, width = (against_dense("h100", family, **small) for family in ("depth", "width"))
-    assert depth.bottleneck == width.bottleneck == "host"
-    assert width.speedup == pytest.approx(1.0, abs=0.02)
-    assert depth.speedup > 1.25
-
-
 def test_unstructured_zeros_have_bounds_but_no_speedup() -> None:
     s = against_dense("a100", "unstructured", 0.5)
     assert s.flop_bound > 1.8
