@@ -17,7 +17,7 @@ TOKENS = torch.randint(CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Ge
 ALL = slice(None)
 
 Masks = dict[tuple[str, int], Any]
-"""What a dense pass must leave out to equal a pruned one, by name and layer; missing where nothing is left out.
+"""Parts that a dense pass omits to equal a pruned one, by name and layer.
 
 "seen" (batch, kv_heads, queries, keys); "groups" (batch, tokens, kv_heads) and "channels" (batch, tokens, inner) used;
 "attention" and "mlp" (batch, tokens) computed.

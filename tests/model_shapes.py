@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 class Published:
     """Numbers from a model's card or technical report."""
 
-    family: str  # which tensors a layer has
+    family: str  # family of architectures that have the same tensors in a layer
     hidden: int
     layers: int
     heads: int
@@ -25,13 +25,13 @@ class Published:
     parameters: int  # total of the published checkpoint
     source: str
     experts: int = 0
-    active: int = 0  # of them a token uses
+    active: int = 0  # routed experts that a token uses
     expert_inner: int = 0
     dense: tuple[int, int] = (0, 0)  # first layers without experts, and the width of their MLP
     latent: tuple[int, int, int, int, int] | None = None  # ranks of queries and latent; rotated, plain, value features
     runs: tuple[tuple[int, int, int], ...] = ()  # layers, KV heads and MLP width of each run of equal layers
     active_parameters: tuple[float, float] = (0.0, 0.0)  # published, 10^9, and a unit of their last digit
-    embedded: bool = True  # they count the embedding
+    embedded: bool = True  # active parameters include the embedding
     delta: tuple[int, int, int, int, int] | None = None  # key and value heads, their features, positions of convolution
     attention_every: int = 1  # a layer of so many has attention, the others a gated delta net
 

@@ -65,7 +65,7 @@ GPUS: Mapping[str, Gpu] = {
 
 @dataclass(frozen=True)
 class Troubles:
-    """What goes wrong. Times are simulated seconds since the device was opened."""
+    """Faults of the device. Times are simulated seconds since the device was opened."""
 
     noise: float = 0.0  # relative standard deviation of a sample
     drift_per_s: float = 0.0  # share of the clock that is lost per second

@@ -24,7 +24,7 @@ class Cuda(str):
 
 CPU, META = Cuda("cpu"), Cuda("meta")
 PLACE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where kernels run in tests."""
+"""Device on which kernels run in tests."""
 
 
 def kernels(interpreted: bool = False) -> Any:

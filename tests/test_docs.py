@@ -1,5 +1,4 @@
-"""The documentation is true: equations run, worked examples carried out, printed text compared, generated pages
-current, links whole."""
+"""The documentation is correct: equations and examples run, printed text and generated pages are current."""
 
 from __future__ import annotations
 
@@ -134,11 +133,11 @@ def run_shell(shell: str, folder: Path) -> str:
 
 
 PRINTED: dict[tuple[Path, str], str] = {}
-"""What the commands shown on pages printed: two tests read those of the guide."""
+"""Output of the commands shown on pages; two tests read the output of the guide's commands."""
 
 
 def printed_by(path: Path, command: str, folder: Path) -> str:
-    """What a command shown on a page prints; each runs once, in the folder of the test that asks first."""
+    """Return the output of a command shown on a page; it runs once, in the folder of the first test that needs it."""
     if (path, command) not in PRINTED:
         PRINTED[path, command] = run_shell(command, folder)
     return PRINTED[path, command]

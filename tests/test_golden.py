@@ -173,7 +173,7 @@ def unmoved(old: Line, new: Line) -> bool:
 
 
 def moves(old: Mapping[str, Line], new: Mapping[str, Line]) -> list[str]:
-    """What differs, a line each: old values, new values, the largest relative change."""
+    """Return a line per difference: old values, new values, the largest relative change."""
     found = [f"- {text_of(line)}" for case, line in old.items() if case not in new]
     for case, line in new.items():
         before = old.get(case)

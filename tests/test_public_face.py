@@ -92,7 +92,7 @@ def test_the_examples_have_the_types_that_are_declared(tmp_path: Path, monkeypat
 
 @pytest.fixture(scope="module")
 def held() -> dict[str, Any]:
-    """What people hold, by what gave it; names are hostile where they may come from a file."""
+    """Public objects by the function that returns them."""
     hw, model = simulator.load_hardware("h100"), simulator.load_model("llama-3.2-1b")
     dense = simulator.lower(model, phase="decode", engine="hf")
     pruned = simulator.prune(dense, "width", sparsity=0.3)

@@ -1,4 +1,4 @@
-"""What docstrings and pages refer to exists: roles (``:func:`...` ``), dotted names of the packages, files.
+"""Pages refer only to names of the packages and to files that exist.
 
 Links between pages are checked in ``test_docs.py``.
 """

@@ -1,4 +1,4 @@
-"""What small functions return, by example: texts of numbers and names, checked arguments, counts of work."""
+"""Small functions by example: texts of numbers and names, quantities with units, checked arguments, counts of work."""
 
 from __future__ import annotations
 

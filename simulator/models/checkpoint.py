@@ -37,7 +37,7 @@ from simulator.models.tensors import (
 MAX_WIDTH = 10_000_000
 # sublayer -> name of the matrix with which SliceGPT rotates its residual
 SHORTCUTS = {"attention": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
-_MXFP4 = ("mxfp4", False)  # only of routed experts
+_MXFP4 = ("mxfp4", False)  # only routed experts have this format
 
 
 @dataclass
@@ -78,7 +78,7 @@ class _Part:
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
-        # weights with the hidden size first: some packed layouts need the widths that these have
+        # weights whose inputs are the hidden size come first: some packed layouts need the widths of these weights
         for module, axes in sorted(found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"):
             parts, name = self.modules[module], self.name(module)
             if not axes:
@@ -213,7 +213,8 @@ def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tu
 
 
 def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight with hidden inputs; 0 without any."""
+    """Return the bits of packed integers in compressed-tensors, from a weight whose inputs are the hidden size; 0 if
+    there is none."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:

@@ -34,9 +34,9 @@ from simulator.errors import InputError, unknown
 class Block:
     """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
 
-    heads: int  # query heads; of a gated delta net, value heads
-    kv_heads: int  # of a gated delta net, key heads
-    inner: int  # inner width of the MLP; with routed experts, of the shared experts
+    heads: int  # query heads; in a gated delta net, value heads
+    kv_heads: int  # key/value heads; in a gated delta net, key heads
+    inner: int  # inner width of the MLP; with routed experts, inner width of the shared experts
     experts: int = 0  # routed experts
     active: float = 0.0  # routed experts that a token uses, on one device on average
     expert_inner: int = 0
@@ -53,7 +53,7 @@ class Block:
         return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
 
     def weights(self, role: str, n: int, k: int) -> int:
-        """Return the weights of a projection of n outputs and k inputs, of both factors if it is stored as two."""
+        """Return the number of weights in a projection of n outputs and k inputs, possibly stored as two factors."""
         rank = self.rank(role)
         return rank * (n + k) if rank else n * k
 

@@ -25,8 +25,8 @@ from simulator.errors import InputError, one_line
 from simulator.files.json import parse_bounded
 from simulator.files.read import read_bounded
 
-MAX_HEADER_BYTES = 8_000_000  # of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
-MAX_HEADERS_BYTES = 24_000_000  # of all files; DeepSeek-V3 has 10 MB
+MAX_HEADER_BYTES = 8_000_000  # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
+MAX_HEADERS_BYTES = 24_000_000  # headers of all files; DeepSeek-V3 has 10 MB
 MAX_INDEX_BYTES = 16_000_000  # DeepSeek-V3 with 91,000 tensors has 9 MB
 MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME, MAX_AXES = 4_096, 150_000, 2**44, 400, 8
 

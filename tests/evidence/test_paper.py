@@ -58,7 +58,7 @@ def front(*points: Point) -> Front:
         ((*CLAIMED[:2], point("width", 0.2, 1.2)), FAILS),  # width is never optimal
         ((*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)), UNDECIDED),  # within the intervals
         ((*CLAIMED, point("semi_structured", 0.15, 1.5)), HOLDS),  # other families do not count
-        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # nor does a larger loss than the claim's
+        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # a larger loss than in the claim does not count either
     ],
 )
 def test_order(points: tuple[Point, ...], verdict: str) -> None:
@@ -172,7 +172,7 @@ def test_order_margin_against_the_frontier_and_whatever_the_interval_allows(
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_is_decided_is_what_was_measured(phase: str) -> None:
-    """On the CPU, whose pruned decoders were timed: of a 90 % interval one in twenty may decide the wrong way."""
+    """On the CPU, pruned decoders were timed. A 90 % interval decides the wrong way in one of twenty cases."""
     rows = list(csv.DictReader((ROOT / "docs" / "cpu" / "comparison.csv").read_text(encoding="utf-8").splitlines()))
     timed = {(r["family"], float(r["sparsity"])): float(r["measured"]) for r in rows if r["phase"] == phase}
     ((batch, seq),) = {(int(r["batch"]), int(r["seq"])) for r in rows}
@@ -211,7 +211,7 @@ def test_families_come_in_the_published_order_where_it_is_clear() -> None:
             mine = [c for c in cells if c.phase == phase and c.sparsity == s]
             for a in mine:
                 for b in mine:
-                    if a.published > 1.06 * b.published:  # of what is closer the intervals tell no order
+                    if a.published > 1.06 * b.published:  # the intervals do not order closer values
                         assert a.predicted > b.predicted, (phase, s, a.family, b.family)
 
 

@@ -541,7 +541,7 @@ def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
     assert LINE.fullmatch(problem)
     assert problem.startswith(f"{file}:")
     assert says in problem
-    assert check_hardware(path) == [problem]  # of the profile, too
+    assert check_hardware(path) == [problem]  # checking the profile finds the same problem
     with pytest.raises(InputError, match=re.escape(problem)):
         load_hardware(path)
 

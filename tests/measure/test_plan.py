@@ -82,7 +82,7 @@ def test_groups_are_held_out_whole_and_a_fifth_of_them_and_have_several_m(plan: 
 
 def test_a_short_plan_has_enough_attention_of_one_head_width_for_a_fit() -> None:
     def most(**options: bool) -> float:
-        """Of each kind: the largest share of its rows that are of one head width."""
+        """Return the share of rows with the most frequent head width, for the kind with the smaller share."""
         items = base_plan(CPU, budget_s=200.0, dtype="fp32", seed=2, **options).items
         found = []
         for kind in ("attention_prefill", "attention_decode"):

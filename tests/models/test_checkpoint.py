@@ -118,7 +118,7 @@ CUT = {
 def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
     dense, pruned = CUT[case]
     tensors = tensors_of(pruned)
-    for config in (dense, pruned):  # as pruned weights come, and with a config.json that was corrected
+    for config in (dense, pruned):  # the config.json of the dense model, and a corrected one
         if config.layers == dense.layers or not pruned.numbers:
             found = from_tensors(config, tensors, "x")
             assert found.layout == pruned.layout

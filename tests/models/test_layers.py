@@ -51,7 +51,7 @@ def test_experts_of_mixtral() -> None:
     model, tokens = load_model("mixtral-8x7b"), 512
     w = lower(model, phase="prefill", batch=1, seq=tokens, skew=0)
     row = w.take(w.kind == Kind.EXPERTS)
-    weights = 3 * 4096 * 14336  # of one expert: gate, up and down
+    weights = 3 * 4096 * 14336  # one expert has gate, up and down projections
     assert row.flops.tolist() == [32 * 2 * (2 * tokens) * weights]  # a token uses two
     assert row.params.tolist() == [8 * weights]
     assert one(w, "router") == {"m": tokens, "n": 8, "k": 4096, "count": 32, "params": 8 * 4096}
@@ -83,7 +83,7 @@ def test_latent_attention_of_deepseek() -> None:
     assert model.latent == Latent(query_rank=1536, rank=512, rotary=64, plain=128, value=128)
     w = lower(model, phase="decode", batch=batch, seq=seq)
     attention = w.take(w.is_attention)
-    queries = 61 * batch * 128 * (576 + 512) * 2  # in and out, of every head
+    queries = 61 * batch * 128 * (576 + 512) * 2  # queries and outputs of every head
     assert attention.bytes.sum() == 61 * 576 * 2 * (seq + 1) * batch + queries
     assert attention.flops.sum() == 61 * 2 * batch * 128 * (576 + 512) * (seq + 1)
     assert cache_bytes(WorkloadBatch.of([w])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]

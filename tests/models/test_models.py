@@ -189,7 +189,7 @@ def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
         ("mistral3", "ministral3", {"model_type": "ministral3"}),
         ("qwen2_5_vl", "qwen2_5_vl_text", {"num_key_value_heads": 2}),
         ("qwen3_vl", "qwen3_vl_text", {"num_key_value_heads": 2}),
-        ("llava", "llama", {"model_type": "llama"}),  # of any other model whose decoder is known
+        ("llava", "llama", {"model_type": "llama"}),  # any other model whose decoder is known
     ):
         model = load_model(
             {"model_type": kind, "vision_config": {}, "text_config": text | {"num_key_value_heads": 4} | own}

@@ -44,7 +44,7 @@ def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, 
     assert np.all(t.upper > t.seconds)
     assert t.bottlenecks[0] == "launch"
     assert t.bottlenecks[-1] == "link"
-    # of the payload each device must receive; the H100's switch adds up, so that an all-reduce passes once
+    # share of the payload that each device must receive; the switch of the H100 adds up, so an all-reduce passes once
     part = (devices - 1) / devices
     reduced = 1.0 if name == "h100_sxm" else 2 * part
     share = {"all_reduce": reduced, "send": 1.0}.get(kind, part)

@@ -100,7 +100,7 @@ def test_a_benchmark_deals_tokens_out() -> None:
     law = dealt_load(m, experts, active, 1.01)
     assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
     assert 55 < law.touched[1] < 80
-    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
+    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # the mean is 128 tokens, and some experts have 1200
     near = dealt_load(m, experts, active, -0.3)
     assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])  # 0.7 to 1.3 tokens are none or one
     assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)  # 90 to 166 tokens are one tile or two

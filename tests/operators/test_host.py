@@ -60,7 +60,7 @@ def test_the_slower_of_host_and_device_by_hand(
     host = host_of(launch + [0.0] * 3, each_pass)
     seconds, part = host.total(np.array([device + [0.0] * 3], dtype=float), SEGMENT, 0.0)
     assert (seconds[0, 0], part[0, 0]) == (total, shown)
-    # and of decode alike
+    # decode behaves like prefill
     if any(launch):
         seconds, part = host_of([0.0] * 3 + launch, each_pass).total(np.array([[0.0] * 3 + device]), SEGMENT, 0.0)
         assert (seconds[0, 1], part[0, 1]) == (total, shown)

@@ -1,4 +1,4 @@
-"""What a prediction stands on is said: gains above the bound, sizes that nothing measured."""
+"""Notes name weak evidence: gains above the bound, sizes that were not measured, kernels of another stack."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ DENSE = {"arc_easy": 0.8, "piqa": 0.75, "mmlu": 0.6}
 
 
 def results(acc: dict[str, float], perplexity: float, **change: Any) -> dict[str, Any]:
-    """What lm-evaluation-harness 0.4 writes: a group with its parts, standard errors, a value that is no number."""
+    """Results as lm-evaluation-harness 0.4 writes them: a group with its parts, standard errors, NaN."""
     found: dict[str, dict[str, Any]] = {
         task: {"alias": task, "acc,none": value, "acc_stderr,none": 0.01} for task, value in acc.items()
     }
@@ -236,7 +236,7 @@ def test_every_shared_metric_becomes_a_row(listed: Path) -> None:
         *("arc_easy acc", "piqa acc", "mmlu acc", "mmlu_anatomy acc", "wikitext word_perplexity"),
         *("gsm8k exact_match (strict-match)", "gsm8k exact_match (flexible-extract)", "mean acc of 3 tasks"),
     }
-    perplexity = rows["width", "wikitext word_perplexity"]  # of the newer of two files
+    perplexity = rows["width", "wikitext word_perplexity"]  # from the newer of two files
     assert (perplexity.dense, perplexity.pruned, perplexity.higher_is_better) == (6.0, 8.0, False)
     assert perplexity.relative_loss == pytest.approx(1 / 3)
     assert perplexity.protocol == "lm-evaluation-harness, 0-shot, task version 1.0"

@@ -131,7 +131,7 @@ def test_settings_reach_the_prediction() -> None:
     ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
 def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
-    """Whatever a family says of the requests that a call may prune together."""
+    """Requests that one call prunes together have the rows of requests that are pruned alone."""
     shapes = ((1, 7), (3, 7), (3, 300), (64, 300), (64, 8192))
     scenario = replace(setting, model=model, phase=phase, shapes=shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):

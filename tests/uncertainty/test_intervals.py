@@ -42,7 +42,7 @@ def compared(
 
 
 def width(c: SimpleNamespace, i: int) -> tuple[float, float, float]:
-    """Of the intervals of the dense time, of a pruned one and of their ratio, logs."""
+    """Log widths of the intervals of the dense time, of a pruned time and of their ratio."""
     ends = (c.dense_lower, c.dense_upper), (c.pruned_lower, c.pruned_upper), (c.speedup_lower, c.speedup_upper)
     dense, own, ratio = (float(np.log(upper[i] / lower[i])) for lower, upper in ends)
     return dense, own, ratio
@@ -92,7 +92,7 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
     text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
 
     def square(family: str, **values: float) -> float:
-        """Of the half-width of a speedup, in standard deviations."""
+        """Variance of the logarithm of a speedup, from its interval."""
         path = tmp_path / f"{'-'.join(values) or 'as_it_is'}.yaml"
         path.write_text(text + "".join(f"{name}: {{value: {x}, source: paper}}\n" for name, x in values.items()))
         dense = lowered(str(path), "prefill", dtype="fp16")
@@ -130,7 +130,7 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
     for i in range(1, 1 + len(pruned)):
         assert width(after, i)[0] < 0.5 * width(before, i)[0]
         assert width(after, i)[1] < width(before, i)[1]
-        # as the dense one turned out, so did the pruned one, and by no more: it has no more of what was slow, unless
+        # the pruned time moves in the direction of the dense time and not farther: it has no more slow kernels, unless
         # pruning adds kernels, which wait for launch and host more than those of the dense model do
         moved = after.pruned_s[i] - before.pruned_s[i]
         most = (
