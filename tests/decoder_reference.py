@@ -1,5 +1,4 @@
-"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes
-must equal."""
+"""A dense decoder in float64 without a cache; removed parts are masked. Pruned forward passes must equal its results."""
 
 from __future__ import annotations
 
@@ -84,8 +83,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
 
 
 def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> tuple[Any, list[dict[tuple[int, str], Any]]]:
-    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in
-    each pass."""
+    """Return the logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and the
+    decisions of each pass."""
     traces: list[dict[tuple[int, str], Any]] = [{}]
     logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt, trace=traces[0])
     out = [logits]

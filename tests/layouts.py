@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors as its architecture saves them, and what quantisers make of them."""
+"""Names and shapes of the tensors of a model in its architecture, and in the layouts of quantisers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stack files: every device and stack has a recipe, sections are round, what ships is what its tables give."""
+"""Stack files: every device and stack has a recipe, sections are round, and shipped files follow from their tables."""
 
 from __future__ import annotations
 

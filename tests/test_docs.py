@@ -34,7 +34,7 @@ SETS_UP = re.compile(r"\bpip\b|\bvenv\b|\bpytest\b|\bpre-commit\b")
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: its language, text, first line, and the file it is to be written to."""
+    """A fenced block of a page: its language, text and first line, and the file that the page writes it to."""
 
     language: str
     text: str
@@ -93,7 +93,7 @@ def python(arguments: list[str], folder: Path) -> str:
 
 
 def prunesim(words: list[str], folder: Path) -> str:
-    """Standard output of the program, run in this process in a folder of no packages: it need not be imported again."""
+    """Run the program in this process in a folder without packages, and return its standard output."""
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     os.chdir(folder)
     try:
@@ -106,8 +106,8 @@ def prunesim(words: list[str], folder: Path) -> str:
 
 
 def commands_of(shell: str) -> Iterator[list[str]]:
-    """The ``prunesim`` and ``python -m calibration...`` calls of a shell block; what sets up an environment is left to
-    `.ci/run`."""
+    """Yield the ``prunesim`` and ``python -m calibration...`` commands of a shell block; `.ci/run` runs commands that
+    set up an environment."""
     for line in shell.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -144,8 +144,7 @@ def printed_by(path: Path, command: str, folder: Path) -> str:
 
 
 def assert_printed(shown: str, printed: str, where: str) -> None:
-    """The lines a page shows are lines that were printed, one after the other; a line ``...`` stands for any that are
-    left out."""
+    """Assert that the lines of a page were printed in this order; a line ``...`` stands for omitted lines."""
     have, *parts = (
         [line.rstrip() for line in text.strip("\n").splitlines()]
         for text in (printed, *re.split(r"^\.\.\.\n", shown.strip("\n") + "\n", flags=re.MULTILINE))
@@ -162,10 +161,10 @@ def assert_printed(shown: str, printed: str, where: str) -> None:
 
 
 def follow(path: Path, folder: Path) -> Counter[str]:
-    """Do what a page says: write its files, run its commands and its Python, compare what it shows as printed; count.
+    """Follow a page: write its files, run its commands and its Python, compare the shown output, and count the blocks.
 
-    A block of text shows what the last command printed, or, where it begins with ``$``, its own command. One that
-    begins with ``prunesim`` is a command for a machine that is not at hand.
+    A block of text shows the output of the previous command or, if it begins with ``$``, of its own command. A block
+    that begins with ``prunesim`` is a command for another machine.
     """
     done: Counter[str] = Counter()
     printed = ""

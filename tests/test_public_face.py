@@ -1,4 +1,4 @@
-"""The public names: documented, their examples type-checked; and what they return shows itself in the same ways."""
+"""Public names are documented, their examples type-checked, and public objects have the same ways to show themselves."""
 
 from __future__ import annotations
 

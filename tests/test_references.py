@@ -50,7 +50,7 @@ def follows(held: Any, names: list[str]) -> bool:
 
 
 def resolves(target: str, home: ModuleType | None = None) -> bool:
-    """Whether a name leads to a module or to what one holds, from ``home`` or one of its classes where given."""
+    """Return whether a name is a module or an attribute of one; ``home`` and its classes are searched first."""
     names = target.split(".")
     if home is not None:
         classes = [held for held in vars(home).values() if isinstance(held, type)]

@@ -1,4 +1,4 @@
-"""Engine files: what ships is clean, what is wrong is said with its place, and a file of one's own runs like a name."""
+"""Engine files: shipped files are valid, an error has its place, and a path works like a name."""
 
 from __future__ import annotations
 

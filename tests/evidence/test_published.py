@@ -1,4 +1,5 @@
-"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages say, and all there."""
+"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages state, and no row is
+missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets and their scorer: planted shapes have the planted scores, and the tables that ship reach their targets."""
+"""Sets and their scorer: planted shapes have the planted scores, and the shipped tables reach their targets."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_weights_of_four_times_the_l2_are_asked_cold(data: GemmFit) -> None:
 
 @pytest.fixture(scope="module")
 def moved(data: GemmFit) -> list[dict[str, Any]]:
-    """A stack whose launches take a microsecond more and whose kernels a tenth, predicted from one without."""
+    """A stack that differs from the one it is predicted from: launches take 1 us more, kernels 10 % more."""
     other, plain = MeasuredRows(replace(data, seconds=1.1 * data.seconds + 1e-6), HW), MeasuredRows(data, HW)
     hw = plain.profile(plain.fit(), same_stack=False)
     names = {"table": "gemm, held-out stack", "held_out": "h100 b", "kind": "update", "set": "stacks"}
@@ -215,7 +215,7 @@ def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> 
 
 
 def test_experts_are_judged_on_held_out_models() -> None:
-    """The table that ships: a line a format, errors and coverage of times, and of ratios of narrower experts."""
+    """The shipped table has a line per format with errors and coverage of times, and of ratios of narrower experts."""
     rows = evaluate_sets(["experts"], SetOptions(seeds=(0, 1)))
     title = "experts h100_sxm, held-out models"
     (found,) = means(rows, title)

@@ -1,4 +1,5 @@
-"""Files written whole: what a killed writer leaves beside them goes with the next, what another still writes stays."""
+"""Files are written whole: the next writer removes the temporary files of a killed writer and keeps those of a running
+one."""
 
 from __future__ import annotations
 

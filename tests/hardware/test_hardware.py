@@ -160,7 +160,8 @@ def test_unknown_device_is_one_line_and_names_the_closest() -> None:
 
 
 def _bad_files() -> Iterator[tuple[str, str, str, str]]:
-    """Name, what is replaced, by what, what is said: those of edits.txt, and the same for every quantity."""
+    """Yield a name, the replaced text, its replacement, and the expected error: the cases of edits.txt and cases of
+    every quantity."""
     for line in (BAD / "edits.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             name, old, new, says = re.split(r" ?\| ?", line)
@@ -425,7 +426,8 @@ def section(value: float, stack: str, **more: Any) -> Section:
 
 
 def stacked(folder: Path) -> Path:
-    """A device with two stacks: sglang has GEMMs, trtllm other ones and those of 4-bit weights, with arrays."""
+    """Return a device with two stacks: sglang has GEMMs; trtllm has other GEMMs, and GEMMs of 4-bit weights with
+    arrays."""
     path = write(folder, GOOD[: GOOD.index("calibrated:")])
     hw = load_hardware(path)
     save_stack(
@@ -643,7 +645,7 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
 
 
 def test_generic_defaults_say_how_far_they_are_off() -> None:
-    """Calibrated GPUs, taken for some of an architecture that was never fitted."""
+    """Calibrated GPUs are predicted as if nothing had been fitted for their architecture."""
     inside = []
     for name in ("a100", "h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200"):
         hw = load_hardware(name)

@@ -1,4 +1,4 @@
-"""A checkpoint is what its tensors are, by headers alone; what cannot be one is refused in one line."""
+"""A checkpoint is read from the headers of its tensors; an invalid one is refused in one line."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Ten
 
 
 def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
-    """LLaMA-2-7B as SliceGPT saves it: no weights of norms, a full head unless it was sliced too."""
+    """Return LLaMA-2-7B as SliceGPT saves it: norms without weights, and a full head or a sliced one."""
     out = {"model.embed_tokens.weight": F16(32000, hidden), "lm_head.weight": F16(32000, head)}
     for i in range(layers):
         at, after = f"model.layers.{i}.", head if i == layers - 1 else hidden

@@ -1,4 +1,4 @@
-"""Models whose layers differ, share out tokens among experts or keep a latent: rows against numbers made by hand."""
+"""Models with layers that differ, with routed experts or with latent attention: rows against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_experts_of_mixtral() -> None:
 
 @pytest.mark.parametrize("parallel", ["tensor", "expert"])
 def test_mixtral_on_eight(parallel: str) -> None:
-    """A device has an eighth of every expert, or one of them whole; the router and the norms are on each."""
+    """Each device has an eighth of every expert, or a whole expert; router and norms are on every device."""
     model = load_model("mixtral-8x7b")
     one, part = (lower(model, phase="prefill", batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8))
     for kind in (Kind.EXPERTS, Kind.PREFILL_ATTENTION):
@@ -106,7 +106,7 @@ def test_latent_attention_of_deepseek() -> None:
 
 
 def test_layers_of_a_search() -> None:
-    """Groups of 4 and 8 heads; MLPs of 512 and, rounded up to 256, of 768 for 563; one product in place of either."""
+    """Groups have 4 and 8 heads; MLPs have 512 and 768 (563 rounded up to 256); one product replaces a sublayer."""
     model = from_hf_config(PUZZLE)
     layers = (Block(8, 2, 512), Block(0, 0, 768), Block(0, 0, 0, linear=("attention",)))
     assert model.blocks == (*layers, Block(8, 1, 0, linear=("mlp",)))

@@ -1,4 +1,4 @@
-"""Named models and config.json: counts equal to the published ones, and bad files refused with one line."""
+"""Named models and config.json: counts equal the published counts, and wrong files are refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that convert activations for products below 16 bits: where an engine has them, and what pruning does to them."""
+"""Rows that convert activations for products below 16 bits: which engines have them, and how pruning changes them."""
 
 from __future__ import annotations
 

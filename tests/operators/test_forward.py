@@ -1,4 +1,4 @@
-"""Kernels on a stream: a pass is its rows and the gaps between them, in the engine that its workloads name."""
+"""The time of a pass is that of its rows and of the gaps between them, in the engine that its workloads name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GEMM model: physics, alignment, formats, the steps, and the small print of its interface."""
+"""The GEMM model: physics, alignment, formats, steps of the waterfall, and details of its interface; residual grids."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) 
 @settings(max_examples=100, deadline=None)
 @given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
 def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
-    """The analytical model: a step up to the next whole tile may be cheaper only by two tiles' difference in
-    efficiency."""
+    """In the analytical model, one more whole tile may be cheaper only by the difference in efficiency of two tiles."""
     model = model_of(gpu)
     shape = np.array([[m], [n], [k]], dtype=np.float64)
     larger = shape.copy()
@@ -127,8 +126,8 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
 def test_other_kernels_gain_where_their_saving_is_the_limit(
     gpu: str, options: dict[str, Any], decode: tuple[float, float], prefill: tuple[float, float]
 ) -> None:
-    """2:4 saves arithmetic at prefill and up to 7 of 16 bytes in decode, narrow weights where weights are the traffic,
-    zeros anywhere nowhere."""
+    """2:4 saves arithmetic in prefill and up to 7 of 16 bytes in decode. Narrow weights save time if reading them takes
+    the time. Scattered zeros save nothing."""
     plain, other = (gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options))
     for gain, (least, most) in zip(plain.seconds / other.seconds, (decode, prefill), strict=True):
         assert least <= gain <= most
@@ -183,7 +182,7 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
 
 
 def test_whole_waves_are_whole() -> None:
-    """108 tiles on 108 SMs are one wave, at any precision; one row more begins another wave, and more rows fill it."""
+    """As many tiles as SMs are one wave at any precision; one row more begins another wave, and further rows fill it."""
     for sm in (56, 84, 108, 114, 128, 132, 142, 188):
         machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
         for dtype in (np.float64, np.float32):

@@ -1,5 +1,5 @@
-"""The host: hidden beside the device where it is faster, the pace of a pass where it is slower, added where a pass
-waits for it."""
+"""The host: a faster host is hidden by the device, a slower one sets the pace of a pass, and a pass that waits for it
+takes longer."""
 
 from __future__ import annotations
 

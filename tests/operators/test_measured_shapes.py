@@ -1,4 +1,4 @@
-"""Measured shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
+"""Measured shapes: found by m, n and k, refused with invalid arrays, and made from records of measurements."""
 
 from __future__ import annotations
 

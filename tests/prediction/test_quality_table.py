@@ -1,5 +1,5 @@
-"""Quality tables: the shipped ones are consistent, a user's bad one is refused in one line, and results of EleutherAI's
-lm-evaluation-harness make one."""
+"""Quality tables: shipped tables are consistent, a user's wrong table is refused in one line, and results of
+EleutherAI's lm-evaluation-harness become a table."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """A dense file, a folder as ``--output_path`` leaves it with an older run, and a file of another method."""
+    """Return a list of results: a dense file, a folder of ``--output_path`` with an older run, and a file of another
+    method."""
     write(tmp_path, "dense.json", results(DENSE, 6.0))
     pruned = {"arc_easy": 0.72, "piqa": 0.75, "mmlu": 0.48}
     write(tmp_path, "out/llama__pruned/results_2026-02-02T10-00-00.1.json", results(pruned, 8.0))

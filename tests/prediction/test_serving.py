@@ -1,4 +1,4 @@
-"""Tokens a second, the time to the first token and for each further one, the largest batch, and engines in tables."""
+"""Tokens/s, the time to the first token and per further token, the largest batch, and engines in tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: rows equal one-by-one predictions whatever computes them, and nothing that ends a sweep loses a part."""
+"""Sweeps: rows equal single predictions on every executor, and no interruption loses a part."""
 
 from __future__ import annotations
 

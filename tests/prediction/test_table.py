@@ -1,4 +1,4 @@
-"""The product of settings: order, agreement with single predictions, what is left out and what is refused."""
+"""The product of settings: order, agreement with single predictions, excluded and refused combinations."""
 
 from __future__ import annotations
 

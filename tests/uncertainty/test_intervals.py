@@ -1,4 +1,4 @@
-"""Times and ratios with the host's uncertainty and a measured time follow Bayes and cover what is planted."""
+"""Intervals of times and ratios, with the host's uncertainty or a measured time, follow Bayes and cover planted values."""
 
 from __future__ import annotations
 
@@ -216,7 +216,8 @@ def of_rows(p: PredictedPass) -> Uncertainty:
 def test_intervals_cover_planted_hosts_and_kernels(
     tmp_path: Path, graph: str, pass_ms: float, m: int, wide: int, alike: float, most: float
 ) -> None:
-    """Hosts and errors of kernels drawn from the prior, conditioned on a noisy total: how often the truth is inside."""
+    """Hosts and errors of kernels are drawn from the prior and conditioned on a noisy total; intervals contain the
+    truth."""
     path = tmp_path / "planted.yaml"
     text = ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms))
     path.write_text(text.replace("CORRELATION", str(alike)))
