@@ -1,4 +1,4 @@
-"""A dense decoder in float64 without a cache; removed parts are masked. Pruned forward passes must equal its results."""
+"""A dense decoder in float64 without a cache whose removed parts are masked: pruned passes must equal its results."""
 
 from __future__ import annotations
 

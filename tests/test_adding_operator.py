@@ -1,4 +1,4 @@
-"""The operator of docs/adding.md needs one file and one entry; fits, profiles, errors and waterfalls then include it."""
+"""The operator of docs/adding.md needs one file and one entry; fits, profiles and waterfalls then include it."""
 
 from __future__ import annotations
 

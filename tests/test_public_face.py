@@ -1,4 +1,4 @@
-"""Public names are documented, their examples type-checked, and public objects have the same ways to show themselves."""
+"""Public names are documented, their examples type-checked, and public objects are shown in the same ways."""
 
 from __future__ import annotations
 

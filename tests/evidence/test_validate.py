@@ -123,7 +123,7 @@ def test_a_device_with_markup_in_its_name_is_text() -> None:
 
 
 def part(operator: str, error: float, roofline: float, half: float = 0.2, rows: int = 40) -> ReportPart:
-    """Return measurements of 1 s with predictions that are too long and a roofline that is too short by given shares."""
+    """Return measurements of 1 s, predictions that are too long, and a roofline that is too short by given shares."""
     one = np.ones(rows)
     times = {"measured_s": one, "predicted_s": one * (1.0 + error), "roofline_s": one * (1.0 - roofline)}
     ends = {"lower_s": times["predicted_s"] * (1.0 - half), "upper_s": times["predicted_s"] * (1.0 + half)}

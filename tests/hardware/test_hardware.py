@@ -479,9 +479,8 @@ def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path
     own = load_hardware(write(tmp_path, GOOD))  # its own calibration, with stacks beside it
     assert (own.stack, own.same_stack, list(own.stacks)) == ("", True, ["", "sglang", "trtllm"])
     assert own.error_scales(own.section("gemm", "bf16")) == (SAME_STACK, 0.9)
-    save_hardware(
-        load_hardware("h100"), tmp_path / "copy.yaml"
-    )  # a copy of a shipped one is no calibration of one's own
+    # a copy of a shipped profile is not the user's calibration
+    save_hardware(load_hardware("h100"), tmp_path / "copy.yaml")
     copy = load_hardware(tmp_path / "copy.yaml")
     assert (copy.same_stack, copy.section("gemm", "bf16").stack) == (False, "vllm")
 
@@ -611,20 +610,15 @@ def test_bad_local_update(changes: dict[str, Any], says: str) -> None:
 def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: Path) -> None:
     path = new_hardware("My GPU", tmp_path / "my_gpu.yaml")
     problems = check_hardware(path)
-    assert (
-        len(problems) == path.read_text().count("value: FILL_IN") - 5 + 1
-    )  # the facts that may be missing; architecture
+    # five facts are optional; the architecture is a further problem
+    assert len(problems) == path.read_text().count("value: FILL_IN") - 5 + 1
     for line in problems:
         assert LINE.fullmatch(line)
         assert "FILL_IN" in line
-    text = (
-        path.read_text()
-        .replace("architecture: FILL_IN", "architecture: turing")
-        .replace('"FILL_IN"', '"its datasheet"')
-    )
-    text = re.sub(
-        "# (max_clock|link:|bridge:|  (?:kind|connection|max_devices|bandwidth|latency))", r"\1", text
-    )  # what may be missing
+    text = path.read_text().replace("architecture: FILL_IN", "architecture: turing")
+    text = text.replace('"FILL_IN"', '"its datasheet"')
+    optional = "# (max_clock|link:|bridge:|  (?:kind|connection|max_devices|bandwidth|latency))"
+    text = re.sub(optional, r"\1", text)
     filled = {"sm_count": 40, "FILL_IN GHz": "1.5 GHz", "FILL_IN TFLOP/s": "60 TFLOP/s", "FILL_IN GB/s": "300 GB/s"}
     filled |= {"FILL_IN GB": "16 GB", "FILL_IN MiB": "4 MiB", "FILL_IN W": "70 W", "FILL_IN us": "1.5 us"}
     for placeholder, value in filled.items():

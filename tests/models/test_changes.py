@@ -139,9 +139,11 @@ def test_keys_of_modelopt_change_experts() -> None:
     [
         ({"attention": {"num_key_value_heads": 3}}, r"attention.num_key_value_heads: expected a divisor of 8 query"),
         ({"attention": {"num_key_value_heads": 2, "n_heads_in_group": 2}}, r"attention.n_heads_in_group: expected 4"),
+        ({"attention": {"n_heads_in_group": 3}}, "attention.n_heads_in_group: expected a divisor of .* 8, got 3"),
         ({"attention": {}}, r"attention.n_heads_in_group: missing; expected an integer, here or in num_key_value"),
         ({"attention": {"mamba": {"state_dim": 4}}}, r"attention.mamba: expected null: state-space layers"),
         ({"ffn": {}}, r"ffn.ffn_mult: missing; expected a number, here or in intermediate_size"),
+        ({"ffn": {"ffn_mult": -1}}, "ffn.ffn_mult: expected a number from 0 to 1000, got -1"),
         ({"ffn": {"intermediate_size": 0}}, r"ffn.intermediate_size: expected an integer from 1"),
         ({"ffn": {"moe": {"num_local_experts": 4}}}, r"ffn.moe: expected null, as the dense layer has no routed"),
         ({"ffn": {"intermediate_size": 4, "sparsify": ["2:4"]}}, r"ffn.sparsify: expected null: sparsity per layer"),
@@ -163,23 +165,13 @@ def test_a_llama_is_written_as_vllm_loads_it(tmp_path: Path) -> None:
     assert (found["rope_theta"], found["max_position_embeddings"]) == (5e5, 2048)
     assert "_name_or_path" not in found
     assert found["num_key_value_heads"] is found["intermediate_size"] is None
+    flags = {"no_op": False, "replace_with_linear": False}
+    gone, linear = flags | {"no_op": True}, flags | {"replace_with_linear": True}
     assert found["block_configs"] == [
-        {
-            "attention": {"no_op": False, "replace_with_linear": False, "n_heads_in_group": 4},
-            "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 2.0},
-        },
-        {
-            "attention": {"no_op": True, "replace_with_linear": False},
-            "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 4.0},
-        },
-        {
-            "attention": {"no_op": False, "replace_with_linear": False, "n_heads_in_group": 2},
-            "ffn": {"no_op": True, "replace_with_linear": False},
-        },
-        {
-            "attention": {"no_op": False, "replace_with_linear": True},
-            "ffn": {"no_op": False, "replace_with_linear": True},
-        },
+        {"attention": flags | {"n_heads_in_group": 4}, "ffn": flags | {"ffn_mult": 2.0}},
+        {"attention": gone, "ffn": flags | {"ffn_mult": 4.0}},
+        {"attention": flags | {"n_heads_in_group": 2}, "ffn": gone},
+        {"attention": linear, "ffn": linear},
     ]
     assert load_model(write_config(tmp_path / "own", found).parent).layout == blocks
     # a width that DeciLM would round is written in the keys of ModelOpt

@@ -1,4 +1,4 @@
-"""Models with layers that differ, with routed experts or with latent attention: rows against numbers computed by hand."""
+"""Models with different layers, routed experts or latent attention: rows against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -219,35 +219,18 @@ def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -
     assert lower(model, phase="prefill", batch=1, seq=8).parameters == model.parameters
 
 
-def without(data: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in data.items() if name != key}
-
-
-def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any]:
-    return PUZZLE | {"block_configs": [*BLOCKS[:3], BLOCKS[0] | {sublayer: change}]}
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (without(PUZZLE, "block_configs"), "block_configs: missing; expected a list of 4 objects, one per layer"),
+        (PUZZLE | {"block_configs": None}, "block_configs: missing; expected a list of 4 objects, one per layer"),
         (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one per layer, got"),
-        (search({}), r"block_configs\[3\].attention.n_heads_in_group: missing; expected an integer"),
-        (search({"n_heads_in_group": 3}), r"\[3\].attention.n_heads_in_group: expected a divisor of .* 8, got 3"),
-        (search({"ffn_mult": -1}, "ffn"), r"block_configs\[3\].ffn.ffn_mult: expected a number from 0 to 1000, got -1"),
         ({"model_type": "gemma3", "text_config": {}}, "text_config.hidden_size: missing"),
         (QWEN3 | {"num_experts_per_tok": 17}, "num_experts_per_tok: expected an integer from 1 to 16, got 17"),
         (QWEN3 | {"mlp_only_layers": [4]}, "mlp_only_layers: expected a list of layers from 0 to 3, got"),
         (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
         (LLAMA4 | {"moe_layers": [0]}, "intermediate_size_mlp: missing"),
-        (
-            LLAMA4 | {"layer_types": ["linear_attention"] * 4},
-            "layer_types: expected a list of 4 of full_attention or ch",
-        ),
-        (
-            NEXT | {"layer_types": ["sliding_attention"] * 4},
-            "layer_types: expected a list of 4 of full_attention or li",
-        ),
+        (LLAMA4 | {"layer_types": ["linear_attention"] * 4}, "layer_types: .* 4 of full_attention or chunked"),
+        (NEXT | {"layer_types": ["sliding_attention"] * 4}, "layer_types: .* 4 of full_attention or linear"),
         (NEXT | {"linear_num_key_heads": 5}, "linear_num_key_heads: expected a divisor of linear_num_value_heads 32"),
     ],
 )

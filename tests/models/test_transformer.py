@@ -25,9 +25,8 @@ from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
 from simulator.workload import Workload, WorkloadBatch
 
-lower = partial(
-    lowering.lower, phase="prefill", engine=""
-)  # bare kernels: a GEMM a projection, logits of the last position
+# bare kernels: a GEMM per projection, logits of the last position
+lower = partial(lowering.lower, phase="prefill", engine="")
 FUSED = {"engine": "vllm"}
 ALL_LOGITS = {"engine": "reference"}
 

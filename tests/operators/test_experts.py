@@ -1,4 +1,4 @@
-"""Experts: touched experts, tiles of drawn tokens, the device with the highest load, physics, formats, pruning, fits."""
+"""Experts: touched experts, tiles of drawn tokens, the highest load of devices, physics, formats, pruning, fits."""
 
 from __future__ import annotations
 

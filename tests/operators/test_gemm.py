@@ -182,7 +182,7 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
 
 
 def test_whole_waves_are_whole() -> None:
-    """As many tiles as SMs are one wave at any precision; one row more begins another wave, and further rows fill it."""
+    """As many tiles as SMs are one wave at any precision; one row more begins another wave."""
     for sm in (56, 84, 108, 114, 128, 132, 142, 188):
         machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
         for dtype in (np.float64, np.float32):

@@ -72,7 +72,7 @@ def test_a_measured_kernel_is_more_certain() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("gpu", ["a100", "rtx_4090"])
 def test_weights_alone_gain_their_bytes(gpu: str) -> None:
-    """Sparse-Marlin reads 3 bits instead of 4, and half the arithmetic saves time if a tile of one token is not free."""
+    """Sparse-Marlin reads 3 bits instead of 4; half the arithmetic saves time if a tile of one token is not free."""
     n, k = np.array([6144, 4096, 28672, 4096]), np.array([4096, 4096, 4096, 14336])
     dense, pruned = (
         gemm_time(1, n, k, gpu, weight_dtype="int4", kernel=kernel).seconds.sum() for kernel in ("dense", "sparse24")

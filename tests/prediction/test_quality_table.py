@@ -166,9 +166,8 @@ def test_names_of_tables(tmp_path: Path) -> None:
 def test_choose_axis() -> None:
     table = load_quality("published").of_model("llama-2-7b")
     assert choose_axis(table, "mmlu").metric == "MMLU accuracy (%)"
-    assert (
-        choose_axis(table, "WikiText2 perplexity").metric == "WikiText2 perplexity"
-    )  # the exact name goes before longer ones
+    # an exact name precedes longer names
+    assert choose_axis(table, "WikiText2 perplexity").metric == "WikiText2 perplexity"
     with pytest.raises(InputError, match="no rows with metric 'bleu'"):
         choose_axis(table, "bleu")
     with pytest.raises(InputError, match="mixed metrics or protocols; choose one"):

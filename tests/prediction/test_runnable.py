@@ -1,4 +1,4 @@
-"""Will it run: the shapes that each stock engine loads, divides and has kernels for, and the gain of an aligned width."""
+"""Will it run: shapes that each stock engine loads, divides and has kernels for, and the gain of an aligned width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals of times and ratios, with the host's uncertainty or a measured time, follow Bayes and cover planted values."""
+"""Intervals of times and ratios with uncertain hosts or a measured time follow Bayes and cover planted values."""
 
 from __future__ import annotations
 
