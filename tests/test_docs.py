@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -13,8 +14,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -352,3 +355,68 @@ def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
     index = text[ROOT / "docs" / "generated" / "validation" / "README.md"]
     for command in re.findall(r"`prunesim validate (.+?)`", index):
         assert (ROOT / command.split("--markdown ")[1]).is_file(), command
+
+
+# -- names and files that pages refer to -------------------------------------------------------------------------------
+
+OPTIONAL = {"torch", "triton", "pynvml", "streamlit", "pandas", "pyarrow"}
+"""Packages without which some modules cannot be imported; references in and to those are then not checked."""
+
+DOTTED = re.compile(r"\b((?:simulator|calibration)(?:\.\w+)+)")
+QUOTED = re.compile(r"(?<!`)`([\w./-]+)`(?!`)")
+PLACEHOLDER = re.compile("NAME|STACK|FAMILY|FOLDER")
+TOPS = ("simulator", "calibration", "tests", "docs", "hardware_profiles", "notebooks", ".ci")
+
+
+@cache
+def imported(name: str) -> ModuleType | None:
+    """A module; None where there is none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in OPTIONAL:
+            pytest.skip(f"no module {missing}")
+        return None
+
+
+def follows(held: Any, names: list[str]) -> bool:
+    """Whether a chain of attributes, or of fields without a default, leads somewhere."""
+    for name in names:
+        fields = getattr(held, "__annotations__", {})
+        if not hasattr(held, name) and name not in fields:
+            return False
+        held = getattr(held, name) if hasattr(held, name) else fields[name]
+    return True
+
+
+def resolves(target: str, home: ModuleType | None = None) -> bool:
+    """Return whether a name is a module or an attribute of one; ``home`` and its classes are searched first."""
+    names = target.split(".")
+    if home is not None:
+        classes = [held for held in vars(home).values() if isinstance(held, type)]
+        if any(follows(held, names) for held in (home, *classes)):
+            return True
+    for cut in range(len(names), 0, -1):
+        if (module := imported(".".join(names[:cut]))) is not None:
+            return follows(module, names[cut:])
+    return False
+
+
+def exists(path: str, page: Path) -> bool:
+    """Whether there is such a file: from the root, a package or the page; a bare name anywhere."""
+    if any((home / path).exists() for home in (ROOT, ROOT / "simulator", ROOT / "calibration", page.parent)):
+        return True
+    return "/" not in path and any(next((ROOT / top).rglob(path), None) for top in TOPS)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
+def test_names_and_files_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    shown = {path.removesuffix(".py").replace("/", ".") for path in re.findall(r"^<!-- file: (\S+) -->", text, re.M)}
+    names = {target for target in DOTTED.findall(text) if not resolves(target)} - shown
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    paths = (path for path in QUOTED.findall(prose) if not PLACEHOLDER.search(path))
+    ours = {path for path in paths if path.endswith(".py") or path.startswith(tuple(f"{top}/" for top in TOPS))}
+    assert names | {path for path in ours if not exists(path, page)} == set()

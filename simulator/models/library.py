@@ -84,13 +84,13 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
     kind, text = read.data.get("model_type"), read.data.get("text_config")
     if kind is None:
         raise read.fail("model_type", f"missing; {known}")
-    if isinstance(kind, str) and kind in ARCHITECTURES:
-        return kind, read
-    if isinstance(kind, str) and kind in FLAT and text is None:
-        return NESTED[kind], read
-    decoder = text.get("model_type") if isinstance(text, Mapping) else None
-    if not (isinstance(decoder, str) and decoder in ARCHITECTURES):
-        decoder = NESTED.get(kind) if isinstance(kind, str) else None
+    named = kind if isinstance(kind, str) else ""
+    if named in ARCHITECTURES:
+        return named, read
+    if named in FLAT and text is None:
+        return NESTED[named], read
+    own = text.get("model_type") if isinstance(text, Mapping) else None
+    decoder = own if isinstance(own, str) and own in ARCHITECTURES else NESTED.get(named)
     if decoder is None:
         raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
     shared = {key: read.data[key] for key in _SHARED if key in read.data}
@@ -121,12 +121,10 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     if not whole:
         return model
     from simulator.models.checkpoint import from_tensors  # late: shipped models need no checkpoint
-    from simulator.models.tensors import read_headers, refuse_pickles
+    from simulator.models.tensors import read_headers
 
-    if tensors := read_headers(file.parent):
-        return from_tensors(model, tensors, file.parent)
-    refuse_pickles(file.parent)
-    return model
+    tensors = read_headers(file.parent)
+    return from_tensors(model, tensors, file.parent) if tensors else model
 
 
 def _key(name: str) -> str:

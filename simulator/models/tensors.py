@@ -50,7 +50,9 @@ class Tensor:
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``."""
+    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``.
+
+    InputError for a folder with pickles or an adapter instead of such files."""
     found: dict[str, Tensor] = {}
     room = MAX_HEADERS_BYTES
     for path in _files(folder):
@@ -70,16 +72,13 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: is not a safetensors file: {one_line(reason, 160)}; {again}") from None
         if len(found) > MAX_TENSORS:
             raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
-    return found
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raise InputError if a folder without safetensors has an adapter, or pickles."""
-    if (folder / "adapter_config.json").is_file():
+    if not found and (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: it holds a PEFT adapter: merge it into its base model first")
-    if names := sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name)):
+    pickles = sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name))
+    if pickles and not found:
         right = "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give only config.json"
-        raise InputError(f"{folder}: {_short(names[0])} is a pickle, which is never opened: {right}")
+        raise InputError(f"{folder}: {_short(pickles[0])} is a pickle, which is never opened: {right}")
+    return found
 
 
 def _files(folder: Path) -> list[Path]:
