@@ -48,10 +48,8 @@ def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
 
 
 def test_values_are_read_and_not_a_number_too() -> None:
-    assert parse_bounded(b'\xef\xbb\xbf {"a": [1, 2.5, null, "x"], "b": {}}', "own", 1000) == {
-        "a": [1, 2.5, None, "x"],
-        "b": {},
-    }
+    found = parse_bounded(b'\xef\xbb\xbf {"a": [1, 2.5, null, "x"], "b": {}}', "own", 1000)
+    assert found == {"a": [1, 2.5, None, "x"], "b": {}}
     assert math.isnan(parse_bounded(b"NaN", "own", 10))
 
 

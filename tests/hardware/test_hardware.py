@@ -389,12 +389,9 @@ _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 99999999
 def test_bad_arrays(raw: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(raw)
+    names, digest = ("x", "y") if b"gemm.bf16.y" in raw else ("x",), hashlib.sha256(raw).hexdigest()
     with pytest.raises(ValueError, match=re.escape(says)):
-        read_arrays(
-            read_archive(path, hashlib.sha256(raw).hexdigest()),
-            "gemm.bf16",
-            ("x", "y") if b"gemm.bf16.y" in raw else ("x",),
-        )
+        read_arrays(read_archive(path, digest), "gemm.bf16", names)
 
 
 def test_sections_are_defaults_or_inherited_between_the_16_bit_types_only(tmp_path: Path) -> None:
@@ -430,9 +427,8 @@ def stacked(folder: Path) -> Path:
     arrays."""
     path = write(folder, GOOD[: GOOD.index("calibrated:")])
     hw = load_hardware(path)
-    save_stack(
-        hw.calibrated({("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}), "sglang", folder / "my_gpu.sglang.yaml"
-    )
+    one = {("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}
+    save_stack(hw.calibrated(one), "sglang", folder / "my_gpu.sglang.yaml")
     both = {("gemm", "bf16"): section(2e-6, ""), ("gemm", "int4_wo"): section(3e-6, "", arrays={"x": np.zeros(3)})}
     save_stack(hw.calibrated(both), "trtllm", folder / "my_gpu.trtllm.yaml")
     return path
@@ -471,11 +467,8 @@ def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path
     for same, factors in ((False, (ENGINE_STACK, 1.0)), (True, (SAME_STACK, 0.8))):
         hw = load_hardware(path, same_stack=same)
         assert hw.error_scales(hw.section("gemm", "bf16")) == factors
-        assert (
-            hw.error_scales(hw.section("gemm", "int4_wo"))
-            == hw.error_scales(hw.section("gemm", "fp8"))
-            == (OTHER_STACK, 1.0)
-        )
+        for dtype in ("int4_wo", "fp8"):
+            assert hw.error_scales(hw.section("gemm", dtype)) == (OTHER_STACK, 1.0)
     own = load_hardware(write(tmp_path, GOOD))  # its own calibration, with stacks beside it
     assert (own.stack, own.same_stack, list(own.stacks)) == ("", True, ["", "sglang", "trtllm"])
     assert own.error_scales(own.section("gemm", "bf16")) == (SAME_STACK, 0.9)
@@ -562,11 +555,8 @@ def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
 def updated(rows: int = 5) -> LocalUpdate:
     rng = np.random.default_rng(1)
     arrays = {name: rng.uniform(0.0, 1.0, rows) for name in ("independent", "correlated", "log_ratio")}
-    arrays |= {
-        "systematic": rng.normal(size=(rows, 2)),
-        "coordinates": rng.uniform(0, 12, (rows, 3)),
-        "kind": np.arange(rows),
-    }
+    arrays |= {"systematic": rng.normal(size=(rows, 2)), "coordinates": rng.uniform(0, 12, (rows, 3))}
+    arrays |= {"kind": np.arange(rows)}
     provenance = Provenance("local rows", "sha256:7", "2026-11-25", "mine", "my GPU", "CUDA graph", rows)
     return LocalUpdate(provenance, ("machine launch", "gemm compute"), arrays)
 
@@ -581,10 +571,8 @@ def test_a_local_update_is_kept(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
     text = (tmp_path / "mine.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace('["machine launch", "gemm compute"]', "[machine launch]"))
-    assert (
-        "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
-        in check_hardware(tmp_path / "mine.yaml")[0]
-    )
+    wrong = "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
+    assert wrong in check_hardware(tmp_path / "mine.yaml")[0]
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,8 @@ def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
         ("qwen3_vl", "qwen3_vl_text", {"num_key_value_heads": 2}),
         ("llava", "llama", {"model_type": "llama"}),  # any other model whose decoder is known
     ):
-        model = load_model(
-            {"model_type": kind, "vision_config": {}, "text_config": text | {"num_key_value_heads": 4} | own}
-        )
+        inside = text | {"num_key_value_heads": 4} | own
+        model = load_model({"model_type": kind, "vision_config": {}, "text_config": inside})
         assert (model.architecture, model.hidden, model.layers) == (decoder, 64, 2)
         assert model.found == f"{decoder}: only the text decoder is timed, not the other parts (vision)"
     flat = load_model({**text, "model_type": "qwen2_5_vl", "num_key_value_heads": 4, "vision_config": {}})

@@ -63,10 +63,9 @@ def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -
     ],
 )
 def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    given = _arrays([(8, 64, 64), (16, 64, 64)]) | change
     with pytest.raises(ValueError, match=message):
-        measured_shapes(
-            {name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None}
-        )
+        measured_shapes({name: a for name, a in given.items() if a is not None})
 
 
 def _records(**columns: Any) -> Records:

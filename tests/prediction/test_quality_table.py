@@ -69,9 +69,8 @@ def test_shipped_tables_are_consistent(name: str) -> None:
 def test_published_rows_name_their_source_and_known_models() -> None:
     table = load_quality("published")
     assert all("arXiv" in r.source or "repo" in r.source for r in table.rows)
-    assert {"llama-2-7b", "llama-2-13b", "llama-7b", "llama-3.1-8b", "opt-13b"} <= set(table.models) & set(
-        list_models()
-    )
+    known = set(table.models) & set(list_models())
+    assert known >= {"llama-2-7b", "llama-2-13b", "llama-7b", "llama-3.1-8b", "opt-13b"}
 
 
 def test_published_values_spot_checked() -> None:
@@ -80,12 +79,8 @@ def test_published_values_spot_checked() -> None:
     assert (sleb.family, sleb.dense, sleb.pruned) == ("depth", 69.0, 56.8)
     assert sleb.relative_loss == pytest.approx(0.1768, abs=1e-4)
     (sliced,) = [r for r in rows if r.source == "SliceGPT (arXiv 2401.15024) Table 1" and r.sparsity == 0.25]
-    assert (sliced.family, sliced.dense, sliced.pruned, dict(sliced.options)) == (
-        "width_cross",
-        5.47,
-        7.24,
-        {"residual_projections": True},
-    )
+    assert (sliced.family, sliced.dense, sliced.pruned) == ("width_cross", 5.47, 7.24)
+    assert dict(sliced.options) == {"residual_projections": True}
 
 
 def test_losses_of_the_taxonomy_paper(shared_data: Path) -> None:

@@ -69,10 +69,8 @@ def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str
             assert (c.pruned_lower < c.pruned_s).all()
             assert (c.pruned_s < c.pruned_upper).all()
     kernels = lowered("")  # where there is no host, widths go as those of a normal distribution
-    at = [
-        np.log(np.divide(*intervals(forward_passes(WorkloadBatch.of([kernels]), H100), level)[::-1]))[0]
-        for level in (0.5, 0.9)
-    ]
+    p = forward_passes(WorkloadBatch.of([kernels]), H100)
+    at = [np.log(np.divide(*intervals(p, level)[::-1]))[0] for level in (0.5, 0.9)]
     assert at[0] / at[1] == pytest.approx(level_scale(0.5), rel=1e-9)
 
 
@@ -133,11 +131,8 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
         # the pruned time moves in the direction of the dense time and not farther: it has no more slow kernels, unless
         # pruning adds kernels, which wait for launch and host more than those of the dense model do
         moved = after.pruned_s[i] - before.pruned_s[i]
-        most = (
-            (1.15 if pruned[i - 1].overhead.any() else 1.05)
-            * max(1.0, before.pruned_s[i] / before.dense_s[0])
-            * (dense_s - before.dense_s[0])
-        )
+        share = 1.15 if pruned[i - 1].overhead.any() else 1.05
+        most = share * max(1.0, before.pruned_s[i] / before.dense_s[0]) * (dense_s - before.dense_s[0])
         slack = 0.01 * before.dense_s[0]  # the median of a host time of wide spread is not that of its posterior
         assert min(most, 0.0) - slack <= moved <= max(most, 0.0) + slack
     assert inferred.predicted_s == pytest.approx(before.dense_s[0], rel=1e-9)
@@ -247,10 +242,8 @@ def test_intervals_cover_planted_hosts_and_kernels(
         c = SimpleNamespace(**compare(batch, H100, dense_s=total[0] * np.exp(MEASURED_LOG_SD * rng.normal()))[0])
         ratio = total[0] / total
         seen = (c.dense_lower <= total[0]) & (total[0] <= c.dense_upper)
-        own_seen, both = (
-            (c.pruned_lower <= total) & (total <= c.pruned_upper),
-            (c.speedup_lower <= ratio) & (ratio <= c.speedup_upper),
-        )
+        own_seen = (c.pruned_lower <= total) & (total <= c.pruned_upper)
+        both = (c.speedup_lower <= ratio) & (ratio <= c.speedup_upper)
         inside.append([seen[0], *own_seen[1:], *both[1:]])
     share = dict(zip(("dense", "depth", "width", "depth ratio", "width ratio"), np.mean(inside, axis=0), strict=True))
     assert all(0.85 <= value <= most for value in share.values()), share
@@ -263,13 +256,9 @@ def test_unconditioned_intervals_cover_planted_hosts(tmp_path: Path) -> None:
     (lower,), (upper,) = intervals(p, 0.9)
     rng = np.random.default_rng(3)
     variance = p.uncertainty.variance()[0]
-    seen = [
-        p.host.total(
-            p.group_s * np.exp(np.sqrt(variance) * rng.normal()),
-            p.workloads.groups.segment,
-            *p.host.speeds(*rng.normal(size=2)),
-        )[0].sum()
-        for _ in range(2000)
-    ]
+    seen = []
+    for _ in range(2000):
+        device = p.group_s * np.exp(np.sqrt(variance) * rng.normal())
+        seen.append(p.host.total(device, p.workloads.groups.segment, *p.host.speeds(*rng.normal(size=2)))[0].sum())
     assert 0.85 <= np.mean((lower <= np.array(seen)) & (np.array(seen) <= upper)) <= 0.97
     assert workload_time(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)
