@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from simulator.errors import InputError, one_line
 
 
-def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str], float] | None = None) -> Any:
+def parse_json(content: str | bytes, label: str) -> Any:
     """Return parsed JSON; InputError for an object with a key twice, of which ``json.loads`` takes the last silently.
 
     >>> parse_json('{"a": 1, "b": {"c": 2, "c": 3}}', "x.json")
@@ -26,7 +25,7 @@ def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str],
             found[name] = value
         return found
 
-    return json.loads(content, object_pairs_hook=unique, parse_constant=parse_constant)
+    return json.loads(content, object_pairs_hook=unique)
 
 
 MOST_CONTAINERS = 300_000  # objects and lists in a file: each takes about a hundred bytes, also an empty one

@@ -34,6 +34,8 @@ DEEPSEEK: dict[str, Any] = {
     **{"v_head_dim": 24, **SHAPE},
 }
 
+GEMMA3_TEXT = {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1}
+GEMMA3 = {"model_type": "gemma3", "text_config": GEMMA3_TEXT}
 GLM: dict[str, Any] = {
     **{"model_type": "glm4_moe", "attention_bias": True, "n_routed_experts": 16, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 64, **LLAMA},
@@ -143,13 +145,7 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
         ({"model_type": "nemotron", "head_dim": 128, **LLAMA}, {"rotary_dim": 64}),
         ({"model_type": "gemma3_text", **LLAMA}, {"windows": (4096,) * 4, "qk_norm": "head", "logit_softcap": False}),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 2, **LLAMA}, {"windows": (4096, 0) * 2, "tied": True}),
-        (
-            {
-                "model_type": "gemma3",
-                "text_config": {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1},
-            },
-            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"},
-        ),
+        (GEMMA3, {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"}),
         ({"model_type": "smollm3", **LLAMA}, {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)}),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA}, {"blocks": (), "tied": True}),
         (QWEN3, {"blocks": (), "experts": 16, "active": 2, "expert_inner": 64, "inner": 0, "qk_norm": "head"}),
