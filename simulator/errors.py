@@ -48,9 +48,9 @@ def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] 
     known, given = sorted(choices), one_line(str(name), 80)
     parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))  # an id can begin with its owner
     close = next(filter(None, (difflib.get_close_matches(part, known, n=3, cutoff=0.5) for part in parts)), [])
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    hint = f"; did you mean {' or '.join(close)}? " if close else ". " if way else "; "
     hint += f"{way} " if way else ""
-    return InputError(f"{kind} {given!r} is unknown; {hint}Known: {', '.join(sorted(set(listed)) or known)}")
+    return InputError(f"{kind} {given!r} is unknown{hint}Known: {', '.join(sorted(set(listed)) or known)}")
 
 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:

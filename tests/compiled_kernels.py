@@ -56,7 +56,7 @@ class Case:
     dtype: str
     aligned: str  # "all": pointers and sizes are multiples of 16; "rows": not the columns of the result; "none"
     tile: TileShape
-    precision: str = ""  # of products
+    precision: str = ""  # precision of products
     flags: tuple[str, ...] = ()  # constants of the kernel that are true
 
     @property
@@ -73,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler says of a case: bytes of shared memory, registers per thread, bytes of stack (spilled
+    """Results of the compiler for a case: bytes of shared memory, registers per thread, bytes of stack (spilled
     registers), and buffers per operand in shared memory."""
 
     shared: int

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where measured data lies, and a skip with a reason where it does not."""
+"""Fixtures of all tests: the place of measured data, or a skip with the reason if it is missing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """A record of a run is safe from a loss of power when ``fsync`` returns: no test can tell, and thousands wait."""
+    """Replace ``fsync``: it protects records from a loss of power, which no test simulates, and takes long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -46,9 +46,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def three_folds() -> Iterator[None]:
-    """Fits of GEMMs to few rows predict held-out rows in three folds, each with constants of its own, instead of ten:
-    where a test is about what comes before a fit and after it.
-    """
+    """Cross-validate fits of GEMMs to few rows in three folds instead of ten, for tests of other parts of a
+    calibration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.fit.gemm.FEW_FOLDS", 3)
         yield
@@ -56,19 +55,20 @@ def three_folds() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have no figures, which take half the time of a calibration: where a test is about something else."""
+    """Draw no figures in reports, which take half the time of a calibration, for tests of other parts."""
     monkeypatch.setattr("calibration.evidence.validate.ENOUGH_TO_DRAW", float("inf"))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Helpers of tests are imported by the tests that need them (some need torch), not collected for doctests."""
+    """Do not collect doctests of helpers: tests import helpers, and some helpers need torch."""
     return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, each worker has a stretch of the tests, and one that has finished takes half of another's rest: what
-    the tests of a module share is made once, as it would not be if they were dealt out one by one.
+    """With ``-n``, give each worker a contiguous part of the tests; an idle worker takes half of the rest of another.
+
+    Fixtures of a module are then made once, and not by every worker.
     """
     if config.getvalue("dist") != "load":  # asked for by --dist
         return None

@@ -1,5 +1,4 @@
-"""A dense decoder in float64, written out without a cache, whose removed parts are masked: what pruned forward passes
-must equal."""
+"""A dense decoder in float64 without a cache whose removed parts are masked: pruned passes must equal its results."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ TOKENS = torch.randint(CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Ge
 ALL = slice(None)
 
 Masks = dict[tuple[str, int], Any]
-"""What a dense pass must leave out to equal a pruned one, by name and layer; missing where nothing is left out.
+"""Parts that a dense pass omits to equal a pruned one, by name and layer.
 
 "seen" (batch, kv_heads, queries, keys); "groups" (batch, tokens, kv_heads) and "channels" (batch, tokens, inner) used;
 "attention" and "mlp" (batch, tokens) computed.
@@ -84,8 +83,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
 
 
 def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> tuple[Any, list[dict[tuple[int, str], Any]]]:
-    """Logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and what was decided in
-    each pass."""
+    """Return the logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and the
+    decisions of each pass."""
     traces: list[dict[tuple[int, str], Any]] = [{}]
     logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt, trace=traces[0])
     out = [logits]

@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors as its architecture saves them, and what quantisers make of them."""
+"""Names and shapes of the tensors of a model in its architecture, and in the layouts of quantisers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from simulator.models.config import Block, ModelConfig
-from simulator.models.headers import BITS, Tensor
 from simulator.models.library import FOLDER
+from simulator.models.tensors import BITS, Tensor
 
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]

@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 class Published:
     """Numbers from a model's card or technical report."""
 
-    family: str  # which tensors a layer has
+    family: str  # family of architectures that have the same tensors in a layer
     hidden: int
     layers: int
     heads: int
@@ -25,13 +25,13 @@ class Published:
     parameters: int  # total of the published checkpoint
     source: str
     experts: int = 0
-    active: int = 0  # of them a token uses
+    active: int = 0  # routed experts that a token uses
     expert_inner: int = 0
     dense: tuple[int, int] = (0, 0)  # first layers without experts, and the width of their MLP
     latent: tuple[int, int, int, int, int] | None = None  # ranks of queries and latent; rotated, plain, value features
     runs: tuple[tuple[int, int, int], ...] = ()  # layers, KV heads and MLP width of each run of equal layers
     active_parameters: tuple[float, float] = (0.0, 0.0)  # published, 10^9, and a unit of their last digit
-    embedded: bool = True  # they count the embedding
+    embedded: bool = True  # active parameters include the embedding
     delta: tuple[int, int, int, int, int] | None = None  # key and value heads, their features, positions of convolution
     attention_every: int = 1  # a layer of so many has attention, the others a gated delta net
 
@@ -149,7 +149,7 @@ def shape_of(p: Published, layer: int) -> tuple[int, int]:
 
 
 def attention_features(p: Published, layer: int) -> int:
-    """Features of a query-key pair that a prefill multiplies with, of all heads: of keys and of values."""
+    """Return the features of keys and values that a prefill multiplies per query-key pair, over all heads."""
     each = sum(p.latent[2:]) if p.latent else 2 * p.head_dim
     return p.heads * each if shape_of(p, layer)[0] and attends(p, layer) else 0
 
@@ -160,7 +160,7 @@ def attends(p: Published, layer: int) -> bool:
 
 
 def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
-    """Shapes of the tensors of one layer, as the checkpoint of that family names them; routed experts left out."""
+    """Return the shapes of the tensors of one layer in a checkpoint of the family, without routed experts."""
     kv_heads, i = shape_of(p, layer)
     h, q, kv, d = p.hidden, p.heads * p.head_dim, kv_heads * p.head_dim, p.head_dim
     gated: list[Shape] = [(i, h), (i, h), (h, i)]
@@ -197,7 +197,8 @@ def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
 
 
 def delta_tensors(p: Published) -> list[Shape]:
-    """Tensors of a gated delta net: two projections, convolution, decays, norm of a head, and the output's."""
+    """Return the tensors of a gated delta net: two projections, convolution, decays, norm of a head, and output
+    projection."""
     if not p.delta:
         return []
     key_heads, value_heads, key, value, conv = p.delta
@@ -207,7 +208,8 @@ def delta_tensors(p: Published) -> list[Shape]:
 
 
 def latent_tensors(p: Published) -> list[Shape]:
-    """Tensors of latent attention: to the ranks, their norms, from the ranks, and the output's."""
+    """Return the tensors of latent attention: projections to the ranks, their norms, projections from the ranks, and
+    output projection."""
     if not p.latent:
         return []
     queries, rank, rotary, plain, value = p.latent

@@ -1,4 +1,4 @@
-"""Planted GPUs in simulated time: a host with a clock, a stream of kernels, graphs, NVML, and what goes wrong.
+"""Planted GPUs in simulated time: a host with a clock, a stream of kernels, graphs, NVML, and faults.
 
 A kernel takes ``floor + ((arithmetic / clock)^3 + memory^3)^(1/3)`` with the constants of a :class:`Gpu`, so the result
 of a calibration can be compared with the truth. :mod:`planted_cuda` installs a planted GPU as torch's.
@@ -65,7 +65,7 @@ GPUS: Mapping[str, Gpu] = {
 
 @dataclass(frozen=True)
 class Troubles:
-    """What goes wrong. Times are simulated seconds since the device was opened."""
+    """Faults of the device. Times are simulated seconds since the device was opened."""
 
     noise: float = 0.0  # relative standard deviation of a sample
     drift_per_s: float = 0.0  # share of the clock that is lost per second

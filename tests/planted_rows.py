@@ -19,7 +19,7 @@ SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test"
 
 
 def bare(name: str = "h100_sxm") -> HardwareProfile:
-    """A profile with the datasheet alone, so that nothing here depends on how well a table was fitted."""
+    """Return a profile with the datasheet alone: tests do not depend on the fit of a table."""
     return replace(load_hardware(name), sections=MappingProxyType({}), path=None)
 
 

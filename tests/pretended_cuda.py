@@ -1,6 +1,6 @@
-"""Code for a GPU, run without one: tensors of the CPU on a place that says it is CUDA, Triton's kernels interpreted.
+"""Run code for a GPU without one: CPU tensors on a device that is named CUDA, and interpreted Triton kernels.
 
-Imported by tests before anything imports Triton, which asks for its interpreter once.
+Tests import this module before anything imports Triton, which reads the choice of its interpreter once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Cuda(str):
 
 CPU, META = Cuda("cpu"), Cuda("meta")
 PLACE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where kernels run in tests."""
+"""Device on which kernels run in tests."""
 
 
 def kernels(interpreted: bool = False) -> Any:
-    """The module of Triton's kernels; skips where they cannot run, ``interpreted`` also where they are compiled."""
+    """Return the module of Triton's kernels; skip if they cannot run, and with ``interpreted`` also if they are
+    compiled."""
     if interpreted and PLACE == "cuda":
         pytest.skip("Triton compiles its kernels for the GPU here")
     pytest.importorskip("triton", reason="Triton is not installed; it comes with the extra kernels")

@@ -1,4 +1,4 @@
-"""The operator of docs/adding.md: one file and one entry add it, and all that is written once takes it."""
+"""The operator of docs/adding.md needs one file and one entry; fits, profiles and waterfalls then include it."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ def test_an_operator_in_one_file_is_predicted_fitted_saved_and_explained(tmp_pat
             (tmp_path / block.file).write_text(block.text, encoding="utf-8")
         elif block.language == "diff":
             edit(block.text, tmp_path)
-    assert [block.file for block in shown if block.file.startswith("simulator")] == [
-        "simulator/operators/selective_scan.py"
-    ]
+    added = [block.file for block in shown if block.file.startswith("simulator")]
+    assert added == ["simulator/operators/selective_scan.py"]
     fitted, in_a_pass = (b.text for b in shown if b.language == "python" and not b.file)
     python(["-c", fitted + in_a_pass + AFTERWARDS], tmp_path)
 

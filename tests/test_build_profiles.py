@@ -1,4 +1,4 @@
-"""Stack files: every device and stack has a recipe, sections are round, what ships is what its tables give."""
+"""Stack files: every device and stack has a recipe, sections are round, and shipped files follow from their tables."""
 
 from __future__ import annotations
 
@@ -79,9 +79,8 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     assert (again[prefill].section_scale, again[decode].section_scale) == (1.23, 0.9)
     assert again[decode].provenance == before[decode].provenance
     monkeypatch.setattr(shipped, "load_hardware", lambda _: load_hardware(tmp_path / "gone.yaml"))
-    assert any(
-        "no section kept, because the earlier file cannot be read" in line for line in make("b200_sxm.sglang", tmp_path)
-    )
+    lines = make("b200_sxm.sglang", tmp_path)
+    assert any("no section kept, because the earlier file cannot be read" in line for line in lines)
     assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
 
 

@@ -1,9 +1,9 @@
-"""The documentation is true: equations run, worked examples carried out, printed text compared, generated pages
-current, links whole."""
+"""The documentation is correct: equations and examples run, printed text and generated pages are current."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -14,8 +14,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -35,7 +37,7 @@ SETS_UP = re.compile(r"\bpip\b|\bvenv\b|\bpytest\b|\bpre-commit\b")
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: its language, text, first line, and the file it is to be written to."""
+    """A fenced block of a page: its language, text and first line, and the file that the page writes it to."""
 
     language: str
     text: str
@@ -94,7 +96,7 @@ def python(arguments: list[str], folder: Path) -> str:
 
 
 def prunesim(words: list[str], folder: Path) -> str:
-    """Standard output of the program, run in this process in a folder of no packages: it need not be imported again."""
+    """Run the program in this process in a folder without packages, and return its standard output."""
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     os.chdir(folder)
     try:
@@ -107,8 +109,8 @@ def prunesim(words: list[str], folder: Path) -> str:
 
 
 def commands_of(shell: str) -> Iterator[list[str]]:
-    """The ``prunesim`` and ``python -m calibration...`` calls of a shell block; what sets up an environment is left to
-    `.ci/run`."""
+    """Yield the ``prunesim`` and ``python -m calibration...`` commands of a shell block; `.ci/run` runs commands that
+    set up an environment."""
     for line in shell.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -134,19 +136,18 @@ def run_shell(shell: str, folder: Path) -> str:
 
 
 PRINTED: dict[tuple[Path, str], str] = {}
-"""What the commands shown on pages printed: two tests read those of the guide."""
+"""Output of the commands shown on pages; two tests read the output of the guide's commands."""
 
 
 def printed_by(path: Path, command: str, folder: Path) -> str:
-    """What a command shown on a page prints; each runs once, in the folder of the test that asks first."""
+    """Return the output of a command shown on a page; it runs once, in the folder of the first test that needs it."""
     if (path, command) not in PRINTED:
         PRINTED[path, command] = run_shell(command, folder)
     return PRINTED[path, command]
 
 
 def assert_printed(shown: str, printed: str, where: str) -> None:
-    """The lines a page shows are lines that were printed, one after the other; a line ``...`` stands for any that are
-    left out."""
+    """Assert that the lines of a page were printed in this order; a line ``...`` stands for omitted lines."""
     have, *parts = (
         [line.rstrip() for line in text.strip("\n").splitlines()]
         for text in (printed, *re.split(r"^\.\.\.\n", shown.strip("\n") + "\n", flags=re.MULTILINE))
@@ -163,10 +164,10 @@ def assert_printed(shown: str, printed: str, where: str) -> None:
 
 
 def follow(path: Path, folder: Path) -> Counter[str]:
-    """Do what a page says: write its files, run its commands and its Python, compare what it shows as printed; count.
+    """Follow a page: write its files, run its commands and its Python, compare the shown output, and count the blocks.
 
-    A block of text shows what the last command printed, or, where it begins with ``$``, its own command. One that
-    begins with ``prunesim`` is a command for a machine that is not at hand.
+    A block of text shows the output of the previous command or, if it begins with ``$``, of its own command. A block
+    that begins with ``prunesim`` is a command for another machine.
     """
     done: Counter[str] = Counter()
     printed = ""
@@ -354,3 +355,68 @@ def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
     index = text[ROOT / "docs" / "generated" / "validation" / "README.md"]
     for command in re.findall(r"`prunesim validate (.+?)`", index):
         assert (ROOT / command.split("--markdown ")[1]).is_file(), command
+
+
+# -- names and files that pages refer to -------------------------------------------------------------------------------
+
+OPTIONAL = {"torch", "triton", "pynvml", "streamlit", "pandas", "pyarrow"}
+"""Packages without which some modules cannot be imported; references in and to those are then not checked."""
+
+DOTTED = re.compile(r"\b((?:simulator|calibration)(?:\.\w+)+)")
+QUOTED = re.compile(r"(?<!`)`([\w./-]+)`(?!`)")
+PLACEHOLDER = re.compile("NAME|STACK|FAMILY|FOLDER")
+TOPS = ("simulator", "calibration", "tests", "docs", "hardware_profiles", "notebooks", ".ci")
+
+
+@cache
+def imported(name: str) -> ModuleType | None:
+    """A module; None where there is none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in OPTIONAL:
+            pytest.skip(f"no module {missing}")
+        return None
+
+
+def follows(held: Any, names: list[str]) -> bool:
+    """Whether a chain of attributes, or of fields without a default, leads somewhere."""
+    for name in names:
+        fields = getattr(held, "__annotations__", {})
+        if not hasattr(held, name) and name not in fields:
+            return False
+        held = getattr(held, name) if hasattr(held, name) else fields[name]
+    return True
+
+
+def resolves(target: str, home: ModuleType | None = None) -> bool:
+    """Return whether a name is a module or an attribute of one; ``home`` and its classes are searched first."""
+    names = target.split(".")
+    if home is not None:
+        classes = [held for held in vars(home).values() if isinstance(held, type)]
+        if any(follows(held, names) for held in (home, *classes)):
+            return True
+    for cut in range(len(names), 0, -1):
+        if (module := imported(".".join(names[:cut]))) is not None:
+            return follows(module, names[cut:])
+    return False
+
+
+def exists(path: str, page: Path) -> bool:
+    """Whether there is such a file: from the root, a package or the page; a bare name anywhere."""
+    if any((home / path).exists() for home in (ROOT, ROOT / "simulator", ROOT / "calibration", page.parent)):
+        return True
+    return "/" not in path and any(next((ROOT / top).rglob(path), None) for top in TOPS)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
+def test_names_and_files_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    shown = {path.removesuffix(".py").replace("/", ".") for path in re.findall(r"^<!-- file: (\S+) -->", text, re.M)}
+    names = {target for target in DOTTED.findall(text) if not resolves(target)} - shown
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    paths = (path for path in QUOTED.findall(prose) if not PLACEHOLDER.search(path))
+    ours = {path for path in paths if path.endswith(".py") or path.startswith(tuple(f"{top}/" for top in TOPS))}
+    assert names | {path for path in ours if not exists(path, page)} == set()

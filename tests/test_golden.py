@@ -1,8 +1,8 @@
-"""Every prediction that a change moves shows in the diff of ``golden/predictions.txt``.
+"""Every moved prediction shows in the diff of ``golden/predictions.txt``.
 
-The file holds whole models and single operators, one prediction per line, rounded to six significant digits. Where a
-change is meant to move predictions, ``PRUNESIM_GOLDEN=write python -m pytest tests/test_golden.py`` rewrites the lines
-that moved, and the commit shows them.
+The file holds whole models and single operators, one prediction per line, rounded to six significant digits. If a
+change is meant to move predictions, ``PRUNESIM_GOLDEN=write python -m pytest tests/test_golden.py`` rewrites the moved
+lines.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def unmoved(old: Line, new: Line) -> bool:
 
 
 def moves(old: Mapping[str, Line], new: Mapping[str, Line]) -> list[str]:
-    """What differs, a line each: old values, new values, the largest relative change."""
+    """Return a line per difference: old values, new values, the largest relative change."""
     found = [f"- {text_of(line)}" for case, line in old.items() if case not in new]
     for case, line in new.items():
         before = old.get(case)

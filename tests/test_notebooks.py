@@ -1,4 +1,4 @@
-"""Notebooks: what is committed has its outputs, and the comparison with an execution sees what changed."""
+"""Notebooks: committed notebooks have outputs, and the comparison with an execution notices changes."""
 
 from __future__ import annotations
 

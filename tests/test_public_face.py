@@ -1,4 +1,4 @@
-"""The public names: documented, their examples type-checked; and what they return shows itself in the same ways."""
+"""Public names are documented, their examples type-checked, and public objects are shown in the same ways."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from simulator.display import Displayed
 from simulator.prediction.advise import advise
 from simulator.prediction.explain import explanations
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.result import COLUMNS, Result
 from simulator.prediction.runnable import runnable
 from simulator.pruning import general_families
 
@@ -91,7 +92,7 @@ def test_the_examples_have_the_types_that_are_declared(tmp_path: Path, monkeypat
 
 @pytest.fixture(scope="module")
 def held() -> dict[str, Any]:
-    """What people hold, by what gave it; names are hostile where they may come from a file."""
+    """Public objects by the function that returns them."""
     hw, model = simulator.load_hardware("h100"), simulator.load_model("llama-3.2-1b")
     dense = simulator.lower(model, phase="decode", engine="hf")
     pruned = simulator.prune(dense, "width", sparsity=0.3)
@@ -142,6 +143,7 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
     assert t.to_pandas()["bottleneck"].tolist() == t.bottlenecks.ravel().tolist()
     assert "tile_m" not in held["attention_time"].to_dict()
     assert held["table"].to_dict()["results"][0] == held["record"].to_dict()
+    assert list(held["table"].to_pandas().columns) == list(Result.__dataclass_fields__) == list(COLUMNS)
 
 
 @pytest.mark.quick

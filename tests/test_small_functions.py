@@ -1,4 +1,4 @@
-"""What small functions return, by example: texts of numbers and names, checked arguments, counts of work."""
+"""Small functions by example: texts of numbers and names, quantities with units, checked arguments, counts of work."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from simulator import arguments, codes, display, errors, units
 from simulator.errors import InputError
 from simulator.hardware.link import named
-from simulator.operators.attention import attention_pairs
 from simulator.operators.base import Link
-from simulator.operators.delta_net import delta_state_bytes
-from simulator.operators.experts import experts_touched
 from simulator.operators.gemm import spmv_bytes
-from simulator.workload import Workload, WorkloadBatch
+from simulator.units import EXAMPLES, UNITS, format_quantity, parse_quantity
 
 pytestmark = pytest.mark.quick
 
 INF, NAN = float("inf"), float("nan")
-DELTA = map(np.array, (32, 16, 128, 128, 4, 4.0, 2.0))
 CASES: list[tuple[Any, Any]] = [
     ([units.parse_fraction(text) for text in ("0.25", "12.5%")], [0.25, 0.125]),
     ([units.parse_count(text) for text in ("64", "32k", "1.5k")], [64, 32768, 1536]),
@@ -45,17 +43,10 @@ CASES: list[tuple[Any, Any]] = [
     ([display.few("abcabc", 2), display.few("ab")], ["a, b and 1 more", "a, b"]),
     (display.markdown_text("<b> a|b *c*"), "&#60;b&#62; a&#124;b &#42;c&#42;"),
     ([errors.one_line("a\tb\u202e"), errors.one_line("x" * 100, 20)], ["a b\\u202e", "xxxxxxxx ... xxxxxxx"]),
-    (
-        str(errors.unknown("GPU", "h10", ["h100", "a100"])),
-        "GPU 'h10' is unknown; did you mean h100 or a100? Known: a100, h100",
-    ),
     ([arguments.whole(value) for value in (np.int64(3), 2.5, "8", True)], [3, None, None, None]),
     ([arguments.listed("engine", "vllm"), arguments.listed("batch", (1, 8))], [["vllm"], [1, 8]]),
     ([codes.label_of("bf16", "int4"), codes.label_of("fp8", "fp8_block")], ["int4_wo", "fp8_block"]),
     (codes.formats_of("int4_wo", ["fp32", "fp16"]), ("fp16", "int4")),
-    (int(attention_pairs(*map(np.array, (4, 4, 2)))), 7),
-    (float(delta_state_bytes(*DELTA)), 2146304.0),
-    (experts_touched(np.array([1, 16, 256]), 128, 8).round(1).tolist(), [8.0, 82.4, 128.0]),
     (spmv_bytes(np.array([1.0, 0.5]), 2.0).round(3).tolist(), [2.5, 1.25]),
     (
         named("pcie-host", Link("pcie4", 32e9, 1.6e-6, 8), None, "ada", "l40s").text,
@@ -79,7 +70,66 @@ def test_arguments_are_refused_in_one_line() -> None:
         arguments.number("level", NAN, arguments.LEVEL)
 
 
-def test_a_batch_of_workloads_has_sums_by_workload() -> None:
-    one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
-    batch = WorkloadBatch.of([one, one.take(np.array([0]))])
-    assert batch.total(np.array([1.0, 2.0, 5.0])).tolist() == [3.0, 5.0]
+UNIT = st.sampled_from(sorted(UNITS))
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "value"),
+    [
+        ("3.35 TB/s", "B/s", 3.35e12), ("2039 GB/s", "B/s", 2.039e12), ("1e3 GB/s", "B/s", 1e12),
+        ("50 MiB", "B", 50 * 2**20), ("50 MB", "B", 50e6), ("80GiB", "B", 80 * 2**30),
+        ("989.4 TFLOP/s", "FLOP/s", 989.4e12), ("1.755 GHz", "Hz", 1.755e9), ("1410 MHz", "Hz", 1.41e9),
+        ("700 W", "W", 700.0), (" 7  W ", "W", 7.0), ("-1 s", "s", -1.0), ("25 ns", "s", 25e-9),
+        ("3.0 us", "s", 3e-6), ("3.0 \u00b5s", "s", 3e-6),
+    ],
+)  # fmt: skip
+def test_quantities_are_read(text: str, unit: str, value: float) -> None:
+    assert parse_quantity(text, unit) == value  # exactly: one rounding, in decimal
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "says"),
+    [
+        ("3.35", "B/s", "the unit is missing"),
+        ("TB/s", "B/s", "does not start with a number"),
+        ("", "B/s", "does not start with a number"),
+        ("nan TB/s", "B/s", "does not start with a number"),
+        ("inf W", "W", "does not start with a number"),
+        ("3.35 GHz", "B/s", "GHz is a unit of a frequency"),
+        ("80 GB", "B/s", "GB is a unit of an amount of bytes"),
+        ("3.35 Tb/s", "B/s", "bits"),
+        ("3.35 tb/s", "B/s", "bits"),
+        ("989 TFLOPS", "FLOP/s", "write FLOP/s"),
+        ("989 TOPS", "FLOP/s", "write FLOP/s"),
+        ("3 parsec", "s", "unknown"),
+        ("1.755 ghz", "Hz", "did you mean GHz?"),
+        ("1,5 GHz", "Hz", "unknown"),
+        ("0x10 W", "W", "unknown"),
+        ("1e999 W", "W", "too large"),
+        ("1" * 400 + " W", "W", "unknown"),
+        ("\t3 W", "W", "does not start with a number"),
+        ("3 W\n", "W", "unknown"),
+    ],
+)
+def test_wrong_quantities_are_refused(text: str, unit: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_quantity(text, unit)
+    assert says in str(caught.value)
+    assert EXAMPLES[unit] in str(caught.value)  # every refusal shows what would be right
+
+
+@given(UNIT, st.floats(allow_nan=False, allow_infinity=False))
+def test_quantities_written_are_read_again(unit: str, value: float) -> None:
+    assert parse_quantity(format_quantity(value, unit), unit) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3.35e12, "B/s", "3.35 TB/s"), (1e9, "Hz", "1 GHz"), (999.0, "W", "999 W"), (0.0, "s", "0 s"),
+        (1e-15, "s", "0.001 ps"), (85899345920.0, "B", "80 GiB"), (80e9, "B", "80 GB"), (100.0, "B", "100 B"),
+        (143771 * 2.0**20, "B", "143771 MiB"), (-2048.0, "B", "-2.048 kB"),
+    ],
+)  # fmt: skip
+def test_quantities_are_written(value: float, unit: str, text: str) -> None:
+    assert format_quantity(value, unit) == text

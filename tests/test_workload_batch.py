@@ -1,4 +1,4 @@
-"""Memory of dense and pruned workloads, against sums made here."""
+"""Workloads: FLOPs, bytes and memory against sums made here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,11 @@ from model_shapes import PUBLISHED
 
 from simulator import capacity
 from simulator.capacity import RESERVE_BYTES, memory
-from simulator.codes import Kernel, Part
+from simulator.codes import Kernel, Kind, Part
 from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
 from simulator.models.library import load_model
+from simulator.operators.attention import attention_pairs
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
@@ -32,13 +34,6 @@ def _of_one(count: Callable[[WorkloadBatch], Any]) -> Callable[[Workload], float
 
 counts = (capacity.weights_bytes, capacity.cache_bytes, capacity.activation_bytes)
 weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in counts)
-
-
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-@pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
-def test_weights_are_two_bytes_a_published_parameter(name: str, phase: str) -> None:
-    w = lower(load_model(name), phase=phase, seq=32, new_tokens=2 * (phase == "generate"), weight_dtype="bf16")
-    assert weights_bytes(w) == 2 * PUBLISHED[name].parameters
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("int8", 1.0), ("fp8", 1.0), ("int4", 0.5)])
@@ -127,3 +122,42 @@ def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, ste
     assert base[0] == wider[0] == longer[0]
     assert wider[1:] == pytest.approx([x * (batch + 1) / batch for x in base[1:]], rel=1e-12)
     assert longer[1] >= base[1]
+
+
+def _pairs(q: int, kv: int, window: int) -> int:
+    return sum(min(kv - q + i + 1, window or kv) for i in range(q))
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 80))
+def test_pairs_equal_a_count_by_hand(q: int, before: int, window: int) -> None:
+    kv = q + before
+    assert float(attention_pairs(np.array(q), np.array(kv), np.array(window))) == _pairs(q, kv, window)
+
+
+def test_flops_and_bytes_of_each_kind() -> None:
+    gemm = {"role": "q", "m": 3, "n": 8, "k": 16}
+    attention = {"role": "attention", "batch": 2, "heads": 6, "kv_heads": 2, "head_dim": 8}
+    w = Workload.from_rows(
+        [
+            gemm | {"count": 2},
+            gemm | {"kernel": Kernel.SPARSE24, "density": 0.5},
+            gemm | {"kernel": Kernel.UNSTRUCTURED, "density": 0.25},
+            attention | {"kind": Kind.PREFILL_ATTENTION, "q_len": 4, "kv_len": 4},
+            attention | {"kind": Kind.DECODE_ATTENTION, "q_len": 1, "kv_len": 9},
+            {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
+        ]
+    )
+    each, head = 2 * 3 * 8 * 16, 4 * 2 * 6 * 8
+    assert w.flops.tolist() == [2 * each, 0.5 * each, 0.25 * each, 10 * head, 9 * head, 0]
+    dense = 2 * (8 * 16 + 3 * 16 + 3 * 8)
+    two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # half the values, and 2 bits for each of them
+    scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # a quarter of the values, and a bit a position
+    prefill = 2 * (2 * 2 * 2 * 4 * 8 + 2 * 2 * 6 * 4 * 8)
+    decode = 2 * (2 * 2 * 2 * 9 * 8 + 2 * 2 * 6 * 1 * 8)
+    assert w.bytes.tolist() == [2 * dense, two_four, scattered, prefill, decode, 60]
+
+
+def test_a_batch_of_workloads_has_sums_by_workload() -> None:
+    one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
+    batch = WorkloadBatch.of([one, one.take(np.array([0]))])
+    assert batch.total(np.array([1.0, 2.0, 5.0])).tolist() == [3.0, 5.0]

@@ -30,7 +30,7 @@ from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
 from simulator.models.config import Block
-from simulator.models.huggingface import from_hf_config
+from simulator.models.library import from_hf_config
 from simulator.workload import Workload
 
 # role of a projection -> its module in a decoder layer of Llama and the models derived from it

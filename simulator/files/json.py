@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from simulator.errors import InputError, one_line
@@ -11,7 +10,7 @@ from simulator.errors import InputError, one_line
 MOST_CONTAINERS = 300_000  # objects and lists in a file: each takes about a hundred bytes, also an empty one
 
 
-def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str], float] | None = None) -> Any:
+def parse_json(content: str | bytes, label: str) -> Any:
     """Return parsed JSON; InputError for an object that has a key twice, where ``json.loads`` takes the last value."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def parse_json(content: str | bytes, label: str, parse_constant: Callable[[str],
             found[name] = value
         return found
 
-    return json.loads(content, object_pairs_hook=unique, parse_constant=parse_constant)
+    return json.loads(content, object_pairs_hook=unique)
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:

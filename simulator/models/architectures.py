@@ -1,22 +1,133 @@
-"""Read shapes from the ``config.json`` of each ``model_type``: :data:`ARCHITECTURES`.
+"""Read the keys of a model's ``config.json`` (:class:`Reader`) by the rules of its ``model_type``
+(:data:`ARCHITECTURES`).
 
 An architecture is an entry of the table. Rules that do not fit into the table are functions of the reader and of the
 fields found so far.
+
+Architecture searches state single layers as ``block_configs`` (:func:`read_block`). DeciLM (model type
+``nemotron-nas``) writes query heads per key/value head, ``n_heads_in_group``, and the MLP's width as a multiple of the
+hidden size, ``ffn_mult``, which is rounded up to a multiple of 256. NVIDIA ModelOpt (Puzzletron) writes
+``num_key_value_heads``, ``intermediate_size``, and ``moe`` for routed experts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from simulator.models.block_configs import read_block
-from simulator.models.config import Block, DeltaNet, Latent
-from simulator.models.keys import MAX_LAYERS, MAX_POSITIONS, Reader, is_list_of
+from simulator.arguments import shown
+from simulator.errors import InputError
+from simulator.models.config import Block, DeltaNet, Latent, layer_fields
 
 ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig
+
+MAX_VALUE = 10_000_000  # largest width, number of heads or vocabulary; products of these numbers do not overflow
+MAX_POSITIONS = 1_000_000_000  # largest number of positions that a model may state; Llama-4-Scout states 10,485,760
+MAX_LAYERS = 10_000  # largest number of decoder layers, which limits the size of tables per layer
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Keys of a configuration, or of an object in it; errors name the source and the key."""
+
+    data: Mapping[str, Any]
+    source: str
+    place: str = ""  # place of the object in the file
+
+    def fail(self, key: str, reason: str) -> InputError:
+        return InputError(f"{self.source}: {self.place}{key}: {reason}")
+
+    def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
+        """Return a checked value; for null or a missing key the default, or an error without a default."""
+        value = self.data.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.fail(key, f"missing; expected {expected}")
+        if not right(value):
+            raise self.fail(key, f"expected {expected}, got {shown(value)}")
+        return value
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
+        def right(value: Any) -> bool:
+            return _is_number(value) and low <= value <= high and value == int(value)
+
+        return int(self.value(key, default, f"an integer from {low} to {high}", right))
+
+    def or_none(self, key: str, default: int | None = None) -> int:
+        """Return a whole number, or 0 for null."""
+        null = key in self.data and self.data[key] is None
+        return 0 if null else self.integer(key, default, low=0)
+
+    def number(self, key: str, default: float | None, high: float) -> float:
+        def right(value: Any) -> bool:
+            return _is_number(value) and 0 <= value <= high
+
+        return float(self.value(key, default, f"a number from 0 to {high:g}", right))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
+
+    def capped(self, key: str, absent: bool) -> bool:
+        """Return whether a soft cap is set; null means no cap."""
+        self.value(key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf"))
+        return self.data[key] is not None if key in self.data else absent
+
+    def part(self, key: str) -> Reader:
+        """Return an object in the configuration."""
+        inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
+        return Reader(inside, self.source, f"{self.place}{key}.")
+
+    def parts(self, key: str, many: int) -> list[Reader]:
+        """Return a list of ``many`` objects."""
+
+        def right(value: Any) -> bool:
+            return isinstance(value, list) and len(value) == many and all(isinstance(item, Mapping) for item in value)
+
+        found = self.value(key, None, f"a list of {many} objects, one per layer", right)
+        return [Reader(inside, self.source, f"{self.place}{key}[{i}].") for i, inside in enumerate(found)]
+
+    def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
+        """Return a list of layer numbers."""
+
+        def right(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(i, int) and 0 <= i < layers for i in value)
+
+        return set(self.value(key, default, f"a list of layers from 0 to {layers - 1}", right))
+
+    def rotary(self, key: str, default: float) -> float:
+        """Return the rotated share of a head: from the key, or from ``rope_parameters`` (transformers 5)."""
+        inside = self.data.get("rope_parameters")
+        if key not in self.data and isinstance(inside, Mapping):
+            return Reader(inside, self.source, f"{self.place}rope_parameters.").number(key, default, 1)
+        return self.number(key, default, high=1)
+
+    def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
+        """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the key."""
+        types = self.data.get("layer_types")
+        if types is None:
+            return []
+        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+            raise self.fail("layer_types", f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}")
+        return types
+
+    def windows(self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True) -> tuple[int, ...]:
+        """Return the window of each layer: from the list ``layer_types``, else by the rule ``windowed``.
+
+        A ``sliding_window`` of null means no window; if the key is missing, the default is used. The key is ignored
+        unless ``used``."""
+        window = self.or_none("sliding_window", default) if used else 0
+        types = self.layer_types(layers, ("full_attention", "sliding_attention"))
+        if not types:
+            return tuple(window if windowed(layer) else 0 for layer in range(layers))
+        if "sliding_attention" in types and not window:
+            raise self.fail("sliding_window", "missing; expected an integer, as layer_types names sliding_attention")
+        return tuple(window if t == "sliding_attention" else 0 for t in types)
 
 
 @dataclass(frozen=True)
@@ -74,30 +185,21 @@ class Architecture:
         return values
 
 
-_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-
-
-def _layers(blocks: Sequence[Block]) -> ConfigFields:
-    """Return the fields of layers: of the usual layer, and of each layer if they differ."""
-    whole = [block for block in blocks if block.sublayers == 2 and not (block.linear or block.delta)] or blocks
-    usual = Counter(whole).most_common(1)[0][0]
-    fields: ConfigFields = {name: getattr(usual, name) for name in _WIDTHS}
-    return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
-
-
 def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
-    """Return each layer of the fields that :func:`_layers` returns."""
-    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in _WIDTHS)),) * layers
+    """Return each layer, from the fields that :func:`layer_fields` returns or from those of a layer without experts."""
+    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
+    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in names)),) * layers
 
 
 def _routed(
     read: Reader, values: ConfigFields, count: str, width: int, shared: int, dense: Callable[[int], bool]
 ) -> ConfigFields:
-    """Return fields of layers with experts (their number is the key ``count``), or with an MLP if ``dense``."""
+    """Return the fields of layers with experts, whose number is the key ``count``; layers that are ``dense`` have an
+    MLP."""
     experts = read.integer(count)
     active, heads = float(read.integer("num_experts_per_tok", high=experts)), (values["heads"], values["kv_heads"])
     plain, block = Block(*heads, values["inner"]), Block(*heads, shared, experts, active, width)
-    return _layers([plain if dense(layer) else block for layer in range(values["layers"])])
+    return layer_fields([plain if dense(layer) else block for layer in range(values["layers"])])
 
 
 def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -111,12 +213,7 @@ def _gpt_oss(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
-    step, last = read.integer("decoder_sparse_step", 1), values["layers"] - 1
-
-    def right(value: Any) -> bool:
-        return is_list_of(value, lambda layer: isinstance(layer, int) and 0 <= layer <= last)
-
-    plain = set(read.value("mlp_only_layers", [], f"a list of layers from 0 to {last}", right))
+    step, plain = read.integer("decoder_sparse_step", 1), read.numbers("mlp_only_layers", [], values["layers"])
     shared = read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
     width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
     return _routed(read, values, "num_experts", width, shared, dense)
@@ -137,33 +234,26 @@ def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
-    """Return layers of which most have a gated delta net; the query projection of the others makes a gate too."""
-    names, default = {"key": "linear_key_head_dim", "value": "linear_value_head_dim"}, 128
-    sizes = {field: read.integer(key, default) for field, key in names.items()}
-    own = DeltaNet(**sizes, conv=read.integer("linear_conv_kernel_dim", 4))
-    heads = read.integer("linear_num_value_heads", 32), read.integer("linear_num_key_heads", 16)
-    if heads[0] % heads[1]:
-        expected = f"expected a divisor of linear_num_value_heads {heads[0]}"
-        raise read.fail("linear_num_key_heads", f"{expected}, got {heads[1]}")
+    """Return layers with a gated delta net, and layers with attention whose query projection also makes a gate."""
+    key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
+    own = DeltaNet(key, value, conv=read.integer("linear_conv_kernel_dim", 4))
+    many, groups = read.integer("linear_num_value_heads", 32), read.integer("linear_num_key_heads", 16)
+    if many % groups:
+        raise read.fail("linear_num_key_heads", f"expected a divisor of linear_num_value_heads {many}, got {groups}")
     every = read.integer("full_attention_interval", 4)
     types = read.layer_types(values["layers"], ("full_attention", "linear_attention"))
     linear = [t == "linear_attention" for t in types] or [(i + 1) % every > 0 for i in range(values["layers"])]
     plain = _each(_qwen_layers(read, values), values["layers"])
-    blocks = [replace(b, heads=heads[0], kv_heads=heads[1], delta=True) if d else b for b, d in zip(plain, linear)]
-    return _layers(blocks) | {"delta": own if any(linear) else None}
+    blocks = [replace(b, heads=many, kv_heads=groups, delta=True) if d else b for b, d in zip(plain, linear)]
+    return layer_fields(blocks) | {"delta": own if any(linear) else None}
 
 
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
-    """Return layers with experts or an MLP, in chunks of positions or over all of them without rotary positions.
+    """Return layers with experts or an MLP; their attention has rotary positions and chunks, or neither.
 
-    A chunk of positions is timed as a sliding window: exact up to its length, more pairs beyond."""
+    A chunk of positions is timed as a sliding window, which is exact up to its length and computes more beyond."""
     layers, step = values["layers"], read.integer("interleave_moe_layer_step", 1)
-
-    def right(value: Any) -> bool:
-        return is_list_of(value, lambda layer: isinstance(layer, int) and 0 <= layer < layers)
-
-    usual = list(range(step - 1, layers, step))
-    routed = set(read.value("moe_layers", usual, f"a list of layers from 0 to {layers - 1}", right))
+    routed = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
     inner = read.integer("intermediate_size_mlp") if len(routed) < layers else 0
     width = values["inner"]
     fields = _routed(read, {**values, "inner": inner}, "num_local_experts", width, width, lambda i: i not in routed)
@@ -173,7 +263,7 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
     windows = tuple(chunk if inside else 0 for inside in chunked)
-    return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | _layers(blocks)
+    return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | layer_fields(blocks)
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], ConfigFields]:
@@ -193,30 +283,106 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], Confi
     return more
 
 
-def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
-    """Return layers of an architecture search (Puzzle, arXiv 2411.19146): sublayers are kept, removed or linear.
+EXPERT_KEYS = MappingProxyType(
+    {"experts": "num_local_experts", "active": "num_experts_per_tok", "expert_inner": "expert_intermediate_dim"}
+)
+"""Field of a layer -> key of ModelOpt in ``moe``."""
 
-    Any architecture may have ``block_configs``, which change its layers. ``nemotron-nas`` has nothing else."""
+_UNSUPPORTED = {
+    "mamba": "state-space layers are not supported",
+    "llama4": "attention settings per layer are not supported",
+    "sparsify": "sparsity per layer is not supported",
+    "parallel_blocks": "parallel blocks are not supported",
+}
+
+
+def read_block(of: Reader, dense: Block, hidden: int) -> Block:
+    """Return a layer of ``block_configs`` (objects ``attention`` and ``ffn``): ``dense`` with other sizes."""
+    attention, mlp = of.part("attention"), of.part("ffn")
+    for part in (of, attention, mlp):
+        for key, why in _UNSUPPORTED.items():
+            if part.data.get(key) is not None:
+                raise part.fail(key, f"expected null: {why}")
+    return _read_mlp(mlp, _read_attention(attention, dense), hidden)
+
+
+def _read_attention(of: Reader, dense: Block) -> Block:
+    """Return the layer ``dense`` with the attention of an object: its KV heads, a linear product, or none."""
+    other = tuple(name for name in dense.linear if name != "attention")
+    gone = replace(dense, heads=0, kv_heads=0, delta=False, linear=other)
+    if of.flag("no_op"):
+        return gone
+    if of.flag("replace_with_linear"):
+        return replace(gone, linear=("attention", *other))
+    if dense.delta or not dense.heads:
+        raise of.fail("no_op", "expected true, as the dense layer has no such attention")
+    groups, own = (of.data.get(key) is not None for key in ("num_key_value_heads", "n_heads_in_group"))
+    if not (groups or own):
+        raise of.fail("n_heads_in_group", "missing; expected an integer, here or in num_key_value_heads")
+    many = of.integer("num_key_value_heads") if groups else dense.heads // of.integer("n_heads_in_group")
+    if groups and dense.heads % many:
+        raise of.fail("num_key_value_heads", f"expected a divisor of {dense.heads} query heads, got {many}")
+    if own:
+        size = of.integer("n_heads_in_group")
+        if dense.heads % size:
+            raise of.fail("n_heads_in_group", f"expected a divisor of num_attention_heads {dense.heads}, got {size}")
+        if many != dense.heads // size:
+            raise of.fail("n_heads_in_group", f"expected {dense.heads // many}, as num_key_value_heads, got {size}")
+    return replace(dense, kv_heads=many, linear=other)
+
+
+def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
+    """Return the layer ``dense`` with the MLP of an object: its width, routed experts, a linear product, or none."""
+    other = tuple(name for name in dense.linear if name != "mlp")
+    gone = replace(dense, inner=0, experts=0, active=0.0, expert_inner=0, linear=other)
+    if of.flag("no_op"):
+        return gone
+    if of.flag("replace_with_linear"):
+        return replace(gone, linear=(*other, "mlp"))
+    if of.data.get("moe") is not None:
+        if not dense.experts:
+            raise of.fail("moe", "expected null, as the dense layer has no routed experts")
+        moe = of.part("moe")
+        width = "expert_intermediate_size" if "expert_intermediate_size" in moe.data else EXPERT_KEYS["expert_inner"]
+        experts = moe.integer(EXPERT_KEYS["experts"], dense.experts)
+        active = moe.integer(EXPERT_KEYS["active"], min(int(dense.active), experts), high=experts)
+        # ModelOpt writes a default width of shared experts for models without them
+        shared = moe.integer("shared_expert_intermediate_dim", dense.inner, low=0) if dense.inner else 0
+        inner = moe.integer(width, dense.expert_inner)
+        return replace(dense, inner=shared, experts=experts, active=float(active), expert_inner=inner, linear=other)
+    if dense.experts:
+        raise of.fail("moe", "missing; expected an object, as the dense layer has routed experts")
+    if of.data.get("intermediate_size") is not None:
+        return replace(dense, inner=of.integer("intermediate_size"), linear=other)
+    if of.data.get("ffn_mult") is None:
+        raise of.fail("ffn_mult", "missing; expected a number, here or in intermediate_size")
+    exact = int(2 * of.number("ffn_mult", None, high=1000) * hidden / 3)
+    return replace(dense, inner=-exact // 256 * -256, linear=other)  # DeciLM rounds up to a multiple of 256
+
+
+def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers with the changes in ``block_configs``, by an architecture search (Puzzle, arXiv 2411.19146).
+
+    Any architecture may have them; ``nemotron-nas`` states the widths of its layers nowhere else."""
     layers = values["layers"]
     if values.get("latent") or values.get("delta"):
         raise read.fail("block_configs", "expected none: latent attention and delta nets per layer are not supported")
-    parts, olds = read.parts("block_configs", layers), _each(values, layers)
-    # the query heads of a layer without attention are those of the model
-    olds = tuple(replace(old, heads=old.heads or values["heads"]) for old in olds)
-    blocks = [read_block(of, old, values["hidden"]) for of, old in zip(parts, olds)]
-    of_window = zip(parts, values["windows"])
-    windows = [of.part("attention").integer("window_length", window, low=0) for of, window in of_window]
-    return {"windows": tuple(windows)} | _layers(blocks)
+    parts, blocks, windows = read.parts("block_configs", layers), [], []
+    for part, old, window in zip(parts, _each(values, layers), values["windows"]):
+        # the query heads of a layer without attention are those of the model
+        blocks.append(read_block(part, replace(old, heads=old.heads or values["heads"]), values["hidden"]))
+        windows.append(part.part("attention").integer("window_length", window, low=0))
+    return {"windows": tuple(windows)} | layer_fields(blocks)
 
 
 def _rotary_layers(read: Reader, layers: int) -> list[bool]:
     """Return whether each layer has rotary positions: by the list ``no_rope_layers``, else by the interval."""
     step = read.integer("no_rope_layer_interval", 4)
+    usual = [(layer + 1) % step > 0 for layer in range(layers)]
 
     def right(value: Any) -> bool:
-        return is_list_of(value, lambda flag: flag in (0, 1)) and (not value or len(value) >= layers)
+        return isinstance(value, list) and (not value or len(value) >= layers) and all(f in (0, 1) for f in value)
 
-    usual = [(layer + 1) % step > 0 for layer in range(layers)]
     given = read.value("no_rope_layers", [], f"a list of {layers} of 0 or 1", right)
     return [bool(flag) for flag in (given or usual)[:layers]]
 
@@ -225,7 +391,7 @@ def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
     layers, rotary = values["layers"], _rotary_layers(read, values["layers"])
     windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
     widths = (values["heads"], values["kv_heads"], values["inner"])
-    return {"windows": windows} | _layers([Block(*widths, rotary=turns) for turns in rotary])
+    return {"windows": windows} | layer_fields([Block(*widths, rotary=turns) for turns in rotary])
 
 
 def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:

@@ -1,7 +1,8 @@
-"""Write the shapes of a pruned model to a ``config.json``: the keys that change, and the file.
+"""Write the shapes of a pruned model to a ``config.json``.
 
-Use :func:`changed_keys` for the keys, :func:`config_of` for a model whose layers differ, and :func:`write_config` for a
-folder that :func:`simulator.load_model` reads.
+Use :func:`changed_keys` for the keys that change, :func:`config_of` for a model whose layers differ, and
+:func:`write_config` for a folder that :func:`simulator.load_model` reads. :mod:`simulator.models.architectures`
+describes ``block_configs``.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError
+from simulator.files.json import parse_bounded
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
-from simulator.models.architectures import ARCHITECTURES
-from simulator.models.block_configs import block_configs_of, deci_config
-from simulator.models.config import ModelConfig
-from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, parse_config
-from simulator.models.library import FOLDER, list_models, load_model
+from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS
+from simulator.models.config import Block, ModelConfig
+from simulator.models.library import FOLDER, MAX_FILE_BYTES, from_hf_config, list_models, load_model
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-DECI = "nemotron-nas"
-DECI_SOURCES: tuple[str, ...] = ("llama", "mistral", "ministral", DECI)
-"""Architectures that compute the same as DeciLM, where their configuration states the same shapes."""
+_DECI = "nemotron-nas"
+_DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)  # architectures that compute the same as DeciLM
 
 
 def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE) -> dict[str, Any]:
@@ -56,13 +55,51 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     return keys
 
 
+def block_config(block: Block, dense: Block) -> dict[str, Any]:
+    """Return a layer in the keys of ModelOpt; InputError for a layer that they cannot state."""
+    if block.heads not in (0, dense.heads):
+        raise InputError(f"block_configs: expected {dense.heads} query heads in each layer, got {block.heads}")
+    if block.delta or block.ranks or block.shortcuts or block.out:
+        wrong = "delta nets" if block.delta else "factors" if block.ranks else "other hidden sizes"
+        raise InputError(f"block_configs: expected layers of attention and MLP, got {wrong}")
+    if block.active != int(block.active):
+        raise InputError(f"block_configs: expected a whole number of active experts, got {block.active:g}")
+    sublayers: dict[str, dict[str, Any]] = {}
+    for name, key, here in (("attention", "attention", block.heads), ("mlp", "ffn", block.inner or block.experts)):
+        linear = name in block.linear
+        sublayers[key] = {"no_op": not (here or linear), "replace_with_linear": linear}
+    attention, mlp = sublayers["attention"], sublayers["ffn"]
+    # ModelOpt requires sizes of linear sublayers, too, and ignores them
+    if not attention["no_op"]:
+        attention["num_key_value_heads"] = block.kv_heads or dense.kv_heads or 1
+    if block.experts:
+        moe = {key: int(getattr(block, name)) for name, key in EXPERT_KEYS.items()}
+        mlp["moe"] = {**moe, "shared_expert_intermediate_dim": block.inner}
+    elif not mlp["no_op"]:
+        mlp["intermediate_size"] = block.inner or dense.inner or dense.expert_inner or 1
+    return sublayers
+
+
+def deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int = 0) -> dict[str, Any]:
+    """Return a layer in the keys of DeciLM, given its object in the keys of ModelOpt."""
+    attention, mlp = dict(config["attention"]), dict(config["ffn"])
+    groups, inner = attention.pop("num_key_value_heads", 0), mlp.pop("intermediate_size", 0)
+    if not (attention["no_op"] or attention["replace_with_linear"]):
+        attention["n_heads_in_group"] = heads // groups
+    if window:
+        attention["window_length"] = window
+    if not (mlp["no_op"] or mlp["replace_with_linear"]):
+        mlp["ffn_mult"] = 3 * inner / (2 * hidden)
+    return {"attention": attention, "ffn": mlp}
+
+
 def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: ModelConfig) -> dict[str, Any]:
     """Return the content of a ``config.json`` with ``block_configs``, for a model whose layers differ.
 
     The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state all widths:
     multiples of 256 and unchanged query heads. Otherwise they are those of ModelOpt in the dense model's architecture.
     If all layers are equal and complete, the content needs no ``block_configs`` and has none. ``dense_content`` is the
-    dense model's ``config.json`` (:func:`content_of`). InputError if no content states these shapes."""
+    dense model's ``config.json`` (:func:`content_of`). Raises InputError if no content states these shapes."""
     if not dense_content:
         raise InputError(f"{dense.name}: has no config.json; expected a named model, a folder or a file")
     if pruned.layers != dense.layers:
@@ -79,15 +116,18 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
         stated = dense.each_block(
             lambda b: replace(b, heads=many, kv_heads=math.gcd(b.kv_heads, many)) if b.heads else b
         )
-    configs = block_configs_of(pruned, stated)
+    if dense.latent is not None:
+        raise InputError(f"{dense.name}: block_configs: latent attention is not supported")
+    olds = (replace(old, heads=old.heads or stated.heads) for old in stated.layout)
+    configs = [block_config(block, old) for block, old in zip(pruned.layout, olds)]
     content = {key: value for key, value in dense_content.items() if key != "_name_or_path"}
-    if dense.architecture in DECI_SOURCES and stated.heads == dense.heads:
-        sizes = zip(configs, pruned.windows if dense.architecture == DECI else (0,) * dense.layers)
+    if dense.architecture in _DECI_SOURCES and stated.heads == dense.heads:
+        sizes = zip(configs, pruned.windows if dense.architecture == _DECI else (0,) * dense.layers)
         deci = [deci_config(config, dense.heads, dense.hidden, window) for config, window in sizes]
         # a reader that knows no block_configs must fail instead of loading a dense model
         widths: dict[str, Any] = {"num_key_value_heads": None, "intermediate_size": None}
         widths |= {"max_position_embeddings": dense.max_positions}  # defaults differ
-        names = {"model_type": DECI, "architectures": ["DeciLMForCausalLM"]}
+        names = {"model_type": _DECI, "architectures": ["DeciLMForCausalLM"]}
         found = {**content, **names, **widths, "block_configs": deci}
         if _states(found, pruned):
             return found
@@ -98,7 +138,7 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
 
 
 def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:
-    """Return whether content has all shapes of a model; its name and its usual layer may be others."""
+    """Return whether content has all shapes of a model; name and usual layer may differ."""
     try:
         read = from_hf_config(content)
     except InputError:
@@ -112,8 +152,8 @@ def content_of(
 ) -> Mapping[str, Any]:
     """Return the content of the ``config.json`` of a model source, as :func:`simulator.load_model` accepts it.
 
-    A named model has only its shape keys, a model made in Python has no content. ``model`` is the loaded source, if
-    known."""
+    A named model has only its shape keys; a model that was made in Python has no content. ``model`` is the loaded
+    source, if known."""
     model = model or load_model(source)
     if isinstance(source, Mapping):
         return source
@@ -126,7 +166,7 @@ def content_of(
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():  # a pipe cannot be read twice
         return NONE
-    content = parse_config(read_bounded(file, MAX_FILE_BYTES).decode("utf-8-sig"), str(file))
+    content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
     return content if isinstance(content, dict) else NONE
 
 

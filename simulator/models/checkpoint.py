@@ -1,22 +1,19 @@
 """Read a model from the tensors of its checkpoint: :func:`from_tensors`.
 
-The axes of each named tensor are widths of its layer. Tensors must agree on each width, and the resulting model must
-have exactly the number of parameters in the headers. :mod:`simulator.models.tensors` has the axes of names,
-:mod:`simulator.models.tensors` reads packed formats.
+The axes of each named tensor are widths of its layer (:mod:`simulator.models.tensors`). Tensors must agree on each
+width, and the resulting model must have exactly the number of parameters in the headers.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from simulator.errors import InputError, one_line
-from simulator.models.config import Block, Latent, ModelConfig
+from simulator.models.config import Block, Latent, ModelConfig, layer_fields
 from simulator.models.difference import difference, runs
-from simulator.models.headers import Tensor
 from simulator.models.tensors import (
     ATTENTION,
     BUFFER,
@@ -30,6 +27,7 @@ from simulator.models.tensors import (
     ROUTED,
     WEIGHTS,
     WIDE,
+    Tensor,
     Weight,
     axes_of,
     factor_of,
@@ -37,9 +35,9 @@ from simulator.models.tensors import (
 )
 
 MAX_WIDTH = 10_000_000
+# sublayer -> name of the matrix with which SliceGPT rotates its residual
 SHORTCUTS = {"attention": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
-"""Sublayer -> name of the matrix with which SliceGPT rotates its residual."""
-_MXFP4 = ("mxfp4", False)  # only of routed experts
+_MXFP4 = ("mxfp4", False)  # only routed experts have this format
 
 
 @dataclass
@@ -80,7 +78,7 @@ class _Part:
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
-        # weights with the hidden size first: some packed layouts need the widths that these have
+        # weights whose inputs are the hidden size come first: some packed layouts need the widths of these weights
         for module, axes in sorted(found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"):
             parts, name = self.modules[module], self.name(module)
             if not axes:
@@ -170,7 +168,7 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         weight_dtype=stored,
     )
     blocks = tuple(_block(part, real, model.layout[part.number]) for part in layers)
-    real = _of_blocks(real, blocks)
+    real = replace(real, **layer_fields(blocks))
     _check(real, layers)
     stored_twice = real.tied * len(heads) * real.vocab * hidden
     parameters = outside.parameters + sum(part.parameters for part in layers) - stored_twice
@@ -215,7 +213,8 @@ def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tu
 
 
 def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight with hidden inputs; 0 without any."""
+    """Return the bits of packed integers in compressed-tensors, from a weight whose inputs are the hidden size; 0 if
+    there is none."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:
@@ -240,7 +239,6 @@ def _latent(part: _Part) -> Latent | None:
 def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
     """Return the shapes of one layer."""
     width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
-    has = {name: part.has(ATTENTION + name) for name in ("linear_attn", "q_norm", "k_norm")}
     if delta := "delta" in width:
         heads, kv_heads = _delta_heads(part, model)
     elif "rank" in width:
@@ -268,7 +266,7 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
     if experts and ("e" not in width or not old.active):
         why = "without weights" if "e" not in width else "but its config.json has none"
         raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
-    linear = ("attention",) * has["linear_attn"] + ("mlp",) * part.has("mlp.linear_mlp")
+    linear = ("attention",) * part.has(ATTENTION + "linear_attn") + ("mlp",) * part.has("mlp.linear_mlp")
     shortcuts = tuple(name for name, short in SHORTCUTS.items() if short in part.modules)
     out = width.get("out", width["h"])
     if out != width["h"] and "mlp" not in shortcuts:
@@ -331,16 +329,6 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
         norm="none" if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules) else model.norm,
         gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
-
-
-def _of_blocks(model: ModelConfig, blocks: tuple[Block, ...]) -> ModelConfig:
-    """Return the model with these layers; its usual layer is the most frequent complete layer."""
-    most = Counter(blocks).most_common()
-    usual = next(
-        (block for block, _ in most if block.heads and not block.delta and (block.inner or block.experts)), most[0][0]
-    )
-    real = model.with_usual(usual, ())
-    return real if set(blocks) == set(real.layout) else replace(real, blocks=blocks)
 
 
 def _check(model: ModelConfig, layers: list[_Part]) -> None:

@@ -4,24 +4,24 @@ its parameters, and the shapes that each of several devices computes (:func:`sha
 *Tensor* parallel splits every layer: each device gets an equal part of the query heads, key/value heads, inner width of
 the MLP and vocabulary. The residual stream is complete on each device. The row-parallel projections (o, down) and the
 split embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053).
-Fewer key/value heads than devices are replicated. Rows and their parameters then describe one device.
+Key/value heads are replicated if there are more devices. Rows and their parameters then describe one device.
 
-*Expert* parallel is tensor parallel except for routed experts: each device holds complete experts, an equal number, and
+*Expert* parallel is tensor parallel except for routed experts. Each device has an equal number of complete experts and
 computes all tokens that use them; the others wait for the device with the highest load. The same all-reduce sums the
-outputs. Attention is not split by sequences, so every device sees all tokens and nothing is sent before the experts.
+outputs. Attention is not split by sequences, so every device has all tokens and nothing is sent before the experts.
 
 *Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
-latency is the sum over all layers, as on one device, plus ``devices - 1`` sends. Several micro-batches in flight are
-not modelled. Rows then describe the whole model; only memory is counted per device (:func:`simulator.memory`).
+latency is that of one device plus ``devices - 1`` sends. Rows then describe the whole model; only memory is counted per
+device (:func:`simulator.memory`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import AMOUNT, number, shown, whole
@@ -34,9 +34,9 @@ from simulator.errors import InputError, unknown
 class Block:
     """Shapes of one decoder layer; a width of 0 means that the layer has no such sublayer."""
 
-    heads: int  # query heads; of a gated delta net, value heads
-    kv_heads: int  # of a gated delta net, key heads
-    inner: int  # inner width of the MLP; with routed experts, of the shared experts
+    heads: int  # query heads; in a gated delta net, value heads
+    kv_heads: int  # key/value heads; in a gated delta net, key heads
+    inner: int  # inner width of the MLP; with routed experts, inner width of the shared experts
     experts: int = 0  # routed experts
     active: float = 0.0  # routed experts that a token uses, on one device on average
     expert_inner: int = 0
@@ -53,7 +53,7 @@ class Block:
         return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
 
     def weights(self, role: str, n: int, k: int) -> int:
-        """Return the weights of a projection of n outputs and k inputs, of both factors if it is stored as two."""
+        """Return the number of weights in a projection of n outputs and k inputs, possibly stored as two factors."""
         rank = self.rank(role)
         return rank * (n + k) if rank else n * k
 
@@ -100,19 +100,25 @@ class DeltaNet:
         return block.kv_heads * self.key, block.heads * self.value
 
 
-MOST_WIDTH = 2**31 - 1
-_POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")
-_COUNTS = (*_POSITIVE, "layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions", "experts")
-"""Fields that are whole numbers; those of _POSITIVE are at least 1."""
+_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")  # fields of a model and of a layer
+_MOST_WIDTH = 2**31 - 1
+_POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")  # whole numbers from 1
+_COUNTS = ("layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions", "experts", "expert_inner")
+_CHOICES = {
+    "norm": ("rms", "layer", "none"),
+    "qk_norm": ("", "head", "width", "unit"),
+    "weight_dtype": ("", *DTYPES),
+    "declared": ("", "2:4", "unstructured"),
+}
 
-_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "norm": ("rms", "layer", "none"),
-        "qk_norm": ("", "head", "width", "unit"),
-        "weight_dtype": ("", *DTYPES),
-        "declared": ("", "2:4", "unstructured"),
-    }
-)
+
+def layer_fields(blocks: Sequence[Block]) -> dict[str, Any]:
+    """Return the fields of a model with these layers: the widths of the most frequent complete layer, and ``blocks``
+    if layers differ."""
+    complete = [b for b in blocks if b.heads and (b.inner or b.experts) and not (b.linear or b.delta)] or blocks
+    usual = Counter(complete).most_common(1)[0][0]
+    fields: dict[str, Any] = {name: getattr(usual, name) for name in _WIDTHS}
+    return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -258,10 +264,10 @@ class ModelConfig(Displayed):
     custom_code: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in (*_COUNTS, "expert_inner"):
+        for name in (*_POSITIVE, *_COUNTS):
             found, least = whole(getattr(self, name)), int(name in _POSITIVE)
-            if found is None or not least <= found <= MOST_WIDTH:
-                expected = f"a whole number from {least} to {MOST_WIDTH}"
+            if found is None or not least <= found <= _MOST_WIDTH:
+                expected = f"a whole number from {least} to {_MOST_WIDTH}"
                 raise InputError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
         number("active", self.active, AMOUNT)
         windows = self.windows
@@ -284,7 +290,7 @@ class ModelConfig(Displayed):
     @property
     def usual(self) -> Block:
         """Shapes of the usual layer."""
-        return Block(self.heads, self.kv_heads, self.inner, self.experts, self.active, self.expert_inner)
+        return Block(**{name: getattr(self, name) for name in _WIDTHS})
 
     @property
     def head_hidden(self) -> int:
@@ -293,16 +299,7 @@ class ModelConfig(Displayed):
 
     def with_usual(self, usual: Block, blocks: tuple[Block, ...]) -> ModelConfig:
         """Return the model with another usual layer and other ``blocks``."""
-        return replace(
-            self,
-            heads=usual.heads,
-            kv_heads=usual.kv_heads,
-            inner=usual.inner,
-            experts=usual.experts,
-            active=usual.active,
-            expert_inner=usual.expert_inner,
-            blocks=blocks,
-        )
+        return replace(self, blocks=blocks, **{name: getattr(usual, name) for name in _WIDTHS})
 
     @cached_property
     def layout(self) -> tuple[Block, ...]:

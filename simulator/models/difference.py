@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from simulator.engines.engine import sparse24_engines
 from simulator.models.config import Block, ModelConfig
 
+_Change = tuple[int, Block, Block]  # number of a layer, the dense layer without removed sublayers, and the pruned layer
 _WIDTHS = {
     "heads": "{} heads",
     "kv_heads": "{} key/value heads",
@@ -22,30 +23,30 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
 
     Layers are matched by the numbers in a checkpoint, else in order."""
-    found, last = [], dense
-    numbers = pruned.numbers or tuple(range(pruned.layers))
+    numbers, news = pruned.numbers or tuple(range(pruned.layers)), pruned.layout
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
     if at.keys() >= set(numbers):
         olds = tuple(dense.layout[at[number]] for number in numbers)
     else:
         olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
-    fewer = tuple(
-        replace(_without(old, new), experts=new.experts, active=new.active) for old, new in zip(olds, pruned.layout)
-    )
-    shrinks: list[tuple[str, tuple[Block, ...], dict[str, Any]]] = [
-        (_depth(at, numbers, olds, pruned.layout), tuple(map(_without, olds, pruned.layout)), {}),
-        (_experts(numbers, olds, pruned.layout), fewer, {}),
+    remaining = tuple(map(_without, olds, news))
+    changes = tuple(zip(numbers, remaining, news))
+    # each step turns the model before it into one that is closer to the pruned model, from the dense model on
+    steps: tuple[tuple[str, Iterable[Block], dict[str, Any]], ...] = (
+        (_depth(at, numbers, olds, news), remaining, {}),
+        (_experts(changes), (replace(old, experts=new.experts, active=new.active) for _, old, new in changes), {}),
         (
-            _width(dense, pruned, numbers, olds),
-            tuple(replace(b, ranks=(), shortcuts=(), out=0) for b in pruned.layout),
+            _width(dense, pruned, changes),
+            (replace(new, ranks=(), shortcuts=(), out=0) for new in news),
             {"latent": pruned.latent, "head_dim": pruned.head_dim},
         ),
-        (_low_rank(numbers, olds, pruned.layout), tuple(replace(b, shortcuts=(), out=0) for b in pruned.layout), {}),
-        (_cross(dense, pruned), pruned.layout, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
-        (_other(dense, pruned), pruned.layout, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
-    ]
-    for words, blocks, fields in shrinks:
-        now = replace(last, layers=len(blocks), windows=(0,) * len(blocks), blocks=blocks, **fields)
+        (_low_rank(numbers, olds, news), (replace(new, shortcuts=(), out=0) for new in news), {}),
+        (_cross(dense, pruned), news, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
+        (_other(dense, pruned), news, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
+    )
+    found, last = [], dense
+    for words, blocks, fields in steps:
+        now = replace(last, layers=len(news), windows=(0,) * len(news), blocks=tuple(blocks), **fields)
         share = (last.parameters - now.parameters) / dense.parameters
         if words:
             found.append(words + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else ""))
@@ -119,42 +120,31 @@ def _depth(were: Collection[int], numbers: Sequence[int], olds: Sequence[Block],
     return f"depth: {', '.join(found)}" if found else ""
 
 
-def _experts(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
-    found = []
-    for name, words in (("experts", "{}"), ("active", "{} active")):
-        pairs = zip(numbers, olds, news)
-        cut = [
-            (i, getattr(old, name), getattr(new, name))
-            for i, old, new in pairs
-            if (old.experts or new.experts) and _maps(new) and getattr(old, name) != getattr(new, name)
-        ]
+def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
+    """Yield a text such as "4 to 26 of 32 heads" for each field that changed, and the numbers of its layers."""
+    for name, words in fields.items():
+        pairs = {i: (getattr(old, name), getattr(new, name)) for i, old, new in changes}
+        cut = {i: pair for i, pair in pairs.items() if pair[0] != pair[1]}
         if cut:
-            found.append(f"{words.format(_amounts(cut))} in layers {runs(i for i, *_ in cut)}")
+            before, after = zip(*cut.values())
+            yield words.format(f"{_range(after)} of {_range(before)}"), list(cut)
+
+
+def _experts(changes: Sequence[_Change]) -> str:
+    cuts = _cuts(changes, {"experts": "{}", "active": "{} active"})
+    found = [f"{words} in layers {runs(layers)}" for words, layers in cuts]
     return f"experts: {', '.join(found)}" if found else ""
 
 
-def _width(dense: ModelConfig, pruned: ModelConfig, numbers: Sequence[int], olds: Sequence[Block]) -> str:
-    found, layers = [], set()
-    for name, words in _WIDTHS.items():
-        cut = [
-            (i, getattr(old, name), getattr(new, name))
-            for i, old, new in zip(numbers, map(_without, olds, pruned.layout), pruned.layout)
-            if getattr(old, name) != getattr(new, name)
-        ]
-        if cut:
-            layers |= {i for i, *_ in cut}
-            found.append(words.format(_amounts(cut)))
+def _width(dense: ModelConfig, pruned: ModelConfig, changes: Sequence[_Change]) -> str:
+    cuts = list(_cuts(changes, _WIDTHS))
+    found = [words for words, _ in cuts]
     if dense.head_dim != pruned.head_dim:
         found.append(f"{pruned.head_dim} of {dense.head_dim} features of a head")
     if dense.latent != pruned.latent:
         found.append("other latent widths")
-    where = f" in layers {runs(sorted(layers))}" if layers else ""
+    where = f" in layers {runs(sorted({i for _, layers in cuts for i in layers}))}" if cuts else ""
     return f"width{where}: {', '.join(found)}" if found else ""
-
-
-def _amounts(cut: Sequence[tuple[int, float, float]]) -> str:
-    """Return new and old values as text: "26 of 32", "4 to 26 of 32"."""
-    return f"{_range(new for *_, new in cut)} of {_range(old for _, old, _ in cut)}"
 
 
 def _range(values: Iterable[float]) -> str:

@@ -1,4 +1,10 @@
-"""Find models by name: each file has the shape keys of a Hugging Face ``config.json``, and its ``_source``."""
+"""Load a model by its name, or from a Hugging Face ``config.json`` or folder.
+
+Use :func:`from_hf_config` with parsed content, :func:`read_config` with a file or folder, and
+:func:`simulator.load_model` with any of these or a name. Only JSON is read: code of a model's repository is never run.
+Missing keys have the defaults of the configuration classes of ``transformers``; the shapes themselves must be in the
+file. The file of a shipped model has the shape keys of its ``config.json``, and its ``_source``.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +14,117 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from simulator.errors import InputError, unknown
+from simulator.arguments import shown
+from simulator.errors import InputError, one_line, unknown
+from simulator.files.json import parse_bounded
+from simulator.files.read import read_bounded
+from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader
 from simulator.models.config import ModelConfig
-from simulator.models.huggingface import from_hf_config, read_config
+from simulator.models.difference import sparsity_note
 
 FOLDER = resources.files(__package__)
+MAX_FILE_BYTES = 1_000_000  # largest configuration file that is read; usual files have a few kilobytes
+MAX_NAME = 80  # longest name of a model; the middle of a longer name is omitted
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # a Hugging Face id, owner/name
 
+# ending of a Hugging Face id that states the tuning or the number format, not the shapes
 _VARIANT = re.compile(
     r"[-_](?:instruct|chat|it|hf|base|dynamic|block|static|awq|nvfp4|fp4|fp8|bf16|quantized|gptq(?:-int[48])?|w\d+a\d+)$",
     re.IGNORECASE,
 )
-"""Ending of a Hugging Face id that states the tuning or the number format, not the shapes."""
+# keys at the top of a file that also hold for its text_config
+_SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "block_configs")
+
+
+def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
+    """Return the shapes in the content of a Hugging Face ``config.json``; other keys are ignored.
+
+    If a model has further parts (vision), its text decoder is read, the object ``text_config``. ``source`` names the
+    content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``."""
+    if not isinstance(data, Mapping):
+        raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}")
+    kind, read = _decoder(Reader(data, source))
+    own = data.get("_name_or_path")
+    if isinstance(own, str) and own.strip("/."):
+        name = own.rstrip("/").rsplit("/", 1)[-1]
+    name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # for tables and file names
+    notes = []
+    if kind != data["model_type"]:
+        notes.append(f"{name}: only the text decoder is timed, not the other parts (vision)")
+    if declared := _declared(read):
+        notes.append(f"{name}: {sparsity_note(declared)}")
+    auto_map = data.get("auto_map")
+    code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
+    return ModelConfig(
+        name=name,
+        architecture=kind,
+        declared=declared,
+        found="; ".join(notes),
+        custom_code=one_line(code, MAX_NAME) if isinstance(code, str) else "",
+        **ARCHITECTURES[kind].values(read),
+    )
+
+
+def _declared(read: Reader) -> str:
+    """Return the sparsity that compressed-tensors declares: "2:4", "unstructured" or none."""
+    for key in ("quantization_config", "compression_config"):
+        inside = read.data.get(key)
+        sparsity = inside.get("sparsity_config") if isinstance(inside, Mapping) else None
+        if isinstance(sparsity, Mapping) and sparsity.get("sparsity_structure"):
+            return "2:4" if sparsity["sparsity_structure"] == "2:4" else "unstructured"
+    return ""
+
+
+def _decoder(read: Reader) -> tuple[str, Reader]:
+    """Return the architecture of the decoder and its keys."""
+    known = f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
+    kind, text = read.data.get("model_type"), read.data.get("text_config")
+    if kind is None:
+        raise read.fail("model_type", f"missing; {known}")
+    named = kind if isinstance(kind, str) else ""
+    if named in ARCHITECTURES:
+        return named, read
+    if named in FLAT and text is None:
+        return NESTED[named], read
+    own = text.get("model_type") if isinstance(text, Mapping) else None
+    decoder = own if isinstance(own, str) and own in ARCHITECTURES else NESTED.get(named)
+    if decoder is None:
+        raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
+    shared = {key: read.data[key] for key in _SHARED if key in read.data}
+    return decoder, Reader({**shared, **read.part("text_config").data}, read.source, f"{read.place}text_config.")
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """Return the shapes in a ``config.json``, or in a checkpoint folder.
+
+    In a folder, the headers of its ``*.safetensors`` take precedence over the ``config.json``. A model without a name
+    is named after its file or folder."""
+    file = Path(os.path.expanduser(path))
+    try:
+        whole = file.is_dir()
+        if whole:
+            if not (file / "config.json").is_file():
+                right = "expected a Hugging Face model folder"
+                if (file / "adapter_config.json").is_file():
+                    right = "it holds a PEFT adapter: merge it into its base model first"
+                raise InputError(f"{file}: the folder has no config.json; {right}")
+            file = file / "config.json"
+        if not file.exists():
+            raise InputError(f"{file}: no such file or folder; expected a config.json or a folder with one")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error}); expected a config.json") from None
+    content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
+    model = from_hf_config(content, str(file), file.parent.name if file.name == "config.json" else file.stem)
+    if not whole:
+        return model
+    from simulator.models.checkpoint import from_tensors  # late: shipped models need no checkpoint
+    from simulator.models.tensors import read_headers
+
+    tensors = read_headers(file.parent)
+    return from_tensors(model, tensors, file.parent) if tensors else model
 
 
 def _key(name: str) -> str:
@@ -75,8 +178,9 @@ def model_title(name: str) -> str:
 
 
 def shipped_model(name: str) -> ModelConfig | None:
-    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version; None for a path or
-    an unknown name. No other file is read."""
+    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version.
+
+    A path or an unknown name gives None; no other file is read."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None
     last = name.rsplit("/", 1)[-1]
@@ -127,8 +231,12 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
     explicit = source.startswith((".", "/", "~")) or source.endswith((".json", "/", os.sep))
     if name is not None and not explicit:
         return _shipped(name)
-    if explicit or os.path.exists(source):
+    identifies = _ID.fullmatch(source) is not None
+    if explicit or os.path.exists(source) or ("/" in source and not identifies):
         return read_config(source)
-    command = f"curl -L https://huggingface.co/{source}/resolve/main/config.json -o config.json"
-    way = f"For another Hugging Face model, get its config.json and pass that path: {command} (gated: with a token)."
-    raise unknown("model", source, list_models(), way=way if _ID.fullmatch(source) else "")
+    way = "No folder or file has this path."
+    if identifies:
+        command = f"curl -L https://huggingface.co/{source}/resolve/main/config.json -o config.json"
+        way += f" For another Hugging Face model, get its config.json and pass that path: {command}"
+        way += " (gated: with a token)."
+    raise unknown("model", source, list_models(), way=way)

@@ -1,47 +1,156 @@
-"""Find the axes of a weight by the name of its tensor (:func:`axes_of`), and shape and format of a projection that a
-checkpoint stores in packed parts (:func:`logical`).
+"""Read the tensors of a checkpoint from the headers of its ``*.safetensors``: names, dtypes and shapes, not weights.
 
-Names are those of Transformers. Two methods change them: a low-rank projection is stored as its two factors (SVD-LLM's
-``q_u_proj`` and ``q_v_proj``, ASVD's ``q_proj.ALinear`` and ``q_proj.BLinear``), and SliceGPT stores the matrices that
-rotate its residual stream (``attn_shortcut_Q``, ``mlp_shortcut_Q``). The packed layouts are GPTQ and AWQ (``qweight``),
-compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or ``meta``), 8-bit floats with scales,
-bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss (``blocks``). Only names, dtypes and shapes are used.
+:func:`read_headers` limits every size that a file states before it reads on, and pickles are rejected, since they can
+run code. :func:`axes_of` finds the axes of a weight by the name of its tensor in Transformers. Two methods change these
+names: a low-rank projection is stored as its two factors (SVD-LLM's ``q_u_proj`` and ``q_v_proj``, ASVD's
+``q_proj.ALinear`` and ``q_proj.BLinear``), and SliceGPT stores the matrices that rotate its residual stream
+(``attn_shortcut_Q``, ``mlp_shortcut_Q``). :func:`logical` finds shape and format of a packed projection: GPTQ and AWQ
+(``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or ``meta``), 8-bit floats
+with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss (``blocks``).
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
-from simulator.models.headers import Tensor
+from safetensors import SafetensorError, safe_open
 
+from simulator.errors import InputError, one_line
+from simulator.files.json import parse_bounded
+from simulator.files.read import read_bounded
+
+MAX_HEADER_BYTES = 8_000_000  # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
+MAX_HEADERS_BYTES = 24_000_000  # headers of all files; DeepSeek-V3 has 10 MB
+MAX_INDEX_BYTES = 16_000_000  # DeepSeek-V3 with 91,000 tensors has 9 MB
+MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME, MAX_AXES = 4_096, 150_000, 2**44, 400, 8
+
+_DTYPES = "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64"
+BITS = MappingProxyType({"BOOL": 8} | {name: int(re.split(r"[A-Z]+|_", name)[1]) for name in _DTYPES.split()})
+"""Bits of an element of each dtype."""
+
+_PICKLE = re.compile(r"(?:pytorch_model|model|consolidated|checkpoint)\b.*\.(?:bin|pt|pth)|pytorch_model.*\.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``.
+
+    InputError for a folder with pickles or an adapter instead of such files."""
+    found: dict[str, Tensor] = {}
+    room = MAX_HEADERS_BYTES
+    for path in _files(folder):
+        room -= _header_bytes(path)
+        if room < 0:
+            raise InputError(f"{folder}: expected headers of at most {MAX_HEADERS_BYTES / 1e6:g} MB together")
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in list(file.keys()):
+                    part = file.get_slice(name)
+                    if name in found:
+                        raise InputError(f"{path}: tensor {_short(name)} is in another file too")
+                    found[name] = _tensor(name, part.get_dtype(), part.get_shape(), path)
+        except (SafetensorError, OSError) as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            again = "download it or save it again"
+            raise InputError(f"{path}: is not a safetensors file: {one_line(reason, 160)}; {again}") from None
+        if len(found) > MAX_TENSORS:
+            raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
+    if not found and (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: it holds a PEFT adapter: merge it into its base model first")
+    pickles = sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name))
+    if pickles and not found:
+        right = "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give only config.json"
+        raise InputError(f"{folder}: {_short(pickles[0])} is a pickle, which is never opened: {right}")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        parsed = parse_bounded(read_bounded(index, MAX_INDEX_BYTES), str(index), MAX_INDEX_BYTES)
+        entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
+        if not isinstance(entries, dict) or not entries:
+            raise InputError(f"{index}: weight_map: expected a file name for each tensor")
+        values = entries.values()
+        if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
+            raise InputError(f"{index}: weight_map: expected names of files in this folder")
+        names = sorted(set(values))
+    else:
+        names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    if len(names) > MAX_FILES:
+        raise InputError(f"{folder}: expected at most {MAX_FILES:,} safetensors files, got {len(names):,}")
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
+        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are missing)")
+    return [folder / name for name in names]
+
+
+def _header_bytes(path: Path) -> int:
+    """Return the length of a file's header; links are followed, as the Hugging Face cache uses them."""
+    try:
+        with open(path, "rb") as file:
+            size, first = os.fstat(file.fileno()).st_size, file.read(8)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > size - 8:
+        pointer = " (a Git LFS pointer: fetch the file itself)" if first == b"version " else ""
+        raise InputError(f"{path}: is not a safetensors file: its header would not fit into it{pointer}")
+    if length > MAX_HEADER_BYTES:
+        raise InputError(f"{path}: expected a header of at most {MAX_HEADER_BYTES:,} bytes, got {length:,}")
+    return length
+
+
+def _tensor(name: str, dtype: str, shape: list[int], path: Path) -> Tensor:
+    where, tensor = f"{path}: tensor {_short(name)}", Tensor(dtype, tuple(shape))
+    if len(name) > MAX_NAME:
+        raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
+    if dtype not in BITS:
+        raise InputError(f"{where}: dtype {dtype!r} is unknown")
+    if len(shape) > MAX_AXES or tensor.elements > MAX_ELEMENTS:
+        raise InputError(f"{where}: expected a shape of up to {MAX_AXES} sizes, got {one_line(repr(shape), 40)}")
+    return tensor
+
+
+def _short(name: str) -> str:
+    return one_line(repr(name), 80)
+
+
+# names of the part that holds the weight itself; the first that exists is used
 WEIGHTS = ("weight", "qweight", "weight_packed", "compressed", "blocks")
-"""Names of the part that holds the weight itself; the first that exists is used."""
 
-_SCALES = "scale scale_inv scale_2 zero_point g_idx shape global_scale format"
-_OTHERS = (
-    "bias qzeros scales g_idx perm bitmask row_offsets shape meta scale_packed input_scale input_global_scale "
-    "input_zero_point output_scale k_scale v_scale SCB absmax quant_map nested_absmax nested_quant_map"
+# last parts of the names of tensors that belong to one projection
+_PARTS = (
+    rf"{'|'.join(WEIGHTS)}|weight_(?:scale|scale_inv|scale_2|zero_point|g_idx|shape|global_scale|format)|bias|qzeros|"
+    r"scales|g_idx|perm|bitmask|row_offsets|shape|meta|scale_packed|input_scale|input_global_scale|input_zero_point|"
+    r"output_scale|k_scale|v_scale|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+"
 )
-PARTS: tuple[str, ...] = (
-    *WEIGHTS,
-    *(f"weight_{name}" for name in _SCALES.split()),
-    *_OTHERS.split(),
-    r"quant_state\.bitsandbytes__\w+",
-)
-"""Last parts of tensor names that belong to one projection, as patterns."""
-
 NAME = re.compile(
     r"(?:(?:_orig_mod|base_model|language_model|model|decoder|gpt_neox)\.)*(?:layers\.(\d{1,5})\.)?"
-    rf"(.+?)(?:(?:\.weight)?\.({'|'.join(PARTS)})|_(blocks|scales))?"
+    rf"(.+?)(?:(?:\.weight)?\.({_PARTS})|_(blocks|scales))?"
 )
 BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
 
 # Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
 # widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis. "out" are
-# the outputs of an MLP and H those of all layers, h except in SliceGPT's last layer. Of a gated delta net: values,
-# channels of the convolution, 1, conv positions, delta heads, features of a value head.
+# the outputs of an MLP, and H the inputs of the head: both are h except in the last layer of SliceGPT. A gated delta
+# net has values, channels of its convolution, conv positions, delta heads, and features of a value head.
 ATTENTION, MLP = r"(?:self_attn|attention|attn)\.", r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT, EXPERTS = ROUTED + r"experts\.\d{1,5}\.", ROUTED + r"experts\."
@@ -102,9 +211,9 @@ _ROLES = {
 
 
 def factor_of(module: str) -> tuple[str, str, bool]:
-    """Return the projection that a factor belongs to, its role, and whether the factor makes its outputs.
+    """Return the projection of a factor, its role, and whether the factor makes the outputs of the projection.
 
-    The role of a module that is not a factor is ""."""
+    A module that is not a factor has the role ""."""
     match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
     if match is None:
         return module, "", False
@@ -115,7 +224,8 @@ def factor_of(module: str) -> tuple[str, str, bool]:
 
 
 def axes_of(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
-    """Return the axes of a module's weight, none for an unknown name; a rank is named after its projection."""
+    """Return the axes of a module's weight, none for an unknown name. The rank of a factor is named after its
+    projection."""
     base, role, makes = factor_of(module)
     axes = next((axes for pattern, axes in table if pattern.fullmatch(base)), ())
     if not role:
@@ -153,7 +263,10 @@ def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits
     if name == "blocks" and len(shape) == 4:  # (experts, outputs, groups, bytes per group)
         return Weight((shape[0], shape[2] * shape[3] * 2, shape[1]), "mxfp4")
     if name == "weight" and "absmax" in parts:
-        return _flat(stored.elements * 2, inputs, outputs)
+        elements, known = stored.elements * 2, inputs or outputs
+        if not known or elements % known:
+            raise ValueError(f"has {elements:,} elements, which do not match its known widths")
+        return Weight((elements // known, known) if inputs else (known, elements // known), "int4")
     if name == "weight" and dtype in FLOATS:
         return Weight(shape)
     mask = _shape(parts, "bitmask")
@@ -185,13 +298,6 @@ def _outputs(parts: Mapping[str, Tensor], scales: str) -> int:
     """Return the number of outputs from scales per group of inputs and output; 0 without scales."""
     shape = _shape(parts, scales)
     return shape[1] if len(shape) == 2 else 0
-
-
-def _flat(elements: int, inputs: int, outputs: int) -> Weight:
-    known = inputs or outputs
-    if not known or elements % known:
-        raise ValueError(f"has {elements:,} elements, which do not match its known widths")
-    return Weight((elements // known, known) if inputs else (known, elements // known), "int4")
 
 
 def _float(dtype: str) -> str:

@@ -21,9 +21,8 @@ from simulator.arguments import shown
 from simulator.errors import InputError, one_line
 from simulator.files.json import parse_bounded
 from simulator.files.read import read_bounded
-from simulator.models.block_configs import read_block
+from simulator.models.architectures import Reader, read_block
 from simulator.models.config import Block, ModelConfig
-from simulator.models.keys import Reader
 from simulator.plans.variants import without
 
 MOST_BYTES = 20_000_000  # of a library: 96 layers with 64 variants take 3 MB as JSON

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.write import write_whole
-from simulator.models.block_configs import block_config
-from simulator.models.changes import config_of, content_of, write_config
+from simulator.models.changes import block_config, config_of, content_of, write_config
 from simulator.models.config import Block, ModelConfig
 from simulator.models.difference import runs
 from simulator.models.lower import lower, stream_of

@@ -138,23 +138,6 @@ def first():
 WAYS = {}
 """
 
-LLM_ANALYSIS = """
-import logging
-logging.disable(logging.CRITICAL)
-from llm_analysis.analysis import LLMAnalysis
-from llm_analysis.config import ModelConfig, get_dtype_config_by_name, get_gpu_config_by_name
-# it takes only multiples of the hidden size
-shape = ModelConfig(name="llama", num_layers=32, n_head=32, hidden_dim=4096, vocab_size=128256, max_seq_len=8192,
-                    num_key_value_heads=8, ffn_embed_dim=16384)
-gpu, kind = get_gpu_config_by_name("a100-sxm-80gb"), get_dtype_config_by_name("w16a16e16")
-source = LLMAnalysis(shape, gpu, kind, flops_efficiency=1, hbm_memory_efficiency=1)
-def model(batch, seq):
-    return source.inference(batch_size_per_gpu=batch, seq_len=seq, num_tokens_to_generate=1)
-def first():
-    model(1, 2048)
-WAYS = {}
-"""
-
 RIDGEPOINT = """
 import ridgepoint
 names = ("llama-3-8b", "llama-2-7b")
@@ -175,7 +158,6 @@ PEERS = {
     "aiconfigurator": AICONFIGURATOR,
     "nvidia-matmul-heuristics": NVIDIA_MATMUL,
     "genz-llm": GENZ,
-    "llm-analysis": LLM_ANALYSIS,
     "ridgepoint": RIDGEPOINT,
 }
 

@@ -8,18 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scale import grid
 
 from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
 from simulator.hardware.library import load_hardware
 from simulator.operators.base import Machine
+from simulator.prediction.grid import Grid
 from simulator.prediction.sweep import piece_results, write_sweep
 from simulator.uncertainty.operators import gemm_time
 
 Floor = Callable[..., None]
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 SHAPES = 200_000
+GRID = Grid(
+    ("llama-3.1-8b",), DEVICES, tuple(round(0.08 * i, 2) for i in range(1, 13)), ("prefill", "decode"),
+    tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15)), engines=("reference", "hf"),
+)  # fmt: skip
+"""About 100,000 configurations: 11 families on three devices in two engines, prefill and decode."""
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +49,9 @@ def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: st
 
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals, bounds, memory."""
-    g = grid(100_000)
-    some = list(g.pieces())[:2]
-    piece_results(some[0], g.hardware, {})
-    rows = benchmark(lambda: sum(len(piece_results(p, g.hardware, {})) for p in some))
+    some = list(GRID.pieces())[:2]
+    piece_results(some[0], GRID.hardware, {})
+    rows = benchmark(lambda: sum(len(piece_results(p, GRID.hardware, {})) for p in some))
     floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
 
 
@@ -55,10 +59,9 @@ def test_a_whole_sweep(benchmark: Any, tmp_path: Path, floor: Floor) -> None:
     """A hundred thousand configurations, one process."""
     pytest.importorskip("pyarrow")
     targets = iter(tmp_path / str(i) for i in range(1000))
-    g = grid(100_000)
-    done = benchmark.pedantic(lambda: write_sweep(g, next(targets)), rounds=3, warmup_rounds=1)
-    assert done.configurations == g.size
-    million_s = 1e6 * benchmark.stats["min"] / g.size
+    done = benchmark.pedantic(lambda: write_sweep(GRID, next(targets)), rounds=3, warmup_rounds=1)
+    assert done.configurations == GRID.size
+    million_s = 1e6 * benchmark.stats["min"] / GRID.size
     floor("seconds for a million configurations at this rate, one process", million_s, 120.0, False)
 
 

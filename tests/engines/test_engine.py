@@ -1,4 +1,4 @@
-"""Engine files: what ships is clean, what is wrong is said with its place, and a file of one's own runs like a name."""
+"""Engine files: shipped files are valid, an error has its place, and a path works like a name."""
 
 from __future__ import annotations
 
@@ -160,8 +160,6 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
             "unknown operator; did you mean mlp_norm? Known: q, k, v",
         ),
         ("  mlp_norm: 7", "  mlp_norm: 101", "11:13: launches.mlp_norm", "expected a whole number from 0 to 100"),
-        ("  mlp_norm: 7", "  mlp_norm: 1.5", "11:13: launches.mlp_norm", "expected a whole number"),
-        ("schema_version: 1", "schema_version: 2", "1:17: schema_version", "expected a whole number from 1 to 1"),
         ("fuse: [qkv]", "fuse: [gate]", "7:8: fuse.0", "did you mean gate_up?"),
         (
             "{cusparselt: {",
@@ -172,17 +170,12 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
         ("[bf16], source", "[bf17], source", "19:35: sparse24.cusparselt.formats.0", "did you mean bf16?"),
         ("weight_only: [int4]", "weight_only: [int5]", "18:15: weight_only.0", "did you mean int"),
         ("name: mine", "name: My Engine", "2:7: name", "expected a name of lower-case letters"),
-        ("name: mine", "name: mine\nname: other", "3:1: name", "is given twice, first on line 2"),
-        ("title: ", "title: !!python/object/apply:os.system ", "3:8: title", "tags are not allowed"),
-        ("stacks: [vllm, sglang]", "stacks: &a [vllm, sglang]", "4:9: stacks", "anchors (&) and aliases (*)"),
-        ("fuse: [qkv]", "fuse: *a", "7:7: fuse", "anchors (&) and aliases (*)"),
         (
             "  layer_inner:",
             "  inner:",
             "21:3: loads.inner",
             "unknown feature; did you mean linear? Known: uniform, heads",
         ),
-        ("value: true, ", "value: yes, ", "21:24: loads.layer_inner.value", "expected true or false, got yes"),
         (', how: "with widths in a list"', "", "21:16: loads.layer_inner.how", "is missing"),
         ("  int4: {mult", "  int5: {mult", "23:3: widths.int5", "unknown format; did you mean int8? Known: fp32, tf32"),
         ("multiple: 128,", "multiple: 0,", "23:20: widths.int4.multiple", "expected a whole number from 1 to 65536"),

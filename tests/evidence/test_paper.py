@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planted_points import WHERE, point
 
 import simulator
 from calibration.evidence.paper import (
@@ -38,23 +39,13 @@ from simulator.arrays import FloatArray
 from simulator.prediction.pareto import Front, Point, bands, frontier, marked
 from simulator.prediction.quality import Axis
 
-WHERE = ("m", "h", "prefill", 1, 1, "vllm")
-
-
-def point(family: str, loss: float, speedup: float, spread: float = 1.0) -> Point:
-    """A point with an interval of a factor ``spread`` to both sides."""
-    interval = (speedup, speedup / spread, speedup * spread)
-    quality, unjudged = ("acc", "p", 1.0, 1.0 - loss, loss), (False, False, False, "", "compute", True, "s")
-    return Point(*WHERE, family, family, 0.25, 0.25, *quality, *interval, *unjudged)
-
-
 CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
 REVERSED = (point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("depth", 0.2, 1.6))
 
 
 def front(*points: Point) -> Front:
     found = marked(points)
-    return Front(*WHERE, Axis("acc", "p"), found, bands(found), True, "", 0.0, 0.9)
+    return Front(*WHERE, Axis("ppl", "p"), found, bands(found), True, "", 0.0, 0.9)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,11 +11,23 @@ import pytest
 
 from calibration.evidence import published as hosts
 from calibration.evidence.pages import engine_tables, filled, loads_table
-from calibration.evidence.published import MISS, compare_dense, compare_gemms, compare_serving, compare_speedups
+from calibration.evidence.published import (
+    MISS,
+    NOT_USED,
+    compare_dense,
+    compare_gemms,
+    compare_serving,
+    compare_speedups,
+    serving_workload,
+)
 from calibration.evidence.scoring import Comparison, score_of
 from calibration.evidence.sets import against_targets, evaluate_sets
 from calibration.measurements import published
 from simulator.engines.engine import load_engine
+from simulator.models.library import load_model
+from simulator.prediction.service import NO_LIMITS, ServePasses
+from simulator.uncertainty.forward import forward_passes
+from simulator.workload import WorkloadBatch
 
 Found = Mapping[str, Sequence[Comparison]]
 ENGINES = ("vllm", "sglang", "trtllm")
@@ -101,3 +114,45 @@ def test_errors_of_gemms_stay_within_the_aim_and_every_miss_has_a_reason() -> No
         assert score_of(rows)["median"] <= aim
         assert all(r.source and r.where and r.measured > 0 and 0 < r.lower <= r.predicted for r in rows)
         assert all(r.reason for r in rows if abs(r.error) > MISS)
+
+
+SOME = 90  # serving runs of each engine that are predicted, drawn by chance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_than_eight_in_ten_published_first_tokens_lie_in_their_interval(engine: str) -> None:
+    rows = [row for row in published("serving") if row["engine"] == engine and not row["left_out"]]
+    rows = [row for row in rows if not load_model(row["model"]).experts]  # whose kernels are less certain
+    inside = []
+    for i in np.random.default_rng(0).choice(len(rows), SOME, replace=False).tolist():
+        run = serving_workload(rows[i])
+        if run is None:
+            continue
+        batch = WorkloadBatch.of([run[0]])
+        waits = ServePasses(batch, forward_passes(batch, run[1]), 0.9, NO_LIMITS).waits
+        ends = {name: (float(low[0]), float(high[0])) for name, (_, low, high) in waits.items()}
+        inside.append([low <= float(rows[i][f"{name}_s"]) <= high for name, (low, high) in ends.items()])
+    assert len(inside) > SOME / 2
+    assert (np.mean(inside, axis=0) > (0.8, 0.85)).all()
+
+
+def test_facts_are_those_handed_over(shared_data: Path) -> None:
+    def read(name: str) -> list[dict[str, str]]:
+        lines = (shared_data / name).read_text(encoding="utf-8").splitlines()
+        return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+    handed, engines = read("pruning_speedups.csv"), read("engine_pruned.csv")
+    values = [(float(r["dense_value"] or 1), float(r["pruned_value"] or r["speedup"])) for r in (*handed, *engines)]
+    ours = published("speedups")
+    assert all((float(r["dense"]), float(r["pruned"])) in values for r in ours)
+    expected = len(handed) + len(engines)
+    assert len(ours) + sum(NOT_USED.values()) == expected, "every row is there or left out for a reason"
+    times = {dense for dense, _ in values}
+    for r in read("engine_dense.csv"):
+        value = float(r["value"])
+        times |= {value, float(f"{1024 / value:.7g}")} if r["metric"].startswith("prefill") else {value}
+    assert {float(r["value"]) for r in published("dense")} <= times
+    times_2to4 = {(r["m"], r["n"], r["k"], float(r["latency_us"])) for r in read("sparse24_gemm.csv")}
+    for r in published("gemm_ratios"):
+        assert (r["m"], r["n"], r["k"], float(r["dense_us"])) in times_2to4
+        assert (r["m"], r["pruned_n"], r["pruned_k"], float(r["pruned_us"])) in times_2to4

@@ -1,4 +1,4 @@
-"""Sets and their scorer: planted shapes have the planted scores, and the tables that ship reach their targets."""
+"""Sets and their scorer: planted shapes have the planted scores, and the shipped tables reach their targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of YAML files: dataclasses from their annotations, and everything that is wrong with a text at once."""
+"""The reader of YAML files: dataclasses from their annotations, and all errors of a text at once."""
 
 from __future__ import annotations
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
+from simulator.errors import InputError
 from simulator.files.write import _temporary, remove_left, write_whole
 
 pytestmark = pytest.mark.quick
@@ -35,3 +37,22 @@ def test_a_file_that_another_process_writes_stays(tmp_path: Path) -> None:
     os.close(handle)
     remove_left(tmp_path, "*")
     assert names(tmp_path) == ["t.csv"]
+
+
+def test_a_file_is_replaced_with_its_mode_and_through_its_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    assert names(tmp_path) == ["link.csv", "real.csv"]
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    write_whole("/dev/null", b"x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(InputError, match="is a folder"):
+        write_whole(tmp_path, b"x")

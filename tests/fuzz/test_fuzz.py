@@ -1,4 +1,5 @@
-"""Readers on inputs near a valid one: used, or refused in one printable line, in seconds, touching nothing else.
+"""Readers on inputs near a valid one use them or refuse them in one printable line, within seconds, and touch no other
+file.
 
 A reader is fuzzed through the command that reads its file. Hypothesis draws the edits: 25 inputs per reader by default,
 10,000 with ``--hypothesis-profile=thorough`` (or ``HYPOTHESIS_PROFILE=thorough``).
@@ -31,8 +32,8 @@ from layouts import LAYOUTS, stored_as, tensors_of
 from calibration.records.store import Header, encode_line
 from calibration.records.timing_table import Records, Source, write_records
 from simulator.cli import run
-from simulator.models.headers import BITS
 from simulator.models.library import load_model
+from simulator.models.tensors import BITS
 
 EXAMPLES = settings().max_examples if settings().max_examples > 100 else 25
 MOST_MEMORY_KB = 1_000_000
@@ -133,7 +134,7 @@ CHECKPOINTS = [
 
 
 def safetensors(tensors: dict[str, Any]) -> bytes:
-    """Return a checkpoint of tensors full of zeros, with offsets for those that an edit left as they were."""
+    """Return a checkpoint of zeros; tensors that no edit has spoilt get their offsets."""
     content, end = dict(tensors), 0
     for name, tensor in tensors.items():
         with contextlib.suppress(TypeError, KeyError, ValueError, OverflowError):

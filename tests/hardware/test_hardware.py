@@ -160,7 +160,8 @@ def test_unknown_device_is_one_line_and_names_the_closest() -> None:
 
 
 def _bad_files() -> Iterator[tuple[str, str, str, str]]:
-    """Name, what is replaced, by what, what is said: those of edits.txt, and the same for every quantity."""
+    """Yield a name, the replaced text, its replacement, and the expected error: the cases of edits.txt and cases of
+    every quantity."""
     for line in (BAD / "edits.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             name, old, new, says = re.split(r" ?\| ?", line)
@@ -255,18 +256,6 @@ def saved(folder: Path) -> tuple[HardwareProfile, Path]:
     return hw, path
 
 
-def test_round_trip_with_sections(tmp_path: Path) -> None:
-    hw, path = saved(tmp_path)
-    assert check_hardware(path) == []
-    loaded = load_hardware(path)
-    assert_same(loaded, hw)
-    assert not loaded.sections["gemm", "bf16"].arrays["lattice"].flags.writeable
-    first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert len(first) == 2
-    save_hardware(loaded, path)  # same profile, same bytes, whatever the clock says
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == first
-
-
 def with_lattice(hw: HardwareProfile) -> HardwareProfile:
     gemm = replace(hw.sections["gemm", "bf16"], arrays={"lattice": np.zeros(3)})
     return replace(hw, sections={("gemm", "bf16"): gemm})
@@ -320,8 +309,10 @@ def test_what_is_saved_is_read_again(data: st.DataObject, tmp_path: Path) -> Non
     hw = replace(hw, title=texts[6], references={}, sources=sources, notes={"sm_count": texts[8]}, **facts)
     hw = replace(hw, sections={**hw.sections, ("gemm", "bf16"): gemm})
     save_hardware(hw, tmp_path / "my.yaml")
+    assert check_hardware(tmp_path / "my.yaml") == []
     loaded = load_hardware(tmp_path / "my.yaml")
     assert_same(loaded, replace(hw, references=loaded.references))
+    assert not loaded.sections["gemm", "bf16"].arrays["lattice"].flags.writeable
 
 
 def test_what_cannot_be_loaded_or_has_no_place_is_not_written(tmp_path: Path) -> None:
@@ -398,12 +389,9 @@ _HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 99999999
 def test_bad_arrays(raw: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(raw)
+    names, digest = ("x", "y") if b"gemm.bf16.y" in raw else ("x",), hashlib.sha256(raw).hexdigest()
     with pytest.raises(ValueError, match=re.escape(says)):
-        read_arrays(
-            read_archive(path, hashlib.sha256(raw).hexdigest()),
-            "gemm.bf16",
-            ("x", "y") if b"gemm.bf16.y" in raw else ("x",),
-        )
+        read_arrays(read_archive(path, digest), "gemm.bf16", names)
 
 
 def test_sections_are_defaults_or_inherited_between_the_16_bit_types_only(tmp_path: Path) -> None:
@@ -435,12 +423,12 @@ def section(value: float, stack: str, **more: Any) -> Section:
 
 
 def stacked(folder: Path) -> Path:
-    """A device with two stacks: sglang has GEMMs, trtllm other ones and those of 4-bit weights, with arrays."""
+    """Return a device with two stacks: sglang has GEMMs; trtllm has other GEMMs, and GEMMs of 4-bit weights with
+    arrays."""
     path = write(folder, GOOD[: GOOD.index("calibrated:")])
     hw = load_hardware(path)
-    save_stack(
-        hw.calibrated({("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}), "sglang", folder / "my_gpu.sglang.yaml"
-    )
+    one = {("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}
+    save_stack(hw.calibrated(one), "sglang", folder / "my_gpu.sglang.yaml")
     both = {("gemm", "bf16"): section(2e-6, ""), ("gemm", "int4_wo"): section(3e-6, "", arrays={"x": np.zeros(3)})}
     save_stack(hw.calibrated(both), "trtllm", folder / "my_gpu.trtllm.yaml")
     return path
@@ -479,17 +467,13 @@ def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path
     for same, factors in ((False, (ENGINE_STACK, 1.0)), (True, (SAME_STACK, 0.8))):
         hw = load_hardware(path, same_stack=same)
         assert hw.error_scales(hw.section("gemm", "bf16")) == factors
-        assert (
-            hw.error_scales(hw.section("gemm", "int4_wo"))
-            == hw.error_scales(hw.section("gemm", "fp8"))
-            == (OTHER_STACK, 1.0)
-        )
+        for dtype in ("int4_wo", "fp8"):
+            assert hw.error_scales(hw.section("gemm", dtype)) == (OTHER_STACK, 1.0)
     own = load_hardware(write(tmp_path, GOOD))  # its own calibration, with stacks beside it
     assert (own.stack, own.same_stack, list(own.stacks)) == ("", True, ["", "sglang", "trtllm"])
     assert own.error_scales(own.section("gemm", "bf16")) == (SAME_STACK, 0.9)
-    save_hardware(
-        load_hardware("h100"), tmp_path / "copy.yaml"
-    )  # a copy of a shipped one is no calibration of one's own
+    # a copy of a shipped profile is not the user's calibration
+    save_hardware(load_hardware("h100"), tmp_path / "copy.yaml")
     copy = load_hardware(tmp_path / "copy.yaml")
     assert (copy.same_stack, copy.section("gemm", "bf16").stack) == (False, "vllm")
 
@@ -551,7 +535,7 @@ def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
     assert LINE.fullmatch(problem)
     assert problem.startswith(f"{file}:")
     assert says in problem
-    assert check_hardware(path) == [problem]  # of the profile, too
+    assert check_hardware(path) == [problem]  # checking the profile finds the same problem
     with pytest.raises(InputError, match=re.escape(problem)):
         load_hardware(path)
 
@@ -571,11 +555,8 @@ def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
 def updated(rows: int = 5) -> LocalUpdate:
     rng = np.random.default_rng(1)
     arrays = {name: rng.uniform(0.0, 1.0, rows) for name in ("independent", "correlated", "log_ratio")}
-    arrays |= {
-        "systematic": rng.normal(size=(rows, 2)),
-        "coordinates": rng.uniform(0, 12, (rows, 3)),
-        "kind": np.arange(rows),
-    }
+    arrays |= {"systematic": rng.normal(size=(rows, 2)), "coordinates": rng.uniform(0, 12, (rows, 3))}
+    arrays |= {"kind": np.arange(rows)}
     provenance = Provenance("local rows", "sha256:7", "2026-11-25", "mine", "my GPU", "CUDA graph", rows)
     return LocalUpdate(provenance, ("machine launch", "gemm compute"), arrays)
 
@@ -590,10 +571,8 @@ def test_a_local_update_is_kept(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
     text = (tmp_path / "mine.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace('["machine launch", "gemm compute"]', "[machine launch]"))
-    assert (
-        "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
-        in check_hardware(tmp_path / "mine.yaml")[0]
-    )
+    wrong = "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
+    assert wrong in check_hardware(tmp_path / "mine.yaml")[0]
 
 
 @pytest.mark.parametrize(
@@ -619,20 +598,15 @@ def test_bad_local_update(changes: dict[str, Any], says: str) -> None:
 def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: Path) -> None:
     path = new_hardware("My GPU", tmp_path / "my_gpu.yaml")
     problems = check_hardware(path)
-    assert (
-        len(problems) == path.read_text().count("value: FILL_IN") - 5 + 1
-    )  # the facts that may be missing; architecture
+    # five facts are optional; the architecture is a further problem
+    assert len(problems) == path.read_text().count("value: FILL_IN") - 5 + 1
     for line in problems:
         assert LINE.fullmatch(line)
         assert "FILL_IN" in line
-    text = (
-        path.read_text()
-        .replace("architecture: FILL_IN", "architecture: turing")
-        .replace('"FILL_IN"', '"its datasheet"')
-    )
-    text = re.sub(
-        "# (max_clock|link:|bridge:|  (?:kind|connection|max_devices|bandwidth|latency))", r"\1", text
-    )  # what may be missing
+    text = path.read_text().replace("architecture: FILL_IN", "architecture: turing")
+    text = text.replace('"FILL_IN"', '"its datasheet"')
+    optional = "# (max_clock|link:|bridge:|  (?:kind|connection|max_devices|bandwidth|latency))"
+    text = re.sub(optional, r"\1", text)
     filled = {"sm_count": 40, "FILL_IN GHz": "1.5 GHz", "FILL_IN TFLOP/s": "60 TFLOP/s", "FILL_IN GB/s": "300 GB/s"}
     filled |= {"FILL_IN GB": "16 GB", "FILL_IN MiB": "4 MiB", "FILL_IN W": "70 W", "FILL_IN us": "1.5 us"}
     for placeholder, value in filled.items():
@@ -653,7 +627,7 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
 
 
 def test_generic_defaults_say_how_far_they_are_off() -> None:
-    """Calibrated GPUs, taken for some of an architecture that was never fitted."""
+    """Calibrated GPUs are predicted as if nothing had been fitted for their architecture."""
     inside = []
     for name in ("a100", "h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200"):
         hw = load_hardware(name)

@@ -1,4 +1,4 @@
-"""A calibration of one's own is of PyTorch's kernels: engines with other kernels get the spread between stacks."""
+"""A user's calibration measures PyTorch's kernels: engines with other kernels get the spread between stacks."""
 
 from __future__ import annotations
 

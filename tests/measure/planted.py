@@ -1,4 +1,4 @@
-"""A plan of forty GEMMs and its run on a device that plays timings back, for the tests of the runner."""
+"""A plan of forty GEMMs and its run on a replayed device, for the tests of the runner."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_the_median_of_a_planted_kernel_is_found(noise: float) -> None:
 
 
 def test_the_interval_covers_the_true_median_as_often_as_it_says() -> None:
-    """Looks included: of 400 measurements that stop by the rule, 90 % cover (95 % is that of a single look)."""
+    """Of 400 measurements that stop by the rule, 90 % cover the median; 95 % hold for a single look at the samples."""
     timings = [Planted(0.02, seed).measured(time_limit_s=5.0) for seed in range(400)]
     assert sum(t.lower_s <= 1e-4 <= t.upper_s for t in timings) >= 360
 

@@ -1,4 +1,4 @@
-"""A checkpoint is what its tensors are, by headers alone; what cannot be one is refused in one line."""
+"""A checkpoint is read from the headers of its tensors; an invalid one is refused in one line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
 from simulator.models.checkpoint import from_tensors
 from simulator.models.config import Block, Latent, ModelConfig
-from simulator.models.headers import MAX_HEADER_BYTES, Tensor
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
+from simulator.models.tensors import MAX_HEADER_BYTES, Tensor
 from simulator.prediction.table import table
 
 LLAMA = load_model("llama-2-7b")
@@ -51,10 +51,8 @@ def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> N
     for model in (whole, load_model(str(folder))):
         assert model.layout == shaped(LLAMA, llm_pruner).layout
         assert model.parameters == 5_709_025_280 == int(lower(model, phase="decode", engine="hf").parameters)
-        assert (
-            "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of 11,008" in model.found
-        )
-        assert "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 in the config.json" in model.found
+        widths = "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of 11,008 "
+        assert widths + "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 in the" in model.found
     assert load_model(folder / "config.json").parameters == 6_738_415_616  # asked for alone
     found = table([str(folder)], ["h100"], ["depth"], [0.25])
     assert found.notes[0] == whole.found
@@ -118,7 +116,7 @@ CUT = {
 def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
     dense, pruned = CUT[case]
     tensors = tensors_of(pruned)
-    for config in (dense, pruned):  # as pruned weights come, and with a config.json that was corrected
+    for config in (dense, pruned):  # the config.json of the dense model, and a corrected one
         if config.layers == dense.layers or not pruned.numbers:
             found = from_tensors(config, tensors, "x")
             assert found.layout == pruned.layout
@@ -201,7 +199,7 @@ def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Ten
 
 
 def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
-    """LLaMA-2-7B as SliceGPT saves it: no weights of norms, a full head unless it was sliced too."""
+    """Return LLaMA-2-7B as SliceGPT saves it: norms without weights, and a full head or a sliced one."""
     out = {"model.embed_tokens.weight": F16(32000, hidden), "lm_head.weight": F16(32000, head)}
     for i in range(layers):
         at, after = f"model.layers.{i}.", head if i == layers - 1 else hidden
@@ -313,38 +311,16 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         (b"", 2**60, "its header would not fit"),
         (b"version https://git-lfs.github.com/spec/v1", 0x206E6F6973726576, "Git LFS pointer"),
         (b" " * (MAX_HEADER_BYTES + 1), None, "expected a header of at most 8,000,000 bytes, got 8,000,001"),
-        (b"{" * 100_000, None, "invalid JSON in header"),
         (b"[" * 1_000_000, None, "invalid JSON in header"),
         (b'{"a": [' + b"0," * 10**6 + b"0]}", None, "invalid JSON in header"),
-        (b"[]", None, "invalid JSON in header: invalid type: sequence"),
-        (b'{"a": 1}', None, "invalid type: integer `1`"),
-        (b'{"a": {"dtype": "F16", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', None, "invalid JSON"),
         (entry(dtype="F17"), None, "unknown variant `F17`"),
         (entry(dtype="C64", shape=[1]), None, "tensor 'a': dtype 'C64' is unknown"),
-        (entry(dtype=["F16"]), None, "invalid JSON in header"),
         (entry(shape=[-2, -2]), None, "integer `-2`, expected usize"),
-        (entry(shape=[2.0, 2]), None, "floating point `2.0`, expected usize"),
-        (entry(shape=[True, 4]), None, "boolean `true`, expected usize"),
         (entry(shape=[2**40, 2**40]), None, "overflow computing buffer size"),
         (entry(shape=[1] * 8 + [4]), None, "expected a shape"),
-        (entry(shape=[3, 2]), None, "invalid shape, data type, or offset for tensor"),
-        (entry(data_offsets=[8, 0]), None, "invalid"),
         (entry(data_offsets=[0, 2**50]), None, "invalid"),
-        (entry(data_offsets=[-8, 0]), None, "invalid"),
         (json.dumps({"a": TWO, "b": TWO | {"data_offsets": [2, 6]}}).encode(), None, "invalid offset for tensor `b`"),
-        (
-            json.dumps(
-                {"a": TWO | {"shape": [1], "data_offsets": [0, 2]}, "b": TWO | {"data_offsets": [4, 8]}}
-            ).encode(),
-            None,
-            "invalid offset for tensor `b`",
-        ),
-        (json.dumps({"a": TWO}).encode(), None, "file not fully covered"),
-        (
-            entry()[:-2] + b', "dtype": "F32"}}',
-            None,
-            "model.safetensors: is not a safetensors file: .*duplicate field `dtype`",
-        ),
+        (json.dumps({"a": TWO}).encode(), None, "is not a safetensors file: .*file not fully covered"),
     ],
 )
 def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, length: int | None, says: str) -> None:

@@ -1,4 +1,4 @@
-"""Models whose layers differ, share out tokens among experts or keep a latent: rows against numbers made by hand."""
+"""Models with different layers, routed experts or latent attention: rows against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from simulator.capacity import cache_bytes
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import Block, DeltaNet, Latent
-from simulator.models.huggingface import from_hf_config
-from simulator.models.library import load_model
+from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
 from simulator.workload import Workload, WorkloadBatch
 
@@ -35,6 +34,8 @@ DEEPSEEK: dict[str, Any] = {
     **{"v_head_dim": 24, **SHAPE},
 }
 
+GEMMA3_TEXT = {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1}
+GEMMA3 = {"model_type": "gemma3", "text_config": GEMMA3_TEXT}
 GLM: dict[str, Any] = {
     **{"model_type": "glm4_moe", "attention_bias": True, "n_routed_experts": 16, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 64, **LLAMA},
@@ -52,7 +53,7 @@ def test_experts_of_mixtral() -> None:
     model, tokens = load_model("mixtral-8x7b"), 512
     w = lower(model, phase="prefill", batch=1, seq=tokens, skew=0)
     row = w.take(w.kind == Kind.EXPERTS)
-    weights = 3 * 4096 * 14336  # of one expert: gate, up and down
+    weights = 3 * 4096 * 14336  # one expert has gate, up and down projections
     assert row.flops.tolist() == [32 * 2 * (2 * tokens) * weights]  # a token uses two
     assert row.params.tolist() == [8 * weights]
     assert one(w, "router") == {"m": tokens, "n": 8, "k": 4096, "count": 32, "params": 8 * 4096}
@@ -66,7 +67,7 @@ def test_experts_of_mixtral() -> None:
 
 @pytest.mark.parametrize("parallel", ["tensor", "expert"])
 def test_mixtral_on_eight(parallel: str) -> None:
-    """A device has an eighth of every expert, or one of them whole; the router and the norms are on each."""
+    """Each device has an eighth of every expert, or a whole expert; router and norms are on every device."""
     model = load_model("mixtral-8x7b")
     one, part = (lower(model, phase="prefill", batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8))
     for kind in (Kind.EXPERTS, Kind.PREFILL_ATTENTION):
@@ -84,7 +85,7 @@ def test_latent_attention_of_deepseek() -> None:
     assert model.latent == Latent(query_rank=1536, rank=512, rotary=64, plain=128, value=128)
     w = lower(model, phase="decode", batch=batch, seq=seq)
     attention = w.take(w.is_attention)
-    queries = 61 * batch * 128 * (576 + 512) * 2  # in and out, of every head
+    queries = 61 * batch * 128 * (576 + 512) * 2  # queries and outputs of every head
     assert attention.bytes.sum() == 61 * 576 * 2 * (seq + 1) * batch + queries
     assert attention.flops.sum() == 61 * 2 * batch * 128 * (576 + 512) * (seq + 1)
     assert cache_bytes(WorkloadBatch.of([w])).tolist() == [61 * 576 * 2 * (seq + 1) * batch]
@@ -107,7 +108,7 @@ def test_latent_attention_of_deepseek() -> None:
 
 
 def test_layers_of_a_search() -> None:
-    """Groups of 4 and 8 heads; MLPs of 512 and, rounded up to 256, of 768 for 563; one product in place of either."""
+    """Groups have 4 and 8 heads; MLPs have 512 and 768 (563 rounded up to 256); one product replaces a sublayer."""
     model = from_hf_config(PUZZLE)
     layers = (Block(8, 2, 512), Block(0, 0, 768), Block(0, 0, 0, linear=("attention",)))
     assert model.blocks == (*layers, Block(8, 1, 0, linear=("mlp",)))
@@ -144,13 +145,7 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
         ({"model_type": "nemotron", "head_dim": 128, **LLAMA}, {"rotary_dim": 64}),
         ({"model_type": "gemma3_text", **LLAMA}, {"windows": (4096,) * 4, "qk_norm": "head", "logit_softcap": False}),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 2, **LLAMA}, {"windows": (4096, 0) * 2, "tied": True}),
-        (
-            {
-                "model_type": "gemma3",
-                "text_config": {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1},
-            },
-            {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"},
-        ),
+        (GEMMA3, {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"}),
         ({"model_type": "smollm3", **LLAMA}, {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)}),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA}, {"blocks": (), "tied": True}),
         (QWEN3, {"blocks": (), "experts": 16, "active": 2, "expert_inner": 64, "inner": 0, "qk_norm": "head"}),
@@ -220,35 +215,18 @@ def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -
     assert lower(model, phase="prefill", batch=1, seq=8).parameters == model.parameters
 
 
-def without(data: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in data.items() if name != key}
-
-
-def search(change: dict[str, Any], sublayer: str = "attention") -> dict[str, Any]:
-    return PUZZLE | {"block_configs": [*BLOCKS[:3], BLOCKS[0] | {sublayer: change}]}
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (without(PUZZLE, "block_configs"), "block_configs: missing; expected a list of 4 objects, one per layer"),
+        (PUZZLE | {"block_configs": None}, "block_configs: missing; expected a list of 4 objects, one per layer"),
         (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one per layer, got"),
-        (search({}), r"block_configs\[3\].attention.n_heads_in_group: missing; expected an integer"),
-        (search({"n_heads_in_group": 3}), r"\[3\].attention.n_heads_in_group: expected a divisor of .* 8, got 3"),
-        (search({"ffn_mult": -1}, "ffn"), r"block_configs\[3\].ffn.ffn_mult: expected a number from 0 to 1000, got -1"),
         ({"model_type": "gemma3", "text_config": {}}, "text_config.hidden_size: missing"),
         (QWEN3 | {"num_experts_per_tok": 17}, "num_experts_per_tok: expected an integer from 1 to 16, got 17"),
         (QWEN3 | {"mlp_only_layers": [4]}, "mlp_only_layers: expected a list of layers from 0 to 3, got"),
         (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
         (LLAMA4 | {"moe_layers": [0]}, "intermediate_size_mlp: missing"),
-        (
-            LLAMA4 | {"layer_types": ["linear_attention"] * 4},
-            "layer_types: expected a list of 4 of full_attention or ch",
-        ),
-        (
-            NEXT | {"layer_types": ["sliding_attention"] * 4},
-            "layer_types: expected a list of 4 of full_attention or li",
-        ),
+        (LLAMA4 | {"layer_types": ["linear_attention"] * 4}, "layer_types: .* 4 of full_attention or chunked"),
+        (NEXT | {"layer_types": ["sliding_attention"] * 4}, "layer_types: .* 4 of full_attention or linear"),
         (NEXT | {"linear_num_key_heads": 5}, "linear_num_key_heads: expected a divisor of linear_num_value_heads 32"),
     ],
 )

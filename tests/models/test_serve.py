@@ -1,4 +1,4 @@
-"""Lowering of a serve: the steady state of continuous batching is its prefills and its decodes, counted apart."""
+"""Lowering of a serve: the steady state of continuous batching has the rows of its prefills and of its decodes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_shapes import PUBLISHED
 
 import simulator
 from simulator.capacity import activation_bytes, cache_bytes, memory, weights_bytes
 from simulator.codes import Kind, Phase
-from simulator.engines.engine import list_engines
 from simulator.models import lower as lowering
 from simulator.models.library import list_models, load_model
 from simulator.pruning import general_families, prune
@@ -58,15 +56,6 @@ def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
         assert getattr(whole, column)[rows].sum() == pytest.approx(getattr(generate, column)[those].sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["", *list_engines()])
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_parameters_are_counted_once(name: str, engine: str) -> None:
-    w = serve(name, batch=7, engine=engine, weight_dtype="bf16")
-    assert w.parameters == pytest.approx(PUBLISHED[name].parameters, rel=1e-12)
-    assert weights_bytes(WorkloadBatch.of([w]))[0] == pytest.approx(2 * PUBLISHED[name].parameters, rel=1e-12)
-    assert not (w.params * w.count)[w.phase == Phase.DECODE].any()
-
-
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "opt-13b", "mistral-7b-v0.1"])
 @pytest.mark.parametrize(("batch", "seq", "steps"), [(1, 64, 1), (32, 2000, 301), (64, 5000, 200)])
 def test_memory_is_a_generate_s_within_the_mean_length(name: str, batch: int, seq: int, steps: int) -> None:
@@ -100,7 +89,7 @@ def test_rows_of_a_serve() -> None:
 @pytest.mark.parametrize("engine", ["", "reference"])
 @pytest.mark.parametrize("family", general_families())
 def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine: str) -> None:
-    """Kernel by kernel: those of a pruned prefill, as often as there are prompts, and of a pruned decode."""
+    """The kernels are those of a pruned prefill, as often as there are prompts, and of a pruned decode."""
     batch, seq, steps = 5, 400, 9
     whole = prune(serve(batch=batch, seq=seq, steps=steps, engine=engine), family, 0.5)
     model = load_model("llama-3.1-8b")
@@ -131,20 +120,6 @@ def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine:
     assert {key: count for key, count in found.items() if key[0] != attention} == pytest.approx(others, rel=1e-9)
     of_attention = {key: steps * count for key, count in wanted.items() if key[0] == attention}
     assert {key: count for key, count in found.items() if key[0] == attention} == pytest.approx(of_attention, rel=1e-9)
-
-
-@pytest.mark.parametrize("family", general_families())
-def test_pruning_nothing_is_the_identity_and_less_costs_less(family: str) -> None:
-    w = serve("opt-13b", batch=12)  # with biases
-    assert prune(w, family, 0.0).replace(meta=w.meta) == w
-    pruned = prune(w, family, 0.5, ideal=True)
-    assert pruned.flops.sum() <= w.flops.sum()
-    assert pruned.parameters <= w.parameters * (1 + 1e-12)
-    dense = lower(load_model("opt-13b"), phase="prefill", seq=500)
-    assert pruned.parameters == pytest.approx(prune(dense, family, 0.5, ideal=True).parameters, rel=1e-12)
-    with_what_it_adds = prune(dense, family, 0.5).parameters
-    if family != "dynamic_depth":  # rows that run only sometimes
-        assert prune(w, family, 0.5).parameters == pytest.approx(with_what_it_adds, rel=1e-12)
 
 
 def test_a_serve_takes_the_time_of_its_parts() -> None:

@@ -52,9 +52,8 @@ def test_a_longer_prompt_runs_in_chunks_that_attend_to_the_earlier_ones() -> Non
     w = lower(MODEL, phase="prefill", batch=2, seq=20_000)
     assert passes(w) == [(8192, 4.0), (20_000 - 2 * 8192, 2.0)]
     assert attention(w) == [(1, 8192, 8192, 2.0), (1, 8192, 16384, 2.0), (1, 3616, 20_000, 2.0)]
-    assert passes(lower(MODEL, phase="prefill", seq=20_000, engine="trtllm")) == [
-        (20_000, 1.0)
-    ]  # it has no chunks by default
+    # TensorRT-LLM has no chunks by default
+    assert passes(lower(MODEL, phase="prefill", seq=20_000, engine="trtllm")) == [(20_000, 1.0)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,9 +159,8 @@ def test_a_shared_prefix_is_stored_once() -> None:
     assert [r.cached_prefix for r in shared] == [2048, 2048]
     own = (4096 + 64 - 2048) / (4096 + 64)
     assert shared[0].dense_largest_batch == pytest.approx(alone[0].dense_largest_batch / own, rel=0.02)
-    assert shared[1].pruned_largest_batch == pytest.approx(
-        alone[1].pruned_largest_batch, rel=0.02
-    )  # evicted: not shared
+    # a cache with evicted positions is not shared
+    assert shared[1].pruned_largest_batch == pytest.approx(alone[1].pruned_largest_batch, rel=0.02)
     held = [serve(n, 4096, 128, cached_prefix=2048) for n in (8, 9)]
     eight, nine = (float(cache_bytes(WorkloadBatch.of([w]))[0]) for w in held)
     assert eight - 8 * (nine - eight) == 2048 * 2 * 2 * 8 * 64 * 16  # keys and values of 8 heads in 16 layers

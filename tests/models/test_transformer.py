@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED, pass_flops
 
-from simulator.capacity import memory
+from simulator.capacity import memory, weights_bytes
 from simulator.codes import DTYPES, PHASES, ROLES, Kind, Part, Phase
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError
@@ -23,11 +23,10 @@ from simulator.models.library import list_models, load_model
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
-from simulator.workload import Workload
+from simulator.workload import Workload, WorkloadBatch
 
-lower = partial(
-    lowering.lower, phase="prefill", engine=""
-)  # bare kernels: a GEMM a projection, logits of the last position
+# bare kernels: a GEMM per projection, logits of the last position
+lower = partial(lowering.lower, phase="prefill", engine="")
 FUSED = {"engine": "vllm"}
 ALL_LOGITS = {"engine": "reference"}
 
@@ -47,8 +46,9 @@ def row(w: Workload, role: str) -> SimpleNamespace:
 def test_rows_own_exactly_the_models_parameters(name: str, phase: str) -> None:
     options = {"phase": phase, "batch": 2, "seq": 100, "new_tokens": 3 * (phase in ("generate", "serve"))}
     for engine in ("", *list_engines()):
-        w = lower(load_model(name), **options, engine=engine)
+        w = lower(load_model(name), **options, engine=engine, weight_dtype="bf16")
         assert w.parameters == PUBLISHED[name].parameters
+        assert weights_bytes(WorkloadBatch.of([w]))[0] == 2 * PUBLISHED[name].parameters
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

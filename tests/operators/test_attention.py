@@ -1,18 +1,31 @@
-"""Attention times: geometry against brute force, physics, limits."""
+"""Attention times: geometry against brute force, physics, limits; kernels of decode attention; latent attention."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_times import decode_time, prefill_time
+from operator_times import decode_time, errors_of, prefill_time
 
+from calibration.fit.predict import predict
+from calibration.measurements import load_measurements
+from calibration.measurements.wheel import datasheet
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
-from simulator.operators.attention import DECODE_CONSTANTS, attention_pairs, causal_blocks
+from simulator.operators import attention
+from simulator.operators.attention import (
+    DECODE_CONSTANTS,
+    Geometry,
+    attention_pairs,
+    causal_blocks,
+    decode_work,
+    prefill_work,
+)
 from simulator.operators.residual_grid import ResidualGrid
 
 pytestmark = pytest.mark.quick
@@ -134,3 +147,139 @@ def test_a_section_brings_constants_residual_and_intervals() -> None:
     a, b = (decode_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
     assert b.seconds == pytest.approx(1.5 * a.seconds)
     assert (b.upper / b.seconds > a.upper / a.seconds).all()
+
+
+@pytest.mark.parametrize("name", ["rtx_4090", "l40s@sglang", "l40s", "rtx_3090", "h100@trtllm"])
+def test_no_step_where_a_kernel_begins_to_split_the_cache(name: str) -> None:
+    keys, batch = np.arange(256, 2048), np.array([[1], [2], [4], [8], [16], [64]])
+    for heads, kv_heads in ((32, 8), (32, 32), (8, 1)):
+        seconds = decode_time(batch, keys, heads, kv_heads, 128, load_hardware(name)).seconds
+        ratio = seconds[:, 1:] / seconds[:, :-1]
+        assert ratio.max() < 1.15
+        assert ratio.min() > 0.97
+
+
+# -- kernels of decode attention differ in the rows that they pad query heads to; on an H20 that decides the time ------
+
+H20, BARE = load_hardware("h20"), datasheet("h20")
+LONG = (64, 8192, 32, 8, 128)
+
+
+def served(hw: HardwareProfile, engine: str) -> HardwareProfile:
+    return hw.serving((engine, "sglang", "trtllm", "vllm", "torch"))
+
+
+@pytest.mark.parametrize(("cache", "rows"), [("bf16", 283), ("fp8_wo", 44)])
+def test_flashinfer_on_an_h20_by_its_datasheet(cache: str, rows: int) -> None:
+    """No constant is fitted on these rows. The mean error is below 9 %, and at least 85 % of the rows lie in their
+    interval."""
+    measured = load_measurements("h20/attention_decode/flashinfer", dtype=cache)
+    t = predict(measured, BARE).time
+    assert len(measured) == rows
+    assert np.abs(t.seconds / measured.seconds - 1.0).mean() < 0.09
+    assert ((t.lower <= measured.seconds) & (measured.seconds <= t.upper)).mean() > 0.85
+
+
+@pytest.mark.parametrize("hw", [H20, BARE])
+def test_flash_attention_3_pads_to_128_rows_on_an_h20(hw: HardwareProfile) -> None:
+    """Qwen3 in SGLang (published_dense.csv) reads its cache at 1.04 TB/s, from the slope of its time per token."""
+    cache_bytes = 4.0 * 131072 * 8 * 128
+    seconds = float(attention.decode(1, 131072, 32, 8, 128, served(hw, "sglang")).time)
+    assert cache_bytes / seconds == pytest.approx(1.04e12, rel=0.12)
+    # SGLang's pull request 6151: 2.8 times slower than FlashInfer
+    assert 2.5 < seconds / float(attention.decode(1, 131072, 32, 8, 128, hw).time) < 3.3
+    # vLLM's kernel has tiles of half the rows, whose products take longer than reading the cache too
+    assert 0.6 < float(attention.decode(*LONG, served(hw, "vllm")).time) / float(
+        attention.decode(*LONG, served(hw, "sglang")).time
+    ) < 1.0  # fmt: skip
+
+
+def test_the_kernels_differ_by_what_sglang_issue_5630_reports() -> None:
+    """QwQ-32B on four H20, 64 requests of 12,000 to 14,000 tokens: 908 tokens/s with FlashAttention-3, 2,014 with
+    FlashInfer."""
+    calls = 64, 13000, 40 // 4, 8 // 4, 128
+    step = [64 * float(attention.decode(*calls, hw).time) for hw in (served(H20, "sglang"), H20)]
+    assert step[0] - step[1] == pytest.approx(64 / 908.34 - 64 / 2014.2, rel=0.1)
+
+
+def test_more_query_heads_are_free_within_a_tile() -> None:
+    group = np.array([1, 4, 8, 16, 32, 64])
+    t = attention.decode(64, 8192, 8 * group, 8, 128, BARE).time
+    assert np.ptp(np.log(t[:4])) < 0.02  # FlashInfer: 16 rows; queries and outputs are moved too
+    assert (t[4:] / t[3] > [1.1, 2.0]).all()
+    assert np.ptp(np.log(attention.decode(64, 8192, 8 * group, 8, 128, served(BARE, "sglang")).time)) < 0.02
+
+
+def test_tiles_count_in_the_loadings_and_never_beat_physics() -> None:
+    for hw in (BARE, served(BARE, "sglang"), H20.on("flashinfer")):
+        e = attention.decode([1, 64, 512], [128, 4096, 131072], 64, 8, 128, hw)
+        assert (e.loadings["compute"][1:] > 0.2).all()
+        assert sum(e.loadings.values()) == pytest.approx(np.ones(3), abs=0.1)  # what is merged is fixed
+        t = decode_time([1, 64, 512], [128, 4096, 131072], 64, 8, 128, hw)
+        flops = 4.0 * np.array([1, 64, 512]) * np.array([128, 4096, 131072]) * 64 * 128
+        assert (t.lower >= flops / (hw.peak_flop_per_s("bf16") * hw.clock_headroom) * (1 - 1e-12)).all()
+
+
+# -- multi-head latent attention ---------------------------------------------------------------------------------------
+
+LATENT_DEVICES = ("a100_sxm_80gb", "h100_sxm", "l40s", "rtx_pro_6000", "b200_sxm", "h20", "a6000")
+PROMPT: dict[str, Any] = {"head_dim": 192, "value_dim": 128}
+DECODE: dict[str, Any] = {"kv_heads": 1, "head_dim": 576, "value_dim": 512, "latent": True}
+
+
+def sizes(*values: float) -> list[Any]:
+    return [np.array(float(v)) for v in values]
+
+
+def test_work_of_latent_attention_by_hand() -> None:
+    known = {"value_dim": np.array(128.0)}
+    prompt = prefill_work(Geometry(*sizes(2, 128, 128, 16, 16, 192), **known), {"pads": 1.0, "packs": 0.0})
+    assert float(prompt.flops) == 2 * (192 + 128) * 2 * 16 * (128 * 129 // 2)
+    assert float(prompt.moved_bytes) == pytest.approx(2 * 2 * 128 * 16 * 2 * (192 + 128))
+    decode = decode_work(Geometry(*sizes(8, 1, 4096, 128, 1, 576), value_dim=np.array(512.0), latent=True))
+    assert float(decode.flops) == pytest.approx(2 * (576 + 512) * 8 * 128 * 4096)
+    assert float(decode.cache_bytes) == 8 * 4096 * 576 * 2  # the latent once, whatever the heads
+    assert float(decode.io_bytes) == pytest.approx(8 * 128 * (576 + 512) * 2)
+
+
+@given(
+    st.sampled_from(LATENT_DEVICES), st.integers(1, 256), st.integers(2, 16384), st.integers(1, 128),
+    st.sampled_from(["bf16", "fp8"]),
+)  # fmt: skip
+@settings(max_examples=120, deadline=None)
+def test_no_time_beats_arithmetic_or_a_cold_latent_cache(
+    name: str, batch: int, kv: int, heads: int, cache: str
+) -> None:
+    hw = load_hardware(name)
+    rates = [hw.peak_flop_per_s(dtype) for dtype in ("bf16", cache) if dtype in hw.rates]
+    prompt = prefill_time(batch, kv, kv, heads, heads, hw=hw, kv_dtype=cache, **PROMPT)
+    decode = decode_time(batch, kv, heads, hw=hw, kv_dtype=cache, **DECODE)
+    pairs, size = kv * (kv + 1) / 2, 1 if cache == "fp8" else 2
+    fastest = max(rates) * hw.clock_headroom * (1 + 1e-12)
+    assert prompt.lower >= 2 * 320 * batch * heads * pairs / fastest
+    assert decode.lower >= 2 * 1088 * batch * heads * kv / fastest
+    assert decode.lower >= batch * kv * 576 * size / hw.bandwidth_bytes_per_s * (1 - 1e-12)
+    for t in (prompt, decode):
+        assert np.isfinite(t.seconds)
+        assert t.lower <= t.seconds <= t.upper
+
+
+def test_latent_attention_has_sections_of_its_own_and_is_wide_where_nothing_was_fitted() -> None:
+    hw = load_hardware("h100@sglang")
+    status = [hw.section(operator, "bf16").status for operator in ("mla_decode", "mla_prefill", "attention_decode")]
+    assert status == ["calibrated", "inherited", "calibrated"]  # SGLang's prompts are not in the tables
+    widths = []
+    for name in ("h100@trtllm", "h20", "l40s", "a6000"):  # fitted; fitted, but other stacks differ; nothing there
+        t = decode_time(8, 8192, 128, hw=load_hardware(name), **DECODE)
+        widths.append(float(t.upper / t.seconds))
+    assert widths[0] < 1.4
+    assert widths[2] > 4.0
+    assert widths[3] > widths[2]
+    vllm = load_hardware("l40s").serving(("vllm", "sglang", "trtllm"))  # Triton runs there, as for SGLang
+    t = decode_time(8, 8192, 128, hw=vllm, **DECODE)
+    assert t.upper < 1.5 * t.seconds
+    hopper = (load_hardware("h200").serving((stack, "sglang")) for stack in ("sglang", "vllm"))
+    wide, other = (decode_time(8, 8192, 128, hw=hw, kv_dtype="fp8", **DECODE) for hw in hopper)
+    assert wide.upper / wide.seconds > 4.0 > other.upper / other.seconds  # SGLang converts fp8 caches there
+    generic = errors_of(attention.decode, 8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
+    assert "mla_decode generic" in generic.factors

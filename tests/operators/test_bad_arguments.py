@@ -1,4 +1,4 @@
-"""Arguments of the Python interface that are none of their kind are refused in one line that names them."""
+"""Arguments of a wrong kind are refused in one line that names the argument."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_what_is_right_is_taken(call: str) -> None:
 
 
 def test_large_shapes_keep_what_single_precision_would_lose() -> None:
-    """Their alignment, that they differ from their neighbours at all, and times whose cubes overflow."""
+    """Large shapes keep alignment and differences from neighbours; times whose cubes overflow stay finite."""
     odd, even = simulator.gemm_time(64, [2**24 + 1, 2**24 + 8], 64, HW).seconds
     assert odd > 1.05 * even
     m = 10**9 + np.arange(3) * 256

@@ -44,15 +44,14 @@ def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, 
     assert np.all(t.upper > t.seconds)
     assert t.bottlenecks[0] == "launch"
     assert t.bottlenecks[-1] == "link"
-    # of the payload each device must receive; the H100's switch adds up, so that an all-reduce passes once
+    # share of the payload that each device must receive; the switch of the H100 adds up, so an all-reduce passes once
     part = (devices - 1) / devices
     reduced = 1.0 if name == "h100_sxm" else 2 * part
     share = {"all_reduce": reduced, "send": 1.0}.get(kind, part)
     assert t.roofline_s[-1] == pytest.approx(share * PAYLOAD[-1] / hw.link.bandwidth_bytes_per_s)
     wire = {"all_reduce": 2 * part, "send": 1.0}.get(kind, part) * PAYLOAD[-1]
-    slower = CONSTANTS["e_link"].default(hw.link.defaults) * (2 / devices) ** CONSTANTS["sharing"].default(
-        hw.link.defaults
-    )
+    e_link, sharing = (CONSTANTS[name].default(hw.link.defaults) for name in ("e_link", "sharing"))
+    slower = e_link * (2 / devices) ** sharing
     assert t.seconds[-1] == pytest.approx(wire / hw.link.bandwidth_bytes_per_s / slower, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Gated delta nets: work and bytes counted by hand, physics, what holds for any sizes, and measured rows of an H20."""
+"""Gated delta nets: work and bytes counted by hand, physics, monotony, and measured rows of an H20."""
 
 from __future__ import annotations
 

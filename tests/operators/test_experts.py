@@ -1,4 +1,4 @@
-"""Experts: their use, tiles of drawn tokens, the busiest of several devices, parts, physics, formats, pruning, fits."""
+"""Experts: touched experts, tiles of drawn tokens, the highest load of devices, physics, formats, pruning, fits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_the_highest_load_of_devices_is_that_of_a_simulation(m: int, devices: in
 
 @pytest.mark.quick
 def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
-    """Qwen3-30B-A3B: 65 of 128 experts take 90 % of the tokens, entropy 0.111 short; of code alone 58 and 0.154."""
+    """In Qwen3-30B-A3B 65 of 128 experts take 90 % of the tokens, and the entropy is 0.111 below its maximum; on code
+    alone the numbers are 58 and 0.154."""
     for skew, most, short in ((EXPERT_SKEW, 65, 0.111), (0.97, 58, 0.154)):
         load = np.sort(np.exp(np.log(EXPERT_RANGE) * skew * (np.arange(128) + 0.5) / 128))[::-1]
         load /= load.sum()
@@ -100,7 +101,7 @@ def test_a_benchmark_deals_tokens_out() -> None:
     law = dealt_load(m, experts, active, 1.01)
     assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
     assert 55 < law.touched[1] < 80
-    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # of 128 tokens on average some have 1200
+    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # the mean is 128 tokens, and some experts have 1200
     near = dealt_load(m, experts, active, -0.3)
     assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])  # 0.7 to 1.3 tokens are none or one
     assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)  # 90 to 166 tokens are one tile or two
@@ -141,8 +142,8 @@ def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_k
 
 @pytest.mark.quick
 def test_fewer_experts_save_what_they_no_longer_read() -> None:
-    """A quarter of the experts removed: the decode of one sequence reads as many as before, that of 256 reads a quarter
-    fewer, a long prefill computes as much; narrower experts save in all three."""
+    """A quarter of the experts is removed. A decode of one sequence reads as many experts as before, a decode of 256 a
+    quarter fewer, and a long prefill computes as much. Narrower experts save time in all three."""
     hw = load_hardware("h100@vllm")
     dense, fewer, narrow = (experts_time(TOKENS, n, 2048, e, 8, hw) for n, e in ((768, 128), (768, 96), (576, 128)))
     ratio = fewer.seconds / dense.seconds

@@ -1,4 +1,4 @@
-"""The GEMM model: physics, alignment, formats, the steps, and the small print of its interface."""
+"""The GEMM model: physics, alignment, formats, steps of the waterfall, and details of its interface; residual grids."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.interpolate import RegularGridInterpolator
 
 from simulator.codes import Kernel
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
 from simulator.operators.base import Machine
-from simulator.operators.gemm import CHUNK, alignment_halvings
+from simulator.operators.gemm import CHUNK, UNLIMITED, alignment_halvings, clocked
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import ReadyModel, analytical_time, ready_model
+from simulator.operators.residual_grid import ResidualGrid, RowResidual
 from simulator.uncertainty.operators import TIMES, gemm_time
 
 pytestmark = pytest.mark.quick
@@ -55,8 +58,7 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) 
 @settings(max_examples=100, deadline=None)
 @given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
 def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
-    """The analytical model: a step up to the next whole tile may be cheaper only by two tiles' difference in
-    efficiency."""
+    """In the analytical model, one more whole tile may be cheaper only by the difference in efficiency of two tiles."""
     model = model_of(gpu)
     shape = np.array([[m], [n], [k]], dtype=np.float64)
     larger = shape.copy()
@@ -124,8 +126,8 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
 def test_other_kernels_gain_where_their_saving_is_the_limit(
     gpu: str, options: dict[str, Any], decode: tuple[float, float], prefill: tuple[float, float]
 ) -> None:
-    """2:4 saves arithmetic at prefill and up to 7 of 16 bytes in decode, narrow weights where weights are the traffic,
-    zeros anywhere nowhere."""
+    """2:4 saves arithmetic in prefill and up to 7 of 16 bytes in decode. Narrow weights save time if reading them takes
+    the time. Scattered zeros save nothing."""
     plain, other = (gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options))
     for gain, (least, most) in zip(plain.seconds / other.seconds, (decode, prefill), strict=True):
         assert least <= gain <= most
@@ -180,7 +182,7 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
 
 
 def test_whole_waves_are_whole() -> None:
-    """108 tiles on 108 SMs are one wave, at any precision; one row more begins another wave, and more rows fill it."""
+    """As many tiles as SMs are one wave at any precision; one row more begins another wave."""
     for sm in (56, 84, 108, 114, 128, 132, 142, 188):
         machine = Machine(3e14, 2e12, 4e7, sm, 1.0, 2.0, 2.0, False)
         for dtype in (np.float64, np.float32):
@@ -189,3 +191,72 @@ def test_whole_waves_are_whole() -> None:
             whole, begun, filled = analytical_time(m, n, k, ready_model(machine, defaults("ampere"), dtype)).total_us
             assert begun > 1.3 * whole
             assert filled < 1.1 * begun
+
+
+def bare(name: str) -> HardwareProfile:
+    """The datasheet alone."""
+    return replace(load_hardware(name), sections={}, stacks={}, stack="")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["a100", "h100", "l40s", "rtx_4090", "mi300x", "h20", "b200"])
+def test_weights_alone_save_no_arithmetic(name: str, weights: str) -> None:
+    hw = load_hardware(name)
+    n, k = np.array([(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192)], dtype=float).T
+    dense, narrow = (gemm_time(8192, n, k, hw, weight_dtype=w).seconds for w in (None, weights))
+    assert (narrow > 0.93 * dense).all()
+    few = [gemm_time(1, n, k, hw, weight_dtype=w).seconds for w in (None, weights)]
+    assert (few[1] < few[0] + 10e-6).all()
+    assert few[1].sum() < 0.95 * few[0].sum()
+
+
+def test_the_clock_follows_the_power_per_flop() -> None:
+    h100 = load_hardware("h100_sxm")
+    assert clocked(0.8, h100) == pytest.approx(0.8, rel=0.01)
+    assert clocked(0.8, replace(h100, power_w=h100.power_w / 4)) == pytest.approx(0.4, rel=0.01)
+    assert clocked(0.8, replace(h100, power_w=100 * h100.power_w)) == UNLIMITED
+    assert clocked(0.8, load_hardware("mi300x")) == 0.8
+    # more power is never slower
+    hw = bare("h20")
+    times = [gemm_time(4096, 4096, 4096, replace(hw, power_w=p), dtype="fp8").seconds for p in (25.0, 50.0, 400.0)]
+    assert times[0] > times[1] > times[2]
+
+
+SHAPES = [(7,), (6, 7), (4, 5, 3), (1, 4), (2, 1, 3)]
+
+
+def grid(shape: tuple[int, ...], dtype: type = np.float64) -> ResidualGrid:
+    values = np.random.default_rng(len(shape)).normal(size=shape).astype(dtype)
+    return ResidualGrid((1.0, 2.0, 0.0)[: len(shape)], (2.0, 1.0, 0.5)[: len(shape)], values)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_interpolation_equals_scipys_and_is_flat_beyond_the_edges(shape: tuple[int, ...], dtype: type) -> None:
+    one = grid(shape, dtype)
+    points = np.random.default_rng(0).uniform(-3.0, 18.0, (len(shape), 500))
+    # scipy needs two nodes an axis: one that stands alone is there twice
+    nodes = [a + s * np.arange(max(n, 2)) for a, s, n in zip(one.start, one.step, shape, strict=True)]
+    values = one.values.astype(np.float64)
+    for axis, count in enumerate(shape):
+        values = np.repeat(values, 2, axis) if count == 1 else values
+    inside = np.stack([np.clip(p, x[0], x[-1]) for p, x in zip(points, nodes, strict=True)], axis=1)
+    found = one(points)
+    assert found.dtype == dtype
+    expected = RegularGridInterpolator(nodes, values)(inside)
+    np.testing.assert_allclose(found, expected, atol=1e-9 if dtype is np.float64 else 3e-5)
+
+
+def test_rows_between_measured_numbers_of_rows_lie_between_their_factors() -> None:
+    rows = RowResidual(np.array([1.0, 4.0, 64.0]), np.array([0.3, -0.1, 0.1]))
+    again = RowResidual.from_arrays(rows.arrays())
+    assert again is not None
+    found = again(np.array([1.0, 2.0, 4.0, 16.0, 64.0, 4096.0], dtype=np.float32))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [0.3, 0.1, -0.1, 0.0, 0.1, 0.1], atol=1e-7)
+    assert RowResidual.from_arrays(grid((3,)).arrays()) is None
+
+
+def test_times_of_gemms_do_not_jump_from_one_m_to_the_next() -> None:
+    times = gemm_time([391, 392, 393], 6144, 4096, load_hardware("h100")).seconds
+    assert times.max() / times.min() < 1.01

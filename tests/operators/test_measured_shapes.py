@@ -1,4 +1,4 @@
-"""Measured shapes: looked up by m, n and k, refused where the arrays cannot be, made from records of measurements."""
+"""Measured shapes: found by m, n and k, refused with invalid arrays, and made from records of measurements."""
 
 from __future__ import annotations
 
@@ -63,10 +63,9 @@ def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -
     ],
 )
 def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    given = _arrays([(8, 64, 64), (16, 64, 64)]) | change
     with pytest.raises(ValueError, match=message):
-        measured_shapes(
-            {name: a for name, a in (_arrays([(8, 64, 64), (16, 64, 64)]) | change).items() if a is not None}
-        )
+        measured_shapes({name: a for name, a in given.items() if a is not None})
 
 
 def _records(**columns: Any) -> Records:
@@ -158,6 +157,5 @@ def test_other_kernels_formats_and_warm_weights_are_predicted(other: dict[str, A
     assert not t.details["measured"]
     if "dtype" not in other:
         assert t.seconds == gemm_time(1, 4096, 4096, hw, **other).seconds
-    assert gemm_time(1, 4096, 4096, mine, kernel="unstructured").details[
-        "measured"
-    ]  # zeros without structure run the dense kernel
+    # the dense kernel computes zeros without structure
+    assert gemm_time(1, 4096, 4096, mine, kernel="unstructured").details["measured"]

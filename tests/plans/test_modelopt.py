@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator.models.block_configs import block_config, block_configs_of
-from simulator.models.changes import config_of
+from simulator.models.changes import block_config, config_of
 from simulator.models.config import Block
-from simulator.models.huggingface import from_hf_config
+from simulator.models.library import from_hf_config
 from simulator.plans.costs import Costs, costs
 from simulator.plans.library import Library
 from simulator.plans.variants import SUBLAYERS, joined, part_of
@@ -61,7 +60,8 @@ def validations(path: Path, rng: np.random.Generator) -> dict[tuple[int, Block],
     """Write a folder as Puzzletron's validation of single replacements does, with its teacher; return the scores."""
     teacher = path / "ckpts" / "teacher"
     teacher.mkdir(parents=True)
-    (teacher / "config.json").write_text(json.dumps(CONTENT | {"block_configs": block_configs_of(MODEL)}))
+    configs = [block_config(block, block) for block in MODEL.layout]
+    (teacher / "config.json").write_text(json.dumps(CONTENT | {"block_configs": configs}))
     rows = {}
     for layer, block in itertools.product(range(MODEL.layers), VARIANTS):
         checkpoint = teacher if block == DENSE else path / "ckpts" / "own"

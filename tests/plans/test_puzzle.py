@@ -12,8 +12,7 @@ import pytest
 
 from simulator.errors import InputError
 from simulator.models.config import Block
-from simulator.models.huggingface import from_hf_config
-from simulator.models.library import load_model
+from simulator.models.library import from_hf_config, load_model
 from simulator.plans import puzzle
 from simulator.plans.library import read_library
 from simulator.plans.puzzle import Entry, read_puzzle, read_validations

@@ -1,4 +1,4 @@
-"""From which batch or length a pruning pays: the sentence follows from the intervals."""
+"""The sentence about the batch or length from which a pruning pays follows from the intervals."""
 
 from __future__ import annotations
 

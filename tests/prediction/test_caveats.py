@@ -1,4 +1,4 @@
-"""What a prediction stands on is said: gains above the bound, sizes that nothing measured."""
+"""Notes name weak evidence: gains above the bound, sizes that were not measured, kernels of another stack."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
 
 
 def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
-    """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
+    """Layers are removed with their launches. The head stays, and its GEMM is near its roofline."""
     (e,) = explanations("llama-3.1-8b", ["a100"], "depth", 0.9, ["decode"], engine=["hf"])
     assert e.result.speedup > 1.03 * e.result.roofline_bound
     assert e.reason.endswith("is farther from its roofline than the rest")

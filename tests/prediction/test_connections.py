@@ -1,4 +1,4 @@
-"""What joins the devices reaches a pass: its time, its interval, and the note on an assumption."""
+"""The connection of devices decides the time of a pass and its interval; a note names an assumed connection."""
 
 from __future__ import annotations
 

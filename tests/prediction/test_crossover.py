@@ -1,4 +1,5 @@
-"""The fastest pruning of a cell is that of the table, and its certainty is that of the ratio to the second."""
+"""The fastest pruning of a cell is the fastest of the table; it is certain if the interval of its ratio to the second
+is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dense model against pruned ones that exist: as their families predict them, in one setting, by name."""
+"""A dense model against existing pruned models: they are predicted like their families, in one setting, and named."""
 
 from __future__ import annotations
 

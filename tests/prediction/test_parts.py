@@ -1,4 +1,4 @@
-"""What a pruning removes of each part: requested, realised, and sizes before and after."""
+"""The removed share of each part: requested, realised, and sizes before and after."""
 
 from __future__ import annotations
 

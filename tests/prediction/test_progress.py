@@ -1,4 +1,4 @@
-"""Whatever may take long tells how far it is, in the same way: done and total."""
+"""Functions that may take long report their progress in the same way: done and total."""
 
 from __future__ import annotations
 

@@ -84,9 +84,8 @@ def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
     assert found.byte_bound == pytest.approx(whole / (whole - 48 * layer * (read[0] - read[1]) - router), rel=1e-9)
     assert 1.02 < found.lower < found.speedup < found.byte_bound < found.upper + 0.1
     one = lowered("qwen3-30b-a3b", devices=1, batch=1)
-    assert (
-        simulator.speedup(one, simulator.prune(one, "experts", 0.25), H200).byte_bound < 1.01
-    )  # eight are read anyway
+    # eight experts are read in both models
+    assert simulator.speedup(one, simulator.prune(one, "experts", 0.25), H200).byte_bound < 1.01
     active = simulator.prune(dense, "experts", 0.25, fewer="active")
     assert simulator.speedup(dense, active, H200).flop_bound > 1.05
 

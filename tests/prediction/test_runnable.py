@@ -1,4 +1,4 @@
-"""Will it run: what each stock engine loads, divides and has kernels for, and what an aligned width gains."""
+"""Will it run: shapes that each stock engine loads, divides and has kernels for, and the gain of an aligned width."""
 
 from __future__ import annotations
 
@@ -144,10 +144,8 @@ def test_what_an_aligned_width_gains_by_hand() -> None:
         assert not found.aligned
         assert found.works
         dense = scenario.workloads[0]
-        seconds = [
-            simulator.speedup(dense, simulator.lower(model, phase="prefill", engine=engine), H100).pruned_s
-            for model in (odd, even)
-        ]
+        made = [simulator.lower(model, phase="prefill", engine=engine) for model in (odd, even)]
+        seconds = [simulator.speedup(dense, w, H100).pruned_s for w in made]
         assert found.aligned_gain == pytest.approx(seconds[0] / seconds[1], rel=1e-6)
         assert found.aligned_gain > 1.05
         assert found.aligned_gain_lower

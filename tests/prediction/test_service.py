@@ -1,4 +1,4 @@
-"""A service: what fits, what limits allow, and that its numbers are those of single predictions."""
+"""A service: concurrency by memory and by limits, and numbers that equal single predictions."""
 
 from __future__ import annotations
 

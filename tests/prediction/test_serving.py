@@ -1,4 +1,4 @@
-"""Tokens a second, the time to the first token and for each further one, the largest batch, and engines in tables."""
+"""Tokens/s, the time to the first token and per further token, the largest batch, and engines in tables."""
 
 from __future__ import annotations
 
@@ -133,22 +133,6 @@ def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
 
 def _place(r: Result) -> tuple[int, int, int]:
     return ["hf", "reference", "trtllm"].index(r.engine), r.batch, ["depth", "semi_structured"].index(r.family)
-
-
-def test_an_engine_of_one_s_own_without_4_bit_kernels_refuses_them(tmp_path: Path) -> None:
-    text = Path(simulator.__file__).parent.joinpath("engines/reference.yaml").read_text()
-    path = tmp_path / "mine.yaml"
-    path.write_text(
-        text.replace("weight_only: [fp8, int8, int4]", "weight_only: [int8]").replace("name: reference", "name: mine")
-    )
-    assert load_engine(str(path)).weight_only == ("int8",)
-    with pytest.raises(InputError, match="mine has no kernels for int4 weights alone; it has: int8"):
-        table(engine=[str(path)], scenario=Scenario(weight_dtype="int4"))
-    (r, *_) = table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
-    assert (r.engine, r.weight_dtype) == ("mine", "int8")
-    path.write_text(text.replace("weight_only: [fp8, int8, int4]", "weight_only: []"))
-    with pytest.raises(InputError, match="it has: none"):
-        table(engine=[str(path)], scenario=Scenario(weight_dtype="int8"))
 
 
 # -- a measured time ---------------------------------------------------------------------------------------------------

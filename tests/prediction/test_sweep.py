@@ -1,4 +1,4 @@
-"""Sweeps: rows equal one-by-one predictions whatever computes them, and nothing that ends a sweep loses a part."""
+"""Sweeps: rows equal single predictions on every executor, and no interruption loses a part."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_lost_workers_are_one_line_and_lose_no_part(
 def test_a_full_disk_loses_no_part(
     jobs: int, clean: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the system reports it; from a limit of the system: tests/cli/test_hard_runs.py."""
+    """The error of a full disk is simulated here; tests/cli/test_hard_runs.py reaches a limit of the system."""
     left = iter(range(2))
 
     def write(path: Path, given: bytes) -> None:

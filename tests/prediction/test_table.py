@@ -1,13 +1,8 @@
-"""The product of settings: order, agreement with single predictions, what is left out and what is refused; and files
-written whole."""
+"""The product of settings: order, agreement with single predictions, excluded and refused combinations."""
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +12,10 @@ import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
 from simulator.codes import PHASES
 from simulator.errors import InputError
-from simulator.files.write import write_whole
 from simulator.prediction.batch import batch_of
 from simulator.prediction.gemms import gemm_table
 from simulator.prediction.prunings import Pruning, families
-from simulator.prediction.result import COLUMNS, Result, Results
+from simulator.prediction.result import Results
 from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families
 from simulator.workload import Workload
@@ -56,11 +50,8 @@ def test_records_are_the_single_predictions_in_order() -> None:
         assert r.speedup_lower == pytest.approx(single.lower, rel=1e-12)
         assert r.roofline_bound == pytest.approx(single.roofline_bound, rel=1e-12)
         assert r.efficiency == pytest.approx(single.efficiency, rel=1e-12)
-        assert (r.realised_sparsity, r.bottleneck, r.measured_bound) == (
-            single.realised_sparsity,
-            single.bottleneck,
-            None,
-        )
+        assert (r.realised_sparsity, r.bottleneck) == (single.realised_sparsity, single.bottleneck)
+        assert r.measured_bound is None
 
 
 @pytest.mark.quick
@@ -125,18 +116,6 @@ def test_settings_reach_the_prediction() -> None:
     assert generate.dense_s > 15 * plain[0]
 
 
-@pytest.mark.quick
-def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pandas")
-    found = table(sparsity=[0.25, 0.5])
-    frame = found.to_pandas()
-    assert list(frame.columns) == list(Result.__dataclass_fields__) == list(COLUMNS)
-    assert frame["speedup"].tolist() == [r.speedup for r in found]
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match=r"a data frame needs .*pip install"):
-        found.to_pandas()
-
-
 @pytest.mark.parametrize("family", list(general_families()))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
@@ -149,7 +128,7 @@ def test_a_table_as_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
 def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
-    """Whatever a family says of the requests that a call may prune together."""
+    """Requests that one call prunes together have the rows of requests that are pruned alone."""
     shapes = ((1, 7), (3, 7), (3, 300), (64, 300), (64, 8192))
     scenario = replace(setting, model=model, phase=phase, shapes=shapes)
     for sparsity in (0.0, 0.3, 0.5, 0.9):
@@ -191,24 +170,3 @@ def test_gemm_table_is_the_product() -> None:
     (sparse,) = gemm_table([2048], [4096], [4096], ["h100"], semi_structured=True)
     (dense,) = gemm_table([2048], [4096], [4096], ["h100"])
     assert sparse.seconds < dense.seconds
-
-
-@pytest.mark.quick
-def test_a_file_is_replaced_with_its_mode_and_through_its_link(tmp_path: Path) -> None:
-    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
-    real.write_text("old")
-    real.chmod(0o640)
-    link.symlink_to(real)
-    write_whole(link, b"new")
-    assert link.is_symlink()
-    assert real.read_bytes() == b"new"
-    assert stat.S_IMODE(real.stat().st_mode) == 0o640
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.csv", "real.csv"]
-
-
-@pytest.mark.quick
-def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
-    write_whole("/dev/null", b"x")
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    with pytest.raises(InputError, match="is a folder"):
-        write_whole(tmp_path, b"x")

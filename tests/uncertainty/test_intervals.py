@@ -1,4 +1,4 @@
-"""Times and ratios with the host's uncertainty and a measured time follow Bayes and cover what is planted."""
+"""Intervals of times and ratios with uncertain hosts or a measured time follow Bayes and cover planted values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compared(
 
 
 def width(c: SimpleNamespace, i: int) -> tuple[float, float, float]:
-    """Of the intervals of the dense time, of a pruned one and of their ratio, logs."""
+    """Log widths of the intervals of the dense time, of a pruned time and of their ratio."""
     ends = (c.dense_lower, c.dense_upper), (c.pruned_lower, c.pruned_upper), (c.speedup_lower, c.speedup_upper)
     dense, own, ratio = (float(np.log(upper[i] / lower[i])) for lower, upper in ends)
     return dense, own, ratio
@@ -69,10 +69,8 @@ def test_a_higher_level_is_wider_around_the_same_numbers(engine: str, phase: str
             assert (c.pruned_lower < c.pruned_s).all()
             assert (c.pruned_s < c.pruned_upper).all()
     kernels = lowered("")  # where there is no host, widths go as those of a normal distribution
-    at = [
-        np.log(np.divide(*intervals(forward_passes(WorkloadBatch.of([kernels]), H100), level)[::-1]))[0]
-        for level in (0.5, 0.9)
-    ]
+    p = forward_passes(WorkloadBatch.of([kernels]), H100)
+    at = [np.log(np.divide(*intervals(p, level)[::-1]))[0] for level in (0.5, 0.9)]
     assert at[0] / at[1] == pytest.approx(level_scale(0.5), rel=1e-9)
 
 
@@ -92,7 +90,7 @@ def test_what_an_engine_says_of_whole_passes_widens_ratios(tmp_path: Path) -> No
     text = resources.files("simulator.engines").joinpath("reference.yaml").read_text(encoding="utf-8")
 
     def square(family: str, **values: float) -> float:
-        """Of the half-width of a speedup, in standard deviations."""
+        """Variance of the logarithm of a speedup, from its interval."""
         path = tmp_path / f"{'-'.join(values) or 'as_it_is'}.yaml"
         path.write_text(text + "".join(f"{name}: {{value: {x}, source: paper}}\n" for name, x in values.items()))
         dense = lowered(str(path), "prefill", dtype="fp16")
@@ -130,14 +128,11 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
     for i in range(1, 1 + len(pruned)):
         assert width(after, i)[0] < 0.5 * width(before, i)[0]
         assert width(after, i)[1] < width(before, i)[1]
-        # as the dense one turned out, so did the pruned one, and by no more: it has no more of what was slow, unless
+        # the pruned time moves in the direction of the dense time and not farther: it has no more slow kernels, unless
         # pruning adds kernels, which wait for launch and host more than those of the dense model do
         moved = after.pruned_s[i] - before.pruned_s[i]
-        most = (
-            (1.15 if pruned[i - 1].overhead.any() else 1.05)
-            * max(1.0, before.pruned_s[i] / before.dense_s[0])
-            * (dense_s - before.dense_s[0])
-        )
+        share = 1.15 if pruned[i - 1].overhead.any() else 1.05
+        most = share * max(1.0, before.pruned_s[i] / before.dense_s[0]) * (dense_s - before.dense_s[0])
         slack = 0.01 * before.dense_s[0]  # the median of a host time of wide spread is not that of its posterior
         assert min(most, 0.0) - slack <= moved <= max(most, 0.0) + slack
     assert inferred.predicted_s == pytest.approx(before.dense_s[0], rel=1e-9)
@@ -216,7 +211,8 @@ def of_rows(p: PredictedPass) -> Uncertainty:
 def test_intervals_cover_planted_hosts_and_kernels(
     tmp_path: Path, graph: str, pass_ms: float, m: int, wide: int, alike: float, most: float
 ) -> None:
-    """Hosts and errors of kernels drawn from the prior, conditioned on a noisy total: how often the truth is inside."""
+    """Hosts and errors of kernels are drawn from the prior and conditioned on a noisy total; intervals contain the
+    truth."""
     path = tmp_path / "planted.yaml"
     text = ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms))
     path.write_text(text.replace("CORRELATION", str(alike)))
@@ -246,10 +242,8 @@ def test_intervals_cover_planted_hosts_and_kernels(
         c = SimpleNamespace(**compare(batch, H100, dense_s=total[0] * np.exp(MEASURED_LOG_SD * rng.normal()))[0])
         ratio = total[0] / total
         seen = (c.dense_lower <= total[0]) & (total[0] <= c.dense_upper)
-        own_seen, both = (
-            (c.pruned_lower <= total) & (total <= c.pruned_upper),
-            (c.speedup_lower <= ratio) & (ratio <= c.speedup_upper),
-        )
+        own_seen = (c.pruned_lower <= total) & (total <= c.pruned_upper)
+        both = (c.speedup_lower <= ratio) & (ratio <= c.speedup_upper)
         inside.append([seen[0], *own_seen[1:], *both[1:]])
     share = dict(zip(("dense", "depth", "width", "depth ratio", "width ratio"), np.mean(inside, axis=0), strict=True))
     assert all(0.85 <= value <= most for value in share.values()), share
@@ -262,13 +256,9 @@ def test_unconditioned_intervals_cover_planted_hosts(tmp_path: Path) -> None:
     (lower,), (upper,) = intervals(p, 0.9)
     rng = np.random.default_rng(3)
     variance = p.uncertainty.variance()[0]
-    seen = [
-        p.host.total(
-            p.group_s * np.exp(np.sqrt(variance) * rng.normal()),
-            p.workloads.groups.segment,
-            *p.host.speeds(*rng.normal(size=2)),
-        )[0].sum()
-        for _ in range(2000)
-    ]
+    seen = []
+    for _ in range(2000):
+        device = p.group_s * np.exp(np.sqrt(variance) * rng.normal())
+        seen.append(p.host.total(device, p.workloads.groups.segment, *p.host.speeds(*rng.normal(size=2)))[0].sum())
     assert 0.85 <= np.mean((lower <= np.array(seen)) & (np.array(seen) <= upper)) <= 0.97
     assert workload_time(p.workloads.rows, H100).total_lower_s == pytest.approx(lower)

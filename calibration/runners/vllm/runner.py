@@ -42,7 +42,7 @@ from simulator.engines.generations import numbers
 from simulator.errors import InputError, one_line
 from simulator.models.changes import changed_keys, write_config
 from simulator.models.config import ModelConfig
-from simulator.models.huggingface import from_hf_config
+from simulator.models.library import from_hf_config
 from simulator.models.lower import lower
 from simulator.prediction.runnable import shapes_of, will_run
 from simulator.workload import WorkloadBatch
