@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import itertools
 import os
 import re
 import zipfile
@@ -35,8 +36,9 @@ from simulator.hardware.profile import ARCHITECTURES, STACKS, HardwareProfile
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.hardware.sections import Fitted, LocalUpdate, Provenance, Section
-from simulator.operators import CONSTANTS
+from simulator.operators import CONSTANTS, attention
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK
+from simulator.uncertainty.operators import gemm_time, operator_time
 from simulator.units import EXAMPLES
 
 pytestmark = pytest.mark.quick
@@ -627,13 +629,27 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
 
 
 def test_generic_defaults_say_how_far_they_are_off() -> None:
-    """Calibrated GPUs are predicted as if nothing had been fitted for their architecture."""
-    inside = []
+    """Calibrated GPUs with the defaults of their own architecture, and of one on which nothing was ever fitted: their
+    coverage, and the root mean squares of log errors that docs/model.md shows."""
+    rows, lengths, widths = np.array([1, 8, 1, 4]), np.array([1024, 1024, 8192, 4096]), [1024, 4096, 14336]
+    gemms = [np.array(list(itertools.product(m, widths, widths))).T for m in ([1, 16], [128, 1024, 8192])]
+    inside, off = [], []
     for name in ("a100", "h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200"):
         hw = load_hardware(name)
-        stranger = replace(hw, sections={}, stacks={}, stack="", architecture="cdna3")
+        own, stranger = (
+            replace(hw, sections={}, stacks={}, stack="", architecture=name) for name in (hw.architecture, "cdna3")
+        )
+        times = [
+            [gemm_time(*sizes, one).seconds for sizes in gemms]
+            + [operator_time(attention.prefill(rows, lengths, lengths, 32, 8, 128, one), one).seconds]
+            + [operator_time(attention.decode(8 * rows, lengths, 32, 8, 128, one), one).seconds]
+            for one in (hw, own, stranger)
+        ]
+        off.append([[np.log(true / told).mean() for true, told in zip(times[0], t)] for t in times[1:]])
         for phase, batch, seq in (("decode", 1, 1024), ("decode", 64, 1024), ("prefill", 1, 512), ("prefill", 4, 2048)):
             w = lower(load_model("llama-3.1-8b"), phase=phase, batch=batch, seq=seq)
             told = workload_time(w, stranger)
             inside.append(told.total_lower_s <= workload_time(w, hw).total_s <= told.total_upper_s)
     assert np.mean(inside) >= 0.85
+    rms = np.sqrt(np.mean(np.square(off), axis=0)).round(2)
+    assert rms.tolist() == [[0.09, 0.12, 0.30, 0.23], [0.16, 0.40, 0.27, 0.21]]
