@@ -24,7 +24,7 @@ from simulator.errors import InputError
 from simulator.operators import BY_CODE, MOST_CODES
 from simulator.operators.attention import attention_pairs
 from simulator.operators.base import Operator, Rows
-from simulator.request import NO_REQUEST, Meta
+from simulator.request import NO_REQUEST, Lowered
 from simulator.units import percent, size
 
 
@@ -93,7 +93,7 @@ class Workload(Table):
         Parameters of the row, 0 if tied or shared with another row.
     overhead : array of bool, shape (rows,)
         Whether the row exists only because of pruning.
-    meta : Meta
+    meta : Lowered
         Request and pruning steps.
 
     Raises
@@ -141,7 +141,7 @@ class Workload(Table):
     write_bytes: Array = column(np.float64, 0.0)
     params: Array = column(np.float64, 0.0)
     overhead: Array = column(np.bool_, False)
-    meta: Meta = NO_REQUEST
+    meta: Lowered = NO_REQUEST
 
     CODES = MappingProxyType({"role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES})
 

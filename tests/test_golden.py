@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.codes import Kernel
 from simulator.operators.collective import COLLECTIVES
-from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 

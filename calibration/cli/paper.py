@@ -35,7 +35,7 @@ def command(
     ] = "a100,h100,rtx_4090",
     engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
     claims: Annotated[bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")] = False,
-    figure: options.Figure = None,
+    figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None,
     json: options.Json = False,
 ) -> None:
     """Predict the table of the taxonomy paper.

@@ -37,8 +37,8 @@ from simulator.models.lower import lower
 from simulator.prediction.compare import SMALL_SHARE, against
 from simulator.prediction.pareto import Front, Point, fronts, independent, margins
 from simulator.prediction.quality import choose_axis, load_quality
+from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import profiles
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.prediction.table import table
 from simulator.pruning import general_families, prune

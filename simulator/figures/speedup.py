@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from simulator.figures import layout
 from simulator.figures.style import BLACK, COLORS, GREY, INK, Style, in_order, label, paper_style, styles_of
 from simulator.models.library import model_title
+from simulator.prediction.requests import batch_name
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import batch_name
 from simulator.prediction.sentences import GAIN
 
 MOST_CURVES, MOST_BOUNDED = 4, 2  # most candidates drawn as curves with bands (more become dots), and with bounds

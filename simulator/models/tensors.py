@@ -16,32 +16,25 @@ from dataclasses import dataclass
 
 from simulator.models.headers import Tensor
 
+# names of the part that holds the weight itself; the first that exists is used
 WEIGHTS = ("weight", "qweight", "weight_packed", "compressed", "blocks")
-"""Names of the part that holds the weight itself; the first that exists is used."""
 
-_SCALES = "scale scale_inv scale_2 zero_point g_idx shape global_scale format"
-_OTHERS = (
-    "bias qzeros scales g_idx perm bitmask row_offsets shape meta scale_packed input_scale input_global_scale "
-    "input_zero_point output_scale k_scale v_scale SCB absmax quant_map nested_absmax nested_quant_map"
+# last parts of the names of tensors that belong to one projection
+_PARTS = (
+    rf"{'|'.join(WEIGHTS)}|weight_(?:scale|scale_inv|scale_2|zero_point|g_idx|shape|global_scale|format)|bias|qzeros|"
+    r"scales|g_idx|perm|bitmask|row_offsets|shape|meta|scale_packed|input_scale|input_global_scale|input_zero_point|"
+    r"output_scale|k_scale|v_scale|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+"
 )
-PARTS: tuple[str, ...] = (
-    *WEIGHTS,
-    *(f"weight_{name}" for name in _SCALES.split()),
-    *_OTHERS.split(),
-    r"quant_state\.bitsandbytes__\w+",
-)
-"""Last parts of tensor names that belong to one projection, as patterns."""
-
 NAME = re.compile(
     r"(?:(?:_orig_mod|base_model|language_model|model|decoder|gpt_neox)\.)*(?:layers\.(\d{1,5})\.)?"
-    rf"(.+?)(?:(?:\.weight)?\.({'|'.join(PARTS)})|_(blocks|scales))?"
+    rf"(.+?)(?:(?:\.weight)?\.({_PARTS})|_(blocks|scales))?"
 )
 BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
 
 # Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
 # widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis. "out" are
-# the outputs of an MLP and H those of all layers, h except in SliceGPT's last layer. Of a gated delta net: values,
-# channels of the convolution, 1, conv positions, delta heads, features of a value head.
+# the outputs of an MLP, and H the inputs of the head: both are h except in the last layer of SliceGPT. A gated delta
+# net has values, channels of its convolution, conv positions, delta heads, and features of a value head.
 ATTENTION, MLP = r"(?:self_attn|attention|attn)\.", r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT, EXPERTS = ROUTED + r"experts\.\d{1,5}\.", ROUTED + r"experts\."
@@ -102,9 +95,9 @@ _ROLES = {
 
 
 def factor_of(module: str) -> tuple[str, str, bool]:
-    """Return the projection that a factor belongs to, its role, and whether the factor makes its outputs.
+    """Return the projection of a factor, its role, and whether the factor makes the outputs of the projection.
 
-    The role of a module that is not a factor is ""."""
+    A module that is not a factor has the role ""."""
     match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
     if match is None:
         return module, "", False
@@ -115,7 +108,8 @@ def factor_of(module: str) -> tuple[str, str, bool]:
 
 
 def axes_of(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
-    """Return the axes of a module's weight, none for an unknown name; a rank is named after its projection."""
+    """Return the axes of a module's weight, none for an unknown name. The rank of a factor is named after its
+    projection."""
     base, role, makes = factor_of(module)
     axes = next((axes for pattern, axes in table if pattern.fullmatch(base)), ())
     if not role:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.cli import run
@@ -12,7 +13,6 @@ from simulator.codes import ROLES
 from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
 from simulator.errors import InputError
-from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 

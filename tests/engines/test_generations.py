@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import scenarios
 
 import simulator
 from simulator.cli import run
@@ -15,7 +16,6 @@ from simulator.engines.engine import check_engine, list_engines, load_engine
 from simulator.engines.generations import numbers, reached
 from simulator.errors import InputError
 from simulator.figures.style import engine_title
-from simulator.prediction.scenario import scenarios
 
 pytestmark = pytest.mark.quick
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 from test_figures import check_print
 
 import simulator
@@ -22,7 +23,6 @@ from simulator.figures.style import device_title, style_of
 from simulator.figures.tables import SKIPPED_PAIRS, efficiency_figure, kept_axes, number
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families, prune
 from simulator.uncertainty.operators import gemm_time
 

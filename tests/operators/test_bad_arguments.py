@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.errors import InputError
-from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 

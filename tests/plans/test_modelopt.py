@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 from simulator.models.block_configs import block_config, block_configs_of
 from simulator.models.changes import config_of
@@ -20,7 +21,6 @@ from simulator.plans.costs import Costs, costs
 from simulator.plans.library import Library
 from simulator.plans.variants import SUBLAYERS, joined, part_of
 from simulator.plans.write import stats_args, stats_text
-from simulator.prediction.scenario import Scenario
 
 puzzle = pytest.importorskip(
     "modelopt.torch.puzzletron.mip.run_puzzle",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -15,7 +16,6 @@ from simulator.plans.costs import PricedRequest, costs, planned, quantities
 from simulator.plans.library import read_library
 from simulator.plans.search import Plan, search
 from simulator.plans.solve import Targets
-from simulator.prediction.scenario import Scenario
 
 MODEL = load_model("llama-3.2-1b")  # 16 layers
 AT = PricedRequest(Scenario(phase="decode", shapes=((8, 2048),)), load_hardware("h100"))

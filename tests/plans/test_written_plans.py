@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 from simulator.codes import DTYPES
 from simulator.errors import InputError
@@ -15,7 +16,6 @@ from simulator.plans.costs import costs, planned
 from simulator.plans.library import Library, generated_library
 from simulator.plans.variants import variant
 from simulator.plans.write import check_plan, plan_text, stats_args, stats_text
-from simulator.prediction.scenario import Scenario
 
 MODEL = load_model("llama-3.2-1b")  # 16 layers of 8 KV heads of 32 query heads, MLPs of 8192
 

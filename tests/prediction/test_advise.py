@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.errors import InputError
 from simulator.prediction.advise import BOTH, COARSE, FINE, LARGEST_SPARSITY, Advised, Target, advise
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.service import probability_of
 from simulator.pruning import general_families
 

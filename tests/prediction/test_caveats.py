@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.codes import Kind
 from simulator.prediction.explain import explanations
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes

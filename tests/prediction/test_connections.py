@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from simulator.prediction.scenario import Scenario
 
 from simulator import load_hardware, load_model, lower, predict, table
 from simulator.errors import InputError
@@ -13,7 +14,6 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
 from simulator.prediction.grid import read_grid
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import assumed_link
 from simulator.prediction.sweep import sweep_results
 

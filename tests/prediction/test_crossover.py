@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.errors import InputError
@@ -14,7 +15,6 @@ from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import against
 from simulator.prediction.pareto import winners
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import Scenario
 
 SHAPES = tuple(itertools.product((1, 8, 64), (512, 4096)))
 MODEL = "llama-3.1-8b"

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulator.prediction.scenario import Scenario
 
 from simulator.cli import run as command
 from simulator.errors import InputError
 from simulator.prediction.benchmarks import read_bench, read_benches
 from simulator.prediction.measured import dense_from, measured
-from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from layouts import folder_of, save, tensors_of
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator.engines import engine as engines
@@ -19,7 +20,6 @@ from simulator.models.architectures import ARCHITECTURES, NESTED
 from simulator.models.config import Block, ModelConfig
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.runnable import Runnable, runnable, runnables, will_run
-from simulator.prediction.scenario import Scenario
 from simulator.pruning import FAMILIES
 from simulator.pruning._rows import aligned_up
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario, dense_seconds
 
 import simulator
 from simulator.capacity import memory
@@ -17,7 +18,6 @@ from simulator.errors import InputError
 from simulator.prediction.advise import advise
 from simulator.prediction.explain import explanations, waterfall
 from simulator.prediction.result import Result, Results
-from simulator.prediction.scenario import Scenario, dense_seconds
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
 

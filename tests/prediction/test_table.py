@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 import simulator
 from simulator import load_hardware, load_model, lower, prune, speedup
@@ -22,7 +23,6 @@ from simulator.prediction.batch import batch_of
 from simulator.prediction.gemms import gemm_table
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import COLUMNS, Result, Results
-from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families
 from simulator.workload import Workload
 

@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from decoder_reference import CONFIG  # noqa: E402
+from simulator.prediction.scenario import Scenario  # noqa: E402
 
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
@@ -40,7 +41,6 @@ from calibration.runners.pairs import PairTimes  # noqa: E402
 from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402
 
 HW = load_hardware("a100")

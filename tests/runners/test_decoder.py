@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, layout_mask, reference, run  # noqa: E402
 from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
+from simulator.prediction.scenario import Scenario  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -33,7 +34,6 @@ from calibration.runners.decoder.rules import TokenRouting  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.pruning._grammar import read_steps  # noqa: E402
 

@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 if find_spec("transformers") is None:  # not imported, which takes time
     pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
 
+from simulator.prediction.scenario import Scenario  # noqa: E402
+
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
@@ -27,7 +29,6 @@ from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.models.lower import lower  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import prune  # noqa: E402
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}

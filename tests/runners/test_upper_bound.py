@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulator.prediction.scenario import Scenario
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
@@ -29,7 +30,6 @@ from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.prediction.scenario import Scenario
 from simulator.workload import Workload
 
 MODEL = "smollm2-135m"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_vllm import FILE
+from simulator.prediction.scenario import Scenario
 
 from calibration.runners.cases import Case
 from calibration.runners.compare import bench_record, name_of, rows_of
@@ -19,7 +20,6 @@ from simulator.hardware.library import load_hardware
 from simulator.prediction.benchmarks import BenchRun, read_bench
 from simulator.prediction.measured import request_of
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 

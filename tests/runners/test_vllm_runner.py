@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from fake_vllm import FILE, pass_s
+from simulator.prediction.scenario import Scenario
 
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
@@ -28,7 +29,6 @@ from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.prediction.prunings import prunings_of
-from simulator.prediction.scenario import Scenario
 
 TESTS = Path(__file__).parents[1]
 MODEL = load_model("smollm2-135m")
