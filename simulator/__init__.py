@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from simulator.plans.solve import Targets
     from simulator.prediction.explain import Step, waterfall
     from simulator.prediction.result import Result, Results
-    from simulator.prediction.service import Limits, serve
+    from simulator.prediction.service import serve
     from simulator.prediction.sweep import sweep
     from simulator.prediction.table import predict, speedup, speedups, table
     from simulator.pruning import FAMILIES, prune
@@ -57,7 +57,7 @@ _MODULES = {
     "plans.solve": "Targets",
     "prediction.table": "predict speedup speedups table",
     "prediction.result": "Result Results",
-    "prediction.service": "Limits serve",
+    "prediction.service": "serve",
     "request": "Request",
     "prediction.explain": "Step waterfall",
     "prediction.sweep": "sweep",
@@ -71,7 +71,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "Costs", "FAMILIES", "HardwareProfile", "InputError", "Limits", "METHODS", "ModelConfig", "Plan", "Request",
+    "Costs", "FAMILIES", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Request",
     "Result", "Results", "Step", "Targets", "Workload", "__version__", "costs", "gemm_time", "list_engines",
     "list_hardware", "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory", "predict", "prune",
     "save_hardware", "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall", "workload_time",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from types import MappingProxyType
@@ -56,6 +57,11 @@ class Phase(IntEnum):
 
 PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
 """Phases that :func:`simulator.lower` accepts."""
+
+CONNECTIONS: tuple[str, ...] = ("nvswitch", "xgmi", "bridge", "pcie", "pcie-host")
+"""What joins devices, see :mod:`simulator.hardware.link`; PCIe may have a generation and lanes (:data:`PCIE`)."""
+
+PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-host)?")
 
 STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer")
 """Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""

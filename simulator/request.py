@@ -7,12 +7,13 @@ they are loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 from simulator.arguments import LEVEL, SECONDS, Range, flag, number, shown, text, whole
-from simulator.codes import DTYPES, PHASES
+from simulator.codes import CONNECTIONS, DTYPES, PCIE, PHASES
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Number, Scalar, Text, Truth
 from simulator.files.yaml import Node
@@ -44,34 +45,38 @@ class Value(Scalar):
 
 @dataclass(frozen=True)
 class Name(Value):
-    """A name, of ``choices`` if there are any."""
+    """A name, of ``choices`` if there are any, or a text of the pattern ``other``."""
 
     choices: tuple[str, ...] = ()
+    other: re.Pattern[str] | None = None
 
     def check(self, name: str, value: Any) -> str:
-        if self.choices and (not isinstance(value, str) or value not in self.choices):
+        known = isinstance(value, str) and (value in self.choices or (self.other and self.other.fullmatch(value)))
+        if self.choices and not known:
             raise unknown(name, value, self.choices)
         return text(name, value)
 
     def value(self, node: Node) -> str:
-        return Text(self.choices).value(node)
+        given = Text().value(node)
+        return given if self.other and self.other.fullmatch(given) else Text(self.choices).value(node)
 
 
 @dataclass(frozen=True)
 class Whole(Value):
-    """A whole number from 1 to ``high``, as text also with k or M."""
+    """A whole number from ``low`` to ``high``, as text also with k or M."""
 
     high: int
     example: str
+    low: int = 1
 
     @property
     def number(self) -> Number:
-        return Number(1, self.high, self.example, whole=True)
+        return Number(self.low, self.high, self.example, whole=True)
 
     def check(self, name: str, value: Any) -> int:
         found = whole(value)
-        if found is None or not 1 <= found <= self.high:
-            raise InputError(f"{name}: expected a whole number from 1 to {self.high}, got {shown(value)}")
+        if found is None or not self.low <= found <= self.high:
+            raise InputError(f"{name}: expected a whole number from {self.low} to {self.high}, got {shown(value)}")
         return found
 
     def parse(self, given: str) -> int:
@@ -126,8 +131,8 @@ class Setting(Scalar):
         return self.accepts.value(node)
 
     def check(self, value: Any, name: str = "") -> Any:
-        """Return a value; InputError names the setting, or ``name``."""
-        return self.accepts.check(name or self.name, value)
+        """Return a value, or None if it is the default; InputError names the setting, or ``name``."""
+        return None if value is None and self.default is None else self.accepts.check(name or self.name, value)
 
     @property
     def flags(self) -> list[str]:
@@ -226,7 +231,7 @@ class Request:
     seq: Annotated[int, Setting(_TOKENS, "LIST",
         "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).", several=True,
         label="Sequence")] = 2048
-    new_tokens: Annotated[int, Setting(Whole(1_000_000, "128"), "N",
+    new_tokens: Annotated[int, Setting(Whole(1_000_000, "128", low=0), "N",
         "Tokens decoded after the prompt, in generate and serve.")] = 128
     cached_prefix: Annotated[float, Setting(Real(PREFIX, "512", _prefix), "N",
         "Tokens of each prompt in the prefix cache, or a share of the prompt (25%).")] = 0.0
@@ -241,7 +246,7 @@ class Request:
         "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.", label="K/V cache")] = None
     devices: Annotated[int, Setting(Whole(100_000, "2"), "N",
         "Number of devices that share the model.", "--devices --tp")] = 1
-    link: Annotated[str | None, Setting(Name(), "NAME",
+    link: Annotated[str | None, Setting(Name(CONNECTIONS, PCIE), "NAME",
         "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. Default: the "
         "hardware's.")] = None
     parallel: Annotated[str, Setting(Name(PARALLEL), "NAME",
@@ -258,9 +263,9 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
-            value = getattr(self, name)
-            if value is not None or setting.default is not None:
-                object.__setattr__(self, name, setting.check(value))
+            object.__setattr__(self, name, setting.check(getattr(self, name)))
+        if not self.new_tokens and self.phase in ("generate", "serve"):
+            raise InputError(f"new_tokens: expected at least 1 for phase {self.phase}, got 0")
         if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
             raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
 

@@ -27,7 +27,7 @@ NAMES: Mapping[str, str] = {
     **dict.fromkeys(("--family", "--detail"), "pruning.FAMILIES"),
     "--method": "pruning._methods.METHODS",
     "--phase": "codes.PHASES",
-    "--link": "hardware.link.CONNECTIONS",
+    "--link": "codes.CONNECTIONS",
     **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "codes.DTYPES"),
 }
 

@@ -59,7 +59,7 @@ def command(
     (--verbose: of prompt and of new tokens, by their share of the device time).
     """
     output = render.Output(out.json, out.csv, [out.figure])
-    from simulator.prediction.service import Limits, serve
+    from simulator.prediction.service import serve
 
     asked = run.asked()
     if len(asked.settings["seq"]) != 1:
@@ -69,10 +69,8 @@ def command(
         model,
         devices.profiles,
         concurrency=server.concurrency,
-        limits=Limits(
-            **{f"{n}_s": None if text is None else parsing.duration(f"--{n}", text) for n, text in limits.items()},
-            probability=server.confidence,
-        ),
+        **{f"{n}_s": None if text is None else parsing.duration(f"--{n}", text) for n, text in limits.items()},
+        probability=server.confidence,
         price=server.price,
         **prunings.parsed(),
         **asked.settings,

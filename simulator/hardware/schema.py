@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
-from simulator.codes import DTYPES, STACKS, labels
+from simulator.codes import CONNECTIONS, DTYPES, STACKS, labels
 from simulator.errors import InputError
 from simulator.files.fields import (
     BAD,
@@ -30,7 +30,6 @@ from simulator.files.fields import (
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
-from simulator.hardware.link import CONNECTIONS
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,

@@ -27,7 +27,11 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
     of :class:`simulator.Request`; each value is used once."""
     if unknown_names := [name for name in settings if name not in SETTINGS]:
         raise TypeError(f"unexpected setting {unknown_names[0]!r}; expected one of {', '.join(SETTINGS)}")
-    axes = {name: once(listed(name, settings[name])) for name in SETTINGS if _several(settings.get(name))}
+    axes = {
+        name: once(setting.check(value) for value in listed(name, settings[name]))
+        for name, setting in SETTINGS.items()
+        if _several(settings.get(name))
+    }
     if "engine" in axes:
         axes["engine"] = engines_of(axes["engine"])
     axes = {"model": tuple(models), **axes}

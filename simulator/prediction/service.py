@@ -432,7 +432,9 @@ def serve(
     hardware: OneOrMore[str | HardwareProfile],
     *,
     concurrency: int | None = None,
-    limits: Limits = NO_LIMITS,
+    ttft_s: float | None = None,
+    tpot_s: float | None = None,
+    probability: float = 0.5,
     price: float | None = None,
     **settings: Any,
 ) -> Served:
@@ -447,8 +449,10 @@ def serve(
     concurrency : int, optional
         Requests in flight of the comparison at equal concurrency. Default: the largest number that fits the dense
         model.
-    limits : Limits
-        Limits of the time to the first token and per further token, s, and the probability with which they must hold.
+    ttft_s, tpot_s : float, optional
+        Limits of the time to the first token and of the time per further token, s.
+    probability : float
+        Probability with which the limits must hold, in (0, 1).
     price : float, optional
         Price of a GPU-hour, in any currency.
     **settings
@@ -469,7 +473,7 @@ def serve(
     Examples
     --------
     >>> import simulator
-    >>> found = simulator.serve("llama-3.1-8b", "h100", prune="depth 0.25", limits=simulator.Limits(tpot_s=0.02))
+    >>> found = simulator.serve("llama-3.1-8b", "h100", prune="depth 0.25", tpot_s=0.02)
     >>> for point in found.points:
     ...     print(f"{point.point}: {point.name} at {point.concurrency}")
     equal concurrency: dense at 214
@@ -485,7 +489,7 @@ def serve(
         number("price", price, PRICE)
     if settings.get("dense_s") is not None:
         raise InputError("dense time: expected none, as a service has many concurrencies")
-    dense, devices = load_model(model), profiles(hardware)
+    limits, dense, devices = Limits(ttft_s, tpot_s, probability), load_model(model), profiles(hardware)
     settings |= {"phase": "serve", "batch": concurrency or 1}
     prunings, requested, skipped = asked([dense], settings)
     excluded, several = Excluded(), len(prunings) > 1

@@ -179,9 +179,8 @@ def speedups(
     prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
-    given: dict[str, Any] = {"level": level, "dense_s": dense_s}
-    checked: dict[str, Any] = {n: None if v is None else SETTINGS[n].check(v) for n, v in given.items()}
-    return results_of(batch, prunings, [hw], [replace(dense.meta, **checked)])
+    level, dense_s = SETTINGS["level"].check(level), SETTINGS["dense_s"].check(dense_s)
+    return results_of(batch, prunings, [hw], [replace(dense.meta, level=level, dense_s=dense_s)])
 
 
 def speedup(

@@ -103,11 +103,10 @@ WIDGETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"sparsity": [0.25, 0.5], "batch": [1, 64], "seq": 8192},
     ),
     (
-        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": "4", "dense_time": "8ms"},
-        {"family": ["token"]}
-        | {"scenario": simulator.Scenario(weight_dtype="int8", kv_dtype="fp8", devices=4, dense_s=0.008)},
+        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": "4", "dense_s": "8ms"},
+        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": 4, "dense_s": 0.008},
     ),
-    ({"dtype": "fp8"}, {"scenario": simulator.Scenario(dtype="fp8")}),
+    ({"dtype": "fp8"}, {"dtype": "fp8"}),
 ]
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from simulator.prediction.scenario import Scenario
 from test_figures import check_print
 
 import simulator
@@ -53,7 +52,7 @@ def about() -> Paper:
 
 @pytest.fixture(scope="module")
 def one() -> Paper:
-    whole = paper("opt-13b", ["rtx_4090"], scenario=Scenario(engine="reference"), seq=512)  # with 2:4
+    whole = paper("opt-13b", ["rtx_4090"], engine="reference", seq=512)  # with 2:4
     return replace(whole, measured={hw.name: measured(hw, 300) for hw in whole.devices})
 
 

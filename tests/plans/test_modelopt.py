@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulator.prediction.scenario import Scenario
 
 from simulator.models.block_configs import block_config, block_configs_of
 from simulator.models.changes import config_of
@@ -44,9 +43,8 @@ NEW_TOKENS, BATCH = 64, 4
 
 def random_costs(rng: np.random.Generator) -> Costs:
     """Return costs that no shape explains: a plan then depends on each of them."""
-    scenario = Scenario(new_tokens=NEW_TOKENS)
     library = Library(MODEL, (VARIANTS,) * MODEL.layers)
-    found = costs(MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, scenario=scenario)
+    found = costs(MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, new_tokens=NEW_TOKENS)
     there = found.columns["variant"] != "none"
     own = dict(zip(("prefill_s", "decode_s", "weights_bytes", "cache_bytes"), rng.integers(1, 1000, (4, len(found)))))
     own = {name: values * there * (1e-6 if name.endswith("_s") else 1e3) for name, values in own.items()}

@@ -16,7 +16,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from decoder_reference import CONFIG  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
@@ -42,6 +41,7 @@ from simulator.cli import run  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402
+from simulator.request import Request  # noqa: E402
 
 HW = load_hardware("a100")
 
@@ -51,7 +51,7 @@ def _device(**options: Any) -> ReplayDevice:
 
 
 def _cases(**settings: Any) -> list[Case]:
-    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Scenario(engine=""), **settings})[0]
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Request(engine=""), **settings})[0]
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:

@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, layout_mask, reference, run  # noqa: E402
 from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -176,7 +175,7 @@ def test_what_runs_of_random_texts_has_the_shapes_that_are_predicted(dense: Deco
     ran, refused = 0, list[str]()
     for text in _texts(120):
         try:
-            (case,), _ = settings_of(CONFIG, phases=["decode"], seq=[8], texts=[text], scenario=Scenario(engine=""))
+            (case,), _ = settings_of(CONFIG, phases=["decode"], seq=[8], texts=[text], engine="")
             check_steps(case.steps)
             pruned = prune_by_steps(dense, case.steps)
         except InputError as error:

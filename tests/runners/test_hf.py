@@ -14,8 +14,6 @@ torch = pytest.importorskip("torch")
 if find_spec("transformers") is None:  # not imported, which takes time
     pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
 
-from simulator.prediction.scenario import Scenario  # noqa: E402
-
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
@@ -30,6 +28,7 @@ from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.models.lower import lower  # noqa: E402
 from simulator.pruning import prune  # noqa: E402
+from simulator.request import Request  # noqa: E402
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
@@ -129,7 +128,7 @@ COMPILED = {**TINY, "num_hidden_layers": 1}
 
 def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
     runs = comparing.ENGINES[engine]
-    scenario = Scenario(engine=runs.lowered, dtype="fp32", new_tokens=4)
+    scenario = Request(engine=runs.lowered, dtype="fp32", new_tokens=4)
     usual = {"seq": [16], "sparsities": [0.5], "families": ["depth"], "known_phases": runs.phases}
     return settings_of(config, **{**usual, "scenario": scenario, **settings})[0]
 
