@@ -13,17 +13,14 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 from simulator.arguments import LEVEL, SECONDS, Range, flag, number, shown, text, whole
-from simulator.codes import CONNECTIONS, DTYPES, PCIE, PHASES
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Number, Scalar, Text, Truth
 from simulator.files.yaml import Node
+from simulator.names import CONNECTIONS, DTYPES, PARALLEL, PCIE, PHASES
 from simulator.units import parse_count, parse_fraction, parse_quantity
 
 DEFAULT_ENGINE = "vllm"
 """The engine that most users deploy."""
-
-PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
-"""Ways to divide a model among devices."""
 
 MAX_TOKENS = 2**31 - 1
 """Largest batch x sequence of a pass: row indices of kernels have 32 bits."""

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
-from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.arguments import AMOUNT, SHARE, SIZE, Range
+from simulator.arrays import Array, FloatArray, IndexArray, array, truths
 from simulator.codes import DTYPES, ROLES, Kernel, Kind, Part, Phase, dtype_code, role_code
 from simulator.columns import Table, column
 from simulator.errors import InputError

@@ -95,7 +95,7 @@ def held() -> dict[str, Any]:
     dense = simulator.lower(model, phase="decode", engine="hf")
     pruned = simulator.prune(dense, "width", sparsity=0.3)
     table = simulator.table(["llama-3.2-1b"], ["h100", "a100"], ["depth", "semi_structured"], [0.25, 0.5])
-    advised = advise("llama-3.2-1b", ["h100"], 1.2, ["decode"], family=["depth", "width"])
+    advised = advise("llama-3.2-1b", ["h100"], 1.2, ["depth", "width"])
     return {
         "speedup": simulator.speedup(dense, pruned, hw),
         "waterfall": simulator.waterfall(dense, pruned, hw),

@@ -54,8 +54,7 @@ def command(
             raise InputError("--figure: draws the paper's table; expected without --claims")
         _show_claims(devices, engines, json)
         return
-    with render.progress("predicting") as report:
-        cells, others = paper.table_2(), paper.table_2(devices, engines, report)
+    cells, others = paper.table_2(), paper.table_2(devices, engines)
     if figure:
         _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()

@@ -26,9 +26,9 @@ NAMES: Mapping[str, str] = {
     **dict.fromkeys(("--engine", "--versus"), "engines.engine.list_engines"),
     **dict.fromkeys(("--family", "--detail"), "pruning.FAMILIES"),
     "--method": "pruning._methods.METHODS",
-    "--phase": "codes.PHASES",
-    "--link": "codes.CONNECTIONS",
-    **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "codes.DTYPES"),
+    "--phase": "names.PHASES",
+    "--link": "names.CONNECTIONS",
+    **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "names.DTYPES"),
 }
 
 
@@ -203,8 +203,9 @@ def _parsed(setting: Setting, given: Any) -> Any:
     if isinstance(setting.accepts, Flag):
         return given
     if setting.several:
-        return (integers if isinstance(setting.accepts, Whole) else names)(option, given)
-    return checked(option, given, setting.accepts.parse)
+        values = (integers if isinstance(setting.accepts, Whole) else names)(option, given)
+        return [setting.check(value, option) for value in values]
+    return setting.check(checked(option, given, setting.accepts.parse), option)
 
 
 def setting_option(name: str, metavar: str = "", text: str = "") -> Any:

@@ -142,7 +142,7 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
-    """Print one table per scenario, rows by family and sparsity, devices side by side."""
+    """Print one table per request, rows by family and sparsity, devices side by side."""
     groups: dict[str, list[Result]] = {}
     for r in results:
         groups.setdefault(r.scenario, []).append(r)

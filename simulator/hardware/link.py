@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from simulator.codes import PCIE
 from simulator.errors import InputError
+from simulator.names import PCIE
 from simulator.operators.base import Link
 
 LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})

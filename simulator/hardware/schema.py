@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
-from simulator.codes import CONNECTIONS, DTYPES, STACKS, labels
+from simulator.codes import DTYPES, STACKS, labels
 from simulator.errors import InputError
 from simulator.files.fields import (
     BAD,
@@ -41,6 +41,7 @@ from simulator.hardware.sections import (
     Section,
     Sections,
 )
+from simulator.names import CONNECTIONS
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Link, Rate
 

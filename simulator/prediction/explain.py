@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import SECONDS, number
+from simulator.arguments import SECONDS, listed, number
 from simulator.arrays import FloatArray
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
@@ -217,7 +217,7 @@ def explanations(
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
     ``--prune``, for every request and device; the settings are those of :func:`simulator.table`."""
     config, devices = load_model(model), profiles(hardware)
-    name = settings.get("method") or settings.get("family")
+    name = ", ".join(listed("family", settings.get("method") or settings.get("family") or ()))
     if not any(settings.get(other) for other in ("pruned", "prune")):
         if not name:
             raise InputError(

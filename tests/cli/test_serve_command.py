@@ -105,7 +105,7 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
         ("--seq 1k,2k", "--seq '1k,2k': expected one length"),
         ("--figure a.jpg", "expected a name that ends in .pdf, .svg or .png"),
         ("--phase decode", "No such option"),
-        ("--new-tokens 0", "new tokens 0"),
+        ("--new-tokens 0", "new_tokens: expected at least 1"),
     ],
 )
 def test_bad_values_are_one_line(options: str, says: str, cli: Any) -> None:

@@ -139,7 +139,7 @@ def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
     good(at.text_area(key="prune").set_value("shortgpt 0.3").run())
     assert len(at.error) == 0
     good(at.text_input(key="batch").set_value("0").run())
-    assert at.error[0].value == "Batch: value 0: expected a whole number from 1 to 2147483647"
+    assert at.error[0].value == "Batch: batch: expected a whole number from 1 to 2147483647, got 0"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ MODEL = "llama-3.1-8b"
 
 def table(*families: str, sparsity: Any = (0.25,), **axes: Any) -> Any:
     gpus = axes.pop("hardware", ["h100", "a100"])
-    return simulator.table([MODEL], gpus, list(families), list(sparsity), ["decode"], **axes).rows
+    return simulator.table([MODEL], gpus, list(families), list(sparsity), **axes).rows
 
 
 def legend(figure: Any) -> list[str]:

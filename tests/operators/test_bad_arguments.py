@@ -73,7 +73,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {"models": [MODEL], "hardware": [HW], "family": ["depth"], "sparsity": [0.25], "batch": [1], "seq": [64]},
         {"models": [[3], None], "hardware": [None, [3]], "family": [3, [[]]], "sparsity": ["5", [NAN]]}
         | {"batch": [None, [0], 2.5, [True], ["8"], [[]]], "seq": [{}, [NAN]], "phase": ["decoding", [3]]}
-        | {"options": ["align", 3], "method": [3], "engine": [3], "pruned": [3], "prune": [3]},
+        | {"options": ["align", 3], "method": [3], "engine": [3], "pruned": [{}], "prune": [3]},
     ),
     "Request": (
         Request,
