@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from simulator.plans.solve import Targets
     from simulator.prediction.explain import Step, waterfall
     from simulator.prediction.result import Result, Results
-    from simulator.prediction.scenario import Scenario
     from simulator.prediction.service import serve
     from simulator.prediction.sweep import sweep
     from simulator.prediction.table import predict, speedup, speedups, table
     from simulator.pruning import FAMILIES, prune
     from simulator.pruning._methods import METHODS
+    from simulator.request import Request
     from simulator.uncertainty.intervals import workload_time
     from simulator.uncertainty.operators import gemm_time
     from simulator.workload import Workload
@@ -57,8 +57,8 @@ _MODULES = {
     "plans.solve": "Targets",
     "prediction.table": "predict speedup speedups table",
     "prediction.result": "Result Results",
-    "prediction.scenario": "Scenario",
     "prediction.service": "serve",
+    "request": "Request",
     "prediction.explain": "Step waterfall",
     "prediction.sweep": "sweep",
     "models.config": "ModelConfig",
@@ -71,10 +71,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "Costs", "FAMILIES", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Result", "Results",
-    "Scenario", "Step", "Targets", "Workload", "__version__", "costs", "gemm_time", "list_engines", "list_hardware",
-    "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory", "predict", "prune", "save_hardware",
-    "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall", "workload_time",
+    "Costs", "FAMILIES", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Request",
+    "Result", "Results", "Step", "Targets", "Workload", "__version__", "costs", "gemm_time", "list_engines",
+    "list_hardware", "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory", "predict", "prune",
+    "save_hardware", "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall", "workload_time",
 ]
 # fmt: on
 

@@ -6,12 +6,9 @@ import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from simulator.arrays import FloatArray
 from simulator.errors import InputError, one_line
 
 T = TypeVar("T")
@@ -27,9 +24,8 @@ class Range:
     whole: bool = False
 
     def holds(self, values: Any) -> Any:
-        """Return which numbers are in the range; NaN never is."""
-        inside = (values >= self.low) & (values <= self.high)
-        return inside & (np.rint(values) == values) if self.whole else inside
+        """Return which numbers are within the ends; NaN never is."""
+        return (values >= self.low) & (values <= self.high)
 
 
 MOST = 2.0**53
@@ -43,67 +39,31 @@ SECONDS = Range(1e-12, 1e9, "a positive time in seconds, at most 1e9")
 LEVEL = Range(1e-12, 1.0 - 1e-12, "a number between 0 and 1, such as 0.9")
 
 
-def array(name: str, value: Any, right: Range) -> FloatArray:
-    """Return numbers as float64 with their shape; truth values, text and complex numbers are rejected."""
-    given = plain(value)
-    if given.dtype.kind not in "iuf":
-        raise _wrong(name, right, value)
-    found = given.astype(np.float64, copy=False)
-    if found.size:
-        low, high = found.min(), found.max()
-        fractions = right.whole and given.dtype.kind == "f" and not (np.rint(found) == found).all()
-        if fractions or not (right.low <= low and high <= right.high):  # NaN is in no range
-            raise _wrong(name, right, given[~right.holds(found)].flat[0].item())
-    return found
-
-
-def truths(name: str, value: Any) -> NDArray[np.bool_]:
-    """Return truth values with their shape."""
-    if (given := plain(value)).dtype != np.bool_:
-        raise InputError(f"{name}: expected true or false, got {shown(value)}")
-    return given
-
-
-def plain(value: Any) -> NDArray[Any]:
-    """Return a value as an array; for lists of unequal lengths, an array of None."""
-    try:
-        return np.asarray(value)
-    except ValueError:
-        return np.asarray(None)
-
-
-def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
-    """Broadcast arrays to one shape."""
-    if len({a.shape for a in arrays.values()}) == 1:
-        return list(arrays.values())
-    try:
-        return list(np.broadcast_arrays(*arrays.values()))
-    except ValueError:
-        shapes = {name: str(a.shape) for name, a in arrays.items() if a.ndim}
-        expected = f"{', '.join(shapes)}: expected shapes that broadcast"
-        raise InputError(f"{expected}, got {', '.join(shapes.values())}") from None
-
-
 def number(name: str, value: Any, right: Range) -> float:
     """Return one number."""
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers are registered
         with contextlib.suppress(OverflowError):
-            if right.holds(found := float(value)):
+            if right.holds(found := float(value)) and not (right.whole and not found.is_integer()):
                 return found
-    raise _wrong(name, right, value)
+    raise wrong(name, right, value)
 
 
 def whole(value: Any) -> int | None:
     """Return a whole number as an int; None for other values, also truth values."""
     try:
-        return None if isinstance(value, bool | np.bool_) else operator.index(value)
+        return None if _is_truth(value) else operator.index(value)
     except TypeError:
         return None
 
 
+def _is_truth(value: Any) -> bool:
+    """Return whether a value is a truth value, of Python or of NumPy, which is not imported here as it takes 0.1 s."""
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool")
+
+
 def flag(name: str, value: Any) -> bool:
     """Return a truth value."""
-    if not isinstance(value, bool | np.bool_):
+    if not _is_truth(value):
         raise InputError(f"{name}: expected true or false, got {shown(value)}")
     return bool(value)
 
@@ -144,5 +104,5 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _wrong(name: str, right: Range, value: Any) -> InputError:
+def wrong(name: str, right: Range, value: Any) -> InputError:
     return InputError(f"{name}: expected {right.expected}, got {shown(value)}")

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from simulator.arrays import Array
 from simulator.errors import InputError
+from simulator.names import DTYPES as DTYPES
+from simulator.names import PHASES as PHASES
+from simulator.names import STACKS as STACKS
 
 
 class Kind(IntEnum):
@@ -53,17 +56,6 @@ class Phase(IntEnum):
     PREFILL = 0
     DECODE = 1
 
-
-PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
-"""Phases that :func:`simulator.lower` accepts."""
-
-STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer")
-"""Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
-
-DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")
-"""Names of number formats; the index is the code in the columns ``dtype`` and ``weight_dtype``.
-
-fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights; mxfp4 is only for weights."""
 
 DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125])
 """Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per 32."""

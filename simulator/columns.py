@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from simulator.arguments import MOST, plain
-from simulator.arrays import Array
+from simulator.arguments import MOST
+from simulator.arrays import Array, plain
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
 

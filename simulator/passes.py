@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import COUNT, array
-from simulator.arrays import BoolArray, FloatArray, IndexArray
+from simulator.arguments import COUNT
+from simulator.arrays import BoolArray, FloatArray, IndexArray, array
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.hardware.profile import HardwareProfile

@@ -1,9 +1,287 @@
-"""Describe the request that a workload was lowered from, and the pruning steps that were applied to it."""
+"""Declare the request of a prediction: each setting once, with its type, default, check, unit, help and option.
+
+The command line, the functions with ``**settings``, grids, the page, records and workloads derive from
+:class:`Request`. A setting is checked when the request is made; names of models, engines and links are checked where
+they are loaded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, get_args, get_type_hints
+
+from simulator.arguments import LEVEL, SECONDS, Range, flag, number, shown, text, whole
+from simulator.errors import InputError, unknown
+from simulator.files.fields import Number, Scalar, Text, Truth
+from simulator.files.yaml import Node
+from simulator.names import CONNECTIONS, DTYPES, PARALLEL, PCIE, PHASES
+from simulator.units import parse_count, parse_fraction, parse_quantity
+
+DEFAULT_ENGINE = "vllm"
+"""The engine that most users deploy."""
+
+MAX_TOKENS = 2**31 - 1
+"""Largest batch x sequence of a pass: row indices of kernels have 32 bits."""
+
+# at 2 the busiest expert has 40,000 times the load of the least busy
+SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
+PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1")
+
+
+class Value(Scalar):
+    """The values of a setting: ``check`` takes one from Python, ``parse`` from a text, ``value`` from YAML."""
+
+    def check(self, name: str, value: Any) -> Any:
+        raise NotImplementedError
+
+    def parse(self, given: str) -> Any:
+        return given
+
+
+@dataclass(frozen=True)
+class Name(Value):
+    """A name, of ``choices`` if there are any, or a text of the pattern ``other``."""
+
+    choices: tuple[str, ...] = ()
+    other: re.Pattern[str] | None = None
+
+    def check(self, name: str, value: Any) -> str:
+        known = isinstance(value, str) and (value in self.choices or (self.other and self.other.fullmatch(value)))
+        if self.choices and not known:
+            raise unknown(name, value, self.choices)
+        return text(name, value)
+
+    def value(self, node: Node) -> str:
+        given = Text().value(node)
+        return given if self.other and self.other.fullmatch(given) else Text(self.choices).value(node)
+
+
+@dataclass(frozen=True)
+class Whole(Value):
+    """A whole number from ``low`` to ``high``, as text also with k or M."""
+
+    high: int
+    example: str
+    low: int = 1
+
+    @property
+    def number(self) -> Number:
+        return Number(self.low, self.high, self.example, whole=True)
+
+    def check(self, name: str, value: Any) -> int:
+        found = whole(value)
+        if found is None or not self.low <= found <= self.high:
+            raise InputError(f"{name}: expected a whole number from {self.low} to {self.high}, got {shown(value)}")
+        return found
+
+    def parse(self, given: str) -> int:
+        return parse_count(given)
+
+    def value(self, node: Node) -> int:
+        return int(self.number.value(node))
+
+
+@dataclass(frozen=True)
+class Real(Value):
+    """A number in a range; ``parser`` reads its text."""
+
+    right: Range
+    example: str
+    parser: Callable[[str], float]
+
+    def check(self, name: str, value: Any) -> float:
+        return number(name, value, self.right)
+
+    def parse(self, given: str) -> float:
+        return self.parser(given)
+
+    def value(self, node: Node) -> float:
+        return Number(self.right.low, self.right.high, self.example).value(node)
+
+
+class Flag(Value):
+    """True or false."""
+
+    def check(self, name: str, value: Any) -> bool:
+        return flag(name, value)
+
+    def value(self, node: Node) -> bool:
+        return Truth().value(node)
+
+
+@dataclass(frozen=True)
+class Setting(Scalar):
+    """What people read about a field of the request, and what it accepts."""
+
+    accepts: Value
+    metavar: str | None
+    help: str
+    option: str = ""  # names on the command line, separated by blanks; "": --name
+    label: str = ""  # on the page; "": the name
+    several: bool = False  # whether the command line takes several values
+    default: Any = None
+    name: str = ""
+
+    def value(self, node: Node) -> Any:
+        return self.accepts.value(node)
+
+    def check(self, value: Any, name: str = "") -> Any:
+        """Return a value, or None if it is the default; InputError names the setting, or ``name``."""
+        return None if value is None and self.default is None else self.accepts.check(name or self.name, value)
+
+    @property
+    def flags(self) -> list[str]:
+        """Names on the command line."""
+        return self.option.split() or [f"--{self.name.replace('_', '-')}"]
+
+    @property
+    def title(self) -> str:
+        """Label on the page."""
+        return self.label or self.name.replace("_", " ").capitalize()
+
+
+def _prefix(given: str) -> float:
+    """Parse tokens, or a share of a prompt below 1."""
+    share = "%" in given or given.strip().startswith(("0.", "."))
+    return parse_fraction(given) if share else float(parse_count(given))
+
+
+def _seconds(given: str) -> float:
+    return parse_quantity(given, "s")
+
+
+_TOKENS, _FORMAT = Whole(MAX_TOKENS, "64"), Name(DTYPES)
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a prediction is asked for: a model in an engine, a phase, a batch and a length, formats and devices.
+
+    Functions such as :func:`simulator.predict` and :func:`simulator.table` take its fields as keywords; those with axes
+    take one value or a list for each.
+
+    Parameters
+    ----------
+    model : str or ModelConfig
+        Name, path or shapes of the model.
+    engine : str
+        Name or path of the engine, with a version or generation if needed (``vllm@0.19``, ``vllm@v1``).
+    phase : {"prefill", "decode", "generate", "serve"}
+        Phase of inference. ``generate`` is a prefill and ``new_tokens`` decode steps; ``serve`` is the work during one
+        request if ``batch`` requests are in flight.
+    batch : int
+        Sequences, or requests in flight; at least 1.
+    seq : int
+        Prompt tokens of each sequence, or cached positions in ``decode``; at least 1. It may exceed the length that the
+        model was trained for.
+    new_tokens : int
+        Tokens that ``generate`` and ``serve`` decode, 1 to 1,000,000; no effect in other phases.
+    cached_prefix : float
+        Tokens of each prompt that the prefix cache holds, below ``seq``, or a share of the prompt in [0, 1); no effect
+        in ``decode``.
+    token_budget : int, optional
+        Most prompt and decode tokens of one step. Default: the engine's on the GPU.
+    dtype : str
+        Number format of activations and arithmetic, of :data:`simulator.codes.DTYPES`.
+    weight_dtype, kv_dtype : str, optional
+        Number formats of weights (default: those of the checkpoint, else ``dtype``) and of the K/V cache (default:
+        ``dtype``, or bf16 if ``dtype`` has fewer than 16 bits).
+    devices : int
+        Number of devices, 1 to 100,000.
+    link : str, optional
+        What joins the devices: nvswitch, xgmi, bridge, pcie or pcie-host, also with a generation and lanes (pcie4x8).
+        Default: the usual connection of the hardware.
+    parallel : {"tensor", "expert", "pipeline"}
+        How devices share the model.
+    skew : float, optional
+        Load of routed experts, 0 to 2: 0 is uniform; 1 gives the busiest expert 200 times the load of the least busy.
+        Default: that of measured routers (:data:`simulator.operators.experts.EXPERT_SKEW`).
+    ideal : bool
+        Exclude the work that pruning adds.
+    level : float
+        Level of the intervals, in (0, 1).
+    dense_s : float, optional
+        Measured time of the dense model's pass, s.
+
+    Raises
+    ------
+    InputError
+        For a value out of range.
+
+    Examples
+    --------
+    >>> Request(model="llama-3.1-8b", batch=8).phase
+    'decode'
+    """
+
+    model: Annotated[Any, None] = ""
+    engine: Annotated[str, Setting(Name(), "LIST",
+        "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or YAML files; a comma list.",
+        several=True)] = DEFAULT_ENGINE
+    phase: Annotated[str, Setting(Name(PHASES), "LIST",
+        "prefill, decode, generate, serve; a comma list for several.", several=True)] = "decode"
+    batch: Annotated[int, Setting(_TOKENS, "LIST",
+        "Sequences in a batch: a list, or a range such as 1:64 (powers of two).", several=True)] = 1
+    seq: Annotated[int, Setting(_TOKENS, "LIST",
+        "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).", several=True,
+        label="Sequence")] = 2048
+    new_tokens: Annotated[int, Setting(Whole(1_000_000, "128", low=0), "N",
+        "Tokens decoded after the prompt, in generate and serve.")] = 128
+    cached_prefix: Annotated[float, Setting(Real(PREFIX, "512", _prefix), "N",
+        "Tokens of each prompt in the prefix cache, or a share of the prompt (25%).")] = 0.0
+    token_budget: Annotated[int | None, Setting(Whole(MAX_TOKENS, "8192"), "N",
+        "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")] = None
+    dtype: Annotated[str, Setting(_FORMAT, "NAME",
+        "Number format of activations and arithmetic.", label="Arithmetic")] = "bf16"
+    weight_dtype: Annotated[str | None, Setting(_FORMAT, "NAME",
+        "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype.",
+        label="Weights")] = None
+    kv_dtype: Annotated[str | None, Setting(_FORMAT, "NAME",
+        "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.", label="K/V cache")] = None
+    devices: Annotated[int, Setting(Whole(100_000, "2"), "N",
+        "Number of devices that share the model.", "--devices --tp")] = 1
+    link: Annotated[str | None, Setting(Name(CONNECTIONS, PCIE), "NAME",
+        "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. Default: the "
+        "hardware's.")] = None
+    parallel: Annotated[str, Setting(Name(PARALLEL), "NAME",
+        "How devices share the model: tensor, expert or pipeline.")] = "tensor"
+    skew: Annotated[float | None, Setting(Real(SKEW, "0.8", float), "X",
+        "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the least busy.")] = None
+    ideal: Annotated[bool, Setting(Flag(), None,
+        "Exclude the work that pruning adds (routers, gathers): an upper bound.")] = False
+    level: Annotated[float, Setting(Real(LEVEL, "0.9", parse_fraction), "P", "Level of the intervals.")] = 0.9
+    dense_s: Annotated[float | None, Setting(Real(SECONDS, "0.02", _seconds), "TIME",
+        "Measured time of the dense model in this request, such as 18.6ms.", "--dense-time",
+        "Measured dense time")] = None
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, setting in SETTINGS.items():
+            object.__setattr__(self, name, setting.check(getattr(self, name)))
+        if not self.new_tokens and self.phase in ("generate", "serve"):
+            raise InputError(f"new_tokens: expected at least 1 for phase {self.phase}, got 0")
+        if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
+            raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not defaults, without the model: keywords of functions with ``**settings``."""
+        return {name: value for name, s in SETTINGS.items() if (value := getattr(self, name)) != s.default}
+
+
+def _settings() -> dict[str, Setting]:
+    hints, out = get_type_hints(Request, include_extras=True), {}
+    for one in fields(Request):
+        if setting := get_args(hints[one.name])[-1]:
+            out[one.name] = Setting(**{**vars(setting), "default": one.default, "name": one.name})
+    return out
+
+
+SETTINGS: Mapping[str, Setting] = _settings()
+"""Settings of a request by name, without the model."""
 
 
 @dataclass(frozen=True)
@@ -15,27 +293,28 @@ class Applied:
     realised: float  # after rounding
 
 
-@dataclass(frozen=True)
-class Meta:
-    """Request that a workload was lowered from, and its pruning steps."""
+@dataclass(frozen=True, kw_only=True)
+class Lowered(Request):
+    """The request of a workload, with values that follow from its model and engine, and the pruning steps.
 
-    model: str = ""
-    phase: str = "decode"  # one of simulator.codes.PHASES
-    batch: int = 1  # sequences; in serve, requests in flight
-    seq: int = 1  # prompt tokens per sequence; in decode, cached positions
-    new_tokens: int = 0  # new tokens per request of generate or serve
-    cached: int = 0  # prompt tokens per sequence in the prefix cache
-    budget: int = 0  # tokens of prompts in one step; 0: unlimited
-    dtype: str = "bf16"
+    Prefix and token budget are numbers of tokens (0: none, or no limit), ``parallel`` is "none" on one device, and
+    ``new_tokens`` is 0 where none are decoded.
+    """
+
+    engine: str = ""  # "": bare kernels
+    seq: int = 1
+    new_tokens: int = 0
+    token_budget: int = 0
+    link: str = ""
+    parallel: str = "none"
     layers: int = 0  # decoder layers of the dense model
     hidden: int = 0
-    devices: int = 1
-    parallel: str = "none"  # none, tensor or pipeline
-    link: str = ""  # connection of the devices; "": the usual one of the hardware
-    engine: str = ""  # name or path; "": bare kernels
     applied: tuple[Applied, ...] = ()
     config: Any = field(default=None, compare=False, repr=False)  # ModelConfig of the model
 
+    def __post_init__(self) -> None:
+        """Accept the values, because :func:`simulator.lower` has checked them."""
 
-NO_REQUEST = Meta()
-"""Of a workload that was made from rows or columns."""
+
+NO_REQUEST = Lowered()
+"""The request of a workload that was made from rows or columns."""

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import AMOUNT, SHARE, SIZE, Range, array, truths
-from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.arguments import AMOUNT, SHARE, SIZE, Range
+from simulator.arrays import Array, FloatArray, IndexArray, array, truths
 from simulator.codes import DTYPES, ROLES, Kernel, Kind, Part, Phase, dtype_code, role_code
 from simulator.columns import Table, column
 from simulator.errors import InputError
 from simulator.operators import BY_CODE, MOST_CODES
 from simulator.operators.attention import attention_pairs
 from simulator.operators.base import Operator, Rows
-from simulator.request import NO_REQUEST, Meta
+from simulator.request import NO_REQUEST, Lowered
 from simulator.units import percent, size
 
 
@@ -93,7 +93,7 @@ class Workload(Table):
         Parameters of the row, 0 if tied or shared with another row.
     overhead : array of bool, shape (rows,)
         Whether the row exists only because of pruning.
-    meta : Meta
+    meta : Lowered
         Request and pruning steps.
 
     Raises
@@ -141,7 +141,7 @@ class Workload(Table):
     write_bytes: Array = column(np.float64, 0.0)
     params: Array = column(np.float64, 0.0)
     overhead: Array = column(np.bool_, False)
-    meta: Meta = NO_REQUEST
+    meta: Lowered = NO_REQUEST
 
     CODES = MappingProxyType({"role": ROLES, "dtype": DTYPES, "weight_dtype": DTYPES})
 

@@ -21,7 +21,6 @@ from operator_times import collective_time, decode_time, delta_net_time, element
 import simulator
 from simulator.codes import Kernel
 from simulator.operators.collective import COLLECTIVES
-from simulator.prediction.scenario import Scenario
 
 pytestmark = pytest.mark.quick
 
@@ -83,29 +82,28 @@ def families() -> Iterator[Line]:
         sparsity = SPARSITIES[turn % 2]
         named = sorted({sparsity, 0.5})  # 2:4 has no sparsity but 0.5
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": [engine]}
-        scenario = Scenario(dtype=DTYPES[gpu])
         cells = (model, gpu, engine, phase, batch, seq, DTYPES[gpu])
-        for line in record_lines(cells, models=[model], hardware=[gpu], sparsity=named, scenario=scenario, **request):
+        for line in record_lines(cells, models=[model], hardware=[gpu], sparsity=named, dtype=DTYPES[gpu], **request):
             family, removed = line.case.split()[-2:]
             if float(removed) == sparsity or family == "semi_structured":
                 yield line
 
 
-def scenarios() -> Iterator[Line]:
+def settings() -> Iterator[Line]:
     """Number formats, several GPUs, skewed experts and published methods."""
     for phase, batch, seq in REQUESTS:
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": ["vllm"]}
-        for gpu, model, name, scenario in (
-            ("h100_sxm", "llama-3.1-8b", "fp8", Scenario(dtype="fp8")),
-            ("a100_sxm_80gb", "llama-3.1-8b", "int4", Scenario(weight_dtype="int4")),
-            ("h100_sxm", "llama-3.1-8b", "kv-fp8", Scenario(kv_dtype="fp8")),
-            ("h100_sxm", "llama-3.1-70b", "tensor-4", Scenario(devices=4)),
-            ("l40s", "llama-3.1-70b", "tensor-4", Scenario(devices=4)),
-            ("h200_sxm", "mixtral-8x7b", "expert-8", Scenario(devices=8, parallel="expert", skew=0.8)),
+        for gpu, model, name, settings in (
+            ("h100_sxm", "llama-3.1-8b", "fp8", {"dtype": "fp8"}),
+            ("a100_sxm_80gb", "llama-3.1-8b", "int4", {"weight_dtype": "int4"}),
+            ("h100_sxm", "llama-3.1-8b", "kv-fp8", {"kv_dtype": "fp8"}),
+            ("h100_sxm", "llama-3.1-70b", "tensor-4", {"devices": 4}),
+            ("l40s", "llama-3.1-70b", "tensor-4", {"devices": 4}),
+            ("h200_sxm", "mixtral-8x7b", "expert-8", {"devices": 8, "parallel": "expert", "skew": 0.8}),
         ):
             cells = (model, gpu, "vllm", phase, batch, seq, name)
             asked = {"models": [model], "hardware": [gpu], "family": ["width", "depth"], "sparsity": [0.25]}
-            yield from record_lines(cells, scenario=scenario, **asked, **request)
+            yield from record_lines(cells, **settings, **asked, **request)
         if phase in ("prefill", "decode"):
             for model, gpu, routed in (("llama-2-7b", "a100_sxm_80gb", False), ("mixtral-8x7b", "h200_sxm", True)):
                 methods = [name for name, method in simulator.METHODS.items() if (method.family == "experts") == routed]
@@ -186,7 +184,7 @@ def moves(old: Mapping[str, Line], new: Mapping[str, Line]) -> list[str]:
 
 
 def test_no_prediction_moves() -> None:
-    new = {line.case: line for part in (families, scenarios, operators) for line in part()}
+    new = {line.case: line for part in (families, settings, operators) for line in part()}
     old = {line.case: line for line in map(line_of, GOLDEN.read_text("utf-8").splitlines())} if GOLDEN.exists() else {}
     found = moves(old, new)
     if os.environ.get("PRUNESIM_GOLDEN") == "write":

@@ -10,7 +10,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def held() -> dict[str, Any]:
     dense = simulator.lower(model, phase="decode", engine="hf")
     pruned = simulator.prune(dense, "width", sparsity=0.3)
     table = simulator.table(["llama-3.2-1b"], ["h100", "a100"], ["depth", "semi_structured"], [0.25, 0.5])
-    advised = advise("llama-3.2-1b", ["h100"], 1.2, ["decode"], family=["depth", "width"])
+    advised = advise("llama-3.2-1b", ["h100"], 1.2, ["depth", "width"])
     return {
         "speedup": simulator.speedup(dense, pruned, hw),
         "waterfall": simulator.waterfall(dense, pruned, hw),
@@ -149,18 +148,16 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
 @pytest.mark.quick
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
 def test_plain_values_are_finite_also_where_nothing_is_pruned(phase: str) -> None:
-    hw, scenario = simulator.load_hardware("h100"), simulator.Scenario(phase=phase, new_tokens=4, engine="hf")
-    found = simulator.table(
-        ["llama-3.2-1b"], [hw], general_families(), [0.0, 0.5], phase=[phase], batch=[1, 4], seq=[64], scenario=scenario
-    )
+    hw, asked = simulator.load_hardware("h100"), {"phase": phase, "new_tokens": 4, "engine": "hf", "seq": 64}
+    found = simulator.table(["llama-3.2-1b"], [hw], general_families(), [0.0, 0.5], batch=[1, 4], **asked)
     assert {0.0, 0.5} == {r.sparsity for r in found}
     nothing = [r for r in found if r.sparsity == 0.0]
     assert all(math.isnan(r.efficiency) and r.to_dict()["efficiency"] is None for r in nothing)
     new_tokens = 4 * (phase in ("generate", "serve"))
     dense = simulator.lower(simulator.load_model("llama-3.2-1b"), phase=phase, seq=64, new_tokens=new_tokens)
-    alone = replace(scenario, model="llama-3.2-1b", shapes=((1, 64),))
+    alone = simulator.Request(model="llama-3.2-1b", **asked)
     equal = [function(dense, dense, hw) for function in (simulator.speedup, simulator.waterfall)]
-    explained = explanations("llama-3.2-1b", [hw], "depth", 0.0, scenario=alone)
+    explained = explanations("llama-3.2-1b", [hw], family="depth", sparsity=0.0, **asked)
     times = [simulator.workload_time(dense, hw), simulator.memory(dense, hw), runnable(alone, NOTHING, hw)]
     for result in (found, *found, *equal, dense, *explained, *times):
         json.dumps(result.to_dict(), allow_nan=False)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import arguments, codes, display, errors, units
+from simulator.arrays import array
 from simulator.errors import InputError
 from simulator.hardware.link import named
 from simulator.operators.base import Link
@@ -61,9 +62,9 @@ def test_what_is_returned(returned: Any, right: Any) -> None:
 
 
 def test_arguments_are_refused_in_one_line() -> None:
-    assert arguments.array("m", [1, 2048], arguments.COUNT).tolist() == [1.0, 2048.0]
+    assert array("m", [1, 2048], arguments.COUNT).tolist() == [1.0, 2048.0]
     with pytest.raises(InputError, match=r"^m: expected whole numbers from 1 up, got 2\.5$"):
-        arguments.array("m", 2.5, arguments.COUNT)
+        array("m", 2.5, arguments.COUNT)
     with pytest.raises(InputError, match=r"^m, n: expected shapes that broadcast, got \(2,\), \(3,\)$"):
         arguments.together(m=np.zeros(2), n=np.zeros(3))
     with pytest.raises(InputError, match=r"^level: expected a number between 0 and 1, such as 0\.9, got nan$"):

@@ -19,8 +19,8 @@ import typer
 from calibration.cli.fit import conclude, part_row, show_fitted
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
-from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
+from simulator.request import DEFAULT_ENGINE
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
@@ -43,15 +43,17 @@ Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the sh
 Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
 
 
+REQUESTS: options.Run = options.run_options("phase", "batch", "seq", phase="prefill,decode")
+
+
+@options.expanded()
 def command(
     device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")],
     output: Folder,
     budget: Budget = "10min",
     dtype: Dtype = "bf16",
     model: Model = None,
-    phase: options.Phase = "prefill,decode",
-    batch: options.Batch = "1",
-    seq: options.Seq = "2048",
+    run: options.Run = REQUESTS,
     family: Annotated[
         str, opt("--family", "LIST", "With --for: pruning families.")
     ] = "depth,width,width_cross,low_rank",
@@ -92,15 +94,10 @@ def command(
         return
     targets: TargetModels = ()
     if model:
+        families, fractions = parsing.names("--family", family), parsing.fractions("--sparsity", sparsity)
+        engine = "" if device == "cpu" else DEFAULT_ENGINE  # no engine fuses projections on a CPU
         targets = target_workloads(
-            model,
-            phases=parsing.names("--phase", phase),
-            batch=parsing.integers("--batch", batch),
-            seq=parsing.integers("--seq", seq),
-            dtype=dtype,
-            families=parsing.names("--family", family),
-            sparsities=parsing.fractions("--sparsity", sparsity),
-            engine="" if device == "cpu" else DEFAULT_ENGINE,  # no engine fuses projections on a CPU
+            model, families, fractions, {**run.asked().settings, "dtype": dtype, "engine": engine}
         )
 
     how = RunOptions(budget_s, dtype, hardware, seed)

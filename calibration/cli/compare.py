@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calibration.cli.calibrate import Folder, Seed, restart_if_needed, seconds
-from calibration.cli.upper_bound import CaseOptions, Model, case_columns, ratio_of
-from simulator.cli import options, parsing, render
+from calibration.cli.upper_bound import SETTINGS, CaseOptions, Model, case_columns, ratio_of
+from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.files.csv import csv_text
+from simulator.request import Name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 
+REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode")
+
+
 @options.expanded()
 def command(
     model: Model,
     output: Folder,
     device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")] = "",
+    run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
     engine: Annotated[
         str,
@@ -62,18 +67,23 @@ def command(
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
     from simulator.models.changes import content_of
-    from simulator.prediction.scenario import one_of
 
-    budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
-    runs, folder = ENGINES[one_of("--engine", engine, tuple(ENGINES))], check_folder(output)
+    budget_s, dtype = seconds("--budget", selection.budget), run.text("dtype")
+    runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
     if bench:
-        name, hw, cases, notes, found = _of_files(bench, model, selection, engine)
+        if engine != "vllm":
+            raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
+        name, hw, cases, notes, found = _of_files(bench, model, run, selection)
         folder.mkdir(exist_ok=True)
     else:
         if not device:
             raise InputError("--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need none")
-        config, cases, notes = selection.cases(model, runs.lowered, kernels_on(device), runs.phases)
-        with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("running") as report:
+        settings = {**run.asked().settings, "engine": runs.lowered}
+        config, cases, notes = selection.cases(model, settings, kernels_on(device), runs.phases)
+        with (
+            selection.opened(device, folder, dtype, budget_s) as (opened, hw, left),
+            render.progress("running") as report,
+        ):
             name = opened.describe().device
             render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
             how = ModelRun(config, dtype, engine, content_of(model), vllm_python or sys.executable, seed)
@@ -99,7 +109,7 @@ def command(
 
 
 def _of_files(
-    files: list[str], model: str, selection: CaseOptions, engine: str
+    files: list[str], model: str, run: options.Run, selection: CaseOptions
 ) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
     """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options supply batch, length
     and new tokens (none for a prefill) if the files do not state them."""
@@ -108,27 +118,26 @@ def _of_files(
     from simulator.prediction.benchmarks import read_bench
     from simulator.prediction.measured import request_of
 
-    if engine != "vllm":
-        raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
     if not selection.hardware:
         raise InputError("--bench: expected --hardware with the GPU that wrote the files")
-    hw, runs = load_hardware(selection.hardware), [read_bench(file) for file in files]
-    for run in runs:
-        if run.engine not in ("vllm", ""):
-            raise InputError(f"{run.source}: engine: expected vllm, got {run.engine}")
+    hw, runs, asked = load_hardware(selection.hardware), [read_bench(file) for file in files], run.asked().settings
+    for one in runs:
+        if one.engine not in ("vllm", ""):
+            raise InputError(f"{one.source}: engine: expected vllm, got {one.engine}")
     given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
     if runs[0].kind == "batch":
-        batch, seq = parsing.integers("--batch", selection.batch), parsing.integers("--seq", selection.seq)
+        batch, seq = asked["batch"], asked["seq"]
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
-        output = 1 if selection.phase == "prefill" else selection.new_tokens + 1
+        output = 1 if asked["phase"] == ["prefill"] else asked["new_tokens"] + 1
         given = {"batch": batch[0], "seq": seq[0], "output": output}
     phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
-    of_file = replace(selection, phase=phase, batch=str(many), seq=str(length), new_tokens=max(steps, 1))
-    _, cases, notes = of_file.cases(model, ENGINES[engine].lowered, known_phases=ENGINES[engine].phases)
+    asked |= {"phase": phase, "batch": many, "seq": length, "new_tokens": max(steps, 1)}
+    vllm = ENGINES["vllm"]
+    _, cases, notes = selection.cases(model, {**asked, "engine": vllm.lowered}, phases=vllm.phases)
     if notes:  # the files belong to the prunings by their order
         raise InputError(notes[0])
-    return hw.title, hw, cases, notes, compare_files(cases, runs, selection.dtype)
+    return hw.title, hw, cases, notes, compare_files(cases, runs, asked["dtype"])
 
 
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:

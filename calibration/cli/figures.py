@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from calibration.cli.fit import load_rows
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
-from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
+from simulator.request import Name
 
 if TYPE_CHECKING:
     from calibration.records.timing_table import Records
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
 
 
+REQUEST: options.Run = options.run_options("seq", "engine", "dtype")
+
+
+@options.expanded()
 def command(
     model: options.Model,
     output: Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")],
-    hardware: options.Hardware = HARDWARE,
+    hardware: Annotated[str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files.")] = HARDWARE,
     only: Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")] = None,
     formats: Annotated[str, opt("--format", "LIST", "pdf, png, svg.")] = FORMATS,
-    seq: Annotated[int, opt("--seq", "N", "Tokens of a prompt or positions of a cache.")] = 2048,
-    engine: options.Engine = DEFAULT_ENGINE,
-    dtype: options.Dtype = "bf16",
+    run: options.Run = REQUEST,
     measured: Annotated[
         list[str] | None,
         opt("--measured", "DEVICE=FILE", "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable."),
@@ -45,18 +47,21 @@ def command(
     """
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, save_figure
-    from simulator.prediction.scenario import Scenario, one_of, whole_number
 
     known_formats = [suffix[1:] for suffix in SUFFIXES]
     chosen = list(FIGURES)
     if only:
-        chosen = [one_of("figure", name, tuple(FIGURES)) for name in parsing.names("--only", only)]
-    suffixes = [f".{one_of('format', name, known_formats)}" for name in parsing.names("--format", formats)]
-    devices, scenario = parsing.names("--hardware", hardware), Scenario(engine=engine, dtype=dtype)
-    about = paper(model, devices, scenario=scenario, seq=whole_number("seq", seq))
+        chosen = [Name(tuple(FIGURES)).check("figure", name) for name in parsing.names("--only", only)]
+    suffixes = [f".{Name(tuple(known_formats)).check('format', name)}" for name in parsing.names("--format", formats)]
+    asked = {
+        name: one[0] if isinstance(one, list) and len(one) == 1 else one for name, one in run.asked().settings.items()
+    }
+    about = paper(model, parsing.names("--hardware", hardware), **asked)
     missing: list[str] = []
     if set(chosen) & set(MEASURED):
-        about = _with_measured(about, measured or [], dtype, missing, needed=bool(only) and "scatter" in chosen)
+        about = _with_measured(
+            about, measured or [], asked["dtype"], missing, needed=bool(only) and "scatter" in chosen
+        )
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder to write to")
@@ -74,8 +79,8 @@ def command(
                 missing.append(str(error))
             report(i + 1, len(chosen))
     given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
-    given |= {"--seq": (str(seq), "2048"), "--engine": (engine, DEFAULT_ENGINE), "--dtype": (dtype, "bf16")}
     changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
+    changed += [part for name, text in run.given.items() for part in (f"--{name}", text)]
     shown = ".png" if ".png" in suffixes else suffixes[0]
     _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
     if as_json:

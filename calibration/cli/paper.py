@@ -36,7 +36,7 @@ def command(
     ] = "a100,h100,rtx_4090",
     engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
     claims: Annotated[bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")] = False,
-    figure: options.Figure = None,
+    figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None,
     json: options.Json = False,
 ) -> None:
     """Predict the table of the taxonomy paper.
@@ -55,8 +55,7 @@ def command(
             raise InputError("--figure: draws the paper's table; expected without --claims")
         _show_claims(devices, engines, json)
         return
-    with render.progress("predicting") as report:
-        cells, others = paper.table_2(), paper.table_2(devices, engines, report)
+    cells, others = paper.table_2(), paper.table_2(devices, engines)
     if figure:
         _draw(cells, figure)
     depths, split = paper.equal_depths(), paper.figure_2()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.calibrate import (
     Budget,
-    Dtype,
     Folder,
     Hardware,
     Seed,
@@ -24,7 +23,6 @@ from calibration.cli.calibrate import (
 )
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
-from simulator.cli.parsing import fractions, integers, names
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
 
@@ -42,10 +40,6 @@ Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config
 class CaseOptions:
     """Options of the command line: pruned versions of a model to run on a device, and the budget."""
 
-    phase: options.Phase = "prefill,decode"
-    batch: options.Batch = "1"
-    seq: options.Seq = "2048"
-    new_tokens: options.NewTokens = 128
     family: Annotated[
         str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")
     ] = None
@@ -55,7 +49,6 @@ class CaseOptions:
     prune: options.Prune = None
     pruned: options.Pruned = None
     budget: Budget = "10min"
-    dtype: Dtype = "bf16"
     hardware: Hardware = ""
     layers: Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")] = None
     threads: Threads = None
@@ -63,36 +56,26 @@ class CaseOptions:
     def cases(
         self,
         model: str,
-        engine: str = "",
+        settings: Mapping[str, Any],
         kernels: Mapping[str, str] = MappingProxyType({}),
-        known_phases: Sequence[str] = ("prefill", "decode"),
+        phases: Sequence[str] = ("prefill", "decode"),
     ) -> tuple[ModelConfig, list[Case], list[str]]:
-        """Return the model, its cases in an engine (default: bare kernels) and notes on excluded cases; ``kernels`` are
-        those of the device by family, ``known_phases`` those that can run."""
-        from calibration.runners.cases import fewer_layers, settings_of
+        """Return the model, its cases and notes on excluded cases; ``kernels`` are those of the device by family,
+        ``phases`` those that can run."""
+        from calibration.runners.cases import cases_of, fewer_layers
         from simulator.models.library import load_model
-        from simulator.prediction.scenario import Scenario
 
         if self.pruned and self.layers is not None:
             raise InputError("--layers: expected none with --pruned, as it compares whole models")
         config = fewer_layers(load_model(model), self.layers)
-        cases, notes = settings_of(
-            config,
-            phases=names("--phase", self.phase),
-            batch=integers("--batch", self.batch),
-            seq=integers("--seq", self.seq),
-            families=None if self.family is None else names("--family", self.family),
-            sparsities=None if self.sparsity is None else fractions("--sparsity", self.sparsity),
-            texts=self.prune or (),
-            pruned=() if self.pruned is None else names("--pruned", self.pruned),
-            scenario=Scenario(dtype=self.dtype, engine=engine, new_tokens=self.new_tokens),
-            kernels=kernels,
-            known_phases=known_phases,
-        )
+        chosen = options.Prunings(self.family, None, self.pruned, self.prune, self.sparsity).parsed()
+        cases, notes = cases_of(config, {**settings, **chosen}, kernels, phases)
         return config, cases, notes
 
     @contextlib.contextmanager
-    def opened(self, device: str, folder: Path, budget_s: float) -> Iterator[tuple[Device, HardwareProfile, float]]:
+    def opened(
+        self, device: str, folder: Path, dtype: str, budget_s: float
+    ) -> Iterator[tuple[Device, HardwareProfile, float]]:
         """Yield the open device, its profile and the remaining seconds of the budget."""
         from calibration.devices import open_device
         from calibration.fit.base_profile import thread_notes
@@ -100,9 +83,13 @@ class CaseOptions:
 
         with contextlib.closing(open_device(device, threads=self.threads)) as opened:
             start = opened.clock()
-            hw = profile_of(folder, opened, self.dtype, self.hardware)
+            hw = profile_of(folder, opened, dtype, self.hardware)
             render.notes(thread_notes(hw, opened.describe().device))
             yield opened, hw, max(budget_s - (opened.clock() - start), 1e-3)
+
+
+SETTINGS = ("phase", "batch", "seq", "new_tokens", "dtype")
+REQUESTS: options.Run = options.run_options(*SETTINGS, "engine", phase="prefill,decode", engine="reference")
 
 
 @options.expanded()
@@ -110,8 +97,8 @@ def command(
     model: Model,
     device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")],
     output: Folder,
+    run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="5min"),
-    engine: options.Engine = "reference",
     seed: Seed = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -126,10 +113,13 @@ def command(
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
 
-    budget_s, dtype = seconds("--budget", selection.budget), selection.dtype
-    _, cases, notes = selection.cases(model, engine)
+    budget_s, dtype = seconds("--budget", selection.budget), run.text("dtype")
+    _, cases, notes = selection.cases(model, run.asked().settings)
     folder = check_folder(output)
-    with selection.opened(device, folder, budget_s) as (opened, hw, left), render.progress("measuring") as report:
+    with (
+        selection.opened(device, folder, dtype, budget_s) as (opened, hw, left),
+        render.progress("measuring") as report,
+    ):
         how = RunOptions(left, dtype, seed=seed)
         found = measure_bounds(folder, opened, cases, how, progress=report, note=render.status)
     restart_if_needed(found.outcome, render.status)

@@ -36,8 +36,8 @@ from simulator.models.lower import lower
 from simulator.prediction.compare import SMALL_SHARE, against
 from simulator.prediction.pareto import Front, Point, fronts, independent, margins
 from simulator.prediction.quality import choose_axis, load_quality
+from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import profiles
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.prediction.table import table
 from simulator.pruning import general_families, prune
@@ -85,16 +85,13 @@ class Cell:
         return self.lower - PRINTED <= self.published <= self.upper + PRINTED
 
 
-def table_2(
-    hardware: Sequence[str] = (HARDWARE,),
-    engine: Sequence[str] = (ENGINE,),
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Cell]:
-    """Return the paper's Table 2 on some devices in some engines; the paper's own have published values."""
+def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGINE,)) -> list[Cell]:
+    """Return the paper's Table 2 on some devices in some engines; published values only for the paper's device and
+    engine."""
     known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in _published("table 2")}
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Result]] = {}
-    asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine, "progress": progress}
+    asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine}
     for r in table([MODEL], hardware, families, sorted({s for _, s, _ in known}), **asked):
         found.setdefault((r.hardware, r.engine, r.family, r.sparsity, r.phase), []).append(r)
     own, out = (load_hardware(HARDWARE).label, ENGINE), []

@@ -33,7 +33,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
-from simulator.prediction.scenario import dense_seconds
+from simulator.prediction.requests import dense_seconds
 from simulator.prediction.serving import prefill_passes
 from simulator.prediction.table import speedups
 from simulator.pruning import prune
@@ -108,7 +108,7 @@ def _dense(row: Mapping[str, str]) -> Comparison:
     time, m = workload_time(w, load_hardware(row["hardware"], stack)), w.meta
     measured = float(row["value"])
     if row["metric"] == "tokens_per_s":
-        measured = dense_seconds(measured, m.phase, m.batch, m.seq, m.new_tokens)
+        measured = dense_seconds(measured, m)
     elif row["metric"] == "all_tokens_per_s":
         measured = m.batch * (m.seq + m.new_tokens) / measured
     what = f"{row['model']}, {row['framework']}"
@@ -127,7 +127,7 @@ def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     before, after, m = float(row["dense"]), float(row["pruned"]), dense.meta
     tokens, dense_s = row["unit"].startswith("tokens"), None
     if given and tokens:
-        dense_s = dense_seconds(before, m.phase, m.batch, m.seq, m.new_tokens)
+        dense_s = dense_seconds(before, m)
     elif given:
         dense_s = before * _SCALE[row["unit"]]
     (s,) = speedups(dense, [pruned], load_hardware(row["hardware"]), dense_s=dense_s)

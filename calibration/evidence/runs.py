@@ -10,13 +10,15 @@ from typing import Any
 
 from calibration.evidence.scoring import Comparison, score_of
 from simulator.display import few
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import shipped_model
+from simulator.models.lower import lower
 from simulator.prediction.benchmarks import BenchRun, read_benches
 from simulator.prediction.measured import measured_of, request_of
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.table import speedup
+from simulator.request import Request
 from simulator.units import percent
 
 SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
@@ -113,10 +115,11 @@ def evaluated(run: BenchRun, given: Conditions) -> RunResult:
     for name, value in (("model", model), ("hardware", given.hardware or run.gpu), ("engine", engine)):
         if not value:
             raise InputError(f"{run.source}: {name}: expected --{name}, as the file does not state a known one")
-    scenario = Scenario(
+    request = Request(
         model=model,
         phase=phase,
-        shapes=((batch, seq),),
+        batch=batch,
+        seq=seq,
         new_tokens=max(steps, 1),
         engine=engine,
         dtype=given.dtype or run.dtype or "bf16",
@@ -125,10 +128,11 @@ def evaluated(run: BenchRun, given: Conditions) -> RunResult:
         devices=given.devices or run.devices or 1,
         level=LEVEL,
     )
-    found, hw, (dense,) = measured_of(run, scenario), load_hardware(given.hardware or run.gpu), scenario.workloads
+    found, hw, dense = measured_of(run, request), load_hardware(given.hardware or run.gpu), lower(request)
+    own = load_engine(request.engine).name
     s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
     times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
-    about: dict[str, Any] = {"source": run.source, "engine": scenario.engine_name, "gpu": hw.label, "split": "judge"}
+    about: dict[str, Any] = {"source": run.source, "engine": own, "gpu": hw.label, "split": "judge"}
     compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
     new_tokens = steps if phase != "prefill" else 0
     return RunResult(run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes)

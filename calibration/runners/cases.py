@@ -24,12 +24,14 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.prediction.batch import batch_with
 from simulator.prediction.prunings import Pruning, prunings_of
+from simulator.prediction.requests import requests_of
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import Scenario, once, one_of, whole_number
 from simulator.prediction.table import speedup
 from simulator.pruning._steps import PruningStep, in_order
+from simulator.request import SETTINGS, Name, Request
 from simulator.units import percent
 from simulator.workload import Workload
 
@@ -84,14 +86,15 @@ class Case:
         return cls(pruning, tuple(steps), dense, pruned)
 
     @classmethod
-    def of_model(cls, dense: Workload, pruning: Pruning, scenario: Scenario) -> Case:
+    def of_model(cls, request: Request, pruning: Pruning) -> Case:
         """Return the case of an existing pruned model, which has the vocabulary and the head width of the dense one."""
+        dense = lower(request)
         ours, theirs = dense.meta.config, pruning.model
         for name in ("vocab", "head_dim") if ours is not None and theirs is not None else ():
             if getattr(theirs, name) != getattr(ours, name):
                 expected = f"expected {getattr(ours, name)}, as the dense model has, got {getattr(theirs, name)}"
                 raise InputError(f"{pruning.title}: {name}: {expected}")
-        pruned = pruning.apply(dense, scenario)
+        pruned = pruning.apply(dense, request)
         _check_heads(pruned)
         return cls(pruning, (), dense, pruned)
 
@@ -150,50 +153,37 @@ class Case:
         }
 
 
-def settings_of(
+def cases_of(
     model: str | ModelConfig,
-    *,
-    phases: Sequence[str] = ("prefill", "decode"),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
-    families: Sequence[str] | None = None,
-    sparsities: Sequence[float] | None = None,
-    texts: Sequence[str] = (),
-    pruned: Sequence[str | ModelConfig] = (),
-    scenario: Scenario | None = None,
+    settings: Mapping[str, Any],
     kernels: Mapping[str, str] = MappingProxyType({}),
-    known_phases: Sequence[str] = PHASES[:2],
+    phases: Sequence[str] = PHASES[:2],
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that cannot run.
 
-    The prunings are texts of ``--prune``, existing pruned models, then families (None: all, or none next to others) at
-    fractions. ``kernels`` are those of the device by family, ``known_phases`` those that can run.
+    The settings are those of :func:`simulator.table`; texts of ``--prune``, existing pruned models and families (none
+    given: all, or none next to others) may come together. ``kernels`` are those of the device by family, ``phases``
+    those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
-    template, notes, cases = scenario or Scenario(), dict[str, None](), dict[tuple[object, ...], Case]()
-    alone = families is None
-    prunings = prunings_of((), prune=texts, sparsity=sparsities if alone else None) if texts else ()
-    if pruned:
-        prunings += prunings_of((config,), pruned=pruned, sparsity=sparsities if alone else None)
-    if not (prunings and alone):
-        fractions = SPARSITIES if sparsities is None else sparsities
-        prunings += prunings_of((), ("all",) if alone else families, sparsity=fractions)
-    passes = itertools.product(
-        once(one_of("phase", p, known_phases) for p in phases),
-        once(whole_number("batch", b) for b in batch),
-        once(whole_number("seq", s) for s in seq),
-    )
-    for phase, b, s in passes:
-        (dense,) = replace(template, model=config, phase=phase, shapes=((b, s),)).workloads
-        for pruning in prunings:
-            try:
-                if lacks := pruning.lacking(config):
-                    raise InputError(lacks)
-                existing = pruning.model is not None
-                case = Case.of_model(dense, pruning, template) if existing else Case.of(dense, pruning, kernels)
-                cases.setdefault((case.prune, phase, b, s), case)
-            except InputError as error:
-                notes[f"excluded: {pruning.prune or pruning.title} in {phase}: {error}"] = None
+    given = {name: settings[name] for name in ("family", "sparsity", "prune", "pruned") if settings.get(name)}
+    family, sparsity = given.pop("family", None), given.pop("sparsity", None)
+    prunings: tuple[Pruning, ...] = ()
+    for name, value in given.items():
+        prunings += prunings_of((config,), **{name: value}, sparsity=sparsity if family is None else None)
+    if family is not None or not prunings:
+        prunings += prunings_of((), family or ("all",), sparsity=SPARSITIES if sparsity is None else sparsity)
+    requests = requests_of([config], {name: value for name, value in settings.items() if name in SETTINGS})
+    notes, cases = dict[str, None](), dict[tuple[object, ...], Case]()
+    for request, pruning in itertools.product(requests, prunings):
+        Name(tuple(phases)).check("phase", request.phase)
+        try:
+            if lacks := pruning.lacking(config):
+                raise InputError(lacks)
+            case = Case.of_model(request, pruning) if pruning.model else Case.of(lower(request), pruning, kernels)
+            cases.setdefault((case.prune, case.phase, case.batch, case.seq), case)
+        except InputError as error:
+            notes[f"excluded: {pruning.prune or pruning.title} in {request.phase}: {error}"] = None
     if not cases:
         raise InputError(next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare")
     return list(cases.values()), list(notes)

@@ -179,7 +179,7 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
     if case.phase not in kinds:
         raise InputError(f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got {case.phase}")
     for run in (dense, pruned):
-        pass_seconds(run, case.phase, case.batch, case.seq, case.dense.meta.new_tokens)
+        pass_seconds(run, case.dense.meta)
     count = min(len(dense.samples_s), len(pruned.samples_s))
     return {
         "status": OK,

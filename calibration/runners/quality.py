@@ -44,7 +44,7 @@ from simulator.models.config import Block
 from simulator.plans.library import Library
 from simulator.plans.variants import SUBLAYERS, has, text_of
 from simulator.prediction.quality import QualityRow
-from simulator.prediction.scenario import one_of
+from simulator.request import Name
 
 Logits = Callable[[Tensor], Tensor]  # from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
 # 2:4 needs a GPU, and dynamic families need a trained router or predictor
@@ -99,7 +99,7 @@ def measure_quality(
 ) -> Iterator[Score]:
     """Score a model that is pruned in each case of family and fraction, or a pruned checkpoint (one case)."""
     for family, sparsity in cases:
-        one_of("family", family, FAMILIES)
+        Name(tuple(FAMILIES)).check("family", family)
         if not 0.0 < sparsity < 1.0:
             raise InputError(f"sparsity {sparsity:g}: expected a fraction in (0, 1), such as 0.25")
     own = load_model(model)

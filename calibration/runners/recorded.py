@@ -21,7 +21,7 @@ from calibration.evidence.paper import table_2
 from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.evidence.scoring import table
 from calibration.records.store import read_store
-from calibration.runners.cases import Case, fewer_layers, settings_of
+from calibration.runners.cases import Case, cases_of, fewer_layers
 from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of, summary
 from simulator.figures.layout import fixed_ticks
 from simulator.figures.measured import time_text
@@ -29,7 +29,6 @@ from simulator.figures.style import COLORS, paper_style, save_figure
 from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.table import speedup
 from simulator.units import percent, ratio
 
@@ -70,15 +69,9 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
     for record in records:
         layers = re.search(r"layers=(\d+)", str(record["key"]))
         config = fewer_layers(load_model(record["model"]), int(layers[1]) if layers else None)
-        (case,), _ = settings_of(
-            config,
-            phases=[record["phase"]],
-            batch=[record["batch"]],
-            seq=[record["seq"]],
-            texts=[record["prune"]],
-            scenario=Scenario(dtype=dtype, engine=runs.lowered),
-            known_phases=runs.phases,
-        )
+        settings = {name: record[name] for name in ("phase", "batch", "seq")} | {"prune": [record["prune"]]}
+        settings |= {"dtype": dtype, "engine": runs.lowered}
+        (case,), _ = cases_of(config, settings, phases=runs.phases)
         cases[str(record["key"])] = case
     rows = rows_of(list(cases.values()), records, hw, device=store.header.device, dtype=dtype, engine=engine)
     by_case = {(r.prune, r.phase, r.batch, r.seq): r for r in rows}

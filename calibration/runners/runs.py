@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,13 +29,13 @@ from calibration.records.screening import one_method
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
-from simulator.engines import DEFAULT_ENGINE
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
-from simulator.prediction.scenario import Scenario
+from simulator.models.lower import lower
+from simulator.prediction.requests import requests_of
 from simulator.pruning import prune
 from simulator.uncertainty import factors
 from simulator.uncertainty.forward import forward_passes
@@ -273,21 +272,12 @@ def fit_run(
 
 
 def target_workloads(
-    model: str,
-    *,
-    phases: Sequence[str] = ("prefill", "decode"),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
-    dtype: str = "bf16",
-    families: Sequence[str] = ("depth", "width", "width_cross", "low_rank"),
-    sparsities: Sequence[float] = (0.25, 0.5),
-    engine: str = DEFAULT_ENGINE,
+    model: str, families: Sequence[str], sparsities: Sequence[float], settings: Mapping[str, Any]
 ) -> TargetModels:
     """Return a model (name or config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
-    template = Scenario(model=load_model(model), dtype=dtype, engine=engine)
     out = []
-    for phase, b, s in product(phases, batch, seq):
-        (dense,) = replace(template, phase=phase, shapes=((b, s),)).workloads
+    for request in requests_of([load_model(model)], settings):
+        dense = lower(request)
         out.append([dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)])
     return out
 

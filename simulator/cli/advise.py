@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,23 +17,27 @@ MOST_ROWS = 5  # of the table of one setting without --verbose
 
 
 # fmt: off
-@options.expanded()
+@dataclass(frozen=True)
+class Aim:
+    """Options of the target."""
+
+    target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5 or 1.5x.")] = None
+    latency: Annotated[str | None, opt("--latency", "TIME", "Or the target time of a pass, such as 12ms.")] = None
+    tokens_per_s: Annotated[float | None, opt(
+        "--tokens-per-s", "X", "Or the target of new tokens/s over all sequences.")] = None
+    confidence: Annotated[float, opt("--confidence", "P", "Minimum probability of reaching the target.")] = 0.5
+
+
+@options.expanded("csv", "figure")
 def command(
     model: options.Model,
-    hardware: options.Hardware,
-    target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5 or 1.5x.")] = None,
-    latency: Annotated[str | None, opt("--latency", "TIME", "Or the target time of a pass, such as 12ms.")] = None,
-    tokens_per_s: Annotated[float | None, opt(
-        "--tokens-per-s", "X", "Or the target of new tokens/s over all sequences.")] = None,
+    devices: options.Devices = options.DEVICES,
+    aim: Aim = Aim(),
     family: Annotated[str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")] = None,
-    confidence: Annotated[float, opt("--confidence", "P", "Minimum probability of reaching the target.")] = 0.5,
     write: Annotated[str | None, opt(
         "--write", "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.")] = None,
     run: options.Run = options.RUN,
-    known: options.Known = options.KNOWN,
-    ideal: options.Ideal = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Find the least sparsity of each family, and of depth with width, that reaches a target.
@@ -44,28 +49,23 @@ def command(
     from simulator.prediction.advise import Target, advise
     from simulator.prediction.sentences import of_advice, uncalibrated
 
-    requested = run.requests(known, model=model, ideal=ideal)
-    if sum(given is not None for given in (target, latency, tokens_per_s)) != 1:
+    asked = run.asked(model)
+    if sum(given is not None for given in (aim.target, aim.latency, aim.tokens_per_s)) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
-    speedup = None if target is None else parsing.speedup_target("--target", target)
-    aim = Target(speedup, None if latency is None else parsing.duration("--latency", latency), tokens_per_s)
-    with render.progress("searching") as report:
-        found = advise(
-            model,
-            parsing.names("--hardware", hardware),
-            aim,
-            family=None if family is None else parsing.names("--family", family),
-            **requested.axes,
-            probability=confidence,
-            progress=report,
-        )
+    target = Target(
+        None if aim.target is None else parsing.speedup_target("--target", aim.target),
+        None if aim.latency is None else parsing.duration("--latency", aim.latency),
+        aim.tokens_per_s,
+    )
+    names = None if family is None else parsing.names("--family", family)
+    found = advise(model, devices.profiles, target, names, probability=aim.confidence, **asked.settings)
     written = _written(write, model, found) if write else []
-    if not render.Output(json).write(found.rows()):
+    if not render.Output(out.json).write(found.rows()):
         return
-    render.conclude(" ".join(filter(None, of_advice(found, aim))))
-    _table(found, verbose)
-    results = [a.result for a in found.advice if verbose or a.reached]
-    render.notes((*requested.notes, *written, *uncalibrated(results), *found.notes), verbose)
+    render.conclude(" ".join(filter(None, of_advice(found, target))))
+    _table(found, out.verbose)
+    results = [a.result for a in found.advice if out.verbose or a.reached]
+    render.notes((*asked.notes, *written, *uncalibrated(results), *found.notes), out.verbose)
 
 
 def _table(found: Advised, verbose: bool) -> None:

@@ -13,6 +13,7 @@ import typer
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
+from simulator.request import Request
 
 if TYPE_CHECKING:
     from simulator.engines.engine import Engine
@@ -271,7 +272,7 @@ _EXPERTS = {"grouped": "together", "touched": "one by one: those in use", "all":
 @engines.command("list")
 def _list_engines(as_json: options.Json = False) -> None:
     """List the shipped engines."""
-    from simulator.engines.engine import DEFAULT_ENGINE, list_engines, load_engine
+    from simulator.engines.engine import list_engines, load_engine
 
     engines = [load_engine(name) for name in list_engines()]
     if as_json:
@@ -279,7 +280,7 @@ def _list_engines(as_json: options.Json = False) -> None:
         return
     columns = render.columns(
         engines,
-        ("<name", lambda e: e.name + (" (default)" if e.name == DEFAULT_ENGINE else "")),
+        ("<name", lambda e: e.name + (" (default)" if e.name == Request.engine else "")),
         ("<software", lambda e: e.title),
         ("<host", _host),
         ("<2:4 kernels", lambda e: ", ".join(f for kernels in e.sparse24.values() for f in kernels.formats) or "none"),

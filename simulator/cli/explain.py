@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, parsing, render
+from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 
@@ -16,25 +16,15 @@ if TYPE_CHECKING:
 
 
 # fmt: off
-@options.expanded()
+@options.expanded("csv")
 def explain(
     model: options.Model,
-    hardware: options.Hardware,
-    family: Annotated[str | None, opt("--family", "NAME", "One pruning family.")] = None,
-    method: Annotated[str | None, opt("--method", "NAME", "Or one published method: see prunesim methods.")] = None,
-    sparsity: Annotated[str | None, opt("--sparsity", "FRACTION", "Fraction removed.")] = None,
-    pruned: options.Pruned = None,
-    prune: options.Prune = None,
+    devices: options.Devices = options.DEVICES,
+    prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
-    known: options.Known = options.KNOWN,
-    ideal: options.Ideal = False,
-    option: options.Option = None,
-    same_stack: options.SameStack = False,
-    json: options.Json = False,
-    figure: options.Figure = None,
     roofline: Annotated[str | None, opt(
         "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")] = None,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Explain where a nominal speedup is lost.
@@ -43,28 +33,16 @@ def explain(
     speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side by side. With
     more than three predictions only the sentences are printed, and the steps with --verbose.
     """
-    output = render.Output(json, figures=[figure, roofline])
-    if family is not None and "," in family:
-        raise InputError(f"--family {family!r}: expected one family to explain")
+    output = render.Output(out.json, figures=[out.figure, roofline])
+    if prunings.family is not None and "," in prunings.family:
+        raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.explain import explanations
     from simulator.prediction.prunings import readable
     from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
 
-    requested = run.requests(known, model=model, ideal=ideal)
-    existing, skipped = readable([] if pruned is None else parsing.names("--pruned", pruned))
-    with render.progress("explaining") as report:
-        found = explanations(
-            model,
-            parsing.devices(hardware, same_stack),
-            family,
-            None if sparsity is None else parsing.fraction("--sparsity", sparsity),
-            method=method,
-            pruned=existing,
-            prune=prune or [],
-            **requested.axes,
-            options=parsing.settings("--option", option),
-            progress=report,
-        )
+    asked, given = run.asked(model), prunings.parsed()
+    given["pruned"], skipped = readable(given.get("pruned", ()))
+    found = explanations(model, devices.profiles, **given, **asked.settings)
     rows = [
         {**e.result.to_dict(), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
         for e in found
@@ -75,19 +53,19 @@ def explain(
         if many:
             for e in found:
                 print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
-        groups = [] if many and not verbose else _by_engine(found)
+        groups = [] if many and not out.verbose else _by_engine(found)
         for i, together in enumerate(groups):
             if i:
                 print()
             _print(together)
-        render.notes([*requested.notes, *skipped, *_notes(found)], verbose)
-    if figure or roofline:
+        render.notes([*asked.notes, *skipped, *_notes(found)], out.verbose)
+    if out.figure or roofline:
         from simulator.figures.gemms import rooflines_of
         from simulator.figures.style import save_figure
         from simulator.figures.waterfall import waterfalls_of
 
-        if figure:
-            save_figure(waterfalls_of(found), figure)
+        if out.figure:
+            save_figure(waterfalls_of(found), out.figure)
         if roofline:
             save_figure(rooflines_of(found), roofline)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
@@ -24,22 +24,28 @@ _MEANING = {
 
 
 # fmt: off
+@dataclass(frozen=True)
+class Product:
+    """Options of the matrix product."""
+
+    dtype: options.setting_option("dtype") = "bf16"  # type: ignore[valid-type]
+    weight_dtype: options.setting_option("weight_dtype") = None  # type: ignore[valid-type]
+    semi_structured: Annotated[bool, opt(
+        "--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")] = False
+    warm: Annotated[bool, opt(
+        "--warm", None, "Weights already in the L2 cache; by default they come from memory.")] = False
+
+
+@options.expanded("csv", "verbose")
 def gemm(
     m: Annotated[str, arg("M", "Tokens; a comma list for several.")],
     n: Annotated[str, arg("N", "Output features; a comma list for several.")],
     k: Annotated[str, arg("K", "Input features; a comma list for several.")],
-    hardware: options.Hardware,
-    dtype: options.Dtype = "bf16",
-    weight_dtype: options.WeightDtype = None,
-    semi_structured: Annotated[bool, opt(
-        "--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")] = False,
-    warm: Annotated[bool, opt(
-        "--warm", None, "Weights already in the L2 cache; by default they come from memory.")] = False,
+    devices: options.Devices = options.DEVICES,
+    product: Product = Product(),
     explain: Annotated[bool, opt(
         "--explain", None, "Show the steps from the roofline to the predicted time.")] = False,
-    same_stack: options.SameStack = False,
-    json: options.Json = False,
-    figure: options.Figure = None,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Predict the time of a matrix product.
@@ -48,23 +54,20 @@ def gemm(
     software stack whose kernels were fitted: vllm's, or the next that was; --hardware GPU@STACK selects another.
     """
     sizes = parsing.integers("M", m), parsing.integers("N", n), parsing.integers("K", k)
-    output = render.Output(json, figures=[figure])
+    output = render.Output(out.json, figures=[out.figure])
     from simulator.prediction.gemms import gemm_table
 
-    devices = parsing.devices(hardware, same_stack)
-    rows = gemm_table(
-        *sizes, devices, dtype=dtype, weight_dtype=weight_dtype, semi_structured=semi_structured, cold=not warm
-    )
+    rows = gemm_table(*sizes, devices.profiles, **asdict(product))
     if output.write([asdict(r) for r in rows]):
         _print(rows)
         for row in rows if explain else ():
             print()
             _print_steps(row)
-    if figure:
+    if out.figure:
         from simulator.figures.gemms import gemms_of
         from simulator.figures.style import save_figure
 
-        save_figure(gemms_of(rows), figure)
+        save_figure(gemms_of(rows), out.figure)
 
 
 def _print(rows: Sequence[GemmRecord]) -> None:

@@ -1,26 +1,23 @@
 """Define the options that several commands share; :mod:`simulator.cli.parsing` parses their texts.
 
-:class:`Run` has the options of every prediction; :func:`expanded` adds its fields to the options of a command.
+Options that belong together are a dataclass (:data:`RUN`: the settings of a request); :func:`expanded` adds its fields
+to the options of a command.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
-from simulator.cli.parsing import checked, duration, fractions, integers, names, prefix
-from simulator.engines import DEFAULT_ENGINE
+from simulator.cli.parsing import checked, fractions, integers, names, settings
 from simulator.errors import InputError
-from simulator.units import parse_count
-
-if TYPE_CHECKING:
-    from simulator.prediction.scenario import Scenario
+from simulator.request import SETTINGS, Flag, Setting, Whole
 
 # option or argument -> place of the names for shell completion
 NAMES: Mapping[str, str] = {
@@ -29,9 +26,9 @@ NAMES: Mapping[str, str] = {
     **dict.fromkeys(("--engine", "--versus"), "engines.engine.list_engines"),
     **dict.fromkeys(("--family", "--detail"), "pruning.FAMILIES"),
     "--method": "pruning._methods.METHODS",
-    "--phase": "workload.PHASES",
-    "--link": "hardware.link.CONNECTIONS",
-    **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "workload.DTYPES"),
+    "--phase": "names.PHASES",
+    "--link": "names.CONNECTIONS",
+    **dict.fromkeys(("--dtype", "--weight-dtype", "--kv-dtype"), "names.DTYPES"),
 }
 
 
@@ -68,32 +65,32 @@ def arg(metavar: str, text: str, like: str = "") -> Any:
 
 # fmt: off
 Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")]
-Hardware = Annotated[str, opt(
-    "--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")]
-SameStack = Annotated[bool, opt(
-    "--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")]
-Phase = Annotated[str, opt("--phase", "LIST", "prefill, decode, generate, serve; a comma list for several.")]
-Batch = Annotated[str, opt("--batch", "LIST", "Sequences in a batch: a list, or a range such as 1:64 (powers of two).")]
-Seq = Annotated[str, opt(
-    "--seq", "LIST", "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).")]
-NewTokens = Annotated[int, opt("--new-tokens", "N", "Tokens decoded after the prompt, in generate and serve.")]
-Engine = Annotated[str, opt(
-    "--engine", "NAME", "Engine (see prunesim engines list), with @VERSION for an older one, or YAML file.")]
-Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of activations and arithmetic.")]
-WeightDtype = Annotated[str | None, opt(
-    "--weight-dtype", "NAME", "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype.")]
-Ideal = Annotated[bool, opt("--ideal", None, "Exclude the work that pruning adds (routers, gathers): an upper bound.")]
-Option = Annotated[list[str] | None, opt(
-    "--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")]
+Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
+Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
 Pruned = Annotated[str | None, opt(
     "--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")]
 Prune = Annotated[list[str] | None, opt(
     "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated. "
     "Parts of width: attention, heads, kv, mlp, hidden. Families: depth, width, width_cross, low_rank, "
     "semi_structured, unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
-Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
-Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
-Figure = Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")]
+REQUIRED = "<required>"  # default of an option in a group that has none
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Options that choose devices."""
+
+    hardware: Annotated[str, opt(
+        "--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")] = REQUIRED
+    same_stack: Annotated[bool, opt(
+        "--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")] = False
+
+    @property
+    def profiles(self) -> list[Any]:
+        """The loaded devices."""
+        from simulator.hardware.library import load_hardware
+
+        return [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
 
 
 @dataclass(frozen=True)
@@ -108,137 +105,132 @@ class Prunings:
     sparsity: Annotated[str | None, opt(
         "--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's "
         "paper.")] = None
-
-    def parsed(self) -> dict[str, Any]:
-        """Return the arguments of :func:`simulator.table`."""
-        return {
-            "family": None if self.family is None else names("--family", self.family),
-            "method": [] if self.method is None else names("--method", self.method),
-            "pruned": [] if self.pruned is None else names("--pruned", self.pruned),
-            "prune": self.prune or [],
-            "sparsity": None if self.sparsity is None else fractions("--sparsity", self.sparsity),
-        }
-
-
-@dataclass(frozen=True)
-class Run:
-    """Options of every prediction, as texts of the command line."""
-
-    phase: Phase = "decode"
-    batch: Batch = "1"
-    concurrency: Annotated[int | None, opt(
-        "--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")] = None
-    seq: Seq = "2048"
-    new_tokens: NewTokens = 128
-    cached_prefix: Annotated[str | None, opt(
-        "--cached-prefix", "N", "Tokens of each prompt in the prefix cache, or a share of the prompt (25%).")] = None
-    token_budget: Annotated[str | None, opt(
-        "--token-budget", "N", "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")] = None
-    engine: Annotated[str, opt(
-        "--engine", "LIST", "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or "
-        "YAML files; a comma list.")] = DEFAULT_ENGINE
-    dtype: Dtype = "bf16"
-    weight_dtype: WeightDtype = None
-    kv_dtype: Annotated[str | None, opt(
-        "--kv-dtype", "NAME", "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.")] = None
-    devices: Annotated[int, opt("--devices --tp", "N", "Number of devices that share the model.")] = 1
-    link: Annotated[str | None, opt(
-        "--link", "NAME", "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. "
-        "Default: the hardware's.")] = None
-    parallel: Annotated[str, opt(
-        "--parallel", "NAME", "How devices share the model: tensor, expert or pipeline.")] = "tensor"
-    skew: Annotated[float | None, opt(
-        "--skew", "X", "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the "
-        "least busy.")] = None
-
-    def requests(self, known: Known | None = None, *, model: str = "", ideal: bool = False) -> Requests:
-        """Parse the options, with a measured time of the dense ``model``, if any."""
-        from simulator.operators.experts import EXPERT_SKEW
-        from simulator.prediction.scenario import Scenario
-
-        if self.concurrency is not None and (self.batch != "1" or self.phase != "serve"):
-            raise InputError("--concurrency: expected with --phase serve, instead of --batch")
-        if self.link is not None and self.devices == 1:
-            raise InputError("--link: expected with --devices of at least 2")
-        budget = self.token_budget
-        scenario = Scenario(
-            new_tokens=self.new_tokens,
-            cached_prefix=0.0 if self.cached_prefix is None else prefix(self.cached_prefix),
-            token_budget=None if budget is None else checked("--token-budget", budget, parse_count),
-            dtype=self.dtype,
-            weight_dtype=self.weight_dtype,
-            kv_dtype=self.kv_dtype,
-            devices=self.devices,
-            parallel=self.parallel,
-            link=self.link,
-            skew=EXPERT_SKEW if self.skew is None else self.skew,
-            ideal=ideal,
-        )
-        found = Requests(
-            phase=names("--phase", self.phase),
-            batch=integers("--batch", self.batch) if self.concurrency is None else [self.concurrency],
-            seq=integers("--seq", self.seq),
-            engine=names("--engine", self.engine),
-            scenario=scenario,
-        )
-        return found if known is None else known.added(found, model)
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Axes of a prediction for :func:`simulator.table`, their common scenario, and notes on a measured time."""
-
-    phase: Sequence[str]
-    batch: Sequence[int]
-    seq: Sequence[int]
-    engine: Sequence[str]
-    scenario: Scenario
-    notes: tuple[str, ...] = ()
+    option: Annotated[list[str] | None, opt(
+        "--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")] = None
 
     @property
-    def axes(self) -> dict[str, Any]:
-        """Axes and scenario by name."""
-        return {name: getattr(self, name) for name in ("phase", "batch", "seq", "engine", "scenario")}
+    def named(self) -> bool:
+        """Whether the options name prunings, and not families."""
+        return bool(self.prune or self.pruned or self.method)
+
+    def parsed(self) -> dict[str, Any]:
+        """Return the keywords of :func:`simulator.table`."""
+        texts = {"family": self.family, "method": self.method, "pruned": self.pruned}
+        given: dict[str, Any] = {name: names(f"--{name}", text) for name, text in texts.items() if text is not None}
+        given |= {"prune": self.prune} if self.prune else {}
+        given |= {} if self.sparsity is None else {"sparsity": fractions("--sparsity", self.sparsity)}
+        if self.option:
+            families = given.get("family", ["all"])
+            if not self.method and (len(families) > 1 or families == ["all"]):
+                raise InputError("--option: expected one family: options belong to a family")
+            given["options"] = settings("--option", self.option)
+        return given
 
 
 @dataclass(frozen=True)
-class Known:
-    """A measured time of the dense model, as texts of the command line."""
+class Output:
+    """Options of what a command prints and writes."""
 
-    dense_time: Annotated[str | None, opt(
-        "--dense-time", "TIME", "Measured time of the dense model in this scenario, such as 18.6ms.")] = None
-    dense_tokens_per_s: Annotated[float | None, opt(
-        "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")] = None
-    dense_from: Annotated[str | None, opt(
+    json: Json = False
+    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None
+    figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None
+    verbose: Verbose = False
+
+
+class Asked(NamedTuple):
+    """Settings of a request by name, of which some are lists, and notes on a measured time."""
+
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+# other ways to state the batch and a measured time
+_OTHERS: Mapping[str, Any] = {
+    "concurrency": Annotated[int | None, opt(
+        "--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")],
+    "dense_tokens_per_s": Annotated[float | None, opt(
+        "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")],
+    "dense_from": Annotated[str | None, opt(
         "--dense-from", "FILE", "Instead of --dense-time: result of vllm bench, SGLang, trtllm-bench, "
-        "genai-perf or AIPerf for this request.")] = None
-
-    def added(self, requests: Requests, model: str) -> Requests:
-        """Return requests with the measured time of the dense ``model`` in the scenario."""
-        given = sum(value is not None for value in (self.dense_time, self.dense_tokens_per_s, self.dense_from))
-        if not given:
-            return requests
-        if given > 1:
-            raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
-        from simulator.prediction.scenario import dense_seconds
-
-        phase, batch, seq, notes = requests.phase[0], requests.batch[0], requests.seq[0], requests.notes
-        if self.dense_time is not None:
-            seconds = duration("--dense-time", self.dense_time)
-        elif self.dense_from is not None:
-            from simulator.prediction.measured import measured
-
-            engine, shapes = requests.engine[0], ((batch, seq),)
-            one = replace(requests.scenario, model=model, engine=engine, phase=phase, shapes=shapes)
-            found = measured(self.dense_from, one)
-            seconds, notes = found.seconds, (*notes, *found.notes)
-        else:
-            seconds = dense_seconds(self.dense_tokens_per_s, phase, batch, seq, requests.scenario.new_tokens)
-        return replace(requests, scenario=replace(requests.scenario, dense_s=seconds), notes=notes)
-
-
+        "genai-perf or AIPerf for this request.")],
+}
 # fmt: on
-KNOWN, PRUNINGS, RUN = Known(), Prunings(), Run()  # defaults of the parameters of commands
+
+
+class Run:
+    """Settings of a request as texts of the command line: attributes with the names of the settings, and others."""
+
+    def text(self, name: str) -> Any:
+        """Return the text of a setting; None if the command has no such option."""
+        return getattr(self, name, None)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Texts that differ from the defaults, by option without its dashes."""
+        own: Any = self  # a dataclass, see run_options
+        changed = {f.name: value for f in fields(own) if (value := getattr(self, f.name)) != f.default}
+        return {SETTINGS[n].flags[0][2:] if n in SETTINGS else n: value for n, value in changed.items()}
+
+    def asked(self, model: str = "") -> Asked:
+        """Parse the options, with a measured time of the dense ``model``, if there is one."""
+        found: dict[str, Any] = {}
+        for name, setting in SETTINGS.items():
+            if (given := self.text(name)) is not None:
+                found[name] = _parsed(setting, given)
+        concurrency, rate, file = map(self.text, _OTHERS)
+        if concurrency is not None:
+            if found["batch"] != [1] or found["phase"] != ["serve"]:
+                raise InputError("--concurrency: expected with --phase serve, instead of --batch")
+            found["batch"] = [concurrency]
+        if "link" in found and found["devices"] == 1:
+            raise InputError("--link: expected with --devices of at least 2")
+        if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
+            raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
+        if rate is None and file is None:
+            return Asked(found)
+        from simulator.prediction.measured import measured
+        from simulator.prediction.requests import dense_seconds, requests_of
+
+        one = requests_of([model], found)[0]
+        if file is None:
+            return Asked(found | {"dense_s": dense_seconds(rate, one)})
+        seconds, _, notes = measured(file, one)
+        return Asked(found | {"dense_s": seconds}, notes)
+
+
+def _parsed(setting: Setting, given: Any) -> Any:
+    option = setting.flags[0]
+    if isinstance(setting.accepts, Flag):
+        return given
+    if setting.several:
+        values = (integers if isinstance(setting.accepts, Whole) else names)(option, given)
+        return [setting.check(value, option) for value in values]
+    return setting.check(checked(option, given, setting.accepts.parse), option)
+
+
+def setting_option(name: str, metavar: str = "", text: str = "") -> Any:
+    """Return the annotation of a setting's option."""
+    setting = SETTINGS[name]
+    kind = bool if isinstance(setting.accepts, Flag) else str | None
+    return Annotated[kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)]
+
+
+def _default(setting: Setting) -> Any:
+    if isinstance(setting.accepts, Flag):
+        return setting.default
+    return None if setting.default in (None, 0.0) else str(setting.default)
+
+
+def run_options(*chosen: str, others: bool = False, **defaults: str) -> Any:
+    """Return a :class:`Run` with the options of some settings, as a dataclass of their defaults."""
+    parts = [(n, setting_option(n), field(default=defaults.get(n, _default(SETTINGS[n])))) for n in chosen]
+    parts += [(n, annotation, field(default=None)) for n, annotation in _OTHERS.items() if others]
+    return make_dataclass("Settings", parts, bases=(Run,), frozen=True)()
+
+
+RUN: Run = run_options(*SETTINGS, others=True)
+"""The options of every request, with their defaults."""
+DEVICES, PRUNINGS, OUTPUT = Devices(), Prunings(), Output()
 
 
 def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -258,13 +250,16 @@ def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 groups[p.name] = p.default, shared
                 parts = [(name, getattr(p.default, name), hints[name]) for name in shared]
             for name, default, kind in parts:
-                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=default, annotation=kind))
+                value = inspect.Parameter.empty if default == REQUIRED else default
+                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=value, annotation=kind))
 
         @wraps(command)
         def called(**given: Any) -> None:
-            for name, (default, shared) in groups.items():
-                given[name] = replace(default, **{option: given.pop(option) for option in shared})
-            command(**given)
+            made = {
+                name: replace(default, **{option: given.pop(option) for option in shared})
+                for name, (default, shared) in groups.items()
+            }
+            command(**given, **made)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {p.name: p.annotation for p in parameters}

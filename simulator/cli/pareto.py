@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
@@ -16,24 +16,28 @@ if TYPE_CHECKING:
 
 
 # fmt: off
-@options.expanded("weight_dtype", "kv_dtype")
+@dataclass(frozen=True)
+class Quality:
+    """Options that choose rows of a quality table."""
+
+    quality: Annotated[str | None, opt(
+        "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None
+    metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = ""
+    protocol: Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")] = ""
+    quality_model: Annotated[str | None, opt(
+        "--quality-model", "NAME", "Use the quality rows of this model instead.")] = None
+
+
+@options.expanded("weight_dtype", "kv_dtype", "dense_s", "dense_tokens_per_s", "dense_from", "ideal")
 def pareto(
     model: options.Model,
-    hardware: options.Hardware,
-    quality: Annotated[str | None, opt(
-        "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None,
-    metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = "",
-    protocol: Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")] = "",
-    quality_model: Annotated[str | None, opt(
-        "--quality-model", "NAME", "Use the quality rows of this model instead.")] = None,
+    devices: options.Devices = options.DEVICES,
+    rows: Quality = Quality(),
     measured: Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")] = None,
     max_loss: Annotated[str | None, opt(
         "--max-loss", "FRACTION", "Name the fastest model with at most this loss.")] = None,
     run: options.Run = options.RUN,
-    json: options.Json = False,
-    csv: Annotated[str | None, opt("--csv", "FILE", "Write the points as CSV (- for standard output).")] = None,
-    figure: options.Figure = None,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Show the frontier of speed and quality.
@@ -43,34 +47,32 @@ def pareto(
     shipped tables, the default), in your table, or by lm-evaluation-harness (a CSV with the columns results, family,
     sparsity). Speed is predicted, unless --measured has a value.
     """
-    output = render.Output(json, csv, [figure])
+    output = render.Output(out.json, out.csv, [out.figure])
     from simulator.models.library import load_model
     from simulator.prediction.pareto import fronts, read_measured
     from simulator.prediction.quality import choose_axis, load_quality
     from simulator.prediction.sentences import MOST_SENTENCES, of_fronts
 
     config = load_model(model)
-    table = load_quality(quality).of_model(quality_model or config.name)
-    axis = choose_axis(table, metric, protocol, strict=quality is not None)
-    devices, requested = parsing.names("--hardware", hardware), run.requests()
+    table = load_quality(rows.quality).of_model(rows.quality_model or config.name)
+    axis = choose_axis(table, rows.metric, rows.protocol, strict=rows.quality is not None)
     known = read_measured(measured) if measured else ()
     most = None if max_loss is None else parsing.fraction("--max-loss", max_loss)
-    with render.progress("predicting") as report:
-        found, notes = fronts(config, devices, table, axis, **requested.axes, measured=known, progress=report)
+    found, notes = fronts(config, devices.profiles, table, axis, measured=known, **run.asked().settings)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
-        if verbose or len(found) <= MOST_SENTENCES:
+        if out.verbose or len(found) <= MOST_SENTENCES:
             for front in found:
                 print(_front_text(front), end="\n\n")
             print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
         else:
             _show_trades(found)
-    if figure:
+    if out.figure:
         from simulator.figures.pareto import fronts_of
         from simulator.figures.style import save_figure
 
-        save_figure(fronts_of(found), figure)
+        save_figure(fronts_of(found), out.figure)
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
@@ -78,10 +80,10 @@ def pareto(
 
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
-    if others and verbose and not json and csv != "-":
+    if others and out.verbose and not out.json and out.csv != "-":
         shown = "; ".join(others[:4]) + (" ..." if len(others) > 4 else "")
         lines.append(f"other axes of {table.models[0]}, chosen by --metric and --protocol: {shown}")
-    render.notes(lines, verbose)
+    render.notes(lines, out.verbose)
 
 
 def _show_trades(found: Sequence[Front]) -> None:

@@ -21,15 +21,6 @@ def names(option: str, text: str) -> list[str]:
     return parts
 
 
-def devices(text: str, same_stack: bool = False) -> list[Any]:
-    """Parse ``--hardware`` into names, or with ``--same-stack`` into profiles."""
-    if not same_stack:
-        return names("--hardware", text)
-    from simulator.hardware.library import load_hardware
-
-    return [load_hardware(name, same_stack=True) for name in names("--hardware", text)]
-
-
 def duration(option: str, text: str) -> float:
     """Parse a time with its unit, s."""
     return checked(option, text, lambda given: parse_quantity(given, "s"))
@@ -71,12 +62,6 @@ def fractions(option: str, text: str) -> list[float]:
             raise InputError(f"{option} {part!r}: expected FIRST:LAST:STEP, such as 0.1:0.5:0.1")
         out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
     return list(dict.fromkeys(out))
-
-
-def prefix(text: str) -> float:
-    """Parse tokens, or a share of a prompt below 1."""
-    share = "%" in text or text.strip().startswith(("0.", "."))
-    return checked("--cached-prefix", text, parse_fraction if share else lambda given: float(parse_count(given)))
 
 
 def fraction(option: str, text: str) -> float:

@@ -151,7 +151,7 @@ def run(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
     except MemoryError:
-        return _fail("not enough memory; request fewer scenarios at once", 1)
+        return _fail("not enough memory; request fewer combinations at once", 1)
     except Exception as error:
         # usage errors of the option parser: their class is not public in every version of typer, this method is
         if hasattr(error, "format_message"):

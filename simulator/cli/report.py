@@ -8,9 +8,9 @@ import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from simulator.cli import options, parsing, render
+from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError, needs_extra
 
@@ -33,13 +33,9 @@ SERVER = {
 def report(
     model: options.Model,
     output: Annotated[str, opt("-o --output", "FILE", "HTML file to write.")],
-    hardware: options.Hardware,
+    devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
-    known: options.Known = options.KNOWN,
-    ideal: options.Ideal = False,
-    option: options.Option = None,
-    same_stack: options.SameStack = False,
     as_json: options.Json = False,
 ) -> None:
     """Write predictions as one HTML file.
@@ -55,23 +51,10 @@ def report(
     from simulator.explore.content import command as line
     from simulator.explore.content import commands, content
     from simulator.explore.report import report_html
-    from simulator.hardware.library import load_hardware
 
-    requested = run.requests(known, model=model, ideal=ideal)
-    asked: dict[str, Any] = {
-        "models": model,
-        "hardware": [load_hardware(name) for name in parsing.devices(hardware, same_stack)],
-        **prunings.parsed(),
-        **requested.axes,
-        "options": parsing.settings("--option", option),
-    }
-    found = content(asked)
-    given: dict[str, Any] = {"hardware": hardware, **asdict(prunings), "option": option, "ideal": ideal}
-    given["same_stack"] = same_stack
-    defaults = asdict(options.RUN) | {"phase": None, "batch": None, "seq": None}
-    given |= {name: value for name, value in asdict(run).items() if value != defaults[name]} | asdict(known)
-    if run.concurrency is not None:
-        given["batch"] = None
+    asked = run.asked(model)
+    found = content({"models": model, "hardware": devices.profiles, **prunings.parsed(), **asked.settings})
+    given = {**asdict(devices), **asdict(prunings), **run.given}
     lines = [*commands(model, given, found), line("report", model, {**given, "output": output})]
     text = report_html(found, lines).encode()
     write_whole(output, text)
@@ -79,7 +62,7 @@ def report(
         render.show_json({"file": output, "bytes": len(text)})
     else:
         print(output)
-    render.notes(requested.notes)
+    render.notes(asked.notes)
 
 
 def explore(port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8501) -> None:

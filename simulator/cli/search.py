@@ -3,53 +3,82 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
-from simulator.units import parameters, parse_parameters, parse_quantity
+from simulator.units import parameters, parse_parameters, parse_quantity, parse_ratio
 
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs
     from simulator.plans.search import Plan, PlanPoint
+    from simulator.plans.solve import Targets
 
 MOST_POINTS = 8  # plans of the frontier in the table without --verbose
 MOST_ROWS = 24  # of the table of costs without --verbose
 
 
 # fmt: off
-@options.expanded()
-def search(
-    model: options.Model,
-    hardware: options.Hardware,
+@dataclass(frozen=True)
+class Scored:
+    """Options of the variants and their scores."""
+
     scores: Annotated[str | None, opt(
         "--scores", "FILE", "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of Puzzletron's "
-        "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")] = None,
-    metric: Annotated[str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")] = "",
-    maximise: Annotated[bool, opt("--maximise", None, "A higher value of the metric is better.")] = False,
-    target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None,
-    latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None,
-    tokens_per_s: Annotated[float | None, opt(
-        "--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")] = None,
-    ttft: Annotated[str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")] = None,
-    tpot: Annotated[str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")] = None,
-    memory: Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")] = None,
-    params: Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")] = None,
-    confidence: Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")] = 0.5,
+        "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")] = None
+    metric: Annotated[str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")] = ""
+    maximise: Annotated[bool, opt("--maximise", None, "A higher value of the metric is better.")] = False
     uniform: Annotated[bool, opt(
-        "--uniform", None, "One shape for all remaining layers, which stock engines load.")] = False,
+        "--uniform", None, "One shape for all remaining layers, which stock engines load.")] = False
     groups: Annotated[str | None, opt(
-        "--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")] = None,
+        "--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")] = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Options of the targets."""
+
+    target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None
+    latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None
+    tokens_per_s: Annotated[float | None, opt(
+        "--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")] = None
+    ttft: Annotated[str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")] = None
+    tpot: Annotated[str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")] = None
+    memory: Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")] = None
+    params: Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")] = None
+    confidence: Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")] = 0.5
+
+    def parsed(self) -> Targets:
+        """Return the targets."""
+        from simulator.plans.solve import Targets
+
+        parsers: dict[str, Callable[[str], float]] = {
+            **dict.fromkeys(("latency", "ttft", "tpot"), lambda text: parse_quantity(text, "s")),
+            "target": parse_ratio,
+            "memory": lambda text: parse_quantity(text, "B"),
+            "params": parse_parameters,
+        }
+        given = {n: parsing.checked(f"--{n}", text, parse) for n, parse in parsers.items()
+                 if (text := getattr(self, n)) is not None}
+        names = {"target": "speedup", "memory": "memory_bytes", "params": "parameters"}
+        found = {names.get(n, f"{n}_s"): value for n, value in given.items()}
+        return Targets(**found, tokens_per_s=self.tokens_per_s, confidence=self.confidence)
+
+
+@options.expanded("csv", "ideal")
+def search(
+    model: options.Model,
+    devices: options.Devices = options.DEVICES,
+    wanted: Wanted = Wanted(),
+    scored: Scored = Scored(),
     write: Annotated[str | None, opt(
         "--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json.")] = None,
     run: options.Run = options.RUN,
-    known: options.Known = options.KNOWN,
-    json: options.Json = False,
-    figure: options.Figure = None,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Choose a variant of each layer that meets targets.
@@ -60,47 +89,34 @@ def search(
     with the plan's speed, score and parameters, then the layers, what the same budget in parameters or FLOPs would have
     chosen, and the frontier of score against time.
     """
-    output = render.Output(json, None, [figure])
+    output = render.Output(out.json, None, [out.figure])
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")
     from simulator.plans.search import search as chosen
-    from simulator.plans.solve import Targets
 
-    requested = run.requests(known, model=model)
-    times = {"latency": latency, "ttft": ttft, "tpot": tpot}
-    targets = Targets(
-        speedup=None if target is None else parsing.speedup_target("--target", target),
-        **{f"{k}_s": None if text is None else parsing.duration(f"--{k}", text) for k, text in times.items()},
-        tokens_per_s=tokens_per_s,
-        memory_bytes=None if memory is None else parsing.checked("--memory", memory, lambda t: parse_quantity(t, "B")),
-        parameters=None if params is None else parsing.checked("--params", params, parse_parameters),
-        confidence=confidence,
-    )
-    how: dict[str, Any] = {"metric": metric, "maximise": maximise, "uniform": uniform, "groups": groups}
-    devices = parsing.names("--hardware", hardware)
-    with render.progress("searching") as report:
-        plan = chosen(model, devices, targets, scores, **requested.axes, **how, progress=report)
-    lines = list(requested.notes)
+    asked = run.asked(model)
+    plan = chosen(model, devices.profiles, wanted.parsed(), **asdict(scored), **asked.settings)
+    lines = list(asked.notes)
     if write:
         from simulator.plans.write import write_plan
 
         lines += write_plan(plan, model, write)
-    if figure:
+    if out.figure:
         from simulator.figures.plan import plan_figure
         from simulator.figures.style import save_figure
 
-        save_figure(plan_figure(plan), figure)
+        save_figure(plan_figure(plan), out.figure)
     if not output.write([plan.to_dict()]):
         return
     from simulator.prediction.sentences import uncalibrated
 
     render.conclude(*_conclusion(plan))
     _layers(plan)
-    if len(plan.targets) > 1 or verbose:
+    if len(plan.targets) > 1 or out.verbose:
         _targets(plan)
     _others(plan)
-    _frontier(plan, verbose)
-    render.notes((*lines, *plan.notes, *uncalibrated(plan.results)), verbose)
+    _frontier(plan, out.verbose)
+    render.notes((*lines, *plan.notes, *uncalibrated(plan.results)), out.verbose)
 
 
 def _conclusion(plan: Plan) -> list[str]:
@@ -197,18 +213,17 @@ def _frontier(plan: Plan, verbose: bool) -> None:
 
 
 # fmt: off
-@options.expanded()
+@options.expanded("csv", "figure", "ideal", "dense_s", "dense_tokens_per_s", "dense_from")
 def costs(
     model: options.Model,
-    hardware: options.Hardware,
+    devices: options.Devices = options.DEVICES,
     choices: Annotated[str | None, opt(
         "--choices", "FILE", "Variants: YAML, or a file as --scores of search. Default: the usual ones.")] = None,
     output: Annotated[str | None, opt(
         "-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
         "(with --phase generate).")] = None,
     run: options.Run = options.RUN,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Price every variant of every layer, for a search.
@@ -219,22 +234,21 @@ def costs(
     writes a row per layer. As subblock_stats.json, with --phase generate, it has the prefill and decode times that
     ModelOpt's Puzzletron needs for its latency targets.
     """
-    requested = run.requests()
+    asked = run.asked()
     if output is not None:
-        _checked(output, requested.phase)
+        _checked(output, asked.settings["phase"])
     from simulator.plans.costs import costs as priced
 
-    with render.progress("pricing") as report:
-        found = priced(model, parsing.names("--hardware", hardware), choices, **requested.axes, progress=report)
+    found = priced(model, devices.profiles, choices, **asked.settings)
     lines = []
     if output is not None:
         _write(found, output)
         lines.append(f"written: {output}: {len(found)} costs")
-    if not render.Output(json).write(found.rows):
+    if not render.Output(out.json).write(found.rows):
         return
     groups = _together(found)
     render.conclude(_shares(found))
-    rows = groups if verbose else groups[:MOST_ROWS]
+    rows = groups if out.verbose else groups[:MOST_ROWS]
     several = len(found.settings) > 1
     place = [
         ("<hardware", lambda row: row["hardware"]),
@@ -255,7 +269,7 @@ def costs(
     hidden = f"; {len(groups) - len(rows)} more rows with --verbose" if len(groups) > len(rows) else ""
     title = f"{found.model.name}{'' if several else f' on {found.settings[0]}'}: costs with {found.level:.0%} intervals"
     render.show(render.narrowed(columns, 5 + 3 * several), title + hidden)
-    render.notes((*requested.notes, *lines), verbose)
+    render.notes(lines, out.verbose)
 
 
 def _checked(output: str, phases: Sequence[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
+from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
     from simulator.prediction.service import OperatingPoint, Service
@@ -19,31 +21,32 @@ MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most 
 
 
 # fmt: off
-@options.expanded("phase", "batch", "concurrency", "seq")
-def command(
-    model: options.Model,
-    hardware: options.Hardware,
-    prunings: options.Prunings = options.PRUNINGS,
+@dataclass(frozen=True)
+class Server:
+    """Options of the service."""
+
     concurrency: Annotated[int | None, opt(
         "--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
-        "Default: the most that fit the dense model.")] = None,
-    ttft: Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")] = None,
-    tpot: Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")] = None,
-    confidence: Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")] = 0.5,
+        "Default: the most that fit the dense model.")] = None
+    ttft: Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")] = None
+    tpot: Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")] = None
+    confidence: Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")] = 0.5
     price: Annotated[float | None, opt(
-        "--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")] = None,
-    seq: Annotated[str, opt("--seq", "N", "Tokens of each prompt.")] = "2048",
-    run: options.Run = options.RUN,
-    ideal: options.Ideal = False,
-    option: options.Option = None,
-    same_stack: options.SameStack = False,
-    json: options.Json = False,
-    csv: Annotated[str | None, opt(
-        "--csv", "FILE", "Write the operating points as CSV (- for standard output).")] = None,
-    figure: Annotated[str | None, opt(
-        "--figure", "FILE", "Also draw throughput over time per token: .pdf, .svg or .png.")] = None,
-    verbose: Annotated[bool, opt(
-        "--verbose", None, "Also print every concurrency of the grid, all prunings and all notes.")] = False,
+        "--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")] = None
+
+
+# a server has a concurrency of its own
+LOAD: options.Run = options.run_options(*(name for name in SETTINGS if name not in ("phase", "batch", "dense_s")))
+
+
+@options.expanded()
+def command(
+    model: options.Model,
+    devices: options.Devices = options.DEVICES,
+    prunings: options.Prunings = options.PRUNINGS,
+    server: Server = Server(),
+    run: options.Run = LOAD,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     # fmt: on
     """Compare dense and pruned models in a server.
@@ -55,38 +58,32 @@ def command(
     With --price it shows the cost of a million tokens: of output that pays for all, and of prompt and output alike
     (--verbose: of prompt and of new tokens, by their share of the device time).
     """
-    output = render.Output(json, csv, [figure])
+    output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.service import serve
 
-    requested = run.requests(ideal=ideal)
-    lengths = parsing.integers("--seq", seq)
-    if len(lengths) != 1:
-        raise InputError(f"--seq {seq!r}: expected one length")
-    with render.progress("predicting") as report:
-        found = serve(
-            model,
-            parsing.devices(hardware, same_stack),
-            **prunings.parsed(),
-            seq=lengths[0],
-            engine=requested.engine,
-            concurrency=concurrency,
-            ttft_s=None if ttft is None else parsing.duration("--ttft", ttft),
-            tpot_s=None if tpot is None else parsing.duration("--tpot", tpot),
-            probability=confidence,
-            price=price,
-            scenario=requested.scenario,
-            options=parsing.settings("--option", option),
-            progress=report,
-        )
-    curves = [point for service in found.services for point in service.curve] if verbose else []
+    asked = run.asked()
+    if len(asked.settings["seq"]) != 1:
+        raise InputError(f"--seq {run.text('seq')!r}: expected one length")
+    limits = {"ttft": server.ttft, "tpot": server.tpot}
+    found = serve(
+        model,
+        devices.profiles,
+        concurrency=server.concurrency,
+        **{f"{n}_s": None if text is None else parsing.duration(f"--{n}", text) for n, text in limits.items()},
+        probability=server.confidence,
+        price=server.price,
+        **prunings.parsed(),
+        **asked.settings,
+    )
+    curves = [point for service in found.services for point in service.curve] if out.verbose else []
     if output.write([point.to_dict() for point in (*found.points, *curves)]):
-        _print(found.services, verbose)
-    if figure:
+        _print(found.services, out.verbose)
+    if out.figure:
         from simulator.figures.speedup import services_of
         from simulator.figures.style import save_figure
 
-        save_figure(services_of(found.services), figure)
-    render.notes((*requested.notes, *found.notes), verbose)
+        save_figure(services_of(found.services), out.figure)
+    render.notes(found.notes, out.verbose)
 
 
 def _print(services: Sequence[Service], verbose: bool) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from simulator.cli import options, parsing, render
+from simulator.cli import options, render
 from simulator.cli.options import opt
-from simulator.errors import InputError
 
 if TYPE_CHECKING:
     from simulator.prediction.result import Result, Results
@@ -28,18 +27,11 @@ AXIS_COLUMNS, PRUNING_COLUMNS = 30, 19
 @options.expanded()
 def speedup(
     model: options.Model,
-    hardware: options.Hardware,
+    devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
-    known: options.Known = options.KNOWN,
-    ideal: options.Ideal = False,
-    option: options.Option = None,
     memory: Annotated[bool, opt("--memory", None, "Also show memory against the device's capacity.")] = False,
-    same_stack: options.SameStack = False,
-    json: options.Json = False,
-    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None,
-    figure: options.Figure = None,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     """Predict how much faster a pruned model is.
 
@@ -48,34 +40,26 @@ def speedup(
     excluded with a note, or an error if it is the only one. With --pruned, existing models are compared with the dense
     one.
     """
-    output = render.Output(json, csv, [figure])
-    chosen, extra = prunings.parsed(), parsing.settings("--option", option)
-    families = chosen["family"] or ["all"]
-    if extra and not chosen["method"] and (len(families) > 1 or families == ["all"]):
-        raise InputError("--option: expected one family: options belong to a family")
-    from simulator.hardware.library import load_hardware
+    output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.runnable import runnables
     from simulator.prediction.sentences import uncalibrated
     from simulator.prediction.table import table
 
-    requested = run.requests(known, model=model, ideal=ideal)
-    devices = [load_hardware(name) for name in parsing.devices(hardware, same_stack)]
-    with render.progress("predicting") as report:
-        found = table(model, devices, **chosen, **requested.axes, options=extra, progress=report)
-    # with --family, only --json has whether each runs
-    named = bool(prunings.prune or prunings.pruned or prunings.method)
+    asked, profiles = run.asked(model), devices.profiles
+    found = table(model, profiles, **prunings.parsed(), **asked.settings)
+    # --family prints no "will it run" lines; --json has them
     answers: list[Runnable] = []
-    if json or csv or named:
-        answers = runnables(found, replace(requested.scenario, model=model), requested.engine, devices if named else ())
+    if out.json or out.csv or prunings.named:
+        answers = runnables(found, profiles if prunings.named else ())
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
-        _print(found, answers, memory, verbose)
-    if figure:
+        _print(found, answers, memory, out.verbose)
+    if out.figure:
         from simulator.figures.speedup import speedups_of
         from simulator.figures.style import save_figure
 
-        save_figure(speedups_of([replace(r, family=r.name) for r in found]), figure)
-    defaults = uncalibrated(found, requested.scenario.dense_s is not None)
-    render.notes((*requested.notes, *defaults, *found.notes), verbose)
+        save_figure(speedups_of([replace(r, family=r.name) for r in found]), out.figure)
+    defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
+    render.notes((*asked.notes, *defaults, *found.notes), out.verbose)
 
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
@@ -117,7 +101,7 @@ def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
 
 def _print_over(even: Sequence[BreakEven]) -> None:
     """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
-    from simulator.prediction.scenario import batch_name
+    from simulator.prediction.requests import batch_name
 
     groups: dict[str, list[BreakEven]] = {}
     for b in even:
@@ -158,7 +142,7 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
-    """Print one table per scenario, rows by family and sparsity, devices side by side."""
+    """Print one table per request, rows by family and sparsity, devices side by side."""
     groups: dict[str, list[Result]] = {}
     for r in results:
         groups.setdefault(r.scenario, []).append(r)

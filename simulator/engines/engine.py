@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from simulator.arguments import shown
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 from simulator.display import Displayed
-from simulator.engines import DEFAULT_ENGINE as DEFAULT_ENGINE
 from simulator.engines.generations import SINCE, Generation, numbers, selected, split
 from simulator.engines.loading import FEATURES, LIBRARIES, DynamicKernels, Formats, Loading, Sparse24, Width
 from simulator.errors import InputError, unknown
@@ -214,6 +213,9 @@ class Engine(Behaviour, Displayed):
     generations: tuple[Generation, ...] = ()  # oldest first
     generation: str = ""  # name of the one that this engine is; "" if it has none
     path: Path | None = None
+
+    def __hash__(self) -> int:  # its mappings cannot be hashed
+        return hash((self.name, self.path))
 
     def _title(self) -> str:
         return f"{self.name}: {self.title}"

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 
-from simulator.codes import DTYPES, PHASES
 from simulator.display import markdown_text
-from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import list_engines
 from simulator.errors import InputError, one_line
 from simulator.explore.content import Drawing, PageContent, commands, content
@@ -24,10 +22,10 @@ from simulator.files.csv import csv_text
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import PARALLEL, Scenario, check_fraction, whole_number
-from simulator.pruning import FAMILIES
+from simulator.pruning import FAMILIES, check_fraction
 from simulator.pruning._grammar import is_plan
-from simulator.units import parse_count, parse_fraction, parse_quantity
+from simulator.request import SETTINGS, Name, Request, Whole
+from simulator.units import parse_fraction
 
 # Comments, because Streamlit shows strings: values of one field, and predictions of a request; commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000
@@ -53,11 +51,6 @@ def values(text: str, read: Callable[[str], Any]) -> list[Any]:
     return [read(part) for part in parts]
 
 
-def counts(text: str) -> list[int]:
-    """Return the whole numbers of a comma list."""
-    return values(text, lambda part: whole_number("value", parse_count(part)))
-
-
 def fractions(text: str) -> list[float]:
     """Return the sparsities of a comma list."""
     return values(text, lambda part: check_fraction(parse_fraction(part)))
@@ -75,37 +68,36 @@ def prunings(text: str) -> list[str]:
     return lines
 
 
-def of_scenario(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser of one field of a scenario, which checks the value; no text is None."""
+def of_setting(name: str) -> Field:
+    """Return the field of a setting of the request; one of several values is a comma list."""
+    setting = SETTINGS[name]
+    accepts, optional = setting.accepts, setting.default is None
 
-    def parse(text: str) -> Any:
-        given: dict[str, Any] = {name: read(text) if text.strip() else None}
-        return getattr(Scenario(**given), name)
+    def read(text: str) -> Any:
+        if optional and not text.strip():
+            return None
+        if setting.several and isinstance(accepts, Whole):
+            return values(text, lambda part: setting.check(setting.accepts.parse(part)))
+        return setting.check(accepts.parse(text))
 
-    return parse
+    choices = accepts.choices if isinstance(accepts, Name) else ()
+    default = "" if optional else str(setting.default)
+    return Field(setting.title, default, ("", *choices) if choices and optional else choices, read, setting.help)
 
-
-seconds = of_scenario("dense_s", lambda text: parse_quantity(text, "s"))
 
 # fmt: off
+SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_s")
+"""Settings of the request with one value; those after the first are under "Formats and devices"."""
+
 FIELDS: dict[str, Field] = {
     "model": Field("Model", "llama-3.1-8b", list_models()),
     "hardware": Field("Hardware", ("h100_sxm",), list_hardware()),
-    "engine": Field("Engine", (DEFAULT_ENGINE,), list_engines()),
+    "engine": Field("Engine", (Request.engine,), list_engines()),
     "by": Field("Pruning by", FAMILY, (FAMILY, TEXT, CHECKPOINT)),
     "family": Field("Families", ("depth", "width", "low_rank", "dynamic_depth"), tuple(FAMILIES)),
     "sparsity": Field("Removed", "10%, 20%, 30%, 40%, 50%, 60%, 70%", (), fractions),
     "prune": Field("Prunings, one per line", "width mlp=0.3 heads=0.2\ndepth 0.25", (), prunings),
-    "phase": Field("Phase", "decode", PHASES),
-    "batch": Field("Batch", "1", (), counts, "One or several, such as 1, 8, 64; requests in flight of serve."),
-    "seq": Field("Sequence", "2048", (), counts, "Prompt tokens, or cached positions in decode; one or several."),
-    "new_tokens": Field("New tokens", "128", (), of_scenario("new_tokens", parse_count)),
-    "dtype": Field("Arithmetic", "bf16", DTYPES),
-    "weight_dtype": Field("Weights", "", ("", *DTYPES), help="Empty: the checkpoint's, else the format of arithmetic."),
-    "kv_dtype": Field("K/V cache", "", ("", *DTYPES), help="Empty: the format of arithmetic, or bf16 below 16 bits."),
-    "devices": Field("Devices", "1", (), of_scenario("devices", parse_count)),
-    "parallel": Field("Parallel", "tensor", PARALLEL),
-    "dense_time": Field("Measured dense time", "", (), seconds, "Of the dense model in one setting, such as 18.6ms."),
+    **{name: of_setting(name) for name in ("phase", "batch", "seq", *SINGLE)},
     "model_path": Field("Model: config.json or folder", ""),
     "pruned_path": Field("Pruned checkpoint: folder or config.json", ""),
     "profile_path": Field("Hardware profile: YAML file", ""),
@@ -223,7 +215,7 @@ def form() -> None:
         if state.problem:
             st.error(markdown_text(state.problem))
     with st.expander("Formats and devices"):
-        for name in ("dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_time"):
+        for name in SINGLE[1:]:
             draw(name)
 
 
@@ -273,12 +265,9 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     for name in ("batch", "seq"):
         texts[name], asked[name] = state[name].replace(" ", ""), parsed(name)
     texts |= {"phase": state.phase, "engine": ",".join(state.engine)}
-    asked |= {"phase": [state.phase], "engine": state.engine}
-    given = {name: parsed(name) for name in ("new_tokens", "devices", "dtype", "parallel")}
-    given |= {name: state[name] or None for name in ("weight_dtype", "kv_dtype")}
-    asked["scenario"] = Scenario(**given, dense_s=parsed("dense_time"))
-    texts |= {name: value for name, value in given.items() if value != getattr(Scenario, name)}
-    texts["dense_time"] = state.dense_time.strip()
+    given = {name: parsed(name) for name in SINGLE}
+    asked |= {"phase": [state.phase], "engine": state.engine, **given}
+    texts |= {SETTINGS[n].flags[0][2:]: state[n].strip() for n in SINGLE if given[n] != SETTINGS[n].default}
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     if many > MOST_PREDICTIONS:
         raise InputError(

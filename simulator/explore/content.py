@@ -16,10 +16,11 @@ from simulator.figures.style import device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.explain import Explanation, explanations
+from simulator.prediction.requests import batch_name, profiles
 from simulator.prediction.runnable import runnables
-from simulator.prediction.scenario import Scenario, batch_name, engines_of, models_of, profiles
 from simulator.prediction.sentences import break_even, conclusions, of_speedups, runs_clause, uncalibrated
 from simulator.prediction.table import table
+from simulator.request import SETTINGS
 from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
@@ -113,11 +114,8 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
     The fastest pruning is explained if none is called so.
     """
     found = table(**asked)
-    scenario = asked.get("scenario") or Scenario()
-    (model,), devices = models_of(asked["models"]), profiles(asked["hardware"])
-    engines = engines_of(asked.get("engine", ())) or (scenario.engine,)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
-    answers = runnables(found, replace(scenario, model=model), engines, devices if named else ())
+    answers = runnables(found, profiles(asked["hardware"]) if named else ())
     even = break_even(found.rows)
     if 0 < len(even) <= MOST_SENTENCES:
         answer = [b.sentence for b in even]
@@ -134,7 +132,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
         records=tuple({**r.to_dict(), **a.to_dict()} for r, a in zip(found, answers)),
         details=_explained(found, asked, detail),
         parts=tuple(parts),
-        notes=(*uncalibrated(found, scenario.dense_s is not None), *found.notes),
+        notes=(*uncalibrated(found, asked.get("dense_s") is not None), *found.notes),
     )
 
 
@@ -142,7 +140,8 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
     """Return the explanations of one pruning on each device and engine, for the request that it accelerates most."""
     best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
     devices = {hw.label: hw for hw in profiles(asked["hardware"])}
-    engines = {load_engine(e).name: e for e in asked.get("engine", ())}
+    engines = {load_engine(r.engine).name: r.engine for r in found.requests}
+    others = {name: value for name, value in asked.items() if name in SETTINGS}
     out: list[Explanation] = []
     for r, index in zip(found, found.pruning.tolist()):
         same = (r.pruning, r.phase, r.batch, r.seq) == (best.pruning, best.phase, best.batch, best.seq)
@@ -150,8 +149,7 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
             continue
         existing = found.prunings[index].model
         which: dict[str, Any] = {"prune": [r.prune]} if existing is None else {"pruned": [existing]}
-        where: dict[str, Any] = {"phase": [r.phase], "batch": [r.batch], "seq": [r.seq]}
-        where |= {"engine": [engines[r.engine]] if engines else (), "scenario": asked.get("scenario")}
+        where = {**others, "phase": r.phase, "batch": r.batch, "seq": r.seq, "engine": engines[r.engine]}
         out += explanations(asked["models"], [devices[r.hardware]], **which, **where)
     return tuple(out)
 

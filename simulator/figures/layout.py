@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import BoolArray, FloatArray
 from simulator.figures.style import BLACK, COLUMN_IN, GREY, PAGE_IN, device_title, engine_title
-from simulator.prediction.scenario import batch_name
+from simulator.prediction.requests import batch_name
 
 FigurePoints = Mapping[str, NDArray[Any]]  # points of a figure: arrays of one length by name
 Panels = Mapping[tuple[str, str], Axes]  # by the labels of their row and column

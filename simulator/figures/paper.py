@@ -26,15 +26,17 @@ from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, model_title
+from simulator.models.lower import lower
 from simulator.operators.base import ELEMENT_BYTES
 from simulator.prediction.explain import explanations
 from simulator.prediction.pareto import fronts, winners
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.quality import choose_axis, load_quality
+from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import Scenario, profiles
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
+from simulator.request import Request
 from simulator.uncertainty.operators import gemm_time
 from simulator.workload import Workload
 
@@ -76,8 +78,7 @@ class Paper:
 
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
-    scenario: Scenario = field(default_factory=Scenario)  # number formats, engine
-    seq: int = 2048  # tokens of a prompt, or positions of a cache, if a figure does not vary them
+    request: Request = field(default_factory=Request)  # number formats, engine, and the length if a figure varies none
     measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to compare with predictions
 
     @property
@@ -86,26 +87,25 @@ class Paper:
         return model_title(self.model.name)
 
     @property
-    def scenario_text(self) -> str:
+    def setting(self) -> str:
         """Model, number format and engine in words."""
-        return f"{self.title}, {self.scenario.dtype}, {engine_title(self.scenario.engine_name)}"
+        return f"{self.title}, {self.request.dtype}, {engine_title(load_engine(self.request.engine).name)}"
+
+    def settings(self, **changed: Any) -> dict[str, Any]:
+        """Return the settings of the request with changes: keywords of :func:`simulator.table`."""
+        return {**self.request.given, **changed}
 
     @property
     def interval(self) -> str:
         """Label of bars and bands."""
-        return interval(self.scenario.level)
+        return interval(self.request.level)
 
 
-def paper(
-    model: str | ModelConfig,
-    hardware: Sequence[str | HardwareProfile],
-    *,
-    scenario: Scenario | None = None,
-    seq: int = 2048,
-) -> Paper:
-    """Return a paper about a model on some devices, with names resolved."""
+def paper(model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any) -> Paper:
+    """Return a paper about a model on some devices, with names resolved; the settings are fields of
+    :class:`simulator.Request`."""
     config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, tuple(profiles(hardware)), scenario or Scenario(), seq)
+    return Paper(config, tuple(profiles(hardware)), Request(**settings))
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ def _where(r: Result) -> str:
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
     """Return whether an engine has 2:4 kernels for the paper's number format; without an engine (""), always."""
-    dtype = p.scenario.dtype
-    return not engine or load_engine(engine).sparse24_kernels(dtype, p.scenario.weight_dtype or dtype) is not None
+    dtype = p.request.dtype
+    return not engine or load_engine(engine).sparse24_kernels(dtype, p.request.weight_dtype or dtype) is not None
 
 
 def _without_sparse24(p: Paper) -> str:
     """Return the sentence of a caption whose figure excludes 2:4."""
-    has = _has_sparse24(p, p.scenario.engine)
-    return "" if has else f" 2:4 is excluded: {engine_title(p.scenario.engine_name)} has no kernels for it."
+    has = _has_sparse24(p, p.request.engine)
+    return "" if has else f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels for it."
 
 
 def _taxonomy(p: Paper) -> Made:
@@ -150,7 +150,7 @@ def _taxonomy(p: Paper) -> Made:
     adds = list[str]()
 
     def lowered(phase: str) -> Workload:
-        return replace(p.scenario, model=p.model, engine="", phase=phase, shapes=((1, p.seq),)).workloads[0]
+        return lower(replace(p.request, model=p.model, engine="", phase=phase))
 
     for i, (name, family) in enumerate(general.items()):
         phase = "prefill" if "prefill" in family.support else "decode"
@@ -167,8 +167,8 @@ def _taxonomy(p: Paper) -> Made:
         "Share of the logical M (tokens over all layers), N (output features) and K (input features) that each pruning "
         f"family keeps in the GEMMs of {p.title} (projections as in the checkpoint, outside any engine) at "
         f"{100 * MAP_SPARSITY:.0f} % sparsity, in per cent if below 100, and the operators that it adds. Prefill of "
-        f"{p.seq} tokens; KV cache: decode. In q · kᵀ, M is queries, N keys and K the features of all heads. Hollow "
-        "markers: selected per token at inference."
+        f"{p.request.seq} tokens; KV cache: decode. In q · kᵀ, M is queries, N keys and K the features of all heads. "
+        "Hollow markers: selected per token at inference."
     )
     return figure, caption, ()
 
@@ -178,41 +178,41 @@ def _roofline(p: Paper) -> Made:
         roof_of(e, f"{device(e.result)}\n{_where(e.result)}")
         for phase, batch in ROOFLINE_CASES
         for e in explanations(
-            p.model, p.devices, ROOFLINE_FAMILY, ROOFLINE_SPARSITY, [phase], [batch], [p.seq], scenario=p.scenario
+            p.model,
+            p.devices,
+            family=ROOFLINE_FAMILY,
+            sparsity=ROOFLINE_SPARSITY,
+            **p.settings(phase=phase, batch=batch),
         )
     ]
     caption = (
         f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
-        f"pruned (squares), at their predicted rates: {p.scenario_text}, {p.seq} tokens. Solid: the datasheet's rate; "
-        "dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
+        f"pruned (squares), at their predicted rates: {p.setting}, {p.request.seq} tokens. Solid: the datasheet's "
+        "rate; dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
     )
     return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
 
 
 def _speedup(p: Paper) -> Made:
-    found = table(
-        [p.model], p.devices, ["all"], SPARSITIES, ["prefill", "decode"], [1, 64], [p.seq], scenario=p.scenario
-    )
+    found = table([p.model], p.devices, "all", SPARSITIES, **p.settings(phase=["prefill", "decode"], batch=[1, 64]))
     figure = speedups_of(found.rows)
     percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
-        f"{p.scenario_text}, prompt or cache of {p.seq} tokens. Dots left of 1: slower than the dense model."
+        f"{p.setting}, prompt or cache of {p.request.seq} tokens. Dots left of 1: slower than the dense model."
     )
     return figure, caption + _without_sparse24(p), found.notes
 
 
 def _efficiency(p: Paper) -> Made:
-    found = table(
-        [p.model], p.devices, ["all"], [MAP_SPARSITY], ["prefill", "decode"], BATCHES, [p.seq], scenario=p.scenario
-    )
+    found = table([p.model], p.devices, "all", MAP_SPARSITY, **p.settings(phase=["prefill", "decode"], batch=BATCHES))
     results = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
     cells = columns(results, family="family", batch="batch") | placed(results, [r.phase for r in results])
     figure = efficiency_figure(cells | {"efficiency": shares})
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
-        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.scenario_text}, {p.seq} tokens per sequence. 1: the whole gain of "
+        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.setting}, {p.request.seq} tokens per sequence. 1: the whole gain of "
         "the datasheet roofline; 0: as fast as dense; negative: slower; above 1: the rest runs closer to its roofline "
         f"than the removed work; dash: the bound allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
@@ -220,12 +220,13 @@ def _efficiency(p: Paper) -> Made:
 
 
 def _waterfall(p: Paper) -> Made:
-    panels, notes, own = [], [], p.scenario.engine
+    panels, notes, own = [], [], p.request.engine
     sparse24 = next((name for name in (own, *sparse24_engines()) if _has_sparse24(p, name)), own)
     for family, sparsity, phase, batch in WATERFALL_CASES:
-        scenario = replace(p.scenario, engine=sparse24) if family == "semi_structured" else p.scenario
+        engine = sparse24 if family == "semi_structured" else own
         try:
-            found = explanations(p.model, p.devices, family, sparsity, [phase], [batch], [p.seq], scenario=scenario)
+            where = p.settings(phase=phase, batch=batch, engine=engine)
+            found = explanations(p.model, p.devices, family=family, sparsity=sparsity, **where)
         except InputError as error:  # no sparse tensor cores
             notes.append(f"waterfall of {family}: {error}")
             continue
@@ -234,7 +235,7 @@ def _waterfall(p: Paper) -> Made:
             for e in found
         ]
     caption = (
-        f"From the nominal speedup 1/(1 - s) to the prediction: {p.scenario_text}, {p.seq} tokens. Each step "
+        f"From the nominal speedup 1/(1 - s) to the prediction: {p.setting}, {p.request.seq} tokens. Each step "
         f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
@@ -243,10 +244,12 @@ def _waterfall(p: Paper) -> Made:
 
 
 def _crossover(p: Paper) -> Made:
-    shapes = tuple(itertools.product(BATCHES, LENGTHS))
+    shapes = list(itertools.product(BATCHES, LENGTHS))
     prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
     maps = [
-        winners(replace(p.scenario, model=p.model, phase=phase, shapes=shapes), prunings, p.devices)
+        winners(
+            [replace(p.request, model=p.model, phase=phase, batch=b, seq=s) for b, s in shapes], prunings, p.devices
+        )
         for phase in ("prefill", "decode")
     ]
     best = [r for won in maps for r in won.best]
@@ -257,7 +260,7 @@ def _crossover(p: Paper) -> Made:
     figure = crossover_figure(cells | {"winner": winner, "certain": certain})
     caption = (
         f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its speedup: "
-        f"{p.scenario_text}. Equal sparsity is not equal quality. Pale: the winner is uncertain, because the "
+        f"{p.setting}. Equal sparsity is not equal quality. Pale: the winner is uncertain, because the "
         f"{p.interval} of its ratio to the second fastest family, or to the dense model, includes 1. Blank: the dense "
         "model does not fit the device's memory."
     )
@@ -271,7 +274,7 @@ def _staircase(p: Paper) -> Made:
     used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
     caption = (
-        f"Staircases of tile and wave quantisation, {p.scenario.dtype}, single GEMMs outside any engine. Top: time of "
+        f"Staircases of tile and wave quantisation, {p.request.dtype}, single GEMMs outside any engine. Top: time of "
         f"the fused q, k, v projection of {p.title} over the tokens; middle: its rate; bottom: time of the gate "
         "projection as width pruning narrows it, cold weights. Line: prediction; band: "
         f"{p.interval}; dashed: datasheet roofline; dotted: roofline at the highest clock, if above the datasheet's"
@@ -304,15 +307,15 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
     inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-    columns = {name: 1e6 * seconds for name, seconds in _times(p, hw, p.seq, widths, k).items()}
-    names = "N (inner width kept)", f"M {p.seq}, K {k}"
+    columns = {name: 1e6 * seconds for name, seconds in _times(p, hw, p.request.seq, widths, k).items()}
+    names = "N (inner width kept)", f"M {p.request.seq}, K {k}"
     return Stairs("pruned width", device_title(hw.label), *names, "time (µs)", widths, columns)
 
 
 def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None) -> dict[str, FloatArray]:
     """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the highest clock, s."""
-    dtype, size = p.scenario.dtype, ELEMENT_BYTES[p.scenario.dtype]
-    t = gemm_time(m, n, k, hw, dtype=dtype, copies=copies, level=p.scenario.level)
+    dtype, size = p.request.dtype, ELEMENT_BYTES[p.request.dtype]
+    t = gemm_time(m, n, k, hw, dtype=dtype, copies=copies, level=p.request.level)
     compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
     moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
     times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}
@@ -325,7 +328,7 @@ def _scatter(p: Paper) -> Made:
     for hw in p.devices:
         if (seen := p.measured.get(hw.label)) is None:
             continue
-        predicted = seen.predict(hw, p.scenario.dtype)
+        predicted = seen.predict(hw, p.request.dtype)
         title = device_title(hw.label)
         clouds.append(Cloud(title, seen.seconds, predicted))
         _, median, _, bias = agreement(seen.seconds, predicted)
@@ -335,7 +338,7 @@ def _scatter(p: Paper) -> Made:
         raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
     fitted = "some of these rows may have been used to fit the profiles"
     caption = (
-        f"Predicted against measured times of single {p.scenario.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
+        f"Predicted against measured times of single {p.request.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
         f"is the density of rows; {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()
@@ -353,13 +356,14 @@ def _pareto(p: Paper) -> Made:
         notes.append(f"pareto: {reason}; drawn for {QUALITY_MODEL}")
         model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
-    found, more = fronts(model, p.devices, table, axis, ["prefill", "decode"], [1], [p.seq], scenario=p.scenario)
+    found, more = fronts(model, p.devices, table, axis, **p.settings(phase=["prefill", "decode"]))
     figure = fronts_of(found)
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
-        f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).scenario_text}, "
-        f"{p.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Numbers: removed, %. Faint: another "
-        "point is better in both. The strip shows the fastest family within each quality budget, hatched if dynamic."
+        f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).setting}, "
+        f"{p.request.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Numbers: removed, %. Faint: "
+        "another point is better in both. The strip shows the fastest family within each quality budget, hatched if "
+        "dynamic."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

@@ -19,7 +19,7 @@ from simulator.arrays import FloatArray
 from simulator.figures import layout
 from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
 from simulator.prediction.pareto import Front, frontier
-from simulator.prediction.scenario import batch_name
+from simulator.prediction.requests import batch_name
 
 LINEAR_UP_TO = 0.6  # losses up to this value have a linear axis; a perplexity can rise by several times
 BEND = 0.1  # loss at which an axis with larger losses changes from linear to logarithmic

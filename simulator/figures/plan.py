@@ -21,7 +21,7 @@ from simulator.models.library import model_title
 from simulator.plans.search import Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS, has
-from simulator.prediction.scenario import batch_name
+from simulator.prediction.requests import batch_name
 from simulator.units import ratio
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed

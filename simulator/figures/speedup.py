@@ -24,8 +24,8 @@ from simulator.arrays import FloatArray
 from simulator.figures import layout
 from simulator.figures.style import COLORS, DENSE, GREY, INK, PALE_INK, Style, in_order, label, paper_style, styles_of
 from simulator.models.library import model_title
+from simulator.prediction.requests import batch_name
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import batch_name
 from simulator.prediction.sentences import GAIN, LIMITS
 from simulator.prediction.service import OperatingPoint, Service
 

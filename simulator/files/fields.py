@@ -177,6 +177,13 @@ class Keys:
     names: Iterable[str]
 
 
+@dataclass(frozen=True)
+class Inline:
+    """Annotation of a member that is a dataclass, of which some members are keys of the mapping around it."""
+
+    keys: tuple[str, ...]
+
+
 String = Annotated[str, Text()]
 Quoted = Annotated[str, Text(quote=True)]
 Strings = tuple[String, ...]
@@ -279,8 +286,14 @@ class Object:
         self.cls = get_origin(hint) or hint
         self.members: dict[str, tuple[str, Any, Any]] = {}  # attribute, kind and default by the key in a file
         hints = get_type_hints(self.cls, include_extras=True)
+        self.inline: dict[str, tuple[Any, tuple[str, ...]]] = {}  # class and keys by member
         for one in dataclasses.fields(self.cls):
             kind = hints[one.name]
+            if isinstance(about := kind_of(kind) if get_origin(kind) is Annotated else None, Inline):
+                inner = Object(get_args(kind)[0])
+                self.members |= {key: inner.members[key] for key in about.keys}
+                self.inline[one.name] = inner.cls, about.keys
+                continue
             for parameter, argument in zip(getattr(self.cls, "__parameters__", ()), get_args(hint)):
                 kind = argument if kind in (parameter, parameter | None) else kind
             default = one.default_factory() if one.default_factory is not MISSING else one.default
@@ -306,6 +319,8 @@ class Object:
         made = object.__new__(self.cls)  # without __init__, which is slow, as a file has hundreds of objects
         made.__dict__.update({name: found.get(name, default) for name, _, default in self.members.values()})
         try:
+            for name, (cls, keys) in self.inline.items():
+                made.__dict__[name] = cls(**{key: made.__dict__.pop(key) for key in keys})
             if hasattr(made, "__post_init__"):
                 made.__post_init__()
         except InputError as error:

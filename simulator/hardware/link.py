@@ -22,10 +22,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
+from simulator.names import PCIE
 from simulator.operators.base import Link
-
-CONNECTIONS: tuple[str, ...] = ("nvswitch", "xgmi", "bridge", "pcie", "pcie-host")
 
 LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})
 """Rate of a PCIe lane in one direction by generation, B/s, as datasheets round it."""
@@ -38,24 +37,14 @@ PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
 without it, 42 us of a small all-reduce on eight RTX 4090 over its 14 ring steps
 (https://github.com/NVIDIA/nccl/issues/1530)."""
 
-_PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-host)?")
-
-
-def check(name: str) -> str:
-    """Return the name of a connection; InputError for an unknown one."""
-    if name not in CONNECTIONS and not _PCIE.fullmatch(name):
-        raise unknown("link", name, CONNECTIONS)
-    return name
-
 
 def named(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
     """Return a connection of a GPU by its name; InputError for NVLink that the GPU does not have."""
-    check(name)
     if link is not None and name in (link.connection, link.name):
         return replace(link, stated=True)
     if bridge is not None and name == "bridge":
         return replace(joined(bridge, link, architecture), stated=True)
-    if found := _PCIE.fullmatch(name):
+    if found := PCIE.fullmatch(name):
         return replace(_pcie(found, link, architecture), stated=True)
     known = ", ".join(choices(link, bridge))
     raise InputError(f"link {name}: {device} has no such connection; expected one of {known}")
@@ -69,7 +58,7 @@ def choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
 
 def joined(bridge: Link, link: Link | None, architecture: str) -> Link:
     """Return bridges between pairs, with the PCIe link of the GPU beyond."""
-    pcie = link if link and link.family == "pcie" else _pcie(_PCIE.fullmatch("pcie"), link, architecture)
+    pcie = link if link and link.family == "pcie" else _pcie(PCIE.fullmatch("pcie"), link, architecture)
     return replace(bridge, connection="bridge", max_devices=2, beyond=replace(pcie, group=2))
 
 

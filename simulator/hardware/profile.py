@@ -191,7 +191,7 @@ class HardwareProfile(Displayed):
         return _serving(self, stacks) if stacks and not self.engine_stack else self
 
     def over(self, link: str) -> HardwareProfile:
-        """Return the device joined to others by a connection of :data:`simulator.hardware.link.CONNECTIONS`.
+        """Return the device joined to others by a ``link``, one of :data:`simulator.names.CONNECTIONS`.
 
         Fitted collectives of the usual connection are not used over another one. "" returns the profile itself.
         """

@@ -30,7 +30,6 @@ from simulator.files.fields import (
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
-from simulator.hardware.link import CONNECTIONS
 from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
 from simulator.hardware.sections import (
     ACCURACY_RANGE,
@@ -42,6 +41,7 @@ from simulator.hardware.sections import (
     Section,
     Sections,
 )
+from simulator.names import CONNECTIONS
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Link, Rate
 

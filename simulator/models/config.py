@@ -410,16 +410,11 @@ class ModelConfig(Displayed):
         return self.parameters - round(sum(idle))
 
 
-PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")  # names of the ways to split a model
-
-
 def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
     """Return the model that one of ``devices`` computes; in a pipeline the whole model.
 
     Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than
     layers."""
-    if parallel not in PARALLEL:
-        raise InputError(f"parallel {parallel!r} is unknown; expected one of {', '.join(PARALLEL)}")
     where = f"devices {devices}: {model.name} has"
     if parallel == "pipeline" and devices > model.layers:
         raise InputError(f"{where} {model.layers} layers; a pipeline has at most one device per layer")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
+from simulator.engines.engine import Engine
 from simulator.models.config import Block, ModelConfig
+from simulator.request import Lowered
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""
@@ -24,28 +26,12 @@ OperatorRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
-    """Checked arguments of :func:`simulator.models.lower.lower`, with number formats as codes."""
+class Lowering:
+    """A request with its model and engine, and the codes of its number formats."""
 
+    request: Lowered
     model: ModelConfig
-    phase: str
-    batch: int
-    seq: int
-    new_tokens: int
-    cached: int  # prompt tokens in the prefix cache
-    budget: int  # tokens of a step; 0: unlimited
-    clustered: int  # tokens of prompts of neighbouring steps of a server that share a step
-    chunked: bool  # longer prompts are computed in chunks
-    engine: str
-    logits: str
-    copies: bool
-    devices: int
-    parallel: str
-    link: str
-    skew: float
-    fuse_qkv: bool
-    fuse_gate_up: bool
-    quantize: tuple[str, ...]  # products whose activations a kernel of its own converts
+    engine: Engine
     sparse24: bool
     dtype: int
     weight_dtype: int
@@ -55,14 +41,24 @@ class Request:
     @property
     def split(self) -> bool:
         """Whether each layer is split over several devices."""
-        return self.devices > 1 and self.parallel != "pipeline"
+        return self.request.devices > 1 and self.request.parallel != "pipeline"
+
+    @property
+    def copies(self) -> bool:
+        """Whether a decode step copies the cache."""
+        return self.engine.cache == "copied"
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Products whose activations a kernel of its own converts."""
+        return self.engine.quantize.inputs if DTYPE_BYTES[self.dtype] < 2.0 else ()
 
 
 @dataclass(frozen=True)
 class PassRows:
     """Equal prefill passes, or the decode steps of a request, as rows; one attention row per run of equal layers."""
 
-    request: Request
+    lowering: Lowering
     part: ModelConfig  # the shapes of one device
     phase: Phase
     batch: int  # sequences
@@ -71,8 +67,16 @@ class PassRows:
     first: bool = True  # of its phase; its rows have the parameters
 
     @property
+    def request(self) -> Lowered:
+        return self.lowering.request
+
+    @property
     def tokens(self) -> int:
         return self.batch * self.q_len
+
+    def fuses(self, group: str) -> bool:
+        """Return whether the engine computes a group of projections as one product."""
+        return group in self.lowering.engine.fuse
 
     @property
     def mean_length(self) -> float:
@@ -82,12 +86,12 @@ class PassRows:
     @property
     def wide(self) -> OperatorRow:
         """Formats of a product of the residual stream."""
-        return {"dtype": self.request.stream_dtype, "weight_dtype": self.request.stream_dtype}
+        return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
 
     @property
     def head_tokens(self) -> int:
         """Positions that the head computes."""
-        return self.tokens if self.request.logits == "all" else self.batch
+        return self.tokens if self.lowering.engine.logits == "all" else self.batch
 
     @property
     def owns(self) -> float:
@@ -108,15 +112,15 @@ class PassRows:
             rows.append(self.move("final_norm", Part.HEAD, width, 2 * width, width, owned))
         head = self.gemm("lm_head", Part.HEAD, vocab, width, False) | self.wide | {"m": many}
         rows.append(head | {"params": 0 if model.tied else head["params"]})
-        rows += self.collective("all_gather", Part.HEAD, many, self.request.model.vocab)
+        rows += self.collective("all_gather", Part.HEAD, many, self.lowering.model.vocab)
         if model.logit_softcap:
-            whole = self.request.model.vocab
+            whole = self.lowering.model.vocab
             rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
         rows += self.sends()
         return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
 
     def attention(self, block: Block) -> Iterator[OperatorRow]:
-        r, model, part, h, d = self.request, self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
+        model, part, h, d = self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
         if "attention" not in block.linear and not block.heads:
             return
         yield from self.norm_before("attention_norm", part)
@@ -130,7 +134,7 @@ class PassRows:
         else:
             q, kv = block.heads * d, block.kv_heads * d
             made = {"q": (1 + model.output_gate) * q, "k": kv, "v": kv}
-            for role, n in block.roles("qkv", made, r.fuse_qkv).items():
+            for role, n in block.roles("qkv", made, self.fuses("qkv")).items():
                 yield from self.projection(block, role, part, n, h, model.qkv_bias)
             if model.qk_norm and (model.qk_norm != "unit" or block.rotary):
                 owned = {"head": 2 * d, "width": q + kv}.get(model.qk_norm, 0)
@@ -152,7 +156,7 @@ class PassRows:
         own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
         assert own is not None
         keys, values = own.widths(block)
-        stream = self.request.stream_dtype
+        stream = self.lowering.stream_dtype
         yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
         yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
         sizes = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
@@ -180,18 +184,18 @@ class PassRows:
         A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
         outputs instead, by the two halves of the same weight, and attends to the latent vector. If the cache is copied
         (Transformers), it holds keys and values of every head, and a decode step computes those of its token."""
-        own, whole = self.part.latent, self.request.copies
+        own, whole = self.part.latent, self.lowering.copies
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
         absorbs = self.decodes and not whole
         queries = heads * (own.plain + own.rotary)
         if not own.query_rank:
             yield self.gemm("q", part, queries, h, False)
-        elif self.request.fuse_qkv:
+        elif self.fuses("qkv"):
             yield self.gemm("qkv_a", part, own.query_rank + own.cached, h, False)
         else:
             yield self.gemm("q_a", part, own.query_rank, h, False)
-        if not (own.query_rank and self.request.fuse_qkv):
+        if not (own.query_rank and self.fuses("qkv")):
             yield self.gemm("kv_a", part, own.cached, h, False)
         normed = own.query_rank + own.rank
         yield self.move("latent_norm", part, normed, normed, normed, normed)
@@ -224,7 +228,7 @@ class PassRows:
         """Return the row that writes keys and values to the cache.
 
         A copied cache is first concatenated with the new position, then repeated for every query head."""
-        r, part = self.request, Part.ATTENTION
+        r, part = self.lowering, Part.ATTENTION
         read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         kept = {}
         if r.copies and self.decodes:
@@ -236,7 +240,7 @@ class PassRows:
         return self.move("cache_write", part, elements, read, write) | {"weight_dtype": r.cache_dtype, **kept}
 
     def attend(self, block: Block, sizes: OperatorRow) -> OperatorRow:
-        r = self.request
+        r = self.lowering
         kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
         formats = {"dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
         calls = {"heads": block.heads, "batch": self.batch, "q_len": self.q_len}
@@ -254,7 +258,7 @@ class PassRows:
             yield self.linear(part)
         elif inner:
             made = {"gate": inner, "up": inner} if model.gated else {"up": inner}
-            for role, n in block.roles("gate_up", made, model.gated and self.request.fuse_gate_up).items():
+            for role, n in block.roles("gate_up", made, model.gated and self.fuses("gate_up")).items():
                 yield from self.projection(block, role, part, n, h, bias)
             yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
             yield from self.quantized("down", part, inner)
@@ -290,8 +294,8 @@ class PassRows:
 
     def quantized(self, product: str, part: Part, k: int) -> Iterator[OperatorRow]:
         """Yield the conversion of a product's activations, if a kernel of its own does it."""
-        r = self.request
-        if product in r.quantize:
+        r = self.lowering
+        if product in r.quantised:
             written = k * float(DTYPE_BYTES[r.dtype] / DTYPE_BYTES[r.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
@@ -303,7 +307,7 @@ class PassRows:
 
     def linear(self, part: Part) -> OperatorRow:
         """Return the product that replaces a sublayer; devices that share layers split its inputs."""
-        h, devices = self.part.hidden, self.request.devices if self.request.split else 1
+        h, devices = self.part.hidden, self.request.devices if self.lowering.split else 1
         return self.gemm("linear", part, h, -(-h // devices), False)
 
     def norm_before(self, role: str, part: Part) -> Iterator[OperatorRow]:
@@ -320,13 +324,13 @@ class PassRows:
             yield self.move("post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters)
 
     def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> OperatorRow:
-        weights = self.request.weight_dtype
+        weights = self.lowering.weight_dtype
         if weights == _MXFP4 and role != "experts":  # a format of routed experts only
-            weights = self.request.stream_dtype
-        formats = {"dtype": self.request.dtype, "weight_dtype": weights}
+            weights = self.lowering.stream_dtype
+        formats = {"dtype": self.lowering.dtype, "weight_dtype": weights}
         params = (n * k + bias * n) * self.owns
         row = {"role": role, "part": part, "m": self.tokens, "n": n, "k": k, "params": params, **formats}
-        if self.request.sparse24 and role in SPARSE:
+        if self.lowering.sparse24 and role in SPARSE:
             row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
         return row
 
@@ -334,24 +338,24 @@ class PassRows:
         self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0
     ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
-        stream, tokens = self.request.stream_dtype, tokens or self.tokens
+        stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
         row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}
         return row | {"read_bytes": size * read, "write_bytes": size * write, "dtype": stream, "weight_dtype": stream}
 
     def collective(self, role: str, part: Part, tokens: int, width: int) -> list[OperatorRow]:
         """Return the collective whose payload is (tokens, width); no row on one device."""
-        if not self.request.split:
+        if not self.lowering.split:
             return []
-        stream = self.request.stream_dtype
+        stream = self.lowering.stream_dtype
         row = {"kind": Kind.COLLECTIVE, "role": role, "part": part, "m": tokens, "n": width, "dtype": stream}
         return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
 
     def sends(self) -> list[OperatorRow]:
         """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""
-        r = self.request
-        if r.devices == 1 or r.split:
+        r = self.lowering
+        if self.request.devices == 1 or r.split:
             return []
         payload = self.tokens * r.model.hidden * float(DTYPE_BYTES[r.stream_dtype])
         row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": self.tokens, "n": r.model.hidden}
-        return [row | {"batch": 2, "read_bytes": payload, "count": r.devices - 1}]
+        return [row | {"batch": 2, "read_bytes": payload, "count": self.request.devices - 1}]

@@ -32,104 +32,54 @@ The engine determines which projections are one GEMM, and which positions the he
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from simulator.arguments import Range, number, shown, text, whole
 from simulator.arrays import Array
-from simulator.codes import DTYPE_BYTES, DTYPES, PHASES, Phase, dtype_code
-from simulator.engines import DEFAULT_ENGINE
-from simulator.engines.engine import load_engine
-from simulator.errors import InputError, unknown
+from simulator.codes import DTYPE_BYTES, Phase, dtype_code
+from simulator.engines.engine import Engine, Schedule, load_engine
+from simulator.errors import InputError
 from simulator.models.config import ModelConfig, shard
-from simulator.models.forward import PassRows, Request
+from simulator.models.forward import Lowering, PassRows
 from simulator.models.library import load_model
 from simulator.operators.experts import EXPERT_SKEW
-from simulator.request import Meta
+from simulator.request import SETTINGS, Lowered, Request
 from simulator.workload import Workload
 
-MAX_TOKENS = 2**40  # largest batch x seq; larger counts would not be exact in float64
-# at 2 the busiest expert has 40,000 times the load of the least busy
-SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
-_PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1")
 # prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of decoding sequences
 LEAST_PROMPTS = 4
-MAX_DECODES = 1_000_000  # largest number of decode steps
 # up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one: FLOPs and
 # bytes stay exact except where a window fills up; times change by less than 1e-4
 DECODE_LENGTHS = 1024
 
 
-def lower(
-    model: str | ModelConfig,
-    *,
-    phase: str = "decode",
-    batch: int = 1,
-    seq: int = 2048,
-    new_tokens: int = 0,
-    dtype: str = "bf16",
-    weight_dtype: str | None = None,
-    kv_dtype: str | None = None,
-    engine: str = DEFAULT_ENGINE,
-    devices: int = 1,
-    parallel: str = "tensor",
-    link: str | None = None,
-    skew: float = EXPERT_SKEW,
-    token_budget: int | None = None,
-    cached_prefix: float = 0,
-) -> Workload:
-    """Return the operators of one decoder pass, one row per shape; equal arguments return the same object.
+def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
+    """Return the operators of one decoder pass, one row per shape; equal requests return the same object.
 
     Parameters
     ----------
     model : str or ModelConfig
-        Model: a name or a path, or shapes from :func:`simulator.load_model`.
-    phase : {"prefill", "decode", "generate", "serve"}
-        ``generate`` is a prefill of ``seq`` tokens and ``new_tokens`` decode steps. ``serve`` is the work during one
-        request if ``batch`` requests are in flight. Parameters are counted in the prefill rows only.
-    batch : int
-        Sequences, or requests in flight; at least 1.
-    seq : int
-        Prompt tokens per sequence, or cached positions in ``decode``; at least 1. It may exceed the length that the
-        model was trained for.
-    new_tokens : int
-        Decode steps of ``generate`` and ``serve``, 1 to 1,000,000; 0 in other phases.
-    dtype : str
-        Number format of the arithmetic, one of ``simulator.codes.DTYPES``.
-    weight_dtype : str, optional
-        Number format of the projections. Default: that of the checkpoint, else ``dtype``.
-    kv_dtype : str, optional
-        Number format of the K/V cache. Default: that of the residual stream.
-    engine : str
-        Name or path of an engine (:func:`simulator.list_engines`); "" for bare kernels without fusion.
-    devices : int
-        Number of devices, at least 1.
-    parallel : {"tensor", "expert", "pipeline"}
-        How devices share the model, see :mod:`simulator.models.config`.
-    link : str, optional
-        What joins the devices, of :data:`simulator.hardware.link.CONNECTIONS`. Default: the hardware's usual
-        connection.
-    skew : float
-        Imbalance of routed experts, 0 (equal use) to 2, see :func:`simulator.operators.experts.experts_chance`.
-    token_budget : int, optional
-        Most prompt and decode tokens of one step, at least 1. Default: the engine's on GPUs of much memory
+        Model: a name or a path, or shapes from :func:`simulator.load_model`. A :class:`simulator.Request` states the
+        settings too.
+    **settings
+        Fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine`` ("": bare kernels
+        without fusion). Without a ``token_budget``, that of the engine on GPUs of much memory counts
         (:class:`simulator.engines.schedule.Schedule`); engines without a schedule compute all prompts in one pass.
-    cached_prefix : float
-        Tokens of each prompt that the prefix cache holds, below ``seq``, or a share of the prompt in [0, 1). No effect
-        on ``decode``.
 
     Returns
     -------
     Workload
-        Operators of the pass on one device, or of all stages of a pipeline.
+        Operators of the pass on one device, or of all stages of a pipeline. Parameters are counted in the prefill rows
+        only.
 
     Raises
     ------
     InputError
-        If an argument is unknown or out of range, or the model cannot be split over the devices.
+        If a setting is unknown or out of range, or the model cannot be split over the devices.
 
     Examples
     --------
@@ -138,55 +88,10 @@ def lower(
     >>> int(w.parameters), int(w.n[w.is_role("qkv")][0])
     (6738415616, 12288)
     """
-    model = load_model(model)
-    checked = {"phase": (phase, PHASES), "dtype": (dtype, DTYPES)}
-    for what, optional in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
-        checked[what] = (dtype if optional is None else optional, DTYPES)
-    for what, (value, choices) in checked.items():
-        if not isinstance(value, str) or value not in choices:
-            raise unknown(what, value, choices)
-    batch, seq = _integer("batch", batch, 1, MAX_TOKENS), _integer("seq", seq, 1, MAX_TOKENS)
-    if batch * seq > MAX_TOKENS:
-        raise InputError(f"batch x seq: expected at most {MAX_TOKENS} tokens, got {batch * seq}")
-    text("parallel", parallel)
-    devices, low = _integer("devices", devices, 1, 1_000_000), int(phase in ("generate", "serve"))
-    new_tokens = _integer("new_tokens", new_tokens, low, MAX_DECODES if low else 0, f" for phase {phase!r}")
-    runs = load_engine(engine)
-    schedule = runs.schedule
-    weight = weight_dtype or model.weight_dtype or dtype
-    runs_sparse24 = not engine or runs.sparse24_kernels(dtype, weight) is not None
-    budget = 0 if schedule is None else schedule.limits[-1].tokens
-    if token_budget is not None:
-        budget = _integer("token_budget", token_budget, 1, MAX_TOKENS)
-    if schedule is not None and schedule.decodes_count and phase == "serve":
-        budget = max(budget - batch, budget // LEAST_PROMPTS)
-    request = Request(
-        model=model,
-        phase=phase,
-        batch=batch,
-        seq=seq,
-        new_tokens=new_tokens,
-        cached=0 if phase == "decode" else cached_tokens(cached_prefix, seq),
-        budget=budget,
-        clustered=0 if schedule is None else schedule.clustered,
-        chunked=schedule is not None and schedule.chunked,
-        engine=engine,
-        logits=runs.logits,
-        copies=runs.cache == "copied",
-        devices=devices,
-        parallel=parallel,
-        link="" if link is None else text("link", link),
-        skew=number("skew", skew, SKEW),
-        fuse_qkv="qkv" in runs.fuse,
-        fuse_gate_up="gate_up" in runs.fuse,
-        quantize=runs.quantize.inputs if DTYPE_BYTES[dtype_code(dtype)] < 2.0 else (),
-        sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
-        dtype=dtype_code(dtype),
-        weight_dtype=dtype_code(weight),
-        cache_dtype=dtype_code(kv_dtype or stream_of(dtype)),
-        stream_dtype=dtype_code(stream_of(dtype)),
-    )
-    return _lower(request)
+    request = replace(model, **settings) if isinstance(model, Request) else Request(model=model, **settings)
+    # the level and a measured time change no operator
+    request = replace(request, model=load_model(request.model), level=0.9, dense_s=None, ideal=False)
+    return _lower(request, load_engine(request.engine))
 
 
 def stream_of(dtype: str) -> str:
@@ -194,10 +99,11 @@ def stream_of(dtype: str) -> str:
     return dtype if DTYPE_BYTES[dtype_code(dtype)] >= 2 else "bf16"
 
 
-def cached_tokens(prefix: float, seq: int) -> int:
-    """Return the tokens of a prompt of ``seq`` tokens that a prefix cache holds; ``prefix`` is tokens, or a share below
-    1. InputError if no token is left to compute."""
-    prefix = number("cached_prefix", prefix, _PREFIX)
+def cached_tokens(request: Request) -> int:
+    """Return the tokens of each prompt that the prefix cache holds; InputError if no token is left to compute."""
+    prefix, seq = request.cached_prefix, request.seq
+    if request.phase == "decode":
+        return 0
     tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
     if tokens >= seq or (prefix >= 1.0 and tokens != prefix):
         raise InputError(
@@ -206,54 +112,59 @@ def cached_tokens(prefix: float, seq: int) -> int:
     return tokens
 
 
-def _integer(what: str, value: Any, low: int, high: int, where: str = "") -> int:
-    expected = f"{low}" if low == high else f"an integer from {low} to {high}"
-    found = whole(value)
-    if found is None or not low <= found <= high:
-        raise InputError(f"{what}: expected {expected}{where}, got {shown(value)}")
-    return found
+def _budget(request: Request, schedule: Schedule | None) -> int:
+    """Return the tokens of prompts in one step; 0: no limit."""
+    budget = request.token_budget or (schedule.limits[-1].tokens if schedule else 0)
+    if schedule is not None and schedule.decodes_count and request.phase == "serve":
+        return max(budget - request.batch, budget // LEAST_PROMPTS)
+    return budget
 
 
 @lru_cache(maxsize=256)
-def _lower(r: Request) -> Workload:
-    part = shard(r.model, r.devices, r.parallel)
+def _lower(request: Request, engine: Engine) -> Workload:
+    model, several = request.model, request.devices > 1
+    weight = request.weight_dtype or model.weight_dtype or request.dtype
+    runs_sparse24 = not request.engine or engine.sparse24_kernels(request.dtype, weight) is not None
+    resolved = {
+        "new_tokens": request.new_tokens if request.phase in ("generate", "serve") else 0,
+        "cached_prefix": cached_tokens(request),
+        "token_budget": _budget(request, engine.schedule),
+        "parallel": request.parallel if several else "none",
+        "link": (request.link or "") if several else "",
+        "skew": EXPERT_SKEW if request.skew is None else request.skew,
+    }
+    shapes = {"model": model.name, "layers": model.layers, "hidden": model.hidden, "config": model}
+    meta = Lowered(**{**{name: getattr(request, name) for name in SETTINGS}, **resolved, **shapes})
+    r = Lowering(
+        request=meta,
+        model=model,
+        engine=engine,
+        sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
+        dtype=dtype_code(request.dtype),
+        weight_dtype=dtype_code(weight),
+        cache_dtype=dtype_code(request.kv_dtype or stream_of(request.dtype)),
+        stream_dtype=dtype_code(stream_of(request.dtype)),
+    )
+    part = shard(model, request.devices, request.parallel)
     passes: list[PassRows] = []
     lengths: list[tuple[Array, Array]] = []
-    serve = r.phase == "serve"
-    if r.phase != "decode":
-        for prompts, tokens, past, chunks, each in _prefills(r):
+    if meta.phase != "decode":
+        for prompts, tokens, past, chunks, each in _prefills(meta, engine.schedule):
             passes.append(PassRows(r, part, Phase.PREFILL, prompts, tokens, chunks * each, first=not passes))
             done, runs = _steps(chunks)
             lengths.append((past + tokens * done, runs * each))
-    if r.phase != "prefill":
-        steps = max(r.new_tokens, 1)
-        passes.append(PassRows(r, part, Phase.DECODE, r.batch, 1, steps))
-        grown = (np.array([(steps + 1) // 2]), np.array([steps])) if serve else _steps(steps)
-        lengths.append((r.seq + grown[0], grown[1]))
-    meta = Meta(
-        model=r.model.name,
-        phase=r.phase,
-        batch=r.batch,
-        seq=r.seq,
-        new_tokens=r.new_tokens,
-        cached=r.cached,
-        budget=r.budget,
-        dtype=DTYPES[r.dtype],
-        layers=r.model.layers,
-        hidden=r.model.hidden,
-        devices=r.devices,
-        parallel=r.parallel if r.devices > 1 else "none",
-        link=r.link if r.devices > 1 else "",
-        engine=r.engine,
-        config=r.model,
-    )
+    if meta.phase != "prefill":
+        steps = max(meta.new_tokens, 1)
+        passes.append(PassRows(r, part, Phase.DECODE, meta.batch, 1, steps))
+        grown = (np.array([(steps + 1) // 2]), np.array([steps])) if meta.phase == "serve" else _steps(steps)
+        lengths.append((meta.seq + grown[0], grown[1]))
     w = Workload.computed([row for one in passes for row in one.rows()], meta)
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
         return w
     attending = [(first, many) for first, many, block in part.runs if block.heads and not block.delta]
     attention = [
-        _attention_columns(r.model.windows[first : first + many], kv_len, executions, first)
+        _attention_columns(model.windows[first : first + many], kv_len, executions, first)
         for kv_len, executions in lengths
         for first, many in attending
     ]
@@ -267,26 +178,28 @@ def _lower(r: Request) -> Workload:
     return w.replace(**columns)
 
 
-def _prefills(r: Request) -> Iterator[tuple[int, int, int, int, float]]:
+def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int, int, int, float]]:
     """Yield kinds of prefill passes: prompts, tokens of each, positions before them, chunks in a row, executions."""
-    tokens = r.seq - r.cached
-    budget = r.budget or r.batch * tokens
-    if r.chunked and tokens > budget:
+    cached, limit = int(r.cached_prefix), r.token_budget or 0
+    tokens = r.seq - cached
+    budget = limit or r.batch * tokens
+    if schedule is not None and schedule.chunked and tokens > budget:
         chunks, rest = divmod(tokens, budget)
-        yield 1, budget, r.cached, chunks, r.batch
+        yield 1, budget, cached, chunks, r.batch
         if rest:
             yield 1, rest, r.seq - rest, 1, r.batch
         return
     together = min(r.batch, max(budget // tokens, 1))
     if r.phase == "serve":
-        arriving = round(r.batch / r.new_tokens) if r.budget else 1  # without a server one after the other
-        together = min(together, max(arriving, r.clustered // tokens, 1))
-        yield together, tokens, r.cached, 1, r.batch / together
+        arriving = round(r.batch / r.new_tokens) if limit else 1  # without a server one after the other
+        clustered = schedule.clustered if schedule else 0
+        together = min(together, max(arriving, clustered // tokens, 1))
+        yield together, tokens, cached, 1, r.batch / together
         return
     full, rest = divmod(r.batch, together)
-    yield together, tokens, r.cached, 1, full
+    yield together, tokens, cached, 1, full
     if rest:
-        yield rest, tokens, r.cached, 1, 1
+        yield rest, tokens, cached, 1, 1
 
 
 def _steps(steps: int) -> tuple[Array, Array]:

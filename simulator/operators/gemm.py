@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import COUNT, SHARE, SIZE, Range, array, flag, plain, text, together
-from simulator.arrays import Array, FloatArray
+from simulator.arguments import COUNT, SHARE, SIZE, Range, flag, text
+from simulator.arrays import Array, FloatArray, array, plain, together
 from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (

@@ -8,7 +8,7 @@ the layers add up to the dense pass; those of other plans to first order (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.capacity import cache_bytes, weights_bytes
 from simulator.codes import Part
 from simulator.display import Displayed
+from simulator.engines.engine import load_engine
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import Block, ModelConfig
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.plans.library import Library, generated_library, read_library
 from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of, without
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
-from simulator.prediction.scenario import Scenario, profiles, scenarios, setting
+from simulator.prediction.requests import check_measured, on, profiles, requests_of, setting
 from simulator.prediction.serving import memory_columns
+from simulator.request import Request
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import intervals
@@ -42,24 +45,31 @@ COLUMNS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class PricedRequest:
-    """A device with a scenario of one request."""
+    """A device with a request."""
 
-    scenario: Scenario
+    request: Request
     hw: HardwareProfile
 
     hardware = property(lambda self: self.hw.label)
-    devices = property(lambda self: self.scenario.devices)
-    engine = property(lambda self: self.scenario.engine_name)
-    phase = property(lambda self: self.scenario.phase)
-    batch = property(lambda self: self.scenario.shapes[0][0])
-    seq = property(lambda self: self.scenario.shapes[0][1])
+    devices = property(lambda self: self.request.devices)
+    engine = property(lambda self: load_engine(self.request.engine).name)
+    phase = property(lambda self: self.request.phase)
+    batch = property(lambda self: self.request.batch)
+    seq = property(lambda self: self.request.seq)
 
     def __str__(self) -> str:
         return setting(self)
 
     def lower(self, model: ModelConfig) -> Workload:
         """Return the workload of a model."""
-        return replace(self.scenario, model=model).workloads[0]
+        return lower(replace(self.request, model=model))
+
+
+def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]) -> list[PricedRequest]:
+    """Return every request that the settings state on every device."""
+    requests = requests_of([model], settings)
+    check_measured(requests, hardware)
+    return [PricedRequest(on([one], hw)[0], hw) for one in requests for hw in hardware]
 
 
 def planned(model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None) -> ModelConfig:
@@ -73,7 +83,7 @@ def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, Fl
     ``flops``; the first is the dense model."""
     workloads = [at.lower(model) for model in models]
     batch = batch_with(workloads[0], workloads[1:])
-    columns, _ = compare(batch, at.hw, at.scenario.level, at.scenario.dense_s)
+    columns, _ = compare(batch, at.hw, at.request.level, at.request.dense_s)
     every = np.arange(len(models))
     memory = memory_columns(batch, every, [at.hw], np.zeros(len(models), dtype=np.intp))
     own = {name: np.asarray(column) for name, column in {**columns, **memory}.items()}
@@ -193,15 +203,9 @@ def costs(
     model: str | ModelConfig,
     hardware: OneOrMore[str | HardwareProfile],
     choices: str | Path | Library | None = None,
-    *,
-    engine: OneOrMore[str] = (),
-    phase: OneOrMore[str] = "decode",
-    batch: OneOrMore[int] = 1,
-    seq: OneOrMore[int] = 2048,
-    scenario: Scenario | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> Costs:
-    """Return the cost of every variant of every layer, in every setting.
+    """Return the cost of every variant of every layer, for every device and request.
 
     Parameters
     ----------
@@ -212,12 +216,9 @@ def costs(
     choices : str, Path or Library, optional
         Variants (:func:`simulator.plans.library.read_library`). Default: the usual ones
         (:func:`simulator.plans.library.generated_library`).
-    engine, phase, batch, seq : one or more
-        As in :func:`simulator.table`. The phase ``generate`` gives the time of prompt and new tokens apart.
-    scenario : Scenario, optional
-        Common inputs: number formats, devices, new tokens, level of the intervals.
-    progress : callable
-        Called with settings done and their number.
+    **settings
+        Fields of :class:`simulator.Request`, each one value or a list. The phase ``generate`` gives the time of prompt
+        and new tokens apart.
 
     Returns
     -------
@@ -236,30 +237,27 @@ def costs(
     ['dense', 'kv=1', 'kv=2', 'kv=4', 'none']
     """
     dense, devices = load_model(model), profiles(hardware)
-    requested = scenarios(scenario, [dense], engine, phase, batch, seq)
-    settings = tuple(PricedRequest(one.on(hw), hw) for one in requested for hw in devices)
-    library = generated_library(dense, settings[0].devices) if choices is None else choices
+    at = priced(dense, devices, settings)
+    library = generated_library(dense, at[0].devices) if choices is None else choices
     library = library if isinstance(library, Library) else read_library(library, dense)
-    probes, parts = Probes.of(library, dense.layout), list[dict[str, Array]]()
+    probes = Probes.of(library, dense.layout)
     keys = [
         (layer, name, part)
         for layer, own in enumerate(library.layers)
         for name in SUBLAYERS
         for part in dict.fromkeys(part_of(name, block) for block in own)
     ]
-    for done, at in enumerate(settings, start=1):
-        parts.append(_costs(at, probes, keys))
-        progress(done, len(settings))
+    parts = [_costs(one, probes, keys) for one in at]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    blocks = tuple([*(part for _, _, part in keys), dense.usual] * len(settings))
-    return Costs(columns, settings, blocks, dense, settings[0].scenario.level)
+    blocks = tuple([*(part for _, _, part in keys), dense.usual] * len(at))
+    return Costs(columns, tuple(at), blocks, dense, at[0].request.level)
 
 
 def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
     """Return the columns of one setting."""
     model, layout = probes.library.model, probes.library.model.layout
     batch = WorkloadBatch.of([at.lower(one) for one in probes.models])
-    p = forward_passes(batch, at.hw, at.scenario.level)
+    p = forward_passes(batch, at.hw, at.request.level)
     values = {
         "seconds": p.total_s,
         "prefill_s": p.phase_s[:, 0],
@@ -281,7 +279,7 @@ def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]
         each = found[name][of_row]
         columns[name] = np.append(each, column[0] - each[dense].sum())
     share = columns["seconds"][-1] / p.total_s[0]
-    for name, end in zip(("lower", "upper"), intervals(p, at.scenario.level)):
+    for name, end in zip(("lower", "upper"), intervals(p, at.request.level)):
         columns[name] = np.append(found[name][of_row], end[0] * share)
     texts = [text_of(name, part, part_of(name, layout[layer])) for layer, name, part in keys]
     columns["layer"] = np.array([*(layer for layer, _, _ in keys), -1])
@@ -306,7 +304,7 @@ def _intervals(
     Errors of the device are those of the sublayer's own operators, as the others cancel in the difference. The host
     differs at the ends of its speeds. Both are combined as a root of sum of squares.
     """
-    level, half = at.scenario.level, np.zeros(len(kinds))
+    level, half = at.request.level, np.zeros(len(kinds))
     own = [_operators(at, model, *kind) for kind in kinds]
     if some := [i for i, w in enumerate(own) if len(w)]:
         alone = forward_passes(WorkloadBatch.of([own[i] for i in some]), at.hw, level).uncertainty
@@ -325,8 +323,7 @@ def _intervals(
 
 def _operators(at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
     """Return the operators of one sublayer of one layer."""
-    scenario = at.scenario
-    if scenario.parallel == "pipeline":  # a stage computes a layer as one device does
-        scenario = replace(scenario, devices=1, link=None)
-    w = PricedRequest(scenario, at.hw).lower(planned(model, [part], [model.windows[layer]]))
+    if at.request.parallel == "pipeline":  # a stage computes a layer as one device does
+        at = replace(at, request=replace(at.request, devices=1, link=None))
+    w = at.lower(planned(model, [part], [model.windows[layer]]))
     return w.take((w.layer >= 0) & (w.part == Part[sublayer.upper()]))

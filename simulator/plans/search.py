@@ -6,8 +6,8 @@ plan is predicted (:mod:`simulator.plans.solve`), and so are the plans that othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,14 @@ from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig, indivisible
 from simulator.models.library import load_model
-from simulator.plans.costs import PricedRequest, Probes, planned, quantities
+from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
 from simulator.plans.library import Library, combined, groups_of, importance, metric_of, read_library
 from simulator.plans.solve import COARSE, Found, Limit, Program, Solver, Targets, Variants
 from simulator.plans.variants import SUBLAYERS, text_of
-from simulator.prediction.compare import scenario_results
+from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios
 from simulator.prediction.service import probability_of
 from simulator.units import ratio
 
@@ -175,14 +175,9 @@ def search(
     *,
     metric: str = "",
     maximise: bool = False,
-    engine: OneOrMore[str] = (),
-    phase: OneOrMore[str] = "decode",
-    batch: OneOrMore[int] = 1,
-    seq: OneOrMore[int] = 2048,
-    scenario: Scenario | None = None,
     uniform: bool = False,
     groups: int | str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> Plan:
     """Choose a variant of each layer so that the targets are met and the score rises least.
 
@@ -201,16 +196,12 @@ def search(
         Column of the scores; "": the only column that is no time, size, memory or count.
     maximise : bool
         Whether a higher value is better.
-    engine, phase, batch, seq : one or more
-        As in :func:`simulator.table`; the targets hold in every combination.
-    scenario : Scenario, optional
-        Common inputs, as in :func:`simulator.table`.
     uniform : bool
         Give all remaining layers one shape, which stock engines load; whole layers may be removed.
     groups : int or str, optional
         Layers that share one variant: a number of consecutive layers, or ranges such as ``"0-3,4-7"``.
-    progress : callable
-        Called with steps done and their number.
+    **settings
+        Fields of :class:`simulator.Request`, each one value or a list; the targets hold in every combination.
 
     Returns
     -------
@@ -233,10 +224,8 @@ def search(
         targets = Targets(speedup=targets)
     flag("maximise", maximise)
     flag("uniform", uniform)
-    requested = scenarios(scenario, [dense], engine, phase, batch, seq)
-    check_measured(requested, devices)
-    settings = tuple(PricedRequest(one.on(hw), hw) for one in requested for hw in devices)
-    library, notes = _library(scores, dense, settings[0])
+    at = tuple(priced(dense, devices, settings))
+    library, notes = _library(scores, dense, at[0])
     name, column = metric_of(library, metric)
     column = tuple(-own for own in column) if maximise else column
     variants = Variants.of(library, groups_of(groups, dense.layers))
@@ -246,17 +235,13 @@ def search(
         raise InputError("uniform: no variant is available in all layers; expected one row per layer with equal shapes")
     if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
         notes += (f"most variants have a better {name} than the dense model; use --maximise if higher is better",)
-    solver = Solver(variants, rises, settings, targets, families)
-    progress(0, 3)
+    solver = Solver(variants, rises, at, targets, families)
     found = solver.solve()
-    progress(1, 3)
     pruned = planned(dense, found.blocks)
     pruning = [Pruning.of_model(dense, pruned)]
-    results = tuple(scenario_results(replace(at.scenario, model=dense), pruning, [at.hw])[0] for at in settings)
+    results = tuple(request_results([one.request], pruning, [one.hw])[0] for one in at)
     others = alternatives(solver, found, library.times)
-    progress(2, 3)
     points = frontier(solver, found)
-    progress(3, 3)
     layers = []
     for i, (block, usual, own) in enumerate(zip(found.blocks, dense.layout, column)):
         attention, mlp = (text_of(name, block, usual) for name in SUBLAYERS)
@@ -276,7 +261,7 @@ def search(
         frontier=points,
         notes=notes,
         dense_parameters=dense.parameters,
-        settings=settings,
+        settings=at,
         dense=dense,
         pruned=pruned,
     )
@@ -287,7 +272,7 @@ def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Librar
     library = importance(model) if scores is None else scores
     library = library if isinstance(library, Library) else read_library(library, model)
     notes, library = library.notes, combined(library)
-    many, parallel = at.scenario.devices, at.scenario.parallel
+    many, parallel = at.request.devices, at.request.parallel
     if many > 1 and parallel != "pipeline":
         keep = [[i for i, b in enumerate(own) if not indivisible(b, many, parallel)] for own in library.layers]
         if lost := len(library) - sum(map(len, keep)):
@@ -306,10 +291,10 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
     reached = limit.as_target(value)
     if limit.target == "speedup":
         ends = float(own["speedup_lower"][1]), float(own["speedup_upper"][1])
-        chance = probability_of(limit.value, reached, *ends, at.scenario.level)
+        chance = probability_of(limit.value, reached, *ends, at.request.level)
     elif limit.ends is not None:
         lower, upper = (float(own[name][1]) for name in limit.ends)
-        chance = probability_of(1.0 / limit.most, 1.0 / value, 1.0 / upper, 1.0 / lower, at.scenario.level)
+        chance = probability_of(1.0 / limit.most, 1.0 / value, 1.0 / upper, 1.0 / lower, at.request.level)
     else:
         chance = float(value <= limit.most * (1.0 + 1e-9))
     return Reached(at.hardware, at.engine, at.phase, at.batch, at.seq, limit.target, limit.value, reached, chance)

@@ -33,7 +33,7 @@ from simulator.errors import InputError
 from simulator.models.config import Block, ModelConfig
 from simulator.plans.costs import PricedRequest, Probes, planned, quantities
 from simulator.plans.library import Library
-from simulator.prediction.scenario import dense_seconds
+from simulator.prediction.requests import dense_seconds
 from simulator.units import parameters, ratio, seconds, size
 
 MOST_NODES = 5000  # of the search tree of one program; then the best choice so far and its gap count
@@ -106,7 +106,7 @@ class Targets:
             if name == "speedup":
                 most = float(dense["pruned_s"][0]) / value
             elif name == "tokens_per_s":
-                most = dense_seconds(value, at.phase, at.batch, at.seq, at.scenario.new_tokens)
+                most = dense_seconds(value, at.request)
             elif not np.isfinite(dense[quantity][0]):
                 raise InputError(f"target {NAMES[name]}: {at.phase} has none; expected another --phase or target")
             found.append(Limit(name, value, at, quantity, most))
@@ -141,7 +141,7 @@ class Limit:
         value = np.asarray(found[self.quantity], dtype=np.float64)
         if confidence <= 0.5 or self.ends is None:
             return value
-        sigmas = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(0.5 + 0.5 * self.at.scenario.level)
+        sigmas = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(0.5 + 0.5 * self.at.request.level)
         if self.target == "speedup":  # errors that dense and pruned models share cancel
             return np.asarray(value * (found["speedup"] / found["speedup_lower"]) ** sigmas)
         return np.asarray(value * (found[self.ends[1]] / value) ** sigmas)

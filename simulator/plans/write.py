@@ -19,7 +19,7 @@ from simulator.models.config import Block, ModelConfig
 from simulator.models.difference import runs
 from simulator.models.lower import lower, stream_of
 from simulator.plans.variants import has, part_of
-from simulator.prediction.scenario import device_text
+from simulator.prediction.requests import device_text
 from simulator.pruning._grammar import plan_steps
 from simulator.pruning._steps import prune_steps
 
@@ -143,14 +143,14 @@ def stats_text(found: Costs) -> str:
 
 def stats_args(model: ModelConfig, at: PricedRequest) -> dict[str, Any]:
     """Return a setting in ModelOpt's keys, by which Puzzletron selects prices (``subblock_stats_args``)."""
-    scenario = at.scenario
-    formats = {"weights": scenario.weight_dtype or scenario.dtype, "activations": scenario.dtype}
-    formats["kv_cache"] = scenario.kv_dtype or stream_of(scenario.dtype)
+    request = at.request
+    formats = {"weights": request.weight_dtype or request.dtype, "activations": request.dtype}
+    formats["kv_cache"] = request.kv_dtype or stream_of(request.dtype)
     return {
         "gpu": device_text(at),
         "batch_size": at.batch,
         "prefill_seq_len": at.seq,
-        "generation_seq_len": {"prefill": 0, "decode": 1}.get(at.phase, scenario.new_tokens),
+        "generation_seq_len": {"prefill": 0, "decode": 1}.get(at.phase, request.new_tokens),
         "prefill_queue_size": 0,
         "n_embd": model.hidden,
         "n_head": model.heads,

@@ -1,1 +1,1 @@
-"""Predict results for scenarios, prunings and devices, and derive advice, frontiers and sweeps from them."""
+"""Predict results for requests, prunings and devices, and derive advice, frontiers and sweeps from them."""

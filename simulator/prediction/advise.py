@@ -7,7 +7,7 @@ target and the first that reaches it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -17,22 +17,17 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.display import Displayed, by_column, few
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.prediction.batch import batch_of
 from simulator.prediction.compare import compare, results_of
 from simulator.prediction.prunings import Pruning, families
+from simulator.prediction.requests import batch_name, by_budget, check_measured, dense_seconds, profiles, requests_of
 from simulator.prediction.result import HasResult, Result, Results
-from simulator.prediction.scenario import (
-    Scenario,
-    batch_name,
-    by_budget,
-    check_measured,
-    dense_seconds,
-    profiles,
-    scenarios,
-)
 from simulator.prediction.service import check_probability, probability_of
+from simulator.request import Request
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
 
@@ -70,14 +65,13 @@ class Target:
             return f"{ratio(self.speedup)}x"
         return seconds(self.latency_s) if self.latency_s is not None else f"{self.tokens_per_s:,.4g} tokens/s"
 
-    def over(self, dense_s: float, scenario: Scenario) -> float:
+    def over(self, dense_s: float, request: Request) -> float:
         """Return the required speedup over a dense time; at most 1 if the dense model reaches the target."""
         if self.speedup is not None:
             return self.speedup
         if self.latency_s is not None:
             return dense_s / self.latency_s
-        ((batch, seq),) = scenario.shapes
-        return dense_s / dense_seconds(self.tokens_per_s, scenario.phase, batch, seq, scenario.new_tokens)
+        return dense_s / dense_seconds(self.tokens_per_s, request)
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,40 +112,33 @@ def advise(
     model: str | ModelConfig,
     hardware: Sequence[str | HardwareProfile],
     target: float | Target,
-    phase: Sequence[str] = ("decode",),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
     family: Sequence[str] | None = None,
     *,
-    engine: Sequence[str] = (),
-    scenario: Scenario | None = None,
     probability: float = 0.5,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> Advised:
     """Find the least sparsity of families (None: all) that reaches a target: a :class:`Target`, or a speedup above 1.
 
-    Requests, engines and scenario are those of :func:`simulator.table`. ``probability`` is the least probability of
-    reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
+    The settings are fields of :class:`simulator.Request`, each one value or a list. ``probability`` is the least
+    probability of reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
     check_probability(probability)
     aim, config = target if isinstance(target, Target) else Target(target), load_model(model)
     names, devices = [*families(("all",) if family is None else family, [config])], profiles(hardware)
     if {"depth", "width"} <= set(names):
         names.append(BOTH)
-    requested = scenarios(scenario, [config], engine, phase, batch, seq)
+    requested = requests_of([config], settings)
     check_measured(requested, devices)
     advice, enough = list[Advice](), list[str]()
-    notes, done, total = dict[str, None](), itertools.count(1), len(requested) * len(devices)
-    for one, same in (part for each in requested for part in by_budget(each, devices)):
-        search, dense = _Search(one, names, probability, notes), WorkloadBatch.of(one.workloads)
+    notes = dict[str, None]()
+    for (one,), same in (part for each in requested for part in by_budget([each], devices)):
+        search, dense = _Search(one, names, probability, notes), WorkloadBatch.of([lower(one)])
         for hw in same:
             needed = aim.over(compare(dense, hw, one.level, one.dense_s)[0]["dense_s"][0].item(), one)
             if needed > 1.0:
                 advice += search.on(hw, needed)
             else:
-                ((many, length),) = one.shapes
-                request = f"{one.phase}, {batch_name(one.phase)} {many}, seq {length}"
-                enough.append(f"{hw.label} in {one.engine_name} ({request})")
-            progress(next(done), total)
+                request = f"{one.phase}, {batch_name(one.phase)} {one.batch}, seq {one.seq}"
+                enough.append(f"{hw.label} in {load_engine(one.engine).name} ({request})")
     if not advice and not enough:
         raise InputError("; ".join(notes) or "nothing to advise")
     return Advised(tuple(advice), tuple(notes), tuple(enough))
@@ -159,9 +146,9 @@ def advise(
 
 @dataclass(frozen=True)
 class _Search:
-    """The search in one scenario; reasons why families cannot be predicted go to ``notes``."""
+    """The search for one request; reasons why families cannot be predicted go to ``notes``."""
 
-    scenario: Scenario
+    request: Request
     names: Sequence[str]
     probability: float
     notes: dict[str, None]
@@ -176,7 +163,7 @@ class _Search:
             if pruning is not None:
                 reasons.setdefault(points[pruning][0], []).append(reason)
 
-        batch = batch_of(self.scenario, [_pruning(*point) for point in points], reject)
+        batch = batch_of([self.request], [_pruning(*point) for point in points], reject)
         supported = {points[i][0] for i in batch.pruning if i >= 0}
         for name, found in reasons.items():
             if name not in supported:  # report a sparsity without pattern only if the engine lacks no kernels
@@ -193,7 +180,7 @@ class _Search:
             end = coarse.points[row][1]
             start = coarse.points[row - 1][1] if row and coarse.points[row - 1][0] == name else 0.0
             fine += [(name, round(start + FINE * i, 6)) for i in range(1, round((end - start) / FINE))]
-        finer = _Timed(self, hw, fine, batch_of(self.scenario, [_pruning(*point) for point in fine], _reject))
+        finer = _Timed(self, hw, fine, batch_of([self.request], [_pruning(*point) for point in fine], _reject))
         finer_first = finer.first(target)
         advice = []
         for name in dict.fromkeys(name for name, _ in coarse.points):
@@ -209,11 +196,11 @@ class _Timed:
 
     def __init__(self, search: _Search, hw: HardwareProfile, points: list[Point], batch: WorkloadBatch) -> None:
         prunings = [_pruning(*point) for point in points]
-        self.results: Results = results_of(batch, prunings, [hw], search.scenario, _reject)
+        self.results: Results = results_of(batch, prunings, [hw], [search.request], _reject)
         self.points = [points[i] for i in self.results.pruning.tolist()]
         # speedups that are reached with at least the required probability: the inverse of probability_of
         columns, quantile = self.results.columns, NormalDist().inv_cdf
-        share = quantile(search.probability) / quantile(0.5 + 0.5 * search.scenario.level)
+        share = quantile(search.probability) / quantile(0.5 + 0.5 * search.request.level)
         speedup: Array = columns["speedup"]
         end = columns["speedup_lower" if search.probability > 0.5 else "speedup_upper"]
         self.speedup = speedup * (end / speedup) ** abs(share)

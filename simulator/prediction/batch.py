@@ -1,4 +1,4 @@
-"""Prune every request of a scenario by every pruning, in few calls, into one batch of workloads: :func:`batch_of`.
+"""Prune requests that differ only in shape by every pruning, into one batch of workloads: :func:`batch_of`.
 
 Most families depend only on widths, heads and layers, which all requests of a model share. One call of such a family
 prunes the rows of many requests; ``Family.together`` states which requests it accepts together.
@@ -18,13 +18,14 @@ from simulator.arrays import IndexArray
 from simulator.codes import Kernel, role_code
 from simulator.errors import InputError
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.passes import refusal
 from simulator.prediction.prunings import Pruning, check_alike
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 from simulator.workload import Workload, WorkloadBatch
 
 _EMBEDDING = role_code("embedding")[0]
-RequestGroup = tuple[int, ...]  # indices of some requests of a scenario
+RequestGroup = tuple[int, ...]  # indices of some requests
 GroupRows = tuple[RequestGroup, Workload, IndexArray]  # requests, their pruned rows, and rows of each
 Together = Mapping[str, Sequence[tuple[RequestGroup, Workload]]]
 """``Family.together`` -> the requests of each call, and their rows as one workload."""
@@ -38,18 +39,20 @@ def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
     raise InputError(reason)
 
 
-def batch_of(scenario: Scenario, prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
-    """Return the dense workloads of a scenario, one per shape, then their pruned versions by pruning; versions that a
-    family or the engine does not support go to ``reject``."""
-    dense = WorkloadBatch.of(scenario.workloads)
+def batch_of(requests: Sequence[Request], prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
+    """Return the dense workloads of requests that differ only in shape, then their pruned versions by pruning.
+
+    Versions that a family or the engine does not support go to ``reject``."""
+    workloads = [lower(request) for request in requests]
+    dense = WorkloadBatch.of(workloads)
     if unable := refusal(dense):
         reject(None, unable, "")
-    together = _together(scenario, {p.together for p in prunings if p.model is None})
+    together = _together(workloads, {p.together for p in prunings if p.model is None})
     found = [dense]
     for i, pruning in enumerate(prunings):
         reasons: dict[str, None] = {}
-        for group, rows, lengths in _parts(scenario, pruning, together, reasons):
-            batch = _pruned(scenario, group, rows, lengths, pruning, i)
+        for group, rows, lengths in _parts(requests, pruning, together, reasons):
+            batch = _pruned(requests, group, rows, lengths, pruning, i)
             # other prunings have the number formats of the dense model
             other = pruning.model is not None or (rows.kernel == Kernel.SPARSE24).any()
             if reason := unable or (refusal(batch) if other else ""):
@@ -72,14 +75,14 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
 
 
 def _pruned(
-    scenario: Scenario, group: RequestGroup, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
+    requests: Sequence[Request], group: RequestGroup, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
 ) -> WorkloadBatch:
     """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
     return WorkloadBatch(
         rows=rows,
         lengths=lengths,
-        sequences=np.array([scenario.shapes[i][0] for i in group], dtype=np.intp),
+        sequences=np.array([requests[i].batch for i in group], dtype=np.intp),
         dense=np.array(group, dtype=np.intp),
         pruning=np.full(many, index),
         sparsity=np.full(many, pruning.requested(rows)),
@@ -87,36 +90,37 @@ def _pruned(
     )
 
 
-def _together(scenario: Scenario, names: Collection[str]) -> Together:
-    shapes, workloads = scenario.shapes, scenario.workloads
-    every = tuple(range(len(shapes)))
-    lengths = [tuple(i for i in every if shapes[i][1] == length) for length in dict.fromkeys(seq for _, seq in shapes)]
+def _together(workloads: Sequence[Workload], names: Collection[str]) -> Together:
+    shapes, every = [w.meta for w in workloads], tuple(range(len(workloads)))
+    lengths = [tuple(i for i in every if shapes[i].seq == seq) for seq in dict.fromkeys(meta.seq for meta in shapes)]
 
     def joined(group: RequestGroup) -> Workload:
         if len(group) == 1:
             return workloads[group[0]]
-        meta = replace(workloads[group[0]].meta, batch=max(shapes[i][0] for i in group))
+        meta = replace(shapes[group[0]], batch=max(shapes[i].batch for i in group))
         return Workload.concat([workloads[i] for i in group], meta=meta)
 
     groups = {"any": [every], "equal length": lengths}
     return {name: [(group, joined(group)) for group in groups[name]] for name in names}
 
 
-def _parts(scenario: Scenario, pruning: Pruning, together: Together, reasons: dict[str, None]) -> list[GroupRows]:
+def _parts(
+    requests: Sequence[Request], pruning: Pruning, together: Together, reasons: dict[str, None]
+) -> list[GroupRows]:
     """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
     if pruning.model is not None:
-        pruned = [pruning.apply(dense, scenario) for dense in scenario.workloads]
+        pruned = [pruning.apply(lower(request), request) for request in requests]
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
-    model = load_model(scenario.model)
+    model = load_model(requests[0].model)
     if lacks := pruning.lacking(model):
         reasons[lacks] = None
         return []
-    call = partial(pruning.apply, scenario=scenario)
-    return [part for group, rows in together[pruning.together] for part in _prune(scenario, group, rows, call, reasons)]
+    call = partial(pruning.apply, request=requests[0])
+    return [part for group, rows in together[pruning.together] for part in _prune(requests, group, rows, call, reasons)]
 
 
 def _prune(
-    scenario: Scenario,
+    requests: Sequence[Request],
     group: RequestGroup,
     rows: Workload,
     call: Callable[[Workload], Workload],
@@ -127,14 +131,14 @@ def _prune(
         pruned = call(rows)
     except InputError as error:
         reasons[str(error)] = None
-        if len(group) == 1 or _refusal(call, scenario.workloads[group[0]]) == str(error):
+        if len(group) == 1 or _refusal(call, lower(requests[group[0]])) == str(error):
             return []  # the sparsity is the reason, not the request
     else:
-        passes = [int((scenario.workloads[i].role == _EMBEDDING).sum()) for i in group]
+        passes = [int((lower(requests[i]).role == _EMBEDDING).sum()) for i in group]
         lengths = _lengths(pruned, passes)
         if lengths is not None:
             return [(group, pruned, lengths)]
-    return [part for i in group for part in _prune(scenario, (i,), scenario.workloads[i], call, reasons)]
+    return [part for i in group for part in _prune(requests, (i,), lower(requests[i]), call, reasons)]
 
 
 def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import AMOUNT, MOST, SECONDS, Range, array, number, shown, whole
+from simulator.arguments import AMOUNT, MOST, SECONDS, Range, number, shown, whole
+from simulator.arrays import array
 from simulator.errors import InputError, one_line
 from simulator.files.json import parse_json
 from simulator.files.read import read_bounded

@@ -23,9 +23,10 @@ from simulator.operators.base import BOTTLENECKS
 from simulator.passes import ForwardPass, by_kind, section_of
 from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
+from simulator.prediction.requests import by_budget
 from simulator.prediction.result import COLUMNS, Labels, Results
-from simulator.prediction.scenario import Scenario, by_budget
 from simulator.prediction.serving import memory_columns, serving
+from simulator.request import Request
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import WorkloadBatch, sums
@@ -84,12 +85,12 @@ def results_of(
     batch: WorkloadBatch,
     prunings: Sequence[Pruning],
     hardware: Sequence[HardwareProfile],
-    scenario: Scenario,
+    requests: Sequence[Request],
     reject: Reject = rejecting,
 ) -> Results:
-    """Return the results of the pruned workloads of a batch by request (shapes of the scenario), pruning and device;
+    """Return the results of the pruned workloads of a batch by request, pruning and device;
     prunings that a device cannot run go to ``reject``."""
-    found = [(d, at, timed) for d, hw in enumerate(hardware) for at, timed in _timed(batch, hw, scenario, reject)]
+    found = [(d, at, timed) for d, hw in enumerate(hardware) for at, timed in _timed(batch, hw, requests[0], reject)]
     if not found:
         return Results.empty()
     device = np.concatenate([np.full(len(at), d) for d, at, _ in found])
@@ -99,32 +100,35 @@ def results_of(
     columns: dict[str, Array | Labels] = {
         name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in found[0][2]
     }
-    columns |= _identity(batch, prunings, hardware, device, at, scenario.ideal)
+    columns |= _identity(batch, prunings, hardware, device, at, requests[0].ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
     columns["uncalibrated"] = _names(columns["uncalibrated"])
-    columns["batch"], columns["seq"] = np.array(scenario.shapes, dtype=np.int64)[batch.dense[at]].T
-    cached = [0 if scenario.phase == "decode" else cached_tokens(scenario.cached_prefix, s) for _, s in scenario.shapes]
-    columns["cached_prefix"] = np.array(cached, dtype=np.int64)[batch.dense[at]]
+    columns["batch"], columns["seq"] = np.array([(r.batch, r.seq) for r in requests])[batch.dense[at]].T
+    columns["cached_prefix"] = np.array([cached_tokens(r) for r in requests])[batch.dense[at]]
     columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
     columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
-    columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), scenario.level)
+    columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), requests[0].level)
     columns |= memory_columns(batch, at, hardware, device)
     return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
 
 
-def scenario_results(
-    scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile], reject: Reject = rejecting
+def request_results(
+    requests: Sequence[Request],
+    prunings: Sequence[Pruning],
+    hardware: Sequence[HardwareProfile],
+    reject: Reject = rejecting,
 ) -> Results:
-    """Return the results of a scenario by request, pruning and device; workloads differ between devices where the token
-    budget of the engine does."""
+    """Return the results of requests that differ only in shape, by request, pruning and device.
+
+    Workloads differ between devices where the token budget of the engine does."""
     parts = [
-        results_of(batch_of(one, prunings, reject), prunings, devices, one, reject)
-        for one, devices in by_budget(scenario, hardware)
+        results_of(batch_of(some, prunings, reject), prunings, devices, some, reject)
+        for some, devices in by_budget(requests, hardware)
     ]
     if len(parts) == 1:
         return parts[0]
     found = Results.join(parts)
-    shape = {shape: i for i, shape in enumerate(scenario.shapes)}
+    shape = {(r.batch, r.seq): i for i, r in enumerate(requests)}
     place = [shape[one] for one in zip(found.columns["batch"].tolist(), found.columns["seq"].tolist())]
     label = {hw.label: i for i, hw in enumerate(hardware)}
     device = [label[name] for name in found.columns["hardware"].tolist()]
@@ -146,7 +150,7 @@ def against(
 
 
 def _timed(
-    batch: WorkloadBatch, hw: HardwareProfile, scenario: Scenario, reject: Reject
+    batch: WorkloadBatch, hw: HardwareProfile, request: Request, reject: Reject
 ) -> Iterator[tuple[IndexArray, Mapping[str, Array]]]:
     """Yield indices of pruned workloads of a batch, and their columns on a device."""
     dense, pruned = np.flatnonzero(batch.pruning < 0), np.flatnonzero(batch.pruning >= 0)
@@ -155,7 +159,7 @@ def _timed(
 
     def timed(at: IndexArray) -> dict[str, Array]:
         some = batch if at is pruned else batch.take(np.concatenate([dense, at]))
-        columns, _ = compare(some, hw, scenario.level, scenario.dense_s)
+        columns, _ = compare(some, hw, request.level, request.dense_s)
         return {name: column[len(dense) :] for name, column in columns.items()}
 
     try:

@@ -4,26 +4,27 @@ of requests (:func:`explanations`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import SECONDS, number
+from simulator.arguments import SECONDS, listed, number
 from simulator.arrays import FloatArray
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.operators.base import Estimate, Rows
 from simulator.passes import ForwardPass, by_kind
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import compare, scenario_results
-from simulator.prediction.prunings import applied, prunings_of
+from simulator.prediction.compare import compare, request_results
+from simulator.prediction.prunings import applied, asked
+from simulator.prediction.requests import check_measured, on, profiles
 from simulator.prediction.result import HasResult, Result
-from simulator.prediction.scenario import Scenario, check_measured, profiles, scenarios
 from simulator.prediction.sentences import better_than_bound, inferred_by
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import Inferred
@@ -211,48 +212,34 @@ class Explanation(HasResult):
 
 
 def explanations(
-    model: str | ModelConfig,
-    hardware: Sequence[str | HardwareProfile],
-    family: str | None = None,
-    sparsity: float | None = None,
-    phase: Sequence[str] = ("decode",),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
-    *,
-    method: str | None = None,
-    pruned: Sequence[str | ModelConfig] = (),
-    prune: Sequence[str] = (),
-    engine: Sequence[str] = (),
-    scenario: Scenario | None = None,
-    options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any
 ) -> tuple[Explanation, ...]:
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
-    ``--prune``, for every engine, phase, batch, length and device; the other arguments are those of
-    :func:`simulator.table`."""
+    ``--prune``, for every request and device; the settings are those of :func:`simulator.table`."""
     config, devices = load_model(model), profiles(hardware)
-    if not (pruned or prune) and family is None and method is None:
-        raise InputError("prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model")
-    if family == "all":
-        raise InputError("family 'all': expected one family to explain")
-    fractions = None if sparsity is None else [sparsity]
-    methods, names = [method] if method else [], None if family is None else [family]
-    prunings = prunings_of([config], names, methods, pruned, fractions, options, prune)
-    if len(prunings) > 1 and not (pruned or prune):
-        raise InputError(f"sparsity: expected one to explain {method or family}, such as {prunings[0].sparsity:g}")
-    requested = scenarios(scenario, [config], engine, phase, batch, seq)
-    check_measured(requested, devices)
-    order = [(one.phase, one.shapes) for one in requested]  # by request, then engine
-    requested.sort(key=lambda one: order.index((one.phase, one.shapes)))
+    name = ", ".join(listed("family", settings.get("method") or settings.get("family") or ()))
+    if not any(settings.get(other) for other in ("pruned", "prune")):
+        if not name:
+            raise InputError(
+                "prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model"
+            )
+        if name == "all":
+            raise InputError("family 'all': expected one family to explain")
+    prunings, requests, _ = asked([config], settings)
+    if name and len(prunings) > 1:
+        raise InputError(f"sparsity: expected one to explain {name}, such as {prunings[0].sparsity:g}")
+    check_measured(requests, devices)
+    order = [(one.phase, one.batch, one.seq) for one in requests]  # by request, then engine
+    requests.sort(key=lambda one: order.index((one.phase, one.batch, one.seq)))
     out: list[Explanation] = []
-    for one in requested:
+    for each in requests:
         for pruning in prunings:
-            for hw, r in zip(devices, scenario_results(one, [pruning], devices)):
-                (dense,) = one.on(hw).workloads
-                w = pruning.apply(dense, one)
+            for hw in devices:
+                (one,) = on([each], hw)
+                dense = lower(one)
+                w, r = pruning.apply(dense, one), request_results([one], [pruning], [hw])[0]
                 steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
                 # rounded as in the waterfall
                 r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
                 out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
-                progress(len(out), len(requested) * len(prunings) * len(devices))
     return tuple(out)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.codes import DTYPES, ROLES, Kernel, Kind, dtype_code, label_of
+from simulator.codes import ROLES, Kernel, Kind, dtype_code, label_of
 from simulator.operators.gemm import Options
-from simulator.prediction.scenario import once, one_of, profiles, whole_number
+from simulator.prediction.requests import once, profiles
+from simulator.request import SETTINGS
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.operators import STEPS, gemm_predicted
 from simulator.workload import Workload, WorkloadBatch
@@ -67,16 +68,15 @@ def gemm_table(
     dtype: str = "bf16",
     weight_dtype: str | None = None,
     semi_structured: bool = False,
-    cold: bool = True,
-    level: float = 0.9,
+    warm: bool = False,
 ) -> tuple[GemmRecord, ...]:
     """Predict every combination of tokens, output features, input features and device."""
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
-            whole_number(name, value)
+            SETTINGS["batch"].check(value, name)
     weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
     for given in (dtype, weight):
-        one_of("dtype", given, DTYPES)
+        SETTINGS["dtype"].check(given)
     sizes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
     rows = Workload.from_columns(
         role=["q"] * len(sizes),
@@ -90,7 +90,7 @@ def gemm_table(
     )
     shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
-        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True)
+        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, not warm), detail=True)
         steps = {name: time.details[name] for name in STEPS}
         section = hw.section("gemm", label_of(dtype, weight))
         out += [
@@ -104,7 +104,7 @@ def gemm_table(
                 stack=section.stack,
                 status=section.status,
                 semi_structured=semi_structured,
-                cold=cold,
+                cold=not warm,
                 seconds=time.seconds[i].item(),
                 lower_s=time.lower[i].item(),
                 upper_s=time.upper[i].item(),

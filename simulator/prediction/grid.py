@@ -7,58 +7,49 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from simulator._version import __version__
-from simulator.codes import DTYPES, PHASES
-from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.fields import BAD, Checked, Flag, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
+from simulator.files.fields import BAD, Checked, Inline, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import files_of, load_hardware, reference
-from simulator.hardware.link import check as _link
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import DECODE_LENGTHS, cached_tokens, lower
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import (
-    MAX_TOKENS,
-    PARALLEL,
-    Scenario,
-    check_fraction,
-    engines_of,
-    models_of,
-    once,
-    profiles,
-)
-from simulator.pruning import FAMILIES, general_families, prune
+from simulator.prediction.requests import engines_of, models_of, once, profiles
+from simulator.pruning import FAMILIES, check_fraction, general_families, prune
 from simulator.pruning._methods import load_method
+from simulator.request import MAX_TOKENS, SETTINGS, Request, Whole
 from simulator.units import parse_value
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
-_TOKENS = Number(1, MAX_TOKENS, "64", whole=True)
 _SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
 AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
 """Axes besides the prunings."""
+_OWN = ("engine", "phase", "batch", "seq", "dtype", "weight_dtype", "kv_dtype", "devices", "dense_s")
+WHOLE = tuple(name for name in SETTINGS if name not in _OWN)
+"""Settings of the whole grid."""
 
 
 @dataclass(frozen=True)
 class Formats:
     """Number formats of a run; None: the format follows from ``dtype``."""
 
-    dtype: Annotated[str, Text(DTYPES)] = "bf16"
-    weight_dtype: Annotated[str | None, Text(DTYPES)] = None
-    kv_dtype: Annotated[str | None, Text(DTYPES)] = None
+    dtype: Annotated[str, SETTINGS["dtype"]] = "bf16"
+    weight_dtype: Annotated[str | None, SETTINGS["weight_dtype"]] = None
+    kv_dtype: Annotated[str | None, SETTINGS["kv_dtype"]] = None
 
 
 class _Axis(Scalar):
@@ -176,8 +167,15 @@ class _Format(Scalar):
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "mapping":
             return reader.read(Formats, node, path)
-        dtype = Text(DTYPES).read(node, path, reader)
+        dtype = SETTINGS["dtype"].read(node, path, reader)
         return BAD if dtype is BAD else Formats(dtype)
+
+
+def _numbers(setting: str) -> _Numbers:
+    """Return the axis of a setting that is a whole number."""
+    accepts = SETTINGS[setting].accepts
+    assert isinstance(accepts, Whole)
+    return _Numbers(accepts.number)
 
 
 def _loads(load: Callable[[str], Any]) -> Checked:
@@ -189,7 +187,7 @@ PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
 OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
 REQUESTS = 64  # (batch, seq) pruned together
 
-Piece = tuple[Scenario, tuple[Pruning, ...]]
+Piece = tuple[list[Request], tuple[Pruning, ...]]
 """Requests and their prunings, which are timed together."""
 
 
@@ -213,25 +211,18 @@ class Grid:
     models: Annotated[tuple[str | ModelConfig, ...], _Axis(_loads(load_model))]
     hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
     sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
-    phases: Annotated[tuple[str, ...], _Axis(Text(PHASES))]
-    batches: Annotated[tuple[int, ...], _Numbers(_TOKENS)]
-    seqs: Annotated[tuple[int, ...], _Numbers(_TOKENS)]  # tokens (prefill) or cached positions (decode) per sequence
+    phases: Annotated[tuple[str, ...], _Axis(SETTINGS["phase"])]
+    batches: Annotated[tuple[int, ...], _numbers("batch")]
+    seqs: Annotated[tuple[int, ...], _numbers("seq")]  # tokens (prefill) or cached positions (decode) per sequence
     # all families if no families, methods or texts are given; methods are appended
     families: Annotated[tuple[Pruning, ...], _Families(_Family())] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
-    engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (DEFAULT_ENGINE,)  # or paths
-    devices: Annotated[tuple[int, ...], _Numbers(Number(1, 100_000, "2", whole=True))] = (1,)
+    engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (Request.engine,)  # or paths
+    devices: Annotated[tuple[int, ...], _numbers("devices")] = (1,)
     methods: Annotated[tuple[str, ...], _Axis(_loads(load_method))] = ()
     # texts of --prune and paths of plans, without an axis of sparsities
     prune: Annotated[tuple[str, ...], _Axis(_loads(Pruning.read))] = ()
-    # as in a scenario, for the whole grid
-    parallel: Annotated[str, Text(PARALLEL)] = "tensor"
-    link: Annotated[str | None, Checked(Text(), _link)] = None
-    new_tokens: Annotated[int, Number(1, 1_000_000, "128", whole=True)] = 128
-    cached_prefix: Annotated[float, Number(0, MAX_TOKENS, "512")] = 0.0
-    token_budget: Annotated[int | None, Number(1, MAX_TOKENS, "8192", whole=True)] = None
-    ideal: Flag = False
-    level: Annotated[float, Number(0.01, 0.999, "0.9")] = 0.9
+    request: Annotated[Request, Inline(WHOLE)] = field(default_factory=Request)  # settings of the whole grid
 
     def __post_init__(self) -> None:
         families = self.families or (() if self.methods or self.prune else map(Pruning.of, general_families()))
@@ -257,34 +248,23 @@ class Grid:
         every = (p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities))
         return once((*every, *map(Pruning.read, self.prune)))
 
-    def scenario(
-        self,
-        model: str | ModelConfig,
-        formats: Formats,
-        engine: str,
-        devices: int,
-        phase: str,
-        shapes: tuple[tuple[int, int], ...],
-    ) -> Scenario:
-        """Return a scenario of the grid with some shapes."""
-        whole = ("new_tokens", "cached_prefix", "token_budget", "parallel", "link", "ideal", "level")
-        own = {name: getattr(self, name) for name in whole} | vars(formats)
-        return Scenario(model=model, phase=phase, shapes=shapes, engine=engine, devices=devices, **own)
-
     def pieces(self) -> Iterator[Piece]:
         """Yield pieces of bounded memory in the order of the rows: by model, format, engine, devices, phase, then
         groups of requests by length and batch, then groups of families and sparsities."""
         shapes = [(b, s) for s in self.seqs for b in self.batches]
         axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
         for model, formats, engine, devices, phase in axes:
-            operators = {"generate": 60 + 2 * min(self.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(phase, 30)
+            own = {"model": model, "phase": phase, "engine": engine, "devices": devices, **vars(formats)}
+            operators = {"generate": 60 + 2 * min(self.request.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(
+                phase, 30
+            )
             workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
             many = min(len(shapes), REQUESTS, workloads)
             of_prunings = max(1, workloads // many)
             if of_prunings >= len(self.prunings):  # few prunings: take more requests
                 many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(self.prunings)))
             for some, chosen in itertools.product(_even(shapes, many), _even(self.prunings, of_prunings)):
-                yield self.scenario(model, formats, engine, devices, phase, tuple(some)), tuple(chosen)
+                yield [replace(self.request, **own, batch=b, seq=s) for b, s in some], tuple(chosen)
 
     def digest(self) -> str:
         """Return the version and a digest of all that determines the rows, also of files of profiles and engines."""
@@ -337,7 +317,7 @@ def read_grid(path: str | Path) -> Grid:
                 reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
                 problems.add(root.at("seqs"), "seqs", reason)
             try:
-                cached_tokens(grid.cached_prefix, min(grid.seqs))
+                cached_tokens(replace(grid.request, phase="prefill", seq=min(grid.seqs)))
             except InputError as error:
                 key = "cached_prefix"
                 problems.add(root.at(key), key, str(error).removeprefix(f"{key}: "))

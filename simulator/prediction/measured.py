@@ -1,4 +1,4 @@
-"""Turn the result file of a serving benchmark into the measured time of the dense model: :func:`dense_from`.
+"""Turn the result file of a serving benchmark into the measured time of the dense model: :func:`measured`.
 
 What a file must match, and which of its numbers is the time of a phase (:func:`pass_seconds`):
 
@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from statistics import fmean, median
+from typing import NamedTuple
 
-from simulator.arguments import instance
-from simulator.codes import PHASES
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, shipped_model
 from simulator.prediction.benchmarks import BenchRun, read_benches
-from simulator.prediction.scenario import Scenario, one_of
+from simulator.request import Request
 
 TOLERANCE = 0.02  # relative difference by which mean lengths of a file may differ from those requested
 SLACK_TOKENS = 2.0  # prompt tokens by which a mean length may always differ: tokens that a tokeniser adds
@@ -38,8 +37,7 @@ IN_FLIGHT = (0.7, 1.05)
 _QUANTISED = re.compile(r"fp8|int8|int4|nvfp4|mxfp4|awq|gptq|w\d+a\d+", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class MeasuredDense:
+class MeasuredDense(NamedTuple):
     """Measured time of the dense model, s, the result it is from, and what could not be checked."""
 
     seconds: float
@@ -47,22 +45,14 @@ class MeasuredDense:
     notes: tuple[str, ...]
 
 
-def dense_from(path: str | os.PathLike[str], scenario: Scenario) -> float:
-    """Return the measured time of the dense model, s, from the result file of a serving benchmark (``dense_s`` of a
-    scenario). Of several results in a file, the last one that matches the scenario's single shape is taken."""
-    return measured(path, scenario).seconds
+def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
+    """Return the measured time of the dense model from the result file of a serving benchmark.
 
-
-def measured(path: str | os.PathLike[str], scenario: Scenario) -> MeasuredDense:
-    """Return the time as :func:`dense_from`, with its result and with notes."""
-    instance("scenario", scenario, Scenario, "simulator.prediction.scenario")
-    one_of("phase", scenario.phase, PHASES)
-    if len(scenario.shapes) != 1:
-        raise InputError(f"dense time: belongs to one scenario; expected one shape, got {len(scenario.shapes)}")
+    Of several results in a file, the last one that matches the request is taken."""
     runs, wrong = read_benches(path), []
     for run in reversed(runs):
         try:
-            return measured_of(run, scenario)
+            return measured_of(run, request)
         except InputError as error:
             wrong.append(error)
     if len(wrong) == 1:
@@ -70,34 +60,34 @@ def measured(path: str | os.PathLike[str], scenario: Scenario) -> MeasuredDense:
     raise InputError(f"{os.fspath(path)}: expected a result of this request among {len(runs)}; {wrong[0]}")
 
 
-def measured_of(run: BenchRun, scenario: Scenario) -> MeasuredDense:
-    """Return the time of a pass that one result measured, after comparing its conditions with those of a scenario."""
-    model, ((batch, seq),) = load_model(scenario.model), scenario.shapes
-    notes = [*_model_notes(run, model, scenario), *([run.note] if run.note else [])]
-    if run.devices and run.devices != scenario.devices:
-        raise InputError(f"{run.source}: devices: expected {scenario.devices}, got {run.devices}")
-    weights = scenario.weight_dtype or model.weight_dtype or scenario.dtype
-    for what, own, expected in (("dtype", run.dtype, scenario.dtype), ("weight dtype", run.weight_dtype, weights)):
+def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
+    """Return the time of a pass that one result measured, after comparing its conditions with those of a request."""
+    model = load_model(request.model)
+    notes = [*_model_notes(run, model, request), *([run.note] if run.note else [])]
+    if run.devices and run.devices != request.devices:
+        raise InputError(f"{run.source}: devices: expected {request.devices}, got {run.devices}")
+    weights = request.weight_dtype or model.weight_dtype or request.dtype
+    for what, own, expected in (("dtype", run.dtype, request.dtype), ("weight dtype", run.weight_dtype, weights)):
         if own and own != expected:
             raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
-    seconds = pass_seconds(run, scenario.phase, batch, seq, scenario.new_tokens)
+    seconds = pass_seconds(run, request)
     if run.kind == "batch" and not run.concurrency:
-        output = 1 if scenario.phase == "prefill" else scenario.new_tokens + 1
-        check = f"--batch-size {batch} --input-len {seq} --output-len {output}"
+        check = f"--batch-size {request.batch} --input-len {request.seq} --output-len {_output(request)}"
         notes.append(f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}")
     return MeasuredDense(seconds, run, tuple(notes))
 
 
-def pass_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: int) -> float:
-    """Return the time of a pass of a phase that a result measured, s.
+def pass_seconds(run: BenchRun, request: Request) -> float:
+    """Return the time of the pass of a request that a result measured, s.
 
-    ``batch`` is the requests in flight in ``serve``. InputError: the result does not measure this phase, or at another
+    The batch is the requests in flight in ``serve``. InputError: the result does not measure this phase, or at another
     batch or other lengths; what the file does not state is not checked."""
+    phase, batch = request.phase, request.batch
     if run.kind == "batch":
-        return _batch_seconds(run, phase, batch, seq, new_tokens)
+        return _batch_seconds(run, request)
     together = phase == "generate" and run.requests == batch > 1
     _check_in_flight(run, batch)
-    _check_lengths(run, phase, seq, new_tokens)
+    _check_lengths(run, request)
     if phase == "serve":
         if run.requests and run.requests < 2 * batch:
             expected = f"expected at least {2 * batch}, twice those in flight"
@@ -144,29 +134,36 @@ def request_of(
     return phase, out[0], out[1], out[2] - 1
 
 
-def _batch_seconds(run: BenchRun, phase: str, batch: int, seq: int, new_tokens: int) -> float:
+def _output(request: Request) -> int:
+    """Return the output tokens of a request: that of the prefill and one per decode step."""
+    return 1 if request.phase == "prefill" else request.new_tokens + 1
+
+
+def _batch_seconds(run: BenchRun, request: Request) -> float:
     """Return the median time of a batch, which is a prefill if it has one output token."""
-    if phase not in ("prefill", "generate"):
-        raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {phase}")
-    if run.concurrency and run.concurrency != batch:
-        raise InputError(f"{run.source}: requests: expected {batch}, the batch, got {run.concurrency}")
-    _check_lengths(run, phase, seq, new_tokens)
+    if request.phase not in ("prefill", "generate"):
+        raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {request.phase}")
+    if run.concurrency and run.concurrency != request.batch:
+        raise InputError(f"{run.source}: requests: expected {request.batch}, the batch, got {run.concurrency}")
+    _check_lengths(run, request)
     return median(run.samples_s)
 
 
-def _check_lengths(run: BenchRun, phase: str, seq: int, new_tokens: int) -> None:
+def _check_lengths(run: BenchRun, request: Request) -> None:
     """Reject other mean lengths than those requested."""
-    output = 1 if phase == "prefill" else new_tokens + 1  # that of the prefill and one per decode step
+    seq, output = request.seq, _output(request)
     if run.total_tokens:
         _check_length(run, "tokens per request", run.total_tokens, seq + output, max(TOLERANCE * (output - 1), 0.5))
     around = max(TOLERANCE * seq, SLACK_TOKENS)
-    if phase == "decode":
+    if request.phase == "decode":
         middle = run.input_tokens + max(run.output_tokens - 2.0, 0.0) / 2.0
         _check_length(run, "cached positions (prompt and half of the output)", middle, seq, around)
         return
     if run.input_tokens:
         _check_length(run, "input_tokens", run.input_tokens, seq, around)
-    of_one = phase == "prefill" and run.kind == "serve"  # the time to the first token depends on the prompt only
+    of_one = (
+        request.phase == "prefill" and run.kind == "serve"
+    )  # the time to the first token depends on the prompt only
     if run.output_tokens and not of_one:
         _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5))
 
@@ -195,9 +192,9 @@ def _stated(run: BenchRun, what: str, seconds: float) -> float:
     return seconds
 
 
-def _model_notes(run: BenchRun, model: ModelConfig, scenario: Scenario) -> list[str]:
+def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[str]:
     """Return notes on what of model and engine cannot be checked; reject another model."""
-    notes, engine = [], scenario.engine_name.partition("@")[0]
+    notes, engine = [], load_engine(request.engine).name.partition("@")[0]
     if run.engine and run.engine != engine:
         notes.append(f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine")
     if not run.model:
@@ -207,9 +204,9 @@ def _model_notes(run: BenchRun, model: ModelConfig, scenario: Scenario) -> list[
         notes.append(f"{run.source}: model {run.model} is not known by name; check that it is {model.name}")
     elif _shapes(known) != _shapes(model):
         raise InputError(f"{run.source}: model: expected {model.name}, got {run.model}")
-    plain = scenario.dtype in ("bf16", "fp16") and not (scenario.weight_dtype or model.weight_dtype or run.weight_dtype)
+    plain = request.dtype in ("bf16", "fp16") and not (request.weight_dtype or model.weight_dtype or run.weight_dtype)
     if plain and _QUANTISED.search(run.model):
-        formats = f"the prediction is for {scenario.dtype}; check --dtype and --weight-dtype"
+        formats = f"the prediction is for {request.dtype}; check --dtype and --weight-dtype"
         notes.append(f"{run.source}: model {run.model} is quantised by its name, {formats}")
     return notes
 

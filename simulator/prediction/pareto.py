@@ -11,7 +11,7 @@ both share, such as those of the dense model, cancel in this ratio (:func:`margi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +20,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import BoolArray, FloatArray, IndexArray
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.prediction.batch import Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.quality import number_of
+from simulator.prediction.requests import by_budget, profiles, requests_of
 from simulator.prediction.result import Result, Results
-from simulator.prediction.scenario import Scenario, by_budget, profiles, scenarios
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import FAMILIES
+from simulator.request import Request
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
@@ -168,21 +171,16 @@ def fronts(
     hardware: Sequence[str | HardwareProfile],
     quality: QualityTable,
     axis: Axis,
-    phase: Sequence[str] = ("decode",),
-    batch: Sequence[int] = (1,),
-    seq: Sequence[int] = (2048,),
     *,
-    engine: Sequence[str] = (),
-    scenario: Scenario | None = None,
     measured: Sequence[MeasuredSpeedup] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
     """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
     the rows that cannot be used.
 
-    Model, hardware, requests and scenario are those of :func:`simulator.table`; the quality rows may be those of
-    another model of its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if
-    the model and the devices support no row. ``progress`` is called with frontiers done and their number."""
+    Model, hardware and settings are those of :func:`simulator.table`; the quality rows may be those of another model of
+    its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if the model and
+    the devices support no row."""
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
@@ -197,13 +195,11 @@ def fronts(
         notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
 
     out: list[Front] = []
-    runs = scenarios(scenario, [config], engine, phase, batch, seq)
-    for one in runs:
-        batches = {same: batch_of(some, prunings, reject) for some, same in by_budget(one, devices)}
-        ((b, s),) = one.shapes
+    for one in requests_of([config], settings):
+        batches = {same: batch_of(some, prunings, reject) for some, same in by_budget([one], devices)}
         for hw in devices:
             workloads = next(batch for same, batch in batches.items() if hw in same)
-            results = results_of(workloads, prunings, [hw], one, reject)
+            results = results_of(workloads, prunings, [hw], [one], reject)
             points = [_point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)]
             if not points:
                 none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
@@ -212,10 +208,9 @@ def fronts(
             below = _below(workloads, results, hw, points, order, one.level)
             found = marked([points[i] for i in order], below)
             parts, share = uncalibrated_of(r for r, point in zip(results, points) if not point.measured)
-            where = (config.name, hw.label, one.phase, b, s, one.engine_name)
+            where = (config.name, hw.label, one.phase, one.batch, one.seq, load_engine(one.engine).name)
             calibrated = share < SMALL_SHARE, parts, share
             out.append(Front(*where, axis, found, bands(found, below), *calibrated, one.level, below, one.devices))
-            progress(len(out), len(runs) * len(devices))
     return tuple(out), tuple(notes)
 
 
@@ -334,21 +329,21 @@ class Winners:
     certain: BoolArray  # whether the intervals of its ratios to the dense model and to the second fastest are above 1
 
 
-def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
-    """Return the fastest of some prunings on each device at each shape of a scenario. Prunings that a device, the
-    engine or a request does not support do not compete; InputError if there are no others."""
+def winners(requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
+    """Return the fastest pruning on each device at each of some requests that differ only in shape.
+
+    Prunings that a device, the engine or a request does not support do not compete; InputError if none is left."""
     reasons: dict[str, None] = {}
 
     def skip(_pruning: int | None, reason: str, _device: str) -> None:
         reasons[reason] = None
 
-    operators = len(replace(scenario, shapes=scenario.shapes[:1]).workloads[0])
+    operators = len(lower(requests[0]))
     together, found = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
-    for start in range(0, len(scenario.shapes), together):
-        some = replace(scenario, shapes=scenario.shapes[start : start + together])
-        for one, devices in by_budget(some, hardware):
-            batch = batch_of(one, prunings, skip)
-            found += [w for hw in devices if len((w := _of_device(one, prunings, batch, hw, skip)).best)]
+    for start in range(0, len(requests), together):
+        for some, devices in by_budget(requests[start : start + together], hardware):
+            batch = batch_of(some, prunings, skip)
+            found += [w for hw in devices if len((w := _of_device(some, prunings, batch, hw, skip)).best)]
     if not found:
         raise InputError("; ".join(reasons) or "nothing to predict")
     parts = (np.concatenate([getattr(w, name) for w in found]) for name in ("gains", "certain"))
@@ -356,13 +351,13 @@ def winners(scenario: Scenario, prunings: Sequence[Pruning], hardware: Sequence[
 
 
 def _of_device(
-    scenario: Scenario, prunings: Sequence[Pruning], batch: WorkloadBatch, hw: HardwareProfile, skip: Reject
+    requests: Sequence[Request], prunings: Sequence[Pruning], batch: WorkloadBatch, hw: HardwareProfile, skip: Reject
 ) -> Winners:
-    results = results_of(batch, prunings, [hw], scenario, skip)
+    results = results_of(batch, prunings, [hw], requests, skip)
     if not len(results):
         return Winners(results, np.zeros(0, bool), np.zeros(0, bool))
     # predictions as a table of requests and prunings; NaN where there is none
-    place = {shape: i for i, shape in enumerate(scenario.shapes)}
+    place = {(r.batch, r.seq): i for i, r in enumerate(requests)}
     shapes = zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
     cell = np.array([place[shape] for shape in shapes]), results.pruning
     row = np.full((len(place), len(prunings)), -1)
@@ -374,7 +369,7 @@ def _of_device(
     first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
     best = results.take(row[request, first])
     competes = (first != second) & (row[request, second] >= 0)
-    ratio = _lower_ratio(batch, hw, request, first, np.where(competes, second, first), scenario.level)
+    ratio = _lower_ratio(batch, hw, request, first, np.where(competes, second, first), requests[0].level)
     certain = (best.columns["speedup_lower"] > 1.0) & ((ratio > 1.0) | ~competes)
     return Winners(best, np.asarray(best.columns["speedup"] > 1.0), np.asarray(certain))
 

@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulator.arguments import listed, shown
 from simulator.arrays import Array, BoolArray
 from simulator.codes import Kind
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.prediction.scenario import Scenario, check_fraction, distinct, once
-from simulator.pruning import FAMILIES
+from simulator.prediction.requests import distinct, once, requests_of
+from simulator.pruning import FAMILIES, check_fraction
 from simulator.pruning._grammar import is_plan, read_steps
 from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import PruningStep, prune_steps
-from simulator.request import Applied
+from simulator.request import Applied, Request
 from simulator.units import percent
 from simulator.workload import Workload
 
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
 
 SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)  # default sparsities
-ALIKE = ("engine", "phase", "batch", "seq", "new_tokens", "cached", "budget", "dtype", "devices", "parallel", "link")
-"""Fields of ``Meta`` that a pruned and a dense workload must share."""
+ALIKE = (
+    *("engine", "phase", "batch", "seq", "new_tokens", "cached_prefix", "token_budget"),
+    *("dtype", "devices", "parallel", "link"),
+)
+"""Settings that a pruned and a dense workload must share."""
 
 Excluded = dict[str, list[float]]  # reason -> excluded sparsities
 
@@ -133,15 +137,13 @@ class Pruning:
                 return f"{model.name} has no routed {lacks}"
         return ""
 
-    def apply(self, dense: Workload, scenario: Scenario) -> Workload:
-        """Return the pruned workload of a dense workload of a scenario."""
+    def apply(self, dense: Workload, request: Request) -> Workload:
+        """Return the pruned workload of the dense workload of a request."""
         if self.model is not None:
-            meta = dense.meta
-            alone = replace(scenario, model=self.model, phase=meta.phase, shapes=((meta.batch, meta.seq),))
-            return as_pruned(dense, alone.workloads[0])
+            return as_pruned(dense, lower(replace(request, model=self.model)))
         if self.text:
-            return prune_steps(dense, self.steps, ideal=scenario.ideal, plan=self.text if is_plan(self.text) else "")
-        return self.steps[0].apply(dense, ideal=scenario.ideal)
+            return prune_steps(dense, self.steps, ideal=request.ideal, plan=self.text if is_plan(self.text) else "")
+        return self.steps[0].apply(dense, ideal=request.ideal)
 
     def requested(self, pruned: Workload) -> float:
         """Return the requested sparsity of a workload pruned by this: of several steps that of all together."""
@@ -208,6 +210,24 @@ def prunings_of(
         if not values:
             raise InputError(f"{name}: expected at least one")
     return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
+
+
+SETTINGS = ("family", "sparsity", "method", "pruned", "prune", "options")
+"""Keywords that state prunings, see :func:`simulator.table`."""
+
+
+def asked(
+    models: Sequence[ModelConfig], settings: Mapping[str, Any]
+) -> tuple[tuple[Pruning, ...], list[Request], tuple[str, ...]]:
+    """Return the prunings and the requests that keywords state, and notes on pruned models that cannot be read."""
+    own = {name: value for name, value in settings.items() if name in SETTINGS and value is not None}
+    options = own.pop("options", None)
+    if not isinstance(options, Mapping | None):
+        raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
+    own = {name: listed(name, value) for name, value in own.items()}
+    own["pruned"], skipped = readable(own.get("pruned", ()))
+    requests = requests_of(models, {name: value for name, value in settings.items() if name not in SETTINGS})
+    return prunings_of(models, **own, options=options), requests, skipped
 
 
 def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:

@@ -20,6 +20,7 @@ from simulator.units import percent, ratio, seconds
 
 if TYPE_CHECKING:
     from simulator.prediction.prunings import Pruning
+    from simulator.request import Request
 
 
 @dataclass(frozen=True)
@@ -291,6 +292,8 @@ class Results(Displayed):
         Index of each row into ``prunings``.
     prunings : tuple of Pruning
         The requested prunings; () if the results are of several grids.
+    requests : tuple of Request
+        The requests of a table.
 
     Examples
     --------
@@ -304,6 +307,7 @@ class Results(Displayed):
     notes: tuple[str, ...] = ()
     pruning: IndexArray = field(default_factory=lambda: np.zeros(0, dtype=np.intp), repr=False)
     prunings: tuple[Pruning, ...] = field(default=(), repr=False)
+    requests: tuple[Request, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.columns["speedup"])
@@ -326,7 +330,7 @@ class Results(Displayed):
     def take(self, index: Any) -> Results:
         """Return the rows ``index``: integers or a mask."""
         columns = {name: column[index] for name, column in self.columns.items()}
-        return Results(columns, self.notes, self.pruning[index], self.prunings)
+        return Results(columns, self.notes, self.pruning[index], self.prunings, self.requests)
 
     @classmethod
     def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:

@@ -30,11 +30,11 @@ from simulator.operators.gemm import aligned_elements, gemm_kernel
 from simulator.passes import by_formats, refusal
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result, Results
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import ZEROS, will_it_run
 from simulator.prediction.table import speedup
 from simulator.pruning import FAMILIES, prune
 from simulator.pruning._rows import FIXED, aligned_up, covering, layer_count, widths
+from simulator.request import Request
 from simulator.workload import Workload, WorkloadBatch
 
 DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of devices for which Runnable.tensor_parallel is evaluated
@@ -77,21 +77,21 @@ class Runnable(Displayed):
         return super().to_dict() | {"runs": will_it_run(self)}
 
 
-def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
-    """Return whether the stock engine of a scenario runs a pruning of its model; the gain of an aligned width is
+def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
+    """Return whether the stock engine of a request runs a pruning of its model; the gain of an aligned width is
     predicted on ``hw``.
 
     Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
     model that the devices cannot divide is judged on one device."""
-    alone = replace(scenario, devices=1)
-    whole = pruning.apply(alone.workloads[0], alone)
+    alone = replace(request, devices=1)
+    whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own
-    config = pruning.model or replace(load_model(scenario.model), mismatch="")
-    if scenario.devices == 1:
+    config = pruning.model or replace(load_model(request.model), mismatch="")
+    if request.devices == 1:
         return will_run(whole, hw, config=config)
-    reason = _indivisible(whole, scenario.devices, scenario.parallel)
+    reason = _indivisible(whole, request.devices, request.parallel)
     try:
-        share = pruning.apply(scenario.workloads[0], scenario)
+        share = pruning.apply(lower(request), request)
         reason += "; the prediction rounds per device" if reason else ""
     except InputError:
         if not reason:
@@ -100,16 +100,15 @@ def runnable(scenario: Scenario, pruning: Pruning, hw: HardwareProfile | None = 
     return will_run(whole, hw, config=config, share=share, divisible_reason=reason)
 
 
-def runnables(
-    found: Results, scenario: Scenario, engines: Sequence[str], hardware: Sequence[HardwareProfile] = ()
-) -> list[Runnable]:
-    """Return the answer for each result of a model; with ``hardware``, the gain of an aligned width too."""
-    paths, profiles = {load_engine(e).name: e for e in engines}, {hw.label: hw for hw in hardware}
+def runnables(found: Results, hardware: Sequence[HardwareProfile] = ()) -> list[Runnable]:
+    """Return the answer for each result of a table; with ``hardware``, the gain of an aligned width too."""
+    requests = {(load_engine(r.engine).name, r.phase, r.batch, r.seq): r for r in found.requests}
+    profiles = {hw.label: hw for hw in hardware}
     known: dict[tuple[str, int, int, str], Runnable] = {}
     out = []
     for r, index in zip(found, found.pruning.tolist()):
         pruning = found.prunings[index]
-        one = replace(scenario, engine=paths[r.engine], phase=r.phase, shapes=((r.batch, r.seq),))
+        one = requests[r.engine, r.phase, r.batch, r.seq]
         hw = profiles.get(r.hardware)
         # within its budget a pruning removes nothing
         key = (r.engine, index, r.seq if pruning.budgeted else 0, hw.architecture if hw else "")

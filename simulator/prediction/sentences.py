@@ -19,6 +19,7 @@ from simulator.display import few, with_and
 from simulator.engines.engine import load_engine
 from simulator.hardware.link import choices
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.operators import BY_CODE, MOST_CODES, TITLES
 from simulator.operators.base import octaves_outside, unfitted
 from simulator.operators.gemm import GEMM_CONSTANTS
@@ -26,9 +27,10 @@ from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
+from simulator.prediction.requests import batch_name, device_text, on, setting
 from simulator.prediction.result import plain
-from simulator.prediction.scenario import batch_name, device_text, setting
 from simulator.pruning import FAMILIES
+from simulator.request import Request
 from simulator.uncertainty.forward import operator_times
 from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import percent, ratio, seconds, size
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
     from simulator.prediction.result import HasResult, Result, Results
-    from simulator.prediction.scenario import Scenario
     from simulator.uncertainty.intervals import Inferred
 
 # classes of modules that import this one: an import of their types would be a cycle
@@ -560,11 +561,11 @@ def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]
     return (*own, f"{pruned.name}: {'; '.join((*(lines or ('has the shapes of the dense model',)), *whole))}")
 
 
-def inferred_by(dense: Workload, hw: HardwareProfile, scenario: Scenario) -> Inferred | None:
-    """Infer device and host speed from the measured time of a scenario; None without a measured time."""
-    if scenario.dense_s is None:
+def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Inferred | None:
+    """Infer device and host speed from the measured time of a request; None without a measured time."""
+    if request.dense_s is None:
         return None
-    return compare(batch_with(dense, [dense]), hw, scenario.level, scenario.dense_s)[1]
+    return compare(batch_with(dense, [dense]), hw, request.level, request.dense_s)[1]
 
 
 def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
@@ -601,15 +602,15 @@ _EXPERTS = {
 }
 
 
-def dense_notes(results: Results, scenario: Scenario, devices: Sequence[HardwareProfile]) -> Iterator[str]:
+def dense_notes(results: Results, request: Request, devices: Sequence[HardwareProfile]) -> Iterator[str]:
     """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
-    about, config = scenario.workloads[0].meta, load_model(scenario.model)
+    about, config = lower(request).meta, load_model(request.model)
     if (reached := about.seq + about.new_tokens) > config.max_positions:
         supported = f"{config.name} supports {config.max_positions} positions"
         yield f"{supported}, but {reached} were requested; timed as if supported"
     too_large = set(plain(results.columns["hardware"])[~results.columns["dense_fits"]])
     for hw in devices:
-        (dense,) = scenario.on(hw).workloads
+        dense = lower(*on([request], hw))
         if hw.label in too_large:
             where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
             yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
@@ -617,8 +618,8 @@ def dense_notes(results: Results, scenario: Scenario, devices: Sequence[Hardware
             yield joined
         if far := beyond_measured(dense, hw):
             yield far
-        if scenario.dense_s is not None and (inferred := inferred_by(dense, hw, scenario)):
-            yield inferred_line(inferred, hw.label, scenario.dense_s)
+        if request.dense_s is not None and (inferred := inferred_by(dense, hw, request)):
+            yield inferred_line(inferred, hw.label, request.dense_s)
         if other := fallback(hw, dense):
             yield other
 
@@ -634,7 +635,7 @@ def _too_large(dense: Workload, hw: HardwareProfile) -> str:
 
 
 def above_bound(
-    results: Results, prunings: Sequence[Pruning], scenario: Scenario, devices: Sequence[HardwareProfile]
+    results: Results, prunings: Sequence[Pruning], request: Request, devices: Sequence[HardwareProfile]
 ) -> Iterator[str]:
     """Yield one note per device on the speedup that is farthest above its roofline bound."""
     above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
@@ -643,8 +644,9 @@ def above_bound(
         if len(mine):
             most = int(mine[above[mine].argmax()])
             r, pruning = results[most], prunings[results.pruning[most]]
-            (dense,) = scenario.on(hw).workloads
-            why = better_than_bound(dense, pruning.apply(dense, scenario), hw, r.speedup, r.roofline_bound)
+            (one,) = on([request], hw)
+            dense = lower(one)
+            why = better_than_bound(dense, pruning.apply(dense, one), hw, r.speedup, r.roofline_bound)
             at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
             yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
 

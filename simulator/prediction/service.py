@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
@@ -25,21 +25,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import SECONDS, OneOrMore, Range, listed, number, shown
+from simulator.arguments import SECONDS, OneOrMore, Range, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import cache_parts, weights_bytes
 from simulator.display import Displayed
-from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of, rejecting
-from simulator.prediction.compare import alike, scenario_results
-from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines, prunings_of, readable
+from simulator.prediction.compare import alike, request_results
+from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
+from simulator.prediction.requests import device_text, on, profiles
 from simulator.prediction.runnable import Runnable, runnable
-from simulator.prediction.scenario import MAX_TOKENS, Scenario, device_text, profiles, scenarios, whole_number
 from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
 from simulator.prediction.serving import memory_columns, serving
+from simulator.request import MAX_TOKENS, SETTINGS, Request
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds
@@ -194,11 +194,11 @@ class ServePasses:
 
     @classmethod
     def of(
-        cls, scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
+        cls, request: Request, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
     ) -> ServePasses:
         """Return the dense and the pruned models at some concurrencies."""
-        batch = _batch(scenario, prunings, at)
-        return cls(batch, forward_passes(batch, hw, scenario.level), scenario.level, limits)
+        batch = _batch(request, prunings, at)
+        return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
 
     def ratios(self, other: IndexArray) -> PredictionIntervals:
         """Return the times of requests, s, and their ratios to those of other workloads, with intervals."""
@@ -254,7 +254,7 @@ class ServePasses:
 
 
 def operating_points(
-    scenario: Scenario,
+    request: Request,
     hw: HardwareProfile,
     prunings: Sequence[Pruning],
     names: Sequence[str],
@@ -265,22 +265,22 @@ def operating_points(
 ) -> tuple[OperatingPoint, ...]:
     """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves.
 
-    ``scenario`` has one shape, whose batch is ignored; ``prunings`` run on the device, and ``names`` are their names.
+    The batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names.
     Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
     the smallest of the largest that fit the pruned models. InputError if no model fits."""
-    scenario, models = scenario.on(hw), range(1 + len(prunings))
-    largest = _largest(scenario, hw, prunings)
+    (request,), models = on([request], hw), range(1 + len(prunings))
+    largest = _largest(request, hw, prunings)
     if concurrency is None:
         concurrency = largest[0] or min(filter(None, largest))
     steady = {*steps(max(largest)), concurrency}
     grids = [sorted({c for c in steady if c < most} | {most}) for most in largest]
-    curve = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
+    curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
     kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
     if limits.named:
         firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
         ends = [(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
         finer = [sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends]
-        found = ServePasses.of(scenario, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
+        found = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
         kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
     points = _Points(hw, names, prunings, largest, price)
     return (
@@ -295,13 +295,12 @@ def steps(last: int) -> list[int]:
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 
 
-def _batch(scenario: Scenario, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
+def _batch(request: Request, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
     """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
-    shapes = tuple((c, scenario.shapes[0][1]) for c in sorted({*at} - {0}))
-    return batch_of(replace(scenario, shapes=shapes), prunings, rejecting)
+    return batch_of([replace(request, batch=c) for c in sorted({*at} - {0})], prunings, rejecting)
 
 
-def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
+def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
     """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
     engine's limit. InputError if no model fits.
 
@@ -309,11 +308,11 @@ def _largest(scenario: Scenario, hw: HardwareProfile, prunings: Sequence[Pruning
     that follows from a request at the largest."""
     found = [1] * (1 + len(prunings))
     for _ in range(ROUNDS):
-        batch = _batch(scenario, prunings, found)
+        batch = _batch(request, prunings, found)
         every = np.arange(len(batch))
         columns = memory_columns(batch, every, [hw], np.zeros_like(every))
         models, at = batch.pruning.tolist(), batch.sequences.tolist()
-        most = np.minimum(np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // scenario.shapes[0][1]).tolist()
+        most = np.minimum(np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // request.seq).tolist()
         new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
         if not any(new.values()):
             need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
@@ -369,7 +368,7 @@ class _Points:
             engine=engine.name,
             devices=meta.devices,
             seq=meta.seq,
-            cached_prefix=meta.cached,
+            cached_prefix=int(meta.cached_prefix),
             new_tokens=meta.new_tokens,
             pruning=self.names[model - 1] if model else "",
             prune=self.prunings[model - 1].prune if model else "",
@@ -431,22 +430,13 @@ class Served(Displayed):
 def serve(
     model: str | ModelConfig,
     hardware: OneOrMore[str | HardwareProfile],
-    family: OneOrMore[str] | None = None,
-    sparsity: OneOrMore[float] | None = None,
-    seq: int = 2048,
     *,
-    method: OneOrMore[str] = (),
-    pruned: OneOrMore[str | ModelConfig] = (),
-    prune: OneOrMore[str] = (),
-    engine: OneOrMore[str] = DEFAULT_ENGINE,
     concurrency: int | None = None,
     ttft_s: float | None = None,
     tpot_s: float | None = None,
     probability: float = 0.5,
     price: float | None = None,
-    scenario: Scenario | None = None,
-    options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Served:
     """Compare the dense and pruned models in a server: at equal concurrency, at equal memory, and within limits.
 
@@ -456,14 +446,6 @@ def serve(
         Name, path or shapes of the dense model.
     hardware : one or more
         Devices: names, paths or profiles.
-    family, sparsity : one or more
-        Families and fractions removed, as in :func:`simulator.table`.
-    seq : int
-        Tokens of each prompt, at least 1.
-    method, pruned, prune : one or more
-        Instead of families: published methods, existing pruned models, or texts such as ``"width mlp=0.3"``.
-    engine : one or more
-        Names or paths of engines.
     concurrency : int, optional
         Requests in flight of the comparison at equal concurrency. Default: the largest number that fits the dense
         model.
@@ -473,12 +455,10 @@ def serve(
         Probability with which the limits must hold, in (0, 1).
     price : float, optional
         Price of a GPU-hour, in any currency.
-    scenario : Scenario
-        Common inputs: new tokens, number formats, devices, cached prefix, token budget, level of the intervals.
-    options : mapping
-        Further options of a single family.
-    progress : callable
-        Called with services done and their number.
+    **settings
+        Prunings as in :func:`simulator.table` (``family``, ``sparsity``, ``method``, ``pruned``, ``prune``,
+        ``options``), and fields of :class:`simulator.Request`, such as ``seq`` (tokens of each prompt), ``new_tokens``
+        and ``engine`` (one or more), except ``phase``, ``batch`` and ``dense_s``.
 
     Returns
     -------
@@ -503,20 +483,15 @@ def serve(
     within limits: dense at 30
     within limits: depth at 25 % at 44
     """
-    if not isinstance(options, Mapping | None):
-        raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
     if concurrency is not None:
-        whole_number("concurrency", concurrency)
+        concurrency = SETTINGS["batch"].check(concurrency, "concurrency")
     if price is not None:
         number("price", price, PRICE)
-    if scenario is not None and scenario.dense_s is not None:
+    if settings.get("dense_s") is not None:
         raise InputError("dense time: expected none, as a service has many concurrencies")
-    limits, dense = Limits(ttft_s, tpot_s, probability), load_model(model)
-    devices, (existing, skipped) = profiles(hardware), readable(listed("pruned", pruned))
-    chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
-    texts = listed("prune", prune)
-    prunings = prunings_of([dense], chosen, listed("method", method), existing, fractions, options, texts)
-    requested = scenarios(scenario, [dense], engine, ["serve"], [concurrency or 1], [seq])
+    limits, dense, devices = Limits(ttft_s, tpot_s, probability), load_model(model), profiles(hardware)
+    settings |= {"phase": "serve", "batch": concurrency or 1}
+    prunings, requested, skipped = asked([dense], settings)
     excluded, several = Excluded(), len(prunings) > 1
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
@@ -526,8 +501,8 @@ def serve(
 
     services: list[Service] = []
     notes = dict.fromkeys((*skipped, *(line for p in prunings for line in difference_lines(dense, p.model or dense))))
-    for done, (one, hw) in enumerate(((one, hw) for one in requested for hw in devices), start=1):
-        results = scenario_results(one, prunings, [hw], reject)
+    for one, hw in itertools.product(requested, devices):
+        results = request_results([one], prunings, [hw], reject)
         if len(results):
             own = [prunings[i] for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
@@ -536,8 +511,6 @@ def serve(
             service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
             services.append(service)
             notes |= dict.fromkeys((*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results)))
-        if progress is not None:
-            progress(done, len(requested) * len(devices))
     if not services:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
     return Served(tuple(services), (*notes, *excluded_lines(excluded)))

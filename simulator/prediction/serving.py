@@ -58,11 +58,11 @@ def _most_together(batch: WorkloadBatch) -> FloatArray:
     meta, rows = batch.rows.meta, batch.rows
     if meta.phase == "serve":
         return np.ones(len(batch))
-    if not meta.budget or meta.phase == "decode":
+    if not meta.token_budget or meta.phase == "decode":
         return np.full(len(batch), np.inf)
     computed = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
     tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences  # of each prompt
-    return np.asarray(np.maximum(meta.budget // np.maximum(tokens, 1.0), 1.0))
+    return np.asarray(np.maximum(meta.token_budget // np.maximum(tokens, 1.0), 1.0))
 
 
 def prefill_passes(workloads: WorkloadBatch) -> FloatArray:

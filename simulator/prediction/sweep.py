@@ -30,7 +30,7 @@ from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
-from simulator.prediction.compare import scenario_results
+from simulator.prediction.compare import request_results
 from simulator.prediction.grid import Grid, Piece, read_grid
 from simulator.prediction.prunings import Excluded, exclude, excluded_lines
 from simulator.prediction.result import COLUMNS, Results, plain
@@ -149,7 +149,7 @@ def write_sweep(
         hardware = tuple(map(load_hardware, hardware))
         grid = replace(grid, models=tuple(map(load_model, grid.models)))
     every = list(grid.pieces())
-    sizes = [len(one.shapes) * len(prunings) * len(hardware) for one, prunings in every]
+    sizes = [len(requests) * len(prunings) * len(hardware) for requests, prunings in every]
     paths = [folder / f"part-{index:08d}.parquet" for index in range(len(every))]
     folder.mkdir(exist_ok=True)
     try:
@@ -208,13 +208,13 @@ def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
 
 def piece_results(piece: Piece, hardware: Sequence[Any], excluded: Excluded) -> Results:
     """Return the rows of a piece; exclusions go to ``excluded``."""
-    scenario, prunings = piece
+    requests, prunings = piece
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
         if pruning is not None:
             exclude(excluded, prunings[pruning], reason, device)
 
-    return scenario_results(scenario, prunings, [load_hardware(h) for h in hardware], reject)
+    return request_results(requests, prunings, [load_hardware(h) for h in hardware], reject)
 
 
 def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -> bytes:

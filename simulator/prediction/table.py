@@ -7,30 +7,28 @@ prunings, and an error if there is only one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import OneOrMore, listed, shown
-from simulator.engines import DEFAULT_ENGINE
+from simulator.arguments import OneOrMore
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import results_of, scenario_results
-from simulator.prediction.prunings import Excluded, Pruning, applied, exclude, excluded_lines, prunings_of, readable
+from simulator.prediction.compare import request_results, results_of
+from simulator.prediction.prunings import Excluded, Pruning, applied, asked, exclude, excluded_lines
+from simulator.prediction.requests import check_measured, models_of, profiles
 from simulator.prediction.result import Result, Results
-from simulator.prediction.scenario import Scenario, check_measured, models_of, profiles, scenarios
 from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
 from simulator.pruning._steps import PruningStep
+from simulator.request import SETTINGS, Request
 from simulator.workload import Workload
 
 if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.workload import Workload
 
 
 def table(
@@ -38,51 +36,30 @@ def table(
     hardware: OneOrMore[str | HardwareProfile],
     family: OneOrMore[str] | None = None,
     sparsity: OneOrMore[float] | None = None,
-    phase: OneOrMore[str] = "decode",
-    batch: OneOrMore[int] = 1,
-    seq: OneOrMore[int] = 2048,
-    *,
-    method: OneOrMore[str] = (),
-    pruned: OneOrMore[str | ModelConfig] = (),
-    prune: OneOrMore[str] = (),
-    engine: OneOrMore[str] = (),
-    scenario: Scenario | None = None,
-    options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Results:
     """Predict the speedups of every combination.
 
     Parameters
     ----------
     models, hardware : one or more
-        Names, paths or loaded objects; each is used once. Every axis is one value or a sequence.
+        Names, paths or loaded objects; each is used once.
     family, sparsity : one or more
         Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0, 1), by default
         :data:`simulator.prediction.prunings.SPARSITIES`.
-    phase, batch, seq : one or more
-        Phases of :data:`simulator.codes.PHASES`; sequences; tokens (prefill) or cached positions (decode) each.
-    method : one or more
-        Published methods instead of families, keys of :data:`simulator.METHODS`; by default at the sparsities that
-        their papers report.
-    pruned : one or more
-        Existing pruned models (paths of checkpoints) instead of families, with one dense model.
-    prune : one or more
-        Texts such as ``"width mlp=0.3 + depth 0.25"``, or paths of plans, instead of families
-        (:mod:`simulator.pruning._grammar`).
-    engine : one or more
-        Names or paths (:func:`simulator.list_engines`); by default the scenario's engine.
-    scenario : Scenario
-        Common inputs: number formats, devices, new tokens, level of the intervals, a measured dense time, and whether
-        work that pruning adds is excluded (:class:`simulator.prediction.scenario.Scenario`).
-    options : mapping
-        Further options of a single family.
-    progress : callable
-        Called with combinations done and their number.
+    **settings
+        Instead of families, one or more of one kind: ``method`` (published methods, keys of
+        :data:`simulator.METHODS`, by default at the sparsities of their papers), ``pruned`` (existing pruned models,
+        with one dense model), or ``prune`` (texts such as ``"width mlp=0.3 + depth 0.25"``, or paths of plans). A
+        single family may have ``options``, a mapping.
+
+        Then fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine``; each is one
+        value or a list, and lists are combined.
 
     Returns
     -------
     Results
-        Ordered by model, engine, phase, batch, seq, pruning, hardware.
+        Ordered by model, the settings in the order of the fields of the request, pruning, hardware.
 
     Raises
     ------
@@ -97,15 +74,9 @@ def table(
     >>> len(found.notes)
     1
     """
-    if not isinstance(options, Mapping | None):
-        raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
     loaded, devices = models_of(models), profiles(hardware)
-    requested = scenarios(scenario, loaded, engine, phase, batch, seq)
-    chosen, fractions = (None if v is None else listed(n, v) for n, v in (("family", family), ("sparsity", sparsity)))
-    existing, skipped = readable(listed("pruned", pruned))
-    texts = listed("prune", prune)
-    prunings = prunings_of(loaded, chosen, listed("method", method), existing, fractions, options, texts)
-    check_measured(requested, devices)
+    prunings, requests, skipped = asked(loaded, {"family": family, "sparsity": sparsity, **settings})
+    check_measured(requests, devices)
     several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
@@ -116,39 +87,18 @@ def table(
     pairs = dict.fromkeys((m, p.model or m) for m in loaded for p in prunings)
     notes = dict.fromkeys((*skipped, *(line for pair in pairs for line in difference_lines(*pair))))
     found = []
-    for done, one in enumerate(requested, start=1):
-        results = scenario_results(one, prunings, devices, reject)
-        lines = [*dense_notes(results, one, devices), *above_bound(results, prunings, one, devices)]
-        notes |= dict.fromkeys(lines)
+    for one in requests:
+        results = request_results([one], prunings, devices, reject)
+        notes |= dict.fromkeys((*dense_notes(results, one, devices), *above_bound(results, prunings, one, devices)))
         if len(results):
             found.append(results)
-        if progress is not None:
-            progress(done * len(devices), len(requested) * len(devices))
     if not found:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return replace(Results.join(found, (*notes, *excluded_lines(excluded))), prunings=prunings)
+    joined = Results.join(found, (*notes, *excluded_lines(excluded)))
+    return replace(joined, prunings=prunings, requests=tuple(requests))
 
 
-def predict(
-    model: str | ModelConfig,
-    prune: str,
-    hardware: str | HardwareProfile,
-    *,
-    phase: str = "decode",
-    batch: int = 1,
-    seq: int = 2048,
-    engine: str = DEFAULT_ENGINE,
-    new_tokens: int = 128,
-    dtype: str = "bf16",
-    weight_dtype: str | None = None,
-    kv_dtype: str | None = None,
-    devices: int = 1,
-    parallel: str = "tensor",
-    link: str | None = None,
-    ideal: bool = False,
-    level: float = 0.9,
-    dense_s: float | None = None,
-) -> Result:
+def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfile, **settings: Any) -> Result:
     """Predict one speedup; names are enough.
 
     Parameters
@@ -159,32 +109,8 @@ def predict(
         Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
     hardware : str or HardwareProfile
         The device.
-    phase : {"prefill", "decode", "generate", "serve"}
-        Phase of inference.
-    batch : int
-        Sequences, or requests in flight of serve; at least 1.
-    seq : int
-        Prompt tokens (prefill) or cached positions (decode) of each sequence; at least 1.
-    engine : str
-        Name or path of the engine.
-    new_tokens : int
-        Tokens that generate and serve decode.
-    dtype : str
-        Number format of activations and arithmetic.
-    weight_dtype, kv_dtype : str, optional
-        Number formats of weights and of the K/V cache, as in :class:`simulator.Scenario`.
-    devices : int
-        Number of devices.
-    parallel : {"tensor", "expert", "pipeline"}
-        How devices share the model.
-    link : str, optional
-        What joins the devices, as in :class:`simulator.Scenario`.
-    ideal : bool
-        Exclude the work that pruning adds.
-    level : float
-        Level of the intervals, in (0, 1).
-    dense_s : float, optional
-        Measured time of the dense model's pass, s.
+    **settings
+        Fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine``.
 
     Returns
     -------
@@ -202,20 +128,7 @@ def predict(
     >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
     (True, True)
     """
-    scenario = Scenario(
-        new_tokens=new_tokens,
-        engine=engine,
-        dtype=dtype,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        devices=devices,
-        parallel=parallel,
-        link=link,
-        ideal=ideal,
-        level=level,
-        dense_s=dense_s,
-    )
-    return table([model], [hardware], prune=[prune], phase=[phase], batch=[batch], seq=[seq], scenario=scenario)[0]
+    return table([Request(model=model, **settings).model], [hardware], prune=[prune], **settings)[0]
 
 
 def speedups(
@@ -266,9 +179,8 @@ def speedups(
     prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
-    about = dense.meta
-    scenario = Scenario(phase=about.phase, shapes=((about.batch, about.seq),), level=level, dense_s=dense_s)
-    return results_of(batch, prunings, [hw], scenario)
+    level, dense_s = SETTINGS["level"].check(level), SETTINGS["dense_s"].check(dense_s)
+    return results_of(batch, prunings, [hw], [replace(dense.meta, level=level, dense_s=dense_s)])
 
 
 def speedup(

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from simulator.arguments import flag, instance, plain, shown
-from simulator.arrays import Array, FloatArray
+from simulator.arguments import flag, instance, shown
+from simulator.arrays import Array, FloatArray, plain
 from simulator.codes import ROLES, Part
 from simulator.errors import InputError, unknown
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction

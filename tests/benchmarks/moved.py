@@ -34,9 +34,9 @@ def rows(seed: int = 0) -> list[dict[str, object]]:
         model, sparsity = str(rng.choice(models)), round(float(rng.uniform(0.05, 0.8)), 2)
         devices, weights = int(rng.choice([1, 1, 1, 2, 8])), [None, None, None, "fp8", "int4"][rng.integers(5)]
         for gpu in rng.choice(gpus, 3, replace=False):
-            given = simulator.Scenario(dtype=DTYPES.get(str(gpu), "bf16"), devices=devices, weight_dtype=weights)
+            given = {"dtype": DTYPES.get(str(gpu), "bf16"), "devices": devices, "weight_dtype": weights}
             try:
-                table = simulator.table(model, str(gpu), "all", [sparsity, 0.5], scenario=given, **at)
+                table = simulator.table(model, str(gpu), "all", [sparsity, 0.5], **given, **at)
             except simulator.InputError:  # this GPU or engine cannot run the model or the format
                 continue
             found += [r.to_dict() for r in table]

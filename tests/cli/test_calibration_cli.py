@@ -277,7 +277,7 @@ def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
     arrays = load_hardware("run/profile.yaml").sections["gemm", "bf16"].arrays
-    targets = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    targets = target_workloads("qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128})
     wanted = {(op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"), every=False)}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
@@ -304,7 +304,7 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
     assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
-    targets = target_workloads("qwen2.5-0.5b", seq=(128,), families=("width",), sparsities=(0.5,))
+    targets = target_workloads("qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128})
     first = [op.key for op in target_operators(targets, load_hardware(Path("run", DATASHEET)))][:10]
     keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     assert keys[:10] == first

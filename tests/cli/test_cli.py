@@ -53,18 +53,18 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --sparsity nan                                                     | expected a fraction such as 0.25 or 25%
 @ --sparsity 0.1,,0.5                                                | separated by single commas
 @ --family semi_structured --sparsity 0.25                           | 0.5
-@ --batch 0                                                          | batch 0: expected a whole number from 1
+@ --batch 0                                                          | --batch: expected a whole number from 1
 @ --phase prefill --seq 2147483647 --batch 64                        | expected at most
 @ --phase prefil                                                     | did you mean prefill
 @ --engine graph                                                     | engine 'graph' is unknown
 @ --engine no/such.yaml                                              | no/such.yaml:1:1: file: cannot be read
 @ --family semi_structured --sparsity 0.5                            | vllm has no 2:4 kernels; these engines have
 @ --dense-time 18.6                                                  | --dense-time '18.6': expected a time such as
-@ --dense-time -1ms                                                  | dense time: expected a positive time
+@ --dense-time -1ms                                                  | --dense-time: expected a positive time
 @ --dense-time 18ms --batch 1,2                                      | expected one batch, got 2
-@ --phase serve --batch 8 --seq 128 --new-tokens 0                   | new tokens 0
+@ --phase serve --batch 8 --seq 128 --new-tokens 0                   | new_tokens: expected at least 1
 @ --dtype bf17                                                       | did you mean bf16
-@ --devices 0                                                        | devices 0
+@ --devices 0                                                        | --devices: expected a whole number from 1
 @ --devices 2 --parallel data                                        | parallel 'data' is unknown
 @ --figure x.jpg | x.jpg: expected a name that ends in .pdf, .svg or .png
 @ --figure no/such/x.pdf                                             | folder no/such does not exist
@@ -83,8 +83,8 @@ speedup no/such/config.json --hardware h100                          | no/such/c
 speedup llama-3.1-8b --hardware no/such.yaml                         | no/such.yaml
 explain llama-3.1-8b --hardware h100 --family all --sparsity 0.3     | one family
 explain llama-3.1-8b --hardware h100 --family width --sparsity x=0.3 | x
-gemm 0 1 1 --hardware h100                                           | M 0: expected a whole number
-gemm 1 1 99999999999 --hardware h100                                 | K 99999999999: expected a whole number
+gemm 0 1 1 --hardware h100                                           | M: expected a whole number
+gemm 1 1 99999999999 --hardware h100                                 | K: expected a whole number
 gemm 1 1 1 --hardware h100 --dtype float                             | dtype 'float' is unknown
 gemm 1 1 --hardware h100                                             | Missing argument 'K'
 gemm 1 1 1                                                           | Missing option '--hardware'
@@ -140,7 +140,9 @@ def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> 
 def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli: Any) -> None:
     records = cli.json(f"{SPEEDUP} --family depth --sparsity 0.1,0.25 --phase prefill,decode --batch 1,8")
     assert len(records) == 2 * 2 * 2
-    table = simulator.table(["llama-3.1-8b"], ["h100_sxm"], ["depth"], [0.1, 0.25], ["prefill", "decode"], [1, 8])
+    table = simulator.table(
+        ["llama-3.1-8b"], ["h100_sxm"], ["depth"], [0.1, 0.25], phase=["prefill", "decode"], batch=[1, 8]
+    )
     for record, expected in zip(records, table, strict=True):
         assert " ".join(record).startswith(STABLE_KEYS)
         assert record["speedup"] == record["dense_s"] / record["pruned_s"]

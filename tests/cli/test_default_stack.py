@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 import simulator
-from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import load_engine
 
 
 @pytest.mark.parametrize("name", ["rtx_pro_6000", "h100", "a100", "l40s", "b200"])
 def test_a_device_alone_has_the_kernels_of_the_default_engine(name: str) -> None:
     alone, served = simulator.load_hardware(name), simulator.load_hardware(name).serving(load_engine("vllm").stacks)
-    assert DEFAULT_ENGINE == "vllm"
+    assert simulator.Request().engine == "vllm"
     assert {key: s.stack for key, s in alone.sections.items()} == {key: s.stack for key, s in served.sections.items()}
     assert alone.section("attention_decode", "bf16").stack == "vllm"
 

@@ -80,10 +80,9 @@ def test_many_devices_have_one_row_each(cli: Any) -> None:
 def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
     line = f"{LINE} --tpot 20ms --concurrency 16 --price 2 --confidence 0.8 --seq 1k --dtype fp16 --cached-prefix 25%"
     records = cli.json(line)
-    scenario = simulator.Scenario(new_tokens=256, dtype="fp16", cached_prefix=0.25)
     found = simulator.serve(
         "llama-3.1-8b", "h100", prune=["depth 0.25", "kv_cache 0.5"], seq=1024, concurrency=16, tpot_s=0.02,
-        probability=0.8, price=2.0, scenario=scenario,
+        probability=0.8, price=2.0, new_tokens=256, dtype="fp16", cached_prefix=0.25,
     )  # fmt: skip
     assert records == [point.to_dict() for point in found.points]
     assert [" ".join(record) for record in records] == [KEYS] * 9
@@ -106,7 +105,7 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
         ("--seq 1k,2k", "--seq '1k,2k': expected one length"),
         ("--figure a.jpg", "expected a name that ends in .pdf, .svg or .png"),
         ("--phase decode", "No such option"),
-        ("--new-tokens 0", "new tokens 0"),
+        ("--new-tokens 0", "new_tokens: expected at least 1"),
     ],
 )
 def test_bad_values_are_one_line(options: str, says: str, cli: Any) -> None:

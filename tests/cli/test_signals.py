@@ -35,7 +35,7 @@ sys.argv = ["prunesim", "speedup", "llama-3.2-1b", "--hardware", "h100", "--fami
 main()
 """
 
-MOMENTS = ("cli.program.program", "cli.parsing.fractions", "prediction.table.scenario_results", "cli.render.conclude")
+MOMENTS = ("cli.program.program", "cli.parsing.fractions", "prediction.table.request_results", "cli.render.conclude")
 
 SWEEP = """
 import sys

@@ -9,10 +9,9 @@ import pytest
 import simulator
 from simulator.cli import run
 from simulator.codes import ROLES
-from simulator.engines import DEFAULT_ENGINE
 from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
 from simulator.errors import InputError
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 
 pytestmark = pytest.mark.quick
 
@@ -82,7 +81,7 @@ def test_every_shipped_engine_is_clean_and_says_where_its_values_come_from(name:
 
 
 def test_names_aliases_and_paths_find_the_same_engine() -> None:
-    assert DEFAULT_ENGINE in list_engines()
+    assert Request.engine in list_engines()
     for alias in ("hf", "HF", "transformers", "Hugging Face", "hugging-face", "eager", str(SHIPPED / "hf.yaml")):
         assert load_engine(alias).name == "hf"
     for alias in ("gpt-fast", "torch.compile", "TorchAO"):
@@ -108,8 +107,6 @@ def test_no_name_is_bare_kernels() -> None:
 def test_an_unknown_name_is_refused_with_the_closest() -> None:
     with pytest.raises(InputError, match=r"engine 'vlm' is unknown; did you mean vllm\?"):
         load_engine("vlm")
-    with pytest.raises(InputError, match="engine 'sglan' is unknown"):
-        Scenario(engine="sglan")
 
 
 def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:

@@ -15,7 +15,7 @@ from simulator.engines.engine import check_engine, list_engines, load_engine
 from simulator.engines.generations import numbers, reached
 from simulator.errors import InputError
 from simulator.figures.style import engine_title
-from simulator.prediction.scenario import scenarios
+from simulator.prediction.requests import requests_of
 
 pytestmark = pytest.mark.quick
 
@@ -140,8 +140,8 @@ def test_what_is_wrong_with_a_generation_is_said_with_its_place(
 
 def test_results_name_the_version_and_two_versions_are_two_rows(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["vllm@0.6", "vllm@0.19", "VLLM@0.19", "vllm"]
-    found = [one.engine_name for one in scenarios(None, ["llama-3.2-1b"], asked, ["decode"], [8], [512])]
-    assert found == ["vllm@0.6", "vllm@0.19", "vllm"]
+    found = requests_of(["llama-3.2-1b"], {"engine": asked})
+    assert [load_engine(one.engine).name for one in found] == ["vllm@0.6", "vllm@0.19", "vllm"]
     line = "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --batch 8 --seq 512"
     assert run([*line.split(), "--engine", ",".join(asked), "--csv", "-"]) == 0
     header, *rows = (row.split(",") for row in capsys.readouterr().out.splitlines())

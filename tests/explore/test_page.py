@@ -103,11 +103,10 @@ WIDGETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"sparsity": [0.25, 0.5], "batch": [1, 64], "seq": 8192},
     ),
     (
-        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": "4", "dense_time": "8ms"},
-        {"family": ["token"]}
-        | {"scenario": simulator.Scenario(weight_dtype="int8", kv_dtype="fp8", devices=4, dense_s=0.008)},
+        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": "4", "dense_s": "8ms"},
+        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": 4, "dense_s": 0.008},
     ),
-    ({"dtype": "fp8"}, {"scenario": simulator.Scenario(dtype="fp8")}),
+    ({"dtype": "fp8"}, {"dtype": "fp8"}),
 ]
 
 
@@ -140,7 +139,7 @@ def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
     good(at.text_area(key="prune").set_value("shortgpt 0.3").run())
     assert len(at.error) == 0
     good(at.text_input(key="batch").set_value("0").run())
-    assert at.error[0].value == "Batch: value 0: expected a whole number from 1 to 2147483647"
+    assert at.error[0].value == "Batch: batch: expected a whole number from 1 to 2147483647, got 0"
 
 
 @pytest.mark.parametrize(

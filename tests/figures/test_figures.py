@@ -37,7 +37,7 @@ NAMES = ["rounding", "parts not pruned", "memory-bound operators", "tile quantis
 def speedups(
     families: list[str], sparsities: list[float], gpus: list[str], phases: Any = "prefill", **axes: Any
 ) -> Any:
-    rows = simulator.table("llama-3.1-8b", gpus, families, sparsities, phases, **axes).rows
+    rows = simulator.table("llama-3.1-8b", gpus, families, sparsities, phase=phases, **axes).rows
     return speedups_of(rows)
 
 

@@ -19,7 +19,6 @@ from simulator.figures.style import device_title, style_of
 from simulator.figures.tables import SKIPPED_PAIRS, efficiency_figure, kept_axes, number
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
-from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families, prune
 from simulator.uncertainty.operators import gemm_time
 
@@ -50,7 +49,7 @@ def about() -> Paper:
 
 @pytest.fixture(scope="module")
 def one() -> Paper:
-    whole = paper("opt-13b", ["rtx_4090"], scenario=Scenario(engine="reference"), seq=512)  # with 2:4
+    whole = paper("opt-13b", ["rtx_4090"], engine="reference", seq=512)  # with 2:4
     return replace(whole, measured={hw.name: measured(hw, 300) for hw in whole.devices})
 
 
@@ -114,8 +113,7 @@ def test_the_taxonomy_is_that_of_the_reference_paper(about: Paper) -> None:
 
 
 def test_the_map_names_the_fastest_family() -> None:
-    where = [MAP_SPARSITY], ["decode"], [8], [4096]
-    table = simulator.table(["llama-3.2-1b"], ["rtx_4090"], ["all"], *where)
+    table = simulator.table("llama-3.2-1b", "rtx_4090", "all", MAP_SPARSITY, batch=8, seq=4096)
     best = max(table, key=lambda r: r.speedup)
     _, ax = draw("crossover", paper("llama-3.2-1b", ["rtx_4090"])).figure.axes
     x, y = BATCHES.index(8), LENGTHS.index(4096)
@@ -127,7 +125,7 @@ def test_the_map_names_the_fastest_family() -> None:
 
 def test_efficiencies_are_those_of_the_predictions(about: Paper, drawn: dict[str, Drawn]) -> None:
     (r,) = simulator.table(
-        [about.model], ["a100_sxm_80gb"], ["depth"], [MAP_SPARSITY], ["prefill"], [BATCHES[0]], [about.seq]
+        about.model, "a100_sxm_80gb", "depth", MAP_SPARSITY, phase="prefill", batch=BATCHES[0], seq=about.request.seq
     )
     ax = drawn["efficiency"].figure.axes[0]
     assert next(t.get_text() for t in ax.texts if t.get_position() == (0, 0)) == number(r.efficiency)

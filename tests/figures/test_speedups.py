@@ -18,7 +18,7 @@ MODEL = "llama-3.1-8b"
 
 def table(*families: str, sparsity: Any = (0.25,), **axes: Any) -> Any:
     gpus = axes.pop("hardware", ["h100", "a100"])
-    return simulator.table([MODEL], gpus, list(families), list(sparsity), ["decode"], **axes).rows
+    return simulator.table([MODEL], gpus, list(families), list(sparsity), **axes).rows
 
 
 def legend(figure: Any) -> list[str]:
@@ -97,10 +97,7 @@ def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(lower: list[f
 
 def test_curves_are_the_points_of_the_service() -> None:
     prune = ["width 0.25", "depth 0.25", "depth 0.5", "kv_cache 0.5"]
-    scenario = simulator.Scenario(new_tokens=256)
-    found = simulator.serve(
-        "llama-3.1-8b", "h100", prune=prune, engine=["vllm", "sglang"], tpot_s=0.02, scenario=scenario
-    )
+    found = simulator.serve("llama-3.1-8b", "h100", prune=prune, engine=["vllm", "sglang"], tpot_s=0.02, new_tokens=256)
     figure = services_of(found.services)
     check_print(figure)
     assert [ax.get_title() for ax in figure.axes] == ["H100 SXM, vLLM", "H100 SXM, SGLang"]

@@ -270,7 +270,7 @@ def test_rows_far_from_what_the_others_predict_are_flagged_with_their_place(tmp_
 
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
-    dense, *pruned = target_workloads("llama-3.1-8b", phases=("decode",))[0]
+    dense, *pruned = target_workloads("llama-3.1-8b", ("depth", "width", "width_cross", "low_rank"), (0.25, 0.5), {})[0]
     batch = batch_with(dense, pruned)
     p = forward_passes(batch, HW)
     shapes, _ = batch.shapes

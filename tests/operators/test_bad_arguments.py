@@ -12,7 +12,7 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 
 pytestmark = pytest.mark.quick
 
@@ -41,7 +41,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         partial(simulator.lower, MODEL),
         {"phase": "generate", "new_tokens": 2},
         dict.fromkeys(("batch", "seq", "new_tokens", "devices"), SIZES)
-        | {"skew": [*NUMBERS, INF], "parallel": [[], 3]}
+        | {"skew": [*(n for n in NUMBERS if n is not None), INF], "parallel": [[], 3]}
         | {"engine": [0, None, {}], "dtype": [None, 8]},
     ),
     "prune": (
@@ -72,18 +72,19 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         simulator.table,
         {"models": [MODEL], "hardware": [HW], "family": ["depth"], "sparsity": [0.25], "batch": [1], "seq": [64]},
         {"models": [[3], None], "hardware": [None, [3]], "family": [3, [[]]], "sparsity": ["5", [NAN]]}
-        | {
-            "batch": [None, [0], 2.5, [True], ["8"], [[]]],
-            "seq": [{}, [NAN]],
-            "phase": ["decoding", [3]],
-            "scenario": [{}],
-        }
-        | {"options": ["align", 3], "method": [3], "engine": [3], "pruned": [None], "prune": [3, None]},
+        | {"batch": [None, [0], 2.5, [True], ["8"], [[]]], "seq": [{}, [NAN]], "phase": ["decoding", [3]]}
+        | {"options": ["align", 3], "method": [3], "engine": [3], "pruned": [{}], "prune": [3]},
     ),
-    "Scenario": (
-        Scenario,
+    "Request": (
+        Request,
         {},
-        {"new_tokens": SIZES, "devices": SIZES, "skew": NUMBERS, "level": [*NUMBERS, 1], "engine": [0, None]}
+        {
+            "new_tokens": [-1, 2.5, True, "8"],
+            "devices": SIZES,
+            "skew": [n for n in NUMBERS if n is not None],
+            "level": [*NUMBERS, 1],
+        }
+        | {"engine": [0], "batch": [None, 0, 2.5, True, "8"]}
         | {"dense_s": [NAN, True, "1", 0], "dtype": [8], "parallel": [[]]},
     ),
     "Workload": (

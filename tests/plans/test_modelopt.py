@@ -19,7 +19,6 @@ from simulator.plans.costs import Costs, costs
 from simulator.plans.library import Library
 from simulator.plans.variants import SUBLAYERS, joined, part_of
 from simulator.plans.write import stats_args, stats_text
-from simulator.prediction.scenario import Scenario
 
 puzzle = pytest.importorskip(
     "modelopt.torch.puzzletron.mip.run_puzzle",
@@ -43,9 +42,8 @@ NEW_TOKENS, BATCH = 64, 4
 
 def random_costs(rng: np.random.Generator) -> Costs:
     """Return costs that no shape explains: a plan then depends on each of them."""
-    scenario = Scenario(new_tokens=NEW_TOKENS)
     library = Library(MODEL, (VARIANTS,) * MODEL.layers)
-    found = costs(MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, scenario=scenario)
+    found = costs(MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, new_tokens=NEW_TOKENS)
     there = found.columns["variant"] != "none"
     own = dict(zip(("prefill_s", "decode_s", "weights_bytes", "cache_bytes"), rng.integers(1, 1000, (4, len(found)))))
     own = {name: values * there * (1e-6 if name.endswith("_s") else 1e3) for name, values in own.items()}

@@ -26,7 +26,7 @@ from simulator.plans.library import Library, generated_library
 from simulator.plans.search import Plan, search
 from simulator.plans.solve import Targets
 from simulator.plans.write import check_plan, plan_text
-from simulator.prediction.compare import scenario_results
+from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
 
 MANY = int(os.environ.get("PRUNESIM_LAWS", "8"))
@@ -154,6 +154,6 @@ def test_a_written_plan_is_predicted_as_the_search_did(
     except InputError:  # then it is not written
         assume(False)
     at, own = plan.settings[0], plan.results[0]
-    (found,) = scenario_results(replace(at.scenario, model=plan.dense), [Pruning.read(str(file))], [at.hw])
+    (found,) = request_results([replace(at.request, model=plan.dense)], [Pruning.read(str(file))], [at.hw])
     values = [(r.pruned_s, r.speedup, r.lower, r.upper) for r in (found, own)]
     assert values[0] == pytest.approx(values[1], rel=1e-9), (case, text)

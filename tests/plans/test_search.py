@@ -15,10 +15,10 @@ from simulator.plans.costs import PricedRequest, costs, planned, quantities
 from simulator.plans.library import read_library
 from simulator.plans.search import Plan, search
 from simulator.plans.solve import Targets
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 
 MODEL = load_model("llama-3.2-1b")  # 16 layers
-AT = PricedRequest(Scenario(phase="decode", shapes=((8, 2048),)), load_hardware("h100"))
+AT = PricedRequest(Request(phase="decode", batch=8, seq=2048), load_hardware("h100"))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_layers_of_a_group_share_a_variant(file: Path) -> None:
 def test_devices_exclude_what_they_cannot_share(tmp_path: Path) -> None:
     file = tmp_path / "scores.csv"
     file.write_text("layer,mlp,kl_div\nall,dense,0\nall,4098,0.1\nall,4096,0.2\nall,none,2\n")
-    plan = search(MODEL, "h100", 1.2, file, batch=8, scenario=Scenario(devices=4))
+    plan = search(MODEL, "h100", 1.2, file, batch=8, devices=4)
     assert "4098" not in {row.mlp for row in plan.layers}
     assert "16 variants are excluded" in plan.notes[0]
 

@@ -15,7 +15,6 @@ from simulator.plans.costs import costs, planned
 from simulator.plans.library import Library, generated_library
 from simulator.plans.variants import variant
 from simulator.plans.write import check_plan, plan_text, stats_args, stats_text
-from simulator.prediction.scenario import Scenario
 
 MODEL = load_model("llama-3.2-1b")  # 16 layers of 8 KV heads of 32 query heads, MLPs of 8192
 
@@ -45,9 +44,10 @@ def test_shapes_that_a_format_cannot_state_are_named() -> None:
 def test_costs_are_written_in_milliseconds_and_mebibytes() -> None:
     dense = MODEL.usual
     few = (dense, variant("mlp", "none", dense), variant("attention", "linear", dense))
-    scenario = Scenario(dtype="fp8", kv_dtype="bf16", new_tokens=64)
     library = Library(MODEL, (few,) * MODEL.layers)
-    found = costs(MODEL, "h100", library, phase="generate", batch=8, seq=512, scenario=scenario)
+    found = costs(
+        MODEL, "h100", library, phase="generate", batch=8, seq=512, new_tokens=64, dtype="fp8", kv_dtype="bf16"
+    )
     (content,) = json.loads(stats_text(found))
     assert content["args"] == {
         **{"gpu": "h100_sxm", "batch_size": 8, "prefill_seq_len": 512, "generation_seq_len": 64},
@@ -86,4 +86,4 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_uses() -> None:
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_format_has_a_name(name: str) -> None:
     at = costs(MODEL, "h100", Library(MODEL, tuple((own,) for own in MODEL.layout))).settings[0]
-    assert stats_args(MODEL, replace(at, scenario=replace(at.scenario, kv_dtype=name)))["kv_cache_dtype"]
+    assert stats_args(MODEL, replace(at, request=replace(at.request, kv_dtype=name)))["kv_cache_dtype"]

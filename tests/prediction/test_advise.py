@@ -11,7 +11,6 @@ import pytest
 import simulator
 from simulator.errors import InputError
 from simulator.prediction.advise import BOTH, COARSE, FINE, LARGEST_SPARSITY, Advised, Target, advise
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.service import probability_of
 from simulator.pruning import general_families
 
@@ -32,7 +31,7 @@ def own_sparsity(family: str, sparsity: float) -> float:
 
 @pytest.fixture(scope="module", params=["prefill", "decode"])
 def found(request: pytest.FixtureRequest) -> Advised:
-    return advise(MODEL, [HARDWARE], 1.4, [request.param], engine=["reference"])
+    return advise(MODEL, [HARDWARE], 1.4, phase=request.param, engine=["reference"])
 
 
 def test_every_family_is_advised_once_and_the_least_comes_first(found: Advised) -> None:
@@ -87,18 +86,16 @@ def test_the_probability_is_that_of_the_interval() -> None:
 
 
 def test_a_time_and_a_throughput_are_targets() -> None:
-    latency = advise("llama-3.2-3b", ["a100", "l4"], Target(latency_s=15e-3), ["decode"], [4], family=["depth"])
-    tokens = advise("llama-3.2-3b", ["a100", "l4"], Target(tokens_per_s=4 / 15e-3), ["decode"], [4], family=["depth"])
+    latency = advise("llama-3.2-3b", ["a100", "l4"], Target(latency_s=15e-3), ["depth"], batch=4)
+    tokens = advise("llama-3.2-3b", ["a100", "l4"], Target(tokens_per_s=4 / 15e-3), ["depth"], batch=4)
     (of_time,), (of_rate,) = latency.advice, tokens.advice
     assert of_time.result == of_rate.result
     assert of_time.target == pytest.approx(of_time.result.dense_s / 15e-3)
     assert of_time.result.hardware == "l4"
     assert of_time.result.pruned_s <= 15e-3
     assert latency.dense == ("a100_sxm_80gb in vllm (decode, batch 4, seq 2048)",)
-    scenario = Scenario(new_tokens=16)
-    (a,) = advise(
-        "llama-3.2-1b", ["l4"], Target(tokens_per_s=400.0), ["generate"], [2], [64], ["depth"], scenario=scenario
-    ).advice
+    rate, request = Target(tokens_per_s=400.0), {"phase": "generate", "batch": 2, "seq": 64, "new_tokens": 16}
+    (a,) = advise("llama-3.2-1b", ["l4"], rate, ["depth"], **request).advice
     assert a.result.tokens_per_s is not None
     assert a.result.tokens_per_s / 400.0 == pytest.approx(a.result.speedup / a.target)
 

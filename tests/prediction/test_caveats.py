@@ -11,7 +11,6 @@ import pytest
 import simulator
 from simulator.codes import Kind
 from simulator.prediction.explain import explanations
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
@@ -22,23 +21,23 @@ pytestmark = pytest.mark.quick
 
 def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
     """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
-    (e,) = explanations("llama-3.1-8b", ["a100@sglang"], "width", 0.25, ["decode"], [16], [16384])
+    (e,) = explanations("llama-3.1-8b", ["a100@sglang"], family="width", sparsity=0.25, batch=16, seq=16384)
     assert e.result.speedup > 1.1 * e.result.roofline_bound
     found = re.search(
         r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline", e.reason
     )
     assert found
     assert int(found[1]) < int(found[2])
-    notes = table(["llama-3.1-8b"], ["a100@sglang"], ["depth", "width"], [0.25], ["decode"], [16], [16384]).notes
+    notes = table("llama-3.1-8b", "a100@sglang", ["depth", "width"], 0.25, batch=16, seq=16384).notes
     assert sum(e.reason in note for note in notes) == 1
-    (plain,) = explanations("llama-3.1-8b", ["h100"], "width", 0.25, ["decode"])
+    (plain,) = explanations("llama-3.1-8b", ["h100"], family="width", sparsity=0.25)
     assert plain.reason == ""
     assert better_than_bound(plain.dense, plain.pruned, plain.hardware, 1.2, 1.3) == ""
 
 
 def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
-    """Layers are removed with their launches. The head stays, and its GEMM is near its roofline."""
-    (e,) = explanations("llama-3.1-8b", ["a100"], "depth", 0.9, ["decode"], engine=["hf"])
+    """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
+    (e,) = explanations("llama-3.1-8b", ["a100"], family="depth", sparsity=0.9, engine="hf")
     assert e.result.speedup > 1.03 * e.result.roofline_bound
     assert e.reason.endswith("is farther from its roofline than the rest")
 
@@ -100,8 +99,8 @@ def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_nam
 
 
 def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
-    gpus, scenario = ["h100", "t4", "v100", "rtx_4090"], Scenario(dtype="fp16")
-    found = table(["llama-3.1-8b"], gpus, ["depth"], [0.25], "prefill", scenario=scenario)
+    gpus = ["h100", "t4", "v100", "rtx_4090"]
+    found = table("llama-3.1-8b", gpus, "depth", 0.25, phase="prefill", dtype="fp16")
     (note,) = uncalibrated(found)
     assert "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm (" in note
     assert "rtx_4090" not in note

@@ -13,7 +13,6 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
 from simulator.prediction.grid import read_grid
 from simulator.prediction.result import Result
-from simulator.prediction.scenario import Scenario
 from simulator.prediction.sentences import assumed_link
 from simulator.prediction.sweep import sweep_results
 
@@ -50,8 +49,7 @@ def test_an_assumed_pcie_link_of_four_devices_is_uncertain_and_nvswitch_is_not(p
 
 def test_a_note_names_an_assumed_link_where_it_matters() -> None:
     def notes(hardware: str, devices: int, link: str | None = None, batch: int = 8) -> list[str]:
-        scenario = Scenario(devices=devices, link=link)
-        found = table("llama-3.1-8b", hardware, "depth", 0.25, batch=[batch, 2 * batch], scenario=scenario)
+        found = table("llama-3.1-8b", hardware, "depth", 0.25, batch=[batch, 2 * batch], devices=devices, link=link)
         return [note for note in found.notes if "are assumed to have" in note]
 
     (one,) = notes("rtx_4090", 4)

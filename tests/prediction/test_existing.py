@@ -96,9 +96,8 @@ def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:
 def test_unlike_settings_are_refused_in_one_line(name: str) -> None:
     same: dict[str, Any] = {"phase": "serve", "new_tokens": 8, "devices": 2}
     other = {"engine": "sglang", "phase": "generate", "batch": 5, "seq": 5, "new_tokens": 9, "dtype": "fp16"}
-    other |= {"devices": 1, "parallel": "pipeline", "link": "pcie", "cached": 3, "budget": 64}
-    arguments = {"cached": "cached_prefix", "budget": "token_budget"}
-    dense, pruned = lowered(DENSE, **same), lowered(LLM_PRUNER, **same | {arguments.get(name, name): other[name]})
+    other |= {"devices": 1, "parallel": "pipeline", "link": "pcie", "cached_prefix": 3, "token_budget": 64}
+    dense, pruned = lowered(DENSE, **same), lowered(LLM_PRUNER, **same | {name: other[name]})
     with pytest.raises(InputError, match=f"^{name}: the pruned model has .*; expected the same$"):
         simulator.speedup(dense, pruned, H100)
 

@@ -27,8 +27,8 @@ import pytest
 from simulator.cli import run as command
 from simulator.errors import InputError
 from simulator.prediction.benchmarks import read_bench, read_benches
-from simulator.prediction.measured import dense_from, measured
-from simulator.prediction.scenario import Scenario
+from simulator.prediction.measured import measured
+from simulator.request import Request
 
 pytestmark = pytest.mark.quick
 
@@ -36,8 +36,8 @@ FILES = Path(__file__).with_name("benchmarks")
 MODEL = "llama-3.1-8b"
 
 
-def _scenario(phase: str, batch: int, seq: int, new_tokens: int = 128, **more: Any) -> Scenario:
-    return Scenario(**{"model": MODEL, "phase": phase, "shapes": ((batch, seq),), "new_tokens": new_tokens, **more})
+def _request(phase: str, batch: int, seq: int, new_tokens: int = 128, **more: Any) -> Request:
+    return Request(**{"model": MODEL, "phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens, **more})
 
 
 def _load(name: str) -> Any:
@@ -46,46 +46,48 @@ def _load(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "scenario", "seconds"),
+    ("name", "asked", "seconds"),
     [
         # the median time of a batch
-        ("vllm_latency.json", _scenario("generate", 8, 1024), lambda d: d["percentiles"]["50"]),
-        ("vllm_latency.json", _scenario("prefill", 8, 1024), lambda d: d["percentiles"]["50"]),
-        ("vllm_throughput.json", _scenario("generate", 32, 512, 63), lambda d: d["elapsed_time"]),
+        ("vllm_latency.json", _request("generate", 8, 1024), lambda d: d["percentiles"]["50"]),
+        ("vllm_latency.json", _request("prefill", 8, 1024), lambda d: d["percentiles"]["50"]),
+        ("vllm_throughput.json", _request("generate", 32, 512, 63), lambda d: d["elapsed_time"]),
         # Little's law: requests in flight per requests/s
-        ("vllm_serve.json", _scenario("serve", 16, 1024), lambda d: 16 / d["request_throughput"]),
-        ("vllm_serve_detailed.json", _scenario("serve", 2, 64, 4), lambda d: 0.0605),
-        ("sglang.jsonl", _scenario("serve", 16, 1024, engine="sglang"), lambda d: 16 / d["request_throughput"]),
-        ("aiperf.json", _scenario("serve", 16, 1024), lambda d: 16 / d["request_throughput"]["avg"]),
-        ("genai_perf.json", _scenario("serve", 1, 550, 127), lambda d: 1 / d["request_throughput"]["avg"]),
+        ("vllm_serve.json", _request("serve", 16, 1024), lambda d: 16 / d["request_throughput"]),
+        ("vllm_serve_detailed.json", _request("serve", 2, 64, 4), lambda d: 0.0605),
+        ("sglang.jsonl", _request("serve", 16, 1024, engine="sglang"), lambda d: 16 / d["request_throughput"]),
+        ("aiperf.json", _request("serve", 16, 1024), lambda d: 16 / d["request_throughput"]["avg"]),
+        ("genai_perf.json", _request("serve", 1, 550, 127), lambda d: 1 / d["request_throughput"]["avg"]),
         # one token of 129 is within the tolerance
-        ("genai_perf.json", _scenario("serve", 1, 550, 128), lambda d: 1 / d["request_throughput"]["avg"]),
+        ("genai_perf.json", _request("serve", 1, 550, 128), lambda d: 1 / d["request_throughput"]["avg"]),
         # one request in flight: prompt, steps and both
-        ("trtllm_latency.json", _scenario("prefill", 1, 1024, engine="trtllm"), lambda d: 0.021),
-        ("trtllm_latency.json", _scenario("generate", 1, 1024, 127, engine="trtllm"), lambda d: 0.86),
-        ("genai_perf.json", _scenario("prefill", 1, 550), lambda d: d["time_to_first_token"]["avg"] / 1e3),
-        ("genai_perf.json", _scenario("decode", 1, 613), lambda d: d["inter_token_latency"]["avg"] / 1e3),
-        ("genai_perf.json", _scenario("generate", 1, 550, 127), lambda d: d["request_latency"]["avg"] / 1e3),
+        ("trtllm_latency.json", _request("prefill", 1, 1024, engine="trtllm"), lambda d: 0.021),
+        ("trtllm_latency.json", _request("generate", 1, 1024, 127, engine="trtllm"), lambda d: 0.86),
+        ("genai_perf.json", _request("prefill", 1, 550), lambda d: d["time_to_first_token"]["avg"] / 1e3),
+        ("genai_perf.json", _request("decode", 1, 613), lambda d: d["inter_token_latency"]["avg"] / 1e3),
+        ("genai_perf.json", _request("generate", 1, 550, 127), lambda d: d["request_latency"]["avg"] / 1e3),
         # the median time between tokens is a step without prompts
-        ("vllm_serve.json", _scenario("decode", 16, 1088), lambda d: d["median_itl_ms"] / 1e3),
-        ("sglang.jsonl", _scenario("decode", 16, 1088, engine="sglang"), lambda d: d["median_itl_ms"] / 1e3),
+        ("vllm_serve.json", _request("decode", 16, 1088), lambda d: d["median_itl_ms"] / 1e3),
+        ("sglang.jsonl", _request("decode", 16, 1088, engine="sglang"), lambda d: d["median_itl_ms"] / 1e3),
     ],
 )
-def test_the_time_of_each_phase(name: str, scenario: Scenario, seconds: Callable[[Any], float]) -> None:
-    assert dense_from(FILES / name, scenario) == pytest.approx(seconds(_load(name)), rel=1e-9)
+def test_the_time_of_each_phase(name: str, asked: Request, seconds: Callable[[Any], float]) -> None:
+    assert measured(FILES / name, asked).seconds == pytest.approx(seconds(_load(name)), rel=1e-9)
 
 
 def test_of_several_runs_in_a_file_the_one_of_the_request_is_taken() -> None:
     runs = read_benches(FILES / "sglang.jsonl")
     assert [(r.concurrency, r.source.rsplit(":", 1)[1]) for r in runs] == [(1, "1"), (4, "2"), (16, "3")]
-    found = measured(FILES / "sglang.jsonl", _scenario("serve", 4, 1024, engine="sglang"))
+    found = measured(FILES / "sglang.jsonl", _request("serve", 4, 1024, engine="sglang"))
     assert found.run.concurrency == 4
     assert found.notes == ()
-    assert dense_from(FILES / "sglang.jsonl", _scenario("prefill", 1, 1024, engine="sglang")) == pytest.approx(0.024)
+    assert measured(FILES / "sglang.jsonl", _request("prefill", 1, 1024, engine="sglang")).seconds == pytest.approx(
+        0.024
+    )
     with pytest.raises(
         InputError, match=r"expected a result of this request among 3; .*: concurrency: expected 8, got"
     ):
-        dense_from(FILES / "sglang.jsonl", _scenario("serve", 8, 1024, engine="sglang"))
+        measured(FILES / "sglang.jsonl", _request("serve", 8, 1024, engine="sglang"))
     with pytest.raises(InputError, match=r"sglang\.jsonl:2:1: is not JSON \(several results"):
         read_bench(FILES / "sglang.jsonl")
 
@@ -96,34 +98,34 @@ def test_requests_that_start_together_are_a_batch(tmp_path: Path) -> None:
     data["performance"] |= {"total_latency_ms": 712.0}
     file = tmp_path / "together.json"
     file.write_text(json.dumps(data), encoding="utf-8")
-    scenario = {"engine": "trtllm", "dtype": "fp8"}
-    assert dense_from(file, _scenario("generate", 8, 1024, 127, **scenario)) == pytest.approx(0.712)
+    request = {"engine": "trtllm", "dtype": "fp8"}
+    assert measured(file, _request("generate", 8, 1024, 127, **request)).seconds == pytest.approx(0.712)
     with pytest.raises(InputError, match="requests: expected at least 16, twice those in flight, got 8"):
-        dense_from(file, _scenario("serve", 8, 1024, 127, **scenario))
+        measured(file, _request("serve", 8, 1024, 127, **request))
 
 
-VLLM = _scenario("serve", 16, 1024)
-TRTLLM = _scenario("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
-GENAI, RATE = _scenario("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}
+VLLM = _request("serve", 16, 1024)
+TRTLLM = _request("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
+GENAI, RATE = _request("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}
 
 
 @pytest.mark.parametrize(
-    ("name", "scenario", "changes", "reason"),
+    ("name", "asked", "changes", "reason"),
     [
         ("vllm_serve.json", VLLM, {"model_id": "Qwen/Qwen3-8B"}, "model: expected llama-3.1-8b, got Qwen/Qwen3-8B"),
-        ("vllm_serve.json", _scenario("serve", 16, 2048), {}, "input_tokens: expected 2048, got 1024"),
-        ("vllm_serve.json", _scenario("serve", 16, 1024, 256), {}, "output_tokens: expected 257, got 129"),
-        ("vllm_serve.json", _scenario("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
-        ("vllm_serve.json", _scenario("decode", 16, 1024), {}, "half of the output): expected 1024, got 1087.5"),
-        ("vllm_serve.json", _scenario("decode", 16, 1088), {"mean_itl_ms": 40.0}, "median time between tokens"),
+        ("vllm_serve.json", _request("serve", 16, 2048), {}, "input_tokens: expected 2048, got 1024"),
+        ("vllm_serve.json", _request("serve", 16, 1024, 256), {}, "output_tokens: expected 257, got 129"),
+        ("vllm_serve.json", _request("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
+        ("vllm_serve.json", _request("decode", 16, 1024), {}, "half of the output): expected 1024, got 1087.5"),
+        ("vllm_serve.json", _request("decode", 16, 1088), {"mean_itl_ms": 40.0}, "median time between tokens"),
         ("vllm_serve.json", VLLM, {"request_rate": 4.0}, "request_rate: expected inf"),
         ("vllm_serve.json", VLLM, {"failed": 2}, "failed: expected 0 requests, got 2"),
         ("vllm_serve.json", VLLM, {"max_concurrency": None}, "max_concurrency: expected a value, got null"),
         ("vllm_serve.json", VLLM, {"spec_decode_num_drafts": 4}, "speculative decoding is unsupported"),
         ("vllm_serve.json", VLLM, {"mean_tpot_ms": 2.0}, "in flight on average: expected 11.2 to 16.8, got 4.7"),
-        ("vllm_latency.json", _scenario("decode", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
-        ("vllm_throughput.json", _scenario("generate", 32, 512), {}, "tokens per request: expected 641, got 576"),
-        ("vllm_throughput.json", _scenario("generate", 8, 512, 63), {}, "requests: expected 8, the batch, got 32"),
+        ("vllm_latency.json", _request("decode", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
+        ("vllm_throughput.json", _request("generate", 32, 512), {}, "tokens per request: expected 641, got 576"),
+        ("vllm_throughput.json", _request("generate", 8, 512, 63), {}, "requests: expected 8, the batch, got 32"),
         ("sglang.jsonl", VLLM, {"errors": ["", "timeout"]}, "errors: expected 0 requests, got 1"),
         ("sglang.jsonl", VLLM, {"server_info": {"tp_size": 4}}, "devices: expected 1, got 4"),
         ("trtllm_throughput.json", TRTLLM, {"decoding_stats": {"mode": "Eagle"}}, "speculative decoding"),
@@ -140,19 +142,19 @@ GENAI, RATE = _scenario("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"
         ("genai_perf.json", GENAI, {"input_config": RATE}, "perf_analyzer.stimulus: expected concurrency, got request"),
         (
             "genai_perf.json",
-            _scenario("prefill", 1, 550),
+            _request("prefill", 1, 550),
             {"time_to_first_token": None},
             "time to first token: expected",
         ),
     ],
 )
 def test_what_does_not_match_is_refused(
-    tmp_path: Path, name: str, scenario: Scenario, changes: dict[str, Any], reason: str
+    tmp_path: Path, name: str, asked: Request, changes: dict[str, Any], reason: str
 ) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({**_load(name), **changes}), encoding="utf-8")
     with pytest.raises(InputError) as caught:
-        dense_from(file, scenario)
+        measured(file, asked)
     assert str(caught.value).startswith(f"{file}: ")
     assert reason in str(caught.value)
 
@@ -175,7 +177,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None
     file = tmp_path / "run.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as caught:
-        dense_from(file, VLLM)
+        measured(file, VLLM)
     assert str(caught.value).startswith(str(file))
     assert reason in str(caught.value)
 
@@ -185,23 +187,23 @@ FEW |= {"total_input_tokens": 48 * 1024, "total_output_tokens": 48 * 129}
 
 
 @pytest.mark.parametrize(
-    ("changes", "scenario", "notes"),
+    ("changes", "asked", "notes"),
     [
         ({}, VLLM, []),
         ({"model_id": "meta-llama/Meta-Llama-3.1-8B"}, VLLM, []),
         ({"model_id": "/models/llama-70b"}, VLLM, ["model /models/llama-70b is not known by name; check that it is"]),
         ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, VLLM, ["is quantised by its name, the prediction is for bf16"]),
-        ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, _scenario("serve", 16, 1024, dtype="fp8"), []),
+        ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, _request("serve", 16, 1024, dtype="fp8"), []),
         ({"backend": "sglang"}, VLLM, ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"]),
         (FEW, VLLM, ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"]),
     ],
 )
 def test_what_cannot_be_checked_is_a_note(
-    tmp_path: Path, changes: dict[str, Any], scenario: Scenario, notes: list[str]
+    tmp_path: Path, changes: dict[str, Any], asked: Request, notes: list[str]
 ) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({**_load("vllm_serve.json"), **changes}), encoding="utf-8")
-    found = measured(file, scenario).notes
+    found = measured(file, asked).notes
     assert len(found) == len(notes)
     assert all(f"{file}: " in one and text in one for one, text in zip(found, notes))
 
@@ -213,12 +215,12 @@ def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
     loadgen = {"endpoint": {"model_names": ["llama-3.1-8b"]}, "loadgen": {"concurrency": 1, "request_count": 20}}
     for given in (arguments, loadgen):
         file.write_text(json.dumps({**data, "input_config": given}), encoding="utf-8")
-        found = measured(file, _scenario("generate", 1, 550, 127))
+        found = measured(file, _request("generate", 1, 550, 127))
         assert found.seconds == pytest.approx(data["request_latency"]["avg"] / 1e3)
         assert (found.run.model, found.notes) == ("llama-3.1-8b", ())
     seconds = {**data["request_latency"], "unit": "ns", "avg": data["request_latency"]["avg"] * 1e6}
     file.write_text(json.dumps({**data, "request_latency": seconds}), encoding="utf-8")
-    assert math.isclose(dense_from(file, _scenario("generate", 1, 550, 127)), data["request_latency"]["avg"] / 1e3)
+    assert math.isclose(measured(file, _request("generate", 1, 550, 127)).seconds, data["request_latency"]["avg"] / 1e3)
 
 
 WORDS = f"speedup {MODEL} --hardware h100 --prune depth@0.25 --json"

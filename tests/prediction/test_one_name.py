@@ -51,7 +51,7 @@ OF_ENGINES: dict[str, Callable[[list[str]], Any]] = {
     "table": lambda e: simulator.table("llama-3.2-1b", "h100", engine=e, **ONE),
     "serve": lambda e: simulator.serve("llama-3.2-1b", "h100", engine=e, **ONE),
     "advise": lambda e: advise("llama-3.2-1b", ["h100"], 1.3, engine=e),
-    "explanations": lambda e: explanations("llama-3.2-1b", ["h100"], "depth", 0.25, engine=e),
+    "explanations": lambda e: explanations("llama-3.2-1b", ["h100"], engine=e, **ONE),
     "sweep": lambda e: grid(["llama-3.2-1b"], e),
 }
 OF_MODELS: dict[str, Callable[[list[str]], Any]] = {

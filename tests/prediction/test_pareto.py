@@ -69,7 +69,7 @@ def test_fronts_cite_and_do_not_mix() -> None:
     table = load_quality().of_model("llama-2-7b")
     axis = choose_axis(table, "zero-shot", "SLEB")
     found, _ = fronts(
-        "llama-2-7b", ["h100", "h100_sxm", "rtx_4090"], table, axis, ["prefill", "decode"], engine=["reference"]
+        "llama-2-7b", ["h100", "h100_sxm", "rtx_4090"], table, axis, phase=["prefill", "decode"], engine="reference"
     )
     assert [(f.phase, f.hardware) for f in found] == [
         *itertools.product(("prefill", "decode"), ("h100_sxm", "rtx_4090"))
@@ -98,7 +98,7 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
     path.write_text(f"{header}\nh100_sxm,prefill,depth,0.25,1.29,1.28\n,,width,0.2,1.21,\n", encoding="utf-8")
     table = QualityTable((row("depth", 0.25, 7.0), row("width", 0.25, 7.5), row("width", 0.2, 7.1)))
     measured, axis = read_measured(path), table.axes()[0]
-    found, _ = fronts("llama-3.1-8b", ["h100"], table, axis, ["prefill", "decode"], measured=measured)
+    found, _ = fronts("llama-3.1-8b", ["h100"], table, axis, phase=["prefill", "decode"], measured=measured)
     by = {(p.phase, p.family, p.sparsity): p for f in found for p in f.points}
     depth = by["prefill", "depth", 0.25]
     assert (depth.measured, depth.speedup, depth.speedup_lower, depth.speedup_upper) == (True, 1.29, 1.28, 1.29)

@@ -19,9 +19,9 @@ from simulator.models.architectures import ARCHITECTURES, NESTED
 from simulator.models.config import Block, ModelConfig
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.runnable import Runnable, runnable, runnables, will_run
-from simulator.prediction.scenario import Scenario
 from simulator.pruning import FAMILIES
 from simulator.pruning._rows import aligned_up
+from simulator.request import Request
 
 pytestmark = pytest.mark.quick
 
@@ -33,7 +33,7 @@ RAMP = [0.1 if layer < 16 else 0.3 for layer in range(32)]
 
 
 def asked(engine: str, pruning: Pruning, model: str | ModelConfig = LLAMA, **fields: Any) -> Runnable:
-    return runnable(Scenario(model=model, engine=engine, phase="decode", **fields), pruning)
+    return runnable(Request(model=model, engine=engine, phase="decode", **fields), pruning)
 
 
 def family(name: str, sparsity: Any, **options: Any) -> Pruning:
@@ -137,23 +137,25 @@ def test_every_dense_model_is_one_that_transformers_loads(name: str) -> None:
 def test_what_an_aligned_width_gains_by_hand() -> None:
     odd, even = shaped(inner=8810), shaped(inner=8816)
     for engine in ("vllm", "hf"):
-        scenario = Scenario(model=LLAMA, phase="prefill", engine=engine)
-        found = runnable(scenario, Pruning.of_model(LLAMA, odd), H100)
+        request = Request(model=LLAMA, phase="prefill", engine=engine)
+        found = runnable(request, Pruning.of_model(LLAMA, odd), H100)
         # 8,810 is 1,101.25 times the 8 elements of 16 bytes
         assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == ("MLP width", 8810, 8816)
         assert not found.aligned
         assert found.works
-        dense = scenario.workloads[0]
-        made = [simulator.lower(model, phase="prefill", engine=engine) for model in (odd, even)]
-        seconds = [simulator.speedup(dense, w, H100).pruned_s for w in made]
+        dense = simulator.lower(request)
+        seconds = [
+            simulator.speedup(dense, simulator.lower(model, phase="prefill", engine=engine), H100).pruned_s
+            for model in (odd, even)
+        ]
         assert found.aligned_gain == pytest.approx(seconds[0] / seconds[1], rel=1e-6)
         assert found.aligned_gain > 1.05
         assert found.aligned_gain_lower
         assert found.aligned_gain_upper
         assert found.aligned_gain_lower < found.aligned_gain < found.aligned_gain_upper
         assert found.sentence.startswith(f"Yes, but MLP width 8,810 is not aligned; 8,816 is {found.aligned_gain:.2f}x")
-        assert runnable(scenario, Pruning.of_model(LLAMA, even), H100).aligned
-    without = runnable(Scenario(model=LLAMA), Pruning.of_model(LLAMA, odd))
+        assert runnable(request, Pruning.of_model(LLAMA, even), H100).aligned
+    without = runnable(Request(model=LLAMA), Pruning.of_model(LLAMA, odd))
     assert without.aligned_gain is None
     assert without.sentence == "Yes, but MLP width 8,810 is not aligned; the nearest aligned width is 8,816."
 
@@ -167,7 +169,7 @@ def test_what_an_aligned_width_gains_by_hand() -> None:
     ],
 )
 def test_other_widths_that_are_not_aligned(model: dict[str, Any], dimension: str, width: int, aligned: int) -> None:
-    found = runnable(Scenario(model=LLAMA, engine="hf"), Pruning.of_model(LLAMA, shaped(**model)), H100)
+    found = runnable(Request(model=LLAMA, engine="hf"), Pruning.of_model(LLAMA, shaped(**model)), H100)
     assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == (dimension, width, aligned)
     assert (found.aligned_gain is None) == (dimension != "hidden size")  # heads are not padded
 
@@ -236,7 +238,7 @@ def test_kernels_of_formats_and_families() -> None:
     assert not asked("vllm", half).works
     assert asked("hf", half).kernels
     v100 = simulator.load_hardware("v100")
-    on_v100 = runnable(Scenario(model=LLAMA, engine="hf", dtype="fp16", phase="decode"), half, v100)
+    on_v100 = runnable(Request(model=LLAMA, engine="hf", dtype="fp16", phase="decode"), half, v100)
     assert "no 2:4 sparse tensor cores" in on_v100.kernels_reason
     zeros = asked("vllm", family("unstructured", 0.5))
     assert zeros.works
@@ -332,14 +334,14 @@ def test_every_shipped_engine_states_all_features_with_a_source(name: str) -> No
 
 
 def test_kernels_of_a_dynamic_family_may_need_an_architecture() -> None:
-    pruning, scenario = Pruning.read("kv_cache 0.5"), Scenario(model=LLAMA, phase="decode", engine="trtllm")
-    hopper, blackwell = (runnable(scenario, pruning, simulator.load_hardware(name)) for name in ("h100", "b200"))
+    pruning, request = Pruning.read("kv_cache 0.5"), Request(model=LLAMA, phase="decode", engine="trtllm")
+    hopper, blackwell = (runnable(request, pruning, simulator.load_hardware(name)) for name in ("h100", "b200"))
     assert (hopper.works, blackwell.works) == (False, True)
     assert "has kernels for kv_cache only on blackwell and blackwell_sm100 (algorithm rocket" in hopper.sentence
     assert "loads it with algorithm rocket in sparse_attention_config" in blackwell.sentence
     found = simulator.table(LLAMA, ["b200", "h100"], prune="kv_cache 0.5", phase="decode", engine="trtllm")
     hardware = [simulator.load_hardware(name) for name in ("b200", "h100")]
-    assert [r.works for r in runnables(found, scenario, ["trtllm"], hardware)] == [True, False]
+    assert [r.works for r in runnables(found, hardware)] == [True, False]
 
 
 def test_a_decoder_without_layers_is_not_loaded() -> None:

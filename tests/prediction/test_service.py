@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import simulator
-from simulator import Scenario, serve
+from simulator import Request, serve
 from simulator.capacity import memory
 from simulator.errors import InputError
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.requests import on
 from simulator.prediction.sentences import EQUAL, LIMITS, MEMORY, equal_memory, failing_text, of_service, ranked
 from simulator.prediction.service import OperatingPoint, Service
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick
-MODEL, NEW = "llama-3.1-8b", Scenario(new_tokens=256)
+MODEL, NEW = "llama-3.1-8b", {"new_tokens": 256}
 
 
 def one(prune: Any = "depth 0.25", model: str = MODEL, hardware: str = "h100", **more: Any) -> Service:
-    (service,) = serve(model, hardware, prune=prune, **{"scenario": NEW, **more}).services
+    (service,) = serve(model, hardware, prune=prune, **{**NEW, **more}).services
     return service
 
 
@@ -40,7 +40,7 @@ def test_at_equal_concurrency_it_is_a_speedup_of_phase_serve(engine: str) -> Non
     service = one(["depth 0.25", "width mlp=0.5"], concurrency=24, seq=1000, engine=engine)
     found = table(
         MODEL, "h100", phase="serve", batch=24, seq=1000, prune=["depth 0.25", "width mlp=0.5"], engine=engine,
-        scenario=NEW,
+        **NEW,
     )  # fmt: skip
     dense = at(service, EQUAL, 0)
     for r, point in zip(found, service.kinds[EQUAL][1:]):
@@ -67,21 +67,21 @@ def test_intervals_hold_their_values_and_first_tokens_are_less_certain_than_requ
     lonely = one(["depth 0.25"], concurrency=1)  # nothing to wait for
     for p in lonely.kinds[EQUAL]:
         assert close(p.ttft_upper / p.ttft_s, p.request_upper / p.request_s)
-    surer = one(["depth 0.25"], concurrency=24, scenario=replace(NEW, level=0.5))
+    surer = one(["depth 0.25"], concurrency=24, level=0.5)
     assert at(surer, EQUAL).ttft_upper < at(service, EQUAL).ttft_upper
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_largest_concurrency_fits_and_one_more_does_not(devices: int) -> None:
-    hw, setting = simulator.load_hardware("h100"), replace(NEW, devices=devices)
+    hw, setting = simulator.load_hardware("h100"), {**NEW, "devices": devices}
     texts = ["depth 0.25", "width 0.25", "kv_cache 0.5"]
-    service = one(texts, seq=4096, scenario=setting)
+    service = one(texts, seq=4096, **setting)
     for i, point in enumerate(service.kinds[MEMORY]):
         fits = []
         for c in (point.concurrency, point.concurrency + 1):
-            scenario = replace(setting, model=MODEL, phase="serve", shapes=((c, 4096),)).on(hw)
-            (w,) = scenario.workloads
-            fits.append(memory(w if i == 0 else Pruning.read(texts[i - 1]).apply(w, scenario), hw).fits)
+            (request,) = on([Request(model=MODEL, phase="serve", batch=c, seq=4096, **setting)], hw)
+            w = simulator.lower(request)
+            fits.append(memory(w if i == 0 else Pruning.read(texts[i - 1]).apply(w, request), hw).fits)
         assert fits == [True, False], point
         assert point.limited_by == "memory"
         assert point.largest_concurrency == point.concurrency
@@ -172,7 +172,7 @@ def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> N
 
 
 def test_costs_are_those_of_the_devices_time() -> None:
-    service = one("depth 0.25", seq=3000, price=2.0, scenario=replace(NEW, devices=2), concurrency=32)
+    service = one("depth 0.25", seq=3000, price=2.0, devices=2, concurrency=32)
     for p in service.points:
         hours = p.request_s * 2 / p.concurrency / 3600.0
         assert close(p.cost_output, 2.0 * hours / 256 * 1e6)
@@ -180,14 +180,14 @@ def test_costs_are_those_of_the_devices_time() -> None:
         parts = p.cost_prompt * 3000 + p.cost_new * 256
         assert close(parts / 1e6, 2.0 * hours)
         assert 0.0 < p.cost_prompt < p.cost_new
-    double = one("depth 0.25", seq=3000, price=4.0, scenario=replace(NEW, devices=2), concurrency=32)
+    double = one("depth 0.25", seq=3000, price=4.0, devices=2, concurrency=32)
     for p, twice in zip(service.points, double.points):
         assert close(twice.cost_output, 2.0 * p.cost_output)
     assert math.isnan(at(one(), MEMORY).cost_output)
 
 
 def test_a_dense_model_that_does_not_fit_has_no_point_and_a_pruned_one_that_does_has() -> None:
-    found = serve("llama-3.1-70b", "h100", prune="depth 0.5", scenario=NEW, tpot_s=1.0)
+    found = serve("llama-3.1-70b", "h100", prune="depth 0.5", **NEW, tpot_s=1.0)
     (service,) = found.services
     for kind in (MEMORY, LIMITS):
         dense, pruned = service.kinds[kind]
@@ -232,23 +232,23 @@ def test_the_sentence_of_equal_memory_multiplies_out() -> None:
 
 
 def test_a_budget_and_a_cached_prefix_reach_the_service() -> None:
-    plain, cached = one(seq=4096), one(seq=4096, scenario=replace(NEW, cached_prefix=0.75))
+    plain, cached = one(seq=4096), one(seq=4096, cached_prefix=0.75)
     assert at(cached, MEMORY, 0).tokens_per_s > 1.2 * at(plain, MEMORY, 0).tokens_per_s
-    small = one(seq=4096, scenario=replace(NEW, token_budget=512))
+    small = one(seq=4096, token_budget=512)
     assert at(small, MEMORY, 0).tokens_per_s < at(plain, MEMORY, 0).tokens_per_s
 
 
 def test_what_cannot_be_predicted_is_a_note_beside_others_and_an_error_alone() -> None:
-    found = serve(MODEL, "h100", prune=["semi_structured 0.5", "depth 0.25"], engine=["vllm", "trtllm"], scenario=NEW)
+    found = serve(MODEL, "h100", prune=["semi_structured 0.5", "depth 0.25"], engine=["vllm", "trtllm"], **NEW)
     assert [len(s.kinds[EQUAL]) for s in found.services] == [2, 3]
     assert any("vllm has no 2:4 kernels" in note for note in found.notes)
     for more, message in (
         ({"prune": "semi_structured 0.5"}, "vllm has no 2:4 kernels"),
-        ({"prune": "depth 0.25", "concurrency": 0}, "concurrency 0: expected a whole number from 1"),
+        ({"prune": "depth 0.25", "concurrency": 0}, "concurrency: expected a whole number from 1"),
         ({"prune": "depth 0.25", "tpot_s": -1.0}, "tpot: expected a positive time in seconds"),
         ({"prune": "depth 0.25", "price": 0.0}, "price: expected a positive price per GPU-hour, such as 2.5, got 0.0"),
         ({"prune": "depth 0.25", "probability": 1.0}, "confidence 1: expected a number between 0 and 1"),
-        ({"prune": "depth 0.25", "scenario": Scenario(dense_s=1.0)}, "dense time: expected none"),
+        ({"prune": "depth 0.25", "dense_s": 1.0}, "dense time: expected none"),
         ({"prune": "depth 0.25", "concurrency": 10**9}, "expected at most 2147483647 tokens in a pass"),
     ):
         with pytest.raises(InputError, match=message):
@@ -256,7 +256,7 @@ def test_what_cannot_be_predicted_is_a_note_beside_others_and_an_error_alone() -
 
 
 def test_a_given_concurrency_that_does_not_fit_is_hypothetical() -> None:
-    found = serve(MODEL, "h100", prune="depth 0.25", concurrency=2000, scenario=NEW)
+    found = serve(MODEL, "h100", prune="depth 0.25", concurrency=2000, **NEW)
     assert not any(p.fits for p in found.services[0].kinds[EQUAL])
     text = " ".join(found.notes)
     assert "depth at 25 % at concurrency 2000 on h100_sxm:" in text

@@ -29,6 +29,7 @@ from simulator.prediction.grid import Formats, Grid, read_grid
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import plain
 from simulator.prediction.sweep import Summary, sweep_results, write_sweep
+from simulator.request import Request
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
 
@@ -42,7 +43,8 @@ SMALL = replace(
 
 MIXED = replace(
     ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
-    new_tokens=6, families=tuple(Pruning.of(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+    families=tuple(Pruning.of(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
+    request=Request(new_tokens=6),
 )  # fmt: skip
 
 
@@ -53,10 +55,11 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
     keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "engine", "devices")
     left = {key: i for i, key in enumerate(zip(*(columns[name].tolist() for name in keys)))}
     assert len(left) == len(columns["speedup"])
-    axes = ([p.family for p in grid.families], grid.sparsities, grid.phases, grid.batches, grid.seqs)
+    families, axes = [p.family for p in grid.families], {"phase": grid.phases, "batch": grid.batches, "seq": grid.seqs}
     for engine, devices in itertools.product(grid.engines, grid.devices):
-        setting = grid.scenario("", grid.dtypes[0], engine, devices, "prefill", ())
-        table = simulator.table(grid.models, grid.hardware, *axes, scenario=setting)
+        where = {**axes, **vars(grid.dtypes[0]), "engine": engine, "devices": devices}
+        asked = {**where, "new_tokens": grid.request.new_tokens}
+        table = simulator.table(grid.models, grid.hardware, families, grid.sparsities, **asked)
         assert found.notes == tuple(n for n in table.notes if "excluded" in n)
         for record in table:
             i = left.pop(tuple(getattr(record, name) for name in keys))
@@ -74,11 +77,11 @@ def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
         phases=("prefill", "generate"), batches=tuple(range(1, 41)), seqs=tuple(range(64, 114)),
     )  # fmt: skip
     found = list(grid.pieces())
-    sizes = [len(one.shapes) * len(prunings) for one, prunings in found]
+    sizes = [len(requests) * len(prunings) for requests, prunings in found]
     assert sum(sizes) == grid.size
     assert max(sizes) <= 40_000
     some = found[:40]
-    points = {(one.model, one.phase, shape, p) for one, prunings in some for shape in one.shapes for p in prunings}
+    points = {(one, p) for requests, prunings in some for one in requests for p in prunings}
     assert len(points) == sum(sizes[:40])
 
 
@@ -329,7 +332,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
-    assert (grid.level, grid.ideal, grid.devices, grid.engines) == (0.8, True, (1, 2), ("hf",))
+    assert (grid.request.level, grid.request.ideal, grid.devices, grid.engines) == (0.8, True, (1, 2), ("hf",))
     assert grid.size == 2 * 2 * 5 * 4 * 2 * 2
 
 

@@ -16,8 +16,8 @@ from simulator.prediction.batch import batch_of
 from simulator.prediction.gemms import gemm_table
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import Results
-from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families
+from simulator.request import Request
 from simulator.workload import Workload
 
 MODEL = ["llama-3.1-8b"]
@@ -76,7 +76,7 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
     with pytest.raises(InputError, match="sparsity: expected at least one"):
         table(sparsity=[])
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):  # not even the dense model runs
-        table(hardware=["h100", "a100"], family=["depth", "width"], scenario=Scenario(dtype="fp8"))
+        table(hardware=["h100", "a100"], family=["depth", "width"], dtype="fp8")
 
 
 @pytest.mark.quick
@@ -95,23 +95,23 @@ def test_more_positions_than_a_model_has_are_noted() -> None:
     assert table(models=["opt-13b"], phase=["prefill"], seq=[2048]).notes == ()
     (note,) = table(models=["opt-13b"], phase=["prefill", "decode"], seq=[2049]).notes
     assert "opt-13b supports 2048 positions" in note
-    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], scenario=Scenario(new_tokens=16)).notes
+    (note,) = table(models=["opt-13b"], phase=["generate"], seq=[2040], new_tokens=16).notes
     assert "2056" in note
 
 
 @pytest.mark.quick
 def test_settings_reach_the_prediction() -> None:
-    def times(setting: Scenario) -> tuple[float, float]:
-        (r,) = table(scenario=setting)
+    def times(**settings: Any) -> tuple[float, float]:
+        (r,) = table(**settings)
         return r.dense_s, r.dense_memory_bytes
 
-    plain = times(Scenario())
-    assert times(Scenario(weight_dtype="int4"))[0] < plain[0]
-    assert times(Scenario(weight_dtype="int4"))[1] < plain[1]
-    assert times(Scenario(kv_dtype="fp8"))[1] < plain[1]
-    assert times(Scenario(engine="hf"))[0] > plain[0]
-    assert times(Scenario(devices=2))[1] < plain[1]
-    (generate,) = table(phase=["generate"], scenario=Scenario(new_tokens=16))
+    plain = times()
+    assert times(weight_dtype="int4")[0] < plain[0]
+    assert times(weight_dtype="int4")[1] < plain[1]
+    assert times(kv_dtype="fp8")[1] < plain[1]
+    assert times(engine="hf")[0] > plain[0]
+    assert times(devices=2)[1] < plain[1]
+    (generate,) = table(phase=["generate"], new_tokens=16)
     assert generate.new_tokens == 16
     assert generate.dense_s > 15 * plain[0]
 
@@ -121,25 +121,25 @@ def test_settings_reach_the_prediction() -> None:
 @pytest.mark.parametrize(
     ("model", "setting"),
     [
-        ("llama-3.2-1b", Scenario(new_tokens=5, engine="")),
-        ("gemma-2-9b", Scenario(new_tokens=5, devices=2, engine="reference")),
-        ("mistral-7b-v0.1", Scenario(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
+        ("llama-3.2-1b", Request(new_tokens=5, engine="")),
+        ("gemma-2-9b", Request(new_tokens=5, devices=2, engine="reference")),
+        ("mistral-7b-v0.1", Request(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
     ],
     ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
-def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Scenario) -> None:
-    """Requests that one call prunes together have the rows of requests that are pruned alone."""
+def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Request) -> None:
+    """Whatever a family says of the requests that a call may prune together."""
     shapes = ((1, 7), (3, 7), (3, 300), (64, 300), (64, 8192))
-    scenario = replace(setting, model=model, phase=phase, shapes=shapes)
+    requests = [replace(setting, model=model, phase=phase, batch=batch, seq=seq) for batch, seq in shapes]
     for sparsity in (0.0, 0.3, 0.5, 0.9):
         refused: list[str] = []
 
         def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
             refused.append(reason)
 
-        batch = batch_of(scenario, [Pruning.of(family, sparsity)], reject)
+        batch = batch_of(requests, [Pruning.of(family, sparsity)], reject)
         together = {int(i): j for j, i in enumerate(batch.dense) if batch.pruning[j] == 0}
-        for i, dense in enumerate(scenario.workloads):
+        for i, dense in enumerate(map(lower, requests)):
             try:
                 one = prune(dense, family, sparsity)
             except InputError:

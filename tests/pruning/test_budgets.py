@@ -73,10 +73,10 @@ def test_each_length_has_its_own_sparsity() -> None:
     (same,) = (r for r in found if (r.seq, r.batch) == (8192, 1))
     assert (alone[0].sparsity, alone[0].speedup) == (0.875, same.speedup)
     several = table(
-        ["llama-2-7b"], ["h100"], ["sparse_attention"], None, "prefill", 1, [1024, 4096], options={"budget": 2048}
+        "llama-2-7b", "h100", "sparse_attention", phase="prefill", seq=[1024, 4096], options={"budget": 2048}
     )
     assert [r.sparsity for r in several] == [0, pytest.approx(0.25, abs=1e-3)]
-    (e,) = explanations("llama-2-7b", ["h100"], None, None, ["decode"], seq=[8192], method="snapkv-1024")
+    (e,) = explanations("llama-2-7b", ["h100"], seq=8192, method="snapkv-1024")
     assert np.prod([step.factor for step in e.steps]) == pytest.approx(e.result.speedup)
     assert e.result.sparsity == 0.875
 

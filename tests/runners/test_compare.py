@@ -38,8 +38,8 @@ from calibration.runners.decoder.model import random_decoder  # noqa: E402
 from calibration.runners.pairs import ModelRun, PairTimes, alternate  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402
+from simulator.request import Request  # noqa: E402
 
 HW = load_hardware("a100")
 
@@ -49,7 +49,7 @@ def _device(**options: Any) -> ReplayDevice:
 
 
 def _cases(**settings: Any) -> list[Case]:
-    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Scenario(engine=""), **settings})[0]
+    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Request(engine=""), **settings})[0]
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:

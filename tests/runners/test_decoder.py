@@ -33,7 +33,6 @@ from calibration.runners.decoder.rules import TokenRouting  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.pruning._grammar import read_steps  # noqa: E402
 
@@ -176,7 +175,7 @@ def test_what_runs_of_random_texts_has_the_shapes_that_are_predicted(dense: Deco
     ran, refused = 0, list[str]()
     for text in _texts(120):
         try:
-            (case,), _ = settings_of(CONFIG, phases=["decode"], seq=[8], texts=[text], scenario=Scenario(engine=""))
+            (case,), _ = settings_of(CONFIG, phases=["decode"], seq=[8], texts=[text], engine="")
             check_steps(case.steps)
             pruned = prune_by_steps(dense, case.steps)
         except InputError as error:

@@ -27,8 +27,8 @@ from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.models.lower import lower  # noqa: E402
-from simulator.prediction.scenario import Scenario  # noqa: E402
 from simulator.pruning import prune  # noqa: E402
+from simulator.request import Request  # noqa: E402
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
@@ -116,7 +116,7 @@ COMPILED = {**TINY, "num_hidden_layers": 1}  # a compiler takes seconds for each
 
 def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
     runs = comparing.ENGINES[engine]
-    scenario = Scenario(engine=runs.lowered, dtype="fp32", new_tokens=4)
+    scenario = Request(engine=runs.lowered, dtype="fp32", new_tokens=4)
     usual = {"seq": [16], "sparsities": [0.5], "families": ["depth"], "known_phases": runs.phases}
     return settings_of(config, **{**usual, "scenario": scenario, **settings})[0]
 

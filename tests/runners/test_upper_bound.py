@@ -29,7 +29,7 @@ from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 from simulator.workload import Workload
 
 MODEL = "smollm2-135m"
@@ -37,7 +37,7 @@ HW = load_hardware("a100")
 
 
 def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
-    how = {"seq": [128], "scenario": Scenario(engine="reference"), **settings}
+    how = {"seq": [128], "scenario": Request(engine="reference"), **settings}
     return settings_of(MODEL, families=[family], sparsities=[sparsity], **how)[0]
 
 
@@ -70,7 +70,7 @@ def test_counts_are_those_of_the_workload() -> None:
     ],
 )
 def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: str, change: dict[int, int]) -> None:
-    how: Any = {"seq": [128], "scenario": Scenario(engine="reference"), "phases": [phase], "sparsities": [0.5]}
+    how: Any = {"seq": [128], "scenario": Request(engine="reference"), "phases": [phase], "sparsities": [0.5]}
     (case,) = settings_of("llama-3.2-1b", families=[family], **how)[0]
     dense, pruned = (
         {sizes: n for (kind, sizes), n in plain_kernels(w).items() if kind.startswith("attention")}

@@ -18,7 +18,7 @@ from simulator.hardware.library import load_hardware
 from simulator.prediction.benchmarks import BenchRun, read_bench
 from simulator.prediction.measured import request_of
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 
 pytestmark = pytest.mark.quick
 
@@ -46,7 +46,7 @@ def _file(tmp_path: Path, content: Any, name: str = "run.json") -> Path:
 
 
 def _case(phase: str, batch: int = MANY, seq: int = TOKENS, steps: int = OUTPUT - 1, text: str = "depth 0.5") -> Case:
-    template = Scenario(model="llama-3.2-1b", phase=phase, shapes=((batch, seq),), new_tokens=max(steps, 1))
+    template = Request(model="llama-3.2-1b", phase=phase, batch=batch, seq=seq, new_tokens=max(steps, 1))
     return Case.of(template.workloads[0], Pruning.read(text))
 
 

@@ -29,7 +29,7 @@ from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.prediction.prunings import prunings_of
-from simulator.prediction.scenario import Scenario
+from simulator.request import Request
 
 TESTS = Path(__file__).parents[1]
 MODEL = load_model("smollm2-135m")
@@ -39,7 +39,7 @@ PHASES = ("prefill", "decode", "generate", "serve")
 def _cases(
     *texts: str, phases: tuple[str, ...] = ("decode",), model: ModelConfig = MODEL, **options: Any
 ) -> list[Case]:
-    template = Scenario(**{"engine": "vllm", "new_tokens": 15, "shapes": ((4, 256),), **options}, model=model)
+    template = Request(**{"engine": "vllm", "new_tokens": 15, "shapes": ((4, 256),), **options}, model=model)
     dense = [replace(template, phase=phase).workloads[0] for phase in phases]
     return [Case.of(w, pruning) for w in dense for pruning in prunings_of((), prune=texts)]
 
@@ -204,7 +204,7 @@ def test_models_that_vllm_does_not_build_are_refused_before_they_run(
 
 def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> None:
     with pytest.raises(InputError, match="expected at most 8192 positions, got 8225 with new tokens"):
-        _runner(_cases("depth 0.25", shapes=((1, 8192),)))
+        _runner(_cases("depth 0.25", batch=1, seq=8192))
     with pytest.raises(InputError, match="expected weights, cache and arithmetic in bf16"):
         _runner(_cases("depth 0.25", weight_dtype="int8"))
     with pytest.raises(InputError, match=r"needs a config\.json"):

@@ -17,7 +17,7 @@ from simulator.engines.engine import list_engines
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SAME_SHAPE, compare
 from simulator.pruning import general_families, prune
-from simulator.request import Meta
+from simulator.request import Lowered
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, correlation, in_order, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import CONSISTENT_SD, MEASURED_LOG_SD, MIXED_LOG_SD, intervals, workload_time
@@ -187,7 +187,7 @@ def two_operators(engine: str, m: int, count: float, wide: int) -> Workload:
     head = {"role": "lm_head", "part": Part.HEAD, "phase": Phase.DECODE, "m": m, "n": 32000, "k": 4096}
     start = {"kind": Kind.ELEMENTWISE, "role": "embedding", "part": Part.EMBEDDING, "phase": Phase.DECODE, "m": m}
     rows = [start, layer | {"m": m, "n": wide, "k": 4096}, head]
-    return Workload.from_rows(rows, Meta(phase="decode", batch=m, engine=engine))
+    return Workload.from_rows(rows, Lowered(phase="decode", batch=m, engine=engine))
 
 
 def of_rows(p: PredictedPass) -> Uncertainty:

@@ -1,0 +1,161 @@
+"""Make requests from settings (:func:`requests_of`), and group them by token budget (:func:`by_budget`)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from simulator.arguments import OneOrMore, instance, listed
+from simulator.engines.engine import Engine, load_engine
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.library import load_model
+from simulator.request import SETTINGS, Request
+
+if TYPE_CHECKING:
+    from simulator.models.config import ModelConfig
+
+T = TypeVar("T")
+
+
+def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]) -> list[Request]:
+    """Return the request of every combination of models and of the settings that are lists, in the order of the fields
+    of :class:`simulator.Request`; each value is used once."""
+    if unknown_names := [name for name in settings if name not in SETTINGS]:
+        raise TypeError(f"unexpected setting {unknown_names[0]!r}; expected one of {', '.join(SETTINGS)}")
+    axes = {
+        name: once(setting.check(value) for value in listed(name, settings[name]))
+        for name, setting in SETTINGS.items()
+        if _several(settings.get(name))
+    }
+    if "engine" in axes:
+        axes["engine"] = engines_of(axes["engine"])
+    axes = {"model": tuple(models), **axes}
+    for name, values in axes.items():
+        if not values:
+            raise InputError(f"{name}: expected at least one")
+    single = {name: value for name, value in settings.items() if name not in axes}
+    load_engine(single.get("engine", Request.engine))
+    return [Request(**single, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+
+
+def _several(value: object) -> bool:
+    return not isinstance(value, str | os.PathLike) and hasattr(value, "__iter__")
+
+
+def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
+    """Return requests that differ only in shape with the token budget of their engine on a GPU."""
+    first = requests[0]
+    limit = load_engine(first.engine).limit(hw.memory_bytes, hw.name)
+    if first.token_budget is not None or limit is None or first.phase == "decode":
+        return list(requests)
+    if first.phase != "serve" and max(r.batch * r.seq for r in requests) <= limit.tokens:
+        return list(requests)  # one pass with any budget
+    return [replace(r, token_budget=limit.tokens) for r in requests]
+
+
+def by_budget(
+    requests: Sequence[Request], hardware: Iterable[HardwareProfile]
+) -> list[tuple[list[Request], tuple[HardwareProfile, ...]]]:
+    """Return requests that differ only in shape for each token budget of their engine on some devices, with the devices
+    of that budget."""
+    groups: dict[int | None, tuple[list[Request], list[HardwareProfile]]] = {}
+    for hw in hardware:
+        found = on(requests, hw)
+        groups.setdefault(found[0].token_budget, (found, []))[1].append(hw)
+    return [(found, tuple(devices)) for found, devices in groups.values()]
+
+
+def check_measured(found: Sequence[Request], hardware: Sequence[HardwareProfile]) -> None:
+    """Reject a measured time for more than one model, device, engine and request."""
+    if not found or found[0].dense_s is None:
+        return
+    axes: dict[str, set[object]] = {
+        "model": {s.model for s in found},
+        "hardware": {hw.label for hw in hardware},
+        "engine": {s.engine for s in found},
+        "phase": {s.phase for s in found},
+        "batch": {s.batch for s in found},
+        "seq": {s.seq for s in found},
+    }
+    for name, values in axes.items():
+        if len(values) > 1:
+            raise InputError(f"dense time: belongs to one request; expected one {name}, got {len(values)}")
+
+
+def dense_seconds(tokens_per_s: float | None, request: Request) -> float:
+    """Return the time of a pass in s from its throughput: new tokens/s of all sequences, in prefill prompt tokens/s."""
+    if tokens_per_s is None or not 0.0 < tokens_per_s < 1e12:
+        raise InputError(f"tokens per second {tokens_per_s}: expected a positive number")
+    each = {"prefill": request.seq, "decode": 1}.get(request.phase, request.new_tokens)
+    return request.batch * each / tokens_per_s
+
+
+def batch_name(phase: str) -> str:
+    """Return the name of the number of sequences in a phase."""
+    return "concurrency" if phase == "serve" else "batch"
+
+
+def setting(r: Any) -> str:
+    """Return devices, engine and request of a prediction as part of a sentence."""
+    return f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
+
+
+def device_text(r: Any) -> str:
+    """Return the device with its number, if the prediction is of several."""
+    return f"{r.devices} x {r.hardware}" if r.devices > 1 else r.hardware
+
+
+def once(values: Iterable[T]) -> tuple[T, ...]:
+    """Return values without repeats, in order."""
+    return tuple(dict.fromkeys(values))
+
+
+def models_of(models: OneOrMore[str | ModelConfig], kind: str = "model") -> list[ModelConfig]:
+    """Load models, each once; raise InputError for two of one name, which results cannot distinguish."""
+    return distinct(((source, load_model(source)) for source in listed(kind, models)), kind)
+
+
+def distinct(loaded: Iterable[tuple[object, ModelConfig]], kind: str) -> list[ModelConfig]:
+    """Return models as :func:`models_of`, from pairs of a source and its model."""
+    found: dict[str, tuple[ModelConfig, object]] = {}
+    for source, model in loaded:
+        other, first = found.setdefault(model.name, (model, source))
+        if other != model:
+            raise _ambiguous(kind, "models", first, source, model.name)
+    return [model for model, _ in found.values()]
+
+
+def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
+    """Return names or paths of engines, each engine once; raise InputError for two of one name, which results cannot
+    distinguish."""
+    found: dict[str, tuple[Engine, str]] = {}
+    for source in listed("engine", engines):
+        engine = load_engine(source)
+        other, first = found.setdefault(engine.name, (engine, source))
+        if replace(other, path=engine.path) != engine:  # one file may be given by two paths
+            raise _ambiguous("engine", "engines", first, source, engine.name)
+    return tuple(source for _, source in found.values())
+
+
+def _ambiguous(kind: str, several: str, first: object, second: object, name: str) -> InputError:
+    """Return the error for two inputs of one name, with their paths."""
+    one, other = (str(x) if isinstance(x, str | os.PathLike) else "an object without a path" for x in (first, second))
+    return InputError(f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them")
+
+
+def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:
+    """Load devices, each once; raise InputError for none, and for two of one name, which results cannot distinguish."""
+    found: dict[str, HardwareProfile] = {}
+    for hw in (load_hardware(h) if isinstance(h, str) else h for h in listed("hardware", hardware)):
+        instance("hardware", hw, HardwareProfile, "load_hardware")
+        if (other := found.setdefault(hw.label, hw)) is not hw:
+            both = " and ".join(str(h.path or "a profile without a file") for h in (other, hw))
+            raise InputError(f"hardware: {both}: two profiles are called {hw.label}; rename one of them")
+    if not found:
+        raise InputError("hardware: expected at least one")
+    return list(found.values())
