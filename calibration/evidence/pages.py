@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", help="write to this file")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
     parser.add_argument("--sizes", default="400,all", help="numbers of training rows of GEMMs, or all")
-    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for unlisted, mla and experts")
+    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     given = parser.parse_args(arguments)
     try:

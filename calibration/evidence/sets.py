@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from calibration.evidence.published import (
     compare_dense,
@@ -29,7 +28,6 @@ from calibration.fit.local_update import update_profile
 from calibration.fit.operators import PART_ROLES, layers_of
 from calibration.fit.predict import predict
 from calibration.fit.section import LEVEL, Fit, fit_section, neighbours, pairs_along
-from calibration.fit.solver import HUBER
 from calibration.measurements import list_measurements, load_measurements, provenance, published
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
@@ -176,48 +174,33 @@ def evaluate_table(table: MeasuredRows, size: int | None, seed: int, by: str = "
 
 
 def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list[Row]:
-    """Return the scores of rooflines on the same rows of GEMMs: without a fit, and with two efficiencies as in GenZ,
-    which are fitted by robust least squares in log time."""
+    """Return the scores of two rooflines without a fit on the same rows of GEMMs."""
     train, test = table.train_test(size, seed)
-    machine = Machine.of(table.hw, table.dtype)
-
-    def parts(data: Fit) -> tuple[FloatArray, FloatArray]:
-        c = data.calls
-        assert isinstance(c, Products)
-        moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
-        return 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
-
-    def log_residual(logs: FloatArray) -> FloatArray:
-        compute, moved = parts(train.data) / np.exp(logs)[:, None]
-        return np.asarray(np.log(np.maximum(compute, moved)) - np.log(train.data.seconds))
-
-    a, b = np.exp(least_squares(log_residual, np.log([0.5, 0.5]), loss="soft_l1", f_scale=HUBER).x)
-    (compute, moved), pairs = parts(test.data), test.pairs()
+    machine, c = Machine.of(table.hw, table.dtype), test.data.calls
+    assert isinstance(c, Products)
+    compute = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s
+    moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
+    moved, pairs = moved / machine.bandwidth_bytes_per_s, test.pairs()
     baselines = {
         "datasheet roofline": np.maximum(compute, moved),
         "max(flop, bytes/0.8) + 3 us": np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
-        "two efficiencies (GenZ-style)": np.maximum(compute / a, moved / b),
     }
     return [row(name, seed, len(train.data), score(test.timed(s, pairs))) for name, s in baselines.items()]
 
 
-def evaluate_updates(
-    hw: HardwareProfile, tables: Mapping[str, MeasuredRows], sizes: Sequence[int], seed: int
-) -> list[Row]:
-    """Evaluate a profile on the test groups of the first table: as shipped, and updated with some training rows of each
-    table, whose name is the method of the row."""
-    rng, unseen = np.random.default_rng(seed + 50), next(iter(tables.values())).train_test(None, seed)[1]
+def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int) -> list[Row]:
+    """Evaluate a profile on the test groups of a table: as shipped, and updated with some of its training rows."""
+    rng, unseen = np.random.default_rng(seed + 50), table.train_test(None, seed)[1]
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
     pairs = test.pairs()
     pairs = pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])]
     out = [row("as shipped", seed, 0, score(test.predictions(hw, pairs, ratios=True)))]
-    for size, (name, source) in ((size, item) for size in sizes for item in tables.items()):
-        records = source.train_test(size, seed)[0].records()
+    for size in sizes:
         try:
-            updated = update_profile(hw, records).profile
+            updated = update_profile(hw, table.train_test(size, seed)[0].records()).profile
         except InputError:  # the defaults are off by more than an update accepts
             continue
-        out.append(row(name, seed, size, score(test.predictions(updated, pairs, ratios=True)), rows=size))
+        out.append(row("posterior", seed, size, score(test.predictions(updated, pairs, ratios=True)), rows=size))
     return out
 
 
@@ -387,10 +370,6 @@ GEMMS: Mapping[str, TableChoice] = {
 }
 ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
-UNLISTED = (  # operators and formats that are evaluated by datasheet alone
-    "gemm bf16", "gemm fp8", "gemm fp8_block", "attention_prefill bf16", "attention_decode bf16", "mla_decode bf16",
-    "experts bf16", "experts fp8_block",
-)  # fmt: skip
 FEWEST = 40  # rows of an attention table from which three tenths of its heads or lengths are held out
 
 
@@ -415,18 +394,6 @@ def stack_pairs(wheel: Path | None, operators: Sequence[str]) -> list[tuple[Tabl
     return out
 
 
-def unlisted_tables(wheel: Path | None = None) -> list[tuple[TableChoice, TableChoice | None]]:
-    """Return one table for every GPU, operator and format of :data:`UNLISTED`, by the first stack that has one, and the
-    GPU's bf16 GEMMs, whose rows update the others. vLLM's tables, which lack large GEMMs, count last."""
-    found: dict[tuple[str, str], TableChoice] = {}
-    for kind in UNLISTED:
-        operator, dtype = kind.split()
-        for table in sorted(_tables(operator, wheel), key=lambda t: (t.parts[2] == "vllm", STACKS.index(t.parts[2]))):
-            if dtype in table.formats():
-                found.setdefault((kind, table.parts[0]), replace(table, dtype=dtype))
-    return [(t, found.get(("gemm bf16", at)) if kind != "gemm bf16" else None) for (kind, at), t in found.items()]
-
-
 def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
     table, data = GEMMS[name], GEMMS[name].load()
     for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
@@ -448,25 +415,9 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> 
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
         for seed in o.seeds:
             hw = table.load().profile(source.fitted(), same_stack=False)
-            rows = evaluate_updates(hw, {"posterior": table.load()}, (20, 100, 400), seed)
+            rows = evaluate_updates(hw, table.load(), (20, 100, 400), seed)
             names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
             yield from ({**r, **names} for r in rows)
-
-
-def _unlisted(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
-    for table, others in unlisted_tables(o.wheel):
-        (device, operator, stack), hw = table.parts, datasheet(SOURCES[table.measurement].hardware)
-        # the defaults of its architecture must come from other GPUs, as if this GPU had no tables
-        kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
-        kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
-        hw = hw if kin - {SOURCES[table.measurement].hardware} else replace(hw, architecture="cdna3")
-        sources = {"posterior": table.load()} | ({} if others is None else {"other rows": others.load()})
-        for seed in o.seeds if table.load().data.groups().max() > 0 else ():  # one group cannot be split
-            for r in evaluate_updates(hw, sources, (20, 100), seed):
-                others_ = ", with GEMM rows" if r["method"] == "other rows" else ""
-                names = {"table": f"{operator} {table.dtype}, by datasheet alone{others_}", "kind": "update"}
-                yield {**r, **names, "held_out": f"{device} {stack}", **({"method": "posterior"} if others_ else {})}
 
 
 def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = None) -> Iterator[Row]:
@@ -601,7 +552,6 @@ SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
     "stacks": EvidenceSet("a software stack", lambda o: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), o)),
     "attention": EvidenceSet("heads, lengths", partial(_attention, ATTENTION)),
-    "unlisted": EvidenceSet("all fits of a GPU", _unlisted),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),
     "experts": EvidenceSet("models; a software stack", _experts),
     "collectives": EvidenceSet("a system", _links, whole=True),

@@ -113,9 +113,8 @@ def test_a_fit_is_scored_on_held_out_rows_next_to_rooflines(data: GemmFit) -> No
     assert found["speedup spearman"] > 0.9
     assert found["coverage"] >= 0.8
     rooflines = {r["method"]: r["mape"] for r in evaluate_baselines(MeasuredRows(data, HW), 200, 1)}
-    datasheet_, simple, two = rooflines.values()
-    assert found["mape"] < min(simple, two)
-    assert max(simple, two) < datasheet_
+    datasheet_, simple = rooflines.values()
+    assert found["mape"] < simple < datasheet_
     assert datasheet_ > 0.2
 
 
@@ -137,7 +136,7 @@ def moved(data: GemmFit) -> list[dict[str, Any]]:
     other, plain = MeasuredRows(replace(data, seconds=1.1 * data.seconds + 1e-6), HW), MeasuredRows(data, HW)
     hw = plain.profile(plain.fit(), same_stack=False)
     names = {"table": "gemm, held-out stack", "held_out": "h100 b", "kind": "update", "set": "stacks"}
-    return [{**r, **names} for r in evaluate_updates(hw, {"posterior": other}, (20, 100), 0)]
+    return [{**r, **names} for r in evaluate_updates(hw, other, (20, 100), 0)]
 
 
 def test_a_held_out_stack_is_reached_by_some_of_its_rows(moved: list[dict[str, Any]]) -> None:
