@@ -36,8 +36,6 @@ Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in a
 
 @dataclass(frozen=True)
 class Measuring:
-    """Options of a measurement."""
-
     budget: Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")] = "10min"
     hardware: Annotated[str, opt(
         "--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")] = ""
@@ -48,8 +46,6 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Target:
-    """Options of the model whose GEMMs are measured first."""
-
     model: Annotated[str | None, opt(
         "--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")] = None
     family: Annotated[str, opt(
@@ -175,7 +171,6 @@ def _host(output: str, how: RunOptions, out: options.Output) -> None:
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
-    """Print the fit and the reports; return notes."""
     from calibration.cli.validate import show_report
 
     print(f"measured: {measured}\n")
@@ -193,7 +188,6 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
 def measured(
     device: str, output: str, measure: Callable[..., MeasuredRun], how: RunOptions, threads: int | None = None
 ) -> MeasuredRun:
-    """Measure a device into a folder, with progress."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 

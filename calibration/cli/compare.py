@@ -33,8 +33,6 @@ REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode")
 # fmt: off
 @dataclass(frozen=True)
 class Runner:
-    """Options of the library that runs the model."""
-
     engine: Annotated[str, opt(
         "--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm."
     )] = "reference"
@@ -126,14 +124,14 @@ def _of_files(
     for one in runs:
         if one.engine not in ("vllm", ""):
             raise InputError(f"{one.source}: engine: expected vllm, got {one.engine}")
-    given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
+    given: dict[str, int] = {}
     if runs[0].kind == "batch":
         batch, seq = asked["batch"], asked["seq"]
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
         output = 1 if asked["phase"] == ["prefill"] else asked["new_tokens"] + 1
         given = {"batch": batch[0], "seq": seq[0], "output": output}
-    phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
+    phase, many, length, steps = request_of(runs[0], **given)
     asked |= {"phase": phase, "batch": many, "seq": length, "new_tokens": max(steps, 1)}
     vllm = ENGINES["vllm"]
     _, cases, notes = selection.cases(model, {**asked, "engine": vllm.lowered}, phases=vllm.phases)
@@ -158,7 +156,6 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
 
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
-    """Return the agreement of predictions and measurements, one line per phase."""
     from calibration.runners.compare import by_phase, repeatability
 
     lines = []

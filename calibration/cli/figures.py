@@ -151,7 +151,6 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
 
 
 def gemms_of_format(rows: Records, dtype: str, source: str, stack: str = "") -> MeasuredGemms | None:
-    """Return the GEMMs of a number format; None if there are none."""
     from calibration.fit.gemm import weight_copies
     from simulator.figures.measured import MeasuredGemms
 

@@ -29,8 +29,6 @@ Map = Annotated[list[str] | None, opt(
 
 @dataclass(frozen=True)
 class Csv:
-    """Options of records in a CSV file."""
-
     column_map: Map = None
     device: Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")] = ""
 

@@ -97,7 +97,6 @@ def _conclusion(cells: Sequence[Cell]) -> str:
 
 
 def _rows(cells: Sequence[Cell]) -> list[tuple[str, float]]:
-    """Return the rows of a table: families and sparsities."""
     return list(dict.fromkeys((c.family, c.sparsity) for c in cells))
 
 
@@ -112,7 +111,6 @@ def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
 
 
 def _by_device(cells: Sequence[Cell]) -> list[Column]:
-    """Return the predictions of both phases, one column per device."""
     at = {(c.hardware, c.phase, (c.family, c.sparsity)): f"{c.predicted:.2f}" for c in cells}
 
     def both(name: str, r: tuple[str, float]) -> str:

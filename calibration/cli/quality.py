@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # fmt: off
 @dataclass(frozen=True)
 class PrunedModels:
-    """Options of the pruned models."""
-
     pruned: Annotated[str | None, opt(
         "--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed.")] = None
     family: Annotated[str, opt(
@@ -28,8 +26,6 @@ class PrunedModels:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Options of the text."""
-
     text: Annotated[str | None, opt(
         "--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")] = None
     windows: Annotated[int, opt("--windows", "N", "Windows of text.")] = 8

@@ -29,8 +29,6 @@ Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config
 # fmt: off
 @dataclass(frozen=True)
 class CaseOptions(Measuring):
-    """Options of the command line: pruned versions of a model to run on a device, and the measurement."""
-
     family: Annotated[str | None, opt(
         "--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")] = None
     sparsity: Annotated[str | None, opt(
@@ -131,7 +129,6 @@ def command(
 
 
 def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]:
-    """Return the largest measured bound of each phase, and the error of the predicted bounds."""
     measured = [r for r in rows if not math.isnan(r.measured_bound)]
     first, parts = rows[0], []
     if not measured:
@@ -156,5 +153,4 @@ def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]
 
 
 def ratio_of(name: str) -> Callable[[Any], str]:
-    """Return a function from a row to a ratio as text, or a dash if it is unknown."""
     return lambda r: "-" if math.isnan(getattr(r, name)) else render.ratio(getattr(r, name))

@@ -92,7 +92,6 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
-    """Return the targets of rows, and the tables of the listed rows as means over seeds, %."""
     criteria = against_targets(rows)
     cells = [[c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured] for c in criteria]
     lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""] if cells else []
@@ -165,7 +164,6 @@ def engine_tables() -> list[str]:
 
 
 def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    """Return the scores of groups: rows are their names and a comparison."""
     groups: dict[tuple[str, ...], list[Comparison]] = {}
     for each in rows:
         groups.setdefault(each[:-1], []).append(each[-1])
@@ -203,7 +201,6 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
 
 
 def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
-    """Return number, median absolute error and bias of the times per token of some rows of groups (default: all)."""
     s = ratio_scores(groups, rows)
     return f"{s['runs']:.0f}", f"{100 * s['median']:.1f} %", _signed(s["median bias"])
 
@@ -255,7 +252,6 @@ def text_of(given: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of the module's docstring and return the exit status."""
     parser = argparse.ArgumentParser("python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts")
     parser.add_argument("-o", "--output", help="write to this file")

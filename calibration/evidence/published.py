@@ -329,11 +329,4 @@ def host_lines() -> Iterator[str]:
     for engine in sorted({key[0] for key in groups()}):
         p = fit_engine(engine)
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"
-        held_out = [x for x in held_out_models() if x.engine == engine]
-        error = ratio_scores([x for x in held_out if not x.experts])["median"]
-        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %"
-        for x in held_out:
-            tpot = ratio_scores([x])
-            errors = f"TPOT {100 * tpot['median']:.1f} % (bias {100 * tpot['median bias']:+.1f})"
-            runs = f"{x.model} {x.dtype} on {x.hardware}, {len(x.ratio)} runs"
-            yield f"  {runs}: {errors}, request {100 * x.request_error:.1f} %"
+        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}"

@@ -26,8 +26,6 @@ SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
 
 @dataclass(frozen=True)
 class RunResult:
-    """One result, compared or skipped for a reason."""
-
     source: str
     reason: str = ""
     compared: Comparison | None = None
@@ -127,7 +125,6 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
 
 
 def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
-    """Return median error, bias and coverage of the results, the worst, and how many were skipped, as sentences."""
     compared = [r.compared for r in results if r.compared is not None]
     skipped, s, worst = len(results) - len(compared), score_of(compared), max(compared, key=lambda c: abs(c.error))
     where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))

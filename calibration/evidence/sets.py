@@ -58,8 +58,6 @@ MOST_ROWS, MOST_PAIRS = 3000, 4000  # most held-out rows of an update, and most 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """Rows of one operator in one table."""
-
     data: Fit
     hw: HardwareProfile  # the datasheet of their device
     dtype: str = "bf16"
@@ -129,7 +127,6 @@ class MeasuredRows:
         return replace(self.hw.calibrated({(self.data.calls.operator, self.dtype): section}), same_stack=same_stack)
 
     def timed(self, seconds: FloatArray, pairs: IndexArray) -> ScoredRows:
-        """Return the rows next to predicted times without intervals."""
         c = self.data.calls
         return ScoredRows(self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs)
 
@@ -144,9 +141,9 @@ class MeasuredRows:
         return replace(self.timed(time.seconds, pairs), lower=time.lower, upper=time.upper, half_width=half)
 
 
-def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
-    """Return the scores of one method on one split of a table; ``rows`` are those that were asked for (0: all)."""
-    return {"method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **names, **scores}
+def row(method: str, seed: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
+    """Return the scores of one method on one split of a table; ``rows`` are those of the fit (0: all)."""
+    return {"method": method, "rows": rows, "seed": seed, **names, **scores}
 
 
 def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
@@ -170,12 +167,12 @@ def evaluate_table(table: MeasuredRows, size: int | None, seed: int, by: str = "
     """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups."""
     train, test = table.train_test(size, seed, by)
     section = train.fit(seed=seed, prior=prior, by=by)
-    return row("prunesim + prior" if prior else "prunesim", seed, len(train.data), evaluate(section, test, by))
+    return row("prunesim + prior" if prior else "prunesim", seed, evaluate(section, test, by))
 
 
-def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list[Row]:
+def evaluate_baselines(table: MeasuredRows, seed: int) -> list[Row]:
     """Return the scores of two rooflines without a fit on the same rows of GEMMs."""
-    train, test = table.train_test(size, seed)
+    test = table.train_test(None, seed)[1]
     machine, c = Machine.of(table.hw, table.dtype), test.data.calls
     assert isinstance(c, Products)
     compute = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s
@@ -185,7 +182,7 @@ def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list
         "datasheet roofline": np.maximum(compute, moved),
         "max(flop, bytes/0.8) + 3 us": np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
     }
-    return [row(name, seed, len(train.data), score(test.timed(s, pairs))) for name, s in baselines.items()]
+    return [row(name, seed, score(test.timed(s, pairs))) for name, s in baselines.items()]
 
 
 def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int) -> list[Row]:
@@ -194,13 +191,13 @@ def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[i
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
     pairs = test.pairs()
     pairs = pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])]
-    out = [row("as shipped", seed, 0, score(test.predictions(hw, pairs, ratios=True)))]
+    out = [row("as shipped", seed, score(test.predictions(hw, pairs, ratios=True)))]
     for size in sizes:
         try:
             updated = update_profile(hw, table.train_test(size, seed)[0].records()).profile
         except InputError:  # the defaults are off by more than an update accepts
             continue
-        out.append(row("posterior", seed, size, score(test.predictions(updated, pairs, ratios=True)), rows=size))
+        out.append(row("posterior", seed, score(test.predictions(updated, pairs, ratios=True)), rows=size))
     return out
 
 
@@ -246,7 +243,7 @@ def evaluate_sets(
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0: all; of a held-out
-    stack: none), "trained_on", "seed", and those of :func:`calibration.evidence.scoring.score`."""
+    stack: none), "seed", and those of :func:`calibration.evidence.scoring.score`."""
     for name in names:
         if name not in SETS:
             raise unknown("set", name, SETS)
@@ -395,21 +392,20 @@ def stack_pairs(wheel: Path | None, operators: Sequence[str]) -> list[tuple[Tabl
 
 
 def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
-    table, data = GEMMS[name], GEMMS[name].load()
-    for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
-        rows = [evaluate_table(data, size, seed)]
-        if size is not None and table.prior and size <= 1000:
-            rows.append(evaluate_table(data, size, seed, prior=TableChoice(table.prior, table.dtype).fitted()))
-        if not name.endswith("_wo"):
-            rows += evaluate_baselines(data, size, seed)
-        kind = "weights" if name.endswith("_wo") else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
-        for r in rows:
-            own = r["method"] == "prunesim" and size is None
-            yield {**r, "table": name, "rows": size or 0, "kind": kind if own else ""}
+    table, data, weights = GEMMS[name], GEMMS[name].load(), name.endswith("_wo")
+    kind = "weights" if weights else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
+    for seed in o.seeds:
+        for size in o.sizes:
+            names = {"table": name, "kind": "" if size else kind}
+            yield {**evaluate_table(data, size, seed), **names, "rows": size or 0}
+            if size is not None and table.prior and size <= 1000:
+                prior = TableChoice(table.prior, table.dtype).fitted()
+                yield {**evaluate_table(data, size, seed, prior=prior), **names, "rows": size}
+        if not weights:
+            yield from ({**r, "table": name} for r in evaluate_baselines(data, seed))
 
 
 def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of held-out stacks, as shipped and after a local update."""
     for table, source in pairs:
         device, operator, stack = table.parts
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
@@ -435,7 +431,6 @@ def _mla(o: SetOptions) -> Iterator[Row]:
 
 
 def _experts(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of held-out models, then of held-out stacks, for every format of a table."""
     for table in _tables("experts", o.wheel):
         device, _, stack = table.parts
         for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
@@ -489,7 +484,7 @@ def _link(system: str, hw: HardwareProfile, rows: Sequence[Records], sections: M
     predicted = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
     measured = np.concatenate([r.seconds for r in rows])
     scores = score(ScoredRows(measured, *predicted))
-    return row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
+    return row(system, 0, scores, len(measured), table="collectives of a held-out system")
 
 
 def _mean_section(names: Sequence[str]) -> Section:
@@ -508,15 +503,14 @@ def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOp
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
         some = [c for c in rows if engine in ("", c.engine)]
-        yield row(engine or "all", 0, 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
+        yield row(engine or "all", 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
 
 
 def _serving(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of the times per token of held-out dense models, and the coverage of the shipped intervals."""
     for engine in ("vllm", "sglang", "trtllm"):
         scores = ratio_scores([x for x in held_out_models() if x.engine == engine and not x.experts])
         scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
-        yield row(engine, 0, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
+        yield row(engine, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
 
 
 ERRORS = {  # median or mean errors, %
