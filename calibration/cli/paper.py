@@ -41,10 +41,11 @@ def command(
 ) -> None:
     """Predict the table of the taxonomy paper.
 
-    Published values stand next to it, and the same on other GPUs and engines. Begins with how many published values lie
-    in their interval. Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted
-    in a public reading note). Then its Figure 2. With --claims: (a) in memory-bound inference static depth is the
-    strongest baseline; (b) along the prefill frontier come static depth, dynamic depth, static width.
+    Begins with the number of published values that lie in their interval. Then come predicted and published values
+    (Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens; arXiv 2606.09080, Table 2, as quoted in a public reading
+    note), predictions for other GPUs and engines, and the paper's Figure 2. --claims tests two claims: (a) in
+    memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier come static depth,
+    dynamic depth, static width.
     """
     from calibration.evidence import paper
 

@@ -55,7 +55,7 @@ def command(
     Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals. The exit
     status is 1 if it holds for no operator. A table has the errors of times and of speedups, and those of two rooflines
     without a fit. With a folder of result files of serving benchmarks instead, predicts each result under its own
-    conditions; the other options state what files do not.
+    conditions; the other options state conditions that the files lack.
     """
     if runs is None and profile and not tables and Path(profile).is_dir():
         profile, runs = None, profile

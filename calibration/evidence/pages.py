@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from calibration.evidence.published import (
     ratio_scores,
 )
 from calibration.evidence.scoring import Comparison, score_of, table
-from calibration.evidence.sets import SETS, Row, SetOptions, against_targets, evaluate_sets, means
+from calibration.evidence.sets import SETS, Row, against_targets, evaluate_sets, means
 from calibration.measurements import published
 from simulator.cli import parsing
 from simulator.engines.engine import list_engines, load_engine
@@ -244,10 +245,9 @@ def text_of(given: argparse.Namespace) -> str:
         return "\n".join(host_lines()) + "\n"
     if name == "engines":
         return filled("engines", engine_tables())
-    sizes = [None if size == "all" else parsing.integers("--sizes", size)[0] for size in given.sizes.split(",")]
-    options = SetOptions(tuple(parsing.integers("--seeds", given.seeds)), tuple(sizes), given.wheel)
-    names = () if name == "accuracy" else given.names
-    rows = evaluate_sets(names, options, max(given.jobs, 1), lambda text: print(text, file=sys.stderr, flush=True))
+    names, seeds = () if name == "accuracy" else given.names, parsing.integers("--seeds", given.seeds)
+    told = partial(print, file=sys.stderr, flush=True)
+    rows = evaluate_sets(names, seeds, given.wheel, max(given.jobs, 1), told)
     return accuracy_page(rows) if name == "accuracy" else accuracy_text(rows, rows)
 
 
@@ -256,7 +256,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts")
     parser.add_argument("-o", "--output", help="write to this file")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
-    parser.add_argument("--sizes", default="400,all", help="numbers of training rows of GEMMs, or all")
     parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     given = parser.parse_args(arguments)

@@ -85,8 +85,7 @@ class Cell:
 
 
 def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGINE,)) -> list[Cell]:
-    """Return the paper's Table 2 on some devices in some engines; published values only for the paper's device and
-    engine."""
+    """Return the paper's Table 2 on devices in engines; published values are those of the paper's device and engine."""
     known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in _published("table 2")}
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Result]] = {}
@@ -213,7 +212,7 @@ def claim_outcomes(
 
 
 def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile) -> ClaimOutcome:
-    """Claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
+    """Test claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
     c = compare_family("depth", dense, pruned, hw)
     depth = [found for (family, _), found in zip(c.models, c.speedups) if family == "depth"]
     of = np.array([sparsity for _, sparsity in c.models])
@@ -250,7 +249,7 @@ def _needed(difference: float, half_width: float, shares: bool = False) -> str:
 
 
 def order_outcome(front: Front) -> ClaimOutcome:
-    """Claim (b) on one frontier: the dense model and the families that (b) orders, up to the largest claimed loss."""
+    """Test claim (b) on the dense model and the families that it orders, up to the largest claimed loss."""
     reached = [i for i, p in enumerate(front.points) if round(100.0 * p.loss) <= LAST_LOSS[-1]]
     own = [i for i in reached if front.points[i].family in GROUPS]
     points = [front.points[i] for i in own]
@@ -312,7 +311,7 @@ def compare_family(
     down, up, share, slope = np.log(s / lower), np.log(upper / s), (s - 1.0) / gain, s / gain
 
     def of_shares(of_own: FloatArray, of_other: FloatArray, of_ratio: FloatArray) -> FloatArray:
-        """Half-width of a difference of shares; the half-widths of two logs and of their ratio give the covariance."""
+        # the half-widths of two logs and of their ratio give the covariance
         covariance = 0.5 * (of_own**2 + of_other**2 - of_ratio**2)
         a, b = slope[own], slope
         square = (a * of_own) ** 2 + (b * of_other) ** 2 - 2.0 * a * b * covariance
@@ -344,9 +343,10 @@ def in_order(
     """Decide whether every group has a point on the frontier, and the groups come in their order. Return the margin,
     the two points that decide, the log ratio of their speedups, and its half-width towards 0.
 
-    ``loss`` (n,) is that of quality; ``group`` (n,) the place in the claimed order, -1 for a point that only competes;
-    ``speedup`` (n,) and ``below`` (n, n) are those of :func:`simulator.prediction.pareto.margins`. A point is on the
-    frontier if it is faster than all points of no more loss; of two points in the wrong order, one must not be on it.
+    ``loss`` (n,) is the loss of quality; ``group`` (n,) the place in the claimed order, -1 for a point that only
+    competes; ``speedup`` (n,) and ``below`` (n, n) are arguments of :func:`simulator.prediction.pareto.margins`. A
+    point is on the frontier if it is faster than all points with no more loss. If two points are in the wrong order,
+    one of them must not be on it.
     """
     x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)

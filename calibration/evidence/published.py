@@ -61,15 +61,15 @@ def compare_dense() -> list[Comparison]:
 
 
 def compare_speedups(given: bool = False) -> list[Comparison]:
-    """Return published speedups of pruned models in their engines; with ``given``, only speedups of whole models,
-    predicted from the measured dense time."""
+    """Return published speedups of pruned models in their engines; ``given``: of whole models, predicted from the
+    measured dense time."""
     rows = [r for r in published("speedups") if not r["left_out"] and not (given and r["scope"] == "projections")]
     return [_speedup(r, given) for r in rows]
 
 
 def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
-    """Return measured times per output token, s, of the serving runs of one engine or of all. Runs whose caches do not
-    fit are excluded, and without ``experts`` models with routed experts."""
+    """Return times per output token, s, of the serving runs of one engine, or of all engines. Runs whose caches do not
+    fit are excluded; so are models with routed experts, unless ``experts``."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
     rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]

@@ -52,6 +52,7 @@ Row = dict[str, Any]
 # Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
 GROUPINGS: tuple[str, ...] = ("heads", "lengths")
 TEST_SHARE = 0.3
+SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
 COLD_L2 = 4.0  # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
 MOST_ROWS, MOST_PAIRS = 3000, 4000  # most held-out rows of an update, and most pairs of rows: random samples
 
@@ -202,18 +203,9 @@ def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[i
 
 
 @dataclass(frozen=True)
-class SetOptions:
-    """Seeds of the splits, numbers of training rows of GEMMs (None: all), and the wheel of the tables."""
-
-    seeds: tuple[int, ...] = (0, 1, 2)
-    sizes: tuple[int | None, ...] = (400, None)
-    wheel: Path | None = None
-
-
-@dataclass(frozen=True)
 class EvidenceSet:
     held_out: str
-    rows: Callable[[SetOptions], Iterable[Row]]  # loads, predicts and scores
+    rows: Callable[[int, Path | None], Iterable[Row]]  # from the seed of the split and the wheel of the tables
     whole: bool = False  # collectives and whole models, which are not split by seeds and have pages of their own
 
 
@@ -238,7 +230,8 @@ class Criterion(NamedTuple):
 
 def evaluate_sets(
     names: Sequence[str] = (),
-    options: SetOptions = SetOptions(),
+    seeds: Sequence[int] = SEEDS,
+    wheel: Path | None = None,
     jobs: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
@@ -247,10 +240,9 @@ def evaluate_sets(
     for name in names:
         if name not in SETS:
             raise unknown("set", name, SETS)
-    if options.wheel is not None:
-        open_wheel(options.wheel).close()
-    seeds = {name: options.seeds[:1] if SETS[name].whole else options.seeds for name in names or SETS}
-    parts = [(name, replace(options, seeds=(seed,))) for name, some in seeds.items() for seed in some]
+    if wheel is not None:
+        open_wheel(wheel).close()
+    parts = [(name, seed, wheel) for name in names or SETS for seed in (seeds[:1] if SETS[name].whole else seeds)]
     out: list[Row] = []
     # spawned: a forked child would inherit the locks of threads that it does not have
     with ProcessPoolExecutor(min(jobs, len(parts)), get_context("spawn")) as pool:
@@ -260,8 +252,8 @@ def evaluate_sets(
     return out
 
 
-def _evaluate(name: str, options: SetOptions) -> list[Row]:
-    return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(options)]
+def _evaluate(name: str, seed: int, wheel: Path | None) -> list[Row]:
+    return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(seed, wheel)]
 
 
 def means(rows: Sequence[Row], table: str = "") -> list[Row]:
@@ -391,55 +383,50 @@ def stack_pairs(wheel: Path | None, operators: Sequence[str]) -> list[tuple[Tabl
     return out
 
 
-def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
+def _gemm(name: str, seed: int, wheel: Path | None) -> Iterator[Row]:
     table, data, weights = GEMMS[name], GEMMS[name].load(), name.endswith("_wo")
     kind = "weights" if weights else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
-    for seed in o.seeds:
-        for size in o.sizes:
-            names = {"table": name, "kind": "" if size else kind}
-            yield {**evaluate_table(data, size, seed), **names, "rows": size or 0}
-            if size is not None and table.prior and size <= 1000:
-                prior = TableChoice(table.prior, table.dtype).fitted()
-                yield {**evaluate_table(data, size, seed, prior=prior), **names, "rows": size}
-        if not weights:
-            yield from ({**r, "table": name} for r in evaluate_baselines(data, seed))
+    yield {**evaluate_table(data, FEW, seed), "table": name, "rows": FEW}
+    if table.prior:
+        prior = TableChoice(table.prior, table.dtype).fitted()
+        yield {**evaluate_table(data, FEW, seed, prior=prior), "table": name, "rows": FEW}
+    yield {**evaluate_table(data, None, seed), "table": name, "kind": kind}
+    if not weights:
+        yield from ({**r, "table": name} for r in evaluate_baselines(data, seed))
 
 
-def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> Iterator[Row]:
+def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], seed: int) -> Iterator[Row]:
     for table, source in pairs:
         device, operator, stack = table.parts
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
-        for seed in o.seeds:
-            hw = table.load().profile(source.fitted(), same_stack=False)
-            rows = evaluate_updates(hw, table.load(), (20, 100, 400), seed)
-            names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
-            yield from ({**r, **names} for r in rows)
+        names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
+        hw = table.load().profile(source.fitted(), same_stack=False)
+        yield from ({**r, **names} for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed))
 
 
-def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = None) -> Iterator[Row]:
+def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Iterator[Row]:
     for table, by in ((t, by) for operator in operators for t in _tables(operator, wheel) for by in GROUPINGS):
         device, operator, stack = table.parts
         kind, phase = operator.split("_")
         data, names = table.load(), {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
-            yield from ({**evaluate_table(data, None, s, by), **names} for s in o.seeds)
+            yield {**evaluate_table(data, None, seed, by), **names}
 
 
-def _mla(o: SetOptions) -> Iterator[Row]:
-    yield from _stacks(stack_pairs(o.wheel, LATENT), o)
-    yield from _attention(LATENT, o, o.wheel)
+def _mla(seed: int, wheel: Path | None) -> Iterator[Row]:
+    yield from _stacks(stack_pairs(wheel, LATENT), seed)
+    yield from _attention(LATENT, seed, wheel)
 
 
-def _experts(o: SetOptions) -> Iterator[Row]:
-    for table in _tables("experts", o.wheel):
+def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
+    for table in _tables("experts", wheel):
         device, _, stack = table.parts
         for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
-            data, names = replace(table, dtype=dtype).load(), {"method": f"{stack} {dtype}", "kind": "models"}
-            names["table"] = f"experts {device}, held-out models"
-            yield from ({**evaluate_table(data, None, s), **names} for s in o.seeds)
-    pairs = stack_pairs(o.wheel, EXPERTS)
+            names = {"table": f"experts {device}, held-out models", "method": f"{stack} {dtype}", "kind": "models"}
+            yield {**evaluate_table(replace(table, dtype=dtype).load(), None, seed), **names}
+    pairs = stack_pairs(wheel, EXPERTS)
     both = [(a, b, d) for a, b in pairs for d in EXPERT_FORMATS if d in a.formats() & b.formats()]
-    yield from _stacks([(replace(a, dtype=d), replace(b, dtype=d)) for a, b, d in both], o)
+    yield from _stacks([(replace(a, dtype=d), replace(b, dtype=d)) for a, b, d in both], seed)
 
 
 # collectives, and published measurements of whole models
@@ -457,7 +444,7 @@ LINKS: Mapping[str, tuple[str, ...]] = {
 LEAST_BYTES = 1.6e7  # smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
 
 
-def _links(o: SetOptions) -> Iterator[Row]:
+def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
     """Yield the scores of systems with tables, and of two systems whose rows another laboratory published, which the
     defaults predict: no default was set by these rows."""
     for system, (name, *others) in LINKS.items():
@@ -498,7 +485,7 @@ def _mean_section(names: Sequence[str]) -> Section:
     return Section(out)
 
 
-def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOptions) -> Iterator[Row]:
+def _published(title: str, compare: Callable[[], Sequence[Comparison]], seed: int, wheel: Path | None) -> Iterator[Row]:
     """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no custom code."""
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
@@ -506,7 +493,7 @@ def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOp
         yield row(engine or "all", 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
 
 
-def _serving(o: SetOptions) -> Iterator[Row]:
+def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
     for engine in ("vllm", "sglang", "trtllm"):
         scores = ratio_scores([x for x in held_out_models() if x.engine == engine and not x.experts])
         scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
@@ -544,8 +531,8 @@ TARGETS = (
 )
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
-    "stacks": EvidenceSet("a software stack", lambda o: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), o)),
-    "attention": EvidenceSet("heads, lengths", partial(_attention, ATTENTION)),
+    "stacks": EvidenceSet("a software stack", lambda seed, _: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), seed)),
+    "attention": EvidenceSet("heads, lengths", lambda seed, _: _attention(ATTENTION, seed, None)),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),
     "experts": EvidenceSet("models; a software stack", _experts),
     "collectives": EvidenceSet("a system", _links, whole=True),

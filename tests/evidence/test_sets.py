@@ -16,7 +16,6 @@ from calibration.evidence.sets import (
     ATTENTION,
     GEMMS,
     MeasuredRows,
-    SetOptions,
     against_targets,
     evaluate,
     evaluate_baselines,
@@ -204,7 +203,7 @@ def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> 
 
 def test_experts_are_judged_on_held_out_models() -> None:
     """The shipped table has a line per format, with errors and coverage of times and of ratios of narrower experts."""
-    rows = evaluate_sets(["experts"], SetOptions(seeds=(0, 1)))
+    rows = evaluate_sets(["experts"], (0, 1))
     title = "experts h100_sxm, held-out models"
     (found,) = means(rows, title)
     assert (found["method"], found["seeds"]) == ("trtllm bf16", 2)
@@ -239,7 +238,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "| stacks | a software stack |" in capsys.readouterr().out
     for words, reason in (
         (["a10"], "did you mean"),
-        (["a100", "--sizes", "many"], "--sizes 'many': expected"),
+        (["a100", "--seeds", "many"], "--seeds 'many': expected"),
         (["list", "-o", str(tmp_path / "none" / "c.md")], "none"),
         (["stacks", "--wheel", "no.whl"], "no.whl"),
     ):
