@@ -31,7 +31,7 @@ from calibration.evidence.published import (
     host_lines,
     ratio_scores,
 )
-from calibration.evidence.scoring import Comparison, score_of, table
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of, table
 from calibration.evidence.sets import SETS, Row, against_targets, evaluate_sets, means
 from calibration.measurements import published
 from simulator.cli import parsing
@@ -195,7 +195,8 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
     for engine in dict.fromkeys(x.engine for x in groups):
         members = [x for x in groups if x.engine == engine]
         for x in members:
-            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * x.request_error:.1f} %"])
+            error = score(ScoredRows(x.group.request_s, x.request_s))["median"]
+            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * error:.1f} %"])
         cells.append([engine, "all dense models", "", "", *_ratios([x for x in members if not x.experts]), ""])
     header = ["engine", "held-out model", "GPU", "format", "rows"]
     return table([*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4))

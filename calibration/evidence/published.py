@@ -250,10 +250,6 @@ class HeldOut:
         return load_model(self.model).experts > 0
 
     @property
-    def request_error(self) -> float:
-        return score(ScoredRows(self.group.request_s, self.request_s))["median"]
-
-    @property
     def ratio(self) -> FloatArray:
         return self.tpot_s / self.group.tpot_s
 

@@ -86,6 +86,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) ->
         ("validate --runs none", "none: expected a folder with result files"),
         ("validate empty", "empty: expected 1 to 10,000 files .json or .jsonl, got 0"),
         ("validate runs/inner", "expected a result that can be predicted; vllm_serve.json: skipped: hard"),
+        ("validate runs --batch 8,16", "--batch: expected one value, got 2"),
         ("validate --seq 8", "expected a FOLDER of result files, got none"),
     ],
 )
