@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibration.cli.calibrate import Folder, restart_if_needed
-from calibration.cli.upper_bound import SETTINGS, CaseOptions, Model, case_columns, ratio_of
+from calibration.cli.upper_bound import SETTINGS, CaseOptions, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
@@ -45,7 +45,7 @@ class Runner:
 
 @options.expanded("csv", "figure")
 def command(
-    model: Model,
+    model: options.Model,
     output: Folder,
     device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")] = "",
     run: options.Run = REQUESTS,

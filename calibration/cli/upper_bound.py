@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.calibrate import Folder, Measuring, describe, finish, restart_if_needed, seconds
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import opt
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from calibration.runners.upper_bound import Bound
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-
-Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
 
 
 # fmt: off
@@ -78,7 +76,7 @@ REQUESTS: options.Run = options.run_options(*SETTINGS, "engine", phase="prefill,
 
 @options.expanded("csv", "figure")
 def command(
-    model: Model,
+    model: options.Model,
     device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")],
     output: Folder,
     run: options.Run = REQUESTS,
