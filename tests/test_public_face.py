@@ -102,7 +102,7 @@ def held() -> dict[str, Any]:
         "waterfall": simulator.waterfall(dense, pruned, hw),
         "table": table,
         "record": table[0],
-        "explanation": explanations("llama-3.2-1b", ["h100"], family="depth", sparsity=0.25)[0],
+        "explanation": explanations("llama-3.2-1b", ["h100"], prune="depth 0.25")[0],
         "lower": dense,
         "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True),
         "attention_time": decode_time(1, 2048, 32, 8, 64, hw),
