@@ -284,7 +284,6 @@ class PassState:
     decoder: Decoder
     prompt: int  # tokens of the prompt
     room: int = 0  # cache positions after the prompt
-    trace: dict[tuple[int, str], Any] | None = None  # receives the decisions of a rule, by (layer, sublayer)
     position: int = 0  # position of the first token of the pass; after the pass, position of the next token
     decoding: bool = False  # whether this is a decode step
     layer: int = 0  # current layer
@@ -292,10 +291,6 @@ class PassState:
     sin: Tensor = None
     caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer
     kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
-
-    def note(self, what: str, value: Any) -> None:
-        if self.trace is not None:
-            self.trace[self.layer, what] = value
 
     def mark(self) -> tuple[int, dict[int, int]]:
         return self.position, {layer: cache.length for layer, cache in self.caches.items()}
@@ -374,12 +369,10 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def prefill(
-    decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
-) -> tuple[Tensor, PassState]:
+def prefill(decoder: Decoder, tokens: Tensor, room: int = 1) -> tuple[Tensor, PassState]:
     """Return logits (batch, vocab) after prompts (batch, seq), and the state with ``room`` free positions per cache."""
     with torch.no_grad():
-        state = PassState(decoder, tokens.shape[1], room, trace)
+        state = PassState(decoder, tokens.shape[1], room)
         return logits_after(decoder, _through(state, tokens)[:, -1]), state
 
 

@@ -83,11 +83,11 @@ class TokenRouting(Rule):
         h = s.norm(x, a.norm)
         k, v = s.keys_values(a, h)
         if self._in_place(s):
-            index, count, runs = self._drawn(s, "attention", a.router, x)
+            index, count, runs = self._drawn(a.router, x)
             q = s.turned(split_heads(a.q.of_rows(h[:, 0], index, count)[:, None], a.heads), a.q_norm)
             out = attention.running(q, k, v, runs[:, None].expand(-1, a.kv_heads))
             return a.o.of_rows(joined(out)[:, 0], index, count, x[:, 0])[:, None]
-        rows, positions = self._chosen(s, "attention", a.router, x)
+        rows, positions = self._chosen(s, a.router, x)
         if not len(rows):
             return x
         if not s.decoding:
@@ -105,11 +105,11 @@ class TokenRouting(Rule):
 
     def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         if self._in_place(s):
-            index, count, _ = self._drawn(s, "mlp", m.router, x)
+            index, count, _ = self._drawn(m.router, x)
             h = s.norm(x[:, 0], m.norm)
             inner = gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
             return m.down.of_rows(inner, index, count, x[:, 0])[:, None]
-        rows, _ = self._chosen(s, "mlp", m.router, x)
+        rows, _ = self._chosen(s, m.router, x)
         if not len(rows):
             return x
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
@@ -119,16 +119,14 @@ class TokenRouting(Rule):
         """Whether kernels skip rows, so the number of active rows is not a shape."""
         return s.decoding and skipping.in_triton(s.decoder.device)
 
-    def _drawn(self, s: PassState, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sequences of a decode step, active ones first; the drawn number of active ones; their mask."""
         index = _votes(x[:, 0], router).argsort(descending=True)
         count = (torch.rand(len(x), device=x.device) < self.keep).sum(dtype=torch.int32)
         first = torch.arange(len(x), device=x.device) < count
-        runs = torch.zeros_like(first).scatter_(0, index, first)
-        s.note(what, runs)
-        return index, count, runs
+        return index, count, torch.zeros_like(first).scatter_(0, index, first)
 
-    def _chosen(self, s: PassState, what: str, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(self, s: PassState, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the active rows of the flattened batch (of prompts a fixed share), and their positions."""
         scores = _votes(x, router)
         if s.decoding:
@@ -138,7 +136,6 @@ class TokenRouting(Rule):
         else:
             positions = best(scores, at_least_one(self.keep, x.shape[1]))
             rows = (positions + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
-        s.note(what, positions)
         return rows, positions
 
 
@@ -166,7 +163,6 @@ class BlockAttention(Rule):
             return decode_attention(q, *self._chosen(s, q, k, v))
         table, q_len = self._table(q, k), q.shape[2]
         s.kept["means", s.layer] = block_means(k, self.block)
-        s.note("attention", table)
         by_blocks = attention.fused_block_sparse if skipping.in_triton(s.decoder.device) else block_sparse_attention
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
@@ -191,7 +187,6 @@ class BlockAttention(Rule):
             return keys, values
         pooled = q.view(batch, kv_heads, -1, head_dim).mean(2)
         index = best((means @ pooled.unsqueeze(-1)).squeeze(-1), at_least_one(self.keep, blocks))
-        s.note("attention", index)
         wide, edge = index[..., None, None].expand(*index.shape, self.block, head_dim), blocks * self.block
 
         def picked(t: Tensor) -> Tensor:
@@ -233,7 +228,6 @@ class TokenDropping(Rule):
             positions = best(scores, many)
         else:
             positions = torch.linspace(seq - 1, 0, many, device=x.device).round().long().flip(0).expand(batch, many)
-        s.note("token", positions)
         s.cos, s.sin = s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1)
         return x.gather(1, positions[..., None].expand(batch, many, hidden))
 
@@ -255,7 +249,6 @@ class CacheCut(Rule):
         seen = torch.ones(some, seq, dtype=torch.bool, device=q.device).tril(seq - some)
         scores = shared_scores(q[:, :, -some:], k).masked_fill_(~seen, -torch.inf)
         positions = best(scores.softmax(-1).sum((2, 3)), many)
-        s.note("cache", positions)
         wide = positions[..., None].expand(*positions.shape, k.shape[3])
         cache.k[:, :, :many] = k.gather(2, wide)
         cache.v[:, :, :many] = v.gather(2, wide)
@@ -307,7 +300,7 @@ class GroupRouting(Rule):
     def attention(self, s: PassState, a: Attention, x: Tensor) -> Tensor:
         h = s.norm(x, a.norm)
         keys, values = s.keys_values(a, h)
-        index, counts = self._choice(s, "attention", a, x)
+        index, counts = self._choice(s, a, x)
         if not counts.any():
             y = torch.zeros_like(x)
         elif skipping.in_triton(s.decoder.device):
@@ -321,7 +314,7 @@ class GroupRouting(Rule):
     def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         h, blocks = s.norm(x, m.norm), m.blocks
         assert blocks is not None
-        index, counts = self._choice(s, "mlp", m, x)
+        index, counts = self._choice(s, m, x)
         if not counts.any():
             y = torch.zeros_like(x)
         elif skipping.in_triton(s.decoder.device):
@@ -338,13 +331,10 @@ class GroupRouting(Rule):
             y = _channels(h.flatten(0, 1), blocks, self._mask(s, index, counts, blocks.groups))
         return x + y.view_as(x)
 
-    def _choice(self, s: PassState, what: str, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
+    def _choice(self, s: PassState, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
         """Return the best groups of each token, as many as any token uses, and the number that each token uses."""
-        groups, (batch, tokens) = len(sublayer.router), x.shape[:2]
-        counts = group_counts(self.keep, groups, self._turn(s), batch * tokens)
+        counts = group_counts(self.keep, len(sublayer.router), self._turn(s), x.shape[0] * x.shape[1])
         index = F.linear(x.flatten(0, 1), sublayer.router).topk(int(counts.max()), dim=-1).indices
-        if s.trace is not None:
-            s.note(what, self._mask(s, index, counts, groups).view(batch, tokens, groups))
         return index, counts
 
     def _turn(self, s: PassState) -> int:
