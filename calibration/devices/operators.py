@@ -405,7 +405,8 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     other = random_tensor((op.m, op.n), op.dtype, device, 1)
     # engines fuse a norm, a gated activation and a rotary embedding into one kernel each
     fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
-    one, how = (kernels(), ", one kernel (Triton)") if fused else (None, "")
+    one: Any = kernels() if fused else None
+    how = ", one kernel (Triton)" if fused else ""
     norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)

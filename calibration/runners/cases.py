@@ -58,7 +58,6 @@ class CaseRow:
 
     @property
     def pruning(self) -> str:
-        """The pruning in words, such as ``width 25 %``, or the text of ``--prune``."""
         return f"{self.family} {percent(self.sparsity)}" if self.simple else self.prune
 
 
@@ -73,7 +72,6 @@ class Case:
 
     @classmethod
     def of(cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})) -> Case:
-        """Return the case of a dense workload and a pruning; ``kernels`` are those of the device by family."""
         steps, pruned = list[PruningStep](), dense
         for step in in_order(pruning.steps, dense):
             try:
@@ -87,7 +85,7 @@ class Case:
 
     @classmethod
     def of_model(cls, request: Request, pruning: Pruning) -> Case:
-        """Return the case of an existing pruned model, which has the vocabulary and the head width of the dense one."""
+        """Return the case of an existing pruned model."""
         dense = lower(request)
         ours, theirs = dense.meta.config, pruning.model
         for name in ("vocab", "head_dim") if ours is not None and theirs is not None else ():
@@ -104,7 +102,6 @@ class Case:
 
     @property
     def sparsity(self) -> float:
-        """The requested fraction; of several steps, their joint fraction."""
         return self.pruning.requested(self.pruned)
 
     @property
@@ -117,12 +114,11 @@ class Case:
 
     @property
     def seq(self) -> int:
-        """Tokens (prefill) or cached positions (decode) of each sequence."""
         return self.dense.meta.seq
 
     @property
     def prune(self) -> str:
-        """The pruning as text: its steps, or the name of an existing model and a digest, as its file can change."""
+        """The steps as text, or the name of an existing model with a digest, because its file can change."""
         model = self.pruning.model
         if model is not None:
             shapes = repr((model.hidden, model.layout))
@@ -135,7 +131,7 @@ class Case:
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
     def run_in(self, engine: str) -> Case:
-        """Return the case with the launches of an engine that fuses the same operators."""
+        """Return the case with the launches of an engine, which must fuse the same operators."""
         dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
         return replace(self, dense=dense, pruned=pruned)
 
@@ -161,9 +157,8 @@ def cases_of(
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that cannot run.
 
-    The settings are those of :func:`simulator.table`; texts of ``--prune``, existing pruned models and families (none
-    given: all, or none next to others) may come together. ``kernels`` are those of the device by family, ``phases``
-    those that can run.
+    The settings are those of :func:`simulator.table`, but texts of ``--prune``, existing pruned models and families may
+    come together. ``kernels`` are those of the device by family, ``phases`` those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
     given = {name: settings[name] for name in ("family", "sparsity", "prune", "pruned") if settings.get(name)}
@@ -190,7 +185,6 @@ def cases_of(
 
 
 def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
-    """Return a step with the kernel that the device runs; InputError if the step states another."""
     stated = dict(step.options).get("kernel", kernel)
     if not kernel:
         return step
@@ -200,7 +194,6 @@ def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
 
 
 def _check_heads(w: Workload) -> None:
-    """Raise InputError if KV heads have different numbers of query heads, which no kernel here runs."""
     uneven = w.is_attention & (w.heads % np.maximum(w.kv_heads, 1) > 0)
     if uneven.any():
         heads, groups = int(w.heads[uneven][0]), int(w.kv_heads[uneven][0])
@@ -209,7 +202,7 @@ def _check_heads(w: Workload) -> None:
 
 
 def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
-    """Return how often a workload has each combination of values of some columns."""
+    """Return how often each combination of values of some columns occurs."""
     out = Counter[tuple[int, ...]]()
     for count, *values in zip(w.count.tolist(), *(getattr(w, name).tolist() for name in names)):
         out[tuple(values)] += round(count)
@@ -217,7 +210,6 @@ def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """Return the first ``layers`` layers of a model, or the whole model if ``layers`` is None."""
     if layers is None:
         return config
     if not 1 <= layers <= config.layers:

@@ -25,23 +25,17 @@ T = TypeVar("T")
 Sampler = Callable[[int], float]  # runs some passes and returns the seconds per pass
 
 
-@dataclass(frozen=True)
-class PairTimes:
-    first_s: Sequence[float]
-    second_s: Sequence[float]
-    loops: int  # passes per sample
-
-
-def alternate(first: Sampler, second: Sampler, time_limit_s: float) -> PairTimes:
-    """Time two models in alternation, until their ratio is precise or the time is over (after a first pass of each)."""
-    samplers = (first, second)
-    once = [sample(1) for sample in samplers]  # also warms caches, selects and compiles kernels
+def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> dict[str, Any]:
+    """Return the raw times of a record by :func:`in_turns`, after untimed passes that warm caches and compile kernels;
+    "loops": passes per sample."""
+    samplers = (dense, pruned)
+    once = [sample(1) for sample in samplers]
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():
         sample(loops)
-    found = in_turns(lambda i: [samplers[i](loops)], list, time_limit_s, time.perf_counter)
-    first_s, second_s = ([one for (one,) in samples] for samples in found)
-    return PairTimes(first_s, second_s, loops)
+    found = in_turns(lambda i: [samplers[i](loops)], list, limit_s, time.perf_counter)
+    dense_s, pruned_s = ([one for (one,) in samples] for samples in found)
+    return {"loops": loops, "dense_s": dense_s, "pruned_s": pruned_s}
 
 
 def in_turns(
@@ -93,8 +87,6 @@ class ModelRun:
 
 
 class Runner:
-    """Runs the cases of a comparison next to the dense model."""
-
     def __init__(self, device: Device, model: ModelRun) -> None:
         self.device, self.model = device, model
 
@@ -108,18 +100,17 @@ class Runner:
         """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Free the models."""
+    def close(self) -> None: ...
 
 
 class PairRunner(Runner):
-    def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
-        """Time a case until ``end`` on the device's clock; return the times and further fields of the record."""
+    def timed(self, case: Case, end: float) -> dict[str, Any]:
+        """Time a case until ``end`` on the device's clock; return the fields of the record."""
         raise NotImplementedError
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
         try:
-            times, fields = self.timed(case, self.device.clock() + seconds)
+            return {"status": OK, "reason": "", **self.timed(case, self.device.clock() + seconds)}
         except CaptureFailed:
             raise
         except (Unsupported, InputError) as error:
@@ -129,8 +120,6 @@ class PairRunner(Runner):
 
             status = SKIPPED if is_out_of_memory(error) else FAILED
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-        samples = {"loops": times.loops, "dense_s": times.first_s, "pruned_s": times.second_s}
-        return {"status": OK, "reason": "", **fields, **samples}
 
     def limit_s(self, end: float) -> float:
         """Return the time limit of the pairs of a case that ends at ``end``; first passes get the rest."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices.operators import gated
-from calibration.runners.decoder.families import STATIC, prune_decoder
+from calibration.runners.decoder.families import STATIC, best, prune_decoder
 from calibration.runners.decoder.model import (
     Attention,
     Decoder,
@@ -35,7 +35,6 @@ from calibration.runners.decoder.model import (
     through_layer,
     window_logits,
 )
-from calibration.runners.decoder.rules import best
 from simulator.errors import InputError
 from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded

@@ -19,10 +19,13 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.runners.cases import cases_of, fewer_layers  # noqa: E402
-from calibration.runners.decoder import rules  # noqa: E402
+from calibration.runners.decoder import families  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
+    BlockAttention,
+    GroupRouting,
+    TokenRouting,
     check_steps,
     each_projection,
     prune_by_steps,
@@ -30,7 +33,6 @@ from calibration.runners.decoder.families import (  # noqa: E402
     two_of_four,
 )
 from calibration.runners.decoder.model import Decoder, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402
-from calibration.runners.decoder.rules import BlockAttention, GroupRouting, TokenRouting  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
@@ -330,7 +332,7 @@ def test_sparse_attention(routed: Decoder, sparsity: float, monkeypatch: pytest.
     block = 16
     pruned = prune_decoder(routed, "sparse_attention", sparsity, block=block)
     tables = _noted(monkeypatch, BlockAttention, _table=lambda result, *_: result)
-    chosen = _noted(monkeypatch, rules, best=lambda result, *_: result)
+    chosen = _noted(monkeypatch, families, best=lambda result, *_: result)
     logits = _ran(pruned)
     masks, length, whole = Masks(), TOKENS.shape[1], PROMPT // block
     for number in range(len(routed.layers)):
@@ -411,7 +413,7 @@ def _moved(value: Any, place: str) -> Any:
 @pytest.mark.parametrize("start", [0, 2, 3])
 def test_token(dense: Decoder, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(dense, "token", 0.4, start=start)
-    found = _noted(monkeypatch, rules, best=lambda result, *_: result)
+    found = _noted(monkeypatch, families, best=lambda result, *_: result)
     logits = run(pruned)
     evenly = torch.linspace(0, PROMPT - 1, 42).round().long().expand(BATCH, -1)
     places = found[0] if start else evenly
@@ -431,7 +433,7 @@ def test_token(dense: Decoder, start: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("sparsity", [0.25, 0.8])
 def test_kv_cache(dense: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(dense, "kv_cache", sparsity, observed=8)
-    chosen = _noted(monkeypatch, rules, best=lambda result, *_: result)
+    chosen = _noted(monkeypatch, families, best=lambda result, *_: result)
     logits = run(pruned)
     masks, length = Masks(), TOKENS.shape[1]
     for number in range(LAYERS):
