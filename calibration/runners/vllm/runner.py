@@ -10,9 +10,9 @@ sequence and no prefix cache.
 
 The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
 finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
-each model has a child process for all its cases. If both models fit, dense and pruned samples alternate; the idle
-process uses no GPU time. Else the pruned model is timed after the dense model, and slow changes of the machine affect
-the ratio. The caches hold the largest checked case, so check all cases before the first record.
+each model has a child process for all its cases. If both models fit, dense and pruned samples alternate. Else the
+pruned model is timed after the dense model. The caches hold the largest checked case, so check all cases before the
+first record.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LargestRequest:
     batched: int = _BATCHED  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
-        """Return sizes that also hold a case. A prefill is one pass, as predicted, up to a limit."""
+        """Return sizes that also hold a case. A prefill is one pass up to a limit."""
         prompt = case.batch * case.seq if case.phase in ("prefill", "generate") else 0
         least = _BATCHED_SERVING if case.phase == "serve" else case.batch
         return LargestRequest(
@@ -91,8 +91,6 @@ def lengths(case: Case) -> tuple[int, int]:
 
 
 class VllmRunner(Runner):
-    """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason."""
-
     def __init__(self, device: Device, model: ModelRun, patience_s: float = PATIENCE_S) -> None:
         super().__init__(device, model)
         self.models = Models(model.config, model.content)
@@ -159,7 +157,7 @@ class VllmRunner(Runner):
         }
 
     def _in_turn(self, case: Case, pair: Sequence[ModelConfig], limit: float) -> tuple[list[Samples], list[Samples]]:
-        """Return samples of one model, then of the other: the memory holds only one."""
+        """Return samples of one model, then of the other, because the memory holds only one."""
         found: tuple[list[Samples], list[Samples]] = ([], [])
         for model, samples in zip(pair, found):
             self._keep((model,))
@@ -238,7 +236,6 @@ class VllmRunner(Runner):
 
 
 def release_note(version: str) -> str:
-    """Return a note for a release of vLLM that was not compared with the worker's calls."""
     first, own, last = ((numbers(text) or ())[:2] for text in (RELEASES[0], version, RELEASES[1]))
     known = first <= own <= last
     return "" if known else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
@@ -260,7 +257,7 @@ _GENERIC = re.compile(r"Engine core initialization failed|EngineCore encountered
 
 
 class EngineFailed(RuntimeError):
-    """The child ended or did not answer; the message is the cause in one line."""
+    """The child ended or did not answer."""
 
 
 def environment(device: str) -> dict[str, str]:
@@ -286,9 +283,8 @@ def check_installed(python: str) -> None:
 class EngineProcess:
     """One model in vLLM in a child process, whose crash does not end a comparison; it is ready when made.
 
-    ``settings`` are keyword arguments of ``vllm.LLM``, ``log`` receives the output of vLLM, ``python`` has vLLM,
-    ``patience_s`` is the longest wait for an answer, such as the start. OutOfMemory: the model or its cache does not
-    fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or is silent.
+    ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not fit. Unsupported:
+    this release does not accept an argument. EngineFailed: the child fails or gives no answer in ``patience_s``.
     """
 
     def __init__(
@@ -362,7 +358,7 @@ class EngineProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _failure(self, error: str) -> Exception:
-        """Return the exception for an error of the child, with the cause in vLLM's output if the error names none."""
+        """Return the exception for an error of the child, with the cause in its output if the error names none."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5.0)  # it writes the rest of its output
         text = self.log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
