@@ -26,8 +26,7 @@ from calibration.evidence.validate import verdict_of
 from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interrupt
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
-from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.pairs import ModelRun, Runner
+from calibration.runners.cases import Case, CaseRow, ModelRun, Runner, predicted_speedup
 from calibration.runners.runs import begin
 from simulator.codes import PHASES
 from simulator.display import few

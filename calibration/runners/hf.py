@@ -24,8 +24,7 @@ from torch import nn
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
-from calibration.runners.cases import Case
-from calibration.runners.pairs import ModelRun, PairRunner, Sampler, alternate, looped
+from calibration.runners.cases import Case, ModelRun, PairRunner, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys

@@ -19,9 +19,8 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import hf  # noqa: E402
-from calibration.runners.cases import Case, cases_of  # noqa: E402
+from calibration.runners.cases import Case, ModelRun, cases_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
-from calibration.runners.pairs import ModelRun  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402

@@ -59,9 +59,7 @@ def best(scores: Tensor, many: int) -> Tensor:
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
-
-    Keys after the last query of a block of 128 are not computed; a mask hides the other keys after each query.
-    """
+    Keys after the last query of a block of 128 are not computed; a mask hides the other keys after each query."""
     out = torch.empty_like(q)
     for start in range(0, q.shape[2], _ROWS):
         block = slice(start, start + _ROWS)
@@ -81,10 +79,8 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer; k and v are dense.
-
-    In a decode step the number of active tokens is drawn, because random routers have no threshold for a share.
-    """
+    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer; k and v are dense. Decode
+    steps draw the number of active tokens, because random routers have no threshold for a share."""
 
     family: ClassVar[str] = "dynamic_depth"
     skips: ClassVar[bool] = True
@@ -447,14 +443,11 @@ DYNAMIC: Mapping[str, Callable[..., Rule]] = {
 
 @dataclass(frozen=True)
 class Removed:
-    """Removed fractions by layer."""
-
     table: Mapping[str, FloatArray]  # part (attention, mlp, heads) or projection (q, down) -> fraction of every layer
     by_part: bool = False  # whether parts were named; else attention and mlp have the same fractions
     layers: tuple[int, ...] | None = None  # candidates for the removal of whole layers; None: all
 
     def of(self, layer: int, *names: str) -> float:
-        """Return the fraction of the first name that the table has, else 0."""
         return next((float(self.table[name][layer]) for name in names if name in self.table), 0.0)
 
     def of_projection(self, layer: int, role: str) -> float:
@@ -490,23 +483,21 @@ def check_steps(steps: Sequence[PruningStep]) -> None:
         if dynamic and step.name != "depth":
             raise InputError(f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic} before")
         dynamic = step.name if step.name in DYNAMIC else dynamic
-        try:
-            check_family(step.name, step.argument, step.layers, dict(step.options))
-        except InputError as error:
-            raise InputError(f"{step}: {error}" if len(steps) > 1 else str(error)) from None
+        if reason := _lacking(step):
+            raise InputError(f"{step}: {reason}" if len(steps) > 1 else reason)
 
 
-def check_family(family: str, sparsity: Any, layers: Sequence[int] | None, options: Mapping[str, Any]) -> None:
-    known = {**STATIC, **DYNAMIC}
+def _lacking(step: PruningStep) -> str:
+    """Return why this decoder cannot run a step, or ""."""
+    family, known, argument = step.name, {**STATIC, **DYNAMIC}, step.argument
     if family not in known:
-        raise unknown("pruning family", family, known)
+        return str(unknown("pruning family", family, known))
     names = [name for name in signature(known[family]).parameters if name not in ("decoder", "removed", "keep")]
-    if bad := sorted(set(_different(family, options)) - set(names)):
-        raise InputError(f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}")
-    if family in DYNAMIC and (layers is not None or isinstance(sparsity, Mapping) or np.ndim(sparsity)):
-        raise InputError(
-            f"family {family}: this decoder runs it equally in all layers and parts; expected one fraction"
-        )
+    if bad := sorted(set(_different(family, dict(step.options))) - set(names)):
+        return f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}"
+    if family in DYNAMIC and (step.layers is not None or isinstance(argument, Mapping) or np.ndim(argument)):
+        return f"family {family}: this decoder runs it equally in all layers and parts; expected one fraction"
+    return ""
 
 
 def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -518,7 +509,7 @@ def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int) -> Removed:
-    """Return the fractions of every layer; ``layers`` are pruned, or a fraction of these layers is removed."""
+    """Return the fractions of all layers; ``layers`` are pruned, or a fraction of these layers is removed."""
     by_part, listed = isinstance(sparsity, Mapping), None if layers is None else listed_layers(layers, many)
     from_list = FAMILIES[family].layers == "some"
     if sparsity is None and from_list and listed is not None:
@@ -678,7 +669,7 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 
 def each_projection(decoder: Decoder, change: Callable[[int, str, Projection], Projection]) -> Decoder:
-    """Apply a function of (layer, role, projection) to every projection of a decoder."""
+    """Apply a function of layer, role and projection to every projection."""
     return decoder.changed(
         lambda i, part: replace(part, **{role: change(i, role, getattr(part, role)) for role in part.roles})
     )

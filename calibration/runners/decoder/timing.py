@@ -10,10 +10,9 @@ import torch
 
 from calibration.devices.operators import is_out_of_memory
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.runners.cases import Case, counted
+from calibration.runners.cases import Case, ModelRun, PairRunner, Sampler, alternate, counted, looped
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
-from calibration.runners.pairs import ModelRun, PairRunner, Sampler, alternate, looped
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig

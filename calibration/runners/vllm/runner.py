@@ -34,8 +34,7 @@ from typing import Any
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, InvalidTiming
-from calibration.runners.cases import Case, counted
-from calibration.runners.pairs import ENOUGH, LEAST, ModelRun, Runner, in_turns
+from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Runner, counted, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
 from simulator.engines.generations import numbers
