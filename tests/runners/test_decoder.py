@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -23,9 +23,6 @@ from calibration.runners.decoder import families  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
-    BlockAttention,
-    GroupRouting,
-    TokenRouting,
     check_steps,
     each_projection,
     prune_by_steps,
@@ -72,26 +69,19 @@ def _ran(pruned: Decoder) -> Any:
     return run(pruned, TOKENS.to(pruned.embedding.device)).cpu()
 
 
-def _noted(monkeypatch: pytest.MonkeyPatch, owner: Any, **decisions: Callable[..., Any]) -> list[Any]:
-    """Return a list that receives decisions of an owner's functions: a function of their result and arguments each."""
-    found: list[Any] = []
+def _noted(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, decision: Any = lambda result, *_: result
+) -> list[Any]:
+    """Return a list that receives the decisions of a function, from its result and arguments."""
+    found, given = list[Any](), getattr(owner, name)
 
-    def noting(given: Callable[..., Any], decision: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any) -> Any:
-            result = given(*args)
-            found.append(decision(result, *args).cpu())
-            return result
+    def noted(*args: Any) -> Any:
+        result = given(*args)
+        found.append(decision(result, *args).cpu())
+        return result
 
-        return noted
-
-    for name, decision in decisions.items():
-        monkeypatch.setattr(owner, name, noting(getattr(owner, name), decision))
+    monkeypatch.setattr(owner, name, noted)
     return found
-
-
-def _passes(found: list[Any], many: int) -> list[list[Any]]:
-    """Return decisions by pass, of which each has ``many``."""
-    return [found[i : i + many] for i in range(0, len(found), many)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": "head"}])
@@ -278,24 +268,25 @@ def _rows(places: Any, length: int) -> Any:
 @pytest.mark.parametrize("sparsity", [0.25, 0.6])
 def test_dynamic_depth(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(routed, "dynamic_depth", sparsity, seed=3)
-    decisions = {"_chosen": lambda result, *_: result[1], "_drawn": lambda result, *_: result[2]}  # positions, a mask
-    found = _noted(monkeypatch, TokenRouting, **decisions)
+    positions = _noted(monkeypatch, families.TokenRouting, "_chosen", lambda result, *_: result[1])
+    active = _noted(
+        monkeypatch, families.TokenRouting, "_drawn", lambda result, *_: result[2]
+    )  # decode steps on a device
     logits = _ran(pruned)
     masks, length = Masks(), TOKENS.shape[1]
-    names = [*itertools.product(range(len(routed.layers)), ("attention", "mlp"))]
-    first, *steps = _passes(found, len(names))
-    for at, (number, what) in enumerate(names):
-        assert first[at].shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
-        ran = _rows(first[at], length)
+    for at, (number, what) in enumerate(itertools.product(range(len(routed.layers)), ("attention", "mlp"))):
+        first, *steps = (positions + active)[at :: 2 * len(routed.layers)]
+        assert first.shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
+        ran = _rows(first, length)
         for step, chosen in enumerate(steps):
-            ran[chosen[at], PROMPT + step] = True
+            ran[chosen, PROMPT + step] = True
         masks[what, number] = ran
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
 
 
 def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most() -> None:
     torch.manual_seed(0)
-    rule = TokenRouting(0.7)
+    rule = families.TokenRouting(0.7)
     router, x = torch.randn(2, CONFIG.hidden), torch.randn(8, 1, CONFIG.hidden)
     wanted = (x[:, 0] @ (router[1] - router[0])).argsort(descending=True).tolist()
     counts = []
@@ -311,17 +302,17 @@ def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])
 def test_dynamic_width(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def used(result: Any, rule: GroupRouting, state: Any, part: Any, x: Any) -> Any:
+    def used(result: Any, rule: families.GroupRouting, state: Any, part: Any, x: Any) -> Any:
         return rule._mask(state, *result, len(part.router)).view(*x.shape[:2], -1)
 
     pruned = prune_decoder(routed, "dynamic_width", sparsity, channel_groups=7)
-    found = _noted(monkeypatch, GroupRouting, _choice=used)
+    found = _noted(monkeypatch, families.GroupRouting, "_choice", used)
     logits = _ran(pruned)
-    masks, passes = Masks(), _passes(found, 2 * len(routed.layers))
+    masks, many = Masks(), 2 * len(routed.layers)
     of_group = torch.arange(CONFIG.inner) // -(-CONFIG.inner // 7)
     for number in range(len(routed.layers)):
-        masks["groups", number] = torch.cat([p[2 * number] for p in passes], 1)
-        masks["channels", number] = torch.cat([p[2 * number + 1] for p in passes], 1)[..., of_group]
+        masks["groups", number] = torch.cat(found[2 * number :: many], 1)
+        masks["channels", number] = torch.cat(found[2 * number + 1 :: many], 1)[..., of_group]
         counts = set(masks["groups", number].sum(-1).flatten().tolist())
         assert counts == {0.3: {2, 3}, 0.5: {2}}[sparsity]  # in turn, so that their mean is exact
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
@@ -331,8 +322,8 @@ def test_dynamic_width(routed: Decoder, sparsity: float, monkeypatch: pytest.Mon
 def test_sparse_attention(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 16
     pruned = prune_decoder(routed, "sparse_attention", sparsity, block=block)
-    tables = _noted(monkeypatch, BlockAttention, _table=lambda result, *_: result)
-    chosen = _noted(monkeypatch, families, best=lambda result, *_: result)
+    tables = _noted(monkeypatch, families.BlockAttention, "_table")
+    chosen = _noted(monkeypatch, families, "best")
     logits = _ran(pruned)
     masks, length, whole = Masks(), TOKENS.shape[1], PROMPT // block
     for number in range(len(routed.layers)):
@@ -413,10 +404,9 @@ def _moved(value: Any, place: str) -> Any:
 @pytest.mark.parametrize("start", [0, 2, 3])
 def test_token(dense: Decoder, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(dense, "token", 0.4, start=start)
-    found = _noted(monkeypatch, families, best=lambda result, *_: result)
+    found = _noted(monkeypatch, families, "best")
     logits = run(pruned)
-    evenly = torch.linspace(0, PROMPT - 1, 42).round().long().expand(BATCH, -1)
-    places = found[0] if start else evenly
+    places = found[0] if start else torch.linspace(0, PROMPT - 1, 42).round().long().expand(BATCH, -1)
     assert places.shape == (BATCH, 42)
     assert torch.equal(places[:, -1], torch.full((BATCH,), PROMPT - 1))
     there = _rows(places, TOKENS.shape[1])
@@ -433,7 +423,7 @@ def test_token(dense: Decoder, start: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("sparsity", [0.25, 0.8])
 def test_kv_cache(dense: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(dense, "kv_cache", sparsity, observed=8)
-    chosen = _noted(monkeypatch, families, best=lambda result, *_: result)
+    chosen = _noted(monkeypatch, families, "best")
     logits = run(pruned)
     masks, length = Masks(), TOKENS.shape[1]
     for number in range(LAYERS):
