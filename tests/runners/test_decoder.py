@@ -269,9 +269,7 @@ def _rows(places: Any, length: int) -> Any:
 def test_dynamic_depth(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(routed, "dynamic_depth", sparsity, seed=3)
     positions = _noted(monkeypatch, families.TokenRouting, "_chosen", lambda result, *_: result[1])
-    active = _noted(
-        monkeypatch, families.TokenRouting, "_drawn", lambda result, *_: result[2]
-    )  # decode steps on a device
+    active = _noted(monkeypatch, families.TokenRouting, "_drawn", lambda result, *_: result[2])  # decode on a device
     logits = _ran(pruned)
     masks, length = Masks(), TOKENS.shape[1]
     for at, (number, what) in enumerate(itertools.product(range(len(routed.layers)), ("attention", "mlp"))):

@@ -78,7 +78,6 @@ class LargestRequest:
 
 
 Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
-Started = tuple[ModelConfig, LargestRequest]
 
 
 def lengths(case: Case) -> tuple[int, int]:
@@ -97,7 +96,7 @@ class VllmRunner(Runner):
         self.dtype, self.patience_s = model.dtype, patience_s
         self.sizes = LargestRequest()
         self.memory_bytes = float(device.describe().memory_bytes)
-        self.engines: dict[Started, EngineProcess] = {}
+        self.engines: dict[ModelConfig, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # folder of the models
 
     def close(self) -> None:
@@ -186,24 +185,22 @@ class VllmRunner(Runner):
         return [seconds], []
 
     def _keep(self, models: Sequence[ModelConfig]) -> None:
-        wanted = [(model, self.sizes) for model in models]
-        for started in [one for one in self.engines if one not in wanted]:
-            self.engines.pop(started).close()
+        for model in [one for one in self.engines if one not in models]:
+            self.engines.pop(model).close()
 
     def _engine(self, model: ModelConfig) -> EngineProcess:
-        started = (model, self.sizes)
-        if started not in self.engines:
+        if model not in self.engines:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
             folder = Path(self._folder.name)
             file = write_config(folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(model))
-            self.engines[started] = EngineProcess(
+            self.engines[model] = EngineProcess(
                 {**self._settings(model), "model": str(file.parent)},
                 file.with_name("output.txt"),
                 python=self.model.python,
                 env=environment(self.device.name),
                 patience_s=self.patience_s,
             )
-        return self.engines[started]
+        return self.engines[model]
 
     def _settings(self, model: ModelConfig) -> dict[str, Any]:
         """Return keyword arguments of ``vllm.LLM``, except the folder of the model."""
