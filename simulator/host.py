@@ -11,7 +11,6 @@ measured time of a whole pass determines their sum, not how it divides between t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 _NORM = ROLES.index("attention_norm")
-PHASES = (int(Phase.PREFILL), int(Phase.DECODE))
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class Host:
         launch = launched * (waits[groups.segment // 3] * launch_s)
         begins = np.flatnonzero(rows.is_role("embedding"))
         owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
-        steps = sums(owner * len(PHASES) + phase, count, none.shape)
-        sequences = sums(owner * len(PHASES) + phase, count * rows.m[begins], none.shape)
+        steps = sums(owner * len(Phase) + phase, count, none.shape)
+        sequences = sums(owner * len(Phase) + phase, count * rows.m[begins], none.shape)
         sequences[:, Phase.PREFILL] = 0.0
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
             steps[:, Phase.PREFILL] = 0.0
@@ -115,21 +113,21 @@ class Host:
     ) -> tuple[FloatArray, FloatArray]:
         """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and how much of it follows
         the device. ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``."""
-        work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
-        total, shown = [], []
-        for p in PHASES:
-            scheduled = self.each_pass[:, p] * np.exp(self.pass_log_sd * passes)
-            parts = [segment == 3 * p + part for part in range(3)]
-            busy, launch = ([times[:, part].sum(axis=1) for part in parts] for times in (device, self.launch))
-            spent = device[:, segment // 3 == p].sum(axis=1)
-            if any(one.any() for one in launch):  # no graph launches them
-                slower = np.exp(self.launch_log_sd * work)
-                seconds, follows = _beside(spent, busy, [one * slower for one in launch], scheduled)
-            else:
-                seconds, follows = spent + scheduled, spent + 0.0 * scheduled
-            total.append(seconds + self.each_sequence[:, p] * np.exp(self.sequence_log_sd * work))
-            shown.append(np.broadcast_to(follows, total[-1].shape))
-        return np.stack(total, axis=-1), np.stack(shown, axis=-1)
+        work, passes = (np.asarray(z, dtype=np.float64)[..., None, None] for z in (work, passes))
+        in_segment = (segment[:, None] == np.arange(6)).astype(np.float64)
+        busy = (device @ in_segment).reshape(-1, 2, 3)
+        spent, scheduled = busy.sum(axis=-1), self.each_pass * np.exp(self.pass_log_sd * passes)
+        seconds, follows = spent + scheduled, spent + 0.0 * scheduled
+        if self.launch.any():
+            launch = (self.launch @ in_segment).reshape(-1, 2, 3)
+            launched = launch * np.exp(self.launch_log_sd * work)[..., None]
+            eager = launch.any(axis=(0, 2))  # phases that no graph launches
+            seconds, follows = (
+                np.where(eager, beside, graph)
+                for beside, graph in zip(_beside(spent, busy, launched, scheduled), (seconds, follows))
+            )
+        seconds = seconds + self.each_sequence * np.exp(self.sequence_log_sd * work)
+        return seconds, np.broadcast_to(follows, seconds.shape)
 
 
 def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
@@ -145,18 +143,17 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     return np.asarray(times * engine.kernels[groups.role])
 
 
-def _beside(
-    left: FloatArray, device: Sequence[FloatArray], launch: Sequence[FloatArray], after: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _beside(left: FloatArray, device: FloatArray, launch: FloatArray, after: FloatArray) -> tuple[Any, Any]:
     """Return the time of one phase, and the device's part of it: the longest path along the host to a kernel, then the
     device. Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows
-    them. The device can start a segment only when the host has launched it, and ends no earlier than the host, which
-    works ``after`` the last launch. ``left`` is the time of all three on the device."""
+    them: the last axis of ``device`` and ``launch``. The device can start a segment only when the host has launched it,
+    and ends no earlier than the host, which works ``after`` the last launch. ``left`` is the time of all three on the
+    device."""
     launched: Any = 0.0
     longest, shown = left, left
-    for busy, launching in zip(device, launch, strict=True):
+    for part in range(3):
         way = launched + left
         shown, longest = np.where(way > longest, left, shown), np.maximum(longest, way)
-        launched, left = launched + launching, left - busy
+        launched, left = launched + launch[..., part], left - device[..., part]
     launched = launched + after
     return np.maximum(longest, launched), np.where(launched > longest, 0.0, shown)

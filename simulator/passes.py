@@ -6,7 +6,7 @@ W are workloads, G groups of rows that share phase, place in the pass, kind and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,17 +30,7 @@ _CACHE_WRITE = ROLES.index("cache_write")
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[IndexArray, str, str]]:
     """Yield the rows of a kind by pair of number formats (one in nearly every workload)."""
-    return ((rows, formats.dtype, formats.second) for operator, rows, formats in by_kind(w) if operator.code == kind)
-
-
-def by_kind(w: Workload) -> Iterator[tuple[Operator, IndexArray, Formats]]:
-    """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
-    codes = (w.kind.astype(np.int64) * len(DTYPES) + w.dtype) * len(DTYPES) + w.weight_dtype
-    codes = codes * 2 + (w.value_dim > 0)
-    for code in np.flatnonzero(np.bincount(codes)).tolist():
-        kind, formats = divmod(code // 2, len(DTYPES) ** 2)
-        dtype, second = divmod(formats, len(DTYPES))
-        yield BY_CODE[kind], np.flatnonzero(codes == code), Formats(DTYPES[dtype], DTYPES[second])
+    return ((rows.at, f.dtype, f.second) for operator, rows, f in w.operators() if operator.code == kind)
 
 
 def section_of(w: Workload, row: int) -> str:
@@ -48,16 +38,19 @@ def section_of(w: Workload, row: int) -> str:
     return BY_CODE[int(w.kind[row])].section(Rows(w, [row]))
 
 
-def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Estimate]]:
-    """Yield rows of a workload and the cost of one execution of each, whatever the mix of operators."""
+def estimates(
+    w: Workload, operators: Iterable[tuple[Operator, Rows, Formats]], hw: HardwareProfile
+) -> Iterator[tuple[IndexArray, Estimate]]:
+    """Yield rows of a workload and the cost of one execution of each, whatever the mix of its ``operators``."""
     engine = load_engine(w.meta.engine)
-    for operator, at, formats in by_kind(w):
-        rows, sparse24 = Rows(w, at), engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
+    for operator, rows, formats in operators:
         for name in operator.sizes:
-            array(name, getattr(rows, name), COUNT)
+            if getattr(rows, name).min() < 1:
+                array(name, getattr(rows, name), COUNT)  # raises
+        sparse24 = engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
         searched = sparse24 is None or sparse24.searched
         for some, e in operator.estimates(rows, hw, formats._replace(searched=searched)):
-            yield at[some], e
+            yield rows.at[some], e
 
 
 def engine_factors(
@@ -66,11 +59,13 @@ def engine_factors(
     """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured. Clocks fall
     under load. One token may have a separate kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
-    loaded = hw.section("runtime", "*")["sustained"]
+    loaded, one_token = hw.section("runtime", "*")["sustained"], engine.one_token.value
+    if loaded == one_token == 1.0:
+        return out
     rows = w.kind == Kind.GEMM
     before = seconds[rows]
     after = before * np.where(codes[rows] == _COMPUTE, loaded, 1.0)
-    after *= np.where(w.m[rows] == 1, engine.one_token.value, 1.0)
+    after *= np.where(w.m[rows] == 1, one_token, 1.0)
     out[rows] = np.maximum(after, np.minimum(roofline_s[rows], before)) / before
     return out
 
@@ -103,16 +98,14 @@ class ForwardPass:
     def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
         """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard deviations slower than the
         typical host (:mod:`simulator.host`), and the part of it (0 to 1) that follows the device."""
-        total, shown = (part.sum(axis=-1) for part in self._phases(work, passes))
-        return total, shown / np.maximum(total, 1e-300)
-
-    def _phases(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
-        return self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
+        total, shown = self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
+        total = total.sum(axis=-1)
+        return total, shown.sum(axis=-1) / np.maximum(total, 1e-300)
 
     @cached_property
     def _typical(self) -> tuple[FloatArray, FloatArray]:
         """Time by phase on the typical host, and how much of it follows the device."""
-        return self._phases(0.0, 0.0)
+        return self.host.total(self.group_s, self.workloads.groups.segment)
 
     @property
     def phase_s(self) -> FloatArray:
@@ -139,12 +132,12 @@ class ForwardPass:
         """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
         w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
         # of a format that the device does not compute in, only the bytes count
-        rates = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
-        compute_s = self.workloads.flops * (1.0 / rates)[w.dtype]
+        compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
-        rate = hw.link.between(w.meta.devices).bandwidth_bytes_per_s if hw.link else np.inf
-        link = w.read_bytes * w.count / rate
-        return np.where(w.kind == Kind.COLLECTIVE, link, out)
+        between = w.kind == Kind.COLLECTIVE
+        if hw.link is None or not between.any():
+            return out
+        return np.where(between, w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s, out)
 
     @property
     def share(self) -> FloatArray:

@@ -6,7 +6,7 @@ dynamic methods can be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -23,7 +23,7 @@ from simulator.columns import Table, column
 from simulator.errors import InputError
 from simulator.operators import BY_CODE, MOST_CODES
 from simulator.operators.attention import attention_pairs
-from simulator.operators.base import Operator, Rows
+from simulator.operators.base import Formats, Operator, Rows
 from simulator.request import NO_REQUEST, Meta
 from simulator.units import percent, size
 
@@ -196,13 +196,19 @@ class Workload(Table):
         mask: Array = _CACHED[self.kind]
         return mask
 
+    def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
+        """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
+        codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(DTYPES) + self.weight_dtype
+        codes = codes * 2 + (self.value_dim > 0)
+        for code in np.flatnonzero(np.bincount(codes)).tolist():
+            kind, formats = divmod(code // 2, len(DTYPES) ** 2)
+            dtype, second = divmod(formats, len(DTYPES))
+            rows = Rows(self, np.flatnonzero(codes == code))
+            yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
+
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
         """Return the value that each row's operator gives, of one execution; rows of an operator are asked at once."""
-        out = np.zeros(len(self))
-        for code in np.flatnonzero(np.bincount(self.kind)).tolist():
-            rows = np.flatnonzero(self.kind == code)
-            out[rows] = value(BY_CODE[code], Rows(self, rows))
-        return out
+        return _values(self.operators(), value, len(self))
 
     @property
     def pairs(self) -> Array:
@@ -258,6 +264,15 @@ class Workload(Table):
         layer = np.where(out.layers > 0, out.layer + offset, -1)
         share = 1.0 / times[index]
         return out.replace(count=out.count * share, layer=layer, layers=np.minimum(out.layers, 1))
+
+
+def _values(
+    operators: Iterable[tuple[Operator, Rows, Formats]], value: Callable[[Operator, Rows], Any], size: int
+) -> Array:
+    out = np.zeros(size)
+    for operator, rows, _ in operators:
+        out[rows.at] = value(operator, rows)
+    return out
 
 
 FEW_ROWS = 200
@@ -386,14 +401,23 @@ class WorkloadBatch:
         return np.maximum.reduceat(column, self.starts)
 
     @cached_property
+    def operators(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
+        """Rows of each operator and pair of number formats (:meth:`Workload.operators`)."""
+        return tuple(self.rows.operators())
+
+    def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
+        """Return the value that each row's operator gives, of one execution."""
+        return _values(self.operators, value, len(self.rows))
+
+    @cached_property
     def flops(self) -> FloatArray:
         """FLOPs of all executions of each row."""
-        return self.rows.flops
+        return np.asarray(self.each(lambda operator, rows: operator.flops(rows)) * self.rows.density * self.rows.count)
 
     @cached_property
     def bytes(self) -> FloatArray:
         """Minimum bytes of all executions of each row."""
-        return self.rows.bytes
+        return np.asarray(self.each(lambda operator, rows: operator.bytes(rows)) * self.rows.count)
 
     def bound(self, column: FloatArray) -> FloatArray:
         """Return the ratio of sums of a column, dense to pruned, by workload, without overhead operators."""
@@ -409,17 +433,6 @@ class WorkloadBatch:
     def byte_bound(self) -> FloatArray:
         """Ratio of bytes, dense to pruned, of each workload."""
         return self.bound(self.bytes)
-
-    @cached_property
-    def kinds(self) -> tuple[tuple[int, NDArray[np.bool_]], ...]:
-        """First row of each kind of operator (latent attention is separate), and the workloads that have the kind
-        themselves or in their dense workload."""
-        code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
-        for kind in np.flatnonzero(np.bincount(code)).tolist():
-            rows = np.flatnonzero(code == kind)
-            has = np.bincount(self.owner[rows], minlength=len(self)) > 0
-            out.append((int(rows[0]), has | has[self.dense]))
-        return tuple(out)
 
     @cached_property
     def groups(self) -> Groups:
@@ -456,3 +469,9 @@ class WorkloadBatch:
         if any((values[first][which] != values).any() for values in columns):  # two operators have one hash
             return w, every
         return w.take(first), which
+
+    @cached_property
+    def distinct(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
+        """Operators with different times, as :attr:`operators`."""
+        rows = self.shapes[0]
+        return self.operators if rows is self.rows else tuple(rows.operators())

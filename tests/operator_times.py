@@ -13,13 +13,30 @@ from simulator.uncertainty.factors import Uncertainty
 from simulator.uncertainty.operators import OperatorTimes, operator_time, predicted
 
 
+def prefill(
+    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Any, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
+) -> Estimate:  # fmt: skip
+    """Return the cost of prefill attention."""
+    calls = attention.Geometry.of(batch, q_len, kv_len, heads, kv_heads, head_dim, **options)
+    return attention.prefill(calls, hw, dtype, kv_dtype)
+
+
+def decode(
+    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Any, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
+) -> Estimate:  # fmt: skip
+    """Return the cost of decode attention."""
+    calls = attention.Geometry.of(batch, 1, kv_len, heads, kv_heads, head_dim, warm=not cold, **options)
+    return attention.decode(calls, hw, dtype, kv_dtype)
+
+
 def of_sizes(cost: Callable[..., Estimate]) -> Callable[..., OperatorTimes]:
     """Return the function from sizes and options to times for a cost on a profile ``hw``."""
 
     @wraps(cost)
     def times(*args: Any, level: float = 0.9, **options: Any) -> OperatorTimes:
-        hw = signature(cost).bind(*args, **options).arguments["hw"]
-        return operator_time(cost(*args, **options), hw, level)
+        return operator_time(cost(*args, **options), signature(cost).bind(*args, **options).arguments["hw"], level)
 
     return times
 
@@ -29,6 +46,6 @@ def errors_of(cost: Callable[..., Estimate], *args: Any, **options: Any) -> Unce
     return predicted(cost(*args, **options), signature(cost).bind(*args, **options).arguments["hw"])[1]
 
 
-prefill_time, decode_time = of_sizes(attention.prefill), of_sizes(attention.decode)
+prefill_time, decode_time = of_sizes(prefill), of_sizes(decode)
 elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(experts.experts)
 collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(delta_net.delta_net)

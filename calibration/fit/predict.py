@@ -21,6 +21,7 @@ from simulator.arrays import IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
+from simulator.operators.attention import Geometry
 from simulator.operators.base import Estimate, bottleneck
 from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
@@ -156,12 +157,14 @@ def _heads(r: Records) -> dict[str, Any]:
     return {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
 
 
+def _calls(r: Records, q_len: Any, **options: Any) -> Geometry:
+    options |= {"value_dim": r.n if r.is_operator(*LATENT)[0] else 0, "window": r.window, "density": r.density}
+    return Geometry.of(r.batch, q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim, **options)
+
+
 def _prefill(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
-    shape = r.batch, r.q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim
-    value_dim = r.n if r.is_operator(*LATENT)[0] else 0
-    kind: dict[str, Any] = {"window": r.window, "density": r.density, "block": r.block}
-    e = attention.prefill(*shape, hw, value_dim=value_dim, dtype=formats.dtype, kv_dtype=formats.weight, **kind)
-    time, uncertainty = predicted(e, hw, formats.level)
+    calls = _calls(r, r.q_len, block=r.block)
+    time, uncertainty = predicted(attention.prefill(calls, hw, formats.dtype, formats.weight), hw, formats.level)
     return Predicted(time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty)
 
 
@@ -169,10 +172,8 @@ def _decode(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     latent = bool(r.is_operator(*LATENT)[0])
 
     def call(rows: Records) -> Estimate:
-        shape = rows.batch, rows.kv_len, rows.heads, rows.kv_heads, rows.head_dim
-        kind: dict[str, Any] = {"value_dim": rows.n if latent else 0, "window": rows.window, "density": rows.density}
-        kind |= {"dtype": formats.dtype, "kv_dtype": formats.weight, "latent": latent, "cold": bool(rows.cold[0])}
-        return attention.decode(*shape, hw, **kind)
+        calls = _calls(rows, 1.0, latent=latent, warm=not rows.cold[0])
+        return attention.decode(calls, hw, formats.dtype, formats.weight)
 
     # the published tables read one cache repeatedly, measurements of this program do not
     time, uncertainty = _by(r, r.cold, hw, formats.level, call)

@@ -218,6 +218,22 @@ class Geometry(Sizes):
     value_dim: Any = None  # features of a value, where they are others than of a key (0: they are not)
     latent: Any = False  # values are the first features of the keys, and stored with them
 
+    @classmethod
+    def of(
+        cls, batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, **options: Any
+    ) -> Geometry:
+        """Return the sizes of calls, which broadcast; ``options`` are the further fields."""
+        sizes = np.broadcast_arrays(batch, q_len, kv_len, heads, kv_heads, head_dim)
+        return cls(*(np.asarray(size, dtype=np.float64) for size in sizes), **options)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether all calls are multi-head latent attention; InputError for a mixture."""
+        known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(self.latent, dtype=bool)
+        if known.any() and not known.all():
+            raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
+        return bool(known.any())
+
     @property
     def sides(self) -> Any:
         """Features of a key and a value of a head, over those of a key alone."""
@@ -399,23 +415,18 @@ class Kernels:
         factors = np.asarray(section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64)
         return cls(kinds, factors, ResidualGrid.from_arrays(section.arrays))
 
-    def which(self, a: Geometry, narrow: bool) -> tuple[Any, Any]:
-        """Return the kernel nearest to each call, and its distance in octaves; numbers where all calls share one."""
-        width, window = np.asarray(a.head_dim), np.asarray(a.window) > 0
-        if width.size and (width == width.flat[0]).all() and (window == window.flat[0]).all():
-            width, window = width.flat[0], window.flat[0]
-        log_width, windowed, narrower = self.kinds.T
-        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (window[..., None] != windowed)
+    def which(self, width: Any, windowed: Any, narrow: bool) -> tuple[Any, Any]:
+        """Return the kernel nearest to each call, and its distance in octaves, from the features of a head and whether
+        there is a window."""
+        log_width, of_window, narrower = self.kinds.T
+        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (windowed[..., None] != of_window)
         apart = apart + OTHER_KERNEL * (narrow != narrower)
         return apart.argmin(axis=-1), apart.min(axis=-1)
 
     def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
         """Return the constants of each call: numbers where the kernels share them."""
-        out: dict[str, Any] = dict(common)
-        for name, logs in zip(common, self.factors.T):
-            if logs.any():
-                out[name] = common[name] * np.exp(logs)[which]
-        return out
+        own = ((name, logs) for name, logs in zip(common, self.factors.T) if logs.any())
+        return {**common, **{name: common[name] * np.exp(logs)[which] for name, logs in own}}
 
     def residual(self, position: Any, which: Any) -> FloatArray | None:
         """Return the log factor of each call at a position in the grid of its kernel."""
@@ -487,7 +498,7 @@ class AttentionCalls(Calls):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Ready:
     """What a profile says about one phase and two number formats."""
 
@@ -526,53 +537,46 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
     return hw.error_scales(section)[0] >= OTHER_STACK and not similar
 
 
-def _estimate(
-    phase: str, hw: Device, dtype: str, kv_dtype: str | None, *, value_dim: Any = 0, latent: Any = False, **sizes: Any
-) -> Estimate:
+@lru_cache(maxsize=512)
+def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Return the kernel nearest to calls of one kind, its distance in octaves and its constants."""
+    which, distance = r.kernels.which(np.float64(width), np.bool_(windowed), r.narrow)
+    return which, distance, r.kernels.constants(r.common, which)
+
+
+def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | None) -> Estimate:
     """Return the cost of calls of one phase, from the profile's section for it."""
-    known = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
-    mla = bool(known.any())
-    if mla and not known.all():
-        raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
-    r = _ready(hw, f"{'mla' if mla else 'attention'}_{phase}", dtype, kv_dtype)
-    named = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-    arrays = np.broadcast_arrays(*(np.asarray(sizes[name], dtype=np.float64) for name in named))
-    sizes |= dict(zip(named, arrays, strict=True))
-    sizes |= {"value_dim": np.asarray(value_dim) if mla else None, "latent": latent if mla else False}
-    geometry = Geometry(**sizes, element_bytes=r.machine.element_bytes, cache_bytes=r.machine.weight_bytes)
-    which, distance = r.kernels.which(geometry, r.narrow)
-    calls = AttentionCalls(phase, mla, geometry, r.machine, r.fastest, distance, r.unfitted, r.makeshift)
-    e = calls.estimate(r.kernels.constants(r.common, which))
+    latent = g.is_latent
+    r = _ready(hw, f"{'mla' if latent else 'attention'}_{phase}", dtype, kv_dtype)
+    stored: dict[str, Any] = {"element_bytes": r.machine.element_bytes, "cache_bytes": r.machine.weight_bytes}
+    g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
+    width, windowed = np.asarray(g.head_dim), np.asarray(g.window) > 0
+    if width.size and np.ptp(width) == 0 and windowed.all() == windowed.any():
+        which, distance, c = _nearest(r, float(width.flat[0]), bool(windowed.flat[0]))
+    else:
+        which, distance = r.kernels.which(width, windowed, r.narrow)
+        c = r.kernels.constants(r.common, which)
+    e = AttentionCalls(phase, latent, g, r.machine, r.fastest, distance, r.unfitted, r.makeshift).estimate(c)
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 
 
-# fmt: off
-def prefill(
-    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
-    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
-) -> Estimate:
+def prefill(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
     """Return the cost of causal attention of ``q_len`` new positions over ``kv_len`` in all, the new ones the last.
-    Options are ``window`` (0: none), ``density``, the share of the query-key blocks that is computed, and ``block``,
-    their edge (0: nothing is skipped): small blocks cost more than their share (uncalibrated: the interval is wider).
-    Multi-head latent attention: ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and
-    ``latent`` where the values are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192
-    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head."""
-    if np.any(longer := np.asarray(q_len) > np.asarray(kv_len)):
+    ``density`` is the share of the query-key blocks that is computed, and ``block`` their edge (0: nothing is skipped):
+    small blocks cost more than their share (uncalibrated: the interval is wider). Multi-head latent attention has
+    ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and ``latent`` where the values
+    are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192 and 128; its decode, whose
+    queries absorbed the weights, 576 and 512 of one latent KV head."""
+    if np.any(longer := calls.q_len > calls.kv_len):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
-    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
-    return _estimate("prefill", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, **options)
+    return _estimate("prefill", calls, hw, dtype, kv_dtype)
 
 
-def decode(
-    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
-    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
-) -> Estimate:
+def decode(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
     """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. As
-    :func:`prefill`, but ``density`` is the share of the cache that is read. With ``cold`` the cache comes from DRAM, as
-    in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
-    sizes = {"batch": batch, "q_len": 1, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
-    return _estimate("decode", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, warm=not cold, **options)
-# fmt: on
+    :func:`prefill`, but ``density`` is the share of the cache that is read. Without ``warm`` the cache comes from DRAM,
+    as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
+    return _estimate("decode", calls, hw, dtype, kv_dtype)
 
 
 # attention differs by 10 to 100 % between stacks, by 11 % in the median between two collections of one kernel (vLLM's
@@ -609,9 +613,10 @@ class Attention(Operator):
     def section(self, w: Rows) -> str:
         return list(self.constants)[int(w.value_dim[0] > 0)]
 
-    def _options(self, w: Rows, formats: Formats) -> dict[str, Any]:
-        options = {"value_dim": w.value_dim, "window": w.window, "density": w.density}
-        return options | {"dtype": formats.dtype, "kv_dtype": formats.second}
+    def _calls(self, w: Rows, **options: Any) -> Geometry:
+        sizes = (w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim)
+        options |= {"value_dim": w.value_dim, "window": w.window, "density": w.density}
+        return Geometry(*(size.astype(np.float64) for size in sizes), **options)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
         return hw.section(self.section(w), formats.dtype)["t0_s"]
@@ -632,8 +637,7 @@ class PrefillAttention(Attention):
     # fmt: on
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes = w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim
-        yield slice(None), prefill(*sizes, hw, block=w.block, **self._options(w, formats))
+        yield slice(None), prefill(self._calls(w, block=w.block), hw, formats.dtype, formats.second)
 
 
 class DecodeAttention(Attention):
@@ -661,5 +665,4 @@ class DecodeAttention(Attention):
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes = w.batch, w.kv_len, w.heads, w.kv_heads, w.head_dim
-        yield slice(None), decode(*sizes, hw, latent=w.latent, **self._options(w, formats))
+        yield slice(None), decode(self._calls(w, latent=w.latent), hw, formats.dtype, formats.second)

@@ -94,6 +94,9 @@ _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name i
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 
+_PER_CLASS = [[pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_s", "e_{}", "l2_{}")]
+"""Names of the constants that each class has."""
+
 APART = 8.0
 """Octaves between two classes, so that their errors are uncorrelated."""
 
@@ -115,10 +118,7 @@ class Moves(Calls):
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost; L2 holds a share of the bytes by a fixed power (the data do not distinguish 3 from 6)."""
-        floor, share, gain = (
-            np.array([c[pattern.format(name)] for name in CLASSES])[self.code]
-            for pattern in ("t0_{}_s", "e_{}", "l2_{}")
-        )
+        floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[:, self.code]
         ratio = self.bytes_ / (c["l2_share"] * self.l2_bytes)
         ratio = ratio * ratio
         hit = (1.0 - np.asarray(self.added, dtype=np.float64)) / (1.0 + ratio * ratio)

@@ -220,7 +220,8 @@ def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
 
 def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
     """Yield a kernel code, some of the flat rows that run it, and their precision."""
-    size, found, large = codes.size, np.unique(codes).tolist() or [_DENSE], _large(m, n, k)
+    size, large = codes.size, _large(m, n, k)
+    found = np.unique(codes).tolist() if codes.any() else [_DENSE]
     if len(found) == 1 and large is None:
         for start in range(0, max(size, 1), CHUNK):
             yield found[0], slice(start, start + CHUNK), PRECISION
@@ -439,18 +440,21 @@ def estimates(
     ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps."""
     codes, given = read_shapes(m, n, k, options)
     flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
+    return codes.shape, _estimates(codes, flat, hw, options, steps)
 
-    def parts() -> Iterator[tuple[Any, Estimate]]:
-        for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
-            kind = Kernel(code)
-            if kind == Kernel.SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
-                raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
-            # zeros without structure run as a dense product
-            kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
-            kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
-            yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
 
-    return codes.shape, parts()
+def _estimates(
+    codes: NDArray[np.int8], flat: Mapping[str, Array], hw: Device, options: Options, steps: bool = False
+) -> Iterator[tuple[Any, Estimate]]:
+    """Yield the cost of GEMMs in chunks: flat rows and their estimate."""
+    for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
+        kind = Kernel(code)
+        if kind == Kernel.SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
+            raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
+        # zeros without structure run as a dense product
+        kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
+        kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
+        yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
 
 
 def estimate(
@@ -464,9 +468,10 @@ def estimate(
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
     rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
-    halvings: Array | float = alignment_halvings(n, k, machine.element_bytes)
-    if not np.any(halvings) or not (kernel.align_step or kernel.align_load):
-        halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    halvings: Array | float = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    if kernel.align_step or kernel.align_load:
+        off = alignment_halvings(n, k, machine.element_bytes)
+        halvings = off if off.any() else 0.0
     step_scale: Array | float = 1.0 + kernel.align_step * halvings**0.5
     if kernel.group and "block" in given:
         features = np.where(given["block"] > 0, given["block"], np.inf)
@@ -606,10 +611,14 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
     """Return how often the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0.
     Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off."""
     kind = np.int32 if n.dtype == np.float32 else np.int64
-    low = n.astype(kind) | k.astype(kind)
-    whole = aligned_elements(element_bytes).bit_length() - 1
-    sizes = 2 ** np.arange(1 if element_bytes >= 2.0 else whole, whole + 1)
-    return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))
+    low, whole = n.astype(kind) | k.astype(kind), aligned_elements(element_bytes)
+    out = np.zeros(n.shape, dtype=n.dtype)
+    if (low & (whole - 1)).any():
+        size = whole
+        while size > 1:
+            out += (low & (size - 1)) != 0
+            size = size // 2 if element_bytes >= 2.0 else 1
+    return out
 
 
 def aligned_elements(element_bytes: float) -> int:
@@ -664,10 +673,17 @@ class Gemm(Operator):
         return np.where(sparse, (w.params - bias) * whole / values + bias * element, w.params * element)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, block=w.block)
-        return estimates(w.m, w.n, w.k, hw, replace(options, searched=formats.searched))[1]
+        return self._estimates(w, hw, formats)
 
     def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         """Padding to tiles, idle SMs and alignment."""
-        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, block=w.block)
-        return estimates(w.m, w.n, w.k, hw, options, steps=True)[1]
+        return self._estimates(w, hw, formats, steps=True)
+
+    def _estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
+        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched)
+        given = {name: getattr(w, name).astype(np.float64) for name in "mnk"}
+        if w.kernel.any():
+            given["n"] = _stored(given["n"], w.kernel, options)
+        if w.block.any():
+            given["block"] = w.block
+        return _estimates(w.kernel, given, hw, options, steps)

@@ -20,7 +20,7 @@ from simulator.errors import InputError
 from simulator.models.lower import cached_tokens
 from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
-from simulator.passes import ForwardPass, by_kind, section_of
+from simulator.passes import ForwardPass
 from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.result import COLUMNS, Labels, Results
@@ -234,13 +234,12 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
     entry of :data:`TITLES`, and their share of the time, of the two the larger."""
     (w, which), many = p.workloads.shapes, len(TITLES)
     part, places = np.full(len(w), many), {name: i for i, name in enumerate(TITLES)}
-    for operator, rows, formats in by_kind(w):
-        name, label = section_of(w, int(rows[0])), operator.label(formats.dtype, formats.second)
+    for operator, rows, formats in p.workloads.distinct:
+        name, label = operator.section(rows), operator.label(formats.dtype, formats.second)
         if name in TITLES and p.hw.section(name, label).status == "default":
-            part[rows] = places[name]
-    if (part == many).all():
-        none = np.zeros(len(p.workloads))
-        return none.astype(np.intp), none
+            part[rows.at] = places[name]
+    if part.min() == many:
+        return np.zeros(len(p.workloads), dtype=np.intp), np.zeros(len(p.workloads))
     spent = sums(p.workloads.owner * (many + 1) + part[which], p.row_s, (len(p.workloads), many + 1))[:, :many]
     share = spent * (p.device_share / np.maximum(p.device_s, 1e-300))[:, None]
     both = np.maximum(share, share[dense])

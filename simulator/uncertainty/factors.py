@@ -142,18 +142,12 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     """Return the errors of an estimate's n times; ``scales`` are those of :func:`error_scales`. Loadings "launch",
     "compute" and "memory" also count for the machine's error factors."""
     scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
-    sizes = ERROR_SIZES[e.operator]
-    names = [f"machine {name}" for name in e.loadings if f"machine {name}" in ERROR_FACTORS]
-    loadings = [e.loadings[name.removeprefix("machine ")] for name in names]
-    factors = [scales.machine] * len(names) + [scales.kernels] * len(e.loadings)
-    names += [f"{e.operator} {name}" for name in e.loadings]
-    loadings += e.loadings.values()
+    sizes, (names, loading, sds) = ERROR_SIZES[e.operator], _factors(e.operator, tuple(e.loadings), scales)
     systematic = np.empty((len(names), *shape), dtype=dtype)
-    for i, loading in enumerate(loadings):
-        systematic[i] = loading
+    for i, name in enumerate(loading):
+        systematic[i] = e.loadings[name]
     systematic = systematic.reshape(len(names), -1)
-    sds = [factor * ERROR_FACTORS[name] for factor, name in zip(factors, names, strict=True)]
-    systematic *= np.array(sds, dtype=dtype)[:, None]
+    systematic *= sds.astype(dtype)[:, None]
     shares = {**e.loadings, **e.noise}
     independent: Any = sizes.independent**2
     for name, sd in sizes.by_share.items():
@@ -171,7 +165,16 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     if e.measured is not None:  # in a pass its surroundings still count, as a correlated error
         at = e.measured.rows.ravel()
         systematic[:, at], independent[at] = 0.0, (e.measured.log_half / COVERAGE_FACTOR) ** 2
-    return Uncertainty(tuple(names), systematic, correlated, independent, e.coordinates, e.kind)
+    return Uncertainty(names, systematic, correlated, independent, e.coordinates, e.kind)
+
+
+@lru_cache(maxsize=512)
+def _factors(operator: str, loadings: tuple[str, ...], scales: Scales) -> tuple[tuple[str, ...], list[str], Array]:
+    """Return the error factors of an operator with some loadings, the loading and the standard deviation of each."""
+    machine = [name for name in loadings if f"machine {name}" in ERROR_FACTORS]
+    names = (*(f"machine {name}" for name in machine), *(f"{operator} {name}" for name in loadings))
+    factors = [scales.machine] * len(machine) + [scales.kernels] * len(loadings)
+    return names, [*machine, *loadings], np.array([f * ERROR_FACTORS[name] for f, name in zip(factors, names)])
 
 
 def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -110,20 +110,20 @@ def prediction_intervals(
     measured: tuple[int, float] | None = None,
 ) -> PredictionIntervals:
     """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same`` (W, G) is that of
-    ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches another mix than in the other
+    ``PassUncertainty.variances``; ``mixed`` (W,) is true where the host launches another mix than in the other
     pass; ``measured`` is the index of a pass and its measured time, s."""
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
     scale = coverage_factor * level_scale(level)
     speeds, inferred = scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T, None
-    variance = uncertainty.variance()
+    variance, of_ratio = uncertainty.variances(other, same)
     if measured is not None:
         given, inferred = _hosts_given(p, variance[measured[0]], *measured, scale)
         speeds = given if inferred.consistent else speeds
     hosts = _Hosts.at(p, *speeds)
     a, b = hosts.share, hosts.share[:, other]
     # covariance with the other pass
-    together = 0.5 * (variance + variance[other] - uncertainty.ratio_variance(other, same))
+    together = 0.5 * (variance + variance[other] - of_ratio)
     own = a * a * variance + alike + apart
     between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
     between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
@@ -156,7 +156,7 @@ def _conditioned(
     """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of each with the
     log of that time, in units of the standard deviation of that log."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
-    ratio = p.uncertainty.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
+    _, ratio = p.uncertainty.variances(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
     covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + alike + apart * (every == at)
     whole = share**2 * variance[at] + alike + apart + MEASURED_LOG_SD**2

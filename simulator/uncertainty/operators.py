@@ -64,28 +64,46 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 
 
 def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
-    """Return times with prediction intervals from an estimate, and the errors of the times. The profile's local update
-    moves the times. No end of an interval is below the floor of physics."""
-    half_scale = level_scale(level)
-    uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
-    time, shape = e.time, np.shape(e.time)
+    """Return times with prediction intervals from an estimate, and the errors of the times. No end of an interval is
+    below the floor of physics."""
+    half_scale, posterior = level_scale(level), posterior_of(hw)
+    time, uncertainty, variance = _updated(e, hw)
     if posterior is None:
         variance, half = uncertainty.variance, COVERAGE_FACTOR * half_scale
     else:
-        shift, variance = posterior.at(uncertainty)
-        time, half = time * np.exp(shift).reshape(shape), posterior.coverage_factors[uncertainty.kind] * half_scale
-    width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(shape)
-    time = np.maximum(time, e.floor)
-    ends: list[FloatArray] = [time, np.maximum(time / width, e.floor), time * width, e.roofline]
-    if e.unit_s != 1.0:
-        ends = [e.unit_s * values.astype(np.float64) for values in ends]
-    middle, lower, upper, roofline_s = ends
+        half = posterior.coverage_factors[uncertainty.kind] * half_scale
+    width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
+    ends = (time, np.maximum(time / width, e.floor), time * width, e.roofline)
+    middle, lower, upper, roofline_s = (_in_seconds(e, values) for values in ends)
     times = OperatorTimes(middle, lower, upper, roofline_s, e.bottleneck, details=e.details)
     if e.measured is not None and e.measured.rows.any():
         at, known = e.measured.rows, e.measured.seconds
         width = np.exp(e.measured.log_half * half_scale)
         times.seconds[at], times.lower[at], times.upper[at] = known, known / width, known * width
     return times, uncertainty
+
+
+def most_likely(e: Estimate, hw: HardwareProfile) -> tuple[FloatArray, Uncertainty]:
+    """Return the times of :func:`predicted` without intervals, s, and their errors."""
+    time, uncertainty, _ = _updated(e, hw)
+    seconds = _in_seconds(e, time)
+    if e.measured is not None:
+        seconds[e.measured.rows] = e.measured.seconds
+    return seconds, uncertainty
+
+
+def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]:
+    """Return times in the unit of an estimate, which the profile's local update moves and which are at least the floor;
+    their errors; and the variance of the errors, None without a local update."""
+    uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
+    if posterior is None:
+        return np.maximum(e.time, e.floor), uncertainty, None
+    shift, variance = posterior.at(uncertainty)
+    return np.maximum(e.time * np.exp(shift).reshape(np.shape(e.time)), e.floor), uncertainty, variance
+
+
+def _in_seconds(e: Estimate, values: Array) -> FloatArray:
+    return values if e.unit_s == 1.0 else e.unit_s * values.astype(np.float64)
 
 
 def empty_times(size: int) -> dict[str, Any]:

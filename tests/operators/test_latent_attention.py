@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_times import decode_time, errors_of, prefill_time
+from operator_times import decode, decode_time, errors_of, prefill_time
 
 from simulator.hardware.library import load_hardware
-from simulator.operators import attention
 from simulator.operators.attention import Geometry, decode_work, prefill_work
 
 pytestmark = pytest.mark.quick
@@ -75,5 +74,5 @@ def test_sections_of_their_own_and_wide_where_nothing_was_fitted() -> None:
     hopper = (load_hardware("h200").serving((stack, "sglang")) for stack in ("sglang", "vllm"))
     wide, other = (decode_time(8, 8192, 128, hw=hw, kv_dtype="fp8", **DECODE) for hw in hopper)
     assert wide.upper / wide.seconds > 4.0 > other.upper / other.seconds  # SGLang converts fp8 caches there
-    generic = errors_of(attention.decode, 8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
+    generic = errors_of(decode, 8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
     assert "mla_decode generic" in generic.factors
