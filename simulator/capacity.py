@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, SHARE, instance, number
-from simulator.arrays import FloatArray
+from simulator.arrays import BoolArray, FloatArray
 from simulator.codes import DTYPE_BYTES, ROLES, Kind, Part, Phase
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
@@ -121,7 +120,7 @@ def memory_share(w: Workload) -> float:
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the bytes of the parameters of each workload."""
     w = workloads.rows
-    each = w.each(lambda operator, rows: operator.parameter_bytes(rows))
+    each = workloads.each(lambda operator, rows: operator.parameter_bytes(rows))
     stored = np.where(w.params > 0, each * w.count, 0.0)
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
@@ -166,7 +165,7 @@ def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
 
 
 def _longest(
-    workloads: WorkloadBatch, rows: NDArray[np.bool_], sequences: Any, prompt: Any = None, shared: Any = None
+    workloads: WorkloadBatch, rows: BoolArray, sequences: Any, prompt: Any = None, shared: Any = None
 ) -> FloatArray:
     """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache, without
     ``shared`` positions (W,) of layers that keep all of the ``prompt`` (W,)."""
@@ -195,13 +194,17 @@ def _longest(
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the peak bytes of activations in one forward pass of each workload, at the widest rows."""
-    return np.maximum(*(activation_bytes_of(workloads, phase) for phase in Phase))
+    return np.asarray(np.maximum.reduce([*activation_bytes_by_phase(workloads).values()]))
 
 
-def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
-    """Return the peak bytes of activations in one pass of a phase of each workload; 0 without such a pass."""
+def activation_bytes_by_phase(workloads: WorkloadBatch) -> dict[Phase, FloatArray]:
+    """Return the peak bytes of activations in one pass of each phase that some workload has; 0 without such a pass."""
+    masks = {phase: workloads.rows.phase == phase for phase in Phase}
+    return {phase: _activation_bytes(workloads, here) for phase, here in masks.items() if here.any()}
+
+
+def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
     w, size = workloads.rows, len(workloads)
-    here = w.phase == phase
     gemm = (w.kind == Kind.GEMM) & here
     element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
@@ -221,7 +224,7 @@ def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    inside = np.where(here, w.each(lambda operator, rows: operator.inner_elements(rows)), 0.0)
+    inside = np.where(here, workloads.each(lambda operator, rows: operator.inner_elements(rows)), 0.0)
     widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, workloads.largest(inside))), outer[:, _HEAD])
     return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 

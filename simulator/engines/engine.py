@@ -307,10 +307,7 @@ def load_engine(name_or_path: str) -> Engine:
         except (OSError, ValueError):
             stamp = (-1, -1)
         return _load(name, stamp, wanted)
-    names = _names()
-    if _plain(name) not in names:
-        raise unknown("engine", name, list_engines())
-    return _load(names[_plain(name)], (0, 0), wanted)
+    return _load(_shipped(name), (0, 0), wanted)
 
 
 def check_engine(path: str) -> list[str]:
@@ -346,6 +343,14 @@ def _names() -> Mapping[str, str]:
         path = str(_FOLDER / f"{name}.yaml")
         found |= {_plain(alias): path for alias in (name, *aliases_of(Path(path)))}
     return MappingProxyType(found)
+
+
+@lru_cache(maxsize=64)
+def _shipped(name: str) -> str:
+    """Return the file of a shipped engine."""
+    if _plain(name) not in _names():
+        raise unknown("engine", name, list_engines())
+    return _names()[_plain(name)]
 
 
 @lru_cache(maxsize=64)

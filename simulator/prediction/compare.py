@@ -96,9 +96,11 @@ def results_of(
     at = np.concatenate([at for _, at, _ in found])
     order = np.lexsort((device, batch.pruning[at], batch.dense[at]))
     device, at = device[order], at[order]
-    columns: dict[str, Array | Labels] = {
-        name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in found[0][2]
-    }
+    columns: dict[str, Array | Labels] = dict(found[0][2])
+    if len(found) > 1:
+        columns = {name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns}
+    elif (order != np.arange(len(order))).any():
+        columns = {name: column[order] for name, column in columns.items()}
     columns |= _identity(batch, prunings, hardware, device, at, scenario.ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
     columns["uncalibrated"] = _names(columns["uncalibrated"])
@@ -209,14 +211,11 @@ def _identity(
 
 def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
     """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
-    out, dense = [""] * len(prunings), dict[int, dict[str, float]]()
+    out, each = [""] * len(prunings), sizes(batch)
     for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
         first = int(np.argmax(batch.pruning == i))
-        of = int(batch.dense[first])
-        if of not in dense:
-            dense[of] = sizes(batch.rows.take(batch.rows_of(of)))
         steps = () if prunings[i].model else prunings[i].steps
-        out[i] = removed_parts(steps, dense[of], batch.rows.take(batch.rows_of(first)))
+        out[i] = removed_parts(steps, each[int(batch.dense[first])], each[first])
     return tuple(out)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
-from simulator.capacity import RESERVE_BYTES, activation_bytes_of, cache_parts, memory_share, weights_bytes
+from simulator.capacity import RESERVE_BYTES, activation_bytes_by_phase, cache_parts, memory_share, weights_bytes
 from simulator.codes import Phase
 from simulator.engines.engine import load_engine
 from simulator.passes import ForwardPass
@@ -27,8 +27,8 @@ def memory_columns(
     """Return the memory columns of some workloads, each on a device (an index), and of their dense workloads."""
     meta, (each, prompts) = batch.rows.meta, cache_parts(batch)
     fixed = weights_bytes(batch) + prompts + RESERVE_BYTES
-    activations = {phase: activation_bytes_of(batch, phase) for phase in Phase}
-    needed = fixed + each * batch.sequences + np.maximum(*activations.values())
+    activations = activation_bytes_by_phase(batch)
+    needed = fixed + each * batch.sequences + np.maximum.reduce([*activations.values()])
     # sequences up to which the activations of a pass grow
     growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
     engine = load_engine(meta.engine)

@@ -172,6 +172,8 @@ def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
     farthest on that side. On planted hosts and kernels that take equally long, the typical host alone covers 81 %, this
     rule 86 %."""
     square, every, ends = np.maximum(square, 0.0), np.arange(log.shape[1]), []
+    if len(log) == 1:
+        return log[0] - np.sqrt(square[0]), log[0] + np.sqrt(square[0])
     for side in (-1.0, 1.0):
         change = side * (log - log[0])
         whole = 0.5 * (square[0] + square[change.argmax(axis=0), every])
