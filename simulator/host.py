@@ -134,8 +134,8 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     """Return the kernels of each workload and group: those of an operator per execution; if the engine computes routed
     experts one by one, those of an expert per expert that some token uses, or per expert."""
     groups, w = workloads.groups, workloads.rows
-    times, routed = groups.count, w.kind == Kind.EXPERTS
-    if engine.experts != "grouped" and routed.any():
+    times = groups.count
+    if engine.experts != "grouped" and (routed := w.kind == Kind.EXPERTS).any():
         looped = np.ones(len(w))
         touched = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
         looped[routed] = touched if engine.experts == "touched" else w.experts[routed]

@@ -248,7 +248,8 @@ class Workload(Table):
     @property
     def repeats(self) -> Array:
         """Executions of each row per layer, at least 1; they share the parameters of the row."""
-        return np.where(self.layers > 0, np.maximum(self.count / np.maximum(self.layers, 1), 1.0), 1.0)
+        each = np.divide(self.count, self.layers, out=np.ones(len(self)), where=self.layers > 0)
+        return np.maximum(each, 1.0)
 
     @property
     def parameters(self) -> float:

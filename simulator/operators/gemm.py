@@ -393,6 +393,7 @@ def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[s
 TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
 """Tiles of which stacks may choose any: how full the last wave is depends on the choice."""
 
+_IDLE = [f"idle {tile_m}x{tile_n}" for tile_m, tile_n in TILES]
 _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory", "l2", "latency", "launch"))
 
 
@@ -549,10 +550,10 @@ def _loadings(
             loadings["serial"] = compute * serial
             latency = latency * (1.0 - serial)
         loadings["latency"] = latency
-        for tile_m, tile_n in TILES:
-            waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) * (1.0 / model.machine.sm_count)
-            loadings[f"idle {tile_m}x{tile_n}"] = compute * _idle(waves)
-        idle = compute * _idle(a.tiles * (1.0 / model.machine.sm_count))
+        # of each of TILES, and of the chosen tile
+        many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
+        *idles, idle = compute * _idle(np.stack([*many, a.tiles]) * (1.0 / model.machine.sm_count))
+        loadings |= zip(_IDLE, idles)
     if np.ndim(step_scale):
         loadings["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor: the smaller, the less certain
     return loadings, idle

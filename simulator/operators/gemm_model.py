@@ -204,7 +204,7 @@ def _packed_time(
 
 def cube(x: Array) -> Array:
     """Return x^3; ``x**3`` would be a general power."""
-    return np.asarray(x * x * x)
+    return x * x * x
 
 
 def cube_root(x: Array) -> Array:

@@ -248,6 +248,8 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
 
 def _names(codes: Array | Labels) -> Labels:
     """Return sets of :data:`TITLES`, one bit each, as texts joined by "+"."""
+    if not np.any(codes):
+        return Labels(np.zeros(len(codes), dtype=np.int32), ("",))
     found, place = np.unique(np.asarray(codes), return_inverse=True)
     texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found.tolist())
     return Labels(place.reshape(-1).astype(np.int32), tuple(texts))

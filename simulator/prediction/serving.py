@@ -35,20 +35,20 @@ def memory_columns(
     capacity = memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
     limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
     most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
+    which, both = np.concatenate([batch.dense[at], at]), np.tile(capacity, 2)
+    left, cache = np.maximum(both - fixed[which], 0.0), np.maximum(each[which], 1.0)
+    largest = np.full(len(which), np.inf)
+    for phase, activation in activations.items():
+        full = growing[phase][which]
+        own = activation[which] / np.minimum(batch.sequences[which], full)
+        beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
+        within = np.minimum(left / (cache + own), full)
+        largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
+    largest = np.minimum(np.maximum(np.floor(largest + 1e-9), 0.0), np.tile(most, 2)).astype(np.int64)
+    found = {"memory_bytes": needed[which], "fits": needed[which] <= both, "largest_batch": largest}
     columns: dict[str, Array] = {"capacity_bytes": capacity}
-    for name, which in (("dense", batch.dense[at]), ("pruned", at)):
-        columns[f"{name}_memory_bytes"] = needed[which]
-        columns[f"{name}_fits"] = needed[which] <= capacity
-        left, cache = np.maximum(capacity - fixed[which], 0.0), np.maximum(each[which], 1.0)
-        largest = np.full(len(at), np.inf)
-        for phase, activation in activations.items():
-            full = growing[phase][which]
-            own = activation[which] / np.minimum(batch.sequences[which], full)
-            beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
-            within = np.minimum(left / (cache + own), full)
-            largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-        largest = np.maximum(np.floor(largest + 1e-9), 0.0)
-        columns[f"{name}_largest_batch"] = np.minimum(largest, most).astype(np.int64)
+    for name, column in found.items():
+        columns[f"dense_{name}"], columns[f"pruned_{name}"] = np.split(column, 2)
     return columns
 
 

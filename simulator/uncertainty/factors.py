@@ -148,10 +148,9 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
         systematic[i] = e.loadings[name]
     systematic = systematic.reshape(len(names), -1)
     systematic *= sds.astype(dtype)[:, None]
-    shares = {**e.loadings, **e.noise}
     independent: Any = sizes.independent**2
     for name, sd in sizes.by_share.items():
-        independent = independent + (sd * shares[name]) ** 2
+        independent = independent + (sd * (e.noise if name in e.noise else e.loadings)[name]) ** 2
     if e.outside is not None:
         independent = independent + (OUTSIDE_PER_OCTAVE * e.outside) ** 2
     correlated: Any = sizes.correlated

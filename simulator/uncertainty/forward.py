@@ -34,6 +34,7 @@ from simulator.uncertainty.posterior import Posterior, posterior_of
 from simulator.workload import Workload, WorkloadBatch
 
 _CHUNK = 64  # few enough for the second-level cache
+_FEW = 8  # below, one product of all groups takes less time than one product per kind
 
 Errors = list[tuple[Any, Uncertainty]]
 """Rows of a workload, and the errors of their times."""
@@ -182,6 +183,9 @@ class PassUncertainty:
 
     def _correlated(self, a: Any, b: Any) -> Array:
         """(n,) covariance of the correlated errors of passes ``a`` with passes ``b``, n indices each."""
+        if len(a) < _FEW:
+            near = correlation(self.coordinates[a], self.coordinates[b]) * (self.kind[:, None] == self.kind)
+            return np.asarray(((self.correlated[a][:, None] @ near)[:, 0] * self.correlated[b]).sum(axis=1))
         out = np.zeros(len(a))
         for kind in sorted(set(self.kind.tolist())):
             at = np.flatnonzero(self.kind == kind)
