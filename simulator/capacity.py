@@ -19,7 +19,7 @@ import numpy as np
 
 from simulator.arguments import AMOUNT, SHARE, instance, number
 from simulator.arrays import BoolArray, FloatArray
-from simulator.codes import DTYPE_BYTES, ROLES, Kind, Part, Phase
+from simulator.codes import DTYPE_BYTES, GEMM, ROLES, Part, Phase
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
@@ -169,7 +169,7 @@ def _longest(
 ) -> FloatArray:
     """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache, without
     ``shared`` positions (W,) of layers that keep all of the ``prompt`` (W,)."""
-    w, at = workloads.rows, np.flatnonzero(rows)
+    w, at = workloads.rows, rows.nonzero()[0]
     if not len(at):
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
@@ -179,7 +179,7 @@ def _longest(
     batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
     each = np.zeros(len(at))
     for code in np.unique(w.kind[at]).tolist():
-        own = np.flatnonzero(w.kind[at] == code)
+        own = (w.kind[at] == code).nonzero()[0]
         each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
@@ -199,13 +199,13 @@ def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 def activation_bytes_by_phase(workloads: WorkloadBatch) -> dict[Phase, FloatArray]:
     """Return the peak bytes of activations in one pass of each phase that some workload has; 0 without such a pass."""
-    masks = {phase: workloads.rows.phase == phase for phase in Phase}
-    return {phase: _activation_bytes(workloads, here) for phase, here in masks.items() if here.any()}
+    masks = {phase: workloads.rows.phase == int(phase) for phase in Phase}
+    return {phase: _activation_bytes(workloads, here) for phase, here in masks.items() if np.count_nonzero(here)}
 
 
 def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
     w, size = workloads.rows, len(workloads)
-    gemm = (w.kind == Kind.GEMM) & here
+    gemm = (w.kind == GEMM) & here
     element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
 
@@ -217,7 +217,7 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
 
     def largest(role: str, column: Any) -> Any:
         mine = w.is_role(role) & here
-        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if mine.any() else 0.0
+        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if np.count_nonzero(mine) else 0.0
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
     # the embedding has all tokens; layers may compute fewer

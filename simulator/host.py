@@ -12,13 +12,14 @@ measured time of a whole pass determines their sum, not how it divides between t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import FloatArray
-from simulator.codes import ROLES, Kind, Phase
+from simulator.codes import EXPERTS, ROLES, Phase
 from simulator.engines.engine import Engine
 from simulator.operators.experts import experts_touched
 from simulator.workload import WorkloadBatch, sums
@@ -60,7 +61,7 @@ class Host:
             return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
         waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
         launch = launched * (waits[groups.segment // 3] * launch_s)
-        begins = np.flatnonzero(rows.is_role("embedding"))
+        begins = rows.is_role("embedding").nonzero()[0]
         owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
         steps = sums(owner * len(Phase) + phase, count, none.shape)
         sequences = sums(owner * len(Phase) + phase, count * rows.m[begins], none.shape)
@@ -80,12 +81,13 @@ class Host:
         )
 
     def __bool__(self) -> bool:
-        return bool(self.launch.any() or self.each_pass.any() or self.each_sequence.any())
+        return self.unknowns > 0
 
-    @property
+    @cached_property
     def unknowns(self) -> int:
         """Number of independent speeds of the host: 0 without host time, 1 if only one kind of time is spent."""
-        passes, work = self.each_pass.any(), self.launch.any() or self.each_sequence.any()
+        passes, launched, work = map(np.count_nonzero, (self.each_pass, self.launch, self.each_sequence))
+        work += launched
         return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
 
     def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
@@ -118,7 +120,7 @@ class Host:
         busy = (device @ in_segment).reshape(-1, 2, 3)
         spent, scheduled = busy.sum(axis=-1), self.each_pass * np.exp(self.pass_log_sd * passes)
         seconds, follows = spent + scheduled, spent + 0.0 * scheduled
-        if self.launch.any():
+        if np.count_nonzero(self.launch):
             launch = (self.launch @ in_segment).reshape(-1, 2, 3)
             launched = launch * np.exp(self.launch_log_sd * work)[..., None]
             eager = launch.any(axis=(0, 2))  # phases that no graph launches
@@ -135,7 +137,7 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     experts one by one, those of an expert per expert that some token uses, or per expert."""
     groups, w = workloads.groups, workloads.rows
     times = groups.count
-    if engine.experts != "grouped" and (routed := w.kind == Kind.EXPERTS).any():
+    if engine.experts != "grouped" and (routed := w.kind == EXPERTS).any():
         looped = np.ones(len(w))
         touched = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
         looped[routed] = touched if engine.experts == "touched" else w.experts[routed]

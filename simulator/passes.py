@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from simulator.arguments import COUNT, array
 from simulator.arrays import BoolArray, FloatArray, IndexArray
-from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind
+from simulator.codes import COLLECTIVE, DTYPE_BYTES, DTYPES, ELEMENTWISE, GEMM, ROLES, Kernel
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.hardware.profile import HardwareProfile
 from simulator.host import Host
@@ -25,6 +25,7 @@ from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, R
 from simulator.workload import Workload, WorkloadBatch, sums
 
 _HOST, _LAUNCH, _COMPUTE = map(bottleneck, ("host", "launch", "compute"))
+_SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
 
 
@@ -45,7 +46,7 @@ def estimates(
     engine = load_engine(w.meta.engine)
     for operator, rows, formats in operators:
         for name in operator.sizes:
-            if getattr(rows, name).min() < 1:
+            if np.count_nonzero(getattr(rows, name) < 1):
                 array(name, getattr(rows, name), COUNT)  # raises
         sparse24 = engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
         searched = sparse24 is None or sparse24.searched
@@ -62,7 +63,7 @@ def engine_factors(
     loaded, one_token = hw.section("runtime", "*")["sustained"], engine.one_token.value
     if loaded == one_token == 1.0:
         return out
-    rows = w.kind == Kind.GEMM
+    rows = w.kind == GEMM
     before = seconds[rows]
     after = before * np.where(codes[rows] == _COMPUTE, loaded, 1.0)
     after *= np.where(w.m[rows] == 1, one_token, 1.0)
@@ -134,8 +135,8 @@ class ForwardPass:
         # of a format that the device does not compute in, only the bytes count
         compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
-        between = w.kind == Kind.COLLECTIVE
-        if hw.link is None or not between.any():
+        between = w.kind == COLLECTIVE
+        if hw.link is None or not np.count_nonzero(between):
             return out
         return np.where(between, w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s, out)
 
@@ -165,7 +166,7 @@ def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     elementwise kernel streams all the data."""
     groups = workloads.groups
     kernels = engine.kernels[groups.role]
-    every = (groups.kind == Kind.ELEMENTWISE) & (groups.role != _CACHE_WRITE)
+    every = (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE)
     return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
 
 
@@ -176,15 +177,15 @@ def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
         return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
-    beside = np.where(groups.kind == Kind.ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
+    beside = np.where(groups.kind == ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
 
 def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
     """Return why an engine has no kernels for some of its workloads, on an architecture or ("") on any; else ""."""
     w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
-    gemm = (w.kind == Kind.GEMM) & bool(w.meta.engine)
-    sparse24 = gemm & (w.kernel == Kernel.SPARSE24)
+    gemm = (w.kind == GEMM) & bool(w.meta.engine)
+    sparse24 = gemm & (w.kernel == _SPARSE24)
     for codes in sorted(set(zip(w.dtype[sparse24].tolist(), w.weight_dtype[sparse24].tolist(), strict=True))):
         dtype, weight = (DTYPES[code] for code in codes)
         if engine.sparse24_kernels(dtype, weight, architecture) is None:

@@ -200,10 +200,10 @@ class Workload(Table):
         """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
         codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(DTYPES) + self.weight_dtype
         codes = codes * 2 + (self.value_dim > 0)
-        for code in np.flatnonzero(np.bincount(codes)).tolist():
+        for code in np.bincount(codes).nonzero()[0].tolist():
             kind, formats = divmod(code // 2, len(DTYPES) ** 2)
             dtype, second = divmod(formats, len(DTYPES))
-            rows = Rows(self, np.flatnonzero(codes == code))
+            rows = Rows(self, (codes == code).nonzero()[0])
             yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
 
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
@@ -333,18 +333,13 @@ class WorkloadBatch:
             raise ValueError(f"lengths: expected {expected}")
 
     @classmethod
-    def of(cls, workloads: Sequence[Workload]) -> WorkloadBatch:
-        """Return a batch of workloads, all as dense ones."""
-        many = len(workloads)
-        return cls(
-            rows=Workload.concat(workloads),
-            lengths=np.array([len(w) for w in workloads], dtype=np.intp),
-            sequences=np.array([w.meta.batch for w in workloads], dtype=np.intp),
-            dense=np.arange(many),
-            pruning=np.full(many, -1),
-            sparsity=np.zeros(many),
-            realised=np.zeros(many),
-        )
+    def of(cls, workloads: Sequence[Workload], **columns: Any) -> WorkloadBatch:
+        """Return a batch of workloads, all as dense ones unless ``columns`` state otherwise."""
+        every = np.arange(len(workloads))
+        columns = {"dense": every, "pruning": 0 * every - 1, "sparsity": 0.0 * every, "realised": 0.0 * every} | columns
+        lengths = np.array([len(w) for w in workloads], dtype=np.intp)
+        sequences = np.array([w.meta.batch for w in workloads], dtype=np.intp)
+        return cls(Workload.concat(workloads), lengths, sequences, **columns)
 
     @classmethod
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:

@@ -299,15 +299,15 @@ def load_engine(name_or_path: str) -> Engine:
     name_or_path = os.fspath(name_or_path)
     if not name_or_path:
         return _KERNELS
-    name, wanted = split(name_or_path)
-    if _PATH.search(name):
+    path, wanted, shipped = _place(name_or_path)
+    stamp = (0, 0)
+    if not shipped:
         try:
-            status = os.stat(name)
+            status = os.stat(path)
             stamp = (status.st_mtime_ns, status.st_size)
         except (OSError, ValueError):
             stamp = (-1, -1)
-        return _load(name, stamp, wanted)
-    return _load(_shipped(name), (0, 0), wanted)
+    return _load(path, stamp, wanted)
 
 
 def check_engine(path: str) -> list[str]:
@@ -346,11 +346,14 @@ def _names() -> Mapping[str, str]:
 
 
 @lru_cache(maxsize=64)
-def _shipped(name: str) -> str:
-    """Return the file of a shipped engine."""
+def _place(name_or_path: str) -> tuple[str, str, bool]:
+    """Return the file of an engine, the wanted generation, and whether the engine is shipped."""
+    name, wanted = split(name_or_path)
+    if _PATH.search(name):
+        return name, wanted, False
     if _plain(name) not in _names():
         raise unknown("engine", name, list_engines())
-    return _names()[_plain(name)]
+    return _names()[_plain(name)], wanted, True
 
 
 @lru_cache(maxsize=64)

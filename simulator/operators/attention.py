@@ -230,9 +230,10 @@ class Geometry(Sizes):
     def is_latent(self) -> bool:
         """Whether all calls are multi-head latent attention; InputError for a mixture."""
         known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(self.latent, dtype=bool)
-        if known.any() and not known.all():
+        many = np.count_nonzero(known)
+        if many not in (0, np.size(known)):
             raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
-        return bool(known.any())
+        return bool(many)
 
     @property
     def sides(self) -> Any:
@@ -273,7 +274,7 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
     """Query tiles of a head, key blocks over all of them, and key blocks of the longest."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
-    if not np.any(window):
+    if not np.count_nonzero(window):
         return tiles, blocks, last
     first = np.floor((kv - q - window + 1.0) / TILE)  # seen first by the first tile; below 0 in a window not yet full
     whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
@@ -300,7 +301,7 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     queries, keys = sides * a.element_bytes * a.heads * a.q_len, a.stored * a.cache_bytes * a.kv_heads * seen
     flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: FloatArray | float = 1.0
-    if np.any(density < 1.0):
+    if np.count_nonzero(density < 1.0):
         # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
         edge = np.asarray(a.block, dtype=np.float64)
         dearer = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
@@ -373,14 +374,15 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
     unit = work.calls.batch * c["sequence_s"] + waves * (c["unit_s"] + keys * work.key_bytes / c["unit_bytes_per_s"])
     cache = work.cache_bytes
-    if np.any(work.calls.warm):
+    if np.count_nonzero(work.calls.warm):
         cache = np.where(work.calls.warm, cache * from_l2(cache, device, c), cache)
     cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
     fixed = c["t0_s"] + merge
     parts: dict[str, FloatArray | float] = {"memory": memory, "latency": unit}
-    if np.any(tile := c["tile_rows"]):  # tensor cores compute whole tiles, however few query heads share a KV head
+    tile = c["tile_rows"]
+    if np.count_nonzero(tile):  # tensor cores compute whole tiles, however few query heads share a KV head
         rows = tile * np.ceil(work.group / np.maximum(tile, 1.0) - 1e-4)
         parts["compute"] = work.flops * (rows / work.group) / (c["e_tc"] * device.peak_flop_per_s)
     work_s = np.sqrt(sum(part * part for part in parts.values()))
@@ -479,9 +481,9 @@ class AttentionCalls(Calls):
         shape = parts.total_s.shape
         compute_s, bytes_s = work.flops / self.fastest, work.moved_bytes / self.machine.bandwidth_bytes_per_s
         loadings: dict[str, Any] = {**parts.loadings, **dict.fromkeys(self.unfitted, 1.0)}
-        if np.any(np.asarray(self.distance) > 0.0):
+        if np.count_nonzero(self.distance):
             loadings["kernel"] = np.broadcast_to(self.distance, shape)
-        if np.any(np.asarray(g.density) < 1.0):
+        if np.count_nonzero(np.asarray(g.density) < 1.0):
             loadings["sparse"] = np.broadcast_to(np.asarray(g.density) < 1.0, shape)
         sizes, warm = (length, g.batch * g.kv_heads, g.heads / g.kv_heads), np.asarray(g.warm, dtype=np.bool_)
         return Estimate(
@@ -492,7 +494,7 @@ class AttentionCalls(Calls):
             roofline=np.maximum(compute_s, bytes_s),
             bottleneck=largest_part(parts.by_bottleneck, shape),
             loadings=loadings,
-            coordinates=np.stack([np.log2(size).ravel() for size in sizes], axis=1),
+            coordinates=np.array([np.log2(size).ravel() for size in sizes]).T,
             position=position,
             unlike=1.0 - parts.loadings["launch"] if self.makeshift else None,
         )
@@ -551,7 +553,7 @@ def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | N
     stored: dict[str, Any] = {"element_bytes": r.machine.element_bytes, "cache_bytes": r.machine.weight_bytes}
     g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
     width, windowed = np.asarray(g.head_dim), np.asarray(g.window) > 0
-    if width.size and np.ptp(width) == 0 and windowed.all() == windowed.any():
+    if width.size and width.min() == width.max() and np.count_nonzero(windowed) in (0, windowed.size):
         which, distance, c = _nearest(r, float(width.flat[0]), bool(windowed.flat[0]))
     else:
         which, distance = r.kernels.which(width, windowed, r.narrow)
@@ -567,7 +569,7 @@ def prefill(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | No
     ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and ``latent`` where the values
     are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192 and 128; its decode, whose
     queries absorbed the weights, 576 and 512 of one latent KV head."""
-    if np.any(longer := calls.q_len > calls.kv_len):
+    if np.count_nonzero(longer := calls.q_len > calls.kv_len):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
     return _estimate("prefill", calls, hw, dtype, kv_dtype)
 

@@ -257,7 +257,7 @@ class Estimate:
     def with_residual(self, log_factor: Any, section: FittedValues) -> Estimate:
         """Return the estimate with the residual of a profile's section: None where the section has none."""
         time = self.time if log_factor is None else self.time * np.exp(log_factor)
-        return replace(self, time=time, section=section)
+        return Estimate(**{**vars(self), "time": time, "section": section})
 
 
 S = TypeVar("S", bound="Sizes")
@@ -374,8 +374,7 @@ class Rows:
         self.table, self.at = table, at
 
     def __getattr__(self, name: str) -> Any:
-        values = getattr(self.table, name)[self.at]
-        setattr(self, name, values)
+        values = self.__dict__[name] = getattr(self.table, name)[self.at]
         return values
 
 

@@ -125,7 +125,7 @@ class Moves(Calls):
         memory = self.bytes_ / (share * self.bandwidth) * (1.0 - hit + hit / gain)
         moved = memory * memory / (floor * floor + memory * memory)
         loadings = {"launch": 1.0 - moved, "memory": moved, "l2": moved * hit, "default": float(not self.fitted)}
-        if np.any(self.added):
+        if np.count_nonzero(self.added):
             loadings["added"] = np.broadcast_to(self.added, moved.shape) * 1.0
         octaves = np.log2(np.maximum(self.bytes_, 1.0))
         return Estimate(
@@ -136,7 +136,7 @@ class Moves(Calls):
             roofline=self.bytes_ / self.bandwidth,
             bottleneck=np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8),
             loadings=loadings,
-            coordinates=np.stack([octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)], axis=1),
+            coordinates=np.array([octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)]).T,
             position=(self.code, octaves),
         )
 

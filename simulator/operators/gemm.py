@@ -202,7 +202,7 @@ def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
 def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
     """Return the outputs of dense products with as many bytes as SpMV kernels store, in whole rows of eight."""
     density = array("density", path.density, SHARE)
-    if not np.any(codes == _SPMV):
+    if not np.count_nonzero(codes == _SPMV):
         return n
     codes, rows, density = together(kernel=codes, n=n, density=density)
     value = ELEMENT_BYTES[path.weight_dtype or path.dtype]
@@ -221,7 +221,7 @@ def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
 def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
     """Yield a kernel code, some of the flat rows that run it, and their precision."""
     size, large = codes.size, _large(m, n, k)
-    found = np.unique(codes).tolist() if codes.any() else [_DENSE]
+    found = np.unique(codes).tolist() if np.count_nonzero(codes) else [_DENSE]
     if len(found) == 1 and large is None:
         for start in range(0, max(size, 1), CHUNK):
             yield found[0], slice(start, start + CHUNK), PRECISION
@@ -450,7 +450,7 @@ def _estimates(
     """Yield the cost of GEMMs in chunks: flat rows and their estimate."""
     for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
         kind = Kernel(code)
-        if kind == Kernel.SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
+        if code == _SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
             raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
         # zeros without structure run as a dense product
         kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
@@ -472,7 +472,7 @@ def estimate(
     halvings: Array | float = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
     if kernel.align_step or kernel.align_load:
         off = alignment_halvings(n, k, machine.element_bytes)
-        halvings = off if off.any() else 0.0
+        halvings = off if np.count_nonzero(off) else 0.0
     step_scale: Array | float = 1.0 + kernel.align_step * halvings**0.5
     if kernel.group and "block" in given:
         features = np.where(given["block"] > 0, given["block"], np.inf)
@@ -480,7 +480,7 @@ def estimate(
     load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
     a = analytical_time(rows, n, k, model, copies, step_scale, load_scale)
     position = np.log2(rows), np.log2(n), np.log2(k)
-    coordinates, factor = np.stack(position, axis=1), np.float32(1.0)
+    coordinates, factor = np.array(position).T, np.float32(1.0)
     if kernel.residual is not None:
         log_factor = kernel.residual(position)
         if kernel.row_residual is not None:
@@ -552,7 +552,7 @@ def _loadings(
         loadings["latency"] = latency
         # of each of TILES, and of the chosen tile
         many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
-        *idles, idle = compute * _idle(np.stack([*many, a.tiles]) * (1.0 / model.machine.sm_count))
+        *idles, idle = compute * _idle(np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count))
         loadings |= zip(_IDLE, idles)
     if np.ndim(step_scale):
         loadings["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor: the smaller, the less certain
@@ -614,7 +614,7 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
     kind = np.int32 if n.dtype == np.float32 else np.int64
     low, whole = n.astype(kind) | k.astype(kind), aligned_elements(element_bytes)
     out = np.zeros(n.shape, dtype=n.dtype)
-    if (low & (whole - 1)).any():
+    if np.count_nonzero(low & (whole - 1)):
         size = whole
         while size > 1:
             out += (low & (size - 1)) != 0
@@ -663,9 +663,9 @@ class Gemm(Operator):
 
     def parameter_bytes(self, w: Rows) -> Any:
         element = DTYPE_BYTES[w.weight_dtype]
-        sparse = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
-        if not sparse.any():
+        if not np.count_nonzero(w.kernel):
             return w.params * element
+        sparse = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
         # per kept value: rows that run less or more than once per layer share weights
         values = np.maximum(w.n * w.k * w.density, 1.0)
         beyond = w.params * w.repeats - values
@@ -683,8 +683,8 @@ class Gemm(Operator):
     def _estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
         options = Options(formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched)
         given = {name: getattr(w, name).astype(np.float64) for name in "mnk"}
-        if w.kernel.any():
+        if np.count_nonzero(w.kernel):
             given["n"] = _stored(given["n"], w.kernel, options)
-        if w.block.any():
+        if np.count_nonzero(w.block):
             given["block"] = w.block
         return _estimates(w.kernel, given, hw, options, steps)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array, FloatArray, IndexArray
-from simulator.codes import DTYPES, Kind
+from simulator.codes import DTYPES, EXPERTS, GEMM
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.lower import cached_tokens
@@ -99,7 +99,7 @@ def results_of(
     columns: dict[str, Array | Labels] = dict(found[0][2])
     if len(found) > 1:
         columns = {name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns}
-    elif (order != np.arange(len(order))).any():
+    elif np.count_nonzero(np.diff(order) != 1):
         columns = {name: column[order] for name, column in columns.items()}
     columns |= _identity(batch, prunings, hardware, device, at, scenario.ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
@@ -151,7 +151,7 @@ def _timed(
     batch: WorkloadBatch, hw: HardwareProfile, scenario: Scenario, reject: Reject
 ) -> Iterator[tuple[IndexArray, Mapping[str, Array]]]:
     """Yield indices of pruned workloads of a batch, and their columns on a device."""
-    dense, pruned = np.flatnonzero(batch.pruning < 0), np.flatnonzero(batch.pruning >= 0)
+    dense, pruned = (batch.pruning < 0).nonzero()[0], (batch.pruning >= 0).nonzero()[0]
     if not len(pruned):
         return
 
@@ -212,8 +212,8 @@ def _identity(
 def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
     """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
     out, each = [""] * len(prunings), sizes(batch)
-    for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
-        first = int(np.argmax(batch.pruning == i))
+    for i in set(batch.pruning.tolist()) - {-1}:
+        first = int((batch.pruning == i).argmax())
         steps = () if prunings[i].model else prunings[i].steps
         out[i] = removed_parts(steps, each[int(batch.dense[first])], each[first])
     return tuple(out)
@@ -223,8 +223,8 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     """Return the number formats of the layers' weights (of routed experts, if the model has some) and of the cache."""
     rows, first = batch.rows, slice(int(batch.lengths[0]))
     kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
-    experts, gemm = kind == Kind.EXPERTS, (kind == Kind.GEMM) & (rows.layer[first] >= 0)
-    weights, caches = formats[experts if experts.any() else gemm], formats[rows.is_attention[first]]
+    experts, gemm = kind == EXPERTS, (kind == GEMM) & (rows.layer[first] >= 0)
+    weights, caches = formats[experts if np.count_nonzero(experts) else gemm], formats[rows.is_attention[first]]
     return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
 
 
@@ -248,11 +248,9 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
 
 def _names(codes: Array | Labels) -> Labels:
     """Return sets of :data:`TITLES`, one bit each, as texts joined by "+"."""
-    if not np.any(codes):
-        return Labels(np.zeros(len(codes), dtype=np.int32), ("",))
-    found, place = np.unique(np.asarray(codes), return_inverse=True)
-    texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found.tolist())
-    return Labels(place.reshape(-1).astype(np.int32), tuple(texts))
+    found = sorted(set(codes.tolist()))
+    texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found)
+    return Labels(np.array(found, dtype=np.intp).searchsorted(np.asarray(codes)).astype(np.int32), tuple(texts))
 
 
 def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arrays import Array, BoolArray, FloatArray
-from simulator.codes import Kind
+from simulator.codes import EXPERTS
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -324,7 +324,7 @@ def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
     before = begun[batch.starts] - begins[batch.starts]
     first = begun - before[batch.owner] <= 1  # a prefill may have several kinds of passes
     down, outputs = readers(w, "down") & first, writers(w, "o") & first
-    attention, experts = w.is_attention & first, (w.kind == Kind.EXPERTS) & first
+    attention, experts = w.is_attention & first, (w.kind == EXPERTS) & first
     devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
     norm = w.is_role("final_norm") & first
 
@@ -332,14 +332,14 @@ def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
         return batch.total(np.where(rows, layers, 0.0))
 
     def mean(values: Array, rows: BoolArray, many: FloatArray, scale: float = 1.0) -> FloatArray:
-        if not many.any():
+        if not np.count_nonzero(many):
             return many
         return scale * batch.total(np.where(rows, values * layers, 0.0)) / np.where(many > 0.0, many, np.inf)
 
     of_down, of_attention, of_experts = covered(down), covered(attention), covered(experts)
     columns = {
         "attention layers": covered(outputs),
-        "MLP layers": covered(down | experts) if of_experts.any() else of_down,
+        "MLP layers": covered(down | experts) if np.count_nonzero(of_experts) else of_down,
         "heads": mean(w.heads, attention, of_attention, devices),
         "KV heads": mean(w.kv_heads, attention, of_attention, devices),
         "inner width": mean(w.k, down, of_down, devices),

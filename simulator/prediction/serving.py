@@ -48,7 +48,7 @@ def memory_columns(
     found = {"memory_bytes": needed[which], "fits": needed[which] <= both, "largest_batch": largest}
     columns: dict[str, Array] = {"capacity_bytes": capacity}
     for name, column in found.items():
-        columns[f"dense_{name}"], columns[f"pruned_{name}"] = np.split(column, 2)
+        columns[f"dense_{name}"], columns[f"pruned_{name}"] = column[: len(at)], column[len(at) :]
     return columns
 
 

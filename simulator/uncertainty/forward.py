@@ -33,6 +33,7 @@ from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, m
 from simulator.uncertainty.posterior import Posterior, posterior_of
 from simulator.workload import Workload, WorkloadBatch
 
+_BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
 _CHUNK = 64  # few enough for the second-level cache
 _FEW = 8  # below, one product of all groups takes less time than one product per kind
 
@@ -98,13 +99,13 @@ class PredictedPass(ForwardPass):
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
-        centre = np.stack([groups.sums(share * axis[which]) / time for axis in coordinates], axis=-1)
+        centre = np.array([groups.sums(share * axis[which]) / time for axis in coordinates])
         return PassUncertainty(
             systematic=systematic,
             correlated=groups.sums(share * correlated[which]) * noise,
             independent=own * noise,
             whole=whole,
-            coordinates=centre,
+            coordinates=np.moveaxis(centre, 0, -1),
             kind=groups.kind,
             posterior=posterior,
         )
@@ -114,8 +115,8 @@ class PredictedPass(ForwardPass):
         """Variance of the log of each row's time, where several kernels make up an operator and none was timed; and (W,
         G) the standard deviation that the gaps between these kernels add to a group, as a share of the pass."""
         w, groups, sd = self.workloads.rows, self.workloads.groups, self.engine.composed_log_sd.value
-        composed = w.overhead | (w.is_attention & (w.kernel == Kernel.BLOCK_SPARSE))
-        if not composed.any():
+        composed = w.overhead | (w.is_attention & (w.kernel == _BLOCK_SPARSE))
+        if not np.count_nonzero(composed):
             return 0.0, 0.0
         part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
         return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[:, None]
@@ -232,7 +233,7 @@ class PassUncertainty:
         ``same`` (W, G) is 1 where a group is the same in both passes, below 1 where only the number of executions
         changed, and 0 where the shape changed."""
         every = np.arange(len(self.correlated))
-        pairs = np.flatnonzero(other != every)
+        pairs = (other != every).nonzero()[0]
         found = self._correlated(np.concatenate([every, other[pairs]]), np.concatenate([every, pairs]))
         alone, covariance = found[: len(every)], found[: len(every)].copy()
         covariance[pairs] = found[len(every) :]

@@ -172,7 +172,7 @@ def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
     host within the interval. On planted hosts and kernels that take equally long, the typical host alone covers 81 %,
     this rule 86 %."""
     square, change = np.maximum(square, 0.0), log - log[0]
-    sides = np.stack([-change, change])
+    sides = np.array([-change, change])
     of_device = 0.5 * (square[0] + square[sides.argmax(axis=1), np.arange(log.shape[1])])
     of_host = np.maximum(sides[:, 1:].reshape(2, -1, 2, log.shape[1]).max(axis=2), 0.0) ** 2
     below, above = np.sqrt(of_device + of_host.sum(axis=1))

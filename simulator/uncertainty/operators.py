@@ -76,7 +76,7 @@ def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[Ope
     ends = (time, np.maximum(time / width, e.floor), time * width, e.roofline)
     middle, lower, upper, roofline_s = (_in_seconds(e, values) for values in ends)
     times = OperatorTimes(middle, lower, upper, roofline_s, e.bottleneck, details=e.details)
-    if e.measured is not None and e.measured.rows.any():
+    if e.measured is not None:
         at, known = e.measured.rows, e.measured.seconds
         width = np.exp(e.measured.log_half * half_scale)
         times.seconds[at], times.lower[at], times.upper[at] = known, known / width, known * width
