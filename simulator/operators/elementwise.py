@@ -177,7 +177,9 @@ def elementwise(
     as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB; EIT-NLP/LLM-Pruning,
     DynamicPruningKernels). They depend on the implementation, so their interval is wider."""
     section, constants, residual = _ready(hw, dtype)
-    read, written, code, added = np.broadcast_arrays(read_bytes, write_bytes, class_code(role), added)
+    given = [np.asarray(a) for a in (read_bytes, write_bytes, class_code(role), added)]
+    same = len({a.shape for a in given}) == 1  # as in workloads; a broadcast takes longer than a few times
+    read, written, code, added = given if same else np.broadcast_arrays(*given)
     moved, fitted = np.asarray(read + written, dtype=np.float64), section.status != "default"
     calls = Moves(moved, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted)
     e = calls.estimate(constants)

@@ -63,7 +63,7 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
         return np.zeros(len(w), dtype=values.dtype)
     if len(at) > 1:
         at = at[np.argsort(w.layer[at], kind="stable")]
-    place = np.searchsorted(w.layer[at], w.layer, side="right") - 1
+    place = w.layer[at].searchsorted(w.layer, side="right") - 1
     return np.where((place >= 0) & (w.layer >= 0), values[at[np.maximum(place, 0)]], 0)
 
 
