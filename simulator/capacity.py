@@ -178,7 +178,7 @@ def _longest(
         kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
     batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
     each = np.zeros(len(at))
-    for code in np.unique(w.kind[at]).tolist():
+    for code in set(w.kind[at].tolist()):
         own = (w.kind[at] == code).nonzero()[0]
         each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)

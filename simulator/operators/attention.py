@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -248,8 +248,7 @@ class Geometry(Sizes):
         return self.sides if self.latent is False else np.where(self.latent, 1.0, self.sides)
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """Time of attention calls without residual, s, and the parts that it joins."""
 
     total_s: FloatArray
@@ -257,8 +256,7 @@ class Parts:
     loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
 
 
-@dataclass(frozen=True)
-class PrefillWork:
+class PrefillWork(NamedTuple):
     """What a prefill attention computes and moves, arrays of one shape."""
 
     calls: Geometry
@@ -335,8 +333,7 @@ def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> 
     return Parts(total, parts, loadings)
 
 
-@dataclass(frozen=True)
-class DecodeWork:
+class DecodeWork(NamedTuple):
     """What a decode attention computes and moves, arrays of one shape."""
 
     calls: Geometry

@@ -222,8 +222,7 @@ def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float
     return np.asarray(1.0 - (1.0 - 1.0 / c["l2_gain"]) / (1.0 + ratio))
 
 
-@dataclass(frozen=True)
-class MeasuredOperators:
+class MeasuredOperators(NamedTuple):
     """Operators whose very shape was measured: their time replaces the prediction."""
 
     rows: BoolArray  # (n,) which of them

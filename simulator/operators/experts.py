@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import NormalDist
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,8 +137,7 @@ POWER = Range(-1.0, 1e30, "finite numbers from -1 up")
 _NORMAL = NormalDist()
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """How tokens are distributed over the experts of a device."""
 
     touched: FloatArray  # experts that some token uses
@@ -305,8 +304,7 @@ class Layers(Calls):
         )
 
 
-@dataclass(frozen=True)
-class _Ready:
+class _Ready(NamedTuple):
     """What a profile says about two number formats."""
 
     machine: Machine

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -273,8 +273,7 @@ SPARSE24_PARTS: Mapping[str, str] = {
 """Constants that 2:4 kernels alone have -> the part of the time that each changes."""
 
 
-@dataclass(frozen=True)
-class GemmKernel:
+class GemmKernel(NamedTuple):
     """What a profile says about GEMMs of one number format, weight format and kernel, as numbers."""
 
     model: ReadyModel

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,7 @@ class ReadyModel:
         return replace(self, **own | {"constants": {name: wide(value) for name, value in self.constants.items()}})
 
 
-@dataclass(frozen=True)
-class Analytical:
+class Analytical(NamedTuple):
     """Parts of the analytical time of shapes, arrays of their length; microseconds unless stated otherwise."""
 
     total_us: Array  # fixed time included, residual not

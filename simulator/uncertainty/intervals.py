@@ -20,8 +20,8 @@ h : hosts at which passes are evaluated, the median host first
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +61,7 @@ CONSISTENT_SD = 2.5
 """Standard deviations from its prediction beyond which a measured time is ignored."""
 
 
-@dataclass(frozen=True)
-class PredictionIntervals:
+class PredictionIntervals(NamedTuple):
     """Times of W passes, s, and ratios to another pass each, with intervals."""
 
     seconds: FloatArray
@@ -89,8 +88,7 @@ class Inferred:
     pass_share: tuple[float, float]  # interval of the part of the host's time that is spent per pass
 
 
-@dataclass(frozen=True)
-class _Hosts:
+class _Hosts(NamedTuple):
     """Passes at h hosts: times (h, W) and the part of them that follows the device."""
 
     seconds: FloatArray
@@ -161,7 +159,7 @@ def _conditioned(
     covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + alike + apart * (every == at)
     whole = share**2 * variance[at] + alike + apart + MEASURED_LOG_SD**2
     left = np.log(seconds / hosts.seconds[:, [at]])
-    moved = replace(hosts, seconds=hosts.seconds * np.exp(covariance / whole * left))
+    moved = hosts._replace(seconds=hosts.seconds * np.exp(covariance / whole * left))
     return moved, covariance / np.sqrt(whole)
 
 
