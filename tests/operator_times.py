@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
 from typing import Any
 
+from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention, collective, delta_net, elementwise, experts
 from simulator.operators.base import Estimate
 from simulator.uncertainty.factors import Uncertainty
@@ -31,21 +31,36 @@ def decode(
     return attention.decode(calls, hw, dtype, kv_dtype)
 
 
+def of_experts(m: Any, n: Any, k: Any, number: Any, active: Any, hw: Any, **options: Any) -> Estimate:
+    """Return the cost of routed experts."""
+    further = {name: options.pop(name) for name in ("skew", "devices") if name in options}
+    return experts.experts(experts.ExpertSizes(m, n, k, number, active, **further), hw, **options)
+
+
+def of_delta_net(*sizes: Any, conv: Any = 4, **options: Any) -> Estimate:
+    """Return the cost of gated delta nets, from their sizes and a profile."""
+    return delta_net.delta_net(delta_net.DeltaSizes(*sizes[:-1], conv), sizes[-1], **options)
+
+
 def of_sizes(cost: Callable[..., Estimate]) -> Callable[..., OperatorTimes]:
     """Return the function from sizes and options to times for a cost on a profile ``hw``."""
 
     @wraps(cost)
     def times(*args: Any, level: float = 0.9, **options: Any) -> OperatorTimes:
-        return operator_time(cost(*args, **options), signature(cost).bind(*args, **options).arguments["hw"], level)
+        return operator_time(cost(*args, **options), _profile(args, options), level)
 
     return times
 
 
 def errors_of(cost: Callable[..., Estimate], *args: Any, **options: Any) -> Uncertainty:
     """Return the errors of the times."""
-    return predicted(cost(*args, **options), signature(cost).bind(*args, **options).arguments["hw"])[1]
+    return predicted(cost(*args, **options), _profile(args, options))[1]
+
+
+def _profile(args: tuple[Any, ...], options: dict[str, Any]) -> HardwareProfile:
+    return next(a for a in (*options.values(), *args) if isinstance(a, HardwareProfile))
 
 
 prefill_time, decode_time = of_sizes(prefill), of_sizes(decode)
-elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(experts.experts)
-collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(delta_net.delta_net)
+elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(of_experts)
+collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(of_delta_net)

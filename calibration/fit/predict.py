@@ -25,7 +25,7 @@ from simulator.operators.attention import Geometry
 from simulator.operators.base import Estimate, bottleneck
 from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
-from simulator.operators.experts import PARTS, experts
+from simulator.operators.experts import PARTS, ExpertSizes, experts
 from simulator.operators.gemm import Options
 from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order, level_scale
 from simulator.uncertainty.forward import host_launch
@@ -209,10 +209,9 @@ def _elementwise(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predic
 
 def _experts(r: Records, hw: HardwareProfile, formats: RowFormats) -> Predicted:
     def call(rows: Records) -> Estimate:
-        shape = rows.m, rows.n, rows.k, rows.experts, rows.active
+        sizes = ExpertSizes(rows.m, rows.n, rows.k, rows.experts, rows.active, rows.skew)
         part, warm = PARTS[int(experts_part(rows)[0])], not rows.cold[0]
-        how: dict[str, Any] = {"dtype": formats.dtype, "weight_dtype": formats.weight}
-        return experts(*shape, hw, skew=rows.skew, dealt=True, warm=warm, part=part, **how)
+        return experts(sizes, hw, formats.dtype, formats.weight, dealt=True, warm=warm, part=part)
 
     time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, formats.level, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}

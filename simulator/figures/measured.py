@@ -28,7 +28,7 @@ from simulator.files.csv import read_csv
 from simulator.files.parquet import parquet_columns, read_parquet
 from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 # columns that may hold the time, and their unit in seconds
 TIMES: Mapping[str, float] = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6}
@@ -61,7 +61,7 @@ class MeasuredGemms:
         if self.predicted_s is not None:
             return self.predicted_s
         hw = hw.on(self.stack) if self.stack else hw
-        return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, copies=self.copies).seconds
+        return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, options=GemmOptions(copies=self.copies)).seconds
 
 
 def read_measured_gemms(path: str | Path, dtype: str = "bf16") -> MeasuredGemms:

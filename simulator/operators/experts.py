@@ -328,25 +328,35 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
 
-# fmt: off
+class ExpertSizes(NamedTuple):
+    """Sizes of the gated experts of a layer on one device, which broadcast."""
+
+    m: Any  # tokens
+    n: Any  # width of an expert
+    k: Any  # hidden size
+    experts: Any  # of the device
+    active: Any  # experts that a token uses, on average; no whole number where devices share the experts
+    skew: Any = 0.0  # of their load (:func:`experts_chance`; 0: uniform); of dealt tokens, the power of the law
+    devices: Any = 1  # that share the experts of the layer: the device with the highest load counts
+
+
 def experts(
-    m: Any, n: Any, k: Any, experts: Any, active: Any, hw: Device, *, skew: Any = 0.0,
-    dtype: str = "bf16", weight_dtype: str | None = None,
-    devices: Any = 1, dealt: bool = False, warm: bool = False, part: str = "layer",
+    sizes: ExpertSizes,
+    hw: Device,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    dealt: bool = False,
+    warm: bool = False,
+    part: str = "layer",
 ) -> Estimate:
-    """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
-    size k, of which a token uses ``active`` on average (no whole number where devices share the experts). ``skew`` is
-    that of their load (:func:`experts_chance`; 0: uniform). If several ``devices`` share the experts of the layer, the
-    time is that of the device with the highest load, for which the others wait. Benchmarks are predicted with tokens
-    ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer without
-    overwriting L2, and a ``part`` of :data:`PARTS`."""
-    given = np.broadcast_arrays(m, n, k, experts, active, skew, devices)
-    m, n, k, experts, active, skew, devices = (np.asarray(a, dtype=np.float64) for a in given)
+    """Return the cost of the gated experts of one layer on one device. Benchmarks are predicted with tokens ``dealt``
+    by rule, weights ``warm`` if they repeat one layer without overwriting L2, and a ``part`` of :data:`PARTS`."""
+    given = (np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(*sizes))
+    m, n, k, number, active, skew, devices = given
     r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
-    layers = Layers(r.machine, m, n, k, experts, active, skew, dealt, warm, timed, devices, r.unfitted)
+    layers = Layers(r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted)
     e = layers.estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
-# fmt: on
 
 
 class Experts(Operator):
@@ -384,9 +394,8 @@ class Experts(Operator):
         return w.m * w.active * (w.k + 2.0 * w.n)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes, devices = (w.m, w.n, w.k, w.experts, w.active), np.maximum(w.batch, 1)
-        dtype, weight = formats.dtype, formats.second
-        yield slice(None), experts(*sizes, hw, skew=w.skew, devices=devices, dtype=dtype, weight_dtype=weight)
+        sizes = ExpertSizes(w.m, w.n, w.k, w.experts, w.active, w.skew, np.maximum(w.batch, 1))
+        yield slice(None), experts(sizes, hw, formats.dtype, formats.second)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> FloatArray:
         c = _ready(hw, formats.dtype, formats.second).constants

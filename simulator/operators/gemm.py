@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import COUNT, SHARE, SIZE, Range, array, flag, plain, text, together
+from simulator.arguments import COUNT, SHARE, SIZE, Range, array, plain, text, together
 from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
 from simulator.errors import InputError, unknown
@@ -157,12 +157,11 @@ _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`simulator.gemm_time`, and what engines differ by."""
+    """Formats and kernels of GEMMs."""
 
     dtype: str = "bf16"
     weight_dtype: str | None = None
     kernel: Any = "dense"
-    cold: bool = True
     copies: Any = None
     density: Any = 1.0
     block: Any = 0
@@ -180,8 +179,6 @@ def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8]
     given["n"] = _stored(given["n"], codes, path)
     if path.copies is not None:
         given["copies"] = array("copies", path.copies, _COPIES)
-    elif not flag("cold", path.cold):
-        given["copies"] = np.asarray(1.0)
     if np.any(block := array("block", path.block, SIZE)):
         given["block"] = block
     codes, *same = together(kernel=codes, **given)

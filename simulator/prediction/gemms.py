@@ -90,7 +90,8 @@ def gemm_table(
     )
     shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
-        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, cold), level, detail=True)
+        options = Options(dtype, weight, rows.kernel, copies=None if cold else 1)
+        time, _ = gemm_predicted(*shape, hw, options, level, detail=True)
         steps = {name: time.details[name] for name in STEPS}
         section = hw.section("gemm", label_of(dtype, weight))
         out += [

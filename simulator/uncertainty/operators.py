@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import flag
+from simulator.arguments import flag, instance
 from simulator.arrays import Array, FloatArray
 from simulator.display import Displayed, as_plain
 from simulator.hardware.library import load_hardware
@@ -140,6 +140,39 @@ def gemm_predicted(
     return OperatorTimes(**shaped, details={name: v.reshape(shape) for name, v in details.items()}), errors
 
 
+@dataclass(frozen=True)
+class GemmOptions:
+    """Rarely used options of :func:`simulator.gemm_time`.
+
+    Parameters
+    ----------
+    level : float
+        Level of the prediction interval, in (0, 1).
+    copies : int or array, optional
+        Weights that a benchmark uses in turn: their footprint decides how warm they are. 1: one weight, as warm as L2
+        allows. Default: weights come from DRAM, as in a decoder.
+    density : float or array
+        Share of weights that are not zero, in [0, 1]; only the kernel ``spmv`` gains by it beyond its format.
+    block : int or array
+        Features of the groups that are skipped; 0: wide groups.
+    detail : bool
+        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``, ``waves``, the analytical
+        parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor ``residual``, and the steps of the waterfall.
+
+    Examples
+    --------
+    >>> from simulator import GemmOptions, gemm_time
+    >>> gemm_time(8, 4096, 4096, "a100", options=GemmOptions(detail=True)).details["tile_m"].item()
+    32.0
+    """
+
+    level: float = 0.9
+    copies: Any = None
+    density: Any = 1.0
+    block: Any = 0
+    detail: bool = False
+
+
 def gemm_time(
     m: Any,
     n: Any,
@@ -149,12 +182,7 @@ def gemm_time(
     dtype: str = "bf16",
     weight_dtype: str | None = None,
     kernel: Any = "dense",
-    density: Any = 1.0,
-    block: Any = 0,
-    cold: bool = True,
-    copies: Any = None,
-    level: float = 0.9,
-    detail: bool = False,
+    options: GemmOptions = GemmOptions(),
 ) -> OperatorTimes:
     """Return the time of y[m, n] = x[m, k] w[k, n]; arrays broadcast.
 
@@ -171,20 +199,8 @@ def gemm_time(
         ``dense``, ``sparse24`` (2:4), ``unstructured`` (scattered zeros, timed as dense), ``block_sparse`` (tiles of
         tokens are skipped), ``groups_n`` or ``groups_k`` (groups of outputs or of inputs are skipped; m, n, k count
         what is computed), ``spmv`` (scattered zeros are stored away; m of 1 only).
-    density : float or array
-        Share of weights that are not zero, in [0, 1]; only ``spmv`` gains by it beyond its format.
-    block : int or array
-        Features of the groups that are skipped; 0: wide groups.
-    cold : bool
-        True: weights come from DRAM, as in a decoder. False: they are as warm as L2 allows.
-    copies : int or array, optional
-        Weights that a benchmark uses in turn: their footprint decides how warm they are. Overrides ``cold``; ``inf``
-        means cold weights.
-    level : float
-        Level of the prediction interval, in (0, 1).
-    detail : bool
-        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``, ``waves``, the analytical
-        parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor ``residual``, and the steps of the waterfall.
+    options : GemmOptions
+        Level of the interval, warm weights, density, blocks, details.
 
     Returns
     -------
@@ -205,8 +221,9 @@ def gemm_time(
     >>> t.bottlenecks.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    options = Options(dtype, weight_dtype, kernel, cold, copies, density, block)
-    return gemm_predicted(m, n, k, load_hardware(hw), options, level, detail=flag("detail", detail))[0]
+    instance("options", options, GemmOptions, "simulator.GemmOptions")
+    how = Options(dtype, weight_dtype, kernel, options.copies, options.density, options.block)
+    return gemm_predicted(m, n, k, load_hardware(hw), how, options.level, detail=flag("detail", options.detail))[0]
 
 
 def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:

@@ -24,7 +24,7 @@ from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.prediction.scenario import Scenario
 from simulator.pruning import general_families, prune
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 if TYPE_CHECKING:
     from simulator.figures.paper import Drawn
@@ -161,7 +161,7 @@ def test_a_staircase_shows_the_prediction_and_the_measured_points(about: Paper, 
 def test_predictions_beside_measurements_assume_the_same_rotation_of_weights() -> None:
     hw = load_hardware("a100")
     table = from_columns({"m": [8], "n": [4096], "k": [2048], "seconds": [1e-5], "copies": [1]}, "mine")
-    assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, copies=1).seconds
+    assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, options=GemmOptions(copies=1)).seconds
     assert table.predict(hw)[0] != gemm_time(8, 4096, 2048, hw).seconds
     held = from_columns({"m": [8], "n": [512], "k": [512], "seconds": [1e-5], "predicted_s": [9e-6]}, "mine")
     assert held.predict(hw).tolist() == [9e-6]
