@@ -25,8 +25,7 @@ from calibration.evidence.published import (
 from calibration.evidence.scoring import Comparison, score_of, table
 from calibration.evidence.sets import WHOLE, Row, against_targets, means
 from calibration.measurements import published
-from simulator.engines.engine import list_engines, load_engine
-from simulator.engines.loading import FEATURES, Loading
+from simulator.engines.engine import FEATURES, Loading, list_engines, load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 

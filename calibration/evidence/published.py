@@ -26,8 +26,7 @@ from calibration.measurements import published
 from simulator.arrays import FloatArray
 from simulator.capacity import memory
 from simulator.codes import Kernel, Phase
-from simulator.engines.engine import load_engine
-from simulator.engines.generations import split
+from simulator.engines.engine import load_engine, split
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model

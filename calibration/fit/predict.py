@@ -27,10 +27,17 @@ from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
 from simulator.operators.experts import PARTS, ExpertSizes, experts
 from simulator.operators.gemm import Options
-from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order, level_scale
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    ERROR_FACTORS,
+    HOST_KIND,
+    Uncertainty,
+    in_order,
+    level_scale,
+    posterior_of,
+)
 from simulator.uncertainty.forward import host_launch
 from simulator.uncertainty.operators import OperatorTimes, gemm_predicted, operator_time, predicted
-from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 
 UNTIMED = "the time is not positive and finite"
 

@@ -32,8 +32,7 @@ from calibration.runners.pairs import Runner
 from calibration.runners.runs import begin
 from simulator.codes import PHASES
 from simulator.display import few
-from simulator.engines.engine import load_engine
-from simulator.engines.generations import numbers
+from simulator.engines.engine import load_engine, numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import NONE

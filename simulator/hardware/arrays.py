@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from simulator.operators import MOST_CODES
 from simulator.operators.elementwise import CLASSES
-from simulator.operators.measured_shapes import check_exact
+from simulator.operators.gemm import check_exact
 
 Arrays = Mapping[str, NDArray[Any]]
 

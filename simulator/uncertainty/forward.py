@@ -19,18 +19,18 @@ from simulator.codes import Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.host import Host, launches
-from simulator.passes import ForwardPass, engine_factors, estimates, gaps, refusal, streams
+from simulator.passes import ForwardPass, Host, engine_factors, estimates, gaps, launches, refusal, streams
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
     FACTOR_INDEX,
+    Posterior,
     Uncertainty,
     correlation,
     level_scale,
+    posterior_of,
 )
 from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, most_likely, predicted
-from simulator.uncertainty.posterior import Posterior, posterior_of
 from simulator.workload import Workload, WorkloadBatch
 
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)

@@ -17,8 +17,14 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.operators import gemm
 from simulator.operators.base import BOTTLENECKS, Estimate
 from simulator.operators.gemm import Options
-from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
-from simulator.uncertainty.posterior import posterior_of
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    Uncertainty,
+    error_scales,
+    level_scale,
+    posterior_of,
+    uncertainty_of,
+)
 from simulator.units import seconds, seconds_between
 
 

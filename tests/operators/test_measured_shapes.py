@@ -15,8 +15,8 @@ from calibration.records.timing_table import Flag, Records, Source
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.hardware.sections import Provenance
-from simulator.operators.measured_shapes import EXACT_NAMES as NAMES
-from simulator.operators.measured_shapes import MeasuredShapes, measured_shapes
+from simulator.operators.gemm import EXACT_NAMES as NAMES
+from simulator.operators.gemm import MeasuredShapes, measured_shapes
 from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 pytestmark = pytest.mark.quick

@@ -39,7 +39,7 @@ from calibration.runners.cases import Case
 from calibration.runners.pairs import ENOUGH, LEAST, Runner, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
-from simulator.engines.generations import numbers
+from simulator.engines.engine import numbers
 from simulator.errors import InputError, one_line
 from simulator.models.changes import changed_keys, write_config
 from simulator.models.config import ModelConfig
