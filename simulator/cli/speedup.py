@@ -54,7 +54,6 @@ def speedup(
     if extra and not chosen["method"] and (len(families) > 1 or families == ["all"]):
         raise InputError("--option: expected one family: options belong to a family")
     from simulator.hardware.library import load_hardware
-    from simulator.prediction.runnable import runnables
     from simulator.prediction.sentences import uncalibrated
     from simulator.prediction.table import table
 
@@ -66,6 +65,8 @@ def speedup(
     named = bool(prunings.prune or prunings.pruned or prunings.method)
     answers: list[Runnable] = []
     if json or csv or named:
+        from simulator.prediction.runnable import runnables
+
         answers = runnables(found, replace(requested.scenario, model=model), requested.engine, devices if named else ())
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
         _print(found, answers, memory, verbose)

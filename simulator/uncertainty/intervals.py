@@ -3,8 +3,8 @@
 Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
 model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
 device. Its two speeds (:class:`simulator.passes.Host`) are functions of two independent normals: ``first``, the speed
-of passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host and
-at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
+of passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host
+and at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
 interval as a root of sum of squares.
 
 A measured pass time is one observation. Bayes' rule weights a grid of both normals; kernel errors are conditioned on
