@@ -56,15 +56,21 @@ def readers(w: Workload, *names: str) -> Array:
     return mask
 
 
-def covering(w: Workload, mask: Array, values: Array) -> Array:
-    """Return, for every row, the value of the masked row that covers its first layer, else 0."""
+def coverage(w: Workload, mask: Array) -> tuple[Array, Array]:
+    """Return, for every row, the masked row that covers its first layer, and whether there is one."""
     at = mask.nonzero()[0]
     if not len(at):
-        return np.zeros(len(w), dtype=values.dtype)
+        return np.zeros(len(w), dtype=np.intp), np.zeros(len(w), dtype=bool)
     if len(at) > 1:
         at = at[np.argsort(w.layer[at], kind="stable")]
     place = w.layer[at].searchsorted(w.layer, side="right") - 1
-    return np.where((place >= 0) & (w.layer >= 0), values[at[np.maximum(place, 0)]], 0)
+    return at[np.maximum(place, 0)], (place >= 0) & (w.layer >= 0)
+
+
+def covering(w: Workload, mask: Array, values: Array) -> Array:
+    """Return, for every row, the value of the masked row that covers its first layer, else 0."""
+    at, covered = coverage(w, mask)
+    return np.where(covered, values[at], 0)
 
 
 def shorter_copies(w: Workload, out: Workload) -> Workload:
@@ -140,8 +146,6 @@ def with_inner(w: Workload, kept: Array) -> Workload:
 def with_expert_width(w: Workload, kept: Array) -> Workload:
     """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows do not change."""
     routed = w.kind == EXPERTS
-    if not np.count_nonzero(routed):
-        return w
     params = w.params * (kept / np.maximum(w.n, 1))
     return changed(w, routed, n=kept, params=params)
 
