@@ -47,9 +47,9 @@ class Host:
     layer: FloatArray  # (W,) to launch one layer
     each_pass: FloatArray  # (W, 2) before the device can start
     pass_log_sd: float
-    each_sequence: FloatArray  # (W, 2)
+    each_sequence: FloatArray  # (W, 2) for the sequences of a pass
     sequence_log_sd: float
-    correlation: float = 1.0  # of ``passes`` and ``work``; 1: one unknown
+    correlation: float = 1.0  # between ``passes`` and ``work``; 1: one unknown
 
     @classmethod
     def of(
@@ -272,7 +272,7 @@ class ForwardPass:
     def ideal_s(self) -> FloatArray:
         """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
         w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
-        # of a format that the device does not compute in, only the bytes count
+        # a format that the device does not compute in has no time of arithmetic
         compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
         between = w.kind == COLLECTIVE

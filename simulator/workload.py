@@ -293,7 +293,7 @@ def segment_of(w: Workload) -> NDArray[np.int64]:
 class Groups:
     """Groups of rows of each workload with the same segment, kind and role, which share errors and launches."""
 
-    cell: IndexArray  # of each row: workload x group
+    cell: IndexArray  # workload x group of each row
     segment: IndexArray  # (:func:`segment_of`) of each group, as the next two
     kind: IndexArray
     role: IndexArray
@@ -321,7 +321,7 @@ class WorkloadBatch:
 
     rows: Workload  # rows of all workloads; its meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1
-    sequences: IndexArray  # of each workload, all with a cache; a dynamic method may skip some in a step
+    sequences: IndexArray  # sequences of each workload with a cache; a dynamic method may skip some in a step
     dense: IndexArray  # index of the dense workload of each; a dense workload has itself
     pruning: IndexArray  # index into the requested prunings; -1: dense
     sparsity: FloatArray  # requested

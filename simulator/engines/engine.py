@@ -161,7 +161,7 @@ LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
 class Sparse24:
     """2:4 kernels of one library, as an engine uses it."""
 
-    formats: Formats  # of the weights
+    formats: Formats  # number formats of the weights
     source: SourceName
     searched: Flag = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
     on: Strings = ()  # architectures with these kernels; none: all
@@ -281,7 +281,7 @@ class Behaviour:
         default_factory=dict
     )
     schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
-    quantize: Quantisation = Quantisation(INPUTS, "")  # of activations, by kernels of their own
+    quantize: Quantisation = Quantisation(INPUTS, "")  # how activations are converted by further kernels
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
@@ -342,7 +342,7 @@ class Engine(Behaviour, Displayed):
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
-    host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
+    host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first
     generation: str = ""  # name of the one that this engine is; "" if it has none

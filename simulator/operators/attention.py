@@ -208,14 +208,14 @@ class Geometry(Sizes):
     kv_len: FloatArray
     heads: FloatArray
     kv_heads: FloatArray
-    head_dim: FloatArray  # features of a head
+    head_dim: FloatArray  # features per head
     window: Any = 0.0  # positions, 0 for none
     density: Any = 1.0  # share of the query-key blocks computed; in decode, of the cache read
     block: Any = 0.0  # edge of the blocks skipped, 0 for none
-    element_bytes: Any = 2.0  # of an activation
-    cache_bytes: Any = 2.0
-    warm: Any = False  # of decode: L2 may hold the cache, as in a benchmark that repeats one call
-    value_dim: Any = None  # features of a value, where they are others than of a key (0: they are not)
+    element_bytes: Any = 2.0  # bytes of an activation
+    cache_bytes: Any = 2.0  # bytes of a cached element
+    warm: Any = False  # whether L2 may hold the cache of a decode step, as in a benchmark that repeats one call
+    value_dim: Any = None  # features of a value; 0 or None: as many as of a key
     latent: Any = False  # values are the first features of the keys, and stored with them
 
     @classmethod
@@ -263,18 +263,20 @@ class PrefillWork(NamedTuple):
     tiles: FloatArray  # query tiles, all heads and sequences
     blocks: FloatArray  # key blocks of all tiles
     chain: FloatArray  # key blocks of the longest tile
-    flops: FloatArray  # of the query-key pairs the mask leaves
+    flops: FloatArray  # FLOPs of the query-key pairs inside the mask
     moved_bytes: FloatArray  # queries, outputs, keys and values, each once
     cost: FloatArray | float  # time of the blocks left, over that of all of them
 
 
 def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Query tiles of a head, key blocks over all of them, and key blocks of the longest."""
+    """Return the query tiles of a head, the key blocks of all tiles, and the key blocks of the longest tile."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.count_nonzero(window):
         return tiles, blocks, last
-    first = np.floor((kv - q - window + 1.0) / TILE)  # seen first by the first tile; below 0 in a window not yet full
+    first = np.floor(
+        (kv - q - window + 1.0) / TILE
+    )  # read by the first tile; below 0 while the window is not full
     whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
     skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
     longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
@@ -283,7 +285,7 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
 
 
 def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
-    """Tiles, blocks, FLOPs and bytes of prefill attention; of the constants only those of its structure enter."""
+    """Return tiles, blocks, FLOPs and bytes of prefill attention; they depend only on constants of its structure."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
     if c["pads"] <= 0.0:
@@ -300,11 +302,12 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: FloatArray | float = 1.0
     if np.count_nonzero(density < 1.0):
-        # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
+        # a block-sparse kernel computes fewer blocks, and small blocks cost more each; the dense kernel is used when
+        # it is faster
         edge = np.asarray(a.block, dtype=np.float64)
         dearer = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
         cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * dearer, 1.0), 1.0)
-        # whole queries gone: fewer tiles, the last of which sees as many keys as before
+        # where whole queries are skipped, there are fewer tiles; the last tile sees as many keys as before
         left = np.where(edge > 0, 1.0, density)
         all_tiles, all_blocks = all_tiles * left, all_blocks * left
         flops = flops * density
@@ -312,7 +315,8 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
 
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
+    """Return the time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins
+    them."""
     per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
     starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
@@ -339,7 +343,7 @@ class DecodeWork(NamedTuple):
     calls: Geometry
     kv: FloatArray  # keys read, after window and density
     pairs: FloatArray  # batch times KV heads
-    group: FloatArray  # query heads a KV head
+    group: FloatArray  # query heads per KV head
     key_bytes: FloatArray  # cache bytes of one key of one KV head, its value included
     flops: FloatArray
     cache_bytes: FloatArray
@@ -347,12 +351,12 @@ class DecodeWork(NamedTuple):
 
     @property
     def moved_bytes(self) -> FloatArray:
-        """All bytes, none of them from L2."""
+        """All bytes, as if none came from L2."""
         return self.cache_bytes + self.io_bytes
 
 
 def decode_work(a: Geometry) -> DecodeWork:
-    """Keys, FLOPs and bytes of decode attention."""
+    """Return keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
     kv = seen * np.asarray(a.density, dtype=np.float64)
     pairs, key, sides = a.batch * a.kv_heads, a.stored * a.cache_bytes * a.head_dim, a.sides
@@ -362,10 +366,10 @@ def decode_work(a: Geometry) -> DecodeWork:
 
 
 def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
+    """Return the time of decode attention: memory and units, joined by a 2-norm, and the fixed times."""
     slots = c["units_per_sm"] * device.sm_count
-    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # of a kernel's factor on the rows the rounding
-    # begun parts count, else the time would fall at each new part
+    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # 1e-4: rounding of a factor on the rows
+    # partly filled splits count, else the time would fall at each new split
     splits = np.maximum(np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0)
     waves = np.ceil(units * splits / slots)
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
@@ -405,7 +409,7 @@ class Kernels:
 
     kinds: FloatArray  # (v, 3): log2 of the features a head, 1 with a window, 1 with a narrower cache
     factors: FloatArray  # (v, c) logs of their constants over the section's, in the order of the registry
-    grid: ResidualGrid | None = None  # of all, one after the other along its first coordinate
+    grid: ResidualGrid | None = None  # residuals of all kernels, joined along the first coordinate
 
     @classmethod
     def of(cls, section: FittedValues) -> Kernels:

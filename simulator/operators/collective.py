@@ -102,7 +102,7 @@ class Messages(Calls):
     def parts(self, c: Mapping[str, float]) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return launch, wire and steps in between, s: they add up to the time."""
         others = self.devices - 1.0
-        share = others / self.devices  # of the payload that a device must receive
+        share = others / self.devices  # share of the payload that a device must receive
         one = np.ones_like(others)
         wire = np.choose(self.code, [2.0 * share, share, share, share, one]) * self.payload
         hops = np.choose(self.code, [2.0 * others, others, others, 1.0 + np.log2(self.devices), one])

@@ -150,7 +150,7 @@ def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any
     Poisson number. If several ``devices`` share the experts, it is that of the device with the highest load."""
     chance = experts_chance(experts, active, skew)
     some, mean = 1.0 - (1.0 - chance) ** m, m * chance
-    # a spread wider than a tile leaves the last one half empty; one tile holds what is far below it
+    # where loads spread over several tiles, the last tile is half empty; small loads fit one tile
     tiles = (
         np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(axis=0)
         for rows in TILES
@@ -214,7 +214,7 @@ class Layers(Calls):
     dealt: bool = True  # tokens are distributed by rule, as in a benchmark
     warm: Any = True  # weights are in L2 as far as they fit, as in a benchmark that repeats one layer
     part: Any = 0  # index into PARTS
-    devices: Any = 1.0  # that share the experts; if tokens choose
+    devices: Any = 1.0  # devices that share the experts, if tokens choose
     unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
 
     @cached_property
@@ -244,7 +244,7 @@ class Layers(Calls):
         m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
         (up, down), whole = self.products, self.whole
         slower = (1.0 + c["narrow"] / n) * np.where(n % ALIGNED, 1.0 + c["align"], 1.0)
-        # of a tile of each height, per weight: arithmetic of its rows, and loading the weight into an SM
+        # time per weight of a tile of each height: arithmetic of its rows, and loading the weight into an SM
         row_s = 2.0 / (c["e_tc"] * machine.peak_flop_per_s)
         loading_s = machine.weight_bytes / (c["b_sm"] * machine.sm_count)
         tile_s = np.maximum(TILES, c["least_rows"]) * row_s + loading_s
@@ -334,10 +334,10 @@ class ExpertSizes(NamedTuple):
     m: Any  # tokens
     n: Any  # width of an expert
     k: Any  # hidden size
-    experts: Any  # of the device
+    experts: Any  # experts of the device
     active: Any  # experts that a token uses, on average; no whole number where devices share the experts
-    skew: Any = 0.0  # of their load (:func:`experts_chance`; 0: uniform); of dealt tokens, the power of the law
-    devices: Any = 1  # that share the experts of the layer: the device with the highest load counts
+    skew: Any = 0.0  # imbalance of loads (:func:`experts_chance`; 0: uniform), or the power of :func:`dealt_load`
+    devices: Any = 1  # devices that share the experts of the layer: the one with the highest load counts
 
 
 def experts(

@@ -346,8 +346,8 @@ class GemmKernel(NamedTuple):
     pad_m: float
     group: float  # features, of GROUPS; 0 where no groups are skipped
     unfitted: tuple[str, ...]  # error factors of what no fit has seen
-    dense: GemmKernel | None = None  # of weights alone in fewer bits: the kernel without them, which computes the same
-    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time of which no table of its architecture tells
+    dense: GemmKernel | None = None  # for weight-only formats: the dense kernel that computes the same product
+    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time that no table of this architecture covers
 
 
 @lru_cache(maxsize=128)
@@ -436,7 +436,7 @@ def clocked(e_tc: float, hw: Device) -> float:
 
 
 def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Return the constants of 2:4 kernels, and the parts of the time of which no table of the architecture tells. A
+    """Return the constants of 2:4 kernels, and the parts of the time that no table of the architecture covers. A
     constant that no fit moved is the default of the device's own architecture, which may differ from that of an
     inherited section."""
     values, assumed = {}, []
@@ -608,7 +608,7 @@ def _loadings(
             loadings["serial"] = compute * serial
             latency = latency * (1.0 - serial)
         loadings["latency"] = latency
-        # of each of TILES, and of the chosen tile
+        # idle SMs with each of TILES, and with the chosen tile
         many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
         *idles, idle = compute * _idle(np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count))
         loadings |= zip(_IDLE, idles)

@@ -177,7 +177,7 @@ def analytical_time(
     best = np.minimum(whole, shared)
     compute = best.min(axis=0)
     numbers = np.arange(len(best), dtype=np.int8)[:, None]
-    tile = ((best == compute) * numbers).max(axis=0)  # of equally fast ones the last
+    tile = ((best == compute) * numbers).max(axis=0)  # the last of equally fast tiles
     chosen = tile.astype(np.intp) * len(tile) + np.arange(len(tile))
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     serial: Array | float = cube(steps * model.serial_us) if machine.serial else 0.0

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SAME_SHAPE = 0.99  # correlation of the errors of equal operators in two workloads; the kernels around them differ
 
 SMALL_SHARE = 0.05
-"""Share of the time below which operators with default constants do not count: results are calibrated."""
+"""A result counts as calibrated if operators with default constants take less than this share of the time."""
 
 NAMED_SHARE = 0.01  # share of the time from which operators with default constants are named
 

@@ -32,8 +32,8 @@ ERROR_SIZES: Mapping[str, ErrorSize] = MappingProxyType(
 """Errors by operator. Stacks choose different attention kernels, so their times differ by steps."""
 
 ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
-    # of the machine: launches, clocks and memory of this very device, in all its operators. With those of a GEMM's
-    # kernels: launch .20, compute .06, memory .034
+    # the machine's launches, clocks and memory are common to all operators; with the factors of a GEMM's kernels the
+    # standard deviations are: launch .20, compute .06, memory .034
     {"machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015}
     | {f"{name} {part}": sd for name, size in ERROR_SIZES.items() for part, sd in size.factors.items()}
     | {"host": 0.43}

@@ -55,7 +55,7 @@ _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1),
 
 UNEXPLAINED = 0.3
 """Share of the deviation of a measured time from its prediction that may be spent per pass instead of in proportion to
-the work, or the reverse (assumed): what the measured machine does otherwise is not among the causes of the model."""
+the work, or the reverse (assumed): the model has no cause for the rest of the deviation."""
 
 CONSISTENT_SD = 2.5
 """Standard deviations from its prediction beyond which a measured time is ignored."""
@@ -223,7 +223,7 @@ def _hosts_of(first: FloatArray, second: FloatArray, log_weight: FloatArray, sca
     rows, next_to = np.arange(len(first), dtype=np.float64), np.interp(found, first, np.arange(len(first)))
     out = np.zeros(len(found))
     for i in np.unique(np.concatenate([np.floor(next_to), np.ceil(next_to)])).astype(int):
-        part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # of linear interpolation
+        part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # weight of linear interpolation
         out += part * _quantiles(second, given[i], at[1])
     return np.stack([found, out])
 
@@ -245,7 +245,7 @@ def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
 class WorkloadTimes(OperatorTimes):
     """Times of a workload on a device, s: of one execution of each row (eager: all its kernels), and in total."""
 
-    role: NDArray[np.str_]  # of each row
+    role: NDArray[np.str_]  # role of each row
     count: FloatArray  # its executions
     total_s: float
     total_lower_s: float  # prediction interval
