@@ -274,9 +274,7 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.count_nonzero(window):
         return tiles, blocks, last
-    first = np.floor(
-        (kv - q - window + 1.0) / TILE
-    )  # read by the first tile; below 0 while the window is not full
+    first = np.floor((kv - q - window + 1.0) / TILE)  # read by the first tile; below 0 while the window is not full
     whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
     skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
     longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
