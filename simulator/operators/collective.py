@@ -192,12 +192,7 @@ def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all
 
     The payload is what each device holds before (all_reduce, reduce_scatter, all_to_all), what is sent (send), or what
     each holds in the end (all_gather). The roofline is what must pass a device's link, over its datasheet bandwidth.
-
-    Raises
-    ------
-    InputError
-        For an unknown kind, a device without a link, or more devices than the link connects.
-    """
+    InputError for a device without a link, or more devices than the link connects."""
     if kind not in COLLECTIVES:
         raise unknown("collective", kind, COLLECTIVES)
     arrays = np.broadcast_arrays(payload_bytes, devices)
