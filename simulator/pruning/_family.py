@@ -62,10 +62,8 @@ class Family(Displayed):
     # tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
     summary: str
-    cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
     order: int  # place in tables
-    realised: str  # definition of the realised sparsity
     options: Mapping[str, Any] = field(init=False)  # option -> default
     support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
     targets: tuple[str, ...] = ()  # names of parts in a sparsity per part

@@ -128,8 +128,5 @@ FAMILY = Family(
     parts=None,
     order=7,
     summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
-    cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "
-    "batch 1 in decode a sublayer runs or not",
-    realised="expected share of token-sublayer pairs skipped",
     targets=SUBLAYERS,
 )

@@ -127,7 +127,5 @@ FAMILY = Family(
     narrows=True,
     order=2,
     summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
-    cost="alignment and tile effects of the narrower shapes",
-    realised="parameters of the projections removed / parameters of the projections, after rounding groups and widths",
     targets=(*SUBLAYERS, *NESTED),
 )
