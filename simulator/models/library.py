@@ -120,8 +120,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     model = from_hf_config(content, str(file), file.parent.name if file.name == "config.json" else file.stem)
     if not whole:
         return model
-    from simulator.models.checkpoint import from_tensors  # late: shipped models need no checkpoint
-    from simulator.models.tensors import read_headers
+    from simulator.models.checkpoint import from_tensors, read_headers  # late: shipped models need no checkpoint
 
     tensors = read_headers(file.parent)
     return from_tensors(model, tensors, file.parent) if tensors else model
