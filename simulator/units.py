@@ -164,7 +164,6 @@ def _plain(number: Decimal) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a time as text with three significant digits."""
     return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
 
 
@@ -184,22 +183,18 @@ def seconds_between(value: float, lower: float, upper: float, *, short: bool = F
 
 
 def size(value: float) -> str:
-    """Return an amount of memory as text with a binary prefix."""
     return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
 
 
 def parameters(value: float) -> str:
-    """Return a number of parameters as text with a decimal prefix."""
     return _prefixed(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
 
 
 def rate(value: float, unit: str) -> str:
-    """Return a rate per second as text with a decimal prefix."""
     return _prefixed(value, (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)))
 
 
 def ratio(value: float) -> str:
-    """Return a speedup or bound as text."""
     return f"{value:.2f}" if value < 10 or not math.isfinite(value) else f"{value:.3g}"
 
 

@@ -55,8 +55,6 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Share:
-    """A number without a unit."""
-
     value: Annotated[float, _SHARE]
     source: SourceName
     sd: Annotated[float, _SHARE] = 0.0  # its standard deviation between users
@@ -65,11 +63,6 @@ class Share:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Products in formats below 16 bits whose activations a kernel of its own converts.
-
-    The preceding kernel writes the format of the other products.
-    """
-
     inputs: tuple[Annotated[str, Text(INPUTS)], ...]
     source: SourceName
     note: String = ""
@@ -168,8 +161,6 @@ class Behaviour:
 
 @dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _Release(Behaviour):
-    """A generation as its file states it."""
-
     name: Annotated[str, _NAME]
     since: Annotated[str, Text((), SINCE, 'a version in quotes, such as "0.14"')]
     title: String
@@ -179,8 +170,6 @@ class _Release(Behaviour):
 
 @dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _File(Behaviour):
-    """An engine as its file states it."""
-
     schema_version: Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
     name: Annotated[str, _NAME]
     title: String
@@ -364,7 +353,6 @@ def _load(path: str, stamp: tuple[int, int], wanted: str = "") -> Engine:
 
 
 def _as_of(engine: Engine, generation: Generation) -> Engine:
-    """Return an engine as it is in one of its generations."""
     return replace(engine, title=generation.title, generation=generation.name, **generation.values)
 
 

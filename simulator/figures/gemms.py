@@ -41,8 +41,6 @@ Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) an
 
 @dataclass(frozen=True)
 class Roof:
-    """One device with its GEMMs: a panel."""
-
     title: str
     peak_flop_per_s: float  # datasheet peaks
     bandwidth_bytes_per_s: float
@@ -58,7 +56,6 @@ class Roof:
         return self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
 
     def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
-        """Return intensity (FLOP/byte), achieved TFLOP/s, and whether a point is pruned."""
         x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
         return x, y / 1e12, np.asarray(self.pruned, dtype=bool)
 
@@ -176,7 +173,6 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
 
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:
-    """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
     titles, columns = layout.titled(found)
     return roofline_figure([roof_of(e, title) for e, title in zip(found, titles)], columns=columns)
 
@@ -194,7 +190,6 @@ def roof_of(e: Explanation, title: str) -> Roof:
 
 
 def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
-    """Draw single GEMMs on the roofline, one panel per device."""
     roofs = []
     for name in dict.fromkeys(r.hardware for r in rows):
         own = [r for r in rows if r.hardware == name]
@@ -208,8 +203,6 @@ def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
 
 @dataclass(frozen=True)
 class Stairs:
-    """One panel."""
-
     row: str  # kind of staircase
     column: str  # the device
     x_label: str

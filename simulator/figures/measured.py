@@ -25,8 +25,6 @@ RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a c
 
 @dataclass(frozen=True)
 class MeasuredGemms:
-    """Measured GEMMs of one device and number format."""
-
     source: str  # origin, for captions
     m: NDArray[Any]
     n: NDArray[Any]
@@ -36,7 +34,6 @@ class MeasuredGemms:
     stack: str = ""  # software stack that was measured; "": that of the device's profile
 
     def of_weight(self, n: int, k: int) -> BoolArray:
-        """Return a mask of the rows with this weight."""
         return np.asarray((self.n == n) & (self.k == k))
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
@@ -47,8 +44,6 @@ class MeasuredGemms:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Measured and predicted times of one device or engine, s."""
-
     title: str
     measured_s: ArrayLike
     predicted_s: ArrayLike
@@ -64,7 +59,6 @@ def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, flo
 
 
 def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
-    """Draw predicted against measured times, two panels per cloud: times above, their ratio below."""
     with paper_style():
         columns = in_a_row(len(clouds))
         rows = -(-len(clouds) // columns)
@@ -134,7 +128,6 @@ def _time_axis(axis: Any, low: float, high: float) -> None:
 
 
 def time_text(microseconds: float) -> str:
-    """Format a round time in few characters."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= 0.999 * size:
             return f"{microseconds / size:.3g} {unit}"
@@ -157,8 +150,6 @@ def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float],
 
 @dataclass(frozen=True)
 class Beside:
-    """Speedups of one setting, one row per family."""
-
     title: str
     family: Sequence[str]
     published: ArrayLike

@@ -74,8 +74,6 @@ class NothingToDraw(InputError):
 
 @dataclass(frozen=True)
 class Paper:
-    """The subject of a paper."""
-
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
     request: Request = field(default_factory=Request)  # number formats, engine, and the length if a figure varies none
@@ -83,12 +81,10 @@ class Paper:
 
     @property
     def title(self) -> str:
-        """Title of the model."""
         return model_title(self.model.name)
 
     @property
     def setting(self) -> str:
-        """Model, number format and engine in words."""
         return f"{self.title}, {self.request.dtype}, {engine_title(load_engine(self.request.engine).name)}"
 
     def settings(self, **changed: Any) -> dict[str, Any]:
@@ -97,7 +93,6 @@ class Paper:
 
     @property
     def interval(self) -> str:
-        """Label of bars and bands."""
         return interval(self.request.level)
 
 
@@ -110,8 +105,6 @@ def paper(model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], *
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with its name, its caption, and notes (one line each)."""
-
     name: str
     figure: Figure
     caption: str
@@ -119,7 +112,6 @@ class Drawn:
 
 
 def draw(name: str, about: Paper) -> Drawn:
-    """Draw one figure of :data:`FIGURES`; NothingToDraw without its data, InputError for an unknown name."""
     if name not in FIGURES:
         raise unknown("figure", name, FIGURES)
     figure, caption, notes = FIGURES[name](about)
@@ -137,7 +129,6 @@ def _has_sparse24(p: Paper, engine: str) -> bool:
 
 
 def _without_sparse24(p: Paper) -> str:
-    """Return the sentence of a caption whose figure excludes 2:4."""
     has = _has_sparse24(p, p.request.engine)
     return "" if has else f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels for it."
 
@@ -323,7 +314,6 @@ def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float 
 
 
 def _scatter(p: Paper) -> Made:
-    """Draw every measured GEMM of each device against its prediction."""
     clouds, errors = [], []
     for hw in p.devices:
         if (seen := p.measured.get(hw.label)) is None:

@@ -95,7 +95,6 @@ def _values(results: Sequence[Result], axis: str) -> list[float]:
 
 
 def _sets(groups: Sequence[Any], results: Sequence[Result], axis: str) -> list[set[float]]:
-    """Return the values of a field in each group of results."""
     found: dict[Any, set[float]] = {}
     for group, r in zip(groups, results):
         found.setdefault(group, set()).add(getattr(r, axis))
@@ -160,14 +159,12 @@ def _line(pairs: Sequence[tuple[str, float]], i: int, axis: str) -> str:
 
 
 def _own(data: layout.FigurePoints, r: str, c: str, name: str) -> NDArray[np.intp]:
-    """Return the points of one candidate in a panel by rising value."""
     rows = np.flatnonzero((data["row"] == r) & (data["column"] == c) & (data["candidate"] == name))
     ordered: NDArray[np.intp] = rows[np.argsort(data["at"][rows], kind="stable")]
     return ordered
 
 
 def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, float]:
-    """Return a range that is a little wider than some columns and includes 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
     low, high = float(values.min()), float(values.max())
@@ -339,7 +336,6 @@ def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
 
 
 def _within(service: Service) -> dict[str, OperatingPoint]:
-    """Return the point of each model within the limits."""
     return {p.name: p for p in service.kinds.get(LIMITS, ()) if p.concurrency}
 
 

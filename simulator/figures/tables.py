@@ -132,7 +132,6 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
 
 
 def number(value: float) -> str:
-    """Format an efficiency in few characters."""
     if not np.isfinite(value):
         return "–"
     if not -0.995 <= value < 9.95:

@@ -28,7 +28,6 @@ class CsvTable:
     lines: list[int]  # line of the file on which each row ends
 
     def column(self, name: str) -> list[str]:
-        """Return the cells of a column."""
         at = self.header.index(name)
         return [row[at] for row in self.rows]
 
@@ -43,7 +42,6 @@ class CsvTable:
         return out
 
     def records(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield ``file:line`` and the cells by column, for each row."""
         for line, row in zip(self.lines, self.rows):
             yield f"{self.label}:{line}", dict(zip(self.header, row))
 
@@ -100,7 +98,6 @@ def _check_header(names: list[str], place: str, required: Sequence[str]) -> None
 
 
 def _cell(cell: str) -> str:
-    """Return a cell as messages and reports quote it."""
     cell = cell.strip()
     return cell if cell.isprintable() and len(cell) <= 4000 else one_line(cell)
 

@@ -45,7 +45,6 @@ class Scalar:
         return str(value)
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
-        """Return the value of a node, or BAD with problems."""
         try:
             return self.value(node)
         except ValueError as error:
@@ -80,8 +79,6 @@ class Text(Scalar):
 
 
 class ListedSource(Text):
-    """The short name of a source that the file lists."""
-
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         short = super().read(node, path, reader)
         if short is not BAD and short not in reader.sources:
@@ -130,8 +127,6 @@ class Number(Scalar):
 
 @dataclass(frozen=True)
 class Quantity(Scalar):
-    """Text with a unit, such as "3.35 TB/s", as a number in SI units."""
-
     unit: str
     low: float
     high: float
@@ -212,7 +207,6 @@ class TreeReader:
     context: Mapping[str, Any]
 
     def read(self, hint: Any, node: Node, path: Keyed) -> Any:
-        """Return the value of a type at a node, or BAD with problems."""
         return kind_of(hint).read(node, path, self)
 
     def wrong(self, node: Node, path: Keyed, reason: str) -> Any:
@@ -360,7 +354,6 @@ def plain_text(value: str) -> str:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """Return the reason against a key, with the closest known one."""
     hint = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
     return f"unknown key; {hint}"
 

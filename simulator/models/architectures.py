@@ -79,13 +79,10 @@ class Reader:
         return self.data[key] is not None if key in self.data else absent
 
     def part(self, key: str) -> Reader:
-        """Return an object in the configuration."""
         inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
         return Reader(inside, self.source, f"{self.place}{key}.")
 
     def parts(self, key: str, many: int) -> list[Reader]:
-        """Return a list of ``many`` objects."""
-
         def right(value: Any) -> bool:
             return isinstance(value, list) and len(value) == many and all(isinstance(item, Mapping) for item in value)
 
@@ -93,8 +90,6 @@ class Reader:
         return [Reader(inside, self.source, f"{self.place}{key}[{i}].") for i, inside in enumerate(found)]
 
     def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
-        """Return a list of layer numbers."""
-
         def right(value: Any) -> bool:
             return isinstance(value, list) and all(isinstance(i, int) and 0 <= i < layers for i in value)
 
@@ -148,7 +143,6 @@ class Architecture:
     more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
 
     def values(self, read: Reader) -> ConfigFields:
-        """Return the fields in a configuration."""
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", self.absent.get("heads"))
         kv_heads, head_dim = heads, self.head_dim
         if self.grouped:
@@ -376,7 +370,6 @@ def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _rotary_layers(read: Reader, layers: int) -> list[bool]:
-    """Return whether each layer has rotary positions: by the list ``no_rope_layers``, else by the interval."""
     step = read.integer("no_rope_layer_interval", 4)
     usual = [(layer + 1) % step > 0 for layer in range(layers)]
 

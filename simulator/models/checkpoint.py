@@ -44,8 +44,6 @@ _PICKLE = re.compile(r"(?:pytorch_model|model|consolidated|checkpoint)\b.*\.(?:b
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint."""
-
     dtype: str
     shape: tuple[int, ...]
 
@@ -247,8 +245,6 @@ _INTS = {4: "int4", 8: "int8"}
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Logical shape and format of a weight."""
-
     shape: tuple[int, ...]  # (outputs, inputs); experts in one tensor: (experts, inputs, outputs)
     dtype: str = ""  # stored format; "" for floats of 16 bits and more
     sparse24: bool = False
@@ -300,7 +296,6 @@ def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def _outputs(parts: Mapping[str, Tensor], scales: str) -> int:
-    """Return the number of outputs from scales per group of inputs and output; 0 without scales."""
     shape = _shape(parts, scales)
     return shape[1] if len(shape) == 2 else 0
 
@@ -312,7 +307,6 @@ def _float(dtype: str) -> str:
 
 
 def _scaled(parts: Mapping[str, Tensor], dtype: str) -> str:
-    """Return the format of a weight of 8 bits, or of 4 bits in bytes, from its scales."""
     scale = _shape(parts, "weight_scale_inv") or _shape(parts, "weight_scale")
     if dtype in _8_BIT:
         return "fp8_block" if len(scale) == 2 and scale[1] > 1 else "fp8"
@@ -381,7 +375,6 @@ class _Part:
         self.names.setdefault(width, name)
 
     def read(self, bits: int) -> None:
-        """Read widths, formats and parameters of all modules."""
         table = LAYER if self.number >= 0 else OUTSIDE
         found = {module: axes_of(module, table) for module in self.modules}
         fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
@@ -547,7 +540,6 @@ def _latent(part: _Part) -> Latent | None:
 
 
 def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
-    """Return the shapes of one layer."""
     width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
     if delta := "delta" in width:
         heads, kv_heads = _delta_heads(part, model)
@@ -598,7 +590,6 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
 
 
 def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
-    """Return the value heads and key heads of a gated delta net."""
     width, own = part.widths, model.delta
     if own is None or (missing := [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]):
         why = "its config.json has none" if own is None else f"without {missing[0]}"
@@ -614,7 +605,6 @@ def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
 
 
 def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
-    """Return the model with the biases and norms that its layers have."""
     biases, modules = (
         {factor_of(module)[0] for part in layers for module in getattr(part, name)} for name in ("biases", "modules")
     )

@@ -58,7 +58,6 @@ class Block:
         return rank * (n + k) if rank else n * k
 
     def rank(self, role: str) -> int:
-        """Return the rank of a projection that is stored as two factors, else 0."""
         return dict(self.ranks).get(role, 0)
 
     def roles(self, fused: str, parts: Mapping[str, int], fuses: bool = False) -> Mapping[str, int]:
@@ -83,7 +82,6 @@ class Latent:
 
     @property
     def cached(self) -> int:
-        """Elements per position in the cache."""
         return self.rank + self.rotary
 
 
@@ -96,7 +94,6 @@ class DeltaNet:
     conv: int  # positions of the causal convolution of queries, keys and values
 
     def widths(self, block: Block) -> tuple[int, int]:
-        """Return the features of all keys, and of all values, of a layer."""
         return block.kv_heads * self.key, block.heads * self.value
 
 
@@ -360,7 +357,6 @@ class ModelConfig(Displayed):
         return weights + biases + norms + self.sinks * block.heads + rotates
 
     def _delta_parameters(self, block: Block) -> int:
-        """Return the parameters of a gated delta net: projections, convolution, decays, and norm of a head."""
         own = self.delta
         assert own is not None
         keys, values = own.widths(block)

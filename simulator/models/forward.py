@@ -45,7 +45,6 @@ class Lowering:
 
     @property
     def copies(self) -> bool:
-        """Whether a decode step copies the cache."""
         return self.engine.cache == "copied"
 
     @property
@@ -75,7 +74,6 @@ class PassRows:
         return self.batch * self.q_len
 
     def fuses(self, group: str) -> bool:
-        """Return whether the engine computes a group of projections as one product."""
         return group in self.lowering.engine.fuse
 
     @property
@@ -85,12 +83,10 @@ class PassRows:
 
     @property
     def wide(self) -> OperatorRow:
-        """Formats of a product of the residual stream."""
         return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
 
     @property
     def head_tokens(self) -> int:
-        """Positions that the head computes."""
         return self.tokens if self.lowering.engine.logits == "all" else self.batch
 
     @property
@@ -152,7 +148,6 @@ class PassRows:
         yield from self.norm_after(part)
 
     def delta_net(self, block: Block) -> Iterator[OperatorRow]:
-        """Yield the rows of a gated delta net: two projections, the convolution with the recurrence, norm and gate."""
         own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
         assert own is not None
         keys, values = own.widths(block)
@@ -272,7 +267,6 @@ class PassRows:
             yield self.move("residual", part, h, 2 * h, h)
 
     def routed(self, block: Block) -> Iterator[OperatorRow]:
-        """Yield the gate of the shared experts, the router over all experts, and the routed experts of the device."""
         model, part, h = self.part, Part.MLP, self.part.hidden
         if model.shared_gate and block.inner:
             yield self.gemm("shared_gate", part, 1, h, False) | self.wide

@@ -79,7 +79,6 @@ def _declared(read: Reader) -> str:
 
 
 def _decoder(read: Reader) -> tuple[str, Reader]:
-    """Return the architecture of the decoder and its keys."""
     known = f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
     kind, text = read.data.get("model_type"), read.data.get("text_config")
     if kind is None:

@@ -170,7 +170,6 @@ def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Cho
 
 
 def _fractions(sparsity: Any, of: str, layers: int) -> FloatArray:
-    """Return checked fractions, one per layer."""
     if np.shape(plain(sparsity)) != (layers,):
         expected = f"expected {layers} fractions, one per layer of this model"
         raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
@@ -218,7 +217,6 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
 
 
 def _share(w: Workload, part: str) -> FloatArray:
-    """Return the share of each row that belongs to a part."""
     if part in SUBLAYERS:
         return np.where((w.layer >= 0) & (w.part == Part[part.upper()]), 1.0, 0.0)
     if part in ONE_SIZE:

@@ -52,7 +52,6 @@ def read_steps(text: str) -> tuple[PruningStep, ...]:
 
 
 def is_plan(text: str) -> bool:
-    """Return whether a text of ``--prune`` is the path of a plan."""
     return text.strip().endswith((".yaml", ".yml", ".json"))
 
 
@@ -211,7 +210,6 @@ def _of_layers(node: Node, problems: Problems) -> tuple[PruningStep, ...]:
 def _of_node(
     node: Node, key: str, problems: Problems, layers: tuple[int, ...] | None = None
 ) -> tuple[PruningStep, ...]:
-    """Return the steps of a text in a plan, at some layers."""
     if node.kind != "scalar":
         problems.add(node, key, f"expected a text such as width mlp=0.3, got {node}")
         return ()

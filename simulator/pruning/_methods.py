@@ -30,8 +30,6 @@ Form = Callable[[float, Workload], tuple[Any, ...]]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Method(Displayed):
-    """A published method."""
-
     name: str
     family: str  # key of FAMILIES, or two keys joined by "+", applied in order
     what: str  # removed parts, and their layers

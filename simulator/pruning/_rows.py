@@ -90,12 +90,10 @@ def weights(w: Workload) -> Array:
 
 
 def removed(before: float, after: float) -> float:
-    """Return the fraction removed, 0 if there was nothing before."""
     return max(0.0, 1.0 - after / before) if before > 0 else 0.0
 
 
 def parameters_removed(w: Workload, out: Workload) -> float:
-    """Return the fraction of weights in the layers that pruning removed."""
     return removed(*(float(weights(x)[weighted(x)].sum()) for x in (w, out)))
 
 
@@ -112,7 +110,6 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
 
 
 def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
-    """Return the workload with other values of some columns in some rows."""
     return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
 
 
@@ -139,7 +136,6 @@ def with_expert_width(w: Workload, kept: Array) -> Workload:
 
 
 def moved(w: Workload, share: Array) -> dict[str, Array]:
-    """Return columns with a share of the bytes that each row reads and writes."""
     return {"read_bytes": w.read_bytes * share, "write_bytes": w.write_bytes * share}
 
 
@@ -192,7 +188,6 @@ def sublayer_ends(w: Workload) -> Array:
 
 
 def hidden_at(w: Workload, at: Array) -> Array:
-    """Return the hidden size at sublayer ends."""
     return np.where(w.kind[at] == Kind.EXPERTS, w.k[at], w.n[at])
 
 
@@ -210,7 +205,6 @@ def _stream(w: Workload, at: Array) -> Array:
 
 
 def stream_bytes(w: Workload, at: Array) -> Array:
-    """Return the bytes per value of the residual stream at some rows."""
     return DTYPE_BYTES[_stream(w, at)]
 
 
@@ -357,7 +351,6 @@ def prompt_of(w: Workload) -> Array:
 
 
 def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
-    """Return the workload with the hidden size ``new`` in place of ``hidden``."""
     stream, square, routed = w.is_role(*STREAM), w.is_role("residual_projection"), w.kind == Kind.EXPERTS
     reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
     writes = writers(w, "o", "down", "linear")

@@ -59,12 +59,10 @@ class PruningStep:
 
     @property
     def removes_layers(self) -> bool:
-        """Whether the step removes whole layers."""
         return any(family.layers == "some" for family in self.families)
 
     @property
     def argument(self) -> Any:
-        """The sparsity as an argument of :func:`simulator.prune`."""
         sparsity = _argument(self.sparsity)
         if sparsity is None and self.layers is None and not self.budgeted:
             sparsity = self.families[0].default
@@ -80,7 +78,6 @@ class PruningStep:
         return tuple(PruningStep(name, _hashable(part), None, tuple(sorted(own.items()))) for name, part, own in found)
 
     def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
-        """Return the pruned workload."""
         for step in self.by_family(workload):
             workload = prune(workload, step.name, step.argument, layers=step.layers, ideal=ideal, **dict(step.options))
         return workload
@@ -94,7 +91,6 @@ def _hashable(sparsity: Any) -> Any:
 
 
 def _argument(sparsity: Sparsity) -> Any:
-    """Return a sparsity as a number, a sequence or a mapping."""
     found: Any = sparsity
     return dict(found) if isinstance(found, tuple) and isinstance(found[0], tuple) else found
 

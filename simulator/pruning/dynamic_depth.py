@@ -110,8 +110,6 @@ def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
 
 
 def _copies(w: Workload, ends: Array, last: Array, first: Array) -> _rows.Inserted:
-    """Return gathers before the sublayers ``ends`` and scatters after the sublayers ``last``, of several tokens."""
-
     def copied(at: Array, role: str) -> Workload:
         m, hidden = w.m[at], _rows.hidden_at(w, at)
         size = m * hidden * _rows.stream_bytes(w, at)
