@@ -71,15 +71,15 @@ class Roof:
         return low, high, bottom, min(peak * self.headroom, high * bandwidth) * 2.0
 
     def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
-        """Return corners of the roof between two intensities: intensity and TFLOP/s. With the headroom, this is the
-        roof of the highest clock, which no GEMM that streams its operands from memory can exceed."""
+        """Return corners of the roof between two intensities, at the highest clock with the headroom: FLOP/byte and
+        TFLOP/s."""
         peak, bandwidth = headroom * self.peaks[0], self.peaks[1]
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
 
     def drawn(self) -> list[tuple[str, int, int | None]]:
-        """Return the name and the index of every drawn point, and for a pruned point the index of its dense point: the
-        nearest in intensity. GEMMs whose dense and pruned points coincide have a joint name."""
+        """Return name and index of every drawn point, and for a pruned point the index of the nearest dense point.
+        GEMMs whose points coincide have a joint name."""
         x, y, pruned = self.columns()
         logs = np.log(np.stack([x, y], axis=1))
         points: dict[str, list[int]] = {}
@@ -106,8 +106,7 @@ class Roof:
 
 
 def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
-    """Draw devices side by side on common axes, with names next to the points where there is room; ``columns`` is the
-    number of panels per row, ``names`` the legend's title."""
+    """Draw devices side by side on common axes, ``columns`` per row; ``names`` is the legend's title."""
     columns = columns or layout.in_a_row(len(roofs))
     width = layout.width_of(columns)
     with style.paper_style():
@@ -178,8 +177,7 @@ def rooflines_of(found: Sequence[Explanation]) -> Figure:
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
-    """Return the dense and pruned GEMMs of an explanation's layers on its device's roofline, as a panel. The head is
-    omitted: it computes one position of a prompt, far from the other points."""
+    """Return a panel of the dense and pruned GEMMs of an explanation's layers; the head is far from other points."""
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
     names = [name.replace("_", " ") for p in points for name in p.role]

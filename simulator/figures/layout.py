@@ -214,8 +214,8 @@ def across(devices: int, engines: int = 1) -> int | None:
 
 
 def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
-    """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
-    else the more numerous of devices and engines are columns, the others rows."""
+    """Return row and column labels of results: devices with their engines are columns if they are few; else the more
+    numerous of devices and engines are columns, the others rows."""
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
     devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
@@ -298,8 +298,8 @@ def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
 
 
 def _candidates(point: FloatArray, size: FloatArray, scale: float, reach_pt: float) -> Iterator[Any]:
-    """Yield centres of a text around a point, the nearest first, with whether the text needs a line to the point, and
-    whether this line must not cross names. If no centre is free, lines may cross names."""
+    """Yield centres of a text around a point, the nearest first, whether the text needs a line to the point, and
+    whether this line must not cross names, which it may if no centre is free."""
     for strict in (True, False):
         for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
             for direction in np.array(_DIRECTIONS):

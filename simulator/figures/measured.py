@@ -120,8 +120,7 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Put at most four powers of ten of a microsecond on a logarithmic axis, or other round numbers if it has fewer
-    than two powers."""
+    """Put at most four powers of ten of a microsecond on an axis, or other round numbers if it has fewer than two."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
     fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))

@@ -97,8 +97,7 @@ class Paper:
 
 
 def paper(model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any) -> Paper:
-    """Return a paper about a model on some devices, with names resolved; the settings are fields of
-    :class:`simulator.Request`."""
+    """Return a paper about a model on some devices; the settings are fields of :class:`simulator.Request`."""
     config = load_model(model) if isinstance(model, str) else model
     return Paper(config, tuple(profiles(hardware)), Request(**settings))
 
@@ -275,8 +274,7 @@ def _staircase(p: Paper) -> Made:
 
 
 def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many. Weights are rotated as in
-    the measurements, if there are any."""
+    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many."""
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
     tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
     seen_m, seen_s = np.zeros(0), np.zeros(0)

@@ -129,8 +129,7 @@ def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> 
 
 
 def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[Sequence[Result], str]:
-    """Return the results of at most :data:`MOST_VALUES` values of each of some fields, among them the first and the
-    last, and a note on omitted values."""
+    """Return the results of at most :data:`MOST_VALUES` values per field, and a note on omitted values."""
     notes = []
     for other in others:
         values = _values(results, other)
@@ -290,10 +289,8 @@ def _value_axes(panels: layout.Panels, values: NDArray[np.float64], axis: str, r
 
 
 def services_of(services: Sequence[Service]) -> Figure:
-    """Draw the throughput of services over their time per output token, one panel each.
-
-    A curve follows the concurrency from a single request (bottom left) to as many as fit, which its name states.
-    """
+    """Draw the throughput of services over their time per output token, one panel each, from a single request (bottom
+    left) to as many as fit, which the name of a curve states."""
     engines, devices = (len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware"))
     first = services[0].points[0]
     model = "" if len(services) > 1 else f"{model_title(first.model)}, "
@@ -324,8 +321,7 @@ def services_of(services: Sequence[Service]) -> Figure:
 
 
 def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Return time per output token, ms, and tokens/s per GPU of each model at rising concurrencies (n), each as the
-    prediction and both ends of its interval (3, n)."""
+    """Return time per output token, ms, and tokens/s per GPU of each model: prediction, lower and upper end (3, n)."""
     columns = ("tpot_s", "tpot_lower", "tpot_upper", "tokens_per_s", "tokens_per_s_lower", "tokens_per_s_upper")
     out = {}
     for name in dict.fromkeys(p.name for p in service.curve):

@@ -163,8 +163,7 @@ def kept_axes(
 
 
 def _rows_and_width(w: Workload, attention: bool) -> tuple[float, float]:
-    """Return the queries of attention in a pass and their features over all heads, or the tokens of GEMMs and their
-    outputs, which are those of the second factor of a low-rank pair."""
+    """Return queries and features of attention in a pass, or tokens and outputs of GEMMs (second low-rank factors)."""
     rows, width = w.batch * w.q_len * w.count, w.heads * w.head_dim
     if not attention:
         rows, width = (w.m * w.count)[w.stage != 1], w.n[w.stage != 1]

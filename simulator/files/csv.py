@@ -47,9 +47,7 @@ class CsvTable:
 
 
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
-    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped.
-
-    An InputError is ``file:line: reason``."""
+    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped."""
     if len(content) > MOST_BYTES:
         large = f"expected at most {MOST_BYTES / 1e6:g} MB of CSV, got more"
         raise InputError(f"{label}: {large}; split it or write Parquet")

@@ -28,9 +28,7 @@ def check_target(path: str | Path) -> Path:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary file in the same folder, which is synced and renamed.
-
-    An old file stays if the writing fails. Devices and pipes (``/dev/stdout``) are written directly."""
+    """Write a file through a temporary file, which is synced and renamed; devices and pipes are written directly."""
     target = check_target(path)
     try:
         if target.exists() and not target.is_file():

@@ -31,10 +31,8 @@ _DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)  # architectures that c
 
 
 def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE) -> dict[str, Any]:
-    """Return the keys that change a model's ``config.json`` into that of ``new``, with fewer layers, heads or features.
-
-    ``content`` is the content of the model's ``config.json``. Raises InputError if the content with these keys is not
-    the model ``new``: some architectures cannot state all shapes."""
+    """Return the keys that change ``content``, the ``config.json`` of a model, into that of ``new``. InputError if the
+    architecture cannot state the shapes of ``new``."""
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
     inside = text if isinstance(text, Mapping) else content
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
@@ -150,10 +148,8 @@ def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:
 def content_of(
     source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig, model: ModelConfig | None = None
 ) -> Mapping[str, Any]:
-    """Return the content of the ``config.json`` of a model source, as :func:`simulator.load_model` accepts it.
-
-    A named model has only its shape keys; a model that was made in Python has no content. ``model`` is the loaded
-    source, if known."""
+    """Return the content of the ``config.json`` of a model source, which is loaded as ``model``. A named model has only
+    its shape keys; a model that was made in Python has no content."""
     model = model or load_model(source)
     if isinstance(source, Mapping):
         return source

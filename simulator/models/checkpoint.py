@@ -53,9 +53,7 @@ class Tensor:
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``.
-
-    InputError for a folder with pickles or an adapter instead of such files."""
+    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``."""
     found: dict[str, Tensor] = {}
     room = MAX_HEADERS_BYTES
     for path in _files(folder):
@@ -214,9 +212,7 @@ _ROLES = {
 
 
 def factor_of(module: str) -> tuple[str, str, bool]:
-    """Return the projection of a factor, its role, and whether the factor makes the outputs of the projection.
-
-    A module that is not a factor has the role ""."""
+    """Return the projection of a factor, its role ("" for no factor), and whether it makes the projection's outputs."""
     match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
     if match is None:
         return module, "", False
@@ -227,8 +223,7 @@ def factor_of(module: str) -> tuple[str, str, bool]:
 
 
 def axes_of(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
-    """Return the axes of a module's weight, none for an unknown name. The rank of a factor is named after its
-    projection."""
+    """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank " and its role."""
     base, role, makes = factor_of(module)
     axes = next((axes for pattern, axes in table if pattern.fullmatch(base)), ())
     if not role:
@@ -251,11 +246,10 @@ class Weight:
 
 
 def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits: int = 0) -> Weight:
-    """Return the weight of a projection, given its parts by the last part of their names.
+    """Return the weight of a projection, given its parts by the last part of their names; ValueError if unknown.
 
     ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed integers: headers do not
-    contain the padding of packed rows, the shape in bitsandbytes, and the bits in compressed-tensors. Raises ValueError
-    for an unknown layout."""
+    contain the padding of packed rows, the shape in bitsandbytes, and the bits in compressed-tensors."""
     name = next((name for name in WEIGHTS if name in parts), "")
     if not name:
         raise ValueError("has no weight")
@@ -422,9 +416,7 @@ class _Part:
 
 def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> ModelConfig:
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
-
-    :attr:`ModelConfig.found` reports the differences. Raises InputError, one line, if the tensors and their number of
-    parameters cannot be explained exactly."""
+    :attr:`ModelConfig.found` reports the differences."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -516,8 +508,7 @@ def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tu
 
 
 def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight whose inputs are the hidden size; 0 if
-    there is none."""
+    """Return the bits of packed integers in compressed-tensors, from a weight that reads the residual stream, or 0."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:

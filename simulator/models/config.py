@@ -61,9 +61,8 @@ class Block:
         return dict(self.ranks).get(role, 0)
 
     def roles(self, fused: str, parts: Mapping[str, int], fuses: bool = False) -> Mapping[str, int]:
-        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``.
-
-        An engine that ``fuses`` projections leaves those that are stored as factors as they are."""
+        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``. Factors are
+        stored as they are, also in an engine that ``fuses`` projections."""
         stored = {role for role, _ in self.ranks}
         if fused in stored or (fuses and not stored & parts.keys()):
             return {fused: sum(parts.values())}
@@ -110,8 +109,7 @@ _CHOICES = {
 
 
 def layer_fields(blocks: Sequence[Block]) -> dict[str, Any]:
-    """Return the fields of a model with these layers: the widths of the most frequent complete layer, and ``blocks``
-    if layers differ."""
+    """Return the widths of the most frequent complete layer as fields of a model, and ``blocks`` if layers differ."""
     complete = [b for b in blocks if b.heads and (b.inner or b.experts) and not (b.linear or b.delta)] or blocks
     usual = Counter(complete).most_common(1)[0][0]
     fields: dict[str, Any] = {name: getattr(usual, name) for name in _WIDTHS}
@@ -407,10 +405,7 @@ class ModelConfig(Displayed):
 
 
 def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
-    """Return the model that one of ``devices`` computes; in a pipeline the whole model.
-
-    Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than
-    layers."""
+    """Return the model that one of ``devices`` computes; in a pipeline the whole model."""
     where = f"devices {devices}: {model.name} has"
     if parallel == "pipeline" and devices > model.layers:
         raise InputError(f"{where} {model.layers} layers; a pipeline has at most one device per layer")

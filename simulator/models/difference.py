@@ -20,9 +20,7 @@ _WIDTHS = {
 
 
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
-
-    Layers are matched by the numbers in a checkpoint, else in order."""
+    """Return the pruning families found in a model; layers are matched by numbers in a checkpoint, or in order."""
     numbers, news = pruned.numbers or tuple(range(pruned.layers)), pruned.layout
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
     if at.keys() >= set(numbers):

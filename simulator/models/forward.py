@@ -44,10 +44,6 @@ class Lowering:
         return self.request.devices > 1 and self.request.parallel != "pipeline"
 
     @property
-    def copies(self) -> bool:
-        return self.engine.cache == "copied"
-
-    @property
     def quantised(self) -> tuple[str, ...]:
         """Products whose activations a kernel of its own converts."""
         return self.engine.quantize.inputs if DTYPE_BYTES[self.dtype] < 2.0 else ()
@@ -86,16 +82,13 @@ class PassRows:
         return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
 
     @property
-    def head_tokens(self) -> int:
-        return self.tokens if self.lowering.engine.logits == "all" else self.batch
-
-    @property
     def owns(self) -> float:
         """Share of the parameters that each execution of the rows counts."""
         return self.first * (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
 
     def rows(self) -> list[OperatorRow]:
-        model, vocab, many, h = self.part, self.part.vocab, self.head_tokens, self.part.hidden
+        model, vocab, h = self.part, self.part.vocab, self.part.hidden
+        many = self.tokens if self.lowering.engine.logits == "all" else self.batch  # positions that the head computes
         tables = 2 if model.learned_positions else 1
         rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
         rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
@@ -151,24 +144,13 @@ class PassRows:
         own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
         assert own is not None
         keys, values = own.widths(block)
-        stream = self.lowering.stream_dtype
         yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
         yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
-        sizes = {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
         owned = own.conv * (2 * keys + values) + 2 * block.heads
-        yield {
-            "kind": Kind.DELTA_NET,
-            "role": "delta_net",
-            "part": part,
-            "m": self.tokens,
-            "n": values,
-            "batch": self.batch,
-            "window": own.conv,
-            "params": owned * self.owns,
-            "dtype": stream,
-            "weight_dtype": _STATE,
-            **sizes,
-        }
+        row = {"kind": Kind.DELTA_NET, "role": "delta_net", "part": part, "params": owned * self.owns}
+        row |= {"m": self.tokens, "n": values, "batch": self.batch, "window": own.conv}
+        row |= {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
+        yield row | {"dtype": self.lowering.stream_dtype, "weight_dtype": _STATE}
         yield self.move("gated_norm", part, values, 2 * values, values, own.value)
         yield from self.quantized("o", part, values)
         yield self.gemm("o", part, h, values, False)
@@ -179,7 +161,7 @@ class PassRows:
         A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
         outputs instead, by the two halves of the same weight, and attends to the latent vector. If the cache is copied
         (Transformers), it holds keys and values of every head, and a decode step computes those of its token."""
-        own, whole = self.part.latent, self.lowering.copies
+        own, whole = self.part.latent, self.lowering.engine.cache == "copied"
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
         absorbs = self.decodes and not whole
@@ -226,7 +208,7 @@ class PassRows:
         r, part = self.lowering, Part.ATTENTION
         read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         kept = {}
-        if r.copies and self.decodes:
+        if r.engine.cache == "copied" and self.decodes:
             repeats = block.heads // block.kv_heads if block.heads > block.kv_heads else 0
             copied = self.mean_length * (1 + repeats)
             reads = copied + (self.mean_length if repeats else 0)

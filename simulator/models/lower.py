@@ -203,9 +203,7 @@ def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int,
 
 def _steps(steps: int) -> tuple[Array, Array]:
     """Return numbers of steps (decode steps, chunks of a prompt) that are done after a step, and how many steps each
-    number represents.
-
-    The first steps and the last step are never shared: pruning depends on the first, cache memory on the last."""
+    number represents. Pruning depends on the first steps, cache memory on the last: these represent only themselves."""
     size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size
     alone = steps - 1 - size * shared
@@ -215,10 +213,10 @@ def _steps(steps: int) -> tuple[Array, Array]:
 
 
 def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
-    """Return attention of consecutive layers from ``first``, at rising cache lengths, with ``times`` executions each.
+    """Return attention of consecutive layers from ``first`` at rising cache lengths, with ``times`` executions each.
+    A column is a length and a run of equal layers; rows are first layer, layers, window, length and executions.
 
-    The result has one column per length and run of equal layers, and the rows first layer, layers, window, length and
-    executions. A window longer than the cache has no effect, so layers differ only from some length on."""
+    A window longer than the cache has no effect, so layers differ only from some length on."""
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):

@@ -36,9 +36,7 @@ _TOKEN = re.compile(
 
 
 def read_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of a text, or of a plan if the text is the path of a YAML or JSON file.
-
-    Errors have the place of the first mistake: the column in the text, or line and column in the file."""
+    """Return the steps of a text or of the plan at a path; errors have the column, or line and column, of a mistake."""
     if not isinstance(text, str):
         raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
     if is_plan(text):
@@ -165,8 +163,7 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
 
 
 def plan_steps(text: str | None, problems: Problems | None = None) -> tuple[PruningStep, ...]:
-    """Return the steps of the content of a plan; raise InputError for its first problem as ``file:line:column: key:
-    reason``."""
+    """Return the steps of the content of a plan; the InputError is its first problem, ``file:line:column: reason``."""
     problems = Problems("plan") if problems is None else problems
     steps: tuple[PruningStep, ...] = ()
     root = None if text is None else parse_yaml(text, problems)

@@ -51,9 +51,7 @@ class Method(Displayed):
         return self.options.get("budget")
 
     def prune(self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False) -> Workload:
-        """Return the pruned workload; ``sparsity`` is that of the whole model, as the family defines it.
-
-        A method with a budget in tokens takes no sparsity: it follows from the length of the request."""
+        """Return the pruned workload; the sparsity is that of the whole model, None for a method with a budget."""
         for family, part, options in self.families_of(workload, sparsity):
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload

@@ -244,10 +244,8 @@ BINS = 5  # number of equally likely bins that approximate the distribution betw
 
 @lru_cache(maxsize=4096)
 def token_points(tokens: int, keep: float) -> tuple[Array, Array]:
-    """Return possible numbers of computed tokens, without 0, and their probabilities; each is kept with ``keep``.
-
-    The expected number is exactly ``tokens * keep``. The mean of a bin is divided between the two nearest whole
-    numbers."""
+    """Return possible numbers of computed tokens, without 0, and their probabilities; the mean is ``tokens * keep``.
+    The mean of a bin is divided between the two nearest whole numbers."""
     if tokens <= 0:
         return np.array([tokens]), np.array([1.0])
     if tokens >= CAPACITY_TOKENS:
@@ -280,10 +278,8 @@ def _binomial(tokens: int, keep: float) -> tuple[Array, Array]:
 
 
 def split_tokens(w: Workload, keep: Array) -> Workload:
-    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability.
-
-    Tokens are ``m``, in decode attention ``batch``. Bytes of elementwise and collective rows scale with them.
-    Parameters are conserved."""
+    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability. Bytes of
+    elementwise and collective rows scale with tokens, parameters are conserved."""
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w

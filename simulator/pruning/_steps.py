@@ -107,9 +107,7 @@ def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool
 
 
 def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[PruningStep]:
-    """Yield the steps in the order in which they prune a workload.
-
-    Steps of one family at different layers become one step. Steps that remove layers are last."""
+    """Yield the steps in the order in which they prune a workload: those that remove layers are last."""
     keeping = [step for step in steps if not step.removes_layers]
     listed = [step for step in steps if step.removes_layers and step.layers is not None]
     rest = [step for step in steps if step.removes_layers and step.layers is None]

@@ -84,9 +84,8 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
 
 
 def _repeated(w: Workload, before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Return factors of read and written bytes of a copied cache, which is repeated for each query head of a KV head.
-
-    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`."""
+    """Return factors of read and written bytes of a copied cache (see ``cache_write`` in
+    :mod:`simulator.models.forward`) from query heads and KV heads."""
     copied = w.is_role("cache_write") & (w.kv_len > 0)
     was, now = (
         np.where(copied & (heads > groups), heads // np.maximum(groups, 1), 0) for heads, groups in (before, after)
