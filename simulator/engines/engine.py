@@ -111,12 +111,7 @@ class Schedule:
     note: String = ""  # on ``clustered``
 
     def limit(self, memory_bytes: float, name: str) -> StepLimit:
-        """Return the limit of a GPU: the last one that applies.
-
-        >>> limits = StepLimit(0.0, 2048, 256), StepLimit(7e10, 8192, 1024, ("a100",))
-        >>> [Schedule("", limits).limit(8e10, name).tokens for name in ("a100_sxm", "h100_sxm")]
-        [2048, 8192]
-        """
+        """Return the limit of a GPU: the last one that applies."""
         return [x for x in self.limits if memory_bytes >= x.memory and not any(part in name for part in x.not_on)][-1]
 
 
@@ -140,7 +135,7 @@ class Behaviour:
         default_factory=dict
     )
     schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
-    quantize: Quantisation = Quantisation(INPUTS, "")  # of activations, by kernels of their own
+    quantize: Quantisation = Quantisation(INPUTS, "")  # kernels that convert activations
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
@@ -183,11 +178,7 @@ class _File(Behaviour):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Engine(Behaviour, Displayed):
-    """How an engine runs a decoder; the default is bare kernels in a CUDA graph.
-
-    >>> load_engine("transformers").name, load_engine("hf").graph, load_engine("vllm").fuse
-    ('hf', (), ('qkv', 'gate_up'))
-    """
+    """How an engine runs a decoder; the default is bare kernels in a CUDA graph."""
 
     name: str = "kernels"
     title: str = "bare kernels in a CUDA graph"
@@ -197,7 +188,7 @@ class Engine(Behaviour, Displayed):
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
-    host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
+    host_correlation: Correlation = Correlation(1.0, "")  # between host time per pass and other host time
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first
     generation: str = ""  # name of the one that this engine is; "" if it has none

@@ -66,7 +66,7 @@ LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
 class Sparse24:
     """2:4 kernels of one library, as an engine uses it."""
 
-    formats: Formats  # of the weights
+    formats: Formats  # formats of weights
     source: SourceName
     searched: Flag = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
     on: Strings = ()  # architectures with these kernels; none: all

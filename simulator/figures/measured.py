@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.arrays import BoolArray, FloatArray
+from simulator.arrays import FloatArray
 from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
 from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
 from simulator.hardware.profile import HardwareProfile
@@ -32,9 +32,6 @@ class MeasuredGemms:
     seconds: FloatArray
     copies: NDArray[Any] | None = None  # number of rotated weights, inf if cold; None: all cold
     stack: str = ""  # software stack that was measured; "": that of the device's profile
-
-    def of_weight(self, n: int, k: int) -> BoolArray:
-        return np.asarray((self.n == n) & (self.k == k))
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predicted times of all rows, s, for the stack and the rotation of weights that were measured."""

@@ -279,7 +279,7 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
     tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
     seen_m, seen_s = np.zeros(0), np.zeros(0)
     if (seen := p.measured.get(hw.label)) is not None:
-        rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
+        rows = np.flatnonzero((seen.n == n) & (seen.k == k) & (seen.m <= tokens[-1]))
         seen_m, seen_s = seen.m[rows], seen.seconds[rows]
         copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
     times = _times(p, hw, tokens, n, k, copies)

@@ -26,7 +26,7 @@ def parse_json(content: str | bytes, label: str) -> Any:
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
-    """Return the value of a JSON text in UTF-8, with NaN and infinity, as Python writes them; limits are checked first."""
+    """Return the value of a JSON text in UTF-8, which may have NaN and infinity; limits are checked first."""
     if len(content) > most_bytes:
         raise InputError(f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
     if (many := content.count(b"{") + content.count(b"[")) > MOST_CONTAINERS:

@@ -488,18 +488,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
 # fmt: on
 """Supported architectures by the ``model_type`` of their decoder."""
 
-NESTED: Mapping[str, str] = MappingProxyType(
-    {
-        "gemma3": "gemma3_text",
-        "glm4v_moe": "glm4v_moe_text",
-        "llama4": "llama4_text",
-        "mistral3": "mistral",
-        "qwen2_vl": "qwen2_vl_text",
-        "qwen2_5_vl": "qwen2_5_vl_text",
-        "qwen3_vl": "qwen3_vl_text",
-        "qwen3_vl_moe": "qwen3_vl_moe_text",
-    }
-)
+_TEXTS = ("gemma3", "glm4v_moe", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+NESTED: Mapping[str, str] = MappingProxyType({"mistral3": "mistral"} | {name: f"{name}_text" for name in _TEXTS})
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
 
 FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")  # models whose older files have the decoder's keys at the top

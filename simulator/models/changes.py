@@ -78,7 +78,7 @@ def block_config(block: Block, dense: Block) -> dict[str, Any]:
     return sublayers
 
 
-def deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int = 0) -> dict[str, Any]:
+def _deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int) -> dict[str, Any]:
     """Return a layer in the keys of DeciLM, given its object in the keys of ModelOpt."""
     attention, mlp = dict(config["attention"]), dict(config["ffn"])
     groups, inner = attention.pop("num_key_value_heads", 0), mlp.pop("intermediate_size", 0)
@@ -121,7 +121,7 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
     content = {key: value for key, value in dense_content.items() if key != "_name_or_path"}
     if dense.architecture in _DECI_SOURCES and stated.heads == dense.heads:
         sizes = zip(configs, pruned.windows if dense.architecture == _DECI else (0,) * dense.layers)
-        deci = [deci_config(config, dense.heads, dense.hidden, window) for config, window in sizes]
+        deci = [_deci_config(config, dense.heads, dense.hidden, window) for config, window in sizes]
         # a reader that knows no block_configs must fail instead of loading a dense model
         widths: dict[str, Any] = {"num_key_value_heads": None, "intermediate_size": None}
         widths |= {"max_position_embeddings": dense.max_positions}  # defaults differ

@@ -321,12 +321,6 @@ class ModelConfig(Displayed):
         return self.hidden * self._norm_vectors
 
     @property
-    def head_parameters(self) -> int:
-        """Parameters of the norm before the head, and of a head that is not tied to the embedding."""
-        width = self.head_hidden
-        return self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
-
-    @property
     def _norm_vectors(self) -> int:
         return {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
@@ -395,7 +389,9 @@ class ModelConfig(Displayed):
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
-        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + self.head_parameters
+        width = self.head_hidden
+        head = self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
+        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + head
 
     @property
     def active_parameters(self) -> int:

@@ -59,7 +59,7 @@ class PassRows:
     batch: int  # sequences
     q_len: int
     steps: float  # executions of the pass; in a steady state their mean number
-    first: bool = True  # of its phase; its rows have the parameters
+    first: bool = True  # whether it is the first pass of its phase, whose rows have the parameters
 
     @property
     def request(self) -> Lowered:
