@@ -33,7 +33,6 @@ from simulator.prediction.pareto import fronts, winners
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.requests import profiles
-from simulator.prediction.result import Result
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.request import Request
@@ -98,8 +97,7 @@ class Paper:
 
 def paper(model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any) -> Paper:
     """Return a paper about a model on some devices; the settings are fields of :class:`simulator.Request`."""
-    config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, tuple(profiles(hardware)), Request(**settings))
+    return Paper(load_model(model), tuple(profiles(hardware)), Request(**settings))
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,6 @@ def draw(name: str, about: Paper) -> Drawn:
         raise unknown("figure", name, FIGURES)
     figure, caption, notes = FIGURES[name](about)
     return Drawn(name, figure, caption, notes)
-
-
-def _where(r: Result) -> str:
-    return f"{r.phase}, batch {r.batch}"
 
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
@@ -164,17 +158,11 @@ def _taxonomy(p: Paper) -> Made:
 
 
 def _roofline(p: Paper) -> Made:
-    roofs = [
-        roof_of(e, f"{device(e.result)}\n{_where(e.result)}")
-        for phase, batch in ROOFLINE_CASES
-        for e in explanations(
-            p.model,
-            p.devices,
-            family=ROOFLINE_FAMILY,
-            sparsity=ROOFLINE_SPARSITY,
-            **p.settings(phase=phase, batch=batch),
-        )
-    ]
+    roofs = []
+    for phase, batch in ROOFLINE_CASES:
+        where = p.settings(phase=phase, batch=batch)
+        found = explanations(p.model, p.devices, family=ROOFLINE_FAMILY, sparsity=ROOFLINE_SPARSITY, **where)
+        roofs += [roof_of(e, f"{device(e.result)}\n{phase}, batch {batch}") for e in found]
     caption = (
         f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
         f"pruned (squares), at their predicted rates: {p.setting}, {p.request.seq} tokens. Solid: the datasheet's "
@@ -220,10 +208,8 @@ def _waterfall(p: Paper) -> Made:
         except InputError as error:  # no sparse tensor cores
             notes.append(f"waterfall of {family}: {error}")
             continue
-        panels += [
-            steps_of(e, f"{device(e.result)}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.result)}")
-            for e in found
-        ]
+        title = f"{label(family)}, {100 * sparsity:.0f} %\n{phase}, batch {batch}"
+        panels += [steps_of(e, f"{device(e.result)}\n{title}") for e in found]
     caption = (
         f"From the nominal speedup 1/(1 - s) to the prediction: {p.setting}, {p.request.seq} tokens. Each step "
         f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
@@ -234,14 +220,12 @@ def _waterfall(p: Paper) -> Made:
 
 
 def _crossover(p: Paper) -> Made:
-    shapes = list(itertools.product(BATCHES, LENGTHS))
     prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
-    maps = [
-        winners(
-            [replace(p.request, model=p.model, phase=phase, batch=b, seq=s) for b, s in shapes], prunings, p.devices
-        )
-        for phase in ("prefill", "decode")
-    ]
+    maps = []
+    for phase in ("prefill", "decode"):
+        request = replace(p.request, model=p.model, phase=phase)
+        requests = [replace(request, batch=b, seq=s) for b, s in itertools.product(BATCHES, LENGTHS)]
+        maps.append(winners(requests, prunings, p.devices))
     best = [r for won in maps for r in won.best]
     gains, certain = (np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain"))
     winner = [r.family if gain else "" for r, gain in zip(best, gains)]

@@ -62,7 +62,9 @@ class Text(Scalar):
 
     def value(self, node: Node) -> str:
         text = node.text.strip()
-        if node.kind != "scalar" or (not node.quoted and _means_another(node.text)):
+        # YAML reads a bare text such as these as a truth value, null or a number
+        other = node.text.lower() in (*_TRUTHS, "null", "~", "") or _NUMBER.fullmatch(node.text)
+        if node.kind != "scalar" or (other and not node.quoted):
             hint = "; put it in quotes" if node.kind == "scalar" and node.text else ""
             raise ValueError(f"expected text, got {node}{hint}")
         if not text or not text.isprintable() or len(text) > 2000:
@@ -362,8 +364,3 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return a hint at the closest known name, or "" if no name is close."""
     close = difflib.get_close_matches(name[:40], known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]}?" if close else ""
-
-
-def _means_another(text: str) -> bool:
-    """Return whether YAML reads a bare text as a truth value, null or a number."""
-    return text.lower() in (*_TRUTHS, "null", "~", "") or _NUMBER.fullmatch(text) is not None
