@@ -54,10 +54,8 @@ class Reader:
         return value
 
     def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
-        def right(value: Any) -> bool:
-            return _is_number(value) and low <= value <= high and value == int(value)
-
-        return int(self.value(key, default, f"an integer from {low} to {high}", right))
+        expected = f"an integer from {low} to {high}"
+        return int(self.value(key, default, expected, lambda x: _is_number(x) and low <= x <= high and x == int(x)))
 
     def or_none(self, key: str, default: int | None = None) -> int:
         """Return a whole number, or 0 for null."""
@@ -65,10 +63,8 @@ class Reader:
         return 0 if null else self.integer(key, default, low=0)
 
     def number(self, key: str, default: float | None, high: float) -> float:
-        def right(value: Any) -> bool:
-            return _is_number(value) and 0 <= value <= high
-
-        return float(self.value(key, default, f"a number from 0 to {high:g}", right))
+        expected = f"a number from 0 to {high:g}"
+        return float(self.value(key, default, expected, lambda x: _is_number(x) and 0 <= x <= high))
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))

@@ -110,10 +110,8 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
                 return {key: value for key, value in plain.items() if key != "_name_or_path"}
     stated = dense
     if len(heads := {block.heads for block in pruned.layout} - {0}) == 1 and dense.heads not in heads:
-        (many,) = heads
-        stated = dense.each_block(
-            lambda b: replace(b, heads=many, kv_heads=math.gcd(b.kv_heads, many)) if b.heads else b
-        )
+        (n,) = heads
+        stated = dense.each_block(lambda b: replace(b, heads=n, kv_heads=math.gcd(b.kv_heads, n)) if b.heads else b)
     if dense.latent is not None:
         raise InputError(f"{dense.name}: block_configs: latent attention is not supported")
     olds = (replace(old, heads=old.heads or stated.heads) for old in stated.layout)

@@ -106,9 +106,8 @@ def cached_tokens(request: Request) -> int:
         return 0
     tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
     if tokens >= seq or (prefix >= 1.0 and tokens != prefix):
-        raise InputError(
-            f"cached_prefix: expected whole tokens below the {seq} of the prompt, or a share below 1, got {prefix:g}"
-        )
+        expected = f"expected whole tokens below the {seq} of the prompt, or a share below 1"
+        raise InputError(f"cached_prefix: {expected}, got {prefix:g}")
     return tokens
 
 
@@ -122,7 +121,7 @@ def _budget(request: Request, schedule: Schedule | None) -> int:
 @lru_cache(maxsize=256)
 def _lower(request: Request, engine: Engine) -> Workload:
     model, several = request.model, request.devices > 1
-    weight = request.weight_dtype or model.weight_dtype or request.dtype
+    weight, stream = request.weight_dtype or model.weight_dtype or request.dtype, stream_of(request.dtype)
     runs_sparse24 = not request.engine or engine.sparse24_kernels(request.dtype, weight) is not None
     resolved = {
         "new_tokens": request.new_tokens if request.phase in ("generate", "serve") else 0,
@@ -141,8 +140,8 @@ def _lower(request: Request, engine: Engine) -> Workload:
         sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
         dtype=dtype_code(request.dtype),
         weight_dtype=dtype_code(weight),
-        cache_dtype=dtype_code(request.kv_dtype or stream_of(request.dtype)),
-        stream_dtype=dtype_code(stream_of(request.dtype)),
+        cache_dtype=dtype_code(request.kv_dtype or stream),
+        stream_dtype=dtype_code(stream),
     )
     part = shard(model, request.devices, request.parallel)
     passes: list[PassRows] = []
