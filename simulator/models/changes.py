@@ -18,8 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.files.json import parse_bounded
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS
 from simulator.models.config import Block, ModelConfig

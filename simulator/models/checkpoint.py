@@ -25,8 +25,7 @@ from types import MappingProxyType
 from safetensors import SafetensorError, safe_open
 
 from simulator.errors import InputError, one_line
-from simulator.files.json import parse_bounded
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.config import Block, Latent, ModelConfig, layer_fields
 from simulator.models.difference import difference, runs
 
