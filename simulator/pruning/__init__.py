@@ -54,7 +54,7 @@ def prune(
         Dense or pruned workload, from :func:`simulator.lower` or :func:`simulator.prune`.
     pruning : str
         Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of ``--prune``
-        (:mod:`simulator.pruning._grammar`), or the path of a plan.
+        (:mod:`simulator.pruning._steps`), or the path of a plan.
     sparsity : float, mapping of str to float, or sequence of float
         Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A sequence has one fraction per
         layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts of the family
@@ -96,8 +96,7 @@ def prune(
     if sparsity is None and layers is None and options.get("budget") is None:
         if options:
             raise InputError(f"option {next(iter(options))}: expected a sparsity too, or the option in the text")
-        from simulator.pruning._grammar import is_plan, read_steps
-        from simulator.pruning._steps import prune_steps
+        from simulator.pruning._steps import is_plan, prune_steps, read_steps
 
         steps = read_steps(pruning)
         return prune_steps(workload, steps, ideal=ideal, plan=pruning if is_plan(pruning) else "")
