@@ -14,17 +14,10 @@ MOST_TABLE_BYTES = 256_000_000  # shipped tables have up to 250 kB
 MOST_CONTAINERS = 300_000  # objects and lists in JSON: each takes about a hundred bytes, also an empty one
 
 
-def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES) -> bytes:
-    """Return all bytes of a file or pipe; InputError for a missing or larger file, a folder or a device."""
-    try:
-        return content_of(path, most_bytes)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def content_of(path: str | Path, most_bytes: int) -> bytes:
-    """Return all bytes of a file or pipe; the InputError does not name the file."""
-    raw = b""
+def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: str | None = None) -> bytes:
+    """Return all bytes of a file or pipe; errors, for a missing or larger file, a folder or a device, start with
+    ``place``, by default the path."""
+    place, raw = f"{path}: " if place is None else place, b""
     try:
         status = os.stat(path)
         kind = stat.S_IFMT(status.st_mode)
@@ -34,15 +27,15 @@ def content_of(path: str | Path, most_bytes: int) -> bytes:
                 os.set_blocking(file.fileno(), True)
                 raw = file.read(most_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{place}cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if kind == stat.S_IFDIR:
-        raise InputError("cannot be read: is a folder, expected a file")
+        raise InputError(f"{place}cannot be read: is a folder, expected a file")
     if kind not in (stat.S_IFREG, stat.S_IFIFO):  # a pipe ends; /dev/zero does not
-        raise InputError("cannot be read: is not a regular file")
+        raise InputError(f"{place}cannot be read: is not a regular file")
     if kind == stat.S_IFIFO and not raw:
-        raise InputError("cannot be read: the pipe is empty")
+        raise InputError(f"{place}cannot be read: the pipe is empty")
     if max(status.st_size, len(raw)) > most_bytes:
-        raise InputError(f"is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
+        raise InputError(f"{place}is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
     return raw
 
 

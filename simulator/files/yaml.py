@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from simulator.errors import InputError, one_line
-from simulator.files.read import content_of
+from simulator.files.read import read_bounded
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -85,7 +85,7 @@ def read_text(path: Path, problems: Problems) -> str | None:
     """Return the text of a file, or None with a problem if the file cannot be read or is not UTF-8."""
     raw = b""
     try:
-        raw = content_of(path, MAX_BYTES)
+        raw = read_bounded(path, MAX_BYTES, "")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start]
