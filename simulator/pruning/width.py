@@ -85,7 +85,7 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
 
 def _repeated(w: Workload, before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
     """Return factors of read and written bytes of a copied cache (see ``cache_write`` in
-    :mod:`simulator.models.forward`) from query heads and KV heads."""
+    :mod:`simulator.models.lower`) from query heads and KV heads."""
     copied = w.is_role("cache_write") & (w.kv_len > 0)
     was, now = (
         np.where(copied & (heads > groups), heads // np.maximum(groups, 1), 0) for heads, groups in (before, after)
