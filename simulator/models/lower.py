@@ -144,7 +144,6 @@ def _lower(request: Request, engine: Engine) -> Workload:
     meta = Lowered(**{**{name: getattr(request, name) for name in SETTINGS}, **resolved, **shapes})
     r = Lowering(
         request=meta,
-        model=model,
         engine=engine,
         sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
         dtype=dtype_code(request.dtype),
@@ -246,7 +245,6 @@ class Lowering:
     """A request with its model and engine, and the codes of its number formats."""
 
     request: Lowered
-    model: ModelConfig
     engine: Engine
     sparse24: bool
     dtype: int
@@ -317,9 +315,9 @@ class PassRows:
             rows.append(self.move("final_norm", Part.HEAD, width, 2 * width, width, owned))
         head = self.gemm("lm_head", Part.HEAD, vocab, width, False) | self.wide | {"m": many}
         rows.append(head | {"params": 0 if model.tied else head["params"]})
-        rows += self.collective("all_gather", Part.HEAD, many, self.lowering.model.vocab)
+        rows += self.collective("all_gather", Part.HEAD, many, self.request.config.vocab)
         if model.logit_softcap:
-            whole = self.lowering.model.vocab
+            whole = self.request.config.vocab
             rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
         rows += self.sends()
         return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
@@ -545,9 +543,9 @@ class PassRows:
 
     def sends(self) -> list[OperatorRow]:
         """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""
-        r = self.lowering
-        if self.request.devices == 1 or r.split:
+        if self.request.devices == 1 or self.lowering.split:
             return []
-        payload = self.tokens * r.model.hidden * float(DTYPE_BYTES[r.stream_dtype])
-        row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": self.tokens, "n": r.model.hidden}
+        tokens, hidden = self.tokens, self.request.config.hidden
+        payload = tokens * hidden * float(DTYPE_BYTES[self.lowering.stream_dtype])
+        row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": tokens, "n": hidden}
         return [row | {"batch": 2, "read_bytes": payload, "count": self.request.devices - 1}]
