@@ -21,7 +21,7 @@ from torch import nn
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
 from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import grouped_by_loops, in_triton, kernel_count, kernels, triton_needs
+from calibration.devices.skipping import grouped_by_loops, in_triton, kernels, triton_needs
 from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.codes import DTYPE_BYTES, dtype_code
 
@@ -406,12 +406,13 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     # engines fuse a norm, a gated activation and a rotary embedding into one kernel each
     fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
     one: Any = kernels() if fused else None
+    how = ", one kernel (Triton)" if fused else ""
     norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)
-        return _counted(lambda i: norm(inputs[i % copies], weight), copies, device, fused)
+        return Launches(lambda i: norm(inputs[i % copies], weight), copies, how)
     if op.role == "activation":
-        return _counted(lambda i: product(inputs[i % copies], other), copies, device, fused)
+        return Launches(lambda i: product(inputs[i % copies], other), copies, how)
     if op.role == "residual":
         return Launches(lambda i: inputs[i % copies] + other, copies)
     if op.role == "rotary":
@@ -420,7 +421,7 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
         cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype))
         shape = (op.m, op.n // head, head)
-        return _counted(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, device, fused)
+        return Launches(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, how)
     if op.role == "select":
         many = selected(op.n)
         return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
@@ -430,13 +431,6 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "scatter":
         return Launches(lambda i: other.index_copy_(0, rows, inputs[i % copies]), copies)
     return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
-
-
-def _counted(launch: Callable[[int], Any], copies: int, device: str, fused: bool) -> Launches:
-    """Return launches whose record states how many kernels each launch has on a GPU."""
-    if not device.startswith("cuda"):
-        return Launches(launch, copies)
-    return Launches(launch, copies, ", one kernel (Triton)" if fused else f", {kernel_count(launch)} kernels (torch)")
 
 
 def _copy(op: Operator, device: str, arena: Arena) -> Launches:

@@ -10,7 +10,6 @@ from shutil import which
 from typing import Any
 
 import torch
-from torch.utils import _python_dispatch
 
 Tensor = Any
 
@@ -31,21 +30,6 @@ def in_triton(device: str) -> bool:
 
 def kernels() -> Any:
     return import_module("calibration.devices.triton_kernels")
-
-
-def kernel_count(launch: Callable[[int], Any]) -> int:
-    """Return the kernels of a composite of elementwise operations and reductions: one per operation that computes."""
-    computed: list[str] = []
-
-    class Calls(_python_dispatch.TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-                computed.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Calls():
-        launch(0)
-    return len(computed)
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.operators.measured_shapes`)."""
+"""Convert records of exact shapes to the arrays of a profile (:mod:`simulator.operators.gemm`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calibration.records.timing_table import PURPOSES, Flag, Records
 from simulator.arrays import Array
 from simulator.codes import DTYPES
 from simulator.hardware.profile import HardwareProfile
-from simulator.operators.measured_shapes import EXACT_NAMES as NAMES
+from simulator.operators.gemm import EXACT_NAMES as NAMES
 
 UNKNOWN_REPEAT = 0.02  # assumed standard deviation of a repeated measurement: smaller drift is not flagged
 
