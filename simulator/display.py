@@ -23,8 +23,6 @@ MOST_LETTERS = 320
 
 
 class Displayed:
-    """Base class of returned objects."""
-
     def _title(self) -> str:
         """Return a description in one line."""
         raise NotImplementedError
@@ -65,7 +63,6 @@ def as_plain(value: Any) -> Any:
 
 
 def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns of all their names; missing values are None."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 

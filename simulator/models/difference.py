@@ -20,9 +20,7 @@ _WIDTHS = {
 
 
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
-
-    Layers are matched by the numbers in a checkpoint, else in order."""
+    """Return the pruning families found in a model; layers are matched by numbers in a checkpoint, or in order."""
     numbers, news = pruned.numbers or tuple(range(pruned.layers)), pruned.layout
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
     if at.keys() >= set(numbers):
@@ -31,15 +29,12 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
     remaining = tuple(map(_without, olds, news))
     changes = tuple(zip(numbers, remaining, news))
+    heads = {"latent": pruned.latent, "head_dim": pruned.head_dim}
     # each step turns the model before it into one that is closer to the pruned model, from the dense model on
     steps: tuple[tuple[str, Iterable[Block], dict[str, Any]], ...] = (
         (_depth(at, numbers, olds, news), remaining, {}),
         (_experts(changes), (replace(old, experts=new.experts, active=new.active) for _, old, new in changes), {}),
-        (
-            _width(dense, pruned, changes),
-            (replace(new, ranks=(), shortcuts=(), out=0) for new in news),
-            {"latent": pruned.latent, "head_dim": pruned.head_dim},
-        ),
+        (_width(dense, pruned, changes), (replace(new, ranks=(), shortcuts=(), out=0) for new in news), heads),
         (_low_rank(numbers, olds, news), (replace(new, shortcuts=(), out=0) for new in news), {}),
         (_cross(dense, pruned), news, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
         (_other(dense, pruned), news, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),

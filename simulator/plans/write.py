@@ -20,8 +20,7 @@ from simulator.models.difference import runs
 from simulator.models.lower import lower, stream_of
 from simulator.plans.variants import has, part_of
 from simulator.prediction.requests import device_text
-from simulator.pruning._grammar import plan_steps
-from simulator.pruning._steps import prune_steps
+from simulator.pruning._steps import plan_steps, prune_steps
 
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs, PricedRequest
