@@ -7,10 +7,9 @@ whole number, halves up, unless a family documents another rule.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,28 @@ from simulator.workload import Workload
 __all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 
 
-_MODULES = [import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
-_FOUND: list[Family] = sorted((module.FAMILY for module in _MODULES), key=lambda family: (family.order, family.name))
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _FOUND})  # in the order of tables
+class _Families(Mapping[str, Family]):
+    """The modules of this package, each imported when its family is used: most commands use one."""
+
+    _modules = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in self._modules:
+            raise KeyError(name)
+        family: Family = import_module(f"{__name__}.{name}").FAMILY
+        return family
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._modules, key=lambda name: (self[name].order, name)))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+FAMILIES: Mapping[str, Family] = _Families()  # pruning families by name, in the order of tables
 
 
 def general_families() -> tuple[str, ...]:
