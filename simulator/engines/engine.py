@@ -443,6 +443,14 @@ def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: 
     return tuple(found for names in releases if (found := next(filter(has, names), "")))
 
 
+def sparsity_note(declared: str) -> str:
+    """Return the pruning family of declared sparsity, and how its weights are timed."""
+    if declared == "unstructured":
+        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
+    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
+    return f"semi_structured: 2:4 is declared for plain weights: {own}"
+
+
 _KERNELS = Engine()
 
 

@@ -24,10 +24,11 @@ from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 
+from simulator.display import runs
 from simulator.errors import InputError, one_line
 from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.config import Block, Latent, ModelConfig, layer_fields
-from simulator.models.difference import difference, runs
+from simulator.models.difference import difference
 
 MAX_HEADER_BYTES = 8_000_000  # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
 MAX_HEADERS_BYTES = 24_000_000  # headers of all files; DeepSeek-V3 has 10 MB

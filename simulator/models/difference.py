@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulator.engines.engine import sparse24_engines
+from simulator.display import runs
+from simulator.engines.engine import sparsity_note
 from simulator.models.config import Block, ModelConfig
 
 _Change = tuple[int, Block, Block]  # number of a layer, the dense layer without removed sublayers, and the pruned layer
@@ -55,29 +55,6 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
         found.append(f"weights in {pruned.weight_dtype}")
     return tuple(found)
-
-
-def sparsity_note(declared: str) -> str:
-    """Return the pruning family of declared sparsity, and how its weights are timed."""
-    if declared == "unstructured":
-        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
-    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
-    return f"semi_structured: 2:4 is declared for plain weights: {own}"
-
-
-def consecutive(numbers: Iterable[int]) -> list[str]:
-    """Return sorted numbers as texts, consecutive numbers as one."""
-    parts = []
-    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        first, *_, last = [n for _, n in run] * 2
-        parts.append(str(first) if first == last else f"{first}-{last}")
-    return parts
-
-
-def runs(numbers: Iterable[int]) -> str:
-    """Return sorted numbers as one text, consecutive numbers joined."""
-    parts = consecutive(numbers)
-    return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")
 
 
 def _attends(block: Block) -> bool:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from simulator.arguments import shown
+from simulator.engines.engine import sparsity_note
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader
 from simulator.models.config import ModelConfig
-from simulator.models.difference import sparsity_note
 
 FOLDER = resources.files(__package__)
 MAX_FILE_BYTES = 1_000_000  # largest configuration file that is read; usual files have a few kilobytes

@@ -20,20 +20,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.arrays import FloatArray
+from simulator.display import consecutive
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, path_of, read_text
-from simulator.models.difference import consecutive
 from simulator.pruning import FAMILIES, Family, listed_layers, prune
 from simulator.pruning._family import SUBLAYERS, check_fraction, one_of
-from simulator.pruning._methods import METHODS
 from simulator.pruning._rows import layer_count
 from simulator.units import parse_fraction, parse_value
 from simulator.workload import Workload
+
+if TYPE_CHECKING:
+    from simulator.pruning._methods import Method
 
 # a fraction, one fraction per layer, or one of these per part
 Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...]], ...] | None
@@ -62,13 +64,15 @@ class PruningStep:
     @cached_property
     def families(self) -> tuple[Family, ...]:
         """Families of the step: one, those of a method, or none if the name is unknown."""
-        names = METHODS[self.name].family.split("+") if self.name in METHODS else [self.name]
+        method = _method(self.name)
+        names = method.family.split("+") if method else [self.name]
         return tuple(FAMILIES[name] for name in names if name in FAMILIES)
 
     @property
     def budgeted(self) -> bool:
         """Whether the step keeps a number of tokens, so that its sparsity follows from the length of a request."""
-        options = METHODS[self.name].options if self.name in METHODS else dict(self.options)
+        method = _method(self.name)
+        options = method.options if method else dict(self.options)
         return options.get("budget") is not None
 
     @property
@@ -86,15 +90,25 @@ class PruningStep:
 
     def by_family(self, workload: Workload) -> tuple[PruningStep, ...]:
         """Return the step of each family that a method applies to a workload; a step of a family is returned."""
-        if self.name not in METHODS:
+        method = _method(self.name)
+        if method is None:
             return (self,)
-        found = METHODS[self.name].families_of(workload, _argument(self.sparsity))
+        found = method.families_of(workload, _argument(self.sparsity))
         return tuple(PruningStep(name, _hashable(part), None, tuple(sorted(own.items()))) for name, part, own in found)
 
     def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
         for step in self.by_family(workload):
             workload = prune(workload, step.name, step.argument, layers=step.layers, ideal=ideal, **dict(step.options))
         return workload
+
+
+def _method(name: str) -> Method | None:
+    """Return a published method; their table is imported only for a name that is not a family."""
+    if name in FAMILIES:
+        return None
+    from simulator.pruning._methods import METHODS
+
+    return METHODS.get(name)
 
 
 def _hashable(sparsity: Any) -> Any:
@@ -237,14 +251,17 @@ def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningSte
 def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> PruningStep:
     first, at = tokens[0], tokens[0].start() + 1
     name = first["word"] or first["name"]
-    if name not in FAMILIES and name not in METHODS:
+    method = _method(name)
+    if name not in FAMILIES and method is None:
+        from simulator.pruning._methods import METHODS
+
         raise _MisplacedError(at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES)))
     if not first["word"]:
         raise _MisplacedError(at, f"expected a fraction or a part after {name}, such as {name} 0.25")
-    if name in METHODS and listed is not None:
+    if method and listed is not None:
         raise _MisplacedError(at, f"method {name} selects its own layers; expected a family, or the method under prune")
-    targets = () if name in METHODS else FAMILIES[name].targets
-    known = () if name in METHODS else ("layers", *targets, *FAMILIES[name].options)
+    targets = () if method else FAMILIES[name].targets
+    known = () if method else ("layers", *targets, *FAMILIES[name].options)
     parts: dict[str, float] = {}
     options: dict[str, Any] = {}
     sparsity, layers = None, listed
@@ -277,8 +294,8 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
 def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
     """Return a step with the usual fraction of its family or method, if the text has none and one is needed."""
     name = step.name
-    if name in METHODS:
-        usual = METHODS[name].sparsities
+    if method := _method(name):
+        usual = method.sparsities
         if step.budgeted and step.sparsity is not None:
             raise _MisplacedError(at, f"{name} keeps a number of tokens; expected no fraction, as it follows from them")
         if step.sparsity is None and len(usual) > 1:
