@@ -82,6 +82,7 @@ def _table(found: Advised, verbose: bool) -> None:
         rows,
         ("<setting", lambda a: a.result.request),
         ("<least pruning", lambda a: a.result.pruning),
+        ("realised", lambda a: render.percent(a.result.realised_sparsity)),
         ("<target", lambda a: "reached" if a.reached else "missed"),
         ("speedup", lambda a: render.interval(a.result)),
         ("probability", lambda a: probability_text(a.probability)),

@@ -101,7 +101,7 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
 
 def _print(together: Sequence[Explanation]) -> None:
     """Print the waterfalls of some engines next to each other, with times and bounds."""
-    from simulator.prediction.sentences import NOTABLE
+    from simulator.prediction.sentences import NOTABLE, parts_line
 
     available, first, several = render.width(), together[0], len(together) > 1
     names = [step.name for step in first.steps]
@@ -123,7 +123,7 @@ def _print(together: Sequence[Explanation]) -> None:
     render.show(shown, f"{name}, {r.hardware}: {title}")
     if r.parts:
         print()
-        print(textwrap.fill(f"removed: {r.parts}", available, subsequent_indent="  ", break_on_hyphens=False))
+        print(textwrap.fill(f"removed: {parts_line(r)}", available, subsequent_indent="  ", break_on_hyphens=False))
     print()
     for e in together:
         r = e.result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +56,9 @@ class Wanted:
         """Return the targets."""
         from simulator.plans.solve import Targets
 
+        if all(getattr(self, f.name) is None for f in fields(self) if f.name != "confidence"):
+            others = "--latency, --tokens-per-s, --ttft, --tpot, --memory or --params"
+            raise InputError(f"--target: expected a target, such as --target 1.3x, or {others}")
         parsers: dict[str, Callable[[str], float]] = {
             **dict.fromkeys(("latency", "ttft", "tpot"), lambda text: parse_quantity(text, "s")),
             "target": parse_ratio,

@@ -131,7 +131,9 @@ def _print_over(even: Sequence[BreakEven]) -> None:
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     """Print what each pruning removes of each part, and whether each engine runs it, each once."""
-    lines = dict.fromkeys(f"{r.pruning}: {r.parts}." for r in found if r.parts)
+    from simulator.prediction.sentences import parts_line
+
+    lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
     runs: dict[str, Runnable] = {}  # of several requests a no, else the first: answers differ by a gain only
     for r, answer in zip(found, answers):
         name = f"{r.pruning} in {r.engine}"

@@ -18,7 +18,7 @@ from simulator.models.library import model_title
 from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.requests import batch_name, profiles
 from simulator.prediction.runnable import runnables
-from simulator.prediction.sentences import break_even, conclusions, of_speedups, runs_clause, uncalibrated
+from simulator.prediction.sentences import break_even, conclusions, of_speedups, parts_line, runs_clause, uncalibrated
 from simulator.prediction.table import table
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
@@ -123,7 +123,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
         answer = of_speedups(found.rows, [runs_clause(a) for a in answers] if named else ())
     parts: dict[str, str] = {}
     if named:
-        parts |= {f"{r.pruning}: removes {r.parts}.": "" for r in found if r.parts}
+        parts |= {f"{r.pruning}: removes {parts_line(r)}.": "" for r in found if r.parts}
         parts |= {f"{r.pruning} in {r.engine}: will it run? {a.sentence}": "" for r, a in zip(found, answers)}
     return PageContent(
         answer=tuple(answer),

@@ -83,7 +83,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         if not self.given:
-            raise InputError(f"targets: expected at least one, such as --target 1.3x, of {', '.join(NAMES.values())}")
+            raise InputError(f"targets: expected at least one, such as speedup=1.3, of {', '.join(NAMES.values())}")
         for name, value in self.given.items():
             if not 0.0 < value < 1e18:
                 raise InputError(f"target {NAMES[name]}: expected a positive number, got {value:g}")

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ from simulator.units import parse_value
 T = TypeVar("T")
 S = TypeVar("S")
 
+_RANGE = re.compile(r"([\d.]+):([\d.]+)(?::([\d.]+))?")  # of the command line
 MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
 _SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
@@ -88,6 +90,11 @@ class _Numbers(_Axis):
         super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        for i, one in enumerate(node.items or (node,)):
+            if one.kind == "scalar" and (ends := _RANGE.fullmatch(one.text)):
+                by = f"step: {ends[3]}" if ends[3] else "times: 2"
+                hint = f"{{from: {ends[1]}, to: {ends[2]}, {by}}}"
+                return reader.wrong(one, (*path, i) if node.items else path, f"expected {hint}, got {one}")
         if node.kind != "mapping":
             return super().read(node, path, reader)
         found = reader.read(self.progression, node, path)

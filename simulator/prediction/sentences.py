@@ -71,6 +71,29 @@ def speedup_text(r: Result | Point) -> str:
     return interval_text(r.speedup, r.speedup_lower, r.speedup_upper)
 
 
+def shares(r: Result) -> str:
+    """Return the removed share, requested and realised, of all parts together; "" if the name of the pruning has it."""
+    requested, realised = percent(r.sparsity), percent(r.realised_sparsity)
+    if r.pruned:
+        return f"{requested} of all parameters removed"
+    if requested in r.pruning:
+        return "" if realised == requested else f"{realised} realised"
+    both = requested if realised == requested else f"{requested} requested, {realised} realised"
+    return f"{both} over all parts"
+
+
+def pruning_text(r: Result) -> str:
+    """Return a pruning with the shares that it removes."""
+    text = shares(r)
+    return f"{r.pruning} ({text})" if text else r.pruning
+
+
+def parts_line(r: Result) -> str:
+    """Return what a pruning removes of each part, and of all parts together if this differs."""
+    text, one = shares(r), "; " not in r.parts and percent(r.sparsity) in r.parts
+    return r.parts if one or not text else f"{r.parts}; {text.removesuffix(' over all parts')} over all parts"
+
+
 def probability_text(probability: float) -> str:
     """Return a probability in percent."""
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
@@ -259,10 +282,10 @@ def of_advice(found: Advised, target: Target) -> list[str]:
     if reached and len(best) == 1:
         ((where, a),) = best.items()
         start = f"The least pruning of {a.result.model} that reaches {target.text} on {where} is"
-        out.append(f"{start} {a.result.pruning}; predicted {_predicted(a)}.")
+        out.append(f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}.")
     elif reached:
         low, high = (pick(reached, key=lambda where: reached[where].sparsity) for pick in (min, max))
-        ends = [f"{reached[where].pruning} on {where}" for where in dict.fromkeys((low, high))]
+        ends = [f"{pruning_text(reached[where])} on {where}" for where in dict.fromkeys((low, high))]
         out.append(f"The least pruning that reaches {target.text} is {' to '.join(ends)}.")
     if missed:
         where = max(missed, key=lambda where: missed[where].result.speedup)
@@ -270,7 +293,7 @@ def of_advice(found: Advised, target: Target) -> list[str]:
         start, place = f"No pruning of {a.result.model} reaches {target.text} on {where}", ""
         if len(best) > 1:
             start, place = f"No family reaches {target.text} on {len(missed)} of {len(best)} settings", f" on {where}"
-        out.append(f"{start}; the closest is {a.result.pruning}{place}: {_predicted(a)}.")
+        out.append(f"{start}; the closest is {pruning_text(a.result)}{place}: {_predicted(a)}.")
     dense = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
     return [*out, dense]
 
@@ -356,8 +379,7 @@ def conclusion(e: Explanation) -> str:
     model in another."""
     r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
-    share = f" ({percent(r.sparsity)} removed)" if percent(r.sparsity) not in r.pruning else ""
-    nominal = f"{r.pruning}{share} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
+    nominal = f"{pruning_text(r)} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
     parts = [f"{nominal}, predicted {speedup_text(r)} on {setting(r)}, {r.bottleneck}-bound"]
     if losses:
         parts.append("losses: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))

@@ -357,6 +357,8 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("families", "[{width: {align: 0}}]", r"0\.width: option align: expected a whole number"),
         ("sparsities", "[25]", r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25"),
         ("batches", "[two]", r"batches\.0: expected a whole number, got two"),
+        ("batches", "1:64", r"batches: expected \{from: 1, to: 64, times: 2\}, got 1:64"),
+        ("batches", "[1, 8:64:8]", r"batches\.1: expected \{from: 8, to: 64, step: 8\}, got 8:64:8"),
         ("batches", "{from: 8, to: 1, times: 2}", r"batches\.to: expected at least the start"),
         ("batches", "{from: 1, to: 8, times: 2, step: 1}", r"batches: expected either step or times"),
         ("seqs", "{from: 1, to: 1000000, step: 1}", r"seqs\.step: makes more than 100000 values"),
