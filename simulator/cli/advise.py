@@ -19,8 +19,6 @@ MOST_ROWS = 5  # of the table of one setting without --verbose
 # fmt: off
 @dataclass(frozen=True)
 class Aim:
-    """Options of the target."""
-
     target: Annotated[str | None, opt("--target", "X", "Target speedup, above 1, such as 1.5 or 1.5x.")] = None
     latency: Annotated[str | None, opt("--latency", "TIME", "Or the target time of a pass, such as 12ms.")] = None
     tokens_per_s: Annotated[float | None, opt(
@@ -69,7 +67,6 @@ def command(
 
 
 def _table(found: Advised, verbose: bool) -> None:
-    """Print the best families of one setting, or the best of each of several."""
     from simulator.prediction.sentences import probability_text, settings_of
 
     groups = settings_of(found.advice)

@@ -332,7 +332,6 @@ def _check_engines(file: Annotated[str, arg("FILE", "YAML file of an engine.")],
 
 
 def _host(e: Engine) -> str:
-    """Return the host time of an engine as text."""
     parts = [] if e.graph else ["every launch"]
     parts += [f"{render.seconds(e.each_pass.value)}/pass"] if e.each_pass.value else []
     parts += [f"{render.seconds(e.each_sequence.value)}/sequence"] if e.each_sequence.value else []

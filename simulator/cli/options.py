@@ -78,8 +78,6 @@ REQUIRED = "<required>"  # default of an option in a group that has none
 
 @dataclass(frozen=True)
 class Devices:
-    """Options that choose devices."""
-
     hardware: Annotated[str, opt(
         "--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")] = REQUIRED
     same_stack: Annotated[bool, opt(
@@ -87,7 +85,6 @@ class Devices:
 
     @property
     def profiles(self) -> list[Any]:
-        """The loaded devices."""
         from simulator.hardware.library import load_hardware
 
         return [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
@@ -209,7 +206,6 @@ def _parsed(setting: Setting, given: Any) -> Any:
 
 
 def setting_option(name: str, metavar: str = "", text: str = "") -> Any:
-    """Return the annotation of a setting's option."""
     setting = SETTINGS[name]
     kind = bool if isinstance(setting.accepts, Flag) else str | None
     return Annotated[kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)]

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 # fmt: off
 @dataclass(frozen=True)
 class Quality:
-    """Options that choose rows of a quality table."""
-
     quality: Annotated[str | None, opt(
         "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None
     metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = ""
@@ -87,7 +85,6 @@ def pareto(
 
 
 def _show_trades(found: Sequence[Front]) -> None:
-    """Print the best trade of each frontier, one per row."""
     from simulator.prediction.sentences import best_trade
 
     trades = [(front, best_trade(front)) for front in found]
@@ -105,7 +102,6 @@ def _show_trades(found: Sequence[Front]) -> None:
 
 
 def _front_text(front: Front) -> str:
-    """Return a frontier as text: points by rising loss, then bands."""
     columns = render.first_fitting(_layouts(front), render.width())
     where = f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
     table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())

@@ -14,7 +14,6 @@ MOST = 10_000  # most values of a range
 
 
 def names(option: str, text: str) -> list[str]:
-    """Parse a comma list of names."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise InputError(f"{option} {text!r}: expected names separated by single commas")
@@ -22,7 +21,6 @@ def names(option: str, text: str) -> list[str]:
 
 
 def duration(option: str, text: str) -> float:
-    """Parse a time with its unit, s."""
     return checked(option, text, lambda given: parse_quantity(given, "s"))
 
 
@@ -50,7 +48,6 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
-    """Parse a comma list of fractions and ranges with a step."""
     out: list[float] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_fraction) for end in part.split(":")]
@@ -65,7 +62,6 @@ def fractions(option: str, text: str) -> list[float]:
 
 
 def fraction(option: str, text: str) -> float:
-    """Parse one fraction."""
     return checked(option, text, parse_fraction)
 
 
@@ -95,7 +91,6 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
-    """Parse a name and a value."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (name and equals and value):
         raise InputError(f"{option} {text!r}: expected {expected}")

@@ -168,7 +168,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    """Print one line to standard error."""
     print(one_line(f"prunesim: {' '.join(message.split())}"), file=sys.stderr)
     return status
 

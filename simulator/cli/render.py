@@ -55,17 +55,14 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Number of characters of the widest line."""
         return max(len(line) for text in (self.title, *self.cells) for line in text.split("\n"))
 
 
 def width() -> int:
-    """Return the number of columns of standard output."""
     return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else PIPED_WIDTH
 
 
 def table_width(columns: Sequence[Column]) -> int:
-    """Return the width of a table in characters."""
     return sum(c.width for c in columns) + 2 * (len(columns) - 1)
 
 
@@ -86,7 +83,6 @@ def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
 
 
 def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Column]:
-    """Return the first layout that fits, or the last."""
     columns: list[Column] = []
     for columns in layouts:
         if table_width(columns) <= available:
@@ -163,7 +159,6 @@ def status(text: str) -> None:
 
 
 def interval(found: Any) -> str:
-    """Return a speedup with its interval as text."""
     return f"{ratio(found.speedup)} ({ratio(found.speedup_lower)}-{ratio(found.speedup_upper)})"
 
 

@@ -25,8 +25,6 @@ MOST_ROWS = 24  # of the table of costs without --verbose
 # fmt: off
 @dataclass(frozen=True)
 class Scored:
-    """Options of the variants and their scores."""
-
     scores: Annotated[str | None, opt(
         "--scores", "FILE", "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of Puzzletron's "
         "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")] = None
@@ -40,8 +38,6 @@ class Scored:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Options of the targets."""
-
     target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None
     latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None
     tokens_per_s: Annotated[float | None, opt(
@@ -53,7 +49,6 @@ class Wanted:
     confidence: Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")] = 0.5
 
     def parsed(self) -> Targets:
-        """Return the targets."""
         from simulator.plans.solve import Targets
 
         if all(getattr(self, f.name) is None for f in fields(self) if f.name != "confidence"):
@@ -179,7 +174,6 @@ def _targets(plan: Plan) -> None:
 
 
 def _others(plan: Plan) -> None:
-    """Print the plan next to those of other rules."""
     chosen = next(point for point in plan.frontier if point.chosen)
     rows: list[tuple[str, PlanPoint, bool]] = [("time, this search", chosen, True)]
     rows += [(a.rule, a.point, a.meets) for a in plan.alternatives]
@@ -325,7 +319,6 @@ def _together(found: Costs) -> list[dict[str, Any]]:
 
 
 def _shares(found: Costs) -> str:
-    """Return the shares of attention, MLPs and the rest in a pass of the first setting."""
     first = [row for row in found.rows[: len(found) // len(found.settings)] if row["variant"] == "dense"]
     whole = sum(row["seconds"] for row in first)
     names = ("attention", "mlp", "outside")

@@ -23,8 +23,6 @@ MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most 
 # fmt: off
 @dataclass(frozen=True)
 class Server:
-    """Options of the service."""
-
     concurrency: Annotated[int | None, opt(
         "--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
         "Default: the most that fit the dense model.")] = None

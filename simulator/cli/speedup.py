@@ -89,7 +89,6 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
 
 def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
-    """Return whether the engine runs a model, and how many sequences fit, as the end of a sentence."""
     from simulator.prediction.sentences import runs_clause, unaligned
 
     runs = runs_clause(answer) if answer else ""
@@ -226,7 +225,6 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
 
 
 def _kind(results: Sequence[Result]) -> str:
-    """Return the title of the column of row names."""
     if results[0].pruned or results[0].method:
         return "model" if results[0].pruned else "method"
     return "pruning" if any(r.family == r.prune for r in results) else "family"  # a row shows a text of --prune
@@ -268,7 +266,6 @@ def _print_serving(results: Sequence[Result]) -> None:
 
 
 def _print_memory(results: Sequence[Result]) -> None:
-    """Print the memory of the dense and the pruned models against each device's capacity."""
     hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     first = results[0]

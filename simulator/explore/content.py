@@ -37,8 +37,6 @@ _DRAWING = threading.Lock()
 
 
 class Drawing(NamedTuple):
-    """A figure as an SVG element; ``width`` is its natural width in CSS pixels."""
-
     title: str
     svg: str
     width: int
@@ -46,8 +44,6 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True)
 class PageContent:
-    """Everything that is shown of a request."""
-
     answer: tuple[str, ...]
     facts: Mapping[str, str]  # what was asked
     rows: tuple[Result, ...]
@@ -58,7 +54,6 @@ class PageContent:
 
     @property
     def detail(self) -> Result:
-        """The first prediction that is explained."""
         return self.details[0].result
 
     @property
@@ -82,7 +77,6 @@ class PageContent:
 
     @property
     def prunings(self) -> tuple[str, ...]:
-        """Names of the prunings."""
         return tuple(dict.fromkeys(r.pruning for r in self.rows))
 
     @property
@@ -155,7 +149,6 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
 
 
 def _facts(rows: Sequence[Result]) -> dict[str, str]:
-    """Return the settings of all rows, each value once."""
     r = rows[0]
     listed = {
         "Model": [model_title(r.model) for r in rows],
@@ -172,7 +165,6 @@ def _facts(rows: Sequence[Result]) -> dict[str, str]:
 
 
 def cell(value: Any) -> str:
-    """Return a value of :attr:`PageContent.table` as text."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else ratio(value)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -73,7 +73,6 @@ def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Ma
 
 
 def planned(model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None) -> ModelConfig:
-    """Return the model with other layers."""
     own = model.windows if windows is None else tuple(windows)
     return replace(model, blocks=tuple(blocks), layers=len(blocks), windows=own)
 
@@ -109,7 +108,6 @@ class Probes:
 
     @classmethod
     def of(cls, library: Library, base: Sequence[Block]) -> Probes:
-        """Return the probes of all variants."""
         model = library.model
         models, at = [model, grouped(model, base)], dict[tuple[int, str, Block], tuple[int, int]]()
         keys = list(zip(model.layout, model.windows))
@@ -254,7 +252,6 @@ def costs(
 
 
 def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
-    """Return the columns of one setting."""
     model, layout = probes.library.model, probes.library.model.layout
     batch = WorkloadBatch.of([at.lower(one) for one in probes.models])
     p = forward_passes(batch, at.hw, at.request.level)
@@ -322,7 +319,6 @@ def _intervals(
 
 
 def _operators(at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
-    """Return the operators of one sublayer of one layer."""
     if at.request.parallel == "pipeline":  # a stage computes a layer as one device does
         at = replace(at, request=replace(at.request, devices=1, link=None))
     w = at.lower(planned(model, [part], [model.windows[layer]]))

@@ -67,7 +67,6 @@ class Library:
         return sum(map(len, self.layers))
 
     def texts(self, layer: int) -> list[tuple[str, str]]:
-        """Return the texts of attention and MLP of each variant of a layer."""
         dense = self.model.layout[layer]
         return [(text_of("attention", b, dense), text_of("mlp", b, dense)) for b in self.layers[layer]]
 
@@ -222,7 +221,6 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
 
 
 def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
-    """Yield the entries of a CSV."""
     header = set(table.header)
     for alias, name in _ALIASES.items():
         if alias in header and name in header:

@@ -38,8 +38,6 @@ MOST_POINTS = 24  # plans of a frontier
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The variant of a layer."""
-
     layer: int
     attention: str
     mlp: str
@@ -75,7 +73,6 @@ class PlanPoint:
 
     @classmethod
     def of(cls, score: float, own: Mapping[str, FloatArray], i: int, chosen: bool) -> PlanPoint:
-        """Return model ``i`` of some quantities."""
         times = {name: float(own[name][i]) for name in ("speedup", "speedup_lower", "speedup_upper", "pruned_s")}
         return cls(score=score, **times, parameters=int(own["parameters"][i]), chosen=chosen)
 
@@ -91,7 +88,6 @@ class AlternativePlan:
 
     @property
     def rule(self) -> str:
-        """The measure of cost and the budget in words."""
         return f"{self.chosen_by}, {'as many' if self.budget == 'same' else 'until the targets are met'}"
 
 
@@ -285,7 +281,6 @@ def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Librar
 
 
 def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
-    """Return a target with what the plan reaches, and the probability of reaching it."""
     at, own = limit.at, next(q for s, q in zip(solver.settings, found.predicted) if s is limit.at)
     value = float(own[limit.quantity][1])
     reached = limit.as_target(value)

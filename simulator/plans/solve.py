@@ -148,7 +148,6 @@ class Limit:
 
     @property
     def ends(self) -> tuple[str, str] | None:
-        """Names of the ends of the quantity's interval; None for one that is known exactly."""
         return _ENDS.get(self.quantity)
 
     def as_target(self, value: float) -> float:
@@ -159,7 +158,6 @@ class Limit:
 
 
 def target_text(name: str, value: float) -> str:
-    """Return a value of a target with its unit."""
     texts: dict[str, Any] = {
         "speedup": lambda v: f"{ratio(v)}x",
         "tokens_per_s": lambda v: f"{v:,.4g} tokens/s",
@@ -171,8 +169,6 @@ def target_text(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Solution:
-    """The chosen variant of each group."""
-
     choice: IndexArray  # (G,) index into V
     score: float
     excess: float  # of the limits, a share of each; 0 unless no choice keeps all limits
@@ -181,8 +177,6 @@ class Solution:
 
 @dataclass(frozen=True)
 class Program:
-    """Scores and costs of the variants of groups of layers."""
-
     group: IndexArray  # (V,) rising
     score: FloatArray  # (V,)
     cost: FloatArray  # (R, V)
@@ -385,7 +379,6 @@ class Variants:
         return np.array([sum(float(column[i][j]) for i, j in zip(self.groups[g], own)) for own, g in pairs])
 
     def blocks(self, choice: IndexArray) -> tuple[Block, ...]:
-        """Return the layers of a choice (G,)."""
         found: dict[int, Block] = {}
         for layers, v in zip(self.groups, choice.tolist()):
             found |= {i: self.library.layers[i][j] for i, j in zip(layers, self.place[v])}
@@ -431,12 +424,10 @@ class Solver:
 
     @property
     def model(self) -> ModelConfig:
-        """The dense model."""
         return self.variants.library.model
 
     @cached_property
     def limits(self) -> list[Limit]:
-        """Limits of all settings."""
         dense = [quantities([self.model], at) for at in self.settings]
         return [limit for at, own in zip(self.settings, dense) for limit in self.targets.limits(at, own)]
 
@@ -458,7 +449,6 @@ class Solver:
         return np.array(rows), np.array(offset), np.array(factor)
 
     def predict(self, choice: IndexArray) -> Found:
-        """Return a plan, predicted whole."""
         key = tuple(choice.tolist())
         if key not in self._known:
             blocks = self.variants.blocks(choice)

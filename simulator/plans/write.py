@@ -54,7 +54,6 @@ def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
 
 
 def _text(old: Block, new: Block) -> str:
-    """Return the pruning of one layer as a text of the grammar."""
     if new.linear != old.linear:
         raise InputError("plan: --prune has no linear sublayers; use the written config.json")
     gone = [name for name in ("attention", "mlp") if has(name, old) and not has(name, new)]
@@ -137,7 +136,6 @@ def subblock_stats(found: Costs) -> list[dict[str, Any]]:
 
 
 def stats_text(found: Costs) -> str:
-    """Return the text of ``subblock_stats.json``."""
     return json.dumps(subblock_stats(found), indent=1, allow_nan=False) + "\n"
 
 

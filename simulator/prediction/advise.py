@@ -60,7 +60,6 @@ class Target:
 
     @property
     def text(self) -> str:
-        """Return the target as part of a sentence."""
         if self.speedup is not None:
             return f"{ratio(self.speedup)}x"
         return seconds(self.latency_s) if self.latency_s is not None else f"{self.tokens_per_s:,.4g} tokens/s"
@@ -97,7 +96,6 @@ class Advised(Displayed):
     dense: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the advice as dictionaries."""
         return [one.to_dict() for one in self.advice]
 
     def _title(self) -> str:
@@ -210,7 +208,6 @@ class _Timed:
         return {self.points[row][0]: row for row in reversed(np.flatnonzero(self.speedup >= target).tolist())}
 
     def fastest(self, name: str) -> int:
-        """Return the row of a family's largest speedup."""
         return int(np.where([name == other for other, _ in self.points], self.speedup, 0.0).argmax())
 
 

@@ -77,7 +77,6 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
 def _pruned(
     requests: Sequence[Request], group: RequestGroup, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
 ) -> WorkloadBatch:
-    """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
     return WorkloadBatch(
         rows=rows,

@@ -90,7 +90,6 @@ class Fields:
         return self.data.get(key) is not None
 
     def value(self, key: str) -> Any:
-        """Return a value that must be present."""
         if not self.has(key):
             got = "null" if key in self.data else "no such key"
             raise InputError(f"{self.place(key)}: expected a value, got {got}")
@@ -119,7 +118,6 @@ class Fields:
         return found
 
     def amount(self, key: str, right: Range = AMOUNT) -> float:
-        """Return a number from 0 up."""
         return number(self.place(key), self.value(key), right)
 
     def seconds(self, key: str) -> float:
@@ -145,7 +143,6 @@ class Fields:
         return one_line(found, 200)
 
     def times(self, key: str) -> Floats:
-        """Return a list of positive times."""
         found = array(self.place(key), self.value(key), _TIMES)
         if found.ndim != 1 or not len(found):
             raise InputError(f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}")
@@ -425,7 +422,6 @@ def _in_flight(given: Fields) -> int:
 
 
 def _model(given: Fields) -> str:
-    """Return the first model that was requested."""
     arguments, endpoint = given.data, given.part("endpoint").data
     listed: Any = arguments.get("model_names") or arguments.get("model") or endpoint.get("model_names")
     if given.has("models"):

@@ -189,7 +189,6 @@ def _identity(
     at: IndexArray,
     ideal: bool,
 ) -> dict[str, Array | Labels]:
-    """Return the columns that identify some predictions of a batch."""
     meta, pruning = batch.rows.meta, batch.pruning[at].astype(np.int32)
     weights, cache = _formats(batch)
     columns: dict[str, Array | Labels] = {

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GemmPoints:
-    """GEMM shapes of a workload on a roofline."""
-
     role: tuple[str, ...]
     intensity: NDArray[np.float64]  # FLOP/byte
     achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time

@@ -246,7 +246,6 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """Number of configurations."""
         return len(self.prunings) * math.prod(len(getattr(self, name)) for name in AXES)
 
     @cached_property

@@ -150,7 +150,6 @@ def _batch_seconds(run: BenchRun, request: Request) -> float:
 
 
 def _check_lengths(run: BenchRun, request: Request) -> None:
-    """Reject other mean lengths than those requested."""
     seq, output = request.seq, _output(request)
     if run.total_tokens:
         _check_length(run, "tokens per request", run.total_tokens, seq + output, max(TOLERANCE * (output - 1), 0.5))
@@ -174,7 +173,6 @@ def _check_length(run: BenchRun, what: str, own: float, expected: int, around: f
 
 
 def _check_in_flight(run: BenchRun, batch: int) -> None:
-    """Reject a closed loop with other requests in flight than requested, by its option or on average."""
     if run.concurrency and run.concurrency != batch:
         hint = f"use --phase serve --concurrency {run.concurrency}"
         raise InputError(f"{run.source}: concurrency: expected {batch}, got {run.concurrency}; {hint}")

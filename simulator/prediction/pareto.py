@@ -78,7 +78,6 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Method and fraction removed."""
         return f"{self.method} {100 * self.sparsity:.3g} %"
 
 
@@ -96,8 +95,6 @@ class Band:
 
 @dataclass(frozen=True)
 class Front:
-    """Frontier of one device, engine, phase, batch and length."""
-
     model: str
     hardware: str
     phase: str
@@ -263,7 +260,6 @@ def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point,
 
 
 def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup]) -> Point:
-    """Return the point of a row, not yet marked."""
     shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
     shared["method"] = row.method  # the source's name; the prediction is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
@@ -282,8 +278,6 @@ SAME_SPARSITY = 5e-4  # largest difference of equal fractions: tables print thre
 
 @dataclass(frozen=True)
 class MeasuredSpeedup:
-    """One measured speedup with the conditions that its row states."""
-
     conditions: Mapping[str, str]
     sparsity: float
     speedup: float
@@ -291,7 +285,6 @@ class MeasuredSpeedup:
     upper: float
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
-        """Return whether the speedup was measured under these conditions."""
         same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
         return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
@@ -322,8 +315,6 @@ OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
 
 @dataclass(frozen=True)
 class Winners:
-    """The fastest pruning of every cell."""
-
     best: Results
     gains: BoolArray  # whether it is faster than the dense model
     certain: BoolArray  # whether the intervals of its ratios to the dense model and to the second fastest are above 1

@@ -70,12 +70,10 @@ class Pruning:
 
     @classmethod
     def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
-        """Return the pruning that leads to an existing pruned model."""
         _, families, share = difference_of(dense, pruned)
         return cls((PruningStep("+".join(families) or "none", share),), model=pruned)
 
     def at(self, sparsity: float | Mapping[str, float] | None) -> Pruning:
-        """Return the same pruning of one step at another sparsity."""
         (step,) = self.steps
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         return replace(self, steps=(replace(step, sparsity=parts),))
@@ -138,7 +136,6 @@ class Pruning:
         return ""
 
     def apply(self, dense: Workload, request: Request) -> Workload:
-        """Return the pruned workload of the dense workload of a request."""
         if self.model is not None:
             return as_pruned(dense, lower(replace(request, model=self.model)))
         if self.text:
@@ -146,7 +143,6 @@ class Pruning:
         return self.steps[0].apply(dense, ideal=request.ideal)
 
     def requested(self, pruned: Workload) -> float:
-        """Return the requested sparsity of a workload pruned by this: of several steps that of all together."""
         if self.sparsity is not None:
             return float(self.sparsity)
         steps = [step.sparsity for step in pruned.meta.applied]
@@ -263,7 +259,6 @@ def _named(found: Sequence[tuple[object, ModelConfig]]) -> list[ModelConfig]:
 
 
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:
-    """Record why a pruning is excluded."""
     title, sparsity = pruning.title, pruning.sparsity
     if device:
         reason = f"{title} on {device}: {reason}"
@@ -303,7 +298,6 @@ def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, .
 
 
 def check_alike(dense: Workload, pruned: Workload) -> None:
-    """Raise InputError if two workloads have different requests."""
     for name in ALIKE:
         theirs, ours = getattr(pruned.meta, name), getattr(dense.meta, name)
         if theirs != ours:

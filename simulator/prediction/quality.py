@@ -46,8 +46,6 @@ class Axis:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Quality of one pruned model."""
-
     method: str
     family: str
     model: str
@@ -74,8 +72,6 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityTable:
-    """Rows of a table."""
-
     rows: tuple[QualityRow, ...]
     name: str = "quality table"  # for messages
     metric: str = ""  # default metric, if any
@@ -102,7 +98,6 @@ class QualityTable:
         return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
 
     def on_axis(self, axis: Axis) -> QualityTable:
-        """Return the rows on one axis."""
         return replace(self, rows=tuple(r for r in self.rows if r.axis == axis))
 
 
@@ -126,7 +121,6 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
 
 
 def list_quality() -> tuple[str, ...]:
-    """Return the names of the shipped tables."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
 
 
@@ -190,7 +184,6 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
 
 
 def number_of(cells: Mapping[str, str], column: str) -> float:
-    """Return the finite number of a cell."""
     try:
         value = float(cells[column])
     except ValueError:

@@ -96,7 +96,6 @@ def dense_seconds(tokens_per_s: float | None, request: Request) -> float:
 
 
 def batch_name(phase: str) -> str:
-    """Return the name of the number of sequences in a phase."""
     return "concurrency" if phase == "serve" else "batch"
 
 
@@ -111,7 +110,6 @@ def device_text(r: Any) -> str:
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:
-    """Return values without repeats, in order."""
     return tuple(dict.fromkeys(values))
 
 
@@ -143,7 +141,6 @@ def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
 
 
 def _ambiguous(kind: str, several: str, first: object, second: object, name: str) -> InputError:
-    """Return the error for two inputs of one name, with their paths."""
     one, other = (str(x) if isinstance(x, str | os.PathLike) else "an object without a path" for x in (first, second))
     return InputError(f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them")
 

@@ -42,7 +42,6 @@ class Labels:
 
     @property
     def values(self) -> NDArray[np.object_]:
-        """Texts, one per row."""
         return np.array(self.texts, dtype=object)[self.codes]
 
 
@@ -55,7 +54,6 @@ def plain(column: Array | Labels) -> Array:
 
 
 def joined(held: Sequence[Array | Labels]) -> Labels:
-    """Concatenate text columns."""
     labels = [column for column in held if isinstance(column, Labels)]
     first = np.cumsum([0, *(len(column.texts) for column in labels)])
     codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
@@ -373,6 +371,5 @@ class HasResult(Displayed):
     result: Result
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result's fields, then the others."""
         own = super().to_dict()
         return {**own.pop("result"), **own}

@@ -66,14 +66,12 @@ class Runnable(Displayed):
 
     @property
     def sentence(self) -> str:
-        """The answer in words: yes or no, then why."""
         return will_it_run(self)
 
     def _title(self) -> str:
         return self.sentence
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, and the answer in words as ``runs``."""
         return super().to_dict() | {"runs": will_it_run(self)}
 
 

@@ -62,12 +62,10 @@ EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limi
 
 
 def interval_text(value: float, low: float, high: float) -> str:
-    """Return a ratio with its interval."""
     return f"{ratio(value)}x ({ratio(low)}-{ratio(high)})"
 
 
 def speedup_text(r: Result | Point) -> str:
-    """Return a speedup with its interval."""
     return interval_text(r.speedup, r.speedup_lower, r.speedup_upper)
 
 
@@ -95,7 +93,6 @@ def parts_line(r: Result) -> str:
 
 
 def probability_text(probability: float) -> str:
-    """Return a probability in percent."""
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
 
 
@@ -148,12 +145,10 @@ class BreakEven:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Values of the axis."""
         return tuple(getattr(r, self.axis) for r in self.results)
 
     @property
     def pays(self) -> tuple[bool, ...]:
-        """Whether the pruning pays at each value."""
         return tuple(r.speedup_lower >= GAIN for r in self.results)
 
     @property
@@ -188,7 +183,6 @@ class BreakEven:
 
     @property
     def sentence(self) -> str:
-        """Pruning, place and verdict, and the values that do not fit."""
         beyond = ""
         if self.too_large:
             many = len(self.too_large) > 1
@@ -205,7 +199,6 @@ class BreakEven:
 
 
 def _bare(r: Result) -> str:
-    """Return a speedup with its interval for parentheses."""
     return f"{ratio(r.speedup)}x, {ratio(r.speedup_lower)}-{ratio(r.speedup_upper)}"
 
 
@@ -350,7 +343,6 @@ def _within(front: Front, max_loss: float) -> str:
 
 
 def _by_method(points: Sequence[Point]) -> str:
-    """Return methods with their sparsities, by the smallest loss of each."""
     methods: dict[str, dict[float, None]] = {}
     for p in sorted(points, key=lambda p: p.loss):
         methods.setdefault(p.method, {})[100.0 * p.sparsity] = None
@@ -408,7 +400,6 @@ def conclusions(found: Sequence[Explanation]) -> list[str]:
 
 
 def _host_bound(e: Explanation) -> str:
-    """Return advice for a host-bound model, else ""."""
     if not e.layer_s:
         return ""
     engine = load_engine(e.dense.meta.engine)
@@ -573,8 +564,6 @@ def money(value: float) -> str:
 
 
 def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return a line on a checkpoint whose tensors differ from its configuration, and one on how an existing model
-    differs from the dense model."""
     own = (dense.found,) if dense.found else ()
     if pruned == dense:
         return own
@@ -591,7 +580,6 @@ def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Infer
 
 
 def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
-    """Return a line on the host and kernels inferred from a measured time of the dense model."""
     predicted = f"{hardware}: {seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
     if not inferred.consistent:
         apart = f"{inferred.deviation:.1f} standard deviations apart, so it is ignored"
@@ -647,7 +635,6 @@ def dense_notes(results: Results, request: Request, devices: Sequence[HardwarePr
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
-    """Return why a model does not fit, and the devices or batch that fit."""
     m, name = memory(dense, hw), batch_name(dense.meta.phase)
     way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
     left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)

@@ -63,7 +63,6 @@ def probability_of(target: float, speedup: float, lower: float, upper: float, le
 
 
 def check_probability(probability: float) -> None:
-    """Raise InputError for a required probability outside (0, 1)."""
     if not 0.0 < probability < 1.0:
         raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
 
@@ -83,13 +82,11 @@ class Limits:
 
     @property
     def named(self) -> Mapping[str, float]:
-        """The limits that are set, by name."""
         both = {"ttft": self.ttft_s, "tpot": self.tpot_s}
         return {name: limit for name, limit in both.items() if limit is not None}
 
     @property
     def text(self) -> str:
-        """The limits in words."""
         words = {"ttft": "to the first token", "tpot": "per output token"}
         return " and ".join(f"{seconds(limit)} {words[name]}" for name, limit in self.named.items())
 
@@ -142,7 +139,6 @@ class OperatingPoint(Displayed):
 
     @property
     def name(self) -> str:
-        """The pruning in words, or "dense"."""
         return self.pruning or "dense"
 
     @property
@@ -159,8 +155,6 @@ class OperatingPoint(Displayed):
 
 @dataclass(frozen=True, repr=False)
 class Service(Displayed):
-    """The operating points of the dense and the pruned models on one device in one engine."""
-
     points: tuple[OperatingPoint, ...]  # by kind, each kind by model, the dense one first
     curve: tuple[OperatingPoint, ...]  # each model at concurrencies from 1 to the largest that fits
     limits: Limits
@@ -196,7 +190,6 @@ class ServePasses:
     def of(
         cls, request: Request, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
     ) -> ServePasses:
-        """Return the dense and the pruned models at some concurrencies."""
         batch = _batch(request, prunings, at)
         return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
 
@@ -296,7 +289,6 @@ def steps(last: int) -> list[int]:
 
 
 def _batch(request: Request, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
-    """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
     return batch_of([replace(request, batch=c) for c in sorted({*at} - {0})], prunings, rejecting)
 
 
@@ -410,11 +402,9 @@ class Served(Displayed):
 
     @property
     def points(self) -> tuple[OperatingPoint, ...]:
-        """Operating points of all services, without curves."""
         return tuple(point for service in self.services for point in service.points)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``points`` as dictionaries, and ``notes``."""
         return {"points": [point.to_dict() for point in self.points], "notes": list(self.notes)}
 
     def _title(self) -> str:
@@ -422,7 +412,6 @@ class Served(Displayed):
         return f"{first.model} in {len(self.services)} services: {len(self.points)} operating points"
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return one row per operating point."""
         rows = [vars(point) for point in self.points]
         return {name: [row[name] for row in rows] for name in rows[0]}
 

@@ -56,8 +56,6 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Outcome of a sweep."""
-
     target: Path  # folder of the parts
     configurations: int  # in the grid
     rows: int  # supported configurations

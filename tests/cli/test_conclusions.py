@@ -14,8 +14,8 @@ from simulator.prediction.service import probability_of
 
 BEGINS = {
     "explain llama-3.1-8b --hardware h100 --family width --sparsity 0.25 --phase decode": (
-        r"width at 25 %( \(.* realised\))? of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) on h100_sxm in vllm "
-        r"\(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
+        r"width at 25 %( \(.* realised\))? of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) "
+        r"on h100_sxm in vllm \(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
     ),
     "speedup llama-3.1-8b --hardware h100 --prune 'width mlp=0.3 attention=0.25' --devices 2 --phase decode": (
         r"width mlp=0.3 attention=0.25 makes llama-3.1-8b 1\.\d\dx faster \(.*-.*\) on 2 x h100_sxm in vllm "
@@ -37,8 +37,8 @@ BEGINS = {
         r"depth at \d\d(\.\d)? %( \(\d\d(\.\d)? % realised\))?; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\."
     ),
     "advise llama-3.1-8b --hardware h100 --target 30 --family depth": (
-        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 % \(90.6 % realised\): .*x \(.*-.*\), .*, "
-        r"probability < 1 %\."
+        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 % \(90.6 % realised\): "
+        r".*x \(.*-.*\), .*, probability < 1 %\."
     ),
     "advise llama-3.1-8b --hardware h100 --latency 1s --family depth": (
         r"The dense model reaches 1.00 s on h100_sxm in vllm \(decode, batch 1, seq 2048\)\."
