@@ -185,7 +185,7 @@ class Run:
             raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
         if rate is None and file is None:
             return Asked(found)
-        from simulator.prediction.measured import measured
+        from simulator.prediction.benchmarks import measured
         from simulator.prediction.requests import dense_seconds, requests_of
 
         one = requests_of([model], found)[0]

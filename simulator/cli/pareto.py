@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
+from simulator.units import parse_fraction
 
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
@@ -55,7 +56,7 @@ def pareto(
     table = load_quality(rows.quality).of_model(rows.quality_model or config.name)
     axis = choose_axis(table, rows.metric, rows.protocol, strict=rows.quality is not None)
     known = read_measured(measured) if measured else ()
-    most = None if max_loss is None else parsing.fraction("--max-loss", max_loss)
+    most = None if max_loss is None else parsing.checked("--max-loss", max_loss, parse_fraction)
     found, notes = fronts(config, devices.profiles, table, axis, measured=known, **run.asked().settings)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from simulator.errors import InputError
-from simulator.units import parse_count, parse_fraction, parse_quantity, parse_ratio, parse_value
+from simulator.units import parse_count, parse_fraction, parse_value
 
 T = TypeVar("T")
 
@@ -18,10 +18,6 @@ def names(option: str, text: str) -> list[str]:
     if not all(parts):
         raise InputError(f"{option} {text!r}: expected names separated by single commas")
     return parts
-
-
-def duration(option: str, text: str) -> float:
-    return checked(option, text, lambda given: parse_quantity(given, "s"))
 
 
 def integers(option: str, text: str) -> list[int]:
@@ -61,21 +57,12 @@ def fractions(option: str, text: str) -> list[float]:
     return list(dict.fromkeys(out))
 
 
-def fraction(option: str, text: str) -> float:
-    return checked(option, text, parse_fraction)
-
-
 def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
     """Return a parsed text; errors name the option."""
     try:
         return parse(text)
     except InputError as error:
         raise InputError(f"{option} {text!r}: {error}") from None
-
-
-def speedup_target(option: str, text: str) -> float:
-    """Parse a speedup such as ``1.5`` or ``1.5x``."""
-    return checked(option, text, parse_ratio)
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.request import SETTINGS
+from simulator.units import parse_quantity
 
 if TYPE_CHECKING:
     from simulator.prediction.service import OperatingPoint, Service
@@ -62,12 +64,13 @@ def command(
     asked = run.asked()
     if len(asked.settings["seq"]) != 1:
         raise InputError(f"--seq {run.text('seq')!r}: expected one length")
-    limits = {"ttft": server.ttft, "tpot": server.tpot}
+    seconds, texts = partial(parse_quantity, unit="s"), {"ttft": server.ttft, "tpot": server.tpot}
+    limits = {n: parsing.checked(f"--{n}", text, seconds) for n, text in texts.items() if text is not None}
     found = serve(
         model,
         devices.profiles,
         concurrency=server.concurrency,
-        **{f"{n}_s": None if text is None else parsing.duration(f"--{n}", text) for n, text in limits.items()},
+        **{f"{n}_s": limit for n, limit in limits.items()},
         probability=server.confidence,
         price=server.price,
         **prunings.parsed(),

@@ -1,4 +1,5 @@
-"""Predict what the page and the report show of one request: the answer, figures, a table, notes and commands."""
+"""Predict what the page and the report show of one request: the answer, figures, a table, notes and commands; write the
+report, one HTML file without scripts, which loads nothing."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from simulator._version import __version__
 from simulator.engines.engine import load_engine
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.speedup import speedups_of
@@ -188,3 +191,46 @@ def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list
     explained = {**options, **alone, "phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
     explained |= {"prune": [r.prune]} if r.prune else {}
     return [command("speedup", model, options), command("explain", model, explained)]
+
+
+MOST_BYTES = 1_000_000
+"""Size of a report; figures that exceed it are omitted with a note."""
+
+MOST_ROWS = 500
+"""Rows of the table."""
+
+
+def report_html(found: PageContent, commands: Sequence[str]) -> str:
+    """Return the report; ``commands`` reproduce its numbers."""
+    notes = list(found.notes)
+    if (more := len(found.rows) - MOST_ROWS) > 0:
+        notes.append(f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more")
+    page = _rendered(found, commands, (), notes)
+    drawings: list[Drawing] = []
+    left = MOST_BYTES - len(page.encode()) - 2_000 * len(found.drawings)
+    for drawing in found.drawings:
+        if len(drawing.svg.encode()) < left:
+            drawings.append(drawing)
+            left -= len(drawing.svg.encode())
+        else:
+            notes.append(f"figure {drawing.title}: omitted, too large; request fewer predictions, or use --figure FILE")
+    return _rendered(found, commands, drawings, notes)
+
+
+def _rendered(found: PageContent, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    columns = {name: values[:MOST_ROWS] for name, values in found.table.items()}
+    return environment.get_template("report.html").render(
+        found=found,
+        commands=commands,
+        drawings=drawings,
+        notes=notes,
+        columns=columns,
+        rows=list(zip(*columns.values())),
+        cell=cell,
+        version=__version__,
+    )

@@ -25,10 +25,9 @@ from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
-from simulator.prediction.grid import Formats, Grid, read_grid
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import plain
-from simulator.prediction.sweep import Summary, sweep_results, write_sweep
+from simulator.prediction.sweep import Formats, Grid, Summary, read_grid, sweep_results, write_sweep
 from simulator.request import Request
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
