@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from simulator._version import __version__
 from simulator.engines.engine import load_engine
@@ -20,14 +20,12 @@ from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.requests import batch_name, profiles
+from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import runnables
 from simulator.prediction.sentences import break_even, conclusions, of_speedups, parts_line, runs_clause, uncalibrated
 from simulator.prediction.table import table
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
-
-if TYPE_CHECKING:
-    from simulator.prediction.result import Result, Results
 
 MOST_SENTENCES = 8
 """Sentences on break-even; of more prunings the fastest is stated."""

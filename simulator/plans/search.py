@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from simulator.arguments import OneOrMore, flag
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig, indivisible
 from simulator.models.library import load_model
 from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
@@ -29,9 +30,6 @@ from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
 from simulator.prediction.service import probability_of
 from simulator.units import ratio
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
 
 MOST_POINTS = 24  # plans of a frontier
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from simulator.arrays import Array
 from simulator.display import Displayed, by_column, few
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import batch_of
@@ -30,10 +32,6 @@ from simulator.prediction.service import check_probability, probability_of
 from simulator.request import Request
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
 
 LARGEST_SPARSITY = 0.9  # largest sparsity of a family: no published method keeps a model useful beyond it
 COARSE, FINE = 0.02, 0.001  # steps of the coarse and the fine grid of sparsities

@@ -5,21 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.codes import ROLES, Kernel, Kind, dtype_code, label_of
+from simulator.hardware.profile import HardwareProfile
 from simulator.operators.gemm import Options
 from simulator.prediction.requests import once, profiles
 from simulator.request import SETTINGS
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.operators import STEPS, gemm_predicted
 from simulator.workload import Workload, WorkloadBatch
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,23 +24,20 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.quality import number_of
+from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
 from simulator.prediction.requests import by_budget, profiles, requests_of
 from simulator.prediction.result import Result, Results
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import FAMILIES
 from simulator.request import Request
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
-    from simulator.prediction.quality import Axis, QualityRow, QualityTable
-    from simulator.workload import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
 DENSE = "dense"  # family of the dense model's point: no loss, speedup 1

@@ -6,18 +6,16 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from simulator.arguments import OneOrMore, instance, listed
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.request import SETTINGS, Request
-
-if TYPE_CHECKING:
-    from simulator.models.config import ModelConfig
 
 T = TypeVar("T")
 

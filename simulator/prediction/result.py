@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
+from simulator.prediction.prunings import Pruning
+from simulator.request import Request
 from simulator.units import percent, ratio, seconds
-
-if TYPE_CHECKING:
-    from simulator.prediction.prunings import Pruning
-    from simulator.request import Request
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from simulator.capacity import cache_parts, weights_bytes
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import alike, request_results
@@ -44,10 +46,6 @@ from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
 
 REFINED = 16  # concurrencies of the second grid, for each model
 ROUNDS = 4  # rounds in which the largest concurrencies are found; they hardly change after the second
