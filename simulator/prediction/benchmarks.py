@@ -25,7 +25,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -197,15 +197,6 @@ def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hi
     return np.array([many * duration_s / requests]), "" if requests >= enough else note
 
 
-def loop_times(fields: Fields) -> tuple[float, float, float]:
-    """Return mean times to the first token and per further token, and the time of a decode step, s (vLLM, SGLang).
-
-    The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
-    tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
-    one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
-    return fields.time("mean_ttft_ms"), tpot, fields.time("median_itl_ms") if one_token else 0.0
-
-
 def check_closed_loop(fields: Fields) -> None:
     """Reject a request rate: requests of a closed loop start when others finish."""
     rate = fields.data.get("request_rate")
@@ -253,6 +244,33 @@ def vllm_throughput(fields: Fields) -> BenchRun:
     )
 
 
+def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
+    """Return what vLLM and SGLang write alike; ``option`` adds the times of all requests.
+
+    The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
+    check_failed(fields, failed, key)
+    if fields.has(speculative):
+        raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
+    many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
+    samples, note = loop_samples(fields, many, completed, duration, option)
+    tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
+    one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
+    return BenchRun(
+        fields.source,
+        "serve",
+        tuple(samples.tolist()),
+        concurrency=many,
+        requests=completed,
+        input_tokens=fields.amount("total_input_tokens") / completed,
+        output_tokens=fields.amount("total_output_tokens") / completed,
+        duration_s=duration,
+        ttft_s=fields.time("mean_ttft_ms"),
+        tpot_s=tpot,
+        step_s=fields.time("median_itl_ms") if one_token else 0.0,
+        note=note,
+    )
+
+
 def vllm_serve(fields: Fields) -> BenchRun:
     """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP
     (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0).
@@ -261,39 +279,19 @@ def vllm_serve(fields: Fields) -> BenchRun:
     request per further token, ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics``
     omits ``mean_e2el_ms``, the time of a request, by default."""
     check_closed_loop(fields)
-    many, completed = fields.count("max_concurrency"), fields.count("completed")
-    failed = fields.count("failed", 0) if "failed" in fields.data else fields.count("num_prompts") - completed
-    check_failed(fields, failed)
-    if fields.has("spec_decode_num_drafts"):
-        raise InputError(f"{fields.place('spec_decode_num_drafts')}: speculative decoding is unsupported")
-    duration = fields.seconds("duration")
-    ttft, tpot, step = loop_times(fields)
-    samples, note = loop_samples(fields, many, completed, duration, "--save-detailed")
-    output = fields.amount("total_output_tokens") / completed
-    request = fields.time("mean_e2el_ms") or (ttft + tpot * max(output - 1.0, 0.0) if ttft and tpot else 0.0)
-    return BenchRun(
-        fields.source,
-        "serve",
-        tuple(samples.tolist()),
+    missing = "failed" not in fields.data
+    failed = fields.count("num_prompts") - fields.count("completed") if missing else fields.count("failed", 0)
+    run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
+    whole = run.ttft_s + run.tpot_s * max(run.output_tokens - 1.0, 0.0) if run.ttft_s and run.tpot_s else 0.0
+    request, names = fields.time("mean_e2el_ms") or whole, (key for key in fields.data if key.endswith("_ms"))
+    return replace(
+        run,
         tool="vllm bench serve",
         model=fields.text("model_id"),
-        concurrency=many,
-        mean_concurrency=request * completed / duration,
-        requests=completed,
-        input_tokens=fields.amount("total_input_tokens") / completed,
-        output_tokens=output,
-        duration_s=duration,
+        mean_concurrency=request * run.requests / run.duration_s,
         request_s=request,
-        ttft_s=ttft,
-        tpot_s=tpot,
-        step_s=step,
         engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
-        percentiles_s={
-            key.removesuffix("_ms"): fields.time(key)
-            for key in fields.data
-            if key.endswith("_ms") and not key.startswith("std_")
-        },
-        note=note,
+        percentiles_s={key.removesuffix("_ms"): fields.time(key) for key in names if not key.startswith("std_")},
     )
 
 
@@ -304,35 +302,20 @@ def sglang_serve(fields: Fields) -> BenchRun:
     Keys are as in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
     requests in flight. ``--output-details`` adds the time and the error of each request."""
     check_closed_loop(fields)
-    many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
-    errors = fields.data.get("errors")
-    check_failed(fields, sum(map(bool, errors)) if isinstance(errors, list) else 0, "errors")
-    if fields.has("accept_length"):
-        raise InputError(f"{fields.place('accept_length')}: speculative decoding is unsupported")
-    ttft, tpot, step = loop_times(fields)
-    samples, note = loop_samples(fields, many, completed, duration, "--output-details")
+    errors, backend, server = fields.data.get("errors"), fields.text("backend"), fields.part("server_info")
+    failed = sum(map(bool, errors)) if isinstance(errors, list) else 0
+    run = _closed_loop(fields, failed, "errors", "accept_length", "--output-details")
+    note = run.note
     if fields.data.get("dataset_name") == "random" and fields.data.get("random_range_ratio") not in (None, 1, 1.0):
         ratio = f"lengths of requests vary (random_range_ratio {fields.amount('random_range_ratio'):g})"
         note = note or f"{fields.source}: {ratio}; use --random-range-ratio 1"
-    backend, server = fields.text("backend"), fields.part("server_info")
-    engine = "sglang" if backend.startswith("sglang") else {"vllm": "vllm", "trt": "trtllm"}.get(backend, "")
-    return BenchRun(
-        fields.source,
-        "serve",
-        tuple(samples.tolist()),
+    return replace(
+        run,
         tool="SGLang bench_serving",
         model=server.text("model_path"),
-        concurrency=many,
         mean_concurrency=fields.amount("concurrency") if fields.has("concurrency") else 0.0,
-        requests=completed,
-        input_tokens=fields.amount("total_input_tokens") / completed,
-        output_tokens=fields.amount("total_output_tokens") / completed,
-        duration_s=duration,
         request_s=fields.time("mean_e2e_latency_ms"),
-        ttft_s=ttft,
-        tpot_s=tpot,
-        step_s=step,
-        engine=engine,
+        engine="sglang" if backend.startswith("sglang") else {"vllm": "vllm", "trt": "trtllm"}.get(backend, ""),
         devices=server.count("tp_size") if server.has("tp_size") else 0,
         note=note,
     )
@@ -528,9 +511,7 @@ class MeasuredDense(NamedTuple):
 
 
 def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
-    """Return the measured time of the dense model from the result file of a serving benchmark.
-
-    Of several results in a file, the last one that matches the request is taken."""
+    """Return the measured time of the dense model from a file: from its last result that matches the request."""
     runs, wrong = read_benches(path), []
     for run in reversed(runs):
         try:
@@ -560,10 +541,8 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
 
 
 def pass_seconds(run: BenchRun, request: Request) -> float:
-    """Return the time of the pass of a request that a result measured, s.
-
-    The batch is the requests in flight in ``serve``. InputError: the result does not measure this phase, or at another
-    batch or other lengths; what the file does not state is not checked."""
+    """Return the time of the pass of a request that a result measured, s; InputError if the result has another phase,
+    batch (in ``serve`` the requests in flight) or lengths. What the file does not state is not checked."""
     phase, batch = request.phase, request.batch
     if run.kind == "batch":
         return _batch_seconds(run, request)
