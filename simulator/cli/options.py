@@ -231,8 +231,7 @@ DEVICES, PRUNINGS, OUTPUT = Devices(), Prunings(), Output()
 
 def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator of commands that replaces parameters which default to a dataclass of options (as :data:`RUN`)
-    by these options and defaults; omitted options keep their defaults.
-    """
+    by these options and defaults; omitted options keep their defaults."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         # not get_type_hints: in Python 3.10 it hides the Annotated of parameters that default to None

@@ -133,10 +133,8 @@ def conclude(*paragraphs: str) -> None:
 
 
 def notes(lines: Iterable[str], verbose: bool = False) -> None:
-    """Print notes to standard error, the most important first: with ``verbose`` all, else :data:`MOST_NOTES`.
-
-    Notes that state the same of several subjects ("A: text", "B: text") become one. A run calls this once.
-    """
+    """Print notes to standard error, the most important first: with ``verbose`` all, else :data:`MOST_NOTES`. Notes
+    that state the same of several subjects ("A: text", "B: text") become one. A run calls this once."""
     found = same_together(lines)
     shown = found if verbose else found[:MOST_NOTES]
     more = f" ({len(found) - len(shown)} more with --verbose)" if len(found) > len(shown) else ""

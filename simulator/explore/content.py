@@ -104,10 +104,8 @@ class PageContent:
 
 
 def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
-    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``.
-
-    The fastest pruning is explained if none is called so.
-    """
+    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``. The
+    fastest pruning is explained if none is called so."""
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())

@@ -296,11 +296,9 @@ def _intervals(
     there: IndexArray,
     gone: IndexArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of the intervals of differences of passes, by first layer, sublayer and variant.
-
-    Errors of the device are those of the sublayer's own operators, as the others cancel in the difference. The host
-    differs at the ends of its speeds. Both are combined as a root of sum of squares.
-    """
+    """Return the ends of the intervals of differences of passes, by first layer, sublayer and variant. Errors of the
+    device are those of the sublayer's own operators, as the others cancel in the difference. The host differs at the
+    ends of its speeds. Both are combined as a root of sum of squares."""
     level, half = at.request.level, np.zeros(len(kinds))
     own = [_operators(at, model, *kind) for kind in kinds]
     if some := [i for i, w in enumerate(own) if len(w)]:

@@ -93,10 +93,8 @@ def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entr
 
 
 def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
-    """Return the variants in a folder of Puzzletron's validations of single replacements.
-
-    The dense layers have the scores in ``teacher.json``; distances from the dense model are 0 for them.
-    """
+    """Return the variants in a folder of Puzzletron's validations of single replacements. The dense layers have the
+    scores in ``teacher.json``; distances from the dense model are 0 for them."""
     found, left = [], MOST_FOLDER_BYTES
     names = _names(folder)
     _check(model, str(folder))
@@ -265,11 +263,9 @@ def generated_library(model: ModelConfig, devices: int = 1) -> Library:
 
 
 def importance(model: ModelConfig) -> Library:
-    """Return the library of whole layers of a model, with published losses of depth pruning as score.
-
-    The shipped tables have the loss of a model by the fraction of its layers that was removed (ShortGPT, SLEB, LaCo),
-    not by layer. So these scores decide how many layers go. These papers remove deep layers first, except the last.
-    """
+    """Return the library of whole layers of a model, with published losses of depth pruning as score. The shipped
+    tables have the loss of a model by the fraction of its layers that was removed (ShortGPT, SLEB, LaCo), not by layer.
+    So these scores decide how many layers go. These papers remove deep layers first, except the last."""
     from simulator.prediction.quality import QualityRow, load_quality
 
     found: dict[tuple[str, str, str], dict[float, QualityRow]] = {}
@@ -309,9 +305,7 @@ def _product(
 
 def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...]]:
     """Return the name and the values of a library's scores: those of ``metric``, or "" for the only column that can be.
-
-    Times, sizes, memory and counts are never scores. InputError if several columns could be, or a value is missing.
-    """
+    Times, sizes, memory and counts are never scores. InputError if several columns could be, or a value is missing."""
     where = f"{library.source}: " if library.source else ""
     known = [name for name in library.values if not TIME.search(name) and not SIZE.search(name)]
     if not library.values:
@@ -520,11 +514,9 @@ def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...
 
 
 def combined(library: Library) -> Library:
-    """Return the library with variants of both sublayers of a layer, where it has them of either alone.
-
-    The value of both together is the sum of both changes: scores of single replacements are added here as they are over
-    layers. Layers that have a row with both changed stay as they are.
-    """
+    """Return the library with variants of both sublayers of a layer, where it has them of either alone. The value of
+    both together is the sum of both changes: scores of single replacements are added here as they are over layers.
+    Layers that have a row with both changed stay as they are."""
     layers, values = [], {name: list[FloatArray]() for name in library.values}
     for layer, own in enumerate(library.layers):
         texts = library.texts(layer)

@@ -182,10 +182,8 @@ class Program:
     cost: FloatArray  # (R, V)
 
     def solve(self, limit: FloatArray, gap: float = 0.0) -> Solution:
-        """Return the choice of least score, up to a relative ``gap``, whose costs are at most ``limit`` (R,).
-
-        If no choice keeps all limits, return the choice that exceeds them least.
-        """
+        """Return the choice of least score, up to a relative ``gap``, whose costs are at most ``limit`` (R,). If no
+        choice keeps all limits, return the choice that exceeds them least."""
         every = self._undominated()
         scale = np.maximum(np.abs(limit), 1e-6 * np.abs(self.cost).max(axis=1, initial=1e-300))
         cost, bound = self.cost / scale[:, None], limit / scale

@@ -119,11 +119,9 @@ def joined(attention: Block, mlp: Block) -> Block:
 
 
 def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1) -> Iterator[Block]:
-    """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share, and none.
-
-    Attention keeps its query heads and halves its KV heads, as far as the devices can share them. An MLP has widths of
-    :data:`WIDTHS`, routed experts have these shares of their number.
-    """
+    """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share, and none. Attention
+    keeps its query heads and halves its KV heads, as far as the devices can share them. An MLP has widths of
+    :data:`WIDTHS`, routed experts have these shares of their number."""
     yield dense
     if not has(sublayer, dense):
         return

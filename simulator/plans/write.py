@@ -80,11 +80,9 @@ def _removed(now: int, was: int) -> str:
 
 
 def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
-    """Write a plan to a folder, which is created; return a line per file, or why one is missing.
-
-    ``source`` is the dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if
-    the folder has the ``config.json`` of another plan; nothing is written then.
-    """
+    """Write a plan to a folder, which is created; return a line per file, or why one is missing. ``source`` is the
+    dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if the folder has the
+    ``config.json`` of another plan; nothing is written then."""
     target = Path(folder).expanduser()
     try:
         target.mkdir(parents=True, exist_ok=True)

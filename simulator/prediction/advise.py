@@ -114,7 +114,6 @@ def advise(
     **settings: Any,
 ) -> Advised:
     """Find the least sparsity of families (None: all) that reaches a target: a :class:`Target`, or a speedup above 1.
-
     The settings are fields of :class:`simulator.Request`, each one value or a list. ``probability`` is the least
     probability of reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
     check_probability(probability)

@@ -184,10 +184,9 @@ def request_times(fields: Fields) -> Floats:
 
 
 def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hint: str) -> tuple[Floats, str]:
-    """Return mean times of a request in a closed loop, and a note on their limits.
-
-    With the times of all requests (option ``hint``), samples are means over ``many`` requests in a row, without ramp-up
-    and ramp-down. Else the only sample is ``many`` x duration / requests."""
+    """Return mean times of a request in a closed loop, and a note on their limits. With the times of all requests
+    (option ``hint``), samples are means over ``many`` requests in a row, without ramp-up and ramp-down. Else the only
+    sample is ``many`` x duration / requests."""
     times = request_times(fields)
     blocks = len(times) // many - 2
     if blocks >= 1:
@@ -227,9 +226,8 @@ def vllm_latency(fields: Fields) -> BenchRun:
 
 
 def vllm_throughput(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench throughput --output-json FILE`` (vllm/benchmarks/throughput.py, 1a91bc2).
-
-    All requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
+    """Return a result of ``vllm bench throughput --output-json FILE`` (vllm/benchmarks/throughput.py, 1a91bc2). All
+    requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
     (``--max-num-seqs``). The file does not state the backend (``--backend vllm`` or ``hf``)."""
     requests, seconds = fields.count("num_requests"), fields.seconds("elapsed_time")
     return BenchRun(
@@ -245,9 +243,8 @@ def vllm_throughput(fields: Fields) -> BenchRun:
 
 
 def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
-    """Return what vLLM and SGLang write alike; ``option`` adds the times of all requests.
-
-    The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
+    """Return what vLLM and SGLang write alike; ``option`` adds the times of all requests. The median time between
+    chunks is that of a step only if each chunk has one token, else the step is 0."""
     check_failed(fields, failed, key)
     if fields.has(speculative):
         raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
@@ -273,11 +270,10 @@ def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option
 
 def vllm_serve(fields: Fields) -> BenchRun:
     """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP
-    (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0).
-
-    The mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a
-    request per further token, ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics``
-    omits ``mean_e2el_ms``, the time of a request, by default."""
+    (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0). The mean time of a request
+    is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a request per further token,
+    ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics`` omits ``mean_e2el_ms``,
+    the time of a request, by default."""
     check_closed_loop(fields)
     missing = "failed" not in fields.data
     failed = fields.count("num_prompts") - fields.count("completed") if missing else fields.count("failed", 0)
@@ -297,10 +293,9 @@ def vllm_serve(fields: Fields) -> BenchRun:
 
 def sglang_serve(fields: Fields) -> BenchRun:
     """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over HTTP
-    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4).
-
-    Keys are as in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
-    requests in flight. ``--output-details`` adds the time and the error of each request."""
+    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4). Keys are as in ``vllm bench serve``,
+    from which the script is derived; ``concurrency`` is the mean number of requests in flight. ``--output-details``
+    adds the time and the error of each request."""
     check_closed_loop(fields)
     errors, backend, server = fields.data.get("errors"), fields.text("backend"), fields.part("server_info")
     failed = sum(map(bool, errors)) if isinstance(errors, list) else 0
@@ -324,7 +319,6 @@ def sglang_serve(fields: Fields) -> BenchRun:
 def trtllm_report(fields: Fields) -> BenchRun:
     """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without HTTP
     (github.com/NVIDIA/TensorRT-LLM, tensorrt_llm/bench/dataclasses/reporting.py, 0249976).
-
     ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run: close to
     ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start together, and it is far
     above the number that the engine serves at once."""
@@ -368,10 +362,9 @@ def trtllm_report(fields: Fields) -> BenchRun:
 def genai_perf(fields: Fields) -> BenchRun:
     """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP
     (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and 0f5cc07;
-    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d).
-
-    The mean time of a request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
-    request per further token, a TPOT."""
+    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d). The mean time of a request is C per
+    ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a request per further token, a
+    TPOT."""
     tool = "AIPerf" if "aiperf_version" in fields.data or "was_cancelled" in fields.data else "genai-perf"
     given = fields.part("input_config")
     if fields.data.get("was_cancelled"):
@@ -568,10 +561,9 @@ def pass_seconds(run: BenchRun, request: Request) -> float:
 def request_of(
     run: BenchRun, *, batch: int | None = None, seq: int | None = None, output: int | None = None
 ) -> tuple[str, int, int, int]:
-    """Return phase, batch, seq and decode steps that a result measured.
-
-    ``batch`` (requests in flight of serve), ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user
-    states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file has them."""
+    """Return phase, batch, seq and decode steps that a result measured. ``batch`` (requests in flight of serve),
+    ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user states: all three for ``vllm bench
+    latency``, one length for ``throughput``, none where the file has them."""
     in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
     stated = {"batch": batch, "seq": seq, "output": output}
     found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}

@@ -122,9 +122,8 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
 
 def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
-    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
-
-    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
+    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower. ``speedup`` (n,);
+    ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
     log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log
     return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
@@ -137,10 +136,9 @@ def independent(points: Sequence[Point]) -> Halves:
 
 
 def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
-    """Return the family that is fastest at each quality budget among marked points, or the dense model.
-
-    Bands are in order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below``
-    is that of :func:`marked`."""
+    """Return the family that is fastest at each quality budget among marked points, or the dense model. Bands are in
+    order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below`` is that of
+    :func:`marked`."""
     best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
     ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
@@ -170,11 +168,9 @@ def fronts(
     **settings: Any,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
     """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
-    the rows that cannot be used.
-
-    Model, hardware and settings are those of :func:`simulator.table`; the quality rows may be those of another model of
-    its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if the model and
-    the devices support no row."""
+    the rows that cannot be used. Model, hardware and settings are those of :func:`simulator.table`; the quality rows
+    may be those of another model of its kind. ``measured`` speedups replace predictions if their conditions match.
+    Raises InputError if the model and the devices support no row."""
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
@@ -287,10 +283,9 @@ class MeasuredSpeedup:
 
 
 def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
-    """Read measured speedups from a CSV file, to replace predictions.
-
-    Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
-    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
+    """Read measured speedups from a CSV file, to replace predictions. Columns: family, sparsity, speedup (dense time
+    over pruned time); optionally :data:`MATCHED`, and the ends of the measurement's interval, ``speedup_lower`` and
+    ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
     return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 
 
@@ -318,9 +313,8 @@ class Winners:
 
 
 def winners(requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
-    """Return the fastest pruning on each device at each of some requests that differ only in shape.
-
-    Prunings that a device, the engine or a request does not support do not compete; InputError if none is left."""
+    """Return the fastest pruning on each device at each of some requests that differ only in shape. Prunings that a
+    device, the engine or a request does not support do not compete; InputError if none is left."""
     reasons: dict[str, None] = {}
 
     def skip(_pruning: int | None, reason: str, _device: str) -> None:

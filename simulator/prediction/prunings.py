@@ -228,10 +228,8 @@ def asked(
 
 def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
     """Return the existing pruned models that can be read, and one note for each other; raise the error if there is
-    none, or if two have one name.
-
-    Checkpoints often keep the name of the model that they were pruned from: several of one name are named after their
-    folders."""
+    none, or if two have one name. Checkpoints often keep the name of the model that they were pruned from: several of
+    one name are named after their folders."""
     found: list[tuple[object, ModelConfig]] = []
     errors: list[InputError] = []
     for source in pruned:

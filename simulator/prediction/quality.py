@@ -102,10 +102,9 @@ class QualityTable:
 
 
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
-    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all.
-
-    A table's default metric takes precedence. Of several axes the one with most families and rows is returned; with
-    ``strict`` this is an InputError."""
+    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all. A table's
+    default metric takes precedence. Of several axes the one with most families and rows is returned; with ``strict``
+    this is an InputError."""
     axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
     exact = [a for a in fitting if metric.lower() == a.metric.lower()]

@@ -77,10 +77,8 @@ class Runnable(Displayed):
 
 def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
     """Return whether the stock engine of a request runs a pruning of its model; the gain of an aligned width is
-    predicted on ``hw``.
-
-    Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
-    model that the devices cannot divide is judged on one device."""
+    predicted on ``hw``. Loading and divisibility are those of the whole model; alignment and kernels those of its share
+    on each device. A model that the devices cannot divide is judged on one device."""
     alone = replace(request, devices=1)
     whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own
@@ -125,10 +123,9 @@ def will_run(
     share: Workload | None = None,
     divisible_reason: str = "",
 ) -> Runnable:
-    """Return whether the stock engine of a workload on one device runs its model.
-
-    ``config`` is the configuration of an existing checkpoint (default: that of the dense model), ``share`` the share of
-    each of several devices, ``divisible_reason`` why they cannot divide the model."""
+    """Return whether the stock engine of a workload on one device runs its model. ``config`` is the configuration of an
+    existing checkpoint (default: that of the dense model), ``share`` the share of each of several devices,
+    ``divisible_reason`` why they cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")
     own, parts = pruned if share is None else share, blocks(pruned)

@@ -681,10 +681,9 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
     """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or the engine's
-    generations run routed experts differently, or "".
-
-    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A fit
-    of decode attention that is unused, as the engine has another kernel, is named."""
+    generations run routed experts differently, or "". A stack requested by name is never a fallback. If no GPU of the
+    architecture was fitted, the note states this. A fit of decode attention that is unused, as the engine has another
+    kernel, is named."""
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
     if "generic" in unfitted(hw.section("gemm", dtype), GEMM_CONSTANTS, hw.architecture):
@@ -743,10 +742,9 @@ def sections_of(w: Workload) -> dict[str, str]:
 
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
     """Explain a speedup above its roofline bound by the operator that is closer to its roofline pruned than dense;
-    return "" for other speedups.
-
-    Such a gain is due to a step of one stack's kernels at the dense shape, not to the removed work. If no operator
-    gains, the removed work was farther from its roofline than the rest (such as the head)."""
+    return "" for other speedups. Such a gain is due to a step of one stack's kernels at the dense shape, not to the
+    removed work. If no operator gains, the removed work was farther from its roofline than the rest (such as the
+    head)."""
     if speedup <= BETTER * bound:
         return ""
     (time_d, roof_d), (time_p, roof_p) = (_by_role(w, hw) for w in (dense, pruned))

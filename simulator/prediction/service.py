@@ -254,11 +254,10 @@ def operating_points(
     limits: Limits = NO_LIMITS,
     price: float | None = None,
 ) -> tuple[OperatingPoint, ...]:
-    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves.
-
-    The batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names.
-    Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
-    the smallest of the largest that fit the pruned models. InputError if no model fits."""
+    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves. The
+    batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names. Points at equal
+    concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does, the smallest of
+    the largest that fit the pruned models. InputError if no model fits."""
     (request,), models = on([request], hw), range(1 + len(prunings))
     largest = _largest(request, hw, prunings)
     if concurrency is None:
@@ -292,10 +291,8 @@ def _batch(request: Request, prunings: Sequence[Pruning], at: Iterable[int]) -> 
 
 def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
     """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
-    engine's limit. InputError if no model fits.
-
-    The prompts that a step computes together, and their memory, depend on the concurrency: the result is the largest
-    that follows from a request at the largest."""
+    engine's limit. InputError if no model fits. The prompts that a step computes together, and their memory, depend on
+    the concurrency: the result is the largest that follows from a request at the largest."""
     found = [1] * (1 + len(prunings))
     for _ in range(ROUNDS):
         batch = _batch(request, prunings, found)

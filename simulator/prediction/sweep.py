@@ -324,13 +324,11 @@ class _Pruned(Grid):
 
 
 def read_grid(path: str | Path) -> Grid:
-    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``.
-
-    An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``.
-    A family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods, and
+    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``. An
+    axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``. A
+    family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods, and
     ``prune`` texts such as ``width mlp=0.3 + depth 0.25`` or paths of plans, with or without families (without, no
-    sparsities are needed); a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``.
-    """
+    sparsities are needed); a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
     problems = Problems(str(path))
     text = read_text(Path(path), problems)
     root = None if text is None else parse_yaml(text, problems)
@@ -448,10 +446,9 @@ def write_sweep(
     progress: Callable[[int, int], None] = lambda done, total: None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
-    """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones.
-
-    Parts of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into
-    the folder waits for the first. ``progress`` is called with configurations done and their number."""
+    """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones. Parts
+    of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into the
+    folder waits for the first. ``progress`` is called with configurations done and their number."""
     began, folder = time.monotonic(), Path(out)
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
     size, own, hardware = grid.size, grid.digest(), grid.hardware
