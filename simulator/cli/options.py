@@ -205,10 +205,10 @@ def _parsed(setting: Setting, given: Any) -> Any:
     return setting.check(checked(option, given, setting.accepts.parse), option)
 
 
-def setting_option(name: str, metavar: str = "", text: str = "") -> Any:
+def setting_option(name: str) -> Any:
     setting = SETTINGS[name]
     kind = bool if isinstance(setting.accepts, Flag) else str | None
-    return Annotated[kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)]
+    return Annotated[kind, opt(" ".join(setting.flags), setting.metavar, setting.help)]
 
 
 def _default(setting: Setting) -> Any:

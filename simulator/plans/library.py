@@ -328,8 +328,8 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
     return name, library.values[name]
 
 
-def _listed_names(names: Iterable[str], most: int = 8) -> str:
-    *first, last = list(names)[:most]
+def _listed_names(names: Iterable[str]) -> str:
+    *first, last = list(names)[:8]
     return f"{', '.join(first)} or {last}" if first else last
 
 
@@ -383,7 +383,11 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
         try:
             values = {name: _number(name, cells[name]) for name in numbers if cells[name]}
             if cells.get("results"):
-                values |= _harness(folder, cells["results"])
+                from simulator.prediction.quality import read_results
+
+                _, found = read_results(folder, cells["results"])
+                # a loss is a rise
+                values |= {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
             for layer in _layers(cells["layer"], model.layers):
                 yield Entry(place, layer, _block(cells, model, layer), values)
         except InputError as error:
@@ -420,14 +424,6 @@ def _layers(text: str, many: int) -> range:
     if int(ends[1]) >= many:
         raise InputError(f"layer: expected numbers from 0 to {many - 1}, got {ends[1]}")
     return range(int(ends[0]), int(ends[1]) + 1)
-
-
-def _harness(folder: Path, name: str) -> dict[str, float]:
-    """Return the metrics in results of lm-evaluation-harness; a loss is a rise."""
-    from simulator.prediction.quality import read_results
-
-    _, found = read_results(folder, name)
-    return {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
 
 
 def _choices(content: bytes, label: str, model: ModelConfig) -> Library:

@@ -28,7 +28,7 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
     axes = {
         name: once(setting.check(value) for value in listed(name, settings[name]))
         for name, setting in SETTINGS.items()
-        if _several(settings.get(name))
+        if not isinstance(given := settings.get(name), str | os.PathLike) and hasattr(given, "__iter__")
     }
     if "engine" in axes:
         axes["engine"] = engines_of(axes["engine"])
@@ -39,10 +39,6 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
     single = {name: value for name, value in settings.items() if name not in axes}
     load_engine(single.get("engine", Request.engine))
     return [Request(**single, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
-
-
-def _several(value: object) -> bool:
-    return not isinstance(value, str | os.PathLike) and hasattr(value, "__iter__")
 
 
 def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
@@ -111,9 +107,9 @@ def once(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def models_of(models: OneOrMore[str | ModelConfig], kind: str = "model") -> list[ModelConfig]:
+def models_of(models: OneOrMore[str | ModelConfig]) -> list[ModelConfig]:
     """Load models, each once; raise InputError for two of one name, which results cannot distinguish."""
-    return distinct(((source, load_model(source)) for source in listed(kind, models)), kind)
+    return distinct(((source, load_model(source)) for source in listed("model", models)), "model")
 
 
 def distinct(loaded: Iterable[tuple[object, ModelConfig]], kind: str) -> list[ModelConfig]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,19 +39,14 @@ from simulator.workload import Workload
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
+    from simulator.prediction.advise import Advice, Advised, Target
+    from simulator.prediction.explain import Explanation
+    from simulator.prediction.pareto import Front, Point
     from simulator.prediction.result import HasResult, Result, Results
+    from simulator.prediction.runnable import Runnable
+    from simulator.prediction.service import OperatingPoint, Service
     from simulator.uncertainty.intervals import Inferred
 
-# classes of modules that import this one: an import of their types would be a cycle
-Advice: TypeAlias = Any
-Advised: TypeAlias = Any
-Explanation: TypeAlias = Any
-Front: TypeAlias = Any
-OperatingPoint: TypeAlias = Any
-Point: TypeAlias = Any
-Runnable: TypeAlias = Any
-Service: TypeAlias = Any
-Target: TypeAlias = Any
 T = TypeVar("T", bound="HasResult")
 NAMED = 4  # settings or models that a sentence names; of more it states the number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
@@ -112,7 +107,9 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     settings, or of all, with the number of gains and losses. ``clauses``, one for each result, end its sentence."""
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
-        return [f"{_one(r)}{ends.get(r, '')}." for r in results]
+        gains = [_gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
+        places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
+        return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
     groups: dict[str, list[Result]] = {}
     several = len({r.model for r in results}) > 1
     for r in results:
@@ -121,11 +118,6 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
         return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
     return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
-
-
-def _one(r: Result) -> str:
-    gain = _gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper)
-    return f"{r.pruning} {gain} on {setting(r)}, {r.bottleneck}-bound"
 
 
 def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = "") -> str:
@@ -420,15 +412,7 @@ LEAST = 0.001  # relative change of a number of bytes from which it is stated
 def of_service(service: Service) -> list[str]:
     """Return the conclusion on a service: at equal concurrency, at equal memory, and within limits if there are some.
 
-    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits.
-
-    >>> from simulator import serve
-    >>> lines = of_service(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
-    >>> print(lines[0][70:])
-    depth at 25 % makes llama-3.1-8b 1.32x faster (1.30-1.34); stock vllm runs it.
-    >>> print(lines[1][:108])
-    depth at 25 % serves 1.35x (1.31-1.39) as many tokens/s at equal memory: 1.42x as many sequences fit (303 in
-    """
+    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits."""
     kinds, best = service.kinds, ranked(service)[0]
     last = kinds[MEMORY][0], kinds[MEMORY][best]
     out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []

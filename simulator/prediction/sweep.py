@@ -79,8 +79,8 @@ class Formats:
 class _Axis(Scalar):
     """A list or one value; repeated values are dropped."""
 
-    def __init__(self, item: Scalar) -> None:
-        self.item = item
+    def __init__(self, item: Scalar, flat: Callable[[list[Any]], Iterable[Any]] = list) -> None:
+        self.item, self.flat = item, flat
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "list" and not node.items:
@@ -88,9 +88,6 @@ class _Axis(Scalar):
         listed = [(one, (*path, i)) for i, one in enumerate(node.items)] or [(node, path)]
         found = [self.item.read(one, at, reader) for one, at in listed]
         return BAD if BAD in found else once(self.flat(found))
-
-    def flat(self, found: list[Any]) -> Iterable[Any]:
-        return found
 
 
 @dataclass(frozen=True)
@@ -140,13 +137,6 @@ class _Numbers(_Axis):
         values = (start * by**i if found.times else start + i * by for i in range(int(many) + 1))
         nodes = (Node("scalar", node.line, node.column, f"{round(v) if self.whole else round(v, 9)!r}") for v in values)
         return super().read(Node("list", items=tuple(nodes)), path, reader)
-
-
-class _Families(_Axis):
-    """An axis of families, whose "all" are several."""
-
-    def flat(self, found: list[Any]) -> Iterable[Any]:
-        return itertools.chain(*found)
 
 
 class _Family(Scalar):
@@ -244,7 +234,7 @@ class Grid:
     batches: Annotated[tuple[int, ...], _numbers("batch")]
     seqs: Annotated[tuple[int, ...], _numbers("seq")]  # tokens (prefill) or cached positions (decode) per sequence
     # all families if no families, methods or texts are given; methods are appended
-    families: Annotated[tuple[Pruning, ...], _Families(_Family())] = ()
+    families: Annotated[tuple[Pruning, ...], _Axis(_Family(), itertools.chain.from_iterable)] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (Request.engine,)  # or paths
     devices: Annotated[tuple[int, ...], _numbers("devices")] = (1,)
@@ -428,12 +418,10 @@ def sweep(
     return frame
 
 
-def sweep_results(grid: Grid, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Results:
-    """Return the rows of a grid, with notes on exclusions. ``progress`` is called with pieces done and their number."""
-    excluded, found, todo = Excluded(), [], list(grid.pieces())
-    for done, piece in enumerate(todo, start=1):
-        found.append(piece_results(piece, grid.hardware, excluded))
-        progress(done, len(todo))
+def sweep_results(grid: Grid) -> Results:
+    """Return the rows of a grid, with notes on exclusions."""
+    excluded = Excluded()
+    found = [piece_results(piece, grid.hardware, excluded) for piece in grid.pieces()]
     return Results.join(found, excluded_lines(excluded, NOTED))
 
 
