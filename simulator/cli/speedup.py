@@ -327,8 +327,11 @@ def explain(
         if many:
             for e in found:
                 print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
-        groups = [] if many and not out.verbose else _by_engine(found)
-        for i, together in enumerate(groups):
+        groups: dict[tuple[object, ...], list[Explanation]] = {}  # engines side by side
+        for e in found if out.verbose or not many else ():
+            r = e.result
+            groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruning), []).append(e)
+        for i, together in enumerate(groups.values()):
             if i:
                 print()
             _print_waterfalls(together)
@@ -342,15 +345,6 @@ def explain(
             save_figure(waterfalls_of(found), out.figure)
         if roofline:
             save_figure(rooflines_of(found), roofline)
-
-
-def _by_engine(found: Sequence[Explanation]) -> list[list[Explanation]]:
-    """Group explanations of the same pruning, request and device, one per engine."""
-    groups: dict[tuple[object, ...], list[Explanation]] = {}
-    for e in found:
-        r = e.result
-        groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruning), []).append(e)
-    return list(groups.values())
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:

@@ -122,19 +122,15 @@ def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
         raise InputError("the families of --prune cannot state these shapes exactly")
 
 
-def subblock_stats(found: Costs) -> list[dict[str, Any]]:
-    """Return the content of ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB."""
+def stats_text(found: Costs) -> str:
+    """Return ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB."""
     model, pairs, out = found.model, list(zip(found.rows, found.blocks)), []
     each = len(pairs) // len(found.settings)
     for i, at in enumerate(found.settings):
         *sublayers, (outside, _) = pairs[i * each : (i + 1) * each]
         subblocks = [_subblock(model, row, block) for row, block in sublayers]
         out.append({"args": stats_args(model, at), "non_block": _amounts(outside), "subblocks": subblocks})
-    return out
-
-
-def stats_text(found: Costs) -> str:
-    return json.dumps(subblock_stats(found), indent=1, allow_nan=False) + "\n"
+    return json.dumps(out, indent=1, allow_nan=False) + "\n"
 
 
 def stats_args(model: ModelConfig, at: PricedRequest) -> dict[str, Any]:

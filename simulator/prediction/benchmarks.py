@@ -183,19 +183,6 @@ def request_times(fields: Fields) -> Floats:
     return first + later
 
 
-def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hint: str) -> tuple[Floats, str]:
-    """Return mean times of a request in a closed loop, and a note on their limits. With the times of all requests
-    (option ``hint``), samples are means over ``many`` requests in a row, without ramp-up and ramp-down. Else the only
-    sample is ``many`` x duration / requests."""
-    times = request_times(fields)
-    blocks = len(times) // many - 2
-    if blocks >= 1:
-        return times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1), ""
-    enough = ENOUGH_ROUNDS * many
-    note = f"{fields.source}: one sample, with ramp-up and ramp-down; use {hint} and --num-prompts {enough}"
-    return np.array([many * duration_s / requests]), "" if requests >= enough else note
-
-
 def check_closed_loop(fields: Fields) -> None:
     """Reject a request rate: requests of a closed loop start when others finish."""
     rate = fields.data.get("request_rate")
@@ -243,13 +230,20 @@ def vllm_throughput(fields: Fields) -> BenchRun:
 
 
 def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
-    """Return what vLLM and SGLang write alike; ``option`` adds the times of all requests. The median time between
-    chunks is that of a step only if each chunk has one token, else the step is 0."""
+    """Return what vLLM and SGLang write alike. With the times of all requests (``option``), samples are means over as
+    many requests in a row as are in flight, without ramp-up and ramp-down. Else the only sample follows from the
+    duration. The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
     check_failed(fields, failed, key)
     if fields.has(speculative):
         raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
     many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
-    samples, note = loop_samples(fields, many, completed, duration, option)
+    times, enough, note = request_times(fields), ENOUGH_ROUNDS * many, ""
+    if (blocks := len(times) // many - 2) >= 1:
+        samples = times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1)
+    else:
+        samples = np.array([many * duration / completed])
+        short = f"{fields.source}: one sample, with ramp-up and ramp-down; use {option} and --num-prompts {enough}"
+        note = "" if completed >= enough else short
     tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
     one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
     return BenchRun(
@@ -538,7 +532,12 @@ def pass_seconds(run: BenchRun, request: Request) -> float:
     batch (in ``serve`` the requests in flight) or lengths. What the file does not state is not checked."""
     phase, batch = request.phase, request.batch
     if run.kind == "batch":
-        return _batch_seconds(run, request)
+        if phase not in ("prefill", "generate"):
+            raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {phase}")
+        if run.concurrency and run.concurrency != batch:
+            raise InputError(f"{run.source}: requests: expected {batch}, the batch, got {run.concurrency}")
+        _check_lengths(run, request)
+        return median(run.samples_s)
     together = phase == "generate" and run.requests == batch > 1
     _check_in_flight(run, batch)
     _check_lengths(run, request)
@@ -592,16 +591,6 @@ def _output(request: Request) -> int:
     return 1 if request.phase == "prefill" else request.new_tokens + 1
 
 
-def _batch_seconds(run: BenchRun, request: Request) -> float:
-    """Return the median time of a batch, which is a prefill if it has one output token."""
-    if request.phase not in ("prefill", "generate"):
-        raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {request.phase}")
-    if run.concurrency and run.concurrency != request.batch:
-        raise InputError(f"{run.source}: requests: expected {request.batch}, the batch, got {run.concurrency}")
-    _check_lengths(run, request)
-    return median(run.samples_s)
-
-
 def _check_lengths(run: BenchRun, request: Request) -> None:
     seq, output = request.seq, _output(request)
     if run.total_tokens:
@@ -613,10 +602,8 @@ def _check_lengths(run: BenchRun, request: Request) -> None:
         return
     if run.input_tokens:
         _check_length(run, "input_tokens", run.input_tokens, seq, around)
-    of_one = (
-        request.phase == "prefill" and run.kind == "serve"
-    )  # the time to the first token depends on the prompt only
-    if run.output_tokens and not of_one:
+    # the time to the first token depends on the prompt only
+    if run.output_tokens and not (request.phase == "prefill" and run.kind == "serve"):
         _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,34 +87,24 @@ def gemm_table(
     shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
         time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, not warm), detail=True)
-        steps = {name: time.details[name] for name in STEPS}
         section = hw.section("gemm", label_of(dtype, weight))
-        out += [
-            GemmRecord(
-                m=sizes[i, 0].item(),
-                n=sizes[i, 1].item(),
-                k=sizes[i, 2].item(),
-                hardware=hw.label,
-                dtype=dtype,
-                weight_dtype=weight,
-                stack=section.stack,
-                status=section.status,
-                semi_structured=semi_structured,
-                cold=not warm,
-                seconds=time.seconds[i].item(),
-                lower_s=time.lower[i].item(),
-                upper_s=time.upper[i].item(),
-                roofline_s=time.roofline_s[i].item(),
-                bottleneck=str(time.bottlenecks[i]),
-                flop_per_s=float(rows.flops[i] / time.seconds[i]),
-                peak_flop_per_s=hw.peak_flop_per_s(dtype),
-                clock_headroom=hw.clock_headroom,
-                bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s,
-                intensity=float(rows.flops[i] / rows.bytes[i]),
-                steps_s={name: column[i].item() for name, column in steps.items()},
-            )
-            for i in range(len(sizes))
-        ]
+        shared: dict[str, Any] = {
+            **{"hardware": hw.label, "dtype": dtype, "weight_dtype": weight},
+            **{"stack": section.stack, "status": section.status},
+            **{"semi_structured": semi_structured, "cold": not warm},
+            "peak_flop_per_s": hw.peak_flop_per_s(dtype),
+            "clock_headroom": hw.clock_headroom,
+            "bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s,
+        }
+        columns = {
+            **dict(zip("mnk", sizes.T)),
+            **{"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s},
+            **{"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes},
+        }
+        for i, bottleneck in enumerate(time.bottlenecks):
+            own = {name: column[i].item() for name, column in columns.items()}
+            steps = {name: time.details[name][i].item() for name in STEPS}
+            out.append(GemmRecord(**shared, **own, bottleneck=str(bottleneck), steps_s=steps))
     return tuple(out)
 
 

@@ -474,7 +474,9 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoint) -> str:
     """Return how much more a pruned model serves within limits, or which limit a model cannot keep."""
     start = f"Within {service.limits.text} (with a probability of {percent(service.limits.probability)})"
-    failing = "; ".join(_failing(service, point) for point in (dense, pruned) if not point.concurrency)
+    names = {point.pruning or "the dense model": point for point in (dense, pruned) if not point.concurrency}
+    why = {name: failing_text(service, point) for name, point in names.items()}
+    failing = "; ".join(f"{name} {f'fails ({text})' if text else 'does not fit'}" for name, text in why.items())
     if dense.concurrency and pruned.concurrency:
         more = f"{_requests(pruned)} instead of {dense.concurrency:,}"
         return f"{start}, {pruned.name} serves {_times(pruned)} as many tokens/s: {more}."
@@ -495,11 +497,6 @@ def failing_text(service: Service, point: OperatingPoint) -> str:
     if point.excess > 1.0:
         return f"{start}, {ratio(point.excess)}x the limit"
     return f"{start}, below the limit with a probability of only {probability_text(point.probability)}"
-
-
-def _failing(service: Service, point: OperatingPoint) -> str:
-    text = failing_text(service, point)
-    return f"{point.pruning or 'the dense model'} {f'fails ({text})' if text else 'does not fit'}"
 
 
 def _times(point: OperatingPoint) -> str:
