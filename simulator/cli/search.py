@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from simulator.plans.search import Plan, PlanPoint
     from simulator.prediction.advise import Advised
 
-MOST_FAMILIES = 5  # of the table of one setting without --verbose
+MOST_FAMILIES = 5  # rows of the table of one setting without --verbose
 MOST_POINTS = 8  # plans of the frontier in the table without --verbose
-MOST_ROWS = 24  # of the table of costs without --verbose
+MOST_ROWS = 24  # rows of the table of costs without --verbose
 
 
 # fmt: off
@@ -415,7 +415,7 @@ def _together(found: Costs) -> list[dict[str, Any]]:
         layers.setdefault(values, []).append(row["layer"])
         rows.setdefault(values, row | {"share": row["seconds"] / dense if dense else 0.0})
     together = [row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-"} for key, row in rows.items()]
-    return [row for row in together if row["variant"] != "none"]  # which costs nothing
+    return [row for row in together if row["variant"] != "none"]  # a removed part costs nothing
 
 
 def _shares(found: Costs) -> str:

@@ -135,7 +135,7 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     from simulator.prediction.sentences import parts_line
 
     lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
-    runs: dict[str, Runnable] = {}  # of several requests a no, else the first: answers differ by a gain only
+    runs: dict[str, Runnable] = {}  # a request that does not run, else the first: the others differ only in a gain
     for r, answer in zip(found, answers):
         name = f"{r.pruning} in {r.engine}"
         runs[name] = answer if name not in runs or answer.works is False else runs[name]

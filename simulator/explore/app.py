@@ -29,7 +29,7 @@ from simulator.units import parse_fraction
 
 # Comments, because Streamlit shows strings: values of one field, and predictions of a request; commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000
-MOST_LETTERS = 2000  # of a setting in the address
+MOST_LETTERS = 2000  # letters of a setting in the address
 FAMILY, TEXT, CHECKPOINT = "families", "text", "checkpoint"  # what states the pruning
 
 

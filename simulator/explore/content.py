@@ -49,7 +49,7 @@ class PageContent:
     facts: Mapping[str, str]  # what was asked
     rows: tuple[Result, ...]
     records: tuple[dict[str, Any], ...]  # the rows of prunesim speedup --json
-    details: tuple[Explanation, ...]  # of one pruning
+    details: tuple[Explanation, ...]  # explanations of one pruning
     parts: tuple[str, ...]  # what each named pruning removes, and whether each engine runs it
     notes: tuple[str, ...]
 

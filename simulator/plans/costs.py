@@ -104,7 +104,7 @@ class Probes:
     library: Library
     models: tuple[ModelConfig, ...]  # the dense model, the base, then the others
     at: Mapping[tuple[int, str, Block], tuple[int, int]]  # (class, sublayer, variant): models with, without
-    classes: tuple[int, ...]  # of each layer: the first layer that is equal
+    classes: tuple[int, ...]  # for each layer: the first layer that equals it
 
     @classmethod
     def of(cls, library: Library, base: Sequence[Block]) -> Probes:

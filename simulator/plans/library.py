@@ -43,8 +43,8 @@ from simulator.models.library import load_model
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without
 from simulator.units import percent
 
-MOST_BYTES = 20_000_000  # of a library: 96 layers with 64 variants take 3 MB as JSON
-MOST_FILES = 10_000  # of a folder: a file per variant, each with all layers and the scores of all samples
+MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 3 MB as JSON
+MOST_FILES = 10_000  # a folder has a file per variant, with all layers and the scores of all samples
 MOST_FOLDER_BYTES = 2_000_000_000
 RUNTIME = "runtime_ms"  # the only cost of Puzzle that is read: a search compares its plan with one by these times
 
@@ -194,7 +194,7 @@ def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 EXAMPLES = Path(__file__).with_name("examples")  # libraries that ship; a .md file next to each states its protocol
-MOST_VARIANTS = 4096  # of one layer
+MOST_VARIANTS = 4096  # variants of one layer
 
 ZERO_METRICS: tuple[str, ...] = ("kl", "mse", "cosine", "distance", "delta", "loss_increase", "score")
 """Parts of names of scores that are 0 for the dense model, so that its row may be missing."""
@@ -247,7 +247,7 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
         path = shipped
         if load_model(str(source)).layout != model.layout:
             raise InputError(f"scores: expected those of {model.name}, got those of {source}")
-    if os.path.isdir(path):  # those of pathlib raise OSError for names that are too long
+    if os.path.isdir(path):  # Path.is_dir raises OSError for names that are too long
         return library_of(read_validations(path, model), model, str(path))
     content = read_bounded(path, MOST_BYTES)
     if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):

@@ -54,7 +54,7 @@ class Reached:
     target: str  # name of the target
     wanted: float
     reached: float
-    probability: float  # of reaching it, from the prediction interval
+    probability: float  # probability of reaching the target, from the prediction interval
 
 
 @dataclass(frozen=True, kw_only=True)

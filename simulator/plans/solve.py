@@ -36,7 +36,7 @@ from simulator.plans.library import Library
 from simulator.prediction.requests import dense_seconds
 from simulator.units import parameters, ratio, seconds, size
 
-MOST_NODES = 5000  # of the search tree of one program; then the best choice so far and its gap count
+MOST_NODES = 5000  # nodes of the search tree of one program; beyond them the best choice so far is used
 FEW = 64  # variants beyond the best of each group that are tried first
 LARGE = 1e3  # ratio of a score to that of a whole choice beyond which a program is solved again without such variants
 TIGHT = 1e-9  # largest relative excess of a limit
@@ -131,10 +131,10 @@ class Limit:
     """A limit on a quantity of the pruned model in a setting."""
 
     target: str
-    value: float  # of the target
+    value: float  # requested value of the target
     at: PricedRequest
     quantity: str
-    most: float  # of the quantity
+    most: float  # largest value of the quantity
 
     def reached(self, found: Mapping[str, FloatArray], confidence: float) -> FloatArray:
         """Return the quantity (W,) of models at the end of their interval that has the requested probability."""
@@ -171,7 +171,7 @@ def target_text(name: str, value: float) -> str:
 class Solution:
     choice: IndexArray  # (G,) index into V
     score: float
-    excess: float  # of the limits, a share of each; 0 unless no choice keeps all limits
+    excess: float  # largest excess over a limit, as a share of it; 0 if the choice keeps all limits
     gap: float = 0.0  # share of the score that another choice could save at most
 
 
@@ -190,7 +190,7 @@ class Program:
         while True:
             found = self._solved(every, cost, bound, gap)
             rise = self._rises(every)
-            most = float(rise[np.isin(every, found.choice)].sum())  # of any variant in a better choice
+            most = float(rise[np.isin(every, found.choice)].sum())  # a better choice has no variant with a larger rise
             if found.excess or rise.max(initial=0.0) <= LARGE * most:
                 return found
             every = every[rise <= most]  # HiGHS does not see small differences next to far larger scores
@@ -357,7 +357,7 @@ class Variants:
 
     library: Library
     groups: tuple[tuple[int, ...], ...]
-    place: tuple[tuple[int, ...], ...]  # of each variant: its index in the library's layers, one per layer of its group
+    place: tuple[tuple[int, ...], ...]  # index of each variant in the library, per layer of its group
     group: IndexArray  # (V,)
 
     @classmethod
@@ -417,7 +417,7 @@ class Solver:
     families: list[IndexArray] = field(default_factory=list)  # sets of variants that a plan is chosen from; none: all
     steps: int = 0
     gap: float = 0.0  # share of the score that a better plan could save at most, by added costs
-    sum_error: float = 0.0  # of the first plan: predicted over added cost of the first limit, less 1
+    sum_error: float = 0.0  # first plan: predicted cost of the first limit over its added cost, less 1
     _known: dict[tuple[int, ...], Found] = field(default_factory=dict)
 
     @property

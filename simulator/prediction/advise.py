@@ -77,7 +77,7 @@ class Advice(HasResult):
 
     result: Result
     target: float  # required speedup
-    probability: float  # of reaching the target, from the speedup's interval
+    probability: float  # probability of reaching the target, from the speedup's interval
     reached: bool  # with at least the required probability, by some sparsity up to LARGEST_SPARSITY
 
     def _title(self) -> str:

@@ -73,11 +73,11 @@ class BenchRun:
     model: str = ""
     concurrency: int = 0  # sequences in the batch, or requests in flight
     mean_concurrency: float = 0.0  # mean time of a request x requests per second (Little's law)
-    requests: int = 0  # of the whole run
+    requests: int = 0  # in the whole run
     input_tokens: float = 0.0  # mean of a request, as the next two
     output_tokens: float = 0.0
     total_tokens: float = 0.0  # prompt and output together, if the file does not state them separately
-    duration_s: float = 0.0  # of the whole run
+    duration_s: float = 0.0  # duration of the whole run
     request_s: float = 0.0  # mean time of a request, to its first token, and per output token after the first
     ttft_s: float = 0.0
     tpot_s: float = 0.0

@@ -25,7 +25,7 @@ class GemmPoints:
     role: tuple[str, ...]
     intensity: NDArray[np.float64]  # FLOP/byte
     achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time
-    share: NDArray[np.float64]  # of the GEMM time
+    share: NDArray[np.float64]  # share of the GEMM time
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GemmRecord:
     dtype: str
     weight_dtype: str
     stack: str  # software stack whose kernels were fitted; "" for the user's own calibration, and if none were
-    status: str  # of the fit: "calibrated", "inherited" (of a stack or GPU that stands in) or "default" (none)
+    status: str  # "calibrated", "inherited" (from another stack or GPU), or "default" (nothing was fitted)
     semi_structured: bool  # 2:4 weights on sparse tensor cores
     cold: bool  # weights come from memory, not from the L2 cache
     seconds: float

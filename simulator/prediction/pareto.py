@@ -346,7 +346,7 @@ def _of_device(
     row[cell] = np.arange(len(results))
     speedup = np.full(row.shape, -np.inf)
     speedup[cell] = results.columns["speedup"]
-    fastest = np.argsort(-speedup, axis=1, kind="stable")  # of equal speedups the first
+    fastest = np.argsort(-speedup, axis=1, kind="stable")  # stable: the first of equal speedups
     request = np.flatnonzero(row.max(axis=1) >= 0)
     first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
     best = results.take(row[request, first])

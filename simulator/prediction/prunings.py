@@ -51,7 +51,7 @@ class Pruning:
 
     steps: tuple[PruningStep, ...]
     model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
-    text: str = ""  # of --prune, or the path of a plan; "": a family or method at a sparsity
+    text: str = ""  # text of --prune, or the path of a plan; "": a family or method at a sparsity
 
     @classmethod
     def of(

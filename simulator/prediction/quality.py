@@ -29,7 +29,7 @@ _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 _VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
 REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
 COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
-LOSS_TOLERANCE = 5e-4  # of a stated relative loss, absolute or relative: tables print few digits
+LOSS_TOLERANCE = 5e-4  # tolerance of a stated loss, absolute or relative: tables print few digits
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
@@ -56,7 +56,7 @@ class QualityRow:
     pruned: float
     protocol: str  # how it was measured: data, length, calibration, fine-tuning
     source: str  # source of the row
-    options: tuple[tuple[str, Any], ...] = ()  # of the family; in a file name=value, separated by semicolons
+    options: tuple[tuple[str, Any], ...] = ()  # options of the family; in a file name=value, separated by semicolons
     note: str = ""
 
     @property

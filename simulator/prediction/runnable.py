@@ -53,7 +53,7 @@ class Runnable(Displayed):
     load_reason: str  # how it loads the checkpoint, or why not
     aligned: bool  # whether every width is a multiple of what fast kernels need, on each device
     unaligned_dimension: str  # the one with the most weights, such as "MLP width"; "" if all are aligned
-    unaligned_width: int  # of the whole model; 0 if all are aligned
+    unaligned_width: int  # width in the whole model; 0 if all are aligned
     aligned_width: int  # the nearest larger aligned width
     aligned_gain: float | None  # time over the time with all widths aligned; None without a device, or if all widths
     aligned_gain_lower: float | None  # are multiples of 16 bytes (the gain of other multiples is not modelled)

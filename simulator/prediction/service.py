@@ -98,7 +98,7 @@ class OperatingPoint(Displayed):
     model: str
     hardware: str
     engine: str
-    devices: int  # that share the model
+    devices: int  # devices that share the model
     seq: int  # tokens of a prompt
     cached_prefix: int  # tokens of a prompt in the prefix cache
     new_tokens: int  # tokens that each request decodes
@@ -122,7 +122,7 @@ class OperatingPoint(Displayed):
     ratio: float = math.nan  # tokens/s over those of the dense model at its operating point of this kind
     ratio_lower: float = math.nan
     ratio_upper: float = math.nan
-    probability: float  # with which the limits hold; NaN without limits
+    probability: float  # probability that the limits hold; NaN without limits
     unmet: str  # the limit that fails for a single request: "ttft" or "tpot"
     excess: float  # predicted time over this limit
     cost_output: float = math.nan  # cost of a million tokens in the currency of the price
@@ -130,10 +130,10 @@ class OperatingPoint(Displayed):
     cost_prompt: float = math.nan
     cost_new: float = math.nan
     largest_concurrency: int  # most requests in flight of this model
-    limited_by: str  # what sets it: "memory" or "engine"
-    weights_bytes: float  # on the fullest device
-    cache_bytes: float  # of one request
-    level: float  # of the intervals
+    limited_by: str  # "memory" or "engine", which sets the largest concurrency
+    weights_bytes: float  # weights on the fullest device
+    cache_bytes: float  # cache of one request
+    level: float  # level of the intervals
 
     @property
     def name(self) -> str:

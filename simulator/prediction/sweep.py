@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 S = TypeVar("S")
 
-_RANGE = re.compile(r"([\d.]+):([\d.]+)(?::([\d.]+))?")  # of the command line
+_RANGE = re.compile(r"([\d.]+):([\d.]+)(?::([\d.]+))?")  # a range of the command line
 MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
 _SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
@@ -302,7 +302,7 @@ class Grid:
         formats = [list(vars(f).values()) for f in self.dtypes]
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]
-        steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # of a plan: its content
+        steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # the content of a plan
         return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
 
 
@@ -345,8 +345,8 @@ def read_grid(path: str | Path) -> Grid:
 
 MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 NOTED = 8  # sparsities that a note lists at most
-CHECK_S = 2.0  # between checks of the workers while no piece is finished
-REACH_S = 10.0  # to reach a Dask scheduler
+CHECK_S = 2.0  # time between checks of the workers while no piece is finished, s
+REACH_S = 10.0  # longest time to reach a Dask scheduler, s
 STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"  # metadata of a part: its stamp; sparsities by exclusion
 PART_NAME = re.compile(r"part-\d{8}\.parquet")
 ADDRESS = re.compile(r"(tcp://)?(\[[0-9a-f:.]+\]|[^][/:\s]+):\d+")
