@@ -338,6 +338,10 @@ def _host(e: Engine) -> str:
     return " + ".join(parts) or "hidden"
 
 
+def _cited(value: Any) -> str:
+    return f"{value.source}: {value.note}" if value.note else str(value.source)
+
+
 def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, value, spread over hosts and source of each value of an engine."""
     yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
@@ -352,10 +356,9 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for name, time in times.items():
         if time.value:
             spread = f"x{math.exp(time.log_sd):.2f}"
-            yield name, render.seconds(time.value), spread, f"{time.source}{f': {time.note}' if time.note else ''}"
+            yield name, render.seconds(time.value), spread, _cited(time)
     if e.host_correlation.source:
-        source = f"{e.host_correlation.source}{f': {e.host_correlation.note}' if e.host_correlation.note else ''}"
-        yield "correlation of host times", f"{e.host_correlation.value:g}", "", source
+        yield "correlation of host times", f"{e.host_correlation.value:g}", "", _cited(e.host_correlation)
     if e.schedule is not None:
         for x in e.schedule.limits:
             unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
@@ -373,9 +376,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     }
     for name, share in shares.items():
         if share.source:
-            yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
-    source = f"{e.quantize.source}{f': {e.quantize.note}' if e.quantize.note else ''}"
-    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", source
+            yield name, f"{share.value:g}", "", _cited(share)
+    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", _cited(e.quantize)
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     for library, found in e.sparse24.items():
         where = f"on {', '.join(found.on)}" if found.on else ""

@@ -41,7 +41,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("report", "report:report"),
 )
 
-# replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them
+# what replaces commands and options ("COMMAND --option") of version 0.3; one release names them
 REMOVED: Mapping[str, str] = {
     "import": "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map NAME=COLUMN",
     "measure": "use prunesim calibrate DEVICE -o RUN --measure-only",

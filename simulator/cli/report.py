@@ -54,19 +54,10 @@ def sweep(
         jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with render.progress("predicting") as report:
         done = write_sweep(grid, output, jobs=jobs, scheduler=scheduler, progress=report, most=most)
-    row = {
-        "folder": str(done.target),
-        "configurations": done.configurations,
-        "rows": done.rows,
-        "parts": done.parts,
-        "resumed_parts": done.resumed,
-        "seconds": done.seconds,
-        "notes": list(done.notes),
-    }
-    if render.Output(json).write([row]):
-        again = f", {done.resumed} of {done.parts} parts from an earlier run" if done.resumed else ""
+    if render.Output(json).write([vars(done)]):
+        again = f", {done.resumed_parts} of {done.parts} parts from an earlier run" if done.resumed_parts else ""
         counts = f"{done.rows:,} rows of {done.configurations:,} configurations"
-        print(f"{done.target}: {counts} in {render.seconds(done.seconds)}{again}")
+        print(f"{done.folder}: {counts} in {render.seconds(done.seconds)}{again}")
         render.notes(done.notes, verbose)
 
 

@@ -35,7 +35,7 @@ class Server:
         "--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")] = None
 
 
-# a server has a concurrency of its own
+# a server has its own concurrency
 LOAD: options.Run = options.run_options(*(name for name in SETTINGS if name not in ("phase", "batch", "dense_s")))
 
 

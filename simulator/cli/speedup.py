@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from simulator.prediction.runnable import Runnable
     from simulator.prediction.sentences import BreakEven
 
-# sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated
+# most sentences on break-even; of more prunings only the fastest is stated
 MOST_SENTENCES = 8
 
-MOST_COLUMNS = 3  # batches or lengths from which they are rows of a table, not tables of their own
+MOST_COLUMNS = 3  # from so many batches or lengths on, they are rows of one table
 
 # characters of the first two columns of a table over batches or lengths, and of the column of a pruning
 AXIS_COLUMNS, PRUNING_COLUMNS = 30, 19

@@ -38,11 +38,11 @@ from simulator.units import parameters, ratio, seconds, size
 
 MOST_NODES = 5000  # nodes of the search tree of one program; beyond them the best choice so far is used
 FEW = 64  # variants beyond the best of each group that are tried first
-LARGE = 1e3  # ratio of a score to that of a whole choice beyond which a program is solved again without such variants
+LARGE = 1e3  # a program is solved again without scores above LARGE times that of a whole choice
 TIGHT = 1e-9  # largest relative excess of a limit
-COARSE = 3e-3  # relative gap of the programs that only lead to the plan next to which costs are set
+COARSE = 3e-3  # relative gap of programs whose plan is only the next base of costs
 MOST_STEPS = 16  # plans that are predicted before the best one that meets the targets is returned
-TIGHTER = 0.999  # factor on a limit that a plan misses again, beyond its excess
+TIGHTER = 0.999  # further factor on a limit that a plan misses again
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class Program:
             at = int(own[np.lexsort((cost[own], self.score[own]))[0]])
             begin.append(at)
             while len(less := own[cost[own] < cost[at]]):
-                with np.errstate(over="ignore"):  # huge scores: last
+                with np.errstate(over="ignore"):  # huge scores come last
                     slope = (self.score[less] - self.score[at]) / (cost[at] - cost[less])
                 first = np.lexsort((cost[less], slope))[0]
                 at = int(less[first])

@@ -101,14 +101,14 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         text = None
         lines.append(f"{PLAN} is not written: {error}")
     if content is not None:
-        write_config(target, content)  # first: it never replaces that of another plan
+        write_config(target, content)  # written first: it never replaces the config.json of another plan
     if text is not None:
         write_whole(target / PLAN, text.encode())
-        r = plan.results[0]  # other commands have other defaults
+        r = plan.results[0]  # the request is stated, because other commands have other defaults
         request = f"--phase {r.phase} --batch {r.batch} --seq {r.seq}"
         lines.append(f"with --prune {folder}/{PLAN} use the same request: {request}")
     else:
-        (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
+        (target / PLAN).unlink(missing_ok=True)  # removes an older plan of other shapes
     written = [*([PLAN] if text else []), *(["config.json"] if content else [])]
     return [f"written: {folder}/{{{','.join(written)}}}" if written else f"{folder}: no file is written", *lines]
 

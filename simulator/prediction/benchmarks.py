@@ -44,7 +44,7 @@ from simulator.request import Request
 
 TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
 MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB
-ENOUGH_ROUNDS = 10  # requests per request in flight from which ramp-up and ramp-down hardly change the mean time
+ENOUGH_ROUNDS = 10  # with so many requests per request in flight, ramp-up and ramp-down hardly change the mean time
 _TIMES = Range(1e-12, 1e9, "positive times in seconds, at most 1e9")
 _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}

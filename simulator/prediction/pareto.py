@@ -67,7 +67,7 @@ class Point:
     speedup_upper: float
     measured: bool
     optimal: bool  # no other point is as fast at no more loss
-    sure: bool  # optimal, and the interval of its speedup over points of other families at no more loss is above 1
+    sure: bool  # optimal, and with its whole interval faster than points of other families at no more loss
     beaten_by: str  # if not optimal: the fastest point at no more loss
     bottleneck: str
     calibrated: bool
@@ -102,7 +102,7 @@ class Front:
     points: tuple[Point, ...]
     bands: tuple[Band, ...]
     calibrated: bool
-    uncalibrated: str  # as of a result, of all predicted points
+    uncalibrated: str  # operators with default constants in any predicted point
     uncalibrated_share: float
     level: float
     below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it

@@ -313,6 +313,6 @@ def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned:
     for key, (a, b) in both.items():
         if a.protocol != b.protocol and not key.startswith(MEAN):
             raise InputError(f"results: {key}: measured differently: dense: {a.protocol}; pruned: {b.protocol}")
-        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # a mean of other tasks is no row
+        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # the mean of other tasks is not a row
             values = {"metric": key, "higher_is_better": str(a.higher_is_better), "protocol": a.protocol}
             yield about | values | {"dense": repr(a.value), "pruned": repr(b.value)}

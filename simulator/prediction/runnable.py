@@ -52,7 +52,7 @@ class Runnable(Displayed):
     loadable: bool | None  # whether it loads the checkpoint without changes to its code
     load_reason: str  # how it loads the checkpoint, or why not
     aligned: bool  # whether every width is a multiple of what fast kernels need, on each device
-    unaligned_dimension: str  # the one with the most weights, such as "MLP width"; "" if all are aligned
+    unaligned_dimension: str  # unaligned dimension with the most weights, such as "MLP width"; "" if all are aligned
     unaligned_width: int  # width in the whole model; 0 if all are aligned
     aligned_width: int  # the nearest larger aligned width
     aligned_gain: float | None  # time over the time with all widths aligned; None without a device, or if all widths
@@ -321,7 +321,7 @@ def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
         hidden=_largest(found["hidden size"], dense.hidden),
         blocks=(),
     )
-    # layers of an architecture that differ, such as first layers without experts, differ in their places only
+    # layers that differ in an architecture, such as first layers without experts, keep their places
     return model.with_usual(usual, dense.blocks[:layers])
 
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from simulator.uncertainty.intervals import Inferred
 
 T = TypeVar("T", bound="HasResult")
-NAMED = 4  # settings or models that a sentence names; of more it states the number
+NAMED = 4  # most settings or models that a sentence names; of more it states the number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
 GAIN = 1.005  # speedup that is shown as more than 1.00
 NOTABLE = 0.985  # steps of a waterfall with a factor below it, or above its inverse, are mentioned

@@ -28,7 +28,7 @@ import numpy as np
 from simulator.arguments import SECONDS, OneOrMore, Range, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import cache_parts, weights_bytes
-from simulator.display import Displayed
+from simulator.display import Displayed, by_column
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -407,8 +407,7 @@ class Served(Displayed):
         return f"{first.model} in {len(self.services)} services: {len(self.points)} operating points"
 
     def _columns(self) -> Mapping[str, Any]:
-        rows = [vars(point) for point in self.points]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        return by_column([vars(point) for point in self.points])
 
 
 def serve(

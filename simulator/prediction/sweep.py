@@ -361,11 +361,11 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    target: Path  # folder of the parts
+    folder: str  # folder of the parts
     configurations: int  # in the grid
     rows: int  # supported configurations
     parts: int
-    resumed: int  # parts of an earlier run
+    resumed_parts: int  # parts of an earlier run
     seconds: float
     notes: tuple[str, ...]  # exclusions, one line per reason
 
@@ -413,7 +413,7 @@ def sweep(
         frame, notes = found.to_pandas(), found.notes
     else:
         done = write_sweep(grid, out, jobs=jobs, scheduler=scheduler)
-        frame, notes = pandas.read_parquet(done.target), done.notes
+        frame, notes = pandas.read_parquet(done.folder), done.notes
     frame.attrs["notes"] = list(notes)
     return frame
 
@@ -480,7 +480,7 @@ def write_sweep(
     replaced = f"{folder}: parts of another grid, version or profile were replaced: {len(stale)}"
     notes = (*([replaced] if stale else []), *excluded_lines(excluded, NOTED))
     rows, resumed = sum(part[0] for part in found if part), len(paths) - len(todo)
-    return Summary(folder, size, rows, len(paths), resumed, time.monotonic() - began, notes)
+    return Summary(str(folder), size, rows, len(paths), resumed, time.monotonic() - began, notes)
 
 
 def _check_folder(folder: Path) -> None:
