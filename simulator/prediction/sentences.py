@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +39,19 @@ from simulator.workload import Workload
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
-    from simulator.prediction.advise import Advice, Advised, Target
-    from simulator.prediction.explain import Explanation
-    from simulator.prediction.pareto import Front, Point
     from simulator.prediction.result import HasResult, Result, Results
-    from simulator.prediction.runnable import Runnable
-    from simulator.prediction.service import OperatingPoint, Service
     from simulator.uncertainty.intervals import Inferred
 
+# classes of modules that import this one: importing their types would be a cycle
+Advice: TypeAlias = Any
+Advised: TypeAlias = Any
+Explanation: TypeAlias = Any
+Front: TypeAlias = Any
+OperatingPoint: TypeAlias = Any
+Point: TypeAlias = Any
+Runnable: TypeAlias = Any
+Service: TypeAlias = Any
+Target: TypeAlias = Any
 T = TypeVar("T", bound="HasResult")
 NAMED = 4  # most settings or models that a sentence names; of more it states the number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
