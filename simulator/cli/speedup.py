@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
@@ -102,11 +103,9 @@ def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
 
 def _print_over(even: Sequence[BreakEven]) -> None:
     """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
-    from simulator.prediction.requests import batch_name
+    from simulator.prediction.requests import batch_name, grouped
 
-    groups: dict[str, list[BreakEven]] = {}
-    for b in even:
-        groups.setdefault(b.where, []).append(b)
+    groups = grouped(even, lambda b: b.where)
     together = max(1, (render.width() - AXIS_COLUMNS) // PRUNING_COLUMNS)
     tables = [
         (where, all_of[i : i + together]) for where, all_of in groups.items() for i in range(0, len(all_of), together)
@@ -146,12 +145,11 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
     """Print one table per request, rows by family and sparsity, devices side by side."""
-    groups: dict[str, list[Result]] = {}
-    for r in results:
-        groups.setdefault(r.scenario, []).append(r)
+    from simulator.prediction.requests import grouped
+
     available = render.width()
     first = True
-    for title, group in groups.items():
+    for title, group in grouped(results, lambda r: r.scenario).items():
         for part in _chunks(group, available):
             if not first:
                 print()
@@ -312,6 +310,7 @@ def explain(
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.explain import explanations
     from simulator.prediction.prunings import readable
+    from simulator.prediction.requests import grouped
     from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
 
     asked, given = run.asked(model), prunings.parsed()
@@ -327,10 +326,9 @@ def explain(
         if many:
             for e in found:
                 print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
-        groups: dict[tuple[object, ...], list[Explanation]] = {}  # engines side by side
-        for e in found if out.verbose or not many else ():
-            r = e.result
-            groups.setdefault((r.hardware, r.phase, r.batch, r.seq, r.pruning), []).append(e)
+        # engines side by side
+        same = attrgetter(*(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning")))
+        groups = grouped(found if out.verbose or not many else (), same)
         for i, together in enumerate(groups.values()):
             if i:
                 print()

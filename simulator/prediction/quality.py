@@ -22,6 +22,7 @@ from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, csv_text, read_csv
 from simulator.files.json import parse_bounded
 from simulator.files.read import read_bounded
+from simulator.prediction.requests import grouped
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
@@ -92,9 +93,7 @@ class QualityTable:
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the axes of the rows: those with most families first, then most rows."""
-        on: dict[Axis, list[QualityRow]] = {}
-        for r in self.rows:
-            on.setdefault(r.axis, []).append(r)
+        on = grouped(self.rows, lambda r: r.axis)
         return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
 
     def on_axis(self, axis: Axis) -> QualityTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from simulator.models.library import load_model
 from simulator.request import SETTINGS, Request
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]) -> list[Request]:
@@ -105,6 +106,14 @@ def device_text(r: Any) -> str:
 
 def once(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
+
+
+def grouped(values: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return values by key, in order."""
+    out: dict[K, list[T]] = {}
+    for value in values:
+        out.setdefault(key(value), []).append(value)
+    return out
 
 
 def models_of(models: OneOrMore[str | ModelConfig]) -> list[ModelConfig]:

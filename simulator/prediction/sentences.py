@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
-from simulator.prediction.requests import batch_name, device_text, on, setting
+from simulator.prediction.requests import batch_name, device_text, grouped, on, setting
 from simulator.prediction.result import plain
 from simulator.pruning import FAMILIES
 from simulator.request import Request
@@ -115,10 +116,8 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
         gains = [_gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
         places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
         return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
-    groups: dict[str, list[Result]] = {}
     several = len({r.model for r in results}) > 1
-    for r in results:
-        groups.setdefault(f"{setting(r)} of {r.model}" if several else setting(r), []).append(r)
+    groups = grouped(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
     if len(groups) <= MOST_SENTENCES:
         return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
@@ -203,12 +202,9 @@ def break_even(results: Sequence[Result]) -> list[BreakEven]:
     """Return the break-even of each pruning, model, device, engine and phase over the batches, or over the lengths;
     none if neither varies."""
     axis = next((axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), "")
-    groups: dict[tuple[object, ...], list[Result]] = {}
-    for r in results if axis else ():
-        other = r.seq if axis == "batch" else r.batch
-        groups.setdefault((r.model, r.pruning, r.engine, r.phase, r.hardware, other), []).append(r)
+    names = ("model", "pruning", "engine", "phase", "hardware", "seq" if axis == "batch" else "batch")
     out = []
-    for some in groups.values():
+    for some in grouped(results if axis else (), attrgetter(*names)).values():
         ascending = sorted(some, key=lambda r: getattr(r, axis))
         fit = [r for r in ascending if r.pruned_fits] or ascending
         out.append(BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit)))
@@ -256,10 +252,7 @@ def unaligned(r: Runnable) -> str:
 
 def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
     """Return what is held of each setting (device, engine and request), in its order."""
-    groups: dict[str, list[T]] = {}
-    for one in held:
-        groups.setdefault(setting(one.result), []).append(one)
-    return groups
+    return grouped(held, lambda one: setting(one.result))
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
@@ -300,10 +293,8 @@ def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[st
     with ``max_loss`` the fastest model with at most this loss."""
     if len(fronts) <= MOST_SENTENCES:
         return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
-    best: dict[str, list[Point]] = {}
-    for front in fronts:
-        if trade := best_trade(front) if max_loss is None else fastest_within(front, max_loss):
-            best.setdefault(trade.name, []).append(trade)
+    trades = (best_trade(front) if max_loss is None else fastest_within(front, max_loss) for front in fronts)
+    best = grouped(filter(None, trades), lambda trade: trade.name)
     named = []
     for some in sorted(best.values(), key=len, reverse=True)[:NAMED]:
         ends = dict.fromkeys(ratio(pick(p.speedup for p in some)) for pick in (min, max))
@@ -765,10 +756,7 @@ def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
 def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
     """Return one note on the operators with default constants and their share of the time, for all devices where it is
     at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given."""
-    mine: dict[str, list[Any]] = {}
-    for r in found:
-        if r.uncalibrated_share >= SMALL_SHARE:
-            mine.setdefault(r.hardware, []).append(r)
+    mine = grouped((r for r in found if r.uncalibrated_share >= SMALL_SHARE), lambda r: r.hardware)
     of = {device: uncalibrated_of(some) for device, some in mine.items()}
     devices: dict[str, list[str]] = {}
     for device, (parts, _) in sorted(of.items(), key=lambda item: -item[1][1]):

@@ -37,7 +37,7 @@ from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import alike, request_results
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
-from simulator.prediction.requests import device_text, on, profiles
+from simulator.prediction.requests import device_text, grouped, on, profiles
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
 from simulator.prediction.serving import memory_columns, serving
@@ -161,10 +161,7 @@ class Service(Displayed):
     @property
     def kinds(self) -> dict[str, list[OperatingPoint]]:
         """Points by kind, the dense model first."""
-        out: dict[str, list[OperatingPoint]] = {}
-        for point in self.points:
-            out.setdefault(point.point, []).append(point)
-        return out
+        return grouped(self.points, lambda point: point.point)
 
     def _title(self) -> str:
         first = self.points[0]
