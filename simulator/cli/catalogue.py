@@ -202,7 +202,6 @@ def _list_models(json: options.Json = False) -> None:
 
 
 def _shapes(model: ModelConfig) -> str:
-    """Return the shapes of the layers as text; of the most frequent kind if they differ."""
     kinds = len(set(model.layout))
     layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
     heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"

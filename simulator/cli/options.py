@@ -92,8 +92,6 @@ class Devices:
 
 @dataclass(frozen=True)
 class Prunings:
-    """Options that choose prunings, as texts of the command line."""
-
     family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None
     method: Annotated[str | None, opt(
         "--method", "LIST", "Published methods instead of families: see prunesim methods.")] = None
@@ -107,11 +105,9 @@ class Prunings:
 
     @property
     def named(self) -> bool:
-        """Whether the options name prunings, and not families."""
         return bool(self.prune or self.pruned or self.method)
 
     def parsed(self) -> dict[str, Any]:
-        """Return the keywords of :func:`simulator.table`."""
         texts = {"family": self.family, "method": self.method, "pruned": self.pruned}
         given: dict[str, Any] = {name: names(f"--{name}", text) for name, text in texts.items() if text is not None}
         given |= {"prune": self.prune} if self.prune else {}
@@ -126,8 +122,6 @@ class Prunings:
 
 @dataclass(frozen=True)
 class Output:
-    """Options of what a command prints and writes."""
-
     json: Json = False
     csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None
     figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None

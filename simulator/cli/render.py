@@ -46,8 +46,6 @@ BOTTLENECKS_SHORT: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: a title (may have several lines), cells of text, alignment, and a style per cell."""
-
     title: str
     cells: Sequence[str]
     right: bool = True
@@ -67,7 +65,6 @@ def table_width(columns: Sequence[Column]) -> int:
 
 
 def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) -> list[Column]:
-    """Return the columns of a table of ``rows`` from titles and functions of a row; "<" before a title aligns left."""
     return [
         Column(title.removeprefix("<"), [str(text(row)) for row in rows], not title.startswith("<"))
         for title, text in described
@@ -152,7 +149,6 @@ def same_together(lines: Iterable[str]) -> list[str]:
 
 
 def status(text: str) -> None:
-    """Print one line on the progress of a long command to standard error."""
     print("status:", one_line(" ".join(text.split())), file=sys.stderr)
 
 

@@ -53,8 +53,6 @@ PARSERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
 
 @dataclass(frozen=True)
 class Aim:
-    """Options of a target."""
-
     target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None
     latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None
     tokens_per_s: Annotated[float | None, opt(
@@ -70,8 +68,6 @@ class Aim:
 
 @dataclass(frozen=True)
 class Wanted(Aim):
-    """Options of several targets."""
-
     ttft: Annotated[str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")] = None
     tpot: Annotated[str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")] = None
     memory: Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")] = None
@@ -218,7 +214,6 @@ def search(
 
 
 def _conclusion(plan: Plan) -> list[str]:
-    """Return the conclusion: the plan, then what a plan by parameters loses."""
     from simulator.prediction.sentences import speedup_text
 
     first, dense = plan.results[0], plan.results[0].model
@@ -238,7 +233,6 @@ def _conclusion(plan: Plan) -> list[str]:
 
 
 def _layers(plan: Plan) -> None:
-    """Print the plan, equal neighbouring layers in one row."""
     from itertools import groupby
 
     from simulator.models.difference import runs
@@ -290,7 +284,6 @@ def _others(plan: Plan) -> None:
 
 
 def _frontier(plan: Plan, verbose: bool) -> None:
-    """Print the frontier, thinned without --verbose."""
     points = list(plan.frontier)
     if len(points) > MOST_POINTS and not verbose:
         step = (len(points) - 1) / (MOST_POINTS - 1)

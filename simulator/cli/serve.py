@@ -136,7 +136,6 @@ def _print_one(service: Service, verbose: bool) -> None:
 
 
 def _print_rows(services: Sequence[Service]) -> None:
-    """Print the best pruning of each service at equal memory, and within limits, one service per row."""
     from simulator.prediction.sentences import LIMITS, MEMORY, ranked
 
     limited = LIMITS if LIMITS in services[0].kinds else MEMORY

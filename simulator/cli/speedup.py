@@ -103,9 +103,9 @@ def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
 
 def _print_over(even: Sequence[BreakEven]) -> None:
     """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
-    from simulator.prediction.requests import batch_name, grouped
+    from simulator.prediction.requests import batch_name, by_key
 
-    groups = grouped(even, lambda b: b.where)
+    groups = by_key(even, lambda b: b.where)
     together = max(1, (render.width() - AXIS_COLUMNS) // PRUNING_COLUMNS)
     tables = [
         (where, all_of[i : i + together]) for where, all_of in groups.items() for i in range(0, len(all_of), together)
@@ -145,11 +145,11 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
     """Print one table per request, rows by family and sparsity, devices side by side."""
-    from simulator.prediction.requests import grouped
+    from simulator.prediction.requests import by_key
 
     available = render.width()
     first = True
-    for title, group in grouped(results, lambda r: r.scenario).items():
+    for title, group in by_key(results, lambda r: r.scenario).items():
         for part in _chunks(group, available):
             if not first:
                 print()
@@ -245,7 +245,6 @@ def _style(r: Result | None) -> str:
 
 
 def _print_serving(results: Sequence[Result]) -> None:
-    """Print serving numbers: new tokens/s per device, latencies, the largest batch that fits."""
     waits = "; time to first token depends on how requests arrive" if results[0].phase == "serve" else ""
     for i, h in enumerate(dict.fromkeys(r.hardware for r in results)):
         mine = [r for r in results if r.hardware == h]
@@ -310,7 +309,7 @@ def explain(
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.explain import explanations
     from simulator.prediction.prunings import readable
-    from simulator.prediction.requests import grouped
+    from simulator.prediction.requests import by_key
     from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
 
     asked, given = run.asked(model), prunings.parsed()
@@ -328,7 +327,7 @@ def explain(
                 print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
         # engines side by side
         same = attrgetter(*(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning")))
-        groups = grouped(found if out.verbose or not many else (), same)
+        groups = by_key(found if out.verbose or not many else (), same)
         for i, together in enumerate(groups.values()):
             if i:
                 print()
@@ -346,7 +345,6 @@ def explain(
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
-    """Return notes on a measured time, calibration, assumptions and pruned checkpoints."""
     from simulator.prediction.sentences import (
         assumed_link,
         difference_lines,

@@ -160,7 +160,6 @@ def accepted(field: Field, given: Sequence[str]) -> Any:
 
 
 def keep() -> None:
-    """Write the settings that are not defaults into the address."""
     changed = {}
     for name, field in FIELDS.items():
         value = st.session_state[name]
@@ -301,7 +300,6 @@ def choose() -> None:
 
 
 def figure(drawing: Drawing) -> str:
-    """Return a figure as HTML; a figure that is wider than the screen scrolls."""
     wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
     title, sizes = escape(drawing.title), f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px"
     return (

@@ -170,7 +170,6 @@ def cell(value: Any) -> str:
 
 
 def command(name: str, model: str, options: Mapping[str, Any]) -> str:
-    """Return a command line; ``options`` are texts by name, and empty ones are omitted."""
     words = ["prunesim", name, model]
     for option, value in options.items():
         flag = f"--{option.replace('_', '-')}"
@@ -181,7 +180,6 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
 
 
 def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list[str]:
-    """Return the command lines that print the table and the explanations."""
     alone = dict.fromkeys(("family", "method", "sparsity", "option"))
     r = found.detail
     explained = {**options, **alone, "phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
@@ -197,7 +195,6 @@ MOST_ROWS = 500
 
 
 def report_html(found: PageContent, commands: Sequence[str]) -> str:
-    """Return the report; ``commands`` reproduce its numbers."""
     notes = list(found.notes)
     if (more := len(found.rows) - MOST_ROWS) > 0:
         notes.append(f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more")

@@ -45,8 +45,6 @@ COLUMNS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class PricedRequest:
-    """A device with a request."""
-
     request: Request
     hw: HardwareProfile
 
@@ -66,7 +64,6 @@ class PricedRequest:
 
 
 def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]) -> list[PricedRequest]:
-    """Return every request that the settings state on every device."""
     requests = requests_of([model], settings)
     check_measured(requests, hardware)
     return [PricedRequest(on([one], hw)[0], hw) for one in requests for hw in hardware]
@@ -134,7 +131,6 @@ class Probes:
         return cls(library, tuple(models), at, tuple(known[key] for key in keys))
 
     def prices(self, values: FloatArray) -> tuple[FloatArray, ...]:
-        """Return the prices of the variants of each layer, from the values of all models."""
         found: dict[tuple[int, tuple[Block, ...]], FloatArray] = {}
         for first, own in zip(self.classes, self.library.layers):
             if (first, own) not in found:

@@ -155,7 +155,6 @@ def _validation(of: Reader, model: ModelConfig) -> Entry:
 
 
 def _averages(of: Reader) -> dict[str, float]:
-    """Return the scores of a validation: the averages of its metrics over samples."""
     parts = {name: of.part(name) for name, value in of.data.items() if isinstance(value, Mapping) and "avg" in value}
     return _scores((name, _reading(part, "avg")) for name, part in parts.items())
 
@@ -210,8 +209,6 @@ _NAMES = ("layer", *SUBLAYERS, *_ALIASES, "results", "protocol", "source")
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """Variants of the layers of a model, and values of each variant."""
-
     model: ModelConfig
     layers: tuple[tuple[Block, ...], ...]  # variants of each layer; the first is the dense layer
     values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)  # by layer and variant; NaN: unknown
@@ -258,7 +255,6 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
 
 
 def generated_library(model: ModelConfig, devices: int = 1) -> Library:
-    """Return the usual variants of each layer (:func:`simulator.plans.variants.generated`)."""
     return Library(model, tuple(_product(model, dense, {}, devices) for dense in model.layout))
 
 

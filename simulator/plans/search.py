@@ -44,8 +44,6 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Reached:
-    """A target in a setting, and what the plan reaches."""
-
     hardware: str
     engine: str
     phase: str
@@ -59,8 +57,6 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanPoint:
-    """A plan and its prediction in the first setting."""
-
     score: float
     speedup: float
     speedup_lower: float
@@ -77,8 +73,6 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class AlternativePlan:
-    """A plan that another rule chooses."""
-
     chosen_by: str  # parameters, FLOPs or library times
     budget: str  # "same": as much as the plan of the search; "targets": as much as meets the targets
     meets: bool  # all targets

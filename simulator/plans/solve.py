@@ -128,8 +128,6 @@ _ENDS = {f"{name}_s": (f"{name}_lower", f"{name}_upper") for name in ("pruned", 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a quantity of the pruned model in a setting."""
-
     target: str
     value: float  # requested value of the target
     at: PricedRequest
@@ -306,7 +304,6 @@ class Program:
         return None, True
 
     def _least_excess(self, some: IndexArray, cost: FloatArray, bound: FloatArray) -> Solution:
-        """Return the choice that exceeds its limits by the least share."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         last = np.append(np.zeros(len(some)), 1.0)  # the last variable is the excess
@@ -353,8 +350,6 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Variants:
-    """Variants of groups of layers, as arrays of a :class:`Program`."""
-
     library: Library
     groups: tuple[tuple[int, ...], ...]
     place: tuple[tuple[int, ...], ...]  # index of each variant in the library, per layer of its group
@@ -396,8 +391,6 @@ class Variants:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan, predicted whole."""
-
     choice: IndexArray
     blocks: tuple[Block, ...]
     score: float
@@ -408,8 +401,6 @@ class Found:
 
 @dataclass
 class Solver:
-    """Steps of a search; plans are predicted once."""
-
     variants: Variants
     score: FloatArray  # (V,)
     settings: tuple[PricedRequest, ...]
@@ -508,7 +499,6 @@ class Solver:
         return best
 
     def _unreachable(self, nearest: Found) -> str:
-        """Return the message for targets that no plan meets, with what the nearest plan reaches."""
         missed, kept = [], dict[str, None]()
         for limit, value in zip(self.limits, nearest.reached.tolist()):
             texts = [target_text(limit.target, v) for v in (limit.as_target(value), limit.value)]

@@ -201,7 +201,6 @@ class _Timed:
         self.speedup = speedup * (end / speedup) ** abs(share)
 
     def first(self, target: float) -> dict[str, int]:
-        """Return the first row of each family that reaches the target."""
         return {self.points[row][0]: row for row in reversed(np.flatnonzero(self.speedup >= target).tolist())}
 
     def fastest(self, name: str) -> int:

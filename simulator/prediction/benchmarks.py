@@ -124,7 +124,6 @@ class Fields:
         return Fields(self.source, found or {}, f"{self.path}{key}.")
 
     def rows(self, key: str) -> list[Fields]:
-        """Return a list of objects; an empty one if it is absent."""
         found = self.data.get(key, [])
         if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
             raise InputError(f"{self.place(key)}: expected a list of objects, got {shown(found)}")
@@ -631,7 +630,6 @@ def _stated(run: BenchRun, what: str, seconds: float) -> float:
 
 
 def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[str]:
-    """Return notes on what of model and engine cannot be checked; reject another model."""
     notes, engine = [], load_engine(request.engine).name.partition("@")[0]
     if run.engine and run.engine != engine:
         notes.append(f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine")

@@ -30,8 +30,6 @@ class GemmPoints:
 
 @dataclass(frozen=True)
 class GemmRecord:
-    """One GEMM y[M,N] = x[M,K] w[K,N] on one device."""
-
     m: int
     n: int
     k: int
@@ -66,7 +64,6 @@ def gemm_table(
     semi_structured: bool = False,
     warm: bool = False,
 ) -> tuple[GemmRecord, ...]:
-    """Predict every combination of tokens, output features, input features and device."""
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
             SETTINGS["batch"].check(value, name)

@@ -22,7 +22,7 @@ from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, csv_text, read_csv
 from simulator.files.json import parse_bounded
 from simulator.files.read import read_bounded
-from simulator.prediction.requests import grouped
+from simulator.prediction.requests import by_key
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
@@ -93,7 +93,7 @@ class QualityTable:
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the axes of the rows: those with most families first, then most rows."""
-        on = grouped(self.rows, lambda r: r.axis)
+        on = by_key(self.rows, lambda r: r.axis)
         return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
 
     def on_axis(self, axis: Axis) -> QualityTable:
@@ -223,7 +223,6 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
 
 
 def table_text(rows: Iterable[QualityRow]) -> str:
-    """Return rows as CSV text with the columns :data:`COLUMNS`."""
     out = []
     for r in rows:
         text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
@@ -238,8 +237,6 @@ _NOT_METRICS, _MOST_BYTES = ("sample_len", "sample_count", "bypass"), 64_000_000
 
 
 class Value(NamedTuple):
-    """A value and how it was measured; ``task`` is the task of an accuracy."""
-
     value: float
     higher_is_better: bool
     protocol: str
@@ -303,7 +300,6 @@ def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
 
 
 def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned: tuple[str, dict[str, Value]]) -> Any:
-    """Yield the cells for each metric that both models have."""
     if not (both := {key: (dense[1][key], pruned[1][key]) for key in dense[1] if key in pruned[1]}):
         raise InputError(f"results: {cells['results']}: shares no metric with the dense model")
     about = {"model": dense[0].rstrip("/").rpartition("/")[2].lower(), "source": f"lm-evaluation-harness: {pruned[0]}"}

@@ -108,7 +108,7 @@ def once(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def grouped(values: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+def by_key(values: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Return values by key, in order."""
     out: dict[K, list[T]] = {}
     for value in values:

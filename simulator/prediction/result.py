@@ -35,7 +35,6 @@ class Labels:
         return len(self.codes)
 
     def tolist(self) -> list[str]:
-        """Return the texts, one per row, as a list."""
         return [self.texts[code] for code in self.codes.tolist()]
 
     @property

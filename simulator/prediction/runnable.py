@@ -44,8 +44,6 @@ _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Runnable(Displayed):
-    """Whether a stock engine runs a pruned model, and at which width it would be faster."""
-
     engine: str
     devices: int
     works: bool | None  # whether the engine runs the model, at whatever speed; None if its file does not state it
@@ -195,7 +193,6 @@ def _worst(w: Workload, odd: dict[str, Array], unit: Array) -> tuple[str, int, i
 
 
 def _dynamic(w: Workload) -> list[str]:
-    """Return the dynamic families of a pruned workload that remove work."""
     found = [family for step in w.meta.applied if step.realised > 0 for family in step.family.split("+")]
     return [family for family in dict.fromkeys(found) if family in FAMILIES and FAMILIES[family].dynamic]
 
@@ -364,7 +361,6 @@ def _kind(config: ModelConfig) -> str:
 
 
 def _layers(w: Workload, mask: Array) -> BoolArray:
-    """Return which layers have at least one of the masked rows."""
     marks = np.zeros(layer_count(w) + 1, dtype=np.int64)
     np.add.at(marks, w.layer[mask], 1)
     np.add.at(marks, (w.layer + w.layers)[mask], -1)

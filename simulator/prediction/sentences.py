@@ -28,7 +28,7 @@ from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
-from simulator.prediction.requests import batch_name, device_text, grouped, on, setting
+from simulator.prediction.requests import batch_name, by_key, device_text, on, setting
 from simulator.prediction.result import plain
 from simulator.pruning import FAMILIES
 from simulator.request import Request
@@ -82,7 +82,6 @@ def shares(r: Result) -> str:
 
 
 def pruning_text(r: Result) -> str:
-    """Return a pruning with the shares that it removes."""
     text = shares(r)
     return f"{r.pruning} ({text})" if text else r.pruning
 
@@ -117,7 +116,7 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
         places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
         return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
     several = len({r.model for r in results}) > 1
-    groups = grouped(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
+    groups = by_key(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
     if len(groups) <= MOST_SENTENCES:
         return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
@@ -149,14 +148,12 @@ class BreakEven:
 
     @property
     def where(self) -> str:
-        """Device, engine, phase and the other field as part of a sentence."""
         r = self.results[0]
         other = f"seq {r.seq}" if self.axis == "batch" else f"{batch_name(r.phase)} {r.batch}"
         return f"{device_text(r)} in {r.engine} ({r.phase}, {other})"
 
     @property
     def verdict(self) -> str:
-        """The values at which the pruning pays, as the predicate of a sentence."""
         values, pays, found = self.values, self.pays, self.results
         ends = f"{values[0]:,} to {values[-1]:,}"
         best = max((r for r in found if r.speedup_lower >= GAIN), key=lambda r: r.speedup, default=None)
@@ -204,7 +201,7 @@ def break_even(results: Sequence[Result]) -> list[BreakEven]:
     axis = next((axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), "")
     names = ("model", "pruning", "engine", "phase", "hardware", "seq" if axis == "batch" else "batch")
     out = []
-    for some in grouped(results if axis else (), attrgetter(*names)).values():
+    for some in by_key(results if axis else (), attrgetter(*names)).values():
         ascending = sorted(some, key=lambda r: getattr(r, axis))
         fit = [r for r in ascending if r.pruned_fits] or ascending
         out.append(BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit)))
@@ -251,8 +248,7 @@ def unaligned(r: Runnable) -> str:
 
 
 def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
-    """Return what is held of each setting (device, engine and request), in its order."""
-    return grouped(held, lambda one: setting(one.result))
+    return by_key(held, lambda one: setting(one.result))
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
@@ -294,7 +290,7 @@ def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[st
     if len(fronts) <= MOST_SENTENCES:
         return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
     trades = (best_trade(front) if max_loss is None else fastest_within(front, max_loss) for front in fronts)
-    best = grouped(filter(None, trades), lambda trade: trade.name)
+    best = by_key(filter(None, trades), lambda trade: trade.name)
     named = []
     for some in sorted(best.values(), key=len, reverse=True)[:NAMED]:
         ends = dict.fromkeys(ratio(pick(p.speedup for p in some)) for pick in (min, max))
@@ -509,7 +505,6 @@ def _count(point: OperatingPoint) -> str:
 
 
 def _smaller(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return by how much weights and cache shrink or grow."""
     weights, caches = (pruned.weights_bytes, dense.weights_bytes), (pruned.cache_bytes, dense.cache_bytes)
     text = before = ""
     for name, (ours, theirs) in {"weights": weights, "the cache of each": caches}.items():
@@ -756,7 +751,7 @@ def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
 def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
     """Return one note on the operators with default constants and their share of the time, for all devices where it is
     at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given."""
-    mine = grouped((r for r in found if r.uncalibrated_share >= SMALL_SHARE), lambda r: r.hardware)
+    mine = by_key((r for r in found if r.uncalibrated_share >= SMALL_SHARE), lambda r: r.hardware)
     of = {device: uncalibrated_of(some) for device, some in mine.items()}
     devices: dict[str, list[str]] = {}
     for device, (parts, _) in sorted(of.items(), key=lambda item: -item[1][1]):

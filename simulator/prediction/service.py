@@ -37,7 +37,7 @@ from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import alike, request_results
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
-from simulator.prediction.requests import device_text, grouped, on, profiles
+from simulator.prediction.requests import by_key, device_text, on, profiles
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
 from simulator.prediction.serving import memory_columns, serving
@@ -67,8 +67,6 @@ def check_probability(probability: float) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most time to the first token and per output token, s, and the probability with which both must hold."""
-
     ttft_s: float | None = None
     tpot_s: float | None = None
     probability: float = 0.5
@@ -141,7 +139,6 @@ class OperatingPoint(Displayed):
 
     @property
     def setting(self) -> str:
-        """Devices, engine and request as part of a sentence."""
         cached = f", {self.cached_prefix} of them cached," if self.cached_prefix else ""
         return f"{device_text(self)} in {self.engine} (seq {self.seq}{cached} + {self.new_tokens} new)"
 
@@ -161,7 +158,7 @@ class Service(Displayed):
     @property
     def kinds(self) -> dict[str, list[OperatingPoint]]:
         """Points by kind, the dense model first."""
-        return grouped(self.points, lambda point: point.point)
+        return by_key(self.points, lambda point: point.point)
 
     def _title(self) -> str:
         first = self.points[0]
@@ -311,8 +308,6 @@ def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning])
 
 @dataclass(frozen=True)
 class _Points:
-    """What operating points of one device share."""
-
     hw: HardwareProfile
     names: Sequence[str]
     prunings: Sequence[Pruning]

@@ -92,8 +92,6 @@ class _Axis(Scalar):
 
 @dataclass(frozen=True)
 class _Progression(Generic[T, S]):
-    """Numbers from a start to an end, both included."""
-
     start: T = field(metadata={"key": "from"})
     to: T
     step: S | None = None
@@ -298,7 +296,6 @@ class Grid:
         return f"{__version__} {sha.hexdigest()}"
 
     def facts(self) -> dict[str, Any]:
-        """Return the axes as plain values, for the digest."""
         formats = [list(vars(f).values()) for f in self.dtypes]
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]
