@@ -41,6 +41,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("report", "report:report"),
 )
 
+EVIDENCE = "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks"
+
 # what replaces commands and options ("COMMAND --option") of version 0.3; one release names them
 REMOVED: Mapping[str, str] = {
     "import": "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map NAME=COLUMN",
@@ -59,13 +61,10 @@ REMOVED: Mapping[str, str] = {
     "report --price": "use prunesim serve --price",
     "search --html": "use --figure FILE (.svg, .pdf or .png) and --json",
     "sweep --where": "use pandas.read_parquet(FOLDER).query(TEXT)",
-    **dict.fromkeys(
-        (
-            f"validate --{name}"
-            for name in ("protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure")
-        ),
-        "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks",
-    ),
+    **{
+        f"validate --{name}": EVIDENCE
+        for name in ["protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure"]
+    },
     "validate --html": "use --markdown FILE",
 }
 

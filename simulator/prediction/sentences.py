@@ -77,8 +77,10 @@ def shares(r: Result) -> str:
         return f"{requested} of all parameters removed"
     if requested in r.pruning:
         return "" if realised == requested else f"{realised} realised"
+    if not r.parts and realised == requested:
+        return f"{requested} removed"
     both = requested if realised == requested else f"{requested} requested, {realised} realised"
-    return f"{both} over all parts"
+    return f"{both} over all parts" if r.parts else both
 
 
 def pruning_text(r: Result) -> str:
