@@ -218,8 +218,7 @@ def run_options(*chosen: str, others: bool = False, **defaults: str) -> Any:
     return make_dataclass("Settings", parts, bases=(Run,), frozen=True)()
 
 
-RUN: Run = run_options(*SETTINGS, others=True)
-"""The options of every request, with their defaults."""
+RUN: Run = run_options(*SETTINGS, others=True)  # the options of every request, with their defaults
 DEVICES, PRUNINGS, OUTPUT = Devices(), Prunings(), Output()
 
 

@@ -130,7 +130,7 @@ def _print_over(even: Sequence[BreakEven]) -> None:
 
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
-    """Print what each pruning removes of each part, and whether each engine runs it, each once."""
+    """Print once per pruning what it removes of each part, and once per engine whether the engine runs it."""
     from simulator.prediction.sentences import parts_line
 
     lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)

@@ -27,14 +27,10 @@ from simulator.prediction.table import table
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
 
-MOST_SENTENCES = 8
-"""Sentences on break-even; of more prunings the fastest is stated."""
+MOST_SENTENCES = 8  # sentences on break-even; of more prunings the fastest is stated
+MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
-MOST_DETAILS = 4
-"""Devices and engines on which one pruning is explained."""
-
-_DRAWING = threading.Lock()
-"""Matplotlib's settings belong to the process, and each visitor of the page has a thread."""
+_DRAWING = threading.Lock()  # matplotlib's settings belong to the process, and each visitor of the page has a thread
 
 
 class Drawing(NamedTuple):
@@ -187,11 +183,8 @@ def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list
     return [command("speedup", model, options), command("explain", model, explained)]
 
 
-MOST_BYTES = 1_000_000
-"""Size of a report; figures that exceed it are omitted with a note."""
-
-MOST_ROWS = 500
-"""Rows of the table."""
+MOST_BYTES = 1_000_000  # size of a report; figures that exceed it are omitted with a note
+MOST_ROWS = 500  # rows of the table
 
 
 def report_html(found: PageContent, commands: Sequence[str]) -> str:

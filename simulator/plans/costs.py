@@ -89,7 +89,7 @@ def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, Fl
 
 
 def grouped(model: ModelConfig, blocks: Sequence[Block]) -> ModelConfig:
-    """Return a model with the same layers, equal ones next to each other: the same cost, from fewer rows."""
+    """Return a model with equal layers next to each other, which costs the same and has fewer rows."""
     order = sorted(range(len(blocks)), key=lambda i: (model.windows[i], repr(blocks[i])))
     return planned(model, [blocks[i] for i in order], [model.windows[i] for i in order])
 

@@ -116,7 +116,7 @@ def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the sorted names of the validations in a folder; that of the teacher is the last."""
+    """Return the sorted names of the validations in a folder; the file of the teacher is the last."""
     names: list[str] = []
     try:
         with os.scandir(folder) as listed:
@@ -183,7 +183,7 @@ def _reading(of: Reader, key: str) -> float:
 
 
 def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return scores of which lower ones are better; those that are derived in the file are derived again."""
+    """Return scores whose lower values are better; scores that the file derives are derived again."""
     found = {}
     for name, value in numbers:
         if not name.startswith(_DERIVED):

@@ -87,7 +87,7 @@ class Advice(HasResult):
 
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
-    """Advice per family, best first for each device and request; notes; settings where the dense model suffices."""
+    """Advice per family, best first for each device and request; notes; settings where the dense model reaches it."""
 
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]

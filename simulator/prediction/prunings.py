@@ -129,7 +129,7 @@ class Pruning:
         return "equal length" if self.budgeted or "equal length" in kinds else "any"
 
     def lacking(self, model: ModelConfig) -> str:
-        """Return why a model cannot be pruned so: a part that it lacks, else ""."""
+        """Return which part for this pruning a model lacks, else ""."""
         for lacks in (family.needs for step in self.steps for family in step.families):
             if lacks and not getattr(model, lacks):
                 return f"{model.name} has no routed {lacks}"

@@ -259,7 +259,7 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
 
 
 def read_results(folder: Path, name: str) -> tuple[str, dict[str, Value]]:
-    """Return model and metrics of a results file, or of a folder of files of one model, newest last by their names."""
+    """Return model and metrics of a results file, or of a folder of files of one model; the last by name counts."""
     path, values, models, parts = folder / name, dict[str, Value](), dict[str, None](), set[str]()
     inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")] if path.is_dir() else [path]
     for file in sorted(inside, key=lambda file: file.name):

@@ -134,7 +134,7 @@ def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, whe
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The batches or lengths at which a pruning pays, which is with its whole interval above :data:`GAIN`."""
+    """The batches or lengths at which a pruning pays: the whole interval of its speedup is above :data:`GAIN`."""
 
     axis: str  # "batch" or "seq"
     results: tuple[Result, ...]  # ascending; of values at which the model fits into the memory, if any
@@ -422,13 +422,13 @@ def of_service(service: Service) -> list[str]:
 
 
 def ranked(service: Service, kind: str = MEMORY) -> list[int]:
-    """Return the indices of the pruned models (from 1) by their tokens/s at the points of a kind, the most first."""
+    """Return the indices of the pruned models (from 1), those with the most tokens/s at the points of a kind first."""
     rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[kind]]
     return sorted(range(1, len(rates)), key=lambda i: -rates[i])
 
 
 def best_point(service: Service) -> OperatingPoint:
-    """Return the pruned model with the most tokens/s at equal memory, there."""
+    """Return the point of the pruned model with the most tokens/s at equal memory."""
     return service.kinds[MEMORY][ranked(service)[0]]
 
 

@@ -274,7 +274,7 @@ def operating_points(
 
 
 def steps(last: int) -> list[int]:
-    """Return a grid of concurrencies: powers of two and steps between, up to a last one."""
+    """Return concurrencies up to a last one: powers of two, and one step between two powers."""
     powers = [2**i for i in range(max(last, 1).bit_length())]
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 

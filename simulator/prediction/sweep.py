@@ -63,8 +63,7 @@ REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batc
 AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
 """Axes besides the prunings."""
 _OWN = ("engine", "phase", "batch", "seq", "dtype", "weight_dtype", "kv_dtype", "devices", "dense_s")
-WHOLE = tuple(name for name in SETTINGS if name not in _OWN)
-"""Settings of the whole grid."""
+WHOLE = tuple(name for name in SETTINGS if name not in _OWN)  # settings of the whole grid
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,7 @@ PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
 OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
 REQUESTS = 64  # (batch, seq) pruned together
 
-Piece = tuple[list[Request], tuple[Pruning, ...]]
-"""Requests and their prunings, which are timed together."""
+Piece = tuple[list[Request], tuple[Pruning, ...]]  # requests and their prunings, which are timed together
 
 
 def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
