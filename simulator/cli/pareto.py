@@ -50,7 +50,7 @@ def pareto(
     from simulator.models.library import load_model
     from simulator.prediction.pareto import fronts, read_measured
     from simulator.prediction.quality import choose_axis, load_quality
-    from simulator.prediction.sentences import MOST_SENTENCES, of_fronts
+    from simulator.prediction.sentences import MOST_SENTENCES, of_fronts, uncalibrated
 
     config = load_model(model)
     table = load_quality(rows.quality).of_model(rows.quality_model or config.name)
@@ -75,8 +75,6 @@ def pareto(
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
-    from simulator.prediction.sentences import uncalibrated
-
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
     if others and out.verbose and not out.json and out.csv != "-":

@@ -69,15 +69,8 @@ def check_measured(found: Sequence[Request], hardware: Sequence[HardwareProfile]
     """Reject a measured time for more than one model, device, engine and request."""
     if not found or found[0].dense_s is None:
         return
-    axes: dict[str, set[object]] = {
-        "model": {s.model for s in found},
-        "hardware": {hw.label for hw in hardware},
-        "engine": {s.engine for s in found},
-        "phase": {s.phase for s in found},
-        "batch": {s.batch for s in found},
-        "seq": {s.seq for s in found},
-    }
-    for name, values in axes.items():
+    for name in ("model", "hardware", "engine", "phase", "batch", "seq"):
+        values = {hw.label for hw in hardware} if name == "hardware" else {getattr(one, name) for one in found}
         if len(values) > 1:
             raise InputError(f"dense time: belongs to one request; expected one {name}, got {len(values)}")
 
