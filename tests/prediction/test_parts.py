@@ -71,4 +71,3 @@ def test_results_have_them() -> None:
     assert [r.parts for r in found][::2] == ["", ""]
     assert found[1].parts == "layers 25 % (32 to 24)"
     assert [r.prune for r in found] == ["depth 0", "depth 0.25", "width 0", "width 0.25"]
-    assert [r.pruning for r in found][1::2] == ["depth at 25 %", "width at 25 %"]
