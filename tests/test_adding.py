@@ -90,7 +90,7 @@ from pathlib import Path
 
 import simulator
 from simulator.cli import run
-from simulator.prediction.grid import read_grid
+from simulator.prediction.sweep import read_grid
 
 asked = {"batch": 32, "seq": 32768}
 short, whole = (simulator.predict("llama-3.1-8b", "depth 0.25", "h100", **asked, window=w) for w in (4096, None))

@@ -115,8 +115,7 @@ def _of_files(
     and new tokens (none for a prefill) if the files do not state them."""
     from calibration.runners.compare import ENGINES, compare_files
     from simulator.hardware.library import load_hardware
-    from simulator.prediction.benchmarks import read_bench
-    from simulator.prediction.measured import request_of
+    from simulator.prediction.benchmarks import read_bench, request_of
 
     if not selection.hardware:
         raise InputError("--bench: expected --hardware with the GPU that wrote the files")

@@ -15,8 +15,7 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import shipped_model
 from simulator.models.lower import lower
-from simulator.prediction.benchmarks import BenchRun, read_benches
-from simulator.prediction.measured import measured_of, request_of
+from simulator.prediction.benchmarks import BenchRun, measured_of, read_benches, request_of
 from simulator.prediction.table import speedup
 from simulator.request import Request
 from simulator.units import percent

@@ -33,8 +33,7 @@ from simulator.display import few
 from simulator.engines.engine import load_engine, numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.prediction.benchmarks import BenchRun
-from simulator.prediction.measured import pass_seconds
+from simulator.prediction.benchmarks import BenchRun, pass_seconds
 from simulator.units import ratio
 
 # engine files of our decoder in plain PyTorch, and of Transformers under torch.compile

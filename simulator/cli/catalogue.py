@@ -202,7 +202,6 @@ def _list_models(json: options.Json = False) -> None:
 
 
 def _shapes(model: ModelConfig) -> str:
-    """Return the shapes of the layers as text; of the most frequent kind if they differ."""
     kinds = len(set(model.layout))
     layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
     heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
@@ -332,11 +331,14 @@ def _check_engines(file: Annotated[str, arg("FILE", "YAML file of an engine.")],
 
 
 def _host(e: Engine) -> str:
-    """Return the host time of an engine as text."""
     parts = [] if e.graph else ["every launch"]
     parts += [f"{render.seconds(e.each_pass.value)}/pass"] if e.each_pass.value else []
     parts += [f"{render.seconds(e.each_sequence.value)}/sequence"] if e.each_sequence.value else []
     return " + ".join(parts) or "hidden"
+
+
+def _cited(value: Any) -> str:
+    return f"{value.source}: {value.note}" if value.note else str(value.source)
 
 
 def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
@@ -353,10 +355,9 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for name, time in times.items():
         if time.value:
             spread = f"x{math.exp(time.log_sd):.2f}"
-            yield name, render.seconds(time.value), spread, f"{time.source}{f': {time.note}' if time.note else ''}"
+            yield name, render.seconds(time.value), spread, _cited(time)
     if e.host_correlation.source:
-        source = f"{e.host_correlation.source}{f': {e.host_correlation.note}' if e.host_correlation.note else ''}"
-        yield "correlation of host times", f"{e.host_correlation.value:g}", "", source
+        yield "correlation of host times", f"{e.host_correlation.value:g}", "", _cited(e.host_correlation)
     if e.schedule is not None:
         for x in e.schedule.limits:
             unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
@@ -374,9 +375,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     }
     for name, share in shares.items():
         if share.source:
-            yield name, f"{share.value:g}", "", f"{share.source}{f': {share.note}' if share.note else ''}"
-    source = f"{e.quantize.source}{f': {e.quantize.note}' if e.quantize.note else ''}"
-    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", source
+            yield name, f"{share.value:g}", "", _cited(share)
+    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", _cited(e.quantize)
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     for library, found in e.sparse24.items():
         where = f"on {', '.join(found.on)}" if found.on else ""

@@ -26,8 +26,6 @@ _MEANING = {
 # fmt: off
 @dataclass(frozen=True)
 class Product:
-    """Options of the matrix product."""
-
     dtype: options.setting_option("dtype") = "bf16"  # type: ignore[valid-type]
     weight_dtype: options.setting_option("weight_dtype") = None  # type: ignore[valid-type]
     semi_structured: Annotated[bool, opt(
@@ -89,7 +87,6 @@ def _print(rows: Sequence[GemmRecord]) -> None:
 
 
 def _print_steps(row: GemmRecord) -> None:
-    """Print the steps from the datasheet roofline to the predicted time."""
     names, values = list(row.steps_s), list(row.steps_s.values())
     factors = ["", *(f"x{value / before:.3f}" for before, value in itertools.pairwise(values))]
     columns = [

@@ -78,8 +78,6 @@ REQUIRED = "<required>"  # default of an option in a group that has none
 
 @dataclass(frozen=True)
 class Devices:
-    """Options that choose devices."""
-
     hardware: Annotated[str, opt(
         "--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")] = REQUIRED
     same_stack: Annotated[bool, opt(
@@ -87,7 +85,6 @@ class Devices:
 
     @property
     def profiles(self) -> list[Any]:
-        """The loaded devices."""
         from simulator.hardware.library import load_hardware
 
         return [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
@@ -95,8 +92,6 @@ class Devices:
 
 @dataclass(frozen=True)
 class Prunings:
-    """Options that choose prunings, as texts of the command line."""
-
     family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None
     method: Annotated[str | None, opt(
         "--method", "LIST", "Published methods instead of families: see prunesim methods.")] = None
@@ -110,11 +105,9 @@ class Prunings:
 
     @property
     def named(self) -> bool:
-        """Whether the options name prunings, and not families."""
         return bool(self.prune or self.pruned or self.method)
 
     def parsed(self) -> dict[str, Any]:
-        """Return the keywords of :func:`simulator.table`."""
         texts = {"family": self.family, "method": self.method, "pruned": self.pruned}
         given: dict[str, Any] = {name: names(f"--{name}", text) for name, text in texts.items() if text is not None}
         given |= {"prune": self.prune} if self.prune else {}
@@ -129,8 +122,6 @@ class Prunings:
 
 @dataclass(frozen=True)
 class Output:
-    """Options of what a command prints and writes."""
-
     json: Json = False
     csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None
     figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None
@@ -188,7 +179,7 @@ class Run:
             raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
         if rate is None and file is None:
             return Asked(found)
-        from simulator.prediction.measured import measured
+        from simulator.prediction.benchmarks import measured
         from simulator.prediction.requests import dense_seconds, requests_of
 
         one = requests_of([model], found)[0]
@@ -209,7 +200,7 @@ def _parsed(setting: Setting, given: Any) -> Any:
 
 
 def setting_option(name: str, metavar: str = "", text: str = "") -> Any:
-    """Return the annotation of a setting's option."""
+    """Return the annotation of a setting's option; ``metavar`` and ``text`` replace its own."""
     setting = SETTINGS[name]
     kind = bool if isinstance(setting.accepts, Flag) else str | None
     return Annotated[kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)]
@@ -228,15 +219,13 @@ def run_options(*chosen: str, others: bool = False, **defaults: str) -> Any:
     return make_dataclass("Settings", parts, bases=(Run,), frozen=True)()
 
 
-RUN: Run = run_options(*SETTINGS, others=True)
-"""The options of every request, with their defaults."""
+RUN: Run = run_options(*SETTINGS, others=True)  # the options of every request, with their defaults
 DEVICES, PRUNINGS, OUTPUT = Devices(), Prunings(), Output()
 
 
 def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator of commands that replaces parameters which default to a dataclass of options (as :data:`RUN`)
-    by these options and defaults; omitted options keep their defaults.
-    """
+    by these options and defaults; omitted options keep their defaults."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         # not get_type_hints: in Python 3.10 it hides the Annotated of parameters that default to None

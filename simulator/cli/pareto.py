@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
+from simulator.units import parse_fraction
 
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 # fmt: off
 @dataclass(frozen=True)
 class Quality:
-    """Options that choose rows of a quality table."""
-
     quality: Annotated[str | None, opt(
         "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None
     metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = ""
@@ -51,13 +50,13 @@ def pareto(
     from simulator.models.library import load_model
     from simulator.prediction.pareto import fronts, read_measured
     from simulator.prediction.quality import choose_axis, load_quality
-    from simulator.prediction.sentences import MOST_SENTENCES, of_fronts
+    from simulator.prediction.sentences import MOST_SENTENCES, of_fronts, uncalibrated
 
     config = load_model(model)
     table = load_quality(rows.quality).of_model(rows.quality_model or config.name)
     axis = choose_axis(table, rows.metric, rows.protocol, strict=rows.quality is not None)
     known = read_measured(measured) if measured else ()
-    most = None if max_loss is None else parsing.fraction("--max-loss", max_loss)
+    most = None if max_loss is None else parsing.checked("--max-loss", max_loss, parse_fraction)
     found, notes = fronts(config, devices.profiles, table, axis, measured=known, **run.asked().settings)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
@@ -76,8 +75,6 @@ def pareto(
     lines = []
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
-    from simulator.prediction.sentences import uncalibrated
-
     lines += [*uncalibrated(found), *notes]
     others = [str(a) for a in table.axes() if a != axis]
     if others and out.verbose and not out.json and out.csv != "-":
@@ -87,7 +84,6 @@ def pareto(
 
 
 def _show_trades(found: Sequence[Front]) -> None:
-    """Print the best trade of each frontier, one per row."""
     from simulator.prediction.sentences import best_trade
 
     trades = [(front, best_trade(front)) for front in found]
@@ -105,7 +101,6 @@ def _show_trades(found: Sequence[Front]) -> None:
 
 
 def _front_text(front: Front) -> str:
-    """Return a frontier as text: points by rising loss, then bands."""
     columns = render.first_fitting(_layouts(front), render.width())
     where = f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
     table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from simulator.errors import InputError
-from simulator.units import parse_count, parse_fraction, parse_quantity, parse_ratio, parse_value
+from simulator.units import parse_count, parse_fraction, parse_value
 
 T = TypeVar("T")
 
@@ -14,16 +14,10 @@ MOST = 10_000  # most values of a range
 
 
 def names(option: str, text: str) -> list[str]:
-    """Parse a comma list of names."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise InputError(f"{option} {text!r}: expected names separated by single commas")
     return parts
-
-
-def duration(option: str, text: str) -> float:
-    """Parse a time with its unit, s."""
-    return checked(option, text, lambda given: parse_quantity(given, "s"))
 
 
 def integers(option: str, text: str) -> list[int]:
@@ -50,7 +44,6 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
-    """Parse a comma list of fractions and ranges with a step."""
     out: list[float] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_fraction) for end in part.split(":")]
@@ -64,22 +57,12 @@ def fractions(option: str, text: str) -> list[float]:
     return list(dict.fromkeys(out))
 
 
-def fraction(option: str, text: str) -> float:
-    """Parse one fraction."""
-    return checked(option, text, parse_fraction)
-
-
 def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
     """Return a parsed text; errors name the option."""
     try:
         return parse(text)
     except InputError as error:
         raise InputError(f"{option} {text!r}: {error}") from None
-
-
-def speedup_target(option: str, text: str) -> float:
-    """Parse a speedup such as ``1.5`` or ``1.5x``."""
-    return checked(option, text, parse_ratio)
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
@@ -95,7 +78,6 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
-    """Parse a name and a value."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (name and equals and value):
         raise InputError(f"{option} {text!r}: expected {expected}")

@@ -30,18 +30,20 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("gemm", "gemm:gemm"),
     ("speedup", "speedup:speedup"),
     ("serve", "serve:command"),
-    ("explain", "explain:explain"),
+    ("explain", "speedup:explain"),
     ("methods", "catalogue:methods"),
-    ("advise", "advise:command"),
+    ("advise", "search:advise"),
     ("costs", "search:costs"),
     ("search", "search:search"),
-    ("sweep", "sweep:command"),
+    ("sweep", "report:sweep"),
     ("pareto", "pareto:pareto"),
     ("explore", "report:explore"),
     ("report", "report:report"),
 )
 
-# replacements of commands, and of options ("COMMAND --option"), that version 0.3 had; one release names them
+EVIDENCE = "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks"
+
+# what replaces commands and options ("COMMAND --option") of version 0.3; one release names them
 REMOVED: Mapping[str, str] = {
     "import": "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map NAME=COLUMN",
     "measure": "use prunesim calibrate DEVICE -o RUN --measure-only",
@@ -59,13 +61,10 @@ REMOVED: Mapping[str, str] = {
     "report --price": "use prunesim serve --price",
     "search --html": "use --figure FILE (.svg, .pdf or .png) and --json",
     "sweep --where": "use pandas.read_parquet(FOLDER).query(TEXT)",
-    **dict.fromkeys(
-        (
-            f"validate --{name}"
-            for name in ("protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure")
-        ),
-        "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks",
-    ),
+    **{
+        f"validate --{name}": EVIDENCE
+        for name in ["protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure"]
+    },
     "validate --html": "use --markdown FILE",
 }
 
@@ -168,7 +167,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    """Print one line to standard error."""
     print(one_line(f"prunesim: {' '.join(message.split())}"), file=sys.stderr)
     return status
 

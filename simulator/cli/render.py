@@ -47,8 +47,6 @@ BOTTLENECKS_SHORT: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: a title (may have several lines), cells of text, alignment, and a style per cell."""
-
     title: str
     cells: Sequence[str]
     right: bool = True
@@ -56,22 +54,18 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Number of characters of the widest line."""
         return max(len(line) for text in (self.title, *self.cells) for line in text.split("\n"))
 
 
 def width() -> int:
-    """Return the number of columns of standard output."""
     return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else PIPED_WIDTH
 
 
 def table_width(columns: Sequence[Column]) -> int:
-    """Return the width of a table in characters."""
     return sum(c.width for c in columns) + 2 * (len(columns) - 1)
 
 
 def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) -> list[Column]:
-    """Return the columns of a table of ``rows`` from titles and functions of a row; "<" before a title aligns left."""
     return [
         Column(title.removeprefix("<"), [str(text(row)) for row in rows], not title.startswith("<"))
         for title, text in described
@@ -87,7 +81,6 @@ def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
 
 
 def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Column]:
-    """Return the first layout that fits, or the last."""
     columns: list[Column] = []
     for columns in layouts:
         if table_width(columns) <= available:
@@ -143,10 +136,8 @@ def conclude(*paragraphs: str) -> None:
 
 
 def notes(lines: Iterable[str], verbose: bool = False) -> None:
-    """Print notes to standard error, the most important first: with ``verbose`` all, else :data:`MOST_NOTES`.
-
-    Notes that state the same of several subjects ("A: text", "B: text") become one. A run calls this once.
-    """
+    """Print notes to standard error, the most important first: with ``verbose`` all, else :data:`MOST_NOTES`. Notes
+    that state the same of several subjects ("A: text", "B: text") become one. A run calls this once."""
     found = same_together(lines)
     shown = found if verbose else found[:MOST_NOTES]
     more = f" ({len(found) - len(shown)} more with --verbose)" if len(found) > len(shown) else ""
@@ -164,12 +155,10 @@ def same_together(lines: Iterable[str]) -> list[str]:
 
 
 def status(text: str) -> None:
-    """Print one line on the progress of a long command to standard error."""
     print("status:", one_line(" ".join(text.split())), file=sys.stderr)
 
 
 def interval(found: Any) -> str:
-    """Return a speedup with its interval as text."""
     return f"{ratio(found.speedup)} ({ratio(found.speedup_lower)}-{ratio(found.speedup_upper)})"
 
 

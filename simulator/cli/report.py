@@ -1,4 +1,5 @@
-"""``prunesim report`` and ``explore``: write predictions as one HTML file, serve the page on this machine."""
+"""``prunesim sweep``, ``report`` and ``explore``: write a grid of predictions as Parquet files, or predictions as one
+HTML file; serve the page on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from simulator.cli import options, render
-from simulator.cli.options import opt
+from simulator.cli.options import arg, opt
 from simulator.errors import InputError, needs_extra
 
 HOST = "127.0.0.1"
@@ -27,6 +28,37 @@ SERVER = {
     "client.showErrorDetails": "none",
     "client.toolbarMode": "minimal",
 }
+
+
+# fmt: off
+def sweep(
+    grid: Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")],
+    output: Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")],
+    jobs: Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")] = None,
+    scheduler: Annotated[str | None, opt(
+        "--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")] = None,
+    most: Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")] = 100_000_000,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    # fmt: on
+    """Predict every combination of a grid.
+
+    Run the command again to resume a sweep that was stopped or killed. Prints the number of rows of the dataset.
+    """
+    from simulator.prediction.sweep import write_sweep
+
+    if scheduler is not None and jobs is not None:
+        raise InputError("--jobs and --scheduler: expected one of them")
+    if jobs is None:
+        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with render.progress("predicting") as report:
+        done = write_sweep(grid, output, jobs=jobs, scheduler=scheduler, progress=report, most=most)
+    if render.Output(json).write([vars(done)]):
+        again = f", {done.resumed_parts} of {done.parts} parts from an earlier run" if done.resumed_parts else ""
+        counts = f"{done.rows:,} rows of {done.configurations:,} configurations"
+        print(f"{done.folder}: {counts} in {render.seconds(done.seconds)}{again}")
+        render.notes(done.notes, verbose)
 
 
 @options.expanded()
@@ -49,8 +81,7 @@ def report(
         raise InputError(f"{output}: expected a name that ends in .html")
     check_target(output)
     from simulator.explore.content import command as line
-    from simulator.explore.content import commands, content
-    from simulator.explore.report import report_html
+    from simulator.explore.content import commands, content, report_html
 
     asked = run.asked(model)
     found = content({"models": model, "hardware": devices.profiles, **prunings.parsed(), **asked.settings})

@@ -1,10 +1,12 @@
-"""``prunesim search`` and ``costs``: choose a variant of each layer under targets, price every variant."""
+"""``prunesim advise``, ``search`` and ``costs``: find the least pruning that reaches a target, choose a variant of each
+layer under targets, price every variant."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,17 +18,16 @@ from simulator.units import parameters, parse_parameters, parse_quantity, parse_
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs
     from simulator.plans.search import Plan, PlanPoint
-    from simulator.plans.solve import Targets
+    from simulator.prediction.advise import Advised
 
+MOST_FAMILIES = 5  # rows of the table of one setting without --verbose
 MOST_POINTS = 8  # plans of the frontier in the table without --verbose
-MOST_ROWS = 24  # of the table of costs without --verbose
+MOST_ROWS = 24  # rows of the table of costs without --verbose
 
 
 # fmt: off
 @dataclass(frozen=True)
 class Scored:
-    """Options of the variants and their scores."""
-
     scores: Annotated[str | None, opt(
         "--scores", "FILE", "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of Puzzletron's "
         "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")] = None
@@ -38,37 +39,126 @@ class Scored:
         "--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")] = None
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Options of the targets."""
+_seconds = partial(parse_quantity, unit="s")
+PARSERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
+    "target": ("speedup", parse_ratio),
+    "latency": ("latency_s", _seconds),
+    "ttft": ("ttft_s", _seconds),
+    "tpot": ("tpot_s", _seconds),
+    "memory": ("memory_bytes", partial(parse_quantity, unit="B")),
+    "params": ("parameters", parse_parameters),
+}
+"""Option -> the name of its target, and the parser of its text."""
 
+
+@dataclass(frozen=True)
+class Aim:
     target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None
     latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None
     tokens_per_s: Annotated[float | None, opt(
         "--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")] = None
+    confidence: Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")] = 0.5
+
+    def parsed(self) -> dict[str, float]:
+        """Return the targets by their names in Python."""
+        texts = {option: text for option in PARSERS if (text := getattr(self, option, None)) is not None}
+        found = {PARSERS[n][0]: parsing.checked(f"--{n}", text, PARSERS[n][1]) for n, text in texts.items()}
+        return found if self.tokens_per_s is None else found | {"tokens_per_s": self.tokens_per_s}
+
+
+@dataclass(frozen=True)
+class Wanted(Aim):
     ttft: Annotated[str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")] = None
     tpot: Annotated[str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")] = None
     memory: Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")] = None
     params: Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")] = None
-    confidence: Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")] = 0.5
-
-    def parsed(self) -> Targets:
-        """Return the targets."""
-        from simulator.plans.solve import Targets
-
-        parsers: dict[str, Callable[[str], float]] = {
-            **dict.fromkeys(("latency", "ttft", "tpot"), lambda text: parse_quantity(text, "s")),
-            "target": parse_ratio,
-            "memory": lambda text: parse_quantity(text, "B"),
-            "params": parse_parameters,
-        }
-        given = {n: parsing.checked(f"--{n}", text, parse) for n, parse in parsers.items()
-                 if (text := getattr(self, n)) is not None}
-        names = {"target": "speedup", "memory": "memory_bytes", "params": "parameters"}
-        found = {names.get(n, f"{n}_s"): value for n, value in given.items()}
-        return Targets(**found, tokens_per_s=self.tokens_per_s, confidence=self.confidence)
 
 
+@options.expanded("csv", "figure")
+def advise(
+    model: options.Model,
+    devices: options.Devices = options.DEVICES,
+    aim: Aim = Aim(),
+    family: Annotated[str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")] = None,
+    write: Annotated[str | None, opt(
+        "--write", "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.")] = None,
+    run: options.Run = options.RUN,
+    out: options.Output = options.OUTPUT,
+) -> None:
+    # fmt: on
+    """Find the least sparsity of each family, and of depth with width, that reaches a target.
+
+    Begins with the least pruning and its probability, or with the closest pruning. The table has the best families of
+    one device, engine and request, or the best family of each of several; --verbose prints every family. For a plan
+    per layer use prunesim search.
+    """
+    from simulator.prediction.advise import Target
+    from simulator.prediction.advise import advise as advised
+    from simulator.prediction.sentences import of_advice, uncalibrated
+
+    asked = run.asked(model)
+    if len(given := aim.parsed()) != 1:
+        raise InputError("--target, --latency, --tokens-per-s: expected one of them")
+    target = Target(**given)
+    names = None if family is None else parsing.names("--family", family)
+    found = advised(model, devices.profiles, target, names, probability=aim.confidence, **asked.settings)
+    written = _configurations(write, model, found) if write else []
+    if not render.Output(out.json).write(found.rows()):
+        return
+    render.conclude(" ".join(filter(None, of_advice(found, target))))
+    _families(found, out.verbose)
+    results = [a.result for a in found.advice if out.verbose or a.reached]
+    render.notes((*asked.notes, *written, *uncalibrated(results), *found.notes), out.verbose)
+
+
+def _families(found: Advised, verbose: bool) -> None:
+    from simulator.prediction.sentences import probability_text, settings_of
+
+    groups = settings_of(found.advice)
+    one = len(groups) == 1
+    shown = [a for a in found.advice if a.reached][:MOST_FAMILIES] if one else [group[0] for group in groups.values()]
+    rows = found.advice if verbose else shown or found.advice[:1]
+    if not rows:
+        return
+    columns = render.columns(
+        rows,
+        ("<setting", lambda a: a.result.request),
+        ("<least pruning", lambda a: a.result.pruning),
+        ("realised", lambda a: render.percent(a.result.realised_sparsity)),
+        ("<target", lambda a: "reached" if a.reached else "missed"),
+        ("speedup", lambda a: render.interval(a.result)),
+        ("probability", lambda a: probability_text(a.probability)),
+        ("time", lambda a: render.seconds(a.result.pruned_s)),
+        ("<bottleneck", lambda a: a.result.bottleneck),
+    )
+    render.show(render.narrowed(columns[1:] if one else columns, 5))
+
+
+def _configurations(folder: str, model: str, found: Advised) -> list[str]:
+    """Write the configurations of the families that reach the target in the one setting; return notes on the files."""
+    from simulator.models.changes import write_config
+    from simulator.prediction.runnable import config_of
+    from simulator.prediction.sentences import settings_of
+    from simulator.pruning import FAMILIES
+
+    if (many := len(settings_of(found.advice)) + len(found.dense)) > 1:
+        raise InputError(f"--write: expected one device, engine and request, got {many}")
+    written, notes = [], []
+    for r in (a.result for a in found.advice if a.reached):
+        if any(FAMILIES[name].loading != "config" for name in r.family.split("+")):
+            continue
+        try:
+            content = config_of(model, r)
+        except InputError as error:
+            notes.append(f"{r.family}: not written: {error}")
+            continue
+        write_config(Path(folder) / r.family, content)
+        written.append(r.family)
+    first = f"written: {folder}/{{{','.join(written)}}}/config.json" if written else f"{folder}: nothing is written"
+    return [first, *notes]
+
+
+# fmt: off
 @options.expanded("csv", "ideal")
 def search(
     model: options.Model,
@@ -92,10 +182,14 @@ def search(
     output = render.Output(out.json, None, [out.figure])
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")
+    if not (given := wanted.parsed()):
+        others = "--latency, --tokens-per-s, --ttft, --tpot, --memory or --params"
+        raise InputError(f"--target: expected a target, such as --target 1.3x, or {others}")
     from simulator.plans.search import search as chosen
+    from simulator.plans.solve import Targets
 
-    asked = run.asked(model)
-    plan = chosen(model, devices.profiles, wanted.parsed(), **asdict(scored), **asked.settings)
+    asked, targets = run.asked(model), Targets(**given, confidence=wanted.confidence)
+    plan = chosen(model, devices.profiles, targets, **asdict(scored), **asked.settings)
     lines = list(asked.notes)
     if write:
         from simulator.plans.write import write_plan
@@ -120,7 +214,6 @@ def search(
 
 
 def _conclusion(plan: Plan) -> list[str]:
-    """Return the conclusion: the plan, then what a plan by parameters loses."""
     from simulator.prediction.sentences import speedup_text
 
     first, dense = plan.results[0], plan.results[0].model
@@ -140,7 +233,6 @@ def _conclusion(plan: Plan) -> list[str]:
 
 
 def _layers(plan: Plan) -> None:
-    """Print the plan, equal neighbouring layers in one row."""
     from itertools import groupby
 
     from simulator.display import runs
@@ -176,7 +268,6 @@ def _targets(plan: Plan) -> None:
 
 
 def _others(plan: Plan) -> None:
-    """Print the plan next to those of other rules."""
     chosen = next(point for point in plan.frontier if point.chosen)
     rows: list[tuple[str, PlanPoint, bool]] = [("time, this search", chosen, True)]
     rows += [(a.rule, a.point, a.meets) for a in plan.alternatives]
@@ -193,7 +284,6 @@ def _others(plan: Plan) -> None:
 
 
 def _frontier(plan: Plan, verbose: bool) -> None:
-    """Print the frontier, thinned without --verbose."""
     points = list(plan.frontier)
     if len(points) > MOST_POINTS and not verbose:
         step = (len(points) - 1) / (MOST_POINTS - 1)
@@ -318,11 +408,10 @@ def _together(found: Costs) -> list[dict[str, Any]]:
         layers.setdefault(values, []).append(row["layer"])
         rows.setdefault(values, row | {"share": row["seconds"] / dense if dense else 0.0})
     together = [row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-"} for key, row in rows.items()]
-    return [row for row in together if row["variant"] != "none"]  # which costs nothing
+    return [row for row in together if row["variant"] != "none"]  # a removed part costs nothing
 
 
 def _shares(found: Costs) -> str:
-    """Return the shares of attention, MLPs and the rest in a pass of the first setting."""
     first = [row for row in found.rows[: len(found) // len(found.settings)] if row["variant"] == "dense"]
     whole = sum(row["seconds"] for row in first)
     names = ("attention", "mlp", "outside")

@@ -6,12 +6,14 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.request import SETTINGS
+from simulator.units import parse_quantity
 
 if TYPE_CHECKING:
     from simulator.prediction.service import OperatingPoint, Service
@@ -23,8 +25,6 @@ MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most 
 # fmt: off
 @dataclass(frozen=True)
 class Server:
-    """Options of the service."""
-
     concurrency: Annotated[int | None, opt(
         "--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
         "Default: the most that fit the dense model.")] = None
@@ -35,7 +35,7 @@ class Server:
         "--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")] = None
 
 
-# a server has a concurrency of its own
+# a server has its own concurrency
 LOAD: options.Run = options.run_options(*(name for name in SETTINGS if name not in ("phase", "batch", "dense_s")))
 
 
@@ -64,12 +64,13 @@ def command(
     asked = run.asked()
     if len(asked.settings["seq"]) != 1:
         raise InputError(f"--seq {run.text('seq')!r}: expected one length")
-    limits = {"ttft": server.ttft, "tpot": server.tpot}
+    seconds, texts = partial(parse_quantity, unit="s"), {"ttft": server.ttft, "tpot": server.tpot}
+    limits = {n: parsing.checked(f"--{n}", text, seconds) for n, text in texts.items() if text is not None}
     found = serve(
         model,
         devices.profiles,
         concurrency=server.concurrency,
-        **{f"{n}_s": None if text is None else parsing.duration(f"--{n}", text) for n, text in limits.items()},
+        **{f"{n}_s": limit for n, limit in limits.items()},
         probability=server.confidence,
         price=server.price,
         **prunings.parsed(),
@@ -135,7 +136,6 @@ def _print_one(service: Service, verbose: bool) -> None:
 
 
 def _print_rows(services: Sequence[Service]) -> None:
-    """Print the best pruning of each service at equal memory, and within limits, one service per row."""
     from simulator.prediction.sentences import LIMITS, MEMORY, ranked
 
     limited = LIMITS if LIMITS in services[0].kinds else MEMORY

@@ -1,24 +1,27 @@
-"""``prunesim speedup``: print predicted speedups as text, JSON, CSV or figure."""
+"""``prunesim speedup`` and ``explain``: print predicted speedups, and the steps from a nominal to a predicted one."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
+from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from simulator.prediction.explain import Explanation
     from simulator.prediction.result import Result, Results
     from simulator.prediction.runnable import Runnable
     from simulator.prediction.sentences import BreakEven
 
-# sentences on break-even, one for each pruning, device, engine and phase; of more the fastest is stated
+# most sentences on break-even; of more prunings only the fastest is stated
 MOST_SENTENCES = 8
 
-MOST_COLUMNS = 3  # batches or lengths from which they are rows of a table, not tables of their own
+MOST_COLUMNS = 3  # from so many batches or lengths on, they are rows of one table
 
 # characters of the first two columns of a table over batches or lengths, and of the column of a pruning
 AXIS_COLUMNS, PRUNING_COLUMNS = 30, 19
@@ -90,7 +93,6 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
 
 def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
-    """Return whether the engine runs a model, and how many sequences fit, as the end of a sentence."""
     from simulator.prediction.sentences import runs_clause, unaligned
 
     runs = runs_clause(answer) if answer else ""
@@ -102,11 +104,9 @@ def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
 
 def _print_over(even: Sequence[BreakEven]) -> None:
     """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
-    from simulator.prediction.requests import batch_name
+    from simulator.prediction.requests import batch_name, by_key
 
-    groups: dict[str, list[BreakEven]] = {}
-    for b in even:
-        groups.setdefault(b.where, []).append(b)
+    groups = by_key(even, lambda b: b.where)
     together = max(1, (render.width() - AXIS_COLUMNS) // PRUNING_COLUMNS)
     tables = [
         (where, all_of[i : i + together]) for where, all_of in groups.items() for i in range(0, len(all_of), together)
@@ -131,9 +131,11 @@ def _print_over(even: Sequence[BreakEven]) -> None:
 
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
-    """Print what each pruning removes of each part, and whether each engine runs it, each once."""
-    lines = dict.fromkeys(f"{r.pruning}: {r.parts}." for r in found if r.parts)
-    runs: dict[str, Runnable] = {}  # of several requests a no, else the first: answers differ by a gain only
+    """Print once per pruning what it removes of each part, and once per engine whether the engine runs it."""
+    from simulator.prediction.sentences import parts_line
+
+    lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
+    runs: dict[str, Runnable] = {}  # a request that does not run, else the first: the others differ only in a gain
     for r, answer in zip(found, answers):
         name = f"{r.pruning} in {r.engine}"
         runs[name] = answer if name not in runs or answer.works is False else runs[name]
@@ -144,12 +146,11 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
     """Print one table per request, rows by family and sparsity, devices side by side."""
-    groups: dict[str, list[Result]] = {}
-    for r in results:
-        groups.setdefault(r.scenario, []).append(r)
+    from simulator.prediction.requests import by_key
+
     available = render.width()
     first = True
-    for title, group in groups.items():
+    for title, group in by_key(results, lambda r: r.scenario).items():
         for part in _chunks(group, available):
             if not first:
                 print()
@@ -225,7 +226,6 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
 
 
 def _kind(results: Sequence[Result]) -> str:
-    """Return the title of the column of row names."""
     if results[0].pruned or results[0].method:
         return "model" if results[0].pruned else "method"
     return "pruning" if any(r.family == r.prune for r in results) else "family"  # a row shows a text of --prune
@@ -246,7 +246,6 @@ def _style(r: Result | None) -> str:
 
 
 def _print_serving(results: Sequence[Result]) -> None:
-    """Print serving numbers: new tokens/s per device, latencies, the largest batch that fits."""
     waits = "; time to first token depends on how requests arrive" if results[0].phase == "serve" else ""
     for i, h in enumerate(dict.fromkeys(r.hardware for r in results)):
         mine = [r for r in results if r.hardware == h]
@@ -267,7 +266,6 @@ def _print_serving(results: Sequence[Result]) -> None:
 
 
 def _print_memory(results: Sequence[Result]) -> None:
-    """Print the memory of the dense and the pruned models against each device's capacity."""
     hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     first = results[0]
@@ -287,3 +285,114 @@ def _print_memory(results: Sequence[Result]) -> None:
         columns.append(render.Column("largest\nbatch", most))
     per_device = " of each device" if first.devices > 1 else ""
     render.show(render.narrowed(columns, 4), f"memory{per_device}: weights, cache, activations")
+
+
+# fmt: off
+@options.expanded("csv")
+def explain(
+    model: options.Model,
+    devices: options.Devices = options.DEVICES,
+    prunings: options.Prunings = options.PRUNINGS,
+    run: options.Run = options.RUN,
+    roofline: Annotated[str | None, opt(
+        "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")] = None,
+    out: options.Output = options.OUTPUT,
+) -> None:
+    # fmt: on
+    """Explain where a nominal speedup is lost.
+
+    Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps lead from the nominal
+    speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side by side. With
+    more than three predictions only the sentences are printed, and the steps with --verbose.
+    """
+    output = render.Output(out.json, figures=[out.figure, roofline])
+    if prunings.family is not None and "," in prunings.family:
+        raise InputError(f"--family {prunings.family!r}: expected one family to explain")
+    from simulator.prediction.explain import explanations
+    from simulator.prediction.prunings import readable
+    from simulator.prediction.requests import by_key
+    from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
+
+    asked, given = run.asked(model), prunings.parsed()
+    given["pruned"], skipped = readable(given.get("pruned", ()))
+    found = explanations(model, devices.profiles, **given, **asked.settings)
+    rows = [
+        {**e.result.to_dict(), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
+        for e in found
+    ]
+    if output.write(rows):
+        render.conclude(*conclusions(found))
+        many = len(found) > MOST_SENTENCES
+        if many:
+            for e in found:
+                print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
+        # engines side by side
+        same = attrgetter(*(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning")))
+        groups = by_key(found if out.verbose or not many else (), same)
+        for i, together in enumerate(groups.values()):
+            if i:
+                print()
+            _print_waterfalls(together)
+        render.notes([*asked.notes, *skipped, *_notes(found)], out.verbose)
+    if out.figure or roofline:
+        from simulator.figures.gemms import rooflines_of
+        from simulator.figures.style import save_figure
+        from simulator.figures.waterfall import waterfalls_of
+
+        if out.figure:
+            save_figure(waterfalls_of(found), out.figure)
+        if roofline:
+            save_figure(rooflines_of(found), roofline)
+
+
+def _notes(found: Sequence[Explanation]) -> list[str]:
+    from simulator.prediction.sentences import (
+        assumed_link,
+        difference_lines,
+        experts_assumed,
+        inferred_line,
+        uncalibrated,
+    )
+
+    lines = []
+    for e in found:
+        if e.inferred is not None and e.dense_s is not None:
+            lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
+    lines += uncalibrated(e.result for e in found)
+    assumed = (note for e in found for note in (assumed_link(e.hardware, e.dense), experts_assumed(e.dense)))
+    lines += dict.fromkeys(filter(None, assumed))
+    return lines + [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
+
+
+def _print_waterfalls(together: Sequence[Explanation]) -> None:
+    """Print the waterfalls of some engines next to each other, with times and bounds."""
+    from simulator.prediction.sentences import NOTABLE, parts_line
+
+    available, first, several = render.width(), together[0], len(together) > 1
+    names = [step.name for step in first.steps]
+    columns = [render.Column("step", names, right=False)]
+    for e in together:
+        above = f"{e.result.engine}\n" if several else ""
+        factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
+        colors = ["red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in e.steps[1:]]
+        columns.append(render.Column(f"{above}factor", factors, styles=["", *colors]))
+        columns.append(render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps]))
+    shown, room = columns, available - render.table_width(columns) - 2
+    if room >= 20:
+        notes = [step.note for step in first.steps]
+        cut = [note if len(note) <= room else f"{note[: room - 3].rstrip()}..." for note in notes]
+        shown = [*columns, render.Column("meaning", cut, right=False)]
+    r = first.result
+    title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
+    name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
+    render.show(shown, f"{name}, {r.hardware}: {title}")
+    if r.parts:
+        print()
+        print(textwrap.fill(f"removed: {parts_line(r)}", available, subsequent_indent="  ", break_on_hyphens=False))
+    print()
+    for e in together:
+        r = e.result
+        dense = render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)
+        pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
+        print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
+    print(f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}")

@@ -29,7 +29,7 @@ from simulator.units import parse_fraction
 
 # Comments, because Streamlit shows strings: values of one field, and predictions of a request; commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000
-MOST_LETTERS = 2000  # of a setting in the address
+MOST_LETTERS = 2000  # letters of a setting in the address
 FAMILY, TEXT, CHECKPOINT = "families", "text", "checkpoint"  # what states the pruning
 
 
@@ -44,7 +44,6 @@ class Field(NamedTuple):
 
 
 def values(text: str, read: Callable[[str], Any]) -> list[Any]:
-    """Return the values of a comma list."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not 1 <= len(parts) <= MOST_VALUES:
         raise InputError(f"{one_line(text, 80)!r}: expected 1 to {MOST_VALUES} values separated by commas")
@@ -52,7 +51,6 @@ def values(text: str, read: Callable[[str], Any]) -> list[Any]:
 
 
 def fractions(text: str) -> list[float]:
-    """Return the sparsities of a comma list."""
     return values(text, lambda part: check_fraction(parse_fraction(part)))
 
 
@@ -113,7 +111,6 @@ OPENED: dict[str, Callable[[Path], Any]] = {
 
 
 def main() -> None:
-    """Draw the page."""
     st.set_page_config(page_title="prunesim", layout="wide")
     ignored = start()
     st.markdown("## How much faster will a pruned model be?")
@@ -163,7 +160,6 @@ def accepted(field: Field, given: Sequence[str]) -> Any:
 
 
 def keep() -> None:
-    """Write the settings that are not defaults into the address."""
     changed = {}
     for name, field in FIELDS.items():
         value = st.session_state[name]
@@ -173,7 +169,6 @@ def keep() -> None:
 
 
 def draw(name: str) -> None:
-    """Draw the widget of a setting."""
     field = FIELDS[name]
     shared: dict[str, Any] = {"key": name, "help": field.help}
     if isinstance(field.default, tuple):
@@ -189,7 +184,6 @@ def draw(name: str) -> None:
 
 
 def form() -> None:
-    """Draw the widgets of a request."""
     state = st.session_state
     for name in ("model", "hardware", "engine", "by"):
         draw(name)
@@ -220,7 +214,6 @@ def form() -> None:
 
 
 def open_files() -> None:
-    """Read the files of the typed paths."""
     state = st.session_state
     state.opened, state.problem = {}, ""
     try:
@@ -277,7 +270,6 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def show(found: PageContent, texts: dict[str, Any]) -> None:
-    """Show the content of a request."""
     write(found.answer, "font-size: 1.15rem; font-weight: 600")
     st.session_state.explained = found.detail.pruning
     st.selectbox("Explain", found.prunings, key="explained", on_change=choose)
@@ -308,7 +300,6 @@ def choose() -> None:
 
 
 def figure(drawing: Drawing) -> str:
-    """Return a figure as HTML; a figure that is wider than the screen scrolls."""
     wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
     title, sizes = escape(drawing.title), f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px"
     return (

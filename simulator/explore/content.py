@@ -1,4 +1,5 @@
-"""Predict what the page and the report show of one request: the answer, figures, a table, notes and commands."""
+"""Predict what the page and the report show of one request: the answer, figures, a table, notes and commands; write the
+report, one HTML file without scripts, which loads nothing."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from simulator._version import __version__
 from simulator.engines.engine import load_engine
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.speedup import speedups_of
@@ -17,28 +20,20 @@ from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.requests import batch_name, profiles
+from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import runnables
-from simulator.prediction.sentences import break_even, conclusions, of_speedups, runs_clause, uncalibrated
+from simulator.prediction.sentences import break_even, conclusions, of_speedups, parts_line, runs_clause, uncalibrated
 from simulator.prediction.table import table
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
 
-if TYPE_CHECKING:
-    from simulator.prediction.result import Result, Results
+MOST_SENTENCES = 8  # sentences on break-even; of more prunings the fastest is stated
+MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
-MOST_SENTENCES = 8
-"""Sentences on break-even; of more prunings the fastest is stated."""
-
-MOST_DETAILS = 4
-"""Devices and engines on which one pruning is explained."""
-
-_DRAWING = threading.Lock()
-"""Matplotlib's settings belong to the process, and each visitor of the page has a thread."""
+_DRAWING = threading.Lock()  # matplotlib's settings belong to the process, and each visitor of the page has a thread
 
 
 class Drawing(NamedTuple):
-    """A figure as an SVG element; ``width`` is its natural width in CSS pixels."""
-
     title: str
     svg: str
     width: int
@@ -46,19 +41,16 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True)
 class PageContent:
-    """Everything that is shown of a request."""
-
     answer: tuple[str, ...]
     facts: Mapping[str, str]  # what was asked
     rows: tuple[Result, ...]
     records: tuple[dict[str, Any], ...]  # the rows of prunesim speedup --json
-    details: tuple[Explanation, ...]  # of one pruning
+    details: tuple[Explanation, ...]  # explanations of one pruning
     parts: tuple[str, ...]  # what each named pruning removes, and whether each engine runs it
     notes: tuple[str, ...]
 
     @property
     def detail(self) -> Result:
-        """The first prediction that is explained."""
         return self.details[0].result
 
     @property
@@ -82,7 +74,6 @@ class PageContent:
 
     @property
     def prunings(self) -> tuple[str, ...]:
-        """Names of the prunings."""
         return tuple(dict.fromkeys(r.pruning for r in self.rows))
 
     @property
@@ -109,10 +100,8 @@ class PageContent:
 
 
 def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
-    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``.
-
-    The fastest pruning is explained if none is called so.
-    """
+    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``. The
+    fastest pruning is explained if none is called so."""
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())
@@ -123,7 +112,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
         answer = of_speedups(found.rows, [runs_clause(a) for a in answers] if named else ())
     parts: dict[str, str] = {}
     if named:
-        parts |= {f"{r.pruning}: removes {r.parts}.": "" for r in found if r.parts}
+        parts |= {f"{r.pruning}: removes {parts_line(r)}.": "" for r in found if r.parts}
         parts |= {f"{r.pruning} in {r.engine}: will it run? {a.sentence}": "" for r, a in zip(found, answers)}
     return PageContent(
         answer=tuple(answer),
@@ -155,7 +144,6 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
 
 
 def _facts(rows: Sequence[Result]) -> dict[str, str]:
-    """Return the settings of all rows, each value once."""
     r = rows[0]
     listed = {
         "Model": [model_title(r.model) for r in rows],
@@ -172,14 +160,12 @@ def _facts(rows: Sequence[Result]) -> dict[str, str]:
 
 
 def cell(value: Any) -> str:
-    """Return a value of :attr:`PageContent.table` as text."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else ratio(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def command(name: str, model: str, options: Mapping[str, Any]) -> str:
-    """Return a command line; ``options`` are texts by name, and empty ones are omitted."""
     words = ["prunesim", name, model]
     for option, value in options.items():
         flag = f"--{option.replace('_', '-')}"
@@ -190,9 +176,47 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
 
 
 def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list[str]:
-    """Return the command lines that print the table and the explanations."""
     alone = dict.fromkeys(("family", "method", "sparsity", "option"))
     r = found.detail
     explained = {**options, **alone, "phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
     explained |= {"prune": [r.prune]} if r.prune else {}
     return [command("speedup", model, options), command("explain", model, explained)]
+
+
+MOST_BYTES = 1_000_000  # size of a report; figures that exceed it are omitted with a note
+MOST_ROWS = 500  # rows of the table
+
+
+def report_html(found: PageContent, commands: Sequence[str]) -> str:
+    notes = list(found.notes)
+    if (more := len(found.rows) - MOST_ROWS) > 0:
+        notes.append(f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more")
+    page = _rendered(found, commands, (), notes)
+    drawings: list[Drawing] = []
+    left = MOST_BYTES - len(page.encode()) - 2_000 * len(found.drawings)
+    for drawing in found.drawings:
+        if len(drawing.svg.encode()) < left:
+            drawings.append(drawing)
+            left -= len(drawing.svg.encode())
+        else:
+            notes.append(f"figure {drawing.title}: omitted, too large; request fewer predictions, or use --figure FILE")
+    return _rendered(found, commands, drawings, notes)
+
+
+def _rendered(found: PageContent, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    columns = {name: values[:MOST_ROWS] for name, values in found.table.items()}
+    return environment.get_template("report.html").render(
+        found=found,
+        commands=commands,
+        drawings=drawings,
+        notes=notes,
+        columns=columns,
+        rows=list(zip(*columns.values())),
+        cell=cell,
+        version=__version__,
+    )

@@ -45,8 +45,6 @@ COLUMNS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class PricedRequest:
-    """A device with a request."""
-
     request: Request
     hw: HardwareProfile
 
@@ -66,14 +64,12 @@ class PricedRequest:
 
 
 def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]) -> list[PricedRequest]:
-    """Return every request that the settings state on every device."""
     requests = requests_of([model], settings)
     check_measured(requests, hardware)
     return [PricedRequest(on([one], hw)[0], hw) for one in requests for hw in hardware]
 
 
 def planned(model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None) -> ModelConfig:
-    """Return the model with other layers."""
     own = model.windows if windows is None else tuple(windows)
     return replace(model, blocks=tuple(blocks), layers=len(blocks), windows=own)
 
@@ -93,7 +89,7 @@ def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, Fl
 
 
 def grouped(model: ModelConfig, blocks: Sequence[Block]) -> ModelConfig:
-    """Return a model with the same layers, equal ones next to each other: the same cost, from fewer rows."""
+    """Return a model with equal layers next to each other, which costs the same and has fewer rows."""
     order = sorted(range(len(blocks)), key=lambda i: (model.windows[i], repr(blocks[i])))
     return planned(model, [blocks[i] for i in order], [model.windows[i] for i in order])
 
@@ -105,11 +101,10 @@ class Probes:
     library: Library
     models: tuple[ModelConfig, ...]  # the dense model, the base, then the others
     at: Mapping[tuple[int, str, Block], tuple[int, int]]  # (class, sublayer, variant): models with, without
-    classes: tuple[int, ...]  # of each layer: the first layer that is equal
+    classes: tuple[int, ...]  # for each layer: the first layer that equals it
 
     @classmethod
     def of(cls, library: Library, base: Sequence[Block]) -> Probes:
-        """Return the probes of all variants."""
         model = library.model
         models, at = [model, grouped(model, base)], dict[tuple[int, str, Block], tuple[int, int]]()
         keys = list(zip(model.layout, model.windows))
@@ -136,7 +131,6 @@ class Probes:
         return cls(library, tuple(models), at, tuple(known[key] for key in keys))
 
     def prices(self, values: FloatArray) -> tuple[FloatArray, ...]:
-        """Return the prices of the variants of each layer, from the values of all models."""
         found: dict[tuple[int, tuple[Block, ...]], FloatArray] = {}
         for first, own in zip(self.classes, self.library.layers):
             if (first, own) not in found:
@@ -254,7 +248,6 @@ def costs(
 
 
 def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
-    """Return the columns of one setting."""
     model, layout = probes.library.model, probes.library.model.layout
     batch = WorkloadBatch.of([at.lower(one) for one in probes.models])
     p = forward_passes(batch, at.hw, at.request.level)
@@ -299,11 +292,9 @@ def _intervals(
     there: IndexArray,
     gone: IndexArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of the intervals of differences of passes, by first layer, sublayer and variant.
-
-    Errors of the device are those of the sublayer's own operators, as the others cancel in the difference. The host
-    differs at the ends of its speeds. Both are combined as a root of sum of squares.
-    """
+    """Return the ends of the intervals of differences of passes, by first layer, sublayer and variant. Errors of the
+    device are those of the sublayer's own operators, as the others cancel in the difference. The host differs at the
+    ends of its speeds. Both are combined as a root of sum of squares."""
     level, half = at.request.level, np.zeros(len(kinds))
     own = [_operators(at, model, *kind) for kind in kinds]
     if some := [i for i, w in enumerate(own) if len(w)]:
@@ -322,7 +313,6 @@ def _intervals(
 
 
 def _operators(at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
-    """Return the operators of one sublayer of one layer."""
     if at.request.parallel == "pipeline":  # a stage computes a layer as one device does
         at = replace(at, request=replace(at.request, devices=1, link=None))
     w = at.lower(planned(model, [part], [model.windows[layer]]))

@@ -10,7 +10,10 @@ dense one.
   ignored.
 - YAML with lists of choices, of all layers (``mlp: [dense, 7168, none]``) and of some
   (``layers: {0-1: {mlp: [dense]}}``).
-- Puzzle's ``block_library.json``, and the folder of Puzzletron's validations (:mod:`simulator.plans.puzzle`).
+- What NVIDIA's architecture searches measured: Puzzle's ``block_library.json`` (arXiv 2411.19146), an object
+  ``layer_0``, ``layer_1``, ... of variants with ``stats`` and ``metrics``; and the folder of ModelOpt's Puzzletron with
+  its validations of single replacements, ``*solution*.json``, and ``teacher.json``, the scores of the dense model.
+  Lower scores are better: an accuracy ``x`` becomes ``one_minus_x``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,16 +34,165 @@ from simulator.arrays import FloatArray
 from simulator.display import runs
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml
+from simulator.models.architectures import Reader, read_block
 from simulator.models.config import Block, ModelConfig
 from simulator.models.library import load_model
-from simulator.plans.puzzle import MOST_BYTES, Entry, read_puzzle, read_validations
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without
 from simulator.units import percent
 
+MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 3 MB as JSON
+MOST_FILES = 10_000  # a folder has a file per variant, with all layers and the scores of all samples
+MOST_FOLDER_BYTES = 2_000_000_000
+RUNTIME = "runtime_ms"  # the only cost of Puzzle that is read: a search compares its plan with one by these times
+
+_LAYER = re.compile(r"layer_(\d{1,5})", re.ASCII)
+_TEACHER = "teacher.json"
+_DERIVED = "one_minus_"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a library, whatever its format: a variant of a layer with its values, and its place in the file."""
+
+    place: str
+    layer: int
+    block: Block
+    values: Mapping[str, float]
+
+
+def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entry]:
+    """Yield the variants in Puzzle's library with scores and times; names round widths, so the sizes count."""
+    root = parse_bounded(content, label, MOST_BYTES)
+    names = {} if not isinstance(root, Mapping) else {name: _LAYER.fullmatch(name) for name in root}
+    if not names or None in names.values():
+        wanted = "Puzzle's block_library.json (layer_0, layer_1, ...), or the folder of Puzzletron's validations"
+        raise InputError(f"{label}: expected {wanted}")
+    _check(model, label)
+    for name, found in names.items():
+        own, layer = _object(root[name], label, f"{name}."), int(found[1]) if found else 0
+        if layer >= model.layers:
+            raise InputError(f"{label}: {name}: expected layer_0 to layer_{model.layers - 1}")
+        dense = model.layout[layer]
+        if dense.experts:
+            raise InputError(f"{label}: {name}: expected a layer with an MLP, but {model.name} has experts in it")
+        for key in own.data:
+            of = _object(own.data[key], label, f"{name}.{one_line(key, 120)}.")
+            stats, metrics = of.part("stats"), of.part("metrics")
+            groups = stats.integer("num_kv_heads", low=0, high=dense.kv_heads)
+            inner = stats.integer("ffn_intermediate_size", low=0, high=dense.inner)
+            if groups and dense.heads % groups:
+                raise stats.fail("num_kv_heads", f"expected a divisor of {dense.heads} query heads, got {groups}")
+            block = replace(dense, kv_heads=groups) if groups else without("attention", dense)
+            block = replace(block, inner=inner) if inner else without("mlp", block)
+            times = {} if stats.data.get(RUNTIME) is None else {RUNTIME: _reading(stats, RUNTIME)}
+            scores = _scores((name, _reading(metrics, name)) for name in metrics.data)
+            yield Entry(_place(of), layer, block, times | scores)
+
+
+def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
+    """Return the variants in a folder of Puzzletron's validations of single replacements. The dense layers have the
+    scores in ``teacher.json``; distances from the dense model are 0 for them."""
+    found, left = [], MOST_FOLDER_BYTES
+    names = _names(folder)
+    _check(model, str(folder))
+    for name in names:
+        content = read_bounded(folder / name, MOST_BYTES)
+        left -= len(content)
+        if left < 0:
+            raise InputError(f"{folder}: expected files of at most {MOST_FOLDER_BYTES / 1e9:g} GB together")
+        of = _object(parse_bounded(content, str(folder / name), MOST_BYTES), str(folder / name), "")
+        if name != _TEACHER:
+            found.append(_validation(of, model))
+    if names[-1] == _TEACHER:
+        scores = dict.fromkeys((name for entry in found for name in entry.values), 0.0)
+        teacher = {name: 0.0 for name in scores if not name.startswith(_DERIVED)} | _averages(of)
+        measured = {entry.layer for entry in found if entry.block == model.layout[entry.layer]}
+        rest = (layer for layer in range(model.layers) if layer not in measured)
+        found += [Entry(_place(of), layer, model.layout[layer], teacher) for layer in rest]
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the sorted names of the validations in a folder; the file of the teacher is the last."""
+    names: list[str] = []
+    try:
+        with os.scandir(folder) as listed:
+            for at, file in enumerate(listed):
+                if at >= 10 * MOST_FILES or len(names) > MOST_FILES:
+                    raise InputError(f"{folder}: expected a folder of at most {MOST_FILES:,} validations")
+                if file.name == _TEACHER or ("solution" in file.name and file.name.endswith(".json")):
+                    names.append(file.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror or error}); expected a folder") from None
+    if not names or names == [_TEACHER]:
+        hint = "the folder single_sequence_replacement_solutions--validation of Puzzletron"
+        raise InputError(f"{folder}: has no files *solution*.json; expected {hint}")
+    return sorted(names, key=lambda name: (name == _TEACHER, name))
+
+
+def _validation(of: Reader, model: ModelConfig) -> Entry:
+    """Return the replacement that a validation measured: of a block, or of a sequence of one layer."""
+    solution, values = of.part("puzzle_solution"), _averages(of)
+    if "single_block_replacement" in solution.data:
+        one = solution.part("single_block_replacement")
+        key, index, config = "block_idx", one.data.get("block_idx"), one.part("block_config")
+    else:
+        one = solution.part("single_sequence_replacement")
+        key = "parent_layer_indices"
+        layers = one.value(key, None, "a list of one layer", lambda v: isinstance(v, list) and len(v) == 1)
+        (config,) = one.parts("child_block_configs", 1)
+        key, index = f"{key}[0]", layers[0]
+    layer = Reader({key: index}, one.source, one.place).integer(key, low=0, high=model.layers - 1)
+    dense = model.layout[layer]
+    block = read_block(config, dense, model.hidden)
+    for name in ("kv_heads", "inner", "experts", "expert_inner"):
+        if getattr(block, name) > (most := getattr(dense, name)):
+            raise InputError(f"{_place(config)}: {name}: expected at most {most}, got {getattr(block, name)}")
+    return Entry(_place(one), layer, block, values)
+
+
+def _averages(of: Reader) -> dict[str, float]:
+    parts = {name: of.part(name) for name, value in of.data.items() if isinstance(value, Mapping) and "avg" in value}
+    return _scores((name, _reading(part, "avg")) for name, part in parts.items())
+
+
+def _check(model: ModelConfig, label: str) -> None:
+    if model.latent is not None or model.delta is not None:
+        raise InputError(f"{label}: expected a model with key/value heads in all layers, got {model.name}")
+
+
+def _object(value: Any, label: str, place: str) -> Reader:
+    if not isinstance(value, Mapping):
+        where = f"{place.rstrip('.')}: " if place else ""
+        raise InputError(f"{label}: {where}expected an object, got {shown(value)}")
+    return Reader(value, label, place)
+
+
+def _place(of: Reader) -> str:
+    return f"{of.source}: {of.place}".rstrip(".: ")
+
+
+def _reading(of: Reader, key: str) -> float:
+    value = of.data.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise of.fail(one_line(key, 80), f"expected a finite number, got {shown(value)}")
+    return float(value)
+
+
+def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return scores whose lower values are better; scores that the file derives are derived again."""
+    found = {}
+    for name, value in numbers:
+        if not name.startswith(_DERIVED):
+            accuracy = "accuracy" in name
+            found[_DERIVED + name if accuracy else one_line(name, 80)] = 1.0 - value if accuracy else value
+    return found
+
+
 EXAMPLES = Path(__file__).with_name("examples")  # libraries that ship; a .md file next to each states its protocol
-MOST_VARIANTS = 4096  # of one layer
+MOST_VARIANTS = 4096  # variants of one layer
 
 ZERO_METRICS: tuple[str, ...] = ("kl", "mse", "cosine", "distance", "delta", "loss_increase", "score")
 """Parts of names of scores that are 0 for the dense model, so that its row may be missing."""
@@ -55,8 +208,6 @@ _NAMES = ("layer", *SUBLAYERS, *_ALIASES, "results", "protocol", "source")
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """Variants of the layers of a model, and values of each variant."""
-
     model: ModelConfig
     layers: tuple[tuple[Block, ...], ...]  # variants of each layer; the first is the dense layer
     values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)  # by layer and variant; NaN: unknown
@@ -67,7 +218,6 @@ class Library:
         return sum(map(len, self.layers))
 
     def texts(self, layer: int) -> list[tuple[str, str]]:
-        """Return the texts of attention and MLP of each variant of a layer."""
         dense = self.model.layout[layer]
         return [(text_of("attention", b, dense), text_of("mlp", b, dense)) for b in self.layers[layer]]
 
@@ -93,7 +243,7 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
         path = shipped
         if load_model(str(source)).layout != model.layout:
             raise InputError(f"scores: expected those of {model.name}, got those of {source}")
-    if os.path.isdir(path):  # those of pathlib raise OSError for names that are too long
+    if os.path.isdir(path):  # Path.is_dir raises OSError for names that are too long
         return library_of(read_validations(path, model), model, str(path))
     content = read_bounded(path, MOST_BYTES)
     if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
@@ -104,16 +254,13 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
 
 
 def generated_library(model: ModelConfig, devices: int = 1) -> Library:
-    """Return the usual variants of each layer (:func:`simulator.plans.variants.generated`)."""
     return Library(model, tuple(_product(model, dense, {}, devices) for dense in model.layout))
 
 
 def importance(model: ModelConfig) -> Library:
-    """Return the library of whole layers of a model, with published losses of depth pruning as score.
-
-    The shipped tables have the loss of a model by the fraction of its layers that was removed (ShortGPT, SLEB, LaCo),
-    not by layer. So these scores decide how many layers go. These papers remove deep layers first, except the last.
-    """
+    """Return the library of whole layers of a model, with published losses of depth pruning as score. The shipped
+    tables have the loss of a model by the fraction of its layers that was removed (ShortGPT, SLEB, LaCo), not by layer.
+    So these scores decide how many layers go. These papers remove deep layers first, except the last."""
     from simulator.prediction.quality import QualityRow, load_quality
 
     found: dict[tuple[str, str, str], dict[float, QualityRow]] = {}
@@ -153,9 +300,7 @@ def _product(
 
 def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...]]:
     """Return the name and the values of a library's scores: those of ``metric``, or "" for the only column that can be.
-
-    Times, sizes, memory and counts are never scores. InputError if several columns could be, or a value is missing.
-    """
+    Times, sizes, memory and counts are never scores. InputError if several columns could be, or a value is missing."""
     where = f"{library.source}: " if library.source else ""
     known = [name for name in library.values if not TIME.search(name) and not SIZE.search(name)]
     if not library.values:
@@ -178,8 +323,8 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
     return name, library.values[name]
 
 
-def _listed_names(names: Iterable[str], most: int = 8) -> str:
-    *first, last = list(names)[:most]
+def _listed_names(names: Iterable[str]) -> str:
+    *first, last = list(names)[:8]
     return f"{', '.join(first)} or {last}" if first else last
 
 
@@ -222,7 +367,6 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
 
 
 def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
-    """Yield the entries of a CSV."""
     header = set(table.header)
     for alias, name in _ALIASES.items():
         if alias in header and name in header:
@@ -234,7 +378,11 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
         try:
             values = {name: _number(name, cells[name]) for name in numbers if cells[name]}
             if cells.get("results"):
-                values |= _harness(folder, cells["results"])
+                from simulator.prediction.quality import read_results
+
+                _, found = read_results(folder, cells["results"])
+                # a loss is a rise
+                values |= {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
             for layer in _layers(cells["layer"], model.layers):
                 yield Entry(place, layer, _block(cells, model, layer), values)
         except InputError as error:
@@ -271,14 +419,6 @@ def _layers(text: str, many: int) -> range:
     if int(ends[1]) >= many:
         raise InputError(f"layer: expected numbers from 0 to {many - 1}, got {ends[1]}")
     return range(int(ends[0]), int(ends[1]) + 1)
-
-
-def _harness(folder: Path, name: str) -> dict[str, float]:
-    """Return the metrics in results of lm-evaluation-harness; a loss is a rise."""
-    from simulator.prediction.quality import read_results
-
-    _, found = read_results(folder, name)
-    return {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
 
 
 def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
@@ -365,11 +505,9 @@ def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...
 
 
 def combined(library: Library) -> Library:
-    """Return the library with variants of both sublayers of a layer, where it has them of either alone.
-
-    The value of both together is the sum of both changes: scores of single replacements are added here as they are over
-    layers. Layers that have a row with both changed stay as they are.
-    """
+    """Return the library with variants of both sublayers of a layer, where it has them of either alone. The value of
+    both together is the sum of both changes: scores of single replacements are added here as they are over layers.
+    Layers that have a row with both changed stay as they are."""
     layers, values = [], {name: list[FloatArray]() for name in library.values}
     for layer, own in enumerate(library.layers):
         texts = library.texts(layer)

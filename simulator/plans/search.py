@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from simulator.arguments import OneOrMore, flag
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig, indivisible
 from simulator.models.library import load_model
 from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
@@ -30,16 +31,11 @@ from simulator.prediction.result import Result
 from simulator.prediction.service import probability_of
 from simulator.units import ratio
 
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-
 MOST_POINTS = 24  # plans of a frontier
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The variant of a layer."""
-
     layer: int
     attention: str
     mlp: str
@@ -48,8 +44,6 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Reached:
-    """A target in a setting, and what the plan reaches."""
-
     hardware: str
     engine: str
     phase: str
@@ -58,13 +52,11 @@ class Reached:
     target: str  # name of the target
     wanted: float
     reached: float
-    probability: float  # of reaching it, from the prediction interval
+    probability: float  # probability of reaching the target, from the prediction interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanPoint:
-    """A plan and its prediction in the first setting."""
-
     score: float
     speedup: float
     speedup_lower: float
@@ -75,15 +67,12 @@ class PlanPoint:
 
     @classmethod
     def of(cls, score: float, own: Mapping[str, FloatArray], i: int, chosen: bool) -> PlanPoint:
-        """Return model ``i`` of some quantities."""
         times = {name: float(own[name][i]) for name in ("speedup", "speedup_lower", "speedup_upper", "pruned_s")}
         return cls(score=score, **times, parameters=int(own["parameters"][i]), chosen=chosen)
 
 
 @dataclass(frozen=True)
 class AlternativePlan:
-    """A plan that another rule chooses."""
-
     chosen_by: str  # parameters, FLOPs or library times
     budget: str  # "same": as much as the plan of the search; "targets": as much as meets the targets
     meets: bool  # all targets
@@ -91,7 +80,6 @@ class AlternativePlan:
 
     @property
     def rule(self) -> str:
-        """The measure of cost and the budget in words."""
         return f"{self.chosen_by}, {'as many' if self.budget == 'same' else 'until the targets are met'}"
 
 
@@ -285,7 +273,6 @@ def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Librar
 
 
 def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
-    """Return a target with what the plan reaches, and the probability of reaching it."""
     at, own = limit.at, next(q for s, q in zip(solver.settings, found.predicted) if s is limit.at)
     value = float(own[limit.quantity][1])
     reached = limit.as_target(value)

@@ -36,13 +36,13 @@ from simulator.plans.library import Library
 from simulator.prediction.requests import dense_seconds
 from simulator.units import parameters, ratio, seconds, size
 
-MOST_NODES = 5000  # of the search tree of one program; then the best choice so far and its gap count
+MOST_NODES = 5000  # nodes of the search tree of one program; beyond them the best choice so far is used
 FEW = 64  # variants beyond the best of each group that are tried first
-LARGE = 1e3  # ratio of a score to that of a whole choice beyond which a program is solved again without such variants
+LARGE = 1e3  # a program is solved again without scores above LARGE times that of a whole choice
 TIGHT = 1e-9  # largest relative excess of a limit
-COARSE = 3e-3  # relative gap of the programs that only lead to the plan next to which costs are set
+COARSE = 3e-3  # relative gap of programs whose plan is only the next base of costs
 MOST_STEPS = 16  # plans that are predicted before the best one that meets the targets is returned
-TIGHTER = 0.999  # factor on a limit that a plan misses again, beyond its excess
+TIGHTER = 0.999  # further factor on a limit that a plan misses again
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         if not self.given:
-            raise InputError(f"targets: expected at least one, such as --target 1.3x, of {', '.join(NAMES.values())}")
+            raise InputError(f"targets: expected at least one, such as speedup=1.3, of {', '.join(NAMES.values())}")
         for name, value in self.given.items():
             if not 0.0 < value < 1e18:
                 raise InputError(f"target {NAMES[name]}: expected a positive number, got {value:g}")
@@ -128,13 +128,11 @@ _ENDS = {f"{name}_s": (f"{name}_lower", f"{name}_upper") for name in ("pruned", 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on a quantity of the pruned model in a setting."""
-
     target: str
-    value: float  # of the target
+    value: float  # requested value of the target
     at: PricedRequest
     quantity: str
-    most: float  # of the quantity
+    most: float  # largest value of the quantity
 
     def reached(self, found: Mapping[str, FloatArray], confidence: float) -> FloatArray:
         """Return the quantity (W,) of models at the end of their interval that has the requested probability."""
@@ -148,7 +146,6 @@ class Limit:
 
     @property
     def ends(self) -> tuple[str, str] | None:
-        """Names of the ends of the quantity's interval; None for one that is known exactly."""
         return _ENDS.get(self.quantity)
 
     def as_target(self, value: float) -> float:
@@ -159,7 +156,6 @@ class Limit:
 
 
 def target_text(name: str, value: float) -> str:
-    """Return a value of a target with its unit."""
     texts: dict[str, Any] = {
         "speedup": lambda v: f"{ratio(v)}x",
         "tokens_per_s": lambda v: f"{v:,.4g} tokens/s",
@@ -171,34 +167,28 @@ def target_text(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Solution:
-    """The chosen variant of each group."""
-
     choice: IndexArray  # (G,) index into V
     score: float
-    excess: float  # of the limits, a share of each; 0 unless no choice keeps all limits
+    excess: float  # largest excess over a limit, as a share of it; 0 if the choice keeps all limits
     gap: float = 0.0  # share of the score that another choice could save at most
 
 
 @dataclass(frozen=True)
 class Program:
-    """Scores and costs of the variants of groups of layers."""
-
     group: IndexArray  # (V,) rising
     score: FloatArray  # (V,)
     cost: FloatArray  # (R, V)
 
     def solve(self, limit: FloatArray, gap: float = 0.0) -> Solution:
-        """Return the choice of least score, up to a relative ``gap``, whose costs are at most ``limit`` (R,).
-
-        If no choice keeps all limits, return the choice that exceeds them least.
-        """
+        """Return the choice of least score, up to a relative ``gap``, whose costs are at most ``limit`` (R,). If no
+        choice keeps all limits, return the choice that exceeds them least."""
         every = self._undominated()
         scale = np.maximum(np.abs(limit), 1e-6 * np.abs(self.cost).max(axis=1, initial=1e-300))
         cost, bound = self.cost / scale[:, None], limit / scale
         while True:
             found = self._solved(every, cost, bound, gap)
             rise = self._rises(every)
-            most = float(rise[np.isin(every, found.choice)].sum())  # of any variant in a better choice
+            most = float(rise[np.isin(every, found.choice)].sum())  # a better choice has no variant with a larger rise
             if found.excess or rise.max(initial=0.0) <= LARGE * most:
                 return found
             every = every[rise <= most]  # HiGHS does not see small differences next to far larger scores
@@ -238,7 +228,7 @@ class Program:
             at = int(own[np.lexsort((cost[own], self.score[own]))[0]])
             begin.append(at)
             while len(less := own[cost[own] < cost[at]]):
-                with np.errstate(over="ignore"):  # huge scores: last
+                with np.errstate(over="ignore"):  # huge scores come last
                     slope = (self.score[less] - self.score[at]) / (cost[at] - cost[less])
                 first = np.lexsort((cost[less], slope))[0]
                 at = int(less[first])
@@ -314,7 +304,6 @@ class Program:
         return None, True
 
     def _least_excess(self, some: IndexArray, cost: FloatArray, bound: FloatArray) -> Solution:
-        """Return the choice that exceeds its limits by the least share."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         last = np.append(np.zeros(len(some)), 1.0)  # the last variable is the excess
@@ -361,11 +350,9 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Variants:
-    """Variants of groups of layers, as arrays of a :class:`Program`."""
-
     library: Library
     groups: tuple[tuple[int, ...], ...]
-    place: tuple[tuple[int, ...], ...]  # of each variant: its index in the library's layers, one per layer of its group
+    place: tuple[tuple[int, ...], ...]  # index of each variant in the library, per layer of its group
     group: IndexArray  # (V,)
 
     @classmethod
@@ -385,7 +372,6 @@ class Variants:
         return np.array([sum(float(column[i][j]) for i, j in zip(self.groups[g], own)) for own, g in pairs])
 
     def blocks(self, choice: IndexArray) -> tuple[Block, ...]:
-        """Return the layers of a choice (G,)."""
         found: dict[int, Block] = {}
         for layers, v in zip(self.groups, choice.tolist()):
             found |= {i: self.library.layers[i][j] for i, j in zip(layers, self.place[v])}
@@ -405,8 +391,6 @@ class Variants:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan, predicted whole."""
-
     choice: IndexArray
     blocks: tuple[Block, ...]
     score: float
@@ -417,8 +401,6 @@ class Found:
 
 @dataclass
 class Solver:
-    """Steps of a search; plans are predicted once."""
-
     variants: Variants
     score: FloatArray  # (V,)
     settings: tuple[PricedRequest, ...]
@@ -426,17 +408,15 @@ class Solver:
     families: list[IndexArray] = field(default_factory=list)  # sets of variants that a plan is chosen from; none: all
     steps: int = 0
     gap: float = 0.0  # share of the score that a better plan could save at most, by added costs
-    sum_error: float = 0.0  # of the first plan: predicted over added cost of the first limit, less 1
+    sum_error: float = 0.0  # first plan: predicted cost of the first limit over its added cost, less 1
     _known: dict[tuple[int, ...], Found] = field(default_factory=dict)
 
     @property
     def model(self) -> ModelConfig:
-        """The dense model."""
         return self.variants.library.model
 
     @cached_property
     def limits(self) -> list[Limit]:
-        """Limits of all settings."""
         dense = [quantities([self.model], at) for at in self.settings]
         return [limit for at, own in zip(self.settings, dense) for limit in self.targets.limits(at, own)]
 
@@ -458,7 +438,6 @@ class Solver:
         return np.array(rows), np.array(offset), np.array(factor)
 
     def predict(self, choice: IndexArray) -> Found:
-        """Return a plan, predicted whole."""
         key = tuple(choice.tolist())
         if key not in self._known:
             blocks = self.variants.blocks(choice)
@@ -520,7 +499,6 @@ class Solver:
         return best
 
     def _unreachable(self, nearest: Found) -> str:
-        """Return the message for targets that no plan meets, with what the nearest plan reaches."""
         missed, kept = [], dict[str, None]()
         for limit, value in zip(self.limits, nearest.reached.tolist()):
             texts = [target_text(limit.target, v) for v in (limit.as_target(value), limit.value)]

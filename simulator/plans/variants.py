@@ -97,12 +97,10 @@ def _pairs(sublayer: str, text: str, names: dict[str, str]) -> dict[str, int]:
 
 
 def has(sublayer: str, block: Block) -> bool:
-    """Return whether a layer has a sublayer, also as a linear one."""
     return sublayer in block.linear or bool(block.heads if sublayer == "attention" else block.inner or block.experts)
 
 
 def without(sublayer: str, block: Block) -> Block:
-    """Return a layer without a sublayer."""
     linear = tuple(name for name in block.linear if name != sublayer)
     if sublayer == "attention":
         return replace(block, heads=0, kv_heads=0, delta=False, linear=linear)
@@ -110,7 +108,6 @@ def without(sublayer: str, block: Block) -> Block:
 
 
 def part_of(sublayer: str, block: Block) -> Block:
-    """Return the layer with only one of its sublayers."""
     return without("mlp" if sublayer == "attention" else "attention", block)
 
 
@@ -122,11 +119,9 @@ def joined(attention: Block, mlp: Block) -> Block:
 
 
 def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1) -> Iterator[Block]:
-    """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share, and none.
-
-    Attention keeps its query heads and halves its KV heads, as far as the devices can share them. An MLP has widths of
-    :data:`WIDTHS`, routed experts have these shares of their number.
-    """
+    """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share, and none. Attention
+    keeps its query heads and halves its KV heads, as far as the devices can share them. An MLP has widths of
+    :data:`WIDTHS`, routed experts have these shares of their number."""
     yield dense
     if not has(sublayer, dense):
         return

@@ -53,7 +53,6 @@ def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
 
 
 def _text(old: Block, new: Block) -> str:
-    """Return the pruning of one layer as a text of the grammar."""
     if new.linear != old.linear:
         raise InputError("plan: --prune has no linear sublayers; use the written config.json")
     gone = [name for name in ("attention", "mlp") if has(name, old) and not has(name, new)]
@@ -80,11 +79,9 @@ def _removed(now: int, was: int) -> str:
 
 
 def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
-    """Write a plan to a folder, which is created; return a line per file, or why one is missing.
-
-    ``source`` is the dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if
-    the folder has the ``config.json`` of another plan; nothing is written then.
-    """
+    """Write a plan to a folder, which is created; return a line per file, or why one is missing. ``source`` is the
+    dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if the folder has the
+    ``config.json`` of another plan; nothing is written then."""
     target = Path(folder).expanduser()
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -103,14 +100,14 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         text = None
         lines.append(f"{PLAN} is not written: {error}")
     if content is not None:
-        write_config(target, content)  # first: it never replaces that of another plan
+        write_config(target, content)  # written first: it never replaces the config.json of another plan
     if text is not None:
         write_whole(target / PLAN, text.encode())
-        r = plan.results[0]  # other commands have other defaults
+        r = plan.results[0]  # the request is stated, because other commands have other defaults
         request = f"--phase {r.phase} --batch {r.batch} --seq {r.seq}"
         lines.append(f"with --prune {folder}/{PLAN} use the same request: {request}")
     else:
-        (target / PLAN).unlink(missing_ok=True)  # a plan of other shapes must not stay
+        (target / PLAN).unlink(missing_ok=True)  # removes an older plan of other shapes
     written = [*([PLAN] if text else []), *(["config.json"] if content else [])]
     return [f"written: {folder}/{{{','.join(written)}}}" if written else f"{folder}: no file is written", *lines]
 
@@ -124,20 +121,15 @@ def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
         raise InputError("the families of --prune cannot state these shapes exactly")
 
 
-def subblock_stats(found: Costs) -> list[dict[str, Any]]:
-    """Return the content of ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB."""
+def stats_text(found: Costs) -> str:
+    """Return ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB."""
     model, pairs, out = found.model, list(zip(found.rows, found.blocks)), []
     each = len(pairs) // len(found.settings)
     for i, at in enumerate(found.settings):
         *sublayers, (outside, _) = pairs[i * each : (i + 1) * each]
         subblocks = [_subblock(model, row, block) for row, block in sublayers]
         out.append({"args": stats_args(model, at), "non_block": _amounts(outside), "subblocks": subblocks})
-    return out
-
-
-def stats_text(found: Costs) -> str:
-    """Return the text of ``subblock_stats.json``."""
-    return json.dumps(subblock_stats(found), indent=1, allow_nan=False) + "\n"
+    return json.dumps(out, indent=1, allow_nan=False) + "\n"
 
 
 def stats_args(model: ModelConfig, at: PricedRequest) -> dict[str, Any]:

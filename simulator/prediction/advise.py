@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from simulator.arrays import Array
 from simulator.display import Displayed, by_column, few
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import batch_of
@@ -30,10 +32,6 @@ from simulator.prediction.service import check_probability, probability_of
 from simulator.request import Request
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
 
 LARGEST_SPARSITY = 0.9  # largest sparsity of a family: no published method keeps a model useful beyond it
 COARSE, FINE = 0.02, 0.001  # steps of the coarse and the fine grid of sparsities
@@ -60,7 +58,6 @@ class Target:
 
     @property
     def text(self) -> str:
-        """Return the target as part of a sentence."""
         if self.speedup is not None:
             return f"{ratio(self.speedup)}x"
         return seconds(self.latency_s) if self.latency_s is not None else f"{self.tokens_per_s:,.4g} tokens/s"
@@ -80,7 +77,7 @@ class Advice(HasResult):
 
     result: Result
     target: float  # required speedup
-    probability: float  # of reaching the target, from the speedup's interval
+    probability: float  # probability of reaching the target, from the speedup's interval
     reached: bool  # with at least the required probability, by some sparsity up to LARGEST_SPARSITY
 
     def _title(self) -> str:
@@ -90,14 +87,13 @@ class Advice(HasResult):
 
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
-    """Advice per family, best first for each device and request; notes; settings where the dense model suffices."""
+    """Advice per family, best first for each device and request; notes; settings where the dense model reaches it."""
 
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]
     dense: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the advice as dictionaries."""
         return [one.to_dict() for one in self.advice]
 
     def _title(self) -> str:
@@ -118,7 +114,6 @@ def advise(
     **settings: Any,
 ) -> Advised:
     """Find the least sparsity of families (None: all) that reaches a target: a :class:`Target`, or a speedup above 1.
-
     The settings are fields of :class:`simulator.Request`, each one value or a list. ``probability`` is the least
     probability of reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
     check_probability(probability)
@@ -206,11 +201,9 @@ class _Timed:
         self.speedup = speedup * (end / speedup) ** abs(share)
 
     def first(self, target: float) -> dict[str, int]:
-        """Return the first row of each family that reaches the target."""
         return {self.points[row][0]: row for row in reversed(np.flatnonzero(self.speedup >= target).tolist())}
 
     def fastest(self, name: str) -> int:
-        """Return the row of a family's largest speedup."""
         return int(np.where([name == other for other, _ in self.points], self.speedup, 0.0).argmax())
 
 

@@ -40,9 +40,8 @@ def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
 
 
 def batch_of(requests: Sequence[Request], prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
-    """Return the dense workloads of requests that differ only in shape, then their pruned versions by pruning.
-
-    Versions that a family or the engine does not support go to ``reject``."""
+    """Return the dense workloads of requests that differ only in shape, then their pruned versions by pruning. Versions
+    that a family or the engine does not support go to ``reject``."""
     workloads = [lower(request) for request in requests]
     dense = WorkloadBatch.of(workloads)
     if unable := refusal(dense):
@@ -77,7 +76,6 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
 def _pruned(
     requests: Sequence[Request], group: RequestGroup, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
 ) -> WorkloadBatch:
-    """Return the batch of a group of pruned requests."""
     many, steps = len(group), rows.meta.applied
     return WorkloadBatch(
         rows=rows,

@@ -1,28 +1,49 @@
-"""Read result files of serving benchmarks: :func:`read_bench` for one result, :func:`read_benches` for several.
+"""Read result files of serving benchmarks, and turn a result into the measured time of the dense model.
 
-:mod:`simulator.prediction.measured` turns a result into the time of a pass. Every tool counts the token of the prefill
-as output: o output tokens are a prefill and o - 1 decode steps. Each reader names the file that writes its format.
+:func:`read_bench` reads one result, :func:`read_benches` several. Every tool counts the token of the prefill as output:
+o output tokens are a prefill and o - 1 decode steps. Each reader names the file that writes its format.
+
+:func:`measured` returns the time of a pass. What a file must match, and which of its numbers is the time of a phase
+(:func:`pass_seconds`):
+
+- **prefill**: the time of a batch with one output token (``vllm bench latency``, ``throughput``), or the mean time to
+  the first token with one request in flight. With more, the time to the first token depends on how requests arrive.
+- **decode**: the mean time per further token with one request in flight. With more, it includes the prompts of other
+  requests; the median time between tokens does not while fewer than half of the steps have a prompt. ``seq`` is the
+  mean number of cached positions, the prompt and half of the output.
+- **generate**: the time of a batch; with one request in flight, the mean time of a request; where all requests of a
+  run start together, the time of the run.
+- **serve**: the mean time of a request in a closed loop: requests in flight per requests/s (Little's law).
+
+``new_tokens`` decode steps are measured with ``new_tokens`` + 1 output tokens. Times over HTTP (``serve``, SGLang,
+genai-perf, AIPerf) include the network, tokenisation and the client.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, MOST, SECONDS, Range, number, shown, whole
 from simulator.arrays import array
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError, one_line
 from simulator.files.read import parse_json, read_bounded
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model, shipped_model
+from simulator.request import Request
 
 TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
 MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB
-ENOUGH_ROUNDS = 10  # requests per request in flight from which ramp-up and ramp-down hardly change the mean time
+ENOUGH_ROUNDS = 10  # with so many requests per request in flight, ramp-up and ramp-down hardly change the mean time
 _TIMES = Range(1e-12, 1e9, "positive times in seconds, at most 1e9")
 _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
@@ -51,11 +72,11 @@ class BenchRun:
     model: str = ""
     concurrency: int = 0  # sequences in the batch, or requests in flight
     mean_concurrency: float = 0.0  # mean time of a request x requests per second (Little's law)
-    requests: int = 0  # of the whole run
+    requests: int = 0  # in the whole run
     input_tokens: float = 0.0  # mean of a request, as the next two
     output_tokens: float = 0.0
     total_tokens: float = 0.0  # prompt and output together, if the file does not state them separately
-    duration_s: float = 0.0  # of the whole run
+    duration_s: float = 0.0  # duration of the whole run
     request_s: float = 0.0  # mean time of a request, to its first token, and per output token after the first
     ttft_s: float = 0.0
     tpot_s: float = 0.0
@@ -89,7 +110,6 @@ class Fields:
         return self.data.get(key) is not None
 
     def value(self, key: str) -> Any:
-        """Return a value that must be present."""
         if not self.has(key):
             got = "null" if key in self.data else "no such key"
             raise InputError(f"{self.place(key)}: expected a value, got {got}")
@@ -103,7 +123,6 @@ class Fields:
         return Fields(self.source, found or {}, f"{self.path}{key}.")
 
     def rows(self, key: str) -> list[Fields]:
-        """Return a list of objects; an empty one if it is absent."""
         found = self.data.get(key, [])
         if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
             raise InputError(f"{self.place(key)}: expected a list of objects, got {shown(found)}")
@@ -118,7 +137,6 @@ class Fields:
         return found
 
     def amount(self, key: str, right: Range = AMOUNT) -> float:
-        """Return a number from 0 up."""
         return number(self.place(key), self.value(key), right)
 
     def seconds(self, key: str) -> float:
@@ -144,7 +162,6 @@ class Fields:
         return one_line(found, 200)
 
     def times(self, key: str) -> Floats:
-        """Return a list of positive times."""
         found = array(self.place(key), self.value(key), _TIMES)
         if found.ndim != 1 or not len(found):
             raise InputError(f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}")
@@ -162,29 +179,6 @@ def request_times(fields: Fields) -> Floats:
         raise InputError(f"{fields.place('itls')}: expected {len(first)} lists, as ttfts, got {shown(gaps)}")
     later: Floats = np.array([array(fields.place("itls"), gap, AMOUNT).sum() if gap else 0.0 for gap in gaps])
     return first + later
-
-
-def loop_samples(fields: Fields, many: int, requests: int, duration_s: float, hint: str) -> tuple[Floats, str]:
-    """Return mean times of a request in a closed loop, and a note on their limits.
-
-    With the times of all requests (option ``hint``), samples are means over ``many`` requests in a row, without ramp-up
-    and ramp-down. Else the only sample is ``many`` x duration / requests."""
-    times = request_times(fields)
-    blocks = len(times) // many - 2
-    if blocks >= 1:
-        return times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1), ""
-    enough = ENOUGH_ROUNDS * many
-    note = f"{fields.source}: one sample, with ramp-up and ramp-down; use {hint} and --num-prompts {enough}"
-    return np.array([many * duration_s / requests]), "" if requests >= enough else note
-
-
-def loop_times(fields: Fields) -> tuple[float, float, float]:
-    """Return mean times to the first token and per further token, and the time of a decode step, s (vLLM, SGLang).
-
-    The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
-    tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
-    one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
-    return fields.time("mean_ttft_ms"), tpot, fields.time("median_itl_ms") if one_token else 0.0
 
 
 def check_closed_loop(fields: Fields) -> None:
@@ -217,9 +211,8 @@ def vllm_latency(fields: Fields) -> BenchRun:
 
 
 def vllm_throughput(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench throughput --output-json FILE`` (vllm/benchmarks/throughput.py, 1a91bc2).
-
-    All requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
+    """Return a result of ``vllm bench throughput --output-json FILE`` (vllm/benchmarks/throughput.py, 1a91bc2). All
+    requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
     (``--max-num-seqs``). The file does not state the backend (``--backend vllm`` or ``hf``)."""
     requests, seconds = fields.count("num_requests"), fields.seconds("elapsed_time")
     return BenchRun(
@@ -234,86 +227,82 @@ def vllm_throughput(fields: Fields) -> BenchRun:
     )
 
 
-def vllm_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP
-    (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0).
-
-    The mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a
-    request per further token, ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics``
-    omits ``mean_e2el_ms``, the time of a request, by default."""
-    check_closed_loop(fields)
-    many, completed = fields.count("max_concurrency"), fields.count("completed")
-    failed = fields.count("failed", 0) if "failed" in fields.data else fields.count("num_prompts") - completed
-    check_failed(fields, failed)
-    if fields.has("spec_decode_num_drafts"):
-        raise InputError(f"{fields.place('spec_decode_num_drafts')}: speculative decoding is unsupported")
-    duration = fields.seconds("duration")
-    ttft, tpot, step = loop_times(fields)
-    samples, note = loop_samples(fields, many, completed, duration, "--save-detailed")
-    output = fields.amount("total_output_tokens") / completed
-    request = fields.time("mean_e2el_ms") or (ttft + tpot * max(output - 1.0, 0.0) if ttft and tpot else 0.0)
+def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
+    """Return what vLLM and SGLang write alike. With the times of all requests (``option``), samples are means over as
+    many requests in a row as are in flight, without ramp-up and ramp-down. Else the only sample follows from the
+    duration. The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
+    check_failed(fields, failed, key)
+    if fields.has(speculative):
+        raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
+    many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
+    times, enough, note = request_times(fields), ENOUGH_ROUNDS * many, ""
+    if (blocks := len(times) // many - 2) >= 1:
+        samples = times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1)
+    else:
+        samples = np.array([many * duration / completed])
+        short = f"{fields.source}: one sample, with ramp-up and ramp-down; use {option} and --num-prompts {enough}"
+        note = "" if completed >= enough else short
+    tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
+    one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
     return BenchRun(
         fields.source,
         "serve",
         tuple(samples.tolist()),
-        tool="vllm bench serve",
-        model=fields.text("model_id"),
         concurrency=many,
-        mean_concurrency=request * completed / duration,
         requests=completed,
         input_tokens=fields.amount("total_input_tokens") / completed,
-        output_tokens=output,
+        output_tokens=fields.amount("total_output_tokens") / completed,
         duration_s=duration,
-        request_s=request,
-        ttft_s=ttft,
+        ttft_s=fields.time("mean_ttft_ms"),
         tpot_s=tpot,
-        step_s=step,
-        engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
-        percentiles_s={
-            key.removesuffix("_ms"): fields.time(key)
-            for key in fields.data
-            if key.endswith("_ms") and not key.startswith("std_")
-        },
+        step_s=fields.time("median_itl_ms") if one_token else 0.0,
         note=note,
+    )
+
+
+def vllm_serve(fields: Fields) -> BenchRun:
+    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP
+    (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0). The mean time of a request
+    is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a request per further token,
+    ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics`` omits ``mean_e2el_ms``,
+    the time of a request, by default."""
+    check_closed_loop(fields)
+    missing = "failed" not in fields.data
+    failed = fields.count("num_prompts") - fields.count("completed") if missing else fields.count("failed", 0)
+    run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
+    whole = run.ttft_s + run.tpot_s * max(run.output_tokens - 1.0, 0.0) if run.ttft_s and run.tpot_s else 0.0
+    request, names = fields.time("mean_e2el_ms") or whole, (key for key in fields.data if key.endswith("_ms"))
+    return replace(
+        run,
+        tool="vllm bench serve",
+        model=fields.text("model_id"),
+        mean_concurrency=request * run.requests / run.duration_s,
+        request_s=request,
+        engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
+        percentiles_s={key.removesuffix("_ms"): fields.time(key) for key in names if not key.startswith("std_")},
     )
 
 
 def sglang_serve(fields: Fields) -> BenchRun:
     """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over HTTP
-    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4).
-
-    Keys are as in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
-    requests in flight. ``--output-details`` adds the time and the error of each request."""
+    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4). Keys are as in ``vllm bench serve``,
+    from which the script is derived; ``concurrency`` is the mean number of requests in flight. ``--output-details``
+    adds the time and the error of each request."""
     check_closed_loop(fields)
-    many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
-    errors = fields.data.get("errors")
-    check_failed(fields, sum(map(bool, errors)) if isinstance(errors, list) else 0, "errors")
-    if fields.has("accept_length"):
-        raise InputError(f"{fields.place('accept_length')}: speculative decoding is unsupported")
-    ttft, tpot, step = loop_times(fields)
-    samples, note = loop_samples(fields, many, completed, duration, "--output-details")
+    errors, backend, server = fields.data.get("errors"), fields.text("backend"), fields.part("server_info")
+    failed = sum(map(bool, errors)) if isinstance(errors, list) else 0
+    run = _closed_loop(fields, failed, "errors", "accept_length", "--output-details")
+    note = run.note
     if fields.data.get("dataset_name") == "random" and fields.data.get("random_range_ratio") not in (None, 1, 1.0):
         ratio = f"lengths of requests vary (random_range_ratio {fields.amount('random_range_ratio'):g})"
         note = note or f"{fields.source}: {ratio}; use --random-range-ratio 1"
-    backend, server = fields.text("backend"), fields.part("server_info")
-    engine = "sglang" if backend.startswith("sglang") else {"vllm": "vllm", "trt": "trtllm"}.get(backend, "")
-    return BenchRun(
-        fields.source,
-        "serve",
-        tuple(samples.tolist()),
+    return replace(
+        run,
         tool="SGLang bench_serving",
         model=server.text("model_path"),
-        concurrency=many,
         mean_concurrency=fields.amount("concurrency") if fields.has("concurrency") else 0.0,
-        requests=completed,
-        input_tokens=fields.amount("total_input_tokens") / completed,
-        output_tokens=fields.amount("total_output_tokens") / completed,
-        duration_s=duration,
         request_s=fields.time("mean_e2e_latency_ms"),
-        ttft_s=ttft,
-        tpot_s=tpot,
-        step_s=step,
-        engine=engine,
+        engine="sglang" if backend.startswith("sglang") else {"vllm": "vllm", "trt": "trtllm"}.get(backend, ""),
         devices=server.count("tp_size") if server.has("tp_size") else 0,
         note=note,
     )
@@ -322,7 +311,6 @@ def sglang_serve(fields: Fields) -> BenchRun:
 def trtllm_report(fields: Fields) -> BenchRun:
     """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without HTTP
     (github.com/NVIDIA/TensorRT-LLM, tensorrt_llm/bench/dataclasses/reporting.py, 0249976).
-
     ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run: close to
     ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start together, and it is far
     above the number that the engine serves at once."""
@@ -366,10 +354,9 @@ def trtllm_report(fields: Fields) -> BenchRun:
 def genai_perf(fields: Fields) -> BenchRun:
     """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP
     (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and 0f5cc07;
-    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d).
-
-    The mean time of a request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
-    request per further token, a TPOT."""
+    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d). The mean time of a request is C per
+    ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a request per further token, a
+    TPOT."""
     tool = "AIPerf" if "aiperf_version" in fields.data or "was_cancelled" in fields.data else "genai-perf"
     given = fields.part("input_config")
     if fields.data.get("was_cancelled"):
@@ -424,7 +411,6 @@ def _in_flight(given: Fields) -> int:
 
 
 def _model(given: Fields) -> str:
-    """Return the first model that was requested."""
     arguments, endpoint = given.data, given.part("endpoint").data
     listed: Any = arguments.get("model_names") or arguments.get("model") or endpoint.get("model_names")
     if given.has("models"):
@@ -491,3 +477,174 @@ _READERS: Mapping[tuple[str, ...], Callable[[Fields], BenchRun]] = {
     ("median_e2e_latency_ms",): sglang_serve,
     ("request_throughput",): vllm_serve,
 }
+
+
+TOLERANCE = 0.02  # relative difference by which mean lengths of a file may differ from those requested
+SLACK_TOKENS = 2.0  # prompt tokens by which a mean length may always differ: tokens that a tokeniser adds
+IN_FLIGHT = (0.7, 1.05)
+"""Share of the requests in flight that may be in flight on average: fewer are during ramp-up and ramp-down."""
+
+_QUANTISED = re.compile(r"fp8|int8|int4|nvfp4|mxfp4|awq|gptq|w\d+a\d+", re.IGNORECASE)
+
+
+class MeasuredDense(NamedTuple):
+    """Measured time of the dense model, s, the result it is from, and what could not be checked."""
+
+    seconds: float
+    run: BenchRun
+    notes: tuple[str, ...]
+
+
+def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
+    """Return the measured time of the dense model from a file: from its last result that matches the request."""
+    runs, wrong = read_benches(path), []
+    for run in reversed(runs):
+        try:
+            return measured_of(run, request)
+        except InputError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    raise InputError(f"{os.fspath(path)}: expected a result of this request among {len(runs)}; {wrong[0]}")
+
+
+def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
+    """Return the time of a pass that one result measured, after comparing its conditions with those of a request."""
+    model = load_model(request.model)
+    notes = [*_model_notes(run, model, request), *([run.note] if run.note else [])]
+    if run.devices and run.devices != request.devices:
+        raise InputError(f"{run.source}: devices: expected {request.devices}, got {run.devices}")
+    weights = request.weight_dtype or model.weight_dtype or request.dtype
+    for what, own, expected in (("dtype", run.dtype, request.dtype), ("weight dtype", run.weight_dtype, weights)):
+        if own and own != expected:
+            raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
+    seconds = pass_seconds(run, request)
+    if run.kind == "batch" and not run.concurrency:
+        check = f"--batch-size {request.batch} --input-len {request.seq} --output-len {_output(request)}"
+        notes.append(f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}")
+    return MeasuredDense(seconds, run, tuple(notes))
+
+
+def pass_seconds(run: BenchRun, request: Request) -> float:
+    """Return the time of the pass of a request that a result measured, s; InputError if the result has another phase,
+    batch (in ``serve`` the requests in flight) or lengths. What the file does not state is not checked."""
+    phase, batch = request.phase, request.batch
+    if run.kind == "batch":
+        if phase not in ("prefill", "generate"):
+            raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {phase}")
+        if run.concurrency and run.concurrency != batch:
+            raise InputError(f"{run.source}: requests: expected {batch}, the batch, got {run.concurrency}")
+        _check_lengths(run, request)
+        return median(run.samples_s)
+    together = phase == "generate" and run.requests == batch > 1
+    _check_in_flight(run, batch)
+    _check_lengths(run, request)
+    if phase == "serve":
+        if run.requests and run.requests < 2 * batch:
+            expected = f"expected at least {2 * batch}, twice those in flight"
+            raise InputError(f"{run.source}: requests: {expected}, got {run.requests}")
+        return fmean(run.samples_s)
+    if phase == "generate" and (together or batch == 1):
+        return run.duration_s if together else run.request_s or fmean(run.samples_s)
+    if phase == "decode" and batch > 1 and 2 * batch < run.output_tokens:
+        return _stated(run, "median time between tokens, one token per chunk", run.step_s)
+    if batch > 1:
+        raise InputError(f"{run.source}: concurrency: expected 1 for phase {phase}, got {batch}; use phase serve")
+    if phase == "prefill":
+        return _stated(run, "time to first token", run.ttft_s)
+    return _stated(run, "time per output token", run.tpot_s)
+
+
+def request_of(
+    run: BenchRun, *, batch: int | None = None, seq: int | None = None, output: int | None = None
+) -> tuple[str, int, int, int]:
+    """Return phase, batch, seq and decode steps that a result measured. ``batch`` (requests in flight of serve),
+    ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user states: all three for ``vllm bench
+    latency``, one length for ``throughput``, none where the file has them."""
+    in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
+    stated = {"batch": batch, "seq": seq, "output": output}
+    found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}
+    if run.total_tokens and (seq or output):
+        rest = round(run.total_tokens) - (seq or output or 0)
+        if rest < 1:
+            more = f"expected more than {seq or output}"
+            raise InputError(f"{run.source}: tokens per request: {more}, got {run.total_tokens:g}")
+        found["output" if seq else "seq"] = rest
+    out = []
+    for name, value in stated.items():
+        own = found[name]
+        if value is None and not own:
+            raise InputError(f"{run.source}: {name}: expected to be stated, as the file does not have it")
+        if value is not None and own and value != own:
+            raise InputError(f"{run.source}: {name}: expected {own}, as in the file, got {value}")
+        out.append(own or int(value or 0))
+    phase = "serve" if run.kind == "serve" else "generate" if out[2] > 1 else "prefill"
+    if phase == "serve" and out[2] < 2:
+        raise InputError(f"{run.source}: total_output_tokens: expected at least 2 per request, got {out[2]}")
+    return phase, out[0], out[1], out[2] - 1
+
+
+def _output(request: Request) -> int:
+    """Return the output tokens of a request: that of the prefill and one per decode step."""
+    return 1 if request.phase == "prefill" else request.new_tokens + 1
+
+
+def _check_lengths(run: BenchRun, request: Request) -> None:
+    seq, output = request.seq, _output(request)
+    if run.total_tokens:
+        _check_length(run, "tokens per request", run.total_tokens, seq + output, max(TOLERANCE * (output - 1), 0.5))
+    around = max(TOLERANCE * seq, SLACK_TOKENS)
+    if request.phase == "decode":
+        middle = run.input_tokens + max(run.output_tokens - 2.0, 0.0) / 2.0
+        _check_length(run, "cached positions (prompt and half of the output)", middle, seq, around)
+        return
+    if run.input_tokens:
+        _check_length(run, "input_tokens", run.input_tokens, seq, around)
+    # the time to the first token depends on the prompt only
+    if run.output_tokens and not (request.phase == "prefill" and run.kind == "serve"):
+        _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5))
+
+
+def _check_length(run: BenchRun, what: str, own: float, expected: int, around: float) -> None:
+    if abs(own - expected) > around:
+        raise InputError(f"{run.source}: {what}: expected {expected}, got {own:g}")
+
+
+def _check_in_flight(run: BenchRun, batch: int) -> None:
+    if run.concurrency and run.concurrency != batch:
+        hint = f"use --phase serve --concurrency {run.concurrency}"
+        raise InputError(f"{run.source}: concurrency: expected {batch}, got {run.concurrency}; {hint}")
+    mean = run.mean_concurrency
+    if not (run.concurrency or mean):
+        raise InputError(f"{run.source}: concurrency: expected to be stated in the file")
+    low, high = (share * batch for share in IN_FLIGHT)
+    if mean and not low <= mean <= high:
+        raise InputError(f"{run.source}: requests in flight on average: expected {low:g} to {high:g}, got {mean:.3g}")
+
+
+def _stated(run: BenchRun, what: str, seconds: float) -> float:
+    if not seconds:
+        raise InputError(f"{run.source}: {what}: expected in a file of {run.tool}, got none; run it with streaming")
+    return seconds
+
+
+def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[str]:
+    notes, engine = [], load_engine(request.engine).name.partition("@")[0]
+    if run.engine and run.engine != engine:
+        notes.append(f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine")
+    if not run.model:
+        return notes
+    known = shipped_model(run.model)
+    if known is None:
+        notes.append(f"{run.source}: model {run.model} is not known by name; check that it is {model.name}")
+    elif _shapes(known) != _shapes(model):
+        raise InputError(f"{run.source}: model: expected {model.name}, got {run.model}")
+    plain = request.dtype in ("bf16", "fp16") and not (request.weight_dtype or model.weight_dtype or run.weight_dtype)
+    if plain and _QUANTISED.search(run.model):
+        formats = f"the prediction is for {request.dtype}; check --dtype and --weight-dtype"
+        notes.append(f"{run.source}: model {run.model} is quantised by its name, {formats}")
+    return notes
+
+
+def _shapes(model: ModelConfig) -> tuple[object, ...]:
+    return model.hidden, model.layers, model.heads, model.kv_heads, model.inner, model.vocab, model.experts

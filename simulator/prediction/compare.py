@@ -47,10 +47,8 @@ def compare(
 ) -> tuple[dict[str, Array], Inferred | None]:
     """Return the columns of a result that follow from times, one entry per workload of a batch (``bottleneck`` is an
     index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of ``TITLES``), on one device; and what is
-    inferred from a measured time.
-
-    ``level`` is the level of the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
-    workload that cannot run."""
+    inferred from a measured time. ``level`` is the level of the intervals, ``dense_s`` a measured time of the first
+    workload. Raises InputError for a workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
     found = prediction_intervals(p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s))
     served = serving(p, found, level)
@@ -120,9 +118,8 @@ def request_results(
     hardware: Sequence[HardwareProfile],
     reject: Reject = rejecting,
 ) -> Results:
-    """Return the results of requests that differ only in shape, by request, pruning and device.
-
-    Workloads differ between devices where the token budget of the engine does."""
+    """Return the results of requests that differ only in shape, by request, pruning and device. Workloads differ
+    between devices where the token budget of the engine does."""
     parts = [
         results_of(batch_of(some, prunings, reject), prunings, devices, some, reject)
         for some, devices in by_budget(requests, hardware)
@@ -191,7 +188,6 @@ def _identity(
     at: IndexArray,
     ideal: bool,
 ) -> dict[str, Array | Labels]:
-    """Return the columns that identify some predictions of a batch."""
     meta, pruning = batch.rows.meta, batch.pruning[at].astype(np.int32)
     weights, cache = _formats(batch)
     columns: dict[str, Array | Labels] = {

@@ -71,11 +71,9 @@ class Waterfall(Displayed, tuple[Step, ...]):
         return f"{self[0].speedup:.2f}x nominal, {self[-1].speedup:.2f}x predicted, {len(self) - 1} steps between"
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return one row per step."""
         return by_column(self.to_dict()["steps"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``steps`` as dictionaries."""
         return {"steps": as_plain(tuple(self))}
 
 
@@ -183,8 +181,6 @@ def _fixed(p: ForwardPass) -> FloatArray:
 
 @dataclass(frozen=True, repr=False)
 class Explanation(HasResult):
-    """A prediction with its waterfall."""
-
     result: Result
     steps: Waterfall
     dense: Workload = field(repr=False)

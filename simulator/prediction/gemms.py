@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.codes import ROLES, Kernel, Kind, dtype_code, label_of
+from simulator.hardware.profile import HardwareProfile
 from simulator.operators.gemm import Options
 from simulator.prediction.requests import once, profiles
 from simulator.request import SETTINGS
@@ -18,24 +19,17 @@ from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.operators import STEPS, gemm_predicted
 from simulator.workload import Workload, WorkloadBatch
 
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-
 
 @dataclass(frozen=True)
 class GemmPoints:
-    """GEMM shapes of a workload on a roofline."""
-
     role: tuple[str, ...]
     intensity: NDArray[np.float64]  # FLOP/byte
     achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time
-    share: NDArray[np.float64]  # of the GEMM time
+    share: NDArray[np.float64]  # share of the GEMM time
 
 
 @dataclass(frozen=True)
 class GemmRecord:
-    """One GEMM y[M,N] = x[M,K] w[K,N] on one device."""
-
     m: int
     n: int
     k: int
@@ -43,7 +37,7 @@ class GemmRecord:
     dtype: str
     weight_dtype: str
     stack: str  # software stack whose kernels were fitted; "" for the user's own calibration, and if none were
-    status: str  # of the fit: "calibrated", "inherited" (of a stack or GPU that stands in) or "default" (none)
+    status: str  # "calibrated", "inherited" (from another stack or GPU), or "default" (nothing was fitted)
     semi_structured: bool  # 2:4 weights on sparse tensor cores
     cold: bool  # weights come from memory, not from the L2 cache
     seconds: float
@@ -70,7 +64,6 @@ def gemm_table(
     semi_structured: bool = False,
     warm: bool = False,
 ) -> tuple[GemmRecord, ...]:
-    """Predict every combination of tokens, output features, input features and device."""
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
             SETTINGS["batch"].check(value, name)
@@ -90,37 +83,26 @@ def gemm_table(
     )
     shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
-        time, _ = gemm_predicted(
-            *shape, hw, Options(dtype, weight, rows.kernel, copies=1 if warm else None), detail=True
-        )
-        steps = {name: time.details[name] for name in STEPS}
+        options = Options(dtype, weight, rows.kernel, copies=1 if warm else None)
+        time, _ = gemm_predicted(*shape, hw, options, detail=True)
         section = hw.section("gemm", label_of(dtype, weight))
-        out += [
-            GemmRecord(
-                m=sizes[i, 0].item(),
-                n=sizes[i, 1].item(),
-                k=sizes[i, 2].item(),
-                hardware=hw.label,
-                dtype=dtype,
-                weight_dtype=weight,
-                stack=section.stack,
-                status=section.status,
-                semi_structured=semi_structured,
-                cold=not warm,
-                seconds=time.seconds[i].item(),
-                lower_s=time.lower[i].item(),
-                upper_s=time.upper[i].item(),
-                roofline_s=time.roofline_s[i].item(),
-                bottleneck=str(time.bottlenecks[i]),
-                flop_per_s=float(rows.flops[i] / time.seconds[i]),
-                peak_flop_per_s=hw.peak_flop_per_s(dtype),
-                clock_headroom=hw.clock_headroom,
-                bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s,
-                intensity=float(rows.flops[i] / rows.bytes[i]),
-                steps_s={name: column[i].item() for name, column in steps.items()},
-            )
-            for i in range(len(sizes))
-        ]
+        shared: dict[str, Any] = {
+            **{"hardware": hw.label, "dtype": dtype, "weight_dtype": weight},
+            **{"stack": section.stack, "status": section.status},
+            **{"semi_structured": semi_structured, "cold": not warm},
+            "peak_flop_per_s": hw.peak_flop_per_s(dtype),
+            "clock_headroom": hw.clock_headroom,
+            "bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s,
+        }
+        columns = {
+            **dict(zip("mnk", sizes.T)),
+            **{"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s},
+            **{"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes},
+        }
+        for i, bottleneck in enumerate(time.bottlenecks):
+            own = {name: column[i].item() for name, column in columns.items()}
+            steps = {name: time.details[name][i].item() for name in STEPS}
+            out.append(GemmRecord(**shared, **own, bottleneck=str(bottleneck), steps_s=steps))
     return tuple(out)
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,23 +24,20 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.quality import number_of
+from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
 from simulator.prediction.requests import by_budget, profiles, requests_of
 from simulator.prediction.result import Result, Results
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import FAMILIES
 from simulator.request import Request
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
-    from simulator.prediction.quality import Axis, QualityRow, QualityTable
-    from simulator.workload import WorkloadBatch
+from simulator.workload import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
 DENSE = "dense"  # family of the dense model's point: no loss, speedup 1
@@ -70,7 +67,7 @@ class Point:
     speedup_upper: float
     measured: bool
     optimal: bool  # no other point is as fast at no more loss
-    sure: bool  # optimal, and the interval of its speedup over points of other families at no more loss is above 1
+    sure: bool  # optimal, and with its whole interval faster than points of other families at no more loss
     beaten_by: str  # if not optimal: the fastest point at no more loss
     bottleneck: str
     calibrated: bool
@@ -78,7 +75,6 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Method and fraction removed."""
         return f"{self.method} {100 * self.sparsity:.3g} %"
 
 
@@ -96,8 +92,6 @@ class Band:
 
 @dataclass(frozen=True)
 class Front:
-    """Frontier of one device, engine, phase, batch and length."""
-
     model: str
     hardware: str
     phase: str
@@ -108,7 +102,7 @@ class Front:
     points: tuple[Point, ...]
     bands: tuple[Band, ...]
     calibrated: bool
-    uncalibrated: str  # as of a result, of all predicted points
+    uncalibrated: str  # operators with default constants in any predicted point
     uncalibrated_share: float
     level: float
     below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it
@@ -128,9 +122,8 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
 
 def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
     """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
-    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower.
-
-    ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
+    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower. ``speedup`` (n,);
+    ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
     log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log
     return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
@@ -143,10 +136,9 @@ def independent(points: Sequence[Point]) -> Halves:
 
 
 def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
-    """Return the family that is fastest at each quality budget among marked points, or the dense model.
-
-    Bands are in order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below``
-    is that of :func:`marked`."""
+    """Return the family that is fastest at each quality budget among marked points, or the dense model. Bands are in
+    order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below`` is that of
+    :func:`marked`."""
     best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
     ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
@@ -176,11 +168,9 @@ def fronts(
     **settings: Any,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
     """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
-    the rows that cannot be used.
-
-    Model, hardware and settings are those of :func:`simulator.table`; the quality rows may be those of another model of
-    its kind. ``measured`` speedups replace predictions if their conditions match. Raises InputError if the model and
-    the devices support no row."""
+    the rows that cannot be used. Model, hardware and settings are those of :func:`simulator.table`; the quality rows
+    may be those of another model of its kind. ``measured`` speedups replace predictions if their conditions match.
+    Raises InputError if the model and the devices support no row."""
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
@@ -263,7 +253,6 @@ def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point,
 
 
 def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup]) -> Point:
-    """Return the point of a row, not yet marked."""
     shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
     shared["method"] = row.method  # the source's name; the prediction is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
@@ -282,8 +271,6 @@ SAME_SPARSITY = 5e-4  # largest difference of equal fractions: tables print thre
 
 @dataclass(frozen=True)
 class MeasuredSpeedup:
-    """One measured speedup with the conditions that its row states."""
-
     conditions: Mapping[str, str]
     sparsity: float
     speedup: float
@@ -291,16 +278,14 @@ class MeasuredSpeedup:
     upper: float
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
-        """Return whether the speedup was measured under these conditions."""
         same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
         return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
 def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
-    """Read measured speedups from a CSV file, to replace predictions.
-
-    Columns: family, sparsity, speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
-    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
+    """Read measured speedups from a CSV file, to replace predictions. Columns: family, sparsity, speedup (dense time
+    over pruned time); optionally :data:`MATCHED`, and the ends of the measurement's interval, ``speedup_lower`` and
+    ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
     return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
 
 
@@ -322,17 +307,14 @@ OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
 
 @dataclass(frozen=True)
 class Winners:
-    """The fastest pruning of every cell."""
-
     best: Results
     gains: BoolArray  # whether it is faster than the dense model
     certain: BoolArray  # whether the intervals of its ratios to the dense model and to the second fastest are above 1
 
 
 def winners(requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
-    """Return the fastest pruning on each device at each of some requests that differ only in shape.
-
-    Prunings that a device, the engine or a request does not support do not compete; InputError if none is left."""
+    """Return the fastest pruning on each device at each of some requests that differ only in shape. Prunings that a
+    device, the engine or a request does not support do not compete; InputError if none is left."""
     reasons: dict[str, None] = {}
 
     def skip(_pruning: int | None, reason: str, _device: str) -> None:
@@ -364,7 +346,7 @@ def _of_device(
     row[cell] = np.arange(len(results))
     speedup = np.full(row.shape, -np.inf)
     speedup[cell] = results.columns["speedup"]
-    fastest = np.argsort(-speedup, axis=1, kind="stable")  # of equal speedups the first
+    fastest = np.argsort(-speedup, axis=1, kind="stable")  # stable: the first of equal speedups
     request = np.flatnonzero(row.max(axis=1) >= 0)
     first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
     best = results.take(row[request, first])

@@ -50,7 +50,7 @@ class Pruning:
 
     steps: tuple[PruningStep, ...]
     model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
-    text: str = ""  # of --prune, or the path of a plan; "": a family or method at a sparsity
+    text: str = ""  # text of --prune, or the path of a plan; "": a family or method at a sparsity
 
     @classmethod
     def of(
@@ -69,12 +69,10 @@ class Pruning:
 
     @classmethod
     def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
-        """Return the pruning that leads to an existing pruned model."""
         _, families, share = difference_of(dense, pruned)
         return cls((PruningStep("+".join(families) or "none", share),), model=pruned)
 
     def at(self, sparsity: float | Mapping[str, float] | None) -> Pruning:
-        """Return the same pruning of one step at another sparsity."""
         (step,) = self.steps
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         return replace(self, steps=(replace(step, sparsity=parts),))
@@ -130,14 +128,13 @@ class Pruning:
         return "equal length" if self.budgeted or "equal length" in kinds else "any"
 
     def lacking(self, model: ModelConfig) -> str:
-        """Return why a model cannot be pruned so: a part that it lacks, else ""."""
+        """Return which part for this pruning a model lacks, else ""."""
         for lacks in (family.needs for step in self.steps for family in step.families):
             if lacks and not getattr(model, lacks):
                 return f"{model.name} has no routed {lacks}"
         return ""
 
     def apply(self, dense: Workload, request: Request) -> Workload:
-        """Return the pruned workload of the dense workload of a request."""
         if self.model is not None:
             return as_pruned(dense, lower(replace(request, model=self.model)))
         if self.text:
@@ -145,7 +142,6 @@ class Pruning:
         return self.steps[0].apply(dense, ideal=request.ideal)
 
     def requested(self, pruned: Workload) -> float:
-        """Return the requested sparsity of a workload pruned by this: of several steps that of all together."""
         if self.sparsity is not None:
             return float(self.sparsity)
         steps = [step.sparsity for step in pruned.meta.applied]
@@ -231,10 +227,8 @@ def asked(
 
 def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
     """Return the existing pruned models that can be read, and one note for each other; raise the error if there is
-    none, or if two have one name.
-
-    Checkpoints often keep the name of the model that they were pruned from: several of one name are named after their
-    folders."""
+    none, or if two have one name. Checkpoints often keep the name of the model that they were pruned from: several of
+    one name are named after their folders."""
     found: list[tuple[object, ModelConfig]] = []
     errors: list[InputError] = []
     for source in pruned:
@@ -262,7 +256,6 @@ def _named(found: Sequence[tuple[object, ModelConfig]]) -> list[ModelConfig]:
 
 
 def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "") -> None:
-    """Record why a pruning is excluded."""
     title, sparsity = pruning.title, pruning.sparsity
     if device:
         reason = f"{title} on {device}: {reason}"
@@ -302,7 +295,6 @@ def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, .
 
 
 def check_alike(dense: Workload, pruned: Workload) -> None:
-    """Raise InputError if two workloads have different requests."""
     for name in ALIKE:
         theirs, ours = getattr(pruned.meta, name), getattr(dense.meta, name)
         if theirs != ours:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, csv_text, read_csv
 from simulator.files.read import parse_bounded, read_bounded
+from simulator.prediction.requests import by_key
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")
@@ -28,7 +29,7 @@ _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
 _VALUES = ("method", "family", "model", "sparsity", "metric", "higher_is_better", "dense", "pruned")
 REQUIRED: tuple[str, ...] = (*_VALUES, "protocol", "source")
 COLUMNS: tuple[str, ...] = (*_VALUES, "relative_loss", "protocol", "source", "options", "note")
-LOSS_TOLERANCE = 5e-4  # of a stated relative loss, absolute or relative: tables print few digits
+LOSS_TOLERANCE = 5e-4  # tolerance of a stated loss, absolute or relative: tables print few digits
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
@@ -45,8 +46,6 @@ class Axis:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Quality of one pruned model."""
-
     method: str
     family: str
     model: str
@@ -57,7 +56,7 @@ class QualityRow:
     pruned: float
     protocol: str  # how it was measured: data, length, calibration, fine-tuning
     source: str  # source of the row
-    options: tuple[tuple[str, Any], ...] = ()  # of the family; in a file name=value, separated by semicolons
+    options: tuple[tuple[str, Any], ...] = ()  # options of the family; in a file name=value, separated by semicolons
     note: str = ""
 
     @property
@@ -73,8 +72,6 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityTable:
-    """Rows of a table."""
-
     rows: tuple[QualityRow, ...]
     name: str = "quality table"  # for messages
     metric: str = ""  # default metric, if any
@@ -95,21 +92,17 @@ class QualityTable:
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the axes of the rows: those with most families first, then most rows."""
-        on: dict[Axis, list[QualityRow]] = {}
-        for r in self.rows:
-            on.setdefault(r.axis, []).append(r)
+        on = by_key(self.rows, lambda r: r.axis)
         return tuple(sorted(on, key=lambda a: (-len({r.family for r in on[a]}), -len(on[a]), a)))
 
     def on_axis(self, axis: Axis) -> QualityTable:
-        """Return the rows on one axis."""
         return replace(self, rows=tuple(r for r in self.rows if r.axis == axis))
 
 
 def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
-    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all.
-
-    A table's default metric takes precedence. Of several axes the one with most families and rows is returned; with
-    ``strict`` this is an InputError."""
+    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all. A table's
+    default metric takes precedence. Of several axes the one with most families and rows is returned; with ``strict``
+    this is an InputError."""
     axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
     exact = [a for a in fitting if metric.lower() == a.metric.lower()]
@@ -125,7 +118,6 @@ def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, st
 
 
 def list_quality() -> tuple[str, ...]:
-    """Return the names of the shipped tables."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.csv")))
 
 
@@ -189,7 +181,6 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
 
 
 def number_of(cells: Mapping[str, str], column: str) -> float:
-    """Return the finite number of a cell."""
     try:
         value = float(cells[column])
     except ValueError:
@@ -231,7 +222,6 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
 
 
 def table_text(rows: Iterable[QualityRow]) -> str:
-    """Return rows as CSV text with the columns :data:`COLUMNS`."""
     out = []
     for r in rows:
         text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
@@ -246,8 +236,6 @@ _NOT_METRICS, _MOST_BYTES = ("sample_len", "sample_count", "bypass"), 64_000_000
 
 
 class Value(NamedTuple):
-    """A value and how it was measured; ``task`` is the task of an accuracy."""
-
     value: float
     higher_is_better: bool
     protocol: str
@@ -270,7 +258,7 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
 
 
 def read_results(folder: Path, name: str) -> tuple[str, dict[str, Value]]:
-    """Return model and metrics of a results file, or of a folder of files of one model, newest last by their names."""
+    """Return model and metrics of a results file, or of a folder of files of one model; the last by name counts."""
     path, values, models, parts = folder / name, dict[str, Value](), dict[str, None](), set[str]()
     inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")] if path.is_dir() else [path]
     for file in sorted(inside, key=lambda file: file.name):
@@ -311,7 +299,6 @@ def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
 
 
 def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned: tuple[str, dict[str, Value]]) -> Any:
-    """Yield the cells for each metric that both models have."""
     if not (both := {key: (dense[1][key], pruned[1][key]) for key in dense[1] if key in pruned[1]}):
         raise InputError(f"results: {cells['results']}: shares no metric with the dense model")
     about = {"model": dense[0].rstrip("/").rpartition("/")[2].lower(), "source": f"lm-evaluation-harness: {pruned[0]}"}
@@ -320,6 +307,6 @@ def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned:
     for key, (a, b) in both.items():
         if a.protocol != b.protocol and not key.startswith(MEAN):
             raise InputError(f"results: {key}: measured differently: dense: {a.protocol}; pruned: {b.protocol}")
-        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # a mean of other tasks is no row
+        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # the mean of other tasks is not a row
             values = {"metric": key, "higher_is_better": str(a.higher_is_better), "protocol": a.protocol}
             yield about | values | {"dense": repr(a.value), "pruned": repr(b.value)}

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from simulator.arguments import OneOrMore, instance, listed
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.request import SETTINGS, Request
 
-if TYPE_CHECKING:
-    from simulator.models.config import ModelConfig
-
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]) -> list[Request]:
@@ -30,7 +29,7 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
     axes = {
         name: once(setting.check(value) for value in listed(name, settings[name]))
         for name, setting in SETTINGS.items()
-        if _several(settings.get(name))
+        if not isinstance(given := settings.get(name), str | os.PathLike) and hasattr(given, "__iter__")
     }
     if "engine" in axes:
         axes["engine"] = engines_of(axes["engine"])
@@ -41,10 +40,6 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
     single = {name: value for name, value in settings.items() if name not in axes}
     load_engine(single.get("engine", Request.engine))
     return [Request(**single, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
-
-
-def _several(value: object) -> bool:
-    return not isinstance(value, str | os.PathLike) and hasattr(value, "__iter__")
 
 
 def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
@@ -74,15 +69,8 @@ def check_measured(found: Sequence[Request], hardware: Sequence[HardwareProfile]
     """Reject a measured time for more than one model, device, engine and request."""
     if not found or found[0].dense_s is None:
         return
-    axes: dict[str, set[object]] = {
-        "model": {s.model for s in found},
-        "hardware": {hw.label for hw in hardware},
-        "engine": {s.engine for s in found},
-        "phase": {s.phase for s in found},
-        "batch": {s.batch for s in found},
-        "seq": {s.seq for s in found},
-    }
-    for name, values in axes.items():
+    for name in ("model", "hardware", "engine", "phase", "batch", "seq"):
+        values = {hw.label for hw in hardware} if name == "hardware" else {getattr(one, name) for one in found}
         if len(values) > 1:
             raise InputError(f"dense time: belongs to one request; expected one {name}, got {len(values)}")
 
@@ -96,7 +84,6 @@ def dense_seconds(tokens_per_s: float | None, request: Request) -> float:
 
 
 def batch_name(phase: str) -> str:
-    """Return the name of the number of sequences in a phase."""
     return "concurrency" if phase == "serve" else "batch"
 
 
@@ -111,13 +98,20 @@ def device_text(r: Any) -> str:
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:
-    """Return values without repeats, in order."""
     return tuple(dict.fromkeys(values))
 
 
-def models_of(models: OneOrMore[str | ModelConfig], kind: str = "model") -> list[ModelConfig]:
+def by_key(values: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return values by key, in order."""
+    out: dict[K, list[T]] = {}
+    for value in values:
+        out.setdefault(key(value), []).append(value)
+    return out
+
+
+def models_of(models: OneOrMore[str | ModelConfig]) -> list[ModelConfig]:
     """Load models, each once; raise InputError for two of one name, which results cannot distinguish."""
-    return distinct(((source, load_model(source)) for source in listed(kind, models)), kind)
+    return distinct(((source, load_model(source)) for source in listed("model", models)), "model")
 
 
 def distinct(loaded: Iterable[tuple[object, ModelConfig]], kind: str) -> list[ModelConfig]:
@@ -143,7 +137,6 @@ def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
 
 
 def _ambiguous(kind: str, several: str, first: object, second: object, name: str) -> InputError:
-    """Return the error for two inputs of one name, with their paths."""
     one, other = (str(x) if isinstance(x, str | os.PathLike) else "an object without a path" for x in (first, second))
     return InputError(f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them")
 

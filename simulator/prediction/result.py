@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
+from simulator.prediction.prunings import Pruning
+from simulator.request import Request
 from simulator.units import percent, ratio, seconds
-
-if TYPE_CHECKING:
-    from simulator.prediction.prunings import Pruning
-    from simulator.request import Request
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,10 @@ class Labels:
         return len(self.codes)
 
     def tolist(self) -> list[str]:
-        """Return the texts, one per row, as a list."""
         return [self.texts[code] for code in self.codes.tolist()]
 
     @property
     def values(self) -> NDArray[np.object_]:
-        """Texts, one per row."""
         return np.array(self.texts, dtype=object)[self.codes]
 
 
@@ -55,7 +51,6 @@ def plain(column: Array | Labels) -> Array:
 
 
 def joined(held: Sequence[Array | Labels]) -> Labels:
-    """Concatenate text columns."""
     labels = [column for column in held if isinstance(column, Labels)]
     first = np.cumsum([0, *(len(column.texts) for column in labels)])
     codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
@@ -373,6 +368,5 @@ class HasResult(Displayed):
     result: Result
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result's fields, then the others."""
         own = super().to_dict()
         return {**own.pop("result"), **own}

@@ -43,16 +43,14 @@ _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Runnable(Displayed):
-    """Whether a stock engine runs a pruned model, and at which width it would be faster."""
-
     engine: str
     devices: int
     works: bool | None  # whether the engine runs the model, at whatever speed; None if its file does not state it
     loadable: bool | None  # whether it loads the checkpoint without changes to its code
     load_reason: str  # how it loads the checkpoint, or why not
     aligned: bool  # whether every width is a multiple of what fast kernels need, on each device
-    unaligned_dimension: str  # the one with the most weights, such as "MLP width"; "" if all are aligned
-    unaligned_width: int  # of the whole model; 0 if all are aligned
+    unaligned_dimension: str  # unaligned dimension with the most weights, such as "MLP width"; "" if all are aligned
+    unaligned_width: int  # width in the whole model; 0 if all are aligned
     aligned_width: int  # the nearest larger aligned width
     aligned_gain: float | None  # time over the time with all widths aligned; None without a device, or if all widths
     aligned_gain_lower: float | None  # are multiples of 16 bytes (the gain of other multiples is not modelled)
@@ -65,23 +63,19 @@ class Runnable(Displayed):
 
     @property
     def sentence(self) -> str:
-        """The answer in words: yes or no, then why."""
         return will_it_run(self)
 
     def _title(self) -> str:
         return self.sentence
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, and the answer in words as ``runs``."""
         return super().to_dict() | {"runs": will_it_run(self)}
 
 
 def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
     """Return whether the stock engine of a request runs a pruning of its model; the gain of an aligned width is
-    predicted on ``hw``.
-
-    Loading and divisibility are those of the whole model; alignment and kernels those of its share on each device. A
-    model that the devices cannot divide is judged on one device."""
+    predicted on ``hw``. Loading and divisibility are those of the whole model; alignment and kernels those of its share
+    on each device. A model that the devices cannot divide is judged on one device."""
     alone = replace(request, devices=1)
     whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own
@@ -126,10 +120,9 @@ def will_run(
     share: Workload | None = None,
     divisible_reason: str = "",
 ) -> Runnable:
-    """Return whether the stock engine of a workload on one device runs its model.
-
-    ``config`` is the configuration of an existing checkpoint (default: that of the dense model), ``share`` the share of
-    each of several devices, ``divisible_reason`` why they cannot divide the model."""
+    """Return whether the stock engine of a workload on one device runs its model. ``config`` is the configuration of an
+    existing checkpoint (default: that of the dense model), ``share`` the share of each of several devices,
+    ``divisible_reason`` why they cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")
     own, parts = pruned if share is None else share, blocks(pruned)
@@ -199,7 +192,6 @@ def _worst(w: Workload, odd: dict[str, Array], unit: Array) -> tuple[str, int, i
 
 
 def _dynamic(w: Workload) -> list[str]:
-    """Return the dynamic families of a pruned workload that remove work."""
     found = [family for step in w.meta.applied if step.realised > 0 for family in step.family.split("+")]
     return [family for family in dict.fromkeys(found) if family in FAMILIES and FAMILIES[family].dynamic]
 
@@ -325,7 +317,7 @@ def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
         hidden=_largest(found["hidden size"], dense.hidden),
         blocks=(),
     )
-    # layers of an architecture that differ, such as first layers without experts, differ in their places only
+    # layers that differ in an architecture, such as first layers without experts, keep their places
     return model.with_usual(usual, dense.blocks[:layers])
 
 
@@ -368,7 +360,6 @@ def _kind(config: ModelConfig) -> str:
 
 
 def _layers(w: Workload, mask: Array) -> BoolArray:
-    """Return which layers have at least one of the masked rows."""
     marks = np.zeros(layer_count(w) + 1, dtype=np.int64)
     np.add.at(marks, w.layer[mask], 1)
     np.add.at(marks, (w.layer + w.layers)[mask], -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
-from simulator.prediction.requests import batch_name, device_text, on, setting
+from simulator.prediction.requests import batch_name, by_key, device_text, on, setting
 from simulator.prediction.result import plain
 from simulator.pruning import FAMILIES
 from simulator.request import Request
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from simulator.prediction.result import HasResult, Result, Results
     from simulator.uncertainty.intervals import Inferred
 
-# classes of modules that import this one: an import of their types would be a cycle
+# classes of modules that import this one: importing their types would be a cycle
 Advice: TypeAlias = Any
 Advised: TypeAlias = Any
 Explanation: TypeAlias = Any
@@ -53,7 +54,7 @@ Runnable: TypeAlias = Any
 Service: TypeAlias = Any
 Target: TypeAlias = Any
 T = TypeVar("T", bound="HasResult")
-NAMED = 4  # settings or models that a sentence names; of more it states the number
+NAMED = 4  # most settings or models that a sentence names; of more it states the number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
 GAIN = 1.005  # speedup that is shown as more than 1.00
 NOTABLE = 0.985  # steps of a waterfall with a factor below it, or above its inverse, are mentioned
@@ -62,17 +63,38 @@ EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limi
 
 
 def interval_text(value: float, low: float, high: float) -> str:
-    """Return a ratio with its interval."""
     return f"{ratio(value)}x ({ratio(low)}-{ratio(high)})"
 
 
 def speedup_text(r: Result | Point) -> str:
-    """Return a speedup with its interval."""
     return interval_text(r.speedup, r.speedup_lower, r.speedup_upper)
 
 
+def shares(r: Result) -> str:
+    """Return the removed share, requested and realised, of all parts together; "" if the name of the pruning has it."""
+    requested, realised = percent(r.sparsity), percent(r.realised_sparsity)
+    if r.pruned:
+        return f"{requested} of all parameters removed"
+    if requested in r.pruning:
+        return "" if realised == requested else f"{realised} realised"
+    if not r.parts and realised == requested:
+        return f"{requested} removed"
+    both = requested if realised == requested else f"{requested} requested, {realised} realised"
+    return f"{both} over all parts" if r.parts else both
+
+
+def pruning_text(r: Result) -> str:
+    text = shares(r)
+    return f"{r.pruning} ({text})" if text else r.pruning
+
+
+def parts_line(r: Result) -> str:
+    """Return what a pruning removes of each part, and of all parts together if this differs."""
+    text, one = shares(r), "; " not in r.parts and percent(r.sparsity) in r.parts
+    return r.parts if one or not text else f"{r.parts}; {text.removesuffix(' over all parts')} over all parts"
+
+
 def probability_text(probability: float) -> str:
-    """Return a probability in percent."""
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
 
 
@@ -92,20 +114,15 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     settings, or of all, with the number of gains and losses. ``clauses``, one for each result, end its sentence."""
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
-        return [f"{_one(r)}{ends.get(r, '')}." for r in results]
-    groups: dict[str, list[Result]] = {}
+        gains = [_gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
+        places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
+        return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
     several = len({r.model for r in results}) > 1
-    for r in results:
-        groups.setdefault(f"{setting(r)} of {r.model}" if several else setting(r), []).append(r)
+    groups = by_key(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
     if len(groups) <= MOST_SENTENCES:
         return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
     best = max(results, key=lambda r: r.speedup)
     return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
-
-
-def _one(r: Result) -> str:
-    gain = _gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper)
-    return f"{r.pruning} {gain} on {setting(r)}, {r.bottleneck}-bound"
 
 
 def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = "") -> str:
@@ -117,7 +134,7 @@ def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, whe
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The batches or lengths at which a pruning pays, which is with its whole interval above :data:`GAIN`."""
+    """The batches or lengths at which a pruning pays: the whole interval of its speedup is above :data:`GAIN`."""
 
     axis: str  # "batch" or "seq"
     results: tuple[Result, ...]  # ascending; of values at which the model fits into the memory, if any
@@ -125,24 +142,20 @@ class BreakEven:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Values of the axis."""
         return tuple(getattr(r, self.axis) for r in self.results)
 
     @property
     def pays(self) -> tuple[bool, ...]:
-        """Whether the pruning pays at each value."""
         return tuple(r.speedup_lower >= GAIN for r in self.results)
 
     @property
     def where(self) -> str:
-        """Device, engine, phase and the other field as part of a sentence."""
         r = self.results[0]
         other = f"seq {r.seq}" if self.axis == "batch" else f"{batch_name(r.phase)} {r.batch}"
         return f"{device_text(r)} in {r.engine} ({r.phase}, {other})"
 
     @property
     def verdict(self) -> str:
-        """The values at which the pruning pays, as the predicate of a sentence."""
         values, pays, found = self.values, self.pays, self.results
         ends = f"{values[0]:,} to {values[-1]:,}"
         best = max((r for r in found if r.speedup_lower >= GAIN), key=lambda r: r.speedup, default=None)
@@ -165,7 +178,6 @@ class BreakEven:
 
     @property
     def sentence(self) -> str:
-        """Pruning, place and verdict, and the values that do not fit."""
         beyond = ""
         if self.too_large:
             many = len(self.too_large) > 1
@@ -182,7 +194,6 @@ class BreakEven:
 
 
 def _bare(r: Result) -> str:
-    """Return a speedup with its interval for parentheses."""
     return f"{ratio(r.speedup)}x, {ratio(r.speedup_lower)}-{ratio(r.speedup_upper)}"
 
 
@@ -190,12 +201,9 @@ def break_even(results: Sequence[Result]) -> list[BreakEven]:
     """Return the break-even of each pruning, model, device, engine and phase over the batches, or over the lengths;
     none if neither varies."""
     axis = next((axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), "")
-    groups: dict[tuple[object, ...], list[Result]] = {}
-    for r in results if axis else ():
-        other = r.seq if axis == "batch" else r.batch
-        groups.setdefault((r.model, r.pruning, r.engine, r.phase, r.hardware, other), []).append(r)
+    names = ("model", "pruning", "engine", "phase", "hardware", "seq" if axis == "batch" else "batch")
     out = []
-    for some in groups.values():
+    for some in by_key(results if axis else (), attrgetter(*names)).values():
         ascending = sorted(some, key=lambda r: getattr(r, axis))
         fit = [r for r in ascending if r.pruned_fits] or ascending
         out.append(BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit)))
@@ -242,11 +250,7 @@ def unaligned(r: Runnable) -> str:
 
 
 def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
-    """Return what is held of each setting (device, engine and request), in its order."""
-    groups: dict[str, list[T]] = {}
-    for one in held:
-        groups.setdefault(setting(one.result), []).append(one)
-    return groups
+    return by_key(held, lambda one: setting(one.result))
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
@@ -259,10 +263,10 @@ def of_advice(found: Advised, target: Target) -> list[str]:
     if reached and len(best) == 1:
         ((where, a),) = best.items()
         start = f"The least pruning of {a.result.model} that reaches {target.text} on {where} is"
-        out.append(f"{start} {a.result.pruning}; predicted {_predicted(a)}.")
+        out.append(f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}.")
     elif reached:
         low, high = (pick(reached, key=lambda where: reached[where].sparsity) for pick in (min, max))
-        ends = [f"{reached[where].pruning} on {where}" for where in dict.fromkeys((low, high))]
+        ends = [f"{pruning_text(reached[where])} on {where}" for where in dict.fromkeys((low, high))]
         out.append(f"The least pruning that reaches {target.text} is {' to '.join(ends)}.")
     if missed:
         where = max(missed, key=lambda where: missed[where].result.speedup)
@@ -270,7 +274,7 @@ def of_advice(found: Advised, target: Target) -> list[str]:
         start, place = f"No pruning of {a.result.model} reaches {target.text} on {where}", ""
         if len(best) > 1:
             start, place = f"No family reaches {target.text} on {len(missed)} of {len(best)} settings", f" on {where}"
-        out.append(f"{start}; the closest is {a.result.pruning}{place}: {_predicted(a)}.")
+        out.append(f"{start}; the closest is {pruning_text(a.result)}{place}: {_predicted(a)}.")
     dense = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
     return [*out, dense]
 
@@ -287,10 +291,8 @@ def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[st
     with ``max_loss`` the fastest model with at most this loss."""
     if len(fronts) <= MOST_SENTENCES:
         return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
-    best: dict[str, list[Point]] = {}
-    for front in fronts:
-        if trade := best_trade(front) if max_loss is None else fastest_within(front, max_loss):
-            best.setdefault(trade.name, []).append(trade)
+    trades = (best_trade(front) if max_loss is None else fastest_within(front, max_loss) for front in fronts)
+    best = by_key(filter(None, trades), lambda trade: trade.name)
     named = []
     for some in sorted(best.values(), key=len, reverse=True)[:NAMED]:
         ends = dict.fromkeys(ratio(pick(p.speedup for p in some)) for pick in (min, max))
@@ -327,7 +329,6 @@ def _within(front: Front, max_loss: float) -> str:
 
 
 def _by_method(points: Sequence[Point]) -> str:
-    """Return methods with their sparsities, by the smallest loss of each."""
     methods: dict[str, dict[float, None]] = {}
     for p in sorted(points, key=lambda p: p.loss):
         methods.setdefault(p.method, {})[100.0 * p.sparsity] = None
@@ -356,8 +357,7 @@ def conclusion(e: Explanation) -> str:
     model in another."""
     r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
-    share = f" ({percent(r.sparsity)} removed)" if percent(r.sparsity) not in r.pruning else ""
-    nominal = f"{r.pruning}{share} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
+    nominal = f"{pruning_text(r)} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
     parts = [f"{nominal}, predicted {speedup_text(r)} on {setting(r)}, {r.bottleneck}-bound"]
     if losses:
         parts.append("losses: " + with_and([f"{s.name} (x{s.factor:.2f})" for s in losses[:3]]))
@@ -386,7 +386,6 @@ def conclusions(found: Sequence[Explanation]) -> list[str]:
 
 
 def _host_bound(e: Explanation) -> str:
-    """Return advice for a host-bound model, else ""."""
     if not e.layer_s:
         return ""
     engine = load_engine(e.dense.meta.engine)
@@ -407,15 +406,7 @@ LEAST = 0.001  # relative change of a number of bytes from which it is stated
 def of_service(service: Service) -> list[str]:
     """Return the conclusion on a service: at equal concurrency, at equal memory, and within limits if there are some.
 
-    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits.
-
-    >>> from simulator import serve
-    >>> lines = of_service(serve("llama-3.1-8b", "h100", prune="depth 0.25").services[0])
-    >>> print(lines[0][70:])
-    depth at 25 % makes llama-3.1-8b 1.32x faster (1.30-1.34); stock vllm runs it.
-    >>> print(lines[1][:108])
-    depth at 25 % serves 1.35x (1.31-1.39) as many tokens/s at equal memory: 1.42x as many sequences fit (303 in
-    """
+    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits."""
     kinds, best = service.kinds, ranked(service)[0]
     last = kinds[MEMORY][0], kinds[MEMORY][best]
     out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []
@@ -431,13 +422,13 @@ def of_service(service: Service) -> list[str]:
 
 
 def ranked(service: Service, kind: str = MEMORY) -> list[int]:
-    """Return the indices of the pruned models (from 1) by their tokens/s at the points of a kind, the most first."""
+    """Return the indices of the pruned models (from 1), those with the most tokens/s at the points of a kind first."""
     rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[kind]]
     return sorted(range(1, len(rates)), key=lambda i: -rates[i])
 
 
 def best_point(service: Service) -> OperatingPoint:
-    """Return the pruned model with the most tokens/s at equal memory, there."""
+    """Return the point of the pruned model with the most tokens/s at equal memory."""
     return service.kinds[MEMORY][ranked(service)[0]]
 
 
@@ -477,7 +468,9 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoint) -> str:
     """Return how much more a pruned model serves within limits, or which limit a model cannot keep."""
     start = f"Within {service.limits.text} (with a probability of {percent(service.limits.probability)})"
-    failing = "; ".join(_failing(service, point) for point in (dense, pruned) if not point.concurrency)
+    names = {point.pruning or "the dense model": point for point in (dense, pruned) if not point.concurrency}
+    why = {name: failing_text(service, point) for name, point in names.items()}
+    failing = "; ".join(f"{name} {f'fails ({text})' if text else 'does not fit'}" for name, text in why.items())
     if dense.concurrency and pruned.concurrency:
         more = f"{_requests(pruned)} instead of {dense.concurrency:,}"
         return f"{start}, {pruned.name} serves {_times(pruned)} as many tokens/s: {more}."
@@ -500,11 +493,6 @@ def failing_text(service: Service, point: OperatingPoint) -> str:
     return f"{start}, below the limit with a probability of only {probability_text(point.probability)}"
 
 
-def _failing(service: Service, point: OperatingPoint) -> str:
-    text = failing_text(service, point)
-    return f"{point.pruning or 'the dense model'} {f'fails ({text})' if text else 'does not fit'}"
-
-
 def _times(point: OperatingPoint) -> str:
     return interval_text(point.ratio, point.ratio_lower, point.ratio_upper)
 
@@ -519,7 +507,6 @@ def _count(point: OperatingPoint) -> str:
 
 
 def _smaller(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return by how much weights and cache shrink or grow."""
     weights, caches = (pruned.weights_bytes, dense.weights_bytes), (pruned.cache_bytes, dense.cache_bytes)
     text = before = ""
     for name, (ours, theirs) in {"weights": weights, "the cache of each": caches}.items():
@@ -551,8 +538,6 @@ def money(value: float) -> str:
 
 
 def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return a line on a checkpoint whose tensors differ from its configuration, and one on how an existing model
-    differs from the dense model."""
     own = (dense.found,) if dense.found else ()
     if pruned == dense:
         return own
@@ -569,7 +554,6 @@ def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Infer
 
 
 def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
-    """Return a line on the host and kernels inferred from a measured time of the dense model."""
     predicted = f"{hardware}: {seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
     if not inferred.consistent:
         apart = f"{inferred.deviation:.1f} standard deviations apart, so it is ignored"
@@ -625,7 +609,6 @@ def dense_notes(results: Results, request: Request, devices: Sequence[HardwarePr
 
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
-    """Return why a model does not fit, and the devices or batch that fit."""
     m, name = memory(dense, hw), batch_name(dense.meta.phase)
     way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
     left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
@@ -672,10 +655,9 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
     """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or the engine's
-    generations run routed experts differently, or "".
-
-    A stack requested by name is never a fallback. If no GPU of the architecture was fitted, the note states this. A fit
-    of decode attention that is unused, as the engine has another kernel, is named."""
+    generations run routed experts differently, or "". A stack requested by name is never a fallback. If no GPU of the
+    architecture was fitted, the note states this. A fit of decode attention that is unused, as the engine has another
+    kernel, is named."""
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
     if "generic" in unfitted(hw.section("gemm", dtype), GEMM_CONSTANTS, hw.architecture):
@@ -734,10 +716,9 @@ def sections_of(w: Workload) -> dict[str, str]:
 
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
     """Explain a speedup above its roofline bound by the operator that is closer to its roofline pruned than dense;
-    return "" for other speedups.
-
-    Such a gain is due to a step of one stack's kernels at the dense shape, not to the removed work. If no operator
-    gains, the removed work was farther from its roofline than the rest (such as the head)."""
+    return "" for other speedups. Such a gain is due to a step of one stack's kernels at the dense shape, not to the
+    removed work. If no operator gains, the removed work was farther from its roofline than the rest (such as the
+    head)."""
     if speedup <= BETTER * bound:
         return ""
     (time_d, roof_d), (time_p, roof_p) = (_by_role(w, hw) for w in (dense, pruned))
@@ -772,10 +753,7 @@ def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
 def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
     """Return one note on the operators with default constants and their share of the time, for all devices where it is
     at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given."""
-    mine: dict[str, list[Any]] = {}
-    for r in found:
-        if r.uncalibrated_share >= SMALL_SHARE:
-            mine.setdefault(r.hardware, []).append(r)
+    mine = by_key((r for r in found if r.uncalibrated_share >= SMALL_SHARE), lambda r: r.hardware)
     of = {device: uncalibrated_of(some) for device, some in mine.items()}
     devices: dict[str, list[str]] = {}
     for device, (parts, _) in sorted(of.items(), key=lambda item: -item[1][1]):

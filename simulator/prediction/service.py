@@ -21,21 +21,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from simulator.arguments import SECONDS, OneOrMore, Range, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import cache_parts, weights_bytes
-from simulator.display import Displayed
+from simulator.display import Displayed, by_column
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import alike, request_results
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
-from simulator.prediction.requests import device_text, on, profiles
+from simulator.prediction.requests import by_key, device_text, on, profiles
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
 from simulator.prediction.serving import memory_columns, serving
@@ -44,10 +46,6 @@ from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
-
-if TYPE_CHECKING:
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
 
 REFINED = 16  # concurrencies of the second grid, for each model
 ROUNDS = 4  # rounds in which the largest concurrencies are found; they hardly change after the second
@@ -63,15 +61,12 @@ def probability_of(target: float, speedup: float, lower: float, upper: float, le
 
 
 def check_probability(probability: float) -> None:
-    """Raise InputError for a required probability outside (0, 1)."""
     if not 0.0 < probability < 1.0:
         raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most time to the first token and per output token, s, and the probability with which both must hold."""
-
     ttft_s: float | None = None
     tpot_s: float | None = None
     probability: float = 0.5
@@ -83,13 +78,11 @@ class Limits:
 
     @property
     def named(self) -> Mapping[str, float]:
-        """The limits that are set, by name."""
         both = {"ttft": self.ttft_s, "tpot": self.tpot_s}
         return {name: limit for name, limit in both.items() if limit is not None}
 
     @property
     def text(self) -> str:
-        """The limits in words."""
         words = {"ttft": "to the first token", "tpot": "per output token"}
         return " and ".join(f"{seconds(limit)} {words[name]}" for name, limit in self.named.items())
 
@@ -103,7 +96,7 @@ class OperatingPoint(Displayed):
     model: str
     hardware: str
     engine: str
-    devices: int  # that share the model
+    devices: int  # devices that share the model
     seq: int  # tokens of a prompt
     cached_prefix: int  # tokens of a prompt in the prefix cache
     new_tokens: int  # tokens that each request decodes
@@ -127,7 +120,7 @@ class OperatingPoint(Displayed):
     ratio: float = math.nan  # tokens/s over those of the dense model at its operating point of this kind
     ratio_lower: float = math.nan
     ratio_upper: float = math.nan
-    probability: float  # with which the limits hold; NaN without limits
+    probability: float  # probability that the limits hold; NaN without limits
     unmet: str  # the limit that fails for a single request: "ttft" or "tpot"
     excess: float  # predicted time over this limit
     cost_output: float = math.nan  # cost of a million tokens in the currency of the price
@@ -135,19 +128,17 @@ class OperatingPoint(Displayed):
     cost_prompt: float = math.nan
     cost_new: float = math.nan
     largest_concurrency: int  # most requests in flight of this model
-    limited_by: str  # what sets it: "memory" or "engine"
-    weights_bytes: float  # on the fullest device
-    cache_bytes: float  # of one request
-    level: float  # of the intervals
+    limited_by: str  # "memory" or "engine", which sets the largest concurrency
+    weights_bytes: float  # weights on the fullest device
+    cache_bytes: float  # cache of one request
+    level: float  # level of the intervals
 
     @property
     def name(self) -> str:
-        """The pruning in words, or "dense"."""
         return self.pruning or "dense"
 
     @property
     def setting(self) -> str:
-        """Devices, engine and request as part of a sentence."""
         cached = f", {self.cached_prefix} of them cached," if self.cached_prefix else ""
         return f"{device_text(self)} in {self.engine} (seq {self.seq}{cached} + {self.new_tokens} new)"
 
@@ -159,8 +150,6 @@ class OperatingPoint(Displayed):
 
 @dataclass(frozen=True, repr=False)
 class Service(Displayed):
-    """The operating points of the dense and the pruned models on one device in one engine."""
-
     points: tuple[OperatingPoint, ...]  # by kind, each kind by model, the dense one first
     curve: tuple[OperatingPoint, ...]  # each model at concurrencies from 1 to the largest that fits
     limits: Limits
@@ -169,10 +158,7 @@ class Service(Displayed):
     @property
     def kinds(self) -> dict[str, list[OperatingPoint]]:
         """Points by kind, the dense model first."""
-        out: dict[str, list[OperatingPoint]] = {}
-        for point in self.points:
-            out.setdefault(point.point, []).append(point)
-        return out
+        return by_key(self.points, lambda point: point.point)
 
     def _title(self) -> str:
         first = self.points[0]
@@ -196,7 +182,6 @@ class ServePasses:
     def of(
         cls, request: Request, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
     ) -> ServePasses:
-        """Return the dense and the pruned models at some concurrencies."""
         batch = _batch(request, prunings, at)
         return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
 
@@ -263,11 +248,10 @@ def operating_points(
     limits: Limits = NO_LIMITS,
     price: float | None = None,
 ) -> tuple[OperatingPoint, ...]:
-    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves.
-
-    The batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names.
-    Points at equal concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does,
-    the smallest of the largest that fit the pruned models. InputError if no model fits."""
+    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves. The
+    batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names. Points at equal
+    concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does, the smallest of
+    the largest that fit the pruned models. InputError if no model fits."""
     (request,), models = on([request], hw), range(1 + len(prunings))
     largest = _largest(request, hw, prunings)
     if concurrency is None:
@@ -290,22 +274,19 @@ def operating_points(
 
 
 def steps(last: int) -> list[int]:
-    """Return a grid of concurrencies: powers of two and steps between, up to a last one."""
+    """Return concurrencies up to a last one: powers of two, and one step between two powers."""
     powers = [2**i for i in range(max(last, 1).bit_length())]
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 
 
 def _batch(request: Request, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
-    """Return the dense and the pruned models at some concurrencies; 0 is ignored."""
     return batch_of([replace(request, batch=c) for c in sorted({*at} - {0})], prunings, rejecting)
 
 
 def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
     """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
-    engine's limit. InputError if no model fits.
-
-    The prompts that a step computes together, and their memory, depend on the concurrency: the result is the largest
-    that follows from a request at the largest."""
+    engine's limit. InputError if no model fits. The prompts that a step computes together, and their memory, depend on
+    the concurrency: the result is the largest that follows from a request at the largest."""
     found = [1] * (1 + len(prunings))
     for _ in range(ROUNDS):
         batch = _batch(request, prunings, found)
@@ -327,8 +308,6 @@ def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning])
 
 @dataclass(frozen=True)
 class _Points:
-    """What operating points of one device share."""
-
     hw: HardwareProfile
     names: Sequence[str]
     prunings: Sequence[Pruning]
@@ -410,11 +389,9 @@ class Served(Displayed):
 
     @property
     def points(self) -> tuple[OperatingPoint, ...]:
-        """Operating points of all services, without curves."""
         return tuple(point for service in self.services for point in service.points)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``points`` as dictionaries, and ``notes``."""
         return {"points": [point.to_dict() for point in self.points], "notes": list(self.notes)}
 
     def _title(self) -> str:
@@ -422,9 +399,7 @@ class Served(Displayed):
         return f"{first.model} in {len(self.services)} services: {len(self.points)} operating points"
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return one row per operating point."""
-        rows = [vars(point) for point in self.points]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        return by_column([vars(point) for point in self.points])
 
 
 def serve(

@@ -74,12 +74,11 @@ def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
 
 def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
     """Return for each workload new tokens/s of all devices, and time to first token and per further token, s, with the
-    ends of their intervals; NaN for other phases.
-
-    In serve, a request waits for a share of the other prompts before its first token, for the rest between its tokens.
-    The share depends on how requests arrive; on either side, its deviation, at most to none or all of the prompts, and
-    the relative error of the whole time are combined as a root of sum of squares. Measured times to the first token
-    deviate more, as they include queues of requests that start together."""
+    ends of their intervals; NaN for other phases. In serve, a request waits for a share of the other prompts before its
+    first token, for the rest between its tokens. The share depends on how requests arrive; on either side, its
+    deviation, at most to none or all of the prompts, and the relative error of the whole time are combined as a root of
+    sum of squares. Measured times to the first token deviate more, as they include queues of requests that start
+    together."""
     meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
     sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
     ends = {"s": seconds, "lower": found.lower, "upper": found.upper}

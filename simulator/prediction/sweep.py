@@ -1,4 +1,5 @@
-"""Predict every combination of a grid, in memory or into a folder of Parquet files.
+"""Define the grid of a sweep (:class:`Grid`, in YAML :func:`read_grid`), and predict every combination, in memory or
+into a folder of Parquet files.
 
 A grid is cut into pieces of bounded memory. This process, worker processes or a Dask cluster compute the pieces. Only
 the calling process writes: when a piece is computed, it becomes one file of the dataset.
@@ -8,40 +9,339 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from simulator._version import __version__
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError, needs_extra, one_line
+from simulator.files.fields import BAD, Checked, Inline, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
 from simulator.files.parquet import load_pyarrow
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
-from simulator.hardware.library import load_hardware
+from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
+from simulator.hardware.library import files_of, load_hardware, reference
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.models.lower import DECODE_LENGTHS, cached_tokens, lower
 from simulator.prediction.compare import request_results
-from simulator.prediction.grid import Grid, Piece, read_grid
-from simulator.prediction.prunings import Excluded, exclude, excluded_lines
+from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
+from simulator.prediction.requests import engines_of, models_of, once, profiles
 from simulator.prediction.result import COLUMNS, Results, plain
+from simulator.pruning import FAMILIES, check_fraction, general_families, prune
+from simulator.pruning._methods import load_method
+from simulator.request import MAX_TOKENS, SETTINGS, Request, Whole
+from simulator.units import parse_value
 
 if TYPE_CHECKING:
     import pandas
 
+T = TypeVar("T")
+S = TypeVar("S")
+
+_RANGE = re.compile(r"([\d.]+):([\d.]+)(?::([\d.]+))?")  # a range of the command line
+MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
+_SMALL = "llama-3.2-1b"  # model with which options of families are checked
+
+REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
+AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
+"""Axes besides the prunings."""
+_OWN = ("engine", "phase", "batch", "seq", "dtype", "weight_dtype", "kv_dtype", "devices", "dense_s")
+WHOLE = tuple(name for name in SETTINGS if name not in _OWN)  # settings of the whole grid
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Number formats of a run; None: the format follows from ``dtype``."""
+
+    dtype: Annotated[str, SETTINGS["dtype"]] = "bf16"
+    weight_dtype: Annotated[str | None, SETTINGS["weight_dtype"]] = None
+    kv_dtype: Annotated[str | None, SETTINGS["kv_dtype"]] = None
+
+
+class _Axis(Scalar):
+    """A list or one value; repeated values are dropped."""
+
+    def __init__(self, item: Scalar, flat: Callable[[list[Any]], Iterable[Any]] = list) -> None:
+        self.item, self.flat = item, flat
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind == "list" and not node.items:
+            return reader.wrong(node, path, "is an empty list; expected at least one value")
+        listed = [(one, (*path, i)) for i, one in enumerate(node.items)] or [(node, path)]
+        found = [self.item.read(one, at, reader) for one, at in listed]
+        return BAD if BAD in found else once(self.flat(found))
+
+
+@dataclass(frozen=True)
+class _Progression(Generic[T, S]):
+    start: T = field(metadata={"key": "from"})
+    to: T
+    step: S | None = None
+    times: Annotated[float | None, Number(1 + 1e-6, 1e9, "2")] = None
+
+
+class _Numbers(_Axis):
+    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
+
+    def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
+        step = Number(1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole)
+        self.whole, self.progression = number.whole, _Progression[Annotated[float, number], Annotated[float, step]]
+        super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        for i, one in enumerate(node.items or (node,)):
+            if one.kind == "scalar" and (ends := _RANGE.fullmatch(one.text)):
+                way = f"step: {ends[3]}" if ends[3] else "times: 2"
+                hint = f"{{from: {ends[1]}, to: {ends[2]}, {way}}}"
+                return reader.wrong(one, (*path, i) if node.items else path, f"expected {hint}, got {one}")
+        if node.kind != "mapping":
+            return super().read(node, path, reader)
+        found = reader.read(self.progression, node, path)
+        if found is BAD:
+            return BAD
+        start, end, by = found.start, found.to, found.step or found.times or 0.0
+
+        def wrong(reason: str, *keys: str) -> Any:
+            return reader.wrong(node.at(*keys), (*path, *keys), reason)
+
+        if (found.step is None) == (found.times is None):
+            return wrong("expected either step or times with from and to")
+        if end < start:
+            return wrong(f"expected at least the start {start:g}, got {end:g}", "to")
+        if found.times and start <= 0:
+            return wrong(f"expected a start above 0 to multiply, got {start:g}", "from")
+        many = (math.log(end / start) / math.log(by) if found.times else (end - start) / by) + 1e-9
+        if many >= MOST_POINTS:
+            reason = f"makes more than {MOST_POINTS} values; take a larger one"
+            return wrong(reason, "times" if found.times else "step")
+        values = (start * by**i if found.times else start + i * by for i in range(int(many) + 1))
+        nodes = (Node("scalar", node.line, node.column, f"{round(v) if self.whole else round(v, 9)!r}") for v in values)
+        return super().read(Node("list", items=tuple(nodes)), path, reader)
+
+
+class _Family(Scalar):
+    """A family's name, "all", or a mapping of names to options."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind != "mapping":
+            name = Text((*FAMILIES, "all")).read(node, path, reader)
+            names = general_families() if name == "all" else () if name is BAD else (name,)
+            return tuple(map(Pruning.of, names)) if names else BAD
+        found = [self.choice(key, value, (*path, key.text), reader) for key, value in node.entries.values()]
+        return BAD if BAD in found else tuple(found)
+
+    def choice(self, key: Node, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        family = Text(tuple(FAMILIES)).read(key, path, reader)
+        if family is BAD:
+            return BAD
+        given = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(node, path, reader)
+        if given is BAD:
+            return BAD
+        options = dict(sorted(given.items()))
+        try:
+            prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
+        except InputError as error:
+            return reader.wrong(node, path, str(error))
+        return Pruning.of(family, options=options)
+
+
+class _Option(Scalar):
+    """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind == "list":
+            return reader.read(tuple[Annotated[Any, self], ...], node, path)
+        return super().read(node, path, reader)
+
+    def value(self, node: Node) -> Any:
+        if node.kind == "mapping":
+            raise ValueError("expected a value, got a mapping")
+        value = node.text if node.quoted else parse_value(node.text)
+        return Text().value(node) if isinstance(value, str) else value
+
+
+class _Format(Scalar):
+    """A dtype, or a mapping with a dtype and optionally the two other formats."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        if node.kind == "mapping":
+            return reader.read(Formats, node, path)
+        dtype = SETTINGS["dtype"].read(node, path, reader)
+        return BAD if dtype is BAD else Formats(dtype)
+
+
+def _numbers(setting: str) -> _Numbers:
+    """Return the axis of a setting that is a whole number."""
+    accepts = SETTINGS[setting].accepts
+    assert isinstance(accepts, Whole)
+    return _Numbers(accepts.number)
+
+
+def _loads(load: Callable[[str], Any]) -> Checked:
+    """Return a text that a function loads without an error."""
+    return Checked(Text(), lambda text: (load(text), text)[1])
+
+
+PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
+OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
+REQUESTS = 64  # (batch, seq) pruned together
+
+Piece = tuple[list[Request], tuple[Pruning, ...]]  # requests and their prunings, which are timed together
+
+
+def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Split values into runs of equal length, at most ``size``."""
+    each = -(-len(values) // -(-len(values) // size))
+    return [values[i : i + each] for i in range(0, len(values), each)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Axes of a sweep, which predicts every combination, and options of the whole sweep. The annotations are the schema
+    of the file.
+
+    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
+    >>> grid.size == 2 * 2 * 2 * len(general_families())
+    True
+    """
+
+    # names, paths, or loaded ones
+    models: Annotated[tuple[str | ModelConfig, ...], _Axis(_loads(load_model))]
+    hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    phases: Annotated[tuple[str, ...], _Axis(SETTINGS["phase"])]
+    batches: Annotated[tuple[int, ...], _numbers("batch")]
+    seqs: Annotated[tuple[int, ...], _numbers("seq")]  # tokens (prefill) or cached positions (decode) per sequence
+    # all families if no families, methods or texts are given; methods are appended
+    families: Annotated[tuple[Pruning, ...], _Axis(_Family(), itertools.chain.from_iterable)] = ()
+    dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
+    engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (Request.engine,)  # or paths
+    devices: Annotated[tuple[int, ...], _numbers("devices")] = (1,)
+    methods: Annotated[tuple[str, ...], _Axis(_loads(load_method))] = ()
+    # texts of --prune and paths of plans, without an axis of sparsities
+    prune: Annotated[tuple[str, ...], _Axis(_loads(Pruning.read))] = ()
+    request: Annotated[Request, Inline(WHOLE)] = field(default_factory=Request)  # settings of the whole grid
+
+    def __post_init__(self) -> None:
+        families = self.families or (() if self.methods or self.prune else map(Pruning.of, general_families()))
+        object.__setattr__(self, "families", once((*families, *map(Pruning.of, self.methods))))
+        for name in AXES:
+            if not getattr(self, name):
+                raise InputError(f"{name}: expected at least one value")
+        if not self.prunings:
+            raise InputError("sparsities: expected at least one value")
+        # each rejects two with one name
+        profiles(self.hardware)
+        models_of(self.models)
+        engines_of(self.engines)
+
+    @property
+    def size(self) -> int:
+        return len(self.prunings) * math.prod(len(getattr(self, name)) for name in AXES)
+
+    @cached_property
+    def prunings(self) -> tuple[Pruning, ...]:
+        """Every family and method at every sparsity (with a budget of tokens: once), then the texts."""
+        every = (p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities))
+        return once((*every, *map(Pruning.read, self.prune)))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield pieces of bounded memory in the order of the rows: by model, format, engine, devices, phase, then
+        groups of requests by length and batch, then groups of families and sparsities."""
+        shapes = [(b, s) for s in self.seqs for b in self.batches]
+        axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
+        for model, formats, engine, devices, phase in axes:
+            own = {"model": model, "phase": phase, "engine": engine, "devices": devices, **vars(formats)}
+            operators = {"generate": 60 + 2 * min(self.request.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(
+                phase, 30
+            )
+            workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
+            many = min(len(shapes), REQUESTS, workloads)
+            of_prunings = max(1, workloads // many)
+            if of_prunings >= len(self.prunings):  # few prunings: take more requests
+                many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(self.prunings)))
+            for some, chosen in itertools.product(_even(shapes, many), _even(self.prunings, of_prunings)):
+                yield [replace(self.request, **own, batch=b, seq=s) for b, s in some], tuple(chosen)
+
+    def digest(self) -> str:
+        """Return the version and a digest of all that determines the rows, also of files of profiles and engines."""
+        sha = hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode())
+        for model in self.models:
+            sha.update(json.dumps(load_model(model).to_dict()).encode())
+        for device in self.hardware:
+            for file in files_of(load_hardware(device)):
+                sha.update(file.name.encode() + b"\0" + file.read_bytes())
+        for engine in self.engines:
+            if (path := load_engine(engine).path) is not None:
+                sha.update(path.read_bytes())
+        return f"{__version__} {sha.hexdigest()}"
+
+    def facts(self) -> dict[str, Any]:
+        formats = [list(vars(f).values()) for f in self.dtypes]
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]
+        steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # the content of a plan
+        return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pruned(Grid):
+    """A grid of texts alone, which needs no sparsities."""
+
+    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)] = ()
+
+
+def read_grid(path: str | Path) -> Grid:
+    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``. An
+    axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``. A
+    family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods, and
+    ``prune`` texts such as ``width mlp=0.3 + depth 0.25`` or paths of plans, with or without families (without, no
+    sparsities are needed); a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
+    problems = Problems(str(path))
+    text = read_text(Path(path), problems)
+    root = None if text is None else parse_yaml(text, problems)
+    if root is None and not len(problems):
+        problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
+    if root is not None and not len(problems):
+        pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
+        grid = read(_Pruned if pruned else Grid, root, problems)
+        if grid and set(grid.phases) != {"decode"}:
+            batch, seq = max(grid.batches), max(grid.seqs)
+            if batch * seq > MAX_TOKENS:
+                reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+                problems.add(root.at("seqs"), "seqs", reason)
+            try:
+                cached_tokens(replace(grid.request, phase="prefill", seq=min(grid.seqs)))
+            except InputError as error:
+                key = "cached_prefix"
+                problems.add(root.at(key), key, str(error).removeprefix(f"{key}: "))
+        if grid and not len(problems):
+            return grid
+    # an unknown key is reported before the missing key that it may stand for
+    raise first_of(sorted(problems.lines, key=lambda line: line.endswith(": is missing")))
+
+
 MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 NOTED = 8  # sparsities that a note lists at most
-CHECK_S = 2.0  # between checks of the workers while no piece is finished
-REACH_S = 10.0  # to reach a Dask scheduler
+CHECK_S = 2.0  # time between checks of the workers while no piece is finished, s
+REACH_S = 10.0  # longest time to reach a Dask scheduler, s
 STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"  # metadata of a part: its stamp; sparsities by exclusion
 PART_NAME = re.compile(r"part-\d{8}\.parquet")
 ADDRESS = re.compile(r"(tcp://)?(\[[0-9a-f:.]+\]|[^][/:\s]+):\d+")
@@ -56,13 +356,11 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Outcome of a sweep."""
-
-    target: Path  # folder of the parts
+    folder: str  # folder of the parts
     configurations: int  # in the grid
     rows: int  # supported configurations
     parts: int
-    resumed: int  # parts of an earlier run
+    resumed_parts: int  # parts of an earlier run
     seconds: float
     notes: tuple[str, ...]  # exclusions, one line per reason
 
@@ -75,7 +373,7 @@ def sweep(
     Parameters
     ----------
     grid : Grid, str or path
-        The grid, or the YAML file with it (:func:`simulator.prediction.grid.read_grid`).
+        The grid, or the YAML file with it (:func:`simulator.prediction.sweep.read_grid`).
     out : str or path, optional
         Folder for Parquet files; the same call resumes a sweep that was stopped.
     jobs : int
@@ -96,7 +394,7 @@ def sweep(
 
     Examples
     --------
-    >>> from simulator.prediction.grid import Grid
+    >>> from simulator.prediction.sweep import Grid
     >>> grid = Grid(("llama-3.1-8b",), ("h100",), (), ("decode",), (1, 8), (2048,), prune=("width mlp=0.3 heads=0.2",))
     >>> sweep(grid)["batch"].tolist()
     [1, 8]
@@ -110,17 +408,15 @@ def sweep(
         frame, notes = found.to_pandas(), found.notes
     else:
         done = write_sweep(grid, out, jobs=jobs, scheduler=scheduler)
-        frame, notes = pandas.read_parquet(done.target), done.notes
+        frame, notes = pandas.read_parquet(done.folder), done.notes
     frame.attrs["notes"] = list(notes)
     return frame
 
 
-def sweep_results(grid: Grid, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Results:
-    """Return the rows of a grid, with notes on exclusions. ``progress`` is called with pieces done and their number."""
-    excluded, found, todo = Excluded(), [], list(grid.pieces())
-    for done, piece in enumerate(todo, start=1):
-        found.append(piece_results(piece, grid.hardware, excluded))
-        progress(done, len(todo))
+def sweep_results(grid: Grid) -> Results:
+    """Return the rows of a grid, with notes on exclusions."""
+    excluded = Excluded()
+    found = [piece_results(piece, grid.hardware, excluded) for piece in grid.pieces()]
     return Results.join(found, excluded_lines(excluded, NOTED))
 
 
@@ -133,10 +429,9 @@ def write_sweep(
     progress: Callable[[int, int], None] = lambda done, total: None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
-    """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones.
-
-    Parts of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into
-    the folder waits for the first. ``progress`` is called with configurations done and their number."""
+    """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones. Parts
+    of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into the
+    folder waits for the first. ``progress`` is called with configurations done and their number."""
     began, folder = time.monotonic(), Path(out)
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
     size, own, hardware = grid.size, grid.digest(), grid.hardware
@@ -180,7 +475,7 @@ def write_sweep(
     replaced = f"{folder}: parts of another grid, version or profile were replaced: {len(stale)}"
     notes = (*([replaced] if stale else []), *excluded_lines(excluded, NOTED))
     rows, resumed = sum(part[0] for part in found if part), len(paths) - len(todo)
-    return Summary(folder, size, rows, len(paths), resumed, time.monotonic() - began, notes)
+    return Summary(str(folder), size, rows, len(paths), resumed, time.monotonic() - began, notes)
 
 
 def _check_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from simulator.arguments import OneOrMore
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
 from simulator.prediction.prunings import Excluded, Pruning, applied, asked, exclude, excluded_lines
@@ -26,9 +27,6 @@ from simulator.prediction.sentences import above_bound, dense_notes, difference_
 from simulator.pruning._steps import PruningStep
 from simulator.request import SETTINGS, Request
 from simulator.workload import Workload
-
-if TYPE_CHECKING:
-    from simulator.models.config import ModelConfig
 
 
 def table(

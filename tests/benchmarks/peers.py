@@ -28,8 +28,7 @@ from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
 from simulator.operators.base import Machine
-from simulator.prediction.grid import Grid
-from simulator.prediction.sweep import piece_results
+from simulator.prediction.sweep import Grid, piece_results
 
 TABLE, DEVICE = "h100_sxm/gemm/trtllm", "h100_sxm"
 INSTALL_S, RUN_S = 420.0, 120.0

@@ -13,8 +13,7 @@ from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements
 from simulator.hardware.library import load_hardware
 from simulator.operators.base import Machine
-from simulator.prediction.grid import Grid
-from simulator.prediction.sweep import piece_results, write_sweep
+from simulator.prediction.sweep import Grid, piece_results, write_sweep
 from simulator.uncertainty.operators import gemm_time
 
 Floor = Callable[..., None]

@@ -14,8 +14,8 @@ from simulator.prediction.service import probability_of
 
 BEGINS = {
     "explain llama-3.1-8b --hardware h100 --family width --sparsity 0.25 --phase decode": (
-        r"width at 25 % of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) on h100_sxm in vllm "
-        r"\(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
+        r"width at 25 %( \(.* realised\))? of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) "
+        r"on h100_sxm in vllm \(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
     ),
     "speedup llama-3.1-8b --hardware h100 --prune 'width mlp=0.3 attention=0.25' --devices 2 --phase decode": (
         r"width mlp=0.3 attention=0.25 makes llama-3.1-8b 1\.\d\dx faster \(.*-.*\) on 2 x h100_sxm in vllm "
@@ -34,11 +34,11 @@ BEGINS = {
     ),
     "advise llama-3.1-8b --hardware h100 --target 1.3x --phase decode --batch 8 --engine sglang": (
         r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in sglang \(decode, batch 8, seq 2048\) is "
-        r"depth at \d\d(\.\d)? %; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\."
+        r"depth at \d\d(\.\d)? %( \(\d\d(\.\d)? % realised\))?; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\."
     ),
     "advise llama-3.1-8b --hardware h100 --target 30 --family depth": (
-        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 %: .*x \(.*-.*\), .*, "
-        r"probability < 1 %\."
+        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 % \(90.6 % realised\): "
+        r".*x \(.*-.*\), .*, probability < 1 %\."
     ),
     "advise llama-3.1-8b --hardware h100 --latency 1s --family depth": (
         r"The dense model reaches 1.00 s on h100_sxm in vllm \(decode, batch 1, seq 2048\)\."
@@ -94,7 +94,8 @@ def test_advice_states_the_numbers_of_its_records(cli: Any) -> None:
     ends = f"({render.ratio(best['speedup_lower'])}-{render.ratio(best['speedup_upper'])})"
     chance = f"probability {100 * best['probability']:.0f} %"
     speedup = f"predicted {render.ratio(best['speedup'])}x {ends}, {render.seconds(best['pruned_s'])}, {chance}."
-    assert f"is {best['family']} at {render.percent(best['sparsity'])}; {speedup}" in text
+    removed = f"{render.percent(best['sparsity'])} ({render.percent(best['realised_sparsity'])} realised)"
+    assert f"is {best['family']} at {removed}; {speedup}" in text
     for r in records:
         expected = probability_of(1.3, r["speedup"], r["speedup_lower"], r["speedup_upper"])
         assert r["probability"] == pytest.approx(expected, abs=1e-9)

@@ -83,7 +83,7 @@ def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) 
         pytest.param(f"costs {MODEL} --hardware h100 --choices {'x' * 5000}", "cannot be read", id="long choices"),
         (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
         (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),
-        (f"search {MODEL} --hardware h100", "expected at least one, such as --target"),
+        (f"search {MODEL} --hardware h100", "--target: expected a target, such as --target 1.3x, or --latency"),
         (f"search {MODEL} --hardware h100 --memory 40 --target 1.2", "--memory '40'"),
         (f"search {MODEL} --hardware h100 --params many --target 1.2", "--params 'many'"),
         (f"search {MODEL} --hardware h100 --target 1.2", "no published loss of depth pruning"),

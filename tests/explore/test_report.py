@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from simulator.cli import run
-from simulator.explore import report
-from simulator.explore.content import PageContent, cell, content
-from simulator.explore.report import report_html
+from simulator.explore import content as page
+from simulator.explore.content import PageContent, cell, content, report_html
 from simulator.prediction.explain import Explanation
 from simulator.prediction.result import Result
 
@@ -112,12 +111,12 @@ def test_the_commands_of_a_report_give_its_numbers(tmp_path: Path, capsys: pytes
 def test_a_large_report_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "llama-3.1-8b --hardware h100,a100,4090 --phase prefill,decode --batch 1,8,64 --sparsity 0.1:0.5:0.1"
     html = written(tmp_path, words)
-    assert len(html.encode()) < report.MOST_BYTES
-    assert len(Page(html).rows) == 1 + report.MOST_ROWS
+    assert len(html.encode()) < page.MOST_BYTES
+    assert len(Page(html).rows) == 1 + page.MOST_ROWS
     assert "the first 500 rows" in html
     found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25]})
     whole = len(report_html(found, ["x"]).encode())
-    monkeypatch.setattr(report, "MOST_BYTES", whole - 1000)
+    monkeypatch.setattr(page, "MOST_BYTES", whole - 1000)
     smaller = report_html(found, ["x"])
     assert len(smaller.encode()) < whole - 1000
     assert "omitted, too large" in smaller

@@ -13,9 +13,8 @@ import pytest
 from simulator.errors import InputError
 from simulator.models.config import Block
 from simulator.models.library import from_hf_config, load_model
-from simulator.plans import puzzle
-from simulator.plans.library import read_library
-from simulator.plans.puzzle import Entry, read_puzzle, read_validations
+from simulator.plans import library
+from simulator.plans.library import Entry, read_library, read_puzzle, read_validations
 
 pytestmark = pytest.mark.quick
 
@@ -134,7 +133,7 @@ def test_folders_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("MOST_FILES", 2, "expected a folder of at most 2 validations"),
     ):
         with monkeypatch.context() as changed:
-            changed.setattr(puzzle, name, value)
+            changed.setattr(library, name, value)
             with pytest.raises(InputError, match=reason):
                 read_validations(path, MODEL)
 

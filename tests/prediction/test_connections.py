@@ -11,10 +11,9 @@ from simulator import load_hardware, load_model, lower, predict, table
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import Fitted, Section
-from simulator.prediction.grid import read_grid
 from simulator.prediction.result import Result
 from simulator.prediction.sentences import assumed_link
-from simulator.prediction.sweep import sweep_results
+from simulator.prediction.sweep import read_grid, sweep_results
 
 pytestmark = pytest.mark.quick
 

@@ -26,8 +26,7 @@ import pytest
 
 from simulator.cli import run as command
 from simulator.errors import InputError
-from simulator.prediction.benchmarks import read_bench, read_benches
-from simulator.prediction.measured import measured
+from simulator.prediction.benchmarks import measured, read_bench, read_benches
 from simulator.request import Request
 
 pytestmark = pytest.mark.quick

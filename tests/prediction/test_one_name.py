@@ -14,7 +14,7 @@ from simulator.errors import InputError
 from simulator.models.library import FOLDER
 from simulator.prediction.advise import advise
 from simulator.prediction.explain import explanations
-from simulator.prediction.grid import Grid
+from simulator.prediction.sweep import Grid
 
 pytestmark = pytest.mark.quick
 

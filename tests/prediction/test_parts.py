@@ -6,6 +6,7 @@ import pytest
 
 from simulator.models.lower import lower
 from simulator.prediction.prunings import removed_parts, sizes
+from simulator.prediction.sentences import parts_line, pruning_text
 from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.pruning._steps import read_steps
@@ -54,9 +55,21 @@ def test_sizes_are_those_of_the_whole_model_on_several_devices() -> None:
     assert (experts["experts"], experts["expert width"], experts["MLP layers"]) == (8, 14336, 32)
 
 
+@pytest.mark.quick
+def test_shares_of_several_prunings_name_what_they_are_of() -> None:
+    texts = ["width 0.3", "width mlp=0.3 heads=0.2", "depth 0.26", "depth 0.25", "depth layers=20-27"]
+    both = "27.3 % requested, 27 % realised over all parts"
+    assert {pruning_text(r): parts_line(r).removeprefix(r.parts) for r in table(LLAMA, "h100", prune=texts)} == {
+        "width at 30 % (29 % realised)": "; 29 % realised over all parts",
+        f"width mlp=0.3 heads=0.2 ({both})": f"; {both}",
+        "depth at 26 % (25 % realised)": "",
+        "depth at 25 %": "",
+        "depth layers=20-27 (25 % over all parts)": "",
+    }
+
+
 def test_results_have_them() -> None:
     found = table(LLAMA, "h100", ["depth", "width"], [0.0, 0.25], prune=[])
     assert [r.parts for r in found][::2] == ["", ""]
     assert found[1].parts == "layers 25 % (32 to 24)"
     assert [r.prune for r in found] == ["depth 0", "depth 0.25", "width 0", "width 0.25"]
-    assert [r.pruning for r in found][1::2] == ["depth at 25 %", "width at 25 %"]

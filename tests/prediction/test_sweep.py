@@ -25,10 +25,9 @@ from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
-from simulator.prediction.grid import Formats, Grid, read_grid
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import plain
-from simulator.prediction.sweep import Summary, sweep_results, write_sweep
+from simulator.prediction.sweep import Formats, Grid, Summary, read_grid, sweep_results, write_sweep
 from simulator.request import Request
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
@@ -110,7 +109,7 @@ def workers() -> list[Any]:
 
 
 def content(done: Summary) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in done.target.iterdir()}
+    return {path.name: path.read_bytes() for path in Path(done.folder).iterdir()}
 
 
 PARTS = replace(ONE, sparsities=(0.25,), engines=("reference", "hf"), phases=("prefill", "decode"))
@@ -137,7 +136,7 @@ def test_a_sweep_that_is_interrupted_goes_on_to_equal_rows(
     assert not workers()
     assert len(list((tmp_path / "rows").iterdir())) == 1
     done = write_sweep(PARTS, tmp_path / "rows", progress=lambda *step: steps.append(step), **options)
-    assert (done.parts, done.resumed, steps[-1]) == (4, 1, (PARTS.size, PARTS.size))
+    assert (done.parts, done.resumed_parts, steps[-1]) == (4, 1, (PARTS.size, PARTS.size))
     assert [n for n, _ in steps] == sorted({n for n, _ in steps})
     assert content(done) == clean
     frame, wanted = simulator.sweep(PARTS, tmp_path / "rows"), simulator.sweep(PARTS)
@@ -145,7 +144,7 @@ def test_a_sweep_that_is_interrupted_goes_on_to_equal_rows(
     assert frame["engine"].tolist() == wanted["engine"].tolist()
     assert np.array_equal(frame["speedup"], wanted["speedup"])
     assert frame.attrs["notes"] == wanted.attrs["notes"] == list(done.notes) != []
-    assert write_sweep(PARTS, tmp_path / "rows").resumed == 4
+    assert write_sweep(PARTS, tmp_path / "rows").resumed_parts == 4
 
 
 KILLED = """
@@ -183,7 +182,7 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(way: str, options: dict[str, 
     _, alive = psutil.wait_procs(children, timeout=20)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
     done = write_sweep(tmp_path / "grid.yaml", tmp_path / "rows", **options)
-    assert (done.parts, done.resumed) == (4, 1)
+    assert (done.parts, done.resumed_parts) == (4, 1)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
@@ -203,7 +202,7 @@ def test_lost_workers_are_one_line_and_lose_no_part(
     there = len(list((tmp_path / "rows").iterdir()))
     assert 0 < there < 4
     done = write_sweep(PARTS, tmp_path / "rows")
-    assert (done.resumed, content(done)) == (there, clean)
+    assert (done.resumed_parts, content(done)) == (there, clean)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -224,7 +223,7 @@ def test_a_full_disk_loses_no_part(
             write_sweep(PARTS, tmp_path / "rows", jobs=jobs)
     assert not workers()
     done = write_sweep(PARTS, tmp_path / "rows")
-    assert (done.resumed, content(done)) == (2, clean)
+    assert (done.resumed_parts, content(done)) == (2, clean)
 
 
 @pytest.mark.parametrize("change", ["grid", "index", "bytes"])
@@ -240,7 +239,7 @@ def test_parts_of_another_grid_or_index_and_damaged_parts_are_computed_again(
         first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
     (out / ".part-00000001.parquet.abc.tmp").write_bytes(b"left by a kill")
     done = write_sweep(PARTS, out)
-    assert (done.resumed, content(done)) == (0 if change == "grid" else 3, clean)
+    assert (done.resumed_parts, content(done)) == (0 if change == "grid" else 3, clean)
     assert done.notes[0].endswith(f"version or profile were replaced: {8 if change == 'grid' else 1}")
 
 
@@ -263,7 +262,7 @@ def test_a_second_sweep_into_a_folder_waits_for_the_first(tmp_path: Path) -> Non
     with ThreadPoolExecutor() as pool:
         second: list[Future[Summary]] = []
         write_sweep(PARTS, tmp_path, progress=lambda *_: second.append(pool.submit(write_sweep, PARTS, tmp_path)))
-        assert [done.result().resumed for done in second] == [4] * 4
+        assert [done.result().resumed_parts for done in second] == [4] * 4
 
 
 def test_a_part_that_changes_during_the_sweep_is_an_error(tmp_path: Path) -> None:
@@ -272,7 +271,7 @@ def test_a_part_that_changes_during_the_sweep_is_an_error(tmp_path: Path) -> Non
 
     with pytest.raises(OSError, match=r"part-00000000\.parquet: changed while the sweep ran"):
         write_sweep(PARTS, tmp_path / "rows", progress=spoil)
-    assert write_sweep(PARTS, tmp_path / "rows").resumed == 3
+    assert write_sweep(PARTS, tmp_path / "rows").resumed_parts == 3
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
@@ -357,6 +356,8 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("families", "[{width: {align: 0}}]", r"0\.width: option align: expected a whole number"),
         ("sparsities", "[25]", r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25"),
         ("batches", "[two]", r"batches\.0: expected a whole number, got two"),
+        ("batches", "1:64", r"batches: expected \{from: 1, to: 64, times: 2\}, got 1:64"),
+        ("batches", "[1, 8:64:8]", r"batches\.1: expected \{from: 8, to: 64, step: 8\}, got 8:64:8"),
         ("batches", "{from: 8, to: 1, times: 2}", r"batches\.to: expected at least the start"),
         ("batches", "{from: 1, to: 8, times: 2, step: 1}", r"batches: expected either step or times"),
         ("seqs", "{from: 1, to: 1000000, step: 1}", r"seqs\.step: makes more than 100000 values"),

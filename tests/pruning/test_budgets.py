@@ -10,7 +10,7 @@ import simulator
 from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.prediction.explain import explanations
-from simulator.prediction.grid import Grid
+from simulator.prediction.sweep import Grid
 from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.workload import Workload

@@ -16,8 +16,7 @@ from calibration.runners.compare import bench_record, name_of, rows_of
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
-from simulator.prediction.benchmarks import BenchRun, read_bench
-from simulator.prediction.measured import request_of
+from simulator.prediction.benchmarks import BenchRun, read_bench, request_of
 from simulator.prediction.prunings import Pruning
 
 pytestmark = pytest.mark.quick
