@@ -48,7 +48,7 @@ REQUESTS: options.Run = options.run_options("phase", "batch", "seq", phase="pref
 
 @options.expanded()
 def command(
-    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")],
+    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; host measures only the host time.")],
     output: Folder,
     budget: Budget = "10min",
     dtype: Dtype = "bf16",

@@ -95,7 +95,7 @@ REQUESTS: options.Run = options.run_options(*SETTINGS, "engine", phase="prefill,
 @options.expanded()
 def command(
     model: Model,
-    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")],
+    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:planted.")],
     output: Folder,
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="5min"),

@@ -12,16 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from os import environ
+from shutil import which
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _python_dispatch
 
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
 from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import grouped_by_loops, in_triton, kernel_count, kernels, triton_needs
 from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.codes import DTYPE_BYTES, dtype_code
 
@@ -272,6 +276,59 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
         hidden = residual + self.self_attn(self.input_layernorm(hidden), angles)
         residual = hidden
         return residual + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def triton_needs() -> str:
+    """Return what this machine lacks to run Triton kernels on a GPU, or "". Triton compiles a launcher in C."""
+    if find_spec("triton") is None:
+        return "Triton (extra kernels)"
+    if environ.get("TRITON_INTERPRET") == "1" or environ.get("CC") or which("gcc") or which("clang"):
+        return ""
+    return "a C compiler (gcc or clang, or CC) for Triton's launcher"
+
+
+def in_triton(device: str) -> bool:
+    """Whether a torch device runs Triton kernels: a CUDA GPU with Triton installed and a C compiler."""
+    return device.startswith("cuda") and not triton_needs()
+
+
+def kernels() -> Any:
+    return import_module("calibration.devices.triton_kernels")
+
+
+def kernel_count(launch: Callable[[int], Any]) -> int:
+    """Return the kernels of a composite of elementwise operations and reductions: one per operation that computes."""
+    computed: list[str] = []
+
+    class Calls(_python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+                computed.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        launch(0)
+    return len(computed)
+
+
+def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
+    """Return x (m, k) times the groups of a weight that each token uses, by a gather, a GEMM and a scatter."""
+    rows = [used.nonzero().squeeze(1) for used in mask.t()]
+    groups = len(rows)
+
+    def columns(weight: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), n)
+        for index, part, out in zip(rows, weight.chunk(groups), y.chunk(groups, 1), strict=True):
+            out.index_copy_(0, index, torch.mm(x.index_select(0, index), part.t()))
+        return y
+
+    def features(weight: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), n)
+        for index, part, some in zip(rows, weight.chunk(groups), x.chunk(groups, 1), strict=True):
+            y.index_add_(0, index, torch.mm(some.index_select(0, index), part))
+        return y
+
+    return columns if outer else features
 
 
 def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:

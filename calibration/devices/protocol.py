@@ -60,7 +60,7 @@ class CaptureFailed(DeviceLost):
 
 
 def unknown_device(name: str) -> InputError:
-    return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:FILE"))
+    return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:planted"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
@@ -257,6 +257,6 @@ class Device(Protocol):
     def refuses(self, operator: Operator) -> str: ...  # the reason why it cannot run an operator, or ""
     def prepare(self, operator: Operator) -> Prepared: ...  # may raise Unsupported, OutOfMemory or DeviceLost
     def snapshot(self) -> Snapshot: ...  # under load since the last call, if it reads while launches run; else now
-    def clock(self) -> float: ...  # monotonic seconds, the time of budgets (simulated on a replayed device)
+    def clock(self) -> float: ...  # monotonic seconds, the time of budgets (simulated on the planted device)
     def rest(self, seconds: float) -> None: ...  # cools down
     def close(self) -> None: ...  # frees operands and restores settings
