@@ -22,7 +22,7 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import pairs  # noqa: E402
-from calibration.runners.cases import Case, settings_of  # noqa: E402
+from calibration.runners.cases import Case, cases_of  # noqa: E402
 from calibration.runners.compare import (  # noqa: E402
     ComparedCases,
     ComparedSpeedup,
@@ -39,7 +39,6 @@ from calibration.runners.pairs import ModelRun, PairTimes, alternate  # noqa: E4
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402
-from simulator.request import Request  # noqa: E402
 
 HW = load_hardware("a100")
 
@@ -49,7 +48,8 @@ def _device(**options: Any) -> ReplayDevice:
 
 
 def _cases(**settings: Any) -> list[Case]:
-    return settings_of(CONFIG, **{"seq": [64], "sparsities": [0.5], "scenario": Request(engine=""), **settings})[0]
+    usual = {"phase": ("prefill", "decode"), "seq": 64, "sparsity": [0.5], "engine": ""}
+    return cases_of(CONFIG, {**usual, **settings})[0]
 
 
 def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:
@@ -107,7 +107,7 @@ def test_every_family_really_runs(tmp_path: Path) -> None:
 
 
 def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, planted: list[str]) -> None:
-    cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
+    cases = _cases(family=["depth", "width"], sparsity=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert sorted(planted)[:2] == ["2 decode eager", "2 prefill eager"]
     by_name = {(c.family, c.sparsity, c.phase): c for c in cases}
@@ -133,7 +133,7 @@ TEXTS = ("width mlp=0.3 heads=0.5", "depth 0.25 + width mlp=0.5 layers=1-2", "de
 def test_records_tell_texts_apart_and_a_rerun_does_new_ones(tmp_path: Path, planted: list[str]) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("layers:\n  1: depth\n")
-    cases = _cases(sparsities=None, texts=[*TEXTS, str(plan)], phases=["decode"])
+    cases = _cases(sparsity=None, prune=[*TEXTS, str(plan)], phase="decode")
     assert [c.prune for c in cases] == list(TEXTS)  # the plan is the third text
     found = _compare(tmp_path, cases)
     assert [r.prune for r in rows_of(cases, found.records, HW)] == list(TEXTS)
@@ -142,7 +142,7 @@ def test_records_tell_texts_apart_and_a_rerun_does_new_ones(tmp_path: Path, plan
     )
     assert sorted(planted) == ["3 decode eager", "3 decode eager", "4 decode eager"]  # layers of each
     plan.write_text("layers:\n  1-2: depth\n")  # the same path, another plan
-    _compare(tmp_path, _cases(sparsities=None, texts=[*TEXTS, str(plan)], phases=["decode"]))
+    _compare(tmp_path, _cases(sparsity=None, prune=[*TEXTS, str(plan)], phase="decode"))
     assert planted[3:] == ["2 decode eager"]
 
 
@@ -152,7 +152,7 @@ def test_texts_that_a_decoder_cannot_run_are_named_before_it_is_made(tmp_path: P
         "dynamic_depth 0.5 layers=1": "expected one fraction",
     }
     cannot |= {"token 0.5 + width 0.25": "one dynamic family", "kv_cache budget=8": "no option 'budget'"}
-    cases = _cases(sparsities=None, texts=["depth 0.5", *cannot], phases=["decode"])
+    cases = _cases(sparsity=None, prune=["depth 0.5", *cannot], phase="decode")
     found = _compare(tmp_path, cases)
     assert len(found.records) == len(planted) == 1
     assert len(found.notes) == len(cannot)
@@ -184,7 +184,7 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
     monkeypatch.setattr(timing, "time_pair", Mock(side_effect=error))
-    cases = _cases(families=["depth", "width"], sparsities=[0.25, 0.5])
+    cases = _cases(family=["depth", "width"], sparsity=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert {r["status"] for r in found.records} == {status}
     assert all(str(error) in note for note in found.notes)
@@ -209,7 +209,7 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 
     monkeypatch.setattr(timing, "time_pair", timed)
     monkeypatch.setattr(timing.Executor, "_runtime", lambda self, *_: "cuda_graph")
-    cases = _cases(families=["depth", "width"], phases=["decode"])
+    cases = _cases(family=["depth", "width"], phase="decode")
     first = _compare(tmp_path, cases)
     assert (len(asked), first.left, first.needs_new_process) == (1, 1, True)
     (record,) = first.records

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
-from calibration.runners.cases import fewer_layers, settings_of  # noqa: E402
+from calibration.runners.cases import cases_of, fewer_layers  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
@@ -175,7 +175,7 @@ def test_what_runs_of_random_texts_has_the_shapes_that_are_predicted(dense: Deco
     ran, refused = 0, list[str]()
     for text in _texts(120):
         try:
-            (case,), _ = settings_of(CONFIG, phases=["decode"], seq=[8], texts=[text], engine="")
+            (case,), _ = cases_of(CONFIG, {"seq": 8, "prune": [text], "engine": ""})
             check_steps(case.steps)
             pruned = prune_by_steps(dense, case.steps)
         except InputError as error:

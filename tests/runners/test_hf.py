@@ -19,7 +19,7 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import hf  # noqa: E402
-from calibration.runners.cases import Case, settings_of  # noqa: E402
+from calibration.runners.cases import Case, cases_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
 from calibration.runners.pairs import ModelRun  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
@@ -28,7 +28,6 @@ from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.models.lower import lower  # noqa: E402
 from simulator.pruning import prune  # noqa: E402
-from simulator.request import Request  # noqa: E402
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
@@ -116,9 +115,8 @@ COMPILED = {**TINY, "num_hidden_layers": 1}  # a compiler takes seconds for each
 
 def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
     runs = comparing.ENGINES[engine]
-    scenario = Request(engine=runs.lowered, dtype="fp32", new_tokens=4)
-    usual = {"seq": [16], "sparsities": [0.5], "families": ["depth"], "known_phases": runs.phases}
-    return settings_of(config, **{**usual, "scenario": scenario, **settings})[0]
+    usual = {"engine": runs.lowered, "dtype": "fp32", "new_tokens": 4, "seq": 16, "sparsity": [0.5], "family": ["depth"]}
+    return cases_of(config, {**usual, **settings}, phases=runs.phases)[0]
 
 
 def _device() -> ReplayDevice:
@@ -131,7 +129,7 @@ def _runner(content: dict[str, Any] = TINY, engine: str = "hf") -> HfRunner:
 
 @pytest.mark.parametrize("phase", comparing.ENGINES["hf"].phases)
 def test_eager_phases_are_timed_in_turns(phase: str) -> None:
-    (case,) = _cases("hf", phases=[phase], batch=[2])
+    (case,) = _cases("hf", phase=phase, batch=2)
     runner = _runner()
     runner.prepare(case)
     record = runner.record(case, 3.0)
@@ -144,7 +142,7 @@ def test_eager_phases_are_timed_in_turns(phase: str) -> None:
 
 def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was() -> None:
     lengths: list[int] = []
-    (case,) = _cases("hf", phases=["decode"])
+    (case,) = _cases("hf", phase="decode")
     runner = _runner()
     runner.prepare(case)
     model = runner.kept["dense"].model
@@ -172,7 +170,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
     if phase != "generate":  # it has the passes of the others: they need not be compiled again, only captured
         given = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, mode, **options: given(f, backend="aot_eager", **options))
-    (case,) = _cases("compile", load_model(COMPILED), phases=[phase], families=["width"])
+    (case,) = _cases("compile", load_model(COMPILED), phase=phase, family=["width"])
     runner = _runner(COMPILED, "compile")
     runner.prepare(case)
     record = runner.record(case, 3.0)
@@ -182,7 +180,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
 
 
 def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    cases = _cases("hf", families=["depth", "dynamic_depth", "token"], phases=["prefill"])
+    cases = _cases("hf", family=["depth", "dynamic_depth", "token"], phase="prefill")
     found = comparing.compare(tmp_path / "run", _device(), ModelRun(CONFIG, "fp32", "hf", TINY), cases, 3.0)
     assert [r["prune"] for r in found.records] == ["depth 0.5"]
     (note,) = found.notes

@@ -12,7 +12,7 @@ import pytest
 
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
-from calibration.runners.cases import Case, profile_of, settings_of
+from calibration.runners.cases import Case, cases_of, profile_of
 from calibration.runners.runs import RunOptions
 from calibration.runners.upper_bound import (
     Bound,
@@ -27,16 +27,15 @@ from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
-from simulator.request import Request
 from simulator.workload import Workload
 
 MODEL = "smollm2-135m"
 HW = load_hardware("a100")
 
 
-def _cases(family: str = "all", sparsity: float = 0.5, **settings: Any) -> list[Case]:
-    how = {"seq": [128], "scenario": Request(engine="reference"), **settings}
-    return settings_of(MODEL, families=[family], sparsities=[sparsity], **how)[0]
+def _cases(model: str = MODEL, **settings: Any) -> list[Case]:
+    usual = {"phase": ("prefill", "decode"), "seq": 128, "sparsity": [0.5], "engine": "reference"}
+    return cases_of(model, {**usual, **settings})[0]
 
 
 def _flops(w: Workload, kind: str) -> float:
@@ -68,8 +67,7 @@ def test_counts_are_those_of_the_workload() -> None:
     ],
 )
 def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: str, change: dict[int, int]) -> None:
-    how: Any = {"seq": [128], "scenario": Request(engine="reference"), "phases": [phase], "sparsities": [0.5]}
-    (case,) = settings_of("llama-3.2-1b", families=[family], **how)[0]
+    (case,) = _cases("llama-3.2-1b", family=[family], phase=phase)
     dense, pruned = (
         {sizes: n for (kind, sizes), n in plain_kernels(w).items() if kind.startswith("attention")}
         for w in (case.dense, case.pruned)

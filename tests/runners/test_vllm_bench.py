@@ -15,10 +15,10 @@ from calibration.runners.cases import Case
 from calibration.runners.compare import bench_record, name_of, rows_of
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
+from simulator.models.lower import lower
 from simulator.prediction.benchmarks import BenchRun, read_bench
 from simulator.prediction.measured import request_of
 from simulator.prediction.prunings import Pruning
-from simulator.request import Request
 
 pytestmark = pytest.mark.quick
 
@@ -46,8 +46,8 @@ def _file(tmp_path: Path, content: Any, name: str = "run.json") -> Path:
 
 
 def _case(phase: str, batch: int = MANY, seq: int = TOKENS, steps: int = OUTPUT - 1, text: str = "depth 0.5") -> Case:
-    template = Request(model="llama-3.2-1b", phase=phase, batch=batch, seq=seq, new_tokens=max(steps, 1))
-    return Case.of(template.workloads[0], Pruning.read(text))
+    dense = lower("llama-3.2-1b", phase=phase, batch=batch, seq=seq, new_tokens=max(steps, 1))
+    return Case.of(dense, Pruning.read(text))
 
 
 def test_a_file_that_vllm_wrote() -> None:

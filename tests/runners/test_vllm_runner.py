@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from simulator.errors import InputError
 from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.models.lower import lower
 from simulator.prediction.prunings import prunings_of
-from simulator.request import Request
 
 TESTS = Path(__file__).parents[1]
 MODEL = load_model("smollm2-135m")
@@ -39,8 +38,8 @@ PHASES = ("prefill", "decode", "generate", "serve")
 def _cases(
     *texts: str, phases: tuple[str, ...] = ("decode",), model: ModelConfig = MODEL, **options: Any
 ) -> list[Case]:
-    template = Request(**{"engine": "vllm", "new_tokens": 15, "shapes": ((4, 256),), **options}, model=model)
-    dense = [replace(template, phase=phase).workloads[0] for phase in phases]
+    given = {"engine": "vllm", "new_tokens": 15, "batch": 4, "seq": 256, **options}
+    dense = [lower(model, phase=phase, **given) for phase in phases]
     return [Case.of(w, pruning) for w in dense for pruning in prunings_of((), prune=texts)]
 
 
