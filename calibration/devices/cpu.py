@@ -86,8 +86,6 @@ def keep_blocks() -> bool:
 
 
 def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
-    """Wrap a function that times launches: torch's operators use one thread while it runs."""
-
     def alone(loops: int) -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -100,11 +98,9 @@ def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
 
 
 class CpuDevice(TorchDevice):
-    """CPUs of this process's affinity mask, with one pinned torch thread each.
-
-    Operands take at most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
-    ``cache_bytes`` twice (default: the size that Linux reports).
-    """
+    """CPUs of this process's affinity mask, with one pinned torch thread each. Operands take at most
+    ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed ``cache_bytes`` twice
+    (default: the size that Linux reports)."""
 
     name = "cpu"
 

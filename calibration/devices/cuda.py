@@ -138,7 +138,6 @@ class GpuTimer:
         return Graph(graph.replay, length, length * once)
 
     def _captures(self) -> bool:
-        """Return whether a trivial kernel can be captured."""
         try:
             value = torch.zeros(1, device=self._device).add_(1.0)
             with self._cuda.graph(self._cuda.CUDAGraph()):
@@ -231,7 +230,6 @@ class CaptureProbe:
         return cls((sys.executable, "-c", child, str(index), attention))
 
     def __call__(self, operator: Operator) -> Probed:
-        """Return the answer of the child; Unsupported if it crashes or gives no answer in time."""
         child = self._started()
         if child is None:
             return Probed(reason="no child process can open the GPU")
@@ -286,13 +284,10 @@ class CaptureProbe:
 
 
 class CudaDevice(TorchDevice):
-    """One CUDA GPU, by torch's number.
-
-    ``attention`` is the library of prefill and decode attention: torch, flashinfer or flash_attn. Operands take at most
-    ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child": in a
-    child process; None: no probe, a failed capture ends the process). ``backend`` (``torch.cuda``), ``torch_device``
-    (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU.
-    """
+    """``attention`` is the library of prefill and decode attention: torch, flashinfer or flash_attn. Operands take at
+    most ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child":
+    in a child process; None: no probe, a failed capture ends the process). ``backend`` (``torch.cuda``),
+    ``torch_device`` (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU."""
 
     rotation = 4.0
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
@@ -434,7 +429,6 @@ class CudaDevice(TorchDevice):
         return known
 
     def kernels(self, operator: Operator) -> tuple[str, ...]:
-        """Return the names of the kernels of a launch by torch's profiler; none if it cannot profile the GPU."""
         launches = build(operator, self._torch_device, self._arena, self._library)
         try:
             from torch.autograd import DeviceType
@@ -483,7 +477,6 @@ class CudaDevice(TorchDevice):
 
 
 def open_named(rest: str, **options: Any) -> CudaDevice:
-    """Open ``cuda`` (the first GPU) or ``cuda:INDEX``, with the attention of torch or of ``:LIBRARY``."""
     parts = rest.split(":") if rest else []
     index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0
     if parts and parts[0] in PAGES:
@@ -495,7 +488,6 @@ def open_named(rest: str, **options: Any) -> CudaDevice:
 
 
 def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
-    """Answer lines with operators until they end or a capture fails."""
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in requests:
         operator = Operator.from_record(json.loads(line))
@@ -514,7 +506,6 @@ def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
 
 
 def main() -> None:
-    """Run the child; its arguments are the number of the GPU and the attention library."""
     from calibration.devices import open_device
 
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print

@@ -50,8 +50,6 @@ Algorithm = tuple[Any, ...]  # algorithm of cuSPARSELt: its number and, if torch
 
 @dataclass(frozen=True)
 class Launches:
-    """An operator bound to its operands."""
-
     launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
     copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than a round
     how: str = ""  # a comma and the implementation, if there are several
@@ -134,7 +132,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch means out of memory: its own class on CUDA, a RuntimeError on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     signs = ("can't allocate memory", "not enough memory", "out of memory")
@@ -143,11 +140,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores.
-
-    The library searches the fastest algorithm at the first call with a number of rows. The search waits for the device,
-    so it must precede the capture of a CUDA graph. (torch's tensor class always uses algorithm 0, and its dispatcher.)
-    """
+    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores. The
+    library searches the fastest algorithm at the first call with a number of rows. The search waits for the device, so
+    it must precede the capture of a CUDA graph. (torch's tensor class always uses algorithm 0, and its dispatcher.)"""
 
     packed: Tensor
     shape: tuple[int, int]
@@ -215,7 +210,6 @@ class EagerCache:
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys (1, heads, tokens, head_dim) by angles (1, tokens, head_dim)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
 
@@ -547,7 +541,6 @@ class Timed:
 
 
 def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Callable[[int], float]:
-    """Return a function that times launches with the performance counter; each sample starts at the next copy."""
     launch, copies = launches.launch, launches.copies
     following = 0
 
@@ -566,8 +559,6 @@ def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None)
 
 
 class TorchDevice:
-    """A device of torch; subclasses describe it and time launches."""
-
     name: str
     rotation = 2.0  # a round over rotated operands exceeds this multiple of the last-level cache
     eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
@@ -601,7 +592,6 @@ class TorchDevice:
 
     @contextmanager
     def translated(self, operator: Operator) -> Iterator[None]:
-        """Raise the errors of torch as errors of the device protocol."""
         try:
             yield
         except Exception as error:

@@ -44,15 +44,15 @@ INDEX_BYTES = 4.0  # size of a selected index, as in the pruning families
 
 
 class Unsupported(ValueError):
-    """The device cannot run this operator; the message names the operator and the reason."""
+    pass
 
 
 class OutOfMemory(RuntimeError):
-    """The operator does not fit in the device's memory; smaller operators may."""
+    pass
 
 
 class DeviceLost(RuntimeError):
-    """The device does not respond; nothing else can be measured."""
+    pass
 
 
 class CaptureFailed(DeviceLost):
@@ -127,7 +127,6 @@ class Operator:
 
     @property
     def key(self) -> str:
-        """Text that identifies the operator; equal operators have equal keys."""
         held, temperature = vars(self), "cold" if self.cold else "hot"
         shape = [f"{name}={held[name]}" for name, default in _SHAPE if held[name] != default]
         return " ".join([self.kind, self.dtype, temperature, *shape])
@@ -192,7 +191,6 @@ class Operator:
 
     @property
     def footprint_bytes(self) -> float:
-        """Memory of the operands and results of one launch."""
         if self.kind == "gather_gemm":
             return self.element_bytes * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
         if self.kind == "elementwise":
@@ -213,8 +211,6 @@ _SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])  # made once
 
 @dataclass(frozen=True)
 class Gpu:
-    """Facts of a GPU that distinguish it from others of a similar name."""
-
     sm_count: int
     capability: tuple[int, int]  # compute capability
     memory_bytes: float  # whole memory
@@ -240,8 +236,6 @@ class Description:
 
 
 class Prepared(Protocol):
-    """An operator that is ready for launches, with its operands in memory."""
-
     method: str  # for the record: how launches are timed and kept cold
 
     def sample(self, loops: int) -> float: ...  # s per launch of several

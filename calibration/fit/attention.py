@@ -70,8 +70,6 @@ SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head
 
 @dataclass(frozen=True)
 class AttentionFit(Fit):
-    """Measured attention calls of one phase on one device."""
-
     calls: AttentionCalls
 
     # along (group, units, length); chosen on seeds 10 and 11 (A100 and H100, both phases, 400 and all rows)
@@ -195,11 +193,9 @@ def fit_attention(
     seed: int = 0,
     start: Mapping[str, float] | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows.
-
-    The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. Folds, chosen
-    by ``seed``, hold out groups by each size of ``fold_by`` and fit the rest again; the errors of all folds are pooled.
-    """
+    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows. The
+    search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. Folds, chosen by
+    ``seed``, hold out groups by each size of ``fold_by`` and fit the rest again; the errors of all folds are pooled."""
     c, dropped = calls.screened()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
     kind = kind.reshape(-1)
@@ -291,7 +287,6 @@ def _best_form(
 def _fit_kernel(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str], fold_by: Sequence[str], rng: Any
 ) -> _KernelFit:
-    """Fit one kernel; return it with its errors on held-out rows."""
     constants, grid = _fit_form(c, starts, keep)
     errors_of, plain, order = [], [], []
     for kind in fold_by:

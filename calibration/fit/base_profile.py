@@ -95,7 +95,6 @@ def shipped_name(device: str, gpu: Gpu | None = None) -> str:
 
 
 def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
-    """Return a note if a CPU's profile was calibrated with another number of threads than a device reports."""
     fitted = [s.provenance.device for s in hw.sections.values() if s.provenance and s.status == "calibrated"]
     known, found = ({int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device))
     if not known or found <= known:
@@ -122,7 +121,6 @@ def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProf
 
 
 def _measured_profile(device: Device, description: Description, dtype: str) -> HardwareProfile:
-    """Return the profile of a device without a datasheet, from reported facts and measured rates."""
     snapshot, gpu = device.snapshot(), description.gpu
     # an idle GPU reports a low clock and a low power: its limits count
     clock = _plausible("boost_clock", gpu.max_clock_hz if gpu else snapshot.clock_hz) or _CLOCK_HZ

@@ -38,8 +38,6 @@ STEP = 0.1  # log time by which more tokens may be faster where a residual comes
 
 @dataclass(frozen=True)
 class GemmFit(Fit):
-    """Measured GEMMs of one device, stack and number format."""
-
     calls: Products
     start: Mapping[str, float] = field(default_factory=dict)  # start of the search
     prior: Section | None = None
@@ -103,7 +101,6 @@ class GemmFit(Fit):
 
     @property
     def _before(self) -> ResidualGrid | None:
-        """The residual of the prior."""
         return None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
 
     def _blocks(self) -> list[ResidualBlock]:
@@ -171,7 +168,6 @@ class GemmFit(Fit):
         return FittedPart(section, constants, len(self), held_out)
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the scores of the rows, and "mape_..." by range of m."""
         m = self.calls.m
         ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
         size = np.abs(np.expm1(errors))
@@ -208,7 +204,6 @@ def weight_copies(records: Records) -> FloatArray:
 
 
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
-    """Return the start of a fit: the prior's constants, else the architecture's."""
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
     machine = Machine.of(hw, dtype)
     values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)

@@ -87,10 +87,8 @@ def _known(searched: Mapping[str, float]) -> dict[str, float]:
 def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
     """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios by least absolute log error,
     also ``sparse_load`` if some ratios have few tokens; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device.
-
     bf16 and fp16 count as one format, since they run at one rate. "median_2to4" in the accuracy is the median log error
-    of rows held out one at a time.
-    """
+    of rows held out one at a time."""
     section = hw.sections["gemm", dtype]
     dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
     rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]

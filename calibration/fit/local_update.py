@@ -76,12 +76,9 @@ class Updated:
 
 
 def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Updated:
-    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
-
-    Notes count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
-    ``dtype`` selects one number format. InputError for too few rows, and for times that no difference between software
-    stacks explains.
-    """
+    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3). Notes
+    count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
+    InputError for too few rows, and for times that no difference between software stacks explains."""
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
     records, methods = one_method(records)

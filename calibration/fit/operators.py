@@ -72,7 +72,6 @@ class ElementwiseFit(Fit):
         return self.search(center, ELEMENTWISE_CONSTANTS, ELEMENTWISE_PRIOR, fixed=fixed, max_nfev=100)
 
     def blank(self) -> ResidualGrid:
-        """Return a grid over log2 bytes by class, nodes an octave apart."""
         octaves = np.log2(np.maximum(self.calls.bytes_, 1.0))
         first, last = float(np.floor(octaves.min())), float(np.ceil(octaves.max()))
         # one class more: see class_residual

@@ -40,8 +40,6 @@ LAYER_WITHOUT_GPU = 0.50  # common error without the GPU, assumed: its driver ma
 
 @dataclass(frozen=True)
 class Predicted:
-    """Times of the rows of an operator with their 90 % intervals and errors."""
-
     time: OperatorTimes
     sizes: Mapping[str, Any]  # for errors by size
     uncertainty: Uncertainty | None = None  # None: the time is a sum of operators

@@ -68,12 +68,10 @@ def fit_profile(
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
     """Fit all operators and number formats of the records; InputError, with the reasons, when nothing can be fitted.
-
     ``base`` has the datasheet facts; its sections without records are kept. ``exact`` rows are stored with the GEMM
     section. ``prior``, a related GPU or another stack, supports a small sample. ``date`` (ISO 8601) is the date of the
     provenance, by default the newest in the records. ``progress`` is called with (fits done, number of fits). If torch
-    measured all rows, the stack of the sections is torch: engines with other kernels have wider intervals.
-    """
+    measured all rows, the stack of the sections is torch: engines with other kernels have wider intervals."""
     records, methods = one_method(records)
     notes = list(methods)
     usable, excluded = usable_rows(records, tuple(_APART))
@@ -118,11 +116,9 @@ def fit_profile(
 
 
 def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
-    """Return a profile whose fitted sections can be read again, and a note per section that had to change.
-
-    A value outside its range is set to the end of the range; a constant that is not finite becomes the default of the
-    architecture.
-    """
+    """Return a profile whose fitted sections can be read again, and a note per section that had to change. A value
+    outside its range is set to the end of the range; a constant that is not finite becomes the architecture's
+    default."""
     sections, notes = dict(profile.sections), []
     for (operator, dtype), section in profile.sections.items():
         sections[operator, dtype], outside = _section_within(operator, section, profile.architecture)
@@ -233,7 +229,6 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
 
 def _fit(operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None) -> FittedPart:
-    """Fit the rows of one operator and number format, or of a kernel that skips work."""
     if OPERATORS[int(r.operator[0])] in SKIPPING:
         return fit_skipping(r, hw, dtype)
     if operator == "runtime":

@@ -41,7 +41,6 @@ CORRECTION = Regularisation(0.3, 1.0, 0.1)  # correction to another profile's re
 
 @lru_cache(maxsize=256)
 def _penalty(size: int, first: float, second: float) -> FloatArray:
-    """Return the quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
     differences = ((w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second)))
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 

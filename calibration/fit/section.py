@@ -48,7 +48,6 @@ class Fit(ABC):
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
 
     def sample(self: FitT, count: int, seed: int = 0) -> FitT:
-        """Return at most ``count`` rows at random, in their order."""
         if len(self) <= count:
             return self
         return self.take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
@@ -72,7 +71,6 @@ class Fit(ABC):
         return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
 
     def log_error(self, values: Mapping[str, float], residual: ResidualGrid) -> FloatArray:
-        """Return log predicted over measured of each row, with a residual."""
         return self.log_residual(values) + residual(self.calls.estimate(values).position)
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
@@ -109,7 +107,6 @@ class Fit(ABC):
 
 
 def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
-    """Return log predicted over measured of each row, by a fit to the other folds."""
     errors = np.zeros(len(fit))
     for train, test in solver.folds(fit.groups(), FOLDS, np.random.default_rng(seed)):
         rest, held = fit.take(train), fit.take(test)

@@ -57,10 +57,8 @@ class Rates:
 
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
-
         ``compiled`` are the :func:`compilation` of earlier operators. The median of n samples has an interval of about
-        1.25 * 1.96 * noise / sqrt(n) to either side.
-        """
+        1.25 * 1.96 * noise / sqrt(n) to either side."""
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
         windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
@@ -82,18 +80,15 @@ FLEX_COMPILE_S = 15.0
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
-    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second.
-
-    A square GEMM grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty
-    launch and a thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product.
-    """
+    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second. A square GEMM
+    grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty launch and a
+    thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product."""
     window_s = protocol.min_window_s if protocol else 1e-3
     quick = Protocol(window_s, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
     setups: list[float] = []
     noises: list[float] = []
 
     def time_of(op: Operator) -> float | None:
-        """Return the seconds per launch; None if the device does not support the operator or its size."""
         if device.refuses(op):
             return None
         start = device.clock()
@@ -141,8 +136,6 @@ class Item:
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """Items in the order of their measurement."""
-
     items: tuple[Item, ...]
     drift_check: Operator  # measured first and after every :data:`DRIFT_CHECK_EVERY` items, to detect drift
     seed: int = 0
@@ -152,12 +145,11 @@ class MeasurementPlan:
     visits: int = 1
 
     def order(self, visit: int) -> tuple[Item, ...]:
-        """Return the items in the order of a visit; visit 0 has the order of the plan."""
         return self.items if visit == 0 else _shuffled(self.items, self.seed + visit)
 
     @property
     def estimated_s(self) -> float:
-        """Expected time of one visit of all items, s, drift checks included."""
+        """Expected seconds of one visit, drift checks included."""
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
@@ -166,8 +158,6 @@ class MeasurementPlan:
 
 @dataclass(frozen=True)
 class _Budget:
-    """Take items from a stream until a share of the time is used."""
-
     rates: Rates
     protocol: Protocol
     refuses: Callable[[Operator], str]
@@ -175,7 +165,6 @@ class _Budget:
     compiled: set[Any] = field(default_factory=set)  # compilations of the taken operators
 
     def fits(self, op: Operator) -> bool:
-        """Return whether the device can run an operator that is new, not too large and not too slow."""
         if self.rates.launch_s(op) > self.protocol.time_limit_s / 12.0 or op.footprint_bytes > self.rates.memory_bytes:
             return False
         return op.key not in self.taken and not self.refuses(op)
@@ -221,11 +210,9 @@ def base_plan(
     shares: Mapping[str, float] = SHARES,
     kernels_apart: bool = True,
 ) -> MeasurementPlan:
-    """Plan measurements of an unknown device; ``refuses`` is the device's method, ``shares`` are shares of the budget.
-
-    The order begins with one operator per kind, so a run that ends early has a time of each. With ``kernels_apart``,
-    enough attention calls of one head width for a fit come before the next width.
-    """
+    """Plan measurements of an unknown device; ``shares`` are shares of the budget. The order begins with one operator
+    per kind, so a run that ends early has a time of each. With ``kernels_apart``, enough attention calls of one head
+    width for a fit come before the next width."""
     protocol = protocol or Protocol()
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
@@ -244,7 +231,6 @@ def base_plan(
 
 
 def check_budget(budget_s: float) -> float:
-    """Return the budget; InputError if it is not a positive number of seconds."""
     if not (isinstance(budget_s, int | float) and budget_s > 0):
         raise InputError(f"budget: expected a time above zero, got {budget_s!r}")
     return float(budget_s)
@@ -297,10 +283,8 @@ def in_order(
 
 def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
     """Return the ``count`` of n rows that reduce the variance of the targets most, each given the rows before it.
-
     ``rows`` are the errors of the rows, ``kind`` (n,) the kinds of their operators; ``targets`` (t, n) is the
-    covariance of each target with each row (``PassUncertainty.covariance``).
-    """
+    covariance of each target with each row (``PassUncertainty.covariance``)."""
     systematic, sd = rows.wide(), rows.correlated
     common = systematic @ systematic.T
     common += correlation(rows.coordinates, rows.coordinates) * np.outer(sd, sd) * (kind[:, None] == kind)

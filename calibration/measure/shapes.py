@@ -55,9 +55,7 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
 
 def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
     """Yield GEMMs of widely spread groups (n, k), one in eight misaligned, in rounds until nothing that fits is left.
-
-    Each group gets one m from each stratum.
-    """
+    Each group gets one m from each stratum."""
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
@@ -87,7 +85,6 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
 
 
 def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = True) -> dict[str, Iterable[Operator]]:
-    """Return every stream except plain GEMMs by the name of its share."""
     aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
     prefill = (

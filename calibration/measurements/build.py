@@ -133,11 +133,9 @@ def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
 
 
 def _served(run: Mapping[str, str]) -> dict[str, str]:
-    """Return the row of a run in SI units; {} for a run that is not selected.
-
-    Selected are runs on one node in one pool (mode agg), where one engine runs the prefill and decode of a request, of
-    dense models and of Qwen3-235B-A22B. Rows that a steady-state model cannot explain have the reason in ``left_out``.
-    """
+    """Return the row of a run in SI units; {} for a run that is not selected. Selected are runs on one node in one pool
+    (mode agg), where one engine runs the prefill and decode of a request, of dense models and of Qwen3-235B-A22B. Rows
+    that a steady-state model cannot explain have the reason in ``left_out``."""
     path, engine, version, source = (
         run[name] for name in ("model_path", "backend", "backend_version", "silicon_data_source")
     )

@@ -122,11 +122,9 @@ def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
 
 
 def _experts(cells: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
-    """Return the columns of the products of gate and up, then of down, of a layer's experts.
-
-    DeepGEMM timed each alone (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of each expert drawn
-    from 0.7 to 1.3 times their mean.
-    """
+    """Return the columns of the products of gate and up, then of down, of a layer's experts. DeepGEMM timed each alone
+    (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of each expert drawn from 0.7 to 1.3 times their
+    mean."""
     given = {name: _numbers(values) for name, values in cells.items()}
     every, experts, top = given["num_experts"], given["num_local_experts"], given["topk"]
     once = {"m": np.rint(given["tokens_per_expert"] * every / top), "n": given["intermediate_size"]}

@@ -33,8 +33,6 @@ STALL = 5.0  # a call of latent attention that takes over this many times the ti
 
 @dataclass(frozen=True)
 class SelectedTable:
-    """A table and its selected rows."""
-
     hardware: str  # profile with the datasheet that limits its times
     stack: str  # nccl: for every stack
     path: str  # in the folder of data: system/operator/backend/version/file
@@ -72,7 +70,6 @@ def datasheet(name: str) -> HardwareProfile:
 
 
 def open_wheel(path: Path) -> zipfile.ZipFile:
-    """Open the wheel of :data:`PACKAGE`; InputError for any other file."""
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -135,7 +132,6 @@ def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict
 
 
 def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
-    """Return the rows without a reason to exclude them, and count the others by their first reason."""
     kept, left = np.ones(len(records), dtype=np.bool_), {}
     for reason, mask in reasons.items():
         if count := int((mask & kept).sum()):

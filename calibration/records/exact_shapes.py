@@ -30,10 +30,8 @@ def repeatability(records: Records) -> float:
 
 
 def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
-    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section.
-
-    A shape that was measured several times has the median, and an interval that contains its times.
-    """
+    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section. A shape
+    that was measured several times has the median, and an interval that contains its times."""
     r, code = records, DTYPES.index(dtype)
     cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)
     exact = r.purpose == PURPOSES.index("exact")
@@ -57,7 +55,6 @@ def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
 
 
 def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
-    """Return a profile with the measured exact shapes of the records in its calibrated GEMM sections."""
     sections = dict(profile.sections)
     for (operator, dtype), section in profile.sections.items():
         fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES

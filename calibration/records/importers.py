@@ -42,8 +42,6 @@ class RawColumns(dict[str, Array]):
 
 @dataclass(frozen=True)
 class Draft:
-    """Rows of a file before they are checked."""
-
     columns: Mapping[str, Array]  # columns of ``Records`` over all rows: float64, or names
     sources: tuple[Source, ...]
     screen: Screen  # the rows, with those that the reader refused
@@ -68,12 +66,10 @@ def import_table(
     device: str = "",
     screened: bool = True,
 ) -> ImportResult:
-    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program.
-
-    ``content`` is the content of a file in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if
-    ``screened``. For a CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``),
-    and ``device`` is the measured device. InputError without a usable row.
-    """
+    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program; ``content`` is a
+    file's content in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. For a
+    CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``), and ``device`` is
+    the measured device. InputError without a usable row."""
     raw = read_bounded(path) if content is None else content
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
         draft = _read(raw, Path(path), column_map, device)
@@ -113,7 +109,6 @@ def _draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
 
 
 def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True) -> ImportResult:
-    """Return the valid rows of a draft as records; ``label`` names the file."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
     kept = {name: values[screen.kept] for name, values in columns.items()}
@@ -224,12 +219,10 @@ _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
-    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts; times in ms.
-
-    A context row has ``isl`` new positions over ``step`` cached ones, a generation row has one new position over
-    ``step``. SGLang's collector passes keys of one head to its MLA kernels. A collective's ``message_size`` counts the
-    elements of a device: before an all-reduce, reduce-scatter or all-to-all, after an all-gather.
-    """
+    """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms. A context row has ``isl``
+    new positions over ``step`` cached ones, a generation row has one new position over ``step``. SGLang's collector
+    passes keys of one head to its MLA kernels. A collective's ``message_size`` counts the elements of a device: before
+    an all-reduce, reduce-scatter or all-to-all, after an all-gather."""
     operator = _texts(table["op_name"])
     for name in np.unique(operator):
         if name not in _AIC_OPERATORS:
@@ -303,12 +296,9 @@ MANY = 0.3  # share of slow times above which a whole configuration counts as an
 
 
 def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Array]:
-    """Return columns of experts, timed together on one device with the movement of tokens, without the router.
-
-    ``moe_tp_size`` divides the width of every expert, ``moe_ep_size`` their number. Implausibly slow rows are refused,
-    with all rows of a configuration that has many of them: a wider expert takes at least as long; a narrower one takes
-    at least its share of that time, or half of its share, since its weights may fit in L2.
-    """
+    """Return columns of experts, timed together on one device with the movement of tokens, without the router. Rows
+    that are implausibly slow are refused, with all rows of a configuration that has many of them: a wider expert takes
+    at least as long, a narrower one at least its share of that time, or half of it, since its weights may fit in L2."""
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     m, k, inner, active, experts, tensor, parallel = (np.asarray(table[name], dtype=np.float64) for name in names)
     known, which = np.unique(np.asarray(table["distribution"]).astype(str), return_inverse=True)
@@ -334,7 +324,6 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
 
 
 def _grouped(rows: Array, *keys: Any) -> list[Array]:
-    """Return rows in groups of equal keys; each key is a column of the file."""
     groups = defaultdict(list)
     for row in rows.tolist():
         groups[tuple(key[row] for key in keys)].append(row)
@@ -351,10 +340,8 @@ MOST = 0.65  # share of a row's time above which the conversion leaves too littl
 
 def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float) -> FloatArray:
     """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
-
     Without conversion, a narrow product takes a ``share`` of the time of the product in 16 bits, after the same launch.
-    The additional time of few tokens at large k is the main loop of one tile, not the conversion.
-    """
+    The additional time of few tokens at large k is the main loop of one tile, not the conversion."""
     out = np.full(len(seconds), np.nan)
     few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
     in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
@@ -382,7 +369,6 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
 
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
-    """Subtract the conversion of activations from the times of narrow products, where other rows determine it."""
     m, n, k, seconds = (columns[name] for name in ("m", "n", "k", "seconds"))
     valid = np.isfinite(m) & np.isfinite(n) & np.isfinite(k) & (seconds > 0) & (np.minimum(m, np.minimum(n, k)) >= 1)
     bytes_ = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])

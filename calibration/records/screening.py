@@ -39,7 +39,6 @@ class Screen:
         self.refusals: Refusals = {}
 
     def refuse(self, bad: Array, reason: str) -> None:
-        """Refuse the rows of a mask over all rows, except rows that are refused already."""
         bad = np.broadcast_to(bad, self.kept.shape) & self.kept
         if bad.any():
             self.kept = self.kept & ~bad
@@ -59,10 +58,8 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
-
-    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
-    """
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row. Attention counts the
+    pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups."""
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
@@ -107,16 +104,13 @@ def peaks(records: Records, hw: HardwareProfile) -> Array:
 
 
 def compute_bound(records: Records, hw: HardwareProfile) -> Array:
-    """Return a mask of the rows that are compute-bound by the datasheet's roofline."""
     flops, weights, others = work(records)
     return np.asarray(flops / peaks(records, hw) > (weights + others) / hw.bandwidth_bytes_per_s)
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
-
-    Rotated weights share the L2. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2.
-    """
+    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2. Rotated
+    weights share the L2. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2."""
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
@@ -156,11 +150,9 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
-    """Return the rows without those whose method differs from most rows of their operator and format, with notes.
-
-    The method is how launches were timed and the protocol for CUDA: methods differ by 8 to 12 % for short kernels.
-    Imported tables are not changed.
-    """
+    """Return the rows without those whose method differs from most rows of their operator and format, with notes. The
+    method is how launches were timed and the protocol for CUDA: methods differ by 8 to 12 % for short kernels. Imported
+    tables are not changed."""
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
     protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[r.source]
     own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed

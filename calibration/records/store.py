@@ -82,7 +82,6 @@ class Header:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any], label: str) -> Header:
-        """Return the checked header of a first line; ``label`` names the file in messages."""
         if line.get("prunesim") != "records":
             raise InputError(f"{label}:1: not a store of records")
         if line.get("schema") != SCHEMA_VERSION:
@@ -154,7 +153,6 @@ def parse(content: bytes, label: str) -> Content | None:
 
 
 def read_store(path: str | Path) -> Content:
-    """Read a store, also while another process writes to it; InputError if it is damaged or empty."""
     parsed = parse(read_bounded(path, MOST_STORE_BYTES), str(path))
     if parsed is None:
         raise InputError(f"{path}: holds no records")
@@ -162,10 +160,8 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The only writer of a file of records; it resumes the run of an existing file.
-
-    InputError if another process writes to the file, or if it has records of another device, software or number format.
-    """
+    """The only writer of a file of records; it resumes the run of an existing file. InputError if another process
+    writes to the file, or if it has records of another device, software or number format."""
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
@@ -194,14 +190,11 @@ class Store:
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
-        """All records in the file, those of earlier runs first."""
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
-
-        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
-        """
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
+        earlier records stay valid, and the store can be used again."""
         row = {"run": self.header.run, "time": _now(), **record}
         self._put(encode_line({"line": len(self._rows) + 2, **row}))
         self._rows.append(row)
@@ -262,11 +255,9 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time.
-
-    If an operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the
-    first one of the run (after several visits: from the fastest quarter) get ``DRIFT``.
-    """
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time. If an
+    operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the first
+    one of the run (after several visits: from the fastest quarter) get ``DRIFT``."""
     timed = {
         number: row
         for number, row in enumerate(rows, 1)
@@ -301,7 +292,6 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Return the blocks whose drift check differs."""
     checks = [row for row in rows if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)]
     if any(row.get("visit") for row in rows):
         times = sorted(row["median_s"] for row in checks)
@@ -372,6 +362,5 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the operators without a time, by status and reason."""
     left = (row for row in rows if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None)
     return dict(Counter(": ".join(str(row[name]) for name in ("status", "reason") if row.get(name)) for row in left))

@@ -42,8 +42,6 @@ PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # im
 
 
 class Flag(IntFlag):
-    """Defects of a row that is kept."""
-
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
@@ -54,8 +52,6 @@ class Flag(IntFlag):
 
 @dataclass(frozen=True)
 class Source:
-    """Origin of rows: facts that many rows share."""
-
     device: str  # the hardware as it names itself
     stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
     kernel: str = ""  # the implementation, where the source names it
@@ -94,8 +90,6 @@ def check_texts(data: Mapping[str, Any], place: str = "") -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Records(Table):
-    """Timings as columns of equal length: what was timed, then the time and its quality."""
-
     operator: Array = column(np.int8, 0)
     # index into ROLES; -1 where the operator has no role, and for all products of experts together
     role: Array = column(np.int16, -1)
@@ -228,7 +222,6 @@ class Records(Table):
         return np.asarray(inverse, dtype=np.int64).reshape(-1)
 
     def digest(self) -> str:
-        """Return the SHA-256 of columns and sources; equal tables have equal digests."""
         sha = hashlib.sha256(json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode())
         for name in self.SCHEMA:
             if name != "line" and (name not in LATER or getattr(self, name).any()):
@@ -251,10 +244,8 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 
 
 def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
-    """Return a table as the bytes of a Parquet file.
-
-    ``extra`` is JSON-ready metadata; ``single`` stores times as float32, whose rounding is below the noise of clocks.
-    """
+    """Return a table as the bytes of a Parquet file. ``extra`` is JSON-ready metadata; ``single`` stores times as
+    float32, whose rounding is below the noise of clocks."""
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -279,7 +270,6 @@ def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, s
 
 
 def read_records(path: str | Path | bytes) -> Records:
-    """Read a table of :func:`write_records` from a path or from its bytes."""
     label, content = ("table", path) if isinstance(path, bytes) else (str(path), read_bounded(path))
     records = records_of_parquet(read_parquet(content, label), label)
     if records is None:
@@ -288,7 +278,7 @@ def read_records(path: str | Path | bytes) -> Records:
 
 
 def records_of_parquet(table: Any, label: str) -> Records | None:
-    """Return the records of a pyarrow table, None for a table by another program; ``label`` names its file."""
+    """Return the records of a pyarrow table, None for a table by another program."""
     if _KEY not in (table.schema.metadata or {}):
         return None
     try:

@@ -115,7 +115,14 @@ COMPILED = {**TINY, "num_hidden_layers": 1}  # a compiler takes seconds for each
 
 def _cases(engine: str, config: ModelConfig = CONFIG, **settings: Any) -> list[Case]:
     runs = comparing.ENGINES[engine]
-    usual = {"engine": runs.lowered, "dtype": "fp32", "new_tokens": 4, "seq": 16, "sparsity": [0.5], "family": ["depth"]}
+    usual = {
+        "engine": runs.lowered,
+        "dtype": "fp32",
+        "new_tokens": 4,
+        "seq": 16,
+        "sparsity": [0.5],
+        "family": ["depth"],
+    }
     return cases_of(config, {**usual, **settings}, phases=runs.phases)[0]
 
 
