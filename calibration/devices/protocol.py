@@ -44,15 +44,15 @@ INDEX_BYTES = 4.0  # size of a selected index, as in the pruning families
 
 
 class Unsupported(ValueError):
-    pass
+    """The device cannot run this operator; the message names the operator and the reason."""
 
 
 class OutOfMemory(RuntimeError):
-    pass
+    """The operator does not fit in the device's memory; smaller operators may."""
 
 
 class DeviceLost(RuntimeError):
-    pass
+    """The device does not respond; nothing else can be measured."""
 
 
 class CaptureFailed(DeviceLost):

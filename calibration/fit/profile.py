@@ -24,8 +24,7 @@ from calibration.fit.operators import CollectiveFit, ElementwiseFit, ExpertsFit,
 from calibration.fit.predict import UNTIMED
 from calibration.fit.section import Fit, fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart
-from calibration.records.exact_shapes import with_exact
-from calibration.records.screening import one_method
+from calibration.records.screening import one_method, with_exact
 from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few

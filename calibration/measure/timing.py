@@ -26,7 +26,7 @@ Sample = Callable[[int], float]
 
 
 class InvalidTiming(ValueError):
-    pass
+    """A device reported an invalid time: not finite, or not above zero."""
 
 
 @dataclass(frozen=True)

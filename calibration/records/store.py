@@ -20,11 +20,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibration.devices.protocol import elementwise_bytes
+from calibration.devices.protocol import Operator, elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
-from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source, check_texts
-from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
-from simulator.errors import InputError, unknown
+from calibration.records.timing_table import COUNTS, LAUNCHES, PURPOSES, Flag, Records, Source, check_texts
+from simulator.codes import DTYPES, ROLES
+from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target
 
@@ -334,30 +334,20 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a measured operator; ValueError if one is invalid."""
-    kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
-    if kind not in OPERATORS:
-        raise unknown("operator", kind, OPERATORS)
-    dtype, density = str(operator.get("dtype", "bf16")), operator.get("density", 1.0)
-    element_bytes = float(DTYPE_BYTES[dtype_code(dtype)])
-    if not (isinstance(density, (int, float)) and 0.0 < density <= 1.0):
-        raise ValueError(f"density: expected a share above 0, up to 1, got {density!r:.60}")
-    shape: dict[str, Any] = {"operator": kind, "dtype": dtype, "density": density}
-    shape |= {"cold": cold, "copies": 0 if cold else 1}
     for name in COUNTS:
-        value = operator.get(name)
-        if value is None:
-            continue
+        value = operator.get(name, 0)
         if type(value) is not int or not 0 <= value <= _MOST:
             raise ValueError(f"{name}: expected a whole number from 0 to {_MOST}, got {value!r:.60}")
-        shape[name] = value
-    if role in ROLES:
-        shape["role"] = role
-    if kind.startswith("launch") and role == "gemm":
+    op = Operator.from_record(operator)
+    names = {*COUNTS, "density", "cold", *(["role"] if op.role in ROLES else [])}
+    shape = {name: value for name, value in vars(op).items() if name in names}
+    shape |= {"operator": op.kind, "dtype": op.dtype, "copies": 0 if op.cold else 1}
+    if op.kind.startswith("launch") and op.role == "gemm":
         shape |= {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
-    if kind == "elementwise":
-        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, shape["m"], shape["n"], element_bytes)
-    if kind == "copy":
-        shape["read_bytes"] = shape["write_bytes"] = float(shape["n"])
+    if op.kind == "elementwise":
+        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(op.role, op.m, op.n, op.element_bytes)
+    if op.kind == "copy":
+        shape["read_bytes"] = shape["write_bytes"] = float(op.n)
     return shape
 
 

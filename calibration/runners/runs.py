@@ -24,8 +24,7 @@ from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, 
 from calibration.measure.run import Outcome, run
 from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol, default_protocol, default_visits
-from calibration.records.exact_shapes import without_exact
-from calibration.records.screening import one_method
+from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
