@@ -72,8 +72,6 @@ class NotCapturable(Unsupported):
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured graph of ``length`` launches; one replay takes about ``span_s``."""
-
     replay: Callable[[], Any]
     length: int
     span_s: float
@@ -89,7 +87,6 @@ class GpuTimer:
         self._last_reading_s = self._last_load_s = -math.inf
 
     def snapshot(self) -> Snapshot:
-        """Return the readings under load since the last call as one; without such readings, the current ones."""
         readings, self._readings, self._last_reading_s = self._readings, [], -math.inf
         return under_load(readings) if readings else self._read()
 

@@ -127,7 +127,6 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last axis of x (..., tokens, head_dim) by the angles of ``rotary_tables``."""
     return torch.addcmul(x * cos, rotate_half(x), sin)
 
 
@@ -164,7 +163,6 @@ class SparseWeight:
 def sparse_weight(
     weight: Tensor, algorithms: dict[int, Algorithm] | None = None, *, searched: bool = True
 ) -> SparseWeight:
-    """Compress a weight that is 2:4 sparse. Unsupported if torch has no cuSPARSELt."""
     library = getattr(torch.backends, "cusparselt", None)
     if library is None or not library.is_available():
         raise Unsupported("2:4: this torch has no cuSPARSELt, or no kernels for this GPU")
@@ -185,8 +183,6 @@ def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
 
 
 class EagerNorm(nn.Module):  # type: ignore[misc]
-    """A root-mean-square norm of eight operations, with the square in fp32."""
-
     def __init__(self, features: int, **options: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features, **options))
@@ -282,7 +278,6 @@ def triton_needs() -> str:
 
 
 def in_triton(device: str) -> bool:
-    """Whether a torch device runs Triton kernels: a CUDA GPU with Triton installed and a C compiler."""
     return device.startswith("cuda") and not triton_needs()
 
 
@@ -326,7 +321,6 @@ def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[
 
 
 def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
-    """Bind an operator to operands; ``library`` computes prefill and decode attention, by default torch."""
     if library is None or op.kind not in ("attention_prefill", "attention_decode"):
         return _BUILDERS[op.kind](op, device, arena)
     q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)

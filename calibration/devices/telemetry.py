@@ -41,8 +41,6 @@ THROTTLING: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Readings of a device at one time, in SI."""
-
     clock_hz: Reading = UNKNOWN  # SM clock of a GPU, mean core clock of a CPU
     memory_clock_hz: Reading = UNKNOWN
     power_w: Reading = UNKNOWN
@@ -148,7 +146,6 @@ class NvmlReader:
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
     def default_power_limit_w(self) -> Reading:
-        """Return the default power limit of the device, else the enforced limit, or "unknown"."""
         default = _read(lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3)
         return self.power_limit_w() if isinstance(default, str) else default
 

@@ -160,7 +160,6 @@ class AttentionFit(Fit):
         return solver.fit_logs(self.log_residual, start, known, covariance, **search)
 
     def blank(self) -> ResidualGrid:
-        """Return a blank grid over the smallest box of octaves that contains the rows."""
         position = self.calls.estimate(self.defaults).position
         start = tuple(float(np.floor(np.min(x))) for x in position)
         shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(position, start, strict=True)]
@@ -249,8 +248,8 @@ class _KernelFit:
 def _fit_form(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
-    """Return constants and residual of the calls of one kernel, from the best of the starts; ``keep`` fixes constants.
-    The term per sequence is dropped if the error stays about the same: it would only fit noise."""
+    """Return constants and residual of one kernel, from the best of the starts. The term per sequence is dropped if the
+    error stays about the same: it would only fit noise."""
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
     if c.calls.operator == "mla_decode" and c.groups("heads").max() == 0 and c.calls.machine.persistent:

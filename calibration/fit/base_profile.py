@@ -105,8 +105,8 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the facts that measurements and fits of a device need, with a rate for ``dtype``: the facts of the profile
-    ``hardware`` (by default the shipped profile of the GPU), else facts measured in about a second."""
+    """Return the facts of the profile ``hardware`` (by default the shipped profile of the GPU), else facts measured in
+    about a second; with a rate for ``dtype``."""
     description = device.describe()
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
@@ -186,7 +186,7 @@ def _gemm_rate(device: Device, dtype: str) -> Rate:
 
 
 def _bandwidth(device: Device, dtype: str) -> float:
-    """Return the better memory rate, bytes/s, of a copy and of a product of one row, which mostly reads weights."""
+    """Return the better rate, bytes/s, of a copy and of a product of one row, which mostly reads weights."""
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):

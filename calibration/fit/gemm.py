@@ -57,8 +57,8 @@ class GemmFit(Fit):
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the result of the best of several searches: one from ``start``, which has all constants, and
-        :data:`STARTS` from random places around it. L2 is at least as fast as DRAM."""
+        """Return the best of several searches: one from ``start``, which has all constants, and :data:`STARTS` around
+        it."""
         start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
@@ -104,7 +104,6 @@ class GemmFit(Fit):
         return None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
 
     def _blocks(self) -> list[ResidualBlock]:
-        """Return the blank residual: with a prior, a correction to the prior's residual."""
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
 
@@ -114,8 +113,8 @@ class GemmFit(Fit):
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured of each row by a fit to the other folds. On few rows, each fold fits the
-        constants again."""
+        """Return log predicted over measured by a fit to the other folds; on few rows each fold fits the constants
+        again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
@@ -180,8 +179,7 @@ def _weights_s(c: Products) -> FloatArray:
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
-    """Return the fit of measured GEMMs. ``copies`` is the number of rotated weights, ``inf`` for cold weights (by
-    default as in the published tables). ValueError for bad sizes or times."""
+    """``copies`` is the number of rotated weights, ``inf`` for cold weights (by default as in the published tables)."""
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
     bad = ~((m >= 1) & (n >= 1) & (k >= 1) & np.isfinite(seconds) & (seconds > 0))
     if bad.any():
@@ -217,8 +215,7 @@ def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = 
 def fit_gemm(
     data: GemmFit, hw: HardwareProfile, *, dtype: str = "bf16", prior: Section | None = None, seed: int = 0
 ) -> FittedPart:
-    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") on the datasheet facts of
-    ``hw``. ValueError for fewer than 20 rows, 10 with a prior."""
+    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo"). ValueError for few rows."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")

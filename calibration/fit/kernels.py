@@ -42,8 +42,7 @@ def _with_constants(section: Section, constants: Mapping[str, Fitted], **accurac
 
 
 def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`KINDS`) and number
-    format, and their "mape" and "median" in its accuracy. ValueError where no dense kernel was fitted."""
+    """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`KINDS`)."""
     kind = OPERATORS[int(r.operator[0])]
     operator, (name, constants, _) = SECTIONS[kind], KINDS[kind]
     section = hw.section(operator, dtype)

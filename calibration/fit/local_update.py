@@ -41,8 +41,6 @@ REPORTED = 0.2  # an effect is reported if its mean or its standard deviation ha
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of the rows on an error factor of an operator and the machine's factor together; log units."""
-
     name: str
     prior_sd: float
     mean: float
@@ -152,7 +150,7 @@ def _compared(
     base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]
 ) -> tuple[Records, NDArray[np.intp], list[str], dict[str, NDArray[Any]]]:
     """Return the rows that are predicted and not faster than the device can be, the part of each row, the names of the
-    parts, and the arrays of a local update: errors of all error factors and log(measured / predicted)."""
+    parts, and the arrays of a local update."""
     skipped: dict[str, int] = {}
     names: list[str] = []
     index, ratios, errors = list[NDArray[np.intp]](), list[FloatArray](), list[Uncertainty]()
@@ -199,7 +197,6 @@ def _compared(
 
 
 def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
-    """Return notes on the rows whose times are far from the times that the other rows predict, the farthest first."""
     rest, sd = posterior.left_out
     rest = rest + log_ratio - np.clip(log_ratio, -MOST_LOG, MOST_LOG)  # the posterior clips them
     far = np.flatnonzero((np.abs(rest) > math.log(MOST_FACTOR)) & (np.abs(rest) > MOST_SDS * sd))
@@ -213,7 +210,6 @@ def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> lis
 
 
 def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records) -> None:
-    """Reject times that no difference between stacks explains: the median of an operator, or a single time."""
     median, worst = float(np.median(log_ratio)), int(np.abs(log_ratio).argmax())
     place = rows.place(worst)
     if abs(median) <= most:

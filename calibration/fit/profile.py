@@ -157,8 +157,7 @@ def _section_within(operator: str, section: Section, architecture: str) -> tuple
 
 
 def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
-    """Return the rows that have a valid time, were not throttled and have none of the purposes ``apart``, and a note
-    per reason for which rows are excluded."""
+    """Return the rows with a valid time, without throttling and the purposes ``apart``, and a note per reason."""
     bad = {UNTIMED: ~records.timed, "measured under throttling": (records.flags & int(Flag.THROTTLED)) != 0}
     bad |= {_APART[name]: records.purpose == PURPOSES.index(name) for name in apart}
     excluded = [f"{int(rows.sum())} rows excluded: {reason}" for reason, rows in bad.items() if rows.any()]
@@ -166,8 +165,8 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
 
 
 def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[tuple[str, str, Records]]:
-    """Return operator, number format and rows of the fits that have enough rows, dense GEMMs first because other fits
-    need them."""
+    """Return operator, number format and rows of the fits that have enough rows, dense GEMMs first: others need
+    them."""
     same, is_ = records.dtype == records.weight_dtype, records.is_operator
     formats, gemms, every = np.array(DTYPES)[records.dtype], records.labels().astype(str), np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))

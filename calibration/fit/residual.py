@@ -53,8 +53,6 @@ def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, Float
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """A grid to fit: the positions of rows in it (see :meth:`ResidualGrid.cells`), and its regularisation."""
-
     grid: ResidualGrid
     regularisation: Regularisation
     cells: NDArray[np.int32]
@@ -66,7 +64,6 @@ class ResidualBlock:
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
-        """Nodes and weights of first and second differences of each coordinate."""
         shape = self.grid.values.shape
         both = self.regularisation.first, self.regularisation.second
         return list(zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True))
@@ -142,7 +139,7 @@ class ResidualBlock:
 
 
 def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[ResidualBlock]:
-    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per measured m."""
+    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU a value per measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
     out = [ResidualBlock.of(grid, position, regularisation)]
@@ -196,7 +193,6 @@ class FewRows:
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
     def dual(self, target: FloatArray, rows: NDArray[np.intp], rounds: int = 4) -> FloatArray:
-        """Return the unknown of each of these rows; the robust weights are renewed between ``rounds`` solutions."""
         common = self.common[np.ix_(rows, rows)]
         dual = values = target[rows]
         weights = np.ones(len(rows))
@@ -220,6 +216,5 @@ def evaluate(parts: Sequence[ResidualBlock], values: Sequence[FloatArray]) -> Fl
 def fit_grid(
     blank: ResidualGrid, position: Any, target: FloatArray, regularisation: Regularisation, rounds: int
 ) -> ResidualGrid:
-    """Return a grid fitted to log residuals at positions, on the nodes of ``blank``; ``rounds`` as in :func:`solve`."""
     values = solve([ResidualBlock.of(blank, position, regularisation)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

@@ -58,11 +58,11 @@ class Fit(ABC):
 
     @abstractmethod
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the fitted constants; the search begins at ``start``, else at the defaults."""
+        pass
 
     @abstractmethod
     def blank(self) -> ResidualGrid:
-        """Return a residual grid of zeros that covers the rows."""
+        pass
 
     def usable(self: FitT) -> FitT:
         return self
@@ -74,15 +74,13 @@ class Fit(ABC):
         return self.log_residual(values) + residual(self.calls.estimate(values).position)
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Return the grid fitted to the log residuals of the analytical model."""
         position = self.calls.estimate(values).position
         return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
 
     def search(
         self, start: Mapping[str, float], ranges: Mapping[str, Constant], prior: float, **options: Any
     ) -> ConstantsFit:
-        """Fit constants by :func:`~calibration.fit.solver.fit_logs` with a prior, a log standard deviation, around
-        ``start``."""
+        """Fit constants with a prior, a log standard deviation, around ``start``."""
 
         def covariance(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
@@ -116,8 +114,7 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
 
 
 def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
-    """Fit the section of one operator. Folds, chosen by ``seed``, hold out groups of rows. ValueError for too few
-    rows."""
+    """Fit the section of one operator; ValueError for too few rows."""
     rows = fit.usable()
     if len(rows) < fit.FEWEST:
         few = f"expected at least {fit.FEWEST} usable rows, got {len(rows)} of {len(fit)}"

@@ -188,7 +188,7 @@ def soft_l1(log_residual: FloatArray) -> FloatArray:
 
 
 def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
-    """Return the derivatives of residuals by the logarithms of constants, (rows, names), by central differences."""
+    """Return derivatives by the logarithms of constants, (rows, names), by central differences."""
 
     def moved(name: str, by: float) -> FloatArray:
         return log_residual({**values, name: values[name] * np.exp(by)})
@@ -197,7 +197,6 @@ def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequen
 
 
 def gauss_newton(slopes: FloatArray, residual_sd: float) -> FloatArray:
-    """Return the covariance of logs from the derivatives of residuals of one standard deviation."""
     return np.asarray(np.linalg.pinv(slopes.T @ slopes) * residual_sd**2)
 
 

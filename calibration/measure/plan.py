@@ -42,8 +42,6 @@ SPARE = 0.5
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of a device for estimates of time, from a probe or a datasheet."""
-
     flop_per_s: float
     bytes_per_s: float
     floor_s: float = 5e-6  # time of the smallest launch
@@ -69,7 +67,7 @@ class Rates:
 
 
 def compilation(op: Operator) -> tuple[Any, ...] | None:
-    """Return the configuration for which flex attention is compiled, if the operator needs it, for all lengths."""
+    """Return what flex attention is compiled for, once for all lengths; None for other operators."""
     if op.kind != "attention_block_sparse":
         return None
     return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
@@ -177,7 +175,6 @@ class _Budget:
         self.compiled.add(compilation(op))
 
     def fill(self, stream: Iterable[Operator], seconds: float) -> float:
-        """Take operators while they fit, and return the remaining time."""
         for op in filter(self.fits, stream):
             cost = self.cost_s(op)
             if cost > seconds and self.rates.compile_s and compilation(op) is not None:
@@ -189,7 +186,6 @@ class _Budget:
         return seconds
 
     def first_of_each_kind(self, stream: Iterable[Operator], seconds: float) -> float:
-        """Take the first affordable operator of each kind, and return the remaining time."""
         kinds = set[str]()
         for op in filter(self.fits, stream):
             if op.kind not in kinds and (cost := self.cost_s(op)) <= seconds:
@@ -268,7 +264,6 @@ def in_order(
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> MeasurementPlan:
-    """Plan exactly these operators in their order; GEMMs become measured shapes of the profile."""
     if not operators:
         raise InputError("in_order: expected at least one operator, got none")
     protocol = protocol or Protocol()

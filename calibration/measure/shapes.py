@@ -107,8 +107,7 @@ def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = Tr
 
 
 def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
-    """Return shapes of attention calls. With ``apart``, head widths take turns, the narrowest first, and a turn has
-    enough calls for a fit of the width's kernel."""
+    """Return shapes of attention calls. With ``apart``, head widths take turns that have enough calls for a fit."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
     pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
     orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
@@ -118,7 +117,6 @@ def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> lis
 
 
 def _runtime(dtype: str) -> list[Operator]:
-    """Return operators for host and launch time, and copies of 256 KiB to 1 GiB."""
     kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
     launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
     copies = [Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)]
@@ -134,8 +132,7 @@ def host_operators(dtype: str) -> list[Operator]:
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
-    """Yield low-rank pairs, gathered and grouped GEMMs and block-sparse attention in turn; they check predictions that
-    are sums of plain kernels."""
+    """Yield operators that check predictions of sums of plain kernels."""
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
     for turn, (m, n, k) in enumerate(pairs):

@@ -74,7 +74,6 @@ def interval_rank(count: int) -> int:
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median of a series and its distribution-free 95 % interval: 0 to infinity for a short series."""
     values = np.sort(np.asarray(samples, dtype=np.float64))
     if values.size == 0:
         raise ValueError("median_interval: expected at least one sample, got none")

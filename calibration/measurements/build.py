@@ -119,7 +119,6 @@ def _origin_of(content: bytes, path: str, owner: str) -> dict[str, Any]:
 
 
 def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
-    """Return the rows of ``serving.csv``, sorted; duplicate runs with equal times count once."""
     with archive.open(MEMBER) as file:
         rows = [row for run in csv.DictReader(io.TextIOWrapper(file, "utf-8")) if (row := _served(run))]
     distinct = {tuple(row.values()): row for row in rows}

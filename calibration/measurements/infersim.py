@@ -51,7 +51,6 @@ SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES}
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
-    """Return the rows of a table, with times in single precision; excluded and refused rows by reason."""
     operator, about = name.split("/")[1], _METHODS[name]
     contents = [read_bounded(folder / file) for file in about["files"]]
     tables = [csv.read_csv(content, file) for content, file in zip(contents, about["files"], strict=True)]

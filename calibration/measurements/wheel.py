@@ -125,7 +125,6 @@ def stalled(records: Records) -> Array:
 
 
 def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
-    """Return the shipped rows of a table, and the number of rows that stay in the wheel, by reason."""
     other = ~np.isin(records.labels().astype(str), choice.ships)
     reasons = {f"number format other than {', '.join(choice.ships)}": other, "sliding window": records.window > 0}
     return exclude(records, {f"in the wheel only: {reason}": mask for reason, mask in reasons.items()})

@@ -502,7 +502,6 @@ def _texts(column: Array) -> Array:
 
 
 def _number(column: Array) -> Array:
-    """Return a column as float64, NaN for other values."""
     if column.dtype.kind in "iufb":
         return column.astype(np.float64)
     return np.array([_float(value) for value in column.tolist()], dtype=np.float64)
@@ -524,7 +523,6 @@ def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], othe
 
 
 def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
-    """Return the distinct rows of a text table in order of appearance, and each row's index among them."""
     rows = [tuple(row) for row in keys.tolist()]
     index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return list(index), np.array([index[row] for row in rows], dtype=np.int64)

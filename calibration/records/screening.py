@@ -59,7 +59,6 @@ class Screen:
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    """Return the number of distinct weights that aiconfigurator's collector rotates: enough to fill L2, at most six."""
     return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, 6).astype(np.int32)
 
 

@@ -226,7 +226,6 @@ class Store:
 
 
 def _open_locked(path: Path) -> int:
-    """Open a file and lock it; InputError at once if another process holds the lock."""
     import fcntl  # missing on Windows, where nothing else here needs it
 
     try:
@@ -333,7 +332,6 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a measured operator; ValueError if one is invalid."""
     for name in COUNTS:
         value = operator.get(name, 0)
         if type(value) is not int or not 0 <= value <= _MOST:

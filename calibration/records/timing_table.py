@@ -167,7 +167,6 @@ class Records(Table):
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
-        """Join the rows of several tables; equal sources are kept once."""
         sources: list[Source] = []
         recoded = [cls.from_columns([])]  # without parts, the result is an empty table
         for part in parts:
