@@ -164,7 +164,7 @@ class GemmFit(Fit):
             scale = seen.scale(errors, constants.values) * few_groups(int(self.groups().max()) + 1)
             scores = seen.accuracy(errors, constants.values)
         section = Section(constants.fitted(), arrays, scale, scores, status="calibrated")
-        return FittedPart(section, constants, len(self), held_out)
+        return FittedPart(section, constants, len(self))
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
         m = self.calls.m
@@ -181,10 +181,6 @@ def _weights_s(c: Products) -> FloatArray:
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
     """``copies`` is the number of rotated weights, ``inf`` for cold weights (by default as in the published tables)."""
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
-    bad = ~((m >= 1) & (n >= 1) & (k >= 1) & np.isfinite(seconds) & (seconds > 0))
-    if bad.any():
-        wrong = f"{int(bad.sum())} of {len(bad)} rows with others"
-        raise ValueError(f"m, n, k, seconds: expected sizes from 1 and positive finite times, got {wrong}")
     if copies is None:
         copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
     copies = np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape))

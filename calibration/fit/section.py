@@ -125,7 +125,7 @@ def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
     arrays, scale = rows.arrays(rows.residual(values)), rows.scale(errors, values)
     accuracy = rows.accuracy(errors, values)
     section = Section(constants.fitted(), arrays, scale, accuracy, status="calibrated")
-    return FittedPart(section, constants, len(rows), errors)
+    return FittedPart(section, constants, len(rows))
 
 
 def accuracy_of(error: FloatArray) -> dict[str, float]:

@@ -58,8 +58,6 @@ class FittedPart:
     section: Section
     constants: ConstantsFit
     rows: int  # in the fit
-    held_out: FloatArray = field(default_factory=lambda: np.zeros(0))  # log predicted over measured, fitted without it
-    dropped: Mapping[str, int] = field(default_factory=dict)  # excluded rows by reason
     operator: str = ""
     dtype: str = ""
 

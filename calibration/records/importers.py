@@ -406,7 +406,6 @@ _KERNELS: Mapping[str, tuple[str, str, float, float]] = {  # op -> operator, rol
     "final_layernorm": ("elementwise", "final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
     "rotary_emb": ("elementwise", "rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
 }
-_UNREAD = {"attn_prefill_noncausal": "attention without a causal mask is not modelled"}
 # fmt: on
 
 
@@ -419,7 +418,7 @@ def read_measured(table: RawColumns, digest: str) -> Draft:
     columns |= {name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table}
     columns.setdefault("m", np.full(size, np.nan))
     for name in np.unique(op[~np.isin(op, [*_KERNELS])]).tolist():
-        screen.refuse(op == name, f"{name}: {_UNREAD.get(name, 'unknown operator')}")
+        screen.refuse(op == name, f"{name}: operator is not modelled")
     kinds, roles, reads, writes = zip(*(_KERNELS.get(name, ("gemm", "", 0.0, 0.0)) for name in op.tolist()))
     columns["operator"] = np.array(kinds, dtype=object)
     columns["role"] = np.array([float(ROLES.index(role)) if role else -1.0 for role in roles])

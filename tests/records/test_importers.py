@@ -358,7 +358,7 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     assert not gemm.records.copies.any()
     attention = import_table(shared_data / "rtx4090_attention.csv", hw=hw)
     refused = {
-        "attn_prefill_noncausal: attention without a causal mask is not modelled": 1,
+        "attn_prefill_noncausal: operator is not modelled": 1,
         "faster than memory, L2 or link allow": 1,  # one sequence of 16,384 keys, partly from L2
     }
     assert (len(attention.records), counts(attention)) == (97, refused)
