@@ -18,7 +18,7 @@ from calibration.devices.protocol import HOST_KINDS
 from calibration.fit.base_profile import shipped_name
 from calibration.fit.predict import SECTIONS, parts_of, predict, without_gpu
 from calibration.fit.profile import provenance_of, usable_rows
-from calibration.measure.shapes import spread_order
+from calibration.measure.plan import spread_order
 from calibration.records.screening import one_method, too_fast, with_exact, without_exact
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray

@@ -245,13 +245,10 @@ _MOST = 2**40  # largest plausible dimension of an operator
 
 
 def content_records(content: Content) -> Records:
-    try:
-        return records_of(content.rows, content.header)
-    except InputError as error:
-        raise InputError(f"{content.label}: {error}" if content.label else str(error)) from None
+    return records_of(content.rows, content.header, f"{content.label}: " if content.label else "")
 
 
-def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
+def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "") -> Records:
     """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time. If an
     operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the first
     one of the run (after several visits: from the fastest quarter) get ``DRIFT``."""
@@ -274,7 +271,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
                 timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-            raise InputError(f"record {number}: not a timing: {reason}") from None
+            raise InputError(f"{place}record {number}: not a timing: {reason}") from None
     return Records.from_rows(timings.values(), [header.source()])
 
 
