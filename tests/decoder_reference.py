@@ -82,18 +82,12 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
     return _norm(x, decoder.final_norm, decoder.epsilon) @ decoder.head.double().t()
 
 
-def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> tuple[Any, list[dict[tuple[int, str], Any]]]:
-    """Return the logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab), and the
-    decisions of each pass."""
-    traces: list[dict[tuple[int, str], Any]] = [{}]
-    logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt, trace=traces[0])
-    out = [logits]
-    for place in range(prompt, tokens.shape[1]):
-        traces.append({})
-        state.trace = traces[-1]
-        out.append(decode(decoder, tokens[:, place : place + 1], state))
+def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> Any:
+    """Return the logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab)."""
+    logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt)
+    out = [logits, *(decode(decoder, one[:, None], state) for one in tokens[:, prompt:].unbind(1))]
     assert state.position == tokens.shape[1]
-    return torch.stack(out, 1), traces
+    return torch.stack(out, 1)
 
 
 def check(logits: Any, expected: Any, prompt: int = PROMPT, tolerance: float = 2e-3) -> None:

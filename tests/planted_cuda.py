@@ -231,7 +231,7 @@ class PlantedChild:
         answer = json.loads(answers.getvalue().splitlines()[-1])
         if answer["captured"] is False:  # such a child ends
             self.device = None
-        return cuda_device.Probed(answer["captured"], answer["reason"], tuple(answer["kernels"]))
+        return cuda_device.Probed(answer["captured"], answer["reason"])
 
 
 def _attend(q: Any, k: Any, v: Any, mask: Any, dynamic: bool = True, **options: Any) -> Any:

@@ -61,8 +61,8 @@ def command(
     RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a
     library with the name of its engine. Run the command again to resume.
     """
+    from calibration.runners.cases import ModelRun
     from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
-    from calibration.runners.pairs import ModelRun
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole

@@ -4,15 +4,14 @@ A graph excludes host time. Rotated weights exceed L2 four times, so each weight
 lines almost at random, and a fifth of weights of twice its size would still be found there. If a kind of operator
 cannot be captured, each launch is timed between two events, after a buffer of four times L2 was overwritten. The device
 waits until the host has prepared the launch: a 2:4 launch takes the host longer than the device. The record names the
-method, the attention backend and the kernels.
+method and the attention backend.
 
 - Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are steady.
 - A replay is queued before the start event: an idle GPU would record the event while the host still launches.
 - Clocks, power and throttle reasons are read while launches run, never between them.
 - A failed capture may spoil the process: before torch 2.12 ``CUDAGraph::capture_end`` skips its cleanup after an error,
-  and every later capture fails. Therefore a child process (:class:`CaptureProbe`) attempts the capture first. It also
-  names the kernels, since a profiler slows later launches down. It starts in about ten seconds and answers in less than
-  one; it keeps a CUDA context (about 0.5 GB) but no operands.
+  and every later capture fails. Therefore a child process (:class:`CaptureProbe`) attempts the capture first. It starts
+  in about ten seconds and answers in less than one; it keeps a CUDA context (about 0.5 GB) but no operands.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ _EVENTS = 128  # event pairs in flight without graphs
 _CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
 _ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child, which compiles flex attention first
-_MOST_KERNELS, _MOST_LETTERS = 4, 80  # kernels that a record names, and letters per name
 
 
 class NotCapturable(Unsupported):
@@ -205,11 +203,8 @@ class GpuTimer:
 
 @dataclass(frozen=True)
 class Probed:
-    """Whether an operator can be captured, and the known names of its kernels."""
-
     captured: bool | None = None  # None: unknown, because no child can be started or the operator does not run
     reason: str = ""  # why it cannot be captured, or why its kind is not probed
-    kernels: tuple[str, ...] = ()
 
 
 class CaptureProbe:
@@ -242,7 +237,7 @@ class CaptureProbe:
             raise Unsupported(f"{operator.key}: a child process that captured it {what}")
         if answer["captured"] is False:  # the child has ended, because the failure may have spoiled it
             self.close()
-        return Probed(answer["captured"], answer["reason"], tuple(answer["kernels"]))
+        return Probed(answer["captured"], answer["reason"])
 
     def close(self) -> None:
         child, self._child = self._child, None
@@ -384,14 +379,13 @@ class CudaDevice(TorchDevice):
         self._cuda.synchronize()
         if host:
             return "host clock around single launches", host_loop(launches, self._cuda.synchronize)
-        names = f"; kernels of the first {operator.kind}: {', '.join(probed.kernels)}" if probed.kernels else ""
         if probed.captured is not False:
             try:
                 graph = timer.capture(launches)
             except CaptureFailed as error:
                 raise CaptureFailed(f"{operator.key}: not capturable: {error}") from error
             copies = f"{launches.copies} rotated copies" + (f" ({self.rotation:g} x L2)" if operator.cold else "")
-            method = f"events around a graph of {graph.length} launches over {copies}{launches.how}{names}"
+            method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
             timed: Callable[[int], float] = partial(timer.replays, graph)
         elif operator.kind == "launch_graph":
             raise Unsupported(f"launch_graph needs CUDA graphs; {probed.reason}")
@@ -399,7 +393,7 @@ class CudaDevice(TorchDevice):
             flush = operator.cold
             after = f" after a flush of {self.rotation:g} x L2" if flush else ""
             lost = f"; {probed.reason}" if probed.reason else ""
-            method = f"events around single launches{after}{launches.how}{lost}{names}"
+            method = f"events around single launches{after}{launches.how}{lost}"
             timed = partial(timer.single, launches, flush=flush, hold=timer.hold(launches))
         timer.preheat(timed)
         return method, timed
@@ -424,20 +418,6 @@ class CudaDevice(TorchDevice):
         if isinstance(known, Unsupported):
             raise Unsupported(str(known))
         return known
-
-    def kernels(self, operator: Operator) -> tuple[str, ...]:
-        launches = build(operator, self._torch_device, self._arena, self._library)
-        try:
-            from torch.autograd import DeviceType
-            from torch.profiler import ProfilerActivity, profile
-
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                launches.launch(0)
-                self._cuda.synchronize()
-            names = [str(event.name) for event in seen.events() if event.device_type == DeviceType.CUDA]
-        except Exception:  # CUPTI may be missing or forbidden
-            return ()
-        return tuple(name[:_MOST_LETTERS] for name in dict.fromkeys(names))[:_MOST_KERNELS]
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -495,7 +475,7 @@ def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
         except Exception:  # the measuring process will have the same error
             found = Probed()
         else:
-            found = Probed(True, kernels=device.kernels(operator))
+            found = Probed(True)
         print(json.dumps(asdict(found)), file=answers, flush=True)
         if found.captured is False:
             return

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _python_dispatch
 
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
@@ -285,21 +284,6 @@ def kernels() -> Any:
     return import_module("calibration.devices.triton_kernels")
 
 
-def kernel_count(launch: Callable[[int], Any]) -> int:
-    """Return the kernels of a composite of elementwise operations and reductions: one per operation that computes."""
-    computed: list[str] = []
-
-    class Calls(_python_dispatch.TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-                computed.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Calls():
-        launch(0)
-    return len(computed)
-
-
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
     """Return x (m, k) times the groups of a weight that each token uses, by a gather, a GEMM and a scatter."""
     rows = [used.nonzero().squeeze(1) for used in mask.t()]
@@ -451,12 +435,13 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     # engines fuse a norm, a gated activation and a rotary embedding into one kernel each
     fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
     one: Any = kernels() if fused else None
+    how = ", one kernel (Triton)" if fused else ""
     norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)
-        return _counted(lambda i: norm(inputs[i % copies], weight), copies, device, fused)
+        return Launches(lambda i: norm(inputs[i % copies], weight), copies, how)
     if op.role == "activation":
-        return _counted(lambda i: product(inputs[i % copies], other), copies, device, fused)
+        return Launches(lambda i: product(inputs[i % copies], other), copies, how)
     if op.role == "residual":
         return Launches(lambda i: inputs[i % copies] + other, copies)
     if op.role == "rotary":
@@ -465,7 +450,7 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
         cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype))
         shape = (op.m, op.n // head, head)
-        return _counted(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, device, fused)
+        return Launches(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, how)
     if op.role == "select":
         many = selected(op.n)
         return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
@@ -475,13 +460,6 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "scatter":
         return Launches(lambda i: other.index_copy_(0, rows, inputs[i % copies]), copies)
     return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
-
-
-def _counted(launch: Callable[[int], Any], copies: int, device: str, fused: bool) -> Launches:
-    """Return launches whose record states how many kernels each launch has on a GPU."""
-    if not device.startswith("cuda"):
-        return Launches(launch, copies)
-    return Launches(launch, copies, ", one kernel (Triton)" if fused else f", {kernel_count(launch)} kernels (torch)")
 
 
 def _copy(op: Operator, device: str, arena: Arena) -> Launches:

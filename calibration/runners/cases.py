@@ -1,21 +1,28 @@
-"""The cases of a comparison or of upper bounds, their predicted speedups, and the profile of the device."""
+"""The cases of a comparison or of upper bounds, their predicted speedups, and the runners that time them.
+
+A runner times a dense and a pruned model in alternating passes: disturbances affect both, so the ratio is stable.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
+import sys
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from calibration.devices.protocol import Device
+from calibration.devices.protocol import CaptureFailed, Device, Unsupported
 from calibration.fit.base_profile import base_profile
+from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
+from calibration.measure.timing import OK, median_interval
 from calibration.runners.runs import DATASHEET, PROFILE, check_folder
 from simulator.codes import PHASES
 from simulator.errors import InputError
@@ -58,7 +65,6 @@ class CaseRow:
 
     @property
     def pruning(self) -> str:
-        """The pruning in words, such as ``width 25 %``, or the text of ``--prune``."""
         return f"{self.family} {percent(self.sparsity)}" if self.simple else self.prune
 
 
@@ -73,7 +79,6 @@ class Case:
 
     @classmethod
     def of(cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})) -> Case:
-        """Return the case of a dense workload and a pruning; ``kernels`` are those of the device by family."""
         steps, pruned = list[PruningStep](), dense
         for step in in_order(pruning.steps, dense):
             try:
@@ -87,7 +92,7 @@ class Case:
 
     @classmethod
     def of_model(cls, request: Request, pruning: Pruning) -> Case:
-        """Return the case of an existing pruned model, which has the vocabulary and the head width of the dense one."""
+        """Return the case of an existing pruned model."""
         dense = lower(request)
         ours, theirs = dense.meta.config, pruning.model
         for name in ("vocab", "head_dim") if ours is not None and theirs is not None else ():
@@ -104,7 +109,6 @@ class Case:
 
     @property
     def sparsity(self) -> float:
-        """The requested fraction; of several steps, their joint fraction."""
         return self.pruning.requested(self.pruned)
 
     @property
@@ -117,12 +121,11 @@ class Case:
 
     @property
     def seq(self) -> int:
-        """Tokens (prefill) or cached positions (decode) of each sequence."""
         return self.dense.meta.seq
 
     @property
     def prune(self) -> str:
-        """The pruning as text: its steps, or the name of an existing model and a digest, as its file can change."""
+        """The steps as text, or the name of an existing model with a digest, because its file can change."""
         model = self.pruning.model
         if model is not None:
             shapes = repr((model.hidden, model.layout))
@@ -135,7 +138,7 @@ class Case:
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
     def run_in(self, engine: str) -> Case:
-        """Return the case with the launches of an engine that fuses the same operators."""
+        """Return the case with the launches of an engine, which must fuse the same operators."""
         dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
         return replace(self, dense=dense, pruned=pruned)
 
@@ -161,9 +164,8 @@ def cases_of(
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that cannot run.
 
-    The settings are those of :func:`simulator.table`; texts of ``--prune``, existing pruned models and families (none
-    given: all, or none next to others) may come together. ``kernels`` are those of the device by family, ``phases``
-    those that can run.
+    The settings are those of :func:`simulator.table`, but texts of ``--prune``, existing pruned models and families may
+    come together. ``kernels`` are those of the device by family, ``phases`` those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
     given = {name: settings[name] for name in ("family", "sparsity", "prune", "pruned") if settings.get(name)}
@@ -190,7 +192,6 @@ def cases_of(
 
 
 def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
-    """Return a step with the kernel that the device runs; InputError if the step states another."""
     stated = dict(step.options).get("kernel", kernel)
     if not kernel:
         return step
@@ -200,7 +201,6 @@ def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
 
 
 def _check_heads(w: Workload) -> None:
-    """Raise InputError if KV heads have different numbers of query heads, which no kernel here runs."""
     uneven = w.is_attention & (w.heads % np.maximum(w.kv_heads, 1) > 0)
     if uneven.any():
         heads, groups = int(w.heads[uneven][0]), int(w.kv_heads[uneven][0])
@@ -209,7 +209,7 @@ def _check_heads(w: Workload) -> None:
 
 
 def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
-    """Return how often a workload has each combination of values of some columns."""
+    """Return how often each combination of values of some columns occurs."""
     out = Counter[tuple[int, ...]]()
     for count, *values in zip(w.count.tolist(), *(getattr(w, name).tolist() for name in names)):
         out[tuple(values)] += round(count)
@@ -217,7 +217,6 @@ def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
 
 
 def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """Return the first ``layers`` layers of a model, or the whole model if ``layers`` is None."""
     if layers is None:
         return config
     if not 1 <= layers <= config.layers:
@@ -257,3 +256,113 @@ def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "
     path.mkdir(exist_ok=True)
     save_hardware(profile, path / DATASHEET)
     return profile
+
+
+LONGEST_S = 30.0  # longest time of the pairs of one case
+WINDOW_S = 4e-3
+PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
+LEAST, ENOUGH, MOST = 3, 8, 200  # pairs that show scatter; pairs that suffice if their ratio is precise; most pairs
+
+T = TypeVar("T")
+Sampler = Callable[[int], float]  # runs some passes and returns the seconds per pass
+
+
+def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> dict[str, Any]:
+    """Return the raw times of a record by :func:`in_turns`, after untimed passes that warm caches and compile kernels;
+    "loops": passes per sample."""
+    samplers = (dense, pruned)
+    once = [sample(1) for sample in samplers]
+    loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
+    for sample in samplers if loops > 1 else ():
+        sample(loops)
+    found = in_turns(lambda i: [samplers[i](loops)], list, limit_s, time.perf_counter)
+    dense_s, pruned_s = ([one for (one,) in samples] for samples in found)
+    return {"loops": loops, "dense_s": dense_s, "pruned_s": pruned_s}
+
+
+def in_turns(
+    sample: Callable[[int], T],
+    seconds: Callable[[T], Sequence[float]],
+    limit_s: float,
+    clock: Callable[[], float],
+    most: int = MOST,
+) -> tuple[list[T], list[T]]:
+    """Return samples of the models 0 and 1 in alternation, until their ratio is precise or the time is over."""
+    found: tuple[list[T], list[T]] = ([], [])
+    start = clock()
+    for pair in range(1, most + 1):
+        for i in (0, 1) if pair % 2 else (1, 0):
+            found[i].append(sample(i))
+        spent = clock() - start
+        if spent >= limit_s and pair >= LEAST:
+            break
+        if pair >= ENOUGH:
+            ratios = [a / b for x, y in zip(*found) for a, b in zip(seconds(x), seconds(y))]
+            middle, low, high = median_interval(ratios)
+            if high - low <= 2.0 * PRECISION * middle:
+                break
+    return found
+
+
+def looped(step: Callable[[], Any], synchronize: Callable[[], Any]) -> Sampler:
+    def sample(loops: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(loops):
+            step()
+        synchronize()
+        return (time.perf_counter() - start) / loops
+
+    return sample
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A dense model, and how this model and its pruned versions run."""
+
+    config: ModelConfig
+    dtype: str = "bf16"
+    engine: str = "reference"  # a key of :data:`calibration.runners.compare.ENGINES`
+    content: Mapping[str, Any] = field(default_factory=dict)  # the model's config.json, for engines of a library
+    python: str = sys.executable  # interpreter that has vLLM
+    seed: int = 0  # determines weights and the order of the cases
+
+
+class Runner:
+    def __init__(self, device: Device, model: ModelRun) -> None:
+        self.device, self.model = device, model
+
+    def check(self, case: Case) -> None:
+        """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
+
+    def prepare(self, case: Case) -> None:
+        """Make the dense model, which all cases share; ``case`` is any of them."""
+
+    def record(self, case: Case, seconds: float) -> dict[str, Any]:
+        """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more."""
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class PairRunner(Runner):
+    def timed(self, case: Case, end: float) -> dict[str, Any]:
+        """Time a case until ``end`` on the device's clock; return the fields of the record."""
+        raise NotImplementedError
+
+    def record(self, case: Case, seconds: float) -> dict[str, Any]:
+        try:
+            return {"status": OK, "reason": "", **self.timed(case, self.device.clock() + seconds)}
+        except CaptureFailed:
+            raise
+        except (Unsupported, InputError) as error:
+            return {"status": UNSUPPORTED, "reason": str(error)}
+        except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
+            from calibration.devices.operators import is_out_of_memory  # imports torch, which recorded runs do not need
+
+            status = SKIPPED if is_out_of_memory(error) else FAILED
+            return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+    def limit_s(self, end: float) -> float:
+        """Return the time limit of the pairs of a case that ends at ``end``; first passes get the rest."""
+        return min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)

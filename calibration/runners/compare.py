@@ -26,8 +26,7 @@ from calibration.evidence.validate import verdict_of
 from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interrupt
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
-from calibration.runners.cases import Case, CaseRow, predicted_speedup
-from calibration.runners.pairs import ModelRun, Runner
+from calibration.runners.cases import Case, CaseRow, ModelRun, Runner, predicted_speedup
 from calibration.runners.runs import begin
 from simulator.codes import PHASES
 from simulator.display import few
@@ -62,7 +61,7 @@ DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
 
 def kernels_on(device: str) -> dict[str, str]:
-    """Return the kernels of families as the decoder runs them: those that skip tiles with Triton, else gathers."""
+    """Return the kernels of dynamic families in the decoder: Triton's, which skip tiles, else gathers and loops."""
     skips = device.startswith("cuda") and find_spec("triton") is not None
     kernels = ("reference", "reference") if skips else ("gathered", "looped")
     return dict(zip(("dynamic_depth", "dynamic_width"), kernels))
@@ -77,7 +76,7 @@ class ComparedCases:
 
     @property
     def needs_new_process(self) -> bool:
-        """Whether a failed capture ended the comparison; then only a new process can time the rest."""
+        """After a failed capture, only a new process can time the rest."""
         return self.stopped.startswith(CAPTURE_FAILED) and self.left > 0
 
 
@@ -89,10 +88,8 @@ def compare(
     budget_s: float,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
-    """Run and time a model in every case, into a new run folder or the folder of an earlier run of the same device.
-
-    The cases share the budget equally; the next run measures the cases that remain.
-    """
+    """Time every case into a run folder, new or of an earlier run of the same device. The cases share the budget
+    equally; the next run measures the cases that remain."""
     dtype, engine = model.dtype, model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
@@ -151,12 +148,11 @@ def compare(
 
 
 def file_name(name: str, engine: str) -> str:
-    """Return the name of a file in a run folder; files of other engines than our decoder have the engine's name."""
     return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
 
 
 def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
-    """Return the comparison of cases with result files of ``vllm bench``: the dense model's, then one per case."""
+    """Compare cases with files of ``vllm bench``: the dense model's, then one per case."""
     if len(files) != len(cases) + 1:
         expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
         raise InputError(f"--bench: expected {expected}, got {len(files)}")
@@ -169,8 +165,7 @@ def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) 
 
 
 def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any]:
-    """Return the record of a case from the files of its dense and its pruned model; the longer file loses its last
-    samples."""
+    """Return the record of a case; the longer file loses its last samples."""
     for what in ("tool", "concurrency"):
         a, b = getattr(dense, what), getattr(pruned, what)
         if a != b:
@@ -226,7 +221,6 @@ def _prepare(runner: Runner, case: Case) -> None:
 
 
 def name_of(case: Case, dtype: str, engine: str = "reference") -> str:
-    """Return the key of a case in the records."""
     w = case.dense
     layers = int((w.layer + w.layers)[w.layer >= 0].max(initial=0))
     where = f"{case.phase} batch={case.batch} seq={case.seq} {dtype} layers={layers}"
@@ -242,7 +236,7 @@ def _shuffled(cases: Mapping[str, Case], seed: int) -> list[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class ComparedSpeedup(CaseRow):
-    """One comparison, in the order of the columns. Times are those of a pass; generate and serve: of a request."""
+    """A row of ``comparison.csv``. Times are those of a pass; generate and serve: of a request."""
 
     runtime: str
     dense_s: float  # this and the next two: the pair of alternating passes with the median ratio
@@ -272,8 +266,7 @@ def rows_of(
     engine: str = "reference",
     measured_bounds: Sequence[float] = (),
 ) -> list[ComparedSpeedup]:
-    """Return comparisons of the cases, in their order, that have a measured time and a prediction; ``measured_bounds``
-    are the measured upper bounds of the cases, or NaN."""
+    """Return the cases that have a measured time and a prediction; ``measured_bounds`` are NaN if unknown."""
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
     for case, bound in zip(cases, measured_bounds or [math.nan] * len(cases), strict=True):
@@ -309,8 +302,8 @@ def rows_of(
 
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
-    """Return a case with the launches of its run: those of the library's version; of our decoder those of eager
-    Transformers for a decode step with single launches on a GPU, else the sum of its operators."""
+    """Return a case with the launches of the library's version. Our decoder has those of eager Transformers in a decode
+    step without a CUDA graph on a GPU, else the sum of its operators."""
     if not case.dense.meta.engine:
         host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
         return case.run_in("hf" if host_bound else EXECUTED)
@@ -320,7 +313,7 @@ def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> 
 
 
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
-    """Return the agreement of speedups: number, rank correlation, errors with the median as "bias", coverage of the
+    """Return number, rank correlation and errors of speedups, their median deviation ("bias"), the coverage of their
     intervals ("inside"), and the median error of the dense times ("dense_time")."""
     if not rows:
         raise InputError("comparison: expected at least one measured case, got none")
@@ -332,14 +325,13 @@ def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
 
 
 def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
-    """Return the :func:`summary` of each phase, and of all phases ("all") if there are several."""
     phases = list(dict.fromkeys(r.phase for r in rows))
     out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
     return {**out, "all": summary(rows)} if len(phases) > 1 else out
 
 
 def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
-    """Return whether the predicted speedups hold, compared with roofline bounds as predictions, and the worst case."""
+    """Return whether the predicted speedups hold, next to roofline bounds as predictions, and the worst case."""
     names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
     measured, predicted, lower, upper, roofline = ([getattr(r, name) for r in rows] for name in names)
     every = verdict_of("speedups", measured, predicted, lower, upper, roofline)

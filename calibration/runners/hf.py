@@ -24,8 +24,7 @@ from torch import nn
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
-from calibration.runners.cases import Case
-from calibration.runners.pairs import ModelRun, PairRunner, PairTimes, Sampler, alternate, looped
+from calibration.runners.cases import Case, ModelRun, PairRunner, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
@@ -59,7 +58,6 @@ class Layout:
 
 
 def layout_of(w: Workload) -> Layout:
-    """Return the shapes of a workload's decoder; InputError for a pruning that decides during a pass."""
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
     rows, layers = w.expand(), dict[int, dict[str, Any]]()
@@ -80,7 +78,7 @@ def layout_of(w: Workload) -> Layout:
 
 
 def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
-    """Return the layout of a workload, and the configuration of the library's model with the usual layers."""
+    """Return the layout of a workload, and the library's configuration with the usual layers."""
     from transformers import AutoConfig
 
     model, content, layout = given.config, given.content, layout_of(w)
@@ -119,16 +117,13 @@ class HfModel:
 
     @property
     def cache_name(self) -> str:
-        """Name of the argument for keys and values, which differs by version of the library."""
+        """Name of the argument for keys and values, by version of the library."""
         names = inspect.signature(type(self.model).forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
 
 def build(given: ModelRun, w: Workload, device: str) -> HfModel:
-    """Return the model of a dense or pruned workload, with random weights; InputError if the library cannot build it.
-
-    Attention is torch's ``scaled_dot_product_attention`` where the model can use it.
-    """
+    """Return the model of a workload, with random weights; InputError if the library cannot build it."""
     from transformers import AutoModelForCausalLM
 
     layout, config = check(given, w)
@@ -189,7 +184,6 @@ def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
 
 
 def _module(layer: nn.Module, role: str) -> Any:
-    """Return the module of a projection; InputError if the model has joined projections."""
     try:
         return layer.get_submodule(PROJECTIONS[role])
     except AttributeError:
@@ -235,7 +229,6 @@ def _sparsify(made: Any, w: Workload) -> None:
 
 
 def _check_weights(made: Any, w: Workload) -> None:
-    """Raise InputError if the projections do not have as many weights as predicted."""
     once = w.phase == w.phase.min()  # a request has rows for its prefill and for its decode steps
     inside = once & (w.layer >= 0) & (w.kind == Kind.GEMM)
     expected = float((w.n * w.k * w.count)[inside].sum())
@@ -251,8 +244,6 @@ MOST_COMPILED = 1024  # compiled passes of one process
 
 
 class HfRunner(PairRunner):
-    """Time models of Transformers: eager (engine hf), or compiled (engine compile)."""
-
     def __init__(self, device: Device, model: ModelRun) -> None:
         super().__init__(device, model)
         self.kept: dict[str, HfModel] = {}  # the dense and the last pruned model
@@ -263,7 +254,7 @@ class HfRunner(PairRunner):
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)
 
-    def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
+    def timed(self, case: Case, end: float) -> dict[str, Any]:
         if case.prune not in self.kept:
             self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
             self.kept[case.prune] = build(self.model, case.pruned, self.device.name)
@@ -272,11 +263,11 @@ class HfRunner(PairRunner):
         sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
             times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
-        return times, {"runtime": runtime, "patched": pruned.patched}
+        return {"runtime": runtime, "patched": pruned.patched, **times}
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:
-    """Return random tokens for a model, and a function that waits for its device."""
+    """Return random tokens, and a function that waits for the device."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
@@ -321,7 +312,6 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
 
 
 def compiled_sampler(built: HfModel, case: Case) -> Sampler:
-    """Return the sampler of a compiled model; its first pass compiles."""
     from transformers import StaticCache
 
     # each model and phase is compiled; beyond these limits torch would run passes eagerly

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices.operators import gated
-from calibration.runners.decoder.families import STATIC, prune_decoder
+from calibration.runners.decoder.families import STATIC, best, prune_decoder
 from calibration.runners.decoder.model import (
     Attention,
     Decoder,
@@ -35,7 +35,6 @@ from calibration.runners.decoder.model import (
     through_layer,
     window_logits,
 )
-from calibration.runners.decoder.rules import best
 from simulator.errors import InputError
 from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
@@ -84,7 +83,7 @@ def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
 
 
 def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
-    """Score windows of (dense logits, pruned logits, tokens)."""
+    """Score windows of dense logits, pruned logits and tokens."""
     losses, divergences = [], []
     for *both, ids in windows:
         before, after = (F.log_softmax(logits[:-1].float(), -1) for logits in both)
@@ -121,7 +120,7 @@ def _weights(decoder: Decoder) -> int:
 
 
 def load_model(folder: str | Path) -> Any:
-    """Return the model of a Hugging Face folder in float32; nothing is downloaded and no code of the folder runs."""
+    """Return the model of a folder in float32; nothing is downloaded and no code of the folder runs."""
     return _from_folder("AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
@@ -222,8 +221,6 @@ DENSE = ("all", "dense", "dense")  # key of the row of the dense model
 
 @dataclass(frozen=True)
 class LayerScore:
-    """A row of a library: the score of a model with one changed sublayer."""
-
     layer: str
     attention: str
     mlp: str
@@ -236,7 +233,6 @@ class LayerScore:
 
 
 def changes_of(library: Library) -> list[Change]:
-    """Return the variants of all attentions and MLPs in a library, in the order of the layers."""
     found: dict[tuple[int, str, str], Change] = {}
     for layer, (dense, blocks) in enumerate(zip(library.model.layout, library.layers)):
         for name in SUBLAYERS:
@@ -260,9 +256,9 @@ def measure_layers(
 ) -> Iterator[LayerScore]:
     """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer, except keys in ``done``.
 
-    Fewer KV heads are means of joined heads (arXiv 2305.13245), as Puzzle initialises such a layer. A narrower MLP
-    keeps the channels with the largest mean output on windows of ``calibration``. A pass continues from the state
-    before the changed sublayer, so only later layers are computed. All windows are equally long.
+    Fewer KV heads are means of joined heads (arXiv 2305.13245), as in Puzzle. A narrower MLP keeps the channels with
+    the largest mean output on windows of ``calibration``. Only the layers after a change are computed again. All
+    windows are equally long.
     """
     todo: dict[tuple[int, str], list[Change]] = {}
     for change in changes:
@@ -272,10 +268,17 @@ def measure_layers(
         return
     with torch.no_grad():
         state = PassState(decoder, len(windows[0]))
-        scored = embedded(state, torch.stack(list(windows)))
-        dense = _Dense(decoder, windows, _rest(state, 0, scored))
+        dense = _rest(state, 0, embedded(state, torch.stack(list(windows))))
+        small = 4 * dense.shape[0] * dense.shape[1] * len(decoder.head) <= MOST_LOGIT_BYTES
+        kept = [logits_after(decoder, x) for x in dense] if small else None
+
+        def scored(key: tuple[str, str, str], last: Tensor) -> LayerScore:
+            before = kept or (logits_after(decoder, x) for x in dense)
+            found = score_logits(zip(before, (logits_after(decoder, x) for x in last), windows))
+            return LayerScore(*key, found.kl_nats, found.perplexity)
+
         if DENSE not in done:
-            yield dense.score(DENSE, dense.last)
+            yield scored(DENSE, dense)
         both = embedded(state, torch.stack([*windows, *calibration]))
         many = len(windows)
         for number, layer in enumerate(decoder.layers):
@@ -287,7 +290,7 @@ def measure_layers(
                     stays = has("attention", block)
                     a = fewer_heads(a, block.heads, block.kv_heads, decoder.head_dim) if stays else None
                 changed = through_layer(state, number, replace(layer, attention=a), both[:many])
-                yield dense.score(change.key, _rest(state, number + 1, changed))
+                yield scored(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, mlp=None), both)
             own = todo.get((number, "mlp"), [])
             importance = _importance(state, layer.mlp, both[many:]) if own else None
@@ -295,35 +298,20 @@ def measure_layers(
                 m, stays = layer.mlp, has("mlp", change.block)
                 narrow = m.channels(best(importance, change.block.inner)) if m is not None and stays else None
                 changed = through_layer(state, number, Layer(None, narrow), both[:many])
-                yield dense.score(change.key, _rest(state, number + 1, changed))
+                yield scored(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, attention=None), both)
 
 
 def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
-    """Return the residual stream after the last layer, from the stream before the layer ``first``."""
+    """Return the residual stream after the last layer, from that before the layer ``first``."""
     for number, layer in enumerate(state.decoder.layers[first:], first):
         x = through_layer(state, number, layer, x)
     return x
 
 
-class _Dense:
-    """The dense model's predictions of some windows."""
-
-    def __init__(self, decoder: Decoder, windows: Sequence[Tensor], last: Tensor) -> None:
-        self.decoder, self.windows, self.last = decoder, windows, last
-        size = 4 * last.shape[0] * last.shape[1] * len(decoder.head)
-        self.kept = [logits_after(decoder, x) for x in last] if size <= MOST_LOGIT_BYTES else None
-
-    def score(self, key: tuple[str, str, str], last: Tensor) -> LayerScore:
-        before = self.kept or (logits_after(self.decoder, x) for x in self.last)
-        after = (logits_after(self.decoder, x) for x in last)
-        found = score_logits(zip(before, after, self.windows))
-        return LayerScore(*key, found.kl_nats, found.perplexity)
-
-
 def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Attention:
-    """Return attention with the query heads of the largest output weights and means of their KV heads. Whole groups
-    stay if the group size stays, else equally many heads of each group if possible."""
+    """Keep the query heads of the largest output weights, and means of their KV heads. Whole groups stay if the group
+    size stays, else equally many heads of each group if possible."""
     ratio = a.heads // a.kv_heads
     size = a.o.weight.float().pow(2).sum(0).view(a.kv_heads, ratio, head_dim).sum(2)
     number = torch.arange(a.heads, device=size.device).view(a.kv_heads, ratio)
@@ -348,7 +336,7 @@ def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Atten
 
 
 def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
-    """Return the mean output of each channel: its mean activation times the norm of its output weights."""
+    """Return the mean activation of each channel, times the norm of its output weights."""
     if m is None:
         return None
     h = state.norm(x, m.norm)
@@ -370,7 +358,6 @@ def write_scores(path: str | Path, rows: Sequence[LayerScore], protocol: str, so
 
 
 def read_scores(path: str | Path, protocol: str, source: str) -> list[LayerScore]:
-    """Return the scores in a file of :func:`write_scores`; none if it does not exist."""
     if not Path(path).exists():
         return []
     names = [*LayerScore.__dataclass_fields__, "protocol", "source"]

@@ -51,7 +51,6 @@ class RecordedRow:
 
     @property
     def half_width(self) -> float:
-        """The geometric half-width of the predicted interval, less 1."""
         return float(np.sqrt(self.compared.predicted_upper / self.compared.predicted_lower) - 1.0)
 
 
@@ -84,17 +83,16 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
     return out
 
 
-def tables(rows: Sequence[RecordedRow] = ()) -> list[str]:
-    """Return the tables of the page: scores by model, by engine and phase, by family and by run, and the worst ten."""
-    found = list(rows) or recorded_rows()
+def tables(rows: Sequence[RecordedRow]) -> list[str]:
+    """Return the tables of the page: scores by model, engine and phase, family and run, and the worst ten rows."""
     by: Mapping[str, Callable[[RecordedRow], str]] = {
         "model": lambda r: r.compared.model,
         "engine and phase": lambda r: f"{r.engine}, {r.compared.phase}",
         "family": lambda r: r.compared.family,
         "run": lambda r: f"{r.engine}, {r.compared.dtype}, {_threads(r.threads)}, batch {r.compared.batch}",
     }
-    worst = sorted(found, key=lambda r: -abs(np.log1p(r.compared.error)))[:10]
-    return [*(_summary(name, found, key) for name, key in by.items()), _worst(worst)]
+    worst = sorted(rows, key=lambda r: -abs(np.log1p(r.compared.error)))[:10]
+    return [*(_summary(name, rows, key) for name, key in by.items()), _worst(worst)]
 
 
 def _threads(number: str) -> str:
@@ -102,7 +100,6 @@ def _threads(number: str) -> str:
 
 
 def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow], str]) -> str:
-    """Return a line per group of rows, and a line of all rows."""
     groups: dict[str, list[RecordedRow]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -118,7 +115,6 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
 
 
 def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
-    """Return the agreement of some rows: medians of errors and half-widths, coverage and Spearman's correlation."""
     return {
         **summary([r.compared for r in rows]),
         "half_width": float(np.median([r.half_width for r in rows])),
@@ -154,8 +150,7 @@ def measured_speedups() -> Groups:
 
 
 def overview() -> Figure:
-    """Return predicted against measured values of everything that was executed or published: speedups, times of dense
-    models, and times per token of servers."""
+    """Draw predicted against measured values of everything that was executed or published."""
     names = {"hf": "Transformers", "compile": "torch.compile", "vllm": "vLLM", "sglang": "SGLang"}
     names |= {"trtllm": "TensorRT-LLM", "reference": "taxonomy paper's bench"}
     panels = {"speedups of pruned models": ("speedup", measured_speedups())}
@@ -187,5 +182,5 @@ def overview() -> Figure:
 
 
 if __name__ == "__main__":
-    write_whole(DOCS / "transformers.md", filled("transformers", tables()).encode())
+    write_whole(DOCS / "transformers.md", filled("transformers", tables(recorded_rows())).encode())
     save_figure(overview(), DOCS.parent / "measured.png")

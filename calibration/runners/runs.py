@@ -80,7 +80,6 @@ class MeasuredRun:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return the path of a run folder, new or existing; InputError if it is a file or has no parent folder."""
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; expected the folder of a run")
@@ -132,7 +131,6 @@ def measure_plan(
     planned: Planner,
     progress: Callable[[int, int], None] | None = None,
 ) -> MeasuredRun:
-    """Run a plan and write its records to a file."""
     protocol = default_protocol(device.describe(), options.budget_s)
     if is_new(file):
         file.parent.mkdir(exist_ok=True)
@@ -157,11 +155,10 @@ def measure_into(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Plan and measure, into a new folder or the folder of an earlier run of the same device; see :func:`begin`.
+    """Plan and measure, into a new folder or the folder of an earlier run of the same device.
 
     The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured exactly and
-    first, in the order of how much they narrow the speedups. ``progress`` gets the seconds that have passed and the
-    expected total.
+    first, in the order of how much they narrow the speedups. ``progress`` gets seconds: passed, and in total.
     """
     dtype, budget_s, description = options.dtype, options.budget_s, device.describe()
     file, header = _begun(folder, device, options, note)
@@ -210,7 +207,7 @@ def measure_host(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Measure the host time of this machine in a few seconds, to update the profile of the options."""
+    """Measure the host time of this machine, to update the profile of the options."""
     dtype, budget_s = options.dtype, min(options.budget_s, HOST_BUDGET_S)
     options = replace(options, budget_s=budget_s)
     file, header = _begun(folder, device, options, note)
@@ -230,7 +227,7 @@ def measure_host(
 
 
 def keep_apart(records: Records) -> Records:
-    """Hold out fit rows that share an (n, k) with held-out rows: a folder of two plans may contain such rows."""
+    """Hold out fit rows with an (n, k) of held-out rows, which a folder of two plans may contain."""
     purpose = np.array(records.purpose)
     held, fit = PURPOSES.index("holdout"), PURPOSES.index("fit")
     gemm = records.is_operator("gemm")
@@ -242,8 +239,6 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted or re-anchored run."""
-
     fit: ProfileFit | Updated
     held_out: Report | None  # on held-out shapes
     exact: Report | None  # on shapes that were measured exactly
@@ -282,7 +277,6 @@ def fit_run(
 def target_workloads(
     model: str, families: Sequence[str], sparsities: Sequence[float], settings: Mapping[str, Any]
 ) -> TargetModels:
-    """Return a model (name or config.json) in all combinations of settings, dense and pruned, fused as in an engine."""
     out = []
     for request in requests_of([load_model(model)], settings):
         dense = lower(request)
@@ -310,7 +304,6 @@ def target_operators(targets: TargetModels, hw: HardwareProfile, every: bool = T
 
 
 def operator_of(w: Workload, row: int) -> Operator | None:
-    """Return the operator that times a row of a workload; None if no operator does."""
     kind, dtype, role = int(w.kind[row]), DTYPES[int(w.dtype[row])], ROLES[int(w.role[row])]
     plain = w.dtype[row] == w.weight_dtype[row] and not w.window[row] and not w.block[row]
     if kind == Kind.GEMM and plain and w.kernel[row] == Kernel.DENSE:

@@ -88,7 +88,7 @@ def plain_kernels(w: Workload) -> dict[Shape, float]:
 
 
 def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) -> Iterator[tuple[Shape, float]]:
-    """Yield each shape of a kernel with its count, from the columns of a workload and changed columns."""
+    """Yield each shape of a kernel with its count; ``changed`` replaces columns of the workload."""
     sizes = np.stack([changed.get(name, getattr(w, name)) for name in DIMENSIONS[kind]], axis=1)
     shapes, which = np.unique(np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True)
     found = np.bincount(which.reshape(-1), weights=counts, minlength=len(shapes))
@@ -123,7 +123,7 @@ def measure_bounds(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Time the plain kernels of some cases into a run folder, new or of an earlier run of the same device."""
+    """Time the plain kernels of cases into a run folder, new or of an earlier run of the same device."""
     dtype, budget_s, seed = options.dtype, options.budget_s, options.seed
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -160,7 +160,6 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
 
 
 def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
-    """Return measured bounds (NaN where kernels have no time), other bounds and predictions of cases."""
     times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
@@ -191,13 +190,13 @@ def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtyp
 
 
 def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> list[float]:
-    """Return the measured bounds of cases from a store; NaN if it lacks some kernels or there is no file."""
+    """Return the measured bounds of cases; NaN if the file lacks some kernels or does not exist."""
     times = kernel_seconds(content_records(read_store(file)), dtype) if Path(file).is_file() else {}
     return [_total(case.dense, times)[0] / _total(case.pruned, times)[0] for case in cases]
 
 
 def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
-    """Return median errors of the bounds that the profile predicts, and of those of its cost model alone."""
+    """Return median errors of the bounds that the profile and its cost model alone predict."""
     known = [r for r in rows if math.isfinite(r.measured_bound)]
     if not known:
         return {}
@@ -206,7 +205,7 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
 
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
-    """Return the time of a workload's plain kernels, its relative half-width, and the number of missing kernels."""
+    """Return time, relative half-width and the number of missing kernels."""
     kernels = plain_kernels(w)
     if missing := sum(shape not in times for shape in kernels):
         return math.nan, math.nan, missing

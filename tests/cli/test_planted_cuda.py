@@ -275,7 +275,7 @@ def line_of(name: str, done: Ended) -> str:
         parts += sorted({_plain(note) for note in re.findall(r"^(?:note|prunesim): (.*)", done.notes, re.MULTILINE)})
     if (done.folder / "profile.yaml").exists():
         off = errors(case.gpu, done.profile)
-        parts.append("constants " + ", ".join(f"{what} {100 * error:+.0f} %" for what, error in off.items()))
+        parts.append("constants " + ", ".join(f"{what} {round(100 * error):+d} %" for what, error in off.items()))
     return f"{name} ({case.gpu}): " + " | ".join(parts)
 
 

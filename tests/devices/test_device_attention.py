@@ -22,7 +22,7 @@ from calibration.devices import Operator, Unsupported, attention  # noqa: E402
 from calibration.devices.attention import decode_attention, find_library, prefill_attention, with_backend  # noqa: E402
 from calibration.devices.cuda import open_named  # noqa: E402
 from calibration.devices.operators import Arena, build, random_tensor  # noqa: E402
-from calibration.runners.decoder.rules import routed_attention  # noqa: E402
+from calibration.runners.decoder.families import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")

@@ -21,8 +21,7 @@ from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
-from calibration.runners import pairs  # noqa: E402
-from calibration.runners.cases import Case, cases_of  # noqa: E402
+from calibration.runners.cases import LEAST, Case, ModelRun, Sampler, alternate, cases_of  # noqa: E402
 from calibration.runners.compare import (  # noqa: E402
     ComparedCases,
     ComparedSpeedup,
@@ -35,7 +34,6 @@ from calibration.runners.compare import (  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
-from calibration.runners.pairs import ModelRun, PairTimes, alternate  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402
@@ -62,10 +60,11 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Plant times instead of passes: a decoder takes a second per layer. The list receives the timed decoders."""
     seen: list[str] = []
 
-    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:
+    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
         seen.append(f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}")
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
-        return PairTimes(tuple(len(first.layers) * x for x in noise), (float(len(second.layers)),) * len(noise), 1)
+        pruned_s = (float(len(second.layers)),) * len(noise)
+        return {"loops": 1, "dense_s": tuple(len(first.layers) * x for x in noise), "pruned_s": pruned_s}
 
     monkeypatch.setattr(timing, "time_pair", timed)
     return seen
@@ -75,21 +74,21 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     ticks = itertools.count()
 
-    def sampler(seconds: float) -> pairs.Sampler:
+    def sampler(seconds: float) -> Sampler:
         def sample(loops: int) -> float:
             order.append(int(seconds))
             return seconds * (1.0 + 0.1 * math.sin(len(order)))
 
         return sample
 
-    monkeypatch.setattr(pairs.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("calibration.runners.cases.time.perf_counter", lambda: float(next(ticks)))
     first, second = sampler(2.0), sampler(1.0)
     times = alternate(first, second, 5.0)
-    assert len(times.first_s) == len(times.second_s) == 5  # a tick per pair
+    assert len(times["dense_s"]) == len(times["pruned_s"]) == 5  # a tick per pair
     assert order[:2] == [2, 1]  # first passes; long passes need no others to be warm
     assert order[2:10] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
-        assert len(alternate(first, second, limit_s).first_s) == pairs.LEAST
+        assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -201,11 +200,11 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 ) -> None:
     asked: list[str] = []
 
-    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> PairTimes:
+    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
         asked.append(runtime)
         if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return PairTimes((2.0,) * 3, (1.0,) * 3, 1)
+        return {"loops": 1, "dense_s": (2.0,) * 3, "pruned_s": (1.0,) * 3}
 
     monkeypatch.setattr(timing, "time_pair", timed)
     monkeypatch.setattr(timing.Executor, "_runtime", lambda self, *_: "cuda_graph")

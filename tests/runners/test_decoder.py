@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from calibration.devices.protocol import Unsupported  # noqa: E402
 from calibration.runners.cases import cases_of, fewer_layers  # noqa: E402
+from calibration.runners.decoder import families  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
@@ -28,8 +29,7 @@ from calibration.runners.decoder.families import (  # noqa: E402
     prune_decoder,
     two_of_four,
 )
-from calibration.runners.decoder.model import Decoder, PassState, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402
-from calibration.runners.decoder.rules import TokenRouting  # noqa: E402
+from calibration.runners.decoder.model import Decoder, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
@@ -64,16 +64,31 @@ def routed(request: pytest.FixtureRequest) -> Decoder:
     return replace(_moved(made, request.param), device=request.param)
 
 
-def _ran(pruned: Decoder) -> tuple[Any, Any]:
-    """Logits and traces of :func:`run` on the decoder's device, moved to the CPU."""
-    return _moved(run(pruned, TOKENS.to(pruned.embedding.device)), "cpu")  # type: ignore[no-any-return]
+def _ran(pruned: Decoder) -> Any:
+    """Logits of :func:`run` on the decoder's device, moved to the CPU."""
+    return run(pruned, TOKENS.to(pruned.embedding.device)).cpu()
+
+
+def _noted(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, decision: Any = lambda result, *_: result
+) -> list[Any]:
+    """Return a list that receives the decisions of a function, from its result and arguments."""
+    found, given = list[Any](), getattr(owner, name)
+
+    def noted(*args: Any) -> Any:
+        result = given(*args)
+        found.append(decision(result, *args).cpu())
+        return result
+
+    monkeypatch.setattr(owner, name, noted)
+    return found
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": "head"}])
 def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, Any]) -> None:
     made = random_decoder(replace(CONFIG, **changes), dtype="fp32", seed=2)
     assert (made.head is made.embedding) == changes.get("tied", False)
-    check(run(made)[0], reference(made, TOKENS))
+    check(run(made), reference(made, TOKENS))
 
 
 def test_a_checkpoint_s_names(dense: Decoder) -> None:
@@ -85,7 +100,7 @@ def test_a_checkpoint_s_names(dense: Decoder) -> None:
             for role in part.roles:
                 weights[f"model.layers.{number}.{at}.{role}_proj.weight"] = getattr(part, role).weight
     loaded = from_weights("tiny", weights, head_dim=CONFIG.head_dim)
-    assert torch.equal(run(loaded)[0], run(dense)[0])
+    assert torch.equal(run(loaded), run(dense))
     del weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(InputError, match=r"no weight 'model.layers.1.mlp.up_proj.weight'"):
         from_weights("tiny", weights, head_dim=CONFIG.head_dim)
@@ -124,7 +139,7 @@ def test_depth(dense: Decoder, unit: str, sparsity: float) -> None:
     pruned = prune_decoder(dense, "depth", sparsity, unit=unit)
     missing = {"layer": 7, "attention": 4, "mlp": 3}[unit] * many
     assert len(list(pruned.projections())) == 7 * LAYERS - missing
-    check(run(pruned)[0], reference(masked, TOKENS))
+    check(run(pruned), reference(masked, TOKENS))
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.6])
@@ -135,7 +150,7 @@ def test_width(dense: Decoder, sparsity: float) -> None:
         heads = _missing(after.attention.q.weight, before.attention.q.weight)
         channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
         masked = _zeroed(_zeroed(masked, number, "o", columns=heads), number, "down", columns=channels)
-    check(run(pruned)[0], reference(masked, TOKENS))
+    check(run(pruned), reference(masked, TOKENS))
 
 
 @pytest.mark.parametrize(("text", "heads"), [("heads=0.5", (4, 4)), ("attention=0.5 heads=0.5", (2, 2))])
@@ -147,7 +162,7 @@ def test_query_heads_alone_keep_their_key_and_value(dense: Decoder, text: str, h
         assert (after.attention.heads, after.attention.kv_heads) == heads
         assert torch.equal(after.mlp.up.weight, before.mlp.up.weight)
         masked = _zeroed(masked, number, "o", columns=_missing(after.attention.q.weight, before.attention.q.weight))
-    check(run(pruned)[0], reference(masked, TOKENS))
+    check(run(pruned), reference(masked, TOKENS))
 
 
 def _texts(many: int) -> Iterator[str]:
@@ -184,7 +199,7 @@ def test_what_runs_of_random_texts_has_the_shapes_that_are_predicted(dense: Deco
         check_shapes(pruned, case.pruned)
         ran += 1
         if ran <= 15:
-            assert torch.isfinite(run(pruned)[0]).all(), text
+            assert torch.isfinite(run(pruned)).all(), text
     assert ran > 60
     assert not any("\n" in reason for reason in refused)
 
@@ -198,7 +213,7 @@ def test_width_cross(dense: Decoder) -> None:
     masked = replace(dense, embedding=embedding)
     for number in range(LAYERS):
         masked = _zeroed(_zeroed(masked, number, "o", rows=gone), number, "down", rows=gone)
-    check(run(pruned)[0], reference(masked, TOKENS))
+    check(run(pruned), reference(masked, TOKENS))
 
 
 def test_low_rank(dense: Decoder) -> None:
@@ -206,11 +221,11 @@ def test_low_rank(dense: Decoder) -> None:
     for _, _, projection in pruned.projections():
         first, second = projection.factors
         assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
-    check(run(pruned)[0], reference(pruned, TOKENS))
+    check(run(pruned), reference(pruned, TOKENS))
     config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)  # square weights
     made = random_decoder(config, dtype="fp32")
     whole = prune_decoder(made, "low_rank", 0.4, align=96)  # full rank changes nothing
-    check(run(whole)[0], reference(made, TOKENS))
+    check(run(whole), reference(made, TOKENS))
 
 
 def test_unstructured(dense: Decoder) -> None:
@@ -220,7 +235,7 @@ def test_unstructured(dense: Decoder) -> None:
         assert float(zero.float().mean()) == pytest.approx(0.5, abs=1e-3)
         assert torch.equal(after.weight[~zero], before.weight[~zero])
         assert before.weight[zero].abs().max() <= before.weight[~zero].abs().min()
-    check(run(pruned)[0], reference(pruned, TOKENS))
+    check(run(pruned), reference(pruned, TOKENS))
 
 
 def test_two_of_four_keeps_the_larger_half_and_is_refused_by_name_on_a_cpu(dense: Decoder) -> None:
@@ -241,7 +256,7 @@ def test_semi_structured_on_a_gpu() -> None:
     pruned = prune_decoder(made, "semi_structured", 0.5)
     masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))
     tokens = TOKENS.to("cuda")
-    first, second = run(pruned, tokens)[0].float(), run(masked, tokens)[0].float()
+    first, second = run(pruned, tokens).float(), run(masked, tokens).float()
     assert float((first - second).norm() / second.norm()) < 0.05
 
 
@@ -251,27 +266,30 @@ def _rows(places: Any, length: int) -> Any:
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.6])
-def test_dynamic_depth(routed: Decoder, sparsity: float) -> None:
+def test_dynamic_depth(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(routed, "dynamic_depth", sparsity, seed=3)
-    logits, traces = _ran(pruned)
+    positions = _noted(monkeypatch, families.TokenRouting, "_chosen", lambda result, *_: result[1])
+    active = _noted(monkeypatch, families.TokenRouting, "_drawn", lambda result, *_: result[2])  # decode on a device
+    logits = _ran(pruned)
     masks, length = Masks(), TOKENS.shape[1]
-    for number, what in itertools.product(range(len(routed.layers)), ("attention", "mlp")):
-        assert traces[0][number, what].shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
-        ran = _rows(traces[0][number, what], length)
-        for step, trace in enumerate(traces[1:]):
-            ran[trace[number, what], PROMPT + step] = True
+    for at, (number, what) in enumerate(itertools.product(range(len(routed.layers)), ("attention", "mlp"))):
+        first, *steps = (positions + active)[at :: 2 * len(routed.layers)]
+        assert first.shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
+        ran = _rows(first, length)
+        for step, chosen in enumerate(steps):
+            ran[chosen, PROMPT + step] = True
         masks[what, number] = ran
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
 
 
-def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most(dense: Decoder) -> None:
+def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_most() -> None:
     torch.manual_seed(0)
-    rule, state = TokenRouting(0.7), PassState(dense, 4)
+    rule = families.TokenRouting(0.7)
     router, x = torch.randn(2, CONFIG.hidden), torch.randn(8, 1, CONFIG.hidden)
     wanted = (x[:, 0] @ (router[1] - router[0])).argsort(descending=True).tolist()
     counts = []
     for _ in range(400):
-        index, count, runs = rule._drawn(state, "mlp", router, x)
+        index, count, runs = rule._drawn(router, x)
         assert index.tolist() == wanted
         assert set(runs.nonzero().flatten().tolist()) == set(wanted[: int(count)])
         counts.append(float(count))
@@ -281,36 +299,41 @@ def test_a_device_draws_the_same_number_and_runs_the_sequences_the_router_wants_
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])
-def test_dynamic_width(routed: Decoder, sparsity: float) -> None:
+def test_dynamic_width(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used(result: Any, rule: families.GroupRouting, state: Any, part: Any, x: Any) -> Any:
+        return rule._mask(state, *result, len(part.router)).view(*x.shape[:2], -1)
+
     pruned = prune_decoder(routed, "dynamic_width", sparsity, channel_groups=7)
-    logits, traces = _ran(pruned)
-    masks = Masks()
+    found = _noted(monkeypatch, families.GroupRouting, "_choice", used)
+    logits = _ran(pruned)
+    masks, many = Masks(), 2 * len(routed.layers)
     of_group = torch.arange(CONFIG.inner) // -(-CONFIG.inner // 7)
     for number in range(len(routed.layers)):
-        masks["groups", number] = torch.cat([t[number, "attention"] for t in traces], 1)
-        masks["channels", number] = torch.cat([t[number, "mlp"] for t in traces], 1)[..., of_group]
+        masks["groups", number] = torch.cat(found[2 * number :: many], 1)
+        masks["channels", number] = torch.cat(found[2 * number + 1 :: many], 1)[..., of_group]
         counts = set(masks["groups", number].sum(-1).flatten().tolist())
         assert counts == {0.3: {2, 3}, 0.5: {2}}[sparsity]  # in turn, so that their mean is exact
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6])
-def test_sparse_attention(routed: Decoder, sparsity: float) -> None:
+def test_sparse_attention(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     block = 16
     pruned = prune_decoder(routed, "sparse_attention", sparsity, block=block)
-    logits, traces = _ran(pruned)
+    tables = _noted(monkeypatch, families.BlockAttention, "_table")
+    chosen = _noted(monkeypatch, families, "best")
+    logits = _ran(pruned)
     masks, length, whole = Masks(), TOKENS.shape[1], PROMPT // block
     for number in range(len(routed.layers)):
         seen = torch.zeros(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
-        seen[:, :, :PROMPT, :PROMPT] = layout_mask(traces[0][number, "attention"], PROMPT, PROMPT, block)
-        for step, trace in enumerate(traces[1:]):
-            index = trace[number, "attention"]
+        seen[:, :, :PROMPT, :PROMPT] = layout_mask(tables[number], PROMPT, PROMPT, block)
+        for step, index in enumerate(chosen[number :: len(routed.layers)]):
             assert index.shape[-1] == round((1 - sparsity) * whole + 1e-9)
             blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(-1, index, True)
             seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
             seen[:, :, PROMPT + step, whole * block :] = True
         masks["seen", number] = seen
-        kept = traces[0][number, "attention"].sum(1).tolist()
+        kept = tables[number].sum(1).tolist()
         assert kept == [max(1, -int(-(1 - sparsity) * (row + 1) // 1)) for row in range(-(-PROMPT // block))]
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
 
@@ -377,10 +400,11 @@ def _moved(value: Any, place: str) -> Any:
 
 
 @pytest.mark.parametrize("start", [0, 2, 3])
-def test_token(dense: Decoder, start: int) -> None:
+def test_token(dense: Decoder, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(dense, "token", 0.4, start=start)
-    logits, traces = run(pruned)
-    places = traces[0][start, "token"]
+    found = _noted(monkeypatch, families, "best")
+    logits = run(pruned)
+    places = found[0] if start else torch.linspace(0, PROMPT - 1, 42).round().long().expand(BATCH, -1)
     assert places.shape == (BATCH, 42)
     assert torch.equal(places[:, -1], torch.full((BATCH,), PROMPT - 1))
     there = _rows(places, TOKENS.shape[1])
@@ -395,12 +419,13 @@ def test_token(dense: Decoder, start: int) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.8])
-def test_kv_cache(dense: Decoder, sparsity: float) -> None:
+def test_kv_cache(dense: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(dense, "kv_cache", sparsity, observed=8)
-    logits, traces = run(pruned)
+    chosen = _noted(monkeypatch, families, "best")
+    logits = run(pruned)
     masks, length = Masks(), TOKENS.shape[1]
     for number in range(LAYERS):
-        places = traces[0][number, "cache"]
+        places = chosen[number]
         assert places.shape[-1] == int((1 - sparsity) * PROMPT + 0.5)
         seen = torch.ones(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
         kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(-1, places, True)
@@ -412,8 +437,8 @@ def test_kv_cache(dense: Decoder, sparsity: float) -> None:
 def test_families_compose(dense: Decoder) -> None:
     pruned = prune_decoder(prune_decoder(dense, "depth", 0.25), "width", 0.5)
     again = prune_decoder(pruned, "kv_cache", 0.5)
-    assert torch.isfinite(run(again)[0]).all()
-    check(run(pruned)[0], reference(pruned, TOKENS))
+    assert torch.isfinite(run(again)).all()
+    check(run(pruned), reference(pruned, TOKENS))
     with pytest.raises(InputError, match="factorised or sparse already"):
         prune_decoder(prune_decoder(dense, "low_rank", 0.5), "width", 0.5)
 

@@ -19,9 +19,8 @@ from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import hf  # noqa: E402
-from calibration.runners.cases import Case, cases_of  # noqa: E402
+from calibration.runners.cases import Case, ModelRun, cases_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
-from calibration.runners.pairs import ModelRun  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
@@ -134,19 +133,6 @@ def _runner(content: dict[str, Any] = TINY, engine: str = "hf") -> HfRunner:
     return HfRunner(_device(), ModelRun(load_model(content), "fp32", engine, content))
 
 
-@pytest.mark.parametrize("phase", comparing.ENGINES["hf"].phases)
-def test_eager_phases_are_timed_in_turns(phase: str) -> None:
-    (case,) = _cases("hf", phase=phase, batch=2)
-    runner = _runner()
-    runner.prepare(case)
-    record = runner.record(case, 3.0)
-    assert record["status"] == "ok", record["reason"]
-    assert (record["runtime"], record["patched"]) == ("eager", "")
-    dense, pruned = record["dense_s"], record["pruned_s"]
-    assert len(dense) == len(pruned) >= 3
-    assert min(*dense, *pruned) > 0
-
-
 def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was() -> None:
     lengths: list[int] = []
     (case,) = _cases("hf", phase="decode")
@@ -208,6 +194,9 @@ def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     assert files == {"decoder.hf.jsonl", *(f"comparison.hf.{kind}" for kind in ("csv", "md", "png"))}
     rows = read_store(folder / "decoder.hf.jsonl").rows
     assert {row["patched"] for row in rows} == {"", "other widths of the MLP in 2 layers"}
+    assert {(row["phase"], row["runtime"]) for row in rows} == {(p, "eager") for p in comparing.ENGINES["hf"].phases}
+    assert all(len(row["dense_s"]) == len(row["pruned_s"]) >= 3 for row in rows)
+    assert min(second for row in rows for second in (*row["dense_s"], *row["pruned_s"])) > 0
 
 
 @pytest.fixture

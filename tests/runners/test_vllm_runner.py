@@ -19,8 +19,7 @@ from fake_vllm import FILE, pass_s
 
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
-from calibration.runners.cases import Case
-from calibration.runners.pairs import ModelRun
+from calibration.runners.cases import Case, ModelRun
 from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
 from simulator.errors import InputError

@@ -1,8 +1,7 @@
 """Weights of a Llama-style decoder, dense or pruned, as frozen data, and its forward pass.
 
 The decoder has an RMS norm before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
-Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). A pass is a prefill of prompts, a decode step of one token per sequence, or the
-logits of a whole window. A :class:`Rule` decides which work a pass skips.
+Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). A :class:`Rule` decides which work a pass skips.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ class Projection:
 
     def of_rows(self, x: Tensor, index: Tensor, count: Tensor, add_to: Tensor = None) -> Tensor:
         """Apply the projection to the rows of x (tokens, k) that the first ``count`` (on the device) of ``index`` name.
-
-        Other rows are skipped by a kernel: undefined in the result, or unchanged in ``add_to``.
-        """
+        Other rows are undefined in the result, or unchanged in ``add_to``."""
         if type(self.factors[-1]) not in _PLAIN:  # sparse weights have no kernel that skips rows
             y = self(x)
             rest = torch.arange(len(index), device=x.device) >= count
@@ -145,7 +142,7 @@ class Decoder:
                     yield number, role, getattr(sublayer, role)
 
     def changed(self, change: Callable[[int, Any], Any]) -> Decoder:
-        """Return the decoder with a function of (layer, sublayer) applied to every sublayer."""
+        """Apply a function of layer and sublayer to every sublayer."""
         layers = []
         for number, layer in enumerate(self.layers):
             parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
@@ -178,7 +175,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def random_decoder(config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", seed: int = 0) -> Decoder:
-    """Return a decoder with the shape of a model and random weights that keep activations near one."""
+    """Return a decoder with random weights that keep activations near one."""
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -223,11 +220,8 @@ def from_weights(
     device: str = "cpu",
     **constants: Any,
 ) -> Decoder:
-    """Return a decoder with the weights of a Hugging Face checkpoint (``model.layers.0.self_attn.q_proj.weight``, ...).
-
-    The shapes of the weights determine heads and widths. A layer without the norm of a sublayer lacks the sublayer.
-    ``constants`` are further fields of :class:`Decoder`.
-    """
+    """Return a decoder with the weights of a Hugging Face checkpoint, whose shapes determine heads and widths. A layer
+    without the norm of a sublayer lacks the sublayer. ``constants`` are further fields of :class:`Decoder`."""
 
     def get(key: str) -> Tensor:
         if key not in weights:
@@ -279,12 +273,9 @@ class LayerCache:
 
 @dataclass
 class PassState:
-    """State of a pass, kept for the next pass."""
-
     decoder: Decoder
     prompt: int  # tokens of the prompt
     room: int = 0  # cache positions after the prompt
-    trace: dict[tuple[int, str], Any] | None = None  # receives the decisions of a rule, by (layer, sublayer)
     position: int = 0  # position of the first token of the pass; after the pass, position of the next token
     decoding: bool = False  # whether this is a decode step
     layer: int = 0  # current layer
@@ -293,15 +284,10 @@ class PassState:
     caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer
     kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
 
-    def note(self, what: str, value: Any) -> None:
-        if self.trace is not None:
-            self.trace[self.layer, what] = value
-
     def mark(self) -> tuple[int, dict[int, int]]:
         return self.position, {layer: cache.length for layer, cache in self.caches.items()}
 
     def rewind(self, mark: tuple[int, dict[int, int]]) -> None:
-        """Remove the tokens that were decoded after the mark."""
         self.position, lengths = mark
         for layer, length in lengths.items():
             self.caches[layer].length = length
@@ -310,7 +296,7 @@ class PassState:
         return rms_norm(x, weight, self.decoder.epsilon)
 
     def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
-        """Normalise query or key heads if there is a norm, and rotate them by the given tables or those of the pass."""
+        """Normalise heads if there is a norm, and rotate them by the given tables or those of the pass."""
         heads = heads if norm is None else self.norm(heads, norm)
         return rotary(heads, *(tables or (self.cos, self.sin)))
 
@@ -318,7 +304,7 @@ class PassState:
         return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
 
     def keys_values(self, a: Attention, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of normalised tokens to the cache; return them (decode: the whole cache)."""
+        """Add keys and values of tokens to the cache; return them (decode: the whole cache)."""
         k = self.turned(split_heads(a.k(h), a.kv_heads), a.k_norm)
         v = split_heads(a.v(h), a.kv_heads)
         if not self.decoding:
@@ -374,12 +360,10 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def prefill(
-    decoder: Decoder, tokens: Tensor, *, room: int = 1, trace: dict[tuple[int, str], Any] | None = None
-) -> tuple[Tensor, PassState]:
+def prefill(decoder: Decoder, tokens: Tensor, room: int = 1) -> tuple[Tensor, PassState]:
     """Return logits (batch, vocab) after prompts (batch, seq), and the state with ``room`` free positions per cache."""
     with torch.no_grad():
-        state = PassState(decoder, tokens.shape[1], room, trace)
+        state = PassState(decoder, tokens.shape[1], room)
         return logits_after(decoder, _through(state, tokens)[:, -1]), state
 
 

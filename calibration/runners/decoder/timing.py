@@ -10,22 +10,21 @@ import torch
 
 from calibration.devices.operators import is_out_of_memory
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.runners.cases import Case, counted
+from calibration.runners.cases import Case, ModelRun, PairRunner, Sampler, alternate, counted, looped
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
-from calibration.runners.pairs import ModelRun, PairRunner, PairTimes, Sampler, alternate, looped
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 from simulator.workload import Workload
 
 
-def time_pair(first: Decoder, second: Decoder, case: Case, runtime: str, time_limit_s: float) -> PairTimes:
-    return alternate(sampler(first, case, runtime), sampler(second, case, runtime), time_limit_s)
+def time_pair(dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float) -> dict[str, Any]:
+    return alternate(sampler(dense, case, runtime), sampler(pruned, case, runtime), limit_s)
 
 
 def sampler(decoder: Decoder, case: Case, runtime: str) -> Sampler:
-    """Return the sampler of the phase of a case; decode repeats one step at the same position."""
+    """Return the sampler of a case; decode repeats one step at the same position."""
     shape = (case.batch, case.seq)
     tokens = torch.randint(len(decoder.embedding), shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(decoder.embedding.device)
@@ -58,7 +57,7 @@ def _recorded(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def check_shapes(decoder: Decoder, workload: Workload) -> None:
-    """Raise InputError if the projections of a decoder are not those of a workload; a rule decides during a pass."""
+    """Raise InputError if a decoder without a rule has other projections than a workload."""
     if decoder.rule is not None:
         return
     w = workload.take((workload.kind == Kind.GEMM) & (workload.layer >= 0) & ~workload.overhead)
@@ -73,8 +72,6 @@ def check_shapes(decoder: Decoder, workload: Workload) -> None:
 
 
 class Executor(PairRunner):
-    """Time the decoders of cases in alternation with the dense decoder."""
-
     def __init__(self, device: Device, model: ModelRun) -> None:
         super().__init__(device, model)
         check_model(model.config)
@@ -91,7 +88,7 @@ class Executor(PairRunner):
     def _random(self, config: ModelConfig) -> Decoder:
         return random_decoder(config, dtype=self.model.dtype, device=self.device.name, seed=self.model.seed)
 
-    def timed(self, case: Case, end: float) -> tuple[PairTimes, dict[str, Any]]:
+    def timed(self, case: Case, end: float) -> dict[str, Any]:
         if case.prune not in self.kept:
             self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
             config = case.pruning.model
@@ -100,7 +97,7 @@ class Executor(PairRunner):
         check_shapes(pruned, case.pruned)
         runtime = self._runtime(pruned)
         try:
-            return time_pair(self.dense, pruned, case, runtime, self.limit_s(end)), {"runtime": runtime}
+            return {"runtime": runtime, **time_pair(self.dense, pruned, case, runtime, self.limit_s(end))}
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error) or "captur" not in str(error):
                 raise  # all messages of failed captures have this word

@@ -10,9 +10,9 @@ sequence and no prefix cache.
 
 The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
 finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
-each model has a child process for all its cases. If both models fit, dense and pruned samples alternate; the idle
-process uses no GPU time. Else the pruned model is timed after the dense model, and slow changes of the machine affect
-the ratio. The caches hold the largest checked case, so check all cases before the first record.
+each model has a child process for all its cases. If both models fit, dense and pruned samples alternate. Else the
+pruned model is timed after the dense model. The caches hold the largest checked case, so check all cases before the
+first record.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from typing import Any
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, InvalidTiming
-from calibration.runners.cases import Case, counted
-from calibration.runners.pairs import ENOUGH, LEAST, ModelRun, Runner, in_turns
+from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Runner, counted, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
 from simulator.engines.generations import numbers
@@ -68,7 +67,7 @@ class LargestRequest:
     batched: int = _BATCHED  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
-        """Return sizes that also hold a case. A prefill is one pass, as predicted, up to a limit."""
+        """Return sizes that also hold a case. A prefill is one pass up to a limit."""
         prompt = case.batch * case.seq if case.phase in ("prefill", "generate") else 0
         least = _BATCHED_SERVING if case.phase == "serve" else case.batch
         return LargestRequest(
@@ -79,7 +78,6 @@ class LargestRequest:
 
 
 Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
-Started = tuple[ModelConfig, LargestRequest]
 
 
 def lengths(case: Case) -> tuple[int, int]:
@@ -91,8 +89,6 @@ def lengths(case: Case) -> tuple[int, int]:
 
 
 class VllmRunner(Runner):
-    """Time cases in vLLM against the dense model; a case that cannot run gives a record with the reason."""
-
     def __init__(self, device: Device, model: ModelRun, patience_s: float = PATIENCE_S) -> None:
         super().__init__(device, model)
         self.models = Models(model.config, model.content)
@@ -100,7 +96,7 @@ class VllmRunner(Runner):
         self.dtype, self.patience_s = model.dtype, patience_s
         self.sizes = LargestRequest()
         self.memory_bytes = float(device.describe().memory_bytes)
-        self.engines: dict[Started, EngineProcess] = {}
+        self.engines: dict[ModelConfig, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # folder of the models
 
     def close(self) -> None:
@@ -159,7 +155,7 @@ class VllmRunner(Runner):
         }
 
     def _in_turn(self, case: Case, pair: Sequence[ModelConfig], limit: float) -> tuple[list[Samples], list[Samples]]:
-        """Return samples of one model, then of the other: the memory holds only one."""
+        """Return samples of one model, then of the other, because the memory holds only one."""
         found: tuple[list[Samples], list[Samples]] = ([], [])
         for model, samples in zip(pair, found):
             self._keep((model,))
@@ -189,24 +185,22 @@ class VllmRunner(Runner):
         return [seconds], []
 
     def _keep(self, models: Sequence[ModelConfig]) -> None:
-        wanted = [(model, self.sizes) for model in models]
-        for started in [one for one in self.engines if one not in wanted]:
-            self.engines.pop(started).close()
+        for model in [one for one in self.engines if one not in models]:
+            self.engines.pop(model).close()
 
     def _engine(self, model: ModelConfig) -> EngineProcess:
-        started = (model, self.sizes)
-        if started not in self.engines:
+        if model not in self.engines:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
             folder = Path(self._folder.name)
             file = write_config(folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(model))
-            self.engines[started] = EngineProcess(
+            self.engines[model] = EngineProcess(
                 {**self._settings(model), "model": str(file.parent)},
                 file.with_name("output.txt"),
                 python=self.model.python,
                 env=environment(self.device.name),
                 patience_s=self.patience_s,
             )
-        return self.engines[started]
+        return self.engines[model]
 
     def _settings(self, model: ModelConfig) -> dict[str, Any]:
         """Return keyword arguments of ``vllm.LLM``, except the folder of the model."""
@@ -238,7 +232,6 @@ class VllmRunner(Runner):
 
 
 def release_note(version: str) -> str:
-    """Return a note for a release of vLLM that was not compared with the worker's calls."""
     first, own, last = ((numbers(text) or ())[:2] for text in (RELEASES[0], version, RELEASES[1]))
     known = first <= own <= last
     return "" if known else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
@@ -260,7 +253,7 @@ _GENERIC = re.compile(r"Engine core initialization failed|EngineCore encountered
 
 
 class EngineFailed(RuntimeError):
-    """The child ended or did not answer; the message is the cause in one line."""
+    """The child ended or did not answer."""
 
 
 def environment(device: str) -> dict[str, str]:
@@ -286,9 +279,8 @@ def check_installed(python: str) -> None:
 class EngineProcess:
     """One model in vLLM in a child process, whose crash does not end a comparison; it is ready when made.
 
-    ``settings`` are keyword arguments of ``vllm.LLM``, ``log`` receives the output of vLLM, ``python`` has vLLM,
-    ``patience_s`` is the longest wait for an answer, such as the start. OutOfMemory: the model or its cache does not
-    fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or is silent.
+    ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not fit. Unsupported:
+    this release does not accept an argument. EngineFailed: the child fails or gives no answer in ``patience_s``.
     """
 
     def __init__(
@@ -362,7 +354,7 @@ class EngineProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _failure(self, error: str) -> Exception:
-        """Return the exception for an error of the child, with the cause in vLLM's output if the error names none."""
+        """Return the exception for an error of the child, with the cause in its output if the error names none."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5.0)  # it writes the rest of its output
         text = self.log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
