@@ -1,7 +1,5 @@
-"""Calibration of attention: constants, residual and section scale from measured times of one phase of one stack.
-
-Each kernel of a stack (head width, window, format of the cache) has separate constants and a separate residual.
-"""
+"""Calibration of one phase of attention of one stack. Each kernel (head width, window, format of the cache) has
+separate constants and a separate residual."""
 
 from __future__ import annotations
 

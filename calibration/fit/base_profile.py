@@ -1,9 +1,6 @@
-"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly.
-
-:func:`base_profile` is called before a plan is measured, :func:`raised` with its records afterwards: no measured time
-may be faster than a measured peak. Slices (MIG), laptops and slower editions have names that contain the name of a
-faster GPU: whole names are compared, and the other facts must agree.
-"""
+"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly
+before a plan; :func:`raised` then keeps measured peaks above all measured rates. Slices (MIG), laptops and slower
+editions have names that contain the name of a faster GPU: whole names are compared, and the other facts must agree."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Calibration of GEMMs: constants, residual, section scale of one number format.
-
-A ``prior`` is the section of a related GPU or of another stack; with it a small sample is enough.
-"""
+"""Calibration of GEMMs of one number format. A ``prior`` is the section of a related GPU or of another stack; with it a
+small sample is enough."""
 
 from __future__ import annotations
 

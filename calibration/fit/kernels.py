@@ -1,7 +1,5 @@
 """Fit constants of kernels that skip work (2:4, gathered tokens, blocks of keys), with the dense section unchanged.
-
-Published ratios of 2:4 to dense times are comparable within one benchmark; times of different benchmarks are not.
-"""
+Published ratios of 2:4 to dense times are comparable within one benchmark; times of different benchmarks are not."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Fit a calibrated profile to records and a datasheet, one section per operator and number format.
-
-Times of a busy machine can lead a fit to values that no device has. :func:`within_ranges` sets them to the ranges of a
-profile, so every profile that is written can be read again.
-"""
+"""Fit a calibrated profile to records and a datasheet, one section per operator and number format. Times of a busy
+machine can lead a fit to values that no device has: :func:`within_ranges` sets them to the ranges of a profile."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
-
-Many rows: grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem).
-Few rows: all grids are fitted at once in the dual form of the problem.
-"""
+"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties. Many
+rows: grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem). Few
+rows: all grids are fitted at once in the dual form of the problem."""
 
 from __future__ import annotations
 
@@ -153,9 +151,8 @@ def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = A
 def solve(
     parts: Sequence[ResidualBlock], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[FloatArray]:
-    """Return node values of every grid, fitted to a log target of ``rows`` or all. ``rounds`` is the number of sweeps
-    over the grids with robust weights renewed between them; by default 8 sweeps, with weights renewed before the first,
-    second and fourth."""
+    """Return node values of every grid, fitted to a log target of ``rows`` or all, in ``rounds`` sweeps with robust
+    weights renewed between them; by default in 8, with weights renewed before the first, second and fourth."""
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
     rest = np.array(target)

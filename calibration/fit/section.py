@@ -1,8 +1,5 @@
-"""Fit a section of a profile by the common method: constants, residual, held-out errors and section scale; and scores.
-
-An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model, the search for its constants, and the
-blank grid of its residual.
-"""
+"""Fit a section of a profile by the common method: constants, residual, held-out errors and section scale. The fit of
+an operator is a subclass of :class:`Fit`."""
 
 from __future__ import annotations
 
@@ -32,7 +29,8 @@ FitT = TypeVar("FitT", bound="Fit")
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """Measured rows of one operator of one device and software stack, with the method of their fit."""
+    """Measured rows of one operator of one device and software stack, the search for its constants, and the blank grid
+    of its residual."""
 
     calls: Calls
     seconds: FloatArray

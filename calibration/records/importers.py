@@ -24,7 +24,6 @@ from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators.experts import POWER
 
-FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
@@ -141,9 +140,6 @@ def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bo
     if joined:
         flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
         notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
-    if len(records) < FEW_ROWS:
-        advice = f"{FEW_ROWS} or more recommended to re-anchor a profile"
-        notes.append(f"only {len(records)} usable rows: too few for a fit; {advice}")
     return ImportResult(records.tidy(), screen.refusals, tuple(notes))
 
 
@@ -492,7 +488,7 @@ def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], devi
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:
-    """Return each text's name in this program, or ``bf16``; rows of other names are refused."""
+    """Return names of this program; ``bf16`` for rows of other names, which are refused."""
     return np.array([names.get(value, "bf16") for value in text.tolist()], dtype=object)
 
 
@@ -514,7 +510,6 @@ def _float(value: Any) -> float:
 
 
 def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
-    """Return a column of names; refuse the rows of unknown names and replace them, since every row needs a value."""
     bad = ~np.isin(text.astype(str), choices)
     for value in np.unique(text[bad].astype(str)):
         screen.refuse(text == value, f"{name} {str(value)!r} is unknown")

@@ -29,7 +29,6 @@ Refusals = dict[str, list[int]]  # reason -> numbers of the refused rows (1 is t
 
 
 def refusal_lines(refusals: Refusals) -> list[str]:
-    """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
     out = []
     for reason, rows in refusals.items():
         some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
@@ -114,8 +113,8 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2. Rotated
-    weights share the L2. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2."""
+    """Return the limits of each time, s: FLOPs at the highest clock; bytes with a full L2, which rotated weights
+    share."""
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
@@ -136,7 +135,7 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """Return a table with the median time of each shape and source, the number of joined rows and of conflicts."""
+    """Return the median time of each shape and source, and the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     rows_of = defaultdict(list)
     for row, shape in enumerate(records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()):
@@ -155,9 +154,8 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
-    """Return the rows without those whose method differs from most rows of their operator and format, with notes. The
-    method is how launches were timed and the protocol for CUDA: methods differ by 8 to 12 % for short kernels. Imported
-    tables are not changed."""
+    """Return the rows without those whose method (launches, CUDA protocol) differs from most rows of their operator and
+    format, with notes: methods differ by 8 to 12 % for short kernels. Imported tables are not changed."""
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
     protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[r.source]
     own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed

@@ -1,8 +1,6 @@
-"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
-
-The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is
-dropped and counted. A damaged, repeated or misplaced line and a second header are errors, because no kill causes them.
-"""
+"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer. The first line
+is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is dropped and
+counted. A damaged, repeated or misplaced line is an error, because no kill causes it."""
 
 from __future__ import annotations
 
@@ -276,7 +274,6 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which readings of a run, taken under load, show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [

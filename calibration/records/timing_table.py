@@ -1,8 +1,5 @@
-"""Measured times as a table: one row per timing, and the sources of the rows.
-
-In a Parquet file, constant columns become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take
-150 kB.
-"""
+"""Measured times as a table: one row per timing, and the sources of the rows. In a Parquet file, constant columns
+become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take 150 kB."""
 
 from __future__ import annotations
 
@@ -145,7 +142,6 @@ class Records(Table):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Return names as codes; ValueError for numbers that the column's type cannot hold."""
         given = super().coerced(name, values)
         if given.dtype.kind not in "biuf":
             raise ValueError(f"records column {name}: expected numbers, got {given.dtype}")
@@ -193,7 +189,7 @@ class Records(Table):
         return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
 
     def place(self, row: int) -> str:
-        """Return ``file:line`` of a row as far as it is known, then operator, number format and dimensions."""
+        """Return ``file:line`` of a row as far as it is known, then its shape."""
         operator, line = OPERATORS[self.operator[row]], int(self.line[row])
         file = self.sources[self.source[row]].file
         sizes = (f"{name}={getattr(self, name)[row]}" for name in NEEDED[operator] if name in COUNTS)
