@@ -102,7 +102,7 @@ def held() -> dict[str, Any]:
         "waterfall": simulator.waterfall(dense, pruned, hw),
         "table": table,
         "record": table[0],
-        "explanation": explanations("llama-3.2-1b", ["h100"], "depth", 0.25)[0],
+        "explanation": explanations("llama-3.2-1b", ["h100"], prune="depth 0.25")[0],
         "lower": dense,
         "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True),
         "attention_time": decode_time(1, 2048, 32, 8, 64, hw),
@@ -148,7 +148,8 @@ def test_what_people_hold_becomes_plain_values_a_data_frame_and_three_lines(held
 @pytest.mark.quick
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
 def test_plain_values_are_finite_also_where_nothing_is_pruned(phase: str) -> None:
-    hw, asked = simulator.load_hardware("h100"), {"phase": phase, "new_tokens": 4, "engine": "hf", "seq": 64}
+    hw = simulator.load_hardware("h100")
+    asked: dict[str, Any] = {"phase": phase, "new_tokens": 4, "engine": "hf", "seq": 64}
     found = simulator.table(["llama-3.2-1b"], [hw], general_families(), [0.0, 0.5], batch=[1, 4], **asked)
     assert {0.0, 0.5} == {r.sparsity for r in found}
     nothing = [r for r in found if r.sparsity == 0.0]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator import arguments, codes, display, errors, units
-from simulator.arrays import array
+from simulator.arrays import array, together
 from simulator.errors import InputError
 from simulator.hardware.link import named
 from simulator.operators.base import Link
@@ -66,7 +66,7 @@ def test_arguments_are_refused_in_one_line() -> None:
     with pytest.raises(InputError, match=r"^m: expected whole numbers from 1 up, got 2\.5$"):
         array("m", 2.5, arguments.COUNT)
     with pytest.raises(InputError, match=r"^m, n: expected shapes that broadcast, got \(2,\), \(3,\)$"):
-        arguments.together(m=np.zeros(2), n=np.zeros(3))
+        together(m=np.zeros(2), n=np.zeros(3))
     with pytest.raises(InputError, match=r"^level: expected a number between 0 and 1, such as 0\.9, got nan$"):
         arguments.number("level", NAN, arguments.LEVEL)
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,46 +30,46 @@ if TYPE_CHECKING:
 RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3  # environment variable with the number of restarts so far, its limit
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
+# fmt: off
 Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
-Budget = Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")]
-Dtype = Annotated[str, opt("--dtype", "NAME", "Number format of the run.")]
-Hardware = Annotated[
-    str, opt("--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")
-]
-Threads = Annotated[
-    int | None, opt("--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")
-]
-Seed = Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")]
-Model = Annotated[str | None, opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")]
 
 
-REQUESTS: options.Run = options.run_options("phase", "batch", "seq", phase="prefill,decode")
+@dataclass(frozen=True)
+class Measuring:
+    budget: Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")] = "10min"
+    hardware: Annotated[str, opt(
+        "--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")] = ""
+    threads: Annotated[int | None, opt(
+        "--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")] = None
+    seed: Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")] = 0
 
 
-@options.expanded()
+@dataclass(frozen=True)
+class Target:
+    model: Annotated[str | None, opt(
+        "--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")] = None
+    family: Annotated[str, opt(
+        "--family", "LIST", "With --for: pruning families.")] = "depth,width,width_cross,low_rank"
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = "0.25,0.5"
+
+
+REQUESTS: options.Run = options.run_options("phase", "batch", "seq", "dtype", phase="prefill,decode")
+
+
+@options.expanded("csv", "figure")
 def command(
     device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; host measures only the host time.")],
     output: Folder,
-    budget: Budget = "10min",
-    dtype: Dtype = "bf16",
-    model: Model = None,
+    measuring: Measuring = Measuring(),
+    target: Target = Target(),
     run: options.Run = REQUESTS,
-    family: Annotated[
-        str, opt("--family", "LIST", "With --for: pruning families.")
-    ] = "depth,width,width_cross,low_rank",
-    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = "0.25,0.5",
-    hardware: Hardware = "",
-    quick: Annotated[
-        bool, opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")
-    ] = False,
-    measure_only: Annotated[
-        bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")
-    ] = False,
-    threads: Threads = None,
-    seed: Seed = 0,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    quick: Annotated[bool, opt(
+        "--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")] = False,
+    measure_only: Annotated[bool, opt(
+        "--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")] = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
+    # fmt: on
     """Calibrate a device in one step.
 
     Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline. The
@@ -82,30 +82,28 @@ def command(
     from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import RunOptions, TargetModels, fit_run, measure_into, target_workloads
 
-    budget_s = seconds("--budget", budget)
+    how = RunOptions(
+        seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
+    )
     if measure_only and (quick or device == "host"):
         raise InputError("--measure-only: expected no --quick and no DEVICE host with it")
     if device == "host":
-        if model:
+        if target.model:
             raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
-        if threads is not None:
+        if measuring.threads is not None:
             raise InputError("--threads: DEVICE host is measured with one thread; use another device")
-        _host(output, RunOptions(budget_s, dtype, hardware, seed), json, verbose)
+        _host(output, how, out)
         return
     targets: TargetModels = ()
-    if model:
-        families, fractions = parsing.names("--family", family), parsing.fractions("--sparsity", sparsity)
+    if target.model:
+        families, fractions = parsing.names("--family", target.family), parsing.fractions("--sparsity", target.sparsity)
         engine = "" if device == "cpu" else DEFAULT_ENGINE  # no engine fuses projections on a CPU
-        targets = target_workloads(
-            model, families, fractions, {**run.asked().settings, "dtype": dtype, "engine": engine}
-        )
-
-    how = RunOptions(budget_s, dtype, hardware, seed)
-    found = measured(device, output, partial(measure_into, targets=targets, quick=quick), how, threads)
-    if measure_only and render.Output(json).write([outcome_row(found)]):
+        targets = target_workloads(target.model, families, fractions, {**run.asked().settings, "engine": engine})
+    found = measured(device, output, partial(measure_into, targets=targets, quick=quick), how, measuring.threads)
+    if measure_only and render.Output(out.json).write([outcome_row(found)]):
         print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
     if measure_only or not found.outcome.complete:
-        finish(found.outcome, verbose=verbose)
+        finish(found.outcome, verbose=out.verbose)
     if measure_only:
         return
     try:
@@ -114,7 +112,7 @@ def command(
     except InputError as error:  # too few or useless rows
         text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-        conclude(judged, [{"measured": outcome_row(found)}], tuple, (), json, verbose, found.outcome.problems)
+        conclude(judged, [{"measured": outcome_row(found)}], tuple, (), out, found.outcome.problems)
         return
     update = done.fit if isinstance(done.fit, Updated) else None
     judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
@@ -126,10 +124,10 @@ def command(
         "exact": summary(done.exact) if done.exact else None,
     }
     show = partial(_show, output, done, describe(found.outcome))
-    conclude(judged, [row], show, done.fit.notes, json, verbose, found.outcome.problems)
+    conclude(judged, [row], show, done.fit.notes, out, found.outcome.problems)
 
 
-def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
+def _host(output: str, how: RunOptions, out: options.Output) -> None:
     import numpy as np
 
     from calibration.devices.protocol import LAYER_LAUNCHES
@@ -140,7 +138,7 @@ def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
 
     found = measured("host", output, measure_host, how)
     if not found.outcome.complete:
-        finish(found.outcome, verbose=verbose)
+        finish(found.outcome, verbose=out.verbose)
     done = fit_run(output, anchor=True)
     before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
     timed = found.records.select(found.records.timed)
@@ -169,11 +167,10 @@ def _host(output: str, how: RunOptions, json: bool, verbose: bool) -> None:
         print(f"measured: {render.seconds(layer_s)} per layer, {render.seconds(bare_s)} per launch outside a layer")
         return ()
 
-    conclude(judged, [row], show, done.fit.notes, json, verbose, found.outcome.problems)
+    conclude(judged, [row], show, done.fit.notes, out, found.outcome.problems)
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
-    """Print the fit and the reports; return notes."""
     from calibration.cli.validate import show_report
 
     print(f"measured: {measured}\n")
@@ -191,7 +188,6 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
 def measured(
     device: str, output: str, measure: Callable[..., MeasuredRun], how: RunOptions, threads: int | None = None
 ) -> MeasuredRun:
-    """Measure a device into a folder, with progress."""
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 

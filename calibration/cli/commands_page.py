@@ -32,7 +32,6 @@ def _parameter(p: Any) -> list[str]:
 
 
 def commands_page() -> str:
-    """Return an index, and each command with its arguments and options."""
     index, lines = [], []
     for path, command in commands():
         paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calibration.cli.calibrate import Folder, Seed, restart_if_needed, seconds
-from calibration.cli.upper_bound import SETTINGS, CaseOptions, Model, case_columns, ratio_of
+from calibration.cli.calibrate import Folder, restart_if_needed
+from calibration.cli.upper_bound import SETTINGS, CaseOptions, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
@@ -30,28 +30,30 @@ if TYPE_CHECKING:
 REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode")
 
 
-@options.expanded()
+# fmt: off
+@dataclass(frozen=True)
+class Runner:
+    engine: Annotated[str, opt(
+        "--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm."
+    )] = "reference"
+    bench: Annotated[list[str] | None, opt(
+        "--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."
+    )] = None
+    vllm_python: Annotated[str, opt(
+        "--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")] = ""
+
+
+@options.expanded("csv", "figure")
 def command(
-    model: Model,
+    model: options.Model,
     output: Folder,
     device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")] = "",
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
-    engine: Annotated[
-        str,
-        opt("--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm."),
-    ] = "reference",
-    bench: Annotated[
-        list[str] | None,
-        opt("--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."),
-    ] = None,
-    vllm_python: Annotated[
-        str, opt("--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")
-    ] = "",
-    seed: Seed = 0,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    runner: Runner = Runner(),
+    out: options.Output = options.OUTPUT,
 ) -> None:
+    # fmt: on
     """Compare predicted with measured speedups.
 
     Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
@@ -68,25 +70,23 @@ def command(
     from simulator.files.write import write_whole
     from simulator.models.changes import content_of
 
-    budget_s, dtype = seconds("--budget", selection.budget), run.text("dtype")
+    dtype, engine = run.text("dtype"), runner.engine
     runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
-    if bench:
+    if runner.bench:
         if engine != "vllm":
             raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
-        name, hw, cases, notes, found = _of_files(bench, model, run, selection)
+        name, hw, cases, notes, found = _of_files(runner.bench, model, run, selection)
         folder.mkdir(exist_ok=True)
     else:
         if not device:
             raise InputError("--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need none")
         settings = {**run.asked().settings, "engine": runs.lowered}
         config, cases, notes = selection.cases(model, settings, kernels_on(device), runs.phases)
-        with (
-            selection.opened(device, folder, dtype, budget_s) as (opened, hw, left),
-            render.progress("running") as report,
-        ):
+        with selection.opened(device, folder, dtype) as (opened, hw, left), render.progress("running") as report:
             name = opened.describe().device
             render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
-            how = ModelRun(config, dtype, engine, content_of(model), vllm_python or sys.executable, seed)
+            python = runner.vllm_python or sys.executable
+            how = ModelRun(config, dtype, engine, content_of(model), python, selection.seed)
             found = compare(folder, opened, how, cases, left, report)
         restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
@@ -96,14 +96,14 @@ def command(
         title = f"{rows[0].model} on {name}, {dtype}: predicted ({rows[0].hardware}) against measured"
         write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
         _write(folder, engine, rows, title, agreement)
-    if render.Output(json).write(table) and rows:
+    if render.Output(out.json).write(table) and rows:
         render.conclude(*conclusions(rows))
         render.show(_columns(rows), title)
         print("\n" + "\n".join(agreement))
         print(f"\n{folder / file_name('comparison.md', engine)}")
     why = f" ({found.stopped})" if found.stopped else ""
     left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
-    render.notes((*left_over, *found.notes, *notes), verbose)
+    render.notes((*left_over, *found.notes, *notes), out.verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 
@@ -124,14 +124,14 @@ def _of_files(
     for one in runs:
         if one.engine not in ("vllm", ""):
             raise InputError(f"{one.source}: engine: expected vllm, got {one.engine}")
-    given: dict[str, int | None] = {"batch": None, "seq": None, "output": None}
+    given: dict[str, int] = {}
     if runs[0].kind == "batch":
         batch, seq = asked["batch"], asked["seq"]
         if len(batch) != 1 or len(seq) != 1:
             raise InputError("--bench: expected one --batch and one --seq, those of the files")
         output = 1 if asked["phase"] == ["prefill"] else asked["new_tokens"] + 1
         given = {"batch": batch[0], "seq": seq[0], "output": output}
-    phase, many, length, steps = request_of(runs[0], batch=given["batch"], seq=given["seq"], output=given["output"])
+    phase, many, length, steps = request_of(runs[0], **given)
     asked |= {"phase": phase, "batch": many, "seq": length, "new_tokens": max(steps, 1)}
     vllm = ENGINES["vllm"]
     _, cases, notes = selection.cases(model, {**asked, "engine": vllm.lowered}, phases=vllm.phases)
@@ -156,7 +156,6 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
 
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
-    """Return the agreement of predictions and measurements, one line per phase."""
     from calibration.runners.compare import by_phase, repeatability
 
     lines = []

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from calibration.cli.fit import load_rows
+from calibration.cli.fit import load_rows, single
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
@@ -25,7 +25,8 @@ HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
 REQUEST: options.Run = options.run_options("seq", "engine", "dtype")
 
 
-@options.expanded()
+# fmt: off
+@options.expanded("csv", "figure")
 def command(
     model: options.Model,
     output: Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")],
@@ -33,13 +34,12 @@ def command(
     only: Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")] = None,
     formats: Annotated[str, opt("--format", "LIST", "pdf, png, svg.")] = FORMATS,
     run: options.Run = REQUEST,
-    measured: Annotated[
-        list[str] | None,
-        opt("--measured", "DEVICE=FILE", "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable."),
-    ] = None,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
+    measured: Annotated[list[str] | None, opt(
+        "--measured", "DEVICE=FILE", "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable."
+    )] = None,
+    out: options.Output = options.OUTPUT,
 ) -> None:
+    # fmt: on
     """Draw the figures of a paper about a model.
 
     Each figure is written in every format, and captions.md lists them with their captions. A figure without data
@@ -48,20 +48,16 @@ def command(
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, save_figure
 
-    known_formats = [suffix[1:] for suffix in SUFFIXES]
-    chosen = list(FIGURES)
+    known, chosen = Name(tuple(suffix[1:] for suffix in SUFFIXES)), list(FIGURES)
     if only:
         chosen = [Name(tuple(FIGURES)).check("figure", name) for name in parsing.names("--only", only)]
-    suffixes = [f".{Name(tuple(known_formats)).check('format', name)}" for name in parsing.names("--format", formats)]
-    asked = {
-        name: one[0] if isinstance(one, list) and len(one) == 1 else one for name, one in run.asked().settings.items()
-    }
+    suffixes = [f".{known.check('format', name)}" for name in parsing.names("--format", formats)]
+    asked = single(run.asked().settings)
     about = paper(model, parsing.names("--hardware", hardware), **asked)
     missing: list[str] = []
     if set(chosen) & set(MEASURED):
-        about = _with_measured(
-            about, measured or [], asked["dtype"], missing, needed=bool(only) and "scatter" in chosen
-        )
+        needed = bool(only) and "scatter" in chosen
+        about = _with_measured(about, measured or [], asked["dtype"], missing, needed)
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder to write to")
@@ -83,14 +79,14 @@ def command(
     changed += [part for name, text in run.given.items() for part in (f"--{name}", text)]
     shown = ".png" if ".png" in suffixes else suffixes[0]
     _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
-    if as_json:
+    if out.json:
         paths = [[str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn]
         render.show_json([{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)])
     else:
         for d in drawn:
             print(f"{folder / d.name}{'|'.join(suffixes)}")
         print(folder / "captions.md")
-    render.notes((*missing, *(line for d in drawn for line in d.notes)), verbose)
+    render.notes((*missing, *(line for d in drawn for line in d.notes)), out.verbose)
 
 
 def _with_measured(about: Paper, files: list[str], dtype: str, notes: list[str], needed: bool) -> Paper:
@@ -155,7 +151,6 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
 
 
 def gemms_of_format(rows: Records, dtype: str, source: str, stack: str = "") -> MeasuredGemms | None:
-    """Return the GEMMs of a number format; None if there are none."""
     from calibration.fit.gemm import weight_copies
     from simulator.figures.measured import MeasuredGemms
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
+from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
     from calibration.evidence.validate import Judgement
@@ -21,29 +22,32 @@ if TYPE_CHECKING:
     from calibration.records.timing_table import Records
     from simulator.hardware.profile import HardwareProfile
 
-Map = Annotated[
-    list[str] | None, opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file (latency_us=time).")
-]
+# fmt: off
+Map = Annotated[list[str] | None, opt(
+    "--map", "NAME=COLUMN", "For a CSV: name here = name in the file (latency_us=time).")]
 
 
+@dataclass(frozen=True)
+class Csv:
+    column_map: Map = None
+    device: Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")] = ""
+
+
+@options.expanded("csv", "figure")
 def command(
     records: Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")],
-    output: Annotated[
-        str, opt("--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")
-    ],
+    output: Annotated[str, opt(
+        "--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")],
     hardware: Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")],
-    column_map: Map = None,
-    device: Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")] = "",
+    table: Csv = Csv(),
     dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")] = None,
-    prior: Annotated[
-        str | None, opt("--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")
-    ] = None,
-    anchor: Annotated[
-        bool, opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")
-    ] = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    prior: Annotated[str | None, opt(
+        "--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")] = None,
+    anchor: Annotated[bool, opt(
+        "--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")] = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
+    # fmt: on
     """Calibrate a profile on records.
 
     Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before and after the update.
@@ -67,7 +71,7 @@ def command(
     if anchor and prior:
         raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
     base = load_hardware(hardware)
-    rows, notes = load_rows(records, base, column_map=column_map, device=device, screened=not anchor)
+    rows, notes = load_rows(records, base, **vars(table), screened=not anchor)
     try:
         if anchor:
             fit: Updated | ProfileFit = update_profile(base, rows, dtype=dtype)
@@ -76,7 +80,7 @@ def command(
             with render.progress("fitting") as report:
                 fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
     except InputError:
-        render.notes(notes, verbose)  # refused rows may be the reason
+        render.notes(notes, out.verbose)  # refused rows may be the reason
         raise
     save_hardware(fit.profile, output)
     if isinstance(fit, Updated):
@@ -84,7 +88,7 @@ def command(
     else:
         judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
         found = [part_row(part) for part in fit.parts]
-    conclude(judged, found, lambda: show_fitted(fit), notes + fit.notes, json, verbose)
+    conclude(judged, found, lambda: show_fitted(fit), notes + fit.notes, out)
 
 
 def conclude(
@@ -92,17 +96,24 @@ def conclude(
     found: Sequence[dict[str, Any]],
     show: Callable[[], tuple[str, ...]],
     notes: tuple[str, ...],
-    json: bool,
-    verbose: bool,
+    out: options.Output,
     problems: Sequence[str] = (),
 ) -> None:
     """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with the status."""
-    if render.Output(json).write([judged.as_row() | row for row in found]):
+    if render.Output(out.json).write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
         notes += show()
-    render.notes((*notes, *problems), verbose)
+    render.notes((*notes, *problems), out.verbose)
     if judged.status:
         raise typer.Exit(judged.status)
+
+
+def single(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one request; InputError if an option has several values."""
+    for name, value in settings.items():
+        if isinstance(value, list) and len(value) > 1:
+            raise InputError(f"{SETTINGS[name].flags[0]}: expected one value, got {len(value)}")
+    return {name: value[0] if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def load_rows(

@@ -41,11 +41,11 @@ def command(
 ) -> None:
     """Predict the table of the taxonomy paper.
 
-    Published values stand next to it, and the same on other GPUs and engines. Begins with how many published values lie
-    in their interval. Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens (arXiv 2606.09080, Table 2, as quoted
-    in a public reading note). Then its equivalences, Figure 2, what lies outside GEMMs, and the authors' kernel charts.
-    With --claims: (a) in memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier
-    come static depth, dynamic depth, static width.
+    Begins with the number of published values that lie in their interval. Then come predicted and published values
+    (Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens; arXiv 2606.09080, Table 2, as quoted in a public reading
+    note), predictions for other GPUs and engines, and the paper's Figure 2. --claims tests two claims: (a) in
+    memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier come static depth,
+    dynamic depth, static width.
     """
     from calibration.evidence import paper
 
@@ -58,14 +58,12 @@ def command(
     cells, others = paper.table_2(), paper.table_2(devices, engines)
     if figure:
         _draw(cells, figure)
-    depths, split = paper.equal_depths(), paper.figure_2()
-    growth, charts = paper.outside_gemms(), paper.kernel_charts()
 
     def record(c: Cell) -> dict[str, Any]:
         return asdict(c) | {"error": c.error, "inside": None if math.isnan(c.published) else c.inside}
 
-    parts: dict[str, list[Any]] = {"table 2": [*map(record, cells)], "elsewhere": [*map(record, others)]}
-    parts |= {"equal depth": depths, "figure 2": split, "outside GEMMs": growth, "kernels": charts}
+    split = paper.figure_2()
+    parts = {"table 2": [*map(record, cells)], "elsewhere": [*map(record, others)], "figure 2": split}
     if not render.Output(json).write([{"what": what, **row} for what, part in parts.items() for row in part]):
         return
     render.conclude(_conclusion(cells))
@@ -76,15 +74,6 @@ def command(
         some = [c for c in others if c.engine == engine]
         _print_columns(f"Predicted speedups in {engine}, prefill / decode", _rows(some), *_LABELS, *_by_device(some))
     _print_columns(
-        "Layers to drop for the same prefill speedup (section 5.3)",
-        depths,
-        ("<family at 50 %", lambda e: e["family"]),
-        ("published", lambda e: render.percent(e["published"])),
-        ("by the paper's\ntable", lambda e: "-" if math.isnan(e["by_table"]) else render.percent(e["by_table"])),
-        ("predicted,\nbatch 1", lambda e: render.percent(e["batch_1"])),
-        ("predicted, mean\nof the batches", lambda e: render.percent(e["mean"])),
-    )
-    _print_columns(
         "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
         split,
         ("<phase", lambda p: p["phase"]),
@@ -92,23 +81,6 @@ def command(
         ("published", lambda p: render.seconds(p["measured_s"])),
         ("predicted", lambda p: render.seconds(p["predicted_s"])),
         ("error", lambda p: f"{100 * (p['predicted_s'] / p['measured_s'] - 1):+.0f} %"),
-    )
-    _print_columns(
-        "Time outside GEMMs (section 5.4)",
-        growth,
-        ("<family at 50 %", lambda g: g["family"]),
-        ("<phase", lambda g: g["phase"]),
-        ("published", lambda g: f"{100 * (g['published'] - 1):+.0f} %"),
-        ("predicted, batch 1, 8, 16, 32", lambda g: ", ".join(f"{100 * (r - 1):+.0f} %" for r in g["by_batch"])),
-    )
-    _print_columns(
-        "The authors' kernel charts",
-        charts,
-        ("<kernel (RTX 5090, 50 %)", lambda c: c["part"]),
-        ("tokens", lambda c: c["size"]),
-        ("published", lambda c: f"{c['published']:.2f}x"),
-        ("predicted", lambda c: f"{c['predicted']:.2f}x"),
-        ("error", lambda c: f"{100 * (c['predicted'] / c['published'] - 1):+.0f} %"),
     )
 
 
@@ -126,7 +98,6 @@ def _conclusion(cells: Sequence[Cell]) -> str:
 
 
 def _rows(cells: Sequence[Cell]) -> list[tuple[str, float]]:
-    """Return the rows of a table: families and sparsities."""
     return list(dict.fromkeys((c.family, c.sparsity) for c in cells))
 
 
@@ -141,7 +112,6 @@ def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
 
 
 def _by_device(cells: Sequence[Cell]) -> list[Column]:
-    """Return the predictions of both phases, one column per device."""
     at = {(c.hardware, c.phase, (c.family, c.sparsity)): f"{c.predicted:.2f}" for c in cells}
 
     def both(name: str, r: tuple[str, float]) -> str:

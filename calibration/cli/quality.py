@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
@@ -13,35 +13,48 @@ from simulator.errors import InputError, needs_extra
 if TYPE_CHECKING:
     from calibration.runners.quality import LayerScore, Score
 
-FAMILY, SPARSITY = "depth,width", "0.1,0.2"
+
+# fmt: off
+@dataclass(frozen=True)
+class PrunedModels:
+    pruned: Annotated[str | None, opt(
+        "--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed.")] = None
+    family: Annotated[str, opt(
+        "--family", "LIST", "Pruning families: the smallest weights are removed.")] = "depth,width"
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")] = "0.1,0.2"
 
 
+@dataclass(frozen=True)
+class Corpus:
+    text: Annotated[str | None, opt(
+        "--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")] = None
+    windows: Annotated[int, opt("--windows", "N", "Windows of text.")] = 8
+    length: Annotated[int, opt("--length", "N", "Tokens per window.")] = 512
+
+    def read(self, folder: str, times: int = 1) -> tuple[Any, str, str]:
+        """Return tokens of ``times`` x ``windows`` windows, the name of the text, and the protocol."""
+        from calibration.runners import quality
+
+        content, name = quality.read_text(self.text)
+        protocol = f"{self.windows} windows of {self.length} tokens, {name}, no fine-tuning"
+        return quality.load_windows(folder, content, times * self.windows, self.length), name, protocol
+
+
+@options.expanded()
 def command(
     model: Annotated[str, arg("MODEL", "Hugging Face folder of the dense model.", "FOLDER")],
-    pruned: Annotated[
-        str | None,
-        opt("--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed."),
-    ] = None,
-    output: Annotated[
-        str | None,
-        opt("-o --output", "FILE", "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer."),
-    ] = None,
-    family: Annotated[str, opt("--family", "LIST", "Pruning families: the smallest weights are removed.")] = FAMILY,
-    sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")] = SPARSITY,
-    per_layer: Annotated[
-        bool, opt("--per-layer", None, "Score each variant of each layer's attention and MLP alone, into --output.")
-    ] = False,
-    choices: Annotated[
-        str | None,
-        opt("--choices", "FILE", "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones."),
-    ] = None,
-    text: Annotated[
-        str | None, opt("--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")
-    ] = None,
-    windows: Annotated[int, opt("--windows", "N", "Windows of text.")] = 8,
-    length: Annotated[int, opt("--length", "N", "Tokens per window.")] = 512,
+    models: PrunedModels = PrunedModels(),
+    output: Annotated[str | None, opt(
+        "-o --output", "FILE", "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer."
+    )] = None,
+    per_layer: Annotated[bool, opt(
+        "--per-layer", None, "Score each variant of each layer's attention and MLP alone, into --output.")] = False,
+    choices: Annotated[str | None, opt(
+        "--choices", "FILE", "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones.")] = None,
+    corpus: Corpus = Corpus(),
     json: options.Json = False,
 ) -> None:
+    # fmt: on
     """Measure the quality of a small pruned model.
 
     Quality is perplexity, and KL divergence to the dense model. The model is pruned here, without fine-tuning, or read
@@ -55,37 +68,35 @@ def command(
     if output:
         check_target(output)
     if per_layer:
-        if pruned or (family, sparsity) != (FAMILY, SPARSITY):
+        if models != PrunedModels():
             raise InputError("--per-layer: expected no --pruned, --family or --sparsity; --choices lists variants")
         if not output:
             raise InputError("--per-layer: expected --output with the file of the scores")
     elif choices:
         raise InputError("--choices: expected --per-layer with it")
-    fractions = parsing.fractions("--sparsity", sparsity)
-    cases = [(name, fraction) for name in parsing.names("--family", family) for fraction in fractions]
-    if pruned and len(cases) != 1:
+    fractions = parsing.fractions("--sparsity", models.sparsity)
+    cases = [(name, fraction) for name in parsing.names("--family", models.family) for fraction in fractions]
+    if models.pruned and len(cases) != 1:
         raise InputError("--pruned: expected one --family and one --sparsity, those of the checkpoint")
     try:
         from calibration.runners import quality
     except ModuleNotFoundError as error:
         raise needs_extra("this command", "calibrate", str(error.name), " transformers") from None
     if per_layer and output:
-        _per_layer(model, choices, output, text, windows, length, render.Output(json))
+        _per_layer(model, choices, output, corpus, render.Output(json))
         return
 
-    content, text_name = quality.read_text(text)
-    tokens = quality.load_windows(model, content, windows, length)
+    tokens, text_name, protocol = corpus.read(model)
     found: list[Score] = []
     with render.progress("measuring") as report:
-        for score in quality.measure_quality(model, tokens, cases, pruned):
+        for score in quality.measure_quality(model, tokens, cases, models.pruned):
             found.append(score)
             report(len(found), len(cases))
     name = Path(model).resolve().name
     if output:
         from simulator.prediction.quality import table_text
 
-        protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
-        source = f"prunesim quality on {Path(pruned).name if pruned else name}"
+        source = f"prunesim quality on {Path(models.pruned).name if models.pruned else name}"
         write_whole(output, table_text(s.row(name.lower(), protocol, source) for s in found).encode())
     if render.Output(json).write([{"model": name, **asdict(s)} for s in found]):
         columns = render.columns(
@@ -98,10 +109,7 @@ def command(
         render.show(columns, f"{name}: dense perplexity {found[0].dense_perplexity:.4g}, {text_name}")
 
 
-def _per_layer(
-    folder: str, choices: str | None, file: str, text: str | None, windows: int, length: int, output: render.Output
-) -> None:
-    """Score the variants of each layer into a file."""
+def _per_layer(folder: str, choices: str | None, file: str, corpus: Corpus, output: render.Output) -> None:
     from calibration.runners import quality
     from simulator.models.library import load_model
     from simulator.plans.library import generated_library, read_library
@@ -109,10 +117,8 @@ def _per_layer(
     config, name = load_model(folder), Path(folder).resolve().name
     library = read_library(choices, config) if choices else generated_library(config)
     changes = quality.changes_of(library)
-    content, text_name = quality.read_text(text)
-    tokens = quality.load_windows(folder, content, 2 * windows, length)  # every other window selects channels
+    tokens, text_name, protocol = corpus.read(folder, 2)  # every other window selects channels
     decoder = quality.decoder_of(quality.load_model(folder), name)
-    protocol = f"{windows} windows of {length} tokens, {text_name}, no fine-tuning"
     source = f"prunesim quality --per-layer on {name} ({quality.weights_digest(decoder)})"
     rows = quality.read_scores(file, protocol, source)
     done = {row.key for row in rows}

@@ -10,19 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.calibrate import (
-    Budget,
-    Folder,
-    Hardware,
-    Seed,
-    Threads,
-    describe,
-    finish,
-    restart_if_needed,
-    seconds,
-)
+from calibration.cli.calibrate import Folder, Measuring, describe, finish, restart_if_needed, seconds
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import opt
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
 
@@ -33,25 +23,18 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
     from simulator.models.config import ModelConfig
 
-Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json.")]
 
-
+# fmt: off
 @dataclass(frozen=True)
-class CaseOptions:
-    """Options of the command line: pruned versions of a model to run on a device, and the budget."""
-
-    family: Annotated[
-        str | None, opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")
-    ] = None
-    sparsity: Annotated[str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")] = (
-        None
-    )
+class CaseOptions(Measuring):
+    family: Annotated[str | None, opt(
+        "--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")] = None
+    sparsity: Annotated[str | None, opt(
+        "--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")] = None
     prune: options.Prune = None
     pruned: options.Pruned = None
-    budget: Budget = "10min"
-    hardware: Hardware = ""
     layers: Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")] = None
-    threads: Threads = None
+    # fmt: on
 
     def cases(
         self,
@@ -73,14 +56,13 @@ class CaseOptions:
         return config, cases, notes
 
     @contextlib.contextmanager
-    def opened(
-        self, device: str, folder: Path, dtype: str, budget_s: float
-    ) -> Iterator[tuple[Device, HardwareProfile, float]]:
+    def opened(self, device: str, folder: Path, dtype: str) -> Iterator[tuple[Device, HardwareProfile, float]]:
         """Yield the open device, its profile and the remaining seconds of the budget."""
         from calibration.devices import open_device
         from calibration.fit.base_profile import thread_notes
         from calibration.runners.cases import profile_of
 
+        budget_s = seconds("--budget", self.budget)
         with contextlib.closing(open_device(device, threads=self.threads)) as opened:
             start = opened.clock()
             hw = profile_of(folder, opened, dtype, self.hardware)
@@ -92,16 +74,14 @@ SETTINGS = ("phase", "batch", "seq", "new_tokens", "dtype")
 REQUESTS: options.Run = options.run_options(*SETTINGS, "engine", phase="prefill,decode", engine="reference")
 
 
-@options.expanded()
+@options.expanded("csv", "figure")
 def command(
-    model: Model,
+    model: options.Model,
     device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:planted.")],
     output: Folder,
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="5min"),
-    seed: Seed = 0,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     """Measure the upper bound of pruning a model.
 
@@ -113,21 +93,18 @@ def command(
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
 
-    budget_s, dtype = seconds("--budget", selection.budget), run.text("dtype")
+    dtype = run.text("dtype")
     _, cases, notes = selection.cases(model, run.asked().settings)
     folder = check_folder(output)
-    with (
-        selection.opened(device, folder, dtype, budget_s) as (opened, hw, left),
-        render.progress("measuring") as report,
-    ):
-        how = RunOptions(left, dtype, seed=seed)
+    with selection.opened(device, folder, dtype) as (opened, hw, left), render.progress("measuring") as report:
+        how = RunOptions(left, dtype, seed=selection.seed)
         found = measure_bounds(folder, opened, cases, how, progress=report, note=render.status)
     restart_if_needed(found.outcome, render.status)
     rows = bounds(cases, found.records, hw, dtype=dtype)
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
     write_whole(file, csv_text(records).encode())
-    if render.Output(json).write(records):
+    if render.Output(out.json).write(records):
         render.conclude(*_conclusion(rows, bound_errors(rows)))
         first = rows[0]
         columns = render.columns(
@@ -146,11 +123,10 @@ def command(
     if missing := sum(1 for row in rows if row.missing):
         lacking = f"{missing} of {len(rows)} cases have shapes without a time, so no measured bound"
         lines.insert(0, f"{lacking}; run the command again with a larger --budget")
-    finish(found.outcome, lines, verbose)
+    finish(found.outcome, lines, out.verbose)
 
 
 def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]:
-    """Return the largest measured bound of each phase, and the error of the predicted bounds."""
     measured = [r for r in rows if not math.isnan(r.measured_bound)]
     first, parts = rows[0], []
     if not measured:
@@ -175,5 +151,4 @@ def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]
 
 
 def ratio_of(name: str) -> Callable[[Any], str]:
-    """Return a function from a row to a ratio as text, or a dash if it is unknown."""
     return lambda r: "-" if math.isnan(getattr(r, name)) else render.ratio(getattr(r, name))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.fit import Map, conclude, load_rows
+from calibration.cli.fit import Map, conclude, load_rows, single
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
@@ -14,66 +14,58 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from calibration.evidence.validate import Report
 
-
-@dataclass(frozen=True)
-class Given:
-    """Conditions of result files (:class:`calibration.evidence.runs.Conditions`)."""
-
-    model: Annotated[str, opt("--model", "MODEL", "With --runs: model of files that do not name a known one.")] = ""
-    hardware: Annotated[str, opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file.")] = ""
-    engine: Annotated[str, opt("--engine", "NAME", "With --runs: engine. Default: that of the tool.")] = ""
-    weight_dtype: Annotated[
-        str, opt("--weight-dtype", "NAME", "With --runs: format of weights. Default: that of the file.")
-    ] = ""
-    kv_dtype: Annotated[
-        str, opt("--kv-dtype", "NAME", "With --runs: format of the K/V cache. Default: that of the file.")
-    ] = ""
-    devices: Annotated[int | None, opt("--devices", "N", "With --runs: GPUs that share the model. Default: 1.")] = None
-    batch: Annotated[int | None, opt("--batch", "N", "With --runs: batch of files that do not state it.")] = None
-    seq: Annotated[int | None, opt("--seq", "N", "With --runs: prompt tokens of files that do not state them.")] = None
-    new_tokens: Annotated[
-        int | None,
-        opt("--new-tokens", "N", "With --runs: decode steps of files that do not state them; 0 is a prefill."),
-    ] = None
+# fmt: off
+# conditions of result files: settings of a request, with the meaning of their options here
+CONDITIONS = {
+    "engine": ("NAME", "With --runs: engine. Default: that of the tool."),
+    "weight_dtype": ("NAME", "With --runs: format of weights. Default: that of the file."),
+    "kv_dtype": ("NAME", "With --runs: format of the K/V cache. Default: that of the file."),
+    "devices": ("N", "With --runs: GPUs that share the model. Default: 1."),
+    "batch": ("N", "With --runs: batch of files that do not state it."),
+    "seq": ("N", "With --runs: prompt tokens of files that do not state them."),
+    "new_tokens": ("N", "With --runs: decode steps of files that do not state them; 0 is a prefill."),
+}
+GIVEN: Any = make_dataclass("Given", [
+    ("model", Annotated[str | None, opt(
+        "--model", "MODEL", "With --runs: model of files that do not name a known one.")], None),
+    ("hardware", Annotated[str | None, opt(
+        "--hardware", "NAME", "With --runs: GPU. Default: that of the file.")], None),
+    *((name, options.setting_option(name, *texts), None) for name, texts in CONDITIONS.items()),
+], bases=(options.Run,), frozen=True)()
 
 
-@options.expanded()
+@options.expanded("csv", "figure")
 def command(
-    profile: Annotated[
-        str | None,
-        arg("PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it."),
-    ] = None,
-    tables: Annotated[
-        list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")
-    ] = None,
+    profile: Annotated[str | None, arg(
+        "PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.")] = None,
+    tables: Annotated[list[str] | None, arg(
+        "TABLE...", "Tables, run folders, or names of shipped measurements.")] = None,
     column_map: Map = None,
     dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")] = None,
     markdown: Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")] = None,
-    runs: Annotated[
-        str | None,
-        opt(
-            "--runs", "FOLDER", "Results of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf, instead of PROFILE."
-        ),
-    ] = None,
-    given: Given = Given(),
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    runs: Annotated[str | None, opt(
+        "--runs", "FOLDER", "Results of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf, instead of "
+        "PROFILE.")] = None,
+    given: options.Run = GIVEN,
+    out: options.Output = options.OUTPUT,
 ) -> None:
+    # fmt: on
     """Evaluate a profile on measurements.
 
     Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals. The exit
     status is 1 if it holds for no operator. A table has the errors of times and of speedups, and those of two rooflines
     without a fit. With a folder of result files of serving benchmarks instead, predicts each result under its own
-    conditions; the other options state what files do not.
+    conditions; the other options state conditions that the files lack.
     """
     if runs is None and profile and not tables and Path(profile).is_dir():
         profile, runs = None, profile
     if runs is not None:
         if profile or tables or column_map or markdown:
             raise InputError("--runs: evaluates result files; expected no PROFILE, TABLE, --map or --markdown with it")
-        _runs(runs, given, dtype or "", json, verbose)
+        names = {"model": given.text("model"), "hardware": given.text("hardware"), "dtype": dtype}
+        _runs(runs, {name: text for name, text in names.items() if text} | single(given.asked().settings), out)
         return
-    if given != Given():
+    if given != GIVEN:
         got = f"{profile}, which is not a folder" if profile else "none"
         raise InputError(f"--model, --hardware and other conditions: expected a FOLDER of result files, got {got}")
     if not profile or not tables:
@@ -89,7 +81,6 @@ def command(
     hw = load_hardware(profile)
     rows, notes = load_rows(tables, hw, column_map=column_map)
     report = validate(hw, rows, dtype=dtype)
-    notes = (*thread_notes(hw, report.device), *notes)
     if markdown:
         write_markdown(report, markdown)
 
@@ -99,7 +90,7 @@ def command(
             print(f"\n{markdown}")
         return excluded
 
-    conclude(of_validation(report), [summary(report)], show, notes, json, verbose)
+    conclude(of_validation(report), [summary(report)], show, (*thread_notes(hw, report.device), *notes), out)
 
 
 def show_report(report: Report, title: str = "") -> tuple[str, ...]:
@@ -125,21 +116,20 @@ def show_report(report: Report, title: str = "") -> tuple[str, ...]:
     if any(p["fitted_on_these_rows"] for p in parts):
         print("* the profile was fitted on these rows; on shapes held out of the fit:")
         for name, values in report.accuracy.items():
-            if any(name == f"{p['operator']} {p['dtype']}" for p in parts):
+            if any(name == part.name for part in report.parts):
                 shown = [f"{score} {number(values.get(score.lower()), 2)}" for score in scores[:3]]
                 print(f"  {name}: {', '.join(shown)} %")
     return tuple(f"{count} rows excluded: {reason}" for reason, count in report.skipped.items())
 
 
-def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> None:
-    """Evaluate a folder of result files and print conclusion, one row per result, and notes."""
-    from calibration.evidence.runs import Conditions, evaluate, of_runs
+def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
+    from calibration.evidence.runs import evaluate, of_runs
 
-    results = evaluate(folder, Conditions(**asdict(given), dtype=dtype))
+    results = evaluate(folder, given)
     skipped = [f"{r.source}: skipped: {r.reason}" for r in results if r.compared is None]
     if len(skipped) == len(results):
         raise InputError(f"--runs {folder}: expected a result that can be predicted; {skipped[0]}")
-    if render.Output(json).write([r.as_row() for r in results]):
+    if render.Output(out.json).write([r.as_row() for r in results]):
         render.conclude(*of_runs(results, folder))
         columns = render.columns(
             [(r, r.compared) for r in results if r.compared is not None],
@@ -154,4 +144,4 @@ def _runs(folder: str, given: Given, dtype: str, json: bool, verbose: bool) -> N
             ("inside", lambda rc: "yes" if rc[1].inside else "no"),
         )
         render.show(render.narrowed(columns, 6), "Measured and predicted times per pass (serve: per request)")
-    render.notes([*skipped, *(note for r in results for note in r.notes)], verbose)
+    render.notes([*skipped, *(note for r in results for note in r.notes)], out.verbose)

@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from calibration.evidence.published import (
     host_lines,
     ratio_scores,
 )
-from calibration.evidence.scoring import Comparison, score_of, table
-from calibration.evidence.sets import SETS, Row, SetOptions, against_targets, evaluate_sets, means
+from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of, table
+from calibration.evidence.sets import SETS, Row, against_targets, evaluate_sets, means
 from calibration.measurements import published
 from simulator.cli import parsing
 from simulator.engines.engine import list_engines, load_engine
@@ -92,7 +93,6 @@ def accuracy_page(rows: Sequence[Row]) -> str:
 
 
 def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
-    """Return the targets of rows, and the tables of the listed rows as means over seeds, %."""
     criteria = against_targets(rows)
     cells = [[c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured] for c in criteria]
     lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""] if cells else []
@@ -165,7 +165,6 @@ def engine_tables() -> list[str]:
 
 
 def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    """Return the scores of groups: rows are their names and a comparison."""
     groups: dict[tuple[str, ...], list[Comparison]] = {}
     for each in rows:
         groups.setdefault(each[:-1], []).append(each[-1])
@@ -196,14 +195,14 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
     for engine in dict.fromkeys(x.engine for x in groups):
         members = [x for x in groups if x.engine == engine]
         for x in members:
-            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * x.request_error:.1f} %"])
+            error = score(ScoredRows(x.group.request_s, x.request_s))["median"]
+            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * error:.1f} %"])
         cells.append([engine, "all dense models", "", "", *_ratios([x for x in members if not x.experts]), ""])
     header = ["engine", "held-out model", "GPU", "format", "rows"]
     return table([*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4))
 
 
 def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
-    """Return number, median absolute error and bias of the times per token of some rows of groups (default: all)."""
     s = ratio_scores(groups, rows)
     return f"{s['runs']:.0f}", f"{100 * s['median']:.1f} %", _signed(s["median bias"])
 
@@ -247,21 +246,18 @@ def text_of(given: argparse.Namespace) -> str:
         return "\n".join(host_lines()) + "\n"
     if name == "engines":
         return filled("engines", engine_tables())
-    sizes = [None if size == "all" else parsing.integers("--sizes", size)[0] for size in given.sizes.split(",")]
-    options = SetOptions(tuple(parsing.integers("--seeds", given.seeds)), tuple(sizes), given.wheel)
-    names = () if name == "accuracy" else given.names
-    rows = evaluate_sets(names, options, max(given.jobs, 1), lambda text: print(text, file=sys.stderr, flush=True))
+    names, seeds = () if name == "accuracy" else given.names, parsing.integers("--seeds", given.seeds)
+    told = partial(print, file=sys.stderr, flush=True)
+    rows = evaluate_sets(names, seeds, given.wheel, max(given.jobs, 1), told)
     return accuracy_page(rows) if name == "accuracy" else accuracy_text(rows, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of the module's docstring and return the exit status."""
     parser = argparse.ArgumentParser("python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts")
     parser.add_argument("-o", "--output", help="write to this file")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
-    parser.add_argument("--sizes", default="400,all", help="numbers of training rows of GEMMs, or all")
-    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for unlisted, mla and experts")
+    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     given = parser.parse_args(arguments)
     try:

@@ -18,7 +18,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 import simulator
 from calibration.measurements import published
 from simulator.arrays import FloatArray
-from simulator.codes import ROLES, Kind, Part
+from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -40,8 +39,8 @@ from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
 from simulator.prediction.sentences import uncalibrated_of
 from simulator.prediction.table import table
-from simulator.pruning import general_families, prune
-from simulator.uncertainty.forward import forward_passes, operator_times
+from simulator.pruning import general_families
+from simulator.uncertainty.forward import forward_passes
 from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
 
@@ -86,8 +85,7 @@ class Cell:
 
 
 def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGINE,)) -> list[Cell]:
-    """Return the paper's Table 2 on some devices in some engines; published values only for the paper's device and
-    engine."""
+    """Return the paper's Table 2 on devices in engines; published values are those of the paper's device and engine."""
     known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in _published("table 2")}
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Result]] = {}
@@ -106,36 +104,6 @@ def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGI
 
 def _published(what: str) -> list[Mapping[str, str]]:
     return [r for r in published("paper") if r["what"] == what]
-
-
-def equal_depths() -> list[Row]:
-    """Return the fraction of layers to drop for the prefill speedup of each family at 50 % (section 5.3): published; by
-    the published table (NaN without the family); predicted by the mean over the batches, and at batch 1."""
-    rows, model = _published("section 5.3"), load_model(MODEL)
-    bench = partial(table, [model], [HARDWARE], phase=["prefill"], batch=BATCHES, seq=[SEQ], engine=[ENGINE])
-    fractions = np.arange(model.layers) / model.layers
-    families = [r["family"] for r in rows if r["family"] != "width_cross"]  # width_cross is pruned as by SliceGPT
-    found: dict[tuple[str, float], dict[int, float]] = {}
-    for r in (
-        *bench(family=["depth"], sparsity=fractions.tolist()),
-        *bench(family=families, sparsity=[0.5]),
-        *bench(method=["slicegpt"], sparsity=[0.5]),
-    ):
-        found.setdefault((r.family, r.sparsity), {})[r.batch] = r.speedup
-    speedups = {key: np.array([by_batch[b] for b in BATCHES]) for key, by_batch in found.items()}
-    by_depth = np.array([speedups["depth", s] for s in fractions])
-    tables = {(c.family, c.sparsity): c.published for c in table_2() if c.phase == "prefill"}
-    # the time that dropping layers saves is proportional to their number
-    saved = float(np.mean([(1.0 - 1.0 / tables["depth", s]) / s for s in (0.25, 0.5)]))
-    out = []
-    for row in rows:
-        family, numbers = row["family"], {"published": float(row["value"])}
-        numbers["by_table"] = (1.0 - 1.0 / tables.get((family, 0.5), float("nan"))) / saved
-        for name, at in (("mean", slice(None)), ("batch_1", slice(1))):
-            times, time = 1.0 / by_depth[::-1, at].mean(axis=1), 1.0 / speedups[family, 0.5][at].mean()
-            numbers[name] = float(np.interp(time, times, fractions[::-1]))
-        out.append({"family": family, **numbers})
-    return out
 
 
 def figure_2() -> list[Row]:
@@ -162,55 +130,6 @@ def figure_2() -> list[Row]:
         both["all"] = total, float(p.total_s[0])
         out += [{"phase": phase, "part": name, "measured_s": m, "predicted_s": t} for name, (m, t) in both.items()]
     return out
-
-
-def outside_gemms() -> list[Row]:
-    """Return the time outside GEMMs, gaps between kernels included, over that of the dense pass (section 5.4), for
-    dynamic depth and low rank at 50 %."""
-    hw, model, out = load_hardware(HARDWARE), load_model(MODEL), []
-    for r in _published("section 5.4"):
-        ratios = []
-        for batch in BATCHES:
-            dense = lower(model, phase=r["phase"], batch=batch, seq=SEQ, engine=ENGINE)
-            p = forward_passes(WorkloadBatch.of([dense, prune(dense, r["family"], float(r["sparsity"]))]), hw)
-            outside = np.bincount(p.workloads.owner, p.row_s * (p.workloads.rows.kind != Kind.GEMM)) + p.gap_s
-            ratios.append(float(outside[1] / outside[0]))
-        out.append({"family": r["family"], "phase": r["phase"], "published": float(r["value"]), "by_batch": ratios})
-    return out
-
-
-def kernel_charts() -> list[Row]:
-    """Return the charts of the authors' kernels (RTX 5090): speedups of one operator at 50 % by number of tokens. This
-    device has no kernel table, so dense times are the published ones, or have a rate interpolated between them."""
-    rows = _published("kernel")
-    hw, out = load_hardware(rows[0]["hardware"]), []
-    cubes = {float(r["seq"]): float(r["value"]) for r in rows if r["family"] == "dense"}  # s by side
-    sides, seconds = np.array(list(cubes)), np.array(list(cubes.values()))
-    for r in (r for r in rows if r["family"] != "dense"):
-        tokens, side = int(r["seq"]), 4096 if "n and k of 4096" in r["note"] else int(r["seq"])
-        if r["part"] == "queries":
-            dense = lower(load_model(MODEL), phase="prefill", batch=1, seq=tokens, engine=ENGINE)
-            pruned = prune(dense, "dynamic_depth", 0.5)  # half of the queries of attention, and their sorting
-            rows_ = pruned.is_role("attention") | (pruned.is_role("select", "sort") & (pruned.part == Part.ATTENTION))
-            dense_s = _seconds(dense, dense.is_role("attention"), hw)
-        else:
-            axis, kernel, *groups = r["part"].replace(" groups of ", " ").split()
-            options: dict[str, Any] = {"channel_groups": side // int(groups[0])} if groups else {}
-            layer = {"layer": 0, "layers": 1, "part": int(Part.MLP), "m": tokens, "n": side, "k": side}
-            w = Workload.from_rows([{"role": "gate", **layer}, {"role": "down", **layer}])
-            pruned = prune(w, r["family"], 0.5, kernel=kernel, **options)
-            around = ("down", "scatter") if axis == "K" else ("gate", "gather")
-            rows_ = pruned.is_role(*around, "select", "sort")  # one GEMM and the operators that the family adds
-            flops = 2.0 * tokens * side**2
-            rate = np.interp(np.log(flops), np.log(2.0 * sides**3), 2.0 * sides**3 / seconds)
-            dense_s = cubes[tokens] if side == tokens else float(flops / rate)
-        numbers = {"published": float(r["value"]), "predicted": dense_s / _seconds(pruned, rows_, hw)}
-        out.append({"family": r["family"], "part": r["part"], "size": tokens, **numbers, "note": r["note"]})
-    return out
-
-
-def _seconds(w: Workload, rows: NDArray[np.bool_], hw: HardwareProfile) -> float:
-    return float((operator_times(w, hw)[0].seconds * w.count)[rows].sum())
 
 
 HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE = "holds", "does not hold", "undecided", "does not apply"
@@ -293,7 +212,7 @@ def claim_outcomes(
 
 
 def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile) -> ClaimOutcome:
-    """Claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
+    """Test claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
     c = compare_family("depth", dense, pruned, hw)
     depth = [found for (family, _), found in zip(c.models, c.speedups) if family == "depth"]
     of = np.array([sparsity for _, sparsity in c.models])
@@ -330,7 +249,7 @@ def _needed(difference: float, half_width: float, shares: bool = False) -> str:
 
 
 def order_outcome(front: Front) -> ClaimOutcome:
-    """Claim (b) on one frontier: the dense model and the families that (b) orders, up to the largest claimed loss."""
+    """Test claim (b) on the dense model and the families that it orders, up to the largest claimed loss."""
     reached = [i for i, p in enumerate(front.points) if round(100.0 * p.loss) <= LAST_LOSS[-1]]
     own = [i for i in reached if front.points[i].family in GROUPS]
     points = [front.points[i] for i in own]
@@ -392,7 +311,7 @@ def compare_family(
     down, up, share, slope = np.log(s / lower), np.log(upper / s), (s - 1.0) / gain, s / gain
 
     def of_shares(of_own: FloatArray, of_other: FloatArray, of_ratio: FloatArray) -> FloatArray:
-        """Half-width of a difference of shares; the half-widths of two logs and of their ratio give the covariance."""
+        # the half-widths of two logs and of their ratio give the covariance
         covariance = 0.5 * (of_own**2 + of_other**2 - of_ratio**2)
         a, b = slope[own], slope
         square = (a * of_own) ** 2 + (b * of_other) ** 2 - 2.0 * a * b * covariance
@@ -424,9 +343,10 @@ def in_order(
     """Decide whether every group has a point on the frontier, and the groups come in their order. Return the margin,
     the two points that decide, the log ratio of their speedups, and its half-width towards 0.
 
-    ``loss`` (n,) is that of quality; ``group`` (n,) the place in the claimed order, -1 for a point that only competes;
-    ``speedup`` (n,) and ``below`` (n, n) are those of :func:`simulator.prediction.pareto.margins`. A point is on the
-    frontier if it is faster than all points of no more loss; of two points in the wrong order, one must not be on it.
+    ``loss`` (n,) is the loss of quality; ``group`` (n,) the place in the claimed order, -1 for a point that only
+    competes; ``speedup`` (n,) and ``below`` (n, n) are arguments of :func:`simulator.prediction.pareto.margins`. A
+    point is on the frontier if it is faster than all points with no more loss. If two points are in the wrong order,
+    one of them must not be on it.
     """
     x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)

@@ -61,15 +61,15 @@ def compare_dense() -> list[Comparison]:
 
 
 def compare_speedups(given: bool = False) -> list[Comparison]:
-    """Return published speedups of pruned models in their engines; with ``given``, only speedups of whole models,
-    predicted from the measured dense time."""
+    """Return published speedups of pruned models in their engines; ``given``: of whole models, predicted from the
+    measured dense time."""
     rows = [r for r in published("speedups") if not r["left_out"] and not (given and r["scope"] == "projections")]
     return [_speedup(r, given) for r in rows]
 
 
 def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
-    """Return measured times per output token, s, of the serving runs of one engine or of all. Runs whose caches do not
-    fit are excluded, and without ``experts`` models with routed experts."""
+    """Return times per output token, s, of the serving runs of one engine, or of all engines. Runs whose caches do not
+    fit are excluded; so are models with routed experts, unless ``experts``."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
     rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]
@@ -250,10 +250,6 @@ class HeldOut:
         return load_model(self.model).experts > 0
 
     @property
-    def request_error(self) -> float:
-        return score(ScoredRows(self.group.request_s, self.request_s))["median"]
-
-    @property
     def ratio(self) -> FloatArray:
         return self.tpot_s / self.group.tpot_s
 
@@ -329,11 +325,4 @@ def host_lines() -> Iterator[str]:
     for engine in sorted({key[0] for key in groups()}):
         p = fit_engine(engine)
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"
-        held_out = [x for x in held_out_models() if x.engine == engine]
-        error = ratio_scores([x for x in held_out if not x.experts])["median"]
-        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}; TPOT of held-out dense models {100 * error:.1f} %"
-        for x in held_out:
-            tpot = ratio_scores([x])
-            errors = f"TPOT {100 * tpot['median']:.1f} % (bias {100 * tpot['median bias']:+.1f})"
-            runs = f"{x.model} {x.dtype} on {x.hardware}, {len(x.ratio)} runs"
-            yield f"  {runs}: {errors}, request {100 * x.request_error:.1f} %"
+        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}"

@@ -3,7 +3,7 @@ own conditions. A result with unknown conditions is skipped with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,8 @@ from simulator.units import percent
 SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """Conditions of results; "" and None: unknown. ``model``, ``batch``, ``seq`` and ``new_tokens`` (decode steps; 0 is
-    a prefill) apply to results that do not state them, the other fields replace those of files."""
-
-    model: str = ""
-    hardware: str = ""
-    engine: str = ""
-    dtype: str = ""
-    weight_dtype: str = ""
-    kv_dtype: str = ""
-    devices: int | None = None
-    batch: int | None = None
-    seq: int | None = None
-    new_tokens: int | None = None
-
-
 @dataclass(frozen=True)
 class RunResult:
-    """One result, compared or skipped for a reason."""
-
     source: str
     reason: str = ""
     compared: Comparison | None = None
@@ -70,8 +51,13 @@ class RunResult:
         return {**{name: getattr(self, name) for name in names}, **where, **dict(times), "notes": list(self.notes)}
 
 
-def evaluate(folder: str | Path, given: Conditions) -> list[RunResult]:
-    """Return each result in the JSON files of a folder and of folders inside it, next to its prediction."""
+def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
+    """Return each result in the JSON files of a folder and of folders inside it, next to its prediction.
+
+    ``given`` are conditions that the user states: model, hardware and settings of a request (``new_tokens`` 0: a
+    prefill). ``model``, ``batch``, ``seq`` and ``new_tokens`` apply to results that do not state them, the others
+    replace those of files.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")
@@ -100,46 +86,45 @@ def evaluate(folder: str | Path, given: Conditions) -> list[RunResult]:
     return out
 
 
-def evaluated(run: BenchRun, given: Conditions) -> RunResult:
+def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
     """Return one result next to its prediction. InputError: a condition is neither in the file nor given."""
-    stated = run.output_tokens or (run.total_tokens and given.seq) or given.new_tokens is None
+    new_tokens = given.get("new_tokens")
+    stated = run.output_tokens or (run.total_tokens and given.get("seq")) or new_tokens is None
     phase, batch, seq, steps = request_of(
         run,
-        batch=None if run.concurrency or run.mean_concurrency else given.batch,
-        seq=None if run.input_tokens else given.seq,
-        output=None if stated else (given.new_tokens or 0) + 1,
+        batch=None if run.concurrency or run.mean_concurrency else given.get("batch"),
+        seq=None if run.input_tokens else given.get("seq"),
+        output=None if stated else (new_tokens or 0) + 1,
     )
-    engine = given.engine or run.engine or ("vllm" if run.tool.startswith("vllm") else "")
     known = shipped_model(run.model) if run.model else None
-    model = known.name if known else given.model
-    for name, value in (("model", model), ("hardware", given.hardware or run.gpu), ("engine", engine)):
+    own = {name: getattr(run, name) for name in ("dtype", "weight_dtype", "kv_dtype", "devices")}
+    own["engine"] = run.engine or ("vllm" if run.tool.startswith("vllm") else "")
+    settings = {name: found for name, value in own.items() if (found := given.get(name) or value)}
+    names: dict[str, Any] = {
+        "model": known.name if known else given.get("model"),
+        "hardware": given.get("hardware") or run.gpu,
+        "engine": settings.get("engine"),
+    }
+    for name, value in names.items():
         if not value:
             raise InputError(f"{run.source}: {name}: expected --{name}, as the file does not state a known one")
-    request = Request(
-        model=model,
-        phase=phase,
-        batch=batch,
-        seq=seq,
-        new_tokens=max(steps, 1),
-        engine=engine,
-        dtype=given.dtype or run.dtype or "bf16",
-        weight_dtype=given.weight_dtype or run.weight_dtype or None,
-        kv_dtype=given.kv_dtype or run.kv_dtype or None,
-        devices=given.devices or run.devices or 1,
-        level=LEVEL,
-    )
-    found, hw, dense = measured_of(run, request), load_hardware(given.hardware or run.gpu), lower(request)
-    own = load_engine(request.engine).name
+    shape: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": max(steps, 1)}
+    request = Request(model=names["model"], **shape, **settings, level=LEVEL)
+    found, hw, dense = measured_of(run, request), load_hardware(names["hardware"]), lower(request)
     s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
     times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
-    about: dict[str, Any] = {"source": run.source, "engine": own, "gpu": hw.label, "split": "judge"}
+    about: dict[str, Any] = {
+        "source": run.source,
+        "engine": load_engine(request.engine).name,
+        "gpu": hw.label,
+        "split": "judge",
+    }
     compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
     new_tokens = steps if phase != "prefill" else 0
     return RunResult(run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes)
 
 
 def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
-    """Return median error, bias and coverage of the results, the worst, and how many were skipped, as sentences."""
     compared = [r.compared for r in results if r.compared is not None]
     skipped, s, worst = len(results) - len(compared), score_of(compared), max(compared, key=lambda c: abs(c.error))
     where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))

@@ -17,8 +17,6 @@ M_RANGES = (("m <= 16", 0.0, 16.0), ("m 17-256", 16.0, 256.0), ("m > 256", 256.0
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Measured values, predicted values and their intervals, one per row."""
-
     measured: FloatArray
     predicted: FloatArray
     lower: FloatArray | None = None
@@ -56,7 +54,6 @@ class Comparison:
 
 
 def m_ranges(m: FloatArray) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield the name and the rows of each range of m that has rows."""
     for name, low, high in M_RANGES:
         rows = (m > low) & (m <= high)
         if rows.any():
@@ -64,7 +61,6 @@ def m_ranges(m: FloatArray) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 
 
 def errors(predicted: FloatArray, measured: FloatArray) -> dict[str, float]:
-    """Return "mape", "median", "p95" and "bias" of the relative errors."""
     return accuracy_of(predicted / measured - 1.0)
 
 

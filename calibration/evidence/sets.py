@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from calibration.evidence.published import (
     compare_dense,
@@ -29,7 +28,6 @@ from calibration.fit.local_update import update_profile
 from calibration.fit.operators import PART_ROLES, layers_of
 from calibration.fit.predict import predict
 from calibration.fit.section import LEVEL, Fit, fit_section, neighbours, pairs_along
-from calibration.fit.solver import HUBER
 from calibration.measurements import list_measurements, load_measurements, provenance, published
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
@@ -54,14 +52,13 @@ Row = dict[str, Any]
 # Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
 GROUPINGS: tuple[str, ...] = ("heads", "lengths")
 TEST_SHARE = 0.3
+SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
 COLD_L2 = 4.0  # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
 MOST_ROWS, MOST_PAIRS = 3000, 4000  # most held-out rows of an update, and most pairs of rows: random samples
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """Rows of one operator in one table."""
-
     data: Fit
     hw: HardwareProfile  # the datasheet of their device
     dtype: str = "bf16"
@@ -131,7 +128,6 @@ class MeasuredRows:
         return replace(self.hw.calibrated({(self.data.calls.operator, self.dtype): section}), same_stack=same_stack)
 
     def timed(self, seconds: FloatArray, pairs: IndexArray) -> ScoredRows:
-        """Return the rows next to predicted times without intervals."""
         c = self.data.calls
         return ScoredRows(self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs)
 
@@ -146,9 +142,9 @@ class MeasuredRows:
         return replace(self.timed(time.seconds, pairs), lower=time.lower, upper=time.upper, half_width=half)
 
 
-def row(method: str, seed: int, trained_on: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
-    """Return the scores of one method on one split of a table; ``rows`` are those that were asked for (0: all)."""
-    return {"method": method, "rows": rows, "trained_on": trained_on, "seed": seed, **names, **scores}
+def row(method: str, seed: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
+    """Return the scores of one method on one split of a table; ``rows`` are those of the fit (0: all)."""
+    return {"method": method, "rows": rows, "seed": seed, **names, **scores}
 
 
 def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
@@ -172,68 +168,44 @@ def evaluate_table(table: MeasuredRows, size: int | None, seed: int, by: str = "
     """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups."""
     train, test = table.train_test(size, seed, by)
     section = train.fit(seed=seed, prior=prior, by=by)
-    return row("prunesim + prior" if prior else "prunesim", seed, len(train.data), evaluate(section, test, by))
+    return row("prunesim + prior" if prior else "prunesim", seed, evaluate(section, test, by))
 
 
-def evaluate_baselines(table: MeasuredRows, size: int | None, seed: int) -> list[Row]:
-    """Return the scores of rooflines on the same rows of GEMMs: without a fit, and with two efficiencies as in GenZ,
-    which are fitted by robust least squares in log time."""
-    train, test = table.train_test(size, seed)
-    machine = Machine.of(table.hw, table.dtype)
-
-    def parts(data: Fit) -> tuple[FloatArray, FloatArray]:
-        c = data.calls
-        assert isinstance(c, Products)
-        moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
-        return 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
-
-    def log_residual(logs: FloatArray) -> FloatArray:
-        compute, moved = parts(train.data) / np.exp(logs)[:, None]
-        return np.asarray(np.log(np.maximum(compute, moved)) - np.log(train.data.seconds))
-
-    a, b = np.exp(least_squares(log_residual, np.log([0.5, 0.5]), loss="soft_l1", f_scale=HUBER).x)
-    (compute, moved), pairs = parts(test.data), test.pairs()
+def evaluate_baselines(table: MeasuredRows, seed: int) -> list[Row]:
+    """Return the scores of two rooflines without a fit on the same rows of GEMMs."""
+    test = table.train_test(None, seed)[1]
+    machine, c = Machine.of(table.hw, table.dtype), test.data.calls
+    assert isinstance(c, Products)
+    compute = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s
+    moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
+    moved, pairs = moved / machine.bandwidth_bytes_per_s, test.pairs()
     baselines = {
         "datasheet roofline": np.maximum(compute, moved),
         "max(flop, bytes/0.8) + 3 us": np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
-        "two efficiencies (GenZ-style)": np.maximum(compute / a, moved / b),
     }
-    return [row(name, seed, len(train.data), score(test.timed(s, pairs))) for name, s in baselines.items()]
+    return [row(name, seed, score(test.timed(s, pairs))) for name, s in baselines.items()]
 
 
-def evaluate_updates(
-    hw: HardwareProfile, tables: Mapping[str, MeasuredRows], sizes: Sequence[int], seed: int
-) -> list[Row]:
-    """Evaluate a profile on the test groups of the first table: as shipped, and updated with some training rows of each
-    table, whose name is the method of the row."""
-    rng, unseen = np.random.default_rng(seed + 50), next(iter(tables.values())).train_test(None, seed)[1]
+def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int) -> list[Row]:
+    """Evaluate a profile on the test groups of a table: as shipped, and updated with some of its training rows."""
+    rng, unseen = np.random.default_rng(seed + 50), table.train_test(None, seed)[1]
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
     pairs = test.pairs()
     pairs = pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])]
-    out = [row("as shipped", seed, 0, score(test.predictions(hw, pairs, ratios=True)))]
-    for size, (name, source) in ((size, item) for size in sizes for item in tables.items()):
-        records = source.train_test(size, seed)[0].records()
+    out = [row("as shipped", seed, score(test.predictions(hw, pairs, ratios=True)))]
+    for size in sizes:
         try:
-            updated = update_profile(hw, records).profile
+            updated = update_profile(hw, table.train_test(size, seed)[0].records()).profile
         except InputError:  # the defaults are off by more than an update accepts
             continue
-        out.append(row(name, seed, size, score(test.predictions(updated, pairs, ratios=True)), rows=size))
+        out.append(row("posterior", seed, score(test.predictions(updated, pairs, ratios=True)), rows=size))
     return out
-
-
-@dataclass(frozen=True)
-class SetOptions:
-    """Seeds of the splits, numbers of training rows of GEMMs (None: all), and the wheel of the tables."""
-
-    seeds: tuple[int, ...] = (0, 1, 2)
-    sizes: tuple[int | None, ...] = (400, None)
-    wheel: Path | None = None
 
 
 @dataclass(frozen=True)
 class EvidenceSet:
     held_out: str
-    rows: Callable[[SetOptions], Iterable[Row]]  # loads, predicts and scores
+    rows: Callable[[int, Path | None], Iterable[Row]]  # from the seed of the split and the wheel of the tables
     whole: bool = False  # collectives and whole models, which are not split by seeds and have pages of their own
 
 
@@ -258,19 +230,19 @@ class Criterion(NamedTuple):
 
 def evaluate_sets(
     names: Sequence[str] = (),
-    options: SetOptions = SetOptions(),
+    seeds: Sequence[int] = SEEDS,
+    wheel: Path | None = None,
     jobs: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0: all; of a held-out
-    stack: none), "trained_on", "seed", and those of :func:`calibration.evidence.scoring.score`."""
+    stack: none), "seed", and those of :func:`calibration.evidence.scoring.score`."""
     for name in names:
         if name not in SETS:
             raise unknown("set", name, SETS)
-    if options.wheel is not None:
-        open_wheel(options.wheel).close()
-    seeds = {name: options.seeds[:1] if SETS[name].whole else options.seeds for name in names or SETS}
-    parts = [(name, replace(options, seeds=(seed,))) for name, some in seeds.items() for seed in some]
+    if wheel is not None:
+        open_wheel(wheel).close()
+    parts = [(name, seed, wheel) for name in names or SETS for seed in (seeds[:1] if SETS[name].whole else seeds)]
     out: list[Row] = []
     # spawned: a forked child would inherit the locks of threads that it does not have
     with ProcessPoolExecutor(min(jobs, len(parts)), get_context("spawn")) as pool:
@@ -280,8 +252,8 @@ def evaluate_sets(
     return out
 
 
-def _evaluate(name: str, options: SetOptions) -> list[Row]:
-    return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(options)]
+def _evaluate(name: str, seed: int, wheel: Path | None) -> list[Row]:
+    return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(seed, wheel)]
 
 
 def means(rows: Sequence[Row], table: str = "") -> list[Row]:
@@ -387,10 +359,6 @@ GEMMS: Mapping[str, TableChoice] = {
 }
 ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
-UNLISTED = (  # operators and formats that are evaluated by datasheet alone
-    "gemm bf16", "gemm fp8", "gemm fp8_block", "attention_prefill bf16", "attention_decode bf16", "mla_decode bf16",
-    "experts bf16", "experts fp8_block",
-)  # fmt: skip
 FEWEST = 40  # rows of an attention table from which three tenths of its heads or lengths are held out
 
 
@@ -415,85 +383,50 @@ def stack_pairs(wheel: Path | None, operators: Sequence[str]) -> list[tuple[Tabl
     return out
 
 
-def unlisted_tables(wheel: Path | None = None) -> list[tuple[TableChoice, TableChoice | None]]:
-    """Return one table for every GPU, operator and format of :data:`UNLISTED`, by the first stack that has one, and the
-    GPU's bf16 GEMMs, whose rows update the others. vLLM's tables, which lack large GEMMs, count last."""
-    found: dict[tuple[str, str], TableChoice] = {}
-    for kind in UNLISTED:
-        operator, dtype = kind.split()
-        for table in sorted(_tables(operator, wheel), key=lambda t: (t.parts[2] == "vllm", STACKS.index(t.parts[2]))):
-            if dtype in table.formats():
-                found.setdefault((kind, table.parts[0]), replace(table, dtype=dtype))
-    return [(t, found.get(("gemm bf16", at)) if kind != "gemm bf16" else None) for (kind, at), t in found.items()]
+def _gemm(name: str, seed: int, wheel: Path | None) -> Iterator[Row]:
+    table, data, weights = GEMMS[name], GEMMS[name].load(), name.endswith("_wo")
+    kind = "weights" if weights else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
+    yield {**evaluate_table(data, FEW, seed), "table": name, "rows": FEW}
+    if table.prior:
+        prior = TableChoice(table.prior, table.dtype).fitted()
+        yield {**evaluate_table(data, FEW, seed, prior=prior), "table": name, "rows": FEW}
+    yield {**evaluate_table(data, None, seed), "table": name, "kind": kind}
+    if not weights:
+        yield from ({**r, "table": name} for r in evaluate_baselines(data, seed))
 
 
-def _gemm(name: str, o: SetOptions) -> Iterator[Row]:
-    table, data = GEMMS[name], GEMMS[name].load()
-    for seed, size in ((seed, size) for seed in o.seeds for size in o.sizes):
-        rows = [evaluate_table(data, size, seed)]
-        if size is not None and table.prior and size <= 1000:
-            rows.append(evaluate_table(data, size, seed, prior=TableChoice(table.prior, table.dtype).fitted()))
-        if not name.endswith("_wo"):
-            rows += evaluate_baselines(data, size, seed)
-        kind = "weights" if name.endswith("_wo") else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
-        for r in rows:
-            own = r["method"] == "prunesim" and size is None
-            yield {**r, "table": name, "rows": size or 0, "kind": kind if own else ""}
-
-
-def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of held-out stacks, as shipped and after a local update."""
+def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], seed: int) -> Iterator[Row]:
     for table, source in pairs:
         device, operator, stack = table.parts
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
-        for seed in o.seeds:
-            hw = table.load().profile(source.fitted(), same_stack=False)
-            rows = evaluate_updates(hw, {"posterior": table.load()}, (20, 100, 400), seed)
-            names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
-            yield from ({**r, **names} for r in rows)
+        names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
+        hw = table.load().profile(source.fitted(), same_stack=False)
+        yield from ({**r, **names} for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed))
 
 
-def _unlisted(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of GPUs by their datasheet alone, and with rows of the table or of the GPU's GEMMs."""
-    for table, others in unlisted_tables(o.wheel):
-        (device, operator, stack), hw = table.parts, datasheet(SOURCES[table.measurement].hardware)
-        # the defaults of its architecture must come from other GPUs, as if this GPU had no tables
-        kin = {c.hardware for c in SOURCES.values() if datasheet(c.hardware).architecture == hw.architecture}
-        kin |= {"rtx_4090"} if hw.architecture == "ada" else set()
-        hw = hw if kin - {SOURCES[table.measurement].hardware} else replace(hw, architecture="cdna3")
-        sources = {"posterior": table.load()} | ({} if others is None else {"other rows": others.load()})
-        for seed in o.seeds if table.load().data.groups().max() > 0 else ():  # one group cannot be split
-            for r in evaluate_updates(hw, sources, (20, 100), seed):
-                others_ = ", with GEMM rows" if r["method"] == "other rows" else ""
-                names = {"table": f"{operator} {table.dtype}, by datasheet alone{others_}", "kind": "update"}
-                yield {**r, **names, "held_out": f"{device} {stack}", **({"method": "posterior"} if others_ else {})}
-
-
-def _attention(operators: Sequence[str], o: SetOptions, wheel: Path | None = None) -> Iterator[Row]:
+def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Iterator[Row]:
     for table, by in ((t, by) for operator in operators for t in _tables(operator, wheel) for by in GROUPINGS):
         device, operator, stack = table.parts
         kind, phase = operator.split("_")
         data, names = table.load(), {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
-            yield from ({**evaluate_table(data, None, s, by), **names} for s in o.seeds)
+            yield {**evaluate_table(data, None, seed, by), **names}
 
 
-def _mla(o: SetOptions) -> Iterator[Row]:
-    yield from _stacks(stack_pairs(o.wheel, LATENT), o)
-    yield from _attention(LATENT, o, o.wheel)
+def _mla(seed: int, wheel: Path | None) -> Iterator[Row]:
+    yield from _stacks(stack_pairs(wheel, LATENT), seed)
+    yield from _attention(LATENT, seed, wheel)
 
 
-def _experts(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of held-out models, then of held-out stacks, for every format of a table."""
-    for table in _tables("experts", o.wheel):
+def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
+    for table in _tables("experts", wheel):
         device, _, stack = table.parts
         for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
-            data, names = replace(table, dtype=dtype).load(), {"method": f"{stack} {dtype}", "kind": "models"}
-            names["table"] = f"experts {device}, held-out models"
-            yield from ({**evaluate_table(data, None, s), **names} for s in o.seeds)
-    pairs = stack_pairs(o.wheel, EXPERTS)
+            names = {"table": f"experts {device}, held-out models", "method": f"{stack} {dtype}", "kind": "models"}
+            yield {**evaluate_table(replace(table, dtype=dtype).load(), None, seed), **names}
+    pairs = stack_pairs(wheel, EXPERTS)
     both = [(a, b, d) for a, b in pairs for d in EXPERT_FORMATS if d in a.formats() & b.formats()]
-    yield from _stacks([(replace(a, dtype=d), replace(b, dtype=d)) for a, b, d in both], o)
+    yield from _stacks([(replace(a, dtype=d), replace(b, dtype=d)) for a, b, d in both], seed)
 
 
 # collectives, and published measurements of whole models
@@ -511,7 +444,7 @@ LINKS: Mapping[str, tuple[str, ...]] = {
 LEAST_BYTES = 1.6e7  # smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
 
 
-def _links(o: SetOptions) -> Iterator[Row]:
+def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
     """Yield the scores of systems with tables, and of two systems whose rows another laboratory published, which the
     defaults predict: no default was set by these rows."""
     for system, (name, *others) in LINKS.items():
@@ -538,7 +471,7 @@ def _link(system: str, hw: HardwareProfile, rows: Sequence[Records], sections: M
     predicted = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
     measured = np.concatenate([r.seconds for r in rows])
     scores = score(ScoredRows(measured, *predicted))
-    return row(system, 0, 0, scores, len(measured), table="collectives of a held-out system")
+    return row(system, 0, scores, len(measured), table="collectives of a held-out system")
 
 
 def _mean_section(names: Sequence[str]) -> Section:
@@ -552,20 +485,19 @@ def _mean_section(names: Sequence[str]) -> Section:
     return Section(out)
 
 
-def _published(title: str, compare: Callable[[], Sequence[Comparison]], o: SetOptions) -> Iterator[Row]:
+def _published(title: str, compare: Callable[[], Sequence[Comparison]], seed: int, wheel: Path | None) -> Iterator[Row]:
     """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no custom code."""
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
         some = [c for c in rows if engine in ("", c.engine)]
-        yield row(engine or "all", 0, 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
+        yield row(engine or "all", 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
 
 
-def _serving(o: SetOptions) -> Iterator[Row]:
-    """Yield the scores of the times per token of held-out dense models, and the coverage of the shipped intervals."""
+def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
     for engine in ("vllm", "sglang", "trtllm"):
         scores = ratio_scores([x for x in held_out_models() if x.engine == engine and not x.experts])
         scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
-        yield row(engine, 0, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
+        yield row(engine, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
 
 
 ERRORS = {  # median or mean errors, %
@@ -599,9 +531,8 @@ TARGETS = (
 )
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
-    "stacks": EvidenceSet("a software stack", lambda o: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), o)),
-    "attention": EvidenceSet("heads, lengths", partial(_attention, ATTENTION)),
-    "unlisted": EvidenceSet("all fits of a GPU", _unlisted),
+    "stacks": EvidenceSet("a software stack", lambda seed, _: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), seed)),
+    "attention": EvidenceSet("heads, lengths", lambda seed, _: _attention(ATTENTION, seed, None)),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),
     "experts": EvidenceSet("models; a software stack", _experts),
     "collectives": EvidenceSet("a system", _links, whole=True),

@@ -76,7 +76,6 @@ class Report:
     hardware: str
     device: str
     software: str
-    level: float
     parts: tuple[ReportPart, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of excluded rows by reason
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # errors on shapes held out of the fit
@@ -95,7 +94,7 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
     device = ", ".join(dict.fromkeys(s.device for s in records.sources if s.device)) or "unknown"
     software = ", ".join(dict.fromkeys(s.software for s in records.sources if s.software)) or "unknown"
     held_out = {f"{o} {d}": dict(s.accuracy) for (o, d), s in hw.sections.items() if s.accuracy}
-    return Report(hw.name, device, software, LEVEL, tuple(parts), skipped, held_out)
+    return Report(hw.name, device, software, tuple(parts), skipped, held_out)
 
 
 def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportPart:
@@ -167,7 +166,7 @@ def summary(report: Report) -> dict[str, Any]:
         "hardware": report.hardware,
         "measured_on": report.device,
         "software": report.software,
-        "level": report.level,
+        "level": LEVEL,
         "held_out_when_fitted": {name: dict(values) for name, values in report.accuracy.items()},
         "skipped": dict(report.skipped),
         "parts": [part_summary(part) for part in report.parts],
@@ -180,7 +179,6 @@ def number(value: Any, digits: int = 1) -> str:
 
 
 def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Return a row per operator: errors of the model and of two rooflines, errors of speedups, coverage."""
     header = ["operator", "rows", *ERROR_TITLES, "roofline MAPE %", "0.8 bw + 3 us MAPE %"]
     header += ["speedup median / p95 %", "Spearman", "coverage"]
     rows = []
@@ -216,7 +214,7 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
     if held_out := data["held_out_when_fitted"]:
         rows = [[name, *errors(values)] for name, values in held_out.items()]
         lines += ["## Held-out shapes of the fit", "", table(["section", *ERROR_TITLES], rows), ""]
-    covered = f"coverage of the {100 * report.level:.3g} % interval, %"
+    covered = f"coverage of the {100 * LEVEL:.0f} % interval, %"
     for p in data["parts"]:
         name = f"{p['operator']} {p['dtype']}"
         lines += [f"## {name}", ""]
@@ -270,7 +268,6 @@ class Verdict:
     roofline_median: float
     roofline_mean: float
     coverage: float
-    level: float
 
     @property
     def better(self) -> bool:
@@ -279,8 +276,8 @@ class Verdict:
     @property
     def covered(self) -> bool:
         """Whether the coverage reaches its target, within two standard errors for this number of rows."""
-        deviation = math.sqrt(self.level * (1.0 - self.level) / self.rows)
-        return self.coverage >= min(COVERAGE[0] / 100.0, self.level - 2.0 * deviation)
+        deviation = math.sqrt(LEVEL * (1.0 - LEVEL) / self.rows)
+        return self.coverage >= min(COVERAGE[0] / 100.0, LEVEL - 2.0 * deviation)
 
     @property
     def holds(self) -> bool:
@@ -296,34 +293,31 @@ class Verdict:
     @property
     def text(self) -> str:
         target = "" if self.covered else f", target {COVERAGE[0]:.0f} %"
-        return f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(self.level)} interval{target}"
+        return f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(LEVEL)} interval{target}"
 
 
-def verdict_of(
-    name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any, level: float = 0.9
-) -> Verdict:
+def verdict_of(name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any) -> Verdict:
     """Return the verdict on predictions with intervals; all values are arrays or sequences of one length."""
     true, found, low, high, bound = np.array([measured, predicted, lower, upper, roofline], dtype=np.float64)
     errors = np.abs(np.array([found, bound]) / true - 1.0)
     (median, roofline_median), (mean, roofline_mean) = np.median(errors, axis=1).tolist(), errors.mean(axis=1).tolist()
     coverage = float(((low <= true) & (true <= high)).mean())
-    return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage, level)
+    return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage)
 
 
-def _of_parts(name: str, parts: Sequence[ReportPart], level: float) -> Verdict:
+def _of_parts(name: str, parts: Sequence[ReportPart]) -> Verdict:
     columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
-    values = {column[:-2]: np.concatenate([getattr(part, column) for part in parts]) for column in columns}
-    return verdict_of(name, **values, level=level)
+    return verdict_of(name, *(np.concatenate([getattr(part, column) for part in parts]) for column in columns))
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    return [_of_parts(part.name, [part], report.level) for part in report.parts]
+    return [_of_parts(part.name, [part]) for part in report.parts]
 
 
 def _whole(report: Report) -> Verdict:
     """Return the verdict on operators that have a fit; a few rows of others must not decide on a profile."""
     own = [part for part in report.parts if part.operator not in _COMPOSED]
-    return _of_parts("all", own or report.parts, report.level)
+    return _of_parts("all", own or report.parts)
 
 
 def disturbed_share(records: Records) -> float:
@@ -338,7 +332,7 @@ def disturbed_share(records: Records) -> float:
 
 def of_validation(report: Report) -> Judgement:
     found = verdicts(report)
-    every = _of_parts("all", report.parts, report.level)
+    every = _of_parts("all", report.parts)
     failed = [v for v in found if not v.holds]
     some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
     holds = f"does not hold{some}" if failed else "holds"

@@ -60,12 +60,13 @@ class GemmFit(Fit):
         start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
-        names = {"t0", "e_tc", "e_d", "b_hit"}  # constants that a dense table identifies on this machine
+        # constants that a dense table identifies on this machine; the random starts below depend on their order
+        names: tuple[str, ...] = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
         if machine.packs:
-            names |= {"pack"}
-        else:
-            names |= {"tau", "b_e", "c_l2", "t_s", "b_s"} | (set() if machine.persistent else {"b_l2"})
-        ranges = {name: constant for name, constant in CONSTANTS.items() if name in names}
+            names = ("t0", "e_tc", "e_d", "b_hit", "pack")
+        elif not machine.persistent:
+            names = (*names, "b_l2")
+        ranges = {name: CONSTANTS[name] for name in names}
         ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
         unseen = {}
         if self.prior is not None and machine.element_bytes < 2.0:

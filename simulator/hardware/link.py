@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from simulator.errors import InputError
-from simulator.names import PCIE
+from simulator.errors import InputError, unknown
+from simulator.names import CONNECTIONS, PCIE
 from simulator.operators.base import Link
 
 LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})
@@ -46,6 +46,8 @@ def named(name: str, link: Link | None, bridge: Link | None, architecture: str, 
         return replace(joined(bridge, link, architecture), stated=True)
     if found := PCIE.fullmatch(name):
         return replace(_pcie(found, link, architecture), stated=True)
+    if name not in CONNECTIONS:
+        raise unknown("link", name, CONNECTIONS)
     known = ", ".join(choices(link, bridge))
     raise InputError(f"link {name}: {device} has no such connection; expected one of {known}")
 

@@ -1,4 +1,4 @@
-"""The commands that fit, validate and calibrate: what they write, print, and refuse in one line."""
+"""The commands that fit, validate and calibrate: their files, output, and errors of one line."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.M
     for name in ("cpu", "cuda"):
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]
-    assert {"qkv", "gate_up"} < asked[1]  # of a serving engine
+    assert {"qkv", "gate_up"} < asked[1]  # a serving engine fuses projections
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -6,17 +6,16 @@ The files are those of ``tests/prediction/test_measured.py``.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import simulator
-from calibration.evidence.runs import Conditions, evaluate
+from calibration.evidence.runs import evaluate
 
 FILES = Path(__file__).parent.parent / "prediction" / "benchmarks"
-H100 = Conditions(hardware="h100", batch=8, seq=1024, new_tokens=128)
+H100 = {"hardware": "h100", "batch": 8, "seq": 1024, "new_tokens": 128}
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_each_file_is_predicted_under_its_own_conditions(folder: Path) -> None:
-    found = {r.source: r for r in evaluate(folder, replace(H100, model="llama-3.1-8b"))}
+    found = {r.source: r for r in evaluate(folder, {**H100, "model": "llama-3.1-8b"})}
     requests = {name: (r.phase, r.batch, r.seq, r.new_tokens) for name, r in found.items() if r.compared}
     assert requests == {
         "inner/vllm_serve.json": ("serve", 16, 1024, 128),
@@ -54,7 +53,7 @@ def test_each_file_is_predicted_under_its_own_conditions(folder: Path) -> None:
 
 
 def test_a_prediction_is_that_of_the_request_with_formats_and_gpu_of_the_file(folder: Path) -> None:
-    stated = {r.source: r for r in evaluate(folder, Conditions())}  # trtllm-bench states GPU and formats
+    stated = {r.source: r for r in evaluate(folder, {})}  # trtllm-bench states GPU and formats
     compared = stated["trtllm_throughput.json"].compared
     assert compared is not None
     assert compared.gpu == "h100_sxm"
@@ -87,6 +86,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) ->
         ("validate --runs none", "none: expected a folder with result files"),
         ("validate empty", "empty: expected 1 to 10,000 files .json or .jsonl, got 0"),
         ("validate runs/inner", "expected a result that can be predicted; vllm_serve.json: skipped: hard"),
+        ("validate runs --batch 8,16", "--batch: expected one value, got 2"),
         ("validate --seq 8", "expected a FOLDER of result files, got none"),
     ],
 )

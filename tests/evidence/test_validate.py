@@ -131,7 +131,7 @@ def part(operator: str, error: float, roofline: float, half: float = 0.2, rows: 
 
 
 def report(*parts: ReportPart) -> Report:
-    return Report("planted", "planted GPU", "planted 1", 0.9, parts)
+    return Report("planted", "planted GPU", "planted 1", parts)
 
 
 def update(before: float, after: float) -> Any:

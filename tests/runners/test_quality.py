@@ -273,15 +273,15 @@ def test_the_command_writes_a_library(command: str, folder: Path, tmp_path: Path
 
 def test_a_killed_run_is_resumed(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     cli(f"{command} -o {tmp_path / 'whole.csv'}")
-    scored, passes = quality._Dense.score, list[Any]()
+    scored, passes = quality.score_logits, list[Any]()
 
-    def counted(self: Any, key: Any, last: Any) -> Any:
+    def counted(windows: Any) -> Any:
         if len(passes) == 6:
             raise KeyboardInterrupt
-        passes.append(last)
-        return scored(self, key, last)
+        passes.append(windows)
+        return scored(windows)
 
-    monkeypatch.setattr(quality._Dense, "score", counted)
+    monkeypatch.setattr(quality, "score_logits", counted)
     cli(command, 130)
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 6
     passes.clear()

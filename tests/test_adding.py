@@ -1,4 +1,4 @@
-"""The operator of docs/adding.md needs one file and one entry; fits, profiles and waterfalls then include it."""
+"""Additions of docs/adding.md: an operator is one file and one entry, a field of the request is one declaration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_docs import PACKAGES, ROOT, blocks, edit, python
+from test_docs import PACKAGES, ROOT, Block, blocks, edit, python
 
 from calibration.fit.predict import SECTIONS
 from simulator.errors import InputError
@@ -58,23 +58,71 @@ assert abs(np.log(launch(1e-4))) > 2.0 * abs(np.log(launch(1e-6)))
 """
 
 
-def test_an_operator_in_one_file_is_predicted_fitted_saved_and_explained(tmp_path: Path) -> None:
+def followed(heading: str, following: str, folder: Path) -> list[Block]:
+    """Copy the packages, write and change files as a section of docs/adding.md shows, and return its blocks."""
     page = ROOT / "docs" / "adding.md"
     text = page.read_text(encoding="utf-8")
-    first, last = (text[: text.index(heading)].count("\n") for heading in ("## An operator\n", "## A pruning family\n"))
+    first, last = (text[: text.index(f"## {title}\n")].count("\n") for title in (heading, following))
     shown = [block for block in blocks(page) if first < block.line < last]
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, tmp_path / package, copy_function=os.symlink, ignore=ignored)
+        shutil.copytree(ROOT / package, folder / package, copy_function=os.symlink, ignore=ignored)
     for block in shown:
         if block.file:
-            (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+            (folder / block.file).write_text(block.text, encoding="utf-8")
         elif block.language == "diff":
-            edit(block.text, tmp_path)
+            edit(block.text, folder)
+    return shown
+
+
+def test_an_operator_in_one_file_is_predicted_fitted_saved_and_explained(tmp_path: Path) -> None:
+    shown = followed("An operator", "A pruning family", tmp_path)
     added = [block.file for block in shown if block.file.startswith("simulator")]
     assert added == ["simulator/operators/selective_scan.py"]
     fitted, in_a_pass = (b.text for b in shown if b.language == "python" and not b.file)
     python(["-c", fitted + in_a_pass + AFTERWARDS], tmp_path)
+
+
+FIELD = """
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import simulator
+from simulator.cli import run
+from simulator.prediction.grid import read_grid
+
+asked = {"batch": 32, "seq": 32768}
+short, whole = (simulator.predict("llama-3.1-8b", "depth 0.25", "h100", **asked, window=w) for w in (4096, None))
+assert short.dense_s < 0.5 * whole.dense_s
+assert [r.dense_s for r in simulator.table("llama-3.1-8b", "h100", "depth", 0.25, **asked, window=[4096, None])] == [
+    short.dense_s, whole.dense_s
+]
+axes = "models: llama-3.1-8b\\nhardware: h100\\nsparsities: 0.25\\nfamilies: depth\\nphases: decode\\n"
+for window in ("4096", "x"):
+    Path(f"{window}.yaml").write_text(f"{axes}batches: 32\\nseqs: 32768\\nwindow: {window}\\n")
+assert simulator.sweep(read_grid("4096.yaml")).dense_s.tolist() == [short.dense_s]
+with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as errors:
+    statuses = [run(words.split()) for words in (
+        "speedup --help", "sweep x.yaml -o rows", "speedup llama-3.1-8b --hardware h100 --window 0"
+    )]
+assert statuses == [0, 2, 2]
+assert "--window N" in printed.getvalue()
+assert "x.yaml:8:9: window: expected a whole number" in errors.getvalue()
+assert "--window: expected a whole number from 1" in errors.getvalue()
+try:
+    from simulator.explore.app import of_setting
+except ModuleNotFoundError:  # the extra explore is not installed
+    raise SystemExit
+field = of_setting("window")
+assert (field.label, field.default, field.read("4k"), field.read("")) == ("Window", "", 4096, None)
+assert field.help.startswith("Most tokens that a layer attends to")
+"""
+
+
+def test_a_field_of_the_request_is_declared_in_one_place(tmp_path: Path) -> None:
+    followed("A field of the request", "A device to measure on", tmp_path)
+    python(["-c", FIELD], tmp_path)
 
 
 def test_operators_are_told_apart_and_none_is_forgotten() -> None:
