@@ -96,8 +96,7 @@ def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], 
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Return which key blocks each query block sees, booleans: the diagonal block and evenly spread earlier blocks, as
-    many as the density requires."""
+    """Return which key blocks each query block sees: its diagonal block and, by the density, some earlier ones."""
     offset = kv_len - q_len
     table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     for row, start in enumerate(range(0, q_len, block)):

@@ -208,8 +208,7 @@ class Probed:
 
 
 class CaptureProbe:
-    """A child process, started by ``command``, that captures operators on one GPU: it reads an operator and writes an
-    answer, one JSON line each."""
+    """A child process that captures operators on one GPU. It reads operators and writes answers as JSON lines."""
 
     def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
         self._command, self._limit_s = tuple(command), limit_s

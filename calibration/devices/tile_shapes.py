@@ -36,8 +36,7 @@ def alignment(rows: int, columns: int) -> str:
 
 
 def _most_columns(rows: int, element_bytes: int, aligned: str) -> int:
-    """Return the maximum columns of a tile, which limit its registers: an element that is loaded alone has its own
-    address, and fp32 takes twice the space."""
+    """An element that is loaded alone has its own address in a register, and fp32 takes twice the space."""
     if rows <= FEW_ROWS or aligned == "none":
         return 32
     return (256 if aligned == "all" else 128) // element_bytes

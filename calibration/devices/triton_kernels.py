@@ -225,8 +225,7 @@ def _rotary(x, cos, sin, y, heads, half, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), as contiguous
-    cosines and sines."""
+    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), contiguous."""
     (tokens, heads, width), y = x.shape, x.new_empty(x.shape)
     tile = tile_shapes.rotated(width // 2)
     grid = tokens, triton.cdiv(heads, tile.m)

@@ -77,8 +77,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 
 def shipped_name(device: str, gpu: Gpu | None = None) -> str:
-    """Return the shipped profile of a GPU by its reported name, which may end with the number of SMs, and by its facts
-    where they are known; "" for none."""
+    """Return the shipped profile of a GPU by its reported name (and number of SMs) and its known facts, or ""."""
     counted = _SMS.search(device)
     found = NAMES.get(_BRANDS.sub("", _SMS.sub("", device.strip())), "")
     if not found:
@@ -102,8 +101,8 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the facts of the profile ``hardware`` (by default the shipped profile of the GPU), else facts measured in
-    about a second; with a rate for ``dtype``."""
+    """Return the facts of ``hardware`` (default: the shipped profile of the GPU), else measured ones, with a rate for
+    ``dtype``."""
     description = device.describe()
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())

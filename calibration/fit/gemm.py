@@ -55,7 +55,7 @@ class GemmFit(Fit):
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the best of several searches: one from ``start``, which has all constants, and :data:`STARTS` around
+        """Return the best of several searches: one from ``start``, which has all constants, :data:`STARTS` around
         it."""
         start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
@@ -112,8 +112,7 @@ class GemmFit(Fit):
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured by a fit to the other folds; on few rows each fold fits the constants
-        again."""
+        """Return log predicted over measured by fits to the other folds; on few rows they fit the constants again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):

@@ -149,8 +149,7 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
 def _compared(
     base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]
 ) -> tuple[Records, NDArray[np.intp], list[str], dict[str, NDArray[Any]]]:
-    """Return the rows that are predicted and not faster than the device can be, the part of each row, the names of the
-    parts, and the arrays of a local update."""
+    """Return the plausible rows that are predicted, their parts, the names of parts, and the arrays of an update."""
     skipped: dict[str, int] = {}
     names: list[str] = []
     index, ratios, errors = list[NDArray[np.intp]](), list[FloatArray](), list[Uncertainty]()

@@ -77,8 +77,7 @@ def predict(r: Records, hw: HardwareProfile) -> Predicted:
 
 
 def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
-    """Return the sums of operators in sequence, each of them executed a number of times, with fully correlated errors
-    and the bottleneck of the longest."""
+    """Return the sums of operators, each with its count: fully correlated errors, the bottleneck of the longest."""
     longest = np.argmax([count * t.seconds for count, t in parts], axis=0)
     total = {name: sum(count * getattr(t, name) for count, t in parts) for name in TIMES}
     return OperatorTimes(**{**total, "bottleneck": np.choose(longest, [t.bottleneck for _, t in parts])})

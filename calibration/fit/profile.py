@@ -112,9 +112,8 @@ def fit_profile(
 
 
 def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
-    """Return a profile whose fitted sections can be read again, and a note per section that had to change. A value
-    outside its range is set to the end of the range; a constant that is not finite becomes the architecture's
-    default."""
+    """Return a profile whose fitted sections can be read again, and a note per section that had to change. Values
+    outside their range are set to its end, values that are not finite to the architecture's default."""
     sections, notes = dict(profile.sections), []
     for (operator, dtype), section in profile.sections.items():
         sections[operator, dtype], outside = _section_within(operator, section, profile.architecture)
@@ -162,8 +161,7 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
 
 
 def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[tuple[str, str, Records]]:
-    """Return operator, number format and rows of the fits that have enough rows, dense GEMMs first: others need
-    them."""
+    """Return operator, format and rows of the fits with enough rows, dense GEMMs first: other fits need them."""
     same, is_ = records.dtype == records.weight_dtype, records.is_operator
     formats, gemms, every = np.array(DTYPES)[records.dtype], records.labels().astype(str), np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))

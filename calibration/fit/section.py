@@ -29,8 +29,7 @@ FitT = TypeVar("FitT", bound="Fit")
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """Measured rows of one operator of one device and software stack, the search for its constants, and the blank grid
-    of its residual."""
+    """Measured rows of one operator of one device and stack, the search for constants, and the blank residual."""
 
     calls: Calls
     seconds: FloatArray

@@ -341,8 +341,7 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
 
 
 def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
-    """Yield GEMMs of widely spread groups (n, k), one in eight misaligned, in rounds until nothing that fits is left.
-    Each group gets one m from each stratum."""
+    """Yield GEMMs of widely spread groups (n, k) of a few m, one group in eight misaligned, until nothing more fits."""
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]

@@ -90,8 +90,7 @@ def _noise(values: NDArray[np.float64]) -> float:
 def is_warm(values: Sequence[float], tolerance: float) -> bool:
     """Return whether a stretch of samples is steady. Its first value is no outlier: its distance from the median of the
     others is below five standard deviations or ``tolerance``. The medians of its halves differ by less than three
-    standard errors or ``tolerance``. Both tests need the tolerance because a quiet clock may repeat one number
-    exactly."""
+    standard errors or ``tolerance``. A quiet clock may repeat one number exactly, hence the tolerance."""
     series = np.asarray(values, dtype=np.float64)
     first, rest = series[0], series[1:]
     middle = float(np.median(rest))

@@ -47,8 +47,7 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table, in one number format as :meth:`Records.labels` names it (``int8_wo``) or in all formats. InputError
-    if the file does not match its provenance."""
+    """Read a table, in one number format (a label such as ``int8_wo``) or in all."""
     digest = provenance(name)["sha256"]
     path = FOLDER / file_name(name)
     try:

@@ -76,8 +76,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
 def _columns(
     operator: str, cells: Mapping[str, Array], named: Mapping[str, str | float]
 ) -> tuple[dict[str, Array], Screen]:
-    """Return the columns of records of GEMMs or attention, and the refused rows; ``named`` are a column of the file, or
-    a value, for each column of records."""
+    """Return columns of records and refused rows; ``named``: a column of the file, or a value, per column."""
     size, gemm = len(cells["latency_us"]), operator == "gemm"
     columns: dict[str, Array] = {
         ours: _numbers(cells[theirs]) if isinstance(theirs, str) else np.full(size, theirs)

@@ -90,8 +90,7 @@ def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Record
 
 
 def in_order(records: Records, columns: Sequence[str]) -> Records:
-    """Return the rows with times in single precision, sorted by number format, by ``columns`` (the last column first)
-    and by size."""
+    """Return the rows with times in single precision, sorted by format, ``columns`` (the last first) and size."""
     by = ("m", "kv_len", "q_len", "batch", "k", "n", *columns)
     records = records.select(np.lexsort([getattr(records, name) for name in by]))
     records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()

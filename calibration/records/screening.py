@@ -1,5 +1,5 @@
-"""Check rows: refuse them by reason, check physical limits, join repeated shapes, keep one measuring method; store the
-rows of exact shapes in a profile."""
+"""Check rows: refuse them by reason, check physical limits, join repeats, keep one method; add exact shapes to
+profiles."""
 
 from __future__ import annotations
 
@@ -113,8 +113,7 @@ def compute_bound(records: Records, hw: HardwareProfile) -> Array:
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the limits of each time, s: FLOPs at the highest clock; bytes with a full L2, which rotated weights
-    share."""
+    """Return the limits of each time, s: FLOPs at the highest clock; bytes with a full L2."""
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
