@@ -71,8 +71,8 @@ class NotCapturable(Unsupported):
 @dataclass(frozen=True)
 class Graph:
     replay: Callable[[], Any]
-    length: int
-    span_s: float
+    length: int  # launches
+    span_s: float  # time of a replay, about
 
 
 class GpuTimer:

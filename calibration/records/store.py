@@ -274,6 +274,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Return which readings under load show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
@@ -283,6 +284,7 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the numbers of the drift checks that differ."""
     checks = [row for row in rows if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)]
     if any(row.get("visit") for row in rows):
         times = sorted(row["median_s"] for row in checks)
