@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from simulator.pruning._methods import METHODS
     from simulator.request import Request
     from simulator.uncertainty.intervals import workload_time
-    from simulator.uncertainty.operators import gemm_time
+    from simulator.uncertainty.operators import GemmOptions, gemm_time
     from simulator.workload import Workload
 
 _MODULES = {
     "errors": "InputError",
     "engines.engine": "list_engines load_engine",
     "uncertainty.intervals": "workload_time",
-    "uncertainty.operators": "gemm_time",
+    "uncertainty.operators": "GemmOptions gemm_time",
     "hardware.profile": "HardwareProfile",
     "hardware.library": "list_hardware load_hardware",
     "hardware.save": "save_hardware",
@@ -71,7 +71,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "Costs", "FAMILIES", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Request",
+    "Costs", "FAMILIES", "GemmOptions", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Request",
     "Result", "Results", "Step", "Targets", "Workload", "__version__", "costs", "gemm_time", "list_engines",
     "list_hardware", "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory", "predict", "prune",
     "save_hardware", "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall", "workload_time",

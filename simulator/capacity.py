@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, SHARE, instance, number
-from simulator.arrays import FloatArray
-from simulator.codes import DTYPE_BYTES, ROLES, Kind, Part, Phase
+from simulator.arrays import BoolArray, FloatArray
+from simulator.codes import DTYPE_BYTES, GEMM, ROLES, Part, Phase
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
@@ -121,7 +120,7 @@ def memory_share(w: Workload) -> float:
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the bytes of the parameters of each workload."""
     w = workloads.rows
-    each = w.each(lambda operator, rows: operator.parameter_bytes(rows))
+    each = workloads.each(lambda operator, rows: operator.parameter_bytes(rows))
     stored = np.where(w.params > 0, each * w.count, 0.0)
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
@@ -166,11 +165,11 @@ def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
 
 
 def _longest(
-    workloads: WorkloadBatch, rows: NDArray[np.bool_], sequences: Any, prompt: Any = None, shared: Any = None
+    workloads: WorkloadBatch, rows: BoolArray, sequences: Any, prompt: Any = None, shared: Any = None
 ) -> FloatArray:
     """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache, without
     ``shared`` positions (W,) of layers that keep all of the ``prompt`` (W,)."""
-    w, at = workloads.rows, np.flatnonzero(rows)
+    w, at = workloads.rows, rows.nonzero()[0]
     if not len(at):
         return np.zeros(len(workloads))
     kv, window = w.kv_len[at], w.window[at]
@@ -179,8 +178,8 @@ def _longest(
         kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
     batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
     each = np.zeros(len(at))
-    for code in np.unique(w.kind[at]).tolist():
-        own = np.flatnonzero(w.kind[at] == code)
+    for code in set(w.kind[at].tolist()):
+        own = (w.kind[at] == code).nonzero()[0]
         each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
@@ -195,14 +194,18 @@ def _longest(
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
     """Return the peak bytes of activations in one forward pass of each workload, at the widest rows."""
-    return np.maximum(*(activation_bytes_of(workloads, phase) for phase in Phase))
+    return np.asarray(np.maximum.reduce([*activation_bytes_by_phase(workloads).values()]))
 
 
-def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
-    """Return the peak bytes of activations in one pass of a phase of each workload; 0 without such a pass."""
+def activation_bytes_by_phase(workloads: WorkloadBatch) -> dict[Phase, FloatArray]:
+    """Return the peak bytes of activations in one pass of each phase that some workload has; 0 without such a pass."""
+    masks = {phase: workloads.rows.phase == int(phase) for phase in Phase}
+    return {phase: _activation_bytes(workloads, here) for phase, here in masks.items() if np.count_nonzero(here)}
+
+
+def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
     w, size = workloads.rows, len(workloads)
-    here = w.phase == phase
-    gemm = (w.kind == Kind.GEMM) & here
+    gemm = (w.kind == GEMM) & here
     element = np.maximum(workloads.largest(np.where(gemm, 2.0, DTYPE_BYTES[w.dtype])), 2.0)
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
 
@@ -214,14 +217,14 @@ def activation_bytes_of(workloads: WorkloadBatch, phase: Phase) -> FloatArray:
 
     def largest(role: str, column: Any) -> Any:
         mine = w.is_role(role) & here
-        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if mine.any() else 0.0
+        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if np.count_nonzero(mine) else 0.0
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
     # the embedding has all tokens; layers may compute fewer
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    inside = np.where(here, w.each(lambda operator, rows: operator.inner_elements(rows)), 0.0)
+    inside = np.where(here, workloads.each(lambda operator, rows: operator.inner_elements(rows)), 0.0)
     widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, workloads.largest(inside))), outer[:, _HEAD])
     return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 

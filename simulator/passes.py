@@ -1,13 +1,21 @@
 """A forward pass: from the times of operators to the time of a workload in an engine (``Meta.engine``).
 
+The host launches kernels and schedules, in parallel with the device or before it. Under a CUDA graph a pass waits for
+the scheduler, then its kernels follow one another. In eager mode the host launches every kernel while the device works
+on earlier ones; only fewer launches, not smaller kernels, make a host-bound model faster.
+
+Two numbers describe the speed of a host, in standard deviations of the logs: ``passes`` of its time per pass, ``work``
+of its time per launch and per sequence; 0 is the typical (median) host. Over hosts they are correlated, not equal: a
+measured time of a whole pass determines their sum, not how it divides between the pass and the layers.
+
 W are workloads, G groups of rows that share phase, place in the pass, kind and role. Prediction intervals come from
 :func:`simulator.uncertainty.forward.forward_passes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,31 +24,154 @@ from numpy.typing import NDArray
 
 from simulator.arguments import COUNT
 from simulator.arrays import BoolArray, FloatArray, IndexArray, array
-from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel, Kind
+from simulator.codes import COLLECTIVE, DTYPE_BYTES, DTYPES, ELEMENTWISE, EXPERTS, GEMM, ROLES, Kernel, Phase
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.hardware.profile import HardwareProfile
-from simulator.host import Host
 from simulator.operators import BY_CODE
 from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows, bottleneck
+from simulator.operators.experts import experts_touched
 from simulator.workload import Workload, WorkloadBatch, sums
 
 _HOST, _LAUNCH, _COMPUTE = map(bottleneck, ("host", "launch", "compute"))
+_SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
+_NORM = ROLES.index("attention_norm")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Host time of each of W workloads by phase, s, of the typical host, and how far hosts differ."""
+
+    launch: FloatArray  # (W, G) to launch a group's kernels, in parallel with the device; 0 where a graph does
+    launch_log_sd: float
+    layer: FloatArray  # (W,) to launch one layer
+    each_pass: FloatArray  # (W, 2) before the device can start
+    pass_log_sd: float
+    each_sequence: FloatArray  # (W, 2) for the sequences of a pass
+    sequence_log_sd: float
+    correlation: float = 1.0  # between ``passes`` and ``work``; 1: one unknown
+
+    @classmethod
+    def of(
+        cls,
+        workloads: WorkloadBatch,
+        engine: Engine,
+        hw: HardwareProfile,
+        launched: FloatArray,
+        launch_s: float,
+        launch_log_sd: float,
+    ) -> Host:
+        """Return the host of a pass; ``launched`` are its :func:`launches`, ``launch_s`` is its time per launch, the
+        rest is the engine's. A device that is its own host (a CPU) has none next to it."""
+        groups, rows = workloads.groups, workloads.rows
+        none = np.zeros((len(workloads), 2))
+        if hw.architecture == "cpu":
+            return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
+        waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
+        launch = launched * (waits[groups.segment // 3] * launch_s)
+        begins = rows.is_role("embedding").nonzero()[0]
+        owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
+        steps = sums(owner * len(Phase) + phase, count, none.shape)
+        sequences = sums(owner * len(Phase) + phase, count * rows.m[begins], none.shape)
+        sequences[:, Phase.PREFILL] = 0.0
+        if rows.meta.phase == "serve":  # prompts are computed in the steps of others
+            steps[:, Phase.PREFILL] = 0.0
+        layers = groups.count[:, groups.role == _NORM].sum(axis=1)
+        return cls(
+            launch=launch,
+            launch_log_sd=launch_log_sd,
+            layer=launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
+            each_pass=steps * engine.each_pass.value,
+            pass_log_sd=engine.each_pass.log_sd,
+            each_sequence=sequences * engine.each_sequence.value,
+            sequence_log_sd=engine.each_sequence.log_sd,
+            correlation=engine.host_correlation.value,
+        )
+
+    def __bool__(self) -> bool:
+        return self.unknowns > 0
+
+    @cached_property
+    def unknowns(self) -> int:
+        """Number of independent speeds of the host: 0 without host time, 1 if only one kind of time is spent."""
+        passes, launched, work = map(np.count_nonzero, (self.each_pass, self.launch, self.each_sequence))
+        work += launched
+        return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
+
+    def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
+        """Return the speeds ``work`` and ``passes`` for two independent standard normals: the speed of passes, and what
+        the speed of the other host time does not share with it."""
+        first = np.asarray(first, dtype=np.float64)
+        if self.unknowns < 2:
+            return first, first
+        return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(second), first
+
+    def take(self, rows: Any) -> Host:
+        """Return the host of some workloads."""
+        names = ("launch", "layer", "each_pass", "each_sequence")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def spent(self, work: Any = 0.0, passes: Any = 0.0) -> tuple[FloatArray, FloatArray]:
+        """Return the host's time (..., W), hidden or not: per pass, and for launches and sequences."""
+        work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
+        launches = self.launch.sum(axis=1) * np.exp(self.launch_log_sd * work)
+        sequences = self.each_sequence.sum(axis=1) * np.exp(self.sequence_log_sd * work)
+        return self.each_pass.sum(axis=1) * np.exp(self.pass_log_sd * passes), launches + sequences
+
+    def total(
+        self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and how much of it follows
+        the device. ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``."""
+        work, passes = (np.asarray(z, dtype=np.float64)[..., None, None] for z in (work, passes))
+        in_segment = (segment[:, None] == np.arange(6)).astype(np.float64)
+        busy = (device @ in_segment).reshape(-1, 2, 3)
+        spent, scheduled = busy.sum(axis=-1), self.each_pass * np.exp(self.pass_log_sd * passes)
+        seconds, follows = spent + scheduled, spent + 0.0 * scheduled
+        if np.count_nonzero(self.launch):
+            launch = (self.launch @ in_segment).reshape(-1, 2, 3)
+            launched = launch * np.exp(self.launch_log_sd * work)[..., None]
+            eager = launch.any(axis=(0, 2))  # phases that no graph launches
+            seconds, follows = (
+                np.where(eager, beside, graph)
+                for beside, graph in zip(_beside(spent, busy, launched, scheduled), (seconds, follows))
+            )
+        seconds = seconds + self.each_sequence * np.exp(self.sequence_log_sd * work)
+        return seconds, np.broadcast_to(follows, seconds.shape)
+
+
+def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
+    """Return the kernels of each workload and group: those of an operator per execution; if the engine computes routed
+    experts one by one, those of an expert per expert that some token uses, or per expert."""
+    groups, w = workloads.groups, workloads.rows
+    times = groups.count
+    if engine.experts != "grouped" and (routed := w.kind == EXPERTS).any():
+        looped = np.ones(len(w))
+        touched = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
+        looped[routed] = touched if engine.experts == "touched" else w.experts[routed]
+        times = groups.sums(w.count * looped)
+    return np.asarray(times * engine.kernels[groups.role])
+
+
+def _beside(left: FloatArray, device: FloatArray, launch: FloatArray, after: FloatArray) -> tuple[Any, Any]:
+    """Return the time of one phase, and the device's part of it: the longest path along the host to a kernel, then the
+    device. Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows
+    them: the last axis of ``device`` and ``launch``. The device can start a segment only when the host has launched it,
+    and ends no earlier than the host, which works ``after`` the last launch. ``left`` is the time of all three on the
+    device."""
+    launched: Any = 0.0
+    longest, shown = left, left
+    for part in range(3):
+        way = launched + left
+        shown, longest = np.where(way > longest, left, shown), np.maximum(longest, way)
+        launched, left = launched + launch[..., part], left - device[..., part]
+    launched = launched + after
+    return np.maximum(longest, launched), np.where(launched > longest, 0.0, shown)
 
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[IndexArray, str, str]]:
     """Yield the rows of a kind by pair of number formats (one in nearly every workload)."""
-    return ((rows, formats.dtype, formats.second) for operator, rows, formats in by_kind(w) if operator.code == kind)
-
-
-def by_kind(w: Workload) -> Iterator[tuple[Operator, IndexArray, Formats]]:
-    """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
-    codes = (w.kind.astype(np.int64) * len(DTYPES) + w.dtype) * len(DTYPES) + w.weight_dtype
-    codes = codes * 2 + (w.value_dim > 0)
-    for code in np.flatnonzero(np.bincount(codes)).tolist():
-        kind, formats = divmod(code // 2, len(DTYPES) ** 2)
-        dtype, second = divmod(formats, len(DTYPES))
-        yield BY_CODE[kind], np.flatnonzero(codes == code), Formats(DTYPES[dtype], DTYPES[second])
+    return ((rows.at, f.dtype, f.second) for operator, rows, f in w.operators() if operator.code == kind)
 
 
 def section_of(w: Workload, row: int) -> str:
@@ -48,16 +179,19 @@ def section_of(w: Workload, row: int) -> str:
     return BY_CODE[int(w.kind[row])].section(Rows(w, [row]))
 
 
-def estimates(w: Workload, hw: HardwareProfile) -> Iterator[tuple[IndexArray, Estimate]]:
-    """Yield rows of a workload and the cost of one execution of each, whatever the mix of operators."""
+def estimates(
+    w: Workload, operators: Iterable[tuple[Operator, Rows, Formats]], hw: HardwareProfile
+) -> Iterator[tuple[IndexArray, Estimate]]:
+    """Yield rows of a workload and the cost of one execution of each, whatever the mix of its ``operators``."""
     engine = load_engine(w.meta.engine)
-    for operator, at, formats in by_kind(w):
-        rows, sparse24 = Rows(w, at), engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
+    for operator, rows, formats in operators:
         for name in operator.sizes:
-            array(name, getattr(rows, name), COUNT)
+            if np.count_nonzero(getattr(rows, name) < 1):
+                array(name, getattr(rows, name), COUNT)  # raises
+        sparse24 = engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
         searched = sparse24 is None or sparse24.searched
         for some, e in operator.estimates(rows, hw, formats._replace(searched=searched)):
-            yield at[some], e
+            yield rows.at[some], e
 
 
 def engine_factors(
@@ -66,11 +200,13 @@ def engine_factors(
     """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured. Clocks fall
     under load. One token may have a separate kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
-    loaded = hw.section("runtime", "*")["sustained"]
-    rows = w.kind == Kind.GEMM
+    loaded, one_token = hw.section("runtime", "*")["sustained"], engine.one_token.value
+    if loaded == one_token == 1.0:
+        return out
+    rows = w.kind == GEMM
     before = seconds[rows]
     after = before * np.where(codes[rows] == _COMPUTE, loaded, 1.0)
-    after *= np.where(w.m[rows] == 1, engine.one_token.value, 1.0)
+    after *= np.where(w.m[rows] == 1, one_token, 1.0)
     out[rows] = np.maximum(after, np.minimum(roofline_s[rows], before)) / before
     return out
 
@@ -102,17 +238,15 @@ class ForwardPass:
 
     def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
         """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard deviations slower than the
-        typical host (:mod:`simulator.host`), and the part of it (0 to 1) that follows the device."""
-        total, shown = (part.sum(axis=-1) for part in self._phases(work, passes))
-        return total, shown / np.maximum(total, 1e-300)
-
-    def _phases(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
-        return self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
+        typical host, and the part of it (0 to 1) that follows the device."""
+        total, shown = self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
+        total = total.sum(axis=-1)
+        return total, shown.sum(axis=-1) / np.maximum(total, 1e-300)
 
     @cached_property
     def _typical(self) -> tuple[FloatArray, FloatArray]:
         """Time by phase on the typical host, and how much of it follows the device."""
-        return self._phases(0.0, 0.0)
+        return self.host.total(self.group_s, self.workloads.groups.segment)
 
     @property
     def phase_s(self) -> FloatArray:
@@ -138,13 +272,13 @@ class ForwardPass:
     def ideal_s(self) -> FloatArray:
         """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
         w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
-        # of a format that the device does not compute in, only the bytes count
-        rates = np.array([hw.peak_flop_per_s(name) if name in hw.rates else np.inf for name in DTYPES])
-        compute_s = self.workloads.flops * (1.0 / rates)[w.dtype]
+        # a format that the device does not compute in has no time of arithmetic
+        compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
-        rate = hw.link.between(w.meta.devices).bandwidth_bytes_per_s if hw.link else np.inf
-        link = w.read_bytes * w.count / rate
-        return np.where(w.kind == Kind.COLLECTIVE, link, out)
+        between = w.kind == COLLECTIVE
+        if hw.link is None or not np.count_nonzero(between):
+            return out
+        return np.where(between, w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s, out)
 
     @property
     def share(self) -> FloatArray:
@@ -172,7 +306,7 @@ def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     elementwise kernel streams all the data."""
     groups = workloads.groups
     kernels = engine.kernels[groups.role]
-    every = (groups.kind == Kind.ELEMENTWISE) & (groups.role != _CACHE_WRITE)
+    every = (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE)
     return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
 
 
@@ -183,15 +317,15 @@ def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
         return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
-    beside = np.where(groups.kind == Kind.ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
+    beside = np.where(groups.kind == ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
 
 def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
     """Return why an engine has no kernels for some of its workloads, on an architecture or ("") on any; else ""."""
     w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
-    gemm = (w.kind == Kind.GEMM) & bool(w.meta.engine)
-    sparse24 = gemm & (w.kernel == Kernel.SPARSE24)
+    gemm = (w.kind == GEMM) & bool(w.meta.engine)
+    sparse24 = gemm & (w.kernel == _SPARSE24)
     for codes in sorted(set(zip(w.dtype[sparse24].tolist(), w.weight_dtype[sparse24].tolist(), strict=True))):
         dtype, weight = (DTYPES[code] for code in codes)
         if engine.sparse24_kernels(dtype, weight, architecture) is None:

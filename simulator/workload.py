@@ -6,7 +6,7 @@ dynamic methods can be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -23,7 +23,7 @@ from simulator.columns import Table, column
 from simulator.errors import InputError
 from simulator.operators import BY_CODE, MOST_CODES
 from simulator.operators.attention import attention_pairs
-from simulator.operators.base import Operator, Rows
+from simulator.operators.base import Formats, Operator, Rows
 from simulator.request import NO_REQUEST, Lowered
 from simulator.units import percent, size
 
@@ -196,13 +196,19 @@ class Workload(Table):
         mask: Array = _CACHED[self.kind]
         return mask
 
+    def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
+        """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
+        codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(DTYPES) + self.weight_dtype
+        codes = codes * 2 + (self.value_dim > 0)
+        for code in np.bincount(codes).nonzero()[0].tolist():
+            kind, formats = divmod(code // 2, len(DTYPES) ** 2)
+            dtype, second = divmod(formats, len(DTYPES))
+            rows = Rows(self, (codes == code).nonzero()[0])
+            yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
+
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
         """Return the value that each row's operator gives, of one execution; rows of an operator are asked at once."""
-        out = np.zeros(len(self))
-        for code in np.flatnonzero(np.bincount(self.kind)).tolist():
-            rows = np.flatnonzero(self.kind == code)
-            out[rows] = value(BY_CODE[code], Rows(self, rows))
-        return out
+        return _values(self.operators(), value, len(self))
 
     @property
     def pairs(self) -> Array:
@@ -242,7 +248,8 @@ class Workload(Table):
     @property
     def repeats(self) -> Array:
         """Executions of each row per layer, at least 1; they share the parameters of the row."""
-        return np.where(self.layers > 0, np.maximum(self.count / np.maximum(self.layers, 1), 1.0), 1.0)
+        each = np.divide(self.count, self.layers, out=np.ones(len(self)), where=self.layers > 0)
+        return np.maximum(each, 1.0)
 
     @property
     def parameters(self) -> float:
@@ -258,6 +265,15 @@ class Workload(Table):
         layer = np.where(out.layers > 0, out.layer + offset, -1)
         share = 1.0 / times[index]
         return out.replace(count=out.count * share, layer=layer, layers=np.minimum(out.layers, 1))
+
+
+def _values(
+    operators: Iterable[tuple[Operator, Rows, Formats]], value: Callable[[Operator, Rows], Any], size: int
+) -> Array:
+    out = np.zeros(size)
+    for operator, rows, _ in operators:
+        out[rows.at] = value(operator, rows)
+    return out
 
 
 FEW_ROWS = 200
@@ -277,7 +293,7 @@ def segment_of(w: Workload) -> NDArray[np.int64]:
 class Groups:
     """Groups of rows of each workload with the same segment, kind and role, which share errors and launches."""
 
-    cell: IndexArray  # of each row: workload x group
+    cell: IndexArray  # workload x group of each row
     segment: IndexArray  # (:func:`segment_of`) of each group, as the next two
     kind: IndexArray
     role: IndexArray
@@ -305,7 +321,7 @@ class WorkloadBatch:
 
     rows: Workload  # rows of all workloads; its meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1
-    sequences: IndexArray  # of each workload, all with a cache; a dynamic method may skip some in a step
+    sequences: IndexArray  # sequences of each workload with a cache; a dynamic method may skip some in a step
     dense: IndexArray  # index of the dense workload of each; a dense workload has itself
     pruning: IndexArray  # index into the requested prunings; -1: dense
     sparsity: FloatArray  # requested
@@ -317,18 +333,13 @@ class WorkloadBatch:
             raise ValueError(f"lengths: expected {expected}")
 
     @classmethod
-    def of(cls, workloads: Sequence[Workload]) -> WorkloadBatch:
-        """Return a batch of workloads, all as dense ones."""
-        many = len(workloads)
-        return cls(
-            rows=Workload.concat(workloads),
-            lengths=np.array([len(w) for w in workloads], dtype=np.intp),
-            sequences=np.array([w.meta.batch for w in workloads], dtype=np.intp),
-            dense=np.arange(many),
-            pruning=np.full(many, -1),
-            sparsity=np.zeros(many),
-            realised=np.zeros(many),
-        )
+    def of(cls, workloads: Sequence[Workload], **columns: Any) -> WorkloadBatch:
+        """Return a batch of workloads, all as dense ones unless ``columns`` state otherwise."""
+        every = np.arange(len(workloads))
+        columns = {"dense": every, "pruning": 0 * every - 1, "sparsity": 0.0 * every, "realised": 0.0 * every} | columns
+        lengths = np.array([len(w) for w in workloads], dtype=np.intp)
+        sequences = np.array([w.meta.batch for w in workloads], dtype=np.intp)
+        return cls(Workload.concat(workloads), lengths, sequences, **columns)
 
     @classmethod
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
@@ -386,14 +397,23 @@ class WorkloadBatch:
         return np.maximum.reduceat(column, self.starts)
 
     @cached_property
+    def operators(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
+        """Rows of each operator and pair of number formats (:meth:`Workload.operators`)."""
+        return tuple(self.rows.operators())
+
+    def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
+        """Return the value that each row's operator gives, of one execution."""
+        return _values(self.operators, value, len(self.rows))
+
+    @cached_property
     def flops(self) -> FloatArray:
         """FLOPs of all executions of each row."""
-        return self.rows.flops
+        return np.asarray(self.each(lambda operator, rows: operator.flops(rows)) * self.rows.density * self.rows.count)
 
     @cached_property
     def bytes(self) -> FloatArray:
         """Minimum bytes of all executions of each row."""
-        return self.rows.bytes
+        return np.asarray(self.each(lambda operator, rows: operator.bytes(rows)) * self.rows.count)
 
     def bound(self, column: FloatArray) -> FloatArray:
         """Return the ratio of sums of a column, dense to pruned, by workload, without overhead operators."""
@@ -409,17 +429,6 @@ class WorkloadBatch:
     def byte_bound(self) -> FloatArray:
         """Ratio of bytes, dense to pruned, of each workload."""
         return self.bound(self.bytes)
-
-    @cached_property
-    def kinds(self) -> tuple[tuple[int, NDArray[np.bool_]], ...]:
-        """First row of each kind of operator (latent attention is separate), and the workloads that have the kind
-        themselves or in their dense workload."""
-        code, out = self.rows.kind.astype(np.int64) * 2 + (self.rows.value_dim > 0), []
-        for kind in np.flatnonzero(np.bincount(code)).tolist():
-            rows = np.flatnonzero(code == kind)
-            has = np.bincount(self.owner[rows], minlength=len(self)) > 0
-            out.append((int(rows[0]), has | has[self.dense]))
-        return tuple(out)
 
     @cached_property
     def groups(self) -> Groups:
@@ -456,3 +465,9 @@ class WorkloadBatch:
         if any((values[first][which] != values).any() for values in columns):  # two operators have one hash
             return w, every
         return w.take(first), which
+
+    @cached_property
+    def distinct(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
+        """Operators with different times, as :attr:`operators`."""
+        rows = self.shapes[0]
+        return self.operators if rows is self.rows else tuple(rows.operators())

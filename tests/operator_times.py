@@ -4,13 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
 from typing import Any
 
+from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention, collective, delta_net, elementwise, experts
 from simulator.operators.base import Estimate
 from simulator.uncertainty.factors import Uncertainty
 from simulator.uncertainty.operators import OperatorTimes, operator_time, predicted
+
+
+def prefill(
+    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Any, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
+) -> Estimate:  # fmt: skip
+    """Return the cost of prefill attention."""
+    calls = attention.Geometry.of(batch, q_len, kv_len, heads, kv_heads, head_dim, **options)
+    return attention.prefill(calls, hw, dtype, kv_dtype)
+
+
+def decode(
+    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Any, *,
+    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
+) -> Estimate:  # fmt: skip
+    """Return the cost of decode attention."""
+    calls = attention.Geometry.of(batch, 1, kv_len, heads, kv_heads, head_dim, warm=not cold, **options)
+    return attention.decode(calls, hw, dtype, kv_dtype)
+
+
+def of_experts(m: Any, n: Any, k: Any, number: Any, active: Any, hw: Any, **options: Any) -> Estimate:
+    """Return the cost of routed experts."""
+    further = {name: options.pop(name) for name in ("skew", "devices") if name in options}
+    return experts.experts(experts.ExpertSizes(m, n, k, number, active, **further), hw, **options)
+
+
+def of_delta_net(*sizes: Any, conv: Any = 4, **options: Any) -> Estimate:
+    """Return the cost of gated delta nets, from their sizes and a profile."""
+    return delta_net.delta_net(delta_net.DeltaSizes(*sizes[:-1], conv), sizes[-1], **options)
 
 
 def of_sizes(cost: Callable[..., Estimate]) -> Callable[..., OperatorTimes]:
@@ -18,17 +47,20 @@ def of_sizes(cost: Callable[..., Estimate]) -> Callable[..., OperatorTimes]:
 
     @wraps(cost)
     def times(*args: Any, level: float = 0.9, **options: Any) -> OperatorTimes:
-        hw = signature(cost).bind(*args, **options).arguments["hw"]
-        return operator_time(cost(*args, **options), hw, level)
+        return operator_time(cost(*args, **options), _profile(args, options), level)
 
     return times
 
 
 def errors_of(cost: Callable[..., Estimate], *args: Any, **options: Any) -> Uncertainty:
     """Return the errors of the times."""
-    return predicted(cost(*args, **options), signature(cost).bind(*args, **options).arguments["hw"])[1]
+    return predicted(cost(*args, **options), _profile(args, options))[1]
 
 
-prefill_time, decode_time = of_sizes(attention.prefill), of_sizes(attention.decode)
-elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(experts.experts)
-collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(delta_net.delta_net)
+def _profile(args: tuple[Any, ...], options: dict[str, Any]) -> HardwareProfile:
+    return next(a for a in (*options.values(), *args) if isinstance(a, HardwareProfile))
+
+
+prefill_time, decode_time = of_sizes(prefill), of_sizes(decode)
+elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(of_experts)
+collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(of_delta_net)

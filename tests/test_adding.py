@@ -25,7 +25,7 @@ from calibration.records.timing_table import Records, Source
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.uncertainty.factors import ERROR_FACTORS, Scales, uncertainty_of
-from simulator.uncertainty.posterior import Posterior
+from simulator.uncertainty.factors import Posterior
 
 # the section is written and read
 about = provenance_of(Records.from_columns([Source("planted")], m=8, n=8, k=8, seconds=1e-5), "2026-01-01")

@@ -123,7 +123,7 @@ def operators() -> Iterator[Line]:
         gemms |= {f"gemm:{weights}-weights": {"weight_dtype": weights} for weights in ("int4", "fp8")}
         for name, options in gemms.items():
             yield from times(profile, name, simulator.gemm_time(m, n, k, hw, **options), m, n, k)
-        vector = simulator.gemm_time(one, n, k, hw, kernel=Kernel.SPMV, density=0.5)
+        vector = simulator.gemm_time(one, n, k, hw, kernel=Kernel.SPMV, options=simulator.GemmOptions(density=0.5))
         yield from times(profile, "gemm:spmv", vector, one, n, k)
         for name, t in (
             ("prefill", prefill_time(batch, tokens, tokens, 32, 8, 128, hw)),

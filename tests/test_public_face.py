@@ -97,6 +97,7 @@ def held() -> dict[str, Any]:
     pruned = simulator.prune(dense, "width", sparsity=0.3)
     table = simulator.table(["llama-3.2-1b"], ["h100", "a100"], ["depth", "semi_structured"], [0.25, 0.5])
     advised = advise("llama-3.2-1b", ["h100"], 1.2, ["depth", "width"])
+    detailed = simulator.GemmOptions(detail=True)
     return {
         "speedup": simulator.speedup(dense, pruned, hw),
         "waterfall": simulator.waterfall(dense, pruned, hw),
@@ -104,7 +105,7 @@ def held() -> dict[str, Any]:
         "record": table[0],
         "explanation": explanations("llama-3.2-1b", ["h100"], prune="depth 0.25")[0],
         "lower": dense,
-        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, detail=True),
+        "gemm_time": simulator.gemm_time([[1, 8, 64]], 4096, [[4096], [8192]], hw, options=detailed),
         "attention_time": decode_time(1, 2048, 32, 8, 64, hw),
         "workload_time": simulator.workload_time(dense, hw),
         "memory": simulator.memory(dense, hw),

@@ -35,8 +35,7 @@ from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
 from calibration.evidence.sets import SETS, Row, against_targets, evaluate_sets, means
 from calibration.measurements import published
 from simulator.cli import parsing
-from simulator.engines.engine import list_engines, load_engine
-from simulator.engines.loading import FEATURES, Loading
+from simulator.engines.engine import FEATURES, Loading, list_engines, load_engine
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import load_hardware

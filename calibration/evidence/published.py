@@ -25,8 +25,7 @@ from calibration.measurements import published
 from simulator.arrays import FloatArray
 from simulator.capacity import memory
 from simulator.codes import Kernel, Phase
-from simulator.engines.engine import load_engine
-from simulator.engines.generations import split
+from simulator.engines.engine import load_engine, split
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -181,7 +180,7 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     m, n, k, pruned_n, pruned_k = (np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k"))
     kernel, density = (Kernel.SPARSE24, 0.5) if row["what"] == "2:4" else (Kernel.DENSE, 1.0)
     # these benchmarks repeat one GEMM, so its weights may stay in the L2 cache
-    options = Options(row["dtype"], cold=False)
+    options = Options(row["dtype"], copies=1)
     dense, ((_, dense_error),) = gemm_predicted(m, n, k, hw, options)
     pruned_options = replace(options, kernel=np.array([kernel]), density=density)
     pruned, ((_, pruned_error),) = gemm_predicted(m, pruned_n, pruned_k, hw, pruned_options)

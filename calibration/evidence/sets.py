@@ -44,8 +44,8 @@ from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVE_CONSTANTS
 from simulator.operators.experts import Layers
 from simulator.operators.gemm import Products
+from simulator.uncertainty.factors import posterior_of
 from simulator.uncertainty.forward import ratio_half
-from simulator.uncertainty.posterior import posterior_of
 
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ from simulator.arrays import FloatArray
 from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import Fitted, Section
 from simulator.operators import CONSTANTS
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
@@ -94,14 +94,14 @@ def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
         return section
     m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
     ratio = before / after
-    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", cold=False).seconds
+    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", options=GemmOptions(copies=1)).seconds
     tried: list[dict[str, float]] = [{"sparse_step": step} for step in STEPS]
     if m.min() <= FEW_TOKENS:
         tried = [{**values, "sparse_load": load} for values in tried for load in LOADS]
     error = np.empty((len(tried), len(ratio)))
     for i, values in enumerate(tried):  # for so few constants, a scan is safer than a search
         trial = with_section(hw, dtype, _with_constants(section, {c: Fitted(v) for c, v in values.items()}))
-        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", density=0.5, cold=False).seconds
+        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", options=GemmOptions(copies=1)).seconds
         error[i] = np.abs(np.log(dense / sparse / ratio))
     total = error.sum(axis=1)
     without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]

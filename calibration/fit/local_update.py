@@ -1,6 +1,6 @@
 """Local update: adapt a whole profile to this machine and software with measured times of any operators.
 
-The method is the posterior of the error model (:mod:`simulator.uncertainty.posterior`): the profile keeps its constants
+The method is the posterior of the error model (:mod:`simulator.uncertainty.factors`): the profile keeps its constants
 and stores the log errors of the rows with their loadings. A local update replaces an earlier one.
 """
 
@@ -28,8 +28,15 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.sections import LocalUpdate
 from simulator.operators.base import OTHER_STACK
-from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, FACTOR_INDEX, Uncertainty
-from simulator.uncertainty.posterior import MOST_LOG, Posterior, posterior_of
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    ERROR_FACTORS,
+    FACTOR_INDEX,
+    MOST_LOG,
+    Posterior,
+    Uncertainty,
+    posterior_of,
+)
 
 LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400  # rows that an update needs, that it should have, that it stores at most
 MOST_FACTOR = 2.5  # largest factor between measured and predicted times, in the median, that a stack explains

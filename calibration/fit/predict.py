@@ -20,15 +20,15 @@ from simulator.arrays import IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
+from simulator.operators.attention import Geometry
 from simulator.operators.base import Estimate, bottleneck
 from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
-from simulator.operators.experts import PARTS, experts
+from simulator.operators.experts import PARTS, ExpertSizes, experts
 from simulator.operators.gemm import Options
-from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, Uncertainty, in_order
+from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, HOST_KIND, Uncertainty, in_order, posterior_of
 from simulator.uncertainty.forward import host_launch
 from simulator.uncertainty.operators import TIMES, OperatorTimes, gemm_predicted, operator_time, predicted
-from simulator.uncertainty.posterior import HOST_KIND, posterior_of
 
 UNTIMED = "the time is not positive and finite"
 
@@ -131,12 +131,14 @@ def _heads(r: Records) -> dict[str, Any]:
     return {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
 
 
+def _calls(r: Records, q_len: Any, **kind: Any) -> Geometry:
+    kind |= {"value_dim": r.n if r.is_operator(*LATENT)[0] else 0, "window": r.window, "density": r.density}
+    return Geometry.of(r.batch, q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim, **kind)
+
+
 def _prefill(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
-    shape = r.batch, r.q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim
-    kind: dict[str, Any] = {"window": r.window, "density": r.density, "block": r.block}
-    kind["value_dim"] = r.n if r.is_operator(*LATENT)[0] else 0
-    e = attention.prefill(*shape, hw, dtype=options.dtype, kv_dtype=options.weight_dtype, **kind)
-    time, uncertainty = predicted(e, hw)
+    calls = _calls(r, r.q_len, block=r.block)
+    time, uncertainty = predicted(attention.prefill(calls, hw, options.dtype, options.weight_dtype), hw)
     return Predicted(time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty)
 
 
@@ -144,10 +146,8 @@ def _decode(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     latent = bool(r.is_operator(*LATENT)[0])
 
     def call(rows: Records) -> Estimate:
-        shape = rows.batch, rows.kv_len, rows.heads, rows.kv_heads, rows.head_dim
-        kind: dict[str, Any] = {"value_dim": rows.n if latent else 0, "window": rows.window, "density": rows.density}
-        kind |= {"latent": latent, "cold": bool(rows.cold[0])}
-        return attention.decode(*shape, hw, dtype=options.dtype, kv_dtype=options.weight_dtype, **kind)
+        calls = _calls(rows, 1.0, latent=latent, warm=not rows.cold[0])
+        return attention.decode(calls, hw, options.dtype, options.weight_dtype)
 
     # published tables read one cache repeatedly; measurements of this program rotate caches
     time, uncertainty = _by(r, r.cold, hw, call)
@@ -182,10 +182,9 @@ def _elementwise(r: Records, hw: HardwareProfile, options: Options) -> Predicted
 
 def _experts(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     def call(rows: Records) -> Estimate:
-        shape = rows.m, rows.n, rows.k, rows.experts, rows.active
+        sizes = ExpertSizes(rows.m, rows.n, rows.k, rows.experts, rows.active, rows.skew)
         part, warm = PARTS[int(experts_part(rows)[0])], not rows.cold[0]
-        how: dict[str, Any] = {"dtype": options.dtype, "weight_dtype": options.weight_dtype}
-        return experts(*shape, hw, skew=rows.skew, dealt=True, warm=warm, part=part, **how)
+        return experts(sizes, hw, options.dtype, options.weight_dtype, dealt=True, warm=warm, part=part)
 
     time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}

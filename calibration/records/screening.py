@@ -15,7 +15,7 @@ from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators.attention import attention_pairs
-from simulator.operators.measured_shapes import EXACT_NAMES
+from simulator.operators.gemm import EXACT_NAMES
 
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict

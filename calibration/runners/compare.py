@@ -30,8 +30,7 @@ from calibration.runners.cases import Case, CaseRow, ModelRun, Runner, predicted
 from calibration.runners.runs import begin
 from simulator.codes import PHASES
 from simulator.display import few
-from simulator.engines.engine import load_engine
-from simulator.engines.generations import numbers
+from simulator.engines.engine import load_engine, numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.prediction.benchmarks import BenchRun

@@ -26,7 +26,8 @@ from calibration.runners.runs import MeasuredRun, RunOptions, begin, measure_pla
 from simulator.arrays import FloatArray
 from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
-from simulator.operators import attention
+from simulator.operators.attention import Geometry, decode, prefill
+from simulator.operators.base import Estimate
 from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Workload
 
@@ -215,10 +216,16 @@ def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[flo
     return total, float(np.sqrt(((seconds * half) ** 2).sum())) / total, 0
 
 
+def _attention(cost: Callable[..., Estimate], calls: Geometry, hw: HardwareProfile, dtype: str) -> OperatorTimes:
+    return operator_time(cost(calls, hw, dtype), hw)
+
+
 _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
     "gemm": gemm_time,
-    "attention_prefill": lambda *sizes, dtype: operator_time(attention.prefill(*sizes, dtype=dtype), sizes[-1]),
-    "attention_decode": lambda *sizes, dtype: operator_time(attention.decode(*sizes, dtype=dtype), sizes[-1]),
+    "attention_prefill": lambda *sizes, dtype: _attention(prefill, Geometry.of(*sizes[:-1]), sizes[-1], dtype),
+    "attention_decode": lambda batch, *sizes, dtype: _attention(
+        decode, Geometry.of(batch, 1, *sizes[:-1]), sizes[-1], dtype
+    ),
 }
 
 

@@ -7,7 +7,6 @@ Pipes and files have 120 columns.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -32,6 +31,8 @@ from simulator.units import size as size
 
 T = TypeVar("T")
 
+# codes of styles on a terminal
+ANSI: Mapping[str, int] = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 PIPED_WIDTH = 120  # columns of a table that goes to a pipe or a file
 PROGRESS_AFTER_S = 2.0  # run time after which a progress bar appears, s
 MOST_NOTES = 3  # notes that a run prints without --verbose
@@ -95,26 +96,31 @@ def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Colum
 
 
 def table_text(columns: Sequence[Column], title: str = "", *, color: bool = False) -> str:
-    """Return a table as text with a line under the header, without wrapping or trailing blanks."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # a line under the header
-    table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for c in columns:
-        table.add_column(Text(c.title), justify="right" if c.right else "left", no_wrap=True, vertical="bottom")
+    """Return a table as text with a line under the header, without trailing blanks."""
+    height = max(c.title.count("\n") for c in columns) + 1
+    titles = [c.title.split("\n") for c in columns]
+    titles = [[""] * (height - len(lines)) + lines for lines in titles]
+    bold = ["bold" if color else ""] * len(columns)
+    out = [_painted(line, bold[0]) for line in title.split("\n") if title]
+    out += [_line(columns, [lines[i] for lines in titles], bold) for i in range(height)]
+    out.append("-" * table_width(columns))
     for i in range(len(columns[0].cells)):
-        table.add_row(*(Text(c.cells[i], style=c.styles[i] if c.styles else "") for c in columns))
-    out = io.StringIO()
-    # the layout fits the width: rich has unlimited width, so it never wraps or cuts
-    colors = "standard" if color else None
-    console = Console(file=out, width=2000, height=100, force_terminal=color, color_system=colors, legacy_windows=False)  # type: ignore[arg-type]
-    if title:
-        console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        styles = [c.styles[i] if color and c.styles else "" for c in columns]
+        out.append(_line(columns, [c.cells[i] for c in columns], styles))
+    return "\n".join(out)
+
+
+def _line(columns: Sequence[Column], texts: Sequence[str], styles: Sequence[str]) -> str:
+    cells = []
+    for column, text, style in zip(columns, texts, styles):
+        blanks = " " * (column.width - len(text))
+        cells.append(blanks + _painted(text, style) if column.right else _painted(text, style) + blanks)
+    return "  ".join(cells).rstrip()
+
+
+def _painted(text: str, style: str) -> str:
+    """Return a text in a style of :data:`ANSI`, for terminals that support it."""
+    return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if style and text else text
 
 
 def show(columns: Sequence[Column], title: str = "") -> None:

@@ -41,7 +41,6 @@ def speedup(
     one.
     """
     output = render.Output(out.json, out.csv, [out.figure])
-    from simulator.prediction.runnable import runnables
     from simulator.prediction.sentences import uncalibrated
     from simulator.prediction.table import table
 
@@ -50,6 +49,8 @@ def speedup(
     # --family prints no "will it run" lines; --json has them
     answers: list[Runnable] = []
     if out.json or out.csv or prunings.named:
+        from simulator.prediction.runnable import runnables
+
         answers = runnables(found, profiles if prunings.named else ())
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
         _print(found, answers, memory, out.verbose)

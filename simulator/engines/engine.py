@@ -3,14 +3,14 @@
 Use :func:`load_engine` with a name, an alias or the path of your own YAML file; :func:`check_engine` lists all problems
 of a file. An engine describes no GPU. It names the software stacks whose kernels it runs, and a hardware profile has
 the fitted sections of these stacks (``HardwareProfile.serving``). Releases that differ are generations of one engine
-(:mod:`simulator.engines.generations`): ``load_engine("vllm@0.19")``.
+(:class:`Generation`): ``load_engine("vllm@0.19")``.
 
 The annotations of the dataclasses are the schema of the file.
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from simulator.arguments import shown
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 from simulator.display import Displayed
-from simulator.engines.generations import SINCE, Generation, numbers, selected, split
-from simulator.engines.loading import FEATURES, LIBRARIES, DynamicKernels, Formats, Loading, Sparse24, Width
 from simulator.errors import InputError, unknown
 from simulator.files.fields import Flag, Keys, Map, Number, Quantity, SourceName, String, Strings, Text, read
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
@@ -41,6 +39,141 @@ _PATH = re.compile(r"[/\\]|\.ya?ml$")
 _NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
 _COUNT = 2**31 - 1
 _SHARE = Number(0, 3, "0.1")
+
+_VERSION = re.compile(r"(\d{1,6}(?:\.\d{1,6}){0,5})(?:[.+-]?[a-z][a-z0-9.+-]{0,30})?", re.ASCII)
+SINCE = r"\d{1,6}(\.\d{1,6}){0,5}"
+"""Pattern of the first version of a generation."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Releases of an engine from one version on."""
+
+    name: str
+    since: str  # first version, such as "0.14"
+    title: str
+    source: str
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False)  # fields of the engine that differ
+
+
+def split(text: str) -> tuple[str, str]:
+    """Return the name or path of an engine, and the version or generation after it ("" without one).
+
+    >>> split("vllm@0.19"), split("vllm"), split("engines@home/mine.yaml"), split("mine.yaml@0.2")
+    (('vllm', '0.19'), ('vllm', ''), ('engines@home/mine.yaml', ''), ('mine.yaml', '0.2'))
+    """
+    name, _, wanted = text.rpartition("@")
+    if not name or not wanted.strip() or re.search(r"[/\\]|\.ya?ml$", wanted):
+        return text, ""
+    return name, wanted.strip().lower()
+
+
+def numbers(version: str) -> tuple[int, ...] | None:
+    """Return the numbers of a version, or None for other text. A suffix does not count: a release candidate and a
+    post-release have the features of their release.
+
+    >>> numbers("0.5.6.post2"), numbers("1.0.0rc3"), numbers("0.19.1+cu129"), numbers("next")
+    ((0, 5, 6), (1, 0, 0), (0, 19, 1), None)
+    """
+    found = _VERSION.fullmatch(version)
+    return tuple(int(part) for part in found.group(1).split(".")) if found else None
+
+
+def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Generation:
+    """Return the generation of a name, or the newest that is not after a version; InputError for other text."""
+    if not generations:
+        raise InputError(f"engine '{engine}@{wanted}': {engine} has no generations; expected {engine}")
+    for generation in generations:
+        if generation.name == wanted:
+            return generation
+    version = numbers(wanted)
+    since = [generation for generation in generations if version is not None and reached(version, generation.since)]
+    if not since:
+        names = ", ".join(f"{g.name} (from {g.since})" for g in generations)
+        example = f"a version such as {generations[-1].since}"
+        raise InputError(f"engine '{engine}@{wanted[:40]}': expected {example}, or a generation: {names}")
+    return since[-1]
+
+
+def reached(version: tuple[int, ...], since: str) -> bool:
+    """Return whether a version is not before another.
+
+    >>> reached((0, 8), "0.8.0"), reached((0, 10), "0.8"), reached((0, 7, 3), "0.8")
+    (True, True, False)
+    """
+    first = numbers(since) or ()
+    width = max(len(version), len(first))
+    return version + (0,) * (width - len(version)) >= first + (0,) * (width - len(first))
+
+
+FEATURES: Mapping[str, str] = MappingProxyType(
+    {
+        "uniform": "layers of equal shapes, fewer or narrower than in the dense model",
+        "heads": "query heads that do not add up to the hidden size",
+        "groups": "query heads that are not a multiple of the key/value heads",
+        "sublayers": "layers without attention or without an MLP",
+        "layer_inner": "MLP widths that differ by layer",
+        "layer_kv_heads": "key/value heads that differ by layer",
+        "layer_heads": "query heads that differ by layer",
+        "layer_experts": "experts that differ by layer",
+        "expert_choice": "experts that a map, or a number per token, selects after the router",
+        "linear": "a linear layer instead of attention or an MLP",
+        "low_rank": "low-rank factors of weights",
+        "residual_projections": "matrices in the residual stream (SliceGPT)",
+        "routers": "routers that skip tokens, heads or channels",
+        "custom_code": "modelling code in the repository of the model",
+    }
+)
+"""Feature of a checkpoint -> its description."""
+
+
+Formats = tuple[Annotated[str, Text(DTYPES)], ...]
+_MULTIPLE = Number(1, 65536, "128", whole=True)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Whether a stock engine loads checkpoints with a feature."""
+
+    value: Flag
+    source: SourceName
+    how: String  # what config.json must state, or why the engine does not load the feature
+    model_types: Strings = ()  # only these; none: all
+    multiple: Annotated[int, _MULTIPLE] = 1  # MLP widths that it can describe
+
+
+@dataclass(frozen=True)
+class Width:
+    """Number of elements of which the kernels of a weight format need a multiple."""
+
+    multiple: Annotated[int, _MULTIPLE]
+    source: SourceName
+    required: Flag = False  # whether the engine refuses other widths
+    note: String = ""
+
+
+LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
+"""Libraries of 2:4 kernels. Marlin reads weights alone in fewer bits, the others compute in the weights' format."""
+
+
+@dataclass(frozen=True)
+class Sparse24:
+    """2:4 kernels of one library, as an engine uses it."""
+
+    formats: Formats  # number formats of the weights
+    source: SourceName
+    searched: Flag = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
+    on: Strings = ()  # architectures with these kernels; none: all
+    note: String = ""
+
+
+@dataclass(frozen=True)
+class DynamicKernels:
+    """How an engine runs a dynamic pruning family."""
+
+    how: String
+    source: SourceName
+    on: Strings = ()  # architectures with these kernels; none: all
 
 
 @dataclass(frozen=True)
@@ -147,7 +280,7 @@ class Behaviour:
         default_factory=dict
     )
     schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
-    quantize: Quantisation = Quantisation(INPUTS, "")  # of activations, by kernels of their own
+    quantize: Quantisation = Quantisation(INPUTS, "")  # how activations are converted by further kernels
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
@@ -208,7 +341,7 @@ class Engine(Behaviour, Displayed):
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
-    host_correlation: Correlation = Correlation(1.0, "")  # of the host time per pass and the other host time
+    host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first
     generation: str = ""  # name of the one that this engine is; "" if it has none
@@ -301,18 +434,15 @@ def load_engine(name_or_path: str) -> Engine:
     name_or_path = os.fspath(name_or_path)
     if not name_or_path:
         return _KERNELS
-    name, wanted = split(name_or_path)
-    if _PATH.search(name):
+    path, wanted, shipped = _place(name_or_path)
+    stamp = (0, 0)
+    if not shipped:
         try:
-            status = os.stat(name)
+            status = os.stat(path)
             stamp = (status.st_mtime_ns, status.st_size)
         except (OSError, ValueError):
             stamp = (-1, -1)
-        return _load(name, stamp, wanted)
-    names = _names()
-    if _plain(name) not in names:
-        raise unknown("engine", name, list_engines())
-    return _load(names[_plain(name)], (0, 0), wanted)
+    return _load(path, stamp, wanted)
 
 
 def check_engine(path: str) -> list[str]:
@@ -348,6 +478,17 @@ def _names() -> Mapping[str, str]:
         path = str(_FOLDER / f"{name}.yaml")
         found |= {_plain(alias): path for alias in (name, *aliases_of(Path(path)))}
     return MappingProxyType(found)
+
+
+@lru_cache(maxsize=64)
+def _place(name_or_path: str) -> tuple[str, str, bool]:
+    """Return the file of an engine, the wanted generation, and whether the engine is shipped."""
+    name, wanted = split(name_or_path)
+    if _PATH.search(name):
+        return name, wanted, False
+    if _plain(name) not in _names():
+        raise unknown("engine", name, list_engines())
+    return _names()[_plain(name)], wanted, True
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from simulator.arrays import BoolArray, FloatArray
 from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
 from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
 from simulator.hardware.profile import HardwareProfile
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 MOST_DOTS = 1500  # more points become a density
 RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a count on the edge replace others
@@ -42,7 +42,7 @@ class MeasuredGemms:
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predicted times of all rows, s, for the stack and the rotation of weights that were measured."""
         hw = hw.on(self.stack) if self.stack else hw
-        return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, copies=self.copies).seconds
+        return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, options=GemmOptions(copies=self.copies)).seconds
 
 
 @dataclass(frozen=True)

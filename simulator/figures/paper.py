@@ -37,7 +37,7 @@ from simulator.prediction.result import Result
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.request import Request
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
@@ -315,7 +315,7 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
 def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None) -> dict[str, FloatArray]:
     """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the highest clock, s."""
     dtype, size = p.request.dtype, ELEMENT_BYTES[p.request.dtype]
-    t = gemm_time(m, n, k, hw, dtype=dtype, copies=copies, level=p.request.level)
+    t = gemm_time(m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level))
     compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
     moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
     times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from simulator.engines.engine import list_engines, load_engine
-from simulator.engines.generations import split
+from simulator.engines.engine import list_engines, load_engine, split
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import list_hardware, load_hardware

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from simulator.operators import MOST_CODES
 from simulator.operators.elementwise import CLASSES
-from simulator.operators.measured_shapes import check_exact
+from simulator.operators.gemm import check_exact
 
 Arrays = Mapping[str, NDArray[Any]]
 
-MAX_BYTES = 64_000_000  # of a file, and of the sum of its arrays
+MAX_BYTES = 64_000_000  # limit of a file, and of its arrays together
 MOST_LOG = 5.0  # log ratio of a measurement to a model: a factor of 148
-MOST_ROWS = 2000  # of a local update; time and memory of its posterior grow with the square
+MOST_ROWS = 2000  # most rows of a local update: its posterior takes time and memory that grow with their square
 MOST_FACTOR = 30.0  # log ratio of one kernel's constant to another's: one can be at the lower end of its range
 
 _FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from simulator.arguments import COUNT, Range, number
-from simulator.codes import STACKS
+from simulator.arrays import FloatArray
+from simulator.codes import DTYPES, STACKS
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
 from simulator.hardware.link import named
@@ -239,6 +242,11 @@ class HardwareProfile(Displayed):
         """
         rate = self.rate(dtype)
         return rate.flop_per_s * (rate.sparse_factor if sparse else 1.0)
+
+    @cached_property
+    def flop_s(self) -> FloatArray:
+        """Time of a FLOP at the datasheet rate by code of the number format, s; 0 for formats without arithmetic."""
+        return np.array([1.0 / self.rates[name].flop_per_s if name in self.rates else 0.0 for name in DTYPES])
 
     def ridge_point(self, dtype: str) -> float:
         """Return the intensity, FLOP/byte, above which a datasheet roofline of ``dtype`` is compute-bound."""

@@ -315,7 +315,7 @@ def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> No
     for i, node in enumerate(root.at("aliases").items):
         plain = plain_name(node.text)
         owner = taken.get(plain, name)
-        if not plain:  # which has a problem already
+        if not plain:  # the problem of this name is recorded already
             continue
         if plain in own:
             problems.add(node, f"aliases.{i}", f"{node.text!r} is given twice, or is the name itself; remove it")

@@ -20,9 +20,9 @@ from simulator.operators.attention import DECODE_KERNELS
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
-SCALE_RANGE = (0.01, 10.0)  # of a section scale
-ACCURACY_RANGE = (-1e9, 1e9)  # of an error on held-out shapes
-MOST_STD_ERROR = 1e30  # of a constant
+SCALE_RANGE = (0.01, 10.0)  # limits of a section scale
+ACCURACY_RANGE = (-1e9, 1e9)  # limits of an error on held-out shapes
+MOST_STD_ERROR = 1e30  # largest standard error of a constant
 
 
 class _InRange(Number):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -208,15 +208,32 @@ class Geometry(Sizes):
     kv_len: FloatArray
     heads: FloatArray
     kv_heads: FloatArray
-    head_dim: FloatArray  # features of a head
+    head_dim: FloatArray  # features per head
     window: Any = 0.0  # positions, 0 for none
     density: Any = 1.0  # share of the query-key blocks computed; in decode, of the cache read
     block: Any = 0.0  # edge of the blocks skipped, 0 for none
-    element_bytes: Any = 2.0  # of an activation
-    cache_bytes: Any = 2.0
-    warm: Any = False  # of decode: L2 may hold the cache, as in a benchmark that repeats one call
-    value_dim: Any = None  # features of a value, where they are others than of a key (0: they are not)
+    element_bytes: Any = 2.0  # bytes of an activation
+    cache_bytes: Any = 2.0  # bytes of a cached element
+    warm: Any = False  # whether L2 may hold the cache of a decode step, as in a benchmark that repeats one call
+    value_dim: Any = None  # features of a value; 0 or None: as many as of a key
     latent: Any = False  # values are the first features of the keys, and stored with them
+
+    @classmethod
+    def of(
+        cls, batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, **options: Any
+    ) -> Geometry:
+        """Return the sizes of calls, which broadcast; ``options`` are the further fields."""
+        sizes = np.broadcast_arrays(batch, q_len, kv_len, heads, kv_heads, head_dim)
+        return cls(*(np.asarray(size, dtype=np.float64) for size in sizes), **options)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether all calls are multi-head latent attention; InputError for a mixture."""
+        known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(self.latent, dtype=bool)
+        many = np.count_nonzero(known)
+        if many not in (0, np.size(known)):
+            raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
+        return bool(many)
 
     @property
     def sides(self) -> Any:
@@ -231,8 +248,7 @@ class Geometry(Sizes):
         return self.sides if self.latent is False else np.where(self.latent, 1.0, self.sides)
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """Time of attention calls without residual, s, and the parts that it joins."""
 
     total_s: FloatArray
@@ -240,26 +256,25 @@ class Parts:
     loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
 
 
-@dataclass(frozen=True)
-class PrefillWork:
+class PrefillWork(NamedTuple):
     """What a prefill attention computes and moves, arrays of one shape."""
 
     calls: Geometry
     tiles: FloatArray  # query tiles, all heads and sequences
     blocks: FloatArray  # key blocks of all tiles
     chain: FloatArray  # key blocks of the longest tile
-    flops: FloatArray  # of the query-key pairs the mask leaves
+    flops: FloatArray  # FLOPs of the query-key pairs inside the mask
     moved_bytes: FloatArray  # queries, outputs, keys and values, each once
     cost: FloatArray | float  # time of the blocks left, over that of all of them
 
 
 def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Query tiles of a head, key blocks over all of them, and key blocks of the longest."""
+    """Return the query tiles of a head, the key blocks of all tiles, and the key blocks of the longest tile."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
-    if not np.any(window):
+    if not np.count_nonzero(window):
         return tiles, blocks, last
-    first = np.floor((kv - q - window + 1.0) / TILE)  # seen first by the first tile; below 0 in a window not yet full
+    first = np.floor((kv - q - window + 1.0) / TILE)  # read by the first tile; below 0 while the window is not full
     whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
     skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
     longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
@@ -268,7 +283,7 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
 
 
 def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
-    """Tiles, blocks, FLOPs and bytes of prefill attention; of the constants only those of its structure enter."""
+    """Return tiles, blocks, FLOPs and bytes of prefill attention; they depend only on constants of its structure."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
     if c["pads"] <= 0.0:
@@ -284,12 +299,13 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     queries, keys = sides * a.element_bytes * a.heads * a.q_len, a.stored * a.cache_bytes * a.kv_heads * seen
     flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: FloatArray | float = 1.0
-    if np.any(density < 1.0):
-        # fewer blocks than a dense kernel, each of them dearer the smaller it is; a dense kernel is always to be had
+    if np.count_nonzero(density < 1.0):
+        # a block-sparse kernel computes fewer blocks, and small blocks cost more each; the dense kernel is used when
+        # it is faster
         edge = np.asarray(a.block, dtype=np.float64)
         dearer = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
         cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * dearer, 1.0), 1.0)
-        # whole queries gone: fewer tiles, the last of which sees as many keys as before
+        # where whole queries are skipped, there are fewer tiles; the last tile sees as many keys as before
         left = np.where(edge > 0, 1.0, density)
         all_tiles, all_blocks = all_tiles * left, all_blocks * left
         flops = flops * density
@@ -297,7 +313,8 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
 
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins them."""
+    """Return the time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins
+    them."""
     per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
     starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
@@ -318,14 +335,13 @@ def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> 
     return Parts(total, parts, loadings)
 
 
-@dataclass(frozen=True)
-class DecodeWork:
+class DecodeWork(NamedTuple):
     """What a decode attention computes and moves, arrays of one shape."""
 
     calls: Geometry
     kv: FloatArray  # keys read, after window and density
     pairs: FloatArray  # batch times KV heads
-    group: FloatArray  # query heads a KV head
+    group: FloatArray  # query heads per KV head
     key_bytes: FloatArray  # cache bytes of one key of one KV head, its value included
     flops: FloatArray
     cache_bytes: FloatArray
@@ -333,12 +349,12 @@ class DecodeWork:
 
     @property
     def moved_bytes(self) -> FloatArray:
-        """All bytes, none of them from L2."""
+        """All bytes, as if none came from L2."""
         return self.cache_bytes + self.io_bytes
 
 
 def decode_work(a: Geometry) -> DecodeWork:
-    """Keys, FLOPs and bytes of decode attention."""
+    """Return keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
     kv = seen * np.asarray(a.density, dtype=np.float64)
     pairs, key, sides = a.batch * a.kv_heads, a.stored * a.cache_bytes * a.head_dim, a.sides
@@ -348,23 +364,24 @@ def decode_work(a: Geometry) -> DecodeWork:
 
 
 def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Time of decode attention: memory and units, joined by a 2-norm, and what is fixed (merge, wide tile too)."""
+    """Return the time of decode attention: memory and units, joined by a 2-norm, and the fixed times."""
     slots = c["units_per_sm"] * device.sm_count
-    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # of a kernel's factor on the rows the rounding
-    # begun parts count, else the time would fall at each new part
+    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # 1e-4: rounding of a factor on the rows
+    # partly filled splits count, else the time would fall at each new split
     splits = np.maximum(np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0)
     waves = np.ceil(units * splits / slots)
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
     unit = work.calls.batch * c["sequence_s"] + waves * (c["unit_s"] + keys * work.key_bytes / c["unit_bytes_per_s"])
     cache = work.cache_bytes
-    if np.any(work.calls.warm):
+    if np.count_nonzero(work.calls.warm):
         cache = np.where(work.calls.warm, cache * from_l2(cache, device, c), cache)
     cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
     merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
     fixed = c["t0_s"] + merge
     parts: dict[str, FloatArray | float] = {"memory": memory, "latency": unit}
-    if np.any(tile := c["tile_rows"]):  # tensor cores compute whole tiles, however few query heads share a KV head
+    tile = c["tile_rows"]
+    if np.count_nonzero(tile):  # tensor cores compute whole tiles, however few query heads share a KV head
         rows = tile * np.ceil(work.group / np.maximum(tile, 1.0) - 1e-4)
         parts["compute"] = work.flops * (rows / work.group) / (c["e_tc"] * device.peak_flop_per_s)
     work_s = np.sqrt(sum(part * part for part in parts.values()))
@@ -390,7 +407,7 @@ class Kernels:
 
     kinds: FloatArray  # (v, 3): log2 of the features a head, 1 with a window, 1 with a narrower cache
     factors: FloatArray  # (v, c) logs of their constants over the section's, in the order of the registry
-    grid: ResidualGrid | None = None  # of all, one after the other along its first coordinate
+    grid: ResidualGrid | None = None  # residuals of all kernels, joined along the first coordinate
 
     @classmethod
     def of(cls, section: FittedValues) -> Kernels:
@@ -399,23 +416,18 @@ class Kernels:
         factors = np.asarray(section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64)
         return cls(kinds, factors, ResidualGrid.from_arrays(section.arrays))
 
-    def which(self, a: Geometry, narrow: bool) -> tuple[Any, Any]:
-        """Return the kernel nearest to each call, and its distance in octaves; numbers where all calls share one."""
-        width, window = np.asarray(a.head_dim), np.asarray(a.window) > 0
-        if width.size and (width == width.flat[0]).all() and (window == window.flat[0]).all():
-            width, window = width.flat[0], window.flat[0]
-        log_width, windowed, narrower = self.kinds.T
-        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (window[..., None] != windowed)
+    def which(self, width: Any, windowed: Any, narrow: bool) -> tuple[Any, Any]:
+        """Return the kernel nearest to each call, and its distance in octaves, from the features of a head and whether
+        there is a window."""
+        log_width, of_window, narrower = self.kinds.T
+        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (windowed[..., None] != of_window)
         apart = apart + OTHER_KERNEL * (narrow != narrower)
         return apart.argmin(axis=-1), apart.min(axis=-1)
 
     def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
         """Return the constants of each call: numbers where the kernels share them."""
-        out: dict[str, Any] = dict(common)
-        for name, logs in zip(common, self.factors.T):
-            if logs.any():
-                out[name] = common[name] * np.exp(logs)[which]
-        return out
+        own = ((name, logs) for name, logs in zip(common, self.factors.T) if logs.any())
+        return {**common, **{name: common[name] * np.exp(logs)[which] for name, logs in own}}
 
     def residual(self, position: Any, which: Any) -> FloatArray | None:
         """Return the log factor of each call at a position in the grid of its kernel."""
@@ -468,9 +480,9 @@ class AttentionCalls(Calls):
         shape = parts.total_s.shape
         compute_s, bytes_s = work.flops / self.fastest, work.moved_bytes / self.machine.bandwidth_bytes_per_s
         loadings: dict[str, Any] = {**parts.loadings, **dict.fromkeys(self.unfitted, 1.0)}
-        if np.any(np.asarray(self.distance) > 0.0):
+        if np.count_nonzero(self.distance):
             loadings["kernel"] = np.broadcast_to(self.distance, shape)
-        if np.any(np.asarray(g.density) < 1.0):
+        if np.count_nonzero(np.asarray(g.density) < 1.0):
             loadings["sparse"] = np.broadcast_to(np.asarray(g.density) < 1.0, shape)
         sizes, warm = (length, g.batch * g.kv_heads, g.heads / g.kv_heads), np.asarray(g.warm, dtype=np.bool_)
         return Estimate(
@@ -481,13 +493,13 @@ class AttentionCalls(Calls):
             roofline=np.maximum(compute_s, bytes_s),
             bottleneck=largest_part(parts.by_bottleneck, shape),
             loadings=loadings,
-            coordinates=np.stack([np.log2(size).ravel() for size in sizes], axis=1),
+            coordinates=np.array([np.log2(size).ravel() for size in sizes]).T,
             position=position,
             unlike=1.0 - parts.loadings["launch"] if self.makeshift else None,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Ready:
     """What a profile says about one phase and two number formats."""
 
@@ -526,53 +538,46 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
     return hw.error_scales(section)[0] >= OTHER_STACK and not similar
 
 
-def _estimate(
-    phase: str, hw: Device, dtype: str, kv_dtype: str | None, *, value_dim: Any = 0, latent: Any = False, **sizes: Any
-) -> Estimate:
+@lru_cache(maxsize=512)
+def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Return the kernel nearest to calls of one kind, its distance in octaves and its constants."""
+    which, distance = r.kernels.which(np.float64(width), np.bool_(windowed), r.narrow)
+    return which, distance, r.kernels.constants(r.common, which)
+
+
+def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | None) -> Estimate:
     """Return the cost of calls of one phase, from the profile's section for it."""
-    known = (np.asarray(value_dim) > 0) | np.asarray(latent, dtype=np.bool_)
-    mla = bool(known.any())
-    if mla and not known.all():
-        raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
-    r = _ready(hw, f"{'mla' if mla else 'attention'}_{phase}", dtype, kv_dtype)
-    named = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-    arrays = np.broadcast_arrays(*(np.asarray(sizes[name], dtype=np.float64) for name in named))
-    sizes |= dict(zip(named, arrays, strict=True))
-    sizes |= {"value_dim": np.asarray(value_dim) if mla else None, "latent": latent if mla else False}
-    geometry = Geometry(**sizes, element_bytes=r.machine.element_bytes, cache_bytes=r.machine.weight_bytes)
-    which, distance = r.kernels.which(geometry, r.narrow)
-    calls = AttentionCalls(phase, mla, geometry, r.machine, r.fastest, distance, r.unfitted, r.makeshift)
-    e = calls.estimate(r.kernels.constants(r.common, which))
+    latent = g.is_latent
+    r = _ready(hw, f"{'mla' if latent else 'attention'}_{phase}", dtype, kv_dtype)
+    stored: dict[str, Any] = {"element_bytes": r.machine.element_bytes, "cache_bytes": r.machine.weight_bytes}
+    g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
+    width, windowed = np.asarray(g.head_dim), np.asarray(g.window) > 0
+    if width.size and width.min() == width.max() and np.count_nonzero(windowed) in (0, windowed.size):
+        which, distance, c = _nearest(r, float(width.flat[0]), bool(windowed.flat[0]))
+    else:
+        which, distance = r.kernels.which(width, windowed, r.narrow)
+        c = r.kernels.constants(r.common, which)
+    e = AttentionCalls(phase, latent, g, r.machine, r.fastest, distance, r.unfitted, r.makeshift).estimate(c)
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 
 
-# fmt: off
-def prefill(
-    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
-    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
-) -> Estimate:
+def prefill(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
     """Return the cost of causal attention of ``q_len`` new positions over ``kv_len`` in all, the new ones the last.
-    Options are ``window`` (0: none), ``density``, the share of the query-key blocks that is computed, and ``block``,
-    their edge (0: nothing is skipped): small blocks cost more than their share (uncalibrated: the interval is wider).
-    Multi-head latent attention: ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and
-    ``latent`` where the values are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192
-    and 128; its decode, whose queries absorbed the weights, 576 and 512 of one latent KV head."""
-    if np.any(longer := np.asarray(q_len) > np.asarray(kv_len)):
+    ``density`` is the share of the query-key blocks that is computed, and ``block`` their edge (0: nothing is skipped):
+    small blocks cost more than their share (uncalibrated: the interval is wider). Multi-head latent attention has
+    ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and ``latent`` where the values
+    are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192 and 128; its decode, whose
+    queries absorbed the weights, 576 and 512 of one latent KV head."""
+    if np.count_nonzero(longer := calls.q_len > calls.kv_len):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
-    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
-    return _estimate("prefill", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, **options)
+    return _estimate("prefill", calls, hw, dtype, kv_dtype)
 
 
-def decode(
-    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Device, *,
-    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
-) -> Estimate:
+def decode(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
     """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. As
-    :func:`prefill`, but ``density`` is the share of the cache that is read. With ``cold`` the cache comes from DRAM, as
-    in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
-    sizes = {"batch": batch, "q_len": 1, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
-    return _estimate("decode", hw, dtype, kv_dtype, **sizes, head_dim=head_dim, warm=not cold, **options)
-# fmt: on
+    :func:`prefill`, but ``density`` is the share of the cache that is read. Without ``warm`` the cache comes from DRAM,
+    as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
+    return _estimate("decode", calls, hw, dtype, kv_dtype)
 
 
 # attention differs by 10 to 100 % between stacks, by 11 % in the median between two collections of one kernel (vLLM's
@@ -609,9 +614,10 @@ class Attention(Operator):
     def section(self, w: Rows) -> str:
         return list(self.constants)[int(w.value_dim[0] > 0)]
 
-    def _options(self, w: Rows, formats: Formats) -> dict[str, Any]:
-        options = {"value_dim": w.value_dim, "window": w.window, "density": w.density}
-        return options | {"dtype": formats.dtype, "kv_dtype": formats.second}
+    def _calls(self, w: Rows, **options: Any) -> Geometry:
+        sizes = (w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim)
+        options |= {"value_dim": w.value_dim, "window": w.window, "density": w.density}
+        return Geometry(*(size.astype(np.float64) for size in sizes), **options)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
         return hw.section(self.section(w), formats.dtype)["t0_s"]
@@ -632,8 +638,7 @@ class PrefillAttention(Attention):
     # fmt: on
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes = w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim
-        yield slice(None), prefill(*sizes, hw, block=w.block, **self._options(w, formats))
+        yield slice(None), prefill(self._calls(w, block=w.block), hw, formats.dtype, formats.second)
 
 
 class DecodeAttention(Attention):
@@ -661,5 +666,4 @@ class DecodeAttention(Attention):
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes = w.batch, w.kv_len, w.heads, w.kv_heads, w.head_dim
-        yield slice(None), decode(*sizes, hw, latent=w.latent, **self._options(w, formats))
+        yield slice(None), decode(self._calls(w, latent=w.latent), hw, formats.dtype, formats.second)

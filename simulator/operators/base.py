@@ -75,9 +75,9 @@ class Link:
 
     kind: str  # nvlink4, pcie5, xgmi
     bandwidth_bytes_per_s: float  # in one direction
-    latency_s: float  # of one message step
+    latency_s: float  # time of one message step
     max_devices: int
-    connection: str = ""  # of CONNECTIONS; "": by kind
+    connection: str = ""  # one of CONNECTIONS; "": the usual one of the kind
     beyond: Link | None = None  # connects more devices than max_devices
     group: int = 1  # neighbours in a ring that share one port of this link, as they are joined otherwise
     stated: bool = False  # the user named the connection
@@ -187,8 +187,8 @@ class Machine:
     l2_bytes: float
     sm_count: int
     headroom: float  # highest clock over boost clock
-    element_bytes: float  # of an activation
-    weight_bytes: float  # of a stored weight, indices included; of attention, of the KV cache
+    element_bytes: float  # bytes of an activation
+    weight_bytes: float  # bytes of a stored weight with its indices; in attention, of a cached element
     persistent: bool  # thread blocks stay on their SM and take tile after tile
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
     least_rows: float = 1.0  # rows of the smallest tile that is used
@@ -222,12 +222,11 @@ def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float
     return np.asarray(1.0 - (1.0 - 1.0 / c["l2_gain"]) / (1.0 + ratio))
 
 
-@dataclass(frozen=True)
-class MeasuredOperators:
+class MeasuredOperators(NamedTuple):
     """Operators whose very shape was measured: their time replaces the prediction."""
 
     rows: BoolArray  # (n,) which of them
-    seconds: FloatArray  # of those rows
+    seconds: FloatArray  # times of these operators
     log_half: FloatArray  # log half-width of the 90 % interval of those times
 
 
@@ -257,7 +256,7 @@ class Estimate:
     def with_residual(self, log_factor: Any, section: FittedValues) -> Estimate:
         """Return the estimate with the residual of a profile's section: None where the section has none."""
         time = self.time if log_factor is None else self.time * np.exp(log_factor)
-        return replace(self, time=time, section=section)
+        return Estimate(**{**vars(self), "time": time, "section": section})
 
 
 S = TypeVar("S", bound="Sizes")
@@ -353,7 +352,7 @@ class ErrorSize:
     independent: float  # least standard deviation of it
     by_share: Mapping[str, float] = field(default_factory=dict)  # share of the time -> standard deviation it adds
     scales: Mapping[float, float] = field(default_factory=dict)  # scale of a profile -> scale of this operator
-    engine_scale: float = 1.0  # of the errors that are not systematic, where the fit is of the engine's own kernels
+    engine_scale: float = 1.0  # factor on correlated and independent errors, if the engine's own kernels were fitted
     # error factor (a loading of the estimate) -> prior standard deviation of the part it changes
     factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -361,8 +360,8 @@ class ErrorSize:
 class Formats(NamedTuple):
     """Number formats of some rows, and what the kernels of their engine differ by."""
 
-    dtype: str  # of activations and arithmetic
-    second: str  # of weights, cache or state
+    dtype: str  # format of activations and arithmetic
+    second: str  # format of weights, cache or state
     # 2:4: whether the library times its plans and takes the fastest for a shape, as a benchmark does; else one plan
     searched: bool = True
 
@@ -374,8 +373,7 @@ class Rows:
         self.table, self.at = table, at
 
     def __getattr__(self, name: str) -> Any:
-        values = getattr(self.table, name)[self.at]
-        setattr(self, name, values)
+        values = self.__dict__[name] = getattr(self.table, name)[self.at]
         return values
 
 
@@ -388,7 +386,7 @@ class Operator(ABC):
     constants: ClassVar[
         Mapping[str, Mapping[str, Constant]]
     ]  # by section of a profile; a second is of latent attention
-    titles: ClassVar[tuple[str, ...]] = ()  # of the operators of each section, in notes on uncalibrated ones
+    titles: ClassVar[tuple[str, ...]] = ()  # names in notes of the operators that each section times
     errors: ClassVar[Mapping[str, ErrorSize]]  # by ``Estimate.operator``
     weighted: ClassVar[bool] = False  # number formats of sections are those of kernels that read weights
     cached: ClassVar[bool] = False  # keeps keys, values or states of each sequence

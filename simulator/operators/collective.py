@@ -102,7 +102,7 @@ class Messages(Calls):
     def parts(self, c: Mapping[str, float]) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return launch, wire and steps in between, s: they add up to the time."""
         others = self.devices - 1.0
-        share = others / self.devices  # of the payload that a device must receive
+        share = others / self.devices  # share of the payload that a device must receive
         one = np.ones_like(others)
         wire = np.choose(self.code, [2.0 * share, share, share, share, one]) * self.payload
         hops = np.choose(self.code, [2.0 * others, others, others, 1.0 + np.log2(self.devices), one])
@@ -192,12 +192,7 @@ def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all
 
     The payload is what each device holds before (all_reduce, reduce_scatter, all_to_all), what is sent (send), or what
     each holds in the end (all_gather). The roofline is what must pass a device's link, over its datasheet bandwidth.
-
-    Raises
-    ------
-    InputError
-        For an unknown kind, a device without a link, or more devices than the link connects.
-    """
+    InputError for a device without a link, or more devices than the link connects."""
     if kind not in COLLECTIVES:
         raise unknown("collective", kind, COLLECTIVES)
     arrays = np.broadcast_arrays(payload_bytes, devices)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -148,20 +148,25 @@ def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, d
     return machine, section, {name: section[name] for name in DELTA_NET_CONSTANTS}
 
 
-# fmt: off
-def delta_net(
-    tokens: Any, batch: Any, heads: Any, key_heads: Any, key: Any, value: Any, hw: Device, *, conv: Any = 4,
-    dtype: str = "bf16", state_dtype: str = "fp32",
-) -> Estimate:
-    """Return the cost of gated delta nets over ``tokens`` of ``batch`` sequences: one token per sequence is a decode
-    step, more are a prompt. ``heads`` value heads of ``value`` features share ``key_heads`` heads of queries and keys
-    of ``key`` features, after a causal convolution over ``conv`` positions (0: none)."""
-    sizes = np.broadcast_arrays(tokens, batch, heads, key_heads, key, value, conv)
+class DeltaSizes(NamedTuple):
+    """Sizes of gated delta nets, which broadcast."""
+
+    tokens: Any  # tokens of all sequences: one per sequence is a decode step, more are a prompt
+    batch: Any  # sequences
+    heads: Any  # value heads
+    key_heads: Any  # heads of queries and keys, which value heads share
+    key: Any  # features of a key head
+    value: Any  # features of a value head
+    conv: Any = 4  # positions of the causal convolution; 0: none
+
+
+def delta_net(sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32") -> Estimate:
+    """Return the cost of gated delta nets."""
     machine, section, constants = _ready(hw, dtype, state_dtype)
-    e = DeltaNets(machine, *(np.asarray(size, dtype=np.float64) for size in sizes)).estimate(constants)
+    arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
+    e = DeltaNets(machine, *arrays).estimate(constants)
     residual = ResidualGrid.from_arrays(section.arrays)
     return e.with_residual(None if residual is None else residual(e.position), section)
-# fmt: on
 
 
 class DeltaNet(Operator):
@@ -199,9 +204,8 @@ class DeltaNet(Operator):
         return sequences / np.maximum(w.batch, 1) * self.state_bytes(w)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        heads = w.heads, w.kv_heads, w.head_dim, w.value_dim
-        dtype, state = formats.dtype, formats.second
-        yield slice(None), delta_net(w.m, w.batch, *heads, hw, conv=w.window, dtype=dtype, state_dtype=state)
+        sizes = DeltaSizes(w.m, w.batch, w.heads, w.kv_heads, w.head_dim, w.value_dim, w.window)
+        yield slice(None), delta_net(sizes, hw, formats.dtype, formats.second)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
         return hw.section("delta_net", formats.dtype)["t0_s"]

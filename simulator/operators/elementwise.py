@@ -94,6 +94,9 @@ _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name i
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 
+_PER_CLASS = [[pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_s", "e_{}", "l2_{}")]
+"""Names of the constants that each class has."""
+
 APART = 8.0
 """Octaves between two classes, so that their errors are uncorrelated."""
 
@@ -115,17 +118,14 @@ class Moves(Calls):
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost; L2 holds a share of the bytes by a fixed power (the data do not distinguish 3 from 6)."""
-        floor, share, gain = (
-            np.array([c[pattern.format(name)] for name in CLASSES])[self.code]
-            for pattern in ("t0_{}_s", "e_{}", "l2_{}")
-        )
+        floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[:, self.code]
         ratio = self.bytes_ / (c["l2_share"] * self.l2_bytes)
         ratio = ratio * ratio
         hit = (1.0 - np.asarray(self.added, dtype=np.float64)) / (1.0 + ratio * ratio)
         memory = self.bytes_ / (share * self.bandwidth) * (1.0 - hit + hit / gain)
         moved = memory * memory / (floor * floor + memory * memory)
         loadings = {"launch": 1.0 - moved, "memory": moved, "l2": moved * hit, "default": float(not self.fitted)}
-        if np.any(self.added):
+        if np.count_nonzero(self.added):
             loadings["added"] = np.broadcast_to(self.added, moved.shape) * 1.0
         octaves = np.log2(np.maximum(self.bytes_, 1.0))
         return Estimate(
@@ -136,7 +136,7 @@ class Moves(Calls):
             roofline=self.bytes_ / self.bandwidth,
             bottleneck=np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8),
             loadings=loadings,
-            coordinates=np.stack([octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)], axis=1),
+            coordinates=np.array([octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)]).T,
             position=(self.code, octaves),
         )
 
@@ -177,7 +177,9 @@ def elementwise(
     as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB; EIT-NLP/LLM-Pruning,
     DynamicPruningKernels). They depend on the implementation, so their interval is wider."""
     section, constants, residual = _ready(hw, dtype)
-    read, written, code, added = np.broadcast_arrays(read_bytes, write_bytes, class_code(role), added)
+    given = [np.asarray(a) for a in (read_bytes, write_bytes, class_code(role), added)]
+    same = len({a.shape for a in given}) == 1  # as in workloads; a broadcast takes longer than a few times
+    read, written, code, added = given if same else np.broadcast_arrays(*given)
     moved, fitted = np.asarray(read + written, dtype=np.float64), section.status != "default"
     calls = Moves(moved, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted)
     e = calls.estimate(constants)

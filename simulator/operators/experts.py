@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import NormalDist
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,8 +137,7 @@ POWER = Range(-1.0, 1e30, "finite numbers from -1 up")
 _NORMAL = NormalDist()
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """How tokens are distributed over the experts of a device."""
 
     touched: FloatArray  # experts that some token uses
@@ -151,7 +150,7 @@ def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any
     Poisson number. If several ``devices`` share the experts, it is that of the device with the highest load."""
     chance = experts_chance(experts, active, skew)
     some, mean = 1.0 - (1.0 - chance) ** m, m * chance
-    # a spread wider than a tile leaves the last one half empty; one tile holds what is far below it
+    # where loads spread over several tiles, the last tile is half empty; small loads fit one tile
     tiles = (
         np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(axis=0)
         for rows in TILES
@@ -215,7 +214,7 @@ class Layers(Calls):
     dealt: bool = True  # tokens are distributed by rule, as in a benchmark
     warm: Any = True  # weights are in L2 as far as they fit, as in a benchmark that repeats one layer
     part: Any = 0  # index into PARTS
-    devices: Any = 1.0  # that share the experts; if tokens choose
+    devices: Any = 1.0  # devices that share the experts, if tokens choose
     unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
 
     @cached_property
@@ -245,7 +244,7 @@ class Layers(Calls):
         m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
         (up, down), whole = self.products, self.whole
         slower = (1.0 + c["narrow"] / n) * np.where(n % ALIGNED, 1.0 + c["align"], 1.0)
-        # of a tile of each height, per weight: arithmetic of its rows, and loading the weight into an SM
+        # time per weight of a tile of each height: arithmetic of its rows, and loading the weight into an SM
         row_s = 2.0 / (c["e_tc"] * machine.peak_flop_per_s)
         loading_s = machine.weight_bytes / (c["b_sm"] * machine.sm_count)
         tile_s = np.maximum(TILES, c["least_rows"]) * row_s + loading_s
@@ -305,8 +304,7 @@ class Layers(Calls):
         )
 
 
-@dataclass(frozen=True)
-class _Ready:
+class _Ready(NamedTuple):
     """What a profile says about two number formats."""
 
     machine: Machine
@@ -330,25 +328,35 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
 
-# fmt: off
+class ExpertSizes(NamedTuple):
+    """Sizes of the gated experts of a layer on one device, which broadcast."""
+
+    m: Any  # tokens
+    n: Any  # width of an expert
+    k: Any  # hidden size
+    experts: Any  # experts of the device
+    active: Any  # experts that a token uses, on average; no whole number where devices share the experts
+    skew: Any = 0.0  # imbalance of loads (:func:`experts_chance`; 0: uniform), or the power of :func:`dealt_load`
+    devices: Any = 1  # devices that share the experts of the layer: the one with the highest load counts
+
+
 def experts(
-    m: Any, n: Any, k: Any, experts: Any, active: Any, hw: Device, *, skew: Any = 0.0,
-    dtype: str = "bf16", weight_dtype: str | None = None,
-    devices: Any = 1, dealt: bool = False, warm: bool = False, part: str = "layer",
+    sizes: ExpertSizes,
+    hw: Device,
+    dtype: str = "bf16",
+    weight_dtype: str | None = None,
+    dealt: bool = False,
+    warm: bool = False,
+    part: str = "layer",
 ) -> Estimate:
-    """Return the cost of the gated experts of one layer on one device: m tokens, ``experts`` of width n over hidden
-    size k, of which a token uses ``active`` on average (no whole number where devices share the experts). ``skew`` is
-    that of their load (:func:`experts_chance`; 0: uniform). If several ``devices`` share the experts of the layer, the
-    time is that of the device with the highest load, for which the others wait. Benchmarks are predicted with tokens
-    ``dealt`` by rule (``skew`` is then the power of its law), weights ``warm`` if they repeat one layer without
-    overwriting L2, and a ``part`` of :data:`PARTS`."""
-    given = np.broadcast_arrays(m, n, k, experts, active, skew, devices)
-    m, n, k, experts, active, skew, devices = (np.asarray(a, dtype=np.float64) for a in given)
+    """Return the cost of the gated experts of one layer on one device. Benchmarks are predicted with tokens ``dealt``
+    by rule, weights ``warm`` if they repeat one layer without overwriting L2, and a ``part`` of :data:`PARTS`."""
+    given = (np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(*sizes))
+    m, n, k, number, active, skew, devices = given
     r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
-    layers = Layers(r.machine, m, n, k, experts, active, skew, dealt, warm, timed, devices, r.unfitted)
+    layers = Layers(r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted)
     e = layers.estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
-# fmt: on
 
 
 class Experts(Operator):
@@ -386,9 +394,8 @@ class Experts(Operator):
         return w.m * w.active * (w.k + 2.0 * w.n)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes, devices = (w.m, w.n, w.k, w.experts, w.active), np.maximum(w.batch, 1)
-        dtype, weight = formats.dtype, formats.second
-        yield slice(None), experts(*sizes, hw, skew=w.skew, devices=devices, dtype=dtype, weight_dtype=weight)
+        sizes = ExpertSizes(w.m, w.n, w.k, w.experts, w.active, w.skew, np.maximum(w.batch, 1))
+        yield slice(None), experts(sizes, hw, formats.dtype, formats.second)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> FloatArray:
         c = _ready(hw, formats.dtype, formats.second).constants

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import COUNT, SHARE, SIZE, Range, flag, text
+from simulator.arguments import COUNT, SHARE, SIZE, Range, text
 from simulator.arrays import Array, FloatArray, array, plain, together
 from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
 from simulator.errors import InputError, unknown
@@ -32,6 +32,7 @@ from simulator.operators.base import (
     FittedValues,
     Formats,
     Machine,
+    MeasuredOperators,
     Operator,
     Rows,
     bottleneck,
@@ -49,7 +50,6 @@ from simulator.operators.gemm_model import (
     ready_model,
     weight_only_constants,
 )
-from simulator.operators.measured_shapes import MeasuredShapes, measured_shapes
 from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
 # fmt: off
@@ -135,6 +135,68 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 })
 # fmt: on
 
+EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
+"""Arrays of exact shapes, of equal length; a profile has all of them or none."""
+
+EXACT_BITS: tuple[int, ...] = (22, 21, 21)
+"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""
+
+
+@dataclass(frozen=True)
+class MeasuredShapes:
+    """Measured shapes, sorted by key (m, n and k in one number)."""
+
+    key: NDArray[np.uint64]
+    seconds: FloatArray
+    log_half: FloatArray  # log half-width of the 90 % interval
+
+    def at(self, m: Any, n: Any, k: Any) -> MeasuredOperators:
+        """Return which shapes were measured, their times and half-widths."""
+        sizes = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
+        key = pack(*sizes)
+        row = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
+        hit = np.asarray(self.key[row] == key, dtype=np.bool_)
+        for value, bits in zip(sizes, EXACT_BITS, strict=True):  # whole numbers that a key can hold
+            hit &= (value >= 1.0) & (value < 2.0**bits) & (value == np.floor(value))
+        return MeasuredOperators(hit, self.seconds[row[hit]], self.log_half[row[hit]])
+
+
+def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:
+    """Return the measured shapes of a section's arrays, None without any; ValueError where they cannot be looked up.
+    ``exact_m``, ``exact_n``, ``exact_k``; ``exact_s``: seconds, cold weights, plain dense kernel; ``exact_log_half``:
+    log half-width of the 90 % interval. ``calibration.records.screening`` makes them from records."""
+    if "exact_m" not in arrays:
+        return None
+    check_exact(arrays)
+    m, n, k, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
+    if not len(m):
+        return None
+    key, first = np.unique(pack(m, n, k), return_index=True)
+    return MeasuredShapes(key, seconds[first], log_half[first])
+
+
+def pack(m: FloatArray, n: FloatArray, k: FloatArray) -> NDArray[np.uint64]:
+    """Return m, n and k in one number; shapes out of range give a meaningless one."""
+    key = np.zeros(np.shape(m), dtype=np.uint64)
+    for value, bits in zip((m, n, k), EXACT_BITS, strict=True):
+        key = (key << np.uint64(bits)) | np.clip(value, 0.0, 2.0**bits - 1.0).astype(np.uint64)
+    return key
+
+
+def check_exact(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths, or bad values."""
+    if missing := [name for name in EXACT_NAMES if name not in arrays]:
+        raise ValueError(f"exact shapes: array {missing[0]} is missing")
+    *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
+    if seconds.ndim != 1 or any(a.shape != seconds.shape for a in (*shape, log_half)):
+        found = [np.shape(arrays[name]) for name in EXACT_NAMES]
+        raise ValueError(f"exact shapes: expected arrays of one length, got {found}")
+    if not all(((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all() for a, bits in zip(shape, EXACT_BITS)):
+        raise ValueError("exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21")
+    if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
+        raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
+
+
 _DENSE, _SPMV = int(Kernel.DENSE), int(Kernel.SPMV)
 
 PRECISION = np.float32
@@ -157,12 +219,11 @@ _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`simulator.gemm_time`, and what engines differ by."""
+    """Formats and kernels of GEMMs."""
 
     dtype: str = "bf16"
     weight_dtype: str | None = None
     kernel: Any = "dense"
-    cold: bool = True
     copies: Any = None
     density: Any = 1.0
     block: Any = 0
@@ -180,8 +241,6 @@ def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8]
     given["n"] = _stored(given["n"], codes, path)
     if path.copies is not None:
         given["copies"] = array("copies", path.copies, _COPIES)
-    elif not flag("cold", path.cold):
-        given["copies"] = np.asarray(1.0)
     if np.any(block := array("block", path.block, SIZE)):
         given["block"] = block
     codes, *same = together(kernel=codes, **given)
@@ -202,7 +261,7 @@ def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
 def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
     """Return the outputs of dense products with as many bytes as SpMV kernels store, in whole rows of eight."""
     density = array("density", path.density, SHARE)
-    if not np.any(codes == _SPMV):
+    if not np.count_nonzero(codes == _SPMV):
         return n
     codes, rows, density = together(kernel=codes, n=n, density=density)
     value = ELEMENT_BYTES[path.weight_dtype or path.dtype]
@@ -220,7 +279,8 @@ def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
 
 def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
     """Yield a kernel code, some of the flat rows that run it, and their precision."""
-    size, found, large = codes.size, np.unique(codes).tolist() or [_DENSE], _large(m, n, k)
+    size, large = codes.size, _large(m, n, k)
+    found = np.unique(codes).tolist() if np.count_nonzero(codes) else [_DENSE]
     if len(found) == 1 and large is None:
         for start in range(0, max(size, 1), CHUNK):
             yield found[0], slice(start, start + CHUNK), PRECISION
@@ -272,8 +332,7 @@ SPARSE24_PARTS: Mapping[str, str] = {
 """Constants that 2:4 kernels alone have -> the part of the time that each changes."""
 
 
-@dataclass(frozen=True)
-class GemmKernel:
+class GemmKernel(NamedTuple):
     """What a profile says about GEMMs of one number format, weight format and kernel, as numbers."""
 
     model: ReadyModel
@@ -287,8 +346,8 @@ class GemmKernel:
     pad_m: float
     group: float  # features, of GROUPS; 0 where no groups are skipped
     unfitted: tuple[str, ...]  # error factors of what no fit has seen
-    dense: GemmKernel | None = None  # of weights alone in fewer bits: the kernel without them, which computes the same
-    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time of which no table of its architecture tells
+    dense: GemmKernel | None = None  # for weight-only formats: the dense kernel that computes the same product
+    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time that no table of this architecture covers
 
 
 @lru_cache(maxsize=128)
@@ -377,7 +436,7 @@ def clocked(e_tc: float, hw: Device) -> float:
 
 
 def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Return the constants of 2:4 kernels, and the parts of the time of which no table of the architecture tells. A
+    """Return the constants of 2:4 kernels, and the parts of the time that no table of the architecture covers. A
     constant that no fit moved is the default of the device's own architecture, which may differ from that of an
     inherited section."""
     values, assumed = {}, []
@@ -392,6 +451,7 @@ def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[s
 TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
 """Tiles of which stacks may choose any: how full the last wave is depends on the choice."""
 
+_IDLE = [f"idle {tile_m}x{tile_n}" for tile_m, tile_n in TILES]
 _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory", "l2", "latency", "launch"))
 
 
@@ -439,18 +499,21 @@ def estimates(
     ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps."""
     codes, given = read_shapes(m, n, k, options)
     flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
+    return codes.shape, _estimates(codes, flat, hw, options, steps)
 
-    def parts() -> Iterator[tuple[Any, Estimate]]:
-        for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
-            kind = Kernel(code)
-            if kind == Kernel.SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
-                raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
-            # zeros without structure run as a dense product
-            kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
-            kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
-            yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
 
-    return codes.shape, parts()
+def _estimates(
+    codes: NDArray[np.int8], flat: Mapping[str, Array], hw: Device, options: Options, steps: bool = False
+) -> Iterator[tuple[Any, Estimate]]:
+    """Yield the cost of GEMMs in chunks: flat rows and their estimate."""
+    for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
+        kind = Kernel(code)
+        if code == _SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
+            raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
+        # zeros without structure run as a dense product
+        kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
+        kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
+        yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
 
 
 def estimate(
@@ -464,9 +527,10 @@ def estimate(
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
     rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
-    halvings: Array | float = alignment_halvings(n, k, machine.element_bytes)
-    if not np.any(halvings) or not (kernel.align_step or kernel.align_load):
-        halvings = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    halvings: Array | float = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    if kernel.align_step or kernel.align_load:
+        off = alignment_halvings(n, k, machine.element_bytes)
+        halvings = off if np.count_nonzero(off) else 0.0
     step_scale: Array | float = 1.0 + kernel.align_step * halvings**0.5
     if kernel.group and "block" in given:
         features = np.where(given["block"] > 0, given["block"], np.inf)
@@ -474,7 +538,7 @@ def estimate(
     load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
     a = analytical_time(rows, n, k, model, copies, step_scale, load_scale)
     position = np.log2(rows), np.log2(n), np.log2(k)
-    coordinates, factor = np.stack(position, axis=1), np.float32(1.0)
+    coordinates, factor = np.array(position).T, np.float32(1.0)
     if kernel.residual is not None:
         log_factor = kernel.residual(position)
         if kernel.row_residual is not None:
@@ -544,10 +608,10 @@ def _loadings(
             loadings["serial"] = compute * serial
             latency = latency * (1.0 - serial)
         loadings["latency"] = latency
-        for tile_m, tile_n in TILES:
-            waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) * (1.0 / model.machine.sm_count)
-            loadings[f"idle {tile_m}x{tile_n}"] = compute * _idle(waves)
-        idle = compute * _idle(a.tiles * (1.0 / model.machine.sm_count))
+        # idle SMs with each of TILES, and with the chosen tile
+        many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
+        *idles, idle = compute * _idle(np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count))
+        loadings |= zip(_IDLE, idles)
     if np.ndim(step_scale):
         loadings["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor: the smaller, the less certain
     return loadings, idle
@@ -606,10 +670,14 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
     """Return how often the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0.
     Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off."""
     kind = np.int32 if n.dtype == np.float32 else np.int64
-    low = n.astype(kind) | k.astype(kind)
-    whole = aligned_elements(element_bytes).bit_length() - 1
-    sizes = 2 ** np.arange(1 if element_bytes >= 2.0 else whole, whole + 1)
-    return sum(((low & (size - 1)) != 0 for size in sizes.tolist()), np.zeros(n.shape, dtype=n.dtype))
+    low, whole = n.astype(kind) | k.astype(kind), aligned_elements(element_bytes)
+    out = np.zeros(n.shape, dtype=n.dtype)
+    if np.count_nonzero(low & (whole - 1)):
+        size = whole
+        while size > 1:
+            out += (low & (size - 1)) != 0
+            size = size // 2 if element_bytes >= 2.0 else 1
+    return out
 
 
 def aligned_elements(element_bytes: float) -> int:
@@ -653,9 +721,9 @@ class Gemm(Operator):
 
     def parameter_bytes(self, w: Rows) -> Any:
         element = DTYPE_BYTES[w.weight_dtype]
-        sparse = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
-        if not sparse.any():
+        if not np.count_nonzero(w.kernel):
             return w.params * element
+        sparse = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
         # per kept value: rows that run less or more than once per layer share weights
         values = np.maximum(w.n * w.k * w.density, 1.0)
         beyond = w.params * w.repeats - values
@@ -664,10 +732,17 @@ class Gemm(Operator):
         return np.where(sparse, (w.params - bias) * whole / values + bias * element, w.params * element)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, block=w.block)
-        return estimates(w.m, w.n, w.k, hw, replace(options, searched=formats.searched))[1]
+        return self._estimates(w, hw, formats)
 
     def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         """Padding to tiles, idle SMs and alignment."""
-        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, block=w.block)
-        return estimates(w.m, w.n, w.k, hw, options, steps=True)[1]
+        return self._estimates(w, hw, formats, steps=True)
+
+    def _estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
+        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched)
+        given = {name: getattr(w, name).astype(np.float64) for name in "mnk"}
+        if np.count_nonzero(w.kernel):
+            given["n"] = _stored(given["n"], w.kernel, options)
+        if np.count_nonzero(w.block):
+            given["block"] = w.block
+        return _estimates(w.kernel, given, hw, options, steps)

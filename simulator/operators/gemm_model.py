@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,7 @@ class ReadyModel:
         return replace(self, **own | {"constants": {name: wide(value) for name, value in self.constants.items()}})
 
 
-@dataclass(frozen=True)
-class Analytical:
+class Analytical(NamedTuple):
     """Parts of the analytical time of shapes, arrays of their length; microseconds unless stated otherwise."""
 
     total_us: Array  # fixed time included, residual not
@@ -178,7 +177,7 @@ def analytical_time(
     best = np.minimum(whole, shared)
     compute = best.min(axis=0)
     numbers = np.arange(len(best), dtype=np.int8)[:, None]
-    tile = ((best == compute) * numbers).max(axis=0)  # of equally fast ones the last
+    tile = ((best == compute) * numbers).max(axis=0)  # the last of equally fast tiles
     chosen = tile.astype(np.intp) * len(tile) + np.arange(len(tile))
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     serial: Array | float = cube(steps * model.serial_us) if machine.serial else 0.0
@@ -204,7 +203,7 @@ def _packed_time(
 
 def cube(x: Array) -> Array:
     """Return x^3; ``x**3`` would be a general power."""
-    return np.asarray(x * x * x)
+    return x * x * x
 
 
 def cube_root(x: Array) -> Array:

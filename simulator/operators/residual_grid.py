@@ -65,7 +65,7 @@ class ResidualGrid:
         """Return the cell of each point along each coordinate, and the position in it, in [0, 1]: arrays (coordinates,
         points)."""
         start, per_unit, last, last_cell = self._ends
-        inside = np.empty((len(start), *np.broadcast_shapes(*(np.shape(c) for c in coordinates))), dtype=start.dtype)
+        inside = np.empty((len(start), *np.broadcast(*coordinates).shape), dtype=start.dtype)
         for i, coordinate in enumerate(coordinates):
             inside[i] = coordinate
         inside = inside.reshape(len(start), -1)
@@ -89,7 +89,7 @@ class ResidualGrid:
             high *= position
             low += high
             found = low
-        return np.asarray(found[0].reshape(np.broadcast_shapes(*(np.shape(c) for c in coordinates))))
+        return np.asarray(found[0].reshape(np.broadcast(*coordinates).shape))
 
 
 @dataclass(frozen=True)

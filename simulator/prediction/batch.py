@@ -71,7 +71,7 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
     for w in versions:
         check_alike(dense, instance("pruned", w, Workload, "simulator.lower"))
     of_dense, pruning = np.zeros(1 + len(versions), dtype=np.intp), np.arange(-1, len(versions))
-    return replace(WorkloadBatch.of([dense, *versions]), dense=of_dense, pruning=pruning)
+    return WorkloadBatch.of([dense, *versions], dense=of_dense, pruning=pruning)
 
 
 def _pruned(

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arrays import Array, FloatArray, IndexArray
-from simulator.codes import DTYPES, Kind
+from simulator.codes import DTYPES, EXPERTS, GEMM
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.lower import cached_tokens
 from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
-from simulator.passes import ForwardPass, by_kind, section_of
+from simulator.passes import ForwardPass
 from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.requests import by_budget
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SAME_SHAPE = 0.99  # correlation of the errors of equal operators in two workloads; the kernels around them differ
 
 SMALL_SHARE = 0.05
-"""Share of the time below which operators with default constants do not count: results are calibrated."""
+"""A result counts as calibrated if operators with default constants take less than this share of the time."""
 
 NAMED_SHARE = 0.01  # share of the time from which operators with default constants are named
 
@@ -97,9 +97,11 @@ def results_of(
     at = np.concatenate([at for _, at, _ in found])
     order = np.lexsort((device, batch.pruning[at], batch.dense[at]))
     device, at = device[order], at[order]
-    columns: dict[str, Array | Labels] = {
-        name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in found[0][2]
-    }
+    columns: dict[str, Array | Labels] = dict(found[0][2])
+    if len(found) > 1:
+        columns = {name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns}
+    elif np.count_nonzero(np.diff(order) != 1):
+        columns = {name: column[order] for name, column in columns.items()}
     columns |= _identity(batch, prunings, hardware, device, at, requests[0].ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
     columns["uncalibrated"] = _names(columns["uncalibrated"])
@@ -153,7 +155,7 @@ def _timed(
     batch: WorkloadBatch, hw: HardwareProfile, request: Request, reject: Reject
 ) -> Iterator[tuple[IndexArray, Mapping[str, Array]]]:
     """Yield indices of pruned workloads of a batch, and their columns on a device."""
-    dense, pruned = np.flatnonzero(batch.pruning < 0), np.flatnonzero(batch.pruning >= 0)
+    dense, pruned = (batch.pruning < 0).nonzero()[0], (batch.pruning >= 0).nonzero()[0]
     if not len(pruned):
         return
 
@@ -213,14 +215,11 @@ def _identity(
 
 def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
     """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
-    out, dense = [""] * len(prunings), dict[int, dict[str, float]]()
-    for i in np.unique(batch.pruning[batch.pruning >= 0]).tolist():
-        first = int(np.argmax(batch.pruning == i))
-        of = int(batch.dense[first])
-        if of not in dense:
-            dense[of] = sizes(batch.rows.take(batch.rows_of(of)))
+    out, each = [""] * len(prunings), sizes(batch)
+    for i in set(batch.pruning.tolist()) - {-1}:
+        first = int((batch.pruning == i).argmax())
         steps = () if prunings[i].model else prunings[i].steps
-        out[i] = removed_parts(steps, dense[of], batch.rows.take(batch.rows_of(first)))
+        out[i] = removed_parts(steps, each[int(batch.dense[first])], each[first])
     return tuple(out)
 
 
@@ -228,8 +227,8 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     """Return the number formats of the layers' weights (of routed experts, if the model has some) and of the cache."""
     rows, first = batch.rows, slice(int(batch.lengths[0]))
     kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
-    experts, gemm = kind == Kind.EXPERTS, (kind == Kind.GEMM) & (rows.layer[first] >= 0)
-    weights, caches = formats[experts if experts.any() else gemm], formats[rows.is_attention[first]]
+    experts, gemm = kind == EXPERTS, (kind == GEMM) & (rows.layer[first] >= 0)
+    weights, caches = formats[experts if np.count_nonzero(experts) else gemm], formats[rows.is_attention[first]]
     return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
 
 
@@ -238,13 +237,12 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
     entry of :data:`TITLES`, and their share of the time, of the two the larger."""
     (w, which), many = p.workloads.shapes, len(TITLES)
     part, places = np.full(len(w), many), {name: i for i, name in enumerate(TITLES)}
-    for operator, rows, formats in by_kind(w):
-        name, label = section_of(w, int(rows[0])), operator.label(formats.dtype, formats.second)
+    for operator, rows, formats in p.workloads.distinct:
+        name, label = operator.section(rows), operator.label(formats.dtype, formats.second)
         if name in TITLES and p.hw.section(name, label).status == "default":
-            part[rows] = places[name]
-    if (part == many).all():
-        none = np.zeros(len(p.workloads))
-        return none.astype(np.intp), none
+            part[rows.at] = places[name]
+    if part.min() == many:
+        return np.zeros(len(p.workloads), dtype=np.intp), np.zeros(len(p.workloads))
     spent = sums(p.workloads.owner * (many + 1) + part[which], p.row_s, (len(p.workloads), many + 1))[:, :many]
     share = spent * (p.device_share / np.maximum(p.device_s, 1e-300))[:, None]
     both = np.maximum(share, share[dense])
@@ -254,9 +252,9 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
 
 def _names(codes: Array | Labels) -> Labels:
     """Return sets of :data:`TITLES`, one bit each, as texts joined by "+"."""
-    found, place = np.unique(np.asarray(codes), return_inverse=True)
-    texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found.tolist())
-    return Labels(place.reshape(-1).astype(np.int32), tuple(texts))
+    found = sorted(set(codes.tolist()))
+    texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found)
+    return Labels(np.array(found, dtype=np.intp).searchsorted(np.asarray(codes)).astype(np.int32), tuple(texts))
 
 
 def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:

@@ -18,8 +18,8 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.operators.base import Estimate, Rows
-from simulator.passes import ForwardPass, by_kind
+from simulator.operators.base import Estimate
+from simulator.passes import ForwardPass
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare, request_results
 from simulator.prediction.prunings import applied, asked
@@ -164,9 +164,9 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
     w, ideal = p.workloads.rows, p.ideal_s
     effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
-    for operator, rows, formats in by_kind(w):
-        for some, e in operator.effects(Rows(w, rows), p.hw, formats):
-            at, steps = rows[some], gemm_steps_of(operator_time(e, p.hw))
+    for operator, rows, formats in p.workloads.operators:
+        for some, e in operator.effects(rows, p.hw, formats):
+            at, steps = rows.at[some], gemm_steps_of(operator_time(e, p.hw))
             for name in effects.keys() & steps.keys():
                 effects[name][at] = steps[name] * w.count[at]
     return effects
@@ -175,9 +175,9 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
 def _fixed(p: ForwardPass) -> FloatArray:
     """Return the fixed time of rows, s; GEMMs have theirs beside their other effects."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
-    for operator, rows, formats in by_kind(w):
-        fixed = operator.fixed(Rows(w, rows), p.hw, formats)
-        out[rows] = operator_time(fixed, p.hw).seconds if isinstance(fixed, Estimate) else fixed
+    for operator, rows, formats in p.workloads.operators:
+        fixed = operator.fixed(rows, p.hw, formats)
+        out[rows.at] = operator_time(fixed, p.hw).seconds if isinstance(fixed, Estimate) else fixed
     return out * w.count
 
 

@@ -90,7 +90,9 @@ def gemm_table(
     )
     shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
     for hw in profiles(hardware):
-        time, _ = gemm_predicted(*shape, hw, Options(dtype, weight, rows.kernel, not warm), detail=True)
+        time, _ = gemm_predicted(
+            *shape, hw, Options(dtype, weight, rows.kernel, copies=1 if warm else None), detail=True
+        )
         steps = {name: time.details[name] for name in STEPS}
         section = hw.section("gemm", label_of(dtype, weight))
         out += [

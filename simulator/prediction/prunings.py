@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arguments import listed, shown
-from simulator.arrays import Array, BoolArray
-from simulator.codes import Kind
+from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.codes import EXPERTS
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -30,7 +30,7 @@ from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import PruningStep, prune_steps
 from simulator.request import Applied, Request
 from simulator.units import percent
-from simulator.workload import Workload
+from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
@@ -336,36 +336,46 @@ ROUNDED = 0.02
 """Difference of the requested and the realised share of KV heads from which the part ``heads`` is mentioned."""
 
 
-def sizes(w: Workload) -> dict[str, float]:
-    """Return the sizes of the parts of a workload by name."""
-    first = np.cumsum(w.is_role("embedding")) <= 1  # a prefill may have several kinds of passes
+def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
+    """Return the sizes of the parts of each workload by name."""
+    w, layers = batch.rows, batch.rows.layers
+    begins = w.is_role("embedding")
+    begun = np.cumsum(begins)
+    before = begun[batch.starts] - begins[batch.starts]
+    first = begun - before[batch.owner] <= 1  # a prefill may have several kinds of passes
     down, outputs = readers(w, "down") & first, writers(w, "o") & first
-    attention, experts = w.is_attention & first, (w.kind == Kind.EXPERTS) & first
+    attention, experts = w.is_attention & first, (w.kind == EXPERTS) & first
     devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
     norm = w.is_role("final_norm") & first
 
-    def mean(values: Array, rows: BoolArray, scale: float = 1.0) -> float:
-        many = float(w.layers[rows].sum())
-        return scale * float((values * w.layers)[rows].sum()) / many if many else 0.0
+    def covered(rows: BoolArray) -> FloatArray:
+        return batch.total(np.where(rows, layers, 0.0))
 
-    return {
-        "attention layers": float(w.layers[outputs].sum()),
-        "MLP layers": float(w.layers[down | experts].sum()),
-        "heads": mean(w.heads, attention, devices),
-        "KV heads": mean(w.kv_heads, attention, devices),
-        "inner width": mean(w.k, down, devices),
-        "experts": mean(w.experts, experts, devices if w.meta.parallel == "expert" else 1),
-        "expert width": mean(w.n, experts, devices if w.meta.parallel == "tensor" else 1),
-        "hidden size": float(w.n[norm].max(initial=0)),
+    def mean(values: Array, rows: BoolArray, many: FloatArray, scale: float = 1.0) -> FloatArray:
+        if not np.count_nonzero(many):
+            return many
+        return scale * batch.total(np.where(rows, values * layers, 0.0)) / np.where(many > 0.0, many, np.inf)
+
+    of_down, of_attention, of_experts = covered(down), covered(attention), covered(experts)
+    columns = {
+        "attention layers": covered(outputs),
+        "MLP layers": covered(down | experts) if np.count_nonzero(of_experts) else of_down,
+        "heads": mean(w.heads, attention, of_attention, devices),
+        "KV heads": mean(w.kv_heads, attention, of_attention, devices),
+        "inner width": mean(w.k, down, of_down, devices),
+        "experts": mean(w.experts, experts, of_experts, devices if w.meta.parallel == "expert" else 1),
+        "expert width": mean(w.n, experts, of_experts, devices if w.meta.parallel == "tensor" else 1),
+        "hidden size": batch.largest(np.where(norm, w.n, 0)),
     }
+    return [dict(zip(columns, map(float, row))) for row in zip(*(column.tolist() for column in columns.values()))]
 
 
-def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Workload) -> str:
-    """Return what steps remove of each part of a workload: the requested share, the realised one, and both sizes;
-    ``dense`` has the sizes of the dense workload."""
+def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Mapping[str, float]) -> str:
+    """Return what steps remove of each part of a workload: the requested share, the realised one, and both
+    :func:`sizes`."""
     if any(family.parts is None for step in steps for family in step.families):
         return ""
-    before, after, asked = dict(dense), sizes(pruned), _requested(steps)
+    before, after, asked = dict(dense), dict(pruned), _requested(steps)
     names = list(before)
     if before["attention layers"] == before["MLP layers"] and after["attention layers"] == after["MLP layers"]:
         for found in (before, after):

@@ -3,7 +3,7 @@ devices divide it, and has the engine kernels for it.
 
 Use :func:`runnable` for a pruning, :func:`will_run` for workloads. Whether an engine loads a model follows from the
 features of its checkpoint (:func:`loading`), which are read from its workload on one device; engines state in their
-YAML files which features they load (:mod:`simulator.engines.loading`). :func:`config_of` writes a ``config.json``.
+YAML files which features they load (:mod:`simulator.engines.engine`). :func:`config_of` writes a ``config.json``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import numpy as np
 from simulator.arrays import Array, BoolArray
 from simulator.codes import DTYPES, Kernel, Kind, Part
 from simulator.display import Displayed, with_and
-from simulator.engines.engine import Engine, load_engine
-from simulator.engines.loading import FEATURES, Loading
+from simulator.engines.engine import FEATURES, Engine, Loading, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.changes import changed_keys, content_of
@@ -259,7 +258,7 @@ def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bo
 
 
 def features(w: Workload) -> Iterator[str]:
-    """Yield the features (:data:`simulator.engines.loading.FEATURES`) of the checkpoint of a model on one device."""
+    """Yield the features (:data:`simulator.engines.engine.FEATURES`) of the checkpoint of a model on one device."""
     yield "uniform"
     attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
     linear, inside = w.is_role("linear"), w.layer >= 0

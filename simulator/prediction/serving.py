@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
-from simulator.capacity import RESERVE_BYTES, activation_bytes_of, cache_parts, memory_share, weights_bytes
+from simulator.capacity import RESERVE_BYTES, activation_bytes_by_phase, cache_parts, memory_share, weights_bytes
 from simulator.codes import Phase
 from simulator.engines.engine import load_engine
 from simulator.passes import ForwardPass
@@ -27,28 +27,28 @@ def memory_columns(
     """Return the memory columns of some workloads, each on a device (an index), and of their dense workloads."""
     meta, (each, prompts) = batch.rows.meta, cache_parts(batch)
     fixed = weights_bytes(batch) + prompts + RESERVE_BYTES
-    activations = {phase: activation_bytes_of(batch, phase) for phase in Phase}
-    needed = fixed + each * batch.sequences + np.maximum(*activations.values())
+    activations = activation_bytes_by_phase(batch)
+    needed = fixed + each * batch.sequences + np.maximum.reduce([*activations.values()])
     # sequences up to which the activations of a pass grow
     growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
     engine = load_engine(meta.engine)
     capacity = memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
     limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
     most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
+    which, both = np.concatenate([batch.dense[at], at]), np.tile(capacity, 2)
+    left, cache = np.maximum(both - fixed[which], 0.0), np.maximum(each[which], 1.0)
+    largest = np.full(len(which), np.inf)
+    for phase, activation in activations.items():
+        full = growing[phase][which]
+        own = activation[which] / np.minimum(batch.sequences[which], full)
+        beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
+        within = np.minimum(left / (cache + own), full)
+        largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
+    largest = np.minimum(np.maximum(np.floor(largest + 1e-9), 0.0), np.tile(most, 2)).astype(np.int64)
+    found = {"memory_bytes": needed[which], "fits": needed[which] <= both, "largest_batch": largest}
     columns: dict[str, Array] = {"capacity_bytes": capacity}
-    for name, which in (("dense", batch.dense[at]), ("pruned", at)):
-        columns[f"{name}_memory_bytes"] = needed[which]
-        columns[f"{name}_fits"] = needed[which] <= capacity
-        left, cache = np.maximum(capacity - fixed[which], 0.0), np.maximum(each[which], 1.0)
-        largest = np.full(len(at), np.inf)
-        for phase, activation in activations.items():
-            full = growing[phase][which]
-            own = activation[which] / np.minimum(batch.sequences[which], full)
-            beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
-            within = np.minimum(left / (cache + own), full)
-            largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-        largest = np.maximum(np.floor(largest + 1e-9), 0.0)
-        columns[f"{name}_largest_batch"] = np.minimum(largest, most).astype(np.int64)
+    for name, column in found.items():
+        columns[f"dense_{name}"], columns[f"pruned_{name}"] = column[: len(at)], column[len(at) :]
     return columns
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code, role_code
+from simulator.codes import DTYPE_BYTES, ELEMENTWISE, EXPERTS, GEMM, Kernel, Kind, Part, Phase, dtype_code, role_code
 from simulator.errors import InputError
 from simulator.pruning._family import PROJECTIONS, QKV, WHOLE, Choice, Pruned
 from simulator.workload import Workload
@@ -56,14 +56,21 @@ def readers(w: Workload, *names: str) -> Array:
     return mask
 
 
+def coverage(w: Workload, mask: Array) -> tuple[Array, Array]:
+    """Return, for every row, the masked row that covers its first layer, and whether there is one."""
+    at = mask.nonzero()[0]
+    if not len(at):
+        return np.zeros(len(w), dtype=np.intp), np.zeros(len(w), dtype=bool)
+    if len(at) > 1:
+        at = at[np.argsort(w.layer[at], kind="stable")]
+    place = w.layer[at].searchsorted(w.layer, side="right") - 1
+    return at[np.maximum(place, 0)], (place >= 0) & (w.layer >= 0)
+
+
 def covering(w: Workload, mask: Array, values: Array) -> Array:
     """Return, for every row, the value of the masked row that covers its first layer, else 0."""
-    at = np.flatnonzero(mask)
-    if not len(at):
-        return np.zeros(len(w), dtype=values.dtype)
-    at = at[np.argsort(w.layer[at], kind="stable")]
-    place = np.searchsorted(w.layer[at], w.layer, side="right") - 1
-    return np.where((place >= 0) & (w.layer >= 0), values[at[np.maximum(place, 0)]], 0)
+    at, covered = coverage(w, mask)
+    return np.where(covered, values[at], 0)
 
 
 def shorter_copies(w: Workload, out: Workload) -> Workload:
@@ -80,8 +87,9 @@ def biases(w: Workload) -> Array:
     weight: Array = w.n.astype(np.float64) * w.k
     if np.count_nonzero(w.kernel):
         weight = np.where((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0) * weight
-    owns = (w.kind == Kind.GEMM) & (w.params > 0) & (np.abs(w.params * w.repeats - weight - w.n) < 0.5)
-    return np.where(owns, w.n / w.repeats, 0.0)
+    repeats = w.repeats
+    owns = (w.kind == GEMM) & (w.params > 0) & (np.abs(w.params * repeats - weight - w.n) < 0.5)
+    return np.where(owns, w.n / repeats, 0.0) if np.count_nonzero(owns) else np.zeros(len(w))
 
 
 def weights(w: Workload) -> Array:
@@ -121,7 +129,7 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     bias = biases(w)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
     params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (n / np.maximum(w.n, 1))
-    return w.replace(n=n, k=k, params=np.where(w.kind == Kind.GEMM, params, w.params), **columns)
+    return w.replace(n=n, k=k, params=np.where(w.kind == GEMM, params, w.params), **columns)
 
 
 def with_inner(w: Workload, kept: Array) -> Workload:
@@ -135,7 +143,9 @@ def with_inner(w: Workload, kept: Array) -> Workload:
 
 def with_expert_width(w: Workload, kept: Array) -> Workload:
     """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows do not change."""
-    return changed(w, w.kind == Kind.EXPERTS, n=kept, params=w.params * (kept / np.maximum(w.n, 1)))
+    routed = w.kind == EXPERTS
+    params = w.params * (kept / np.maximum(w.n, 1))
+    return changed(w, routed, n=kept, params=params)
 
 
 def moved(w: Workload, share: Array) -> dict[str, Array]:
@@ -193,7 +203,7 @@ def sublayer_ends(w: Workload) -> Array:
 
 def hidden_at(w: Workload, at: Array) -> Array:
     """Return the hidden size at sublayer ends."""
-    return np.where(w.kind[at] == Kind.EXPERTS, w.k[at], w.n[at])
+    return np.where(w.kind[at] == EXPERTS, w.k[at], w.n[at])
 
 
 def before_sublayer(w: Workload, rows: Array) -> Array:
@@ -358,14 +368,14 @@ def prompt_of(w: Workload) -> Array:
 
 def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
     """Return the workload with the hidden size ``new`` in place of ``hidden``."""
-    stream, square, routed = w.is_role(*STREAM), w.is_role("residual_projection"), w.kind == Kind.EXPERTS
+    stream, square, routed = w.is_role(*STREAM), w.is_role("residual_projection"), w.kind == EXPERTS
     reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
     writes = writers(w, "o", "down", "linear")
     n = np.where(writes | square | (stream & (w.n == hidden)), new, w.n)
     share = np.where(stream, new / hidden, 1.0)
     out = resized(w, n, np.where(reads | square | routed, new, w.k), **moved(w, share))
     narrower = np.where(routed, new / hidden, share)
-    scaled = routed | (w.kind == Kind.ELEMENTWISE)
+    scaled = routed | (w.kind == ELEMENTWISE)
     return out.replace(params=np.where(scaled, w.params * narrower, out.params))
 
 
@@ -373,7 +383,7 @@ def widths(w: Workload) -> Mapping[str, Array]:
     """Return the widths of a model on one device by name: one value per row, 0 for rows without this width."""
     rows = {
         "MLP width": (readers(w, "down"), w.k),
-        "expert width": (w.kind == Kind.EXPERTS, w.n),
+        "expert width": (w.kind == EXPERTS, w.n),
         "rank": (projections(w) & (w.stage == 1), w.n),
         "hidden size": (readers(w, *QKV, "gate", "up", "gate_up"), w.k),
         "query width": (readers(w, "o"), w.k),

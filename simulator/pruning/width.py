@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.codes import DTYPE_BYTES, Kind
+from simulator.codes import DTYPE_BYTES, EXPERTS, Kind
 from simulator.errors import InputError
 from simulator.pruning import _rows
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
@@ -22,6 +22,7 @@ from simulator.workload import Workload
 HEADS: tuple[str, ...] = ("q", "q_b", "kv_b", "absorb_k", "absorb_v", "delta_in", "delta_ba")
 # elementwise operators on the outputs of query heads
 OUTPUTS: tuple[str, ...] = ("gated_norm", "output_gate", "quantize_heads")
+_DELTA_NET = int(Kind.DELTA_NET)
 
 
 def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None) -> Pruned:
@@ -33,7 +34,8 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     align, mlp = whole("align", align), choice.of("mlp")
     attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
     out = _mlp(attended, mlp, align, inner)
-    out = _rows.with_expert_width(out, np.where(mlp > 0, _rows.aligned(out.n, 1.0 - mlp, align), out.n))
+    if np.count_nonzero(out.kind == EXPERTS):
+        out = _rows.with_expert_width(out, np.where(mlp > 0, _rows.aligned(out.n, 1.0 - mlp, align), out.n))
     if (hidden := float(choice.of("hidden").max(initial=0.0))) > 0:
         out, _ = width_cross(out, Choice(choice.of("hidden"), hidden), ideal=ideal, align=align)
     return out, _rows.parameters_removed(w, out)
@@ -41,14 +43,14 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
 
 def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone."""
-    delta = w.kind == Kind.DELTA_NET
-    attention = w.is_attention | delta
-    nets = _rows.covering(w, attention, delta.astype(np.int64)) > 0
+    delta = w.kind == _DELTA_NET
+    attention, latent = w.is_attention | delta, w.latent > 0  # latent: one vector for all heads
+    at, covered = _rows.coverage(w, attention)
+    nets, one_vector = covered & delta[at], covered & latent[at]
     alone, kv = np.where(nets, 0.0, alone), np.where(nets, 0.0, kv)
-    latent = w.latent > 0  # one vector for all heads
-    heads, groups = (_rows.covering(w, attention, x) for x in (w.heads, np.where(latent, w.heads, w.kv_heads)))
-    one_vector = _rows.covering(w, attention, latent.astype(np.int64)) > 0
-    if (one_vector & (kv > 0)).any():
+    heads = np.where(covered, w.heads[at], 0)
+    groups = np.where(one_vector, heads, np.where(covered, w.kv_heads[at], 0))
+    if np.count_nonzero(one_vector & (kv > 0)):
         raise InputError("sparsity of kv: latent attention has one vector for all heads; expected attention or heads")
 
     def left(many: Array, share: Array) -> Array:
@@ -61,16 +63,16 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     queries, outputs = _rows.writers(w, *HEADS) | delta, w.is_role(*OUTPUTS)
     stored, cached = _rows.writers(w, "k", "v"), w.is_role("cache_write") & ~one_vector
     rotated = w.is_role("rotary", "qk_norm")
-    keys = groups * _rows.covering(w, attention, w.head_dim)  # features of all keys
+    keys = groups * np.where(covered, w.head_dim[at], 0)  # features of all keys
     # the other outputs of a fused projection are queries, and gates of the attention's outputs if there are any
     fused = (w.n - 2 * keys) * some_heads // heads + 2 * keys * some_groups // groups
     every, left_over = heads + groups, some_heads + some_groups
-    n = np.select(
-        [queries | outputs, stored | cached, rotated, _rows.writers(w, "qkv")],
-        [w.n * some_heads // heads, w.n * some_groups // groups, w.n * left_over // every, fused],
-        w.n,
-    )
-    share = np.select([outputs, cached, rotated], [some_heads / heads, some_groups / groups, left_over / every], 1.0)
+    n = np.where(queries | outputs, w.n * some_heads // heads, w.n)
+    n = np.where(stored | cached, w.n * some_groups // groups, n)
+    n = np.where(rotated, w.n * left_over // every, n)
+    n = np.where(_rows.writers(w, "qkv"), fused, n)
+    share = np.where(cached, some_groups / groups, np.where(rotated, left_over / every, 1.0))
+    share = np.where(outputs, some_heads / heads, share)
     read, written = _repeated(w, (heads, groups), (some_heads, some_groups))
     return _rows.resized(
         w.replace(params=np.where(delta, w.params * (some_heads / heads), w.params)),
@@ -88,6 +90,8 @@ def _repeated(w: Workload, before: tuple[Array, Array], after: tuple[Array, Arra
 
     ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`."""
     copied = w.is_role("cache_write") & (w.kv_len > 0)
+    if not np.count_nonzero(copied):
+        return np.ones(len(w)), np.ones(len(w))
     was, now = (
         np.where(copied & (heads > groups), heads // np.maximum(groups, 1), 0) for heads, groups in (before, after)
     )

@@ -19,21 +19,23 @@ from simulator.codes import Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.host import Host, launches
-from simulator.passes import ForwardPass, engine_factors, estimates, gaps, refusal, streams
+from simulator.passes import ForwardPass, Host, engine_factors, estimates, gaps, launches, refusal, streams
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
     FACTOR_INDEX,
+    Posterior,
     Uncertainty,
     correlation,
     level_scale,
+    posterior_of,
 )
-from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, predicted
-from simulator.uncertainty.posterior import Posterior, posterior_of
+from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, most_likely, predicted
 from simulator.workload import Workload, WorkloadBatch
 
+_BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
 _CHUNK = 64  # few enough for the second-level cache
+_FEW = 8  # below, one product of all groups takes less time than one product per kind
 
 Errors = list[tuple[Any, Uncertainty]]
 """Rows of a workload, and the errors of their times."""
@@ -46,14 +48,13 @@ def operator_times(
     ``engine``, GEMMs differ from the measured ones as :func:`simulator.passes.engine_factors` states."""
     columns = empty_times(len(w))
     errors: Errors = []
-    for rows, e in estimates(w, hw):
+    for rows, e in estimates(w, w.operators(), hw):
         times, uncertainty = predicted(e, hw, level)
         errors.append((rows, uncertainty))
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
-    if engine is not None and engine is not load_engine(""):
-        known = columns["seconds"], columns["roofline_s"], columns["bottleneck"]
-        factor = engine_factors(w, hw, engine, *known)
+    if engine is not None:
+        factor = engine_factors(w, hw, engine, columns["seconds"], columns["roofline_s"], columns["bottleneck"])
         for name in ("seconds", "lower", "upper"):
             columns[name] = columns[name] * factor
     return OperatorTimes(**columns), errors
@@ -63,29 +64,31 @@ def operator_times(
 class PredictedPass(ForwardPass):
     """A forward pass with prediction intervals and errors of its operators."""
 
-    each: OperatorTimes  # one execution of the main kernel of each of the batch's distinct shapes
-    errors: Errors  # of those
+    errors: Errors  # errors of one execution of the main kernel of each distinct shape of the batch
+    level: float  # level of the intervals of :attr:`time`
 
     @cached_property
     def time(self) -> OperatorTimes:
         """One execution of each row; the roofline is that of a fused kernel."""
-        of_row = {name: getattr(self.each, name)[self.workloads.shapes[1]] for name in TIMES}
+        shapes, which = self.workloads.shapes
+        each, _ = operator_times(shapes, self.hw, self.level, self.engine)
+        of_row = {name: getattr(each, name)[which] for name in TIMES}
         return OperatorTimes(**of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")})
 
     @cached_property
     def uncertainty(self) -> PassUncertainty:
         """Errors of the device's times."""
-        workloads, groups, which = self.workloads, self.workloads.groups, self.workloads.shapes[1]
+        workloads, groups, (shapes, which) = self.workloads, self.workloads.groups, self.workloads.shapes
         device = np.maximum(self.device_s, 1e-300)
-        share, size = self.row_s / device[workloads.owner], len(self.each.seconds)
+        share, size = self.row_s / device[workloads.owner], len(shapes)
         correlated, independent = np.zeros((2, size))
         coordinates = np.zeros((3, size))
-        names = tuple(dict.fromkeys(name for _, error in self.errors for name in error.factors))
+        names = {name: i for i, name in enumerate(dict.fromkeys(n for _, error in self.errors for n in error.factors))}
         factors = np.zeros((len(names), size))
         for rows, error in self.errors:
             correlated[rows], independent[rows] = error.correlated, error.independent
             coordinates[:, rows] = error.coordinates.T
-            factors[np.array([names.index(name) for name in error.factors])[:, None], rows] = error.systematic
+            factors[np.array([names[name] for name in error.factors])[:, None], rows] = error.systematic
         variance = correlated * correlated + independent + (factors * factors).sum(axis=0)
         systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
         of_row = np.add.reduceat(share * factors[:, which], workloads.starts, axis=1)
@@ -96,23 +99,25 @@ class PredictedPass(ForwardPass):
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
-        centre = np.stack([groups.sums(share * axis[which]) / time for axis in coordinates], axis=-1)
+        centre = np.array([groups.sums(share * axis[which]) / time for axis in coordinates])
         return PassUncertainty(
             systematic=systematic,
             correlated=groups.sums(share * correlated[which]) * noise,
             independent=own * noise,
             whole=whole,
-            coordinates=centre,
+            coordinates=np.moveaxis(centre, 0, -1),
             kind=groups.kind,
             posterior=posterior,
         )
 
     @property
-    def _composed(self) -> tuple[Array, Array]:
+    def _composed(self) -> tuple[Any, Any]:
         """Variance of the log of each row's time, where several kernels make up an operator and none was timed; and (W,
         G) the standard deviation that the gaps between these kernels add to a group, as a share of the pass."""
         w, groups, sd = self.workloads.rows, self.workloads.groups, self.engine.composed_log_sd.value
-        composed = w.overhead | (w.is_attention & (w.kernel == Kernel.BLOCK_SPARSE))
+        composed = w.overhead | (w.is_attention & (w.kernel == _BLOCK_SPARSE))
+        if not np.count_nonzero(composed):
+            return 0.0, 0.0
         part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
         return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[:, None]
 
@@ -126,22 +131,28 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
         raise InputError(reason)
     hw = hw.serving(engine.stacks)
     shapes, which = workloads.shapes
-    each, errors = operator_times(shapes, hw, level, engine)
+    seconds, roofline_s, bottleneck = np.zeros(len(shapes)), np.zeros(len(shapes)), np.zeros(len(shapes), dtype=np.int8)
+    errors: Errors = []
+    for rows, e in estimates(shapes, workloads.distinct, hw):
+        seconds[rows], uncertainty = most_likely(e, hw)
+        roofline_s[rows], bottleneck[rows] = e.unit_s * e.roofline, e.bottleneck
+        errors.append((rows, uncertainty))
+    seconds *= engine_factors(shapes, hw, engine, seconds, roofline_s, bottleneck)
     launched, streamed = launches(workloads, engine), streams(workloads, engine)
     gap = gaps(workloads, engine, hw, launched)
-    row_s = each.seconds[which] * workloads.rows.count * streamed
+    row_s = seconds[which] * workloads.rows.count * streamed
     return PredictedPass(
         workloads=workloads,
         hw=hw,
         engine=engine,
-        bottleneck_of_row=each.bottleneck[which],
+        bottleneck_of_row=bottleneck[which],
         streams=streamed,
         row_s=row_s,
         group_s=workloads.groups.sums(row_s) + gap,
         group_gap_s=gap,
         host=Host.of(workloads, engine, hw, launched, *host_launch(hw)),
-        each=each,
         errors=errors,
+        level=level,
     )
 
 
@@ -171,22 +182,20 @@ class PassUncertainty:
     def _scale(self) -> Any:
         return 1.0 if self.posterior is None else self.posterior.scale
 
-    def _correlated_covariance(self, a: Any, b: Any) -> Array:
-        """(W,) covariance of the correlated errors of some passes with others."""
-        out = np.zeros(len(self.correlated[a]))
+    def _correlated(self, a: Any, b: Any) -> Array:
+        """(n,) covariance of the correlated errors of passes ``a`` with passes ``b``, n indices each."""
+        if len(a) < _FEW:
+            near = correlation(self.coordinates[a], self.coordinates[b]) * (self.kind[:, None] == self.kind)
+            return np.asarray(((self.correlated[a][:, None] @ near)[:, 0] * self.correlated[b]).sum(axis=1))
+        out = np.zeros(len(a))
         for kind in sorted(set(self.kind.tolist())):
             at = np.flatnonzero(self.kind == kind)
+            sd, place = self.correlated[:, at], self.coordinates[:, at]
             for first in range(0, len(out), _CHUNK):
-                i, j = a[first : first + _CHUNK, None], b[first : first + _CHUNK, None]
-                near = correlation(self.coordinates[i, at], self.coordinates[j, at])
-                part = np.einsum("wg,wgh,wh->w", self.correlated[i, at], near, self.correlated[j, at])
-                out[first : first + _CHUNK] += part
+                i, j = a[first : first + _CHUNK], b[first : first + _CHUNK]
+                near = correlation(place[i], place[j])
+                out[first : first + _CHUNK] += ((sd[i][:, None] @ near)[:, 0] * sd[j]).sum(axis=1)
         return out
-
-    @cached_property
-    def _correlated_variance(self) -> Array:
-        every = np.arange(len(self.correlated))
-        return self._correlated_covariance(every, every)
 
     def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: NDArray[np.intp]) -> Array:
         """Return (W, n), the covariance with the errors of n times of operators of kinds (n,)."""
@@ -201,9 +210,8 @@ class PassUncertainty:
     @cached_property
     def _measured(self) -> Array:
         """(W, n) covariance with the measured times."""
-        if self.posterior is None:
+        if (p := self.posterior) is None:
             return np.zeros((len(self.systematic), 0))
-        p = self.posterior
         return self.covariance(p.systematic * p.scale, p.correlated * np.sqrt(p.noise[p.kind]), p.coordinates, p.kind)
 
     def _less_measured(self, variance: Array, c: Array) -> Array:
@@ -213,23 +221,32 @@ class PassUncertainty:
 
     def variance(self) -> Array:
         """Return the variance (W,) of the log of each time."""
-        others = self._correlated_variance + (self.independent * self.independent).sum(axis=1)
-        prior = (self.systematic * self.systematic * self._scale).sum(axis=1) + others
-        return self._less_measured(prior, self._measured)
+        every = np.arange(len(self.correlated))
+        return self._variance(self._correlated(every, every))
 
-    def ratio_variance(self, other: NDArray[np.intp], same: Array) -> Array:
-        """Return the variance (W,) of the log of the ratio of each time to that of pass ``other`` (W,). ``same`` (W,
-        G): 1 where a group is the same in both passes; less where only its number changed, by which all its errors
-        differ; 0 where its shape changed, so that its independent error is another."""
+    def _variance(self, correlated: Array) -> Array:
+        prior = (self.systematic * self.systematic * self._scale).sum(axis=1) + correlated
+        return self._less_measured(prior + (self.independent * self.independent).sum(axis=1), self._measured)
+
+    def variances(self, other: NDArray[np.intp], same: Array) -> tuple[Array, Array]:
+        """Return the variance (W,) of the log of each time, and of the log of its ratio to that of pass ``other`` (W,).
+        ``same`` (W, G) is 1 where a group is the same in both passes, below 1 where only the number of executions
+        changed, and 0 where the shape changed."""
+        every = np.arange(len(self.correlated))
+        pairs = (other != every).nonzero()[0]
+        found = self._correlated(np.concatenate([every, other[pairs]]), np.concatenate([every, pairs]))
+        alone, covariance = found[: len(every)], found[: len(every)].copy()
+        covariance[pairs] = found[len(every) :]
         systematic = self.systematic[other] - self.systematic
-        correlated = self._correlated_variance[other] + self._correlated_variance
-        covariance = self._correlated_covariance(other, np.arange(len(other)))
-        correlated = np.maximum(correlated - 2.0 * covariance, 0.0)
+        correlated = np.maximum(alone[other] + alone - 2.0 * covariance, 0.0)
         dense, covered = self.independent[other], same > 0.0
         own = dense * dense + self.independent * self.independent - 2.0 * covered * dense * self.independent
         apart = 2.0 * np.where(covered, 1.0 - same, 0.0) * self.whole[other] * self.whole
         variance = (systematic * systematic * self._scale).sum(axis=1) + correlated + np.maximum(own, 0.0).sum(axis=1)
-        return self._less_measured(variance + apart.sum(axis=1), self._measured[other] - self._measured)
+        ratio = variance + apart.sum(axis=1)
+        if self.posterior is not None:
+            ratio = self._less_measured(ratio, self._measured[other] - self._measured)
+        return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
         """Return the log half-width of an interval at a level."""
@@ -252,4 +269,4 @@ def ratio_half(a: Uncertainty, b: Uncertainty, level: float = 0.9, posterior: Po
     )
     size = len(a.independent)
     other = np.roll(np.arange(2 * size), size)
-    return passes.half(passes.ratio_variance(other, np.zeros((2 * size, 1)))[:size], level)
+    return passes.half(passes.variances(other, np.zeros((2 * size, 1)))[1][:size], level)

@@ -2,9 +2,9 @@
 
 Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
 model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
-device. Its two speeds (:mod:`simulator.host`) are functions of two independent normals: ``first``, the speed of
-passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host and
-at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
+device. Its two speeds (:class:`simulator.passes.Host`) are functions of two independent normals: ``first``, the speed
+of passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host
+and at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
 interval as a root of sum of squares.
 
 A measured pass time is one observation. Bayes' rule weights a grid of both normals; kernel errors are conditioned on
@@ -20,8 +20,8 @@ h : hosts at which passes are evaluated, the median host first
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,14 +55,13 @@ _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1),
 
 UNEXPLAINED = 0.3
 """Share of the deviation of a measured time from its prediction that may be spent per pass instead of in proportion to
-the work, or the reverse (assumed): what the measured machine does otherwise is not among the causes of the model."""
+the work, or the reverse (assumed): the model has no cause for the rest of the deviation."""
 
 CONSISTENT_SD = 2.5
 """Standard deviations from its prediction beyond which a measured time is ignored."""
 
 
-@dataclass(frozen=True)
-class PredictionIntervals:
+class PredictionIntervals(NamedTuple):
     """Times of W passes, s, and ratios to another pass each, with intervals."""
 
     seconds: FloatArray
@@ -89,8 +88,7 @@ class Inferred:
     pass_share: tuple[float, float]  # interval of the part of the host's time that is spent per pass
 
 
-@dataclass(frozen=True)
-class _Hosts:
+class _Hosts(NamedTuple):
     """Passes at h hosts: times (h, W) and the part of them that follows the device."""
 
     seconds: FloatArray
@@ -110,20 +108,20 @@ def prediction_intervals(
     measured: tuple[int, float] | None = None,
 ) -> PredictionIntervals:
     """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same`` (W, G) is that of
-    ``PassUncertainty.ratio_variance``; ``mixed`` (W,) is true where the host launches another mix than in the other
+    ``PassUncertainty.variances``; ``mixed`` (W,) is true where the host launches another mix than in the other
     pass; ``measured`` is the index of a pass and its measured time, s."""
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
     scale = coverage_factor * level_scale(level)
     speeds, inferred = scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T, None
-    variance = uncertainty.variance()
+    variance, of_ratio = uncertainty.variances(other, same)
     if measured is not None:
         given, inferred = _hosts_given(p, variance[measured[0]], *measured, scale)
         speeds = given if inferred.consistent else speeds
     hosts = _Hosts.at(p, *speeds)
     a, b = hosts.share, hosts.share[:, other]
     # covariance with the other pass
-    together = 0.5 * (variance + variance[other] - uncertainty.ratio_variance(other, same))
+    together = 0.5 * (variance + variance[other] - of_ratio)
     own = a * a * variance + alike + apart
     between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
     between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
@@ -156,29 +154,27 @@ def _conditioned(
     """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of each with the
     log of that time, in units of the standard deviation of that log."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
-    ratio = p.uncertainty.ratio_variance(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
+    _, ratio = p.uncertainty.variances(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
     covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + alike + apart * (every == at)
     whole = share**2 * variance[at] + alike + apart + MEASURED_LOG_SD**2
     left = np.log(seconds / hosts.seconds[:, [at]])
-    moved = replace(hosts, seconds=hosts.seconds * np.exp(covariance / whole * left))
+    moved = hosts._replace(seconds=hosts.seconds * np.exp(covariance / whole * left))
     return moved, covariance / np.sqrt(whole)
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the ends of intervals of logs (h, W) at some hosts: the first is the prediction, each further pair the
     ends of one unknown; ``square`` holds squared half-widths at each. Device errors matter more next to one host than
-    next to another. On either side, half of their square is that next to the typical host, half that next to the host
-    farthest on that side. On planted hosts and kernels that take equally long, the typical host alone covers 81 %, this
-    rule 86 %."""
-    square, every, ends = np.maximum(square, 0.0), np.arange(log.shape[1]), []
-    for side in (-1.0, 1.0):
-        change = side * (log - log[0])
-        whole = 0.5 * (square[0] + square[change.argmax(axis=0), every])
-        for pair in range(1, len(log), 2):
-            whole += np.maximum(change[pair : pair + 2].max(axis=0), 0.0) ** 2
-        ends.append(log[0] + side * np.sqrt(whole))
-    return ends[0], ends[1]
+    next to another: their squared half-width is the mean of two cases, the typical host, and the slowest (or fastest)
+    host within the interval. On planted hosts and kernels that take equally long, the typical host alone covers 81 %,
+    this rule 86 %."""
+    square, change = np.maximum(square, 0.0), log - log[0]
+    sides = np.array([-change, change])
+    of_device = 0.5 * (square[0] + square[sides.argmax(axis=1), np.arange(log.shape[1])])
+    of_host = np.maximum(sides[:, 1:].reshape(2, -1, 2, log.shape[1]).max(axis=2), 0.0) ** 2
+    below, above = np.sqrt(of_device + of_host.sum(axis=1))
+    return log[0] - below, log[0] + above
 
 
 def _hosts_given(
@@ -227,7 +223,7 @@ def _hosts_of(first: FloatArray, second: FloatArray, log_weight: FloatArray, sca
     rows, next_to = np.arange(len(first), dtype=np.float64), np.interp(found, first, np.arange(len(first)))
     out = np.zeros(len(found))
     for i in np.unique(np.concatenate([np.floor(next_to), np.ceil(next_to)])).astype(int):
-        part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # of linear interpolation
+        part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # weight of linear interpolation
         out += part * _quantiles(second, given[i], at[1])
     return np.stack([found, out])
 
@@ -249,7 +245,7 @@ def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
 class WorkloadTimes(OperatorTimes):
     """Times of a workload on a device, s: of one execution of each row (eager: all its kernels), and in total."""
 
-    role: NDArray[np.str_]  # of each row
+    role: NDArray[np.str_]  # role of each row
     count: FloatArray  # its executions
     total_s: float
     total_lower_s: float  # prediction interval

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arguments import flag
+from simulator.arguments import flag, instance
 from simulator.arrays import Array, FloatArray
 from simulator.display import Displayed, as_plain
 from simulator.hardware.library import load_hardware
@@ -17,8 +17,14 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.operators import gemm
 from simulator.operators.base import BOTTLENECKS, Estimate
 from simulator.operators.gemm import Options
-from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, error_scales, level_scale, uncertainty_of
-from simulator.uncertainty.posterior import posterior_of
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    Uncertainty,
+    error_scales,
+    level_scale,
+    posterior_of,
+    uncertainty_of,
+)
 from simulator.units import seconds, seconds_between
 
 
@@ -64,28 +70,46 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 
 
 def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
-    """Return times with prediction intervals from an estimate, and the errors of the times. The profile's local update
-    moves the times. No end of an interval is below the floor of physics."""
-    half_scale = level_scale(level)
-    uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
-    time, shape = e.time, np.shape(e.time)
+    """Return times with prediction intervals from an estimate, and the errors of the times. No end of an interval is
+    below the floor of physics."""
+    half_scale, posterior = level_scale(level), posterior_of(hw)
+    time, uncertainty, variance = _updated(e, hw)
     if posterior is None:
         variance, half = uncertainty.variance, COVERAGE_FACTOR * half_scale
     else:
-        shift, variance = posterior.at(uncertainty)
-        time, half = time * np.exp(shift).reshape(shape), posterior.coverage_factors[uncertainty.kind] * half_scale
-    width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(shape)
-    time = np.maximum(time, e.floor)
-    ends: list[FloatArray] = [time, np.maximum(time / width, e.floor), time * width, e.roofline]
-    if e.unit_s != 1.0:
-        ends = [e.unit_s * values.astype(np.float64) for values in ends]
-    middle, lower, upper, roofline_s = ends
+        half = posterior.coverage_factors[uncertainty.kind] * half_scale
+    width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
+    ends = (time, np.maximum(time / width, e.floor), time * width, e.roofline)
+    middle, lower, upper, roofline_s = (_in_seconds(e, values) for values in ends)
     times = OperatorTimes(middle, lower, upper, roofline_s, e.bottleneck, details=e.details)
-    if e.measured is not None and e.measured.rows.any():
+    if e.measured is not None:
         at, known = e.measured.rows, e.measured.seconds
         width = np.exp(e.measured.log_half * half_scale)
         times.seconds[at], times.lower[at], times.upper[at] = known, known / width, known * width
     return times, uncertainty
+
+
+def most_likely(e: Estimate, hw: HardwareProfile) -> tuple[FloatArray, Uncertainty]:
+    """Return the times of :func:`predicted` without intervals, s, and their errors."""
+    time, uncertainty, _ = _updated(e, hw)
+    seconds = _in_seconds(e, time)
+    if e.measured is not None:
+        seconds[e.measured.rows] = e.measured.seconds
+    return seconds, uncertainty
+
+
+def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]:
+    """Return times in the unit of an estimate, which the profile's local update moves and which are at least the floor;
+    their errors; and the variance of the errors, None without a local update."""
+    uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
+    if posterior is None:
+        return np.maximum(e.time, e.floor), uncertainty, None
+    shift, variance = posterior.at(uncertainty)
+    return np.maximum(e.time * np.exp(shift).reshape(np.shape(e.time)), e.floor), uncertainty, variance
+
+
+def _in_seconds(e: Estimate, values: Array) -> FloatArray:
+    return values if e.unit_s == 1.0 else e.unit_s * values.astype(np.float64)
 
 
 def empty_times(size: int) -> dict[str, Any]:
@@ -122,6 +146,39 @@ def gemm_predicted(
     return OperatorTimes(**shaped, details={name: v.reshape(shape) for name, v in details.items()}), errors
 
 
+@dataclass(frozen=True)
+class GemmOptions:
+    """Rarely used options of :func:`simulator.gemm_time`.
+
+    Parameters
+    ----------
+    level : float
+        Level of the prediction interval, in (0, 1).
+    copies : int or array, optional
+        Weights that a benchmark uses in turn: their footprint decides how warm they are. 1: one weight, as warm as L2
+        allows. Default: weights come from DRAM, as in a decoder.
+    density : float or array
+        Share of weights that are not zero, in [0, 1]; only the kernel ``spmv`` gains by it beyond its format.
+    block : int or array
+        Features of the groups that are skipped; 0: wide groups.
+    detail : bool
+        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``, ``waves``, the analytical
+        parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor ``residual``, and the steps of the waterfall.
+
+    Examples
+    --------
+    >>> from simulator import GemmOptions, gemm_time
+    >>> gemm_time(8, 4096, 4096, "a100", options=GemmOptions(detail=True)).details["tile_m"].item()
+    32.0
+    """
+
+    level: float = 0.9
+    copies: Any = None
+    density: Any = 1.0
+    block: Any = 0
+    detail: bool = False
+
+
 def gemm_time(
     m: Any,
     n: Any,
@@ -131,12 +188,7 @@ def gemm_time(
     dtype: str = "bf16",
     weight_dtype: str | None = None,
     kernel: Any = "dense",
-    density: Any = 1.0,
-    block: Any = 0,
-    cold: bool = True,
-    copies: Any = None,
-    level: float = 0.9,
-    detail: bool = False,
+    options: GemmOptions = GemmOptions(),
 ) -> OperatorTimes:
     """Return the time of y[m, n] = x[m, k] w[k, n]; arrays broadcast.
 
@@ -153,20 +205,8 @@ def gemm_time(
         ``dense``, ``sparse24`` (2:4), ``unstructured`` (scattered zeros, timed as dense), ``block_sparse`` (tiles of
         tokens are skipped), ``groups_n`` or ``groups_k`` (groups of outputs or of inputs are skipped; m, n, k count
         what is computed), ``spmv`` (scattered zeros are stored away; m of 1 only).
-    density : float or array
-        Share of weights that are not zero, in [0, 1]; only ``spmv`` gains by it beyond its format.
-    block : int or array
-        Features of the groups that are skipped; 0: wide groups.
-    cold : bool
-        True: weights come from DRAM, as in a decoder. False: they are as warm as L2 allows.
-    copies : int or array, optional
-        Weights that a benchmark uses in turn: their footprint decides how warm they are. Overrides ``cold``; ``inf``
-        means cold weights.
-    level : float
-        Level of the prediction interval, in (0, 1).
-    detail : bool
-        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``, ``waves``, the analytical
-        parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor ``residual``, and the steps of the waterfall.
+    options : GemmOptions
+        Level of the interval, warm weights, density, blocks, details.
 
     Returns
     -------
@@ -187,8 +227,9 @@ def gemm_time(
     >>> t.bottlenecks.tolist(), bool((t.lower < t.seconds).all())
     (['memory', 'compute'], True)
     """
-    options = Options(dtype, weight_dtype, kernel, cold, copies, density, block)
-    return gemm_predicted(m, n, k, load_hardware(hw), options, level, detail=flag("detail", detail))[0]
+    instance("options", options, GemmOptions, "simulator.GemmOptions")
+    how = Options(dtype, weight_dtype, kernel, options.copies, options.density, options.block)
+    return gemm_predicted(m, n, k, load_hardware(hw), how, options.level, detail=flag("detail", options.detail))[0]
 
 
 def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:

@@ -247,7 +247,7 @@ def prunesim(data: Split, repeat: int = 5) -> dict[str, Any]:
         out[f"fit_s_{rows}"] = time.perf_counter() - began
         profile = replace(hw, sections=MappingProxyType({**hw.sections, ("gemm", "bf16"): section}))
         rotated = rotated_copies(2.0 * data.test[:, 1] * data.test[:, 2], hw.l2_bytes)  # weights the tables rotate
-        predicted = simulator.gemm_time(*data.test.T, profile, cold=False, copies=rotated).seconds
+        predicted = simulator.gemm_time(*data.test.T, profile, options=simulator.GemmOptions(copies=rotated)).seconds
         out[f"mape_{rows}"] = mape(predicted, data.test_s)
     roofline = simulator.gemm_time(*data.test.T, profile).roofline_s
     out["mape_roofline"] = mape(roofline, data.test_s)

@@ -11,8 +11,7 @@ import pytest
 
 import simulator
 from simulator.cli import run
-from simulator.engines.engine import check_engine, list_engines, load_engine
-from simulator.engines.generations import numbers, reached
+from simulator.engines.engine import check_engine, list_engines, load_engine, numbers, reached
 from simulator.errors import InputError
 from simulator.figures.style import engine_title
 from simulator.prediction.requests import requests_of

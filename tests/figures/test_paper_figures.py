@@ -20,7 +20,7 @@ from simulator.figures.tables import SKIPPED_PAIRS, efficiency_figure, kept_axes
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.pruning import general_families, prune
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 if TYPE_CHECKING:
     from simulator.figures.paper import Drawn
@@ -157,7 +157,7 @@ def test_predictions_beside_measurements_assume_the_same_rotation_of_weights() -
     hw = load_hardware("a100")
     one = np.ones(1)
     table = MeasuredGemms("mine", 8 * one, 4096 * one, 2048 * one, 1e-5 * one, copies=one)
-    assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, copies=1).seconds
+    assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, options=GemmOptions(copies=1)).seconds
     assert table.predict(hw)[0] != gemm_time(8, 4096, 2048, hw).seconds
 
 

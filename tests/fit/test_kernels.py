@@ -19,7 +19,7 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import Fitted
-from simulator.uncertainty.operators import gemm_time
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 HW = load_hardware("h100_sxm@sglang")
 SOURCE = Source("planted GPU", {"planted": "1"}, method="planted", origin="test", date="2026-01-01")
@@ -124,7 +124,7 @@ def test_a_grouped_product_is_one_kernel_or_three_for_each_group(role: str, kern
     sizes = {"m": [64, 4096], "n": 4096, "k": 2048, "block": 128, "density": 0.5, "role": role, "fused": [True, False]}
     r = Records.from_columns([SOURCE], operator="grouped_gemm", seconds=1.0, **sizes)  # type: ignore[arg-type]
     one, three = predict(r, HW).time.seconds
-    assert one == pytest.approx(gemm_time(32, 4096, 2048, HW, kernel=kernel, block=128).seconds)
+    assert one == pytest.approx(gemm_time(32, 4096, 2048, HW, kernel=kernel, options=GemmOptions(block=128)).seconds)
     n, k, groups = (128, 2048, 32) if role == "up" else (4096, 128, 16)
     moved = {"gather": 2.0 * 2048 * k, "scatter": 2.0 * 2048 * n}
     copies = [elementwise_time(b + 8192.0, b, HW, role=name, added=True).seconds for name, b in moved.items()]
@@ -152,7 +152,10 @@ def test_held_out_rows_of_every_kind_are_in_the_report() -> None:
 def ratio_errors(hw: HardwareProfile) -> np.ndarray:
     """Return the log errors of the ratios of an H100 in fp8."""
     m, n, k, dense, pruned = (np.array([float(r[c]) for r in RATIOS]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
-    times = [gemm_time(m, n, k, hw, dtype="fp8", kernel=name, cold=False).seconds for name in ("dense", "sparse24")]
+    times = [
+        gemm_time(m, n, k, hw, dtype="fp8", kernel=name, options=GemmOptions(copies=1)).seconds
+        for name in ("dense", "sparse24")
+    ]
     return np.asarray(np.log(times[0] / times[1] / (dense / pruned)))
 
 

@@ -26,10 +26,9 @@ from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import batch_with
-from simulator.uncertainty.factors import Uncertainty, correlation, in_order
+from simulator.uncertainty.factors import Posterior, Uncertainty, correlation, in_order
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time
-from simulator.uncertainty.posterior import Posterior
 
 pytestmark = pytest.mark.quick
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operator_times import decode, prefill
 
 from simulator import load_model, lower, workload_time
 from simulator.errors import InputError
@@ -36,7 +37,7 @@ from simulator.hardware.profile import ARCHITECTURES, STACKS, HardwareProfile
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.hardware.sections import Fitted, LocalUpdate, Provenance, Section
-from simulator.operators import CONSTANTS, attention
+from simulator.operators import CONSTANTS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK
 from simulator.uncertainty.operators import gemm_time, operator_time
 from simulator.units import EXAMPLES
@@ -641,8 +642,8 @@ def test_generic_defaults_say_how_far_they_are_off() -> None:
         )
         times = [
             [gemm_time(*sizes, one).seconds for sizes in gemms]
-            + [operator_time(attention.prefill(rows, lengths, lengths, 32, 8, 128, one), one).seconds]
-            + [operator_time(attention.decode(8 * rows, lengths, 32, 8, 128, one), one).seconds]
+            + [operator_time(prefill(rows, lengths, lengths, 32, 8, 128, one), one).seconds]
+            + [operator_time(decode(8 * rows, lengths, 32, 8, 128, one), one).seconds]
             for one in (hw, own, stranger)
         ]
         off.append([[np.log(true / told).mean() for true, told in zip(times[0], t)] for t in times[1:]])

@@ -34,8 +34,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {"m": THREE, "n": THREE, "k": 64, "hw": HW},
         {"m": [*SIZES, *SHAPED], "n": [*SIZES, *SHAPED], "k": [*SIZES, *SHAPED, 2**31]}
         | {"kernel": [7, 0.5, "2:4", True, ["dense", None], ["dense", "x", "dense"]]}
-        | {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "cold": ["no", 2]}
-        | {"density": [*NUMBERS[:-1], INF, 1.5], "dtype": [8, []], "weight_dtype": ["x", []], "hw": [3, None]},
+        | {"dtype": [8, []], "weight_dtype": ["x", []], "hw": [3, None], "options": [3, {"level": 0.9}]},
+    ),
+    "GemmOptions": (
+        lambda **options: simulator.gemm_time(THREE, THREE, 64, HW, options=simulator.GemmOptions(**options)),
+        {},
+        {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "detail": ["no", 2]}
+        | {"density": [*NUMBERS[:-1], INF, 1.5]},
     ),
     "lower": (
         partial(simulator.lower, MODEL),

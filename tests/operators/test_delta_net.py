@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from operator_times import delta_net_time
+from operator_times import delta_net_time, of_delta_net
 
 from simulator.codes import Kind
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.operators.delta_net import delta_net
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
 from simulator.uncertainty.intervals import workload_time
@@ -88,7 +87,7 @@ def test_measured_rows_of_an_h20() -> None:
     assert error.max() < 0.14
     assert ((t.lower <= measured) & (measured <= t.upper))[kernels].all()
     assert (t.seconds < measured)[~kernels].all()  # a call takes longer than its kernels
-    assert (delta_net(1024, 1024, 64, 16, 128, 128, load_hardware("h20")).floor > 2073e-6).all()  # the repeated rows
+    assert (of_delta_net(1024, 1024, 64, 16, 128, 128, load_hardware("h20")).floor > 2073e-6).all()  # the repeated rows
 
 
 def test_a_whole_model_is_timed_and_pruned_in_every_phase() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from operator_times import errors_of, experts_time
+from operator_times import errors_of, experts_time, of_experts
 
 from calibration.fit.operators import ExpertsFit
 from calibration.fit.section import fit_section
 from calibration.measurements.wheel import datasheet
 from simulator.hardware.library import list_hardware, load_hardware
-from simulator.operators import experts as experts_model
 from simulator.operators.base import Machine
 from simulator.operators.experts import (
     EXPERT_RANGE,
@@ -129,13 +128,13 @@ def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_k
     bf16, fp8 = (experts_time(64, *QWEN, hw, dtype=dtype).seconds for dtype in ("bf16", "fp8"))
     assert 0.5 < fp8 / bf16 < 0.75
     own, fallback = (
-        errors_of(experts_model.experts, 64, *QWEN, load_hardware(name), weight_dtype="mxfp4")
+        errors_of(of_experts, 64, *QWEN, load_hardware(name), weight_dtype="mxfp4")
         for name in ("h100@vllm", "a100@vllm")
     )
     assert "experts quantised" not in own.factors
     assert "experts quantised" in fallback.factors
     generic = experts_time(64, *QWEN, load_hardware("t4"), dtype="fp16")
-    unknown = errors_of(experts_model.experts, 64, *QWEN, load_hardware("t4"), dtype="fp16")
+    unknown = errors_of(of_experts, 64, *QWEN, load_hardware("t4"), dtype="fp16")
     assert {"experts default", "experts generic"} <= set(unknown.factors)
     assert generic.upper / generic.seconds > 1.5
 
@@ -152,7 +151,7 @@ def test_fewer_experts_save_what_they_no_longer_read() -> None:
     assert ratio[-1] == pytest.approx(1.0, abs=0.1)
     assert (narrow.seconds < 0.97 * dense.seconds).all()
     # what both share cancels in their ratio
-    errors = [errors_of(experts_model.experts, TOKENS, 768, 2048, number, 8, hw) for number in (96, 128)]
+    errors = [errors_of(of_experts, TOKENS, 768, 2048, number, 8, hw) for number in (96, 128)]
     half = ratio_half(*errors)
     assert (half < np.log(dense.upper / dense.seconds)).all()
 

@@ -19,7 +19,7 @@ from simulator.operators.gemm import CHUNK, UNLIMITED, alignment_halvings, clock
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import ReadyModel, analytical_time, ready_model
 from simulator.operators.residual_grid import ResidualGrid, RowResidual
-from simulator.uncertainty.operators import TIMES, gemm_time
+from simulator.uncertainty.operators import TIMES, GemmOptions, gemm_time
 
 pytestmark = pytest.mark.quick
 
@@ -120,7 +120,7 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
     [(gpu, {"kernel": "sparse24"}, (1.03, 16 / 9), (1.1, 2.0)) for gpu in GPUS]
     + [
         ("a100", {"weight_dtype": "int4"}, (1.2, 4.0), (0.4, 1.05)),
-        ("h100", {"kernel": "unstructured", "density": 0.5}, (1, 1), (1, 1)),
+        ("h100", {"kernel": "unstructured"}, (1, 1), (1, 1)),
     ],
 )
 def test_other_kernels_gain_where_their_saving_is_the_limit(
@@ -137,7 +137,7 @@ def test_other_kernels_gain_where_their_saving_is_the_limit(
 def test_steps_end_in_the_time_and_start_at_the_roofline(gpu: str) -> None:
     hw = load_hardware(gpu)
     m, n, k = np.array([1, 100, 2048, 2048]), np.array([4096, 11008, 8810, 4096]), np.array([4096, 4096, 4096, 8809])
-    steps = gemm_time(m, n, k, hw, detail=True).details
+    steps = gemm_time(m, n, k, hw, options=GemmOptions(detail=True)).details
     time = gemm_time(m, n, k, hw)
     assert (steps["launch"] == time.seconds).all()
     compute = 2.0 * m * n * k / hw.peak_flop_per_s("bf16")
@@ -152,7 +152,8 @@ def test_steps_end_in_the_time_and_start_at_the_roofline(gpu: str) -> None:
 def test_bottlenecks_are_named_and_levels_nest() -> None:
     hw = load_hardware("h100")
     t, narrow, wide = (
-        gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, level=v) for v in (0.9, 0.5, 0.99)
+        gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, options=GemmOptions(level=v))
+        for v in (0.9, 0.5, 0.99)
     )
     assert t.bottlenecks.tolist() == ["launch", "memory", "compute"]
     assert (wide.lower <= narrow.lower).all()
@@ -162,9 +163,11 @@ def test_bottlenecks_are_named_and_levels_nest() -> None:
 
 def test_warm_weights_are_faster_and_many_copies_are_cold() -> None:
     hw = replace(load_hardware("a100"), sections={})  # a fit may find no difference
-    cold, warm = (gemm_time(1, 2048, 2048, hw, cold=c).seconds for c in (True, False))
+    cold, warm = (gemm_time(1, 2048, 2048, hw, options=GemmOptions(copies=c)).seconds for c in (None, 1))
     assert warm < 0.95 * cold
-    assert gemm_time(1, 2048, 2048, hw, copies=1000).seconds == pytest.approx(float(cold), rel=1e-3)
+    assert gemm_time(1, 2048, 2048, hw, options=GemmOptions(copies=1000)).seconds == pytest.approx(
+        float(cold), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
@@ -174,9 +177,9 @@ def test_neither_chunks_nor_other_kernels_show(size: int, kernels: int) -> None:
     m, n, k = (np.ceil(2.0 ** rng.uniform(0, 13, size)) for _ in range(3))
     kernel = np.arange(size) % kernels
     m = np.where(kernel == Kernel.SPMV, 1.0, m)
-    whole = gemm_time(m, n, k, hw, kernel=kernel, detail=True)
+    whole = gemm_time(m, n, k, hw, kernel=kernel, options=GemmOptions(detail=True))
     for i in {0, size // 2, size - 1}:
-        alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], detail=True)
+        alone = gemm_time(m[i], n[i], k[i], hw, kernel=kernel[i], options=GemmOptions(detail=True))
         assert all(getattr(whole, name)[i] == getattr(alone, name) for name in TIMES)
         assert all(values[i] == alone.details[name] for name, values in whole.details.items())
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.engines.engine import load_engine
-from simulator.host import Host
+from simulator.passes import Host
 from simulator.uncertainty.forward import ForwardPass, forward_passes
 from simulator.workload import Workload, WorkloadBatch
 

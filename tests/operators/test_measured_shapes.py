@@ -15,9 +15,9 @@ from calibration.records.timing_table import Flag, Records, Source
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.hardware.sections import Provenance
-from simulator.operators.measured_shapes import EXACT_NAMES as NAMES
-from simulator.operators.measured_shapes import MeasuredShapes, measured_shapes
-from simulator.uncertainty.operators import gemm_time
+from simulator.operators.gemm import EXACT_NAMES as NAMES
+from simulator.operators.gemm import MeasuredShapes, measured_shapes
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 pytestmark = pytest.mark.quick
 
@@ -134,9 +134,9 @@ def test_gemm_time_takes_measured_shapes_and_marks_them() -> None:
     assert t.seconds.tolist() == pytest.approx((model.seconds * [1.3, 1.0, 1.3, 1.0]).tolist())
     assert (t.upper / t.seconds)[t.details["measured"]].tolist() == pytest.approx([np.exp(0.01)] * 2)
     assert t.lower[1] == model.lower[1]
-    wide = gemm_time(m, n, k, mine, level=0.99)
+    wide = gemm_time(m, n, k, mine, options=GemmOptions(level=0.99))
     assert wide.upper[0] > t.upper[0]
-    assert gemm_time(m, n, k, mine, detail=True).details["launch"].tolist() == t.seconds.tolist()
+    assert gemm_time(m, n, k, mine, options=GemmOptions(detail=True)).details["launch"].tolist() == t.seconds.tolist()
     assert gemm_time(2048, 14336, 4096, mine).details["measured"].shape == ()
 
 
@@ -145,8 +145,7 @@ def test_gemm_time_takes_measured_shapes_and_marks_them() -> None:
     [
         {"kernel": "sparse24"},
         {"kernel": "block_sparse"},
-        {"cold": False},
-        {"copies": 3},
+        {"options": GemmOptions(copies=3)},
         {"dtype": "fp16"},
         {"weight_dtype": "int8"},
     ],

@@ -9,6 +9,7 @@ from simulator.prediction.prunings import removed_parts, sizes
 from simulator.prediction.table import table
 from simulator.pruning import prune
 from simulator.pruning._grammar import read_steps
+from simulator.workload import WorkloadBatch
 
 LLAMA = "llama-3.1-8b"
 
@@ -41,14 +42,15 @@ LLAMA = "llama-3.1-8b"
 )
 def test_parts(phase: str, text: str, parts: str) -> None:
     dense = lower(LLAMA, phase=phase, seq=128, new_tokens=4 if phase == "generate" else 0)
-    assert removed_parts(read_steps(text), sizes(dense), prune(dense, text)) == parts
+    before, after = sizes(WorkloadBatch.of([dense, prune(dense, text)]))
+    assert removed_parts(read_steps(text), before, after) == parts
 
 
 @pytest.mark.quick
 def test_sizes_are_those_of_the_whole_model_on_several_devices() -> None:
-    one, four = (sizes(lower(LLAMA, devices=n)) for n in (1, 4))
+    (one,), (four,) = (sizes(WorkloadBatch.of([lower(LLAMA, devices=n)])) for n in (1, 4))
     assert one == four
-    experts = sizes(lower("mixtral-8x7b"))
+    (experts,) = sizes(WorkloadBatch.of([lower("mixtral-8x7b")]))
     assert (experts["experts"], experts["expert width"], experts["MLP layers"]) == (8, 14336, 32)
 
 

@@ -12,8 +12,8 @@ import simulator
 from simulator.codes import Kind
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.host import launches
 from simulator.operators.experts import experts_touched
+from simulator.passes import launches
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time

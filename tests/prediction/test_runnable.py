@@ -13,7 +13,7 @@ from layouts import folder_of, save, tensors_of
 
 import simulator
 from simulator.engines import engine as engines
-from simulator.engines.loading import FEATURES
+from simulator.engines.engine import FEATURES
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES, NESTED
 from simulator.models.config import Block, ModelConfig

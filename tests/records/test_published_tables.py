@@ -12,7 +12,7 @@ import yaml
 
 from calibration.measurements import FOLDER, INDEX, PUBLISHED, published
 from calibration.measurements import build as made
-from simulator.engines.generations import split
+from simulator.engines.engine import split
 from simulator.errors import InputError
 from simulator.files.csv import csv_text
 from simulator.models.library import load_model

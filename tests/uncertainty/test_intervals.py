@@ -192,7 +192,7 @@ def two_operators(engine: str, m: int, count: float, wide: int) -> Workload:
 
 def of_rows(p: PredictedPass) -> Uncertainty:
     """Errors of the time of each row of a pass; rows of one shape have one."""
-    return in_order(p.errors, len(p.each.seconds)).take(p.workloads.shapes[1])
+    return in_order(p.errors, len(p.workloads.shapes[0])).take(p.workloads.shapes[1])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from calibration.measure.timing import OK, InvalidTiming
 from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Runner, counted, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
-from simulator.engines.generations import numbers
+from simulator.engines.engine import numbers
 from simulator.errors import InputError, one_line
 from simulator.models.changes import changed_keys, write_config
 from simulator.models.config import ModelConfig
