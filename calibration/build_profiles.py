@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.fit.kernels import fit_sparse24
-from calibration.fit.profile import ProfileFit, fit_profile
+from calibration.fit.profile import ProfileFit, fit_profile, fit_sparse24
 from calibration.measurements import load_measurements
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
