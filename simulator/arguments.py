@@ -40,7 +40,6 @@ LEVEL = Range(1e-12, 1.0 - 1e-12, "a number between 0 and 1, such as 0.9")
 
 
 def number(name: str, value: Any, right: Range) -> float:
-    """Return one number."""
     if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers are registered
         with contextlib.suppress(OverflowError):
             if right.holds(found := float(value)) and not (right.whole and not found.is_integer()):
@@ -62,14 +61,12 @@ def _is_truth(value: Any) -> bool:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a truth value."""
     if not _is_truth(value):
         raise InputError(f"{name}: expected true or false, got {shown(value)}")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
-    """Return a name."""
     if not isinstance(value, str):
         raise InputError(f"{name}: expected a name, got {shown(value)}")
     return value

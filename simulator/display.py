@@ -6,6 +6,7 @@ be declared with ``repr=False``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -23,8 +24,6 @@ MOST_LETTERS = 320
 
 
 class Displayed:
-    """Base class of returned objects."""
-
     def _title(self) -> str:
         """Return a description in one line."""
         raise NotImplementedError
@@ -65,7 +64,6 @@ def as_plain(value: Any) -> Any:
 
 
 def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns of all their names; missing values are None."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -85,3 +83,18 @@ def few(names: Iterable[str], most: int = 4) -> str:
 def markdown_text(text: str) -> str:
     """Return a text on one line for Markdown, with entities for markup characters."""
     return re.sub(r"[\\`*\[\]<>&|]", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
+
+
+def consecutive(numbers: Iterable[int]) -> list[str]:
+    """Return sorted numbers as texts, consecutive numbers as one."""
+    parts = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        first, *_, last = [n for _, n in run] * 2
+        parts.append(str(first) if first == last else f"{first}-{last}")
+    return parts
+
+
+def runs(numbers: Iterable[int]) -> str:
+    """Return sorted numbers as one text, consecutive numbers joined."""
+    parts = consecutive(numbers)
+    return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")

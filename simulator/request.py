@@ -102,8 +102,6 @@ class Real(Value):
 
 
 class Flag(Value):
-    """True or false."""
-
     def check(self, name: str, value: Any) -> bool:
         return flag(name, value)
 
@@ -133,12 +131,10 @@ class Setting(Scalar):
 
     @property
     def flags(self) -> list[str]:
-        """Names on the command line."""
         return self.option.split() or [f"--{self.name.replace('_', '-')}"]
 
     @property
     def title(self) -> str:
-        """Label on the page."""
         return self.label or self.name.replace("_", " ").capitalize()
 
 
@@ -286,8 +282,6 @@ SETTINGS: Mapping[str, Setting] = _settings()
 
 @dataclass(frozen=True)
 class Applied:
-    """One pruning step of a workload."""
-
     family: str
     sparsity: float  # requested: a scalar, or the mean over projections or layers
     realised: float  # after rounding

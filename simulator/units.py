@@ -72,40 +72,39 @@ def parse_quantity(text: str, unit: str) -> float:
 
 def parse_fraction(text: str) -> float:
     """Convert a text such as ``0.25`` or ``25 %`` to a number."""
-    body = text.strip()
-    match = _NUMBER.fullmatch(body.removesuffix("%").rstrip())
-    if match is None:
-        raise InputError(f"expected a fraction such as 0.25 or 25%, got {_shown(text)}")
-    return float(Decimal(match.group()) / (100 if body.endswith("%") else 1))
+    return float(_parsed(text, {"%": Decimal("0.01")}, "a fraction such as 0.25 or 25%"))
 
 
 def parse_count(text: str) -> int:
     """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths of contexts."""
-    body = text.strip()
-    size = {"k": 1024, "K": 1024, "M": 1024**2}.get(body[-1:], 1)
-    match = _NUMBER.fullmatch(body[:-1] if size > 1 else body)
-    value = _EXACT.multiply(Decimal(match.group()), Decimal(size)) if match else Decimal("NaN")
-    if match is None or value != value.to_integral_value() or abs(value) > 10**15:
-        raise InputError(f"expected a whole number such as 64 or 32k, got {_shown(text)}")
+    what = "a whole number such as 64 or 32k"
+    value = _parsed(text, {"k": Decimal(1024), "K": Decimal(1024), "M": Decimal(1024**2)}, what)
+    if value != value.to_integral_value() or abs(value) > 10**15:
+        raise InputError(f"expected {what}, got {_shown(text)}")
     return int(value)
 
 
 def parse_parameters(text: str) -> float:
     """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are powers of 1000."""
-    body = text.strip()
-    size = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(body[-1:].upper(), 1)
-    match = _NUMBER.fullmatch(body[:-1] if size > 1 else body)
-    if match is None:
-        raise InputError(f"expected a number of parameters such as 49B or 350M, got {_shown(text)}")
-    return float(_EXACT.multiply(Decimal(match.group()), Decimal(size)))
+    sizes = {
+        letter: Decimal(1000) ** power for power, both in enumerate(("kK", "mM", "bB", "tT"), 1) for letter in both
+    }
+    return float(_parsed(text, sizes, "a number of parameters such as 49B or 350M"))
 
 
 def parse_ratio(text: str) -> float:
     """Convert a text such as ``1.5`` or ``1.5x`` to a number."""
-    match = _NUMBER.fullmatch(text.strip().removesuffix("x").rstrip())
+    return float(_parsed(text, {"x": Decimal(1)}, "a ratio such as 1.5x"))
+
+
+def _parsed(text: str, sizes: Mapping[str, Decimal], what: str) -> Decimal:
+    """Return a number times the size of its last letter."""
+    body = text.strip()
+    size = sizes.get(body[-1:])
+    match = _NUMBER.fullmatch(body if size is None else body[:-1].rstrip())
     if match is None:
-        raise InputError(f"expected a ratio such as 1.5x, got {_shown(text)}")
-    return float(match.group())
+        raise InputError(f"expected {what}, got {_shown(text)}")
+    return _EXACT.multiply(Decimal(match.group()), size or Decimal(1))
 
 
 def parse_value(text: str) -> bool | int | float | str:
@@ -164,7 +163,6 @@ def _plain(number: Decimal) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a time as text with three significant digits."""
     return _prefixed(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)))
 
 
@@ -184,22 +182,18 @@ def seconds_between(value: float, lower: float, upper: float, *, short: bool = F
 
 
 def size(value: float) -> str:
-    """Return an amount of memory as text with a binary prefix."""
     return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
 
 
 def parameters(value: float) -> str:
-    """Return a number of parameters as text with a decimal prefix."""
     return _prefixed(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
 
 
 def rate(value: float, unit: str) -> str:
-    """Return a rate per second as text with a decimal prefix."""
     return _prefixed(value, (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)))
 
 
 def ratio(value: float) -> str:
-    """Return a speedup or bound as text."""
     return f"{value:.2f}" if value < 10 or not math.isfinite(value) else f"{value:.3g}"
 
 

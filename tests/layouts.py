@@ -8,9 +8,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from simulator.models.checkpoint import BITS, Tensor
 from simulator.models.config import Block, ModelConfig
 from simulator.models.library import FOLDER
-from simulator.models.tensors import BITS, Tensor
 
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]

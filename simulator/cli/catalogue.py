@@ -428,7 +428,7 @@ def methods(
 
 
 def _plain(m: Method) -> dict[str, Any]:
-    names = ("name", "family", "what", "options", "sparsities", "phases", "models", "title", "arxiv")
+    names = ("name", "family", "what", "options", "sparsities", "phases", "arxiv")
     return {name: getattr(m, name) for name in names}
 
 
@@ -437,4 +437,4 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, dict):
         return ", ".join(f"{name}={option}" for name, option in value.items()) or "defaults of the family"
-    return ", ".join(str(v) for v in value) or "see the paper"
+    return ", ".join(str(v) for v in value)

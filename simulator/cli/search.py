@@ -143,7 +143,7 @@ def _layers(plan: Plan) -> None:
     """Print the plan, equal neighbouring layers in one row."""
     from itertools import groupby
 
-    from simulator.models.difference import runs
+    from simulator.display import runs
 
     columns = render.columns(
         [list(some) for _, some in groupby(plan.layers, key=lambda row: (row.attention, row.mlp))],
@@ -309,7 +309,7 @@ def _write(found: Costs, output: str) -> None:
 
 def _together(found: Costs) -> list[dict[str, Any]]:
     """Return the costs with equal layers in one row, and each as a share of its dense sublayer, which comes first."""
-    from simulator.models.difference import runs
+    from simulator.display import runs
 
     layers, rows, dense = dict[tuple[object, ...], list[int]](), dict[tuple[object, ...], dict[str, Any]](), 0.0
     for row in found.rows:

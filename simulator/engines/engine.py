@@ -188,8 +188,6 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Share:
-    """A number without a unit."""
-
     value: Annotated[float, _SHARE]
     source: SourceName
     sd: Annotated[float, _SHARE] = 0.0  # its standard deviation between users
@@ -198,11 +196,6 @@ class Share:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Products in formats below 16 bits whose activations a kernel of its own converts.
-
-    The preceding kernel writes the format of the other products.
-    """
-
     inputs: tuple[Annotated[str, Text(INPUTS)], ...]
     source: SourceName
     note: String = ""
@@ -251,12 +244,7 @@ class Schedule:
     note: String = ""  # on ``clustered``
 
     def limit(self, memory_bytes: float, name: str) -> StepLimit:
-        """Return the limit of a GPU: the last one that applies.
-
-        >>> limits = StepLimit(0.0, 2048, 256), StepLimit(7e10, 8192, 1024, ("a100",))
-        >>> [Schedule("", limits).limit(8e10, name).tokens for name in ("a100_sxm", "h100_sxm")]
-        [2048, 8192]
-        """
+        """Return the limit of a GPU: the last one that applies."""
         return [x for x in self.limits if memory_bytes >= x.memory and not any(part in name for part in x.not_on)][-1]
 
 
@@ -301,8 +289,6 @@ class Behaviour:
 
 @dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _Release(Behaviour):
-    """A generation as its file states it."""
-
     name: Annotated[str, _NAME]
     since: Annotated[str, Text((), SINCE, 'a version in quotes, such as "0.14"')]
     title: String
@@ -312,8 +298,6 @@ class _Release(Behaviour):
 
 @dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _File(Behaviour):
-    """An engine as its file states it."""
-
     schema_version: Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
     name: Annotated[str, _NAME]
     title: String
@@ -327,11 +311,7 @@ class _File(Behaviour):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Engine(Behaviour, Displayed):
-    """How an engine runs a decoder; the default is bare kernels in a CUDA graph.
-
-    >>> load_engine("transformers").name, load_engine("hf").graph, load_engine("vllm").fuse
-    ('hf', (), ('qkv', 'gate_up'))
-    """
+    """How an engine runs a decoder; the default is bare kernels in a CUDA graph."""
 
     name: str = "kernels"
     title: str = "bare kernels in a CUDA graph"
@@ -463,6 +443,14 @@ def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: 
     return tuple(found for names in releases if (found := next(filter(has, names), "")))
 
 
+def sparsity_note(declared: str) -> str:
+    """Return the pruning family of declared sparsity, and how its weights are timed."""
+    if declared == "unstructured":
+        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
+    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
+    return f"semi_structured: 2:4 is declared for plain weights: {own}"
+
+
 _KERNELS = Engine()
 
 
@@ -505,7 +493,6 @@ def _load(path: str, stamp: tuple[int, int], wanted: str = "") -> Engine:
 
 
 def _as_of(engine: Engine, generation: Generation) -> Engine:
-    """Return an engine as it is in one of its generations."""
     return replace(engine, title=generation.title, generation=generation.name, **generation.values)
 
 

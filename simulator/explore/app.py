@@ -23,7 +23,7 @@ from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model
 from simulator.prediction.prunings import Pruning
 from simulator.pruning import FAMILIES, check_fraction
-from simulator.pruning._grammar import is_plan
+from simulator.pruning._steps import is_plan
 from simulator.request import SETTINGS, Name, Request, Whole
 from simulator.units import parse_fraction
 

@@ -41,8 +41,6 @@ Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) an
 
 @dataclass(frozen=True)
 class Roof:
-    """One device with its GEMMs: a panel."""
-
     title: str
     peak_flop_per_s: float  # datasheet peaks
     bandwidth_bytes_per_s: float
@@ -58,7 +56,6 @@ class Roof:
         return self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
 
     def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
-        """Return intensity (FLOP/byte), achieved TFLOP/s, and whether a point is pruned."""
         x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
         return x, y / 1e12, np.asarray(self.pruned, dtype=bool)
 
@@ -74,15 +71,15 @@ class Roof:
         return low, high, bottom, min(peak * self.headroom, high * bandwidth) * 2.0
 
     def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
-        """Return corners of the roof between two intensities: intensity and TFLOP/s. With the headroom, this is the
-        roof of the highest clock, which no GEMM that streams its operands from memory can exceed."""
+        """Return corners of the roof between two intensities, at the highest clock with the headroom: FLOP/byte and
+        TFLOP/s."""
         peak, bandwidth = headroom * self.peaks[0], self.peaks[1]
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
 
     def drawn(self) -> list[tuple[str, int, int | None]]:
-        """Return the name and the index of every drawn point, and for a pruned point the index of its dense point: the
-        nearest in intensity. GEMMs whose dense and pruned points coincide have a joint name."""
+        """Return name and index of every drawn point, and for a pruned point the index of the nearest dense point.
+        GEMMs whose points coincide have a joint name."""
         x, y, pruned = self.columns()
         logs = np.log(np.stack([x, y], axis=1))
         points: dict[str, list[int]] = {}
@@ -109,8 +106,7 @@ class Roof:
 
 
 def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
-    """Draw devices side by side on common axes, with names next to the points where there is room; ``columns`` is the
-    number of panels per row, ``names`` the legend's title."""
+    """Draw devices side by side on common axes, ``columns`` per row; ``names`` is the legend's title."""
     columns = columns or layout.in_a_row(len(roofs))
     width = layout.width_of(columns)
     with style.paper_style():
@@ -176,14 +172,12 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
 
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:
-    """Draw dense and pruned GEMMs of explanations on the roofline, one panel each."""
     titles, columns = layout.titled(found)
     return roofline_figure([roof_of(e, title) for e, title in zip(found, titles)], columns=columns)
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
-    """Return the dense and pruned GEMMs of an explanation's layers on its device's roofline, as a panel. The head is
-    omitted: it computes one position of a prompt, far from the other points."""
+    """Return a panel of the dense and pruned GEMMs of an explanation's layers; the head is far from other points."""
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
     names = [name.replace("_", " ") for p in points for name in p.role]
@@ -194,7 +188,6 @@ def roof_of(e: Explanation, title: str) -> Roof:
 
 
 def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
-    """Draw single GEMMs on the roofline, one panel per device."""
     roofs = []
     for name in dict.fromkeys(r.hardware for r in rows):
         own = [r for r in rows if r.hardware == name]
@@ -208,8 +201,6 @@ def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
 
 @dataclass(frozen=True)
 class Stairs:
-    """One panel."""
-
     row: str  # kind of staircase
     column: str  # the device
     x_label: str

@@ -49,12 +49,10 @@ _DIRECTIONS = (
 
 
 def arrays(points: Mapping[str, Sequence[Any]]) -> FigurePoints:
-    """Return columns of points as arrays, texts as objects."""
     return {n: np.asarray(v, dtype=object if len(v) and isinstance(v[0], str) else None) for n, v in points.items()}
 
 
 def of_panel(data: FigurePoints, row: str, column: str) -> FigurePoints:
-    """Return the points of one panel."""
     chosen = (data["row"] == row) & (data["column"] == column)
     return {name: values[chosen] for name, values in data.items()}
 
@@ -87,7 +85,6 @@ def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
 
 
 def short(tokens: int) -> str:
-    """Format a number of tokens in few characters."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
@@ -195,22 +192,18 @@ def laid_out(figure: Figure, y_label: str = "") -> Figure:
 
 
 def columns(rows: Sequence[Any], **names: str) -> dict[str, Any]:
-    """Return attributes of rows, one list each, under the figure's names of them."""
     return {column: [getattr(row, name) for row in rows] for column, name in names.items()}
 
 
 def interval(level: float) -> str:
-    """Return the label of bars and bands."""
     return f"{100 * level:.4g} % interval"
 
 
 def device(r: Any) -> str:
-    """Return the titles of the device and engine of a result or a frontier."""
     return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
 
 
 def setting_label(r: Any) -> str:
-    """Return a short label of phase (with the new tokens of generate or serve) and batch."""
     return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
 
 
@@ -221,8 +214,8 @@ def across(devices: int, engines: int = 1) -> int | None:
 
 
 def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
-    """Return labels of the row and the column of each result: devices with their engines are columns if they are few;
-    else the more numerous of devices and engines are columns, the others rows."""
+    """Return row and column labels of results: devices with their engines are columns if they are few; else the more
+    numerous of devices and engines are columns, the others rows."""
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
     devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
@@ -297,7 +290,6 @@ def write_labels(
 
 
 def _boxes(centers: FloatArray, half: float) -> FloatArray:
-    """Return squares around points as rows x0, y0, x1, y1."""
     return np.concatenate([centers - half, centers + half], axis=1)
 
 
@@ -306,8 +298,8 @@ def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
 
 
 def _candidates(point: FloatArray, size: FloatArray, scale: float, reach_pt: float) -> Iterator[Any]:
-    """Yield centres of a text around a point, the nearest first, with whether the text needs a line to the point, and
-    whether this line must not cross names. If no centre is free, lines may cross names."""
+    """Yield centres of a text around a point, the nearest first, whether the text needs a line to the point, and
+    whether this line must not cross names, which it may if no centre is free."""
     for strict in (True, False):
         for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
             for direction in np.array(_DIRECTIONS):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.arrays import BoolArray, FloatArray
+from simulator.arrays import FloatArray
 from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
 from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
 from simulator.hardware.profile import HardwareProfile
@@ -25,8 +25,6 @@ RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a c
 
 @dataclass(frozen=True)
 class MeasuredGemms:
-    """Measured GEMMs of one device and number format."""
-
     source: str  # origin, for captions
     m: NDArray[Any]
     n: NDArray[Any]
@@ -34,10 +32,6 @@ class MeasuredGemms:
     seconds: FloatArray
     copies: NDArray[Any] | None = None  # number of rotated weights, inf if cold; None: all cold
     stack: str = ""  # software stack that was measured; "": that of the device's profile
-
-    def of_weight(self, n: int, k: int) -> BoolArray:
-        """Return a mask of the rows with this weight."""
-        return np.asarray((self.n == n) & (self.k == k))
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predicted times of all rows, s, for the stack and the rotation of weights that were measured."""
@@ -47,8 +41,6 @@ class MeasuredGemms:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Measured and predicted times of one device or engine, s."""
-
     title: str
     measured_s: ArrayLike
     predicted_s: ArrayLike
@@ -64,7 +56,6 @@ def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, flo
 
 
 def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
-    """Draw predicted against measured times, two panels per cloud: times above, their ratio below."""
     with paper_style():
         columns = in_a_row(len(clouds))
         rows = -(-len(clouds) // columns)
@@ -126,15 +117,13 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Put at most four powers of ten of a microsecond on a logarithmic axis, or other round numbers if it has fewer
-    than two powers."""
+    """Put at most four powers of ten of a microsecond on an axis, or other round numbers if it has fewer than two."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
     fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
 
 
 def time_text(microseconds: float) -> str:
-    """Format a round time in few characters."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= 0.999 * size:
             return f"{microseconds / size:.3g} {unit}"
@@ -157,8 +146,6 @@ def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float],
 
 @dataclass(frozen=True)
 class Beside:
-    """Speedups of one setting, one row per family."""
-
     title: str
     family: Sequence[str]
     published: ArrayLike

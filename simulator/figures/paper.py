@@ -33,7 +33,6 @@ from simulator.prediction.pareto import fronts, winners
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.requests import profiles
-from simulator.prediction.result import Result
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.request import Request
@@ -74,8 +73,6 @@ class NothingToDraw(InputError):
 
 @dataclass(frozen=True)
 class Paper:
-    """The subject of a paper."""
-
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
     request: Request = field(default_factory=Request)  # number formats, engine, and the length if a figure varies none
@@ -83,12 +80,10 @@ class Paper:
 
     @property
     def title(self) -> str:
-        """Title of the model."""
         return model_title(self.model.name)
 
     @property
     def setting(self) -> str:
-        """Model, number format and engine in words."""
         return f"{self.title}, {self.request.dtype}, {engine_title(load_engine(self.request.engine).name)}"
 
     def settings(self, **changed: Any) -> dict[str, Any]:
@@ -97,21 +92,16 @@ class Paper:
 
     @property
     def interval(self) -> str:
-        """Label of bars and bands."""
         return interval(self.request.level)
 
 
 def paper(model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any) -> Paper:
-    """Return a paper about a model on some devices, with names resolved; the settings are fields of
-    :class:`simulator.Request`."""
-    config = load_model(model) if isinstance(model, str) else model
-    return Paper(config, tuple(profiles(hardware)), Request(**settings))
+    """Return a paper about a model on some devices; the settings are fields of :class:`simulator.Request`."""
+    return Paper(load_model(model), tuple(profiles(hardware)), Request(**settings))
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with its name, its caption, and notes (one line each)."""
-
     name: str
     figure: Figure
     caption: str
@@ -119,15 +109,10 @@ class Drawn:
 
 
 def draw(name: str, about: Paper) -> Drawn:
-    """Draw one figure of :data:`FIGURES`; NothingToDraw without its data, InputError for an unknown name."""
     if name not in FIGURES:
         raise unknown("figure", name, FIGURES)
     figure, caption, notes = FIGURES[name](about)
     return Drawn(name, figure, caption, notes)
-
-
-def _where(r: Result) -> str:
-    return f"{r.phase}, batch {r.batch}"
 
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
@@ -137,7 +122,6 @@ def _has_sparse24(p: Paper, engine: str) -> bool:
 
 
 def _without_sparse24(p: Paper) -> str:
-    """Return the sentence of a caption whose figure excludes 2:4."""
     has = _has_sparse24(p, p.request.engine)
     return "" if has else f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels for it."
 
@@ -174,17 +158,11 @@ def _taxonomy(p: Paper) -> Made:
 
 
 def _roofline(p: Paper) -> Made:
-    roofs = [
-        roof_of(e, f"{device(e.result)}\n{_where(e.result)}")
-        for phase, batch in ROOFLINE_CASES
-        for e in explanations(
-            p.model,
-            p.devices,
-            family=ROOFLINE_FAMILY,
-            sparsity=ROOFLINE_SPARSITY,
-            **p.settings(phase=phase, batch=batch),
-        )
-    ]
+    roofs = []
+    for phase, batch in ROOFLINE_CASES:
+        where = p.settings(phase=phase, batch=batch)
+        found = explanations(p.model, p.devices, family=ROOFLINE_FAMILY, sparsity=ROOFLINE_SPARSITY, **where)
+        roofs += [roof_of(e, f"{device(e.result)}\n{phase}, batch {batch}") for e in found]
     caption = (
         f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
         f"pruned (squares), at their predicted rates: {p.setting}, {p.request.seq} tokens. Solid: the datasheet's "
@@ -230,10 +208,8 @@ def _waterfall(p: Paper) -> Made:
         except InputError as error:  # no sparse tensor cores
             notes.append(f"waterfall of {family}: {error}")
             continue
-        panels += [
-            steps_of(e, f"{device(e.result)}\n{label(family)}, {100 * sparsity:.0f} %\n{_where(e.result)}")
-            for e in found
-        ]
+        title = f"{label(family)}, {100 * sparsity:.0f} %\n{phase}, batch {batch}"
+        panels += [steps_of(e, f"{device(e.result)}\n{title}") for e in found]
     caption = (
         f"From the nominal speedup 1/(1 - s) to the prediction: {p.setting}, {p.request.seq} tokens. Each step "
         f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
@@ -244,14 +220,12 @@ def _waterfall(p: Paper) -> Made:
 
 
 def _crossover(p: Paper) -> Made:
-    shapes = list(itertools.product(BATCHES, LENGTHS))
     prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
-    maps = [
-        winners(
-            [replace(p.request, model=p.model, phase=phase, batch=b, seq=s) for b, s in shapes], prunings, p.devices
-        )
-        for phase in ("prefill", "decode")
-    ]
+    maps = []
+    for phase in ("prefill", "decode"):
+        request = replace(p.request, model=p.model, phase=phase)
+        requests = [replace(request, batch=b, seq=s) for b, s in itertools.product(BATCHES, LENGTHS)]
+        maps.append(winners(requests, prunings, p.devices))
     best = [r for won in maps for r in won.best]
     gains, certain = (np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain"))
     winner = [r.family if gain else "" for r, gain in zip(best, gains)]
@@ -284,13 +258,12 @@ def _staircase(p: Paper) -> Made:
 
 
 def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many. Weights are rotated as in
-    the measurements, if there are any."""
+    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many."""
     n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
     tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
     seen_m, seen_s = np.zeros(0), np.zeros(0)
     if (seen := p.measured.get(hw.label)) is not None:
-        rows = np.flatnonzero(seen.of_weight(n, k) & (seen.m <= tokens[-1]))
+        rows = np.flatnonzero((seen.n == n) & (seen.k == k) & (seen.m <= tokens[-1]))
         seen_m, seen_s = seen.m[rows], seen.seconds[rows]
         copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
     times = _times(p, hw, tokens, n, k, copies)
@@ -323,7 +296,6 @@ def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float 
 
 
 def _scatter(p: Paper) -> Made:
-    """Draw every measured GEMM of each device against its prediction."""
     clouds, errors = [], []
     for hw in p.devices:
         if (seen := p.measured.get(hw.label)) is None:

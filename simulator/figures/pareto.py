@@ -27,8 +27,7 @@ STRIP = 0.045  # height of the strip of fastest families, as a share of a panel'
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
-    """Draw frontiers of speedup and quality loss on one metric under one protocol; ``rows`` has one label per frontier,
-    by default phase, batch and length."""
+    """Draw frontiers on one metric under one protocol; ``rows`` are labels, by default phase, batch and length."""
     length = ", seq {}" if len({f.seq for f in fronts}) > 1 else ""
     rows = rows or [f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts]
     points = [p for f in fronts for p in f.points]

@@ -40,7 +40,6 @@ _CHOSEN: dict[str, Any] = {"color": BLACK, "linestyle": "none", "marker": "*", "
 
 
 def plan_figure(plan: Plan) -> Figure:
-    """Draw a plan on the width of a page: its layers above, its frontier below."""
     with paper_style():
         figure = Figure(figsize=(PAGE_IN, 4.8), layout="constrained")
         engine: Any = figure.get_layout_engine()
@@ -109,7 +108,6 @@ def _layer_axis(ax: Axes, layers: int, *, named: bool) -> None:
 
 
 def _losses(ax: Axes, plan: Plan) -> None:
-    """Draw the quality loss of each layer, on a logarithmic axis if some are far larger than usual."""
     values = np.array([row.score for row in plan.layers])
     ax.bar(range(len(values)), values, width=0.8, color=INK, linewidth=0, zorder=2, label="loss")
     usual = float(np.median(values[values > 0.0])) if (values > 0.0).any() else 1.0

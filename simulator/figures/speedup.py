@@ -95,7 +95,6 @@ def _values(results: Sequence[Result], axis: str) -> list[float]:
 
 
 def _sets(groups: Sequence[Any], results: Sequence[Result], axis: str) -> list[set[float]]:
-    """Return the values of a field in each group of results."""
     found: dict[Any, set[float]] = {}
     for group, r in zip(groups, results):
         found.setdefault(group, set()).add(getattr(r, axis))
@@ -130,8 +129,7 @@ def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> 
 
 
 def _of_few_settings(results: Sequence[Result], others: Sequence[str]) -> tuple[Sequence[Result], str]:
-    """Return the results of at most :data:`MOST_VALUES` values of each of some fields, among them the first and the
-    last, and a note on omitted values."""
+    """Return the results of at most :data:`MOST_VALUES` values per field, and a note on omitted values."""
     notes = []
     for other in others:
         values = _values(results, other)
@@ -160,14 +158,12 @@ def _line(pairs: Sequence[tuple[str, float]], i: int, axis: str) -> str:
 
 
 def _own(data: layout.FigurePoints, r: str, c: str, name: str) -> NDArray[np.intp]:
-    """Return the points of one candidate in a panel by rising value."""
     rows = np.flatnonzero((data["row"] == r) & (data["column"] == c) & (data["candidate"] == name))
     ordered: NDArray[np.intp] = rows[np.argsort(data["at"][rows], kind="stable")]
     return ordered
 
 
 def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, float]:
-    """Return a range that is a little wider than some columns and includes 1."""
     values = np.concatenate([*(data[name] for name in names), np.ones(1)])
     values = values[np.isfinite(values) & (values > 0)]
     low, high = float(values.min()), float(values.max())
@@ -293,10 +289,8 @@ def _value_axes(panels: layout.Panels, values: NDArray[np.float64], axis: str, r
 
 
 def services_of(services: Sequence[Service]) -> Figure:
-    """Draw the throughput of services over their time per output token, one panel each.
-
-    A curve follows the concurrency from a single request (bottom left) to as many as fit, which its name states.
-    """
+    """Draw the throughput of services over their time per output token, one panel each, from a single request (bottom
+    left) to as many as fit, which the name of a curve states."""
     engines, devices = (len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware"))
     first = services[0].points[0]
     model = "" if len(services) > 1 else f"{model_title(first.model)}, "
@@ -327,8 +321,7 @@ def services_of(services: Sequence[Service]) -> Figure:
 
 
 def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Return time per output token, ms, and tokens/s per GPU of each model at rising concurrencies (n), each as the
-    prediction and both ends of its interval (3, n)."""
+    """Return time per output token, ms, and tokens/s per GPU of each model: prediction, lower and upper end (3, n)."""
     columns = ("tpot_s", "tpot_lower", "tpot_upper", "tokens_per_s", "tokens_per_s_lower", "tokens_per_s_upper")
     out = {}
     for name in dict.fromkeys(p.name for p in service.curve):
@@ -339,7 +332,6 @@ def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
 
 
 def _within(service: Service) -> dict[str, OperatingPoint]:
-    """Return the point of each model within the limits."""
     return {p.name: p for p in service.kinds.get(LIMITS, ()) if p.concurrency}
 
 

@@ -35,8 +35,6 @@ GREY, INK, PALE_INK = "#8A8A8A", "#444444", "#5A5A5A"
 
 @dataclass(frozen=True)
 class Style:
-    """Look of one family."""
-
     color: str
     marker: str
     line: str = "-"
@@ -44,7 +42,6 @@ class Style:
     label: str = ""
 
     def marks(self, **other: Any) -> dict[str, Any]:
-        """Return keyword arguments of a line with markers."""
         face = "white" if self.hollow else self.color
         marks = {"color": self.color, "marker": self.marker, "linestyle": self.line}
         return marks | {"markerfacecolor": face, "markeredgecolor": self.color} | other
@@ -119,7 +116,6 @@ def device_title(label: str) -> str:
 
 
 def engine_title(name: str) -> str:
-    """Return the title of an engine ("Transformers (eager)") from its name."""
     return load_engine(name).short_title or name if split(name)[0] in list_engines() else name
 
 

@@ -18,20 +18,8 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.codes import Kernel
-from simulator.figures.layout import FigurePoints, arrays, as_table, laid_out, of_panel, panel_grid, short
-from simulator.figures.style import (
-    BLACK,
-    BLUE,
-    GREY,
-    INK,
-    PAGE_IN,
-    PALE_INK,
-    VERMILLION,
-    in_order,
-    label,
-    paper_style,
-    style_of,
-)
+from simulator.figures.layout import FigurePoints, arrays, as_table, laid_out, of_panel, panel_grid, short, width_of
+from simulator.figures.style import BLACK, BLUE, GREY, INK, PALE_INK, VERMILLION, in_order, label, paper_style, style_of
 from simulator.workload import Workload
 
 # axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K
@@ -132,7 +120,6 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
 
 
 def number(value: float) -> str:
-    """Format an efficiency in few characters."""
     if not np.isfinite(value):
         return "–"
     if not -0.995 <= value < 9.95:
@@ -176,8 +163,7 @@ def kept_axes(
 
 
 def _rows_and_width(w: Workload, attention: bool) -> tuple[float, float]:
-    """Return the queries of attention in a pass and their features over all heads, or the tokens of GEMMs and their
-    outputs, which are those of the second factor of a low-rank pair."""
+    """Return queries and features of attention in a pass, or tokens and outputs of GEMMs (second low-rank factors)."""
     rows, width = w.batch * w.q_len * w.count, w.heads * w.head_dim
     if not attention:
         rows, width = (w.m * w.count)[w.stage != 1], w.n[w.stage != 1]
@@ -190,18 +176,18 @@ def taxonomy_figure(
     """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an operator that the model
     lacks. A row is a family with the axis that it changes and the operators that it adds."""
     values = np.asarray(kept, dtype=float)
-    left, right, top, bottom = 1.38, 1.04, 0.30, 0.05
+    wide, left, right, top, bottom = width_of(len(operators)), 1.38, 1.04, 0.30, 0.05
     with paper_style():
         height = top + bottom + _ROW_IN * len(family)
-        figure = Figure(figsize=(PAGE_IN, height))
+        figure = Figure(figsize=(wide, height))
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.set(xlim=(0, PAGE_IN), ylim=(height, 0))
+        ax.set(xlim=(0, wide), ylim=(height, 0))
         ax.axis("off")
-        cell = (PAGE_IN - left - right) / len(operators)
+        cell = (wide - left - right) / len(operators)
         for j, name in enumerate(operators):
             ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", va="bottom", fontsize=7, fontweight="bold")
-        ax.text(PAGE_IN - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
-        ax.hlines(top - 0.04, 0.05, PAGE_IN - 0.05, color=INK, linewidth=0.6)
+        ax.text(wide - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
+        ax.hlines(top - 0.04, 0.05, wide - 0.05, color=INK, linewidth=0.6)
         for i, name in enumerate(family):
             y = top + (i + 0.5) * _ROW_IN
             if i % 2 == 0:
@@ -211,7 +197,7 @@ def taxonomy_figure(
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
             ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
             extra: dict[str, Any] = {"fontsize": 6, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
-            ax.text(PAGE_IN - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
+            ax.text(wide - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
     return figure

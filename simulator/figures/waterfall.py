@@ -21,8 +21,6 @@ FOLDED = 0.01  # factors this close to 1 are folded into one step
 
 @dataclass(frozen=True)
 class Steps:
-    """One waterfall: a panel."""
-
     title: str
     names: Sequence[str]  # steps after the nominal speedup
     factors: Sequence[float]  # factor of each step, > 0
@@ -32,7 +30,6 @@ class Steps:
 
     @property
     def reached(self) -> FloatArray:
-        """Speedup before the first step and after each."""
         return np.asarray(self.nominal * np.cumprod([1.0, *self.factors]))
 
 
@@ -49,14 +46,12 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
 
 
 def steps_of(e: Explanation, title: str) -> Steps:
-    """Return the loss waterfall of an explanation as a panel."""
     (nominal, *steps), r = e.steps, e.result
     names, factors = [s.name for s in steps], [s.factor for s in steps]
     return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
 
 
 def waterfalls_of(found: Sequence[Explanation]) -> Figure:
-    """Draw the waterfalls of explanations, one panel each."""
     titles, columns = titled(found)
     return waterfall_figure([steps_of(e, title) for e, title in zip(found, titles)], columns=columns)
 

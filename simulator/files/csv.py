@@ -28,7 +28,6 @@ class CsvTable:
     lines: list[int]  # line of the file on which each row ends
 
     def column(self, name: str) -> list[str]:
-        """Return the cells of a column."""
         at = self.header.index(name)
         return [row[at] for row in self.rows]
 
@@ -43,15 +42,12 @@ class CsvTable:
         return out
 
     def records(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield ``file:line`` and the cells by column, for each row."""
         for line, row in zip(self.lines, self.rows):
             yield f"{self.label}:{line}", dict(zip(self.header, row))
 
 
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
-    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped.
-
-    An InputError is ``file:line: reason``."""
+    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped."""
     if len(content) > MOST_BYTES:
         large = f"expected at most {MOST_BYTES / 1e6:g} MB of CSV, got more"
         raise InputError(f"{label}: {large}; split it or write Parquet")
@@ -100,7 +96,6 @@ def _check_header(names: list[str], place: str, required: Sequence[str]) -> None
 
 
 def _cell(cell: str) -> str:
-    """Return a cell as messages and reports quote it."""
     cell = cell.strip()
     return cell if cell.isprintable() and len(cell) <= 4000 else one_line(cell)
 

@@ -45,7 +45,6 @@ class Scalar:
         return str(value)
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
-        """Return the value of a node, or BAD with problems."""
         try:
             return self.value(node)
         except ValueError as error:
@@ -63,7 +62,9 @@ class Text(Scalar):
 
     def value(self, node: Node) -> str:
         text = node.text.strip()
-        if node.kind != "scalar" or (not node.quoted and _means_another(node.text)):
+        # YAML reads a bare text such as these as a truth value, null or a number
+        other = node.text.lower() in (*_TRUTHS, "null", "~", "") or _NUMBER.fullmatch(node.text)
+        if node.kind != "scalar" or (other and not node.quoted):
             hint = "; put it in quotes" if node.kind == "scalar" and node.text else ""
             raise ValueError(f"expected text, got {node}{hint}")
         if not text or not text.isprintable() or len(text) > 2000:
@@ -80,8 +81,6 @@ class Text(Scalar):
 
 
 class ListedSource(Text):
-    """The short name of a source that the file lists."""
-
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         short = super().read(node, path, reader)
         if short is not BAD and short not in reader.sources:
@@ -130,8 +129,6 @@ class Number(Scalar):
 
 @dataclass(frozen=True)
 class Quantity(Scalar):
-    """Text with a unit, such as "3.35 TB/s", as a number in SI units."""
-
     unit: str
     low: float
     high: float
@@ -212,7 +209,6 @@ class TreeReader:
     context: Mapping[str, Any]
 
     def read(self, hint: Any, node: Node, path: Keyed) -> Any:
-        """Return the value of a type at a node, or BAD with problems."""
         return kind_of(hint).read(node, path, self)
 
     def wrong(self, node: Node, path: Keyed, reason: str) -> Any:
@@ -360,7 +356,6 @@ def plain_text(value: str) -> str:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """Return the reason against a key, with the closest known one."""
     hint = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
     return f"unknown key; {hint}"
 
@@ -369,8 +364,3 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return a hint at the closest known name, or "" if no name is close."""
     close = difflib.get_close_matches(name[:40], known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]}?" if close else ""
-
-
-def _means_another(text: str) -> bool:
-    """Return whether YAML reads a bare text as a truth value, null or a number."""
-    return text.lower() in (*_TRUTHS, "null", "~", "") or _NUMBER.fullmatch(text) is not None

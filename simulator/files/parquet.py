@@ -18,7 +18,6 @@ _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
 def load_pyarrow() -> tuple[Any, Any]:
-    """Return ``pyarrow`` and ``pyarrow.parquet``, or raise an error with the command that installs them."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -28,7 +27,6 @@ def load_pyarrow() -> tuple[Any, Any]:
 
 
 def read_parquet(content: bytes, label: str) -> Any:
-    """Return the plain columns of a Parquet file, without lists and structures."""
     pa, pq = load_pyarrow()
     try:
         flat = _accepted(pq.ParquetFile(io.BytesIO(content)), label, pa)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from simulator.errors import InputError
 
@@ -27,9 +28,7 @@ def check_target(path: str | Path) -> Path:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary file in the same folder, which is synced and renamed.
-
-    An old file stays if the writing fails. Devices and pipes (``/dev/stdout``) are written directly."""
+    """Write a file through a temporary file, which is synced and renamed; devices and pipes are written directly."""
     target = check_target(path)
     try:
         if target.exists() and not target.is_file():
@@ -43,32 +42,27 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 def _replace(target: Path, content: bytes) -> None:
     """Replace a file, or create it, and remove temporary files of killed writers."""
-    if target.exists():
-        mode = target.stat().st_mode & 0o777
-    else:
-        os.umask(umask := os.umask(0o022))  # the mask can only be read by setting it
-        mode = 0o666 & ~umask
     remove_left(target.parent, glob.escape(target.name))
-    handle, name = _temporary(target)
-    with os.fdopen(handle, "wb") as file:  # the lock lasts until the file is closed
+    with _temporary(target) as file:  # the lock lasts until the file is closed
         try:
+            if target.exists():
+                os.chmod(file.name, target.stat().st_mode & 0o777)
             file.write(content)
             file.flush()
-            os.fsync(handle)
-            os.chmod(name, mode)
-            os.replace(name, target)
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            Path(file.name).unlink(missing_ok=True)
             raise
 
 
-def _temporary(target: Path) -> tuple[int, str]:
+def _temporary(target: Path) -> BinaryIO:
     """Create an empty file in the target's folder and lock it; a temporary file without a lock has no writer."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        if not _lock(handle, wait=True) or os.fstat(handle).st_nlink:
-            return handle, name
-        os.close(handle)  # another process removed it before it was locked
+        file = open(target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp"), "xb")  # noqa: SIM115 - returned
+        if not _lock(file.fileno(), wait=True) or os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another process removed it before it was locked
 
 
 def remove_left(folder: Path, names: str) -> None:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from simulator.errors import InputError, one_line
-from simulator.files.read import content_of
+from simulator.files.read import read_bounded
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -38,7 +38,6 @@ class Node(NamedTuple):  # a file has thousands of nodes, and making a frozen da
         return (repr(text) if self.quoted or text.split() != [text] else text) if text or self.quoted else "nothing"
 
     def at(self, *keys: str) -> Node:
-        """Return the node at a path of keys, or an empty node."""
         node = self
         for key in keys:
             node = node.entries[key][1] if key in node.entries else Node("scalar")
@@ -53,7 +52,6 @@ class Problems:
         self._found: list[tuple[int, int, str, str]] = []
 
     def add(self, node: Node | None, key: str, reason: str) -> None:
-        """Note one problem at a node (None: the start of the file); the key of the root is ""."""
         line, column = (node.line, node.column) if node else (1, 1)
         self._found.append((line, column, key or "file", " ".join(reason.split())))
 
@@ -87,7 +85,7 @@ def read_text(path: Path, problems: Problems) -> str | None:
     """Return the text of a file, or None with a problem if the file cannot be read or is not UTF-8."""
     raw = b""
     try:
-        raw = content_of(path, MAX_BYTES)
+        raw = read_bounded(path, MAX_BYTES, "")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start]

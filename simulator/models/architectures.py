@@ -54,10 +54,8 @@ class Reader:
         return value
 
     def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
-        def right(value: Any) -> bool:
-            return _is_number(value) and low <= value <= high and value == int(value)
-
-        return int(self.value(key, default, f"an integer from {low} to {high}", right))
+        expected = f"an integer from {low} to {high}"
+        return int(self.value(key, default, expected, lambda x: _is_number(x) and low <= x <= high and x == int(x)))
 
     def or_none(self, key: str, default: int | None = None) -> int:
         """Return a whole number, or 0 for null."""
@@ -65,10 +63,8 @@ class Reader:
         return 0 if null else self.integer(key, default, low=0)
 
     def number(self, key: str, default: float | None, high: float) -> float:
-        def right(value: Any) -> bool:
-            return _is_number(value) and 0 <= value <= high
-
-        return float(self.value(key, default, f"a number from 0 to {high:g}", right))
+        expected = f"a number from 0 to {high:g}"
+        return float(self.value(key, default, expected, lambda x: _is_number(x) and 0 <= x <= high))
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
@@ -79,13 +75,10 @@ class Reader:
         return self.data[key] is not None if key in self.data else absent
 
     def part(self, key: str) -> Reader:
-        """Return an object in the configuration."""
         inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
         return Reader(inside, self.source, f"{self.place}{key}.")
 
     def parts(self, key: str, many: int) -> list[Reader]:
-        """Return a list of ``many`` objects."""
-
         def right(value: Any) -> bool:
             return isinstance(value, list) and len(value) == many and all(isinstance(item, Mapping) for item in value)
 
@@ -93,8 +86,6 @@ class Reader:
         return [Reader(inside, self.source, f"{self.place}{key}[{i}].") for i, inside in enumerate(found)]
 
     def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
-        """Return a list of layer numbers."""
-
         def right(value: Any) -> bool:
             return isinstance(value, list) and all(isinstance(i, int) and 0 <= i < layers for i in value)
 
@@ -148,7 +139,6 @@ class Architecture:
     more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
 
     def values(self, read: Reader) -> ConfigFields:
-        """Return the fields in a configuration."""
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", self.absent.get("heads"))
         kv_heads, head_dim = heads, self.head_dim
         if self.grouped:
@@ -376,7 +366,6 @@ def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _rotary_layers(read: Reader, layers: int) -> list[bool]:
-    """Return whether each layer has rotary positions: by the list ``no_rope_layers``, else by the interval."""
     step = read.integer("no_rope_layer_interval", 4)
     usual = [(layer + 1) % step > 0 for layer in range(layers)]
 
@@ -495,18 +484,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
 # fmt: on
 """Supported architectures by the ``model_type`` of their decoder."""
 
-NESTED: Mapping[str, str] = MappingProxyType(
-    {
-        "gemma3": "gemma3_text",
-        "glm4v_moe": "glm4v_moe_text",
-        "llama4": "llama4_text",
-        "mistral3": "mistral",
-        "qwen2_vl": "qwen2_vl_text",
-        "qwen2_5_vl": "qwen2_5_vl_text",
-        "qwen3_vl": "qwen3_vl_text",
-        "qwen3_vl_moe": "qwen3_vl_moe_text",
-    }
-)
+_TEXTS = ("gemma3", "glm4v_moe", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+NESTED: Mapping[str, str] = MappingProxyType({"mistral3": "mistral"} | {name: f"{name}_text" for name in _TEXTS})
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
 
 FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")  # models whose older files have the decoder's keys at the top

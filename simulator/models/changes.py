@@ -18,8 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.files.json import parse_bounded
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS
 from simulator.models.config import Block, ModelConfig
@@ -31,10 +30,8 @@ _DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)  # architectures that c
 
 
 def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE) -> dict[str, Any]:
-    """Return the keys that change a model's ``config.json`` into that of ``new``, with fewer layers, heads or features.
-
-    ``content`` is the content of the model's ``config.json``. Raises InputError if the content with these keys is not
-    the model ``new``: some architectures cannot state all shapes."""
+    """Return the keys that change ``content``, the ``config.json`` of a model, into that of ``new``. InputError if the
+    architecture cannot state the shapes of ``new``."""
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
     inside = text if isinstance(text, Mapping) else content
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
@@ -80,7 +77,7 @@ def block_config(block: Block, dense: Block) -> dict[str, Any]:
     return sublayers
 
 
-def deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int = 0) -> dict[str, Any]:
+def _deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int) -> dict[str, Any]:
     """Return a layer in the keys of DeciLM, given its object in the keys of ModelOpt."""
     attention, mlp = dict(config["attention"]), dict(config["ffn"])
     groups, inner = attention.pop("num_key_value_heads", 0), mlp.pop("intermediate_size", 0)
@@ -112,10 +109,8 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
                 return {key: value for key, value in plain.items() if key != "_name_or_path"}
     stated = dense
     if len(heads := {block.heads for block in pruned.layout} - {0}) == 1 and dense.heads not in heads:
-        (many,) = heads
-        stated = dense.each_block(
-            lambda b: replace(b, heads=many, kv_heads=math.gcd(b.kv_heads, many)) if b.heads else b
-        )
+        (n,) = heads
+        stated = dense.each_block(lambda b: replace(b, heads=n, kv_heads=math.gcd(b.kv_heads, n)) if b.heads else b)
     if dense.latent is not None:
         raise InputError(f"{dense.name}: block_configs: latent attention is not supported")
     olds = (replace(old, heads=old.heads or stated.heads) for old in stated.layout)
@@ -123,7 +118,7 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
     content = {key: value for key, value in dense_content.items() if key != "_name_or_path"}
     if dense.architecture in _DECI_SOURCES and stated.heads == dense.heads:
         sizes = zip(configs, pruned.windows if dense.architecture == _DECI else (0,) * dense.layers)
-        deci = [deci_config(config, dense.heads, dense.hidden, window) for config, window in sizes]
+        deci = [_deci_config(config, dense.heads, dense.hidden, window) for config, window in sizes]
         # a reader that knows no block_configs must fail instead of loading a dense model
         widths: dict[str, Any] = {"num_key_value_heads": None, "intermediate_size": None}
         widths |= {"max_position_embeddings": dense.max_positions}  # defaults differ
@@ -150,10 +145,8 @@ def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:
 def content_of(
     source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig, model: ModelConfig | None = None
 ) -> Mapping[str, Any]:
-    """Return the content of the ``config.json`` of a model source, as :func:`simulator.load_model` accepts it.
-
-    A named model has only its shape keys; a model that was made in Python has no content. ``model`` is the loaded
-    source, if known."""
+    """Return the content of the ``config.json`` of a model source, which is loaded as ``model``. A named model has only
+    its shape keys; a model that was made in Python has no content."""
     model = model or load_model(source)
     if isinstance(source, Mapping):
         return source

@@ -1,38 +1,336 @@
-"""Read a model from the tensors of its checkpoint: :func:`from_tensors`.
+"""Read a model from the headers of its ``*.safetensors``, names, dtypes and shapes, not weights: :func:`read_headers`,
+then :func:`from_tensors`.
 
-The axes of each named tensor are widths of its layer (:mod:`simulator.models.tensors`). Tensors must agree on each
-width, and the resulting model must have exactly the number of parameters in the headers.
+:func:`read_headers` limits every size that a file states before it reads on, and pickles are rejected, since they can
+run code. The axes of each named tensor (:func:`axes_of`) are widths of its layer. Tensors must agree on each width, and
+the resulting model must have exactly the number of parameters in the headers.
+
+Names are those in Transformers, except for two methods: a low-rank projection is stored as its two factors (SVD-LLM's
+``q_u_proj`` and ``q_v_proj``, ASVD's ``q_proj.ALinear`` and ``q_proj.BLinear``), and SliceGPT stores the matrices that
+rotate its residual stream (``attn_shortcut_Q``, ``mlp_shortcut_Q``). :func:`logical` finds shape and format of a packed
+projection: GPTQ and AWQ (``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or
+``meta``), 8-bit floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss (``blocks``).
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
+from safetensors import SafetensorError, safe_open
+
+from simulator.display import runs
 from simulator.errors import InputError, one_line
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.config import Block, Latent, ModelConfig, layer_fields
-from simulator.models.difference import difference, runs
-from simulator.models.tensors import (
-    ATTENTION,
-    BUFFER,
-    EXPERT,
-    EXPERTS,
-    FLOATS,
-    LAYER,
-    MLP,
-    NAME,
-    OUTSIDE,
-    ROUTED,
-    WEIGHTS,
-    WIDE,
-    Tensor,
-    Weight,
-    axes_of,
-    factor_of,
-    logical,
+from simulator.models.difference import difference
+
+MAX_HEADER_BYTES = 8_000_000  # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
+MAX_HEADERS_BYTES = 24_000_000  # headers of all files; DeepSeek-V3 has 10 MB
+MAX_INDEX_BYTES = 16_000_000  # DeepSeek-V3 with 91,000 tensors has 9 MB
+MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME, MAX_AXES = 4_096, 150_000, 2**44, 400, 8
+
+_DTYPES = "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64"
+BITS = MappingProxyType({"BOOL": 8} | {name: int(re.split(r"[A-Z]+|_", name)[1]) for name in _DTYPES.split()})
+"""Bits of an element of each dtype."""
+
+_PICKLE = re.compile(r"(?:pytorch_model|model|consolidated|checkpoint)\b.*\.(?:bin|pt|pth)|pytorch_model.*\.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``."""
+    found: dict[str, Tensor] = {}
+    room = MAX_HEADERS_BYTES
+    for path in _files(folder):
+        room -= _header_bytes(path)
+        if room < 0:
+            raise InputError(f"{folder}: expected headers of at most {MAX_HEADERS_BYTES / 1e6:g} MB together")
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in list(file.keys()):
+                    part = file.get_slice(name)
+                    if name in found:
+                        raise InputError(f"{path}: tensor {_short(name)} is in another file too")
+                    found[name] = _tensor(name, part.get_dtype(), part.get_shape(), path)
+        except (SafetensorError, OSError) as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            again = "download it or save it again"
+            raise InputError(f"{path}: is not a safetensors file: {one_line(reason, 160)}; {again}") from None
+        if len(found) > MAX_TENSORS:
+            raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
+    if not found and (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: it holds a PEFT adapter: merge it into its base model first")
+    pickles = sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name))
+    if pickles and not found:
+        right = "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give only config.json"
+        raise InputError(f"{folder}: {_short(pickles[0])} is a pickle, which is never opened: {right}")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        parsed = parse_bounded(read_bounded(index, MAX_INDEX_BYTES), str(index), MAX_INDEX_BYTES)
+        entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
+        if not isinstance(entries, dict) or not entries:
+            raise InputError(f"{index}: weight_map: expected a file name for each tensor")
+        values = entries.values()
+        if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
+            raise InputError(f"{index}: weight_map: expected names of files in this folder")
+        names = sorted(set(values))
+    else:
+        names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    if len(names) > MAX_FILES:
+        raise InputError(f"{folder}: expected at most {MAX_FILES:,} safetensors files, got {len(names):,}")
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
+        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are missing)")
+    return [folder / name for name in names]
+
+
+def _header_bytes(path: Path) -> int:
+    """Return the length of a file's header; links are followed, as the Hugging Face cache uses them."""
+    try:
+        with open(path, "rb") as file:
+            size, first = os.fstat(file.fileno()).st_size, file.read(8)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > size - 8:
+        pointer = " (a Git LFS pointer: fetch the file itself)" if first == b"version " else ""
+        raise InputError(f"{path}: is not a safetensors file: its header would not fit into it{pointer}")
+    if length > MAX_HEADER_BYTES:
+        raise InputError(f"{path}: expected a header of at most {MAX_HEADER_BYTES:,} bytes, got {length:,}")
+    return length
+
+
+def _tensor(name: str, dtype: str, shape: list[int], path: Path) -> Tensor:
+    where, tensor = f"{path}: tensor {_short(name)}", Tensor(dtype, tuple(shape))
+    if len(name) > MAX_NAME:
+        raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
+    if dtype not in BITS:
+        raise InputError(f"{where}: dtype {dtype!r} is unknown")
+    if len(shape) > MAX_AXES or tensor.elements > MAX_ELEMENTS:
+        raise InputError(f"{where}: expected a shape of up to {MAX_AXES} sizes, got {one_line(repr(shape), 40)}")
+    return tensor
+
+
+def _short(name: str) -> str:
+    return one_line(repr(name), 80)
+
+
+# names of the part that holds the weight itself; the first that exists is used
+WEIGHTS = ("weight", "qweight", "weight_packed", "compressed", "blocks")
+
+# last parts of the names of tensors that belong to one projection
+_PARTS = (
+    rf"{'|'.join(WEIGHTS)}|weight_(?:scale|scale_inv|scale_2|zero_point|g_idx|shape|global_scale|format)|bias|qzeros|"
+    r"scales|g_idx|perm|bitmask|row_offsets|shape|meta|scale_packed|input_scale|input_global_scale|input_zero_point|"
+    r"output_scale|k_scale|v_scale|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+"
 )
+NAME = re.compile(
+    r"(?:(?:_orig_mod|base_model|language_model|model|decoder|gpt_neox)\.)*(?:layers\.(\d{1,5})\.)?"
+    rf"(.+?)(?:(?:\.weight)?\.({_PARTS})|_(blocks|scales))?"
+)
+BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
+
+# Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
+# widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis. "out" are
+# the outputs of an MLP, and H the inputs of the head: both are h except in the last layer of SliceGPT. A gated delta
+# net has values, channels of its convolution, conv positions, delta heads, and features of a value head.
+ATTENTION, MLP = r"(?:self_attn|attention|attn)\.", r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
+ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
+EXPERT, EXPERTS = ROUTED + r"experts\.\d{1,5}\.", ROUTED + r"experts\."
+_DELTA = r"linear_attn\."
+# fmt: off
+LAYER = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
+    ATTENTION + "q_proj": "q h",
+    ATTENTION + "[kv]_proj": "kv h",
+    ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
+    ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
+    ATTENTION + "q_(?:norm|layernorm)": "q_norm",
+    ATTENTION + "k_(?:norm|layernorm)": "k_norm",
+    ATTENTION + "sinks": "heads",
+    ATTENTION + "q_a_proj": "q_rank h",
+    ATTENTION + "q_a_layernorm": "q_rank",
+    ATTENTION + "q_b_proj": "q q_rank",
+    ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
+    ATTENTION + "kv_a_layernorm": "rank",
+    ATTENTION + "kv_b_proj": "kv_b rank",
+    ATTENTION + "linear_attn": "h h",
+    _DELTA + "in_proj_qkvz": "delta_in h",
+    _DELTA + "in_proj_ba": "2delta h",
+    _DELTA + "conv1d": "channels 1 conv",
+    _DELTA + "(?:dt_bias|A_log)": "delta",
+    _DELTA + "norm": "value",
+    _DELTA + "out_proj": "h values",
+    MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
+    MLP + "gate_up_proj": "2i h",
+    MLP + "(?:down_proj|fc2|dense_4h_to_h)": "out i",
+    "attn_shortcut_Q": "h h",
+    "mlp_shortcut_Q": "h out",
+    "mlp.linear_mlp": "h h",
+    ROUTED + "(?:gate|router)": "E h",
+    "mlp.gate.e_score_correction_bias": "E",
+    "mlp.shared_expert_gate": "1 h",
+    EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
+    EXPERT + "(?:w2|down_proj)": "h e",
+    EXPERTS + "gate_up_proj": "E h 2e",
+    EXPERTS + "down_proj": "E e h",
+    EXPERTS + "gate_up_proj_bias": "E 2e",
+    EXPERTS + "down_proj_bias": "E h",
+    "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": "h",
+}.items())
+OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
+    "embed_tokens|embed_in": "V h", "lm_head|embed_out": "V H", "embed_positions": "P h",
+    "norm|final_layer_?norm": "H",
+}.items())
+# fmt: on
+WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_proj_ba|conv1d|A_log)")
+"""Weights in the format of the residual stream."""
+
+_FACTOR = re.compile(r"(?:(.*\.)?([qkvo]|gate|up|down)_([uv])_proj|(.+)\.([AB])Linear)")
+_ROLES = {
+    **{"qkv_proj": "qkv", "query_key_value": "qkv", "out_proj": "o", "dense": "o", "fc1": "up", "dense_h_to_4h": "up"},
+    **{"fc2": "down", "dense_4h_to_h": "down"},
+    **{f"{role}_proj": role for role in ("q", "k", "v", "o", "gate", "up", "gate_up", "down")},
+}
+
+
+def factor_of(module: str) -> tuple[str, str, bool]:
+    """Return the projection of a factor, its role ("" for no factor), and whether it makes the projection's outputs."""
+    match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
+    if match is None:
+        return module, "", False
+    inside, name, half, base, letter = match.groups()
+    if base is None:
+        return f"{inside or ''}{name}_proj", name, half == "u"
+    return base, _ROLES.get(base.rsplit(".", 1)[-1], ""), letter == "A"
+
+
+def axes_of(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
+    """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank " and its role."""
+    base, role, makes = factor_of(module)
+    axes = next((axes for pattern, axes in table if pattern.fullmatch(base)), ())
+    if not role:
+        return axes if base == module else ()
+    if len(axes) != 2 or re.match(EXPERT, base):
+        return ()
+    return (axes[0], f"rank {role}") if makes else (f"rank {role}", axes[1])
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+_8_BIT = ("F8_E4M3", "F8_E5M2")
+_INTS = {4: "int4", 8: "int8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    shape: tuple[int, ...]  # (outputs, inputs); experts in one tensor: (experts, inputs, outputs)
+    dtype: str = ""  # stored format; "" for floats of 16 bits and more
+    sparse24: bool = False
+
+
+def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits: int = 0) -> Weight:
+    """Return the weight of a projection, given its parts by the last part of their names; ValueError if unknown.
+
+    ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed integers: headers do not
+    contain the padding of packed rows, the shape in bitsandbytes, and the bits in compressed-tensors."""
+    name = next((name for name in WEIGHTS if name in parts), "")
+    if not name:
+        raise ValueError("has no weight")
+    stored = parts[name]
+    shape, dtype = stored.shape, stored.dtype
+    if name == "blocks" and len(shape) == 4:  # (experts, outputs, groups, bytes per group)
+        return Weight((shape[0], shape[2] * shape[3] * 2, shape[1]), "mxfp4")
+    if name == "weight" and "absmax" in parts:
+        elements, known = stored.elements * 2, inputs or outputs
+        if not known or elements % known:
+            raise ValueError(f"has {elements:,} elements, which do not match its known widths")
+        return Weight((elements // known, known) if inputs else (known, elements // known), "int4")
+    if name == "weight" and dtype in FLOATS:
+        return Weight(shape)
+    mask = _shape(parts, "bitmask")
+    if name == "compressed" and len(mask) == 2:  # one row of bits per output, padded to bytes
+        width = inputs if -(-inputs // 8) == mask[1] else mask[1] * 8
+        return Weight((mask[0], width), _float(dtype), shape == (mask[0], width // 2))
+    if len(shape) == 2:
+        rows, columns = shape
+        if name == "weight":
+            return Weight((rows, 2 * columns) if dtype == "U8" else shape, _scaled(parts, dtype))
+        if name == "weight_packed" and "meta" in parts:  # Marlin-24 stores half of each tile of 16 inputs
+            out = _outputs(parts, "scale_packed")
+            return Weight((out, rows * 32), _integer(columns * 2, out), True)
+        if name == "weight_packed" and dtype == "U8":
+            return Weight((rows, 2 * columns), "nvfp4" if "weight_global_scale" in parts else "mxfp4")
+        if name == "weight_packed":
+            width = inputs if -(-inputs * bits // 32) == columns else columns * 32 // max(bits, 1)
+            return Weight((rows, width), _integer(bits, 1))
+        if name == "qweight":
+            return _by_scales(shape, _outputs(parts, "scales"), _shape(parts, "qzeros"), _shape(parts, "g_idx"))
+    raise ValueError(f"is stored as {name} of {dtype} in {len(shape)} dimensions, an unknown layout")
+
+
+def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return parts[name].shape if name in parts else ()
+
+
+def _outputs(parts: Mapping[str, Tensor], scales: str) -> int:
+    shape = _shape(parts, scales)
+    return shape[1] if len(shape) == 2 else 0
+
+
+def _float(dtype: str) -> str:
+    if dtype in FLOATS or dtype in _8_BIT:
+        return "fp8" if dtype in _8_BIT else ""
+    raise ValueError(f"is stored as {dtype}, an unknown layout")
+
+
+def _scaled(parts: Mapping[str, Tensor], dtype: str) -> str:
+    scale = _shape(parts, "weight_scale_inv") or _shape(parts, "weight_scale")
+    if dtype in _8_BIT:
+        return "fp8_block" if len(scale) == 2 and scale[1] > 1 else "fp8"
+    if dtype == "I8" and (scale or "SCB" in parts):
+        return "int8"
+    if dtype == "U8" and "weight_scale_2" in parts:
+        return "nvfp4"
+    return _float(dtype)
+
+
+def _integer(bits: int, per: int) -> str:
+    if not per or bits % per or bits // per not in _INTS:
+        raise ValueError("expected integers of 4 or 8 bits, as no cost model has others")
+    return _INTS[bits // per]
+
+
+def _by_scales(shape: tuple[int, int], out: int, zeros: tuple[int, ...], order: tuple[int, ...]) -> Weight:
+    """Return a GPTQ or AWQ weight: elements of 32 bits pack inputs (GPTQ) or outputs (AWQ)."""
+    rows, columns = shape
+    if not out:
+        raise ValueError("has no scales for each output")
+    if columns != out:
+        return Weight((out, rows), _integer(32 * columns, out))
+    inputs = order[0] if len(order) == 1 else 0
+    bits = 32 * zeros[1] // out if len(zeros) == 2 else 4
+    if inputs:
+        bits = 32 * rows // inputs
+    dtype = _integer(bits, 1)
+    return Weight((out, inputs or rows * 32 // bits), dtype)
+
 
 MAX_WIDTH = 10_000_000
 # sublayer -> name of the matrix with which SliceGPT rotates its residual
@@ -71,7 +369,6 @@ class _Part:
         self.names.setdefault(width, name)
 
     def read(self, bits: int) -> None:
-        """Read widths, formats and parameters of all modules."""
         table = LAYER if self.number >= 0 else OUTSIDE
         found = {module: axes_of(module, table) for module in self.modules}
         fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
@@ -119,9 +416,7 @@ class _Part:
 
 def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> ModelConfig:
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
-
-    :attr:`ModelConfig.found` reports the differences. Raises InputError, one line, if the tensors and their number of
-    parameters cannot be explained exactly."""
+    :attr:`ModelConfig.found` reports the differences."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -213,8 +508,7 @@ def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tu
 
 
 def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight whose inputs are the hidden size; 0 if
-    there is none."""
+    """Return the bits of packed integers in compressed-tensors, from a weight that reads the residual stream, or 0."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:
@@ -237,7 +531,6 @@ def _latent(part: _Part) -> Latent | None:
 
 
 def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
-    """Return the shapes of one layer."""
     width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
     if delta := "delta" in width:
         heads, kv_heads = _delta_heads(part, model)
@@ -288,7 +581,6 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
 
 
 def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
-    """Return the value heads and key heads of a gated delta net."""
     width, own = part.widths, model.delta
     if own is None or (missing := [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]):
         why = "its config.json has none" if own is None else f"without {missing[0]}"
@@ -304,7 +596,6 @@ def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
 
 
 def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
-    """Return the model with the biases and norms that its layers have."""
     biases, modules = (
         {factor_of(module)[0] for part in layers for module in getattr(part, name)} for name in ("biases", "modules")
     )
@@ -332,22 +623,13 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
 
 
 def _check(model: ModelConfig, layers: list[_Part]) -> None:
-    """Raise InputError if layers have other parameters than their shapes require.
-
-    The error names a tensor that distinguishes the layer from the most similar correct layer."""
+    """Raise InputError if layers have other parameters than their shapes require."""
     made = [model.block_parameters(block) for block in model.layout]
-    names = [{*part.modules, *(f"{module}.bias" for module in part.biases)} for part in layers]
-    wrong = [i for i, part in enumerate(layers) if part.parameters != made[i]]
-    if not wrong:
-        return
-    one, why = wrong[0], "check the biases and norms of its architecture"
-    if right := [i for i in range(len(layers)) if i not in wrong]:
-        like = min(right, key=lambda i: len(names[i] ^ names[one]))
-        odd = min(names[like] ^ names[one], default="")
-        has = "has" if odd in names[one] else "lacks"
-        why = f"it {has} {one_line(odd, 80)}, unlike layer {layers[like].number}" if odd else why
-    which = f"{layers[one].where}: layers {runs(layers[i].number for i in wrong)}"
-    raise InputError(f"{which}: expected {made[one]:,} parameters, got {layers[one].parameters:,}: {why}")
+    if wrong := [i for i, part in enumerate(layers) if part.parameters != made[i]]:
+        one = layers[wrong[0]]
+        which = f"{one.where}: layers {runs(layers[i].number for i in wrong)}"
+        expected = f"expected {made[wrong[0]]:,} parameters, got {one.parameters:,}"
+        raise InputError(f"{which}: {expected}: check the biases and norms of its architecture")
 
 
 def _format(dtype: str, sparse24: bool) -> str:

@@ -58,13 +58,11 @@ class Block:
         return rank * (n + k) if rank else n * k
 
     def rank(self, role: str) -> int:
-        """Return the rank of a projection that is stored as two factors, else 0."""
         return dict(self.ranks).get(role, 0)
 
     def roles(self, fused: str, parts: Mapping[str, int], fuses: bool = False) -> Mapping[str, int]:
-        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``.
-
-        An engine that ``fuses`` projections leaves those that are stored as factors as they are."""
+        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``. Factors are
+        stored as they are, also in an engine that ``fuses`` projections."""
         stored = {role for role, _ in self.ranks}
         if fused in stored or (fuses and not stored & parts.keys()):
             return {fused: sum(parts.values())}
@@ -83,7 +81,6 @@ class Latent:
 
     @property
     def cached(self) -> int:
-        """Elements per position in the cache."""
         return self.rank + self.rotary
 
 
@@ -96,7 +93,6 @@ class DeltaNet:
     conv: int  # positions of the causal convolution of queries, keys and values
 
     def widths(self, block: Block) -> tuple[int, int]:
-        """Return the features of all keys, and of all values, of a layer."""
         return block.kv_heads * self.key, block.heads * self.value
 
 
@@ -113,8 +109,7 @@ _CHOICES = {
 
 
 def layer_fields(blocks: Sequence[Block]) -> dict[str, Any]:
-    """Return the fields of a model with these layers: the widths of the most frequent complete layer, and ``blocks``
-    if layers differ."""
+    """Return the widths of the most frequent complete layer as fields of a model, and ``blocks`` if layers differ."""
     complete = [b for b in blocks if b.heads and (b.inner or b.experts) and not (b.linear or b.delta)] or blocks
     usual = Counter(complete).most_common(1)[0][0]
     fields: dict[str, Any] = {name: getattr(usual, name) for name in _WIDTHS}
@@ -326,12 +321,6 @@ class ModelConfig(Displayed):
         return self.hidden * self._norm_vectors
 
     @property
-    def head_parameters(self) -> int:
-        """Parameters of the norm before the head, and of a head that is not tied to the embedding."""
-        width = self.head_hidden
-        return self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
-
-    @property
     def _norm_vectors(self) -> int:
         return {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
@@ -360,7 +349,6 @@ class ModelConfig(Displayed):
         return weights + biases + norms + self.sinks * block.heads + rotates
 
     def _delta_parameters(self, block: Block) -> int:
-        """Return the parameters of a gated delta net: projections, convolution, decays, and norm of a head."""
         own = self.delta
         assert own is not None
         keys, values = own.widths(block)
@@ -401,7 +389,9 @@ class ModelConfig(Displayed):
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
-        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + self.head_parameters
+        width = self.head_hidden
+        head = self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
+        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + head
 
     @property
     def active_parameters(self) -> int:
@@ -411,10 +401,7 @@ class ModelConfig(Displayed):
 
 
 def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
-    """Return the model that one of ``devices`` computes; in a pipeline the whole model.
-
-    Raises InputError if a width is not a multiple of the number of devices, or a pipeline has more stages than
-    layers."""
+    """Return the model that one of ``devices`` computes; in a pipeline the whole model."""
     where = f"devices {devices}: {model.name} has"
     if parallel == "pipeline" and devices > model.layers:
         raise InputError(f"{where} {model.layers} layers; a pipeline has at most one device per layer")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulator.engines.engine import sparse24_engines
+from simulator.display import runs
+from simulator.engines.engine import sparsity_note
 from simulator.models.config import Block, ModelConfig
 
 _Change = tuple[int, Block, Block]  # number of a layer, the dense layer without removed sublayers, and the pruned layer
@@ -20,9 +20,7 @@ _WIDTHS = {
 
 
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return the pruning families found in a model: layers, amounts, and shares of the dense parameters.
-
-    Layers are matched by the numbers in a checkpoint, else in order."""
+    """Return the pruning families found in a model; layers are matched by numbers in a checkpoint, or in order."""
     numbers, news = pruned.numbers or tuple(range(pruned.layers)), pruned.layout
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
     if at.keys() >= set(numbers):
@@ -31,15 +29,12 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
     remaining = tuple(map(_without, olds, news))
     changes = tuple(zip(numbers, remaining, news))
+    heads = {"latent": pruned.latent, "head_dim": pruned.head_dim}
     # each step turns the model before it into one that is closer to the pruned model, from the dense model on
     steps: tuple[tuple[str, Iterable[Block], dict[str, Any]], ...] = (
         (_depth(at, numbers, olds, news), remaining, {}),
         (_experts(changes), (replace(old, experts=new.experts, active=new.active) for _, old, new in changes), {}),
-        (
-            _width(dense, pruned, changes),
-            (replace(new, ranks=(), shortcuts=(), out=0) for new in news),
-            {"latent": pruned.latent, "head_dim": pruned.head_dim},
-        ),
+        (_width(dense, pruned, changes), (replace(new, ranks=(), shortcuts=(), out=0) for new in news), heads),
         (_low_rank(numbers, olds, news), (replace(new, shortcuts=(), out=0) for new in news), {}),
         (_cross(dense, pruned), news, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
         (_other(dense, pruned), news, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
@@ -60,29 +55,6 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
         found.append(f"weights in {pruned.weight_dtype}")
     return tuple(found)
-
-
-def sparsity_note(declared: str) -> str:
-    """Return the pruning family of declared sparsity, and how its weights are timed."""
-    if declared == "unstructured":
-        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
-    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
-    return f"semi_structured: 2:4 is declared for plain weights: {own}"
-
-
-def consecutive(numbers: Iterable[int]) -> list[str]:
-    """Return sorted numbers as texts, consecutive numbers as one."""
-    parts = []
-    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        first, *_, last = [n for _, n in run] * 2
-        parts.append(str(first) if first == last else f"{first}-{last}")
-    return parts
-
-
-def runs(numbers: Iterable[int]) -> str:
-    """Return sorted numbers as one text, consecutive numbers joined."""
-    parts = consecutive(numbers)
-    return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")
 
 
 def _attends(block: Block) -> bool:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from simulator.arguments import shown
+from simulator.engines.engine import sparsity_note
 from simulator.errors import InputError, one_line, unknown
-from simulator.files.json import parse_bounded
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader
 from simulator.models.config import ModelConfig
-from simulator.models.difference import sparsity_note
 
 FOLDER = resources.files(__package__)
 MAX_FILE_BYTES = 1_000_000  # largest configuration file that is read; usual files have a few kilobytes
@@ -40,10 +39,9 @@ _SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "
 
 
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
-    """Return the shapes in the content of a Hugging Face ``config.json``; other keys are ignored.
+    """Return the shapes in the content of a Hugging Face ``config.json``, of multimodal models those of the decoder.
 
-    If a model has further parts (vision), its text decoder is read, the object ``text_config``. ``source`` names the
-    content in errors, usually a path. ``name`` is used for a model without a ``_name_or_path``."""
+    ``source`` names the content in errors. ``name`` is used for a model without a ``_name_or_path``."""
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}")
     kind, read = _decoder(Reader(data, source))
@@ -79,7 +77,6 @@ def _declared(read: Reader) -> str:
 
 
 def _decoder(read: Reader) -> tuple[str, Reader]:
-    """Return the architecture of the decoder and its keys."""
     known = f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
     kind, text = read.data.get("model_type"), read.data.get("text_config")
     if kind is None:
@@ -98,10 +95,7 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Return the shapes in a ``config.json``, or in a checkpoint folder.
-
-    In a folder, the headers of its ``*.safetensors`` take precedence over the ``config.json``. A model without a name
-    is named after its file or folder."""
+    """Return the shapes in a ``config.json``, or in a folder, where headers of ``*.safetensors`` take precedence."""
     file = Path(os.path.expanduser(path))
     try:
         whole = file.is_dir()
@@ -120,8 +114,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     model = from_hf_config(content, str(file), file.parent.name if file.name == "config.json" else file.stem)
     if not whole:
         return model
-    from simulator.models.checkpoint import from_tensors  # late: shipped models need no checkpoint
-    from simulator.models.tensors import read_headers
+    from simulator.models.checkpoint import from_tensors, read_headers  # late: shipped models need no checkpoint
 
     tensors = read_headers(file.parent)
     return from_tensors(model, tensors, file.parent) if tensors else model
@@ -178,9 +171,7 @@ def model_title(name: str) -> str:
 
 
 def shipped_model(name: str) -> ModelConfig | None:
-    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version.
-
-    A path or an unknown name gives None; no other file is read."""
+    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version, else None."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None
     last = name.rsplit("/", 1)[-1]

@@ -32,7 +32,7 @@ The engine determines which projections are one GEMM, and which positions the he
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -40,11 +40,10 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.codes import DTYPE_BYTES, Phase, dtype_code
+from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
 from simulator.engines.engine import Engine, Schedule, load_engine
 from simulator.errors import InputError
-from simulator.models.config import ModelConfig, shard
-from simulator.models.forward import Lowering, PassRows
+from simulator.models.config import Block, ModelConfig, shard
 from simulator.models.library import load_model
 from simulator.operators.experts import EXPERT_SKEW
 from simulator.request import SETTINGS, Lowered, Request
@@ -55,6 +54,16 @@ LEAST_PROMPTS = 4
 # up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one: FLOPs and
 # bytes stay exact except where a window fills up; times change by less than 1e-4
 DECODE_LENGTHS = 1024
+
+SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
+"""Projections that a 2:4 checkpoint compresses."""
+
+_QUANTIZE = {"qkv": "quantize", "gate_up": "quantize", "o": "quantize_heads", "down": "quantize_inner"}
+"""Role of the conversion of a product's activations."""
+
+_MXFP4 = dtype_code("mxfp4")
+_STATE = dtype_code("fp32")  # format of the recurrent state of a delta net, as Transformers and SGLang keep it
+OperatorRow = dict[str, Any]
 
 
 def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
@@ -68,7 +77,7 @@ def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
     **settings
         Fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine`` ("": bare kernels
         without fusion). Without a ``token_budget``, that of the engine on GPUs of much memory counts
-        (:class:`simulator.engines.schedule.Schedule`); engines without a schedule compute all prompts in one pass.
+        (:class:`simulator.engines.engine.Schedule`); engines without a schedule compute all prompts in one pass.
 
     Returns
     -------
@@ -106,14 +115,12 @@ def cached_tokens(request: Request) -> int:
         return 0
     tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
     if tokens >= seq or (prefix >= 1.0 and tokens != prefix):
-        raise InputError(
-            f"cached_prefix: expected whole tokens below the {seq} of the prompt, or a share below 1, got {prefix:g}"
-        )
+        expected = f"expected whole tokens below the {seq} of the prompt, or a share below 1"
+        raise InputError(f"cached_prefix: {expected}, got {prefix:g}")
     return tokens
 
 
 def _budget(request: Request, schedule: Schedule | None) -> int:
-    """Return the tokens of prompts in one step; 0: no limit."""
     budget = request.token_budget or (schedule.limits[-1].tokens if schedule else 0)
     if schedule is not None and schedule.decodes_count and request.phase == "serve":
         return max(budget - request.batch, budget // LEAST_PROMPTS)
@@ -123,7 +130,7 @@ def _budget(request: Request, schedule: Schedule | None) -> int:
 @lru_cache(maxsize=256)
 def _lower(request: Request, engine: Engine) -> Workload:
     model, several = request.model, request.devices > 1
-    weight = request.weight_dtype or model.weight_dtype or request.dtype
+    weight, stream = request.weight_dtype or model.weight_dtype or request.dtype, stream_of(request.dtype)
     runs_sparse24 = not request.engine or engine.sparse24_kernels(request.dtype, weight) is not None
     resolved = {
         "new_tokens": request.new_tokens if request.phase in ("generate", "serve") else 0,
@@ -137,13 +144,12 @@ def _lower(request: Request, engine: Engine) -> Workload:
     meta = Lowered(**{**{name: getattr(request, name) for name in SETTINGS}, **resolved, **shapes})
     r = Lowering(
         request=meta,
-        model=model,
         engine=engine,
         sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
         dtype=dtype_code(request.dtype),
         weight_dtype=dtype_code(weight),
-        cache_dtype=dtype_code(request.kv_dtype or stream_of(request.dtype)),
-        stream_dtype=dtype_code(stream_of(request.dtype)),
+        cache_dtype=dtype_code(request.kv_dtype or stream),
+        stream_dtype=dtype_code(stream),
     )
     part = shard(model, request.devices, request.parallel)
     passes: list[PassRows] = []
@@ -204,9 +210,7 @@ def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int,
 
 def _steps(steps: int) -> tuple[Array, Array]:
     """Return numbers of steps (decode steps, chunks of a prompt) that are done after a step, and how many steps each
-    number represents.
-
-    The first steps and the last step are never shared: pruning depends on the first, cache memory on the last."""
+    number represents. Pruning depends on the first steps, cache memory on the last: these represent only themselves."""
     size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size
     alone = steps - 1 - size * shared
@@ -216,10 +220,10 @@ def _steps(steps: int) -> tuple[Array, Array]:
 
 
 def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
-    """Return attention of consecutive layers from ``first``, at rising cache lengths, with ``times`` executions each.
+    """Return attention of consecutive layers from ``first`` at rising cache lengths, with ``times`` executions each.
+    A column is a length and a run of equal layers; rows are first layer, layers, window, length and executions.
 
-    The result has one column per length and run of equal layers, and the rows first layer, layers, window, length and
-    executions. A window longer than the cache has no effect, so layers differ only from some length on."""
+    A window longer than the cache has no effect, so layers differ only from some length on."""
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):
@@ -234,3 +238,314 @@ def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, fi
         pieces.append(np.vstack([np.tile(np.array(runs).T, len(lengths)), each]))
     out = np.hstack(pieces)
     return np.vstack([out[:-1], out[1] * out[-1]])
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A request with its model and engine, and the codes of its number formats."""
+
+    request: Lowered
+    engine: Engine
+    sparse24: bool
+    dtype: int
+    weight_dtype: int
+    cache_dtype: int
+    stream_dtype: int
+
+    @property
+    def split(self) -> bool:
+        """Whether each layer is split over several devices."""
+        return self.request.devices > 1 and self.request.parallel != "pipeline"
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Products whose activations a kernel of its own converts."""
+        return self.engine.quantize.inputs if DTYPE_BYTES[self.dtype] < 2.0 else ()
+
+
+@dataclass(frozen=True)
+class PassRows:
+    """Equal prefill passes, or the decode steps of a request, as rows; one attention row per run of equal layers."""
+
+    lowering: Lowering
+    part: ModelConfig  # the shapes of one device
+    phase: Phase
+    batch: int  # sequences
+    q_len: int
+    steps: float  # executions of the pass; in a steady state their mean number
+    first: bool = True  # whether it is the first pass of its phase, whose rows have the parameters
+
+    @property
+    def request(self) -> Lowered:
+        return self.lowering.request
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.q_len
+
+    def fuses(self, group: str) -> bool:
+        return group in self.lowering.engine.fuse
+
+    @property
+    def mean_length(self) -> float:
+        """Mean cache length of the decode steps, with the added position."""
+        return self.request.seq + (self.steps + 1) / 2
+
+    @property
+    def wide(self) -> OperatorRow:
+        return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
+
+    @property
+    def owns(self) -> float:
+        """Share of the parameters that each execution of the rows counts."""
+        return self.first * (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
+
+    def rows(self) -> list[OperatorRow]:
+        model, vocab, h = self.part, self.part.vocab, self.part.hidden
+        many = self.tokens if self.lowering.engine.logits == "all" else self.batch  # positions that the head computes
+        tables = 2 if model.learned_positions else 1
+        rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
+        rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
+        for first, length, block in model.runs:
+            layers = {"layer": first, "layers": length, "count": length}
+            rows += [row | layers for row in (*self.attention(block), *self.mlp(block))]
+        width = model.head_hidden
+        if model.final_norm:
+            owned = width * model.norm_parameters // h
+            rows.append(self.move("final_norm", Part.HEAD, width, 2 * width, width, owned))
+        head = self.gemm("lm_head", Part.HEAD, vocab, width, False) | self.wide | {"m": many}
+        rows.append(head | {"params": 0 if model.tied else head["params"]})
+        rows += self.collective("all_gather", Part.HEAD, many, self.request.config.vocab)
+        if model.logit_softcap:
+            whole = self.request.config.vocab
+            rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
+        rows += self.sends()
+        return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
+
+    def attention(self, block: Block) -> Iterator[OperatorRow]:
+        model, part, h, d = self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
+        if "attention" not in block.linear and not block.heads:
+            return
+        yield from self.norm_before("attention_norm", part)
+        yield from self.quantized("qkv", part, h)
+        if "attention" in block.linear:
+            yield self.linear(part)
+        elif block.delta:
+            yield from self.delta_net(block)
+        elif model.latent is not None:
+            yield from self.latent_attention(block)
+        else:
+            q, kv = block.heads * d, block.kv_heads * d
+            made = {"q": (1 + model.output_gate) * q, "k": kv, "v": kv}
+            for role, n in block.roles("qkv", made, self.fuses("qkv")).items():
+                yield from self.projection(block, role, part, n, h, model.qkv_bias)
+            if model.qk_norm and (model.qk_norm != "unit" or block.rotary):
+                owned = {"head": 2 * d, "width": q + kv}.get(model.qk_norm, 0)
+                yield self.move("qk_norm", part, q + kv, q + kv, q + kv, owned)
+            yield from self.rotary(block, block.heads + block.kv_heads, model.rotary_dim)
+            yield self.cache_write(block, 2 * kv)
+            row = self.attend(block, {"kv_heads": block.kv_heads, "head_dim": d})
+            yield row | {"params": model.sinks * block.heads * self.owns}
+            if model.output_gate:
+                yield self.move("output_gate", part, q, 2 * q, q)
+            yield from self.quantized("o", part, q)
+            yield from self.projection(block, "o", part, h, q, model.o_bias)
+        yield from self.collective("all_reduce", part, self.tokens, h)
+        yield from self.shortcut(block, part, h)
+        yield from self.norm_after(part)
+
+    def delta_net(self, block: Block) -> Iterator[OperatorRow]:
+        own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
+        assert own is not None
+        keys, values = own.widths(block)
+        yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
+        yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
+        owned = own.conv * (2 * keys + values) + 2 * block.heads
+        row = {"kind": Kind.DELTA_NET, "role": "delta_net", "part": part, "params": owned * self.owns}
+        row |= {"m": self.tokens, "n": values, "batch": self.batch, "window": own.conv}
+        row |= {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
+        yield row | {"dtype": self.lowering.stream_dtype, "weight_dtype": _STATE}
+        yield self.move("gated_norm", part, values, 2 * values, values, own.value)
+        yield from self.quantized("o", part, values)
+        yield self.gemm("o", part, h, values, False)
+
+    def latent_attention(self, block: Block) -> Iterator[OperatorRow]:
+        """Yield the rows of latent attention.
+
+        A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
+        outputs instead, by the two halves of the same weight, and attends to the latent vector. If the cache is copied
+        (Transformers), it holds keys and values of every head, and a decode step computes those of its token."""
+        own, whole = self.part.latent, self.lowering.engine.cache == "copied"
+        part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
+        assert own is not None
+        absorbs = self.decodes and not whole
+        queries = heads * (own.plain + own.rotary)
+        if not own.query_rank:
+            yield self.gemm("q", part, queries, h, False)
+        elif self.fuses("qkv"):
+            yield self.gemm("qkv_a", part, own.query_rank + own.cached, h, False)
+        else:
+            yield self.gemm("q_a", part, own.query_rank, h, False)
+        if not (own.query_rank and self.fuses("qkv")):
+            yield self.gemm("kv_a", part, own.cached, h, False)
+        normed = own.query_rank + own.rank
+        yield self.move("latent_norm", part, normed, normed, normed, normed)
+        if own.query_rank:
+            yield self.gemm("q_b", part, queries, own.query_rank, False)
+        if absorbs:
+            yield self.gemm("absorb_k", part, heads * own.rank, own.plain, False)
+        else:
+            yield self.gemm("kv_b", part, heads * (own.plain + own.value), own.rank, False)
+        yield from self.rotary(block, heads + 1, own.rotary)
+        yield self.cache_write(block, heads * (own.plain + own.rotary + own.value) if whole else own.cached)
+        sizes = {"kv_heads": heads, "head_dim": own.plain + own.rotary, "value_dim": own.value}
+        if absorbs:
+            sizes = {"kv_heads": 1, "head_dim": own.cached, "value_dim": own.rank}
+        yield self.attend(block, sizes | {"latent": 0 if whole else own.cached})
+        if absorbs:
+            yield self.gemm("absorb_v", part, heads * own.value, own.rank, False)
+        yield from self.quantized("o", part, heads * own.value)
+        yield self.gemm("o", part, h, heads * own.value, False)
+
+    @property
+    def decodes(self) -> bool:
+        return self.phase == Phase.DECODE
+
+    def rotary(self, block: Block, heads: int, features: int) -> Iterator[OperatorRow]:
+        if turned := heads * features * block.rotary:
+            yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
+
+    def cache_write(self, block: Block, elements: int) -> OperatorRow:
+        """Return the row that writes keys and values to the cache.
+
+        A copied cache is first concatenated with the new position, then repeated for every query head."""
+        r, part = self.lowering, Part.ATTENTION
+        read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
+        kept = {}
+        if r.engine.cache == "copied" and self.decodes:
+            repeats = block.heads // block.kv_heads if block.heads > block.kv_heads else 0
+            copied = self.mean_length * (1 + repeats)
+            reads = copied + (self.mean_length if repeats else 0)
+            read, write = read + write * reads, write * copied
+            kept = {"kv_len": int(self.mean_length)}
+        return self.move("cache_write", part, elements, read, write) | {"weight_dtype": r.cache_dtype, **kept}
+
+    def attend(self, block: Block, sizes: OperatorRow) -> OperatorRow:
+        r = self.lowering
+        kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
+        formats = {"dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
+        calls = {"heads": block.heads, "batch": self.batch, "q_len": self.q_len}
+        return {"kind": kind, "role": "attention", "part": Part.ATTENTION, **formats, **calls, **sizes}
+
+    def mlp(self, block: Block) -> Iterator[OperatorRow]:
+        model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
+        bias, out = model.mlp_bias, block.out or h
+        if not (inner or block.experts or "mlp" in block.linear):
+            return
+        yield from self.norm_before("mlp_norm", part)
+        if inner or "mlp" in block.linear:
+            yield from self.quantized("gate_up", part, h)
+        if "mlp" in block.linear:
+            yield self.linear(part)
+        elif inner:
+            made = {"gate": inner, "up": inner} if model.gated else {"up": inner}
+            for role, n in block.roles("gate_up", made, model.gated and self.fuses("gate_up")).items():
+                yield from self.projection(block, role, part, n, h, bias)
+            yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
+            yield from self.quantized("down", part, inner)
+            yield from self.projection(block, "down", part, out, inner, bias or model.down_bias)
+        if block.experts:
+            yield from self.routed(block)
+        yield from self.collective("all_reduce", part, self.tokens, out)
+        yield from self.shortcut(block, part, out)
+        yield from self.norm_after(part)
+        if model.parallel_residual:
+            yield self.move("residual", part, h, 2 * h, h)
+
+    def routed(self, block: Block) -> Iterator[OperatorRow]:
+        model, part, h = self.part, Part.MLP, self.part.hidden
+        if model.shared_gate and block.inner:
+            yield self.gemm("shared_gate", part, 1, h, False) | self.wide
+        devices = self.request.devices if self.request.parallel == "expert" else 1
+        yield self.gemm("router", part, devices * block.experts, h, model.router_bias) | self.wide
+        row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
+        owned = block.experts * model.expert_parameters(block) * self.owns
+        row |= {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+        yield row | ({"batch": devices} if devices > 1 else {})
+
+    def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[OperatorRow]:
+        """Yield the product of a projection, or the two products of its factors."""
+        rank = block.rank(role)
+        if not rank:
+            yield self.gemm(role, part, n, k, bias)
+        else:
+            yield self.gemm(role, part, rank, k, False) | {"stage": 1}
+            yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
+
+    def quantized(self, product: str, part: Part, k: int) -> Iterator[OperatorRow]:
+        """Yield the conversion of a product's activations, if a kernel of its own does it."""
+        r = self.lowering
+        if product in r.quantised:
+            written = k * float(DTYPE_BYTES[r.dtype] / DTYPE_BYTES[r.stream_dtype])
+            yield self.move(_QUANTIZE[product], part, k, k, written)
+
+    def shortcut(self, block: Block, part: Part, n: int) -> Iterator[OperatorRow]:
+        """Yield the product that rotates the residual of a sublayer; pruning added it."""
+        if part.name.lower() in block.shortcuts:
+            row = self.gemm("residual_projection", part, n, self.part.hidden, False)
+            yield row | self.wide | {"overhead": True}
+
+    def linear(self, part: Part) -> OperatorRow:
+        """Return the product that replaces a sublayer; devices that share layers split its inputs."""
+        h, devices = self.part.hidden, self.request.devices if self.lowering.split else 1
+        return self.gemm("linear", part, h, -(-h // devices), False)
+
+    def norm_before(self, role: str, part: Part) -> Iterator[OperatorRow]:
+        """Yield the norm before a sublayer; it adds the residual, unless both sublayers read the same input."""
+        model, h = self.part, self.part.hidden
+        moved = h if model.parallel_residual and part == Part.MLP else 2 * h
+        if model.pre_norms:
+            yield self.move(role, part, h, moved, moved, model.norm_parameters)
+
+    def norm_after(self, part: Part) -> Iterator[OperatorRow]:
+        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next sublayer."""
+        model, h = self.part, self.part.hidden
+        if model.post_norms:
+            yield self.move("post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters)
+
+    def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> OperatorRow:
+        weights = self.lowering.weight_dtype
+        if weights == _MXFP4 and role != "experts":  # a format of routed experts only
+            weights = self.lowering.stream_dtype
+        formats = {"dtype": self.lowering.dtype, "weight_dtype": weights}
+        params = (n * k + bias * n) * self.owns
+        row = {"role": role, "part": part, "m": self.tokens, "n": n, "k": k, "params": params, **formats}
+        if self.lowering.sparse24 and role in SPARSE:
+            row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
+        return row
+
+    def move(
+        self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0
+    ) -> OperatorRow:
+        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
+        stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
+        size = float(tokens * DTYPE_BYTES[stream])
+        row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}
+        return row | {"read_bytes": size * read, "write_bytes": size * write, "dtype": stream, "weight_dtype": stream}
+
+    def collective(self, role: str, part: Part, tokens: int, width: int) -> list[OperatorRow]:
+        """Return the collective whose payload is (tokens, width); no row on one device."""
+        if not self.lowering.split:
+            return []
+        stream = self.lowering.stream_dtype
+        row = {"kind": Kind.COLLECTIVE, "role": role, "part": part, "m": tokens, "n": width, "dtype": stream}
+        return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
+
+    def sends(self) -> list[OperatorRow]:
+        """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""
+        if self.request.devices == 1 or self.lowering.split:
+            return []
+        tokens, hidden = self.tokens, self.request.config.hidden
+        payload = tokens * hidden * float(DTYPE_BYTES[self.lowering.stream_dtype])
+        row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": tokens, "n": hidden}
+        return [row | {"batch": 2, "read_bytes": payload, "count": self.request.devices - 1}]

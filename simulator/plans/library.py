@@ -27,12 +27,12 @@ import numpy as np
 
 from simulator.arguments import shown
 from simulator.arrays import FloatArray
+from simulator.display import runs
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import read_bounded
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml
 from simulator.models.config import Block, ModelConfig
-from simulator.models.difference import runs
 from simulator.models.library import load_model
 from simulator.plans.puzzle import MOST_BYTES, Entry, read_puzzle, read_validations
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without

@@ -19,8 +19,7 @@ from typing import Any
 
 from simulator.arguments import shown
 from simulator.errors import InputError, one_line
-from simulator.files.json import parse_bounded
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.architectures import Reader, read_block
 from simulator.models.config import Block, ModelConfig
 from simulator.plans.variants import without

@@ -11,17 +11,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simulator.display import runs
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.write import write_whole
 from simulator.models.changes import block_config, config_of, content_of, write_config
 from simulator.models.config import Block, ModelConfig
-from simulator.models.difference import runs
 from simulator.models.lower import lower, stream_of
 from simulator.plans.variants import has, part_of
 from simulator.prediction.requests import device_text
-from simulator.pruning._grammar import plan_steps
-from simulator.pruning._steps import prune_steps
+from simulator.pruning._steps import plan_steps, prune_steps
 
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs, PricedRequest

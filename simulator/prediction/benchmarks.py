@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from simulator.arguments import AMOUNT, MOST, SECONDS, Range, number, shown, whole
 from simulator.arrays import array
 from simulator.errors import InputError, one_line
-from simulator.files.json import parse_json
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_json, read_bounded
 
 TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
 MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB

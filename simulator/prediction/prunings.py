@@ -25,9 +25,8 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.requests import distinct, once, requests_of
 from simulator.pruning import FAMILIES, check_fraction
-from simulator.pruning._grammar import is_plan, read_steps
 from simulator.pruning._rows import readers, writers
-from simulator.pruning._steps import PruningStep, prune_steps
+from simulator.pruning._steps import PruningStep, is_plan, prune_steps, read_steps
 from simulator.request import Applied, Request
 from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
@@ -64,7 +63,7 @@ class Pruning:
 
     @classmethod
     def read(cls, text: str) -> Pruning:
-        """Return the pruning of a text of ``--prune`` (:mod:`simulator.pruning._grammar`)."""
+        """Return the pruning of a text of ``--prune`` (:mod:`simulator.pruning._steps`)."""
         steps = read_steps(text)
         return cls(steps, text=text.strip() if is_plan(text) else " + ".join(map(str, steps)))
 

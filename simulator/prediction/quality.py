@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, csv_text, read_csv
-from simulator.files.json import parse_bounded
-from simulator.files.read import read_bounded
+from simulator.files.read import parse_bounded, read_bounded
 from simulator.pruning import FAMILIES
 
 FOLDER = Path(__file__).with_name("published")

@@ -27,7 +27,7 @@ __all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 
 
 class _Families(Mapping[str, Family]):
-    """The modules of this package, each imported when its family is used."""
+    """The modules of this package, each imported when its family is used: most commands use one."""
 
     _modules = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
@@ -72,7 +72,7 @@ def prune(
         Dense or pruned workload, from :func:`simulator.lower` or :func:`simulator.prune`.
     pruning : str
         Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of ``--prune``
-        (:mod:`simulator.pruning._grammar`), or the path of a plan.
+        (:mod:`simulator.pruning._steps`), or the path of a plan.
     sparsity : float, mapping of str to float, or sequence of float
         Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A sequence has one fraction per
         layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts of the family
@@ -114,8 +114,7 @@ def prune(
     if sparsity is None and layers is None and options.get("budget") is None:
         if options:
             raise InputError(f"option {next(iter(options))}: expected a sparsity too, or the option in the text")
-        from simulator.pruning._grammar import is_plan, read_steps
-        from simulator.pruning._steps import prune_steps
+        from simulator.pruning._steps import is_plan, prune_steps, read_steps
 
         steps = read_steps(pruning)
         return prune_steps(workload, steps, ideal=ideal, plan=pruning if is_plan(pruning) else "")
@@ -188,7 +187,6 @@ def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Cho
 
 
 def _fractions(sparsity: Any, of: str, layers: int) -> FloatArray:
-    """Return checked fractions, one per layer."""
     if np.shape(plain(sparsity)) != (layers,):
         expected = f"expected {layers} fractions, one per layer of this model"
         raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
@@ -236,7 +234,6 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
 
 
 def _share(w: Workload, part: str) -> FloatArray:
-    """Return the share of each row that belongs to a part."""
     if part in SUBLAYERS:
         return np.where((w.layer >= 0) & (w.part == Part[part.upper()]), 1.0, 0.0)
     if part in ONE_SIZE:

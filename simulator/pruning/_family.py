@@ -33,8 +33,6 @@ Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsit
 
 @dataclass(frozen=True)
 class Choice:
-    """The requested sparsity, resolved to rows."""
-
     rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
     asked: float  # the fraction, or the mean of several over the layers or over the weights in the layers
     # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes them)
@@ -62,10 +60,8 @@ class Family(Displayed):
     # tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
     summary: str
-    cost: str  # work that it adds
     function: Callable[..., Pruned] = field(repr=False)
     order: int  # place in tables
-    realised: str  # definition of the realised sparsity
     options: Mapping[str, Any] = field(init=False)  # option -> default
     support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
     targets: tuple[str, ...] = ()  # names of parts in a sparsity per part
@@ -94,7 +90,6 @@ class Family(Displayed):
 
 
 def check_fraction(value: Any, where: str = "sparsity") -> float:
-    """Return a checked fraction in [0, 1)."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
     number = math.inf if abs(value) >= 1e300 else float(value)
@@ -105,14 +100,12 @@ def check_fraction(value: Any, where: str = "sparsity") -> float:
 
 
 def whole(name: str, value: Any, low: int = 1) -> int:
-    """Return an option that is a whole number of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value < 2**31:
         raise InputError(f"option {name}: expected a whole number from {low} up, got {value!r}")
     return int(value)
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """Return an option that is one of several values."""
     if not isinstance(value, str | int) or isinstance(value, bool) or value not in choices:
         raise InputError(f"option {name}: expected {' or '.join(map(str, choices))}, got {value!r}")
     return value

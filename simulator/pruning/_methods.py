@@ -30,21 +30,17 @@ Form = Callable[[float, Workload], tuple[Any, ...]]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Method(Displayed):
-    """A published method."""
-
     name: str
     family: str  # key of FAMILIES, or two keys joined by "+", applied in order
     what: str  # removed parts, and their layers
     # sparsities in the paper, as the family defines them; none if a budget in tokens sets the sparsity
     sparsities: tuple[float, ...] = ()
-    title: str  # title of the paper
-    arxiv: str
+    arxiv: str  # number of the paper
     options: Mapping[str, Any] = field(default_factory=dict)  # options of its families
     layers: slice | None = field(default=None, repr=False)  # pruned layers; None: all
     # None: the same fraction everywhere; each family prunes the same share of its input
     form: Form | None = field(default=None, repr=False)
     phases: tuple[str, ...] = PHASES  # phases that it prunes
-    models: tuple[str, ...] = ()  # models in the paper
 
     def _title(self) -> str:
         return f"{self.name} ({self.family}): {self.what}"
@@ -55,9 +51,7 @@ class Method(Displayed):
         return self.options.get("budget")
 
     def prune(self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False) -> Workload:
-        """Return the pruned workload; ``sparsity`` is that of the whole model, as the family defines it.
-
-        A method with a budget in tokens takes no sparsity: it follows from the length of the request."""
+        """Return the pruned workload; the sparsity is that of the whole model, None for a method with a budget."""
         for family, part, options in self.families_of(workload, sparsity):
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload
@@ -92,7 +86,6 @@ class Method(Displayed):
 
 
 def load_method(name: str) -> Method:
-    """Return a method by its name."""
     if name not in METHODS:
         raise unknown("pruning method", name, METHODS)
     return METHODS[name]
@@ -137,154 +130,104 @@ def _decay(stage: Array, sparsity: float) -> Array:
 _TABLE = (
     # depth
     Method(name="shortgpt", family="depth", sparsities=(0.25, 0.27), arxiv="2403.03853",
-        what="whole layers that change the hidden state least, most of them deep",
-        title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect"),
+        what="whole layers that change the hidden state least, most of them deep"),
     Method(name="laco", family="depth", sparsities=(0.25, 0.27), arxiv="2402.11187",
-        what="whole layers, merged into the one before them",
-        title="LaCo: Large Language Model Pruning via Layer Collapse"),
+        what="whole layers, merged into the one before them"),
     Method(name="sleb", family="depth", sparsities=(0.1, 0.2), arxiv="2402.09025",
-        what="whole layers, one after the other, by the perplexity without each",
-        title="SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks"),
+        what="whole layers, one after the other, by the perplexity without each"),
     Method(name="shortened-llama", family="depth", sparsities=(0.2, 0.35), arxiv="2402.02834",
-        what="whole layers, all at once, then retraining",
-        title="Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods"),
+        what="whole layers, all at once, then retraining"),
     Method(name="minitron-depth", family="depth", sparsities=(0.5,), arxiv="2408.11796",
-        what="a run of whole layers before the last, then distillation",
-        title="LLM Pruning and Distillation in Practice: The Minitron Approach"),
+        what="a run of whole layers before the last, then distillation"),
     Method(name="attention-drop", family="depth", options={"unit": "attention"}, sparsities=(0.25, 0.5),
-        arxiv="2406.15786", what="attention sublayers, with their cache; every MLP stays",
-        title="What Matters in Transformers? Not All Attention is Needed"),
+        arxiv="2406.15786", what="attention sublayers, with their cache; every MLP stays"),
     Method(name="layerskip", family="depth", options={"early_exit": True}, sparsities=(0.5,), arxiv="2404.16710",
-        models=("Llama-2-7B", "Llama-2-13B"),
-        what="the last layers: all tokens exit at layer E and go to the head (no self-speculation)",
-        title="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding"),
+        what="the last layers: all tokens exit at layer E and go to the head (no self-speculation)"),
     # width
     Method(name="llm-pruner", family="width", layers=slice(4, -2), sparsities=(0.2, 0.5), arxiv="2305.11627",
-        what="heads and MLP channels; the first four and the last two layers stay",
-        title="LLM-Pruner: On the Structural Pruning of Large Language Models"),
+        what="heads and MLP channels; the first four and the last two layers stay"),
     Method(name="flap", family="width", sparsities=(0.2, 0.3, 0.5), arxiv="2312.11983",
-        what="heads and MLP channels; here the same share of every layer",
-        title="Fluctuation-based Adaptive Structured Pruning for Large Language Models"),
+        what="heads and MLP channels; here the same share of every layer"),
     Method(name="slicegpt", family="width_cross", options={"residual_projections": True, "align": 8},
         sparsities=(0.2, 0.25, 0.3), arxiv="2401.15024",
-        what="hidden size; two residual projections per layer are added",
-        title="SliceGPT: Compress Large Language Models by Deleting Rows and Columns"),
+        what="hidden size; two residual projections per layer are added"),
     Method(name="minitron-width", family="width_cross+width", form=_hidden_and_inner, sparsities=(0.5,),
-        arxiv="2408.11796", what="hidden size and inner width by one share; heads and layers stay",
-        title="LLM Pruning and Distillation in Practice: The Minitron Approach"),
+        arxiv="2408.11796", what="hidden size and inner width by one share; heads and layers stay"),
     Method(name="sheared-llama", family="width_cross+width", sparsities=(0.6, 0.8), arxiv="2310.06694",
-        what="hidden size, heads and inner width by one share (not its 1.3B's layers)",
-        title="Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning"),
+        what="hidden size, heads and inner width by one share (not its 1.3B's layers)"),
     # zeros and factors
     Method(name="wanda", family="unstructured", sparsities=(0.5,), arxiv="2306.11695",
-        what="single weights of every projection, by magnitude times activation",
-        title="A Simple and Effective Pruning Approach for Large Language Models"),
+        what="single weights of every projection, by magnitude times activation"),
     Method(name="sparsegpt", family="unstructured", sparsities=(0.5,), arxiv="2301.00774",
-        what="single weights of every projection, by a layer-wise reconstruction",
-        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"),
+        what="single weights of every projection, by a layer-wise reconstruction"),
     Method(name="wanda-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2306.11695",
-        what="two of four neighbouring weights of every projection",
-        title="A Simple and Effective Pruning Approach for Large Language Models"),
+        what="two of four neighbouring weights of every projection"),
     Method(name="sparsegpt-2:4", family="semi_structured", sparsities=(0.5,), arxiv="2301.00774",
-        what="two of four neighbouring weights of every projection",
-        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"),
+        what="two of four neighbouring weights of every projection"),
     Method(name="mask-llm", family="semi_structured", sparsities=(0.5,), arxiv="2409.17481",
-        what="two of four neighbouring weights of every projection, by a learned mask",
-        title="MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models"),
+        what="two of four neighbouring weights of every projection, by a learned mask"),
     Method(name="svd-llm", family="low_rank", sparsities=(0.2, 0.4, 0.6, 0.8), arxiv="2403.07378",
-        what="every projection becomes two thin factors, of whitened weights",
-        title="SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression"),
+        what="every projection becomes two thin factors, of whitened weights"),
     Method(name="asvd", family="low_rank", sparsities=(0.1, 0.2, 0.3), arxiv="2312.05821",
-        what="every projection becomes two thin factors; here the same share of each",
-        title="ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models"),
+        what="every projection becomes two thin factors; here the same share of each"),
     # dynamic depth and width
     Method(name="skipgpt", family="dynamic_depth", sparsities=(0.25, 0.4), arxiv="2506.04179",
-        what="tokens skip attention and MLP, each by its own router; k and v stay",
-        title="SkipGPT: Dynamic Layer Pruning Reinvented with Token Awareness and Module Decoupling"),
+        what="tokens skip attention and MLP, each by its own router; k and v stay"),
     Method(name="mod", family="dynamic_depth", options={"prune_kv": True, "router": 1},
         layers=slice(1, None, 2), sparsities=(0.4375,), arxiv="2404.02258",
-        what="tokens skip every other layer, with keys and values; 0.4375: 12.5 % stay",
-        title="Mixture-of-Depths: Dynamically allocating compute in transformer-based language models"),
+        what="tokens skip every other layer, with keys and values; 0.4375: 12.5 % stay"),
     Method(name="calm", family="dynamic_depth", options={"unit": "layer", "router": 1, "kernel": "gathered"},
-        form=_exits, phases=("decode",), sparsities=(0.67,), arxiv="2207.07061", models=("T5 1.1",),
+        form=_exits, phases=("decode",), sparsities=(0.67,), arxiv="2207.07061",
         what="tokens exit by a classifier after each layer, each alone in a batch; 0.67: a third of the layers on "
-             "average; k and v of skipped layers are computed",
-        title="Confident Adaptive Language Modeling"),
+             "average; k and v of skipped layers are computed"),
     Method(name="deja-vu", family="dynamic_width", sparsities=(0.75,), arxiv="2310.17157",
-        what="heads and MLP channels of every layer, chosen for each token",
-        title="Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time"),
+        what="heads and MLP channels of every layer, chosen for each token"),
     # attention, tokens, cache
     Method(name="seer-attention", family="sparse_attention", options={"block": 64}, phases=("prefill",),
         sparsities=(0.9,), arxiv="2410.13276",
-        what="blocks of 64 x 64 query-key pairs, by a learned gate",
-        title="SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs"),
+        what="blocks of 64 x 64 query-key pairs, by a learned gate"),
     Method(name="seer-attention-r", family="sparse_attention", options={"block": 64}, phases=("decode",),
         sparsities=(0.9,), arxiv="2506.08889",
-        what="blocks of 64 cached positions, by a learned gate",
-        title="SeerAttention-R: Sparse Attention Adaptation for Long Reasoning"),
+        what="blocks of 64 cached positions, by a learned gate"),
     Method(name="minference", family="sparse_attention", options={"block": 64}, phases=("prefill",),
         sparsities=(0.95,), arxiv="2407.02490",
-        what="blocks of 64 x 64 query-key pairs, by a pattern of each head",
-        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention"),
+        what="blocks of 64 x 64 query-key pairs, by a pattern of each head"),
     Method(name="minference-7096", family="sparse_attention", options={"block": 64, "budget": 7096},
         phases=("prefill",), arxiv="2407.02490",
-        models=("Llama-3-8B-1M", "GLM-4-9B-1M", "Yi-200K", "Phi-3-128K", "Qwen2-128K"),
-        what="all but 7,096 keys per query, in 1,000 vertical and 6,096 slash lines of each head",
-        title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention"),
+        what="all but 7,096 keys per query, in 1,000 vertical and 6,096 slash lines of each head"),
     Method(name="quest", family="sparse_attention", options={"block": 16}, phases=("decode",),
         layers=slice(2, None), sparsities=(0.82, 0.88), arxiv="2406.10774",
-        what="pages of 16 cached positions, except in two layers; 0.82: 4k of 32k stay",
-        title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference"),
+        what="pages of 16 cached positions, except in two layers; 0.82: 4k of 32k stay"),
     Method(name="fastv", family="token", options={"start": 2}, sparsities=(0.5, 0.75), arxiv="2403.06764",
-        what="tokens (of images) from the third layer on, by their attention",
-        title="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
-              "Vision-Language Models"),
+        what="tokens (of images) from the third layer on, by their attention"),
     Method(name="pyramiddrop", family="token", form=_pyramid, sparsities=(0.53125,), arxiv="2410.17247",
-        what="tokens (of images) after each quarter of the layers; at 0.53125 half",
-        title="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction"),
+        what="tokens (of images) after each quarter of the layers; at 0.53125 half"),
     Method(name="llmlingua", family="token", options={"start": 0, "mode": "static"}, sparsities=(0.5, 0.8, 0.95),
-        arxiv="2310.05736", what="tokens of the prompt, by a small model before it (not timed here)",
-        title="LLMLingua: Compressing Prompts for Accelerated Inference of Large Language Models"),
+        arxiv="2310.05736", what="tokens of the prompt, by a small model before it (not timed here)"),
     Method(name="snapkv", family="kv_cache", options={"observed": 32}, sparsities=(0.68, 0.92), arxiv="2404.14469",
-        what="cached positions of the prompt, by the attention of its last 32",
-        title="SnapKV: LLM Knows What You are Looking for Before Generation"),
+        what="cached positions of the prompt, by the attention of its last 32"),
     Method(name="h2o", family="kv_cache", options={"observed": 10**6}, sparsities=(0.8,), arxiv="2306.14048",
-        what="cached positions of the prompt, by the attention of all queries, written out",
-        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models"),
+        what="cached positions of the prompt, by the attention of all queries, written out"),
     *(
         Method(name=f"snapkv-{budget}", family="kv_cache", options={"observed": 32, "budget": budget},
-            arxiv="2404.14469", models=("Mistral-7B-v0.2", "Mixtral-8x7B", "LongChat-7B", "LWM-Text-1M"),
-            what=f"all but {budget:,} cached positions of the prompt, by the attention of its last 32",
-            title="SnapKV: LLM Knows What You are Looking for Before Generation")
+            arxiv="2404.14469",
+            what=f"all but {budget:,} cached positions of the prompt, by the attention of its last 32")
         for budget in (1024, 2048, 4096)
     ),
     Method(name="streaming-llm", family="kv_cache", options={"observed": 0, "budget": 2048, "rolling": True},
-        arxiv="2309.17453", models=("Llama-2", "MPT", "Falcon", "Pythia"),
-        what="cached positions, of the prompt or new, except the first 4 and the last 2,044; the prefill stays dense",
-        title="Efficient Streaming Language Models with Attention Sinks"),
+        arxiv="2309.17453",
+        what="cached positions, of the prompt or new, except the first 4 and the last 2,044; the prefill stays dense"),
     # experts
     Method(name="reap", family="experts", sparsities=(0.25, 0.5), arxiv="2510.13999",
-        models=("ERNIE-4.5-21B-A3B", "Qwen3-30B-A3B", "Mixtral-8x7B", "GLM-4.5-Air", "Llama-4-Scout",
-                "Qwen3-Coder-480B-A35B", "Kimi-K2"),
-        what="experts with their router outputs, by gate value times output norm",
-        title="REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression"),
-    Method(name="naee", family="experts", sparsities=(0.25, 0.5), arxiv="2402.14800", models=("Mixtral-8x7B",),
-        what="experts with their router outputs, by the error of each layer's output",
-        title="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
-              "Models"),
+        what="experts with their router outputs, by gate value times output norm"),
+    Method(name="naee", family="experts", sparsities=(0.25, 0.5), arxiv="2402.14800",
+        what="experts with their router outputs, by the error of each layer's output"),
     Method(name="naee-skip", family="experts", options={"fewer": "average"}, sparsities=(0.25,), arxiv="2402.14800",
-        models=("Mixtral-8x7B",),
-        what="the second expert of half of the tokens, where its gate value is small; all weights stay",
-        title="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
-              "Models"),
+        what="the second expert of half of the tokens, where its gate value is small; all weights stay"),
     Method(name="hc-smoe", family="experts", options={"merged": True}, sparsities=(0.25, 0.5), arxiv="2410.08589",
-        models=("Qwen1.5-MoE-A2.7B", "Mixtral-8x7B"),
-        what="experts, merged by clusters of their outputs; the router keeps its outputs",
-        title="Retraining-Free Merging of Sparse Mixture-of-Experts via Hierarchical Clustering"),
+        what="experts, merged by clusters of their outputs; the router keeps its outputs"),
     Method(name="m-smoe", family="experts", options={"merged": True}, sparsities=(0.75,), arxiv="2310.01334",
-        models=("Switch-base-32",),
-        what="experts, merged by their routing into about 8 of 32 per layer; the router keeps its outputs",
-        title="Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy"),
+        what="experts, merged by their routing into about 8 of 32 per layer; the router keeps its outputs"),
 )
 # fmt: on
 

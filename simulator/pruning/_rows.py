@@ -98,12 +98,10 @@ def weights(w: Workload) -> Array:
 
 
 def removed(before: float, after: float) -> float:
-    """Return the fraction removed, 0 if there was nothing before."""
     return max(0.0, 1.0 - after / before) if before > 0 else 0.0
 
 
 def parameters_removed(w: Workload, out: Workload) -> float:
-    """Return the fraction of weights in the layers that pruning removed."""
     return removed(*(float(weights(x)[weighted(x)].sum()) for x in (w, out)))
 
 
@@ -120,7 +118,6 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
 
 
 def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
-    """Return the workload with other values of some columns in some rows."""
     return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
 
 
@@ -149,7 +146,6 @@ def with_expert_width(w: Workload, kept: Array) -> Workload:
 
 
 def moved(w: Workload, share: Array) -> dict[str, Array]:
-    """Return columns with a share of the bytes that each row reads and writes."""
     return {"read_bytes": w.read_bytes * share, "write_bytes": w.write_bytes * share}
 
 
@@ -202,7 +198,6 @@ def sublayer_ends(w: Workload) -> Array:
 
 
 def hidden_at(w: Workload, at: Array) -> Array:
-    """Return the hidden size at sublayer ends."""
     return np.where(w.kind[at] == EXPERTS, w.k[at], w.n[at])
 
 
@@ -220,7 +215,6 @@ def _stream(w: Workload, at: Array) -> Array:
 
 
 def stream_bytes(w: Workload, at: Array) -> Array:
-    """Return the bytes per value of the residual stream at some rows."""
     return DTYPE_BYTES[_stream(w, at)]
 
 
@@ -260,10 +254,8 @@ BINS = 5  # number of equally likely bins that approximate the distribution betw
 
 @lru_cache(maxsize=4096)
 def token_points(tokens: int, keep: float) -> tuple[Array, Array]:
-    """Return possible numbers of computed tokens, without 0, and their probabilities; each is kept with ``keep``.
-
-    The expected number is exactly ``tokens * keep``. The mean of a bin is divided between the two nearest whole
-    numbers."""
+    """Return possible numbers of computed tokens, without 0, and their probabilities; the mean is ``tokens * keep``.
+    The mean of a bin is divided between the two nearest whole numbers."""
     if tokens <= 0:
         return np.array([tokens]), np.array([1.0])
     if tokens >= CAPACITY_TOKENS:
@@ -296,10 +288,8 @@ def _binomial(tokens: int, keep: float) -> tuple[Array, Array]:
 
 
 def split_tokens(w: Workload, keep: Array) -> Workload:
-    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability.
-
-    Tokens are ``m``, in decode attention ``batch``. Bytes of elementwise and collective rows scale with them.
-    Parameters are conserved."""
+    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability. Bytes of
+    elementwise and collective rows scale with tokens, parameters are conserved."""
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w
@@ -367,7 +357,6 @@ def prompt_of(w: Workload) -> Array:
 
 
 def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
-    """Return the workload with the hidden size ``new`` in place of ``hidden``."""
     stream, square, routed = w.is_role(*STREAM), w.is_role("residual_projection"), w.kind == EXPERTS
     reads = readers(w, *INPUTS) | w.is_role("lm_head", "router")
     writes = writers(w, "o", "down", "linear")

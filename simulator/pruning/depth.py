@@ -64,8 +64,6 @@ FAMILY = Family(
     parts={"": ("layers",), "attention": ("attention layers",), "mlp": ("MLP layers",)},
     order=1,
     summary="removes layers, or attention or MLP sublayers, with norm, residual and cache",
-    cost="nothing",
-    realised="layers (sublayers) removed / layers (sublayers addressed), weighted by their projection parameters",
     targets=SUBLAYERS,
     layers="some",
 )

@@ -110,8 +110,6 @@ def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
 
 
 def _copies(w: Workload, ends: Array, last: Array, first: Array) -> _rows.Inserted:
-    """Return gathers before the sublayers ``ends`` and scatters after the sublayers ``last``, of several tokens."""
-
     def copied(at: Array, role: str) -> Workload:
         m, hidden = w.m[at], _rows.hidden_at(w, at)
         size = m * hidden * _rows.stream_bytes(w, at)
@@ -128,8 +126,5 @@ FAMILY = Family(
     parts=None,
     order=7,
     summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
-    cost="a router, its mask, zeros in every result, kernels slower than cuBLAS (or a gather and a scatter); at "
-    "batch 1 in decode a sublayer runs or not",
-    realised="expected share of token-sublayer pairs skipped",
     targets=SUBLAYERS,
 )

@@ -112,9 +112,6 @@ FAMILY = Family(
     parts=None,
     order=8,
     summary="head groups and channel groups chosen per token; k and v stay dense",
-    cost="a router and a sort of its mask per sublayer; kernels slower than cuBLAS, more so for narrow groups (or "
-    "copies for each group); a batch uses the union of its tokens' groups",
-    realised="expected share of (token, group) tiles skipped",
     whole=False,
     targets=SUBLAYERS,
 )

@@ -61,6 +61,4 @@ FAMILY = Family(
     order=12,
     needs="experts",
     summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",
-    cost="each remaining expert sees more tokens; merged: a wide router, and a map from its choices to groups",
-    realised="routed experts (active ones) removed / routed experts (active ones)",
 )

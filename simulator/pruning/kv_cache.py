@@ -66,7 +66,5 @@ FAMILY = Family(
     order=11,
     together="equal length",
     summary="keeps a share of the prompt's cache, or a budget of positions",
-    cost="scoring, selection and compaction at the end of the prefill",
-    realised="prompt positions evicted from the cache / prompt positions",
     support=("decode", "generate", "serve"),
 )

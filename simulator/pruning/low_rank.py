@@ -41,8 +41,6 @@ FAMILY = Family(
     narrows=True,
     order=5,
     summary="replaces each projection by two GEMMs of a small rank",
-    cost="a second launch, thin GEMMs, bytes of the intermediate",
-    realised="parameters of the projections removed / parameters of the projections, after rounding the ranks",
     whole=False,
     targets=WEIGHTS,
 )

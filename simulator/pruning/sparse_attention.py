@@ -57,6 +57,4 @@ FAMILY = Family(
     order=9,
     summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
     "share of the cache's blocks",
-    cost="scoring and selecting blocks; small blocks cost more per pair",
-    realised="share of q-k pairs skipped",
 )

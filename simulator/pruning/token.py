@@ -99,6 +99,4 @@ FAMILY = Family(
     order=10,
     together="equal length",
     summary="drops prompt tokens from some layer on, also from the cache",
-    cost="scoring and gathering tokens in the layers that drop them",
-    realised="prompt tokens dropped / prompt tokens, from that layer on",
 )

@@ -29,8 +29,6 @@ FAMILY = Family(
     parts={},
     order=6,
     summary="sets weights of all projections to zero, without structure",
-    cost="no speedup, as dense kernels compute zeros; bounds count them (kernel=spmv: a kernel for one token)",
-    realised="zero parameters / parameters of the projections",
     whole=False,
     targets=WEIGHTS,
 )

@@ -86,9 +86,8 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
 
 
 def _repeated(w: Workload, before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Return factors of read and written bytes of a copied cache, which is repeated for each query head of a KV head.
-
-    ``before`` and ``after`` are query heads and KV heads; see ``cache_write`` of :mod:`simulator.models.forward`."""
+    """Return factors of read and written bytes of a copied cache (see ``cache_write`` in
+    :mod:`simulator.models.lower`) from query heads and KV heads."""
     copied = w.is_role("cache_write") & (w.kv_len > 0)
     if not np.count_nonzero(copied):
         return np.ones(len(w)), np.ones(len(w))
@@ -131,7 +130,5 @@ FAMILY = Family(
     narrows=True,
     order=2,
     summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
-    cost="alignment and tile effects of the narrower shapes",
-    realised="parameters of the projections removed / parameters of the projections, after rounding groups and widths",
     targets=(*SUBLAYERS, *NESTED),
 )

@@ -42,7 +42,5 @@ FAMILY = Family(
     narrows=True,
     order=3,
     summary="reduces the hidden size everywhere: embedding, norms, projections, residual stream, head",
-    cost="optional residual projections H'xH', two per layer (residual_projections=True)",
-    realised="parameters of the projections removed / parameters of the projections, after rounding the hidden size",
     layers="all",
 )

@@ -148,7 +148,7 @@ def test_a_staircase_shows_the_prediction_and_the_measured_points(about: Paper, 
     assert (np.diff(y) > 0.02 * y[:-1]).sum() >= 3  # steps
     seen = about.measured["rtx_4090"]
     x, y = (np.asarray(v) for v in lines["None", "o"].get_data())
-    chosen = seen.of_weight(6144, 4096) & (seen.m <= 512)
+    chosen = (seen.n == 6144) & (seen.k == 4096) & (seen.m <= 512)
     np.testing.assert_array_equal(x, seen.m[chosen])
     np.testing.assert_allclose(y, 1e6 * seen.seconds[chosen])
 

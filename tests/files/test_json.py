@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulator.errors import InputError
-from simulator.files.json import MOST_CONTAINERS, parse_bounded, parse_json
+from simulator.files.read import MOST_CONTAINERS, parse_bounded, parse_json
 from simulator.models.library import load_model
 from simulator.prediction.benchmarks import read_bench
 from simulator.prediction.quality import read_results

@@ -29,12 +29,12 @@ def test_temporary_files_of_killed_writers_are_removed_by_the_next(tmp_path: Pat
 
 def test_a_file_that_another_process_writes_stays(tmp_path: Path) -> None:
     target = tmp_path / "t.csv"
-    handle, theirs = _temporary(target)
+    theirs = _temporary(target)
     write_whole(target, b"mine")
     remove_left(tmp_path, "*")
     assert target.read_text() == "mine"
-    assert names(tmp_path) == sorted([Path(theirs).name, "t.csv"])
-    os.close(handle)
+    assert names(tmp_path) == sorted([Path(theirs.name).name, "t.csv"])
+    theirs.close()
     remove_left(tmp_path, "*")
     assert names(tmp_path) == ["t.csv"]
 

@@ -32,8 +32,8 @@ from layouts import LAYOUTS, stored_as, tensors_of
 from calibration.records.store import Header, encode_line
 from calibration.records.timing_table import Records, Source, write_records
 from simulator.cli import run
+from simulator.models.checkpoint import BITS
 from simulator.models.library import load_model
-from simulator.models.tensors import BITS
 
 EXAMPLES = settings().max_examples if settings().max_examples > 100 else 25
 MOST_MEMORY_KB = 1_000_000

@@ -14,11 +14,10 @@ from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 
 from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
-from simulator.models.checkpoint import from_tensors
+from simulator.models.checkpoint import MAX_HEADER_BYTES, Tensor, from_tensors
 from simulator.models.config import Block, Latent, ModelConfig
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
-from simulator.models.tensors import MAX_HEADER_BYTES, Tensor
 from simulator.prediction.table import table
 
 LLAMA = load_model("llama-2-7b")
@@ -183,7 +182,7 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
         ({"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)}, "norm: expected a head of 4,096 inputs"),
         ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
         ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "expected layers below 32, by its config"),
-        ({AT + "input_layernorm.weight": None}, "layers 3: .* it lacks input_layernorm"),
+        ({AT + "input_layernorm.weight": None}, "layers 3: .* check the biases and norms"),
         ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
         ({"lm_head.weight": None}, "expected lm_head.weight, or"),
         ({"model.embed_tokens.weight": None}, "found no embed_tokens.weight"),

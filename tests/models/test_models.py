@@ -13,9 +13,8 @@ from model_shapes import PUBLISHED, outer_tensors, parameters_of
 
 from simulator.codes import Kernel
 from simulator.errors import InputError
-from simulator.models.forward import SPARSE
 from simulator.models.library import MAX_FILE_BYTES, from_hf_config, list_models, load_model, read_config
-from simulator.models.lower import lower
+from simulator.models.lower import SPARSE, lower
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick

@@ -8,7 +8,7 @@ from simulator.models.lower import lower
 from simulator.prediction.prunings import removed_parts, sizes
 from simulator.prediction.table import table
 from simulator.pruning import prune
-from simulator.pruning._grammar import read_steps
+from simulator.pruning._steps import read_steps
 from simulator.workload import WorkloadBatch
 
 LLAMA = "llama-3.1-8b"

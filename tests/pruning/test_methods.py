@@ -46,7 +46,6 @@ def test_every_method_names_families_options_and_paper(name: str) -> None:
     assert set(families) <= FAMILIES.keys()
     assert m.options.keys() <= {option for family in families for option in FAMILIES[family].options}
     assert re.fullmatch(r"\d{4}\.\d{5}", m.arxiv)
-    assert m.title
     assert bool(m.sparsities) == (m.budget is None)
 
 

@@ -10,8 +10,7 @@ from tiny_decoder import FUSED, GQA, MHA, Decoder, workload
 
 from simulator.errors import InputError
 from simulator.pruning import prune
-from simulator.pruning._grammar import read_steps
-from simulator.pruning._steps import PruningStep
+from simulator.pruning._steps import PruningStep, read_steps
 from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick

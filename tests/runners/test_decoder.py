@@ -34,7 +34,7 @@ from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
-from simulator.pruning._grammar import read_steps  # noqa: E402
+from simulator.pruning._steps import read_steps  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
