@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.fit.kernels import fit_sparse24
-from calibration.fit.profile import ProfileFit, fit_profile
+from calibration.fit.profile import ProfileFit, fit_profile, fit_sparse24
 from calibration.measurements import load_measurements
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
@@ -112,10 +111,8 @@ def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
 def build(
     name: str, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
 ) -> ProfileFit:
-    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved.
-
-    ``operators`` selects operators whose fit needs no other operator. InputError if no table is available.
-    """
+    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved. ``operators``
+    selects operators whose fit needs no other operator. InputError if no table is available."""
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
@@ -177,10 +174,8 @@ def rounded(section: Section) -> Section:
 def make(
     name: str, folder: Path, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
 ) -> list[str]:
-    """Write a stack file and return one line of text per section.
-
-    Sections are kept if their tables are in a wheel that is not given, or if their operator is not selected.
-    """
+    """Write a stack file and return one line of text per section. Sections are kept if their tables are in a wheel that
+    is not given, or if their operator is not selected."""
     recipe, fit = RECIPES[name], build(name, wheel, shared, operators)
     kept: Mapping[tuple[str, str], Section] = {}
     lines = []

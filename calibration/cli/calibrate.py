@@ -58,7 +58,7 @@ REQUESTS: options.Run = options.run_options("phase", "batch", "seq", "dtype", ph
 
 @options.expanded("csv", "figure")
 def command(
-    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:FILE; host measures only the host time.")],
+    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; host measures only the host time.")],
     output: Folder,
     measuring: Measuring = Measuring(),
     target: Target = Target(),

@@ -60,7 +60,7 @@ def command(
     from calibration.evidence.validate import disturbed_share, of_fit, of_update, validate
     from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
-    from calibration.records.exact_shapes import without_exact
+    from calibration.records.screening import without_exact
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware

@@ -77,7 +77,7 @@ REQUESTS: options.Run = options.run_options(*SETTINGS, "engine", phase="prefill,
 @options.expanded("csv", "figure")
 def command(
     model: options.Model,
-    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:FILE.")],
+    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda, cuda:1 or replay:planted.")],
     output: Folder,
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="5min"),

@@ -52,7 +52,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def causal_mask(q_len: int, kv_len: int, device: str) -> Tensor | None:
-    """Return the mask of :func:`prefill_attention`: None for a whole prompt, else the lower-right causal mask."""
+    """Return the mask of :func:`prefill_attention`: None for a whole prompt."""
     if q_len == kv_len:
         return None
     if device.startswith("cuda"):  # the flash kernels support this symbolic bias, but no boolean mask
@@ -96,8 +96,7 @@ def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], 
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Return which key blocks each query block sees, booleans: the diagonal block and evenly spread earlier blocks, as
-    many as the density requires."""
+    """Return which key blocks each query block sees: its diagonal block and, by the density, some earlier ones."""
     offset = kv_len - q_len
     table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     for row, start in enumerate(range(0, q_len, block)):
@@ -167,7 +166,6 @@ def tile_options(edge: int) -> dict[str, Any]:
 def _mask(
     partial: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor], edge: int, lengths: tuple[int, int], seen: Any
 ) -> Any:
-    """Return a block mask from counts and indices of partial blocks, to which ``seen`` applies, and of full blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     make = BlockMask.from_kv_blocks
@@ -178,7 +176,6 @@ def _mask(
 
 
 def fused_block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Attend:
-    """Return causal attention over the blocks of a layout as a fused kernel; the table stays on the device."""
     options = tile_options(edge)
     rows, columns = table.shape
     diagonal = (kv_len - q_len) // edge + torch.arange(rows, device=table.device)[:, None]
@@ -236,9 +233,9 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLibrary:
-    """An installed attention library. Queries have the shape (batch, positions, heads, head_dim). Decode reads a paged
-    cache with pages in random order, as after some time of serving. Signatures: docs.flashinfer.ai, and
-    ``flash_attn_interface.py`` of github.com/Dao-AILab/flash-attention 2."""
+    """Queries have the shape (batch, positions, heads, head_dim). Decode reads a paged cache with pages in random
+    order, as after some time of serving. Signatures: docs.flashinfer.ai, and ``flash_attn_interface.py`` of
+    flash-attention 2."""
 
     name: str
     module: Any
@@ -262,7 +259,6 @@ class AttentionLibrary:
 
 
 def find_library(name: str) -> AttentionLibrary | None:
-    """Return a library by name, None for torch; InputError if it is unknown or not installed."""
     if name == "torch":
         return None
     if name not in PAGES:

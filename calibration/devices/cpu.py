@@ -21,7 +21,6 @@ def _affinity() -> list[int]:
 
 
 def default_threads(cpus: int) -> int:
-    """Return the number of threads for ``cpus`` usable CPUs: the first number of ``OMP_NUM_THREADS``, else all."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return min(int(first), cpus) if first.isdecimal() and int(first) else cpus
 
@@ -69,7 +68,6 @@ def last_level_cache_bytes() -> float:
 
 
 def available_memory_bytes() -> float:
-    """Return the memory available without swapping, from ``/proc/meminfo``; 4 GiB if it is not reported."""
     for line in _read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return 1024.0 * float(line.split()[1])
@@ -86,8 +84,6 @@ def keep_blocks() -> bool:
 
 
 def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
-    """Wrap a function that times launches: torch's operators use one thread while it runs."""
-
     def alone(loops: int) -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -100,11 +96,9 @@ def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
 
 
 class CpuDevice(TorchDevice):
-    """CPUs of this process's affinity mask, with one pinned torch thread each.
-
-    Operands take at most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
-    ``cache_bytes`` twice (default: the size that Linux reports).
-    """
+    """CPUs of this process's affinity mask, with one pinned torch thread each. Operands take at most
+    ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed ``cache_bytes`` twice
+    (default: the size that Linux reports)."""
 
     name = "cpu"
 

@@ -70,11 +70,9 @@ class NotCapturable(Unsupported):
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured graph of ``length`` launches; one replay takes about ``span_s``."""
-
     replay: Callable[[], Any]
-    length: int
-    span_s: float
+    length: int  # launches
+    span_s: float  # time of a replay, about
 
 
 class GpuTimer:
@@ -87,7 +85,6 @@ class GpuTimer:
         self._last_reading_s = self._last_load_s = -math.inf
 
     def snapshot(self) -> Snapshot:
-        """Return the readings under load since the last call as one; without such readings, the current ones."""
         readings, self._readings, self._last_reading_s = self._readings, [], -math.inf
         return under_load(readings) if readings else self._read()
 
@@ -136,7 +133,6 @@ class GpuTimer:
         return Graph(graph.replay, length, length * once)
 
     def _captures(self) -> bool:
-        """Return whether a trivial kernel can be captured."""
         try:
             value = torch.zeros(1, device=self._device).add_(1.0)
             with self._cuda.graph(self._cuda.CUDAGraph()):
@@ -212,8 +208,7 @@ class Probed:
 
 
 class CaptureProbe:
-    """A child process, started by ``command``, that captures operators on one GPU: it reads an operator and writes an
-    answer, one JSON line each."""
+    """A child process that captures operators on one GPU. It reads operators and writes answers as JSON lines."""
 
     def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
         self._command, self._limit_s = tuple(command), limit_s
@@ -226,7 +221,6 @@ class CaptureProbe:
         return cls((sys.executable, "-c", child, str(index), attention))
 
     def __call__(self, operator: Operator) -> Probed:
-        """Return the answer of the child; Unsupported if it crashes or gives no answer in time."""
         child = self._started()
         if child is None:
             return Probed(reason="no child process can open the GPU")
@@ -281,13 +275,10 @@ class CaptureProbe:
 
 
 class CudaDevice(TorchDevice):
-    """One CUDA GPU, by torch's number.
-
-    ``attention`` is the library of prefill and decode attention: torch, flashinfer or flash_attn. Operands take at most
-    ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child": in a
-    child process; None: no probe, a failed capture ends the process). ``backend`` (``torch.cuda``), ``torch_device``
-    (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU.
-    """
+    """``attention`` is the library of prefill and decode attention: torch, flashinfer or flash_attn. Operands take at
+    most ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child":
+    in a child process; None: no probe, a failed capture ends the process). ``backend`` (``torch.cuda``),
+    ``torch_device`` (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU."""
 
     rotation = 4.0
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
@@ -462,7 +453,6 @@ class CudaDevice(TorchDevice):
 
 
 def open_named(rest: str, **options: Any) -> CudaDevice:
-    """Open ``cuda`` (the first GPU) or ``cuda:INDEX``, with the attention of torch or of ``:LIBRARY``."""
     parts = rest.split(":") if rest else []
     index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0
     if parts and parts[0] in PAGES:
@@ -474,7 +464,6 @@ def open_named(rest: str, **options: Any) -> CudaDevice:
 
 
 def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
-    """Answer lines with operators until they end or a capture fails."""
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in requests:
         operator = Operator.from_record(json.loads(line))
@@ -493,7 +482,6 @@ def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
 
 
 def main() -> None:
-    """Run the child; its arguments are the number of the GPU and the attention library."""
     from calibration.devices import open_device
 
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print

@@ -12,6 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from os import environ
+from shutil import which
 from typing import Any
 
 import torch
@@ -21,7 +25,6 @@ from torch import nn
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
 from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
-from calibration.devices.skipping import grouped_by_loops, in_triton, kernels, triton_needs
 from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.codes import DTYPE_BYTES, dtype_code
 
@@ -46,8 +49,6 @@ Algorithm = tuple[Any, ...]  # algorithm of cuSPARSELt: its number and, if torch
 
 @dataclass(frozen=True)
 class Launches:
-    """An operator bound to its operands."""
-
     launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
     copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than a round
     how: str = ""  # a comma and the implementation, if there are several
@@ -125,12 +126,10 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last axis of x (..., tokens, head_dim) by the angles of ``rotary_tables``."""
     return torch.addcmul(x * cos, rotate_half(x), sin)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch means out of memory: its own class on CUDA, a RuntimeError on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     signs = ("can't allocate memory", "not enough memory", "out of memory")
@@ -139,11 +138,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores.
-
-    The library searches the fastest algorithm at the first call with a number of rows. The search waits for the device,
-    so it must precede the capture of a CUDA graph. (torch's tensor class always uses algorithm 0, and its dispatcher.)
-    """
+    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores. The
+    library searches the fastest algorithm at the first call with a number of rows. The search waits for the device, so
+    it must precede the capture of a CUDA graph. (torch's tensor class always uses algorithm 0, and its dispatcher.)"""
 
     packed: Tensor
     shape: tuple[int, int]
@@ -165,7 +162,6 @@ class SparseWeight:
 def sparse_weight(
     weight: Tensor, algorithms: dict[int, Algorithm] | None = None, *, searched: bool = True
 ) -> SparseWeight:
-    """Compress a weight that is 2:4 sparse. Unsupported if torch has no cuSPARSELt."""
     library = getattr(torch.backends, "cusparselt", None)
     if library is None or not library.is_available():
         raise Unsupported("2:4: this torch has no cuSPARSELt, or no kernels for this GPU")
@@ -186,8 +182,6 @@ def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
 
 
 class EagerNorm(nn.Module):  # type: ignore[misc]
-    """A root-mean-square norm of eight operations, with the square in fp32."""
-
     def __init__(self, features: int, **options: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features, **options))
@@ -211,7 +205,6 @@ class EagerCache:
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys (1, heads, tokens, head_dim) by angles (1, tokens, head_dim)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
 
@@ -274,8 +267,44 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
         return residual + self.mlp(self.post_attention_layernorm(hidden))
 
 
+def triton_needs() -> str:
+    """Return what this machine lacks to run Triton kernels on a GPU, or "". Triton compiles a launcher in C."""
+    if find_spec("triton") is None:
+        return "Triton (extra kernels)"
+    if environ.get("TRITON_INTERPRET") == "1" or environ.get("CC") or which("gcc") or which("clang"):
+        return ""
+    return "a C compiler (gcc or clang, or CC) for Triton's launcher"
+
+
+def in_triton(device: str) -> bool:
+    return device.startswith("cuda") and not triton_needs()
+
+
+def kernels() -> Any:
+    return import_module("calibration.devices.triton_kernels")
+
+
+def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
+    """Return x (m, k) times the groups of a weight that each token uses, by a gather, a GEMM and a scatter."""
+    rows = [used.nonzero().squeeze(1) for used in mask.t()]
+    groups = len(rows)
+
+    def columns(weight: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), n)
+        for index, part, out in zip(rows, weight.chunk(groups), y.chunk(groups, 1), strict=True):
+            out.index_copy_(0, index, torch.mm(x.index_select(0, index), part.t()))
+        return y
+
+    def features(weight: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), n)
+        for index, part, some in zip(rows, weight.chunk(groups), x.chunk(groups, 1), strict=True):
+            y.index_add_(0, index, torch.mm(some.index_select(0, index), part))
+        return y
+
+    return columns if outer else features
+
+
 def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
-    """Bind an operator to operands; ``library`` computes prefill and decode attention, by default torch."""
     if library is None or op.kind not in ("attention_prefill", "attention_decode"):
         return _BUILDERS[op.kind](op, device, arena)
     q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
@@ -484,7 +513,6 @@ class Timed:
 
 
 def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Callable[[int], float]:
-    """Return a function that times launches with the performance counter; each sample starts at the next copy."""
     launch, copies = launches.launch, launches.copies
     following = 0
 
@@ -503,8 +531,6 @@ def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None)
 
 
 class TorchDevice:
-    """A device of torch; subclasses describe it and time launches."""
-
     name: str
     rotation = 2.0  # a round over rotated operands exceeds this multiple of the last-level cache
     eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
@@ -538,7 +564,6 @@ class TorchDevice:
 
     @contextmanager
     def translated(self, operator: Operator) -> Iterator[None]:
-        """Raise the errors of torch as errors of the device protocol."""
         try:
             yield
         except Exception as error:

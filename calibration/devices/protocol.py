@@ -60,7 +60,7 @@ class CaptureFailed(DeviceLost):
 
 
 def unknown_device(name: str) -> InputError:
-    return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:FILE"))
+    return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:planted"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
@@ -127,7 +127,6 @@ class Operator:
 
     @property
     def key(self) -> str:
-        """Text that identifies the operator; equal operators have equal keys."""
         held, temperature = vars(self), "cold" if self.cold else "hot"
         shape = [f"{name}={held[name]}" for name, default in _SHAPE if held[name] != default]
         return " ".join([self.kind, self.dtype, temperature, *shape])
@@ -192,7 +191,6 @@ class Operator:
 
     @property
     def footprint_bytes(self) -> float:
-        """Memory of the operands and results of one launch."""
         if self.kind == "gather_gemm":
             return self.element_bytes * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
         if self.kind == "elementwise":
@@ -213,8 +211,6 @@ _SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])  # made once
 
 @dataclass(frozen=True)
 class Gpu:
-    """Facts of a GPU that distinguish it from others of a similar name."""
-
     sm_count: int
     capability: tuple[int, int]  # compute capability
     memory_bytes: float  # whole memory
@@ -240,8 +236,6 @@ class Description:
 
 
 class Prepared(Protocol):
-    """An operator that is ready for launches, with its operands in memory."""
-
     method: str  # for the record: how launches are timed and kept cold
 
     def sample(self, loops: int) -> float: ...  # s per launch of several
@@ -257,6 +251,6 @@ class Device(Protocol):
     def refuses(self, operator: Operator) -> str: ...  # the reason why it cannot run an operator, or ""
     def prepare(self, operator: Operator) -> Prepared: ...  # may raise Unsupported, OutOfMemory or DeviceLost
     def snapshot(self) -> Snapshot: ...  # under load since the last call, if it reads while launches run; else now
-    def clock(self) -> float: ...  # monotonic seconds, the time of budgets (simulated on a replayed device)
+    def clock(self) -> float: ...  # monotonic seconds, the time of budgets (simulated on the planted device)
     def rest(self, seconds: float) -> None: ...  # cools down
     def close(self) -> None: ...  # frees operands and restores settings

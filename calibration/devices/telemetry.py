@@ -41,8 +41,6 @@ THROTTLING: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Readings of a device at one time, in SI."""
-
     clock_hz: Reading = UNKNOWN  # SM clock of a GPU, mean core clock of a CPU
     memory_clock_hz: Reading = UNKNOWN
     power_w: Reading = UNKNOWN
@@ -148,16 +146,13 @@ class NvmlReader:
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
     def default_power_limit_w(self) -> Reading:
-        """Return the default power limit of the device, else the enforced limit, or "unknown"."""
         default = _read(lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3)
         return self.power_limit_w() if isinstance(default, str) else default
 
     def max_clock_hz(self) -> Reading:
-        """Return the highest SM clock of the device, or "unknown"."""
         return _read(lambda: self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_SM), 1e6)
 
     def sliced(self) -> bool:
-        """Return whether the device is in MIG mode, so that a process has only a slice of it."""
         return _read(lambda: self._nvml.nvmlDeviceGetMigMode(self._handle)[0]) == 1.0
 
 
@@ -189,7 +184,6 @@ class CpuReader:
         return (self._root / path).read_text(encoding="utf-8", errors="replace")
 
     def _read(self, path: str | Path, field: int = 0, scale: float = 1.0) -> Reading:
-        """Return a number of a file under the root; an absolute path is used as it is."""
         return _read(lambda: self._text(path).split()[field], scale)
 
     def _clock_hz(self, cpu: int) -> Reading:
@@ -202,7 +196,6 @@ def _known(readings: Iterable[Reading]) -> list[float]:
 
 
 def cpuinfo(text: str, cpu: int = 0) -> dict[str, str]:
-    """Return the entry of one processor in the text of ``/proc/cpuinfo``; KeyError if there is none."""
     for block in text.split("\n\n"):
         entry = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
         if entry.get("processor") == str(cpu):

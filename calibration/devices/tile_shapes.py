@@ -36,8 +36,7 @@ def alignment(rows: int, columns: int) -> str:
 
 
 def _most_columns(rows: int, element_bytes: int, aligned: str) -> int:
-    """Return the maximum columns of a tile, which limit its registers: an element that is loaded alone has its own
-    address, and fp32 takes twice the space."""
+    """An element that is loaded alone has its own address in a register, and fp32 takes twice the space."""
     if rows <= FEW_ROWS or aligned == "none":
         return 32
     return (256 if aligned == "all" else 128) // element_bytes
@@ -49,7 +48,6 @@ def _most_features(rows: int, element_bytes: int, aligned: str) -> int:
 
 
 def gathered(rows: int, element_bytes: int, aligned: str) -> TileShape:
-    """Return the tile of a GEMM over at most ``rows`` gathered rows, by :func:`alignment`."""
     form = rows, element_bytes, aligned
     m = 128 if rows > MOST_TOKENS else tokens_per_tile(rows)
     return TileShape(m, _most_columns(*form), _most_features(*form), warps=8 if m == 128 else 4)
@@ -67,7 +65,6 @@ def grouped_columns(tokens: int, width: int, element_bytes: int, aligned: str, g
 
 
 def grouped_features(tokens: int, width: int, element_bytes: int, aligned: str) -> TileShape:
-    """Return the tile of a grouped GEMM that prunes features, in groups of ``width``."""
     form = tokens, element_bytes, aligned
     return TileShape(tokens_per_tile(tokens), _most_columns(*form), power_of_two(width, 16, _most_features(*form)))
 

@@ -62,11 +62,9 @@ def gather_gemm(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r of ``index``.
-
-    x (m, k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the products (``add``: their sum with it)
-    and keeps its other rows. By default y is new, and its other rows are undefined.
-    """
+    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r of ``index``. x (m,
+    k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the products (``add``: their sum with it) and
+    keeps its other rows. By default y is new, and its other rows are undefined."""
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
     many = len(index)
@@ -89,7 +87,6 @@ class Tiles:
 
 
 def tiles_of(mask: Tensor) -> Tiles:
-    """Return the tiles of a boolean mask (tokens, groups)."""
     tokens, groups = mask.shape
     edge = tile_shapes.tokens_per_tile(tokens)
     # masks as numbers of 62 bits, sorted from the last digit to the first by stable sorts
@@ -139,11 +136,9 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
 
 
 def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False) -> Tensor:
-    """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0 elsewhere.
-
-    The rows of ``weight`` (n, k) are in groups of equal width; x and weight are contiguous. ``gated``: a group has the
-    rows of its gate, then of its up projection; y is silu(gate) up, half as wide.
-    """
+    """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0 elsewhere. The rows of
+    ``weight`` (n, k) are in groups of equal width; x and weight are contiguous. ``gated``: a group has the rows of its
+    gate, then of its up projection; y is silu(gate) up, half as wide."""
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
@@ -181,11 +176,9 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
 
 
 def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
-    """Compute y = x weight over the features of the groups that a tile uses (K pruned).
-
-    ``x`` (tokens, k) is 0 where a token does not use a feature's group, as after :func:`grouped_columns`; ``weight`` is
-    (k, n) with rows in groups of equal width; both are contiguous.
-    """
+    """Compute y = x weight over the features of the groups that a tile uses (K pruned). ``x`` (tokens, k) is 0 where a
+    token does not use a feature's group, as after :func:`grouped_columns`; ``weight`` is (k, n) with rows in groups of
+    equal width; both are contiguous."""
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
     y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)  # both are lengths of rows
@@ -232,8 +225,7 @@ def _rotary(x, cos, sin, y, heads, half, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), as contiguous
-    cosines and sines."""
+    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), contiguous."""
     (tokens, heads, width), y = x.shape, x.new_empty(x.shape)
     tile = tile_shapes.rotated(width // 2)
     grid = tokens, triton.cdiv(heads, tile.m)
@@ -251,7 +243,6 @@ def _gated(gate, up, y, elements, BLOCK_N: tl.constexpr):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute silu(gate) * up of contiguous tensors."""
     y, elements = gate.new_empty(gate.shape), gate.numel()
     _gated[(triton.cdiv(elements, tile_shapes.VECTOR_ELEMENTS),)](gate, up, y, elements, tile_shapes.VECTOR_ELEMENTS)
     return y

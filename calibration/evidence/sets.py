@@ -323,7 +323,7 @@ class TableChoice:
             return MeasuredRows(layers_of(records, machine, hw.architecture), hw, self.dtype)
         if operator == "gemm":
             return MeasuredRows(products_of(records, machine), hw, self.dtype)
-        return MeasuredRows(calls_of(records, operator, machine).screened()[0], hw, self.dtype)
+        return MeasuredRows(calls_of(records, operator, machine).usable(), hw, self.dtype)
 
     @lru_cache(maxsize=64)  # noqa: B019
     def fitted(self) -> Section:

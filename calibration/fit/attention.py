@@ -1,7 +1,5 @@
-"""Calibration of attention: constants, residual and section scale from measured times of one phase of one stack.
-
-Each kernel of a stack (head width, window, format of the cache) has separate constants and a separate residual.
-"""
+"""Calibration of one phase of attention of one stack. Each kernel (head width, window, format of the cache) has
+separate constants and a separate residual."""
 
 from __future__ import annotations
 
@@ -70,8 +68,6 @@ SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head
 
 @dataclass(frozen=True)
 class AttentionFit(Fit):
-    """Measured attention calls of one phase on one device."""
-
     calls: AttentionCalls
 
     # along (group, units, length); chosen on seeds 10 and 11 (A100 and H100, both phases, 400 and all rows)
@@ -114,35 +110,21 @@ class AttentionFit(Fit):
         columns = np.log2(g.head_dim), np.asarray(g.window) > 0, narrow
         return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
 
-    def screened(self) -> tuple[AttentionFit, dict[str, int]]:
-        """Return the usable rows, and the number of excluded rows by reason. A time below bytes / bandwidth is valid if
-        the bytes fit the L2. FLOP / peak has a tolerance of 5 % for boost clocks, and of 2x for a latent cache, which
-        may be computed in its narrower format."""
-        g, machine = self.calls.geometry, self.calls.machine
+    def usable(self) -> AttentionFit:
+        """Return the rows that are not faster than the device can be. A time below bytes / bandwidth is valid if the
+        bytes fit the L2. FLOP / peak has a tolerance of 5 % for boost clocks, and of 2x for a latent cache, which may
+        be computed in its narrower format. Decode kernels compute a chunk of one query."""
+        g, machine, seconds = self.calls.geometry, self.calls.machine, self.seconds
         if self.decodes:
             read = decode_work(g)
             size, flops = read.cache_bytes, read.flops
         else:
             computed = prefill_work(g, {"pads": 1.0, "packs": 0.0})
             size, flops = computed.moved_bytes, computed.flops
-        shape, faster = [getattr(g, name) for name in SHAPE], 2.0 if self.calls.latent else 1.0
-        columns = np.broadcast_arrays(*shape, self.seconds, g.element_bytes, g.cache_bytes, g.window, g.warm)
-        beyond_l2 = (size > 1.5 * machine.l2_bytes) & (self.seconds < size / machine.bandwidth_bytes_per_s)
-        reasons = {
-            "a value is not finite": ~np.all(np.isfinite([np.asarray(c, dtype=np.float64) for c in columns]), axis=0),
-            "the time is not positive": ~(self.seconds > 0),
-            "a chunk of one query, which decode kernels compute": (g.q_len < 2) & (not self.decodes),
-            "heads are not a multiple of KV heads": (g.heads % np.maximum(g.kv_heads, 1.0)) != 0,
-            "a length or count is below 1": np.any([column < 1 for column in shape], axis=0),
-            "faster than FLOP / peak": self.seconds * 1.05 * faster < flops / machine.peak_flop_per_s,
-            "faster than bytes / bandwidth with more bytes than the L2 holds": beyond_l2,
-        }
-        good, counts = np.ones(len(self), dtype=bool), {}
-        for reason, bad in reasons.items():
-            if count := int(np.count_nonzero(bad & good)):
-                counts[reason] = count
-            good &= ~bad
-        return self.take(good), counts
+        faster = 2.0 if self.calls.latent else 1.0
+        too_fast = seconds * 1.05 * faster < flops / machine.peak_flop_per_s
+        too_fast |= (size > 1.5 * machine.l2_bytes) & (seconds < size / machine.bandwidth_bytes_per_s)
+        return self.take(~(too_fast | ((g.q_len < 2) & (not self.decodes))))
 
     def constants(
         self, start: Mapping[str, float] | None = None, fixed: Mapping[str, str] | None = None
@@ -162,7 +144,6 @@ class AttentionFit(Fit):
         return solver.fit_logs(self.log_residual, start, known, covariance, **search)
 
     def blank(self) -> ResidualGrid:
-        """Return a blank grid over the smallest box of octaves that contains the rows."""
         position = self.calls.estimate(self.defaults).position
         start = tuple(float(np.floor(np.min(x))) for x in position)
         shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(position, start, strict=True)]
@@ -195,12 +176,10 @@ def fit_attention(
     seed: int = 0,
     start: Mapping[str, float] | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows.
-
-    The search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. Folds, chosen
-    by ``seed``, hold out groups by each size of ``fold_by`` and fit the rest again; the errors of all folds are pooled.
-    """
-    c, dropped = calls.screened()
+    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows. The
+    search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. Folds, chosen by
+    ``seed``, hold out groups by each size of ``fold_by`` and fit the rest again; the errors of all folds are pooled."""
+    c = calls.usable()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
     kind = kind.reshape(-1)
     if count.max(initial=0) < c.FEWEST <= len(c):  # all rows together are enough for one kernel
@@ -208,11 +187,8 @@ def fit_attention(
         kinds, kind, count = kinds[most : most + 1], np.zeros_like(kind), np.array([len(c)])
     enough = np.flatnonzero(count >= c.FEWEST)
     if not len(enough):
-        few = f"expected at least {c.FEWEST} usable rows, got {len(c)} ({dropped or 'none excluded'})"
+        few = f"expected at least {c.FEWEST} usable rows, got {len(c)} of {len(calls)}"
         raise ValueError(f"{c.calls.operator}: {few}")
-    rows = int(count[enough].sum())
-    if rows < len(c):
-        dropped |= {f"fewer than {c.FEWEST} rows of their head width, window and cache": len(c) - rows}
     known = c.registry
     first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
     keep = {}
@@ -238,7 +214,7 @@ def fit_attention(
     scale = section_scale(errors, Uncertainty.joined([fit.uncertainty for fit in fits]))
     accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
     section = Section(common.fitted(), arrays, scale, accuracy, status="calibrated")
-    return FittedPart(section, common, rows, errors, dropped)
+    return FittedPart(section, common, int(count[enough].sum()))
 
 
 @dataclass(frozen=True)
@@ -253,8 +229,8 @@ class _KernelFit:
 def _fit_form(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
-    """Return constants and residual of the calls of one kernel, from the best of the starts; ``keep`` fixes constants.
-    The term per sequence is dropped if the error stays about the same: it would only fit noise."""
+    """Return constants and residual of one kernel, from the best of the starts. The term per sequence is dropped if the
+    error stays about the same: it would only fit noise."""
     if c.groups("heads").max() == 0:
         keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
     if c.calls.operator == "mla_decode" and c.groups("heads").max() == 0 and c.calls.machine.persistent:
@@ -291,7 +267,6 @@ def _best_form(
 def _fit_kernel(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str], fold_by: Sequence[str], rng: Any
 ) -> _KernelFit:
-    """Fit one kernel; return it with its errors on held-out rows."""
     constants, grid = _fit_form(c, starts, keep)
     errors_of, plain, order = [], [], []
     for kind in fold_by:

@@ -1,9 +1,6 @@
-"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly.
-
-:func:`base_profile` is called before a plan is measured, :func:`raised` with its records afterwards: no measured time
-may be faster than a measured peak. Slices (MIG), laptops and slower editions have names that contain the name of a
-faster GPU: whole names are compared, and the other facts must agree.
-"""
+"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly
+before a plan; :func:`raised` then keeps measured peaks above all measured rates. Slices (MIG), laptops and slower
+editions have names that contain the name of a faster GPU: whole names are compared, and the other facts must agree."""
 
 from __future__ import annotations
 
@@ -80,8 +77,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 
 def shipped_name(device: str, gpu: Gpu | None = None) -> str:
-    """Return the shipped profile of a GPU by its reported name, which may end with the number of SMs, and by its facts
-    where they are known; "" for none."""
+    """Return the shipped profile of a GPU by its reported name (and number of SMs) and its known facts, or ""."""
     counted = _SMS.search(device)
     found = NAMES.get(_BRANDS.sub("", _SMS.sub("", device.strip())), "")
     if not found:
@@ -95,7 +91,6 @@ def shipped_name(device: str, gpu: Gpu | None = None) -> str:
 
 
 def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
-    """Return a note if a CPU's profile was calibrated with another number of threads than a device reports."""
     fitted = [s.provenance.device for s in hw.sections.values() if s.provenance and s.status == "calibrated"]
     known, found = ({int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device))
     if not known or found <= known:
@@ -106,8 +101,8 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the facts that measurements and fits of a device need, with a rate for ``dtype``: the facts of the profile
-    ``hardware`` (by default the shipped profile of the GPU), else facts measured in about a second."""
+    """Return the facts of ``hardware`` (default: the shipped profile of the GPU), else measured ones, with a rate for
+    ``dtype``."""
     description = device.describe()
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
@@ -122,7 +117,6 @@ def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProf
 
 
 def _measured_profile(device: Device, description: Description, dtype: str) -> HardwareProfile:
-    """Return the profile of a device without a datasheet, from reported facts and measured rates."""
     snapshot, gpu = device.snapshot(), description.gpu
     # an idle GPU reports a low clock and a low power: its limits count
     clock = _plausible("boost_clock", gpu.max_clock_hz if gpu else snapshot.clock_hz) or _CLOCK_HZ
@@ -188,7 +182,7 @@ def _gemm_rate(device: Device, dtype: str) -> Rate:
 
 
 def _bandwidth(device: Device, dtype: str) -> float:
-    """Return the better memory rate, bytes/s, of a copy and of a product of one row, which mostly reads weights."""
+    """Return the better rate, bytes/s, of a copy and of a product of one row, which mostly reads weights."""
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):

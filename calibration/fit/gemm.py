@@ -1,7 +1,5 @@
-"""Calibration of GEMMs: constants, residual, section scale of one number format.
-
-A ``prior`` is the section of a related GPU or of another stack; with it a small sample is enough.
-"""
+"""Calibration of GEMMs of one number format. A ``prior`` is the section of a related GPU or of another stack; with it a
+small sample is enough."""
 
 from __future__ import annotations
 
@@ -38,8 +36,6 @@ STEP = 0.1  # log time by which more tokens may be faster where a residual comes
 
 @dataclass(frozen=True)
 class GemmFit(Fit):
-    """Measured GEMMs of one device, stack and number format."""
-
     calls: Products
     start: Mapping[str, float] = field(default_factory=dict)  # start of the search
     prior: Section | None = None
@@ -59,8 +55,8 @@ class GemmFit(Fit):
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the result of the best of several searches: one from ``start``, which has all constants, and
-        :data:`STARTS` from random places around it. L2 is at least as fast as DRAM."""
+        """Return the best of several searches: one from ``start``, which has all constants, :data:`STARTS` around
+        it."""
         start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
@@ -104,11 +100,9 @@ class GemmFit(Fit):
 
     @property
     def _before(self) -> ResidualGrid | None:
-        """The residual of the prior."""
         return None if self.prior is None else ResidualGrid.from_arrays(self.prior.arrays)
 
     def _blocks(self) -> list[ResidualBlock]:
-        """Return the blank residual: with a prior, a correction to the prior's residual."""
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
 
@@ -118,8 +112,7 @@ class GemmFit(Fit):
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured of each row by a fit to the other folds. On few rows, each fold fits the
-        constants again."""
+        """Return log predicted over measured by fits to the other folds; on few rows they fit the constants again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
@@ -169,10 +162,9 @@ class GemmFit(Fit):
             scale = seen.scale(errors, constants.values) * few_groups(int(self.groups().max()) + 1)
             scores = seen.accuracy(errors, constants.values)
         section = Section(constants.fitted(), arrays, scale, scores, status="calibrated")
-        return FittedPart(section, constants, len(self), held_out)
+        return FittedPart(section, constants, len(self))
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the scores of the rows, and "mape_..." by range of m."""
         m = self.calls.m
         ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
         size = np.abs(np.expm1(errors))
@@ -185,13 +177,8 @@ def _weights_s(c: Products) -> FloatArray:
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
-    """Return the fit of measured GEMMs. ``copies`` is the number of rotated weights, ``inf`` for cold weights (by
-    default as in the published tables). ValueError for bad sizes or times."""
+    """``copies`` is the number of rotated weights, ``inf`` for cold weights (by default as in the published tables)."""
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
-    bad = ~((m >= 1) & (n >= 1) & (k >= 1) & np.isfinite(seconds) & (seconds > 0))
-    if bad.any():
-        wrong = f"{int(bad.sum())} of {len(bad)} rows with others"
-        raise ValueError(f"m, n, k, seconds: expected sizes from 1 and positive finite times, got {wrong}")
     if copies is None:
         copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
     copies = np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape))
@@ -209,7 +196,6 @@ def weight_copies(records: Records) -> FloatArray:
 
 
 def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
-    """Return the start of a fit: the prior's constants, else the architecture's."""
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
     machine = Machine.of(hw, dtype)
     values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)
@@ -223,8 +209,7 @@ def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = 
 def fit_gemm(
     data: GemmFit, hw: HardwareProfile, *, dtype: str = "bf16", prior: Section | None = None, seed: int = 0
 ) -> FittedPart:
-    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo") on the datasheet facts of
-    ``hw``. ValueError for fewer than 20 rows, 10 with a prior."""
+    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo"). ValueError for few rows."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")

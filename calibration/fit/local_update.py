@@ -18,9 +18,8 @@ from calibration.devices.protocol import HOST_KINDS
 from calibration.fit.base_profile import shipped_name
 from calibration.fit.predict import SECTIONS, parts_of, predict, without_gpu
 from calibration.fit.profile import provenance_of, usable_rows
-from calibration.measure.shapes import spread_order
-from calibration.records.exact_shapes import with_exact, without_exact
-from calibration.records.screening import one_method, too_fast
+from calibration.measure.plan import spread_order
+from calibration.records.screening import one_method, too_fast, with_exact, without_exact
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
 from simulator.errors import InputError
@@ -49,8 +48,6 @@ REPORTED = 0.2  # an effect is reported if its mean or its standard deviation ha
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of the rows on an error factor of an operator and the machine's factor together; log units."""
-
     name: str
     prior_sd: float
     mean: float
@@ -83,12 +80,9 @@ class Updated:
 
 
 def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Updated:
-    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3).
-
-    Notes count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
-    ``dtype`` selects one number format. InputError for too few rows, and for times that no difference between software
-    stacks explains.
-    """
+    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3). Notes
+    count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
+    InputError for too few rows, and for times that no difference between software stacks explains."""
     base = replace(hw, local_update=None, same_stack=False)
     notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
     records, methods = one_method(records)
@@ -162,8 +156,7 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
 def _compared(
     base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]
 ) -> tuple[Records, NDArray[np.intp], list[str], dict[str, NDArray[Any]]]:
-    """Return the rows that are predicted and not faster than the device can be, the part of each row, the names of the
-    parts, and the arrays of a local update: errors of all error factors and log(measured / predicted)."""
+    """Return the plausible rows that are predicted, their parts, the names of parts, and the arrays of an update."""
     skipped: dict[str, int] = {}
     names: list[str] = []
     index, ratios, errors = list[NDArray[np.intp]](), list[FloatArray](), list[Uncertainty]()
@@ -210,7 +203,6 @@ def _compared(
 
 
 def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
-    """Return notes on the rows whose times are far from the times that the other rows predict, the farthest first."""
     rest, sd = posterior.left_out
     rest = rest + log_ratio - np.clip(log_ratio, -MOST_LOG, MOST_LOG)  # the posterior clips them
     far = np.flatnonzero((np.abs(rest) > math.log(MOST_FACTOR)) & (np.abs(rest) > MOST_SDS * sd))
@@ -224,7 +216,6 @@ def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> lis
 
 
 def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records) -> None:
-    """Reject times that no difference between stacks explains: the median of an operator, or a single time."""
     median, worst = float(np.median(log_ratio)), int(np.abs(log_ratio).argmax())
     place = rows.place(worst)
     if abs(median) <= most:

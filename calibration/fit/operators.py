@@ -45,7 +45,6 @@ class ElementwiseFit(Fit):
         return solver.numbered(self.calls.bytes_)
 
     def usable(self) -> ElementwiseFit:
-        """Return the rows with a valid time and a rate below a limit of L2."""
         bytes_, seconds = self.calls.bytes_, self.seconds
         known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
         return self.take(known & (seconds > bytes_ / (20.0 * self.calls.bandwidth)))
@@ -72,7 +71,6 @@ class ElementwiseFit(Fit):
         return self.search(center, ELEMENTWISE_CONSTANTS, ELEMENTWISE_PRIOR, fixed=fixed, max_nfev=100)
 
     def blank(self) -> ResidualGrid:
-        """Return a grid over log2 bytes by class, nodes an octave apart."""
         octaves = np.log2(np.maximum(self.calls.bytes_, 1.0))
         first, last = float(np.floor(octaves.min())), float(np.ceil(octaves.max()))
         # one class more: see class_residual
@@ -100,7 +98,6 @@ class CollectiveFit(Fit):
         return solver.numbered(self.calls.payload)
 
     def usable(self) -> CollectiveFit:
-        """Return the rows with a valid time, at least two devices, and a rate that the link can reach."""
         m, link = self.calls, self.calls.link
         known = np.isfinite(self.seconds) & (self.seconds > 0) & (m.payload > 0) & (m.devices >= 2)
         return self.take(known & (self.seconds > 0.5 * m.payload / link.bandwidth_bytes_per_s))
@@ -127,7 +124,6 @@ class CollectiveFit(Fit):
         return out
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the constants of the best variant, around the defaults of the link's kind."""
         default = {name: constant.default(self.calls.link.family) for name, constant in COLLECTIVE_CONSTANTS.items()}
         best, least = {"own_devices": 0.0}, np.inf
         for variant in self._variants():
@@ -213,5 +209,4 @@ def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
 
 
 def experts_part(records: Any) -> IndexArray:
-    """Return the index into :data:`simulator.operators.experts.PARTS` of expert records."""
     return np.asarray(np.argmax(np.asarray(records.role)[:, None] == PART_ROLES, axis=1))

@@ -40,8 +40,6 @@ LAYER_WITHOUT_GPU = 0.50  # common error without the GPU, assumed: its driver ma
 
 @dataclass(frozen=True)
 class Predicted:
-    """Times of the rows of an operator with their 90 % intervals and errors."""
-
     time: OperatorTimes
     sizes: Mapping[str, Any]  # for errors by size
     uncertainty: Uncertainty | None = None  # None: the time is a sum of operators
@@ -79,8 +77,7 @@ def predict(r: Records, hw: HardwareProfile) -> Predicted:
 
 
 def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
-    """Return the sums of operators in sequence, each of them executed a number of times, with fully correlated errors
-    and the bottleneck of the longest."""
+    """Return the sums of operators, each with its count: fully correlated errors, the bottleneck of the longest."""
     longest = np.argmax([count * t.seconds for count, t in parts], axis=0)
     total = {name: sum(count * getattr(t, name) for count, t in parts) for name in TIMES}
     return OperatorTimes(**{**total, "bottleneck": np.choose(longest, [t.bottleneck for _, t in parts])})

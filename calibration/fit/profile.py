@@ -1,7 +1,8 @@
-"""Fit a calibrated profile to records and a datasheet, one section per operator and number format.
+"""Fit a calibrated profile to records and a datasheet, one section per operator and number format. Times of a busy
+machine can lead a fit to values that no device has: :func:`within_ranges` sets them to the ranges of a profile.
 
-Times of a busy machine can lead a fit to values that no device has. :func:`within_ranges` sets them to the ranges of a
-profile, so every profile that is written can be read again.
+Published ratios of 2:4 to dense times are comparable within one benchmark; times of different benchmarks are not. A fit
+of a kernel that skips work does not change the dense section.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +19,25 @@ from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
 from calibration.fit.attention import OPERATORS as ATTENTION
 from calibration.fit.attention import calls_of, fit_attention
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
-from calibration.fit.kernels import KINDS as SKIPPING
-from calibration.fit.kernels import fit_skipping
 from calibration.fit.operators import CollectiveFit, ElementwiseFit, ExpertsFit, layers_of
-from calibration.fit.predict import UNTIMED
+from calibration.fit.predict import SECTIONS, UNTIMED, predict
 from calibration.fit.section import Fit, fit_section
-from calibration.fit.solver import ConstantsFit, FittedPart
-from calibration.records.exact_shapes import with_exact
-from calibration.records.screening import one_method
+from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, gauss_newton
+from calibration.measurements import published
+from calibration.records.screening import one_method, with_exact
 from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
+from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import HardwareProfile, with_section
 from simulator.hardware.sections import ACCURACY_RANGE, MOST_STD_ERROR, SCALE_RANGE, Fitted, Provenance, Section
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, Moves, class_code
+from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 _BLOCKS = "attention_block_sparse"
 
@@ -49,6 +50,21 @@ REMEDIES: Mapping[Flag, str] = {
     Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
 }
 _APART: Mapping[str, str] = {"holdout": "held out", "exact": "exact shapes", "drift_check": "drift checks"}
+
+ENOUGH_RATIOS = 5  # published ratios that one constant needs
+
+# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs. A gathered GEMM
+# counts if it is one kernel: a gather, a GEMM and a scatter have no constants of this kind.
+SKIPPING: Mapping[str, tuple[str, tuple[str, ...], int]] = {
+    "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
+    "gather_gemm": ("gathered", ("block_step",), 6),
+    "attention_block_sparse": ("blocks", ("sparse_block",), 6),
+}
+# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense ones
+STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
+LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
+FEW_TOKENS = 64  # up to this number of tokens reading weights takes most of the time, so ratios show sparse_load
+EDGE = 64.0  # keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no log then
 
 
 @dataclass(frozen=True)
@@ -68,12 +84,10 @@ def fit_profile(
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
     """Fit all operators and number formats of the records; InputError, with the reasons, when nothing can be fitted.
-
     ``base`` has the datasheet facts; its sections without records are kept. ``exact`` rows are stored with the GEMM
     section. ``prior``, a related GPU or another stack, supports a small sample. ``date`` (ISO 8601) is the date of the
     provenance, by default the newest in the records. ``progress`` is called with (fits done, number of fits). If torch
-    measured all rows, the stack of the sections is torch: engines with other kernels have wider intervals.
-    """
+    measured all rows, the stack of the sections is torch: engines with other kernels have wider intervals."""
     records, methods = one_method(records)
     notes = list(methods)
     usable, excluded = usable_rows(records, tuple(_APART))
@@ -118,11 +132,8 @@ def fit_profile(
 
 
 def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
-    """Return a profile whose fitted sections can be read again, and a note per section that had to change.
-
-    A value outside its range is set to the end of the range; a constant that is not finite becomes the default of the
-    architecture.
-    """
+    """Return a profile whose fitted sections can be read again, and a note per section that had to change. Values
+    outside their range are set to its end, values that are not finite to the architecture's default."""
     sections, notes = dict(profile.sections), []
     for (operator, dtype), section in profile.sections.items():
         sections[operator, dtype], outside = _section_within(operator, section, profile.architecture)
@@ -162,8 +173,7 @@ def _section_within(operator: str, section: Section, architecture: str) -> tuple
 
 
 def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
-    """Return the rows that have a valid time, were not throttled and have none of the purposes ``apart``, and a note
-    per reason for which rows are excluded."""
+    """Return the rows with a valid time, without throttling and the purposes ``apart``, and a note per reason."""
     bad = {UNTIMED: ~records.timed, "measured under throttling": (records.flags & int(Flag.THROTTLED)) != 0}
     bad |= {_APART[name]: records.purpose == PURPOSES.index(name) for name in apart}
     excluded = [f"{int(rows.sum())} rows excluded: {reason}" for reason, rows in bad.items() if rows.any()]
@@ -171,8 +181,7 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
 
 
 def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[tuple[str, str, Records]]:
-    """Return operator, number format and rows of the fits that have enough rows, dense GEMMs first because other fits
-    need them."""
+    """Return operator, format and rows of the fits with enough rows, dense GEMMs first: other fits need them."""
     same, is_ = records.dtype == records.weight_dtype, records.is_operator
     formats, gemms, every = np.array(DTYPES)[records.dtype], records.labels().astype(str), np.full(len(records), "*")
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
@@ -233,7 +242,6 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
 
 def _fit(operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None) -> FittedPart:
-    """Fit the rows of one operator and number format, or of a kernel that skips work."""
     if OPERATORS[int(r.operator[0])] in SKIPPING:
         return fit_skipping(r, hw, dtype)
     if operator == "runtime":
@@ -275,3 +283,82 @@ def _fit_runtime(r: Records, hw: HardwareProfile) -> FittedPart:
         # a CPU computes nothing while the framework creates the views of an operator
         constants["graph_gap_s"] = Fitted(float(np.median(bare_s)), None, "inherited")
     return FittedPart(Section(constants, status="calibrated"), ConstantsFit({}, {}, {}), len(r))
+
+
+def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
+    return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
+
+
+def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
+    """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`SKIPPING`)."""
+    kind = OPERATORS[int(r.operator[0])]
+    operator, (name, constants, _) = SECTIONS[kind], SKIPPING[kind]
+    section = hw.section(operator, dtype)
+    if section.status == "default":
+        raise ValueError(f"{name}: {len(r)} rows need a fit of dense {operator}, which is missing")
+
+    def log_residual(searched: Mapping[str, float]) -> FloatArray:
+        trial = _with_constants(section, {n: Fitted(v) for n, v in _known(searched).items()})
+        profile = replace(hw, sections={**hw.sections, (operator, dtype): trial})
+        return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
+
+    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
+        informative = np.abs(found.slopes).max(axis=1) > 0.02  # other rows do not depend on the constants
+        freedom = np.count_nonzero(informative) - len(found.names)
+        if freedom < 1:
+            return np.full((len(found.names),) * 2, np.inf), np.inf
+        residual_sd = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[informative]) / freedom))
+        return gauss_newton(found.slopes, residual_sd), residual_sd
+
+    start = _searched({n: section[n] for n in constants})
+    ends = ({n: getattr(CONSTANTS[operator][n], end) for n in constants} for end in ("low", "high"))
+    low, high = map(_searched, ends)
+    ranges = {n: SimpleNamespace(low=low[n], high=high[n]) for n in constants}
+    found = fit_logs(log_residual, start, ranges, covariance, weak=0.5, step=1e-3, max_nfev=40)
+    size = np.abs(np.expm1(log_residual(found.values)))
+    errors = {n: EDGE * error if n == "sparse_block" else error for n, error in found.std_errors.items()}
+    found = replace(found, values=_known(found.values), std_errors=errors)
+    scores = {f"mape_{name}": float(size.mean()), f"median_{name}": float(np.median(size))}
+    return FittedPart(_with_constants(section, found.fitted(), **scores), found, len(r))
+
+
+def _searched(constants: Mapping[str, float]) -> dict[str, float]:
+    """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of :data:`EDGE` keys."""
+    return {n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()}
+
+
+def _known(searched: Mapping[str, float]) -> dict[str, float]:
+    return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
+
+
+def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
+    """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios by least absolute log error,
+    also ``sparse_load`` if some ratios have few tokens; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device.
+    bf16 and fp16 count as one format, since they run at one rate. "median_2to4" in the accuracy is the median log error
+    of rows held out one at a time."""
+    section = hw.sections["gemm", dtype]
+    dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
+    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
+    rows = [r for r in rows if r["hardware"] == hw.name and r["dtype"] in dtypes]
+    if len(rows) < ENOUGH_RATIOS:
+        return section
+    m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
+    ratio = before / after
+    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", options=GemmOptions(copies=1)).seconds
+    tried: list[dict[str, float]] = [{"sparse_step": step} for step in STEPS]
+    if m.min() <= FEW_TOKENS:
+        tried = [{**values, "sparse_load": load} for values in tried for load in LOADS]
+    error = np.empty((len(tried), len(ratio)))
+    for i, values in enumerate(tried):  # for so few constants, a scan is safer than a search
+        trial = with_section(hw, dtype, _with_constants(section, {c: Fitted(v) for c, v in values.items()}))
+        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", options=GemmOptions(copies=1)).seconds
+        error[i] = np.abs(np.log(dense / sparse / ratio))
+    total = error.sum(axis=1)
+    without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
+    draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
+    drawn = [tried[error[:, rows].sum(axis=1).argmin()] for rows in draws]
+    found = {
+        name: Fitted(value, float(np.std([values[name] for values in drawn])) or None)  # None: on its bound
+        for name, value in tried[total.argmin()].items()
+    }
+    return _with_constants(section, found, median_2to4=float(np.median(without)))

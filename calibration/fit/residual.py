@@ -1,8 +1,6 @@
-"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties.
-
-Many rows: grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem).
-Few rows: all grids are fitted at once in the dual form of the problem.
-"""
+"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties. Many
+rows: grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem). Few
+rows: all grids are fitted at once in the dual form of the problem."""
 
 from __future__ import annotations
 
@@ -41,7 +39,6 @@ CORRECTION = Regularisation(0.3, 1.0, 0.1)  # correction to another profile's re
 
 @lru_cache(maxsize=256)
 def _penalty(size: int, first: float, second: float) -> FloatArray:
-    """Return the quadratic form of the penalties on differences along one coordinate, (nodes, nodes)."""
     differences = ((w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second)))
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 
@@ -54,8 +51,6 @@ def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, Float
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """A grid to fit: the positions of rows in it (see :meth:`ResidualGrid.cells`), and its regularisation."""
-
     grid: ResidualGrid
     regularisation: Regularisation
     cells: NDArray[np.int32]
@@ -67,7 +62,6 @@ class ResidualBlock:
 
     @property
     def along(self) -> list[tuple[int, float, float]]:
-        """Nodes and weights of first and second differences of each coordinate."""
         shape = self.grid.values.shape
         both = self.regularisation.first, self.regularisation.second
         return list(zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True))
@@ -143,7 +137,7 @@ class ResidualBlock:
 
 
 def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[ResidualBlock]:
-    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU (``by_rows``) a value per measured m."""
+    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU a value per measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
     out = [ResidualBlock.of(grid, position, regularisation)]
@@ -157,9 +151,8 @@ def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = A
 def solve(
     parts: Sequence[ResidualBlock], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
 ) -> list[FloatArray]:
-    """Return node values of every grid, fitted to a log target of ``rows`` or all. ``rounds`` is the number of sweeps
-    over the grids with robust weights renewed between them; by default 8 sweeps, with weights renewed before the first,
-    second and fourth."""
+    """Return node values of every grid, fitted to a log target of ``rows`` or all, in ``rounds`` sweeps with robust
+    weights renewed between them; by default in 8, with weights renewed before the first, second and fourth."""
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
     rest = np.array(target)
@@ -197,7 +190,6 @@ class FewRows:
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
     def dual(self, target: FloatArray, rows: NDArray[np.intp], rounds: int = 4) -> FloatArray:
-        """Return the unknown of each of these rows; the robust weights are renewed between ``rounds`` solutions."""
         common = self.common[np.ix_(rows, rows)]
         dual = values = target[rows]
         weights = np.ones(len(rows))
@@ -221,6 +213,5 @@ def evaluate(parts: Sequence[ResidualBlock], values: Sequence[FloatArray]) -> Fl
 def fit_grid(
     blank: ResidualGrid, position: Any, target: FloatArray, regularisation: Regularisation, rounds: int
 ) -> ResidualGrid:
-    """Return a grid fitted to log residuals at positions, on the nodes of ``blank``; ``rounds`` as in :func:`solve`."""
     values = solve([ResidualBlock.of(blank, position, regularisation)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

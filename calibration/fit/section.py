@@ -1,8 +1,5 @@
-"""Fit a section of a profile by the common method: constants, residual, held-out errors and section scale; and scores.
-
-An operator's fit is a subclass of :class:`Fit`: measured rows of a cost model, the search for its constants, and the
-blank grid of its residual.
-"""
+"""Fit a section of a profile by the common method: constants, residual, held-out errors and section scale. The fit of
+an operator is a subclass of :class:`Fit`."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ FitT = TypeVar("FitT", bound="Fit")
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """Measured rows of one operator of one device and software stack, with the method of their fit."""
+    """Measured rows of one operator of one device and stack, the search for constants, and the blank residual."""
 
     calls: Calls
     seconds: FloatArray
@@ -48,7 +45,6 @@ class Fit(ABC):
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
 
     def sample(self: FitT, count: int, seed: int = 0) -> FitT:
-        """Return at most ``count`` rows at random, in their order."""
         if len(self) <= count:
             return self
         return self.take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
@@ -59,11 +55,11 @@ class Fit(ABC):
 
     @abstractmethod
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the fitted constants; the search begins at ``start``, else at the defaults."""
+        pass
 
     @abstractmethod
     def blank(self) -> ResidualGrid:
-        """Return a residual grid of zeros that covers the rows."""
+        pass
 
     def usable(self: FitT) -> FitT:
         return self
@@ -72,19 +68,16 @@ class Fit(ABC):
         return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
 
     def log_error(self, values: Mapping[str, float], residual: ResidualGrid) -> FloatArray:
-        """Return log predicted over measured of each row, with a residual."""
         return self.log_residual(values) + residual(self.calls.estimate(values).position)
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
-        """Return the grid fitted to the log residuals of the analytical model."""
         position = self.calls.estimate(values).position
         return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
 
     def search(
         self, start: Mapping[str, float], ranges: Mapping[str, Constant], prior: float, **options: Any
     ) -> ConstantsFit:
-        """Fit constants by :func:`~calibration.fit.solver.fit_logs` with a prior, a log standard deviation, around
-        ``start``."""
+        """Fit constants with a prior, a log standard deviation, around ``start``."""
 
         def covariance(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
             raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
@@ -109,7 +102,6 @@ class Fit(ABC):
 
 
 def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
-    """Return log predicted over measured of each row, by a fit to the other folds."""
     errors = np.zeros(len(fit))
     for train, test in solver.folds(fit.groups(), FOLDS, np.random.default_rng(seed)):
         rest, held = fit.take(train), fit.take(test)
@@ -119,8 +111,7 @@ def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
 
 
 def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
-    """Fit the section of one operator. Folds, chosen by ``seed``, hold out groups of rows. ValueError for too few
-    rows."""
+    """Fit the section of one operator; ValueError for too few rows."""
     rows = fit.usable()
     if len(rows) < fit.FEWEST:
         few = f"expected at least {fit.FEWEST} usable rows, got {len(rows)} of {len(fit)}"
@@ -131,7 +122,7 @@ def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
     arrays, scale = rows.arrays(rows.residual(values)), rows.scale(errors, values)
     accuracy = rows.accuracy(errors, values)
     section = Section(constants.fitted(), arrays, scale, accuracy, status="calibrated")
-    return FittedPart(section, constants, len(rows), errors)
+    return FittedPart(section, constants, len(rows))
 
 
 def accuracy_of(error: FloatArray) -> dict[str, float]:

@@ -27,12 +27,10 @@ NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}  #
 
 
 def numbered(*columns: FloatArray) -> NDArray[np.intp]:
-    """Return the number of each row's combination of values, from 0."""
     return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
-    """Yield the rows to fit and the rows to predict of each fold, a part of the groups."""
     part = rng.permutation(groups.max() + 1)[groups] % count
     for i in np.unique(part):
         if not (part == i).all():
@@ -60,8 +58,6 @@ class FittedPart:
     section: Section
     constants: ConstantsFit
     rows: int  # in the fit
-    held_out: FloatArray = field(default_factory=lambda: np.zeros(0))  # log predicted over measured, fitted without it
-    dropped: Mapping[str, int] = field(default_factory=dict)  # excluded rows by reason
     operator: str = ""
     dtype: str = ""
 
@@ -71,15 +67,12 @@ class FittedPart:
 
     @property
     def correlations(self) -> dict[tuple[str, str], float]:
-        """Correlation of the logarithms of each pair of fitted constants."""
         names, matrix = list(self.constants.std_errors), self.constants.correlation
         return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """End of a search over free constants."""
-
     values: Mapping[str, float]
     on_bound: Mapping[str, str]  # constants on an end of their range -> "lower" or "upper"
     rows: FloatArray  # residuals
@@ -103,12 +96,10 @@ def minimise(
     **search: Any,
 ) -> Minimum:
     """Search the constants of ``ranges`` with the soft-L1 loss; the other constants keep the values of ``start``.
-
     ``prior`` is the log standard deviation of a prior around ``center`` (by default the start): one residual per
     constant. With ``data_only`` the loss applies only to the data. ``step`` is the log step of derivatives where
     residuals have single precision. ``together`` returns the residuals of several sets of constants, (sets, rows).
-    ``search`` has further options of :func:`scipy.optimize.least_squares`.
-    """
+    ``search`` has further options of :func:`scipy.optimize.least_squares`."""
     names = list(ranges)
     low = np.log([ends.low or 1e-9 for ends in ranges.values()])
     high = np.log([ends.high for ends in ranges.values()])
@@ -160,11 +151,9 @@ def fit_logs(
     **search: Any,
 ) -> ConstantsFit:
     """Repeat the search (:func:`minimise`) until no free constant is on its bound and the data identify every constant.
-
     ``fixed`` maps constants that are not free to the reason. A constant with a log standard error above ``weak``
     returns to ``center``; a constant on its bound stays there. ``moot`` maps a constant to a second constant with a
-    reason: the second is fixed when the first is on its lower bound.
-    """
+    reason: the second is fixed when the first is on its lower bound."""
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
     while free := {name: ends for name, ends in ranges.items() if name not in kept}:
@@ -197,7 +186,7 @@ def soft_l1(log_residual: FloatArray) -> FloatArray:
 
 
 def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
-    """Return the derivatives of residuals by the logarithms of constants, (rows, names), by central differences."""
+    """Return derivatives by the logarithms of constants, (rows, names), by central differences."""
 
     def moved(name: str, by: float) -> FloatArray:
         return log_residual({**values, name: values[name] * np.exp(by)})
@@ -206,12 +195,10 @@ def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequen
 
 
 def gauss_newton(slopes: FloatArray, residual_sd: float) -> FloatArray:
-    """Return the covariance of logs from the derivatives of residuals of one standard deviation."""
     return np.asarray(np.linalg.pinv(slopes.T @ slopes) * residual_sd**2)
 
 
 def sandwich(log_residual: FloatArray, slopes: FloatArray) -> FloatArray:
-    """Return the covariance of logs by the sandwich formula of a robust fit."""
     z = (log_residual / HUBER) ** 2
     psi = log_residual / np.sqrt(1.0 + z)
     bread = np.linalg.pinv((slopes * ((1.0 + z) ** -1.5)[:, None]).T @ slopes)

@@ -1,7 +1,8 @@
 """Choose the operators to measure in a given time, by the rates of a device.
 
-:func:`base_plan` takes candidates of ``shapes`` until the time is used, and holds out groups (n, k) before the
-measurement, so no fit sees them. :func:`in_order` measures given operators.
+:func:`base_plan` takes candidates, best first, until the time is used: sizes of language models and odd sizes between
+them, spread over logarithmic space. It holds out groups (n, k) before the measurement, so no fit sees them.
+:func:`in_order` measures given operators.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from calibration.devices.protocol import HOST_KINDS, Device, Operator, OutOfMemory, Unsupported
-from calibration.measure.shapes import gemm_stream, other_streams
+from calibration.devices.protocol import HOST_KINDS, NORMS, Device, Operator, OutOfMemory, Unsupported
 from calibration.measure.timing import WARM_VALUES, Protocol, measure
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
@@ -39,11 +41,36 @@ SHARES: Mapping[str, float] = {
 # part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short
 SPARE = 0.5
 
+# fmt: off
+TOKENS = (
+    1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 48, 64, 65, 96, 100, 127, 128, 160, 192, 256, 257, 320, 384, 512, 513,
+    640, 768, 1000, 1024, 1536, 2048, 3000, 3072, 4096, 6144, 8192, 16384,
+)
+SIZES = (
+    64, 128, 192, 256, 320, 512, 576, 640, 768, 896, 960, 1024, 1280, 1536, 1792, 2048, 2304, 2560, 3072, 3584, 4096,
+    4864, 5120, 5632, 6144, 7168, 8192, 8960, 9216, 11008, 12288, 13824, 14336, 16384, 18944, 24576, 28672,
+)
+ODD_SIZES = (100, 321, 500, 1001, 1365, 2050, 2731, 3001, 4099, 5461, 7500, 11003)
+VOCABULARIES = (32000, 49152, 50257, 128256, 151936)
+HEADS = (  # heads, kv_heads, head_dim
+    (9, 3, 64), (14, 2, 64), (12, 12, 64), (16, 8, 128), (32, 32, 128), (32, 8, 128), (28, 4, 128), (40, 8, 128),
+    (64, 8, 128), (24, 8, 96),
+)
+LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
+# fmt: on
+LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)  # caches so short that a copy takes no longer than a launch
+SELECTED = (8, 32, 64, 256, 1024, 2048)  # numbers of scores of a selection: groups, blocks, positions
+
+_MOST_ORDERED = 600  # points ordered at a time: the cost grows with the square of the number
+_GROUP_TOKENS = 3  # values of m measured for each (n, k)
+_WIDTH_ROWS = 96  # calls of one head width before the next width: a fit needs 20, and a short plan ends early
+_ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
+
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of a device for estimates of time, from a probe or a datasheet."""
-
     flop_per_s: float
     bytes_per_s: float
     floor_s: float = 5e-6  # time of the smallest launch
@@ -57,10 +84,8 @@ class Rates:
 
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
-
         ``compiled`` are the :func:`compilation` of earlier operators. The median of n samples has an interval of about
-        1.25 * 1.96 * noise / sqrt(n) to either side.
-        """
+        1.25 * 1.96 * noise / sqrt(n) to either side."""
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
         windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
@@ -71,7 +96,7 @@ class Rates:
 
 
 def compilation(op: Operator) -> tuple[Any, ...] | None:
-    """Return the configuration for which flex attention is compiled, if the operator needs it, for all lengths."""
+    """Return what flex attention is compiled for, once for all lengths; None for other operators."""
     if op.kind != "attention_block_sparse":
         return None
     return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
@@ -82,18 +107,15 @@ FLEX_COMPILE_S = 15.0
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
-    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second.
-
-    A square GEMM grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty
-    launch and a thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product.
-    """
+    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second. A square GEMM
+    grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty launch and a
+    thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product."""
     window_s = protocol.min_window_s if protocol else 1e-3
     quick = Protocol(window_s, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
     setups: list[float] = []
     noises: list[float] = []
 
     def time_of(op: Operator) -> float | None:
-        """Return the seconds per launch; None if the device does not support the operator or its size."""
         if device.refuses(op):
             return None
         start = device.clock()
@@ -141,8 +163,6 @@ class Item:
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """Items in the order of their measurement."""
-
     items: tuple[Item, ...]
     drift_check: Operator  # measured first and after every :data:`DRIFT_CHECK_EVERY` items, to detect drift
     seed: int = 0
@@ -152,12 +172,11 @@ class MeasurementPlan:
     visits: int = 1
 
     def order(self, visit: int) -> tuple[Item, ...]:
-        """Return the items in the order of a visit; visit 0 has the order of the plan."""
         return self.items if visit == 0 else _shuffled(self.items, self.seed + visit)
 
     @property
     def estimated_s(self) -> float:
-        """Expected time of one visit of all items, s, drift checks included."""
+        """Expected seconds of one visit, drift checks included."""
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
@@ -166,8 +185,6 @@ class MeasurementPlan:
 
 @dataclass(frozen=True)
 class _Budget:
-    """Take items from a stream until a share of the time is used."""
-
     rates: Rates
     protocol: Protocol
     refuses: Callable[[Operator], str]
@@ -175,7 +192,6 @@ class _Budget:
     compiled: set[Any] = field(default_factory=set)  # compilations of the taken operators
 
     def fits(self, op: Operator) -> bool:
-        """Return whether the device can run an operator that is new, not too large and not too slow."""
         if self.rates.launch_s(op) > self.protocol.time_limit_s / 12.0 or op.footprint_bytes > self.rates.memory_bytes:
             return False
         return op.key not in self.taken and not self.refuses(op)
@@ -188,7 +204,6 @@ class _Budget:
         self.compiled.add(compilation(op))
 
     def fill(self, stream: Iterable[Operator], seconds: float) -> float:
-        """Take operators while they fit, and return the remaining time."""
         for op in filter(self.fits, stream):
             cost = self.cost_s(op)
             if cost > seconds and self.rates.compile_s and compilation(op) is not None:
@@ -200,7 +215,6 @@ class _Budget:
         return seconds
 
     def first_of_each_kind(self, stream: Iterable[Operator], seconds: float) -> float:
-        """Take the first affordable operator of each kind, and return the remaining time."""
         kinds = set[str]()
         for op in filter(self.fits, stream):
             if op.kind not in kinds and (cost := self.cost_s(op)) <= seconds:
@@ -221,11 +235,9 @@ def base_plan(
     shares: Mapping[str, float] = SHARES,
     kernels_apart: bool = True,
 ) -> MeasurementPlan:
-    """Plan measurements of an unknown device; ``refuses`` is the device's method, ``shares`` are shares of the budget.
-
-    The order begins with one operator per kind, so a run that ends early has a time of each. With ``kernels_apart``,
-    enough attention calls of one head width for a fit come before the next width.
-    """
+    """Plan measurements of an unknown device; ``shares`` are shares of the budget. The order begins with one operator
+    per kind, so a run that ends early has a time of each. With ``kernels_apart``, enough attention calls of one head
+    width for a fit come before the next width."""
     protocol = protocol or Protocol()
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
@@ -241,13 +253,6 @@ def base_plan(
         raise InputError(f"budget: {budget_s:g} s are too short for one GEMM in {dtype}; increase it")
     items = split_holdout([*budget.taken.values()], rng)
     return MeasurementPlan(_shuffled(items, seed), drift_check_operator(rates, dtype, protocol), seed, budget_s)
-
-
-def check_budget(budget_s: float) -> float:
-    """Return the budget; InputError if it is not a positive number of seconds."""
-    if not (isinstance(budget_s, int | float) and budget_s > 0):
-        raise InputError(f"budget: expected a time above zero, got {budget_s!r}")
-    return float(budget_s)
 
 
 def drift_check_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operator:
@@ -282,7 +287,6 @@ def in_order(
     budget_s: float = math.inf,
     seed: int = 0,
 ) -> MeasurementPlan:
-    """Plan exactly these operators in their order; GEMMs become measured shapes of the profile."""
     if not operators:
         raise InputError("in_order: expected at least one operator, got none")
     protocol = protocol or Protocol()
@@ -297,10 +301,8 @@ def in_order(
 
 def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
     """Return the ``count`` of n rows that reduce the variance of the targets most, each given the rows before it.
-
     ``rows`` are the errors of the rows, ``kind`` (n,) the kinds of their operators; ``targets`` (t, n) is the
-    covariance of each target with each row (``PassUncertainty.covariance``).
-    """
+    covariance of each target with each row (``PassUncertainty.covariance``)."""
     systematic, sd = rows.wide(), rows.correlated
     common = systematic @ systematic.T
     common += correlation(rows.coordinates, rows.coordinates) * np.outer(sd, sd) * (kind[:, None] == kind)
@@ -323,3 +325,113 @@ def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
     first = {item.operator.kind: item.operator.key for item in reversed(mixed) if item.purpose != EXACT}
     early = set(first.values())
     return tuple(sorted(mixed, key=lambda item: (item.purpose != EXACT, item.operator.key not in early)))
+
+
+def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
+    """Return indices of points in an order in which every prefix is spread widely (farthest point first)."""
+    order = [first]
+    nearest = np.linalg.norm(points - points[first], axis=1)
+    nearest[first] = -1.0
+    while len(order) < min(count, len(points)):
+        chosen = int(np.argmax(nearest))
+        order.append(chosen)
+        nearest = np.minimum(nearest, np.linalg.norm(points - points[chosen], axis=1))
+        nearest[order] = -1.0
+    return order
+
+
+def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
+    """Yield GEMMs of widely spread groups (n, k) of a few m, one group in eight misaligned, until nothing more fits."""
+    regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
+    mixed = (*ODD_SIZES, *SIZES[5:21:3])
+    odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
+    # pairs that do not fit with the smallest m are excluded
+    pools = [[(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=1, n=n, k=k))] for pool in (regular, odd)]
+    turn, gained = 0, True
+    while gained:
+        gained = False
+        orders = [_spread(pool, rng) for pool in pools]
+        while orders[0]:
+            pool = orders[1] if turn % _ODD_EVERY == _ODD_EVERY - 1 and orders[1] else orders[0]
+            n, k = pool.pop(0)
+            usable = [op for m in TOKENS if fits(op := Operator("gemm", dtype, m=m, n=n, k=k))]
+            for stratum in np.array_split(np.arange(len(usable)), min(_GROUP_TOKENS, len(usable)) or 1):
+                if len(stratum):
+                    gained = True
+                    yield usable[int(rng.choice(stratum))]
+            turn += 1
+
+
+def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Return up to :data:`_MOST_ORDERED` members of a pool in a spread order, from a random one on."""
+    if not pool:
+        return []
+    order = spread_order(np.log2(np.array(pool, dtype=np.float64)), _MOST_ORDERED, int(rng.integers(len(pool))))
+    return [pool[i] for i in order]
+
+
+def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = True) -> dict[str, Iterable[Operator]]:
+    aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
+    sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
+    prefill = (
+        Operator("attention_prefill", dtype, q_len=call["kv_len"], cold=False, **call)
+        for call in _calls(BATCHES[:4], rng, kernels_apart)
+    )
+    decode = (Operator("attention_decode", dtype, q_len=1, **call) for call in _calls(BATCHES, rng, kernels_apart))
+    spots = [
+        _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
+        for role in ELEMENTWISE
+    ]
+    elementwise = (
+        Operator("elementwise", dtype, m=m, n=n, role=role, cold=False)
+        for turn in zip_longest(*spots)
+        for role, (m, n) in zip(ELEMENTWISE, (spot or (0, 0) for spot in turn), strict=True)
+        if m
+    )
+    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
+    return streams | {"attention_decode": decode, "elementwise": elementwise, "pruned": _pruned(dtype, rng)}
+
+
+def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
+    """Return shapes of attention calls. With ``apart``, head widths take turns that have enough calls for a fit."""
+    every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
+    pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
+    orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
+    turns = range(0, max(map(len, orders)), _WIDTH_ROWS)
+    calls = (call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS])
+    return [dict(zip(("batch", "kv_len", "heads", "kv_heads", "head_dim"), call, strict=True)) for call in calls]
+
+
+def _runtime(dtype: str) -> list[Operator]:
+    kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
+    launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
+    copies = [Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)]
+    return [*layers(dtype, LAYER_LENGTHS[1::3]), *launches, *copies]
+
+
+def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
+    return [Operator("layer_eager", dtype, kv_len=length, cold=False) for length in lengths]
+
+
+def host_operators(dtype: str) -> list[Operator]:
+    return [Operator("launch_eager", dtype, cold=False), *layers(dtype, LAYER_LENGTHS)]
+
+
+def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
+    """Yield operators that check predictions of sums of plain kernels."""
+    pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
+    lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
+    for turn, (m, n, k) in enumerate(pairs):
+        density = (0.75, 0.5)[turn // 3 % 2]
+        if turn % 3 == 0:
+            rank = max(16, 16 * round(density * n * k / (n + k) / 16))
+            yield Operator("low_rank", dtype, m=m, n=n, k=k, rank=rank)
+        elif turn % 3 == 1:
+            yield Operator("gather_gemm", dtype, m=m, n=n, k=k, rows=max(1, round(density * m)))
+            role, size = ("up", n) if turn // 3 % 4 < 2 else ("down", k)
+            yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
+        elif turn // 3 < len(lengths):
+            length, h = lengths[turn // 3]
+            heads: dict[str, Any] = {"batch": 1, "heads": h, "kv_heads": h // 4, "head_dim": 64}
+            sparse: dict[str, Any] = {"block": (64, 16, 128)[turn // 3 % 3], "density": density, "cold": False}
+            yield Operator("attention_block_sparse", dtype, q_len=length, kv_len=length, **heads, **sparse)

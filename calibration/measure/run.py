@@ -62,8 +62,6 @@ class Interrupt:
         self._old: Any = None
 
     def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
-        """Wrap a function so that it raises :class:`Interrupted` after an end was requested."""
-
         def watched(loops: int) -> float:
             if self.requested:
                 raise Interrupted
@@ -124,7 +122,6 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Return whether the run succeeded: the plan is done or its time is used."""
         return self.stopped in ("", "budget")
 
     @property
@@ -135,8 +132,6 @@ class Outcome:
 
 @dataclass
 class _Run:
-    """State of one run, mutable and internal to :func:`run`."""
-
     device: Device
     append: Callable[[Mapping[str, Any]], Any]
     protocol: Protocol
@@ -220,7 +215,6 @@ class _Run:
             record |= {"status": NOISY, "reason": "; ".join(filter(None, (best["reason"], shared)))}
 
     def keep(self, item: Item, protocol: Protocol, visit: int) -> str:
-        """Measure, count and append one visit of a planned item; return its status."""
         record = self.record(item, protocol) | {"visit": visit, "block": self.block}
         self.append(record)
         if "after" in record:
@@ -269,12 +263,10 @@ def run(
     protocol: Protocol | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Measure the items of a plan; an item is omitted if it is not expected to end within the plan's budget.
-
-    ``append`` stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs in the
-    same store: their operators are not measured again, and their first drift check stays the reference. ``progress``
-    is called after every visit with the seconds that have passed and the expected total.
-    """
+    """Measure the items of a plan; an item is omitted if it is not expected to end within the plan's budget. ``append``
+    stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs in the same store:
+    their operators are not measured again, and their first drift check stays the reference. ``progress`` is called
+    after every visit with the seconds that have passed and the expected total."""
     budget, protocol = plan.budget_s, protocol or Protocol()
     earlier = list(previous)
     done = {(str(r["key"]), int(r.get("visit", 0))) for r in earlier if r.get("purpose") != DRIFT_CHECK and "key" in r}
@@ -350,7 +342,6 @@ def run(
 
 
 def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float, float] | None, int]:
-    """Return the reference and the number of the last drift check among earlier records."""
     reference, block = None, 0
     for record in records:
         if record.get("purpose") == DRIFT_CHECK:

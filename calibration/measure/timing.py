@@ -31,8 +31,6 @@ class InvalidTiming(ValueError):
 
 @dataclass(frozen=True)
 class Protocol:
-    """Duration and precision of a measurement; see :func:`measure`."""
-
     min_window_s: float = 2e-3  # minimum duration of one sample; launches are repeated to reach it
     precision: float = 0.01  # relative half-width of the 95 % interval of the median at which the measurement stops
     min_samples: int = 8  # the interval needs at least 6
@@ -53,8 +51,6 @@ def default_visits(description: Description) -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """Result of :func:`measure`: raw samples and their median, in seconds per launch."""
-
     samples_s: tuple[float, ...]  # every sample after the warm-up, untrimmed, in order
     warmup_s: tuple[float, ...]  # samples before the series was steady
     loops: int  # launches per sample
@@ -78,7 +74,6 @@ def interval_rank(count: int) -> int:
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median of a series and its distribution-free 95 % interval: 0 to infinity for a short series."""
     values = np.sort(np.asarray(samples, dtype=np.float64))
     if values.size == 0:
         raise ValueError("median_interval: expected at least one sample, got none")
@@ -93,12 +88,9 @@ def _noise(values: NDArray[np.float64]) -> float:
 
 
 def is_warm(values: Sequence[float], tolerance: float) -> bool:
-    """Return whether a stretch of samples is steady: its first value is not an outlier, and its halves agree.
-
-    The first value is an outlier if its distance from the median of the others exceeds both five standard deviations
-    and ``tolerance``. The halves agree if their medians differ by less than three standard errors or ``tolerance``.
-    Both tests need the tolerance because a quiet clock may repeat one number exactly.
-    """
+    """Return whether a stretch of samples is steady. Its first value is no outlier: its distance from the median of the
+    others is below five standard deviations or ``tolerance``. The medians of its halves differ by less than three
+    standard errors or ``tolerance``. A quiet clock may repeat one number exactly, hence the tolerance."""
     series = np.asarray(values, dtype=np.float64)
     first, rest = series[0], series[1:]
     middle = float(np.median(rest))
@@ -113,7 +105,6 @@ def is_warm(values: Sequence[float], tolerance: float) -> bool:
 
 
 def checked(seconds: float) -> float:
-    """Return the time; :class:`InvalidTiming` if it is not finite and positive."""
     value = float(seconds)
     if not math.isfinite(value) or value <= 0.0:
         raise InvalidTiming(f"timing: expected a finite number of seconds above zero, got {value!r}")
@@ -121,10 +112,8 @@ def checked(seconds: float) -> float:
 
 
 def calibrate_loops(sample: Sample, min_window_s: float) -> int:
-    """Return the launches per sample that cover ``min_window_s``.
-
-    The count grows at most tenfold per step: the first launches are slower, so a count from them alone is too small.
-    """
+    """Return the launches per sample that cover ``min_window_s``. The count grows at most tenfold per step: the first
+    launches are slower, so a count from them alone is too small."""
     loops = 1
     while True:
         each = checked(sample(loops))
@@ -139,10 +128,8 @@ def calibrate_loops(sample: Sample, min_window_s: float) -> int:
 
 def measure(sample: Sample, protocol: Protocol, clock: Callable[[], float]) -> Timing:
     """Time a launch: warm up, find the loop count, sample until the median is precise or the time is up.
-
-    ``sample(loops)`` launches ``loops`` times and returns seconds per launch; ``clock`` gives monotonic seconds. The
-    first steady stretch begins the samples; a series that is not steady in half of the time limit is marked noisy.
-    """
+    ``sample(loops)`` launches ``loops`` times and returns seconds per launch. The first steady stretch begins the
+    samples; a series that is not steady in half of the time limit is marked noisy."""
     p, start = protocol, clock()
     checked(sample(1))  # loads libraries, selects kernels, touches memory: not part of any series
     loops = calibrate_loops(sample, p.min_window_s)

@@ -47,10 +47,7 @@ def provenance(name: str) -> Mapping[str, Any]:
 
 
 def load_measurements(name: str, dtype: str | None = None) -> Records:
-    """Read a table, in one number format as :meth:`Records.labels` names it (``bf16``, ``int8_wo``) or in all formats.
-
-    InputError if the file does not match its provenance.
-    """
+    """Read a table, in one number format (a label such as ``int8_wo``) or in all."""
     digest = provenance(name)["sha256"]
     path = FOLDER / file_name(name)
     try:
@@ -64,7 +61,6 @@ def load_measurements(name: str, dtype: str | None = None) -> Records:
 
 
 def read_tables(file: str) -> dict[str, dict[str, Any]]:
-    """Return the entries of the tables in a YAML file of this folder, by device/operator/stack."""
     return _parsed((FOLDER / file).read_text(encoding="utf-8"))
 
 

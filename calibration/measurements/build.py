@@ -119,7 +119,6 @@ def _origin_of(content: bytes, path: str, owner: str) -> dict[str, Any]:
 
 
 def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
-    """Return the rows of ``serving.csv``, sorted; duplicate runs with equal times count once."""
     with archive.open(MEMBER) as file:
         rows = [row for run in csv.DictReader(io.TextIOWrapper(file, "utf-8")) if (row := _served(run))]
     distinct = {tuple(row.values()): row for row in rows}
@@ -133,11 +132,9 @@ def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
 
 
 def _served(run: Mapping[str, str]) -> dict[str, str]:
-    """Return the row of a run in SI units; {} for a run that is not selected.
-
-    Selected are runs on one node in one pool (mode agg), where one engine runs the prefill and decode of a request, of
-    dense models and of Qwen3-235B-A22B. Rows that a steady-state model cannot explain have the reason in ``left_out``.
-    """
+    """Return the row of a run in SI units; {} for a run that is not selected. Selected are runs on one node in one pool
+    (mode agg), where one engine runs the prefill and decode of a request, of dense models and of Qwen3-235B-A22B. Rows
+    that a steady-state model cannot explain have the reason in ``left_out``."""
     path, engine, version, source = (
         run[name] for name in ("model_path", "backend", "backend_version", "silicon_data_source")
     )

@@ -51,7 +51,6 @@ SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES}
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
-    """Return the rows of a table, with times in single precision; excluded and refused rows by reason."""
     operator, about = name.split("/")[1], _METHODS[name]
     contents = [read_bounded(folder / file) for file in about["files"]]
     tables = [csv.read_csv(content, file) for content, file in zip(contents, about["files"], strict=True)]
@@ -77,8 +76,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
 def _columns(
     operator: str, cells: Mapping[str, Array], named: Mapping[str, str | float]
 ) -> tuple[dict[str, Array], Screen]:
-    """Return the columns of records of GEMMs or attention, and the refused rows; ``named`` are a column of the file, or
-    a value, for each column of records."""
+    """Return columns of records and refused rows; ``named``: a column of the file, or a value, per column."""
     size, gemm = len(cells["latency_us"]), operator == "gemm"
     columns: dict[str, Array] = {
         ours: _numbers(cells[theirs]) if isinstance(theirs, str) else np.full(size, theirs)
@@ -122,11 +120,9 @@ def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
 
 
 def _experts(cells: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
-    """Return the columns of the products of gate and up, then of down, of a layer's experts.
-
-    DeepGEMM timed each alone (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of each expert drawn
-    from 0.7 to 1.3 times their mean.
-    """
+    """Return the columns of the products of gate and up, then of down, of a layer's experts. DeepGEMM timed each alone
+    (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of each expert drawn from 0.7 to 1.3 times their
+    mean."""
     given = {name: _numbers(values) for name, values in cells.items()}
     every, experts, top = given["num_experts"], given["num_local_experts"], given["topk"]
     once = {"m": np.rint(given["tokens_per_expert"] * every / top), "n": given["intermediate_size"]}

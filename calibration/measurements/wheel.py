@@ -33,8 +33,6 @@ STALL = 5.0  # a call of latent attention that takes over this many times the ti
 
 @dataclass(frozen=True)
 class SelectedTable:
-    """A table and its selected rows."""
-
     hardware: str  # profile with the datasheet that limits its times
     stack: str  # nccl: for every stack
     path: str  # in the folder of data: system/operator/backend/version/file
@@ -72,7 +70,6 @@ def datasheet(name: str) -> HardwareProfile:
 
 
 def open_wheel(path: Path) -> zipfile.ZipFile:
-    """Open the wheel of :data:`PACKAGE`; InputError for any other file."""
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -93,8 +90,7 @@ def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Record
 
 
 def in_order(records: Records, columns: Sequence[str]) -> Records:
-    """Return the rows with times in single precision, sorted by number format, by ``columns`` (the last column first)
-    and by size."""
+    """Return the rows with times in single precision, sorted by format, ``columns`` (the last first) and size."""
     by = ("m", "kv_len", "q_len", "batch", "k", "n", *columns)
     records = records.select(np.lexsort([getattr(records, name) for name in by]))
     records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()
@@ -128,14 +124,12 @@ def stalled(records: Records) -> Array:
 
 
 def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
-    """Return the shipped rows of a table, and the number of rows that stay in the wheel, by reason."""
     other = ~np.isin(records.labels().astype(str), choice.ships)
     reasons = {f"number format other than {', '.join(choice.ships)}": other, "sliding window": records.window > 0}
     return exclude(records, {f"in the wheel only: {reason}": mask for reason, mask in reasons.items()})
 
 
 def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
-    """Return the rows without a reason to exclude them, and count the others by their first reason."""
     kept, left = np.ones(len(records), dtype=np.bool_), {}
     for reason, mask in reasons.items():
         if count := int((mask & kept).sum()):

@@ -24,7 +24,6 @@ from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators.experts import POWER
 
-FEW_ROWS = 20  # fewer rows than this are hardly enough to re-anchor a profile
 TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
@@ -42,8 +41,6 @@ class RawColumns(dict[str, Array]):
 
 @dataclass(frozen=True)
 class Draft:
-    """Rows of a file before they are checked."""
-
     columns: Mapping[str, Array]  # columns of ``Records`` over all rows: float64, or names
     sources: tuple[Source, ...]
     screen: Screen  # the rows, with those that the reader refused
@@ -68,12 +65,10 @@ def import_table(
     device: str = "",
     screened: bool = True,
 ) -> ImportResult:
-    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program.
-
-    ``content`` is the content of a file in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if
-    ``screened``. For a CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``),
-    and ``device`` is the measured device. InputError without a usable row.
-    """
+    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program; ``content`` is a
+    file's content in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. For a
+    CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``), and ``device`` is
+    the measured device. InputError without a usable row."""
     raw = read_bounded(path) if content is None else content
     with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
         draft = _read(raw, Path(path), column_map, device)
@@ -113,7 +108,6 @@ def _draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
 
 
 def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True) -> ImportResult:
-    """Return the valid rows of a draft as records; ``label`` names the file."""
     screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
     _check_numbers(screen, columns)
     kept = {name: values[screen.kept] for name, values in columns.items()}
@@ -146,9 +140,6 @@ def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bo
     if joined:
         flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
         notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
-    if len(records) < FEW_ROWS:
-        advice = f"{FEW_ROWS} or more recommended to re-anchor a profile"
-        notes.append(f"only {len(records)} usable rows: too few for a fit; {advice}")
     return ImportResult(records.tidy(), screen.refusals, tuple(notes))
 
 
@@ -224,12 +215,10 @@ _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
-    """Read a ``*_perf.parquet`` table of aiconfigurator-core: GEMM, attention, collectives or experts; times in ms.
-
-    A context row has ``isl`` new positions over ``step`` cached ones, a generation row has one new position over
-    ``step``. SGLang's collector passes keys of one head to its MLA kernels. A collective's ``message_size`` counts the
-    elements of a device: before an all-reduce, reduce-scatter or all-to-all, after an all-gather.
-    """
+    """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms. A context row has ``isl``
+    new positions over ``step`` cached ones, a generation row has one new position over ``step``. SGLang's collector
+    passes keys of one head to its MLA kernels. A collective's ``message_size`` counts the elements of a device: before
+    an all-reduce, reduce-scatter or all-to-all, after an all-gather."""
     operator = _texts(table["op_name"])
     for name in np.unique(operator):
         if name not in _AIC_OPERATORS:
@@ -303,12 +292,9 @@ MANY = 0.3  # share of slow times above which a whole configuration counts as an
 
 
 def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Array]:
-    """Return columns of experts, timed together on one device with the movement of tokens, without the router.
-
-    ``moe_tp_size`` divides the width of every expert, ``moe_ep_size`` their number. Implausibly slow rows are refused,
-    with all rows of a configuration that has many of them: a wider expert takes at least as long; a narrower one takes
-    at least its share of that time, or half of its share, since its weights may fit in L2.
-    """
+    """Return columns of experts, timed together on one device with the movement of tokens, without the router. Rows
+    that are implausibly slow are refused, with all rows of a configuration that has many of them: a wider expert takes
+    at least as long, a narrower one at least its share of that time, or half of it, since its weights may fit in L2."""
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     m, k, inner, active, experts, tensor, parallel = (np.asarray(table[name], dtype=np.float64) for name in names)
     known, which = np.unique(np.asarray(table["distribution"]).astype(str), return_inverse=True)
@@ -334,7 +320,6 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
 
 
 def _grouped(rows: Array, *keys: Any) -> list[Array]:
-    """Return rows in groups of equal keys; each key is a column of the file."""
     groups = defaultdict(list)
     for row in rows.tolist():
         groups[tuple(key[row] for key in keys)].append(row)
@@ -351,10 +336,8 @@ MOST = 0.65  # share of a row's time above which the conversion leaves too littl
 
 def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float) -> FloatArray:
     """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
-
     Without conversion, a narrow product takes a ``share`` of the time of the product in 16 bits, after the same launch.
-    The additional time of few tokens at large k is the main loop of one tile, not the conversion.
-    """
+    The additional time of few tokens at large k is the main loop of one tile, not the conversion."""
     out = np.full(len(seconds), np.nan)
     few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
     in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
@@ -382,7 +365,6 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
 
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
-    """Subtract the conversion of activations from the times of narrow products, where other rows determine it."""
     m, n, k, seconds = (columns[name] for name in ("m", "n", "k", "seconds"))
     valid = np.isfinite(m) & np.isfinite(n) & np.isfinite(k) & (seconds > 0) & (np.minimum(m, np.minimum(n, k)) >= 1)
     bytes_ = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
@@ -420,7 +402,6 @@ _KERNELS: Mapping[str, tuple[str, str, float, float]] = {  # op -> operator, rol
     "final_layernorm": ("elementwise", "final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
     "rotary_emb": ("elementwise", "rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
 }
-_UNREAD = {"attn_prefill_noncausal": "attention without a causal mask is not modelled"}
 # fmt: on
 
 
@@ -433,7 +414,7 @@ def read_measured(table: RawColumns, digest: str) -> Draft:
     columns |= {name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table}
     columns.setdefault("m", np.full(size, np.nan))
     for name in np.unique(op[~np.isin(op, [*_KERNELS])]).tolist():
-        screen.refuse(op == name, f"{name}: {_UNREAD.get(name, 'unknown operator')}")
+        screen.refuse(op == name, f"{name}: operator is not modelled")
     kinds, roles, reads, writes = zip(*(_KERNELS.get(name, ("gemm", "", 0.0, 0.0)) for name in op.tolist()))
     columns["operator"] = np.array(kinds, dtype=object)
     columns["role"] = np.array([float(ROLES.index(role)) if role else -1.0 for role in roles])
@@ -507,7 +488,7 @@ def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], devi
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:
-    """Return each text's name in this program, or ``bf16``; rows of other names are refused."""
+    """Return names of this program; ``bf16`` for rows of other names, which are refused."""
     return np.array([names.get(value, "bf16") for value in text.tolist()], dtype=object)
 
 
@@ -516,7 +497,6 @@ def _texts(column: Array) -> Array:
 
 
 def _number(column: Array) -> Array:
-    """Return a column as float64, NaN for other values."""
     if column.dtype.kind in "iufb":
         return column.astype(np.float64)
     return np.array([_float(value) for value in column.tolist()], dtype=np.float64)
@@ -530,7 +510,6 @@ def _float(value: Any) -> float:
 
 
 def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
-    """Return a column of names; refuse the rows of unknown names and replace them, since every row needs a value."""
     bad = ~np.isin(text.astype(str), choices)
     for value in np.unique(text[bad].astype(str)):
         screen.refuse(text == value, f"{name} {str(value)!r} is unknown")
@@ -538,7 +517,6 @@ def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], othe
 
 
 def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
-    """Return the distinct rows of a text table in order of appearance, and each row's index among them."""
     rows = [tuple(row) for row in keys.tolist()]
     index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return list(index), np.array([index[row] for row in rows], dtype=np.int64)

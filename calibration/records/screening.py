@@ -1,29 +1,34 @@
-"""Check rows: refuse them by reason, check physical limits, join repeated shapes, keep one measuring method."""
+"""Check rows: refuse them by reason, check physical limits, join repeats, keep one method; add exact shapes to
+profiles."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records
+from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators.attention import attention_pairs
+from simulator.operators.gemm import EXACT_NAMES
 
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict
 ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to the megahertz
 # most bytes per clock that an SM reads from L2 (A100: 5120 for 108 SMs; NVIDIA, "A100 Tensor Core GPU Architecture")
 L2_BYTES_PER_CLOCK = 64.0
-
+UNKNOWN_REPEAT = 0.02  # assumed standard deviation of a repeated measurement: smaller drift is not flagged
+_Z90, _Z95 = 1.6449, 1.9600
 
 Refusals = dict[str, list[int]]  # reason -> numbers of the refused rows (1 is the first row of data)
 
 
 def refusal_lines(refusals: Refusals) -> list[str]:
-    """Return one line per reason, with the first three rows: ``2 rows: time is zero (rows 3, 9)``."""
     out = []
     for reason, rows in refusals.items():
         some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
@@ -39,7 +44,6 @@ class Screen:
         self.refusals: Refusals = {}
 
     def refuse(self, bad: Array, reason: str) -> None:
-        """Refuse the rows of a mask over all rows, except rows that are refused already."""
         bad = np.broadcast_to(bad, self.kept.shape) & self.kept
         if bad.any():
             self.kept = self.kept & ~bad
@@ -54,15 +58,12 @@ class Screen:
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    """Return the number of distinct weights that aiconfigurator's collector rotates: enough to fill L2, at most six."""
     return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, 6).astype(np.int32)
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
-
-    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups.
-    """
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row. Attention counts the
+    pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups."""
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
@@ -107,16 +108,12 @@ def peaks(records: Records, hw: HardwareProfile) -> Array:
 
 
 def compute_bound(records: Records, hw: HardwareProfile) -> Array:
-    """Return a mask of the rows that are compute-bound by the datasheet's roofline."""
     flops, weights, others = work(records)
     return np.asarray(flops / peaks(records, hw) > (weights + others) / hw.bandwidth_bytes_per_s)
 
 
 def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return the two physical limits of each time, s: FLOPs at the highest clock, and bytes with a full L2.
-
-    Rotated weights share the L2. Other bytes come at the memory's datasheet bandwidth, and all bytes pass the L2.
-    """
+    """Return the limits of each time, s: FLOPs at the highest clock; bytes with a full L2."""
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
@@ -137,7 +134,7 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """Return a table with the median time of each shape and source, the number of joined rows and of conflicts."""
+    """Return the median time of each shape and source, and the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     rows_of = defaultdict(list)
     for row, shape in enumerate(records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()):
@@ -156,11 +153,8 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
-    """Return the rows without those whose method differs from most rows of their operator and format, with notes.
-
-    The method is how launches were timed and the protocol for CUDA: methods differ by 8 to 12 % for short kernels.
-    Imported tables are not changed.
-    """
+    """Return the rows without those whose method (launches, CUDA protocol) differs from most rows of their operator and
+    format, with notes: methods differ by 8 to 12 % for short kernels. Imported tables are not changed."""
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
     protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[r.source]
     own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
@@ -180,3 +174,65 @@ def _method(protocol: str, launch: int) -> str:
     name = LAUNCHES[launch]
     words = {"graph": "graph replays", "eager": "single launches"}.get(name, f"a method of launches {name!r}")
     return words + (f" (protocol {protocol})" if protocol else "")
+
+
+def repeatability(records: Records) -> float:
+    """Return the standard deviation of the log time of a repeated measurement, from three or more drift checks."""
+    checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
+    group, times = checks.groups(), np.log(checks.seconds)
+    same_shape = [times[group == g] for g in np.unique(group)]
+    deviations = [d for found in same_shape if len(found) >= 3 for d in np.abs(found - np.median(found))]
+    # the median absolute deviation, which one burst of load does not change
+    return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
+
+
+def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
+    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section. A shape
+    that was measured several times has the median, and an interval that contains its times."""
+    r, code = records, DTYPES.index(dtype)
+    cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)
+    exact = r.purpose == PURPOSES.index("exact")
+    rows = r.select(cold_gemm & exact & r.timed & ((r.flags & Flag.THROTTLED) == 0))
+    if not len(rows):
+        return {}
+    again = repeatability(records)
+    # an unknown or infinite interval counts as the limit of drift
+    spreads = np.where(np.isfinite(rows.spread), rows.spread, _Z95 * UNKNOWN_REPEAT)
+    group = rows.groups("n", "k", "m")
+    found = []
+    for g in range(int(group.max()) + 1):
+        at = np.flatnonzero(group == g)
+        times, first = rows.seconds[at], at[0]
+        between = 0.5 * float(np.log(times.max() / times.min()))
+        sigma = math.hypot(float(np.median(spreads[at])) / _Z95, again)
+        shape = rows.m[first], rows.n[first], rows.k[first]
+        found.append((*shape, np.median(times), max(_Z90 * sigma, between)))
+    m, n, k, seconds, halves = map(np.array, zip(*found, strict=True))
+    return dict(zip(EXACT_NAMES, (m, n, k, seconds, halves), strict=True))
+
+
+def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
+    sections = dict(profile.sections)
+    for (operator, dtype), section in profile.sections.items():
+        fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
+        if fitted and (arrays := _allowed(exact_arrays(records, dtype), profile, dtype)):
+            sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**section.arrays, **arrays}))
+    return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
+
+
+def without_exact(profile: HardwareProfile) -> HardwareProfile:
+    sections = dict(profile.sections)
+    for key, section in sections.items():
+        if "exact_m" in section.arrays:
+            others = {name: values for name, values in section.arrays.items() if name not in EXACT_NAMES}
+            sections[key] = replace(section, arrays=MappingProxyType(others))
+    return replace(profile, sections=MappingProxyType(sections))
+
+
+def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> dict[str, Array]:
+    """Exclude times below the datasheet's arithmetic limit at the highest clock, because they are invalid."""
+    if not arrays or dtype not in profile.rates:
+        return {}
+    flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]
+    good = arrays["exact_s"] >= flops / (profile.peak_flop_per_s(dtype) * max(1.0, profile.clock_headroom))
+    return {name: values[good] for name, values in arrays.items()} if good.any() else {}

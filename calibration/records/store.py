@@ -1,8 +1,6 @@
-"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer.
-
-The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is
-dropped and counted. A damaged, repeated or misplaced line and a second header are errors, because no kill causes them.
-"""
+"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer. The first line
+is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is dropped and
+counted. A damaged, repeated or misplaced line is an error, because no kill causes it."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibration.devices.protocol import elementwise_bytes
+from calibration.devices.protocol import Operator, elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
-from calibration.records.timing_table import COUNTS, LAUNCHES, OPERATORS, PURPOSES, Flag, Records, Source, check_texts
-from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
-from simulator.errors import InputError, unknown
+from calibration.records.timing_table import COUNTS, LAUNCHES, PURPOSES, Flag, Records, Source, check_texts
+from simulator.codes import DTYPES, ROLES
+from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target
 
@@ -37,9 +35,7 @@ _RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a 
 
 
 def encode_line(line: Mapping[str, Any]) -> bytes:
-    """Return a mapping as one line with its checksum; ValueError if it is not JSON (NaN, array) or has a ``crc``."""
-    if "crc" in line or not line:
-        raise ValueError("a record needs at least one field, and no field named 'crc'")
+    """Return a mapping as one line with its checksum; ValueError if it is not JSON (NaN, array)."""
     body = json.dumps(dict(line), separators=(",", ":"), allow_nan=False).encode()
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
@@ -82,7 +78,6 @@ class Header:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any], label: str) -> Header:
-        """Return the checked header of a first line; ``label`` names the file in messages."""
         if line.get("prunesim") != "records":
             raise InputError(f"{label}:1: not a store of records")
         if line.get("schema") != SCHEMA_VERSION:
@@ -154,7 +149,6 @@ def parse(content: bytes, label: str) -> Content | None:
 
 
 def read_store(path: str | Path) -> Content:
-    """Read a store, also while another process writes to it; InputError if it is damaged or empty."""
     parsed = parse(read_bounded(path, MOST_STORE_BYTES), str(path))
     if parsed is None:
         raise InputError(f"{path}: holds no records")
@@ -162,10 +156,8 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The only writer of a file of records; it resumes the run of an existing file.
-
-    InputError if another process writes to the file, or if it has records of another device, software or number format.
-    """
+    """The only writer of a file of records; it resumes the run of an existing file. InputError if another process
+    writes to the file, or if it has records of another device, software or number format."""
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
@@ -194,14 +186,11 @@ class Store:
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
-        """All records in the file, those of earlier runs first."""
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk.
-
-        After an OSError (the disk is full) earlier records stay valid, and the store can be used again.
-        """
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
+        earlier records stay valid, and the store can be used again."""
         row = {"run": self.header.run, "time": _now(), **record}
         self._put(encode_line({"line": len(self._rows) + 2, **row}))
         self._rows.append(row)
@@ -233,7 +222,6 @@ class Store:
 
 
 def _open_locked(path: Path) -> int:
-    """Open a file and lock it; InputError at once if another process holds the lock."""
     import fcntl  # missing on Windows, where nothing else here needs it
 
     try:
@@ -255,18 +243,13 @@ _MOST = 2**40  # largest plausible dimension of an operator
 
 
 def content_records(content: Content) -> Records:
-    try:
-        return records_of(content.rows, content.header)
-    except InputError as error:
-        raise InputError(f"{content.label}: {error}" if content.label else str(error)) from None
+    return records_of(content.rows, content.header, f"{content.label}: " if content.label else "")
 
 
-def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time.
-
-    If an operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the
-    first one of the run (after several visits: from the fastest quarter) get ``DRIFT``.
-    """
+def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "") -> Records:
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time. If an
+    operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the first
+    one of the run (after several visits: from the fastest quarter) get ``DRIFT``."""
     timed = {
         number: row
         for number, row in enumerate(rows, 1)
@@ -286,12 +269,12 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header) -> Records:
                 timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-            raise InputError(f"record {number}: not a timing: {reason}") from None
+            raise InputError(f"{place}record {number}: not a timing: {reason}") from None
     return Records.from_rows(timings.values(), [header.source()])
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which readings of a run, taken under load, show the power cap at a clock below the run's highest."""
+    """Return which readings under load show the power cap at a clock below the run's highest."""
     clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
@@ -301,7 +284,7 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Return the blocks whose drift check differs."""
+    """Return the numbers of the drift checks that differ."""
     checks = [row for row in rows if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)]
     if any(row.get("visit") for row in rows):
         times = sorted(row["median_s"] for row in checks)
@@ -343,35 +326,23 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
 
 
 def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a measured operator; ValueError if one is invalid."""
-    kind, role, cold = str(operator["kind"]), str(operator.get("role", "")), bool(operator.get("cold", True))
-    if kind not in OPERATORS:
-        raise unknown("operator", kind, OPERATORS)
-    dtype, density = str(operator.get("dtype", "bf16")), operator.get("density", 1.0)
-    element_bytes = float(DTYPE_BYTES[dtype_code(dtype)])
-    if not (isinstance(density, (int, float)) and 0.0 < density <= 1.0):
-        raise ValueError(f"density: expected a share above 0, up to 1, got {density!r:.60}")
-    shape: dict[str, Any] = {"operator": kind, "dtype": dtype, "density": density}
-    shape |= {"cold": cold, "copies": 0 if cold else 1}
     for name in COUNTS:
-        value = operator.get(name)
-        if value is None:
-            continue
+        value = operator.get(name, 0)
         if type(value) is not int or not 0 <= value <= _MOST:
             raise ValueError(f"{name}: expected a whole number from 0 to {_MOST}, got {value!r:.60}")
-        shape[name] = value
-    if role in ROLES:
-        shape["role"] = role
-    if kind.startswith("launch") and role == "gemm":
+    op = Operator.from_record(operator)
+    names = {*COUNTS, "density", "cold", *(["role"] if op.role in ROLES else [])}
+    shape = {name: value for name, value in vars(op).items() if name in names}
+    shape |= {"operator": op.kind, "dtype": op.dtype, "copies": 0 if op.cold else 1}
+    if op.kind.startswith("launch") and op.role == "gemm":
         shape |= {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
-    if kind == "elementwise":
-        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(role, shape["m"], shape["n"], element_bytes)
-    if kind == "copy":
-        shape["read_bytes"] = shape["write_bytes"] = float(shape["n"])
+    if op.kind == "elementwise":
+        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(op.role, op.m, op.n, op.element_bytes)
+    if op.kind == "copy":
+        shape["read_bytes"] = shape["write_bytes"] = float(op.n)
     return shape
 
 
 def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the operators without a time, by status and reason."""
     left = (row for row in rows if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None)
     return dict(Counter(": ".join(str(row[name]) for name in ("status", "reason") if row.get(name)) for row in left))

@@ -1,8 +1,5 @@
-"""Measured times as a table: one row per timing, and the sources of the rows.
-
-In a Parquet file, constant columns become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take
-150 kB.
-"""
+"""Measured times as a table: one row per timing, and the sources of the rows. In a Parquet file, constant columns
+become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take 150 kB."""
 
 from __future__ import annotations
 
@@ -42,20 +39,16 @@ PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # im
 
 
 class Flag(IntFlag):
-    """Defects of a row that is kept."""
-
     NOISY = 1  # the interval of the median missed its target within the time limit
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
     CONFLICT = 8  # several timings of this shape differ; the row has their median
     POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
-    WAITED = 32  # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
+    WAITED = 32  # a CPU's process waited for a CPU, which other processes used
 
 
 @dataclass(frozen=True)
 class Source:
-    """Origin of rows: facts that many rows share."""
-
     device: str  # the hardware as it names itself
     stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
     kernel: str = ""  # the implementation, where the source names it
@@ -94,8 +87,6 @@ def check_texts(data: Mapping[str, Any], place: str = "") -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Records(Table):
-    """Timings as columns of equal length: what was timed, then the time and its quality."""
-
     operator: Array = column(np.int8, 0)
     # index into ROLES; -1 where the operator has no role, and for all products of experts together
     role: Array = column(np.int16, -1)
@@ -151,7 +142,6 @@ class Records(Table):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Return names as codes; ValueError for numbers that the column's type cannot hold."""
         given = super().coerced(name, values)
         if given.dtype.kind not in "biuf":
             raise ValueError(f"records column {name}: expected numbers, got {given.dtype}")
@@ -173,7 +163,6 @@ class Records(Table):
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
-        """Join the rows of several tables; equal sources are kept once."""
         sources: list[Source] = []
         recoded = [cls.from_columns([])]  # without parts, the result is an empty table
         for part in parts:
@@ -200,7 +189,7 @@ class Records(Table):
         return np.asarray(np.isfinite(self.seconds) & (self.seconds > 0))
 
     def place(self, row: int) -> str:
-        """Return ``file:line`` of a row as far as it is known, then operator, number format and dimensions."""
+        """Return ``file:line`` of a row as far as it is known, then its shape."""
         operator, line = OPERATORS[self.operator[row]], int(self.line[row])
         file = self.sources[self.source[row]].file
         sizes = (f"{name}={getattr(self, name)[row]}" for name in NEEDED[operator] if name in COUNTS)
@@ -228,7 +217,6 @@ class Records(Table):
         return np.asarray(inverse, dtype=np.int64).reshape(-1)
 
     def digest(self) -> str:
-        """Return the SHA-256 of columns and sources; equal tables have equal digests."""
         sha = hashlib.sha256(json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode())
         for name in self.SCHEMA:
             if name != "line" and (name not in LATER or getattr(self, name).any()):
@@ -251,10 +239,8 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 
 
 def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
-    """Return a table as the bytes of a Parquet file.
-
-    ``extra`` is JSON-ready metadata; ``single`` stores times as float32, whose rounding is below the noise of clocks.
-    """
+    """Return a table as the bytes of a Parquet file. ``extra`` is JSON-ready metadata; ``single`` stores times as
+    float32, whose rounding is below the noise of clocks."""
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -279,7 +265,6 @@ def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, s
 
 
 def read_records(path: str | Path | bytes) -> Records:
-    """Read a table of :func:`write_records` from a path or from its bytes."""
     label, content = ("table", path) if isinstance(path, bytes) else (str(path), read_bounded(path))
     records = records_of_parquet(read_parquet(content, label), label)
     if records is None:
@@ -288,7 +273,7 @@ def read_records(path: str | Path | bytes) -> Records:
 
 
 def records_of_parquet(table: Any, label: str) -> Records | None:
-    """Return the records of a pyarrow table, None for a table by another program; ``label`` names its file."""
+    """Return the records of a pyarrow table, None for a table by another program."""
     if _KEY not in (table.schema.metadata or {}):
         return None
     try:
@@ -297,13 +282,9 @@ def records_of_parquet(table: Any, label: str) -> Records | None:
             raise InputError(f"expected schema {SCHEMA_VERSION}, got {head['schema']!r:.40}")
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
-        found = Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
+        return Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
     except (*_DAMAGE, load_pyarrow()[0].ArrowException) as error:
         raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
-    # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
-    of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[found.source]
-    old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
-    return found.replace(flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags))
 
 
 def _narrow(values: Array) -> type:

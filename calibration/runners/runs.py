@@ -20,12 +20,19 @@ from calibration.evidence.validate import Report, disturbed_share, validate
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, check_budget, in_order, next_rows, probe
+from calibration.measure.plan import (
+    SHARES,
+    MeasurementPlan,
+    Rates,
+    base_plan,
+    host_operators,
+    in_order,
+    next_rows,
+    probe,
+)
 from calibration.measure.run import Outcome, run
-from calibration.measure.shapes import host_operators
 from calibration.measure.timing import Protocol, default_protocol, default_visits
-from calibration.records.exact_shapes import without_exact
-from calibration.records.screening import one_method
+from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
@@ -92,7 +99,8 @@ def begin(
 ) -> tuple[Path, Header]:
     """Return the file of a run's records and its header, with versions of ``software`` beside those of the device."""
     file = check_folder(folder) / name
-    check_budget(budget_s)
+    if not (isinstance(budget_s, int | float) and budget_s > 0):
+        raise InputError(f"budget: expected a time above zero, got {budget_s!r}")
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
         raise InputError(f"--dtype {dtype}: not supported by device {device.name}; supported: {known}")
@@ -200,7 +208,7 @@ def measure_host(
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
     """Measure the host time of this machine, to update the profile of the options."""
-    dtype, budget_s = options.dtype, min(check_budget(options.budget_s), HOST_BUDGET_S)
+    dtype, budget_s = options.dtype, min(options.budget_s, HOST_BUDGET_S)
     options = replace(options, budget_s=budget_s)
     file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)

@@ -18,7 +18,7 @@ from calibration.devices.protocol import Device, Operator
 from calibration.evidence.scoring import errors
 from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.timing import Protocol, default_visits
-from calibration.records.exact_shapes import without_exact
+from calibration.records.screening import without_exact
 from calibration.records.store import content_records, read_store
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup

@@ -164,7 +164,7 @@ class MeasuredShapes:
 def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:
     """Return the measured shapes of a section's arrays, None without any; ValueError where they cannot be looked up.
     ``exact_m``, ``exact_n``, ``exact_k``; ``exact_s``: seconds, cold weights, plain dense kernel; ``exact_log_half``:
-    log half-width of the 90 % interval. ``calibration.records.exact_shapes`` makes them from records."""
+    log half-width of the 90 % interval. ``calibration.records.screening`` makes them from records."""
     if "exact_m" not in arrays:
         return None
     check_exact(arrays)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faulty_device import Faults, FaultyDevice
 
 from calibration.cli.calibrate import seconds
 from calibration.devices.protocol import LAYER_LAUNCHES, Description
-from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
 from calibration.measure.run import Interrupted
@@ -33,9 +34,11 @@ H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", 
 CPU = Description("cpu", "Some CPU (4 threads)", {"torch": "2.9", "threads": "4"}, 8e9, 32e6)
 
 
-def device(description: Description = H100, launch_s: float = 3e-6, **options: Any) -> ReplayDevice:
+def device(
+    description: Description = H100, launch_s: float = 3e-6, made: type[ReplayDevice] = ReplayDevice, **options: Any
+) -> ReplayDevice:
     timings = roofline_timings(6e14, 2.6e12, launch_s)
-    return ReplayDevice(timings, noise=0.004, description=description, setup_s=0.02, **options)
+    return made(timings, noise=0.004, description=description, setup_s=0.02, **options)
 
 
 pytestmark = pytest.mark.usefixtures("three_folds")
@@ -220,7 +223,7 @@ def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
 
 
 def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
-    planted.append(device(faults=Faults(lost_at=40)))
+    planted.append(device(made=FaultyDevice, faults=Faults(lost_at=40)))
     out, err = cli("calibrate cuda -o run --measure-only --budget 60s --json", 1)
     assert "device lost" in err
     (second,) = cli.json("calibrate cuda -o run --measure-only --budget 60s")

@@ -1,4 +1,4 @@
-"""The device protocol's names, and the replayed device: planted values, recorded values, planted faults."""
+"""The device protocol's names, and the replayed device: planted values and faults."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_device import Faults, FaultyDevice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device
-from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
-from calibration.measure.plan import Rates, in_order
-from calibration.measure.run import run
+from calibration.devices import DeviceLost, Operator, OutOfMemory, open_device
+from calibration.devices.replay import ReplayDevice, roofline_timings
 from simulator.errors import InputError
 
 pytestmark = pytest.mark.quick
@@ -86,8 +85,8 @@ def test_work_of_operators_by_hand() -> None:
         ("cdua", "did you mean cuda"),
         pytest.param("cpu:1", "unknown", marks=needs_torch),
         pytest.param("cuda:x", "whole number", marks=needs_torch),
-        ("replay", "replay:FILE"),
-        ("replay:/no/such/file", "No such file"),
+        ("replay", "expected replay:planted"),
+        ("replay:records.jsonl", "to fit recorded times, use prunesim fit"),
         ("telemetry", "unknown"),  # a module that is no device
         pytest.param("triton_kernels", "unknown", marks=needs_torch),  # nor where Triton is missing
         ("../x", "unknown"),
@@ -131,7 +130,7 @@ def test_the_same_seed_replays_the_same_samples_in_simulated_time() -> None:
 
 
 def test_faults_are_where_they_were_planted() -> None:
-    device = ReplayDevice(lambda op: 1e-3, faults=Faults(throttle={1}, nan={2}, out_of_memory_bytes=1e7, lost_at=4))
+    device = FaultyDevice(lambda op: 1e-3, faults=Faults(throttle={1}, nan={2}, out_of_memory_bytes=1e7, lost_at=4))
     assert device.prepare(GEMM).sample(1) == 1e-3
     assert device.snapshot().throttle == ()
     assert device.prepare(GEMM).sample(1) == pytest.approx(1.6e-3)
@@ -145,26 +144,3 @@ def test_faults_are_where_they_were_planted() -> None:
         [prepared.sample(1) for _ in range(3)]
     with pytest.raises(DeviceLost, match="lost before"):  # for good
         device.prepare(GEMM)
-
-
-def test_a_recording_is_played_back(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    plan = in_order([Operator("gemm", m=m, n=64, k=64) for m in (8, 16)], Rates(1e14, 1e12))
-    with path.open("w") as file:
-        file.write('{"device": "a header of some kind"}\n')
-        run(plan, ReplayDevice(noise=0.01), lambda r: file.write(json.dumps(r) + "\n"))
-    device = open_device(f"replay:{path}")
-    recorded = {r["key"]: r["median_s"] for line in path.read_text().splitlines() if "key" in (r := json.loads(line))}
-    op = Operator("gemm", m=8, n=64, k=64)
-    assert device.prepare(op).sample(3) == recorded[op.key]
-    assert device.refuses(op) == ""
-    with pytest.raises(Unsupported, match="no recording of gemm bf16 cold m=9"):
-        device.prepare(Operator("gemm", m=9, n=64, k=64))
-
-
-def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    for text, message in (("{", ":1: not a JSON record"), ("", "no measurement"), ("[1]\n{}", "no measurement")):
-        path.write_text(text)
-        with pytest.raises(InputError, match=message):
-            open_device(f"replay:{path}")

@@ -13,9 +13,17 @@ F = torch.nn.functional
 from pretended_cuda import CPU, PLACE, kernels  # noqa: E402
 
 from calibration.devices import Operator, operators  # noqa: E402
-from calibration.devices.operators import PATTERNS, Arena, Launches, build, group_masks, random_tensor  # noqa: E402
+from calibration.devices.operators import (  # noqa: E402  # noqa: E402
+    PATTERNS,
+    Arena,
+    Launches,
+    build,
+    group_masks,
+    in_triton,
+    random_tensor,
+    triton_needs,
+)
 from calibration.devices.protocol import NORMS  # noqa: E402
-from calibration.devices.skipping import in_triton, triton_needs  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -182,13 +190,13 @@ def test_triton_needs_a_c_compiler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     kernels()
     for name in ("TRITON_INTERPRET", "CC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("calibration.devices.skipping.which", lambda name: None)
+    monkeypatch.setattr("calibration.devices.operators.which", lambda name: None)
     assert triton_needs() == "a C compiler (gcc or clang, or CC) for Triton's launcher"
     assert not in_triton("cuda:0")
     monkeypatch.setenv("CC", "cc")
     assert in_triton("cuda:0")
     monkeypatch.delenv("CC")
-    monkeypatch.setattr("calibration.devices.skipping.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr("calibration.devices.operators.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     assert in_triton("cuda:0")
-    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: None)
+    monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: None)
     assert triton_needs() == "Triton (extra kernels)"

@@ -90,19 +90,9 @@ def test_fit_beats_its_analytical_model_on_a_smooth_distortion_and_its_intervals
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seconds": np.full(30, np.nan)}, "30 of 30"),
-        ({"seconds": np.r_[0.0, np.ones(29)]}, "1 of 30"),
-        ({"m": np.zeros(30)}, "sizes from 1"),
-        (dict.fromkeys(("m", "n", "k", "seconds"), np.ones(5)), "at least 20 shapes, got 5"),
-    ],
-)
-def test_bad_arrays_are_refused_with_counts(change: dict[str, np.ndarray], message: str) -> None:
-    good = {"m": np.ones(30), "n": np.full(30, 64.0), "k": np.full(30, 64.0), "seconds": np.full(30, 1e-5)}
-    with pytest.raises(ValueError, match=message):
-        fit_gemm(products(**{**good, **change}, machine=MACHINE), HW)
+def test_few_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 20 shapes, got 5"):
+        fit_gemm(products(*np.ones((4, 5)), machine=MACHINE), HW)
 
 
 @pytest.mark.quick

@@ -10,9 +10,8 @@ import pytest
 from operator_times import elementwise_time
 
 from calibration.evidence.validate import markdown, validate
-from calibration.fit.kernels import fit_sparse24
 from calibration.fit.predict import predict
-from calibration.fit.profile import ProfileFit, fit_profile
+from calibration.fit.profile import ProfileFit, fit_profile, fit_sparse24
 from calibration.measurements import published
 from calibration.records.timing_table import Records, Source
 from simulator.errors import InputError

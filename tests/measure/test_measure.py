@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytest
+from faulty_device import Faults, FaultyDevice
 from planted import SHAPES, go, items, plan_of
 
 from calibration.devices.protocol import Operator
-from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN, Snapshot
 from calibration.measure.plan import DRIFT_CHECK
 from calibration.records.store import Header, records_of
@@ -27,9 +28,9 @@ def _truth(record: Mapping[str, Any]) -> float:
 class Slowed(ReplayDevice):
     """A machine that others slow down by 40 % for 0.4 simulated seconds in every one."""
 
-    def play(self, operator: Operator, number: int, sample: int, loops: int) -> float:
+    def play(self, operator: Operator, loops: int) -> float:
         slow = 1.4 if self.clock() % 1.0 > 0.6 else 1.0
-        return slow * super().play(operator, number, sample, loops)
+        return slow * super().play(operator, loops)
 
 
 def _worst(kept: list[dict[str, Any]]) -> tuple[int, float]:
@@ -78,7 +79,7 @@ def test_a_quiet_device_is_measured_in_full() -> None:
 
 
 def test_throttled_measurements_are_counted_and_repeated() -> None:
-    outcome, kept = go(ReplayDevice(faults=Faults(throttle={3, 4, 9})))
+    outcome, kept = go(FaultyDevice(faults=Faults(throttle={3, 4, 9})))
     c = outcome.counts
     assert (c.repeated, c.throttled, c.ok) == (3, 0, ALL)
     assert c.throttled_samples > 0
@@ -90,7 +91,7 @@ def test_throttled_measurements_are_counted_and_repeated() -> None:
 
 
 def test_throttling_that_does_not_end_is_flagged_and_the_run_goes_on() -> None:
-    outcome, kept = go(ReplayDevice(faults=Faults(throttle=range(5, 8))))
+    outcome, kept = go(FaultyDevice(faults=Faults(throttle=range(5, 8))))
     assert (outcome.counts.throttled, outcome.counts.timed) == (1, ALL)
     (record,) = [r for r in kept if r["status"] == "throttled"]
     assert record["attempts"] == 3
@@ -101,13 +102,13 @@ def test_throttling_that_does_not_end_is_flagged_and_the_run_goes_on() -> None:
 @pytest.mark.parametrize(
     ("faults", "status", "count", "reason"),
     [
-        (Faults(noisy={2, 7}, noise=0.5), "noisy", 2, "median known to"),
+        (Faults(noisy={2, 7}), "noisy", 2, "median known to"),
         (Faults(nan={2, 6}), "refused", 2, "nan"),
         (Faults(out_of_memory_bytes=18e6), "skipped", 5, "out of memory"),
     ],
 )
 def test_faults_are_flagged_with_their_reason(faults: Faults, status: str, count: int, reason: str) -> None:
-    outcome, kept = go(ReplayDevice(noise=0.001, faults=faults))
+    outcome, kept = go(FaultyDevice(noise=0.001, faults=faults))
     flagged = [r for r in items(kept) if r["status"] == status]
     assert getattr(outcome.counts, status) == len(flagged) == count
     assert outcome.counts.ok == ALL - count
@@ -116,7 +117,7 @@ def test_faults_are_flagged_with_their_reason(faults: Faults, status: str, count
 
 @pytest.mark.parametrize(("drift_per_s", "drifted"), [(0.02, 2), (1e-4, 0)])
 def test_clock_drift_above_the_limit_is_flagged_by_the_drift_check(drift_per_s: float, drifted: int) -> None:
-    outcome, kept = go(ReplayDevice(faults=Faults(drift_per_s=drift_per_s)))
+    outcome, kept = go(FaultyDevice(faults=Faults(drift_per_s=drift_per_s)))
     first, *later = [r["drift"] for r in kept if r["purpose"] == DRIFT_CHECK]
     assert first == 0.0 < min(later)
     assert (max(later) > 0.02) == (drifted > 0)
@@ -125,19 +126,19 @@ def test_clock_drift_above_the_limit_is_flagged_by_the_drift_check(drift_per_s: 
 
 
 def test_a_missing_nvml_is_unknown_and_not_fine() -> None:
-    outcome, kept = go(ReplayDevice(faults=Faults(nvml=False, throttle={3})))
+    outcome, kept = go(FaultyDevice(faults=Faults(nvml=False, throttle={3})))
     assert all(set(r["before"].values()) == {UNKNOWN} for r in kept)
     assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)  # throttled or not, nobody can tell
 
 
 def test_a_lost_device_stops_the_run_with_the_reason_and_keeps_the_rest() -> None:
-    outcome, kept = go(ReplayDevice(faults=Faults(lost_at=8)))
+    outcome, kept = go(FaultyDevice(faults=Faults(lost_at=8)))
     assert outcome.stopped == "device lost: planted: the device has fallen off the bus"
     assert not outcome.complete
     assert [r["status"] for r in items(kept)] == ["ok"] * 7 + ["failed"]  # a later run does not begin with it
     assert kept[-1]["reason"] == "device lost: planted: the device has fallen off the bus"
     assert (outcome.counts.failed, outcome.counts.left) == (1, ALL - 8)
-    outcome, kept = go(ReplayDevice(faults=Faults(lost_at=0)))  # at the first drift check
+    outcome, kept = go(FaultyDevice(faults=Faults(lost_at=0)))  # at the first drift check
     assert outcome.stopped.startswith("device lost: ")
     assert kept == []
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_device import Faults, FaultyDevice
 from planted import PROTOCOL, RATES, SHAPES, go, items, plan_of
 
-from calibration.devices.replay import Faults, ReplayDevice, roofline_timings
+from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.measure.plan import DRIFT_CHECK, base_plan, probe
 from calibration.measure.run import run
 from calibration.records.store import parse, read_store
@@ -34,7 +35,7 @@ def test_the_budget_holds_though_estimates_are_wrong(budget_s: float, factor: fl
 
 
 def test_a_rerun_measures_what_is_missing_and_keeps_the_reference() -> None:
-    _, first = go(ReplayDevice(faults=Faults(lost_at=12)))
+    _, first = go(FaultyDevice(faults=Faults(lost_at=12)))
     slower = ReplayDevice(lambda op: 1.1 * roofline_timings()(op))
     outcome, second = go(slower, previous=first)
     assert outcome.counts.resumed == 12  # with the operator that lost the device
@@ -47,7 +48,7 @@ def test_a_rerun_measures_what_is_missing_and_keeps_the_reference() -> None:
 
 @pytest.mark.parametrize("faults", [Faults(), Faults(nan={2}, out_of_memory_bytes=1e7)])
 def test_a_finished_run_does_nothing_when_run_again(faults: Faults) -> None:
-    _, first = go(ReplayDevice(faults=faults))
+    _, first = go(FaultyDevice(faults=faults))
     outcome, second = go(ReplayDevice(), previous=first)  # skipped and refused shapes are not tried again
     assert second == []
     assert (outcome.counts.resumed, outcome.stopped) == (ALL, "")
@@ -106,7 +107,7 @@ with Store(sys.argv[1], Header("planted")) as store:
 def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_path: Path) -> None:
     path, acknowledged, rng = tmp_path / "records.jsonl", set[str](), random.Random(7)
     here = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1])))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, *here.parents[:2])))}
     for last in [False] * 8 + [True]:
         command = [sys.executable, "-c", VICTIM, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as victim:
@@ -136,7 +137,7 @@ def test_the_probe_finds_planted_rates() -> None:
 
 
 def test_the_probe_takes_what_fits_a_small_device_and_little_time_of_a_slow_one() -> None:
-    small = ReplayDevice(lambda op: 1e-5 + op.flops / 1e13, faults=Faults(out_of_memory_bytes=2e6))
+    small = FaultyDevice(lambda op: 1e-5 + op.flops / 1e13, faults=Faults(out_of_memory_bytes=2e6))
     assert probe(small, "bf16").flop_per_s > 0
     slow = ReplayDevice(lambda op: 1e-5 + op.flops / 1e9)
     assert probe(slow, "bf16").flop_per_s == pytest.approx(1e9, rel=0.01)

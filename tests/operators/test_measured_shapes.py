@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.records.exact_shapes import UNKNOWN_REPEAT, exact_arrays, with_exact, without_exact
+from calibration.records.screening import UNKNOWN_REPEAT, exact_arrays, with_exact, without_exact
 from calibration.records.timing_table import Flag, Records, Source
 from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware

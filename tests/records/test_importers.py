@@ -158,10 +158,9 @@ def test_a_file_may_mix_number_formats(path: Path) -> None:
     assert set(import_table(path, hw=H100).records.labels()) == {"bf16", "fp8", "int8_wo"}
 
 
-def test_few_rows_and_a_missing_datasheet_are_said(path: Path) -> None:
+def test_a_missing_datasheet_is_noted(path: Path) -> None:
     csv(path, "m,n,k,latency_us,comment\n" + "".join(f"{m},64,64,5,x\n" for m in range(1, 11)))
     notes = import_table(path).notes
-    assert any("only 10 usable rows: too few for a fit" in note for note in notes)
     assert any("not checked against a roofline" in note for note in notes)
     assert "columns not used: comment" in notes
 
@@ -358,7 +357,7 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     assert not gemm.records.copies.any()
     attention = import_table(shared_data / "rtx4090_attention.csv", hw=hw)
     refused = {
-        "attn_prefill_noncausal: attention without a causal mask is not modelled": 1,
+        "attn_prefill_noncausal: operator is not modelled": 1,
         "faster than memory, L2 or link allow": 1,  # one sequence of 16,384 keys, partly from L2
     }
     assert (len(attention.records), counts(attention)) == (97, refused)

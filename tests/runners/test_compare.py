@@ -294,7 +294,7 @@ def test_the_command_runs_texts(tiny: Path, tmp_path: Path, planted: list[str], 
 BAD = {
     "--budget 0": "above zero",
     "--budget soon": "2min",
-    "--device replay": "replay:FILE",
+    "--device replay": "replay:planted",
     "--device cdua": "did you mean cuda",
     "--family dept": "did you mean depth",
     "--family semi_structured --sparsity 0.25": "expected 0.5, as 2:4 removes half",
@@ -320,12 +320,12 @@ def test_bad_input_is_one_line(tiny: Path, tmp_path: Path, command: str, change:
 
 def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_decoder(CONFIG, dtype="fp32")
-    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
+    monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: True)
     executor = timing.Executor(_device(), ModelRun(CONFIG, "fp32"))
     for family in DYNAMIC:
         pruned = prune_decoder(made, family, 0.5)
         assert executor._runtime(pruned) == "eager"
         assert executor._runtime(replace(pruned, device="cuda:0")) == "cuda_graph"
-    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: None)
+    monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: None)
     runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC}
     assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {f for f in DYNAMIC if DYNAMIC[f].skips}

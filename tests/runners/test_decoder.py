@@ -370,8 +370,8 @@ class OnDevice(TorchDispatchMode):  # type: ignore[misc]
 @pytest.mark.parametrize("family", ["", *DYNAMIC])
 def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes in a CUDA graph must not depend on data; meta tensors have no data."""
-    monkeypatch.setattr("calibration.devices.skipping.kernels", lambda: Launched)
-    monkeypatch.setattr("calibration.devices.skipping.find_spec", lambda name: True)
+    monkeypatch.setattr("calibration.devices.operators.kernels", lambda: Launched)
+    monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: True)
     monkeypatch.setattr("calibration.devices.attention._attend", lambda q, *_, **__: torch.empty_like(q))
     made = random_decoder(CONFIG, dtype="fp32")
     pruned = prune_decoder(made, family, 0.5) if family else made

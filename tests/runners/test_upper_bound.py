@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, cases_of, profile_of
@@ -138,21 +136,8 @@ def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_
         profile_of(tmp_path / "run", device, "int4")
 
 
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Times of all operators that the command measures for one small model."""
-    planted = roofline_timings()
-    squares = [(s, s, s) for s in (256, 512, 1024, 2048, 4096)]
-    anchors = [(s // 2, s, s) for s in (4096, 2048, 1024, 512)]
-    ops = [Operator("gemm", m=m, n=n, k=k) for m, n, k in dict.fromkeys([*squares, *anchors])]
-    ops += [operator_of(shape, "bf16") for shape in shapes_of(_cases())]
-    file = tmp_path_factory.mktemp("recording") / "device.jsonl"
-    file.write_text("".join(json.dumps({"operator": vars(op), "median_s": planted(op)}) + "\n" for op in ops))
-    return file
-
-
-def test_the_command_prints_a_table_or_json_and_writes_a_file(recording: Path, tmp_path: Path, cli: Any) -> None:
-    line = f"upper-bound {MODEL} --device replay:{recording} -o {tmp_path / 'run'} --hardware a100 --seq 128"
+def test_the_command_prints_a_table_or_json_and_writes_a_file(tmp_path: Path, cli: Any) -> None:
+    line = f"upper-bound {MODEL} --device replay:planted -o {tmp_path / 'run'} --hardware a100 --seq 128"
     out = cli.out(f"{line} --sparsity 0.5 --family depth,width --budget 1min")
     table = out.partition("\n\n")[2].splitlines()
     assert [line.split()[:4] for line in table if line.startswith(("depth", "width"))] == [

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from calibration.devices import attention, skipping
+from calibration.devices import attention
+from calibration.devices import operators as skipping
 from calibration.devices.attention import block_sparse_attention, decode_attention, masked_attention
 from calibration.devices.operators import gated, sparse_weight
 from calibration.devices.protocol import Unsupported

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from calibration.devices import skipping
+from calibration.devices import operators as skipping
 from calibration.devices.attention import decode_attention, prefill_attention
 from calibration.devices.operators import TORCH_DTYPE, gated, linear, rms_norm, rotary, rotary_tables
 from simulator.errors import InputError

@@ -1,0 +1,66 @@
+"""A planted device with planted faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory
+from calibration.devices.replay import ReplayDevice
+from calibration.devices.telemetry import Snapshot
+
+_SLOWDOWN = 1.6  # factor on times under throttling
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Faults to plant. Numbers count the calls of ``prepare`` from 0, including drift checks and repeats."""
+
+    throttle: Collection[int] = ()  # preparations with thermal throttling: slower, and reported by the telemetry
+    noisy: Collection[int] = ()  # preparations with a relative standard deviation of 0.5
+    nan: Collection[int] = ()  # preparations whose third sample is not a number
+    out_of_memory_bytes: float = math.inf  # operators with a larger footprint run out of memory
+    lost_at: int | None = None  # preparation during which the device stops to respond, permanently
+    drift_per_s: float = 0.0  # relative slowdown per second of simulated time
+    nvml: bool = True  # whether telemetry works; otherwise every reading is "unknown"
+
+
+@dataclass(eq=False)
+class FaultyDevice(ReplayDevice):
+    faults: Faults = field(default_factory=Faults, kw_only=True)
+    samples: int = field(default=0, kw_only=True)  # of the last preparation
+    lost: bool = field(default=False, kw_only=True)
+
+    @property
+    def number(self) -> int:
+        """Number of the last preparation."""
+        return len(self.prepared) - 1
+
+    def prepare(self, operator: Operator) -> Any:
+        if self.lost:
+            raise DeviceLost("the device was lost before")
+        self.samples = 0
+        prepared = super().prepare(operator)
+        if operator.footprint_bytes > self.faults.out_of_memory_bytes:
+            raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes requested")
+        return prepared
+
+    def play(self, operator: Operator, loops: int) -> float:
+        f = self.faults
+        self.samples += 1
+        self.lost |= f.lost_at is not None and self.number >= f.lost_at and self.samples > 2
+        if self.lost:
+            raise DeviceLost("planted: the device has fallen off the bus")
+        value = (1.0 + f.drift_per_s * self.clock()) * super().play(operator, loops)
+        value *= _SLOWDOWN if self.number in f.throttle else 1.0
+        value *= math.exp(0.5 * self._rng.standard_normal()) if self.number in f.noisy else 1.0
+        return math.nan if self.number in f.nan and self.samples == 3 else value
+
+    def snapshot(self) -> Snapshot:
+        if not self.faults.nvml:
+            return Snapshot()
+        if self.number in self.faults.throttle:
+            return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, 450.0, 91.0, 1.0, ("hw_thermal_slowdown",))
+        return super().snapshot()
