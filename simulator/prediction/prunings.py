@@ -207,7 +207,7 @@ def prunings_of(
     return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
 
 
-SETTINGS = ("family", "sparsity", "method", "pruned", "prune", "options")
+KEYWORDS = ("family", "sparsity", "method", "pruned", "prune", "options")
 """Keywords that state prunings, see :func:`simulator.table`."""
 
 
@@ -215,13 +215,13 @@ def asked(
     models: Sequence[ModelConfig], settings: Mapping[str, Any]
 ) -> tuple[tuple[Pruning, ...], list[Request], tuple[str, ...]]:
     """Return the prunings and the requests that keywords state, and notes on pruned models that cannot be read."""
-    own = {name: value for name, value in settings.items() if name in SETTINGS and value is not None}
+    own = {name: value for name, value in settings.items() if name in KEYWORDS and value is not None}
     options = own.pop("options", None)
     if not isinstance(options, Mapping | None):
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
     own = {name: listed(name, value) for name, value in own.items()}
     own["pruned"], skipped = readable(own.get("pruned", ()))
-    requests = requests_of(models, {name: value for name, value in settings.items() if name not in SETTINGS})
+    requests = requests_of(models, {name: value for name, value in settings.items() if name not in KEYWORDS})
     return prunings_of(models, **own, options=options), requests, skipped
 
 
