@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from simulator import arguments, codes, display, errors, units
 from simulator.arrays import array, together
 from simulator.errors import InputError
-from simulator.hardware.link import named
+from simulator.hardware.profile import named_link
 from simulator.operators.base import Link
 from simulator.operators.gemm import spmv_bytes
 from simulator.units import EXAMPLES, UNITS, format_quantity, parse_quantity
@@ -50,7 +50,7 @@ CASES: list[tuple[Any, Any]] = [
     (codes.formats_of("int4_wo", ["fp32", "fp16"]), ("fp16", "int4")),
     (spmv_bytes(np.array([1.0, 0.5]), 2.0).round(3).tolist(), [2.5, 1.25]),
     (
-        named("pcie-host", Link("pcie4", 32e9, 1.6e-6, 8), None, "ada", "l40s").text,
+        named_link("pcie-host", Link("pcie4", 32e9, 1.6e-6, 8), None, "ada", "l40s").text,
         "pcie4 through host memory (no peer access)",
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -16,7 +17,6 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, STACKS
 from simulator.display import Displayed, as_plain
 from simulator.errors import InputError, unknown
-from simulator.hardware.link import named
 from simulator.hardware.sections import (
     ANY_DTYPE,
     LocalUpdate,
@@ -27,15 +27,13 @@ from simulator.hardware.sections import (
     section_row,
     unfitted_section,
 )
+from simulator.names import CONNECTIONS, PCIE
 from simulator.operators.attention import DECODE_KERNELS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK, FittedValues, Link, Rate
 from simulator.units import rate, size
 
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
-
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
-
-
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
 _QUANTITIES = ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w")
 
@@ -173,7 +171,6 @@ class HardwareProfile(Displayed):
         return {name: as_plain(value) for name, value in found.items()}
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return one column per fact; a mapping has one column per key."""
         out: dict[str, Any] = {}
         for name, value in self.to_dict().items():
             if isinstance(value, dict):
@@ -210,11 +207,11 @@ class HardwareProfile(Displayed):
     def error_scales(self, section: FittedValues) -> tuple[float, float]:
         """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
         fitted = section.status == "calibrated" and section.stack == (self.stack or self.own_stack)
-        # the user's own calibration of one stack holds for engines that run its kernels, not for others
+        # the user's own calibration of a stack is valid for engines that run the kernels of this stack
         own = bool(self.own_stack) and not self.stack and self.engine_stack in ("", self.own_stack)
         if fitted and (self.same_stack or own) and self.local_update is None:
             return SAME_STACK, section.section_scale
-        # without an engine the section's own stack is meant, also in a copy that the user saved
+        # without an engine, every section counts as one of the engine's stack
         engines = section.status == "calibrated" and section.stack == (self.engine_stack or section.stack) != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
@@ -226,7 +223,7 @@ class HardwareProfile(Displayed):
 
     @property
     def clock_headroom(self) -> float:
-        """Highest clock over boost clock, at least 1: how far a device can exceed its datasheet rate."""
+        """Highest clock over boost clock, at least 1: the largest ratio of a rate to its datasheet rate."""
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
@@ -275,7 +272,7 @@ class HardwareProfile(Displayed):
         return _beyond(self)
 
     def _runs_another(self, section: Section) -> bool:
-        """Return whether the engine has a decode kernel of its own, known to differ from that of a fit."""
+        """Return whether the engine's decode kernel is known to differ from the kernel of a fit."""
         tiles = section.constants.get("tile_rows")
         other = not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
         known = (self.architecture, self.engine_stack) in DECODE_KERNELS
@@ -308,7 +305,7 @@ def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
 
 @lru_cache(maxsize=64)
 def _over(profile: HardwareProfile, name: str) -> HardwareProfile:
-    link = named(name, profile.link, profile.bridge, profile.architecture, profile.name)
+    link = named_link(name, profile.link, profile.bridge, profile.architecture, profile.name)
     if profile.link is not None and replace(profile.link, stated=True) == link:
         return replace(profile, link=link)
 
@@ -325,7 +322,7 @@ def _beyond(profile: HardwareProfile) -> HardwareProfile:
 
 
 def with_section(profile: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
-    """Return a profile with another GEMM section of a number format."""
+    """Return a profile with this GEMM section."""
     return replace(profile, sections={**profile.sections, ("gemm", dtype): section})
 
 
@@ -334,3 +331,57 @@ def _serving(profile: HardwareProfile, stacks: tuple[str, ...]) -> HardwareProfi
     if not (profile.pinned or profile.local_update or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
     return replace(profile, engine_stack=stacks[0])
+
+
+LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})
+"""Rate of a PCIe lane in one direction by generation, B/s, as datasheets round it."""
+
+GENERATIONS: Mapping[str, int] = MappingProxyType({"volta": 3, "turing": 3, "ampere": 4, "ada": 4})
+"""PCIe generation of GPUs by architecture; 5 for all others."""
+
+PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
+"""Time of a message step over PCIe, s. With peer access: an L40S (NCCL table of aiconfigurator-core 0.12.0). Without:
+a small all-reduce of 42 us and 14 ring steps on eight RTX 4090 (https://github.com/NVIDIA/nccl/issues/1530)."""
+
+
+def named_link(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
+    """Return the connection of a GPU that ``--link`` names (see docs/model.md, Collectives); InputError for NVLink that
+    the GPU does not have. A PCIe name without a generation means the GPU's own, without lanes 16."""
+    if link is not None and name in (link.connection, link.name):
+        return replace(link, stated=True)
+    if bridge is not None and name == "bridge":
+        return replace(_joined(bridge, link, architecture), stated=True)
+    if found := PCIE.fullmatch(name):
+        return replace(_pcie(found, link, architecture), stated=True)
+    if name not in CONNECTIONS:
+        raise unknown("link", name, CONNECTIONS)
+    known = ", ".join(link_choices(link, bridge))
+    raise InputError(f"link {name}: {device} has no such connection; expected one of {known}")
+
+
+def link_choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
+    """Return the names of connections that :func:`named_link` accepts for a GPU, the usual one first."""
+    found = [*([link.connection] if link else []), *(["bridge"] if bridge else []), "pcie", "pcie-host"]
+    return tuple(dict.fromkeys(found))
+
+
+def _joined(bridge: Link, link: Link | None, architecture: str) -> Link:
+    """Return bridges between pairs, with the PCIe link of the GPU beyond."""
+    pcie = link if link and link.family == "pcie" else _pcie(PCIE.fullmatch("pcie"), link, architecture)
+    return replace(bridge, connection="bridge", max_devices=2, beyond=replace(pcie, group=2))
+
+
+def _pcie(name: re.Match[str] | None, link: Link | None, architecture: str) -> Link:
+    parts = name.groupdict() if name else {}
+    generation = int(parts.get("generation") or 0)
+    own = link if link and link.family == "pcie" else None
+    if not generation:
+        generation = int(own.kind[-1]) if own and own.kind[-1].isdigit() else GENERATIONS.get(architecture, 5)
+    lanes, host = int(parts.get("lanes") or 16), bool(parts.get("host"))
+    return Link(
+        f"pcie{generation}",
+        lanes * LANE_BYTES_PER_S[generation],
+        HOST_LATENCY_S if host else PEER_LATENCY_S,
+        link.most_devices if link else 8,
+        "pcie-host" if host else "pcie",
+    )

@@ -63,7 +63,7 @@ QUANTITIES: Mapping[str, tuple[str, Quantity]] = MappingProxyType(
 """Key of the file -> attribute of the profile, and unit with a range that is wide enough to catch only wrong units."""
 
 RATE = Quantity("FLOP/s", 1e8, 1e18)
-"""Arithmetic rate of a number format, with a range as wide."""
+"""Arithmetic rate of a number format."""
 
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
 """Function that reads arrays from a file with a digest, by prefix and names; it raises ValueError."""
@@ -81,8 +81,6 @@ Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSI
 
 @dataclass(eq=False, repr=False)
 class Fact(Generic[T]):
-    """A value of a datasheet."""
-
     value: T
     source: SourceName
     note: Quoted = ""
@@ -142,8 +140,6 @@ class Datasheet:
 
 @dataclass(eq=False, repr=False)
 class ArraysEntry:
-    """Arrays of a section, by the file that has them and its digest."""
-
     file: Annotated[str, _FILE]
     sha256: Annotated[str, _SHA256]
     names: tuple[Annotated[str, _ARRAY], ...]
@@ -187,7 +183,7 @@ class SectionEntry:
     provenance: Provenance
     constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
     arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
-    section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # 1
+    section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # None: 1
     accuracy: Map[Annotated[float, Number(*ACCURACY_RANGE, "0.042")]] = field(default_factory=dict)
 
 
@@ -211,8 +207,6 @@ class UpdateEntry:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ProfileFile:
-    """A profile as its file states it."""
-
     schema_version: Version
     name: Annotated[str, NAME]
     title: Quoted
@@ -297,7 +291,7 @@ def _root(text: str, problems: Problems) -> Node | None:
 
 
 def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> None:
-    """Check the keys of sources, and what several keys must satisfy together."""
+    """Check the keys of sources, and rules about several keys."""
     for short, (node, _) in root.at("sources").entries.items():
         if not _SHORT.fullmatch(short):
             right = "a short name of letters, digits, _ - and . as key"

@@ -18,7 +18,7 @@ from simulator.capacity import MOST_DEVICES, memory
 from simulator.codes import DTYPES, ROLES, Kind, label_of
 from simulator.display import few, with_and
 from simulator.engines.engine import load_engine
-from simulator.hardware.link import choices
+from simulator.hardware.profile import link_choices
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators import BY_CODE, MOST_CODES, TITLES
@@ -689,7 +689,7 @@ def assumed_link(hw: HardwareProfile, w: Workload) -> str:
     spent = _timed(w, hw)[0].seconds * w.count
     if spent[w.kind == Kind.COLLECTIVE].sum() < LINK_SHARE * spent.sum():
         return ""
-    others = " or ".join(choices(hw.link, hw.bridge)[1:])
+    others = " or ".join(link_choices(hw.link, hw.bridge)[1:])
     return f"{hw.label}: its devices are assumed to have {hw.link.text}; for another link, use --link {others}"
 
 
