@@ -31,8 +31,16 @@ from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
-from simulator.hardware.profile import HardwareProfile, with_section
-from simulator.hardware.sections import ACCURACY_RANGE, MOST_STD_ERROR, SCALE_RANGE, Fitted, Provenance, Section
+from simulator.hardware.profile import (
+    ACCURACY_RANGE,
+    MOST_STD_ERROR,
+    SCALE_RANGE,
+    Fitted,
+    HardwareProfile,
+    Provenance,
+    Section,
+    with_section,
+)
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVES, Messages

@@ -15,9 +15,8 @@ from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, preferring
+from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, HardwareProfile, inherited, preferring
 from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_from_text, stack_from_text
-from simulator.hardware.sections import ANY_DTYPE, inherited
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 

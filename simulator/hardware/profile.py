@@ -1,4 +1,4 @@
-"""Describe a device as data: datasheet facts with their sources, and the sections that were fitted on it."""
+"""Describe a device as data: datasheet facts with their sources, fitted sections, and links to other devices."""
 
 from __future__ import annotations
 
@@ -8,29 +8,145 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.arguments import COUNT, Range, number
 from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, STACKS
-from simulator.display import Displayed, as_plain
+from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError, unknown
-from simulator.hardware.sections import (
-    ANY_DTYPE,
-    LocalUpdate,
-    Section,
-    Sections,
-    default_section,
-    inherited,
-    section_row,
-    unfitted_section,
-)
+from simulator.files.fields import BAD, Keyed, Number, Quoted, Text, TreeReader
+from simulator.files.yaml import Node
 from simulator.names import CONNECTIONS, PCIE
+from simulator.operators import CONSTANTS
 from simulator.operators.attention import DECODE_KERNELS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK, FittedValues, Link, Rate
 from simulator.units import rate, size
+
+ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
+"""Operators whose section is the same for all number formats; its dtype is "*"."""
+
+SCALE_RANGE = (0.01, 10.0)  # limits of a section scale
+ACCURACY_RANGE = (-1e9, 1e9)  # limits of an error on held-out shapes
+MOST_STD_ERROR = 1e30  # largest standard error of a constant
+
+
+class _InRange(Number):
+    """The value of a constant of an operator, which the path names."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
+        if found is BAD or known.low <= found <= known.high:
+            return found
+        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {node}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
+
+    value: Annotated[float, _InRange(-1e300, 1e300, "0.81")]
+    std_error: Annotated[float | None, Number(0, MOST_STD_ERROR, "0.01")] = None
+    status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Data that a section was fitted on."""
+
+    source: Quoted
+    digest: Quoted
+    date: Quoted
+    software: Quoted
+    device: Quoted
+    protocol: Quoted
+    rows: Annotated[int, Number(0, 1e12, "400", whole=True)]
+    inherited_from: Quoted = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Section(Displayed):
+    """Fitted values of one operator and number format; ``section["name"]`` is the value of a constant."""
+
+    constants: Mapping[str, Fitted]
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)  # read-only, such as a residual grid
+    # factor on correlated and independent errors with which intervals cover 90 % of the held-out rows of its table
+    section_scale: float = 1.0
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on held-out shapes
+    provenance: Provenance | None = None
+    status: str = "default"  # or "calibrated" or "inherited"
+    stack: str = ""  # software stack of its file; "" for the user's own calibration
+
+    def __getitem__(self, name: str) -> float:
+        return self.constants[name].value
+
+    def _title(self) -> str:
+        return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        return by_column([{"name": name, **as_plain(constant)} for name, constant in self.constants.items()])
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """Rows measured on the user's machine that update the predictions of a whole profile."""
+
+    provenance: Provenance
+    factors: tuple[str, ...]  # names of the error factors, the columns of ``systematic``
+    # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape (rows,), systematic
+    # has (rows, factors), coordinates has (rows, 3)
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+
+
+Sections = Mapping[tuple[str, str], Section]  # by operator and number format
+
+
+def section_row(name: str, operator: str, dtype: str, section: Section) -> dict[str, Any]:
+    """Return a section as plain values, with its origin in a few words."""
+    about, origin = section.provenance, ""
+    if about:
+        other = about.inherited_from.removeprefix(f"{name} {section.stack}")
+        origin = f"as {other}" if other else about.software
+    return {
+        "operator": operator,
+        "dtype": dtype,
+        "stack": section.stack,
+        "status": section.status,
+        "constants": section.constants,
+        "accuracy": section.accuracy,
+        "section_scale": section.section_scale,
+        "rows": about.rows if about else 0,
+        "origin": origin,
+    }
+
+
+@lru_cache(maxsize=64)
+def default_section(operator: str, kind: str) -> Section:
+    if operator not in CONSTANTS:
+        raise unknown("operator", operator, CONSTANTS)
+    values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
+    return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
+
+
+@lru_cache(maxsize=64)
+def unfitted_section(operator: str, kind: str, stack: str) -> Section:
+    """Return the default section, with the known constants of the kernel of a stack."""
+    section = default_section(operator, kind)
+    known = DECODE_KERNELS.get((kind, stack), {}) if operator == "attention_decode" else {}
+    constants = {name: Fitted(value, None, "default") for name, value in known.items()}
+    return replace(section, constants=MappingProxyType({**section.constants, **constants}))
+
+
+@lru_cache(maxsize=64)
+def inherited(section: Section, origin: str) -> Section:
+    provenance = section.provenance
+    if provenance is not None:
+        provenance = replace(provenance, inherited_from=provenance.inherited_from or origin)
+    return replace(section, status="inherited", provenance=provenance)
+
 
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
@@ -268,7 +384,7 @@ class HardwareProfile(Displayed):
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
 
     def beyond(self) -> HardwareProfile:
-        """Return the device with the link beyond the pairs of its bridges."""
+        """Return the device with the link that joins the pairs of its bridges."""
         return _beyond(self)
 
     def _runs_another(self, section: Section) -> bool:
@@ -366,7 +482,7 @@ def link_choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
 
 
 def _joined(bridge: Link, link: Link | None, architecture: str) -> Link:
-    """Return bridges between pairs, with the PCIe link of the GPU beyond."""
+    """Return bridges between pairs, which communicate over the PCIe link of the GPU."""
     pcie = link if link and link.family == "pcie" else _pcie(PCIE.fullmatch("pcie"), link, architecture)
     return replace(bridge, connection="bridge", max_devices=2, beyond=replace(pcie, group=2))
 

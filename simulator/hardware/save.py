@@ -17,8 +17,7 @@ from simulator.files.write import check_target, one_writer, remove_left, write_w
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library, schema
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Sections
+from simulator.hardware.profile import HardwareProfile, Sections
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Link
 

@@ -30,12 +30,13 @@ from simulator.files.fields import (
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
-from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
-from simulator.hardware.sections import (
+from simulator.hardware.profile import (
     ACCURACY_RANGE,
     ANY_DTYPE,
+    ARCHITECTURES,
     SCALE_RANGE,
     Fitted,
+    HardwareProfile,
     LocalUpdate,
     Provenance,
     Section,
