@@ -20,8 +20,8 @@ _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
 def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: str | None = None) -> bytes:
-    """Return all bytes of a file or pipe; errors, for a missing or larger file, a folder or a device, start with
-    ``place``, by default the path."""
+    """Return all bytes of a file or pipe. InputError, which starts with ``place`` (default: the path), for a missing or
+    larger file, a folder or a device."""
     place, raw = f"{path}: " if place is None else place, b""
     try:
         status = os.stat(path)
@@ -45,7 +45,7 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: st
 
 
 def parse_json(content: str | bytes, label: str) -> Any:
-    """Return parsed JSON; InputError for an object that has a key twice, where ``json.loads`` takes the last value."""
+    """Return parsed JSON; InputError for a key given twice, of which ``json.loads`` takes the last value."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def parse_json(content: str | bytes, label: str) -> Any:
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
-    """Return the value of a JSON text in UTF-8, which may have NaN and infinity; limits are checked first."""
+    """Return the value of a JSON text in UTF-8, also with NaN and infinity; limits are checked first."""
     if len(content) > most_bytes:
         raise InputError(f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
     if (many := content.count(b"{") + content.count(b"[")) > MOST_CONTAINERS:
@@ -106,7 +106,7 @@ def read_parquet(content: bytes, label: str) -> Any:
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
-    """Return the fields to read; a repeated value takes few bytes in the file and many in memory."""
+    """Return the fields to read; InputError if they need much memory: a file stores repeated values only once."""
     about = file.metadata
     cells = about.num_rows * max(about.num_columns, 1)
     size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
@@ -125,7 +125,7 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """Return a column of texts as a plain column; a file stores equal texts once, so their size is checked first."""
+    """Return a column of texts without its dictionary of equal texts; the decoded size is checked first."""
     import pyarrow.compute as compute
 
     longest = [compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks]
