@@ -71,7 +71,7 @@ class Result(Displayed):
     sparsity, realised_sparsity : float
         Fraction requested (of an existing pruned model, the share of parameters removed), and after rounding.
     phase : str
-        prefill, decode, generate or serve.
+        Phase of inference: prefill, decode, generate or serve.
     batch, seq : int
         Sequences, and tokens (prefill) or cached positions (decode).
     dtype : str
