@@ -169,7 +169,7 @@ class GemmOptions:
     --------
     >>> from simulator import GemmOptions, gemm_time
     >>> gemm_time(8, 4096, 4096, "a100", options=GemmOptions(detail=True)).details["tile_m"].item()
-    32.0
+    64.0
     """
 
     level: float = 0.9

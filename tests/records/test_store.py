@@ -285,3 +285,14 @@ def test_records_survive_parquet() -> None:
     single = read_records(write_records(records, single=True))
     assert single.seconds == pytest.approx(records.seconds, rel=1e-7)
     assert len(read_records(write_records(records.select(records.m < 0)))) == 0
+
+
+def test_a_cpu_that_waited_and_a_gpu_at_its_power_limit_differ_also_in_files_of_version_0_3() -> None:
+    pytest.importorskip("pyarrow")
+    assert len({flag.value for flag in Flag}) == len(Flag.__members__)
+    sources = [Source("A GPU", {"driver": "580"}), Source("A CPU (2 threads)", {"threads": "2"})]
+    both = Flag.NOISY | Flag.POWER_CAPPED  # 17 in either version
+    records = Records.from_columns(sources, m=[1, 2, 3], n=8, k=8, seconds=1e-6, source=[0, 1, 1], flags=[17, 17, 32])
+    read = read_records(write_records(records))
+    assert read.flags.tolist() == [both, Flag.NOISY | Flag.WAITED, Flag.WAITED]
+    assert read_records(write_records(read)).flags.tolist() == read.flags.tolist()
