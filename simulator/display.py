@@ -28,7 +28,7 @@ class Displayed:
         raise NotImplementedError
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return the columns of the data frame: by default one row of the fields."""
+        """Return the columns of the data frame: here one row of the fields."""
         return {name: [value] for name, value in self.to_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:

@@ -134,19 +134,16 @@ def _unit_problem(symbol: str, unit: str) -> str:
     return f"{unknown}; {hint}"
 
 
-def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
-    """Return an SI number as text with a suitable prefix and ``digits`` significant digits. Without ``digits`` the text
-    is exact: :func:`parse_quantity` returns the same float."""
+def format_quantity(value: float, unit: str) -> str:
+    """Return an SI number as exact text with a suitable prefix: :func:`parse_quantity` returns the same float."""
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
-    if digits is None and unit == "B" and value.is_integer():
+    if unit == "B" and value.is_integer():
         for symbol, power in reversed(_BINARY.items()):  # memories are whole MiB, whose decimal text is long
             whole, rest = divmod(int(value), 1024**power)
             if power > 1 and whole and not rest and abs(whole) < 1_000_000:
                 return f"{whole} {symbol}{unit}"
     exact = Decimal(repr(float(value)))
-    if digits is not None and exact:
-        exact = Context(prec=digits).plus(exact)
     powers = sorted(_DIMENSIONS[unit][0].items(), key=lambda item: item[1])
     fitting = [item for item in powers if abs(exact) >= Decimal(1).scaleb(item[1])]
     prefix, power = (fitting[-1] if fitting else powers[0]) if exact else ("", 0)

@@ -80,7 +80,7 @@ def numbers(version: str) -> tuple[int, ...] | None:
 
 
 def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Generation:
-    """Return the generation of a name, or the newest that is not after a version; InputError for other text."""
+    """Return the generation with a name, or the newest generation up to a version; InputError for other text."""
     if not generations:
         raise InputError(f"engine '{engine}@{wanted}': {engine} has no generations; expected {engine}")
     for generation in generations:
@@ -169,8 +169,6 @@ class Sparse24:
 
 @dataclass(frozen=True)
 class DynamicKernels:
-    """How an engine runs a dynamic pruning family."""
-
     how: String
     source: SourceName
     on: Strings = ()  # architectures with these kernels; none: all
@@ -429,8 +427,8 @@ def check_engine(path: str) -> list[str]:
 
 
 def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: str = "") -> tuple[str, ...]:
-    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`; of an engine whose newest
-    releases have none, the last generation that has."""
+    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`. An engine whose newest
+    releases have no such kernels is replaced by its last generation with them."""
 
     def has(name: str) -> bool:
         return load_engine(name).sparse24_kernels(dtype, weight_dtype or dtype, architecture) is not None

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: st
 
 
 def parse_json(content: str | bytes, label: str) -> Any:
-    """Return parsed JSON; InputError for a key given twice, of which ``json.loads`` takes the last value."""
+    """Return parsed JSON; InputError for an object with equal keys, of which ``json.loads`` takes the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -135,10 +134,9 @@ def _decoded(column: Any, label: str, pa: Any) -> Any:
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
 
 
-def parquet_columns(table: Any, label: str, wanted: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return columns of a pyarrow table (default: all) as NumPy arrays; missing numbers are NaN."""
-    names = [name for name in table.column_names if wanted is None or name in wanted]
+def parquet_columns(table: Any, label: str) -> dict[str, Any]:
+    """Return the columns of a pyarrow table as NumPy arrays; missing numbers are NaN."""
     try:
-        return {name: table.column(name).to_numpy() for name in names}
+        return {name: table.column(name).to_numpy() for name in table.column_names}
     except (load_pyarrow()[0].ArrowException, TypeError, ValueError) as error:
         raise InputError(f"{label}: has a column of a type that cannot be read: {one_line(str(error), 200)}") from None

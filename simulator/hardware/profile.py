@@ -35,7 +35,7 @@ MOST_STD_ERROR = 1e30  # largest standard error of a constant
 
 
 class _InRange(Number):
-    """The value of a constant of an operator, which the path names."""
+    """The value of a constant of an operator; the path names constant and operator."""
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
@@ -333,7 +333,7 @@ class HardwareProfile(Displayed):
 
     @property
     def own_link(self) -> bool:
-        """Whether the user measured collectives over the device's link."""
+        """Whether collectives over the device's link are the user's own measurements."""
         found = self.sections.get(("collective", "*"))
         return found is not None and found.status == "calibrated" and not found.stack
 
@@ -438,7 +438,6 @@ def _beyond(profile: HardwareProfile) -> HardwareProfile:
 
 
 def with_section(profile: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
-    """Return a profile with this GEMM section."""
     return replace(profile, sections={**profile.sections, ("gemm", dtype): section})
 
 

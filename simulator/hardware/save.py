@@ -134,7 +134,6 @@ def _entry(arrays: Arrays, file: str, packed: bytes) -> schema.ArraysEntry:
 
 
 def _stem(path: Path) -> str:
-    """Return the start of the names of a profile's array files."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:80]
     return stem if FILE_NAME.fullmatch(f"{stem}.npz") else f"profile_{stem}"
 

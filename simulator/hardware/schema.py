@@ -163,8 +163,6 @@ class _Arrays(Object):
 
 
 class _Constants(MapOf):
-    """Constants of the operator at a path."""
-
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         return "" if key in CONSTANTS[path[1]] else unknown_key(key, CONSTANTS[path[1]])
 
@@ -224,8 +222,6 @@ class ProfileFile:
 
 @dataclass(eq=False, repr=False)
 class StackFile:
-    """Sections of one stack; facts of the device are in its profile."""
-
     schema_version: Version
     hardware: String
     stack: String
@@ -284,7 +280,7 @@ def _root(text: str, problems: Problems) -> Node | None:
         return None
     version = root.at("schema_version")
     if "schema_version" in root.entries and (version.quoted or version.text != str(SCHEMA_VERSION)):
-        # the only problem reported: another version may have other keys
+        # no further problems are reported: another version may have other keys
         reason = f"expected {SCHEMA_VERSION}, got {version}; this prunesim reads no other version"
         problems.add(version, "schema_version", reason)
         return None
