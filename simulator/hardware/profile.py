@@ -29,9 +29,7 @@ from simulator.units import rate, size
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
-SCALE_RANGE = (0.01, 10.0)  # limits of a section scale
-ACCURACY_RANGE = (-1e9, 1e9)  # limits of an error on held-out shapes
-MOST_STD_ERROR = 1e30  # largest standard error of a constant
+LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}  # lowest, highest value
 
 
 class _InRange(Number):
@@ -49,7 +47,7 @@ class Fitted:
     """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
 
     value: Annotated[float, _InRange(-1e300, 1e300, "0.81")]
-    std_error: Annotated[float | None, Number(0, MOST_STD_ERROR, "0.01")] = None
+    std_error: Annotated[float | None, Number(*LIMITS["std_error"], "0.01")] = None
     status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
 
 

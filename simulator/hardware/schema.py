@@ -31,10 +31,9 @@ from simulator.files.fields import (
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.profile import (
-    ACCURACY_RANGE,
     ANY_DTYPE,
     ARCHITECTURES,
-    SCALE_RANGE,
+    LIMITS,
     Fitted,
     HardwareProfile,
     LocalUpdate,
@@ -182,8 +181,8 @@ class SectionEntry:
     provenance: Provenance
     constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
     arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
-    section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # None: 1
-    accuracy: Map[Annotated[float, Number(*ACCURACY_RANGE, "0.042")]] = field(default_factory=dict)
+    section_scale: Annotated[float | None, Number(*LIMITS["section_scale"], "1.2")] = None  # None: 1
+    accuracy: Map[Annotated[float, Number(*LIMITS["accuracy"], "0.042")]] = field(default_factory=dict)
 
 
 Calibrated = Annotated[
