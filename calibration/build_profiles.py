@@ -29,9 +29,8 @@ from calibration.records.importers import import_table
 from calibration.records.timing_table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware, profiles_folder
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.hardware.save import save_stack
-from simulator.hardware.sections import Fitted, Section
 
 DATE = "2026-11-25"  # date of the fits; the tables have no date
 

@@ -24,7 +24,7 @@ class Range:
     whole: bool = False
 
     def holds(self, values: Any) -> Any:
-        """Return which numbers are within the ends; NaN never is."""
+        """Return which numbers are in the range; NaN is in no range."""
         return (values >= self.low) & (values <= self.high)
 
 
@@ -48,7 +48,7 @@ def number(name: str, value: Any, right: Range) -> float:
 
 
 def whole(value: Any) -> int | None:
-    """Return a whole number as an int; None for other values, also truth values."""
+    """Return a whole number as an int; None for other values, including truth values."""
     try:
         return None if _is_truth(value) else operator.index(value)
     except TypeError:
@@ -56,7 +56,7 @@ def whole(value: Any) -> int | None:
 
 
 def _is_truth(value: Any) -> bool:
-    """Return whether a value is a truth value, of Python or of NumPy, which is not imported here as it takes 0.1 s."""
+    """Return whether a value is a truth value of Python or NumPy; importing NumPy here would take 0.1 s."""
     return isinstance(value, bool) or (type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool")
 
 
@@ -80,7 +80,6 @@ def instance(name: str, value: Any, kind: type[T], made_by: str) -> T:
 
 
 OneOrMore: TypeAlias = T | Sequence[T]
-"""One value, or several."""
 
 
 def listed(name: str, values: Any) -> list[Any]:
@@ -94,7 +93,7 @@ def listed(name: str, values: Any) -> list[Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages quote it; of lists in lists in lists, as files may have them, only the type."""
+    """Return a value as messages quote it; for lists nested too deeply, only the type."""
     try:
         return one_line(repr(value), 60)
     except RecursionError:

@@ -54,7 +54,7 @@ def plain(value: Any) -> NDArray[Any]:
 
 
 def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
-    """Broadcast arrays to one shape."""
+    """Return arrays broadcast to one shape."""
     if len({a.shape for a in arrays.values()}) == 1:
         return list(arrays.values())
     try:

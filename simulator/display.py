@@ -25,11 +25,10 @@ MOST_LETTERS = 320
 
 class Displayed:
     def _title(self) -> str:
-        """Return a description in one line."""
         raise NotImplementedError
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return the columns of the data frame: by default one row of the fields."""
+        """Return the columns of the data frame: here one row of the fields."""
         return {name: [value] for name, value in self.to_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def with_and(parts: Sequence[str]) -> str:
-    """Return names as a list in a sentence."""
+    """Return texts as a list in a sentence: "a, b and c"."""
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
@@ -86,7 +85,7 @@ def markdown_text(text: str) -> str:
 
 
 def consecutive(numbers: Iterable[int]) -> list[str]:
-    """Return sorted numbers as texts, consecutive numbers as one."""
+    """Return sorted numbers as texts; consecutive numbers become a range such as "2-5"."""
     parts = []
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         first, *_, last = [n for _, n in run] * 2
@@ -95,6 +94,6 @@ def consecutive(numbers: Iterable[int]) -> list[str]:
 
 
 def runs(numbers: Iterable[int]) -> str:
-    """Return sorted numbers as one text, consecutive numbers joined."""
+    """Return the text of :func:`consecutive`, with at most eight entries."""
     parts = consecutive(numbers)
     return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")

@@ -8,7 +8,7 @@ PHASES: tuple[str, ...] = ("prefill", "decode", "generate", "serve")
 """Phases that :func:`simulator.lower` accepts."""
 
 CONNECTIONS: tuple[str, ...] = ("nvswitch", "xgmi", "bridge", "pcie", "pcie-host")
-"""What joins devices, see :mod:`simulator.hardware.link`; PCIe may have a generation and lanes (:data:`PCIE`)."""
+"""Connections between devices (docs/model.md describes them); PCIe may have a generation and lanes (:data:`PCIE`)."""
 
 PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-host)?")
 

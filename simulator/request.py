@@ -1,8 +1,8 @@
 """Declare the request of a prediction: each setting once, with its type, default, check, unit, help and option.
 
-The command line, the functions with ``**settings``, grids, the page, records and workloads derive from
-:class:`Request`. A setting is checked when the request is made; names of models, engines and links are checked where
-they are loaded.
+The command line, functions with ``**settings``, grids, the page, records and workloads derive their settings from
+:class:`Request`. Its constructor checks all settings except the names of models, engines and links, which their loaders
+check.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1
 
 
 class Value(Scalar):
-    """The values of a setting: ``check`` takes one from Python, ``parse`` from a text, ``value`` from YAML."""
+    """Type of a setting: ``check`` accepts a value of Python, ``parse`` reads a text, ``value`` a node of YAML."""
 
     def check(self, name: str, value: Any) -> Any:
         raise NotImplementedError
@@ -42,7 +42,7 @@ class Value(Scalar):
 
 @dataclass(frozen=True)
 class Name(Value):
-    """A name, of ``choices`` if there are any, or a text of the pattern ``other``."""
+    """A name: one of ``choices``, if there are any, or a text of the pattern ``other``."""
 
     choices: tuple[str, ...] = ()
     other: re.Pattern[str] | None = None
@@ -60,7 +60,7 @@ class Name(Value):
 
 @dataclass(frozen=True)
 class Whole(Value):
-    """A whole number from ``low`` to ``high``, as text also with k or M."""
+    """A whole number from ``low`` to ``high``; its text may end in k or M."""
 
     high: int
     example: str
@@ -111,7 +111,7 @@ class Flag(Value):
 
 @dataclass(frozen=True)
 class Setting(Scalar):
-    """What people read about a field of the request, and what it accepts."""
+    """A field of the request: the values that it accepts, and its description."""
 
     accepts: Value
     metavar: str | None
@@ -154,7 +154,7 @@ _TOKENS, _FORMAT = Whole(MAX_TOKENS, "64"), Name(DTYPES)
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a prediction is asked for: a model in an engine, a phase, a batch and a length, formats and devices.
+    """Settings of a prediction: model, engine, phase, batch, length, number formats and devices.
 
     Functions such as :func:`simulator.predict` and :func:`simulator.table` take its fields as keywords; those with axes
     take one value or a list for each.
@@ -188,8 +188,8 @@ class Request:
     devices : int
         Number of devices, 1 to 100,000.
     link : str, optional
-        What joins the devices: nvswitch, xgmi, bridge, pcie or pcie-host, also with a generation and lanes (pcie4x8).
-        Default: the usual connection of the hardware.
+        Connection of the devices: nvswitch, xgmi, bridge, pcie or pcie-host, also with a generation and lanes
+        (pcie4x8). Default: the usual connection of the hardware.
     parallel : {"tensor", "expert", "pipeline"}
         How devices share the model.
     skew : float, optional
@@ -264,7 +264,7 @@ class Request:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The settings that are not defaults, without the model: keywords of functions with ``**settings``."""
+        """Settings other than defaults, without the model, as keywords of functions with ``**settings``."""
         return {name: value for name, s in SETTINGS.items() if (value := getattr(self, name)) != s.default}
 
 
@@ -289,7 +289,7 @@ class Applied:
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered(Request):
-    """The request of a workload, with values that follow from its model and engine, and the pruning steps.
+    """The request of a workload, with values that follow from model and engine, and with the pruning steps.
 
     Prefix and token budget are numbers of tokens (0: none, or no limit), ``parallel`` is "none" on one device, and
     ``new_tokens`` is 0 where none are decoded.
@@ -307,7 +307,7 @@ class Lowered(Request):
     config: Any = field(default=None, compare=False, repr=False)  # ModelConfig of the model
 
     def __post_init__(self) -> None:
-        """Accept the values, because :func:`simulator.lower` has checked them."""
+        """Skip the checks, because :func:`simulator.lower` has made the values."""
 
 
 NO_REQUEST = Lowered()

@@ -1,4 +1,4 @@
-"""Convert text with a unit to an SI number and back. Prefixes occur only in profiles, tables and on the command line.
+"""Convert text with a unit to an SI number and back.
 
 Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50 MiB"`` 52,428,800.
 Arithmetic is decimal and rounds once, so :func:`parse_quantity` reads the text of :func:`format_quantity` back to the
@@ -25,7 +25,7 @@ _SMALL = {"": 0, "m": -3, "u": -6, "n": -9, "p": -12}
 _BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5}
 
 # fmt: off
-_DIMENSIONS = {  # SI unit -> powers of ten of its prefixes, whether it has binary prefixes, meaning, example
+_DIMENSIONS = {  # SI unit -> powers of ten by prefix, whether it has binary prefixes, meaning, example
     "B": (_LARGE, True, "an amount of bytes", "50 MiB"),
     "B/s": (_LARGE, True, "a bandwidth", "3.35 TB/s"),
     "FLOP/s": (_LARGE, False, "a compute rate", "989.4 TFLOP/s"),
@@ -43,7 +43,7 @@ def _sizes(unit: str) -> dict[str, Decimal]:
 
 
 UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType({unit: _sizes(unit) for unit in _DIMENSIONS})
-"""SI unit -> the accepted units of a text, each with its size in the SI unit."""
+"""SI unit -> accepted units of a text -> size in the SI unit."""
 
 EXAMPLES: Mapping[str, str] = MappingProxyType({unit: example for unit, (*_, example) in _DIMENSIONS.items()})
 """SI unit -> a valid text, for messages."""
@@ -98,7 +98,7 @@ def parse_ratio(text: str) -> float:
 
 
 def _parsed(text: str, sizes: Mapping[str, Decimal], what: str) -> Decimal:
-    """Return a number times the size of its last letter."""
+    """Return a number, times the size of the letter after it."""
     body = text.strip()
     size = sizes.get(body[-1:])
     match = _NUMBER.fullmatch(body if size is None else body[:-1].rstrip())
@@ -108,7 +108,7 @@ def _parsed(text: str, sizes: Mapping[str, Decimal], what: str) -> Decimal:
 
 
 def parse_value(text: str) -> bool | int | float | str:
-    """Convert a text to true or false, a whole number, a number or, else, itself."""
+    """Convert a text to a truth value or a number; return other text as it is."""
     if text in ("true", "false"):
         return text == "true"
     match = _NUMBER.fullmatch(text)
@@ -134,19 +134,16 @@ def _unit_problem(symbol: str, unit: str) -> str:
     return f"{unknown}; {hint}"
 
 
-def format_quantity(value: float, unit: str, digits: int | None = None) -> str:
-    """Return an SI number as text with a suitable prefix and ``digits`` significant digits. Without ``digits`` the text
-    is exact: :func:`parse_quantity` returns the same float."""
+def format_quantity(value: float, unit: str) -> str:
+    """Return an SI number as exact text with a suitable prefix: :func:`parse_quantity` returns the same float."""
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
-    if digits is None and unit == "B" and value.is_integer():
-        for symbol, power in reversed(_BINARY.items()):  # caches and memories are whole MiB, whose decimal text is long
+    if unit == "B" and value.is_integer():
+        for symbol, power in reversed(_BINARY.items()):  # memories are whole MiB, whose decimal text is long
             whole, rest = divmod(int(value), 1024**power)
             if power > 1 and whole and not rest and abs(whole) < 1_000_000:
                 return f"{whole} {symbol}{unit}"
     exact = Decimal(repr(float(value)))
-    if digits is not None and exact:
-        exact = Context(prec=digits).plus(exact)
     powers = sorted(_DIMENSIONS[unit][0].items(), key=lambda item: item[1])
     fitting = [item for item in powers if abs(exact) >= Decimal(1).scaleb(item[1])]
     prefix, power = (fitting[-1] if fitting else powers[0]) if exact else ("", 0)
@@ -167,7 +164,7 @@ def seconds(value: float) -> str:
 
 
 def seconds_between(value: float, lower: float, upper: float, *, short: bool = False) -> str:
-    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, the ends rounded
+    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, with ends rounded
     outwards."""
     text = seconds(value)
     unit_s = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[text.split()[1]]

@@ -19,8 +19,7 @@ from simulator import gemm_time
 from simulator.codes import STACKS
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware, profiles_folder
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Provenance, Section
+from simulator.hardware.profile import HardwareProfile, Provenance, Section
 
 NAME = "a100_sxm_80gb.trtllm"
 

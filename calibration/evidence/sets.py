@@ -37,8 +37,7 @@ from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import ROLES, STACKS, formats_of
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Fitted, Section
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.operators.attention import AttentionCalls
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVE_CONSTANTS

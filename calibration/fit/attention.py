@@ -18,7 +18,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES
-from simulator.hardware.sections import Section
+from simulator.hardware.profile import Section
 from simulator.operators import CONSTANTS
 from simulator.operators.attention import AttentionCalls, Geometry, decode_core, decode_work, prefill_work
 from simulator.operators.base import Constant, Machine

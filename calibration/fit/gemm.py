@@ -16,8 +16,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, 
 from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Section
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.operators.base import Machine
 from simulator.operators.gemm import EDGE, Products
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS

@@ -25,8 +25,7 @@ from simulator.arrays import FloatArray
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import LocalUpdate
+from simulator.hardware.profile import HardwareProfile, LocalUpdate
 from simulator.operators.base import OTHER_STACK
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,

@@ -31,8 +31,7 @@ from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
-from simulator.hardware.profile import HardwareProfile, with_section
-from simulator.hardware.sections import ACCURACY_RANGE, MOST_STD_ERROR, SCALE_RANGE, Fitted, Provenance, Section
+from simulator.hardware.profile import LIMITS, Fitted, HardwareProfile, Provenance, Section, with_section
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVES, Messages
@@ -156,14 +155,14 @@ def _section_within(operator: str, section: Section, architecture: str) -> tuple
             kept = Fitted(known.default(architecture), None, "default")
         elif not known.low <= fitted.value <= known.high:
             kept = Fitted(min(max(fitted.value, known.low), known.high), None, "fixed")
-        if kept.std_error is not None and not 0.0 <= kept.std_error <= MOST_STD_ERROR:
+        if kept.std_error is not None and not 0.0 <= kept.std_error <= LIMITS["std_error"][1]:
             kept = replace(kept, std_error=None)
         if not math.isclose(kept.value, fitted.value, rel_tol=1e-9):  # else only rounded to the end of its range
             outside.append(f"{name} {fitted.value:.3g}")
         constants[name] = kept
-    low, high = SCALE_RANGE
+    low, high = LIMITS["section_scale"]
     scale = high if math.isnan(section.section_scale) else min(max(section.section_scale, low), high)
-    least, most = ACCURACY_RANGE
+    least, most = LIMITS["accuracy"]
     accuracy = {n: min(max(v, least), most) for n, v in section.accuracy.items() if not math.isnan(v)}
     arrays = clipped(section.arrays)
     same = constants == dict(section.constants) and accuracy == dict(section.accuracy)

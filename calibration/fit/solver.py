@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from simulator.arrays import FloatArray
-from simulator.hardware.sections import Fitted, Section
+from simulator.hardware.profile import Fitted, Section
 
 # log of predicted over measured time of each row, from all constants by name
 LogResidual = Callable[[Mapping[str, float]], FloatArray]

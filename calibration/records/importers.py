@@ -19,8 +19,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.errors import InputError, one_line, unknown
 from simulator.files import csv
-from simulator.files.parquet import parquet_columns, read_parquet
-from simulator.files.read import read_bounded
+from simulator.files.read import parquet_columns, read_bounded, read_parquet
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators.experts import POWER
 

@@ -20,8 +20,7 @@ from simulator.arrays import Array
 from simulator.codes import DTYPES, ROLES
 from simulator.columns import Table, column
 from simulator.errors import InputError, unknown
-from simulator.files.parquet import load_pyarrow, read_parquet
-from simulator.files.read import read_bounded
+from simulator.files.read import load_pyarrow, read_bounded, read_parquet
 
 T = TypeVar("T", bound="Records")
 

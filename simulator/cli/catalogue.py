@@ -61,7 +61,7 @@ def _show_devices(
     factor on correlated and independent errors at which 90 % of the held-out rows of its table are covered.
     """
     from simulator.hardware.library import load_hardware
-    from simulator.hardware.link import choices
+    from simulator.hardware.profile import link_choices
     from simulator.operators.base import unfitted
     from simulator.operators.gemm import GEMM_CONSTANTS
 
@@ -79,7 +79,7 @@ def _show_devices(
     ]
     if hw.link is not None:
         speed = f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}"
-        others = ", ".join(choices(hw.link, hw.bridge)[1:])
+        others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
         facts.append(("link", f"{hw.link.text}, {speed}; others with --link: {others}"))
     if hw.bridge is not None:
         speed = f"{render.rate(hw.bridge.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.bridge.latency_s)}"

@@ -380,7 +380,7 @@ def _write(found: Costs, output: str) -> None:
 
     kind = Path(output).suffix
     if kind == ".parquet":
-        from simulator.files.parquet import load_pyarrow
+        from simulator.files.read import load_pyarrow
 
         pa, pq = load_pyarrow()
         out = io.BytesIO()

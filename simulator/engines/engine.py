@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 FUSIONS: tuple[str, ...] = ("qkv", "gate_up")
 """Groups of projections that one GEMM can compute."""
 INPUTS: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
-"""Products with activations of their own: outputs of a norm, of attention, of a norm, of the MLP's activation."""
+"""Products by the kernel that writes their input: norm, attention, norm, activation of the MLP."""
 PASSES: tuple[str, ...] = ("prefill", "decode")
 
 _FOLDER = Path(__file__).parent
@@ -69,8 +69,8 @@ def split(text: str) -> tuple[str, str]:
 
 
 def numbers(version: str) -> tuple[int, ...] | None:
-    """Return the numbers of a version, or None for other text. A suffix does not count: a release candidate and a
-    post-release have the features of their release.
+    """Return the numbers of a version, or None for other text. Suffixes are ignored: release candidates and
+    post-releases have the features of their release.
 
     >>> numbers("0.5.6.post2"), numbers("1.0.0rc3"), numbers("0.19.1+cu129"), numbers("next")
     ((0, 5, 6), (1, 0, 0), (0, 19, 1), None)
@@ -80,7 +80,7 @@ def numbers(version: str) -> tuple[int, ...] | None:
 
 
 def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Generation:
-    """Return the generation of a name, or the newest that is not after a version; InputError for other text."""
+    """Return the generation with a name, or the newest generation up to a version; InputError for other text."""
     if not generations:
         raise InputError(f"engine '{engine}@{wanted}': {engine} has no generations; expected {engine}")
     for generation in generations:
@@ -126,7 +126,6 @@ FEATURES: Mapping[str, str] = MappingProxyType(
 )
 """Feature of a checkpoint -> its description."""
 
-
 Formats = tuple[Annotated[str, Text(DTYPES)], ...]
 _MULTIPLE = Number(1, 65536, "128", whole=True)
 
@@ -138,13 +137,13 @@ class Loading:
     value: Flag
     source: SourceName
     how: String  # what config.json must state, or why the engine does not load the feature
-    model_types: Strings = ()  # only these; none: all
-    multiple: Annotated[int, _MULTIPLE] = 1  # MLP widths that it can describe
+    model_types: Strings = ()  # model types that can have the feature; none: all
+    multiple: Annotated[int, _MULTIPLE] = 1  # MLP widths that the checkpoint can state are multiples of this number
 
 
 @dataclass(frozen=True)
 class Width:
-    """Number of elements of which the kernels of a weight format need a multiple."""
+    """Alignment of the kernels of a weight format: widths must be a multiple of a number of elements."""
 
     multiple: Annotated[int, _MULTIPLE]
     source: SourceName
@@ -153,24 +152,23 @@ class Width:
 
 
 LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
-"""Libraries of 2:4 kernels. Marlin reads weights alone in fewer bits, the others compute in the weights' format."""
+"""Libraries of 2:4 kernels. Marlin reads weights with fewer bits than activations, the others compute in the weights'
+format."""
 
 
 @dataclass(frozen=True)
 class Sparse24:
-    """2:4 kernels of one library, as an engine uses it."""
+    """2:4 kernels of one library in an engine."""
 
     formats: Formats  # number formats of the weights
     source: SourceName
-    searched: Flag = True  # it times the plans of the library and takes the fastest for a shape; else one plan for all
+    searched: Flag = True  # the engine takes the fastest plan of the library for each shape; else one plan for all
     on: Strings = ()  # architectures with these kernels; none: all
     note: String = ""
 
 
 @dataclass(frozen=True)
 class DynamicKernels:
-    """How an engine runs a dynamic pruning family."""
-
     how: String
     source: SourceName
     on: Strings = ()  # architectures with these kernels; none: all
@@ -236,16 +234,12 @@ class Schedule:
     budget of tokens."""
 
     source: SourceName
-    limits: tuple[StepLimit, ...]  # by rising memory
+    limits: tuple[StepLimit, ...]  # by rising memory; the last that applies counts
     chunked: Flag = False  # a prompt longer than the budget is computed in chunks
     decodes_count: Flag = False  # each decoding sequence takes one token of the budget
     # prompts that arrive in neighbouring steps are computed in one step while they have at most this many tokens
     clustered: Annotated[int, Number(0, _COUNT, "1024", whole=True)] = 0
     note: String = ""  # on ``clustered``
-
-    def limit(self, memory_bytes: float, name: str) -> StepLimit:
-        """Return the limit of a GPU: the last one that applies."""
-        return [x for x in self.limits if memory_bytes >= x.memory and not any(part in name for part in x.not_on)][-1]
 
 
 NOTHING = HostTime(0.0, 0.0, "")
@@ -261,7 +255,7 @@ class Behaviour:
     graph: tuple[Annotated[str, Text(PASSES)], ...] = PASSES
     # "paged": a decode step writes only its own keys and values; "copied": it copies the cache, and heads
     cache: Annotated[str, Text(("paged", "copied"))] = "paged"
-    # routed experts run together, or one by one: those that tokens use, or all
+    # routed experts run together ("grouped"), or one by one: only the experts that tokens use, or all
     experts: Annotated[str, Text(("grouped", "touched", "all"))] = "grouped"
     # kernels per operator, by role; 0: fused into another
     launches: Annotated[Mapping[str, Annotated[int, Number(0, 100, "7", whole=True)]], Keys("operator", ROLES)] = field(
@@ -272,11 +266,11 @@ class Behaviour:
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
-    first_wait_sd: Share = Share(0.0, "")  # spread of that share in measured times to the first token: queues count
+    first_wait_sd: Share = Share(0.0, "")  # spread of ``prefill_wait`` in measured first tokens, with queues
     own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
     log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
-    composed_log_sd: Share = Share(0.0, "")  # further error of an operator of several kernels, which is not measured
+    composed_log_sd: Share = Share(0.0, "")  # further error of unmeasured operators that consist of several kernels
     weight_only: Formats = ()  # formats of weights that its kernels read with 16-bit activations
     sparse24: Annotated[Mapping[str, Sparse24], Keys("library", LIBRARIES)] = field(default_factory=dict)
     dynamic: Map[DynamicKernels] = field(default_factory=dict)  # dynamic pruning families with kernels
@@ -324,7 +318,7 @@ class Engine(Behaviour, Displayed):
     host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first
-    generation: str = ""  # name of the one that this engine is; "" if it has none
+    generation: str = ""  # name of the selected generation; "" without generations
     path: Path | None = None
 
     def __hash__(self) -> int:  # its mappings cannot be hashed
@@ -358,7 +352,9 @@ class Engine(Behaviour, Displayed):
         >>> [load_engine("vllm").limit(8e10, device).tokens for device in ("a100_sxm_80gb", "h100_sxm")]
         [2048, 8192]
         """
-        return None if self.schedule is None else self.schedule.limit(memory_bytes, device)
+        every = self.schedule.limits if self.schedule else ()
+        on = [x for x in every if memory_bytes >= x.memory and not any(part in device for part in x.not_on)]
+        return on[-1] if on else None
 
     def in_graph(self, phase: str) -> bool:
         """Return whether a prefill or a decode step runs as one CUDA graph."""
@@ -431,8 +427,8 @@ def check_engine(path: str) -> list[str]:
 
 
 def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: str = "") -> tuple[str, ...]:
-    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`; of an engine whose newest
-    releases have none, the last generation that has."""
+    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`. An engine whose newest
+    releases have no such kernels is replaced by its last generation with them."""
 
     def has(name: str) -> bool:
         return load_engine(name).sparse24_kernels(dtype, weight_dtype or dtype, architecture) is not None
@@ -444,7 +440,7 @@ def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: 
 
 
 def sparsity_note(declared: str) -> str:
-    """Return the pruning family of declared sparsity, and how its weights are timed."""
+    """Return the pruning family of declared sparsity, and how weights with it are timed."""
     if declared == "unstructured":
         return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
     own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"

@@ -1,4 +1,4 @@
-"""Read CSV files and check their form; each row keeps its line for messages."""
+"""Read, check and write CSV; rows keep their line in the file for messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_CELLS = 12_000_000
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Rows with as many cells as the header; each cell is one printable line without surrounding blanks."""
+    """Rows with as many cells as the header; a cell is a printable line without surrounding blanks."""
 
     label: str  # name of the file in messages
     header: tuple[str, ...]
@@ -32,7 +32,7 @@ class CsvTable:
         return [row[at] for row in self.rows]
 
     def each(self, read: Callable[[dict[str, str]], T]) -> list[T]:
-        """Return the result of a function for every row; its errors get the place of the row."""
+        """Return the result of a function for every row; errors of the function get the place of the row."""
         out = []
         for place, cells in self.records():
             try:
@@ -71,7 +71,7 @@ def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> 
                 continue
             if len(row) != len(header):
                 raise InputError(f"{place}: expected {len(header)} cells, as the header has, got {len(row)}")
-            if len(rows) * max(len(row), 4) > MOST_CELLS:  # a list of few cells takes as much memory as four
+            if len(rows) * max(len(row), 4) > MOST_CELLS:  # lists of one to four cells take equal memory
                 raise InputError(f"{place}: expected at most {MOST_CELLS:.3g} cells; split it or write Parquet")
             rows.append(row)
             lines.append(reader.line_num)

@@ -2,9 +2,8 @@
 
     rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
 
-:func:`read` finds all problems of a tree at once. The scalars :class:`Text`, :class:`Number`,
-:class:`Quantity`, :class:`Truth` and :class:`Checked` convert the text of a node. :func:`lines_of` writes the same
-dataclass.
+:func:`read` finds all problems of a tree at once. The subclasses of :class:`Scalar` convert the text of a node.
+:func:`lines_of` writes the dataclass again.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Text(Scalar):
 
     def value(self, node: Node) -> str:
         text = node.text.strip()
-        # YAML reads a bare text such as these as a truth value, null or a number
+        # YAML reads these texts without quotes as a truth value, null or a number
         other = node.text.lower() in (*_TRUTHS, "null", "~", "") or _NUMBER.fullmatch(node.text)
         if node.kind != "scalar" or (other and not node.quoted):
             hint = "; put it in quotes" if node.kind == "scalar" and node.text else ""
@@ -157,7 +156,7 @@ class Truth(Scalar):
 
 @dataclass(frozen=True)
 class Checked(Scalar):
-    """A scalar with a further rule: a function that returns the value to keep, or raises ValueError."""
+    """A scalar with a further rule, which returns the value to keep or raises ValueError."""
 
     scalar: Scalar
     rule: Callable[[Any], Any]
@@ -168,7 +167,7 @@ class Checked(Scalar):
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """Annotation of a mapping whose keys are names of a ``kind``."""
+    """Annotation of a mapping with given keys, of a ``kind`` that messages name."""
 
     kind: str
     names: Iterable[str]
@@ -176,7 +175,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Inline:
-    """Annotation of a member that is a dataclass, of which some members are keys of the mapping around it."""
+    """Annotation of a dataclass some of whose members are keys of the mapping that contains it."""
 
     keys: tuple[str, ...]
 
@@ -190,20 +189,18 @@ Map = Mapping[str, T]
 
 
 def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
-    """Return the dataclass of a tree, or None with all problems; ``context`` is for kinds that need more."""
+    """Return the dataclass of a tree, or None with all problems; ``context``: values for readers of some kinds."""
     found = TreeReader(problems, tuple(root.at("sources").entries), context).read(cls, root, ())
     return None if len(problems) else found
 
 
 def lines_of(value: Any) -> Iterator[str]:
-    """Yield the lines of YAML of a dataclass; empty texts and defaults that are empty are omitted."""
+    """Yield the lines of YAML of a dataclass; empty texts and empty defaults are omitted."""
     yield from kind_of(type(value)).lines(value, "")  # type: ignore[arg-type] # mypy takes no class as hashable
 
 
 @dataclass(frozen=True)
 class TreeReader:
-    """Problems and known sources of the file that is read."""
-
     problems: Problems
     sources: tuple[str, ...]
     context: Mapping[str, Any]
@@ -218,7 +215,7 @@ class TreeReader:
 
 @lru_cache(maxsize=256)
 def kind_of(hint: Any) -> Any:
-    """Return what reads and writes a type: its annotation, or a list, mapping or object of such."""
+    """Return the reader and writer of a type: its annotation, or a list, a mapping or an object of kinds."""
     keys = None
     if get_origin(hint) is Annotated:
         hint, *about = get_args(hint)
@@ -247,8 +244,6 @@ class ListOf:
 
 
 class MapOf:
-    """Mappings with free keys, or with those of ``keys``."""
-
     def __init__(self, item: Any, keys: Keys | None = None) -> None:
         self.item, self.keys = kind_of(item), keys
 
@@ -312,7 +307,7 @@ class Object:
                 found[key] = reader.wrong(node, (*path, key), "is missing")
         if BAD in found.values():
             return BAD
-        made = object.__new__(self.cls)  # without __init__, which is slow, as a file has hundreds of objects
+        made = object.__new__(self.cls)  # without __init__: a file has hundreds of objects
         made.__dict__.update({name: found.get(name, default) for name, _, default in self.members.values()})
         try:
             for name, (cls, keys) in self.inline.items():
@@ -324,7 +319,7 @@ class Object:
         return made
 
     def text(self, value: Any) -> str:
-        """Return an object with a member ``value`` as one line."""
+        """Return an object with a member ``value`` as one line, "" for others."""
         if "value" not in self.members:
             return ""
         parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in self.members.items())

@@ -36,7 +36,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
         else:
             _replace(target.resolve(), content)
     except OSError as error:
-        error.filename = str(target)  # a failed write or sync does not name its file
+        error.filename = str(target)  # errors of write and sync lack the name
         raise
 
 
@@ -57,7 +57,7 @@ def _replace(target: Path, content: bytes) -> None:
 
 
 def _temporary(target: Path) -> BinaryIO:
-    """Create an empty file in the target's folder and lock it; a temporary file without a lock has no writer."""
+    """Create an empty file in the target's folder and lock it, so others do not remove it."""
     while True:
         file = open(target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp"), "xb")  # noqa: SIM115 - returned
         if not _lock(file.fileno(), wait=True) or os.fstat(file.fileno()).st_nlink:
@@ -66,7 +66,7 @@ def _temporary(target: Path) -> BinaryIO:
 
 
 def remove_left(folder: Path, names: str) -> None:
-    """Remove temporary files of target names (a pattern) that no process writes."""
+    """Remove the temporary files, of targets whose names match a pattern, that no process writes."""
     for path in folder.glob(f".{names}.*.tmp"):
         with contextlib.suppress(OSError), open(path, "rb+") as file:
             if _lock(file.fileno()):
@@ -86,7 +86,7 @@ def _lock(handle: int, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Let one process at a time write related files into a folder; without file locks, processes do not wait."""
+    """Let one process at a time write related files into a folder; no effect without file locks."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             handle = os.open(folder, os.O_RDONLY)

@@ -20,7 +20,7 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 
-class Node(NamedTuple):  # a file has thousands of nodes, and making a frozen dataclass takes three times as long
+class Node(NamedTuple):  # files have thousands of nodes; a frozen dataclass takes three times as long
     """A part of a YAML file, and its place, counted from 1."""
 
     kind: str  # "scalar", "list" or "mapping"
@@ -45,8 +45,6 @@ class Node(NamedTuple):  # a file has thousands of nodes, and making a frozen da
 
 
 class Problems:
-    """Problems of a file with their places."""
-
     def __init__(self, file: str) -> None:
         self.file = file
         self._found: list[tuple[int, int, str, str]] = []
@@ -65,18 +63,18 @@ class Problems:
         return [one_line(f"{self.file}:{line}:{column}: {key}: {reason}") for line, column, key, reason in found]
 
     def error(self, command: str = "hardware") -> InputError:
-        """Return the first problem, with the number of further ones, which ``prunesim COMMAND check`` lists."""
+        """Return the first problem, with the number of further problems, which ``prunesim COMMAND check`` lists."""
         return first_of(self.lines, f": prunesim {command} check {self.file}")
 
 
 def first_of(lines: Sequence[str], way: str = "") -> InputError:
-    """Return the first problem, with the number of further ones; ``way`` states how to list them."""
+    """Return the first problem, with the number of further problems; ``way`` states how to list them."""
     first, *rest = lines
     return InputError(first + (f" (and {len(rest)} more{way})" if rest else ""))
 
 
 def path_of(keys: Iterable[Any]) -> str:
-    """Return the path of a node from its keys and positions; long or unprintable keys are shortened and quoted."""
+    """Return keys and positions as the path of a node; long keys are shortened, unprintable keys quoted."""
     short = (key if len(key) <= 40 else key[:40] + "..." for key in map(str, keys))
     return ".".join(key if key.strip() and key.isprintable() else repr(key) for key in short)
 
@@ -97,7 +95,7 @@ def read_text(path: Path, problems: Problems) -> str | None:
 
 
 def aliases_of(path: Path) -> list[str]:
-    """Return the names in the line "aliases: [...]" of a shipped file; parsing every file would take too long."""
+    """Return the names in the line "aliases: [...]" of a shipped file, as parsing every file takes too long."""
     line = re.search(r"^aliases: *\[(.*)\] *$", path.read_text(encoding="utf-8"), re.MULTILINE)
     names = (name.strip().strip("\"'") for name in line.group(1).split(",")) if line else ()
     return [name for name in names if name]

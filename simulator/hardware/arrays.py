@@ -31,8 +31,8 @@ Arrays = Mapping[str, NDArray[Any]]
 
 MAX_BYTES = 64_000_000  # limit of a file, and of its arrays together
 MOST_LOG = 5.0  # log ratio of a measurement to a model: a factor of 148
-MOST_ROWS = 2000  # most rows of a local update: its posterior takes time and memory that grow with their square
-MOST_FACTOR = 30.0  # log ratio of one kernel's constant to another's: one can be at the lower end of its range
+MOST_ROWS = 2000  # most rows of a local update: time and memory of the posterior grow with their square
+MOST_FACTOR = 30.0  # log ratio of the constants of two kernels, one of which may be at the lower end of its range
 
 _FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
     dict.fromkeys(("values", "row_values", "log_ratio"), (-MOST_LOG, MOST_LOG))
@@ -50,15 +50,15 @@ _LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = Mapping
         "kind": ((), "(rows,)", 0.0, float(MOST_CODES - 1)),
     }
 )
-"""Array of a local update -> further axes (0: of any length), shape in words, lowest and highest value."""
+"""Array of a local update -> axes after the rows (0: any length), shape in words, lowest and highest value."""
 
-_MOST_COORDINATE = 1e6  # far above any logarithm, index or share
+_MOST_COORDINATE = 1e6  # coordinates are logarithms, indices and shares
 _LEAST_STEP = 1e-3
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}\.npz")  # without a folder or a drive
 ARRAY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
-# the header that numpy writes, and nothing else: no expression of a file is ever evaluated
+# only the header that NumPy writes is accepted: no expression of a file is ever evaluated
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00[\s\S]{2}\{'descr': '([<>=|]?[A-Za-z][0-9]{0,8})', 'fortran_order': (True|False), "
     rb"'shape': \(((?:[0-9]{1,9},? ?){0,8})\), \} *\n"
@@ -110,8 +110,8 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError, one line, for invalid ones. The
-    prefix is ``operator.dtype`` or ``local_update``."""
+    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError for invalid arrays. The prefix is
+    ``operator.dtype`` or ``local_update``."""
     arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
     check_arrays(prefix.split(".")[0], arrays)
     return arrays
@@ -126,7 +126,7 @@ def _array(name: str, item: bytes | None) -> NDArray[Any]:
     kind, fortran, dims = (group.decode() for group in match.groups())
     if kind[1] == "O":
         raise ValueError(f"array {name} holds pickled objects, which are never read; expected numbers")
-    if not re.fullmatch(r"[<>=|](b1|[iu][1248]|f[248])", kind):  # the others, such as f1, are unknown to NumPy
+    if not re.fullmatch(r"[<>=|](b1|[iu][1248]|f[248])", kind):  # NumPy has no others, such as f1
         raise ValueError(f"array {name} has type {kind}, expected numbers")
     dtype = np.dtype(kind)
     shape = tuple(int(n) for n in dims.split(",") if n.strip())
@@ -176,7 +176,7 @@ def clipped(arrays: Arrays) -> Arrays:
 
 
 def _check_values(operator: str, arrays: Arrays) -> None:
-    """Check a residual grid over three coordinates, or those of the elementwise classes over one coordinate."""
+    """Check a residual grid over three coordinates, or the grids of the elementwise classes over one coordinate."""
     shape = arrays["values"].shape
     place = (-_MOST_COORDINATE, _MOST_COORDINATE)
     if operator == "elementwise":
@@ -217,7 +217,7 @@ def _need(arrays: Arrays, first: str, *others: str) -> None:
 
 
 def _check(arrays: Arrays, name: str, good: bool, expected: str, *limits: float) -> None:
-    """Check the shape and the values of an array; the limits of a fitted one are in ``_FITTED``."""
+    """Check the shape and the values of an array; the limits of a fitted array are in ``_FITTED``."""
     array = np.asarray(arrays[name], dtype=np.float64)
     low, high = limits or _FITTED[name]
     if not good:

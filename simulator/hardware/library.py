@@ -15,9 +15,8 @@ from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.profile import ARCHITECTURES, HardwareProfile, preferring
+from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, HardwareProfile, inherited, preferring
 from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_from_text, stack_from_text
-from simulator.hardware.sections import ANY_DTYPE, inherited
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
@@ -127,8 +126,9 @@ def files_of(profile: HardwareProfile) -> list[Path]:
     return [file for path in paths for file in sorted(path.parent.glob(f"{path.stem}.*"))]
 
 
-def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile that inherits the sections it lacks from a related GPU: of the number formats that it has, and
+@lru_cache(maxsize=64)
+def _inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
+    """Return a profile that inherits the sections it lacks from a related GPU: those of its own number formats, and
     collectives only over a link of the same kind."""
     same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
     linked = len(same) == 2 and same[0] == same[1]
@@ -139,9 +139,6 @@ def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwarePr
         found = {key: inherited(sections[key], f"{related.name} {name}") for key in keys}
         stacks[name] = {**found, **stacks.get(name, {})}
     return preferring(profile, stacks)
-
-
-_inheriting = lru_cache(maxsize=64)(inheriting)
 
 
 @lru_cache(maxsize=64)
@@ -158,14 +155,13 @@ def _related(path: Path, name: str) -> Path:
 
 
 def _stack_files(path: str) -> dict[str, str]:
-    """Return the stack files of a profile."""
     stem = os.path.splitext(path)[0]
     files = {stack: f"{stem}.{stack}.yaml" for stack in STACKS}
     return {stack: file for stack, file in files.items() if os.path.isfile(file)}
 
 
 def _stamps(path: str) -> tuple[tuple[str, int, int], ...]:
-    """Return a profile's files, each with its time and size; the reader reports problems of a file."""
+    """Return the profile's files, each with its time and size; -1 for files that cannot be read."""
     out = []
     try:
         for file in (path, *_stack_files(path).values()):

@@ -1,41 +1,153 @@
-"""Describe a device as data: datasheet facts with their sources, and the sections that were fitted on it."""
+"""Describe a device as data: datasheet facts with their sources, fitted sections, and links to other devices."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.arguments import COUNT, Range, number
 from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, STACKS
-from simulator.display import Displayed, as_plain
+from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError, unknown
-from simulator.hardware.link import named
-from simulator.hardware.sections import (
-    ANY_DTYPE,
-    LocalUpdate,
-    Section,
-    Sections,
-    default_section,
-    inherited,
-    section_row,
-    unfitted_section,
-)
+from simulator.files.fields import BAD, Keyed, Number, Quoted, Text, TreeReader
+from simulator.files.yaml import Node
+from simulator.names import CONNECTIONS, PCIE
+from simulator.operators import CONSTANTS
 from simulator.operators.attention import DECODE_KERNELS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK, FittedValues, Link, Rate
 from simulator.units import rate, size
 
+ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
+"""Operators whose section is the same for all number formats; its dtype is "*"."""
+
+LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}  # lowest, highest value
+
+
+class _InRange(Number):
+    """The value of a constant of an operator; the path names constant and operator."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
+        if found is BAD or known.low <= found <= known.high:
+            return found
+        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {node}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Value of a constant; its status is "fitted", "fixed", "inherited" or "default"."""
+
+    value: Annotated[float, _InRange(-1e300, 1e300, "0.81")]
+    std_error: Annotated[float | None, Number(*LIMITS["std_error"], "0.01")] = None
+    status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Data that a section was fitted on."""
+
+    source: Quoted
+    digest: Quoted
+    date: Quoted
+    software: Quoted
+    device: Quoted
+    protocol: Quoted
+    rows: Annotated[int, Number(0, 1e12, "400", whole=True)]
+    inherited_from: Quoted = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Section(Displayed):
+    """Fitted values of one operator and number format; ``section["name"]`` is the value of a constant."""
+
+    constants: Mapping[str, Fitted]
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)  # read-only, such as a residual grid
+    # factor on correlated and independent errors with which intervals cover 90 % of the held-out rows of its table
+    section_scale: float = 1.0
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on held-out shapes
+    provenance: Provenance | None = None
+    status: str = "default"  # or "calibrated" or "inherited"
+    stack: str = ""  # software stack of its file; "" for the user's own calibration
+
+    def __getitem__(self, name: str) -> float:
+        return self.constants[name].value
+
+    def _title(self) -> str:
+        return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
+
+    def _columns(self) -> Mapping[str, Any]:
+        return by_column([{"name": name, **as_plain(constant)} for name, constant in self.constants.items()])
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """Rows measured on the user's machine that update the predictions of a whole profile."""
+
+    provenance: Provenance
+    factors: tuple[str, ...]  # names of the error factors, the columns of ``systematic``
+    # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape (rows,), systematic
+    # has (rows, factors), coordinates has (rows, 3)
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+
+
+Sections = Mapping[tuple[str, str], Section]  # by operator and number format
+
+
+def section_row(name: str, operator: str, dtype: str, section: Section) -> dict[str, Any]:
+    """Return a section as plain values, with its origin in a few words."""
+    about, origin = section.provenance, ""
+    if about:
+        other = about.inherited_from.removeprefix(f"{name} {section.stack}")
+        origin = f"as {other}" if other else about.software
+    return {
+        "operator": operator,
+        "dtype": dtype,
+        "stack": section.stack,
+        "status": section.status,
+        "constants": section.constants,
+        "accuracy": section.accuracy,
+        "section_scale": section.section_scale,
+        "rows": about.rows if about else 0,
+        "origin": origin,
+    }
+
+
+@lru_cache(maxsize=64)
+def default_section(operator: str, kind: str) -> Section:
+    if operator not in CONSTANTS:
+        raise unknown("operator", operator, CONSTANTS)
+    values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
+    return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
+
+
+@lru_cache(maxsize=64)
+def unfitted_section(operator: str, kind: str, stack: str) -> Section:
+    """Return the default section, with the known constants of the kernel of a stack."""
+    section = default_section(operator, kind)
+    known = DECODE_KERNELS.get((kind, stack), {}) if operator == "attention_decode" else {}
+    constants = {name: Fitted(value, None, "default") for name, value in known.items()}
+    return replace(section, constants=MappingProxyType({**section.constants, **constants}))
+
+
+@lru_cache(maxsize=64)
+def inherited(section: Section, origin: str) -> Section:
+    provenance = section.provenance
+    if provenance is not None:
+        provenance = replace(provenance, inherited_from=provenance.inherited_from or origin)
+    return replace(section, status="inherited", provenance=provenance)
+
+
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
-
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
-
-
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
 _QUANTITIES = ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w")
 
@@ -173,7 +285,6 @@ class HardwareProfile(Displayed):
         return {name: as_plain(value) for name, value in found.items()}
 
     def _columns(self) -> Mapping[str, Any]:
-        """Return one column per fact; a mapping has one column per key."""
         out: dict[str, Any] = {}
         for name, value in self.to_dict().items():
             if isinstance(value, dict):
@@ -210,23 +321,23 @@ class HardwareProfile(Displayed):
     def error_scales(self, section: FittedValues) -> tuple[float, float]:
         """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
         fitted = section.status == "calibrated" and section.stack == (self.stack or self.own_stack)
-        # the user's own calibration of one stack holds for engines that run its kernels, not for others
+        # the user's own calibration of a stack is valid for engines that run the kernels of this stack
         own = bool(self.own_stack) and not self.stack and self.engine_stack in ("", self.own_stack)
         if fitted and (self.same_stack or own) and self.local_update is None:
             return SAME_STACK, section.section_scale
-        # without an engine the section's own stack is meant, also in a copy that the user saved
+        # without an engine, every section counts as one of the engine's stack
         engines = section.status == "calibrated" and section.stack == (self.engine_stack or section.stack) != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
     @property
     def own_link(self) -> bool:
-        """Whether the user measured collectives over the device's link."""
+        """Whether collectives over the device's link are the user's own measurements."""
         found = self.sections.get(("collective", "*"))
         return found is not None and found.status == "calibrated" and not found.stack
 
     @property
     def clock_headroom(self) -> float:
-        """Highest clock over boost clock, at least 1: how far a device can exceed its datasheet rate."""
+        """Highest clock over boost clock, at least 1: the largest ratio of a rate to its datasheet rate."""
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
@@ -271,11 +382,11 @@ class HardwareProfile(Displayed):
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
 
     def beyond(self) -> HardwareProfile:
-        """Return the device with the link beyond the pairs of its bridges."""
+        """Return the device with the link that joins the pairs of its bridges."""
         return _beyond(self)
 
     def _runs_another(self, section: Section) -> bool:
-        """Return whether the engine has a decode kernel of its own, known to differ from that of a fit."""
+        """Return whether the engine's decode kernel is known to differ from the kernel of a fit."""
         tiles = section.constants.get("tile_rows")
         other = not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
         known = (self.architecture, self.engine_stack) in DECODE_KERNELS
@@ -308,7 +419,7 @@ def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
 
 @lru_cache(maxsize=64)
 def _over(profile: HardwareProfile, name: str) -> HardwareProfile:
-    link = named(name, profile.link, profile.bridge, profile.architecture, profile.name)
+    link = named_link(name, profile.link, profile.bridge, profile.architecture, profile.name)
     if profile.link is not None and replace(profile.link, stated=True) == link:
         return replace(profile, link=link)
 
@@ -325,7 +436,6 @@ def _beyond(profile: HardwareProfile) -> HardwareProfile:
 
 
 def with_section(profile: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
-    """Return a profile with another GEMM section of a number format."""
     return replace(profile, sections={**profile.sections, ("gemm", dtype): section})
 
 
@@ -334,3 +444,57 @@ def _serving(profile: HardwareProfile, stacks: tuple[str, ...]) -> HardwareProfi
     if not (profile.pinned or profile.local_update or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
     return replace(profile, engine_stack=stacks[0])
+
+
+LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})
+"""Rate of a PCIe lane in one direction by generation, B/s, as datasheets round it."""
+
+GENERATIONS: Mapping[str, int] = MappingProxyType({"volta": 3, "turing": 3, "ampere": 4, "ada": 4})
+"""PCIe generation of GPUs by architecture; 5 for all others."""
+
+PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
+"""Time of a message step over PCIe, s. With peer access: an L40S (NCCL table of aiconfigurator-core 0.12.0). Without:
+a small all-reduce of 42 us and 14 ring steps on eight RTX 4090 (https://github.com/NVIDIA/nccl/issues/1530)."""
+
+
+def named_link(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
+    """Return the connection of a GPU that ``--link`` names (see docs/model.md, Collectives); InputError for NVLink that
+    the GPU does not have. A PCIe name without a generation means the GPU's own, without lanes 16."""
+    if link is not None and name in (link.connection, link.name):
+        return replace(link, stated=True)
+    if bridge is not None and name == "bridge":
+        return replace(_joined(bridge, link, architecture), stated=True)
+    if found := PCIE.fullmatch(name):
+        return replace(_pcie(found, link, architecture), stated=True)
+    if name not in CONNECTIONS:
+        raise unknown("link", name, CONNECTIONS)
+    known = ", ".join(link_choices(link, bridge))
+    raise InputError(f"link {name}: {device} has no such connection; expected one of {known}")
+
+
+def link_choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
+    """Return the names of connections that :func:`named_link` accepts for a GPU, the usual one first."""
+    found = [*([link.connection] if link else []), *(["bridge"] if bridge else []), "pcie", "pcie-host"]
+    return tuple(dict.fromkeys(found))
+
+
+def _joined(bridge: Link, link: Link | None, architecture: str) -> Link:
+    """Return bridges between pairs, which communicate over the PCIe link of the GPU."""
+    pcie = link if link and link.family == "pcie" else _pcie(PCIE.fullmatch("pcie"), link, architecture)
+    return replace(bridge, connection="bridge", max_devices=2, beyond=replace(pcie, group=2))
+
+
+def _pcie(name: re.Match[str] | None, link: Link | None, architecture: str) -> Link:
+    parts = name.groupdict() if name else {}
+    generation = int(parts.get("generation") or 0)
+    own = link if link and link.family == "pcie" else None
+    if not generation:
+        generation = int(own.kind[-1]) if own and own.kind[-1].isdigit() else GENERATIONS.get(architecture, 5)
+    lanes, host = int(parts.get("lanes") or 16), bool(parts.get("host"))
+    return Link(
+        f"pcie{generation}",
+        lanes * LANE_BYTES_PER_S[generation],
+        HOST_LATENCY_S if host else PEER_LATENCY_S,
+        link.most_devices if link else 8,
+        "pcie-host" if host else "pcie",
+    )

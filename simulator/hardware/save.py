@@ -15,26 +15,9 @@ from simulator.errors import InputError, unknown
 from simulator.files.fields import lines_of
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import MAX_BYTES, Problems
-from simulator.hardware import library
+from simulator.hardware import library, schema
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.schema import (
-    QUANTITIES,
-    SCHEMA_VERSION,
-    ArraysEntry,
-    BridgeFacts,
-    Datasheet,
-    Fact,
-    LinkFacts,
-    ProfileFile,
-    RateFact,
-    SectionEntry,
-    StackFile,
-    UpdateEntry,
-    profile_from_text,
-    stack_from_text,
-)
-from simulator.hardware.sections import Sections
+from simulator.hardware.profile import HardwareProfile, Sections
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Link
 
@@ -72,13 +55,13 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     update, entry = profile.local_update, None
     file, packed, calibrated = _calibrated(path, profile.sections, update.arrays if update else None)
     if update:
-        entry = UpdateEntry(update.provenance, update.factors, _entry(update.arrays, file, packed))
+        entry = schema.UpdateEntry(update.provenance, update.factors, _entry(update.arrays, file, packed))
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
     whole = replace(_facts(profile), calibrated=calibrated, local_update=entry)
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
-    profile_from_text(text, path, problems, _no_arrays, library.taken(path))
+    schema.profile_from_text(text, path, problems, _no_arrays, library.taken(path))
     _write(path, text, problems, file, packed)
 
 
@@ -97,15 +80,15 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
     file, packed, calibrated = _calibrated(path, {key: replace(section, stack="") for key, section in own.items()})
     facts = path.name.removesuffix(f".{stack}{path.suffix}")
     head = f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in {facts}.yaml."
-    whole = StackFile(SCHEMA_VERSION, profile.name, stack, calibrated)
+    whole = schema.StackFile(schema.SCHEMA_VERSION, profile.name, stack, calibrated)
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
-    stack_from_text(text, path, problems, _no_arrays, profile, stack)
+    schema.stack_from_text(text, path, problems, _no_arrays, profile, stack)
     _write(path, text, problems, file, packed)
 
 
 def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
-    """Stand for arrays while a text is checked: :func:`_calibrated` has checked them."""
+    """Replace the reader of arrays while a text is checked: :func:`_calibrated` has checked the arrays."""
     return dict.fromkeys(names)
 
 
@@ -118,7 +101,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 def _calibrated(
     path: Path, sections: Sections, update: Arrays | None = None
-) -> tuple[str, bytes, dict[str, dict[str, SectionEntry]]]:
+) -> tuple[str, bytes, dict[str, dict[str, schema.SectionEntry]]]:
     """Return the name and the bytes of the array file, and the sections as the YAML names them. The name contains the
     digest, so the old pair of files stays readable until the new YAML is in place."""
     arrays = {}
@@ -132,9 +115,9 @@ def _calibrated(
         arrays.update({f"{prefix}.{name}": array for name, array in own.items()})
     packed = pack_arrays(arrays) if arrays else b""
     file = f"{_stem(path)}.{hashlib.sha256(packed).hexdigest()[:12]}.npz"
-    tree: dict[str, dict[str, SectionEntry]] = {operator: {} for operator in CONSTANTS}
+    tree: dict[str, dict[str, schema.SectionEntry]] = {operator: {} for operator in CONSTANTS}
     for (operator, dtype), section in sorted(sections.items()):
-        tree.get(operator, {})[dtype] = SectionEntry(
+        tree.get(operator, {})[dtype] = schema.SectionEntry(
             status=section.status,
             stack=section.stack,
             provenance=section.provenance,  # type: ignore[arg-type] # the check of the text names a missing one
@@ -146,12 +129,11 @@ def _calibrated(
     return file, packed, {operator: by_dtype for operator, by_dtype in tree.items() if by_dtype}
 
 
-def _entry(arrays: Arrays, file: str, packed: bytes) -> ArraysEntry:
-    return ArraysEntry(file, hashlib.sha256(packed).hexdigest(), tuple(sorted(arrays)))
+def _entry(arrays: Arrays, file: str, packed: bytes) -> schema.ArraysEntry:
+    return schema.ArraysEntry(file, hashlib.sha256(packed).hexdigest(), tuple(sorted(arrays)))
 
 
 def _stem(path: Path) -> str:
-    """Return the start of the names of a profile's array files."""
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:80]
     return stem if FILE_NAME.fullmatch(f"{stem}.npz") else f"profile_{stem}"
 
@@ -174,8 +156,8 @@ def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) 
     library.forget()
 
 
-def _facts(profile: HardwareProfile) -> ProfileFile:
-    """Return what precedes the fitted sections."""
+def _facts(profile: HardwareProfile) -> schema.ProfileFile:
+    """Return the file of a profile without its fitted sections."""
     references = dict(profile.references)
     short = {text: key for key, text in reversed(references.items())}
     for text in profile.sources.values():
@@ -186,29 +168,31 @@ def _facts(profile: HardwareProfile) -> ProfileFile:
     def about(key: str) -> dict[str, str]:
         return {"source": short.get(profile.sources.get(key, ""), ""), "note": profile.notes.get(key, "")}
 
-    def fact(key: str, value: Any) -> Fact[Any]:
-        return Fact(value, **about(key))
+    def fact(key: str, value: Any) -> schema.Fact[Any]:
+        return schema.Fact(value, **about(key))
 
-    def speed(key: str, one: Link) -> tuple[Fact[float], Fact[float]]:
+    def speed(key: str, one: Link) -> tuple[schema.Fact[float], schema.Fact[float]]:
         return fact(f"{key}.bandwidth", one.bandwidth_bytes_per_s), fact(f"{key}.latency", one.latency_s)
 
-    facts = {key: fact(key, getattr(profile, attribute)) for key, (attribute, _) in QUANTITIES.items()}
+    facts = {key: fact(key, getattr(profile, attribute)) for key, (attribute, _) in schema.QUANTITIES.items()}
     if "max_clock" not in profile.sources and profile.max_clock_hz == profile.boost_clock_hz:
         del facts["max_clock"]
     link = bridge = None
     if one := profile.link:
         connection = fact("link.connection", one.connection) if "link.connection" in profile.sources else None
         bandwidth, latency = speed("link", one)
-        link = LinkFacts(
+        link = schema.LinkFacts(
             kind=one.kind, connection=connection, max_devices=one.max_devices, bandwidth=bandwidth, latency=latency
         )
     if pair := profile.bridge:
-        bridge = BridgeFacts(pair.kind, *speed("bridge", pair))
+        bridge = schema.BridgeFacts(pair.kind, *speed("bridge", pair))
     rates = {
-        dtype: RateFact(rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}"))
+        dtype: schema.RateFact(rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}"))
         for dtype, rate in profile.rates.items()
     }
-    sheet = Datasheet(sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge)
+    sheet = schema.Datasheet(
+        sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge
+    )
     same = ("name", "title", "vendor", "architecture", "aliases", "stacks_of", "own_stack")
     own = {name: getattr(profile, name) for name in same}
-    return ProfileFile(schema_version=SCHEMA_VERSION, sources=references, datasheet=sheet, **own)
+    return schema.ProfileFile(schema_version=schema.SCHEMA_VERSION, sources=references, datasheet=sheet, **own)

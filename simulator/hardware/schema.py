@@ -30,12 +30,12 @@ from simulator.files.fields import (
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
 from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
-from simulator.hardware.profile import ARCHITECTURES, HardwareProfile
-from simulator.hardware.sections import (
-    ACCURACY_RANGE,
+from simulator.hardware.profile import (
     ANY_DTYPE,
-    SCALE_RANGE,
+    ARCHITECTURES,
+    LIMITS,
     Fitted,
+    HardwareProfile,
     LocalUpdate,
     Provenance,
     Section,
@@ -63,7 +63,7 @@ QUANTITIES: Mapping[str, tuple[str, Quantity]] = MappingProxyType(
 """Key of the file -> attribute of the profile, and unit with a range that is wide enough to catch only wrong units."""
 
 RATE = Quantity("FLOP/s", 1e8, 1e18)
-"""Arithmetic rate of a number format, with a range as wide."""
+"""Arithmetic rate of a number format."""
 
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
 """Function that reads arrays from a file with a digest, by prefix and names; it raises ValueError."""
@@ -81,8 +81,6 @@ Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSI
 
 @dataclass(eq=False, repr=False)
 class Fact(Generic[T]):
-    """A value of a datasheet."""
-
     value: T
     source: SourceName
     note: Quoted = ""
@@ -142,8 +140,6 @@ class Datasheet:
 
 @dataclass(eq=False, repr=False)
 class ArraysEntry:
-    """Arrays of a section, by the file that has them and its digest."""
-
     file: Annotated[str, _FILE]
     sha256: Annotated[str, _SHA256]
     names: tuple[Annotated[str, _ARRAY], ...]
@@ -166,8 +162,6 @@ class _Arrays(Object):
 
 
 class _Constants(MapOf):
-    """Constants of the operator at a path."""
-
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         return "" if key in CONSTANTS[path[1]] else unknown_key(key, CONSTANTS[path[1]])
 
@@ -187,8 +181,8 @@ class SectionEntry:
     provenance: Provenance
     constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
     arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
-    section_scale: Annotated[float | None, Number(*SCALE_RANGE, "1.2")] = None  # 1
-    accuracy: Map[Annotated[float, Number(*ACCURACY_RANGE, "0.042")]] = field(default_factory=dict)
+    section_scale: Annotated[float | None, Number(*LIMITS["section_scale"], "1.2")] = None  # None: 1
+    accuracy: Map[Annotated[float, Number(*LIMITS["accuracy"], "0.042")]] = field(default_factory=dict)
 
 
 Calibrated = Annotated[
@@ -211,8 +205,6 @@ class UpdateEntry:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ProfileFile:
-    """A profile as its file states it."""
-
     schema_version: Version
     name: Annotated[str, NAME]
     title: Quoted
@@ -229,8 +221,6 @@ class ProfileFile:
 
 @dataclass(eq=False, repr=False)
 class StackFile:
-    """Sections of one stack; facts of the device are in its profile."""
-
     schema_version: Version
     hardware: String
     stack: String
@@ -289,7 +279,7 @@ def _root(text: str, problems: Problems) -> Node | None:
         return None
     version = root.at("schema_version")
     if "schema_version" in root.entries and (version.quoted or version.text != str(SCHEMA_VERSION)):
-        # the only problem reported: another version may have other keys
+        # no further problems are reported: another version may have other keys
         reason = f"expected {SCHEMA_VERSION}, got {version}; this prunesim reads no other version"
         problems.add(version, "schema_version", reason)
         return None
@@ -297,7 +287,7 @@ def _root(text: str, problems: Problems) -> Node | None:
 
 
 def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> None:
-    """Check the keys of sources, and what several keys must satisfy together."""
+    """Check the keys of sources, and rules about several keys."""
     for short, (node, _) in root.at("sources").entries.items():
         if not _SHORT.fullmatch(short):
             right = "a short name of letters, digits, _ - and . as key"

@@ -1,32 +1,33 @@
 """Lower a decoder and a request to the table of operators that an inference engine runs: :func:`lower`.
 
-The engine determines which projections are one GEMM, and which positions the head computes. Assumptions of the rows:
+The engine determines which projections are one GEMM, and which positions the head computes. Assumptions:
 
-- Residual additions are fused into the norm that follows. ``attention_norm`` and ``mlp_norm`` read the residual stream
-  and the output of the previous sublayer, and write the sum and its norm (2 + 2 tensors). The first layer's norm counts
-  the same, though it adds nothing. If attention and MLP read the same input (GPT-NeoX), ``mlp_norm`` only normalises,
-  and one ``residual`` row adds both outputs.
+- Norms add the residual: ``attention_norm`` and ``mlp_norm`` read the residual stream and the output of the previous
+  sublayer, and write their sum and its norm (2 + 2 tensors). The norm of the first layer counts the same.
+- If attention and MLP read the same input (GPT-NeoX), ``mlp_norm`` only normalises, and a row ``residual`` adds both
+  outputs.
 - Scaling of the embedding, soft-capping of attention and biases are fused: no rows, no bytes.
-- Products in a format below 16 bits read activations in that format. The kernel before them writes it, or a kernel of
-  its own converts it (``quantize``), as the engine's file states. Latent vectors are converted with their norm.
 - Bytes of token ids, norm weights and rotary tables are excluded (below 0.1 % of any pass), and so is sampling.
-- ``dtype`` is the format in which the GEMMs of the layers compute. With 8 or 4 bits, the residual stream, attention,
-  embedding and head stay in bf16. ``weight_dtype`` applies only to the projections of the layers: quantised checkpoints
-  keep embedding and head in 16 bits.
-- If the cache is copied (Transformers), each decode step reads and writes all of it, and once more for every query head
-  if query heads share keys. Attention reads that copy; the row ``cache_write`` has these bytes.
+- ``dtype`` is the format of the GEMMs of the layers. With 8 or 4 bits, the residual stream, attention, embedding and
+  head stay in bf16.
+- ``weight_dtype`` applies only to the projections of the layers: quantised checkpoints keep embedding and head in 16
+  bits.
+- Products below 16 bits read activations in their format. As the engine's file states, the kernel before a product
+  writes this format, or a further kernel converts to it (``quantize``). Latent vectors are converted with their norm.
+- A copied cache (Transformers) is read and written in each decode step, and once more for every query head if query
+  heads share keys. Attention reads this copy; the row ``cache_write`` has these bytes.
 - Routed experts are one row per layer, with all their kernels except the router. Shared experts are an MLP.
 - Latent attention: a prefill computes keys and values of every head. A decode step attends to the latent vector; the
   halves of one weight transform queries and outputs (``absorb_k``, ``absorb_v``), unless the cache is copied.
 - Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``.
-- Generate: one attention row per decode step; for thousands of steps, neighbours share one row of their middle length.
-- Prefill in an engine with a token budget: a pass holds as many whole prompts as the budget, at least one. A longer
-  prompt is computed in chunks, each of which attends to the earlier ones, if the engine has them.
+- Generate: one attention row per decode step; of thousands of steps, neighbours share one row of their middle length.
+- Token budget: a prefill pass computes as many whole prompts as fit, at least one. If the engine has chunks, a longer
+  prompt is computed in chunks, each of which attends to the earlier chunks.
 - Prefix caching: the first tokens of each prompt are in the cache; a prefill computes and writes only the others.
-- Serve: the steady state of continuous batching. During one request every other request in flight is served too: one
-  prefill each, and ``new_tokens`` decode steps of all requests, whose caches are half grown on average. Prompts that
-  arrive during one decode step, ``batch / new_tokens``, are computed in one pass; short ones of neighbouring steps too
-  (``Schedule.clustered``). A pass has at least one prompt, and at most the budget.
+- Serve is the steady state of continuous batching. During one request, every request in flight gets one prefill and
+  ``new_tokens`` decode steps, with caches half grown on average. Prompts that arrive during one decode step
+  (``batch / new_tokens``) are computed in one pass within the budget, and so are short prompts of neighbouring steps
+  (``Schedule.clustered``).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from simulator.workload import Workload
 
 # prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of decoding sequences
 LEAST_PROMPTS = 4
-# up to twice this number of decode steps, each step has its own attention row; beyond, neighbours share one: FLOPs and
-# bytes stay exact except where a window fills up; times change by less than 1e-4
+# Up to twice this number of decode steps, each step has an attention row. Beyond, neighbours share a row: FLOPs and
+# bytes stay exact except where a window fills up, and times change by less than 1e-4.
 DECODE_LENGTHS = 1024
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
@@ -185,7 +186,7 @@ def _lower(request: Request, engine: Engine) -> Workload:
 
 
 def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int, int, int, float]]:
-    """Yield kinds of prefill passes: prompts, tokens of each, positions before them, chunks in a row, executions."""
+    """Yield kinds of prefill passes: prompts, tokens per prompt, positions before them, chunks, executions."""
     cached, limit = int(r.cached_prefix), r.token_budget or 0
     tokens = r.seq - cached
     budget = limit or r.batch * tokens
@@ -197,7 +198,7 @@ def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int,
         return
     together = min(r.batch, max(budget // tokens, 1))
     if r.phase == "serve":
-        arriving = round(r.batch / r.new_tokens) if limit else 1  # without a server one after the other
+        arriving = round(r.batch / r.new_tokens) if limit else 1  # without a server, prompts run one by one
         clustered = schedule.clustered if schedule else 0
         together = min(together, max(arriving, clustered // tokens, 1))
         yield together, tokens, cached, 1, r.batch / together
@@ -209,8 +210,8 @@ def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int,
 
 
 def _steps(steps: int) -> tuple[Array, Array]:
-    """Return numbers of steps (decode steps, chunks of a prompt) that are done after a step, and how many steps each
-    number represents. Pruning depends on the first steps, cache memory on the last: these represent only themselves."""
+    """Return the numbers of steps (decode steps or chunks of a prompt) done after representative steps, and how many
+    steps each represents. The first steps, on which pruning depends, and the last represent only themselves."""
     size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size
     alone = steps - 1 - size * shared
@@ -221,9 +222,9 @@ def _steps(steps: int) -> tuple[Array, Array]:
 
 def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
     """Return attention of consecutive layers from ``first`` at rising cache lengths, with ``times`` executions each.
-    A column is a length and a run of equal layers; rows are first layer, layers, window, length and executions.
 
-    A window longer than the cache has no effect, so layers differ only from some length on."""
+    Each column is a length and a run of equal layers; rows are first layer, layers, window, length and executions.
+    Layers are equal while their windows are longer than the cache."""
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):
@@ -259,20 +260,20 @@ class Lowering:
 
     @property
     def quantised(self) -> tuple[str, ...]:
-        """Products whose activations a kernel of its own converts."""
+        """Products whose activations a further kernel converts."""
         return self.engine.quantize.inputs if DTYPE_BYTES[self.dtype] < 2.0 else ()
 
 
 @dataclass(frozen=True)
 class PassRows:
-    """Equal prefill passes, or the decode steps of a request, as rows; one attention row per run of equal layers."""
+    """Rows of equal prefill passes, or of the decode steps of a request; one attention row per run of equal layers."""
 
     lowering: Lowering
     part: ModelConfig  # the shapes of one device
     phase: Phase
     batch: int  # sequences
     q_len: int
-    steps: float  # executions of the pass; in a steady state their mean number
+    steps: float  # executions of the pass; in the steady state of ``serve`` their mean
     first: bool = True  # whether it is the first pass of its phase, whose rows have the parameters
 
     @property
@@ -370,11 +371,8 @@ class PassRows:
         yield self.gemm("o", part, h, values, False)
 
     def latent_attention(self, block: Block) -> Iterator[OperatorRow]:
-        """Yield the rows of latent attention.
-
-        A prefill computes keys and values of every head from the latent vector. A decode step transforms queries and
-        outputs instead, by the two halves of the same weight, and attends to the latent vector. If the cache is copied
-        (Transformers), it holds keys and values of every head, and a decode step computes those of its token."""
+        """Yield the rows of latent attention; a copied cache has keys and values of every head, and a decode step
+        computes those of its token."""
         own, whole = self.part.latent, self.lowering.engine.cache == "copied"
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
@@ -416,9 +414,7 @@ class PassRows:
             yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
 
     def cache_write(self, block: Block, elements: int) -> OperatorRow:
-        """Return the row that writes keys and values to the cache.
-
-        A copied cache is first concatenated with the new position, then repeated for every query head."""
+        """Return the row that writes the cache; a copied cache is extended, then repeated for every query head."""
         r, part = self.lowering, Part.ATTENTION
         read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         kept = {}
@@ -483,14 +479,14 @@ class PassRows:
             yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
 
     def quantized(self, product: str, part: Part, k: int) -> Iterator[OperatorRow]:
-        """Yield the conversion of a product's activations, if a kernel of its own does it."""
+        """Yield the conversion of a product's activations, if a further kernel does it."""
         r = self.lowering
         if product in r.quantised:
             written = k * float(DTYPE_BYTES[r.dtype] / DTYPE_BYTES[r.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
     def shortcut(self, block: Block, part: Part, n: int) -> Iterator[OperatorRow]:
-        """Yield the product that rotates the residual of a sublayer; pruning added it."""
+        """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT) adds."""
         if part.name.lower() in block.shortcuts:
             row = self.gemm("residual_projection", part, n, self.part.hidden, False)
             yield row | self.wide | {"overhead": True}

@@ -127,7 +127,7 @@ class Link:
 
 
 class FittedValues(Protocol):
-    """Fitted values of one operator and number format, as :class:`simulator.hardware.sections.Section` has them."""
+    """Fitted values of one operator and number format, as :class:`simulator.hardware.profile.Section` has them."""
 
     @property
     def constants(self) -> Mapping[str, Any]: ...

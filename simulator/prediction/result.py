@@ -1,5 +1,4 @@
-"""Define predictions: :class:`Result` for one, :class:`Results` for many as columns, with texts as codes
-(:class:`Labels`).
+"""Define predictions: :class:`Result` is one prediction, :class:`Results` are many, as columns.
 
 The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files and data frames.
 """
@@ -46,7 +45,7 @@ Columns = Mapping[str, Any]  # columns of results: float64, int64 and bool array
 
 
 def plain(column: Array | Labels) -> Array:
-    """Return a column as an array; texts as objects."""
+    """Return a column as an array, of objects for texts."""
     return column.values if isinstance(column, Labels) else column
 
 
@@ -72,7 +71,7 @@ class Result(Displayed):
     sparsity, realised_sparsity : float
         Fraction requested (of an existing pruned model, the share of parameters removed), and after rounding.
     phase : str
-        Of prefill, decode, generate and serve.
+        Phase of inference: prefill, decode, generate or serve.
     batch, seq : int
         Sequences, and tokens (prefill) or cached positions (decode).
     dtype : str
@@ -90,11 +89,11 @@ class Result(Displayed):
     tokens_per_s : float or None
         New tokens/s of the pruned model on all devices together; None in prefill.
     ttft_s, ttft_lower, ttft_upper : float or None
-        Its time to first token, s, with the ends of its interval; None in decode.
+        Time to first token of the pruned model, s, with the ends of its interval; None in decode.
     tpot_s, tpot_lower, tpot_upper : float or None
-        Its time per further token, s, with the ends of its interval; None in prefill.
+        Time per further token of the pruned model, s, with the ends of its interval; None in prefill.
     dense_tokens_per_s : float or None
-        The same of the dense model, as the following.
+        New tokens/s of the dense model.
     dense_ttft_s, dense_ttft_lower, dense_ttft_upper : float or None
         Time to first token of the dense model, s.
     dense_tpot_s, dense_tpot_lower, dense_tpot_upper : float or None
@@ -112,9 +111,9 @@ class Result(Displayed):
     calibrated : bool
         Whether operators with default constants take less than 5 % of the time (``uncalibrated_share``).
     uncalibrated : str
-        Operators with default constants (sections of a profile, joined by "+"), which nothing was fitted for.
+        Operators without a fitted section, which have default constants, joined by "+".
     uncalibrated_share : float
-        Their share of the time of the dense or the pruned model, the larger, in [0, 1].
+        Share of these operators in the time of the dense or of the pruned model, the larger share, in [0, 1].
     new_tokens : int
         Tokens decoded after the prompt; 0 in prefill and decode.
     cached_prefix : int
@@ -140,7 +139,7 @@ class Result(Displayed):
     prune : str
         The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
     parts : str
-        What it removes of each part (layers, heads, widths, experts), after rounding.
+        Share that the pruning removes of layers, heads, widths and experts, after rounding.
 
     Examples
     --------
@@ -236,7 +235,7 @@ class Result(Displayed):
     @property
     def pruning(self) -> str:
         """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
-        # the text of a method that keeps a number of tokens is its name alone
+        # a method that keeps a fixed number of tokens has no sparsity to print
         simple = self.name == (self.method or self.family) != self.prune
         return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
 

@@ -1,6 +1,6 @@
 """All sentences about predictions: conclusions of commands, answers to "will it run?", and notes on limits.
 
-A sentence is made where its fact is known: each function returns the sentence, or "" (or none) without the fact.
+Each function returns the sentence about a fact, or "" (or none) without the fact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from simulator.capacity import MOST_DEVICES, memory
 from simulator.codes import DTYPES, ROLES, Kind, label_of
 from simulator.display import few, with_and
 from simulator.engines.engine import load_engine
-from simulator.hardware.link import choices
+from simulator.hardware.profile import link_choices
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators import BY_CODE, MOST_CODES, TITLES
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from simulator.prediction.result import HasResult, Result, Results
     from simulator.uncertainty.intervals import Inferred
 
-# classes of modules that import this one: importing their types would be a cycle
+# classes of modules that import this module: importing their types would be a cycle
 Advice: TypeAlias = Any
 Advised: TypeAlias = Any
 Explanation: TypeAlias = Any
@@ -54,10 +54,10 @@ Runnable: TypeAlias = Any
 Service: TypeAlias = Any
 Target: TypeAlias = Any
 T = TypeVar("T", bound="HasResult")
-NAMED = 4  # most settings or models that a sentence names; of more it states the number
+NAMED = 4  # most settings or models that a sentence names; for more it states their number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
 GAIN = 1.005  # speedup that is shown as more than 1.00
-NOTABLE = 0.985  # steps of a waterfall with a factor below it, or above its inverse, are mentioned
+NOTABLE = 0.985  # a conclusion names the steps of a waterfall with factors below this value or above its inverse
 EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
 """Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
 
@@ -71,7 +71,7 @@ def speedup_text(r: Result | Point) -> str:
 
 
 def shares(r: Result) -> str:
-    """Return the removed share, requested and realised, of all parts together; "" if the name of the pruning has it."""
+    """Return the share of all parts that is removed, requested and realised; "" if the pruning's name has it."""
     requested, realised = percent(r.sparsity), percent(r.realised_sparsity)
     if r.pruned:
         return f"{requested} of all parameters removed"
@@ -89,7 +89,7 @@ def pruning_text(r: Result) -> str:
 
 
 def parts_line(r: Result) -> str:
-    """Return what a pruning removes of each part, and of all parts together if this differs."""
+    """Return the removed share of each part, and of all parts together if this differs."""
     text, one = shares(r), "; " not in r.parts and percent(r.sparsity) in r.parts
     return r.parts if one or not text else f"{r.parts}; {text.removesuffix(' over all parts')} over all parts"
 
@@ -110,8 +110,8 @@ def _gain(model: str, value: float, low: float, high: float) -> str:
 
 
 def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
-    """Return how much faster each pruning is: a sentence for each of a few, and of many the fastest of each of a few
-    settings, or of all, with the number of gains and losses. ``clauses``, one for each result, end its sentence."""
+    """Return how much faster each pruning is. Few results get a sentence each. For many, sentences name the fastest of
+    each setting, or of all settings, and the number of gains and losses. Each result's clause ends its sentence."""
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
         gains = [_gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
@@ -137,8 +137,8 @@ class BreakEven:
     """The batches or lengths at which a pruning pays: the whole interval of its speedup is above :data:`GAIN`."""
 
     axis: str  # "batch" or "seq"
-    results: tuple[Result, ...]  # ascending; of values at which the model fits into the memory, if any
-    too_large: tuple[int, ...] = ()  # values at which it does not fit
+    results: tuple[Result, ...]  # ascending; only those that fit into the memory, unless none does
+    too_large: tuple[int, ...] = ()  # values of the excluded results
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -236,7 +236,7 @@ def runs_clause(r: Runnable) -> str:
 
 
 def unaligned(r: Runnable) -> str:
-    """Return which width is not aligned, and what the nearest aligned one gains."""
+    """Return which width is not aligned, and the gain of the nearest aligned width."""
     over = f" over {r.devices} devices" if r.devices > 1 else ""
     text = f"{r.unaligned_dimension} {r.unaligned_width:,}{over} is not aligned"
     if r.aligned_gain is None:
@@ -254,8 +254,8 @@ def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
-    """Return the least pruning that reaches a target with its probability, or the closest pruning; and where the dense
-    model reaches the target. Of several settings, those that need the least and the most pruning are named."""
+    """Return the least pruning that reaches a target with its probability, or the closest pruning, and the settings in
+    which the dense model reaches it. For several settings, the least and the most pruning are named."""
     best = {where: group[0] for where, group in settings_of(found.advice).items()}
     reached = {where: a.result for where, a in best.items() if a.reached}
     missed = {where: a for where, a in best.items() if not a.reached}
@@ -287,8 +287,8 @@ def _predicted(a: Advice) -> str:
 
 
 def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[str]:
-    """Return which models are on each frontier and the best trade, which is the most speedup (its log) per loss; or
-    with ``max_loss`` the fastest model with at most this loss."""
+    """Return the models on each frontier and the best trade, which has the largest log speedup per loss; with
+    ``max_loss``, the fastest model with at most this loss."""
     if len(fronts) <= MOST_SENTENCES:
         return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
     trades = (best_trade(front) if max_loss is None else fastest_within(front, max_loss) for front in fronts)
@@ -353,8 +353,8 @@ def fastest_within(front: Front, max_loss: float) -> Point | None:
 
 
 def conclusion(e: Explanation) -> str:
-    """Return nominal and predicted speedup, bottleneck and largest losses in a sentence, and advice for a host-bound
-    model in another."""
+    """Return a sentence on nominal and predicted speedup, bottleneck and largest losses, and advice for a host-bound
+    model."""
     r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
     nominal = f"{pruning_text(r)} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
@@ -375,7 +375,7 @@ def conclusion(e: Explanation) -> str:
 
 
 def conclusions(found: Sequence[Explanation]) -> list[str]:
-    """Return the :func:`conclusion` of each of a few explanations; of more their range."""
+    """Return the :func:`conclusion` of each explanation; for many explanations, the range of speedups."""
     if len(found) <= MOST_SENTENCES:
         return [conclusion(e) for e in found]
     ends = [pick(found, key=lambda e: e.result.speedup).result for pick in (min, max)]
@@ -404,9 +404,8 @@ LEAST = 0.001  # relative change of a number of bytes from which it is stated
 
 
 def of_service(service: Service) -> list[str]:
-    """Return the conclusion on a service: at equal concurrency, at equal memory, and within limits if there are some.
-
-    The first two are about the pruning with the most tokens/s at equal memory, the last about that within limits."""
+    """Return the conclusions at equal concurrency and at equal memory, on the pruning with the most tokens/s at equal
+    memory; if there are limits, also on the pruning with the most tokens/s within them."""
     kinds, best = service.kinds, ranked(service)[0]
     last = kinds[MEMORY][0], kinds[MEMORY][best]
     out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []
@@ -422,7 +421,7 @@ def of_service(service: Service) -> list[str]:
 
 
 def ranked(service: Service, kind: str = MEMORY) -> list[int]:
-    """Return the indices of the pruned models (from 1), those with the most tokens/s at the points of a kind first."""
+    """Return the indices (from 1) of the pruned models by falling tokens/s at the points of a kind."""
     rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[kind]]
     return sorted(range(1, len(rates)), key=lambda i: -rates[i])
 
@@ -447,7 +446,7 @@ def _equal_concurrency(service: Service, best: int) -> str:
 
 
 def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return why a pruned model serves more at equal memory: how many more sequences fit, and how long each takes."""
+    """Return how many more sequences of a pruned model fit at equal memory, and how long each request takes."""
     name = pruned.name
     if not pruned.concurrency:
         return f"{name} does not fit on {pruned.setting}: {_weights(pruned)}."
@@ -466,7 +465,7 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 
 
 def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return how much more a pruned model serves within limits, or which limit a model cannot keep."""
+    """Return how much more a pruned model serves within limits, or which limit a model exceeds."""
     start = f"Within {service.limits.text} (with a probability of {percent(service.limits.probability)})"
     names = {point.pruning or "the dense model": point for point in (dense, pruned) if not point.concurrency}
     why = {name: failing_text(service, point) for name, point in names.items()}
@@ -483,7 +482,7 @@ def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoin
 
 
 def failing_text(service: Service, point: OperatingPoint) -> str:
-    """Return which limit a model cannot keep even for one request, and by how much; "" if it keeps them."""
+    """Return the limit that a model exceeds even for one request, and by how much; "" without such a limit."""
     if not point.unmet:
         return ""
     time = seconds(service.limits.named[point.unmet] * point.excess)
@@ -654,10 +653,9 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
-    """Return a note on the kernels used if a profile has none of the stacks of a workload's engine, or the engine's
-    generations run routed experts differently, or "". A stack requested by name is never a fallback. If no GPU of the
-    architecture was fitted, the note states this. A fit of decode attention that is unused, as the engine has another
-    kernel, is named."""
+    """Return a note on assumed kernels, or "": kernels of another stack than the engine's (unless the user selected the
+    stack), an unused fit of another decode kernel, generic defaults of an architecture without any fit, and
+    :func:`experts_assumed`."""
     engine, dtype = load_engine(w.meta.engine), w.meta.dtype
     assumed = experts_assumed(w)
     if "generic" in unfitted(hw.section("gemm", dtype), GEMM_CONSTANTS, hw.architecture):
@@ -682,14 +680,13 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
 
 
 def assumed_link(hw: HardwareProfile, w: Workload) -> str:
-    """Return a note on the connection of the devices if it was assumed and collectives take over :data:`LINK_SHARE` of
-    the time, or ""."""
+    """Return a note on an assumed connection of the devices; "" if collectives take less than :data:`LINK_SHARE`."""
     if hw.link is None or w.meta.link or w.meta.devices == 1 or hw.own_link:
         return ""
     spent = _timed(w, hw)[0].seconds * w.count
     if spent[w.kind == Kind.COLLECTIVE].sum() < LINK_SHARE * spent.sum():
         return ""
-    others = " or ".join(choices(hw.link, hw.bridge)[1:])
+    others = " or ".join(link_choices(hw.link, hw.bridge)[1:])
     return f"{hw.label}: its devices are assumed to have {hw.link.text}; for another link, use --link {others}"
 
 
@@ -715,10 +712,9 @@ def sections_of(w: Workload) -> dict[str, str]:
 
 
 def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
-    """Explain a speedup above its roofline bound by the operator that is closer to its roofline pruned than dense;
-    return "" for other speedups. Such a gain is due to a step of one stack's kernels at the dense shape, not to the
-    removed work. If no operator gains, the removed work was farther from its roofline than the rest (such as the
-    head)."""
+    """Explain a speedup above its roofline bound; return "" for other speedups. One operator is closer to its roofline
+    in the pruned than in the dense model, because kernels of the stack are slow at the dense shape; or else the removed
+    work was farther from its roofline than the rest (such as the head)."""
     if speedup <= BETTER * bound:
         return ""
     (time_d, roof_d), (time_p, roof_p) = (_by_role(w, hw) for w in (dense, pruned))
@@ -742,8 +738,7 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
 
 
 def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
-    """Return the operators with default constants of some predictions (results or frontiers) together, and the largest
-    share of the time."""
+    """Return the operators with default constants in some results or frontiers, and their largest share of the time."""
     every = list(found)
     parts = {part for r in every for part in r.uncalibrated.split("+")}
     share = max((r.uncalibrated_share for r in every), default=0.0)
@@ -751,8 +746,8 @@ def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
 
 
 def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
-    """Return one note on the operators with default constants and their share of the time, for all devices where it is
-    at least :data:`~simulator.prediction.compare.SMALL_SHARE`, if any; ``measured`` if a dense time was given."""
+    """Return one note on operators with default constants, for all devices on which their share of the time is at least
+    :data:`SMALL_SHARE`; ``measured``: the user gave a dense time."""
     mine = by_key((r for r in found if r.uncalibrated_share >= SMALL_SHARE), lambda r: r.hardware)
     of = {device: uncalibrated_of(some) for device, some in mine.items()}
     devices: dict[str, list[str]] = {}

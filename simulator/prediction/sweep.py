@@ -32,7 +32,7 @@ from simulator._version import __version__
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, needs_extra, one_line
 from simulator.files.fields import BAD, Checked, Inline, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
-from simulator.files.parquet import load_pyarrow
+from simulator.files.read import load_pyarrow
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import files_of, load_hardware, reference

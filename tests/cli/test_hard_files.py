@@ -22,7 +22,6 @@ import pytest
 from calibration.records.importers import import_table
 from simulator.errors import InputError
 from simulator.files import csv as csv_table
-from simulator.files import parquet
 from simulator.files import read as readfile
 from simulator.files.csv import read_csv
 
@@ -191,10 +190,10 @@ def test_parquet_that_unpacks_to_gigabytes(kind: str, cli: Any) -> None:
 def test_texts_of_each_type_are_measured_before_they_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pa, pq, file = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"), io.BytesIO()
     pq.write_table(pa.table({"a": pa.array(["x" * 100] * 100, getattr(pa, kind)())}), file)
-    assert parquet.read_parquet(file.getvalue(), "t").column("a")[99].as_py() == "x" * 100
-    monkeypatch.setattr(parquet, "MOST_TABLE_BYTES", 9_999)
+    assert readfile.read_parquet(file.getvalue(), "t").column("a")[99].as_py() == "x" * 100
+    monkeypatch.setattr(readfile, "MOST_TABLE_BYTES", 9_999)
     with pytest.raises(InputError, match="t: expected texts of at most"):
-        parquet.read_parquet(file.getvalue(), "t")
+        readfile.read_parquet(file.getvalue(), "t")
 
 
 def test_csv_larger_than_can_be_split(monkeypatch: pytest.MonkeyPatch) -> None:

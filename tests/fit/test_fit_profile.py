@@ -14,8 +14,8 @@ from calibration.evidence.validate import validate
 from calibration.fit.profile import fit_profile
 from calibration.records.timing_table import Records
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import Fitted
 from simulator.hardware.save import save_hardware
-from simulator.hardware.sections import Fitted
 from simulator.uncertainty.operators import gemm_time
 
 

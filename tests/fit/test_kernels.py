@@ -16,8 +16,7 @@ from calibration.measurements import published
 from calibration.records.timing_table import Records, Source
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile, with_section
-from simulator.hardware.sections import Fitted
+from simulator.hardware.profile import Fitted, HardwareProfile, with_section
 from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 HW = load_hardware("h100_sxm@sglang")

@@ -18,9 +18,8 @@ from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import base_profile
 from calibration.fit.profile import within_ranges
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import ANY_DTYPE, Fitted, HardwareProfile, Provenance, Section
 from simulator.hardware.save import save_hardware
-from simulator.hardware.sections import ANY_DTYPE, Fitted, Provenance, Section
 from simulator.operators import CONSTANTS
 
 ODD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-40, 1e40)

@@ -33,10 +33,9 @@ from simulator.hardware.library import (
     reference,
     shipped_names,
 )
-from simulator.hardware.profile import ARCHITECTURES, STACKS, HardwareProfile
+from simulator.hardware.profile import ARCHITECTURES, STACKS, Fitted, HardwareProfile, LocalUpdate, Provenance, Section
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
-from simulator.hardware.sections import Fitted, LocalUpdate, Provenance, Section
 from simulator.operators import CONSTANTS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK
 from simulator.uncertainty.operators import gemm_time, operator_time

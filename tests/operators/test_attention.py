@@ -15,8 +15,7 @@ from calibration.fit.predict import predict
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Fitted, Section
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.operators.attention import (
     DECODE_CONSTANTS,
     Geometry,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from calibration.records.screening import UNKNOWN_REPEAT, exact_arrays, with_exact, without_exact
 from calibration.records.timing_table import Flag, Records, Source
 from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import Provenance
 from simulator.hardware.save import save_hardware
-from simulator.hardware.sections import Provenance
 from simulator.operators.gemm import EXACT_NAMES as NAMES
 from simulator.operators.gemm import MeasuredShapes, measured_shapes
 from simulator.uncertainty.operators import GemmOptions, gemm_time

@@ -9,8 +9,7 @@ import pytest
 
 from simulator import load_hardware, load_model, lower, predict, table
 from simulator.errors import InputError
-from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.sections import Fitted, Section
+from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.prediction.result import Result
 from simulator.prediction.sentences import assumed_link
 from simulator.prediction.sweep import read_grid, sweep_results
