@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from simulator.operators.attention import DecodeAttention, PrefillAttention
-from simulator.operators.base import Constant, Operator
+from simulator.operators.base import RUNTIME_CONSTANTS, Constant, Operator
 from simulator.operators.collective import Collective
 from simulator.operators.delta_net import DeltaNet
 from simulator.operators.elementwise import Elementwise
 from simulator.operators.experts import Experts
 from simulator.operators.gemm import Gemm
-from simulator.operators.runtime import RUNTIME_CONSTANTS
 
 OPERATORS: tuple[Operator, ...] = (
     Gemm(),

@@ -38,6 +38,7 @@ from simulator.operators.base import (
     Formats,
     Machine,
     Operator,
+    ResidualGrid,
     Rows,
     Sizes,
     element_bytes,
@@ -46,7 +47,6 @@ from simulator.operators.base import (
     row,
     unfitted,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants

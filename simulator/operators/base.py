@@ -8,9 +8,11 @@ updates follow from the estimate. docs/adding.md adds an operator as an example.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -311,6 +313,104 @@ def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any
 
 
 @dataclass(frozen=True)
+class ResidualGrid:
+    """Values at the nodes of a regular grid. Their precision, float32 or float64, is that of the evaluation."""
+
+    start: tuple[float, ...]  # first node of each coordinate
+    step: tuple[float, ...]  # from one to the next
+    values: Array  # one axis per coordinate
+    inset: float = 0.0  # steps before the last node at which a coordinate stops
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
+        """Return the grid that a section stores ("start", "step", "values"; axes from the last to the first); None
+        without these arrays."""
+        if "values" not in arrays:
+            return None
+        start, step = (tuple(map(float, arrays[name][::-1])) for name in ("start", "step"))
+        return cls(start, step, np.ascontiguousarray(arrays["values"].T, dtype=np.float64))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what :meth:`from_arrays` reads."""
+        start, step = np.array(self.start[::-1]), np.array(self.step[::-1])
+        return {"start": start, "step": step, "values": np.ascontiguousarray(self.values.T)}
+
+    @cached_property
+    def _ends(self) -> tuple[Array, Array, Array, Array]:
+        """First node, nodes per unit, last position and last cell, (coordinates, 1) each."""
+        nodes = np.array(self.values.shape, dtype=np.float64)
+        last, last_cell = nodes - (1.0 + self.inset), np.maximum(nodes - 2.0, 0.0)
+        columns = np.array(self.start), 1.0 / np.array(self.step), last, last_cell
+        start, per_unit, last, last_cell = (c.astype(self.values.dtype)[:, None] for c in columns)
+        return start, per_unit, last, last_cell
+
+    @cached_property
+    def _corners(self) -> tuple[Array, NDArray[np.int32]]:
+        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), the far side of the first
+        coordinate in the second half (meaningless beyond an edge, where no point lies); strides of the nodes."""
+        strides = [math.prod(self.values.shape[i + 1 :]) for i in range(self.values.ndim)]
+        offsets = [0]
+        for stride in reversed(strides):
+            offsets += [stride + offset for offset in offsets]
+        padded = np.concatenate([np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)])
+        corners = np.stack([padded[offset : offset + self.values.size] for offset in offsets])
+        return corners, np.array(strides, dtype=np.int32)[:, None]
+
+    def cells(self, coordinates: Any) -> tuple[NDArray[np.int32], Array]:
+        """Return the cell of each point along each coordinate, and the position in it, in [0, 1]: arrays (coordinates,
+        points)."""
+        start, per_unit, last, last_cell = self._ends
+        inside = np.empty((len(start), *np.broadcast(*coordinates).shape), dtype=start.dtype)
+        for i, coordinate in enumerate(coordinates):
+            inside[i] = coordinate
+        inside = inside.reshape(len(start), -1)
+        inside -= start
+        inside *= per_unit
+        np.maximum(inside, 0.0, out=inside)
+        np.minimum(inside, last, out=inside)
+        cells = np.minimum(inside, last_cell).astype(np.int32)
+        inside -= cells
+        return cells, inside
+
+    def __call__(self, coordinates: Any) -> Array:
+        """Return the values at points: ``coordinates`` has an array per axis."""
+        cells, inside = self.cells(coordinates)
+        corners, strides = self._corners
+        found = corners.take(np.add.reduce(cells * strides, axis=0, dtype=np.int32), axis=1, mode="clip")
+        for position in inside:  # one coordinate after the other, from the near side of its cell to the far side
+            half = len(found) // 2
+            low, high = found[:half], found[half:]
+            high -= low
+            high *= position
+            low += high
+            found = low
+        return np.asarray(found[0].reshape(np.broadcast(*coordinates).shape))
+
+
+@dataclass(frozen=True)
+class RowResidual:
+    """Log factors by the number of rows m, linear in log2 m between the measured m."""
+
+    m: Array  # measured numbers of rows, ascending
+    values: Array
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> RowResidual | None:
+        """Return what a section stores ("row_m", "row_values"); None without these arrays."""
+        if "row_m" not in arrays:
+            return None
+        return cls(np.asarray(arrays["row_m"], dtype=np.float64), np.asarray(arrays["row_values"], dtype=np.float64))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what :meth:`from_arrays` reads."""
+        return {"row_m": self.m, "row_values": self.values}
+
+    def __call__(self, m: Array) -> Array:
+        """Return the log factor at each m."""
+        return np.asarray(np.interp(np.log2(m), np.log2(self.m), self.values)).astype(m.dtype)
+
+
+@dataclass(frozen=True)
 class Constant:
     """One constant of a cost model; fits and profiles have values from ``low`` to ``high``."""
 
@@ -342,6 +442,27 @@ def joined(unit: str, low: float, high: float, source: str, meaning: str, **defa
     """Return a constant with defaults by kind of link, where that of PCIe holds for each of its kinds."""
     kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
     return row(unit, low, high, source, meaning, **{**kinds, **defaults})
+
+
+# fmt: off
+_GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times "
+    "sets it")
+_EAGER = ("geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which published_dense.csv has eager "
+    "Transformers at batch 1 among the rows fitted on")
+_LOADED = ("ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
+    "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
+
+RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "graph_gap_s": row("s", 0.0, 2e-5, _GRAPH,
+        "idle time between two kernels of a CUDA graph that the times of kernels exclude", other=0.0),
+    "host_op_s": row("s", 1e-7, 1e-3, _EAGER,
+        "host time to launch one kernel in an eager framework (interpreter, dispatcher, driver)",
+        other=16.5e-6, cpu=5e-6),
+    "sustained": row("1", 1.0, 2.0, _LOADED,
+        "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks drop under load",
+        other=1.0, ampere=1.12),
+})
+# fmt: on
 
 
 @dataclass(frozen=True)

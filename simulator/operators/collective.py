@@ -33,11 +33,11 @@ from simulator.operators.base import (
     Formats,
     Link,
     Operator,
+    ResidualGrid,
     Rows,
     bottleneck,
     joined,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants

@@ -30,12 +30,12 @@ from simulator.operators.base import (
     Formats,
     Machine,
     Operator,
+    ResidualGrid,
     Rows,
     element_bytes,
     largest_part,
     row,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants

@@ -28,11 +28,11 @@ from simulator.operators.base import (
     FittedValues,
     Formats,
     Operator,
+    ResidualGrid,
     Rows,
     bottleneck,
     row,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 _STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "

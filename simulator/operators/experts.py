@@ -34,6 +34,7 @@ from simulator.operators.base import (
     Formats,
     Machine,
     Operator,
+    ResidualGrid,
     Rows,
     element_bytes,
     from_l2,
@@ -41,7 +42,6 @@ from simulator.operators.base import (
     row,
     unfitted,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants

@@ -34,6 +34,8 @@ from simulator.operators.base import (
     Machine,
     MeasuredOperators,
     Operator,
+    ResidualGrid,
+    RowResidual,
     Rows,
     bottleneck,
     element_bytes,
@@ -50,7 +52,6 @@ from simulator.operators.gemm_model import (
     ready_model,
     weight_only_constants,
 )
-from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
 # fmt: off
 # sources of the defaults of constants
