@@ -1,4 +1,4 @@
-"""The operators of a forward pass: one file each. :data:`OPERATORS` lists them; nothing else does."""
+"""The operators of a forward pass, one file each; only :data:`OPERATORS` lists them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WRITTEN_FIRST = ("gemm", "attention_prefill", "attention_decode", "mla_prefill"
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
     {section: _BY_SECTION[section] for section in _WRITTEN_FIRST} | {"runtime": RUNTIME_CONSTANTS} | _BY_SECTION
 )
-"""Constants of each section of a profile, in the order in which a file has them."""
+"""Constants of each section of a profile, in the order of a file."""
 
 TITLES: Mapping[str, str] = MappingProxyType(
     {
@@ -42,4 +42,4 @@ TITLES: Mapping[str, str] = MappingProxyType(
         for section, title in zip(operator.constants, operator.titles)
     }
 )
-"""Section of a profile -> its operators in notes; those with weights come first."""
+"""Section of a profile -> name of its operators in notes; operators with weights come first."""

@@ -1,11 +1,11 @@
 """Gated delta net (arXiv 2412.06464): causal convolution, gates and recurrence of one layer, without its projections.
 
 A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt is computed in
-chunks of 64 tokens (arXiv 2406.06484): five kernels of small products, whose intermediate results cross memory; one of
-the kernels takes chunk after chunk, as each needs the state of the last one.
+chunks of 64 tokens (arXiv 2406.06484) by five kernels of small products, whose intermediate results cross memory. One
+of the kernels computes the chunks in sequence, because each needs the state of the previous chunk.
 
 One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim, Apache-2.0; 32 value
-heads). The others were chosen from what similar kernels achieve: docs/model.md has the errors of nine rows.
+heads). The others were chosen from similar kernels: docs/model.md has the errors of nine rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.arrays import Array, FloatArray
+from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
     Calls,
@@ -59,30 +59,12 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 # fmt: on
 
 
-def delta_state_bytes(
-    heads: Array, key_heads: Array, key: Array, value: Array, conv: Array, state_bytes: Array, element_bytes: Array
-) -> Array:
-    """Return the bytes that a gated delta net keeps of one sequence. Each value head has a state of ``key`` x ``value``
-    elements, each channel of the convolution its last positions."""
-    channels: Array = 2.0 * key_heads * key + 1.0 * heads * value
-    return np.asarray(1.0 * heads * key * value * state_bytes + np.maximum(conv - 1, 0) * channels * element_bytes)
-
-
-def delta_bytes(tokens: Array, batch: Array, features: Array, states: Array, element_bytes: Array) -> Array:
-    """Return the bytes that gated delta nets move: ``features`` of each token, and ``states`` of all sequences. States
-    are written; a decode step also reads them. A dynamic method may skip some of the sequences of a step."""
-    computed = np.minimum(tokens / np.maximum(batch, 1), 1.0)
-    return np.asarray(element_bytes * tokens * features + states * computed * np.where(tokens <= batch, 2.0, 1.0))
-
-
 CHUNK = 64.0
 """Tokens of a chunk."""
 
 
 @dataclass(frozen=True)
 class DeltaNets(Calls):
-    """Gated delta nets of one device."""
-
     operator = "delta_net"
     machine: Machine  # weight_bytes: of an element of the state
     tokens: FloatArray
@@ -94,7 +76,7 @@ class DeltaNets(Calls):
     conv: FloatArray
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost: arithmetic and bytes overlap in part, the chain of chunks and the fixed time add up."""
+        """Return the cost: arithmetic and bytes overlap in part; the chain of chunks and the fixed time are added."""
         tokens, heads, machine = self.tokens, self.heads, self.machine
         batch = np.minimum(self.batch, tokens)  # a dynamic method may skip sequences
         each, act = tokens / batch, machine.element_bytes
@@ -104,7 +86,7 @@ class DeltaNets(Calls):
         stream = act * tokens * (channels + heads * self.value)
         tail = act * batch * np.maximum(self.conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
         chunks = np.ceil(each / CHUNK)
-        padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens, chunks filled up
+        padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
         # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
         between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * self.key + 4.0 * self.value)
         between = between + 2.0 * act * self.key * self.value / CHUNK
@@ -161,7 +143,6 @@ class DeltaSizes(NamedTuple):
 
 
 def delta_net(sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32") -> Estimate:
-    """Return the cost of gated delta nets."""
     machine, section, constants = _ready(hw, dtype, state_dtype)
     arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
     e = DeltaNets(machine, *arrays).estimate(constants)
@@ -176,7 +157,7 @@ class DeltaNet(Operator):
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
     constants = MappingProxyType({"delta_net": DELTA_NET_CONSTANTS})
     titles = ("gated delta nets",)
-    # no rows of a second GPU or stack: priors as wide as those of a prompt's attention
+    # one GPU and stack was measured, so priors are as wide as those of a prompt's attention
     # fmt: off
     errors = MappingProxyType({"delta_net": ErrorSize(0.10, 0.05, factors={
         "launch": 0.4, "compute": 0.35, "memory": 0.22, "latency": 0.5,
@@ -189,16 +170,20 @@ class DeltaNet(Operator):
         return 6.0 * w.m * w.heads * w.head_dim * w.value_dim
 
     def bytes(self, w: Rows) -> Any:
+        """Features of each token, and states: a step writes them, a decode step also reads them."""
         features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
-        return delta_bytes(w.m, w.batch, features, self.state_bytes(w), DTYPE_BYTES[w.dtype])
+        computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)  # a dynamic method may skip sequences
+        states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
+        return DTYPE_BYTES[w.dtype] * w.m * features + states
 
     def parameter_bytes(self, w: Rows) -> Any:
         return w.params * DTYPE_BYTES[w.dtype]
 
     def state_bytes(self, w: Rows) -> Any:
-        """Recurrent states, and the last positions of the convolution."""
-        sizes = w.heads, w.kv_heads, w.head_dim, w.value_dim, w.window
-        return w.batch * delta_state_bytes(*sizes, DTYPE_BYTES[w.weight_dtype], DTYPE_BYTES[w.dtype])
+        """Recurrent states of value heads (key x value), and the last positions of the channels of the convolution."""
+        channels = 2.0 * w.kv_heads * w.head_dim + 1.0 * w.heads * w.value_dim
+        states = 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
+        return w.batch * (states + np.maximum(w.window - 1, 0) * channels * DTYPE_BYTES[w.dtype])
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return sequences / np.maximum(w.batch, 1) * self.state_bytes(w)
