@@ -166,8 +166,8 @@ def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
 def _longest(
     workloads: WorkloadBatch, rows: BoolArray, sequences: Any, prompt: Any = None, shared: Any = None
 ) -> FloatArray:
-    """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,), without ``shared`` positions
-    (W,) of layers that keep the whole ``prompt`` (W,)."""
+    """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,). Layers that keep the whole
+    ``prompt`` (W,) exclude ``shared`` positions (W,)."""
     w, at = workloads.rows, rows.nonzero()[0]
     if not len(at):
         return np.zeros(len(workloads))

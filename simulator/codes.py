@@ -107,8 +107,8 @@ def dtype_code(name: str) -> int:
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")} | {"fp8_block": ("fp8",)}
 )
-"""Number formats of sections that are not arithmetic formats -> the arithmetic that they need: 8- and 4-bit weights with
-16-bit activations, and fp8 with a scale per block of weights."""
+"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs: 8- and 4-bit weights
+with 16-bit activations, and fp8 with a scale per block of weights."""
 
 
 def labels(rates: Iterable[str]) -> tuple[str, ...]:

@@ -27,11 +27,11 @@ from simulator.codes import COLLECTIVE, DTYPE_BYTES, DTYPES, ELEMENTWISE, EXPERT
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import BY_CODE
-from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows, bottleneck
+from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows
 from simulator.operators.experts import experts_touched
 from simulator.workload import Workload, WorkloadBatch, sums
 
-_HOST, _LAUNCH, _COMPUTE = map(bottleneck, ("host", "launch", "compute"))
+_HOST, _LAUNCH, _COMPUTE = map(BOTTLENECKS.index, ("host", "launch", "compute"))
 _SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
 _NORM = ROLES.index("attention_norm")
@@ -268,7 +268,7 @@ class ForwardPass:
     def ideal_s(self) -> FloatArray:
         """Datasheet roofline of each row if its kernel used every zero; for a collective, that of its link."""
         w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
-        # formats without arithmetic on the device have an infinite rate
+        # formats that the device does not compute in have no arithmetic time
         compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
         between = w.kind == COLLECTIVE

@@ -30,9 +30,6 @@ stacks and labs), on another version of the stack that the engine runs, and on t
 AIC = "aiconfigurator-core 0.12.0"
 """Package with the tables that most defaults were fitted on."""
 
-FITTED_KINDS: tuple[str, ...] = ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
-"""Kinds of links with defaults of their own."""
-
 BOTTLENECKS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
 """Parts of an operator's time, of which the largest is its bottleneck; arrays hold the index."""
 
@@ -40,16 +37,12 @@ ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(dict(zip(DTYPES, DTYPE_BYT
 """Bytes of one element by number format."""
 
 
-def bottleneck(name: str) -> int:
-    return BOTTLENECKS.index(name)
-
-
 def largest_part(parts: Mapping[str, Any], shape: tuple[int, ...]) -> NDArray[np.int8]:
     """Return the code of each operator's bottleneck; ``parts`` maps bottlenecks to times."""
     times = np.empty((len(parts), *shape))
     for i, part in enumerate(parts.values()):
         times[i] = part
-    codes = np.array([bottleneck(name) for name in parts], dtype=np.int8)
+    codes = np.array([BOTTLENECKS.index(name) for name in parts], dtype=np.int8)
     return np.asarray(codes[times.argmax(axis=0)])
 
 
@@ -96,7 +89,7 @@ class Link:
         """Kind of link whose default constants of collectives apply."""
         if self.connection == "pcie-host":
             return "pcie_host"
-        return self.kind if self.kind in FITTED_KINDS else self.family
+        return self.kind if self.kind in ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5") else self.family
 
     @property
     def most_devices(self) -> int:

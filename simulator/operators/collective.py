@@ -24,6 +24,7 @@ from simulator.codes import ROLES, Kind
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (
     AIC,
+    BOTTLENECKS,
     Calls,
     Constant,
     Device,
@@ -35,7 +36,6 @@ from simulator.operators.base import (
     Operator,
     ResidualGrid,
     Rows,
-    bottleneck,
     joined,
 )
 
@@ -85,7 +85,7 @@ UNFITTED = ("xgmi", "pcie-host")
 APART = 8.0
 """Octaves between two collectives: far enough for uncorrelated errors."""
 
-_LINK, _LAUNCH = bottleneck("link"), bottleneck("launch")
+_LINK, _LAUNCH = map(BOTTLENECKS.index, ("link", "launch"))
 
 
 @dataclass(frozen=True)

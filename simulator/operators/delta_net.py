@@ -11,17 +11,15 @@ heads). The others were chosen from similar kernels: docs/model.md has the error
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
-    Calls,
     Constant,
     Device,
     ErrorSize,
@@ -63,69 +61,10 @@ CHUNK = 64.0
 """Tokens of a chunk."""
 
 
-@dataclass(frozen=True)
-class DeltaNets(Calls):
-    operator = "delta_net"
-    machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray
-    batch: FloatArray
-    heads: FloatArray
-    key_heads: FloatArray
-    key: FloatArray
-    value: FloatArray
-    conv: FloatArray
-
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost: arithmetic and bytes overlap in part; the chain of chunks and the fixed time are added."""
-        tokens, heads, machine = self.tokens, self.heads, self.machine
-        batch = np.minimum(self.batch, tokens)  # a dynamic method may skip sequences
-        each, act = tokens / batch, machine.element_bytes
-        step = each <= 1.0
-        channels = 2.0 * self.key_heads * self.key + heads * self.value
-        state = batch * heads * self.key * self.value * machine.weight_bytes * np.where(step, 2.0, 1.0)
-        stream = act * tokens * (channels + heads * self.value)
-        tail = act * batch * np.maximum(self.conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
-        chunks = np.ceil(each / CHUNK)
-        padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
-        # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
-        between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * self.key + 4.0 * self.value)
-        between = between + 2.0 * act * self.key * self.value / CHUNK
-        products = CHUNK * (3.0 * self.key + 2.0 * self.value) + 3.0 * self.key * self.value
-        bandwidth = machine.bandwidth_bytes_per_s
-        memory = (state + stream + padded * heads * between) / (c["e_d"] * bandwidth)
-        memory = memory + (2.0 * act * tokens * channels + tail) / (c["e_conv"] * bandwidth)
-        compute = 2.0 * padded * heads * products / (c["e_tc"] * machine.peak_flop_per_s)
-        chain = np.where(step, 0.0, c["chunk_s"] * chunks)
-        launch = np.where(step, c["t0_s"], c["prompt_s"])
-        bytes_s = (state + stream + tail) / bandwidth
-        flops_s = 6.0 * tokens * heads * self.key * self.value / machine.peak_flop_per_s
-        work = np.hypot(compute, memory)
-        total = np.asarray(launch + chain + work)
-        rest = 1.0 / (np.maximum(work, 1e-30) * total)
-        position = np.log2(each), np.log2(batch * heads), np.log2(self.key * self.value)
-        return Estimate(
-            operator="delta_net",
-            kind=int(Kind.DELTA_NET),
-            time=total,
-            floor=np.maximum(bytes_s, flops_s / machine.headroom),
-            roofline=np.maximum(bytes_s, flops_s),
-            bottleneck=largest_part(
-                {"compute": compute, "memory": memory, "latency": chain, "launch": launch}, total.shape
-            ),
-            loadings={
-                "launch": launch / total,
-                "compute": compute**2 * rest,
-                "memory": memory**2 * rest,
-                "latency": chain / total,
-            },
-            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-            position=position,
-        )
-
-
 @lru_cache(maxsize=128)
 def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, dict[str, float]]:
     section = hw.section("delta_net", dtype)
+    # weight_bytes: of an element of the state
     machine = replace(Machine.of(hw, dtype), weight_bytes=element_bytes(state, "state_dtype"))
     return machine, section, {name: section[name] for name in DELTA_NET_CONSTANTS}
 
@@ -143,11 +82,55 @@ class DeltaSizes(NamedTuple):
 
 
 def delta_net(sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32") -> Estimate:
-    machine, section, constants = _ready(hw, dtype, state_dtype)
+    """Return the cost of gated delta nets: arithmetic and bytes overlap in part; the chain of chunks and the fixed time
+    are added."""
+    machine, section, c = _ready(hw, dtype, state_dtype)
     arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
-    e = DeltaNets(machine, *arrays).estimate(constants)
+    tokens, batch, heads, key_heads, key, value, conv = arrays
+    batch = np.minimum(batch, tokens)  # a dynamic method may skip sequences
+    each, act = tokens / batch, machine.element_bytes
+    step = each <= 1.0
+    channels = 2.0 * key_heads * key + heads * value
+    state = batch * heads * key * value * machine.weight_bytes * np.where(step, 2.0, 1.0)
+    stream = act * tokens * (channels + heads * value)
+    tail = act * batch * np.maximum(conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
+    chunks = np.ceil(each / CHUNK)
+    padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
+    # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
+    between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
+    between = between + 2.0 * act * key * value / CHUNK
+    products = CHUNK * (3.0 * key + 2.0 * value) + 3.0 * key * value
+    bandwidth = machine.bandwidth_bytes_per_s
+    memory = (state + stream + padded * heads * between) / (c["e_d"] * bandwidth)
+    memory = memory + (2.0 * act * tokens * channels + tail) / (c["e_conv"] * bandwidth)
+    compute = 2.0 * padded * heads * products / (c["e_tc"] * machine.peak_flop_per_s)
+    chain = np.where(step, 0.0, c["chunk_s"] * chunks)
+    launch = np.where(step, c["t0_s"], c["prompt_s"])
+    bytes_s = (state + stream + tail) / bandwidth
+    flops_s = 6.0 * tokens * heads * key * value / machine.peak_flop_per_s
+    work = np.hypot(compute, memory)
+    total = np.asarray(launch + chain + work)
+    rest = 1.0 / (np.maximum(work, 1e-30) * total)
+    position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
+    parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
+    e = Estimate(
+        operator="delta_net",
+        kind=int(Kind.DELTA_NET),
+        time=total,
+        floor=np.maximum(bytes_s, flops_s / machine.headroom),
+        roofline=np.maximum(bytes_s, flops_s),
+        bottleneck=largest_part(parts, total.shape),
+        loadings={
+            "launch": launch / total,
+            "compute": compute**2 * rest,
+            "memory": memory**2 * rest,
+            "latency": chain / total,
+        },
+        coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+        position=position,
+    )
     residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return e.with_residual(None if residual is None else residual(position), section)
 
 
 class DeltaNet(Operator):

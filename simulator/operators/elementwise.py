@@ -20,6 +20,7 @@ from simulator.codes import ROLES, Kind
 from simulator.errors import unknown
 from simulator.operators.base import (
     AIC,
+    BOTTLENECKS,
     Calls,
     Constant,
     Device,
@@ -30,7 +31,6 @@ from simulator.operators.base import (
     Operator,
     ResidualGrid,
     Rows,
-    bottleneck,
     row,
 )
 
@@ -97,7 +97,7 @@ _PER_CLASS = [[pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_
 APART = 8.0
 """Octaves between two classes: far enough for uncorrelated errors."""
 
-_LAUNCH, _MEMORY, _L2 = map(bottleneck, ("launch", "memory", "l2"))
+_LAUNCH, _MEMORY, _L2 = map(BOTTLENECKS.index, ("launch", "memory", "l2"))
 
 
 @dataclass(frozen=True)

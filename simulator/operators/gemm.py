@@ -23,6 +23,7 @@ from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (
     AIC,
+    BOTTLENECKS,
     ELEMENT_BYTES,
     Calls,
     Constant,
@@ -37,7 +38,6 @@ from simulator.operators.base import (
     ResidualGrid,
     RowResidual,
     Rows,
-    bottleneck,
     element_bytes,
     octaves_outside_fit,
     row,
@@ -446,7 +446,7 @@ TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
 """Tiles among which stacks may choose; the number of idle SMs in the last wave depends on the choice."""
 
 _IDLE = [f"idle {tile_m}x{tile_n}" for tile_m, tile_n in TILES]
-_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory", "l2", "latency", "launch"))
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOTTLENECKS.index, ("compute", "memory", "l2", "latency", "launch"))
 
 
 @dataclass(frozen=True)
@@ -601,16 +601,12 @@ def _loadings(
         loadings["latency"] = latency
         # idle SMs with each of TILES, and with the chosen tile
         many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
-        *idles, idle = compute * _idle(np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count))
+        waves = np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count)
+        *idles, idle = compute * np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0)
         loadings |= zip(_IDLE, idles)
     if np.ndim(step_scale):
         loadings["alignment"] = np.sqrt(np.log(step_scale))  # small effects are relatively less certain
     return loadings, idle
-
-
-def _idle(waves: Array) -> Array:
-    """Return the log of whole waves over waves, 0 for at most one wave."""
-    return np.asarray(np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0))
 
 
 def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
@@ -722,14 +718,11 @@ class Gemm(Operator):
         whole = np.where(w.kernel == Kernel.SPARSE24, self.weight_bytes(w), w.n * w.k * element)
         return np.where(sparse, (w.params - bias) * whole / values + bias * element, w.params * element)
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        return self._estimates(w, hw, formats)
-
     def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         """Padding to tiles, idle SMs and alignment."""
-        return self._estimates(w, hw, formats, steps=True)
+        return self.estimates(w, hw, formats, steps=True)
 
-    def _estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
         options = Options(formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched)
         given = {name: getattr(w, name).astype(np.float64) for name in "mnk"}
         if np.count_nonzero(w.kernel):

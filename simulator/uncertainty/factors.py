@@ -10,7 +10,7 @@ forward passes are rows of one linear model, so common errors cancel in a ratio,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from types import MappingProxyType
@@ -83,14 +83,8 @@ class Uncertainty:
         return out
 
     def take(self, rows: Any) -> Uncertainty:
-        return Uncertainty(
-            self.factors,
-            self.systematic[:, rows],
-            self.correlated[rows],
-            self.independent[rows],
-            self.coordinates[rows],
-            self.kind,
-        )
+        taken = {name: getattr(self, name)[rows] for name in ("correlated", "independent", "coordinates")}
+        return replace(self, systematic=self.systematic[:, rows], **taken)
 
     @classmethod
     def joined(cls, parts: list[Uncertainty], order: Any = slice(None)) -> Uncertainty:
@@ -185,7 +179,7 @@ def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def level_scale(level: float) -> float:
-    """Return the half-width of a normal interval over that of a 90 % interval; InputError for a level outside (0, 1)."""
+    """Return a normal interval's half-width over that of a 90 % interval; InputError for a level outside (0, 1)."""
     return _level_scale(number("level", level, LEVEL))
 
 

@@ -133,9 +133,7 @@ def gemm_predicted(
         errors.append((rows, uncertainty))
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
-        found = dict(times.details)
-        if detail:
-            found |= gemm_steps_of(times)
+        found = gemm_steps_of(times) if detail else dict(times.details)
         found["measured"] = np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
         for name, values in found.items():
             details.setdefault(name, np.zeros(size, dtype=values.dtype))[rows] = values
