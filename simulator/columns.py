@@ -140,8 +140,8 @@ class Table(Displayed):
 
     @classmethod
     def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
-        """Return the table of :meth:`from_rows` from numbers and names that this package computed. Values are checked,
-        which takes longer, only if some are too large to be exact."""
+        """Return the table of :meth:`from_rows` for ``rows`` that this package computed; ``others`` are fields of all
+        rows. Values are checked, which takes longer, only if some are too large to be exact."""
         columns: dict[str, list[Any]] = {}
         for i, row in enumerate(rows):
             for name, value in row.items():
