@@ -192,7 +192,6 @@ def _longest(
 
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the peak bytes of activations in one pass of each workload."""
     return np.asarray(np.maximum.reduce([*activation_bytes_by_phase(workloads).values()]))
 
 

@@ -182,7 +182,6 @@ class Table(Displayed):
 
 
 def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
-    """Return the codes of a column of names."""
     names, inverse = np.unique(np.asarray(values, dtype=object).astype(str), return_inverse=True)
     return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(np.shape(values))
 

@@ -278,7 +278,6 @@ class ForwardPass:
 
     @property
     def share(self) -> FloatArray:
-        """Share of each row in the device time of its workload."""
         return self.row_s / self.device_s[self.workloads.owner]
 
     @property

@@ -298,7 +298,6 @@ class Groups:
 
     @property
     def of_row(self) -> IndexArray:
-        """Group of each row."""
         return self.cell % len(self.segment)
 
     def sums(self, column: FloatArray) -> FloatArray:
@@ -340,7 +339,6 @@ class WorkloadBatch:
 
     @classmethod
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
-        """Concatenate batches."""
         if len(batches) == 1:
             return batches[0]
         columns = (f.name for f in fields(cls) if f.name != "rows")

@@ -246,9 +246,7 @@ class Geometry(Sizes):
 
 
 class Parts(NamedTuple):
-    """Time of attention calls without residual, s, and its parts."""
-
-    total_s: FloatArray
+    total_s: FloatArray  # without residual
     by_bottleneck: Mapping[str, FloatArray | float]  # "launch", the fixed time, is the last
     loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
 
@@ -431,8 +429,6 @@ class Kernels:
 
 @dataclass(frozen=True)
 class AttentionCalls(Calls):
-    """Attention calls of one phase on one device."""
-
     phase: str  # "prefill" or "decode"
     latent: bool  # multi-head latent attention
     geometry: Geometry
@@ -447,7 +443,6 @@ class AttentionCalls(Calls):
         return f"{'mla' if self.latent else 'attention'}_{self.phase}"
 
     def seconds(self, c: Mapping[str, Any]) -> FloatArray:
-        """Return the analytical time alone, s."""
         if self.phase == "decode":
             return decode_core(decode_work(self.geometry), self.machine, c).total_s
         return prefill_core(prefill_work(self.geometry, c), self.machine, c).total_s
@@ -569,8 +564,6 @@ _SAME_KERNELS = {SAME_STACK: 0.1, ENGINE_STACK: 0.45}
 
 
 class Attention(Operator):
-    """Attention of prompts and decode steps."""
-
     sizes: ClassVar[tuple[str, ...]] = ("batch", "kv_len", "heads", "kv_heads", "head_dim")
     cached = True
 

@@ -54,8 +54,6 @@ def element_bytes(dtype: str, what: str = "dtype") -> float:
 
 @dataclass(frozen=True)
 class Rate:
-    """Arithmetic rate of one number format."""
-
     flop_per_s: float  # dense, from the datasheet, at boost clock
     accumulate: str  # number format of the sums
     sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
@@ -63,8 +61,6 @@ class Rate:
 
 @dataclass(frozen=True)
 class Link:
-    """Connection between devices."""
-
     kind: str  # nvlink4, pcie5, xgmi
     bandwidth_bytes_per_s: float  # in one direction
     latency_s: float  # time of one message step
@@ -292,7 +288,7 @@ def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
 
 
 def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
-    """Return the octaves outside the sizes that a section was fitted on; None where the section does not store them."""
+    """Return the octaves outside the sizes of a section's fit; None for a section without these sizes."""
     if section is None or "measured" not in section.arrays:
         return None
     low, high = np.asarray(section.arrays["measured"], dtype=coordinates.dtype)
@@ -521,7 +517,7 @@ class Operator(ABC):
         return 0.0
 
     def section(self, w: Rows) -> str:
-        """Section of a profile that times the first row."""
+        """Section of a profile that times the rows."""
         return next(iter(self.constants))
 
     def label(self, dtype: str, second: str) -> str:

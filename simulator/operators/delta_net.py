@@ -70,8 +70,6 @@ def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, d
 
 
 class DeltaSizes(NamedTuple):
-    """Sizes of gated delta nets, which broadcast."""
-
     tokens: Any  # tokens of all sequences: one per sequence is a decode step, more are a prompt
     batch: Any  # sequences
     heads: Any  # value heads

@@ -102,8 +102,6 @@ _LAUNCH, _MEMORY, _L2 = map(BOTTLENECKS.index, ("launch", "memory", "l2"))
 
 @dataclass(frozen=True)
 class Moves(Calls):
-    """Elementwise operators on one device."""
-
     operator = "elementwise"
     bytes_: FloatArray  # read and written
     code: IndexArray  # index into CLASSES

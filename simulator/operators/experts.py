@@ -214,7 +214,7 @@ class Layers(Calls):
     warm: Any = True  # weights are in L2 if they fit, as in a benchmark that repeats one layer
     part: Any = 0  # index into PARTS
     devices: Any = 1.0  # devices that share the experts, unless tokens are dealt
-    unfitted: tuple[str, ...] = ()  # error factors of a section of defaults
+    unfitted: tuple[str, ...] = ()  # error factors of kernels without a fit
 
     @cached_property
     def load(self) -> Load:

@@ -145,9 +145,7 @@ EXACT_BITS: tuple[int, ...] = (22, 21, 21)
 
 @dataclass(frozen=True)
 class MeasuredShapes:
-    """Measured shapes, sorted by key (m, n and k in one number)."""
-
-    key: NDArray[np.uint64]
+    key: NDArray[np.uint64]  # m, n and k in one number, ascending
     seconds: FloatArray
     log_half: FloatArray  # log half-width of the 90 % interval
 
@@ -218,8 +216,6 @@ _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole
 
 @dataclass(frozen=True)
 class Options:
-    """Formats and kernels of GEMMs."""
-
     dtype: str = "bf16"
     weight_dtype: str | None = None
     kernel: Any = "dense"
@@ -673,8 +669,6 @@ def aligned_elements(element_bytes: float) -> int:
 
 
 class Gemm(Operator):
-    """Products of activations with weights."""
-
     code, name = int(Kind.GEMM), "gemm"
     sizes = ("m", "n", "k")
     constants = MappingProxyType({"gemm": GEMM_CONSTANTS})

@@ -116,7 +116,6 @@ class Scales(NamedTuple):
 
 
 def error_scales(e: Estimate, hw: HardwareProfile) -> Scales:
-    """Return the factors on the prior of an estimate's errors for the fitted stack of its section."""
     if e.section is None:
         return Scales()
     stack, others = hw.error_scales(e.section)
@@ -172,7 +171,6 @@ def _factors(operator: str, loadings: tuple[str, ...], scales: Scales) -> tuple[
 
 
 def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return a flat copy of a number or an array, in a shape."""
     out = np.empty(shape, dtype=dtype)
     out[...] = value
     return out.reshape(-1)
@@ -313,7 +311,6 @@ class Posterior:
 
 @lru_cache(maxsize=16)
 def posterior_of(hw: HardwareProfile) -> Posterior | None:
-    """Return the posterior of a profile's local update, None without one."""
     if hw.local_update is None:
         return None
     arrays = {name: np.asarray(values) for name, values in hw.local_update.arrays.items()}

@@ -218,7 +218,7 @@ class PassUncertainty:
         return np.asarray(np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0))
 
     def variance(self) -> Array:
-        """Return the variance (W,) of the log of each time."""
+        """Return the variances (W,) of the logs of the times."""
         every = np.arange(len(self.correlated))
         return self._variance(self._correlated(every, every))
 
@@ -247,7 +247,6 @@ class PassUncertainty:
         return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
-        """Return the log half-width of an interval at a level."""
         coverage_factor = COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
         return np.asarray(coverage_factor * level_scale(level) * np.sqrt(variance))
 

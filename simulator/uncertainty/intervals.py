@@ -47,8 +47,8 @@ _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1),
 """Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by number of unknowns."""
 
 UNEXPLAINED = 0.3
-"""Share of a measured time's deviation that may come from a cause outside the model (assumed): time per pass instead of
-time in proportion to the work, or the reverse."""
+"""Share of the deviation of a measured time from its prediction that may be time per pass where the model assumes time
+in proportion to the work, or the reverse (assumed): the model has no cause for this share."""
 
 CONSISTENT_SD = 2.5
 """A measured time is ignored if it deviates from its prediction by more standard deviations."""
