@@ -48,7 +48,7 @@ class Host:
     pass_log_sd: float
     each_sequence: FloatArray  # (W, 2) for the sequences of a pass
     sequence_log_sd: float
-    correlation: float = 1.0  # of ``passes`` and ``work``; 1: one unknown
+    correlation: float = 1.0  # between ``passes`` and ``work``; 1: one unknown
 
     @classmethod
     def of(

@@ -63,7 +63,7 @@ def operator_times(
 class PredictedPass(ForwardPass):
     """A forward pass with prediction intervals and errors of its operators."""
 
-    errors: Errors  # of one execution of the main kernel of each distinct shape of the batch
+    errors: Errors  # errors of one execution of the main kernel of each distinct shape of the batch
     level: float  # level of the intervals of :attr:`time`
 
     @cached_property
