@@ -103,7 +103,7 @@ class PredictedPass(ForwardPass):
             correlated=groups.sums(share * correlated[which]) * noise,
             independent=own * noise,
             whole=whole,
-            coordinates=np.moveaxis(centre, 0, -1),
+            coordinates=centre.transpose(1, 2, 0),
             kind=groups.kind,
             posterior=posterior,
         )
