@@ -4,9 +4,9 @@ The host schedules and launches kernels, before the device or in parallel with i
 the scheduler, then its kernels run in sequence. In eager mode, the host launches every kernel while the device runs
 earlier kernels; only fewer launches, not smaller kernels, make a host-bound model faster.
 
-Two numbers describe the speed of a host, in standard deviations of logs: ``passes`` for its time per pass, and ``work``
-for its time per launch and per sequence; 0 is the typical (median) host. Over hosts, they are correlated but not equal.
-A measured time of a whole pass determines their sum, not the two numbers.
+Two numbers describe how slow a host is, in standard deviations of logs: ``passes`` for its time per pass, and ``work``
+for its time per launch and per sequence. 0 is the typical (median) host, positive numbers are slower. Over hosts, they
+are correlated but not equal. A measured time of a whole pass determines their sum, not the two numbers.
 
 W are workloads, G groups of rows with the same phase, place in the pass, kind and role.
 """
@@ -98,8 +98,8 @@ class Host:
         return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
 
     def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
-        """Return the speeds ``work`` and ``passes`` for two independent standard normals: the speed of passes, and the
-        uncorrelated rest of the speed of work."""
+        """Return ``work`` and ``passes`` from two independent standard normals; ``first`` is ``passes``, and ``second``
+        the part of ``work`` that does not depend on it."""
         first = np.asarray(first, dtype=np.float64)
         if self.unknowns < 2:
             return first, first

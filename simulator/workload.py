@@ -291,9 +291,9 @@ class Groups:
     """Groups of rows with the same segment, kind and role, which share errors and launches."""
 
     cell: IndexArray  # workload x group of each row
-    segment: IndexArray  # of each group (:func:`segment_of`)
-    kind: IndexArray  # of each group
-    role: IndexArray  # of each group
+    segment: IndexArray  # per group, see :func:`segment_of`
+    kind: IndexArray  # per group
+    role: IndexArray  # per group
     count: FloatArray  # executions, workload x group
 
     @property
@@ -315,7 +315,7 @@ def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatA
 class WorkloadBatch:
     """Concatenated workloads, dense and pruned, with one phase, formats and engine."""
 
-    rows: Workload  # of all workloads; meta is that of the first workload
+    rows: Workload  # all workloads one after the other; meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1
     sequences: IndexArray  # sequences of each workload with a cache, those that a dynamic method skips included
     dense: IndexArray  # index of the dense workload of each workload

@@ -2,7 +2,7 @@
 
 Use :func:`results_of` for a batch on some devices, :func:`compare` for the columns of one device that follow from
 times. :func:`against` compares pruned workloads with each other: errors that two of them share cancel in their ratio,
-so its interval is narrower than the interval of either speedup. Equal shapes are timed once.
+so its interval is narrower than the interval of either speedup. In a large batch, equal shapes are timed once.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def memory_columns(
     for phase, activation in activations.items():
         full = growing[phase][which]
         own = activation[which] / np.minimum(batch.sequences[which], full)
-        beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
+        beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # beyond a full pass
         within = np.minimum(left / (cache + own), full)
         largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
     largest = np.minimum(np.maximum(np.floor(largest + 1e-9), 0.0), np.concatenate([most, most])).astype(np.int64)
@@ -61,7 +61,7 @@ def _most_together(batch: WorkloadBatch) -> FloatArray:
     if not meta.token_budget or meta.phase == "decode":
         return np.full(len(batch), np.inf)
     computed = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
-    tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences  # of each prompt
+    tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences  # per prompt
     return np.asarray(np.maximum(meta.token_budget // np.maximum(tokens, 1.0), 1.0))
 
 

@@ -1,4 +1,4 @@
-"""The error model of operator times: error factors, correlated errors, independent errors (docs/model.md, "How sure").
+"""The error model of operator times: error factors, correlated and independent errors (docs/model.md, "Uncertainty").
 
 log(true / predicted) is a sum of three errors. A *systematic* error belongs to an error factor, such as the launch time
 of GEMMs. It is one number per software stack and laboratory, multiplied by the loading of each time. A *correlated*

@@ -121,8 +121,9 @@ class PredictedPass(ForwardPass):
 
 
 def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9) -> PredictedPass:
-    """Return the passes of a batch in the engine of its workloads; each distinct operator is timed once. InputError for
-    operators that the device or the engine cannot run."""
+    """Return the passes of a batch in the engine of its workloads. In a large batch, equal operators are timed once.
+
+    InputError for a batch that the device or the engine cannot run."""
     instance("hw", hw, HardwareProfile, "load_hardware")
     engine = load_engine(workloads.rows.meta.engine)
     if reason := refusal(workloads, hw.architecture):
