@@ -1,12 +1,12 @@
-"""Compute the memory of workloads, and whether they fit on a device. Memory is that of the fullest device:
+"""Compute the memory of workloads on the fullest device, and whether they fit:
 
-- weights: parameters x bytes of their format; 2:4 weights compressed, with indices. Scattered zeros are stored, as
+- weights: parameters x bytes of their format; 2:4 weights are compressed, with indices. Scattered zeros are stored, as
   dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
-- cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets, whatever
-  the length. In a steady state (serve) sequences have the length of their decode steps, after eviction; only prompts of
-  the current prefill hold all positions, and a cached prefix is stored once, unless positions are evicted.
+- cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets have one
+  size. In a steady state (serve), sequences have the length of their decode steps, after eviction; only prompts of the
+  current prefill hold all positions. A cached prefix is stored once, unless positions are evicted.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
-  output), MLP (gate, up, product; routed experts also the gathered tokens), and logits.
+  output), MLP (gate, up, product; routed experts also gathered tokens), and logits.
 - a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
 """
 
@@ -100,7 +100,7 @@ def memory(
     weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
     total = weights + cache + activation + reserve_bytes
     fits = total <= capacity
-    # the part that devices share; overestimated for the fullest stage of a pipeline
+    # devices share the first part, which is overestimated for the fullest stage of a pipeline
     shared, whole = (weights + cache) * devices, activation + reserve_bytes
     sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
     needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
@@ -113,19 +113,18 @@ def memory(
 
 
 def memory_share(w: Workload) -> float:
-    """Return the share of a device's memory that a workload may use: a server leaves some to others."""
+    """Return the share of a device's memory that a workload may use; servers leave some to other processes."""
     return load_engine(w.meta.engine).memory.value if w.meta.phase == "serve" else 1.0
 
 
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the bytes of the parameters of each workload."""
     w = workloads.rows
     each = workloads.each(lambda operator, rows: operator.parameter_bytes(rows))
     stored = np.where(w.params > 0, each * w.count, 0.0)
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
     inside, head = w.layers > 0, (w.part == Part.HEAD) & (w.layers <= 0)
-    tied = np.where(head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy
+    tied = np.where(head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy of the embedding
     first = workloads.total(np.where(~inside & ~head, stored, 0.0))
     last = workloads.total(np.where(head, stored, 0.0)) + np.maximum(workloads.largest(tied), 0.0)
     return np.asarray(
@@ -140,8 +139,8 @@ def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 
 def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
-    """Return the bytes of the cache of one sequence of each workload, and what prompts need beyond while they are
-    computed, whatever the number of sequences."""
+    """Return the bytes of the cache per sequence of each workload, and the further bytes of prompts that are computed,
+    which do not depend on the number of sequences."""
     w = workloads.rows
     every = w.is_cached
     if w.meta.phase != "serve":
@@ -152,11 +151,11 @@ def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
     prefill = every & (w.phase == Phase.PREFILL)
     together = np.maximum(workloads.largest(np.where(prefill, w.batch, 0)), 0)
     prompts = _longest(workloads, prefill, together)
-    return own, np.maximum(prompts - together * held, 0.0) + (held - own)  # all share one prefix
+    return own, np.maximum(prompts - together * held, 0.0) + (held - own)  # all sequences share one prefix
 
 
 def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
-    """Return the positions of a prompt of each workload, and those of them that the prefix cache holds."""
+    """Return the positions of a prompt of each workload, and how many of them the prefix cache holds."""
     w = workloads.rows
     prefill = w.phase == Phase.PREFILL
     prompt = workloads.largest(np.where(w.is_attention & prefill, w.kv_len, 0)).astype(np.float64)
@@ -167,8 +166,8 @@ def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
 def _longest(
     workloads: WorkloadBatch, rows: BoolArray, sequences: Any, prompt: Any = None, shared: Any = None
 ) -> FloatArray:
-    """Return the bytes that some rows of each workload need for at least ``sequences`` (W,) in the cache, without
-    ``shared`` positions (W,) of layers that keep all of the ``prompt`` (W,)."""
+    """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,). Layers that keep the whole
+    ``prompt`` (W,) exclude ``shared`` positions (W,)."""
     w, at = workloads.rows, rows.nonzero()[0]
     if not len(at):
         return np.zeros(len(workloads))
@@ -183,7 +182,7 @@ def _longest(
         each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
     start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
     span = int((start + size).max()) + 1
-    # decodes of generate have one row per length; the longest counts
+    # generate has one decode row per length; the longest counts
     first = workloads.owner[at] * span + start
     inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
     layers = np.zeros(len(workloads) * span)  # owner x layer
@@ -193,12 +192,11 @@ def _longest(
 
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the peak bytes of activations in one forward pass of each workload, at the widest rows."""
     return np.asarray(np.maximum.reduce([*activation_bytes_by_phase(workloads).values()]))
 
 
 def activation_bytes_by_phase(workloads: WorkloadBatch) -> dict[Phase, FloatArray]:
-    """Return the peak bytes of activations in one pass of each phase that some workload has; 0 without such a pass."""
+    """Return the peak bytes of activations by phase; 0 for workloads without the phase."""
     masks = {phase: workloads.rows.phase == int(phase) for phase in Phase}
     return {phase: _activation_bytes(workloads, here) for phase, here in masks.items() if np.count_nonzero(here)}
 
@@ -210,7 +208,7 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
 
     def widest(width: Any, stage: int) -> FloatArray:
-        """Return the largest tensor of every workload and role, except those inside a low-rank pair."""
+        """Return the largest tensor of each workload and role, except inner tensors of low-rank pairs."""
         most = np.zeros(size * len(ROLES))
         np.maximum.at(most, cell, np.where(gemm & (w.stage != stage), tokens * width, 0.0))
         return most.reshape(size, len(ROLES))
@@ -220,7 +218,7 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
         return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if np.count_nonzero(mine) else 0.0
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
-    # the embedding has all tokens; layers may compute fewer
+    # the embedding has all tokens; layers may have fewer
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
@@ -230,7 +228,7 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
 
 
 def _stage_share(workloads: WorkloadBatch) -> FloatArray:
-    """Return the share of the layers on the fullest stage of a pipeline, of each workload; 1 without layers."""
+    """Return the share of a workload's layers on the fullest stage of a pipeline; 1 without layers."""
     w = workloads.rows
     layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
     return np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)

@@ -17,7 +17,7 @@ from simulator.names import STACKS as STACKS
 
 
 class Kind(IntEnum):
-    """Codes of operators (:data:`simulator.operators.OPERATORS`) that other modules name, and of errors of the host."""
+    """Codes of operators (:data:`simulator.operators.OPERATORS`), and of errors of the host."""
 
     GEMM = 0
     PREFILL_ATTENTION = 1
@@ -30,7 +30,7 @@ class Kind(IntEnum):
 
 
 class Part(IntEnum):
-    """Part of the decoder; depth pruning removes ATTENTION and MLP parts of layers."""
+    """Part of the decoder; depth pruning removes ATTENTION and MLP."""
 
     EMBEDDING = 0
     ATTENTION = 1
@@ -39,7 +39,7 @@ class Part(IntEnum):
 
 
 class Kernel(IntEnum):
-    """Kernel of an operator, which determines whether zeros save time."""
+    """Kernel of an operator; it determines whether zeros save time."""
 
     DENSE = 0  # computes zeros
     SPARSE24 = 1  # 2:4 sparse tensor cores, compressed weights
@@ -47,7 +47,7 @@ class Kernel(IntEnum):
     BLOCK_SPARSE = 3  # skips tiles: attention blocks, or tokens of a GEMM sorted by a mask
     GROUPS_N = 4  # skips groups of output features of a GEMM per token
     GROUPS_K = 5  # skips groups of input features of a GEMM per token
-    SPMV = 6  # scattered zeros times one token; stores nonzero values with their distances
+    SPMV = 6  # scattered zeros times one token; stores nonzero values and their distances
 
 
 class Phase(IntEnum):
@@ -76,7 +76,7 @@ ROLES: tuple[str, ...] = (
     "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
     # collectives
     "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
-    # latent attention: projections to the ranks, from the query rank, from the latent vector, and halves of the latter
+    # latent attention: projections to the ranks, from the query rank, from the latent vector (whole and halves)
     "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
     # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared experts
     "linear", "experts", "shared_gate",
@@ -84,23 +84,21 @@ ROLES: tuple[str, ...] = (
     "fill", "product",
     # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm; gate after attention
     "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate",
-    # conversion of activations for narrow products (quantize: of the residual stream): outputs of heads, inner features
+    # conversion of activations for narrow products (quantize: residual stream): outputs of heads, inner features
     "quantize_heads", "quantize_inner",
 )
 # fmt: on
-"""Names of operator roles; the index is the code in the column ``role``, also in files, so new names go to the end."""
+"""Names of operator roles; the index is the code in the column ``role`` and in files, so new names go to the end."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
 _DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})
 
 
 def role_code(*names: str) -> Array:
-    """Return the codes of role names."""
     return np.array([_ROLE_CODE[name] for name in names], dtype=np.int16)
 
 
 def dtype_code(name: str) -> int:
-    """Return the code of a number format."""
     if name not in _DTYPE_CODE:
         raise InputError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
     return _DTYPE_CODE[name]
@@ -109,9 +107,8 @@ def dtype_code(name: str) -> int:
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")} | {"fp8_block": ("fp8",)}
 )
-"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs.
-
-These are 8- and 4-bit weights with 16-bit activations, and fp8 with a scale per block of weights."""
+"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs: 8- and 4-bit weights
+with 16-bit activations, and fp8 with a scale per block of weights."""
 
 
 def labels(rates: Iterable[str]) -> tuple[str, ...]:
@@ -126,7 +123,7 @@ def label_of(dtype: str, weight: str) -> str:
 
 
 def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
-    """Return the formats of activations and of weights that a section is for, on a device with ``rates``."""
+    """Return the formats of activations and weights of a section, on a device with ``rates``."""
     known = tuple(rates)
     arithmetic = next((dtype for dtype in LABELS.get(label, ()) if dtype in known), label)
     return arithmetic, label.removesuffix("_wo")

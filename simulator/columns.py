@@ -1,4 +1,4 @@
-"""Provide a frozen table of equal-length columns, the base of workloads and of measured records.
+"""Define a frozen table of equal-length columns, the base of workloads and measured records.
 
 A subclass is a frozen dataclass (``eq=False``) whose first fields are ``name: Array = column(dtype, default)``; other
 fields apply to all rows. Columns of names are stored as codes, indices into ``CODES[column]``.
@@ -22,7 +22,7 @@ T = TypeVar("T", bound="Table")
 
 
 def column(dtype: type, default: Any) -> Any:
-    """Declare a column: its NumPy type, and its default value."""
+    """Declare a column by its NumPy type and default value."""
     return field(metadata={"column": (dtype, default)})
 
 
@@ -79,8 +79,8 @@ class Table(Displayed):
 
     @classmethod
     def _of(cls: type[T], values: Mapping[str, Any], new: Iterable[str] | None = None) -> T:
-        """Return a table of all field values without checks, for columns derived from checked columns. ``new`` names
-        the columns that are not those of another table, by default all."""
+        """Return a table of all field values without checks. ``new`` names the columns that no other table shares, by
+        default all."""
         for name in cls.SCHEMA if new is None else new:
             values[name].setflags(write=False)
         out = object.__new__(cls)
@@ -89,7 +89,7 @@ class Table(Displayed):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Return ``values`` of the column ``name`` as numbers or codes; subclasses can also check their range."""
+        """Return ``values`` of the column ``name`` as numbers or codes; subclasses may check their range."""
         given = plain(values)
         return encode(name, given, cls.CODES) if given.dtype.kind in "UOT" else given
 
@@ -140,9 +140,8 @@ class Table(Displayed):
 
     @classmethod
     def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
-        """Return a table of ``rows`` as :meth:`from_rows`, of numbers from 0 up and names that this package computed.
-        They are in range unless they are too large to be exact; only then are they checked, which takes longer.
-        ``others`` are fields of all rows."""
+        """Return the table of :meth:`from_rows` for ``rows`` that this package computed; ``others`` are fields of all
+        rows. Values are checked, which takes longer, only if some are too large to be exact."""
         columns: dict[str, list[Any]] = {}
         for i, row in enumerate(rows):
             for name, value in row.items():
@@ -155,7 +154,7 @@ class Table(Displayed):
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
-        """Return the rows of the tables ``parts`` in order; fields of all rows are ``others``, else the first's."""
+        """Return the rows of the tables ``parts`` in order; fields of all rows are ``others`` or those of the first."""
         tables = [vars(part) for part in parts]
         columns = {name: np.concatenate([table[name] for table in tables]) for name in cls.SCHEMA}
         return cls._of({**tables[0], **columns, **others})
@@ -170,12 +169,12 @@ class Table(Displayed):
         shape, new = (len(self),), changes.keys() & self.SCHEMA.keys()
         for name in new:
             given = changes[name]
-            if not isinstance(given, np.ndarray):  # from a user; arrays are computed from columns
+            if not isinstance(given, np.ndarray):  # from a user; only computed columns are arrays
                 given = self.coerced(name, given)
             values: Array = np.asarray(given, dtype=self.SCHEMA[name][0])
             if values.shape not in ((), (1,), shape):
                 raise InputError(f"{self.TITLE}column {name}: expected {shape[0]} values, got shape {values.shape}")
-            # a view, so the caller's array stays writable
+            # a view: the caller's array stays writable
             changes[name] = values.view() if values.shape == shape else np.broadcast_to(values, shape)
         if extra := changes.keys() - vars(self).keys():
             raise InputError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
@@ -183,7 +182,6 @@ class Table(Displayed):
 
 
 def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
-    """Return the codes of a column of names."""
     names, inverse = np.unique(np.asarray(values, dtype=object).astype(str), return_inverse=True)
     return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(np.shape(values))
 

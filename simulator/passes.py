@@ -1,15 +1,14 @@
-"""A forward pass: from the times of operators to the time of a workload in an engine (``Meta.engine``).
+"""A forward pass: from the times of operators to the time of a workload in the engine of its request.
 
-The host launches kernels and schedules, in parallel with the device or before it. Under a CUDA graph a pass waits for
-the scheduler, then its kernels follow one another. In eager mode the host launches every kernel while the device works
-on earlier ones; only fewer launches, not smaller kernels, make a host-bound model faster.
+The host schedules and launches kernels, before the device or in parallel with it. Under a CUDA graph, a pass waits for
+the scheduler, then its kernels run in sequence. In eager mode, the host launches every kernel while the device runs
+earlier kernels; only fewer launches, not smaller kernels, make a host-bound model faster.
 
-Two numbers describe the speed of a host, in standard deviations of the logs: ``passes`` of its time per pass, ``work``
-of its time per launch and per sequence; 0 is the typical (median) host. Over hosts they are correlated, not equal: a
-measured time of a whole pass determines their sum, not how it divides between the pass and the layers.
+Two numbers describe the speed of a host, in standard deviations of logs: ``passes`` for its time per pass, and ``work``
+for its time per launch and per sequence; 0 is the typical (median) host. Over hosts, they are correlated but not equal.
+A measured time of a whole pass determines their sum, not the two numbers.
 
-W are workloads, G groups of rows that share phase, place in the pass, kind and role. Prediction intervals come from
-:func:`simulator.uncertainty.forward.forward_passes`.
+W are workloads, G groups of rows with the same phase, place in the pass, kind and role.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from simulator.codes import COLLECTIVE, DTYPE_BYTES, DTYPES, ELEMENTWISE, EXPERT
 from simulator.engines.engine import Engine, load_engine, sparse24_engines
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import BY_CODE
-from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows, bottleneck
+from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows
 from simulator.operators.experts import experts_touched
 from simulator.workload import Workload, WorkloadBatch, sums
 
-_HOST, _LAUNCH, _COMPUTE = map(bottleneck, ("host", "launch", "compute"))
+_HOST, _LAUNCH, _COMPUTE = map(BOTTLENECKS.index, ("host", "launch", "compute"))
 _SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
 _NORM = ROLES.index("attention_norm")
@@ -40,12 +39,12 @@ _NORM = ROLES.index("attention_norm")
 
 @dataclass(frozen=True)
 class Host:
-    """Host time of each of W workloads by phase, s, of the typical host, and how far hosts differ."""
+    """Time of the typical host for W workloads by phase, s, and how far hosts differ."""
 
-    launch: FloatArray  # (W, G) to launch a group's kernels, in parallel with the device; 0 where a graph does
+    launch: FloatArray  # (W, G) to launch a group's kernels, in parallel with the device; 0 in a graph
     launch_log_sd: float
     layer: FloatArray  # (W,) to launch one layer
-    each_pass: FloatArray  # (W, 2) before the device can start
+    each_pass: FloatArray  # (W, 2) before the device starts
     pass_log_sd: float
     each_sequence: FloatArray  # (W, 2) for the sequences of a pass
     sequence_log_sd: float
@@ -61,8 +60,8 @@ class Host:
         launch_s: float,
         launch_log_sd: float,
     ) -> Host:
-        """Return the host of a pass; ``launched`` are its :func:`launches`, ``launch_s`` is its time per launch, the
-        rest is the engine's. A device that is its own host (a CPU) has none next to it."""
+        """Return the host of a pass with ``launched`` kernels (:func:`launches`), each of ``launch_s``; other times are
+        those of the engine. A CPU is its own host, without times beside the device."""
         groups, rows = workloads.groups, workloads.rows
         none = np.zeros((len(workloads), 2))
         if hw.architecture == "cpu":
@@ -93,26 +92,25 @@ class Host:
 
     @cached_property
     def unknowns(self) -> int:
-        """Number of independent speeds of the host: 0 without host time, 1 if only one kind of time is spent."""
+        """Number of independent speeds of the host: 0 without host time, 1 with one kind of host time."""
         passes, launched, work = map(np.count_nonzero, (self.each_pass, self.launch, self.each_sequence))
         work += launched
         return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
 
     def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
-        """Return the speeds ``work`` and ``passes`` for two independent standard normals: the speed of passes, and what
-        the speed of the other host time does not share with it."""
+        """Return the speeds ``work`` and ``passes`` for two independent standard normals: the speed of passes, and the
+        uncorrelated rest of the speed of work."""
         first = np.asarray(first, dtype=np.float64)
         if self.unknowns < 2:
             return first, first
         return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(second), first
 
     def take(self, rows: Any) -> Host:
-        """Return the host of some workloads."""
         names = ("launch", "layer", "each_pass", "each_sequence")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def spent(self, work: Any = 0.0, passes: Any = 0.0) -> tuple[FloatArray, FloatArray]:
-        """Return the host's time (..., W), hidden or not: per pass, and for launches and sequences."""
+        """Return the host's time (..., W), hidden time included: per pass, and for launches and sequences."""
         work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
         launches = self.launch.sum(axis=1) * np.exp(self.launch_log_sd * work)
         sequences = self.each_sequence.sum(axis=1) * np.exp(self.sequence_log_sd * work)
@@ -121,8 +119,8 @@ class Host:
     def total(
         self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
     ) -> tuple[FloatArray, FloatArray]:
-        """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and how much of it follows
-        the device. ``device`` (W, G) is of groups of operators of segments (G,), see ``segment_of``."""
+        """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and the time that follows
+        the device. ``device`` (W, G) is the time of groups in segments (G,), see ``segment_of``."""
         work, passes = (np.asarray(z, dtype=np.float64)[..., None, None] for z in (work, passes))
         in_segment = (segment[:, None] == np.arange(6)).astype(np.float64)
         busy = (device @ in_segment).reshape(-1, 2, 3)
@@ -131,7 +129,7 @@ class Host:
         if np.count_nonzero(self.launch):
             launch = (self.launch @ in_segment).reshape(-1, 2, 3)
             launched = launch * np.exp(self.launch_log_sd * work)[..., None]
-            eager = launch.any(axis=(0, 2))  # phases that no graph launches
+            eager = launch.any(axis=(0, 2))  # phases without a graph
             seconds, follows = (
                 np.where(eager, beside, graph)
                 for beside, graph in zip(_beside(spent, busy, launched, scheduled), (seconds, follows))
@@ -141,8 +139,8 @@ class Host:
 
 
 def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
-    """Return the kernels of each workload and group: those of an operator per execution; if the engine computes routed
-    experts one by one, those of an expert per expert that some token uses, or per expert."""
+    """Return the number of kernels of each workload and group. An engine may launch the kernels of routed experts once,
+    per expert in use, or per expert."""
     groups, w = workloads.groups, workloads.rows
     times = groups.count
     if engine.experts != "grouped" and (routed := w.kind == EXPERTS).any():
@@ -154,11 +152,10 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
 
 
 def _beside(left: FloatArray, device: FloatArray, launch: FloatArray, after: FloatArray) -> tuple[Any, Any]:
-    """Return the time of one phase, and the device's part of it: the longest path along the host to a kernel, then the
-    device. Within a phase the stream is: what precedes the layers, the layers (a mix too even to matter), what follows
-    them: the last axis of ``device`` and ``launch``. The device can start a segment only when the host has launched it,
-    and ends no earlier than the host, which works ``after`` the last launch. ``left`` is the time of all three on the
-    device."""
+    """Return the time of one phase, and the device's part of it: the longest path, first along the host to a launch,
+    then along the device. The last axis of ``device`` and ``launch`` are the three segments of a phase: before the
+    layers, in the layers, after the layers. The device starts a segment after its launch and ends no earlier than the
+    host, which works ``after`` the last launch. ``left`` is the time of all segments on the device."""
     launched: Any = 0.0
     longest, shown = left, left
     for part in range(3):
@@ -170,7 +167,7 @@ def _beside(left: FloatArray, device: FloatArray, launch: FloatArray, after: Flo
 
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[IndexArray, str, str]]:
-    """Yield the rows of a kind by pair of number formats (one in nearly every workload)."""
+    """Yield the rows of a kind by pair of number formats."""
     return ((rows.at, f.dtype, f.second) for operator, rows, f in w.operators() if operator.code == kind)
 
 
@@ -182,7 +179,7 @@ def section_of(w: Workload, row: int) -> str:
 def estimates(
     w: Workload, operators: Iterable[tuple[Operator, Rows, Formats]], hw: HardwareProfile
 ) -> Iterator[tuple[IndexArray, Estimate]]:
-    """Yield rows of a workload and the cost of one execution of each, whatever the mix of its ``operators``."""
+    """Yield rows of a workload's ``operators`` and the cost of one execution of each row."""
     engine = load_engine(w.meta.engine)
     for operator, rows, formats in operators:
         for name in operator.sizes:
@@ -197,8 +194,8 @@ def estimates(
 def engine_factors(
     w: Workload, hw: HardwareProfile, engine: Engine, seconds: FloatArray, roofline_s: FloatArray, codes: NDArray[Any]
 ) -> FloatArray:
-    """Return the factor on each row's time by which an engine's GEMMs differ from those that were measured. Clocks fall
-    under load. One token may have a separate kernel. ``codes`` are bottlenecks."""
+    """Return the factor on each row's time by which an engine's GEMMs differ from measured GEMMs: clocks fall under
+    load, and one token may have a separate kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
     loaded, one_token = hw.section("runtime", "*")["sustained"], engine.one_token.value
     if loaded == one_token == 1.0:
@@ -213,14 +210,14 @@ def engine_factors(
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Forward passes of a batch of workloads on a device in an engine; seconds. Rows and groups count all their
+    """Forward passes of a batch of workloads on a device in an engine, s. Times of rows and groups include all
     executions, and all kernels of an operator that is not fused."""
 
     workloads: WorkloadBatch
     hw: HardwareProfile  # as the engine uses it
     engine: Engine
     bottleneck_of_row: NDArray[Any]  # code
-    streams: FloatArray  # times each row's kernels stream its data
+    streams: FloatArray  # how often each row's kernels stream its data
     row_s: FloatArray  # on the device
     group_s: FloatArray  # (W, G) sums of the rows and of the gaps
     group_gap_s: FloatArray  # (W, G) between the kernels, idle or the host's
@@ -228,51 +225,50 @@ class ForwardPass:
 
     @property
     def gap_s(self) -> FloatArray:
-        """(W,) between the kernels."""
+        """Time (W,) between the kernels."""
         return np.asarray(self.group_gap_s.sum(axis=1))
 
     @cached_property
     def device_s(self) -> FloatArray:
-        """(W,) kernels, gaps included."""
+        """Time (W,) of the kernels and gaps."""
         return np.asarray(self.group_s.sum(axis=1))
 
     def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
         """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard deviations slower than the
-        typical host, and the part of it (0 to 1) that follows the device."""
+        typical host, and the share of the time that follows the device."""
         total, shown = self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
         total = total.sum(axis=-1)
         return total, shown.sum(axis=-1) / np.maximum(total, 1e-300)
 
     @cached_property
     def _typical(self) -> tuple[FloatArray, FloatArray]:
-        """Time by phase on the typical host, and how much of it follows the device."""
+        """Time by phase on the typical host, and the time that follows the device."""
         return self.host.total(self.group_s, self.workloads.groups.segment)
 
     @property
     def phase_s(self) -> FloatArray:
-        """(W, 2) time by phase, prefill and decode."""
+        """Time (W, 2) by phase, prefill and decode."""
         return self._typical[0]
 
     @cached_property
     def total_s(self) -> FloatArray:
-        """(W,) time."""
         return np.asarray(self.phase_s.sum(axis=1))
 
     @property
     def host_s(self) -> FloatArray:
-        """(W,) time of the host, to launch and to schedule, hidden or not."""
+        """Time (W,) of the host to launch and to schedule, hidden time included."""
         return np.asarray(sum(self.host.spent()))
 
     @cached_property
     def device_share(self) -> FloatArray:
-        """(W,) part of the time that follows the device."""
+        """Share (W,) of the time that follows the device."""
         return np.asarray(self._typical[1].sum(axis=1) / np.maximum(self.total_s, 1e-300))
 
     @property
     def ideal_s(self) -> FloatArray:
-        """Datasheet roofline of each row if its kernel used every zero; of a collective, its link's."""
+        """Datasheet roofline of each row if its kernel used every zero; for a collective, that of its link."""
         w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
-        # a format that the device does not compute in has no time of arithmetic
+        # formats that the device does not compute in have no arithmetic time
         compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
         between = w.kind == COLLECTIVE
@@ -282,17 +278,16 @@ class ForwardPass:
 
     @property
     def share(self) -> FloatArray:
-        """Share of each row in the device's time of its workload."""
         return self.row_s / self.device_s[self.workloads.owner]
 
     @property
     def host_bound(self) -> BoolArray:
-        """(W,) whether the host, not the device, takes most of the time."""
+        """Whether the host takes most of the time (W,)."""
         return np.asarray(self.device_share < 0.5)
 
     @property
     def bottleneck(self) -> tuple[NDArray[np.int8], FloatArray]:
-        """(W,) the bottleneck with the largest share of the time, a code, and that share."""
+        """Codes (W,) of the bottlenecks with the largest share of the time, and these shares."""
         cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
         share = sums(cell, self.row_s, (len(self.workloads), len(BOTTLENECKS)))
         share[:, _LAUNCH] += self.gap_s
@@ -302,8 +297,8 @@ class ForwardPass:
 
 
 def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
-    """Return how many kernels stream the data of each row. Keys and values have one kernel each; every other unfused
-    elementwise kernel streams all the data."""
+    """Return how many kernels stream the data of each row. Cache writes stream keys and values once; each kernel of
+    another unfused elementwise operator streams all the data."""
     groups = workloads.groups
     kernels = engine.kernels[groups.role]
     every = (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE)
@@ -311,8 +306,8 @@ def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
 
 
 def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched: FloatArray) -> FloatArray:
-    """Return the time (W, G) between the kernels of each group, s: idle inside a graph. A CPU is its own host: it waits
-    after every kernel, and launches the further kernels of an operator. ``launched`` are the kernels."""
+    """Return the time (W, G) between the ``launched`` kernels of each group, s: idle time in a graph. A CPU is its own
+    host: it waits after every kernel, and launches the further kernels of an operator."""
     groups, runtime = workloads.groups, hw.section("runtime", "*")
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
@@ -322,7 +317,7 @@ def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched
 
 
 def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
-    """Return why an engine has no kernels for some of its workloads, on an architecture or ("") on any; else ""."""
+    """Return why an engine cannot run some workloads on an architecture ("": on any), or ""."""
     w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
     gemm = (w.kind == GEMM) & bool(w.meta.engine)
     sparse24 = gemm & (w.kernel == _SPARSE24)

@@ -1,4 +1,4 @@
-"""Define a workload: the operators of one forward pass as a frozen table of columns, and many such tables as one.
+"""Define a workload, the operators of one forward pass as a frozen table of columns, and batches of workloads.
 
 A row is one operator shape. Its ``count`` is the number of executions: identical layers share a row, and counts of
 dynamic methods can be fractional.
@@ -7,7 +7,7 @@ dynamic methods can be fractional.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from simulator.units import percent, size
 
 @lru_cache(maxsize=512)
 def _role_table(names: tuple[str, ...]) -> Array:
-    """Return whether each role is one of the names: a lookup is many times faster than a search in short tables."""
+    """Return whether each role is one of the names; a lookup is faster than a search in short tables."""
     table = np.zeros(len(ROLES), dtype=bool)
     table[role_code(*names)] = True
     return table
@@ -68,7 +68,7 @@ class Workload(Table):
     stage : array of int, shape (rows,)
         GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
     batch, q_len, kv_len : array of int, shape (rows,)
-        Attention: sequences, query positions and key positions per sequence, the last ``q_len`` those of the queries.
+        Attention: sequences, query positions and key positions per sequence; queries have the last ``q_len`` positions.
         Delta net: ``batch`` sequences. Collective: ``batch`` devices. Experts: ``batch`` devices that
         share them, or 0. Copied cache: ``kv_len`` positions.
     heads, kv_heads, head_dim, value_dim : array of int, shape (rows,)
@@ -207,7 +207,7 @@ class Workload(Table):
             yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
 
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
-        """Return the value that each row's operator gives, of one execution; rows of an operator are asked at once."""
+        """Return ``value`` of each row, for one execution; it is called once per operator and pair of formats."""
         return _values(self.operators(), value, len(self))
 
     @property
@@ -227,10 +227,7 @@ class Workload(Table):
 
     @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights that one execution of a row reads, compressed if the kernel stores no zeros.
-
-        Of routed experts, only those in use are read.
-        """
+        """Bytes of weights that one execution reads, compressed if the kernel stores no zeros; experts in use only."""
         return self.each(lambda operator, rows: operator.weight_bytes(rows))
 
     @property
@@ -277,7 +274,7 @@ def _values(
 
 
 FEW_ROWS = 200
-"""Number of rows below which a search for equal operators costs more than timing them twice."""
+"""Number of rows below which a search for equal operators takes longer than timing them twice."""
 
 _SEGMENT = np.zeros(len(Part), dtype=np.int64)
 _SEGMENT[[Part.ATTENTION, Part.MLP]] = 1
@@ -291,26 +288,25 @@ def segment_of(w: Workload) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of rows of each workload with the same segment, kind and role, which share errors and launches."""
+    """Groups of rows with the same segment, kind and role, which share errors and launches."""
 
     cell: IndexArray  # workload x group of each row
-    segment: IndexArray  # (:func:`segment_of`) of each group, as the next two
-    kind: IndexArray
-    role: IndexArray
-    count: FloatArray  # workload x group: executions
+    segment: IndexArray  # of each group (:func:`segment_of`)
+    kind: IndexArray  # of each group
+    role: IndexArray  # of each group
+    count: FloatArray  # executions, workload x group
 
     @property
     def of_row(self) -> IndexArray:
-        """Group of each row."""
         return self.cell % len(self.segment)
 
     def sums(self, column: FloatArray) -> FloatArray:
-        """Return the sums of a column of the rows, workload x group."""
+        """Return sums of a column of the rows, workload x group."""
         return sums(self.cell, column, self.count.shape)
 
 
 def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatArray:
-    """Return the sums of a column by cell of a table."""
+    """Return sums of a column by cell of a table of a shape."""
     out = np.bincount(cell, weights=column, minlength=shape[0] * shape[1])
     return np.asarray(out, dtype=np.float64).reshape(shape)
 
@@ -319,10 +315,10 @@ def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatA
 class WorkloadBatch:
     """Concatenated workloads, dense and pruned, with one phase, formats and engine."""
 
-    rows: Workload  # rows of all workloads; its meta is that of the first workload
+    rows: Workload  # of all workloads; meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1
-    sequences: IndexArray  # sequences of each workload with a cache; a dynamic method may skip some in a step
-    dense: IndexArray  # index of the dense workload of each; a dense workload has itself
+    sequences: IndexArray  # sequences of each workload with a cache, those that a dynamic method skips included
+    dense: IndexArray  # index of the dense workload of each workload
     pruning: IndexArray  # index into the requested prunings; -1: dense
     sparsity: FloatArray  # requested
     realised: FloatArray  # after rounding
@@ -334,7 +330,7 @@ class WorkloadBatch:
 
     @classmethod
     def of(cls, workloads: Sequence[Workload], **columns: Any) -> WorkloadBatch:
-        """Return a batch of workloads, all as dense ones unless ``columns`` state otherwise."""
+        """Return a batch of workloads, dense unless ``columns`` state otherwise."""
         every = np.arange(len(workloads))
         columns = {"dense": every, "pruning": 0 * every - 1, "sparsity": 0.0 * every, "realised": 0.0 * every} | columns
         lengths = np.array([len(w) for w in workloads], dtype=np.intp)
@@ -343,21 +339,14 @@ class WorkloadBatch:
 
     @classmethod
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
-        """Concatenate batches."""
         if len(batches) == 1:
             return batches[0]
-        return cls(
-            rows=Workload.concat([b.rows for b in batches]),
-            lengths=np.concatenate([b.lengths for b in batches]),
-            sequences=np.concatenate([b.sequences for b in batches]),
-            dense=np.concatenate([b.dense for b in batches]),
-            pruning=np.concatenate([b.pruning for b in batches]),
-            sparsity=np.concatenate([b.sparsity for b in batches]),
-            realised=np.concatenate([b.realised for b in batches]),
-        )
+        columns = (f.name for f in fields(cls) if f.name != "rows")
+        joined = {name: np.concatenate([getattr(b, name) for b in batches]) for name in columns}
+        return cls(Workload.concat([b.rows for b in batches]), **joined)
 
     def take(self, index: IndexArray) -> WorkloadBatch:
-        """Return the workloads ``index``, which includes their dense workloads."""
+        """Return the workloads ``index``; these include their dense workloads."""
         lengths, place = self.lengths[index], np.full(len(self), -1)
         place[index] = np.arange(len(index))
         first = np.repeat(self.starts[index] - (np.cumsum(lengths) - lengths), lengths)
@@ -372,7 +361,6 @@ class WorkloadBatch:
         )
 
     def rows_of(self, index: int) -> IndexArray:
-        """Return the indices of the rows of one workload."""
         return int(self.starts[index]) + np.arange(int(self.lengths[index]))
 
     def __len__(self) -> int:
@@ -402,37 +390,32 @@ class WorkloadBatch:
         return tuple(self.rows.operators())
 
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
-        """Return the value that each row's operator gives, of one execution."""
+        """Return ``value`` of each row (:meth:`Workload.each`)."""
         return _values(self.operators, value, len(self.rows))
 
     @cached_property
     def flops(self) -> FloatArray:
-        """FLOPs of all executions of each row."""
         return np.asarray(self.each(lambda operator, rows: operator.flops(rows)) * self.rows.density * self.rows.count)
 
     @cached_property
     def bytes(self) -> FloatArray:
-        """Minimum bytes of all executions of each row."""
         return np.asarray(self.each(lambda operator, rows: operator.bytes(rows)) * self.rows.count)
 
     def bound(self, column: FloatArray) -> FloatArray:
-        """Return the ratio of sums of a column, dense to pruned, by workload, without overhead operators."""
+        """Return the ratio of sums of a column, dense over pruned, by workload, without overhead operators."""
         totals = self.total(np.where(self.rows.overhead, 0.0, column))
         return np.asarray(totals[self.dense] / totals)
 
     @cached_property
     def flop_bound(self) -> FloatArray:
-        """Ratio of FLOPs, dense to pruned, of each workload."""
         return self.bound(self.flops)
 
     @cached_property
     def byte_bound(self) -> FloatArray:
-        """Ratio of bytes, dense to pruned, of each workload."""
         return self.bound(self.bytes)
 
     @cached_property
     def groups(self) -> Groups:
-        """Groups of the rows."""
         w = self.rows
         code = (segment_of(w) * MOST_CODES + w.kind) * len(ROLES) + w.role
         occurs = np.bincount(code) > 0
@@ -444,7 +427,7 @@ class WorkloadBatch:
 
     @cached_property
     def shapes(self) -> tuple[Workload, IndexArray]:
-        """Operators with different times, and the operator of each row; a table of few rows is returned unchanged."""
+        """Operators with different times, and the operator of each row; a table of few rows stays as it is."""
         w, every = self.rows, np.arange(len(self.rows))
         if len(w) < FEW_ROWS:
             return w, every
@@ -468,6 +451,6 @@ class WorkloadBatch:
 
     @cached_property
     def distinct(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
-        """Operators with different times, as :attr:`operators`."""
+        """Operators with different times, in the form of :attr:`operators`."""
         rows = self.shapes[0]
         return self.operators if rows is self.rows else tuple(rows.operators())

@@ -21,8 +21,7 @@ from simulator.codes import DTYPE_BYTES, DTYPES
 from simulator.hardware.profile import Section
 from simulator.operators import CONSTANTS
 from simulator.operators.attention import AttentionCalls, Geometry, decode_core, decode_work, prefill_work
-from simulator.operators.base import Constant, Machine
-from simulator.operators.residual_grid import ResidualGrid
+from simulator.operators.base import Constant, Machine, ResidualGrid
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 
 # operators of records and sections that are fitted here

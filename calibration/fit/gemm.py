@@ -17,11 +17,10 @@ from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import HardwareProfile, Section
-from simulator.operators.base import Machine
+from simulator.operators.base import Machine, ResidualGrid, RowResidual
 from simulator.operators.gemm import EDGE, Products
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import weight_only_constants
-from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
 ROWS = 6000  # rows that the constants are fitted on; more do not change them
 PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)  # rows from which a CPU may rearrange weights: the best value is kept

@@ -16,11 +16,10 @@ from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import ROLES
-from simulator.operators.base import Machine
+from simulator.operators.base import Machine, ResidualGrid
 from simulator.operators.collective import COLLECTIVE_CONSTANTS, COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, ELEMENTWISE_CONSTANTS, Moves
 from simulator.operators.experts import ALIGNED, EXPERTS_CONSTANTS, PARTS, Layers
-from simulator.operators.residual_grid import ResidualGrid
 
 PRIOR = 1.5  # log standard deviation of the constants of collectives and experts around their defaults
 ELEMENTWISE_PRIOR = 0.7  # log standard deviation of a class's constants around the constants of all classes

@@ -21,7 +21,7 @@ from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
 from simulator.operators.attention import Geometry
-from simulator.operators.base import Estimate, bottleneck
+from simulator.operators.base import BOTTLENECKS, Estimate
 from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
 from simulator.operators.experts import PARTS, ExpertSizes, experts
@@ -227,7 +227,7 @@ def _layer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
         coordinates=np.zeros((rows, 3)),
         kind=HOST_KIND,
     )
-    width, codes = math.exp(host.half), np.full(rows, bottleneck("host"), dtype=np.int8)
+    width, codes = math.exp(host.half), np.full(rows, BOTTLENECKS.index("host"), dtype=np.int8)
     time = OperatorTimes(seconds, seconds / width, seconds * width, nothing, codes)
     return Predicted(time, {"kv_len": r.kv_len}, uncertainty)
 

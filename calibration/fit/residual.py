@@ -15,8 +15,8 @@ from scipy import linalg, sparse
 
 from calibration.fit.solver import HUBER
 from simulator.arrays import FloatArray
+from simulator.operators.base import ResidualGrid
 from simulator.operators.gemm import EDGE
-from simulator.operators.residual_grid import ResidualGrid
 
 # start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves
 SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))

@@ -17,8 +17,7 @@ from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import Section
-from simulator.operators.base import Calls, Constant
-from simulator.operators.residual_grid import ResidualGrid
+from simulator.operators.base import Calls, Constant, ResidualGrid
 from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, same_stack_scales, uncertainty_of
 
 FOLDS = 5

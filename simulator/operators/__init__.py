@@ -1,4 +1,4 @@
-"""The operators of a forward pass: one file each. :data:`OPERATORS` lists them; nothing else does."""
+"""The operators of a forward pass, one file each; only :data:`OPERATORS` lists them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from simulator.operators.attention import DecodeAttention, PrefillAttention
-from simulator.operators.base import Constant, Operator
+from simulator.operators.base import RUNTIME_CONSTANTS, Constant, Operator
 from simulator.operators.collective import Collective
 from simulator.operators.delta_net import DeltaNet
 from simulator.operators.elementwise import Elementwise
 from simulator.operators.experts import Experts
 from simulator.operators.gemm import Gemm
-from simulator.operators.runtime import RUNTIME_CONSTANTS
 
 OPERATORS: tuple[Operator, ...] = (
     Gemm(),
@@ -34,7 +33,7 @@ _WRITTEN_FIRST = ("gemm", "attention_prefill", "attention_decode", "mla_prefill"
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
     {section: _BY_SECTION[section] for section in _WRITTEN_FIRST} | {"runtime": RUNTIME_CONSTANTS} | _BY_SECTION
 )
-"""Constants of each section of a profile, in the order in which a file has them."""
+"""Constants of each section of a profile, in the order of a file."""
 
 TITLES: Mapping[str, str] = MappingProxyType(
     {
@@ -43,4 +42,4 @@ TITLES: Mapping[str, str] = MappingProxyType(
         for section, title in zip(operator.constants, operator.titles)
     }
 )
-"""Section of a profile -> its operators in notes; those with weights come first."""
+"""Section of a profile -> name of its operators in notes; operators with weights come first."""

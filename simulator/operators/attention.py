@@ -1,14 +1,12 @@
 """Attention: prompts (causal FlashAttention) and decode (one query against a KV cache), plain and latent.
 
-*Prefill*: a kernel of 64-query tiles walks the key blocks that its causal mask and window leave. All tiles share the
-SMs; the longest is a chain that no number of SMs shortens; queries, keys, values and outputs cross memory, or come from
-L2 while they fit. The 4/3-norm errs by 4.1 % on all rows of the A100 and 6.5 % on those of the H100, a 2-norm by 6.1
-and 6.8 %.
+*Prefill*: each tile of 64 queries reads the key blocks inside the causal mask and window. All tiles share the SMs. The
+longest tile is a chain that no number of SMs shortens. Queries, keys, values and outputs come from memory, or from L2
+if they fit. The error on all rows is 4.1 % (A100) and 6.5 % (H100) with a 4/3-norm, 6.1 and 6.8 % with a 2-norm.
 
-*Decode*: the work units are (sequence, KV head, some query rows). Where they are fewer than the SMs, the cache of a
-unit is split and the parts merged; where they are more, they run in waves. Beside that, the whole cache crosses memory.
-The start of a unit, the scheduling of a sequence and whole waves take the error over all rows from 19 to 4.2 % (H100)
-and 4.9 % (A100).
+*Decode*: the work units are (sequence, KV head, some query rows). With fewer units than SMs, the cache of a unit is
+split and the parts are merged; with more, units run in waves. The whole cache is also read from memory. The start of a
+unit, the scheduling of a sequence and whole waves reduce the error on all rows from 19 to 4.2 (H100) and 4.9 % (A100).
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ from simulator.operators.base import (
     Formats,
     Machine,
     Operator,
+    ResidualGrid,
     Rows,
     Sizes,
     element_bytes,
@@ -46,7 +45,6 @@ from simulator.operators.base import (
     row,
     unfitted,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants
@@ -134,21 +132,21 @@ DECODE_KERNELS: Mapping[tuple[str, str], Mapping[str, float]] = MappingProxyType
     ("hopper", "sglang"): {"tile_rows": 128.0, "e_tc": 0.85},
     ("hopper", "vllm"): {"tile_rows": 64.0, "e_tc": 0.54},
 })
-"""Constants of decode kernels that differ from the defaults, by architecture and the stack that an engine runs ("": no
-engine); they apply where that kernel was not fitted.
+"""Constants of decode kernels that differ from the defaults, by architecture and stack of the engine ("": no engine).
+They apply if the kernel was not fitted.
 
 "": FlashInfer, which computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ)
 and has two units per SM, as in its fit on the L40S. SGLang's default is FlashAttention-3: tiles of 128 rows
 (hopper/tile_size.h) at the rate of its prompts, 0.75 (H100) to 0.95 (H20) of the datasheet's. vLLM's fork of it has 64
-rows (use_one_mma_wg) at 0.63 of that rate: the ratio of both for fp8 caches in the tables of H100 and H200, which SMs
-bound and not memory. On an H20, SGLang's issue 5630 and pull request 6151 report FlashAttention-3 at 0.36 to 0.45 of
-FlashInfer's rate."""
+rows (use_one_mma_wg) at 0.63 of that rate: the ratio of the two kernels for fp8 caches in the tables of H100 and H200,
+where SMs are the bottleneck. On an H20, SGLang's issue 5630 and pull request 6151 report FlashAttention-3 at 0.36 to
+0.45 of FlashInfer's rate."""
 
 _LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
 
 
 def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
-    """Return constants of attention, some with other defaults for latent attention."""
+    """Return constants of attention with the ``fitted`` defaults of latent attention, by _LATENT_ON."""
     own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
     return {**registry, **{n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA) for n, d in own.items()}}
 
@@ -182,47 +180,46 @@ _DECODES = MappingProxyType({"attention_decode": DECODE_CONSTANTS, "mla_decode":
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
-    """Return the query-key pairs under a causal mask, for one sequence and head. Query i of q_len (from 0) has the
-    position p = kv_len - q_len + i and sees min(p + 1, window) keys (0: no limit)."""
+    """Return the query-key pairs of one sequence and head under a causal mask. Query i of q_len (from 0) has position
+    p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no limit)."""
     q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
     first, last = kv - q + 1, kv  # keys seen by the first and the last query
     full: Array = q * (first + last) / 2
     if not np.count_nonzero(w):
         return full
-    # queries whose window is shorter than their position
-    capped = np.clip(last - np.maximum(w, first - 1), 0, q)
+    capped = np.clip(last - np.maximum(w, first - 1), 0, q)  # queries whose window is shorter than their position
     seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
     return np.where(w > 0, seen, full)
 
 
 TILE = 64.0
-"""Queries of a tile and keys of a block; FlashAttention kernels use 64 or 128 of either."""
+"""Queries of a tile and keys of a block; FlashAttention kernels use 64 or 128."""
 
 
 @dataclass(frozen=True)
 class Geometry(Sizes):
-    """Sizes of attention calls: arrays of one shape, with which the rest broadcasts."""
+    """Sizes of attention calls: arrays of one shape; the fields with defaults broadcast to it."""
 
     batch: FloatArray  # sequences
-    q_len: FloatArray  # query positions of one, the last of its key positions
+    q_len: FloatArray  # query positions per sequence, the last of its key positions
     kv_len: FloatArray
     heads: FloatArray
     kv_heads: FloatArray
     head_dim: FloatArray  # features per head
     window: Any = 0.0  # positions, 0 for none
-    density: Any = 1.0  # share of the query-key blocks computed; in decode, of the cache read
-    block: Any = 0.0  # edge of the blocks skipped, 0 for none
+    density: Any = 1.0  # share of the query-key blocks that is computed; in decode, share of the cache that is read
+    block: Any = 0.0  # edge of the skipped blocks, 0 for none
     element_bytes: Any = 2.0  # bytes of an activation
     cache_bytes: Any = 2.0  # bytes of a cached element
-    warm: Any = False  # whether L2 may hold the cache of a decode step, as in a benchmark that repeats one call
-    value_dim: Any = None  # features of a value; 0 or None: as many as of a key
-    latent: Any = False  # values are the first features of the keys, and stored with them
+    warm: Any = False  # whether L2 may hold the cache in decode, as in a benchmark that repeats one call
+    value_dim: Any = None  # features of a value; 0 or None: those of a key
+    latent: Any = False  # values are the first features of the keys, which alone are stored
 
     @classmethod
     def of(
         cls, batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, **options: Any
     ) -> Geometry:
-        """Return the sizes of calls, which broadcast; ``options`` are the further fields."""
+        """Return the sizes of calls, which broadcast; ``options`` are the fields with defaults."""
         sizes = np.broadcast_arrays(batch, q_len, kv_len, heads, kv_heads, head_dim)
         return cls(*(np.asarray(size, dtype=np.float64) for size in sizes), **options)
 
@@ -237,35 +234,31 @@ class Geometry(Sizes):
 
     @property
     def sides(self) -> Any:
-        """Features of a key and a value of a head, over those of a key alone."""
+        """Features of a key and a value over those of the key."""
         if self.value_dim is None:
             return 2.0
         return np.where(np.asarray(self.value_dim) > 0, 1.0 + self.value_dim / self.head_dim, 2.0)
 
     @property
     def stored(self) -> Any:
-        """Features stored of a key and its value, over those of the key."""
+        """Stored features of a key and a value over those of the key."""
         return self.sides if self.latent is False else np.where(self.latent, 1.0, self.sides)
 
 
 class Parts(NamedTuple):
-    """Time of attention calls without residual, s, and the parts that it joins."""
-
-    total_s: FloatArray
+    total_s: FloatArray  # without residual
     by_bottleneck: Mapping[str, FloatArray | float]  # "launch", the fixed time, is the last
     loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
 
 
 class PrefillWork(NamedTuple):
-    """What a prefill attention computes and moves, arrays of one shape."""
-
     calls: Geometry
     tiles: FloatArray  # query tiles, all heads and sequences
     blocks: FloatArray  # key blocks of all tiles
     chain: FloatArray  # key blocks of the longest tile
     flops: FloatArray  # FLOPs of the query-key pairs inside the mask
     moved_bytes: FloatArray  # queries, outputs, keys and values, each once
-    cost: FloatArray | float  # time of the blocks left, over that of all of them
+    cost: FloatArray | float  # time of the remaining blocks over that of all blocks
 
 
 def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -274,8 +267,9 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.count_nonzero(window):
         return tiles, blocks, last
-    first = np.floor((kv - q - window + 1.0) / TILE)  # read by the first tile; below 0 while the window is not full
-    whole = np.clip(-first, 0.0, tiles)  # tiles that see everything before them
+    # first key block that the first tile reads; negative while the window is not full
+    first = np.floor((kv - q - window + 1.0) / TILE)
+    whole = np.clip(-first, 0.0, tiles)  # tiles that read all keys before them
     skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
     longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
     windowed = window > 0
@@ -283,7 +277,7 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
 
 
 def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
-    """Return tiles, blocks, FLOPs and bytes of prefill attention; they depend only on constants of its structure."""
+    """Return the work of prefill attention; it depends only on the constants ``pads``, ``packs``, ``sparse_block``."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
     if c["pads"] <= 0.0:
@@ -303,9 +297,9 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
         # a block-sparse kernel computes fewer blocks, and small blocks cost more each; the dense kernel is used when
         # it is faster
         edge = np.asarray(a.block, dtype=np.float64)
-        dearer = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
-        cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * dearer, 1.0), 1.0)
-        # where whole queries are skipped, there are fewer tiles; the last tile sees as many keys as before
+        block_cost = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
+        cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * block_cost, 1.0), 1.0)
+        # if whole queries are skipped, there are fewer tiles; the last tile reads as many keys as before
         left = np.where(edge > 0, 1.0, density)
         all_tiles, all_blocks = all_tiles * left, all_blocks * left
         flops = flops * density
@@ -313,8 +307,7 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
 
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Return the time of prefill attention; throughput, longest chain and memory overlap in part: a 4/3-norm joins
-    them."""
+    """Return the time of prefill attention: a 4/3-norm joins throughput, longest chain and memory."""
     per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
     starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
@@ -336,25 +329,22 @@ def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> 
 
 
 class DecodeWork(NamedTuple):
-    """What a decode attention computes and moves, arrays of one shape."""
-
     calls: Geometry
     kv: FloatArray  # keys read, after window and density
     pairs: FloatArray  # batch times KV heads
     group: FloatArray  # query heads per KV head
-    key_bytes: FloatArray  # cache bytes of one key of one KV head, its value included
+    key_bytes: FloatArray  # cache bytes of one key and value of one KV head
     flops: FloatArray
     cache_bytes: FloatArray
     io_bytes: FloatArray  # queries and outputs
 
     @property
     def moved_bytes(self) -> FloatArray:
-        """All bytes, as if none came from L2."""
+        """All bytes, those from L2 included."""
         return self.cache_bytes + self.io_bytes
 
 
 def decode_work(a: Geometry) -> DecodeWork:
-    """Return keys, FLOPs and bytes of decode attention."""
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
     kv = seen * np.asarray(a.density, dtype=np.float64)
     pairs, key, sides = a.batch * a.kv_heads, a.stored * a.cache_bytes * a.head_dim, a.sides
@@ -364,10 +354,10 @@ def decode_work(a: Geometry) -> DecodeWork:
 
 
 def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Return the time of decode attention: memory and units, joined by a 2-norm, and the fixed times."""
+    """Return the time of decode attention: a 2-norm joins memory and work units; fixed times are added."""
     slots = c["units_per_sm"] * device.sm_count
-    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # 1e-4: rounding of a factor on the rows
-    # partly filled splits count, else the time would fall at each new split
+    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # 1e-4: rounding error of a factor on the rows
+    # partly filled splits count, or the time would fall at each new split
     splits = np.maximum(np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0)
     waves = np.ceil(units * splits / slots)
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
@@ -381,7 +371,7 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     fixed = c["t0_s"] + merge
     parts: dict[str, FloatArray | float] = {"memory": memory, "latency": unit}
     tile = c["tile_rows"]
-    if np.count_nonzero(tile):  # tensor cores compute whole tiles, however few query heads share a KV head
+    if np.count_nonzero(tile):  # tensor cores compute whole tiles
         rows = tile * np.ceil(work.group / np.maximum(tile, 1.0) - 1e-4)
         parts["compute"] = work.flops * (rows / work.group) / (c["e_tc"] * device.peak_flop_per_s)
     work_s = np.sqrt(sum(part * part for part in parts.values()))
@@ -393,44 +383,42 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     return Parts(total, {**parts, "launch": fixed}, loadings)
 
 
-_TRITON = ("sglang", "vllm")  # run Triton's kernels where no other was written for latent attention
+_TRITON = ("sglang", "vllm")  # stacks that run Triton kernels where latent attention has no kernel of its own
 
 OTHER_KERNEL = 1.0
-"""Octaves of head width that a window, or a cache of another format, counts for in the distance from a fitted
-kernel."""
+"""Distance of a kernel with a window, or with another cache format, from a fitted kernel: octaves of head width."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The v kernels of one section: for heads of a width, with a sliding window or none, with a cache in the format of
-    the arithmetic or a narrower one. Each is fitted separately."""
+    """The v kernels of one section, each fitted separately: by head width, sliding window, and whether the cache is
+    narrower than the arithmetic."""
 
-    kinds: FloatArray  # (v, 3): log2 of the features a head, 1 with a window, 1 with a narrower cache
-    factors: FloatArray  # (v, c) logs of their constants over the section's, in the order of the registry
+    kinds: FloatArray  # (v, 3): log2 of the features per head, 1 with a window, 1 with a narrower cache
+    factors: FloatArray  # (v, c) logs of a kernel's constants over those of the section
     grid: ResidualGrid | None = None  # residuals of all kernels, joined along the first coordinate
 
     @classmethod
     def of(cls, section: FittedValues) -> Kernels:
-        """Return the kernels of a section's arrays; a section without them has one, for 128 features per head."""
+        """Return the kernels of a section; a section without these arrays has one kernel for 128 features per head."""
         kinds = np.asarray(section.arrays.get("kinds", [[7.0, 0.0, 0.0]]), dtype=np.float64)
         factors = np.asarray(section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64)
         return cls(kinds, factors, ResidualGrid.from_arrays(section.arrays))
 
     def which(self, width: Any, windowed: Any, narrow: bool) -> tuple[Any, Any]:
-        """Return the kernel nearest to each call, and its distance in octaves, from the features of a head and whether
-        there is a window."""
+        """Return the kernel nearest to each call and its distance in octaves; ``width`` is features per head."""
         log_width, of_window, narrower = self.kinds.T
         apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (windowed[..., None] != of_window)
         apart = apart + OTHER_KERNEL * (narrow != narrower)
         return apart.argmin(axis=-1), apart.min(axis=-1)
 
     def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
-        """Return the constants of each call: numbers where the kernels share them."""
+        """Return the constants of each call; constants that all kernels share are numbers."""
         own = ((name, logs) for name, logs in zip(common, self.factors.T) if logs.any())
         return {**common, **{name: common[name] * np.exp(logs)[which] for name, logs in own}}
 
     def residual(self, position: Any, which: Any) -> FloatArray | None:
-        """Return the log factor of each call at a position in the grid of its kernel."""
+        """Return the residual of each call from the grid of its kernel."""
         if self.grid is None:
             return None
         start, step = self.grid.start[0], self.grid.step[0]
@@ -441,29 +429,26 @@ class Kernels:
 
 @dataclass(frozen=True)
 class AttentionCalls(Calls):
-    """Attention calls of one phase on one device."""
-
     phase: str  # "prefill" or "decode"
     latent: bool  # multi-head latent attention
     geometry: Geometry
     machine: Machine
     fastest: float  # FLOP/s of the arithmetic that a kernel may use
     distance: Any = 0.0  # octaves from the nearest fitted kernel
-    unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
-    makeshift: bool = False  # decode over a latent cache without a kernel written for it
+    unfitted: tuple[str, ...] = ()  # error factors of a section of defaults
+    makeshift: bool = False  # decode over a latent cache without a kernel of its own
 
     @property
     def operator(self) -> str:
         return f"{'mla' if self.latent else 'attention'}_{self.phase}"
 
     def seconds(self, c: Mapping[str, Any]) -> FloatArray:
-        """Return the analytical time alone, s."""
         if self.phase == "decode":
             return decode_core(decode_work(self.geometry), self.machine, c).total_s
         return prefill_core(prefill_work(self.geometry, c), self.machine, c).total_s
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost; ``c`` may hold arrays, where kernels have constants of their own."""
+        """Return the cost; a constant that differs between kernels is an array."""
         g, decodes = self.geometry, self.phase == "decode"
         work: DecodeWork | PrefillWork
         if decodes:
@@ -501,14 +486,12 @@ class AttentionCalls(Calls):
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """What a profile says about one phase and two number formats."""
-
     machine: Machine
     section: FittedValues
     fastest: float
     common: Mapping[str, float]
     kernels: Kernels
-    narrow: bool  # a cache narrower than the arithmetic
+    narrow: bool  # the cache is narrower than the arithmetic
     makeshift: bool
     unfitted: tuple[str, ...]
 
@@ -529,9 +512,9 @@ def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Read
 
 
 def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
-    """Return whether kernels of decode over a latent cache may differ entirely from those fitted."""
+    """Return whether decode over a latent cache may run an entirely different kernel than the fitted one."""
     if hw.architecture in ("hopper", "blackwell_sm100"):
-        # SGLang converts the whole cache on Hopper if it is fp8: no time of the calls alone
+        # on Hopper, SGLang converts a whole fp8 cache, so the time does not depend on the calls alone
         own = section.stack == "sglang" == (hw.engine_stack or section.stack)
         return own and narrow and hw.architecture == "hopper"
     similar = not narrow and section.stack in _TRITON and hw.engine_stack in _TRITON
@@ -540,13 +523,11 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
 
 @lru_cache(maxsize=512)
 def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, Mapping[str, Any]]:
-    """Return the kernel nearest to calls of one kind, its distance in octaves and its constants."""
     which, distance = r.kernels.which(np.float64(width), np.bool_(windowed), r.narrow)
     return which, distance, r.kernels.constants(r.common, which)
 
 
 def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | None) -> Estimate:
-    """Return the cost of calls of one phase, from the profile's section for it."""
     latent = g.is_latent
     r = _ready(hw, f"{'mla' if latent else 'attention'}_{phase}", dtype, kv_dtype)
     stored: dict[str, Any] = {"element_bytes": r.machine.element_bytes, "cache_bytes": r.machine.weight_bytes}
@@ -562,32 +543,27 @@ def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | N
 
 
 def prefill(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
-    """Return the cost of causal attention of ``q_len`` new positions over ``kv_len`` in all, the new ones the last.
-    ``density`` is the share of the query-key blocks that is computed, and ``block`` their edge (0: nothing is skipped):
-    small blocks cost more than their share (uncalibrated: the interval is wider). Multi-head latent attention has
-    ``head_dim`` features of a query and a key, ``value_dim`` of a value (0: as many), and ``latent`` where the values
-    are the first features of the keys, which alone are stored. DeepSeek-V3's prompt has 192 and 128; its decode, whose
-    queries absorbed the weights, 576 and 512 of one latent KV head."""
+    """Return the cost of causal attention of ``q_len`` new positions, the last of ``kv_len``. Small skipped blocks save
+    less than their share; this is uncalibrated, so the interval is wider. In multi-head latent attention a query or key
+    has ``head_dim`` features and a value ``value_dim``. DeepSeek-V3's prompts have 192 and 128 features; its decode,
+    whose queries absorb the weights, has 576 and 512 of one latent KV head."""
     if np.count_nonzero(longer := calls.q_len > calls.kv_len):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
     return _estimate("prefill", calls, hw, dtype, kv_dtype)
 
 
 def decode(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
-    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. As
-    :func:`prefill`, but ``density`` is the share of the cache that is read. Without ``warm`` the cache comes from DRAM,
-    as in a model, whose other layers ran in between; else from L2 where it fits, as in a benchmark."""
+    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. The cache
+    comes from DRAM, as in a model with several layers; a ``warm`` cache comes from L2 if it fits, as in a benchmark."""
     return _estimate("decode", calls, hw, dtype, kv_dtype)
 
 
-# attention differs by 10 to 100 % between stacks, by 11 % in the median between two collections of one kernel (vLLM's
-# Triton kernel on a B200, releases 0.22 and 0.24), by 2 to 6 % from its own fit
+# attention differs by 10 to 100 % between stacks, by 2 to 6 % from its own fit, and by 11 % in the median between two
+# releases of one kernel (vLLM's Triton kernel on a B200, 0.22 and 0.24)
 _SAME_KERNELS = {SAME_STACK: 0.1, ENGINE_STACK: 0.45}
 
 
 class Attention(Operator):
-    """What prompts and decode steps share."""
-
     sizes: ClassVar[tuple[str, ...]] = ("batch", "kv_len", "heads", "kv_heads", "head_dim")
     cached = True
 
@@ -596,17 +572,17 @@ class Attention(Operator):
         return 2.0 * w.batch * w.heads * (w.head_dim + w.value_features) * w.pairs
 
     def bytes(self, w: Rows) -> Any:
-        """Keys and values that some query sees, queries and outputs."""
+        """Queries, outputs, and the keys and values that some query sees."""
         cache = self.cache_bytes_read(w)
         return cache + 1.0 * w.batch * w.heads * w.q_len * (w.head_dim + w.value_features) * DTYPE_BYTES[w.dtype]
 
     def cache_bytes_read(self, w: Rows) -> Any:
-        """Bytes of keys and values that are read; of a prompt, those of all heads."""
+        """Bytes of keys and values that some query sees."""
         elements = w.kv_heads * (w.head_dim + w.value_features)
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype]
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        """Keys and values of all heads, or the latent vector, of the positions inside the window."""
+        """Keys and values of all heads, or the latent vector, at the positions inside the window."""
         elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
         seen = np.where(w.window > 0, np.minimum(positions, w.window), positions)
         return sequences * elements * seen * DTYPE_BYTES[w.weight_dtype]
@@ -624,8 +600,6 @@ class Attention(Operator):
 
 
 class PrefillAttention(Attention):
-    """Attention of prompts."""
-
     code, name = int(Kind.PREFILL_ATTENTION), "prefill_attention"
     sizes = (*Attention.sizes, "q_len")
     constants = _PREFILLS
@@ -642,8 +616,6 @@ class PrefillAttention(Attention):
 
 
 class DecodeAttention(Attention):
-    """Attention of one new position per sequence."""
-
     code, name = int(Kind.DECODE_ATTENTION), "decode_attention"
     constants = _DECODES
     titles = ("decode attention", "latent decode attention")
@@ -661,7 +633,7 @@ class DecodeAttention(Attention):
     # fmt: on
 
     def cache_bytes_read(self, w: Rows) -> Any:
-        """Bytes of the cache that are read: keys and values of all heads, or the latent vector."""
+        """Bytes that are read of keys and values of all heads, or of the latent vector."""
         elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
 

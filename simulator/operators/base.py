@@ -1,16 +1,18 @@
-"""What an operator is: sizes, work, constants, time and errors. One file of this package defines each.
+"""The parts of an operator: sizes, work, constants, residual, time and errors. Each operator has a file of its own.
 
 An operator is a subclass of :class:`Operator` and an entry of :data:`simulator.operators.OPERATORS`. Its cost model is
-a subclass of :class:`Calls`, equal-length arrays of sizes with the datasheet facts they need, whose method
-:meth:`Calls.estimate` turns constants into an :class:`Estimate`. Prediction intervals, fits, held-out errors and local
-updates follow from the estimate. docs/adding.md adds an operator as an example.
+a subclass of :class:`Calls`: equal-length arrays of sizes with the datasheet facts they need. Its method
+:meth:`Calls.estimate` turns constants into an :class:`Estimate`, from which prediction intervals, fits, held-out errors
+and local updates follow. docs/adding.md adds an operator as an example.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -22,39 +24,29 @@ from simulator.codes import DTYPE_BYTES, DTYPES, formats_of, label_of
 from simulator.errors import InputError
 
 OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
-"""Scale of the prior of systematic errors, for a section fitted on another stack than the user's (evaluated on held-out
-stacks and labs), on the stack that the engine runs, in another version, and on the user's own stack."""
+"""Scale of the prior of systematic errors: for a section fitted on another stack than the user's (evaluated on held-out
+stacks and labs), on another version of the stack that the engine runs, and on the user's own stack."""
 
 AIC = "aiconfigurator-core 0.12.0"
-"""Package whose tables most defaults were fitted on."""
-
-
-FITTED_KINDS: tuple[str, ...] = ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
-"""Kinds of links with defaults of their own."""
+"""Package with the tables that most defaults were fitted on."""
 
 BOTTLENECKS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
-"""What can take most of an operator's time; arrays hold the index."""
+"""Parts of an operator's time, of which the largest is its bottleneck; arrays hold the index."""
 
 ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True)))
 """Bytes of one element by number format."""
 
 
-def bottleneck(name: str) -> int:
-    """Return the code of a bottleneck."""
-    return BOTTLENECKS.index(name)
-
-
 def largest_part(parts: Mapping[str, Any], shape: tuple[int, ...]) -> NDArray[np.int8]:
-    """Return the code of the bottleneck with the largest part, per operator; ``parts`` maps bottlenecks to times."""
+    """Return the code of each operator's bottleneck; ``parts`` maps bottlenecks to times."""
     times = np.empty((len(parts), *shape))
     for i, part in enumerate(parts.values()):
         times[i] = part
-    codes = np.array([bottleneck(name) for name in parts], dtype=np.int8)
+    codes = np.array([BOTTLENECKS.index(name) for name in parts], dtype=np.int8)
     return np.asarray(codes[times.argmax(axis=0)])
 
 
 def element_bytes(dtype: str, what: str = "dtype") -> float:
-    """Return the bytes of one element; InputError for an unknown number format."""
     if dtype not in ELEMENT_BYTES:
         raise InputError(f"{what} {dtype!r} is unknown; expected one of {', '.join(ELEMENT_BYTES)}")
     return ELEMENT_BYTES[dtype]
@@ -62,8 +54,6 @@ def element_bytes(dtype: str, what: str = "dtype") -> float:
 
 @dataclass(frozen=True)
 class Rate:
-    """Arithmetic rate of one number format."""
-
     flop_per_s: float  # dense, from the datasheet, at boost clock
     accumulate: str  # number format of the sums
     sparse_factor: float = 1.0  # rate of 2:4 sparse operands over the dense rate
@@ -71,15 +61,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class Link:
-    """Connection between devices."""
-
     kind: str  # nvlink4, pcie5, xgmi
     bandwidth_bytes_per_s: float  # in one direction
     latency_s: float  # time of one message step
     max_devices: int
     connection: str = ""  # one of CONNECTIONS; "": the usual one of the kind
     beyond: Link | None = None  # connects more devices than max_devices
-    group: int = 1  # neighbours in a ring that share one port of this link, as they are joined otherwise
+    group: int = 1  # neighbours in a ring that share one port of this link, because another link joins them
     stated: bool = False  # the user named the connection
 
     def __post_init__(self) -> None:
@@ -94,28 +82,27 @@ class Link:
 
     @property
     def defaults(self) -> str:
-        """Kind of defaults that constants of collectives have over this link."""
+        """Kind of link whose default constants of collectives apply."""
         if self.connection == "pcie-host":
             return "pcie_host"
-        return self.kind if self.kind in FITTED_KINDS else self.family
+        return self.kind if self.kind in ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5") else self.family
 
     @property
     def most_devices(self) -> int:
-        """Largest number of devices, over :attr:`beyond` too."""
+        """Largest number of devices, :attr:`beyond` included."""
         return self.beyond.most_devices if self.beyond else self.max_devices
 
     def between(self, devices: int) -> Link:
-        """Return the link that bounds a collective of some devices: itself, or the one beyond pairs."""
+        """Return the link that bounds a collective: this one, or :attr:`beyond` for more devices than it joins."""
         return self.beyond if self.beyond and devices > self.max_devices else self
 
     @property
     def name(self) -> str:
-        """Name that :func:`named` accepts on a GPU of another default too: with the generation of PCIe."""
+        """Name that is unambiguous on every GPU: with the generation of PCIe."""
         return self.connection.replace("pcie", self.kind) if self.family == "pcie" else self.connection
 
     @property
     def text(self) -> str:
-        """What joins the devices, in a few words."""
         if self.connection == "bridge" and self.beyond:
             return f"{self.kind} bridges between pairs, {self.beyond.kind} beyond"
         return {
@@ -189,16 +176,15 @@ class Machine:
     headroom: float  # highest clock over boost clock
     element_bytes: float  # bytes of an activation
     weight_bytes: float  # bytes of a stored weight with its indices; in attention, of a cached element
-    persistent: bool  # thread blocks stay on their SM and take tile after tile
+    persistent: bool  # thread blocks stay on their SM and compute several tiles
     packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
     least_rows: float = 1.0  # rows of the smallest tile that is used
-    ragged: bool = False  # skipped tiles end at once: SMs continue one by one, not in waves
+    ragged: bool = False  # skipped tiles end at once, so SMs do not run in waves
     serial: bool = False  # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
 
     @classmethod
     def of(cls, hw: Device, label: str = "bf16") -> Machine:
-        """Return the facts of a profile for a number format of its sections; InputError for arithmetic that the device
-        lacks."""
+        """Return the facts for a section's number format; InputError for arithmetic that the device lacks."""
         dtype, weight = formats_of(label, hw.rates)
         return cls(
             peak_flop_per_s=hw.rate(dtype).flop_per_s,
@@ -214,7 +200,7 @@ class Machine:
 
 
 def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float]) -> FloatArray:
-    """Return the time of moving bytes of which L2 holds 1 / (1 + (bytes / (l2_share L2))^8), over that from DRAM. The
+    """Return the time to move bytes over the time from DRAM. L2 holds a share 1 / (1 + (bytes / (l2_share L2))^8). The
     power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with powers 4, 8, 16."""
     ratio = footprint_bytes / (c["l2_share"] * machine.l2_bytes)
     for _ in range(3):  # to the eighth power
@@ -223,11 +209,11 @@ def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float
 
 
 class MeasuredOperators(NamedTuple):
-    """Operators whose very shape was measured: their time replaces the prediction."""
+    """Operators of a measured shape; their measured time replaces the prediction."""
 
-    rows: BoolArray  # (n,) which of them
+    rows: BoolArray  # (n,) mask of these operators
     seconds: FloatArray  # times of these operators
-    log_half: FloatArray  # log half-width of the 90 % interval of those times
+    log_half: FloatArray  # log half-widths of the 90 % intervals of the times
 
 
 @dataclass(frozen=True)
@@ -237,24 +223,24 @@ class Estimate:
     operator: str  # prefix of its error factors
     kind: int  # code of `simulator.codes.Kind`: errors are correlated within one kind
     time: Array  # analytical time times the residual's factor
-    floor: Any  # the least time that physics allows
+    floor: Any  # least time that physics allows
     roofline: Array  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
     bottleneck: NDArray[Any]  # int8: index into BOTTLENECKS
-    # error factor of the operator -> loading: the derivative of the log of the time by the log of the part it changes
+    # error factor -> loading: derivative of the log of the time by the log of the part that the factor changes
     loadings: Mapping[str, Any]
-    coordinates: Array  # (n, 3) log2 of sizes, octaves: the closer, the more alike are errors
+    coordinates: Array  # (n, 3) log2 of sizes, octaves; errors at close coordinates are similar
     position: tuple[Any, ...] = ()  # the same sizes as axes of the residual grid
-    section: FittedValues | None = None  # the fitted part of the profile that was used
+    section: FittedValues | None = None  # section of the profile that was used
     noise: Mapping[str, Any] = field(default_factory=dict)  # further shares of the time that add independent error
     outside: Any = None  # octaves outside the sizes that the fit saw
-    unlike: Any = None  # share of the time in a kernel that may differ entirely from the fitted one
-    active: Any = None  # 0 where nothing runs, so that nothing is uncertain
+    unlike: Any = None  # share of the time in a kernel that may differ entirely from the fitted kernel
+    active: Any = None  # 0 where nothing runs: such a time has no error
     measured: MeasuredOperators | None = None
     unit_s: float = 1.0
-    details: Mapping[str, Array] = field(default_factory=dict)  # what the model chose, seconds and counts
+    details: Mapping[str, Array] = field(default_factory=dict)  # choices of the model, seconds and counts
 
     def with_residual(self, log_factor: Any, section: FittedValues) -> Estimate:
-        """Return the estimate with the residual of a profile's section: None where the section has none."""
+        """Return the estimate with the residual of a section; ``log_factor`` is None for a section without residual."""
         time = self.time if log_factor is None else self.time * np.exp(log_factor)
         return Estimate(**{**vars(self), "time": time, "section": section})
 
@@ -264,10 +250,9 @@ S = TypeVar("S", bound="Sizes")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of n operators; fields that are arrays have a value per operator, the others hold for all."""
+    """Sizes of n operators; arrays have a value per operator, other fields apply to all."""
 
     def take(self: S, rows: Any) -> S:
-        """Return some of the operators, by mask or index."""
         taken: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -280,7 +265,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Calls(Sizes, ABC):
-    """A cost model: n operators of one kind on one device, and what they cost."""
+    """A cost model: n operators of one kind on one device."""
 
     @property
     @abstractmethod
@@ -292,18 +277,18 @@ class Calls(Sizes, ABC):
         """Return the cost by the analytical model, without residual, from constants by name."""
 
     def seconds(self, c: Mapping[str, Any]) -> FloatArray:
-        """Return the analytical time alone, s; a fit asks for it many times."""
+        """Return the analytical time alone, s; a fit evaluates it many times."""
         e = self.estimate(c)
         return np.asarray(e.time * e.unit_s)
 
 
 def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
-    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, added up over the axes."""
+    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over the axes."""
     return np.asarray((np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1))
 
 
 def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
-    """Return the octaves outside the sizes that a section was fitted on; None where the section does not store them."""
+    """Return the octaves outside the sizes of a section's fit; None for a section without these sizes."""
     if section is None or "measured" not in section.arrays:
         return None
     low, high = np.asarray(section.arrays["measured"], dtype=coordinates.dtype)
@@ -311,8 +296,102 @@ def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any
 
 
 @dataclass(frozen=True)
+class ResidualGrid:
+    """Log(measured / analytical) at the nodes of a regular grid over coordinates: linear between nodes, constant beyond
+    the edges. The precision of the values, float32 or float64, is that of the evaluation."""
+
+    start: tuple[float, ...]  # first node of each coordinate
+    step: tuple[float, ...]  # from one node to the next
+    values: Array  # one axis per coordinate
+    inset: float = 0.0  # steps before the last node at which a coordinate stops
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
+        """Return the grid of a section ("start", "step", "values"; axes from the last to the first); None without."""
+        if "values" not in arrays:
+            return None
+        start, step = (tuple(map(float, arrays[name][::-1])) for name in ("start", "step"))
+        return cls(start, step, np.ascontiguousarray(arrays["values"].T, dtype=np.float64))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        start, step = np.array(self.start[::-1]), np.array(self.step[::-1])
+        return {"start": start, "step": step, "values": np.ascontiguousarray(self.values.T)}
+
+    @cached_property
+    def _ends(self) -> tuple[Array, Array, Array, Array]:
+        """First node, nodes per unit, last position and last cell, (coordinates, 1) each."""
+        nodes = np.array(self.values.shape, dtype=np.float64)
+        last, last_cell = nodes - (1.0 + self.inset), np.maximum(nodes - 2.0, 0.0)
+        columns = np.array(self.start), 1.0 / np.array(self.step), last, last_cell
+        start, per_unit, last, last_cell = (c.astype(self.values.dtype)[:, None] for c in columns)
+        return start, per_unit, last, last_cell
+
+    @cached_property
+    def _corners(self) -> tuple[Array, NDArray[np.int32]]:
+        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), and strides of the nodes.
+        The second half of the corners is the far side of the first coordinate; beyond an edge it is not used."""
+        strides = [math.prod(self.values.shape[i + 1 :]) for i in range(self.values.ndim)]
+        offsets = [0]
+        for stride in reversed(strides):
+            offsets += [stride + offset for offset in offsets]
+        padded = np.concatenate([np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)])
+        corners = np.stack([padded[offset : offset + self.values.size] for offset in offsets])
+        return corners, np.array(strides, dtype=np.int32)[:, None]
+
+    def cells(self, coordinates: Any) -> tuple[NDArray[np.int32], Array]:
+        """Return the cell of each point and its position in [0, 1] in the cell, arrays (coordinates, points)."""
+        start, per_unit, last, last_cell = self._ends
+        inside = np.empty((len(start), *np.broadcast(*coordinates).shape), dtype=start.dtype)
+        for i, coordinate in enumerate(coordinates):
+            inside[i] = coordinate
+        inside = inside.reshape(len(start), -1)
+        inside -= start
+        inside *= per_unit
+        np.maximum(inside, 0.0, out=inside)
+        np.minimum(inside, last, out=inside)
+        cells = np.minimum(inside, last_cell).astype(np.int32)
+        inside -= cells
+        return cells, inside
+
+    def __call__(self, coordinates: Any) -> Array:
+        """Return the values at points; ``coordinates`` has an array per axis."""
+        cells, inside = self.cells(coordinates)
+        corners, strides = self._corners
+        found = corners.take(np.add.reduce(cells * strides, axis=0, dtype=np.int32), axis=1, mode="clip")
+        for position in inside:  # one coordinate after the other, between the near and the far side of the cell
+            half = len(found) // 2
+            low, high = found[:half], found[half:]
+            high -= low
+            high *= position
+            low += high
+            found = low
+        return np.asarray(found[0].reshape(np.broadcast(*coordinates).shape))
+
+
+@dataclass(frozen=True)
+class RowResidual:
+    """Log factors by the number of rows m, linear in log2 m between the measured m: libraries of CPUs have separate
+    kernels for some numbers of rows."""
+
+    m: Array  # measured numbers of rows, ascending
+    values: Array
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> RowResidual | None:
+        if "row_m" not in arrays:
+            return None
+        return cls(np.asarray(arrays["row_m"], dtype=np.float64), np.asarray(arrays["row_values"], dtype=np.float64))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {"row_m": self.m, "row_values": self.values}
+
+    def __call__(self, m: Array) -> Array:
+        return np.asarray(np.interp(np.log2(m), np.log2(self.m), self.values)).astype(m.dtype)
+
+
+@dataclass(frozen=True)
 class Constant:
-    """One constant of a cost model; fits and profiles have values from ``low`` to ``high``."""
+    """One constant of a cost model; its values lie between ``low`` and ``high``."""
 
     unit: str  # SI, "1" for a ratio
     low: float
@@ -334,40 +413,63 @@ def unfitted(section: FittedValues, constants: Mapping[str, Constant], architect
 
 
 def row(unit: str, low: float, high: float, source: str, meaning: str, *, other: float, **defaults: float) -> Constant:
-    """Return a constant with defaults by architecture; ``other``: of all others."""
+    """Return a constant with defaults by architecture; ``other`` is the default of all other architectures."""
     return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
 
 
 def joined(unit: str, low: float, high: float, source: str, meaning: str, **defaults: float) -> Constant:
-    """Return a constant with defaults by kind of link, where that of PCIe holds for each of its kinds."""
+    """Return a constant with defaults by kind of link; the default of PCIe applies to each kind of PCIe."""
     kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
     return row(unit, low, high, source, meaning, **{**kinds, **defaults})
+
+
+# fmt: off
+# sources of the defaults of constants
+_GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times "
+    "sets it")
+_EAGER = ("geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which published_dense.csv has eager "
+    "Transformers at batch 1 among the rows fitted on")
+_LOADED = ("ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
+    "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
+
+RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    "graph_gap_s": row("s", 0.0, 2e-5, _GRAPH,
+        "idle time between two kernels of a CUDA graph that the times of kernels exclude", other=0.0),
+    "host_op_s": row("s", 1e-7, 1e-3, _EAGER,
+        "host time to launch one kernel in an eager framework (interpreter, dispatcher, driver)",
+        other=16.5e-6, cpu=5e-6),
+    "sustained": row("1", 1.0, 2.0, _LOADED,
+        "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks drop under load",
+        other=1.0, ampere=1.12),
+})
+# fmt: on
+"""Constants of launches, gaps and clocks of a device and its software, section "runtime"."""
 
 
 @dataclass(frozen=True)
 class ErrorSize:
     """Errors of one operator, log units."""
 
-    correlated: float  # standard deviation of what no error factor explains
-    independent: float  # least standard deviation of it
-    by_share: Mapping[str, float] = field(default_factory=dict)  # share of the time -> standard deviation it adds
+    correlated: float  # standard deviation that no error factor explains
+    independent: float  # least standard deviation
+    by_share: Mapping[str, float] = field(default_factory=dict)  # share of the time -> added standard deviation
     scales: Mapping[float, float] = field(default_factory=dict)  # scale of a profile -> scale of this operator
     engine_scale: float = 1.0  # factor on correlated and independent errors, if the engine's own kernels were fitted
-    # error factor (a loading of the estimate) -> prior standard deviation of the part it changes
+    # error factor (a loading of the estimate) -> prior standard deviation of the part that it changes
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
 class Formats(NamedTuple):
-    """Number formats of some rows, and what the kernels of their engine differ by."""
+    """Number formats of some rows, and the choice of 2:4 kernels by their engine."""
 
     dtype: str  # format of activations and arithmetic
     second: str  # format of weights, cache or state
-    # 2:4: whether the library times its plans and takes the fastest for a shape, as a benchmark does; else one plan
+    # 2:4: whether the library times its plans and takes the fastest for a shape; else all shapes have one plan
     searched: bool = True
 
 
 class Rows:
-    """Some rows of a workload; a column, or a property of the workload by row, is cut when it is first asked for."""
+    """Some rows of a workload; a column or property of the workload is indexed at its first use."""
 
     def __init__(self, table: Any, at: Any) -> None:
         self.table, self.at = table, at
@@ -380,19 +482,18 @@ class Rows:
 class Operator(ABC):
     """An operator. Methods get rows of this operator alone and return a value for one execution of each."""
 
-    code: ClassVar[int]  # in the column ``kind``, in saved profiles too
+    code: ClassVar[int]  # in the column ``kind`` and in saved profiles
     name: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]]  # columns that are at least 1 in a row that is timed
-    constants: ClassVar[
-        Mapping[str, Mapping[str, Constant]]
-    ]  # by section of a profile; a second is of latent attention
-    titles: ClassVar[tuple[str, ...]] = ()  # names in notes of the operators that each section times
+    # by section of a profile; attention has a second section for latent attention
+    constants: ClassVar[Mapping[str, Mapping[str, Constant]]]
+    titles: ClassVar[tuple[str, ...]] = ()  # names of the operators in notes, by section
     errors: ClassVar[Mapping[str, ErrorSize]]  # by ``Estimate.operator``
-    weighted: ClassVar[bool] = False  # number formats of sections are those of kernels that read weights
+    weighted: ClassVar[bool] = False  # sections depend on the number format of weights
     cached: ClassVar[bool] = False  # keeps keys, values or states of each sequence
 
     def flops(self, w: Rows) -> Any:
-        """FLOPs, zeros included."""
+        """FLOPs, those on zeros included."""
         return 0.0
 
     @abstractmethod
@@ -404,11 +505,11 @@ class Operator(ABC):
         return 0.0
 
     def parameter_bytes(self, w: Rows) -> Any:
-        """Bytes of the parameters of a row in memory."""
+        """Bytes of the parameters in memory."""
         return w.params * DTYPE_BYTES[w.weight_dtype]
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        """Bytes that a layer keeps of some sequences of ``positions``."""
+        """Bytes in the cache of a layer for some sequences of ``positions``."""
         return 0.0
 
     def inner_elements(self, w: Rows) -> Any:
@@ -416,7 +517,7 @@ class Operator(ABC):
         return 0.0
 
     def section(self, w: Rows) -> str:
-        """Section of a profile that times the first row."""
+        """Section of a profile that times the rows."""
         return next(iter(self.constants))
 
     def label(self, dtype: str, second: str) -> str:

@@ -1,11 +1,11 @@
 """Collectives between devices: alpha-beta over the link that joins them.
 
-The library's algorithm (NCCL's ring) takes a start, a hop for each synchronising step, the wire's time, and a ramp: a
-payload cut into chunks fills and drains a pipeline, at best in twice the root of step times wire. Within one host,
-NCCL's tree is a chain with as many steps (NCCL, src/graph/tuning.cc), so it is not modelled. Engines have their own
-all-reduce for small payloads, one-shot (every device reads everything from all others) or two-shot (reduce-scatter,
-then all-gather), where devices see each other's memory; the fastest is used. A ring over NVLink bridges crosses PCIe
-once per pair and direction, at the rate of PCIe.
+The time of the library's algorithm (NCCL's ring) has four parts: a start, a hop for each synchronising step, the
+transfer, and a ramp, because a payload in chunks fills and drains a pipeline. The ramp is at best twice the root of
+step time times transfer time. Within one host, NCCL's tree is a chain with as many steps (NCCL, src/graph/tuning.cc),
+so it is not modelled. Where devices see each other's memory, engines have their own all-reduce for small payloads:
+one-shot (each device reads the payloads of all others) or two-shot (reduce-scatter, then all-gather). The fastest is
+used. A ring over NVLink bridges crosses PCIe once per pair and direction, at the rate of PCIe.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from simulator.codes import ROLES, Kind
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (
     AIC,
+    BOTTLENECKS,
     Calls,
     Constant,
     Device,
@@ -33,11 +34,10 @@ from simulator.operators.base import (
     Formats,
     Link,
     Operator,
+    ResidualGrid,
     Rows,
-    bottleneck,
     joined,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants
@@ -80,12 +80,12 @@ COLLECTIVES: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "a
 """Roles of collectives; the index is the code, also in the residual grid of a profile."""
 
 UNFITTED = ("xgmi", "pcie-host")
-"""Connections of which no table was fitted."""
+"""Connections without a fitted table."""
 
 APART = 8.0
-"""Octaves between two collectives, so that their errors are uncorrelated."""
+"""Octaves between two collectives: far enough for uncorrelated errors."""
 
-_LINK, _LAUNCH = bottleneck("link"), bottleneck("launch")
+_LINK, _LAUNCH = map(BOTTLENECKS.index, ("link", "launch"))
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Messages(Calls):
     payload: FloatArray
     devices: FloatArray
     link: Link
-    active: Any = True  # False where a single device has nobody to talk to
+    active: Any = True  # False for a single device
 
     def parts(self, c: Mapping[str, float]) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return launch, wire and steps in between, s: they add up to the time."""
+        """Return the parts of the time, s: launch, transfer and ramp."""
         others = self.devices - 1.0
         share = others / self.devices  # share of the payload that a device must receive
         one = np.ones_like(others)
@@ -121,20 +121,20 @@ class Messages(Calls):
 
     @property
     def ports(self) -> FloatArray:
-        """Ports of the link that a ring uses, at least 2."""
+        """Ports of the link in a ring, at least 2."""
         return np.maximum(self.devices / self.link.group, 2.0)
 
     @property
     def bandwidth_bytes_per_s(self) -> Any:
-        """Bandwidth of a device in one direction: a mesh has one link to each other device."""
+        """Bandwidth of a device in one direction; in a mesh, that of its links to the other devices."""
         full = self.link.bandwidth_bytes_per_s
         if self.link.connection != "xgmi":
             return full
         return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie") and devices may share one uplink ("topology");
-        unless the user named the connection, it may be another one ("unstated")."""
+        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie"), devices may share one uplink ("topology"),
+        and the connection may differ from the usual one unless the user named it ("unstated")."""
         launch, link, step = self.parts(c)
         total = launch + link + step
         loadings = {"launch": launch / total, "link": link / total, "step": step / total}
@@ -161,8 +161,8 @@ class Messages(Calls):
 
 
 def least_wire(code: NDArray[Any], devices: FloatArray, link: Link) -> FloatArray:
-    """Return the payloads that must at least pass a device's link. From its fourth generation on, NVLink's switch can
-    add up, so an all-reduce sends and receives each payload once."""
+    """Return the least number of payloads over a device's link. Switches of NVLink 4 and later compute sums, so an
+    all-reduce sends and receives each payload once."""
     share = 1.0 - 1.0 / devices
     adds = link.connection == "nvswitch" and not link.kind.lower().startswith(("nvlink1", "nvlink2", "nvlink3"))
     reduce = np.ones_like(share) if adds else 2.0 * share
@@ -179,7 +179,7 @@ def _ready(hw: Device) -> tuple[FittedValues, dict[str, float], ResidualGrid | N
 
 
 def _either(first: NDArray[Any], one: Estimate, other: Estimate) -> Estimate:
-    """Return the first estimate in some operators, the other in the rest."""
+    """Return estimate ``one`` where ``first`` is true, else the other."""
     names = dict.fromkeys((*one.loadings, *other.loadings))
     parts = {n: (getattr(one, n), getattr(other, n)) for n in ("time", "floor", "roofline", "bottleneck")}
     chosen = {name: np.where(first, *both) for name, both in parts.items()}
@@ -188,10 +188,10 @@ def _either(first: NDArray[Any], one: Estimate, other: Estimate) -> Estimate:
 
 
 def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all_reduce") -> Estimate:
-    """Return the cost of a collective of :data:`COLLECTIVES` among ``devices``, at least 1 (1: nothing happens, 0 s).
+    """Return the cost of a collective of :data:`COLLECTIVES` among ``devices`` (1: 0 s).
 
-    The payload is what each device holds before (all_reduce, reduce_scatter, all_to_all), what is sent (send), or what
-    each holds in the end (all_gather). The roofline is what must pass a device's link, over its datasheet bandwidth.
+    The payload is the input of each device (all_reduce, reduce_scatter, all_to_all), the output of each device
+    (all_gather), or the message (send). The roofline is the least traffic over the link's datasheet bandwidth.
     InputError for a device without a link, or more devices than the link connects."""
     if kind not in COLLECTIVES:
         raise unknown("collective", kind, COLLECTIVES)
@@ -201,7 +201,7 @@ def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all
     if link is None:
         if most > 1:
             raise InputError(f"{hw.name} has no link to other devices; expected 1 device, got {most}")
-        link = Link("none", 1.0, 0.0, 1)  # one device sends nothing over it
+        link = Link("none", 1.0, 0.0, 1)  # unused: one device sends nothing
     elif most > link.most_devices:
         raise InputError(f"{hw.name}: its {link.kind} connects {link.most_devices} devices, got {most}")
     near = _over(link, hw, payload, count, COLLECTIVES.index(kind))
@@ -212,7 +212,6 @@ def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all
 
 
 def _over(link: Link, hw: Device, payload: FloatArray, count: FloatArray, code: int) -> Estimate:
-    """Return the cost of collectives of one kind over one link of a device."""
     section, constants, residual = _ready(hw)
     link = replace(link, stated=link.stated or hw.own_link)
     e = Messages(np.full(payload.shape, code), payload, np.maximum(count, 2.0), link, count > 1).estimate(constants)

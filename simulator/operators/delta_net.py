@@ -1,27 +1,25 @@
 """Gated delta net (arXiv 2412.06464): causal convolution, gates and recurrence of one layer, without its projections.
 
 A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt is computed in
-chunks of 64 tokens (arXiv 2406.06484): five kernels of small products, whose intermediate results cross memory; one of
-the kernels takes chunk after chunk, as each needs the state of the last one.
+chunks of 64 tokens (arXiv 2406.06484) by five kernels of small products, whose intermediate results cross memory. One
+of the kernels computes the chunks in sequence, because each needs the state of the previous chunk.
 
 One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim, Apache-2.0; 32 value
-heads). The others were chosen from what similar kernels achieve: docs/model.md has the errors of nine rows.
+heads). The others were chosen from similar kernels: docs/model.md has the errors of nine rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
-    Calls,
     Constant,
     Device,
     ErrorSize,
@@ -30,12 +28,12 @@ from simulator.operators.base import (
     Formats,
     Machine,
     Operator,
+    ResidualGrid,
     Rows,
     element_bytes,
     largest_part,
     row,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants
@@ -59,98 +57,19 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 # fmt: on
 
 
-def delta_state_bytes(
-    heads: Array, key_heads: Array, key: Array, value: Array, conv: Array, state_bytes: Array, element_bytes: Array
-) -> Array:
-    """Return the bytes that a gated delta net keeps of one sequence. Each value head has a state of ``key`` x ``value``
-    elements, each channel of the convolution its last positions."""
-    channels: Array = 2.0 * key_heads * key + 1.0 * heads * value
-    return np.asarray(1.0 * heads * key * value * state_bytes + np.maximum(conv - 1, 0) * channels * element_bytes)
-
-
-def delta_bytes(tokens: Array, batch: Array, features: Array, states: Array, element_bytes: Array) -> Array:
-    """Return the bytes that gated delta nets move: ``features`` of each token, and ``states`` of all sequences. States
-    are written; a decode step also reads them. A dynamic method may skip some of the sequences of a step."""
-    computed = np.minimum(tokens / np.maximum(batch, 1), 1.0)
-    return np.asarray(element_bytes * tokens * features + states * computed * np.where(tokens <= batch, 2.0, 1.0))
-
-
 CHUNK = 64.0
 """Tokens of a chunk."""
-
-
-@dataclass(frozen=True)
-class DeltaNets(Calls):
-    """Gated delta nets of one device."""
-
-    operator = "delta_net"
-    machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray
-    batch: FloatArray
-    heads: FloatArray
-    key_heads: FloatArray
-    key: FloatArray
-    value: FloatArray
-    conv: FloatArray
-
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost: arithmetic and bytes overlap in part, the chain of chunks and the fixed time add up."""
-        tokens, heads, machine = self.tokens, self.heads, self.machine
-        batch = np.minimum(self.batch, tokens)  # a dynamic method may skip sequences
-        each, act = tokens / batch, machine.element_bytes
-        step = each <= 1.0
-        channels = 2.0 * self.key_heads * self.key + heads * self.value
-        state = batch * heads * self.key * self.value * machine.weight_bytes * np.where(step, 2.0, 1.0)
-        stream = act * tokens * (channels + heads * self.value)
-        tail = act * batch * np.maximum(self.conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
-        chunks = np.ceil(each / CHUNK)
-        padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens, chunks filled up
-        # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
-        between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * self.key + 4.0 * self.value)
-        between = between + 2.0 * act * self.key * self.value / CHUNK
-        products = CHUNK * (3.0 * self.key + 2.0 * self.value) + 3.0 * self.key * self.value
-        bandwidth = machine.bandwidth_bytes_per_s
-        memory = (state + stream + padded * heads * between) / (c["e_d"] * bandwidth)
-        memory = memory + (2.0 * act * tokens * channels + tail) / (c["e_conv"] * bandwidth)
-        compute = 2.0 * padded * heads * products / (c["e_tc"] * machine.peak_flop_per_s)
-        chain = np.where(step, 0.0, c["chunk_s"] * chunks)
-        launch = np.where(step, c["t0_s"], c["prompt_s"])
-        bytes_s = (state + stream + tail) / bandwidth
-        flops_s = 6.0 * tokens * heads * self.key * self.value / machine.peak_flop_per_s
-        work = np.hypot(compute, memory)
-        total = np.asarray(launch + chain + work)
-        rest = 1.0 / (np.maximum(work, 1e-30) * total)
-        position = np.log2(each), np.log2(batch * heads), np.log2(self.key * self.value)
-        return Estimate(
-            operator="delta_net",
-            kind=int(Kind.DELTA_NET),
-            time=total,
-            floor=np.maximum(bytes_s, flops_s / machine.headroom),
-            roofline=np.maximum(bytes_s, flops_s),
-            bottleneck=largest_part(
-                {"compute": compute, "memory": memory, "latency": chain, "launch": launch}, total.shape
-            ),
-            loadings={
-                "launch": launch / total,
-                "compute": compute**2 * rest,
-                "memory": memory**2 * rest,
-                "latency": chain / total,
-            },
-            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-            position=position,
-        )
 
 
 @lru_cache(maxsize=128)
 def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, dict[str, float]]:
     section = hw.section("delta_net", dtype)
+    # weight_bytes: of an element of the state
     machine = replace(Machine.of(hw, dtype), weight_bytes=element_bytes(state, "state_dtype"))
     return machine, section, {name: section[name] for name in DELTA_NET_CONSTANTS}
 
 
 class DeltaSizes(NamedTuple):
-    """Sizes of gated delta nets, which broadcast."""
-
     tokens: Any  # tokens of all sequences: one per sequence is a decode step, more are a prompt
     batch: Any  # sequences
     heads: Any  # value heads
@@ -161,12 +80,55 @@ class DeltaSizes(NamedTuple):
 
 
 def delta_net(sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32") -> Estimate:
-    """Return the cost of gated delta nets."""
-    machine, section, constants = _ready(hw, dtype, state_dtype)
+    """Return the cost of gated delta nets: arithmetic and bytes overlap in part; the chain of chunks and the fixed time
+    are added."""
+    machine, section, c = _ready(hw, dtype, state_dtype)
     arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
-    e = DeltaNets(machine, *arrays).estimate(constants)
+    tokens, batch, heads, key_heads, key, value, conv = arrays
+    batch = np.minimum(batch, tokens)  # a dynamic method may skip sequences
+    each, act = tokens / batch, machine.element_bytes
+    step = each <= 1.0
+    channels = 2.0 * key_heads * key + heads * value
+    state = batch * heads * key * value * machine.weight_bytes * np.where(step, 2.0, 1.0)
+    stream = act * tokens * (channels + heads * value)
+    tail = act * batch * np.maximum(conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
+    chunks = np.ceil(each / CHUNK)
+    padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
+    # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
+    between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
+    between = between + 2.0 * act * key * value / CHUNK
+    products = CHUNK * (3.0 * key + 2.0 * value) + 3.0 * key * value
+    bandwidth = machine.bandwidth_bytes_per_s
+    memory = (state + stream + padded * heads * between) / (c["e_d"] * bandwidth)
+    memory = memory + (2.0 * act * tokens * channels + tail) / (c["e_conv"] * bandwidth)
+    compute = 2.0 * padded * heads * products / (c["e_tc"] * machine.peak_flop_per_s)
+    chain = np.where(step, 0.0, c["chunk_s"] * chunks)
+    launch = np.where(step, c["t0_s"], c["prompt_s"])
+    bytes_s = (state + stream + tail) / bandwidth
+    flops_s = 6.0 * tokens * heads * key * value / machine.peak_flop_per_s
+    work = np.hypot(compute, memory)
+    total = np.asarray(launch + chain + work)
+    rest = 1.0 / (np.maximum(work, 1e-30) * total)
+    position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
+    parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
+    e = Estimate(
+        operator="delta_net",
+        kind=int(Kind.DELTA_NET),
+        time=total,
+        floor=np.maximum(bytes_s, flops_s / machine.headroom),
+        roofline=np.maximum(bytes_s, flops_s),
+        bottleneck=largest_part(parts, total.shape),
+        loadings={
+            "launch": launch / total,
+            "compute": compute**2 * rest,
+            "memory": memory**2 * rest,
+            "latency": chain / total,
+        },
+        coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+        position=position,
+    )
     residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return e.with_residual(None if residual is None else residual(position), section)
 
 
 class DeltaNet(Operator):
@@ -176,7 +138,7 @@ class DeltaNet(Operator):
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
     constants = MappingProxyType({"delta_net": DELTA_NET_CONSTANTS})
     titles = ("gated delta nets",)
-    # no rows of a second GPU or stack: priors as wide as those of a prompt's attention
+    # one GPU and stack was measured, so priors are as wide as those of a prompt's attention
     # fmt: off
     errors = MappingProxyType({"delta_net": ErrorSize(0.10, 0.05, factors={
         "launch": 0.4, "compute": 0.35, "memory": 0.22, "latency": 0.5,
@@ -189,16 +151,20 @@ class DeltaNet(Operator):
         return 6.0 * w.m * w.heads * w.head_dim * w.value_dim
 
     def bytes(self, w: Rows) -> Any:
+        """Features of each token, and states: a step writes them, a decode step also reads them."""
         features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
-        return delta_bytes(w.m, w.batch, features, self.state_bytes(w), DTYPE_BYTES[w.dtype])
+        computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)  # a dynamic method may skip sequences
+        states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
+        return DTYPE_BYTES[w.dtype] * w.m * features + states
 
     def parameter_bytes(self, w: Rows) -> Any:
         return w.params * DTYPE_BYTES[w.dtype]
 
     def state_bytes(self, w: Rows) -> Any:
-        """Recurrent states, and the last positions of the convolution."""
-        sizes = w.heads, w.kv_heads, w.head_dim, w.value_dim, w.window
-        return w.batch * delta_state_bytes(*sizes, DTYPE_BYTES[w.weight_dtype], DTYPE_BYTES[w.dtype])
+        """Recurrent states of value heads (key x value), and the last positions of the channels of the convolution."""
+        channels = 2.0 * w.kv_heads * w.head_dim + 1.0 * w.heads * w.value_dim
+        states = 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
+        return w.batch * (states + np.maximum(w.window - 1, 0) * channels * DTYPE_BYTES[w.dtype])
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return sequences / np.maximum(w.batch, 1) * self.state_bytes(w)

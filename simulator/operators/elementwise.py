@@ -1,7 +1,7 @@
 """Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth, with a floor.
 
-Activations that were just written are still in L2 while they fit, so a small operator may run above the DRAM bandwidth;
-a large one streams. Floor and bytes join by a 2-norm.
+Activations that were just written are in L2 if they fit, so a small operator may run above the DRAM bandwidth. A 2-norm
+joins the floor and the time of the bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from simulator.codes import ROLES, Kind
 from simulator.errors import unknown
 from simulator.operators.base import (
     AIC,
+    BOTTLENECKS,
     Calls,
     Constant,
     Device,
@@ -28,11 +29,10 @@ from simulator.operators.base import (
     FittedValues,
     Formats,
     Operator,
+    ResidualGrid,
     Rows,
-    bottleneck,
     row,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 _STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
@@ -45,7 +45,7 @@ CLASSES: tuple[str, ...] = (
     "norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter", "quantize",
 )
 # fmt: on
-"""Classes of elementwise operators, each with its own bandwidth and floor; the order is that of the arrays' rows."""
+"""Classes of elementwise operators, each with its own bandwidth and floor, in the order of rows of the residual."""
 
 
 def _elementwise() -> dict[str, Constant]:
@@ -62,7 +62,8 @@ def _elementwise() -> dict[str, Constant]:
 
 
 # fmt: off
-_QUANTIZE = {
+ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
+    **_elementwise(),
     "t0_quantize_s": row("s", 5e-7, 5e-5, _SCALED, "floor of a kernel that converts activations",
         ada=2.35e-6, hopper=1.85e-6, blackwell=1.8e-6, blackwell_sm100=2.3e-6, other=2e-6),
     "e_quantize": row("1", 0.001, 1.0, _SCALED,
@@ -70,10 +71,6 @@ _QUANTIZE = {
         ada=0.83, hopper=0.85, blackwell=0.86, blackwell_sm100=0.72, other=0.83),
     "l2_quantize": row("1", 1.0, 10.0, _SCALED, "rate of a conversion with data in L2 over its DRAM rate",
         ada=7.0, hopper=1.1, blackwell=3.3, blackwell_sm100=1.0, other=1.5),
-}
-
-ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_elementwise(), **_QUANTIZE,
     "l2_share": row("1", 0.05, 4.0, _RTX,
         "bytes of an operator over L2 size at which half are in L2", other=0.8),
 })
@@ -89,7 +86,7 @@ _ROLES = {
     "scatter": "scatter",
     "quantize": "quantize quantize_heads quantize_inner",
 }
-# every class by its own name; a role of no class counts as a copy
+# a role without a class counts as a copy
 _CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
@@ -98,26 +95,24 @@ _PER_CLASS = [[pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_
 """Names of the constants that each class has."""
 
 APART = 8.0
-"""Octaves between two classes, so that their errors are uncorrelated."""
+"""Octaves between two classes: far enough for uncorrelated errors."""
 
-_LAUNCH, _MEMORY, _L2 = map(bottleneck, ("launch", "memory", "l2"))
+_LAUNCH, _MEMORY, _L2 = map(BOTTLENECKS.index, ("launch", "memory", "l2"))
 
 
 @dataclass(frozen=True)
 class Moves(Calls):
-    """Elementwise operators: bytes read and written, index into :data:`CLASSES`, and the device's facts."""
-
     operator = "elementwise"
-    bytes_: FloatArray
-    code: IndexArray
+    bytes_: FloatArray  # read and written
+    code: IndexArray  # index into CLASSES
     l2_bytes: float
     bandwidth: float  # bytes/s
-    architecture: str
-    added: Any = False  # added by pruning: runs at DRAM speed
+    architecture: str  # for the defaults of a fit
+    added: Any = False  # whether pruning added the operator: runs at DRAM speed
     fitted: bool = True  # whether the constants come from measurements
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost; L2 holds a share of the bytes by a fixed power (the data do not distinguish 3 from 6)."""
+        """Return the cost. L2 holds 1 / (1 + ratio^4) of the bytes; the data do not distinguish powers from 3 to 6."""
         floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[:, self.code]
         ratio = self.bytes_ / (c["l2_share"] * self.l2_bytes)
         ratio = ratio * ratio
@@ -132,7 +127,7 @@ class Moves(Calls):
             operator="elementwise",
             kind=int(Kind.ELEMENTWISE),
             time=np.sqrt(floor * floor + memory * memory),
-            floor=0.0,  # the data may lie in L2
+            floor=0.0,  # the data may be in L2
             roofline=self.bytes_ / self.bandwidth,
             bottleneck=np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8),
             loadings=loadings,
@@ -146,7 +141,7 @@ def class_residual(arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
     if "values" not in arrays:
         return None
     values = np.asarray(arrays["values"], dtype=np.float64)
-    # classes newer than the profile have no residual; one more row, so that each class is the near side of a cell
+    # classes newer than the profile have no residual; one more row makes each class the near side of a cell
     later = np.zeros((len(CLASSES) + 1 - len(values), values.shape[1]))
     return ResidualGrid((0.0, float(arrays["start"])), (1.0, 1.0), np.concatenate([values, later]))
 
@@ -173,12 +168,12 @@ def elementwise(
     read_bytes: Any, write_bytes: Any, hw: Device, *, role: Any = "copy", added: Any = False, dtype: str = "bf16"
 ) -> Estimate:
     """Return the cost of elementwise operators from the bytes that one execution reads and writes. A time may lie below
-    the roofline where the data are still in L2. Operators that pruning ``added`` run at DRAM speed whatever L2 holds,
-    as gathers and scatters by index were measured on an RTX 5090 (1.2 to 1.7 TB/s of 33 to 50 MB; EIT-NLP/LLM-Pruning,
-    DynamicPruningKernels). They depend on the implementation, so their interval is wider."""
+    the roofline if the data are in L2. Operators that pruning ``added`` run at DRAM speed: gathers and scatters on an
+    RTX 5090 move 33 to 50 MB at 1.2 to 1.7 TB/s (EIT-NLP/LLM-Pruning, DynamicPruningKernels). Their interval is wider,
+    because implementations differ."""
     section, constants, residual = _ready(hw, dtype)
     given = [np.asarray(a) for a in (read_bytes, write_bytes, class_code(role), added)]
-    same = len({a.shape for a in given}) == 1  # as in workloads; a broadcast takes longer than a few times
+    same = len({a.shape for a in given}) == 1  # a broadcast takes longer than timing a few operators
     read, written, code, added = given if same else np.broadcast_arrays(*given)
     moved, fitted = np.asarray(read + written, dtype=np.float64), section.status != "default"
     calls = Moves(moved, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted)
@@ -187,7 +182,7 @@ def elementwise(
 
 
 class Elementwise(Operator):
-    """Norms, activations, copies, sorts and so on, each by its role."""
+    """Norms, activations, copies, sorts and so on; the role gives the class."""
 
     code, name, sizes = int(Kind.ELEMENTWISE), "elementwise", ()
     constants = MappingProxyType({"elementwise": ELEMENTWISE_CONSTANTS})
@@ -206,5 +201,4 @@ class Elementwise(Operator):
         yield slice(None), elementwise(*moved, hw, role=w.role, added=w.overhead, dtype=formats.dtype)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> Estimate:
-        """Time without bytes."""
         return elementwise(0.0, 0.0, hw, role=w.role, dtype=formats.dtype)

@@ -1,10 +1,9 @@
-"""Routed experts (MoE): the experts of a layer on one device, without the router, in parts that are timed apart.
+"""Routed experts (MoE): the experts of a layer on one device, without the router.
 
-Two grouped products (gate and up; down) take most of the time. Each expert's tokens fill tiles of a few heights, the
-last one of an expert in part; the height that takes least time is chosen. A tile takes the time of its arithmetic and
-that of loading the expert's weights into an SM. The weights of every expert that some token uses cross memory at the
-same time. The other kernels sort, permute, activate and sum: they move activations. Here m, n and k are tokens, the
-width of an expert and the hidden size.
+Two grouped products (gate and up; down) take most of the time. The tokens of an expert fill tiles, the last one in
+part; the fastest tile height is chosen. The time of a tile is its arithmetic plus the load of the expert's weights into
+an SM. At the same time, the weights of all experts in use cross memory. The other kernels sort, permute, activate and
+sum: they move activations. Here m, n and k are tokens, the width of an expert and the hidden size.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from simulator.operators.base import (
     Formats,
     Machine,
     Operator,
+    ResidualGrid,
     Rows,
     element_bytes,
     from_l2,
@@ -41,7 +41,6 @@ from simulator.operators.base import (
     row,
     unfitted,
 )
-from simulator.operators.residual_grid import ResidualGrid
 
 # fmt: off
 # sources of the defaults of constants
@@ -79,35 +78,35 @@ EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 # fmt: on
 
 EXPERT_RANGE = 200.0
-"""Load of the busiest over the least busy expert at a skew of 1, that of the power law with exponent 1.01 in tables."""
+"""Load of the busiest over the least busy expert at a skew of 1, as in tables with a power law of exponent 1.01."""
 EXPERT_SKEW = 0.8
 """Skew of a model that serves mixed requests.
 
-Of the 128 experts of Qwen3-30B-A3B, 51 % take 90 % of the tokens of prose, code and math, and the entropy of their load
-is 11 % below that of equal loads; both correspond to 0.8. For code the numbers are 45 % and 15 % (0.95 to 1). Source:
-gpu-container handbook, "Routing De-risk", counts of llama-imatrix
+On prose, code and math, 51 % of the 128 experts of Qwen3-30B-A3B take 90 % of the tokens, and the load's entropy is
+11 % below that of equal loads; each number corresponds to 0.8. For code the numbers are 45 % and 15 % (0.95 to 1).
+Source: gpu-container handbook, "Routing De-risk", counts of llama-imatrix
 (mcp-tool-shop-org.github.io/gpu-container/handbook/derisk)."""
 EXPERT_QUANTILES = 16
-"""Number of load quantiles that represent all experts."""
+"""Number of load quantiles that represent all experts of a model."""
 
 
 def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
-    """Return the probability (quantiles, ...) that a token uses an expert, from the least busy to the busiest. A token
-    uses ``active`` experts on average, each at most once. The log of the load grows evenly; the busiest has
-    :data:`EXPERT_RANGE` to the power ``skew`` times the load of the least busy."""
+    """Return the probability (quantiles, ...) that a token uses an expert, from the least busy to the busiest expert. A
+    token uses ``active`` experts on average, each at most once. The log of the load is linear in the rank; the busiest
+    expert has :data:`EXPERT_RANGE` to the power ``skew`` times the load of the least busy."""
     share, skew = np.broadcast_arrays(np.minimum(np.divide(active, experts), 1.0), np.asarray(skew, dtype=np.float64))
     if not skew.any():
         return np.asarray(share[None])
     rank = (np.arange(EXPERT_QUANTILES) + 0.5) / EXPERT_QUANTILES - 0.5
     chance = EXPERT_RANGE ** (rank.reshape(-1, *[1] * share.ndim) * skew)
-    for _ in range(16):  # other experts take the share above 1
+    for _ in range(16):  # other experts take the probability above 1
         chance = np.minimum(chance * (share / chance.mean(axis=0)), 1.0)
     return np.asarray(chance)
 
 
 def experts_touched(m: Any, experts: Any, active: Any, skew: Any = 0.0) -> Array:
-    """Return the expected number of ``experts`` that at least one of ``m`` tokens uses. Tokens choose ``active``
-    experts each, independently; ``skew`` is the imbalance of loads (:func:`experts_chance`)."""
+    """Return the expected number of ``experts`` that at least one of ``m`` independent tokens uses; ``active`` and
+    ``skew`` are those of :func:`experts_chance`."""
     m, experts, active, skew = np.broadcast_arrays(np.asarray(m, dtype=np.float64), experts, active, skew)
     idle = (1.0 - experts_chance(experts, active, skew)) ** m
     return np.asarray(experts * (1.0 - idle.mean(axis=0)))
@@ -118,18 +117,18 @@ TILES = (16.0, 64.0, 128.0)
 TILE_COLUMNS = 128.0
 """Columns of a tile."""
 PARTS = ("layer", "gate_up", "down")
-"""What a time includes: all kernels of the layer except the router's, or one of the two grouped products."""
+"""Parts that a time includes: all kernels of the layer except the router's, or one of the two grouped products."""
 ALIGNED = 16.0
-"""Widths of an expert that are no multiple of it are slow."""
+"""Experts are slow if their width is not a multiple of this."""
 QUANTILES = 32
-"""Experts by load that represent all of a benchmark's."""
+"""Number of load quantiles that represent all experts of a benchmark."""
 
 SCALED = ("fp8_block", "nvfp4", "mxfp4")
-"""Formats with a scale for every block of weights: here stacks differ most, by a factor of two on the B200 (DeepGEMM
-and CUTLASS against Triton and FlashInfer)."""
+"""Formats with a scale per block of weights. Stacks differ most in these: by a factor of two on the B200 (DeepGEMM and
+CUTLASS against Triton and FlashInfer)."""
 OCTAVES = (0.4, 0.6, 0.6)
-"""Octaves of error coordinates per octave of tokens per expert, of width, of experts: errors of held-out models
-correlate by 0.73 over one octave of tokens and 0.59 over two, 0.68 and 0.52 over octaves of width (medians of 38
+"""Octaves of error coordinates per octave of tokens per expert, of width and of experts. Errors of held-out models
+correlate by 0.73 over one octave of tokens and 0.59 over two, by 0.68 and 0.52 over octaves of width (medians of 38
 tables)."""
 
 POWER = Range(-1.0, 1e30, "finite numbers from -1 up")
@@ -138,19 +137,19 @@ _NORMAL = NormalDist()
 
 
 class Load(NamedTuple):
-    """How tokens are distributed over the experts of a device."""
+    """Distribution of tokens over the experts of a device."""
 
     touched: FloatArray  # experts that some token uses
-    tiles: tuple[FloatArray, ...]  # tiles of each height of TILES that their tokens fill, all experts together
+    tiles: tuple[FloatArray, ...]  # tiles of each height of TILES, all experts together
     rows: FloatArray  # tokens of all experts together
 
 
 def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any, devices: Any = 1.0) -> Load:
-    """Return the load of tokens that choose independently, as in a model: an expert's number of tokens is near a
-    Poisson number. If several ``devices`` share the experts, it is that of the device with the highest load."""
+    """Return the load of tokens that choose independently, as in a model: the tokens of an expert nearly follow a
+    Poisson distribution. If ``devices`` share the experts, it is the load of the device with the highest load."""
     chance = experts_chance(experts, active, skew)
     some, mean = 1.0 - (1.0 - chance) ** m, m * chance
-    # where loads spread over several tiles, the last tile is half empty; small loads fit one tile
+    # the last of several tiles is half empty on average; small loads fit one tile
     tiles = (
         np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(axis=0)
         for rows in TILES
@@ -162,9 +161,9 @@ def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any
 def _highest(
     load: Load, chance: FloatArray, m: FloatArray, experts: FloatArray, active: FloatArray, devices: Any
 ) -> Load:
-    """Return the load of the highest of ``devices``, which hold experts regardless of their use, from that of a mean
-    device: both numbers are near normal, and of d normal numbers the highest is near the quantile (d - 3/8) / (d + 1/4)
-    (G. Blom, "Statistical estimates and transformed beta-variables", 1958)."""
+    """Return the highest load of ``devices`` from the mean ``load``. Experts in use and tokens are nearly normal over
+    devices, and the highest of d normal numbers is near the quantile (d - 3/8) / (d + 1/4) (G. Blom, "Statistical
+    estimates and transformed beta-variables", 1958)."""
     known, which = np.unique(devices, return_inverse=True)
     quantiles = np.array([_NORMAL.inv_cdf((d - 0.375) / (d + 0.25)) for d in known])
     deviations = quantiles[which].reshape(np.shape(devices)) * np.sqrt(experts * (1.0 - 1.0 / np.asarray(devices)))
@@ -177,10 +176,10 @@ def _highest(
 
 
 def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: Any) -> Load:
-    """Return the load of tokens that benchmarks distribute. aiconfigurator's collectors do it in turn (``power`` 0), or
-    by a rounded power law from 1 to 0.8 m (from 0.01 to 2 where tokens are not more than experts); tokens left over by
-    rounding go to experts without any. DeepGEMM's draw each number from the mean less to the mean plus a share
-    (``power`` is minus the share), rounded down."""
+    """Return the load of tokens that benchmarks distribute. aiconfigurator deals tokens in turn (``power`` 0), or by a
+    rounded power law from 1 to 0.8 m (from 0.01 to 2 if there are at most as many choices as experts); experts without
+    tokens take the rest. DeepGEMM draws each number uniformly around the mean, rounded down; minus ``power`` is the
+    largest relative distance from the mean."""
     choices, power = m * active, np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
     even, few = choices / experts, choices <= experts
     if power.any():
@@ -201,7 +200,7 @@ def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: An
 
 @dataclass(frozen=True)
 class Layers(Calls):
-    """Expert layers of one device, or single products of them."""
+    """Expert layers of one device, or single grouped products."""
 
     operator = "experts"
     machine: Machine
@@ -212,25 +211,24 @@ class Layers(Calls):
     active: FloatArray
     skew: FloatArray
     dealt: bool = True  # tokens are distributed by rule, as in a benchmark
-    warm: Any = True  # weights are in L2 as far as they fit, as in a benchmark that repeats one layer
+    warm: Any = True  # weights are in L2 if they fit, as in a benchmark that repeats one layer
     part: Any = 0  # index into PARTS
-    devices: Any = 1.0  # devices that share the experts, if tokens choose
-    unfitted: tuple[str, ...] = ()  # error factors of what no fit has seen
+    devices: Any = 1.0  # devices that share the experts, unless tokens are dealt
+    unfitted: tuple[str, ...] = ()  # error factors of kernels without a fit
 
     @cached_property
     def load(self) -> Load:
-        """How tokens are distributed over the experts."""
         sizes = self.m, self.experts, self.active, self.skew
         return dealt_load(*sizes) if self.dealt else drawn_load(*sizes, self.devices)
 
     @cached_property
     def products(self) -> tuple[Any, Any]:
-        """Whether each row's time includes the products of gate and up, and of down."""
+        """Whether times include the product of gate and up, and that of down."""
         return np.not_equal(self.part, PARTS.index("down")), np.not_equal(self.part, PARTS.index("gate_up"))
 
     @cached_property
     def whole(self) -> Any:
-        """Whether each row's time is that of the whole layer."""
+        """Whether times are those of whole layers."""
         return np.equal(self.part, PARTS.index("layer"))
 
     @cached_property
@@ -240,17 +238,16 @@ class Layers(Calls):
         return np.asarray((2.0 * up + down) * self.n * self.k)
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost; warm weights come out of L2 where they fit."""
         m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
         (up, down), whole = self.products, self.whole
         slower = (1.0 + c["narrow"] / n) * np.where(n % ALIGNED, 1.0 + c["align"], 1.0)
-        # time per weight of a tile of each height: arithmetic of its rows, and loading the weight into an SM
+        # time per weight of a tile of each height: arithmetic of its rows, and the load into an SM
         row_s = 2.0 / (c["e_tc"] * machine.peak_flop_per_s)
         loading_s = machine.weight_bytes / (c["b_sm"] * machine.sm_count)
         tile_s = np.maximum(TILES, c["least_rows"]) * row_s + loading_s
         every = np.stack([tiles * s for tiles, s in zip(load.tiles, tile_s, strict=True)])
         chosen = np.argmin(every, axis=0)
-        # the last tile of an SM is alone: its main loop is as long as the product is deep
+        # the last tile of an SM runs alone through the whole depth of the product
         alone = c["tail"] * TILE_COLUMNS * machine.sm_count * tile_s[chosen] * (up * k + down * n)
         compute = (every.min(axis=0) * self.elements + alone) * slower
         weights = self.elements * load.touched * machine.weight_bytes
@@ -258,7 +255,7 @@ class Layers(Calls):
         if np.any(self.warm):
             held = from_l2(3.0 * n * k * load.touched * machine.weight_bytes, machine, c)
             memory = memory * np.where(self.warm, held, 1.0)
-        # 16-bit: tokens permuted, products of gate and up read and their activation written, results read and added up
+        # 16-bit: permuted tokens, products of gate and up, their activation, and sums of the results
         moved = 2.0 * whole * (load.rows * (2.0 * k + 3.0 * n) + 2.0 * m * k)
         io = moved / (c["e_io"] * machine.bandwidth_bytes_per_s)
         launch = whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
@@ -269,7 +266,7 @@ class Layers(Calls):
     def _estimate(
         self, launch: FloatArray, io: FloatArray, compute: FloatArray, memory: FloatArray, padding: FloatArray
     ) -> Estimate:
-        """Return the cost from its parts, s: arithmetic and weights overlap in part, the rest adds up."""
+        """Return the cost from its parts, s: arithmetic and weights overlap in part, the others are added."""
         m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
         work = np.hypot(compute, memory)
         total = np.asarray(launch + io + work)
@@ -305,8 +302,6 @@ class Layers(Calls):
 
 
 class _Ready(NamedTuple):
-    """What a profile says about two number formats."""
-
     machine: Machine
     section: FittedValues
     constants: Mapping[str, float]
@@ -319,7 +314,7 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
     element_bytes(weight)
     label, factors = label_of(dtype, weight), tuple[str, ...]()
     machine, section = Machine.of(hw, label), hw.section("experts", label)
-    if section.status == "default" and weight != dtype:  # fitted kernels of the dense format read narrower weights
+    if section.status == "default" and weight != dtype:  # use fitted kernels of the dense format
         section = hw.section("experts", dtype)
         factors = () if section.status == "default" else ("quantised",)
     scaled = weight in SCALED and section.status != "default"  # defaults are the middle of all stacks
@@ -335,9 +330,9 @@ class ExpertSizes(NamedTuple):
     n: Any  # width of an expert
     k: Any  # hidden size
     experts: Any  # experts of the device
-    active: Any  # experts that a token uses, on average; no whole number where devices share the experts
+    active: Any  # experts per token on average; fractional if devices share the experts
     skew: Any = 0.0  # imbalance of loads (:func:`experts_chance`; 0: uniform), or the power of :func:`dealt_load`
-    devices: Any = 1  # devices that share the experts of the layer: the one with the highest load counts
+    devices: Any = 1  # devices that share the experts; the time is that of the device with the highest load
 
 
 def experts(
@@ -349,8 +344,8 @@ def experts(
     warm: bool = False,
     part: str = "layer",
 ) -> Estimate:
-    """Return the cost of the gated experts of one layer on one device. Benchmarks are predicted with tokens ``dealt``
-    by rule, weights ``warm`` if they repeat one layer without overwriting L2, and a ``part`` of :data:`PARTS`."""
+    """Return the cost of the gated experts of one layer on one device. For benchmarks, tokens are ``dealt`` by rule,
+    weights are ``warm`` if one layer repeats without overwriting L2, and ``part`` is one of :data:`PARTS`."""
     given = (np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(*sizes))
     m, n, k, number, active, skew, devices = given
     r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
@@ -360,7 +355,7 @@ def experts(
 
 
 class Experts(Operator):
-    """Routed experts of a layer on one device; ``batch`` devices share them, or 0."""
+    """Routed experts of a layer on one device; ``batch`` devices share them (0: one)."""
 
     code, name = int(Kind.EXPERTS), "experts"
     sizes = ("m", "n", "k", "experts")
@@ -382,15 +377,15 @@ class Experts(Operator):
         return 6.0 * w.m * w.n * w.k * w.active
 
     def bytes(self, w: Rows) -> Any:
-        """Weights in use, and activations that no fusion avoids."""
+        """Weights in use, input and output."""
         return self.weight_bytes(w) + 2.0 * DTYPE_BYTES[w.dtype] * w.m * w.k
 
     def weight_bytes(self, w: Rows) -> Any:
-        """Weights of the experts that some token uses."""
+        """Weights of experts in use."""
         return 3.0 * w.n * w.k * DTYPE_BYTES[w.weight_dtype] * experts_touched(w.m, w.experts, w.active, w.skew)
 
     def inner_elements(self, w: Rows) -> Any:
-        """Gathered tokens, and their gate and up."""
+        """Gathered tokens, their gate and up."""
         return w.m * w.active * (w.k + 2.0 * w.n)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:

@@ -1,8 +1,8 @@
-"""GEMM: y[m, n] = x[m, k] w[k, n]. The analytical model (:mod:`simulator.operators.gemm_model`) meets a profile.
+"""GEMM: y[m, n] = x[m, k] w[k, n], timed by the analytical model (:mod:`simulator.operators.gemm_model`) of a profile.
 
-A kernel that skips work, reads narrower weights or has 2:4 weights is the dense kernel with changed constants; a GPU
-without a fit has those of its architecture (:func:`clocked`). The residual is a grid over log2 of m, n, k. Shapes that
-a profile has measured take the measured time. No prediction beats the datasheet at the highest clock.
+A kernel that skips work, reads narrower weights or has 2:4 weights is the dense kernel with changed constants. A GPU
+without a fit has the constants of its architecture (:func:`clocked`). The residual is a grid over log2 of m, n, k.
+A measured time of the same shape replaces the prediction. No prediction exceeds the datasheet at the highest clock.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (
     AIC,
+    BOTTLENECKS,
     ELEMENT_BYTES,
     Calls,
     Constant,
@@ -34,8 +35,9 @@ from simulator.operators.base import (
     Machine,
     MeasuredOperators,
     Operator,
+    ResidualGrid,
+    RowResidual,
     Rows,
-    bottleneck,
     element_bytes,
     octaves_outside_fit,
     row,
@@ -50,7 +52,6 @@ from simulator.operators.gemm_model import (
     ready_model,
     weight_only_constants,
 )
-from simulator.operators.residual_grid import ResidualGrid, RowResidual
 
 # fmt: off
 # sources of the defaults of constants
@@ -136,22 +137,19 @@ GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 # fmt: on
 
 EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
-"""Arrays of exact shapes, of equal length; a profile has all of them or none."""
+"""Arrays of measured shapes, of equal length; a profile has all of them or none."""
 
 EXACT_BITS: tuple[int, ...] = (22, 21, 21)
-"""Bits of m, n and k in the 64-bit key of an exact shape; a dimension that does not fit is never found."""
+"""Bits of m, n and k in the 64-bit key of a measured shape; larger dimensions are never found."""
 
 
 @dataclass(frozen=True)
 class MeasuredShapes:
-    """Measured shapes, sorted by key (m, n and k in one number)."""
-
-    key: NDArray[np.uint64]
+    key: NDArray[np.uint64]  # m, n and k in one number, ascending
     seconds: FloatArray
     log_half: FloatArray  # log half-width of the 90 % interval
 
     def at(self, m: Any, n: Any, k: Any) -> MeasuredOperators:
-        """Return which shapes were measured, their times and half-widths."""
         sizes = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
         key = pack(*sizes)
         row = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
@@ -162,9 +160,8 @@ class MeasuredShapes:
 
 
 def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:
-    """Return the measured shapes of a section's arrays, None without any; ValueError where they cannot be looked up.
-    ``exact_m``, ``exact_n``, ``exact_k``; ``exact_s``: seconds, cold weights, plain dense kernel; ``exact_log_half``:
-    log half-width of the 90 % interval. ``calibration.records.screening`` makes them from records."""
+    """Return the measured shapes of a section, None without any; ValueError as for :func:`check_exact`. ``exact_s`` are
+    seconds of the dense kernel with cold weights. ``calibration.records.screening`` makes the arrays from records."""
     if "exact_m" not in arrays:
         return None
     check_exact(arrays)
@@ -176,7 +173,7 @@ def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None
 
 
 def pack(m: FloatArray, n: FloatArray, k: FloatArray) -> NDArray[np.uint64]:
-    """Return m, n and k in one number; shapes out of range give a meaningless one."""
+    """Return m, n and k in one number, which is meaningless for shapes out of range."""
     key = np.zeros(np.shape(m), dtype=np.uint64)
     for value, bits in zip((m, n, k), EXACT_BITS, strict=True):
         key = (key << np.uint64(bits)) | np.clip(value, 0.0, 2.0**bits - 1.0).astype(np.uint64)
@@ -200,18 +197,18 @@ def check_exact(arrays: Mapping[str, NDArray[Any]]) -> None:
 _DENSE, _SPMV = int(Kernel.DENSE), int(Kernel.SPMV)
 
 PRECISION = np.float32
-"""Arithmetic of predictions; the fit's is float64. Results are float64 either way, 1e-6 apart at most."""
+"""Precision of predictions; fits have float64. Their results differ by at most 1e-6."""
 
 CHUNK = 4096
-"""Shapes timed at once: few enough for the second-level cache, many enough to hide the cost of calls."""
+"""Shapes per call: few enough for the second-level cache, many enough to hide the cost of calls."""
 
 EXACT, MOST_PRODUCT = 2.0**24, 1e16
-"""Largest size, and product of sizes, of a shape in :data:`PRECISION`: beyond, it does not tell whole numbers apart, or
-the cube of a slow device's microseconds overflows. Such shapes are timed in float64."""
+"""Largest size, and largest product of sizes, of a shape in :data:`PRECISION`. Above, whole numbers are rounded or the
+cube of a slow device's microseconds overflows, so such shapes are timed in float64."""
 
-# alignment is looked at in 32 bits
+# alignment is computed in 32 bits
 _WIDTH = Range(1.0, 2.0**31 - 1.0, "whole numbers from 1 to 2147483647", whole=True)
-_COPIES = Range(1.0, math.inf, "whole numbers from 1 up", whole=True)  # infinitely many: always cold
+_COPIES = Range(1.0, math.inf, "whole numbers from 1 up", whole=True)  # inf: always cold
 KERNELS: tuple[str, ...] = tuple(kernel.name.lower() for kernel in Kernel)
 """Names of kernels; the index is the code."""
 _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole=True)
@@ -219,20 +216,17 @@ _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole
 
 @dataclass(frozen=True)
 class Options:
-    """Formats and kernels of GEMMs."""
-
     dtype: str = "bf16"
     weight_dtype: str | None = None
     kernel: Any = "dense"
     copies: Any = None
     density: Any = 1.0
     block: Any = 0
-    # 2:4: whether the library times its plans and takes the fastest for a shape, as a benchmark does; else one plan
-    searched: bool = True
+    searched: bool = True  # as in Formats
 
 
 def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8], dict[str, Array]]:
-    """Return kernel codes, and m, n, k, copies and block where given, of one shape; InputError for bad arguments."""
+    """Return kernel codes, and m, n, k, with copies and block if given, of one shape; InputError for bad arguments."""
     text("dtype", path.dtype)
     if path.weight_dtype is not None:
         text("weight_dtype", path.weight_dtype)
@@ -248,7 +242,6 @@ def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8]
 
 
 def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
-    """Return codes of kernels given as names, members of :class:`Kernel` or codes."""
     given = plain(kernel)
     if given.dtype.kind not in "UO":
         return array("kernel", kernel, _CODE).astype(np.int8)
@@ -259,7 +252,7 @@ def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
 
 
 def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
-    """Return the outputs of dense products with as many bytes as SpMV kernels store, in whole rows of eight."""
+    """Return n; for SpMV kernels, n of the dense product with equal weight bytes, a multiple of eight."""
     density = array("density", path.density, SHARE)
     if not np.count_nonzero(codes == _SPMV):
         return n
@@ -269,7 +262,7 @@ def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
 
 
 def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
-    """Return a mask of shapes that single precision would round or overflow; None where there are none."""
+    """Return a mask of the shapes beyond :data:`EXACT` or :data:`MOST_PRODUCT`, None without any."""
 
     def large(m: Any, n: Any, k: Any) -> Any:
         return (np.maximum(m, np.maximum(n, k)) > EXACT) | (m * n * k > MOST_PRODUCT)
@@ -297,8 +290,8 @@ def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tu
 
 
 def spmv_bytes(density: Any, value_bytes: Any) -> Array:
-    """Return the bytes per weight, zeros included, that a kernel for scattered zeros stores. Each value has four bits
-    for its distance to the previous value; after 16 empty places a zero is stored. This gives 1 / (1 - zeros^16) stored
+    """Return the stored bytes per weight, zeros included, of a kernel for scattered zeros. Each value has four bits for
+    its distance to the previous value; after 16 empty places a zero is stored. This gives 1 / (1 - zeros^16) stored
     values per nonzero value (MACKO, github.com/vlejd/macko_spmv)."""
     kept = np.clip(np.asarray(density, dtype=np.float64), 1e-6, 1.0)
     return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
@@ -307,21 +300,21 @@ def spmv_bytes(density: Any, value_bytes: Any) -> Array:
 CLOCKED: Mapping[str, float] = MappingProxyType(
     {"ampere": 0.78e12, "ada": 1.03e12, "hopper": 1.41e12, "blackwell": 0.78e12, "blackwell_sm100": 2.25e12}
 )
-"""FLOP per joule (16-bit datasheet rate over power limit) of the GPUs that the defaults of ``e_tc`` come from: A100,
-L40S, H100, RTX PRO 6000, B200 (SXM). A GPU with fewer keeps a higher clock: see :func:`clocked`."""
+"""FLOP per joule (16-bit datasheet rate over power limit) of the GPUs from which the defaults of ``e_tc`` come: A100,
+L40S, H100, RTX PRO 6000, B200 (SXM). GPUs with fewer keep a higher clock (:func:`clocked`)."""
 UNLIMITED = 0.9
-"""Share of the datasheet rate where power limits no clock: an H20 reaches 0.93 in fp8 (InferSim), and less in the
-16-bit steps of SGLang, which are 6 % longer than with 0.81 and 16 % longer than with 1; the RTX 4090 reaches 1.02."""
+"""Share of the datasheet rate if power does not limit the clock. An H20 reaches 0.93 in fp8 (InferSim) and less in the
+16-bit steps of SGLang, which take 6 % longer than with 0.81 and 16 % longer than with 1; the RTX 4090 reaches 1.02."""
 
 EDGE = 1e-4
 """Steps before the last node at which a coordinate of the residual stops."""
 
 GROUPS = {Kernel.GROUPS_N: 20.0, Kernel.GROUPS_K: 52.0}
-"""Features per group at which skipping groups costs as much as computing them: a main loop takes 1 + (features /
-group)^1.5 of its time. From kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where groups of 128 outputs are
-7 % slower than whole tokens, groups of 32 inputs three times as slow (EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
+"""Size G of groups at which the main loop takes twice the time of wide groups; groups of size g take 1 + (G / g)^1.5.
+Source: kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where groups of 128 outputs are 7 % slower than
+whole tokens, and groups of 32 inputs three times as slow (EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
 GROUPS_STEP = 0.9
-"""e_tc of those kernels over that of dense ones (same source)."""
+"""e_tc of kernels that skip groups over that of dense kernels (same source)."""
 
 SPARSE24_PARTS: Mapping[str, str] = {
     "sparse_step": "compute",
@@ -329,11 +322,11 @@ SPARSE24_PARTS: Mapping[str, str] = {
     "sparse_time": "launch",
     "sparse_tau": "serial",
 }
-"""Constants that 2:4 kernels alone have -> the part of the time that each changes."""
+"""Constant of 2:4 kernels -> the part of the time that it changes."""
 
 
 class GemmKernel(NamedTuple):
-    """What a profile says about GEMMs of one number format, weight format and kernel, as numbers."""
+    """Model of GEMMs of one number format, weight format and kernel on a profile."""
 
     model: ReadyModel
     section: FittedValues | None
@@ -345,15 +338,14 @@ class GemmKernel(NamedTuple):
     load_scale: float
     pad_m: float
     group: float  # features, of GROUPS; 0 where no groups are skipped
-    unfitted: tuple[str, ...]  # error factors of what no fit has seen
+    unfitted: tuple[str, ...]  # error factors of kernels without a fit
     dense: GemmKernel | None = None  # for weight-only formats: the dense kernel that computes the same product
     assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time that no table of this architecture covers
 
 
 @lru_cache(maxsize=128)
 def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True) -> GemmKernel:
-    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown.
-    ``searched`` is that of :class:`Options`."""
+    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown."""
     rate, weight = hw.rate(dtype), weight_dtype or dtype
     element, weight_bytes, peak = ELEMENT_BYTES[dtype], element_bytes(weight, "weight dtype"), rate.flop_per_s
     label = label_of(dtype, weight)
@@ -374,13 +366,13 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
         c |= known
         peak *= rate.sparse_factor
         c["e_tc"] *= c["sparse_step"]
-        # half the values and two bits of index for each; of the two operands L2 feeds, one is the compressed weight
+        # half the values, each with two bits of index; L2 feeds the compressed weights and the activations
         weight_bytes = 0.5 * weight_bytes + 0.125
         if compressed:
             pad_m, serial = 8.0, not searched
             c["t0"] += c["sparse_time"]
             load_scale /= c["sparse_load"]
-        else:  # as the dense kernel of the format (Sparse-Marlin): a step waits for the bytes of its weights
+        else:  # like the dense weight-only kernel (Sparse-Marlin): a step waits for the bytes of its weights
             assumed = tuple(part for part in assumed if part == "compute")
             c["tau"] *= weight_bytes / ELEMENT_BYTES[weight]
         c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
@@ -405,7 +397,7 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
     residual = ResidualGrid.from_arrays(section.arrays)
     if residual is not None:
         residual = replace(residual, values=residual.values.astype(PRECISION), inset=EDGE)
-    # measured shapes of another format or device say nothing exact here: a fallback section has none
+    # a fallback section has measured shapes of another format or device, which do not count
     plain = kernel == Kernel.DENSE and own and section.status == "calibrated"
     return GemmKernel(
         model=ready_model(machine, c, PRECISION),
@@ -425,10 +417,9 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
 
 
 def clocked(e_tc: float, hw: Device) -> float:
-    """Return the default share of the datasheet rate on a device that may need less power for it, or more. Under a
-    power limit the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and 1.02 of
-    rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit kernels reach :data:`UNLIMITED` of
-    the rate."""
+    """Return the default share of the datasheet rate for the power limit of a device. Under a limit, the clock falls as
+    the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and 1.02 of rates that need 1.03 and 0.37
+    TFLOP/J) differ by a power of 0.48. Without a limit, kernels reach :data:`UNLIMITED` of the rate."""
     rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
     if hw.architecture not in CLOCKED or not rates:
         return e_tc
@@ -436,9 +427,8 @@ def clocked(e_tc: float, hw: Device) -> float:
 
 
 def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Return the constants of 2:4 kernels, and the parts of the time that no table of the architecture covers. A
-    constant that no fit moved is the default of the device's own architecture, which may differ from that of an
-    inherited section."""
+    """Return the constants of 2:4 kernels, and the parts of the time that no table of the architecture covers. Defaults
+    are those of the device's architecture, which may differ from the architecture of an inherited section."""
     values, assumed = {}, []
     for name, part in SPARSE24_PARTS.items():
         constant, own = GEMM_CONSTANTS[name], section.constants[name]
@@ -449,37 +439,35 @@ def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[s
 
 
 TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
-"""Tiles of which stacks may choose any: how full the last wave is depends on the choice."""
+"""Tiles among which stacks may choose; the number of idle SMs in the last wave depends on the choice."""
 
 _IDLE = [f"idle {tile_m}x{tile_n}" for tile_m, tile_n in TILES]
-_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(bottleneck, ("compute", "memory", "l2", "latency", "launch"))
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOTTLENECKS.index, ("compute", "memory", "l2", "latency", "launch"))
 
 
 @dataclass(frozen=True)
 class Products(Calls):
-    """GEMMs y[m, n] = x[m, k] w[k, n] of one machine, as a fit takes them: dense and aligned, in float64."""
+    """Dense, aligned GEMMs y[m, n] = x[m, k] w[k, n] of one machine, for fits in float64."""
 
     operator = "gemm"
     machine: Machine
     m: FloatArray
     n: FloatArray
     k: FloatArray
-    copies: FloatArray  # weights that each benchmark used in turn, inf for cold ones
+    copies: FloatArray  # weights that a benchmark uses in turn; inf: cold
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost, microseconds."""
         kernel = GemmKernel(ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ())
         given = {"m": self.m, "n": self.n, "k": self.k}
         return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
 
     def seconds(self, c: Mapping[str, Any]) -> FloatArray:
-        """Return the analytical time alone, s."""
         copies = None if self._cold else self.copies
         return 1e-6 * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
 
     def seconds_of(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
-        """Return the analytical time with each of several sets of constants, (sets, rows): in one go, which for few
-        rows takes hardly longer than one set."""
+        """Return the analytical time (sets, rows) with several sets of constants; few rows take little longer than one
+        set."""
         sets, rows = len(many), len(self.m)
         columns = {name: np.array([c[name] for c in many]) for name in many[0]}
         varied = {name: column for name, column in columns.items() if np.ptp(column)}
@@ -496,7 +484,7 @@ def estimates(
     m: Any, n: Any, k: Any, hw: Device, options: Options, *, steps: bool = False
 ) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
     """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and their estimate.
-    ``steps`` also fills the estimate's ``details`` with what the model chose and with its steps."""
+    ``steps`` fills ``details`` of the estimate."""
     codes, given = read_shapes(m, n, k, options)
     flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
     return codes.shape, _estimates(codes, flat, hw, options, steps)
@@ -505,12 +493,11 @@ def estimates(
 def _estimates(
     codes: NDArray[np.int8], flat: Mapping[str, Array], hw: Device, options: Options, steps: bool = False
 ) -> Iterator[tuple[Any, Estimate]]:
-    """Yield the cost of GEMMs in chunks: flat rows and their estimate."""
     for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
         kind = Kernel(code)
         if code == _SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
             raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
-        # zeros without structure run as a dense product
+        # scattered zeros run as a dense product
         kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
         kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
         yield rows, estimate(kernel, {name: a[rows] for name, a in flat.items()}, precision, steps)
@@ -519,7 +506,7 @@ def _estimates(
 def estimate(
     kernel: GemmKernel, given: Mapping[str, Array], precision: Any = np.float64, steps: bool = False
 ) -> Estimate:
-    """Return the cost of GEMMs of one kernel from arrays m, n, k, and copies and block where they have any; in us."""
+    """Return the cost of GEMMs of one kernel, us, from arrays m, n, k, and copies and block if given."""
     model, machine = kernel.model, kernel.model.machine
     m, n, k = (given[name].astype(precision) for name in "mnk")
     copies = np.minimum(given["copies"], 1e15).astype(precision) if "copies" in given else None  # inf: cold
@@ -527,7 +514,7 @@ def estimate(
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
     rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
-    halvings: Array | float = 0.0  # a number multiplies the tables of tiles, an array every shape by every tile
+    halvings: Array | float = 0.0  # a number saves a product of all shapes and tiles
     if kernel.align_step or kernel.align_load:
         off = alignment_halvings(n, k, machine.element_bytes)
         halvings = off if np.count_nonzero(off) else 0.0
@@ -553,10 +540,10 @@ def estimate(
     parts = [loadings[part] for part in ("compute", "memory") if part in kernel.assumed]
     if parts:
         loadings["sparse24 default"] = sum(parts)
-    if "generic" in kernel.unfitted:  # every GPU draws much the same share of its DRAM's bandwidth
+    if "generic" in kernel.unfitted:  # all GPUs achieve a similar share of the DRAM bandwidth
         loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
     time, bottlenecks = a.total_us * factor, _bottleneck(a, model, k)
-    if kernel.dense is not None:  # weights in fewer bits save memory time, not arithmetic
+    if kernel.dense is not None:  # narrow weights save time of memory, not of arithmetic
         dense = estimate(kernel.dense, given, precision)
         least = dense.time * dense.loadings["compute"]
         time, bottlenecks = np.maximum(time, least), np.where(least > time, dense.bottleneck, bottlenecks)
@@ -582,9 +569,9 @@ def estimate(
 def _loadings(
     a: Analytical, model: ReadyModel, m: Array, n: Array, k: Array, step_scale: Any, load_scale: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle. The fixed
-    time is one part; arithmetic is another, of which the latency of a step, L2's feed and idle SMs take shares; memory
-    is the third, of which L2 takes a share."""
+    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle. The parts
+    are the fixed time, arithmetic (with shares of step latency, L2's feed and idle SMs) and memory (with a share of
+    L2)."""
     c = a.compute3
     launch = model.t0_us / a.total_us
     memory = cube(a.memory_us)
@@ -610,20 +597,16 @@ def _loadings(
         loadings["latency"] = latency
         # idle SMs with each of TILES, and with the chosen tile
         many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
-        *idles, idle = compute * _idle(np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count))
+        waves = np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count)
+        *idles, idle = compute * np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0)
         loadings |= zip(_IDLE, idles)
     if np.ndim(step_scale):
-        loadings["alignment"] = np.sqrt(np.log(step_scale))  # known to a factor: the smaller, the less certain
+        loadings["alignment"] = np.sqrt(np.log(step_scale))  # small effects are relatively less certain
     return loadings, idle
 
 
-def _idle(waves: Array) -> Array:
-    """Return the log of whole waves over waves, 0 where there is at most one."""
-    return np.asarray(np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0))
-
-
 def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
-    """Return the largest part of each shape; a main loop may wait for its step's latency or for L2's feed."""
+    """Return the largest part of each shape; the main loop may wait for a step's latency or for L2's feed."""
     waits = np.where(model.step_us > 1.5 * model.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
     out: NDArray[np.int8] = waits[a.tile, 0]
     if not model.machine.persistent:
@@ -639,7 +622,7 @@ def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
 def _details(
     kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
 ) -> dict[str, Array]:
-    """Return what the model chose, and the times of the steps between the roofline and the kernel, s."""
+    """Return choices of the model, and times of the steps between the roofline and the kernel, s."""
     model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
     tile_m, tile_n, split = model.tile_m[a.tile, 0] * one, model.tile_n[a.tile, 0] * one, a.split * one
     fixed_s = model.t0_us * 1e-6 * one
@@ -667,8 +650,8 @@ def _details(
 
 
 def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
-    """Return how often the alignment of a row of n or k elements falls short of 16 bytes by a factor of two; else 0.
-    Formats of 8 bits and fewer have no kernels for less: 1 wherever they are off."""
+    """Return log2 of 16 bytes over the alignment of rows of n or k elements, at least 0. Formats of 8 bits and fewer
+    have no kernels for other alignments: 1 for all of these."""
     kind = np.int32 if n.dtype == np.float32 else np.int64
     low, whole = n.astype(kind) | k.astype(kind), aligned_elements(element_bytes)
     out = np.zeros(n.shape, dtype=n.dtype)
@@ -681,13 +664,11 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
 
 
 def aligned_elements(element_bytes: float) -> int:
-    """Return the elements in 16 bytes, as a power of two: kernels are fastest for rows of a multiple of them."""
+    """Return the elements in 16 bytes, a power of two; kernels are fastest for multiples of this."""
     return int(2 ** round(math.log2(16 / element_bytes)))
 
 
 class Gemm(Operator):
-    """Products of activations with weights."""
-
     code, name = int(Kind.GEMM), "gemm"
     sizes = ("m", "n", "k")
     constants = MappingProxyType({"gemm": GEMM_CONSTANTS})
@@ -714,7 +695,7 @@ class Gemm(Operator):
             pairs, scattered = w.kernel == Kernel.SPARSE24, w.kernel == Kernel.UNSTRUCTURED
             # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per position
             index = np.where(pairs, 0.25 * w.density, 0.125)
-            # an index takes more bytes than few zeros save
+            # with few zeros, dense storage takes fewer bytes than an index
             kept = np.where(pairs | scattered, np.minimum(stored, w.density * stored + index), stored)
             stored = np.where(w.kernel == Kernel.SPMV, spmv_bytes(w.density, stored), kept)
         return w.n.astype(np.float64) * w.k * stored
@@ -724,21 +705,18 @@ class Gemm(Operator):
         if not np.count_nonzero(w.kernel):
             return w.params * element
         sparse = (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED)
-        # per kept value: rows that run less or more than once per layer share weights
+        # rows that run less or more than once per layer share weights
         values = np.maximum(w.n * w.k * w.density, 1.0)
         beyond = w.params * w.repeats - values
         bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
         whole = np.where(w.kernel == Kernel.SPARSE24, self.weight_bytes(w), w.n * w.k * element)
         return np.where(sparse, (w.params - bias) * whole / values + bias * element, w.params * element)
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        return self._estimates(w, hw, formats)
-
     def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         """Padding to tiles, idle SMs and alignment."""
-        return self._estimates(w, hw, formats, steps=True)
+        return self.estimates(w, hw, formats, steps=True)
 
-    def _estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
         options = Options(formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched)
         given = {name: getattr(w, name).astype(np.float64) for name in "mnk"}
         if np.count_nonzero(w.kernel):

@@ -1,7 +1,7 @@
 """The analytical GEMM model (docs/model.md): tiles, waves, split-K, memory, fixed time; without residual.
 
-Times are microseconds, so that their cubes stay near one. The arithmetic has the precision of the shapes: float64 to
-fit, float32 to predict many.
+Times are microseconds, so their cubes are near one. The arithmetic has the precision of the shapes: float64 in fits,
+float32 in predictions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from simulator.operators.base import Machine
 Factor = Array | float
 
 LINE_BYTES = 128.0
-"""Bytes of K a main-loop step covers per row of an operand: 64 elements of 16 bits."""
+"""Bytes of k per main-loop step and row of an operand: 64 elements of 16 bits."""
 
 MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
     {
@@ -31,13 +31,11 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
     }
 )
 """Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of kernels whose
-blocks stay and take tile after tile (Hopper, the B200), and of products on a CPU, whose padding does not show in their
-time."""
-
+blocks stay and compute several tiles (Hopper, the B200), and of products on a CPU, whose times show no padding."""
 
 WGMMA_ROWS = 64.0
-"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). Kernels may use n instead of m. Without a
-fit, no tile has fewer rows, which matters on a device with little arithmetic for its bandwidth."""
+"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64); kernels may use n instead of m. Without a
+fit, no tile has fewer rows. This matters on devices with low arithmetic rate and high bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class ReadyModel:
     tile_m: Array
     tile_n: Array
     step_us: Array  # a main-loop step
-    flop_us: Array  # its arithmetic alone
+    flop_us: Array  # arithmetic of a step
     epilogue_us: Array
     feed_us: Array  # L2 feed of one step of one tile, whole device; 0 where blocks stay on their SM
     step_elements: float
     t0_us: Factor
-    serial_us: float  # shortest step of a block that walks the whole k; 0 where k is split
+    serial_us: float  # shortest step of a block that computes the whole k; 0 where k is split
 
     def for_each(self, count: int) -> ReadyModel:
         """Return the model of ``count`` shapes with the first values of its constants, then the second, and so on."""
@@ -67,21 +65,21 @@ class ReadyModel:
 
 
 class Analytical(NamedTuple):
-    """Parts of the analytical time of shapes, arrays of their length; microseconds unless stated otherwise."""
+    """Parts of the analytical time of shapes; microseconds unless stated otherwise."""
 
     total_us: Array  # fixed time included, residual not
-    compute3: Array  # main loop of the chosen tile, cubed; it joins the memory time by a 3-norm
-    serial3: Array | float  # its part that walks the whole k, cubed
+    compute3: Array  # main loop of the chosen tile, cubed; a 3-norm joins it with the memory time
+    serial3: Array | float  # part of the main loop that computes the whole k in sequence, cubed
     memory_us: Array  # operands and result through the memory system
-    dram_bytes: Array  # come from or go to DRAM
+    dram_bytes: Array  # to and from DRAM
     tile: NDArray[np.int8]  # chosen entry of the menu
     split: Array  # split-K factor
     tiles: Array  # output tiles of the launch, split parts not counted
 
 
 def ready_model(machine: Machine, constants: Mapping[str, Any], dtype: Any = np.float64) -> ReadyModel:
-    """Return per-tile times, once for many shapes of a precision; constants are keyed as in ``GEMM_CONSTANTS``. A
-    constant may be an array: :meth:`ReadyModel.for_each` then times shapes with each of its values."""
+    """Return per-tile times from the values of ``GEMM_CONSTANTS``. A constant may be an array:
+    :meth:`ReadyModel.for_each` then times shapes with each of its values."""
     c: dict[str, Any] = {
         name: value if isinstance(value, np.ndarray) else float(value) for name, value in constants.items()
     }
@@ -106,8 +104,8 @@ def ready_model(machine: Machine, constants: Mapping[str, Any], dtype: Any = np.
 
 
 def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, float]:
-    """Return the constants of a weight-only kernel from those of the dense kernel: a step of the main loop waits for,
-    and L2 feeds, a ``share`` of the bytes."""
+    """Return the constants of a weight-only kernel from those of the dense kernel. A main-loop step waits for a
+    ``share`` of the bytes, which L2 feeds."""
     return {
         "t0": c["t0"] + c["quant_time"],
         "e_tc": c["e_tc"] * c["quant_step"],
@@ -118,7 +116,7 @@ def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, flo
 
 def residency(footprint_bytes: Array, model: ReadyModel) -> Array:
     """Return the share of a footprint that stays in L2: 1 / (1 + (footprint / (c_l2 L2))^Q)."""
-    # far beyond, nothing stays; single precision would overflow
+    # nothing of a much larger footprint stays; single precision would overflow
     x = np.minimum(footprint_bytes * (1.0 / (model.constants["c_l2"] * model.machine.l2_bytes)), 100.0)
     power = model.constants["l2_power"]
     doublings = {2.0: 1, 4.0: 2, 8.0: 3, 16.0: 4}.get(power)
@@ -132,9 +130,9 @@ def residency(footprint_bytes: Array, model: ReadyModel) -> Array:
 def memory_time(
     m: Array, n: Array, k: Array, model: ReadyModel, copies: Factor | None, load_scale: Factor
 ) -> tuple[Array, Array]:
-    """Return the microseconds of moving the operands and the result, and the bytes that DRAM moves. ``copies`` weights
-    are used in turn: the footprint that competes for L2; None for cold weights. The activations, ``m (n + k)``, are
-    warm as far as they fit. ``load_scale`` stretches the weights' time."""
+    """Return the time of moving the operands and the result, microseconds, and the bytes that DRAM moves. ``copies``
+    weights used in turn compete for L2; None for cold weights. The activations, ``m (n + k)``, are in L2 if they fit.
+    ``load_scale`` multiplies the time of the weights."""
     machine, c = model.machine, model.constants
     weights, acts = n * k * machine.weight_bytes, (n + k) * m * machine.element_bytes
     warm = residency(acts, model) * acts
@@ -153,7 +151,7 @@ def analytical_time(
     step_scale: Factor = 1.0,
     load_scale: Factor = 1.0,
 ) -> Analytical:
-    """Return the parts of the time of GEMMs y[m, n] = x[m, k] w[k, n]; m, n, k at least 1, of one shape (x,).
+    """Return the parts of the time of GEMMs y[m, n] = x[m, k] w[k, n]; m, n, k are at least 1, of one shape (x,).
     ``copies`` and ``load_scale`` are those of :func:`memory_time`; ``step_scale`` multiplies the main-loop step."""
     machine, c = model.machine, model.constants
     if machine.packs:
@@ -164,7 +162,7 @@ def analytical_time(
     even = machine.persistent or machine.ragged
     waves = np.maximum(tiles / sm, 1.0) if even else np.ceil(tiles / sm)
     whole = cube(waves * (steps * step + model.epilogue_us))
-    # split-K: SMs that would idle share one tile's k-steps, and their partial sums are added up in a second pass
+    # split-K: SMs that would idle share the k-steps of a tile; a second pass adds the partial sums
     split = np.minimum(np.maximum(np.floor(sm / tiles), 1.0), np.clip(np.floor(k / 128.0), 1.0, 64.0))
     chunk = np.ceil(steps / split)
     added = (4.0 * split + 2.0) * (m * n * (1e6 / c["b_s"]))
@@ -191,8 +189,8 @@ def analytical_time(
 def _packed_time(
     m: Array, n: Array, k: Array, model: ReadyModel, copies: Factor | None, step_scale: Factor, load_scale: Factor
 ) -> Analytical:
-    """Return the parts of a product on a CPU, which add up: fixed time, operands (weights are rearranged from
-    ``pack_m`` rows on), arithmetic."""
+    """Return the parts of a product on a CPU, without overlap: fixed time, operands, arithmetic. From ``pack_m`` rows
+    on, weights are rearranged."""
     c = model.constants
     packing = np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype)
     memory, dram = memory_time(m, n, k, model, copies, load_scale * packing)

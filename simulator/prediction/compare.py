@@ -98,7 +98,7 @@ def results_of(
     columns: dict[str, Array | Labels] = dict(found[0][2])
     if len(found) > 1:
         columns = {name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns}
-    elif np.count_nonzero(np.diff(order) != 1):
+    elif np.count_nonzero(order[1:] - order[:-1] != 1):
         columns = {name: column[order] for name, column in columns.items()}
     columns |= _identity(batch, prunings, hardware, device, at, requests[0].ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arguments import listed, shown
-from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.codes import EXPERTS
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
@@ -136,7 +135,9 @@ class Pruning:
 
     def apply(self, dense: Workload, request: Request) -> Workload:
         if self.model is not None:
-            return as_pruned(dense, lower(replace(request, model=self.model)))
+            pruned = lower(replace(request, model=self.model))
+            check_alike(dense, pruned)
+            return as_pruned(dense, pruned)
         if self.text:
             return prune_steps(dense, self.steps, ideal=request.ideal, plan=self.text if is_plan(self.text) else "")
         return self.steps[0].apply(dense, ideal=request.ideal)
@@ -303,7 +304,6 @@ def check_alike(dense: Workload, pruned: Workload) -> None:
 
 def as_pruned(dense: Workload, pruned: Workload) -> Workload:
     """Return the workload of a pruned model with its difference from the dense model as a pruning step."""
-    check_alike(dense, pruned)
     own, ours, theirs = pruned.meta.applied[len(dense.meta.applied) :], dense.meta.config, pruned.meta.config
     other = ours is not None and theirs is not None and ours is not theirs and ours != theirs
     if own and not other:
@@ -338,27 +338,26 @@ def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
     attention, experts = w.is_attention & first, (w.kind == EXPERTS) & first
     devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
     norm = w.is_role("final_norm") & first
-
-    def covered(rows: BoolArray) -> FloatArray:
-        return batch.total(np.where(rows, layers, 0.0))
-
-    def mean(values: Array, rows: BoolArray, many: FloatArray, scale: float = 1.0) -> FloatArray:
-        if not np.count_nonzero(many):
-            return many
-        return scale * batch.total(np.where(rows, values * layers, 0.0)) / np.where(many > 0.0, many, np.inf)
-
-    of_down, of_attention, of_experts = covered(down), covered(attention), covered(experts)
-    columns = {
-        "attention layers": covered(outputs),
-        "MLP layers": covered(down | experts) if np.count_nonzero(of_experts) else of_down,
-        "heads": mean(w.heads, attention, of_attention, devices),
-        "KV heads": mean(w.kv_heads, attention, of_attention, devices),
-        "inner width": mean(w.k, down, of_down, devices),
-        "experts": mean(w.experts, experts, of_experts, devices if w.meta.parallel == "expert" else 1),
-        "expert width": mean(w.n, experts, of_experts, devices if w.meta.parallel == "tensor" else 1),
-        "hidden size": batch.largest(np.where(norm, w.n, 0)),
-    }
-    return [dict(zip(columns, map(float, row))) for row in zip(*(column.tolist() for column in columns.values()))]
+    counted = [outputs, down | experts, attention, down, experts]
+    sized = [attention * w.heads, attention * w.kv_heads, down * w.k, experts * w.experts, experts * w.n]
+    sums = np.add.reduceat(np.array([*counted, *sized], dtype=np.float64) * layers, batch.starts, axis=1).T.tolist()
+    hidden = batch.largest(np.where(norm, w.n, 0)).tolist()
+    whole, split = (devices if w.meta.parallel == parallel else 1 for parallel in ("expert", "tensor"))
+    out = []
+    for (mixing, mlp, attending, plain, routed, heads, kv_heads, inner, number, width), size in zip(sums, hidden):
+        out.append(
+            {
+                "attention layers": mixing,
+                "MLP layers": mlp,
+                "heads": devices * heads / (attending or 1.0),
+                "KV heads": devices * kv_heads / (attending or 1.0),
+                "inner width": devices * inner / (plain or 1.0),
+                "experts": whole * number / (routed or 1.0),
+                "expert width": split * width / (routed or 1.0),
+                "hidden size": float(size),
+            }
+        )
+    return out
 
 
 def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Mapping[str, float]) -> str:

@@ -35,7 +35,7 @@ def memory_columns(
     capacity = memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
     limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
     most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
-    which, both = np.concatenate([batch.dense[at], at]), np.tile(capacity, 2)
+    which, both = np.concatenate([batch.dense[at], at]), np.concatenate([capacity, capacity])
     left, cache = np.maximum(both - fixed[which], 0.0), np.maximum(each[which], 1.0)
     largest = np.full(len(which), np.inf)
     for phase, activation in activations.items():
@@ -44,7 +44,7 @@ def memory_columns(
         beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # of a full pass
         within = np.minimum(left / (cache + own), full)
         largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-    largest = np.minimum(np.maximum(np.floor(largest + 1e-9), 0.0), np.tile(most, 2)).astype(np.int64)
+    largest = np.minimum(np.maximum(np.floor(largest + 1e-9), 0.0), np.concatenate([most, most])).astype(np.int64)
     found = {"memory_bytes": needed[which], "fits": needed[which] <= both, "largest_batch": largest}
     columns: dict[str, Array] = {"capacity_bytes": capacity}
     for name, column in found.items():

@@ -173,12 +173,15 @@ def speedups(
     [1.0, 1.27]
     """
     hw = load_hardware(hw)
-    batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
+    batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]  # the batch checks the workloads
     prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
     level, dense_s = SETTINGS["level"].check(level), SETTINGS["dense_s"].check(dense_s)
-    return results_of(batch, prunings, [hw], [replace(dense.meta, level=level, dense_s=dense_s)])
+    usual = (level, dense_s) == (dense.meta.level, dense.meta.dense_s)
+    return results_of(
+        batch, prunings, [hw], [dense.meta if usual else replace(dense.meta, level=level, dense_s=dense_s)]
+    )
 
 
 def speedup(

@@ -1,1 +1,1 @@
-"""How far a predicted time may be off: error factors, their posterior, prediction intervals."""
+"""Errors of predicted times: error factors, their posterior, prediction intervals."""

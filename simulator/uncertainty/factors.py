@@ -1,16 +1,16 @@
 """The error model of operator times: error factors, correlated errors, independent errors (docs/model.md, "How sure").
 
 log(true / predicted) is a sum of three errors. A *systematic* error belongs to an error factor, such as the launch time
-of GEMMs: it is one number per software stack and laboratory, and a time has it in proportion to its loading. A
-*correlated* error is similar for operators of similar sizes. An *independent* error belongs to one shape. A time, a
-ratio of times and a forward pass are therefore rows of one linear model: common errors cancel in a ratio exactly as far
-as they are common, and measured times (:class:`Posterior`) correct all others.
+of GEMMs. It is one number per software stack and laboratory, multiplied by the loading of each time. A *correlated*
+error is similar for operators of similar sizes. An *independent* error belongs to one shape. Times, ratios of times and
+forward passes are rows of one linear model, so common errors cancel in a ratio, and measured times
+(:class:`Posterior`) correct all others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from types import MappingProxyType
@@ -32,18 +32,18 @@ ERROR_SIZES: Mapping[str, ErrorSize] = MappingProxyType(
 """Errors by operator. Stacks choose different attention kernels, so their times differ by steps."""
 
 ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
-    # the machine's launches, clocks and memory are common to all operators; with the factors of a GEMM's kernels the
-    # standard deviations are: launch .20, compute .06, memory .034
+    # the machine's launches, clocks and memory are common to all operators; together with a GEMM's own factors, the
+    # standard deviations are launch .20, compute .06, memory .034
     {"machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015}
     | {f"{name} {part}": sd for name, size in ERROR_SIZES.items() for part, sd in size.factors.items()}
     | {"host": 0.43}
 )
-"""Error factor -> prior standard deviation of the log of the part it changes, from held-out software stacks."""
+"""Error factor -> prior standard deviation of the log of the part that it changes, from held-out software stacks."""
 
 FACTOR_INDEX: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(ERROR_FACTORS)})
 
 COVERAGE_FACTOR = 1.75
-"""Half-width of a 90 % interval over the standard deviation: tails are heavier than a normal's 1.645."""
+"""Half-width of a 90 % interval over the standard deviation. The tails are heavier than those of a normal (1.645)."""
 
 LENGTH_SCALE_OCTAVES = 1.5
 """Distance at which the correlation of two errors has fallen to 1/e."""
@@ -52,9 +52,9 @@ OUTSIDE_PER_OCTAVE = 0.06
 """Log standard deviation that an octave outside the measured sizes adds."""
 
 UNLIKE_LOG_SD = 1.5
-"""Log standard deviation, correlated, of decode over a latent cache where no kernel was written for it, in another
-stack than the fitted one: on all GPUs except those of data centres from Hopper on. Kernels there split a cache or do
-not, and differ by up to 30 times."""
+"""Correlated log standard deviation of decode over a latent cache in another stack than the fitted one, on GPUs without
+a kernel of its own (all but data-centre GPUs from Hopper on). Some kernels there split a cache and others do not, so
+times differ by up to 30 times."""
 
 
 @dataclass(frozen=True)
@@ -70,32 +70,25 @@ class Uncertainty:
 
     @property
     def variance(self) -> Array:
-        """(n,) of the logs."""
+        """Variance of the logs (n,)."""
         out = self.correlated * self.correlated + self.independent
-        for row in self.systematic:  # in this order whatever n is, so that chunks do not differ in rounding
+        for row in self.systematic:  # a fixed order, for equal rounding in chunks of any size
             out = out + row * row
         return np.asarray(out)
 
     def wide(self) -> Array:
-        """(n, len(ERROR_FACTORS)): ``systematic`` with a column for each of :data:`ERROR_FACTORS`."""
+        """Return ``systematic`` transposed, with a column for each of :data:`ERROR_FACTORS`."""
         out = np.zeros((self.systematic.shape[1], len(ERROR_FACTORS)))
         out[:, [FACTOR_INDEX[name] for name in self.factors]] = self.systematic.T
         return out
 
     def take(self, rows: Any) -> Uncertainty:
-        """Return the errors of some of the times."""
-        return Uncertainty(
-            self.factors,
-            self.systematic[:, rows],
-            self.correlated[rows],
-            self.independent[rows],
-            self.coordinates[rows],
-            self.kind,
-        )
+        taken = {name: getattr(self, name)[rows] for name in ("correlated", "independent", "coordinates")}
+        return replace(self, systematic=self.systematic[:, rows], **taken)
 
     @classmethod
     def joined(cls, parts: list[Uncertainty], order: Any = slice(None)) -> Uncertainty:
-        """Return the errors of several sets of times of one kind, one set after the other, then put in an order."""
+        """Concatenate the errors of several sets of times of one kind, then put them in an order."""
         first = parts[0]
         if all(part.factors == first.factors for part in parts):
             names, systematic = first.factors, np.concatenate([part.systematic for part in parts], axis=1)
@@ -109,7 +102,7 @@ class Uncertainty:
 
 
 def in_order(errors: Sequence[tuple[Any, Uncertainty]], size: int) -> Uncertainty:
-    """Return the errors of some rows at a time as one, in the order of the rows."""
+    """Return the errors of all rows, in their order, from errors of parts of the rows."""
     at = np.concatenate([np.arange(size)[rows] for rows, _ in errors])
     return Uncertainty.joined([error for _, error in errors], np.argsort(at))
 
@@ -118,16 +111,15 @@ class Scales(NamedTuple):
     """Factors on the prior of an estimate's errors."""
 
     machine: float = 1.0  # on the error factors of the machine
-    kernels: float = 1.0  # on those of the operator's kernels
+    kernels: float = 1.0  # on the error factors of the operator's kernels
     others: float = 1.0  # on correlated and independent errors
 
 
 def error_scales(e: Estimate, hw: HardwareProfile) -> Scales:
-    """Return the factors on the prior of an estimate's errors, by what its section was fitted on."""
     if e.section is None:
         return Scales()
     stack, others = hw.error_scales(e.section)
-    if stack == SAME_STACK:  # the same kernels on the same machine
+    if stack == SAME_STACK:
         return same_stack_scales(e.operator)._replace(others=others)
     size = ERROR_SIZES[e.operator]
     others = others * size.engine_scale if stack == ENGINE_STACK else others
@@ -135,14 +127,14 @@ def error_scales(e: Estimate, hw: HardwareProfile) -> Scales:
 
 
 def same_stack_scales(operator: str) -> Scales:
-    """Return the factors for times on the very stack that was fitted, in another run."""
+    """Return the factors for times on the fitted stack, in another run."""
     scale = ERROR_SIZES[operator].scales.get(SAME_STACK, SAME_STACK)
     return Scales(scale, scale)
 
 
 def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
-    """Return the errors of an estimate's n times; ``scales`` are those of :func:`error_scales`. Loadings "launch",
-    "compute" and "memory" also count for the machine's error factors."""
+    """Return the errors of an estimate's n times. Loadings "launch", "compute" and "memory" also count for the error
+    factors of the machine."""
     scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
     sizes, (names, loading, sds) = ERROR_SIZES[e.operator], _factors(e.operator, tuple(e.loadings), scales)
     systematic = np.empty((len(names), *shape), dtype=dtype)
@@ -163,7 +155,7 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     correlated, independent = (_column(v, shape, dtype) for v in (correlated, independent))
     correlated *= scale
     independent *= scale**2
-    if e.measured is not None:  # in a pass its surroundings still count, as a correlated error
+    if e.measured is not None:  # the correlated error stays: in a pass, other operators affect the time
         at = e.measured.rows.ravel()
         systematic[:, at], independent[at] = 0.0, (e.measured.log_half / COVERAGE_FACTOR) ** 2
     return Uncertainty(names, systematic, correlated, independent, e.coordinates, e.kind)
@@ -171,7 +163,7 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
 
 @lru_cache(maxsize=512)
 def _factors(operator: str, loadings: tuple[str, ...], scales: Scales) -> tuple[tuple[str, ...], list[str], Array]:
-    """Return the error factors of an operator with some loadings, the loading and the standard deviation of each."""
+    """Return the error factors of an operator, and the loading and standard deviation of each."""
     machine = [name for name in loadings if f"machine {name}" in ERROR_FACTORS]
     names = (*(f"machine {name}" for name in machine), *(f"{operator} {name}" for name in loadings))
     factors = [scales.machine] * len(machine) + [scales.kernels] * len(loadings)
@@ -179,15 +171,13 @@ def _factors(operator: str, loadings: tuple[str, ...], scales: Scales) -> tuple[
 
 
 def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return a number, or an array of a shape, as a flat array of its own."""
     out = np.empty(shape, dtype=dtype)
     out[...] = value
     return out.reshape(-1)
 
 
 def level_scale(level: float) -> float:
-    """Return the half-width of an interval at a level over that of a 90 % interval, as of a normal distribution;
-    InputError for a level outside (0, 1)."""
+    """Return a normal interval's half-width over that of a 90 % interval; InputError for a level outside (0, 1)."""
     return _level_scale(number("level", level, LEVEL))
 
 
@@ -208,20 +198,19 @@ def correlation(a: Array, b: Array) -> Array:
 
 
 MOST_LOG = 1.5
-"""Log of measured over predicted beyond which a measured time counts no further: attention of two stacks differs by
-up to a factor of 3."""
+"""Largest log of measured over predicted that counts; attention of two stacks differs by up to a factor of 3."""
 
 HOST_KIND = int(Kind.HOST)
-"""Kind of rows that time the host: their scatter is no evidence about kernels."""
+"""Kind of rows that time the host; their scatter does not inform about kernels."""
 
 PRIOR_FACTORS, PRIOR_NOISE, PRIOR_ROWS = 4.0, 20.0, 30
-"""Weight of the prior: in error factors for s, in rows for g, in rows for the coverage factor."""
+"""Weight of the prior: number of error factors for s, number of rows for g, number of rows for the coverage factor."""
 
 _ROUNDS = 9
 
 
 def _coverage_factor(z: Array) -> float:
-    """Return the coverage factor from z-scores, shrunk to the prior's by :data:`PRIOR_ROWS` rows."""
+    """Return the coverage factor of z-scores; the prior counts as :data:`PRIOR_ROWS` rows."""
     count = len(z)
     if not count:
         return COVERAGE_FACTOR
@@ -229,27 +218,21 @@ def _coverage_factor(z: Array) -> float:
     return float((count * np.sort(z)[at] + PRIOR_ROWS * COVERAGE_FACTOR) / (count + PRIOR_ROWS))
 
 
-def _causes() -> NDArray[np.intp]:
-    """Return the number of the cause of each error factor: those of one share the variance that the data give them."""
-    causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]
-    return np.array([causes.index(cause) for cause in causes])
-
-
 @dataclass(frozen=True)
 class Posterior:
-    """The error model given y = log(measured / predicted) of n measured times, the local update of a profile. It learns
-    factors s on the variance of each error factor, and g on the other variances by kind of operator."""
+    """The error model given y = log(measured / predicted) of n measured times: the local update of a profile. It
+    estimates factors s on the variance of each error factor, and g on the other variances by kind of operator."""
 
-    scale: Array  # (c,) variance of the error of each of ERROR_FACTORS, the prior's being 1
+    scale: Array  # (c,) variance of the error of each of ERROR_FACTORS; the prior is 1
     noise: Array  # factor on correlated and independent variance, by kind of operator
-    coverage_factors: Array  # half-width of a 90 % interval over the standard deviation, by kind of operator; last: all
+    coverage_factors: Array  # half-width of a 90 % interval over the standard deviation, by kind; the last: all
     systematic: Array  # (n, c) of the measured times
     correlated: Array  # (n,)
     coordinates: Array  # (n, 3)
     kind: NDArray[np.intp]  # (n,)
     weights: Array  # (n,) inverse covariance times log(measured / predicted)
     inverse: Array  # (n, n) inverse covariance
-    left_out: Array  # (2, n) log error of each measured time predicted from the others, and its standard deviation
+    left_out: Array  # (2, n) log error of each measured time predicted from the others, and standard deviation
 
     @classmethod
     def of(
@@ -261,25 +244,25 @@ class Posterior:
         kind: NDArray[np.intp],
         log_ratio: Array,
     ) -> Posterior:
-        """Return the posterior given n measured times: rows of :class:`Uncertainty` (``systematic`` (n, c) of all error
-        factors) and log(measured / predicted). Outliers count less (Student's t of 4 degrees). Expectation-maximisation
-        also estimates how far this stack differs (the variance of each error factor; the prior counts as
-        :data:`PRIOR_FACTORS` factors) and how noisy each kind of operator is (the prior counts as :data:`PRIOR_NOISE`
-        rows). Z-scores of each row, predicted from the others, give the coverage factor of its kind, shrunk to the
-        prior's by :data:`PRIOR_ROWS` rows: rows of one kind of operator say nothing about the tails of another."""
+        """Return the posterior given the errors and log(measured / predicted) of n measured times; ``systematic`` is
+        (n, c). Outliers count less (Student's t of 4 degrees). Expectation-maximisation estimates the variance of each
+        error factor (the prior counts as :data:`PRIOR_FACTORS` factors) and the noise of each kind of operator (the
+        prior counts as :data:`PRIOR_NOISE` rows). Z-scores of rows predicted from all others give the coverage factor
+        of their kind."""
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
         s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
         similar = correlation(coordinates, coordinates) * np.outer(correlated, correlated) * (kind[:, None] == kind)
-        e, cause = np.maximum(independent, 1e-6), _causes()
+        e = np.maximum(independent, 1e-6)
+        causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]  # factors of one cause share a variance
+        cause = np.array([causes.index(name) for name in causes])
         for i in range(_ROUNDS + 1):
             of_row = g[kind]
             noise = of_row * e / w
-            # rows are correlated within one kind
             inverse = np.linalg.inv((systematic * s) @ systematic.T + of_row * similar + np.diag(noise))
             a = inverse @ y
             if i == _ROUNDS:
                 break
-            rest = noise * a  # what is left of each row
+            rest = noise * a  # remaining error of each row
             w = np.clip(5.0 / (4.0 + rest * rest / (of_row * e)), 1e-3, 1.0)
             if 2 <= i < _ROUNDS - 3:
                 explained = np.einsum("ij,ij->j", systematic, inverse @ systematic)
@@ -297,17 +280,17 @@ class Posterior:
 
     @property
     def coverage_factor(self) -> float:
-        """Half-width of a 90 % interval over the standard deviation, from the rows of all operators."""
+        """Half-width of a 90 % interval over the standard deviation, of all operators."""
         return float(self.coverage_factors[-1])
 
     def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: int) -> Array:
-        """Return (m, n), the covariance of m times of one kind with the measured ones."""
+        """Return the covariance (m, n) of m times of one kind with the measured times."""
         near = correlation(coordinates, self.coordinates)
         similar = near * correlated[:, None] * (self.correlated * (self.kind == kind))
         return np.asarray((systematic * self.scale) @ self.systematic.T + self.noise[kind] * similar)
 
     def at(self, uncertainty: Uncertainty) -> tuple[Array, Array]:
-        """Return the mean (m,) and the variance of the log error of times."""
+        """Return the mean and variance (m,) of the log errors of times."""
         systematic, u = uncertainty.wide(), uncertainty
         c = self.covariance(systematic, u.correlated, u.coordinates, u.kind)
         prior = (systematic * systematic) @ self.scale + self.noise[u.kind] * (u.correlated**2 + u.independent)
@@ -322,14 +305,12 @@ class Posterior:
         return sd * (c @ self.weights), sd * np.sqrt(np.maximum(variance, 0.0))
 
     def factor(self, name: str) -> tuple[float, float]:
-        """Mean and standard deviation of one error factor, log units."""
         mean, sd = self.factors
         return float(mean[FACTOR_INDEX[name]]), float(sd[FACTOR_INDEX[name]])
 
 
 @lru_cache(maxsize=16)
 def posterior_of(hw: HardwareProfile) -> Posterior | None:
-    """Return the posterior of a profile's local update, None without one."""
     if hw.local_update is None:
         return None
     arrays = {name: np.asarray(values) for name, values in hw.local_update.arrays.items()}

@@ -1,7 +1,6 @@
-"""Forward passes with the errors of their operators, and the errors of whole passes and of their ratios.
+"""Errors of forward passes and of their ratios. W are workloads, G groups of operators with one error, c error factors.
 
-The log error of a pass is the sum of the log errors of its operators, weighted by their share of the time. W are
-workloads, G groups of operators with one error, c error factors.
+The log error of a pass is the sum of the log errors of its operators, weighted by their share of the time.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from simulator.workload import Workload, WorkloadBatch
 
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
 _CHUNK = 64  # few enough for the second-level cache
-_FEW = 8  # below, one product of all groups takes less time than one product per kind
+_FEW = 8  # fewer passes: one product of all groups is faster than one product per kind
 
 Errors = list[tuple[Any, Uncertainty]]
 """Rows of a workload, and the errors of their times."""
@@ -44,8 +43,8 @@ Errors = list[tuple[Any, Uncertainty]]
 def operator_times(
     w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None
 ) -> tuple[OperatorTimes, Errors]:
-    """Return the time of one execution of every row, whatever the mix of operators, and their errors. With an
-    ``engine``, GEMMs differ from the measured ones as :func:`simulator.passes.engine_factors` states."""
+    """Return the time of one execution of every row and the errors. With an ``engine``, times of GEMMs include
+    :func:`simulator.passes.engine_factors`."""
     columns = empty_times(len(w))
     errors: Errors = []
     for rows, e in estimates(w, w.operators(), hw):
@@ -77,7 +76,6 @@ class PredictedPass(ForwardPass):
 
     @cached_property
     def uncertainty(self) -> PassUncertainty:
-        """Errors of the device's times."""
         workloads, groups, (shapes, which) = self.workloads, self.workloads.groups, self.workloads.shapes
         device = np.maximum(self.device_s, 1e-300)
         share, size = self.row_s / device[workloads.owner], len(shapes)
@@ -105,15 +103,15 @@ class PredictedPass(ForwardPass):
             correlated=groups.sums(share * correlated[which]) * noise,
             independent=own * noise,
             whole=whole,
-            coordinates=np.moveaxis(centre, 0, -1),
+            coordinates=centre.transpose(1, 2, 0),
             kind=groups.kind,
             posterior=posterior,
         )
 
     @property
     def _composed(self) -> tuple[Any, Any]:
-        """Variance of the log of each row's time, where several kernels make up an operator and none was timed; and (W,
-        G) the standard deviation that the gaps between these kernels add to a group, as a share of the pass."""
+        """Variance of the log of each row's time for operators of several kernels without measured times, and the
+        standard deviation (W, G) that the gaps between these kernels add to a group, as a share of the pass."""
         w, groups, sd = self.workloads.rows, self.workloads.groups, self.engine.composed_log_sd.value
         composed = w.overhead | (w.is_attention & (w.kernel == _BLOCK_SPARSE))
         if not np.count_nonzero(composed):
@@ -123,8 +121,8 @@ class PredictedPass(ForwardPass):
 
 
 def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9) -> PredictedPass:
-    """Return the passes of a batch in the engine of its workloads; every distinct operator is timed once. ``level`` is
-    that of the intervals. InputError for operators that the device or the engine cannot run."""
+    """Return the passes of a batch in the engine of its workloads; each distinct operator is timed once. InputError for
+    operators that the device or the engine cannot run."""
     instance("hw", hw, HardwareProfile, "load_hardware")
     engine = load_engine(workloads.rows.meta.engine)
     if reason := refusal(workloads, hw.architecture):
@@ -167,13 +165,13 @@ def host_launch(hw: HardwareProfile) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PassUncertainty:
-    """Errors of the logs of W total times, sums over G groups of operators with one error. All but ``kind`` are
-    weighted by share of the time; ``correlated`` and ``independent`` contain the posterior's factors."""
+    """Errors of the logs of W total times, sums over G groups of operators. All fields but ``kind`` are weighted by
+    share of the time; ``correlated`` and ``independent`` include the factors of the posterior."""
 
     systematic: Array  # (W, c) of ERROR_FACTORS
     correlated: Array  # (W, G)
     independent: Array  # (W, G) standard deviations
-    whole: Array  # (W, G) standard deviations of all of a group's error
+    whole: Array  # (W, G) standard deviations of a group's total error
     coordinates: Array  # (W, G, 3)
     kind: NDArray[np.intp]  # (G,)
     posterior: Posterior | None = None
@@ -183,7 +181,7 @@ class PassUncertainty:
         return 1.0 if self.posterior is None else self.posterior.scale
 
     def _correlated(self, a: Any, b: Any) -> Array:
-        """(n,) covariance of the correlated errors of passes ``a`` with passes ``b``, n indices each."""
+        """Covariance (n,) of the correlated errors of passes ``a`` and ``b``, n indices each."""
         if len(a) < _FEW:
             near = correlation(self.coordinates[a], self.coordinates[b]) * (self.kind[:, None] == self.kind)
             return np.asarray(((self.correlated[a][:, None] @ near)[:, 0] * self.correlated[b]).sum(axis=1))
@@ -198,7 +196,7 @@ class PassUncertainty:
         return out
 
     def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: NDArray[np.intp]) -> Array:
-        """Return (W, n), the covariance with the errors of n times of operators of kinds (n,)."""
+        """Return the covariance (W, n) with the errors of n times of operators."""
         out = self.systematic @ systematic.T
         for group, own in enumerate(self.kind):
             same_kind = correlated * (kind == own)
@@ -209,7 +207,7 @@ class PassUncertainty:
 
     @cached_property
     def _measured(self) -> Array:
-        """(W, n) covariance with the measured times."""
+        """Covariance (W, n) with the measured times."""
         if (p := self.posterior) is None:
             return np.zeros((len(self.systematic), 0))
         return self.covariance(p.systematic * p.scale, p.correlated * np.sqrt(p.noise[p.kind]), p.coordinates, p.kind)
@@ -220,7 +218,7 @@ class PassUncertainty:
         return np.asarray(np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0))
 
     def variance(self) -> Array:
-        """Return the variance (W,) of the log of each time."""
+        """Return the variances (W,) of the logs of the times."""
         every = np.arange(len(self.correlated))
         return self._variance(self._correlated(every, every))
 
@@ -229,8 +227,8 @@ class PassUncertainty:
         return self._less_measured(prior + (self.independent * self.independent).sum(axis=1), self._measured)
 
     def variances(self, other: NDArray[np.intp], same: Array) -> tuple[Array, Array]:
-        """Return the variance (W,) of the log of each time, and of the log of its ratio to that of pass ``other`` (W,).
-        ``same`` (W, G) is 1 where a group is the same in both passes, below 1 where only the number of executions
+        """Return the variances (W,) of the log of each time, and of the log of its ratio to the time of pass ``other``
+        (W,). ``same`` (W, G) is 1 where a group is the same in both passes, below 1 where only the number of executions
         changed, and 0 where the shape changed."""
         every = np.arange(len(self.correlated))
         pairs = (other != every).nonzero()[0]
@@ -249,14 +247,12 @@ class PassUncertainty:
         return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
-        """Return the log half-width of an interval at a level."""
         coverage_factor = COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
         return np.asarray(coverage_factor * level_scale(level) * np.sqrt(variance))
 
 
 def ratio_half(a: Uncertainty, b: Uncertainty, level: float = 0.9, posterior: Posterior | None = None) -> Array:
-    """Return the log half-width (n,) of the intervals of ratios of times, row by row, of one kind of operator at two
-    shapes."""
+    """Return the log half-width (n,) of ratios of times of one kind of operator at two shapes."""
     both = Uncertainty.joined([a, b])
     passes = PassUncertainty(
         systematic=both.wide(),

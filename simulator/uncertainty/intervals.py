@@ -1,20 +1,14 @@
-"""Compute pass times and their ratios, with prediction intervals.
+"""Compute times of W passes and their ratios, with prediction intervals, at h hosts, of which the first is the median.
 
-Use :func:`prediction_intervals` for many passes, :func:`workload_time` for one workload. Kernel errors follow a linear
-model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only where it is slower than the
-device. Its two speeds (:class:`simulator.passes.Host`) are functions of two independent normals: ``first``, the speed
-of passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on the typical host
-and at both ends of the interval of ``first`` and of ``second``. On each side, the changes are combined with the device
-interval as a root of sum of squares.
+Kernel errors follow a linear model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only
+where it is slower than the device. Its two speeds (:class:`simulator.passes.Host`) are functions of two independent
+normals: ``first``, the speed of passes, and ``second``, the rest of the speed of launches and sequences. Each pass is
+evaluated on the typical host and at both ends of the interval of ``first`` and of ``second``. On each side, the changes
+are combined with the device interval as a root of sum of squares.
 
 A measured pass time is one observation. Bayes' rule weights a grid of both normals; kernel errors are conditioned on
-the remaining difference. The ends of the interval are then those of ``first``, each with the median of ``second``
-there, so host times per pass and per layer vary with a nearly constant sum, and those of ``second``.
-
-Symbols
--------
-W : passes
-h : hosts at which passes are evaluated, the median host first
+the remaining difference. The ends of ``first`` are then evaluated with the median of ``second`` there, so host times
+per pass and per layer vary with a nearly constant sum.
 """
 
 from __future__ import annotations
@@ -40,29 +34,28 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 MIXED_LOG_SD = 0.05
-"""Log standard deviation of the ratio of host times where another mix of kernels is launched on the same host."""
+"""Log standard deviation of the ratio of host times of two mixes of kernels on the same host."""
 
 MEASURED_LOG_SD = 0.01
 """Log standard deviation of a measured time of a whole pass from run to run."""
 
 _FINE, _COARSE, _NONE = np.linspace(-5.0, 5.0, 201), np.linspace(-4.0, 4.0, 81), np.zeros(1)
 _GRIDS = ((_NONE, _NONE), (_FINE, _NONE), (_COARSE, _FINE))
-"""Host speeds ``first`` and ``second`` that a measured time selects from, standard deviations, by number of
-unknowns."""
+"""Grids of ``first`` and ``second`` for a measured time, standard deviations, by number of unknowns."""
 
 _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
 """Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by number of unknowns."""
 
 UNEXPLAINED = 0.3
-"""Share of the deviation of a measured time from its prediction that may be spent per pass instead of in proportion to
-the work, or the reverse (assumed): the model has no cause for the rest of the deviation."""
+"""Share of the deviation of a measured time from its prediction that may be time per pass where the model assumes time
+in proportion to the work, or the reverse (assumed): the model has no cause for this share."""
 
 CONSISTENT_SD = 2.5
-"""Standard deviations from its prediction beyond which a measured time is ignored."""
+"""A measured time is ignored if it deviates from its prediction by more standard deviations."""
 
 
 class PredictionIntervals(NamedTuple):
-    """Times of W passes, s, and ratios to another pass each, with intervals."""
+    """Times of W passes, s, and ratios of another pass to each, with intervals."""
 
     seconds: FloatArray
     lower: FloatArray
@@ -75,10 +68,10 @@ class PredictionIntervals(NamedTuple):
 
 @dataclass(frozen=True)
 class Inferred:
-    """What follows from a measured time: factors on the predicted times of the host and of the kernels."""
+    """Results of a measured time."""
 
-    host: float
-    device: float
+    host: float  # factor on the predicted time of the host
+    device: float  # factor on the predicted time of the kernels
     predicted_s: float  # without the measured time
     deviation: float  # between measured and predicted time on the most likely host, standard deviations
     consistent: bool  # False: predictions do not change
@@ -89,7 +82,7 @@ class Inferred:
 
 
 class _Hosts(NamedTuple):
-    """Passes at h hosts: times (h, W) and the part of them that follows the device."""
+    """Passes at h hosts: times (h, W) and the part of the time that follows the device."""
 
     seconds: FloatArray
     share: FloatArray
@@ -108,8 +101,8 @@ def prediction_intervals(
     measured: tuple[int, float] | None = None,
 ) -> PredictionIntervals:
     """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same`` (W, G) is that of
-    ``PassUncertainty.variances``; ``mixed`` (W,) is true where the host launches another mix than in the other
-    pass; ``measured`` is the index of a pass and its measured time, s."""
+    ``PassUncertainty.variances``; ``mixed`` (W,) is true where the two passes launch different mixes of kernels;
+    ``measured`` is the index of a pass and its measured time, s."""
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
     scale = coverage_factor * level_scale(level)
@@ -120,8 +113,7 @@ def prediction_intervals(
         speeds = given if inferred.consistent else speeds
     hosts = _Hosts.at(p, *speeds)
     a, b = hosts.share, hosts.share[:, other]
-    # covariance with the other pass
-    together = 0.5 * (variance + variance[other] - of_ratio)
+    together = 0.5 * (variance + variance[other] - of_ratio)  # covariance with the other pass
     own = a * a * variance + alike + apart
     between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
     between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
@@ -129,7 +121,7 @@ def prediction_intervals(
     mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
     if measured is not None and inferred is not None and inferred.consistent:
         hosts, explained = _conditioned(p, hosts, variance, same, *measured)
-        own = own - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured time is that of another mix on the host
+        own = own - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured pass launched another mix
         between = between - (explained - explained[:, other]) ** 2
     log = np.log(np.maximum(hosts.seconds, 1e-300))
     if measured is not None and inferred is not None and inferred.consistent:
@@ -144,15 +136,15 @@ def prediction_intervals(
 
 
 def _of_engine(p: PredictedPass) -> tuple[float, float]:
-    """Return the variances of the log of a pass that no operator explains: common to all models, and of each model."""
+    """Return the variances of the log of a pass that no operator explains: common to all models, and per model."""
     return p.engine.log_sd.value**2, p.engine.apart_log_sd.value**2
 
 
 def _conditioned(
     p: PredictedPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
 ) -> tuple[_Hosts, FloatArray]:
-    """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of each with the
-    log of that time, in units of the standard deviation of that log."""
+    """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of their logs
+    with the log of the measured time, over the standard deviation of the latter."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
     _, ratio = p.uncertainty.variances(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
@@ -164,11 +156,10 @@ def _conditioned(
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of intervals of logs (h, W) at some hosts: the first is the prediction, each further pair the
-    ends of one unknown; ``square`` holds squared half-widths at each. Device errors matter more next to one host than
-    next to another: their squared half-width is the mean of two cases, the typical host, and the slowest (or fastest)
-    host within the interval. On planted hosts and kernels that take equally long, the typical host alone covers 81 %,
-    this rule 86 %."""
+    """Return the ends of intervals of logs (h, W): the first host is the prediction, each further pair the ends of one
+    unknown; ``square`` holds squared half-widths per host. The squared half-width of device errors is the mean of two
+    cases: the typical host, and the slowest (or fastest) host within the interval. If planted hosts and kernels take
+    equally long, the typical host alone covers 81 %, this rule 86 %."""
     square, change = np.maximum(square, 0.0), log - log[0]
     sides = np.array([-change, change])
     of_device = 0.5 * (square[0] + square[sides.argmax(axis=1), np.arange(log.shape[1])])
@@ -180,8 +171,8 @@ def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
 def _hosts_given(
     p: PredictedPass, variance: float, at: int, seconds: float, scale: float
 ) -> tuple[FloatArray, Inferred]:
-    """Return the hosts of :data:`_ENDS` (2, h), for intervals of ``scale`` standard deviations, given a measured pass;
-    and what follows from it."""
+    """Return the hosts of :data:`_ENDS` (2, h), for intervals of ``scale`` standard deviations, and the results of a
+    measured pass."""
     first, second = _GRIDS[p.host.unknowns]
     host, segment = p.host.take([at]), p.workloads.groups.segment
     total, follows = host.total(p.group_s[[at]], segment, *p.host.speeds(first[:, None], second))
@@ -213,8 +204,8 @@ def _hosts_given(
 
 
 def _hosts_of(first: FloatArray, second: FloatArray, log_weight: FloatArray, scale: float, unknowns: int) -> FloatArray:
-    """Return the hosts of :data:`_ENDS` (2, h) from weights of a grid: the medians, and the quantiles that correspond
-    to ``scale`` standard deviations of a normal distribution; those of ``second`` are given ``first``."""
+    """Return the hosts of :data:`_ENDS` (2, h) from weights of a grid: medians, and quantiles at ``scale`` standard
+    deviations of a normal distribution. Quantiles of ``second`` are conditional on ``first``."""
     ends = np.array(_ENDS[unknowns], dtype=np.float64).T
     at = 0.5 + 0.5 * ends * math.erf(scale / math.sqrt(2.0))
     row = log_weight.max(axis=1)
@@ -235,7 +226,6 @@ def _quantiles(values: FloatArray, weights: FloatArray, at: FloatArray) -> Float
 
 
 def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
-    """Return the intervals of the times of passes at a level."""
     every = np.arange(len(p.workloads))
     found = prediction_intervals(p, level, every, np.ones(p.group_s.shape), np.zeros(len(every), dtype=bool))
     return found.lower, found.upper
@@ -246,11 +236,11 @@ class WorkloadTimes(OperatorTimes):
     """Times of a workload on a device, s: of one execution of each row (eager: all its kernels), and in total."""
 
     role: NDArray[np.str_]  # role of each row
-    count: FloatArray  # its executions
+    count: FloatArray  # executions of each row
     total_s: float
     total_lower_s: float  # prediction interval
     total_upper_s: float
-    device_s: float  # the rows times their counts, and the gaps
+    device_s: float  # all executions, and the gaps
     gap_s: float  # idle between the kernels of a graph
     host_s: float  # to launch and to schedule, hidden or not
     host_bound: bool  # the host, not the device, takes most of the time

@@ -55,7 +55,6 @@ class OperatorTimes(Displayed):
         return f"{one}, {self.bottlenecks.item()}-bound"
 
     def _columns(self) -> Mapping[str, Any]:
-        """The arrays, flat, bottlenecks by their names."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         columns = own | {"bottleneck": self.bottlenecks} | dict(self.details)
         return {name: np.ravel(values) for name, values in columns.items() if np.shape(values) == self.seconds.shape}
@@ -70,8 +69,7 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 
 
 def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
-    """Return times with prediction intervals from an estimate, and the errors of the times. No end of an interval is
-    below the floor of physics."""
+    """Return times with prediction intervals, at least the floor, from an estimate, and the errors of the times."""
     half_scale, posterior = level_scale(level), posterior_of(hw)
     time, uncertainty, variance = _updated(e, hw)
     if posterior is None:
@@ -99,8 +97,8 @@ def most_likely(e: Estimate, hw: HardwareProfile) -> tuple[FloatArray, Uncertain
 
 
 def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]:
-    """Return times in the unit of an estimate, which the profile's local update moves and which are at least the floor;
-    their errors; and the variance of the errors, None without a local update."""
+    """Return times in the unit of an estimate after the profile's local update, at least the floor; their errors; and
+    the variance of the errors, None without a local update."""
     uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
     if posterior is None:
         return np.maximum(e.time, e.floor), uncertainty, None
@@ -113,19 +111,18 @@ def _in_seconds(e: Estimate, values: Array) -> FloatArray:
 
 
 def empty_times(size: int) -> dict[str, Any]:
-    """Return the arrays of :class:`OperatorTimes` for ``size`` operators, zeros."""
+    """Return :data:`TIMES` of ``size`` operators, zeros."""
     return {name: np.zeros(size, dtype=np.int8 if name == "bottleneck" else np.float64) for name in TIMES}
 
 
 def operator_time(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> OperatorTimes:
-    """Return times with prediction intervals from the estimate of a cost model on a profile."""
     return predicted(e, hw, level)[0]
 
 
 def gemm_predicted(
     m: Any, n: Any, k: Any, hw: HardwareProfile, options: Options, level: float = 0.9, *, detail: bool = False
 ) -> tuple[OperatorTimes, list[tuple[Any, Uncertainty]]]:
-    """Return times of GEMMs, and the errors of some flat rows at a time: chunks fit the processor's cache."""
+    """Return times of GEMMs, and the errors of chunks of flat rows, which fit the processor's cache."""
     shape, chunks = gemm.estimates(m, n, k, hw, options, steps=detail)
     size = int(np.prod(shape))
     columns = empty_times(size)
@@ -136,9 +133,7 @@ def gemm_predicted(
         errors.append((rows, uncertainty))
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
-        found = dict(times.details)
-        if detail:
-            found |= gemm_steps_of(times)
+        found = gemm_steps_of(times) if detail else dict(times.details)
         found["measured"] = np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
         for name, values in found.items():
             details.setdefault(name, np.zeros(size, dtype=values.dtype))[rows] = values
@@ -233,12 +228,12 @@ def gemm_time(
 
 
 def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:
-    """Return the details of times of GEMMs, with the steps that follow from the times."""
+    """Return the details of times of GEMMs, with all of :data:`STEPS`."""
     details = times.details
     fixed = np.minimum(details["fixed_s"] * details["residual"], times.seconds)
     return {**details, "roofline": times.roofline_s, "kernel": times.seconds - fixed, "launch": times.seconds}
 
 
 STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
-"""Steps of a GEMM's time, each with all before it: max(FLOP / peak, bytes / bandwidth), the chosen tile's padding, idle
-SMs of the last wave, n or k off 16 bytes, everything except the fixed time, the whole time."""
+"""Steps of a GEMM's time, cumulative: max(FLOP / peak, bytes / bandwidth), padding of the chosen tile, idle SMs of the
+last wave, n or k off 16 bytes, everything except the fixed time, the whole time."""

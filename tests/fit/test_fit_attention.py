@@ -21,8 +21,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import CONSTANTS
 from simulator.operators.attention import AttentionCalls, Geometry
-from simulator.operators.base import Machine
-from simulator.operators.residual_grid import ResidualGrid
+from simulator.operators.base import Machine, ResidualGrid
 from simulator.uncertainty.operators import OperatorTimes
 
 HW, A100 = load_hardware("h100_sxm"), load_hardware("a100_sxm_80gb")

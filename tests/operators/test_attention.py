@@ -24,7 +24,7 @@ from simulator.operators.attention import (
     decode_work,
     prefill_work,
 )
-from simulator.operators.residual_grid import ResidualGrid
+from simulator.operators.base import ResidualGrid
 
 pytestmark = pytest.mark.quick
 

@@ -14,11 +14,10 @@ from scipy.interpolate import RegularGridInterpolator
 from simulator.codes import Kernel
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.operators.base import Machine
+from simulator.operators.base import Machine, ResidualGrid, RowResidual
 from simulator.operators.gemm import CHUNK, UNLIMITED, alignment_halvings, clocked
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import ReadyModel, analytical_time, ready_model
-from simulator.operators.residual_grid import ResidualGrid, RowResidual
 from simulator.uncertainty.operators import TIMES, GemmOptions, gemm_time
 
 pytestmark = pytest.mark.quick
