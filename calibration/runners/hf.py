@@ -95,7 +95,7 @@ def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
     whole = {**content, "num_hidden_layers": many, **keys}  # content may have more layers than ``model``
     if isinstance(types := whole.get("layer_types"), list):
         whole["layer_types"] = types[:many]
-    if not content or replace(from_hf_config(whole), name=new.name, blocks=()) != new:
+    if not content or replace(from_hf_config(whole), name=new.name, architecture=new.architecture, blocks=()) != new:
         named = ", ".join(key for key in keys if key not in _NEUTRAL) or "its shapes"
         raise InputError(f"a config.json of {model.name} cannot state {named} together")
     routed = {(b.experts, b.active, b.expert_inner) for b in (usual, *(b for b in layout.layers if b.experts))}

@@ -110,6 +110,7 @@ FEATURES: Mapping[str, str] = MappingProxyType(
     {
         "uniform": "layers of equal shapes, fewer or narrower than in the dense model",
         "heads": "query heads that do not add up to the hidden size",
+        "odd_heads": "query heads that do not divide the hidden size",
         "groups": "query heads that are not a multiple of the key/value heads",
         "sublayers": "layers without attention or without an MLP",
         "layer_inner": "MLP widths that differ by layer",

@@ -40,6 +40,9 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     keys = {key: getattr(new, name) for name, key in names.items() if getattr(new, name) != getattr(model, name)}
     if kind.grouped and (new.hidden, new.heads) != (model.hidden, model.heads):
         keys["head_dim"] = new.head_dim  # else readers compute it from the other two keys
+    if model.architecture == "llama" and new.hidden % new.heads and inside is content:
+        # LlamaConfig of Transformers from 5.5 refuses such heads; Mistral without windows computes the same
+        keys |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     if new.hidden != model.hidden and "word_embed_proj_dim" in inside:
         keys["word_embed_proj_dim"] = new.hidden
     types = inside.get("layer_types")
@@ -47,7 +50,7 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
         keys["layer_types"] = types[: new.layers]
     if inside is not content and keys:
         keys = {"text_config": {**inside, **keys}}
-    if content and replace(from_hf_config({**content, **keys}), name=new.name) != new:
+    if content and replace(from_hf_config({**content, **keys}), name=new.name, architecture=new.architecture) != new:
         raise InputError(f"{model.name}: its config.json cannot state {', '.join(keys)} together")
     return keys
 

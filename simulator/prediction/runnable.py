@@ -41,6 +41,11 @@ _DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("
 """Widths that devices share."""
 
 
+DIVIDING = frozenset(("llama", "gemma2", "gemma3", "gemma3_text"))
+"""Architectures whose configuration in Transformers from 5.5 requires heads that divide the hidden size, also if
+head_dim is stated (``validate_architecture``; tried in vLLM 0.32 with Transformers 5.19, and in Transformers 5.24)."""
+
+
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Runnable(Displayed):
     engine: str
@@ -226,7 +231,7 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
 def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:
     """Return whether the stock engine loads the checkpoint of a model (None: its file does not state it), and how, or
     why not. ``config`` is the configuration of the checkpoint, or of the dense model."""
-    present = tuple(features(w))
+    present = tuple(features(w, config.architecture if config else ""))
     how = {name: engine.loads[name].how for name in present if name in engine.loads}
     missing: dict[str, list[str]] = {}  # reason -> features
     for name in how:
@@ -249,7 +254,7 @@ def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bo
     return True, " and ".join(special) or how["uniform"]
 
 
-def features(w: Workload) -> Iterator[str]:
+def features(w: Workload, architecture: str = "") -> Iterator[str]:
     """Yield the features (:data:`simulator.engines.engine.FEATURES`) of the checkpoint of a model on one device."""
     yield "uniform"
     attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
@@ -257,6 +262,8 @@ def features(w: Workload) -> Iterator[str]:
     hidden, plain = int(widths(w)["hidden size"].max(initial=0)), attention & (w.latent == 0) & (w.value_dim == 0)
     if (w.heads[plain] * w.head_dim[plain] != hidden).any():
         yield "heads"
+    if architecture in DIVIDING and (hidden % np.maximum(w.heads[plain], 1)).any():
+        yield "odd_heads"
     if (w.heads[plain] % np.maximum(w.kv_heads[plain], 1)).any():
         yield "groups"
     mlp = (down > 0) | routed | (linear & (w.part == Part.MLP))

@@ -111,7 +111,14 @@ def test_query_heads_alone_must_fill_equal_groups() -> None:
     assert uneven.load_reason == (  # 26 heads on 8 KV heads
         "query heads that are not a multiple of the key/value heads: its attention asserts equal groups"
     )
-    assert even.load_reason == "with head_dim in config.json"  # 24 heads on 8
+    assert even.load_reason == (  # 24 heads on 8 in a hidden size of 4,096; Transformers refuses them for Llama
+        "with head_dim in config.json and with model_type mistral in config.json (sliding_window null), because the "
+        "configuration of Llama requires heads that divide the hidden size"
+    )
+    half = asked("vllm", Pruning.read("width heads=0.5"), "llama-3.1-8b")
+    assert half.load_reason == "with head_dim in config.json"  # 16 heads divide it
+    refused = asked("vllm", Pruning.read("width heads=0.25"), "gemma-2-9b")
+    assert refused.load_reason.startswith("query heads that do not divide the hidden size: ")
 
 
 @pytest.mark.parametrize(

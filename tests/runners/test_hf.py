@@ -93,14 +93,20 @@ def test_fewer_and_narrower_experts_are_configured() -> None:
         _built(MOE, "experts 0.5 layers=0-1")
 
 
+def test_heads_that_do_not_divide_the_hidden_size_are_built_as_mistral() -> None:
+    """LlamaConfig of Transformers from 5.5 refuses them; Mistral without windows is the same decoder."""
+    built = _built(LLAMA, "width attention=0.25")
+    assert type(built.model).__name__ == "MistralForCausalLM"
+    assert built.model.config.sliding_window is None
+    assert _shapes(built, -1)["q"] == (96, 64)
+
+
 def test_what_transformers_cannot_build_is_refused_by_name() -> None:
     phi = {**content_of("phi-3-mini-4k"), **SMALL, "num_attention_heads": 4, "num_key_value_heads": 4}
     with pytest.raises(InputError, match="Phi3DecoderLayer of Transformers has no"):
         _built(phi, "low_rank 0.5")
     with pytest.raises(Unsupported, match="sparse tensor cores"):
         _built(LLAMA, "semi_structured 0.5")
-    with pytest.raises(InputError, match=r"refuses its config.json: .*not a multiple of the number of attention"):
-        _built({**LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96}, "width hidden=0.3")
     config = load_model(LLAMA)
     with pytest.raises(InputError, match="cannot state its shapes"):
         check(ModelRun(config), lower(config, engine="hf"))

