@@ -115,11 +115,10 @@ def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
         for i, (f, name) in enumerate(zip(only, names))
     ]
     bar: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 0.9, "linestyle": "none"}
-    removed = bar | {"marker": "$25$", "markersize": 8, "markeredgewidth": 0.1}
     return [
         *marks,
         Line2D([], [], color=INK, linewidth=0.9, label="frontier"),
         Line2D([], [], color=INK, **bar, label=interval),
-        Line2D([], [], color=BLACK, **removed, label="removed (%)"),
+        Line2D([], [], linestyle="none", label="numbers: removed (%)"),
         Patch(color="#B8B8B8", linewidth=0, label="strip: fastest family"),
     ]
