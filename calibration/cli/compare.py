@@ -64,7 +64,7 @@ def command(
     library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.cases import ModelRun
-    from calibration.runners.compare import ENGINES, compare, conclusions, file_name, kernels_on, rows_of
+    from calibration.runners.compare import ENGINES, compare, conclusions, doubts, file_name, kernels_on, rows_of
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
@@ -103,7 +103,7 @@ def command(
         print(f"\n{folder / file_name('comparison.md', engine)}")
     why = f" ({found.stopped})" if found.stopped else ""
     left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
-    render.notes((*left_over, *found.notes, *notes), out.verbose)
+    render.notes((*left_over, *found.notes, *doubts(rows, found.records), *notes), out.verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 

@@ -268,9 +268,11 @@ Sampler = Callable[[int], float]  # runs some passes and returns the seconds per
 
 
 def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> dict[str, Any]:
-    """Return the raw times of a record by :func:`in_turns`, after untimed passes that warm caches and compile kernels;
+    """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile kernels and warm caches;
     "loops": passes per sample."""
     samplers = (dense, pruned)
+    for sample in samplers:
+        sample(1)  # may compile for seconds, which says nothing about the passes that follow
     once = [sample(1) for sample in samplers]
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():
@@ -286,17 +288,21 @@ def in_turns(
     limit_s: float,
     clock: Callable[[], float],
     most: int = MOST,
+    block: int = 1,
 ) -> tuple[list[T], list[T]]:
-    """Return samples of the models 0 and 1 in alternation, until their ratio is precise or the time is over."""
+    """Return samples of the models 0 and 1 in turns, until their ratio is precise or the time is over. A turn is one
+    sample, or a block of samples whose first one is dropped, because a model that was idle starts slowly."""
     found: tuple[list[T], list[T]] = ([], [])
     start = clock()
-    for pair in range(1, most + 1):
-        for i in (0, 1) if pair % 2 else (1, 0):
-            found[i].append(sample(i))
+    for turn in range(1, -(-most // block) + 1):
+        for i in (0, 1) if turn % 2 else (1, 0):
+            if block > 1:
+                sample(i)
+            found[i].extend(sample(i) for _ in range(block))
         spent = clock() - start
-        if spent >= limit_s and pair >= LEAST:
+        if spent >= limit_s and turn * block >= LEAST:
             break
-        if pair >= ENOUGH:
+        if turn * block >= ENOUGH:
             ratios = [a / b for x, y in zip(*found) for a, b in zip(seconds(x), seconds(y))]
             middle, low, high = median_interval(ratios)
             if high - low <= 2.0 * PRECISION * middle:
@@ -331,6 +337,7 @@ class ModelRun:
 class Runner:
     def __init__(self, device: Device, model: ModelRun) -> None:
         self.device, self.model = device, model
+        self.interrupted: Callable[[], bool] = lambda: False  # whether the user requested an end
 
     def check(self, case: Case) -> None:
         """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
@@ -339,7 +346,8 @@ class Runner:
         """Make the dense model, which all cases share; ``case`` is any of them."""
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more."""
+        """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more;
+        Interrupted: the user requested an end during a long wait."""
         raise NotImplementedError
 
     def close(self) -> None: ...

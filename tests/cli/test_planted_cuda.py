@@ -174,7 +174,7 @@ def test_the_measured_bound_is_that_of_the_planted_kernels(ended: Callable[[str]
 def test_a_decoder_on_a_planted_gpu_is_as_fast_as_predicted(ended: Callable[[str], Ended]) -> None:
     done = ended("compare")
     assert done.statuses == (0, 0), done.notes
-    assert f"for llama-3.1-8b hold on {GPUS['H100'].name}" in done.out.replace("\n", " ")
+    assert f"llama-3.1-8b on {GPUS['H100'].name}" in done.out.replace("\n", " ")
     rows = list(csv.DictReader((done.folder / "comparison.csv").read_text().splitlines()))
     assert {(row["family"], row["phase"]) for row in rows} == set(
         itertools.product(("depth", "width", "low_rank"), ("prefill", "decode"))

@@ -21,15 +21,17 @@ from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
-from calibration.runners.cases import LEAST, Case, ModelRun, Sampler, alternate, cases_of  # noqa: E402
+from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Sampler, alternate, cases_of, in_turns  # noqa: E402
 from calibration.runners.compare import (  # noqa: E402
     ComparedCases,
     ComparedSpeedup,
     by_phase,
     conclusions,
+    doubts,
     repeatability,
     rows_of,
     summary,
+    two_groups,
 )
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
@@ -85,10 +87,26 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = sampler(2.0), sampler(1.0)
     times = alternate(first, second, 5.0)
     assert len(times["dense_s"]) == len(times["pruned_s"]) == 5  # a tick per pair
-    assert order[:2] == [2, 1]  # first passes; long passes need no others to be warm
-    assert order[2:10] == [2, 1, 1, 2, 2, 1, 1, 2]
+    assert order[:4] == [2, 1, 2, 1]  # passes that may compile, then those that set the number of loops
+    assert order[4:12] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
         assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
+
+
+def test_a_model_that_starts_slowly_after_the_other_does_not_change_the_ratio() -> None:
+    last = [0]
+
+    def sample(i: int) -> float:
+        slow, last[0] = last[0] != i, i
+        return (1.31, 1.0)[i] * (1.3 if slow else 1.0)
+
+    def ratio(block: int) -> float:
+        dense_s, pruned_s = in_turns(sample, lambda x: [x], 1.0, lambda: 0.0, block=block)
+        assert len(dense_s) == len(pruned_s) >= ENOUGH
+        return float(np.median(np.array(dense_s) / pruned_s))
+
+    assert ratio(block=4) == pytest.approx(1.31)
+    assert ratio(block=1) > 1.34
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -249,10 +267,32 @@ def test_a_comparison_states_whether_predictions_hold_and_its_worst_case() -> No
         about = {"model": "m", "hardware": "planted", "device": "planted GPU", "sparsity": 0.5, "roofline_bound": 2.0}
         return _row(predicted, measured, family=family, error=predicted / measured - 1.0, **about)
 
-    first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)])
+    first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)] * 5)
     assert first.startswith("The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof")
     assert worst == "Worst: width 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
-    assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)])[0]
+    assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)] * 5)[0]
+    assert conclusions([row("depth", 1.0, 1.9)])[0].endswith("1 measured speedup; a verdict needs 10.")
+
+
+def test_noise_in_measured_speedups_is_stated() -> None:
+    quiet, shifted = [1.0, 1.01, 0.99, 1.02, 1.0, 0.98, 1.01, 1.0], [1.0, 1.3, 1.01, 1.31, 0.99, 1.3, 1.0, 1.29]
+    assert (two_groups(quiet), two_groups(shifted[:5])) == (None, None)
+    assert two_groups(shifted) == pytest.approx((1.0, 1.3))
+    wide = np.random.default_rng(0).normal(1.0, 0.2, (200, 40))
+    assert sum(two_groups(x.tolist()) is not None for x in wide) == 0
+    rows = [_row(1.2, 1.4, flop_bound=1.3), _row(1.2, 1.31, flop_bound=1.3)]
+    (above,) = doubts(rows, [])
+    assert "measured 1.40x is above the bound of its FLOPs and bytes, 1.30x" in above
+    record = {
+        "status": "ok",
+        "prune": "depth 0.25",
+        "phase": "decode",
+        "batch": 2,
+        "dense_s": shifted,
+        "pruned_s": quiet,
+    }
+    (groups,) = doubts([], [record])
+    assert groups.endswith("times of the dense model fall into two groups, 1.00 s and 1.30 s")
 
 
 @pytest.fixture(scope="module")

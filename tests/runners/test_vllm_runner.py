@@ -19,6 +19,7 @@ from fake_vllm import FILE, pass_s
 
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
+from calibration.measure.run import Interrupted
 from calibration.runners.cases import Case, ModelRun
 from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
@@ -99,7 +100,7 @@ def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], rele
             assert record["dense_s"] == pytest.approx([_planted_s(dense, case)] * len(record["dense_s"]), rel=1e-5)
             expected = [_planted_s(_config(case), case)] * len(record["pruned_s"])
             assert record["pruned_s"] == pytest.approx(expected, rel=1e-5)
-            assert record["settings"]["in_turns"] == "samples"
+            assert record["settings"]["in_turns"] == ("samples" if case.phase == "serve" else "blocks")
             json.dumps(record, allow_nan=False)
 
 
@@ -170,6 +171,16 @@ def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
         record = runner.record(case, 10.0)
         assert (record["status"], record["reason"]) == ("failed", "no answer of vLLM within 0.5 s")
         assert not runner.engines
+
+
+def test_an_interrupt_ends_the_wait_for_a_model(plant: Callable[..., None]) -> None:
+    plant("hang")
+    (case,) = _cases("depth 0.25")
+    with closing(_runner([case])) as runner:
+        asked = []
+        runner.interrupted = lambda: len(asked) > 2 or bool(asked.append(1))
+        with pytest.raises(Interrupted):
+            runner.record(case, 10.0)
 
 
 def test_vllm_must_be_installed() -> None:

@@ -10,9 +10,10 @@ sequence and no prefix cache.
 
 The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
 finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
-each model has a child process for all its cases. If both models fit, dense and pruned samples alternate. Else the
-pruned model is timed after the dense model. The caches hold the largest checked case, so check all cases before the
-first record.
+each model has a child process for all its cases, and another one for serve, whose steps have vLLM's own token budget.
+If both models fit, dense and pruned take turns of :data:`BLOCK` samples: a process that was idle starts slowly, so the
+first sample of a turn is dropped. Else the pruned model is timed after the dense model. The caches hold the largest
+checked case, so check all cases before the first record.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
-from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
+from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED, Interrupted
 from calibration.measure.timing import OK, InvalidTiming
 from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Runner, counted, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
@@ -52,6 +53,7 @@ WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
 WARM = 2  # unmeasured samples of each model before a case
 LONGEST_S = 60.0  # longest time of the pairs of one case
 MOST = 50  # most pairs of one case
+BLOCK = 4  # samples of one model in a turn
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED, _BATCHED_SERVING, _MOST_BATCHED = 2048, 8192, 32768  # tokens of one pass: vLLM's defaults, and a limit
@@ -67,8 +69,9 @@ class LargestRequest:
     batched: int = _BATCHED  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
-        """Return sizes that also hold a case. A prefill is one pass up to a limit."""
-        prompt = case.batch * case.seq if case.phase in ("prefill", "generate") else 0
+        """Return sizes that also hold a case. Prompts that start together are one pass up to a limit, so the sequences
+        of the decode steps after it have one length."""
+        prompt = 0 if case.phase == "serve" else case.batch * case.seq
         least = _BATCHED_SERVING if case.phase == "serve" else case.batch
         return LargestRequest(
             max(self.sequences, case.batch),
@@ -77,6 +80,7 @@ class LargestRequest:
         )
 
 
+Served = tuple[ModelConfig, bool]  # model, and whether its process serves
 Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
 
 
@@ -94,9 +98,9 @@ class VllmRunner(Runner):
         self.models = Models(model.config, model.content)
         check_installed(model.python)
         self.dtype, self.patience_s = model.dtype, patience_s
-        self.sizes = LargestRequest()
+        self.sizes = {False: LargestRequest(), True: LargestRequest()}  # key: in serve
         self.memory_bytes = float(device.describe().memory_bytes)
-        self.engines: dict[ModelConfig, EngineProcess] = {}
+        self.engines: dict[Served, EngineProcess] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # folder of the models
 
     def close(self) -> None:
@@ -109,11 +113,12 @@ class VllmRunner(Runner):
         formats = {case.dense.meta.dtype, self.dtype}
         if len(formats) > 1 or (case.dense.weight_dtype != case.dense.dtype).any():
             raise InputError(f"formats: expected weights, cache and arithmetic in {self.dtype} in vLLM")
-        sizes, positions = self.sizes.with_case(case), self.models.dense.max_positions
+        serving = case.phase == "serve"
+        sizes, positions = self.sizes[serving].with_case(case), self.models.dense.max_positions
         if sizes.tokens > positions:
             raise InputError(f"seq: expected at most {positions} positions, got {sum(lengths(case))} with new tokens")
         self.models.pruned(case)
-        self.sizes = sizes
+        self.sizes[serving] = sizes
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
         try:
@@ -127,15 +132,23 @@ class VllmRunner(Runner):
             return {"status": SKIPPED if isinstance(error, OutOfMemory) else FAILED, "reason": str(error)}
 
     def _timed(self, case: Case, seconds: float) -> dict[str, Any]:
-        pair = (self.models.dense, self.models.pruned(case))
+        serving = case.phase == "serve"
+        pair = [(model, serving) for model in (self.models.dense, self.models.pruned(case))]
         limit = min(0.8 * seconds, LONGEST_S)
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
             self._keep(pair)
-            engines = [self._engine(model) for model in pair]
-            for engine in engines * (1 if case.phase == "serve" else WARM):
+            engines = [self._engine(one) for one in pair]
+            for engine in engines * (1 if serving else WARM):
                 self._sample(case, engine)
-            found = in_turns(lambda i: self._sample(case, engines[i]), lambda x: x[0], limit, self.device.clock, MOST)
+            found = in_turns(
+                lambda i: self._sample(case, engines[i]),
+                lambda x: x[0],
+                limit,
+                self.device.clock,
+                MOST,
+                1 if serving else BLOCK,  # a sample of serve begins with an untimed ramp-up
+            )
         else:
             found = self._in_turn(case, pair, limit)
         dense_s, pruned_s = ([round(s, 9) for seconds, _ in samples for s in seconds] for samples in found)
@@ -143,23 +156,24 @@ class VllmRunner(Runner):
         first = ([round(s, 9) for _, waits in samples for s in waits] for samples in found)
         waits = dict(zip(("dense_first_token_s", "pruned_first_token_s"), first))
         versions = next(iter(self.engines.values())).versions
+        turns = "models" if not together else "samples" if serving else "blocks"
         return {
             "reason": release_note(versions["vllm"]),
             "runtime": "vllm",
             "loops": STEPS if case.phase == "decode" else 1,
             "dense_s": dense_s[:count],
             "pruned_s": pruned_s[:count],
-            **(waits if case.phase == "serve" else {}),
+            **(waits if serving else {}),
             "versions": versions,
-            "settings": {**self._settings(pair[0]), "in_turns": "samples" if together else "models"},
+            "settings": {**self._settings(pair[0]), "in_turns": turns},
         }
 
-    def _in_turn(self, case: Case, pair: Sequence[ModelConfig], limit: float) -> tuple[list[Samples], list[Samples]]:
+    def _in_turn(self, case: Case, pair: Sequence[Served], limit: float) -> tuple[list[Samples], list[Samples]]:
         """Return samples of one model, then of the other, because the memory holds only one."""
         found: tuple[list[Samples], list[Samples]] = ([], [])
-        for model, samples in zip(pair, found):
-            self._keep((model,))
-            engine = self._engine(model)
+        for one, samples in zip(pair, found):
+            self._keep((one,))
+            engine = self._engine(one)
             for _ in range(1 if case.phase == "serve" else WARM):
                 self._sample(case, engine)
             start = self.device.clock()
@@ -184,51 +198,53 @@ class VllmRunner(Runner):
             raise InvalidTiming(f"a decode step of {seconds:g} s: noise exceeds the time of {STEPS} steps")
         return [seconds], []
 
-    def _keep(self, models: Sequence[ModelConfig]) -> None:
-        for model in [one for one in self.engines if one not in models]:
-            self.engines.pop(model).close()
+    def _keep(self, needed: Sequence[Served]) -> None:
+        for other in [one for one in self.engines if one not in needed]:
+            self.engines.pop(other).close()
 
-    def _engine(self, model: ModelConfig) -> EngineProcess:
-        if model not in self.engines:
+    def _engine(self, one: Served) -> EngineProcess:
+        if one not in self.engines:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
             folder = Path(self._folder.name)
-            file = write_config(folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(model))
-            self.engines[model] = EngineProcess(
-                {**self._settings(model), "model": str(file.parent)},
+            file = write_config(folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(one[0]))
+            self.engines[one] = EngineProcess(
+                {**self._settings(one), "model": str(file.parent)},
                 file.with_name("output.txt"),
                 python=self.model.python,
                 env=environment(self.device.name),
                 patience_s=self.patience_s,
+                interrupted=self.interrupted,
             )
-        return self.engines[model]
+        return self.engines[one]
 
-    def _settings(self, model: ModelConfig) -> dict[str, Any]:
+    def _settings(self, one: Served) -> dict[str, Any]:
         """Return keyword arguments of ``vllm.LLM``, except the folder of the model."""
-        cache = self._cache_bytes(model)
-        share = self._bytes(model) / self.memory_bytes if self.memory_bytes else _SHARE
+        cache, sizes = self._cache_bytes(one), self.sizes[one[1]]
+        share = self._bytes(one) / self.memory_bytes if self.memory_bytes else _SHARE
         return {
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": DTYPES[self.dtype],
             "seed": self.model.seed,
-            "max_model_len": self.sizes.tokens,
-            "max_num_seqs": self.sizes.sequences,
-            "max_num_batched_tokens": self.sizes.batched,
+            "max_model_len": sizes.tokens,
+            "max_num_seqs": sizes.sequences,
+            "max_num_batched_tokens": sizes.batched,
             "enable_prefix_caching": False,
             "kv_cache_memory_bytes": cache,
             "gpu_memory_utilization": round(min(max(share, 0.05), _SHARE), 3),
         }
 
-    def _cache_bytes(self, model: ModelConfig) -> int:
+    def _cache_bytes(self, one: Served) -> int:
         """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make it smaller."""
+        model, sizes = one[0], self.sizes[one[1]]
         full = replace(model, windows=(0,) * model.layers)
-        tokens = (self.sizes.tokens // _BLOCK + 2) * _BLOCK
-        held = lower(full, phase="decode", batch=self.sizes.sequences, seq=tokens, dtype=self.dtype)
+        tokens = (sizes.tokens // _BLOCK + 2) * _BLOCK
+        held = lower(full, phase="decode", batch=sizes.sequences, seq=tokens, dtype=self.dtype)
         return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
 
-    def _bytes(self, model: ModelConfig) -> float:
-        w = WorkloadBatch.of([lower(model, phase="prefill", seq=self.sizes.batched, dtype=self.dtype)])
-        return float(weights_bytes(w)[0] + activation_bytes(w)[0]) + self._cache_bytes(model) + _OWN_BYTES
+    def _bytes(self, one: Served) -> float:
+        w = WorkloadBatch.of([lower(one[0], phase="prefill", seq=self.sizes[one[1]].batched, dtype=self.dtype)])
+        return float(weights_bytes(w)[0] + activation_bytes(w)[0]) + self._cache_bytes(one) + _OWN_BYTES
 
 
 def release_note(version: str) -> str:
@@ -287,9 +303,16 @@ class EngineProcess:
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], log: Path, *, python: str, env: Mapping[str, str], patience_s: float
+        self,
+        settings: Mapping[str, Any],
+        log: Path,
+        *,
+        python: str,
+        env: Mapping[str, str],
+        patience_s: float,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.log, self.patience_s, self._rest = log, patience_s, b""
+        self.log, self.patience_s, self.interrupted, self._rest = log, patience_s, interrupted, b""
         self._answers, theirs = os.pipe()
         try:
             with log.open("wb") as output:
@@ -342,6 +365,9 @@ class EngineProcess:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(5.0)
                 raise self._failure(f"the vLLM process ended with status {self.process.returncode or 0}")
+            if not part and self.interrupted():
+                self._kill()
+                raise Interrupted
             if not part and time.monotonic() > end:
                 self._kill()
                 raise EngineFailed(f"no answer of vLLM within {self.patience_s:g} s")
