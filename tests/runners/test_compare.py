@@ -282,7 +282,7 @@ def test_noise_in_measured_speedups_is_stated() -> None:
     assert sum(two_groups(x.tolist()) is not None for x in wide) == 0
     rows = [_row(1.2, 1.4, flop_bound=1.3), _row(1.2, 1.31, flop_bound=1.3)]
     (above,) = doubts(rows, [])
-    assert "measured 1.40x is above the bound of its FLOPs and bytes, 1.30x" in above
+    assert "measured 1.40x is above 1.30x, the bound of its FLOPs, bytes and number of operators: noise" in above
     record = {
         "status": "ok",
         "prune": "depth 0.25",
