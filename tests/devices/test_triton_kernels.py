@@ -13,7 +13,7 @@ F = torch.nn.functional
 from pretended_cuda import CPU, PLACE, kernels  # noqa: E402
 
 from calibration.devices import Operator, operators  # noqa: E402
-from calibration.devices.operators import (  # noqa: E402  # noqa: E402
+from calibration.devices.operators import (  # noqa: E402
     PATTERNS,
     Arena,
     Launches,

@@ -348,7 +348,7 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_CLOSING_S if self.process.poll() is None else 0.0)
+            self.process.wait(0.0 if self.interrupted() or self.process.poll() is not None else _CLOSING_S)
         self._kill()
         self.process.wait()
         os.close(self._answers)
