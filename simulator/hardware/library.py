@@ -105,9 +105,7 @@ def load_hardware(
             text = str(profiles_folder() / f"{shipped}.yaml")
         elif not re.search(r"[/\\]|\.ya?ml$", text):
             raise unknown("GPU", text, shipped_names(), list_hardware())
-    profile = _load(_stamps(text))
-    if profile.stacks_of:
-        profile = _inheriting(profile, _load(_stamps(str(_related(Path(text), profile.stacks_of)))))
+    profile = _with_stacks(Path(text))
     profile = profile.on(stack) if stack else profile
     return _on_same_stack(profile) if same_stack else profile
 
@@ -121,9 +119,22 @@ def reference(name: str) -> str:
 
 def files_of(profile: HardwareProfile) -> list[Path]:
     """Return every file that a profile can be read from: its own files and those of its related GPU."""
-    own = [profile.path] if profile.path else []
-    paths = [*own, *(_related(path, profile.stacks_of) for path in own if profile.stacks_of)]
+    paths, of = [profile.path] if profile.path else [], profile.stacks_of
+    while of and paths:
+        paths.append(_related(paths[-1], of))
+        of = _load(_stamps(str(paths[-1]))).stacks_of
     return [file for path in paths for file in sorted(path.parent.glob(f"{path.stem}.*"))]
+
+
+def _with_stacks(path: Path, before: tuple[str, ...] = ()) -> HardwareProfile:
+    """Return the profile of a file with the stacks of its related GPU, which may inherit them in turn."""
+    profile = _load(_stamps(str(path)))
+    if not profile.stacks_of:
+        return profile
+    if profile.name in before:
+        circle = " -> ".join((*before, profile.name))
+        raise InputError(f"{path}: stacks_of: {circle} is a circle; expected a GPU with tables")
+    return _inheriting(profile, _with_stacks(_related(path, profile.stacks_of), (*before, profile.name)))
 
 
 @lru_cache(maxsize=64)

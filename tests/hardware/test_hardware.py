@@ -26,6 +26,7 @@ from simulator.hardware import library, save
 from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
 from simulator.hardware.library import (
     check_hardware,
+    files_of,
     list_hardware,
     load_hardware,
     new_hardware,
@@ -500,6 +501,16 @@ def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
     assert LINE.fullmatch(check_hardware(path)[0])
     with pytest.raises(InputError, match="stacks_of: profile 'h101_sxm' is unknown"):
         load_hardware(path)
+    # a chain of related GPUs is followed, a circle is refused
+    (tmp_path / "first.yaml").write_text(GOOD.replace("name: my_gpu", "name: first\nstacks_of: h100_pcie"))
+    second = GOOD.replace("name: my_gpu", "name: second\nstacks_of: first")
+    (tmp_path / "second.yaml").write_text(second)
+    found = load_hardware(tmp_path / "second.yaml")
+    assert found.section("attention_decode", "bf16").constants is sxm.section("attention_decode", "bf16").constants
+    assert len(files_of(found)) > len(files_of(load_hardware(tmp_path / "first.yaml")))
+    (tmp_path / "second.yaml").write_text(second.replace("stacks_of: first", "stacks_of: second"))
+    with pytest.raises(InputError, match="second -> second is a circle"):
+        load_hardware(tmp_path / "second.yaml")
 
 
 def test_unknown_stacks_are_one_line_and_name_those_there_are(tmp_path: Path) -> None:
