@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from simulator.arguments import COUNT
 from simulator.arrays import BoolArray, FloatArray, IndexArray, array
 from simulator.codes import COLLECTIVE, DTYPE_BYTES, DTYPES, ELEMENTWISE, EXPERTS, GEMM, ROLES, Kernel, Phase
-from simulator.engines.engine import Engine, load_engine, sparse24_engines
-from simulator.hardware.profile import HardwareProfile
-from simulator.operators import BY_CODE
+from simulator.engines.engine import Engine, HostTime, load_engine, selected, sparse24_engines
+from simulator.hardware.profile import EngineTimes, HardwareProfile
+from simulator.operators import BY_CODE, OPERATORS
 from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, Rows
 from simulator.operators.experts import experts_touched
 from simulator.workload import Workload, WorkloadBatch, sums
@@ -61,11 +61,11 @@ class Host:
         launch_log_sd: float,
     ) -> Host:
         """Return the host of a pass with ``launched`` kernels (:func:`launches`), each of ``launch_s``; other times are
-        those of the engine. A CPU is its own host, without times beside the device."""
+        those of the engine. A CPU is its own host: it launches within its kernels' times and gaps."""
         groups, rows = workloads.groups, workloads.rows
         none = np.zeros((len(workloads), 2))
         if hw.architecture == "cpu":
-            return cls(np.zeros(groups.count.shape), 0.0, none[:, 0], none, 0.0, none, 0.0)
+            launched = np.zeros(groups.count.shape)
         waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
         launch = launched * (waits[groups.segment // 3] * launch_s)
         begins = rows.is_role("embedding").nonzero()[0]
@@ -75,14 +75,16 @@ class Host:
         sequences[:, Phase.PREFILL] = 0.0
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
             steps[:, Phase.PREFILL] = 0.0
-        layers = groups.count[:, groups.role == _NORM].sum(axis=1)
+        of_phase = groups.segment[:, None] // 3 == np.arange(2)
+        in_phase = groups.count @ (of_phase & (groups.role == _NORM)[:, None])
+        layers = in_phase.sum(axis=1)
         return cls(
             launch=launch,
             launch_log_sd=launch_log_sd,
             layer=launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
-            each_pass=steps * engine.each_pass.value,
+            each_pass=steps * engine.each_pass.on(hw.is_workstation) + in_phase * engine.each_layer.value,
             pass_log_sd=engine.each_pass.log_sd,
-            each_sequence=sequences * engine.each_sequence.value,
+            each_sequence=sequences * engine.each_sequence.on(hw.is_workstation),
             sequence_log_sd=engine.each_sequence.log_sd,
             correlation=engine.host_correlation.value,
         )
@@ -191,12 +193,41 @@ def estimates(
             yield rows.at[some], e
 
 
+def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, EngineTimes | None]:
+    """Return an engine with the host times that were measured on a device, and all its measured times; None if this
+    release was not measured there."""
+    name = engine.name.partition("@")[0]  # a name with a version selects a generation
+    own = hw.engines.get(name)
+    if own is None:
+        return engine, None
+    if engine.generations and selected(name, engine.generations, own.version).name != engine.generation:
+        return engine, None
+    each_pass, each_layer, each_sequence = (
+        HostTime(t, own.host_log_sd, "") for t in (own.each_pass, own.each_layer, own.each_sequence)
+    )
+    return replace(engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence), own
+
+
+def tokens_of(w: Workload) -> FloatArray:
+    """Return the tokens that each row of a workload computes."""
+    return np.asarray(np.where(w.is_attention, w.batch * np.maximum(w.q_len, 1), w.m), dtype=np.float64)
+
+
 def engine_factors(
     w: Workload, hw: HardwareProfile, engine: Engine, seconds: FloatArray, roofline_s: FloatArray, codes: NDArray[Any]
 ) -> FloatArray:
-    """Return the factor on each row's time by which an engine's GEMMs differ from measured GEMMs: clocks fall under
-    load, and one token may have a separate kernel. ``codes`` are bottlenecks."""
+    """Return the factor on each row's time by which an engine's kernels differ from measured kernels. If the engine was
+    measured on this machine, its factors apply; else clocks fall under load, and GEMMs of one token may have a separate
+    kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
+    if (own := measured_engine(engine, hw)[1]) is not None:
+        tokens = tokens_of(w)
+        for operator in OPERATORS:
+            if operator.name in own.operators:
+                rows = w.kind == operator.code
+                out[rows] = own.factor(operator.name, tokens[rows])
+        least = np.minimum(roofline_s / np.maximum(seconds, 1e-300), 1.0)
+        return np.where(w.kind == ELEMENTWISE, out, np.maximum(out, least))  # their data may be in a cache
     loaded, one_token = hw.section("runtime", "*")["sustained"], engine.one_token.value
     if loaded == one_token == 1.0:
         return out
@@ -296,12 +327,13 @@ class ForwardPass:
         return share.argmax(axis=1).astype(np.int8), share.max(axis=1)
 
 
-def streams(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
+def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> FloatArray:
     """Return how many kernels stream the data of each row. Cache writes stream keys and values once; each kernel of
-    another unfused elementwise operator streams all the data."""
+    another unfused elementwise operator streams all the data. On a CPU, calibration times the same composites of torch
+    that eager engines run, so one stream has all their kernels."""
     groups = workloads.groups
     kernels = engine.kernels[groups.role]
-    every = (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE)
+    every = (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE) & (hw.architecture != "cpu")
     return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
 
 
@@ -312,7 +344,7 @@ def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
         return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
-    beside = np.where(groups.kind == ELEMENTWISE, 0.0, np.maximum(launched - groups.count, 0.0))
+    beside = np.maximum(launched - groups.count, 0.0)
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
 

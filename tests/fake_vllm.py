@@ -7,6 +7,7 @@ only the parameters that ``tests/runners/vllm_signatures.json`` lists for the re
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
@@ -34,7 +35,8 @@ def pass_s(config: dict[str, Any], tokens: int) -> float:
     width = config.get("head_dim") or hidden // heads
     attention = hidden * width * (2 * heads + 2 * config.get("num_key_value_heads", heads))
     inner = config.get("moe_intermediate_size", 0) * config.get("num_experts", 0) or config["intermediate_size"]
-    return layers * (1e-5 + 1e-12 * max(tokens, 8) * (attention + 3 * hidden * inner))
+    slower = float(PLAN.get("slower", 1.0))
+    return slower * layers * (1e-5 + 1e-12 * max(tokens, 8) * (attention + 3 * hidden * inner))
 
 
 def _checked(what: str, given: dict[str, Any]) -> None:
@@ -108,6 +110,13 @@ class LLMEngine:
         return bool(self.left)
 
 
+KERNELS = {"gemm": 0.6, "attention": 0.2}  # shares of a pass in the profile; the rest is the host's
+
+
+def _event(name: str, kind: str, start_us: float, seconds: float) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": kind, "ts": start_us, "dur": 1e6 * seconds, "tid": 1}
+
+
 class LLM:
     def __init__(self, model: str, **given: Any) -> None:
         _checked("LLM", given)
@@ -134,7 +143,30 @@ class LLM:
         if FAULT == "memory":
             print("(EngineCore pid=7) ERROR 11-28 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB")
             raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
-        self.llm_engine = LLMEngine(self)
+        self.llm_engine, self.trace = LLMEngine(self), dict(given.get("profiler_config", {}))
+        self.events: list[dict[str, Any]] | None = None
+
+    def start_profile(self) -> None:
+        self.events = []
+
+    def stop_profile(self) -> None:
+        assert self.events is not None
+        text = json.dumps({"traceEvents": self.events}).encode()
+        (Path(self.trace["torch_profiler_dir"]) / "rank0.pt.trace.json.gz").write_bytes(gzip.compress(text))
+        self.events = None
+
+    def _pass(self, prompts: int, tokens: int, decodes: int) -> None:
+        """Take the time of a pass, which the profiler shows as a step with kernels."""
+        seconds, start = pass_s(self.config, tokens + decodes), 1e6 * CLOCK[0]
+        CLOCK[0] += seconds * (-1 if FAULT == "noise" and decodes else 1)
+        if self.events is None:
+            return
+        step = f"execute_context_{prompts}({tokens})_generation_{decodes}({decodes})"
+        self.events.append(_event(step, "user_annotation", start, seconds))
+        outer = _event("vllm::unified_attention_with_output", "cpu_op", start, KERNELS["attention"] * seconds)
+        self.events += [outer, {**outer, "name": "_C::cpu_attention_with_kv_cache"}]
+        start += outer["dur"]
+        self.events.append(_event("_C::onednn_mm", "cpu_op", start, KERNELS["gemm"] * seconds))
 
     def check(self, prompt: TokensPrompt, params: SamplingParams) -> None:
         ids = prompt["prompt_token_ids"]
@@ -154,6 +186,7 @@ class LLM:
         output = sampling_params.max_tokens - (FAULT == "short")
         for prompt in prompts:
             self.check(prompt, sampling_params)
-        CLOCK[0] += pass_s(self.config, len(prompts) * len(prompts[0]["prompt_token_ids"]))
-        CLOCK[0] += (output - 1) * pass_s(self.config, len(prompts)) * (-1 if FAULT == "noise" else 1)
+        self._pass(len(prompts), len(prompts) * len(prompts[0]["prompt_token_ids"]), 0)
+        for _ in range(output - 1):
+            self._pass(0, 0, len(prompts))
         return [_output(str(i), output, True) for i in range(len(prompts))]

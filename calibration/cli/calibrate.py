@@ -3,7 +3,6 @@ commands that measure."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ from simulator.request import DEFAULT_ENGINE
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
     from calibration.runners.compare import ComparedCases
+    from calibration.runners.engine import ComparedPass
     from calibration.runners.runs import Calibrated, MeasuredRun, RunOptions
 
 RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3  # environment variable with the number of restarts so far, its limit
@@ -45,6 +45,13 @@ class Measuring:
 
 
 @dataclass(frozen=True)
+class EngineRun:
+    engine: Annotated[str, opt("--engine", "NAME", "With DEVICE engine: vllm or hf (Transformers).")] = "vllm"
+    vllm_python: Annotated[str, opt(
+        "--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")] = ""
+
+
+@dataclass(frozen=True)
 class Target:
     model: Annotated[str | None, opt(
         "--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")] = None
@@ -58,10 +65,11 @@ REQUESTS: options.Run = options.run_options("phase", "batch", "seq", "dtype", ph
 
 @options.expanded("csv", "figure")
 def command(
-    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; host measures only the host time.")],
+    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; engine measures an engine.")],
     output: Folder,
     measuring: Measuring = Measuring(),
     target: Target = Target(),
+    runner: EngineRun = EngineRun(),
     run: options.Run = REQUESTS,
     quick: Annotated[bool, opt(
         "--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")] = False,
@@ -76,7 +84,9 @@ def command(
     exit status is 1 if its errors are larger, if there are too few held-out shapes, or if the machine was busy. Writes
     RUN/records.jsonl, RUN/profile.yaml for --hardware of other commands, and RUN/report.md with plots. Run the command
     again to resume a stopped run; a folder of another device, driver, number format or number of threads is an error.
-    DEVICE host measures only the launch time per kernel and per eager layer, in seconds, and updates --hardware.
+
+    DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device of RUN/profile.yaml
+    or of --hardware, and adds the engine's host times and a factor per operator to RUN/profile.yaml.
     """
     from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
     from calibration.fit.local_update import Updated, as_row
@@ -85,15 +95,13 @@ def command(
     how = RunOptions(
         seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
     )
-    if measure_only and (quick or device == "host"):
-        raise InputError("--measure-only: expected no --quick and no DEVICE host with it")
-    if device == "host":
-        if target.model:
-            raise InputError("--for: DEVICE host does not measure operators of a model; use another device")
-        if measuring.threads is not None:
-            raise InputError("--threads: DEVICE host is measured with one thread; use another device")
-        _host(output, how, out)
+    if device == "engine":
+        if measure_only or quick:
+            raise InputError("--measure-only, --quick: expected none of them to calibrate an engine")
+        _engine(output, how, target.model or "", runner, measuring.threads, out)
         return
+    if measure_only and quick:
+        raise InputError("--measure-only: expected no --quick with it")
     targets: TargetModels = ()
     if target.model:
         families, fractions = parsing.names("--family", target.family), parsing.fractions("--sparsity", target.sparsity)
@@ -127,47 +135,53 @@ def command(
     conclude(judged, [row], show, done.fit.notes, out, found.outcome.problems)
 
 
-def _host(output: str, how: RunOptions, out: options.Output) -> None:
-    import numpy as np
-
-    from calibration.devices.protocol import LAYER_LAUNCHES
-    from calibration.evidence.validate import USE, Judgement, with_disturbed
-    from calibration.fit.predict import LaunchTime
-    from calibration.runners.runs import DATASHEET, fit_run, measure_host
+def _engine(
+    output: str, how: RunOptions, model: str, runner: EngineRun, threads: int | None, out: options.Output
+) -> None:
+    from calibration.devices import open_device
+    from calibration.evidence.validate import Judgement
+    from calibration.runners import engine as measuring
+    from calibration.runners.cases import ModelRun
+    from calibration.runners.runs import PROFILE, check_folder
     from simulator.hardware.library import load_hardware
+    from simulator.hardware.save import save_hardware
+    from simulator.models.changes import content_of
+    from simulator.models.library import load_model
+    from simulator.request import Name
 
-    found = measured("host", output, measure_host, how)
-    if not found.outcome.complete:
-        finish(found.outcome, verbose=out.verbose)
-    done = fit_run(output, anchor=True)
-    before, now = LaunchTime.of(load_hardware(Path(output) / DATASHEET)), LaunchTime.of(done.fit.profile)
-    timed = found.records.select(found.records.timed)
-    kinds = ("layer_eager", "launch_eager")
-    layer_s, bare_s = (float(np.median(timed.seconds[timed.is_operator(kind)])) for kind in kinds)
-    ends = ([t.launch_s * math.exp(end * t.half) for end in (0, -1, 1)] for t in (now, before))
-    new, old = (render.seconds_between(*times) for times in ends)
-    layer = f"{render.seconds(now.layer_s)} per eager layer of {LAYER_LAUNCHES} launches"
-    profile = Path(output) / "profile.yaml"
-    use = f"Use {profile} as --hardware: this host takes {new} per launch (before: {old}), {layer}."
-    judged = with_disturbed(Judgement(USE, (use,)), profile, done.disturbed)
-    row = {
-        "measured": outcome_row(found),
-        "launch_s": now.launch_s,
-        "half": math.expm1(now.half),
-        "layer_s": now.layer_s,
-        "launches": LAYER_LAUNCHES,
-        "launch_before_s": before.launch_s,
-        "half_before": math.expm1(before.half),
-        "measured_layer_s": layer_s,
-        "measured_bare_launch_s": bare_s,
-        "notes": list(done.fit.notes),
-    }
+    file, name = check_folder(output) / PROFILE, Name(measuring.MEASURED).check("--engine", runner.engine)
+    if not (how.hardware or file.is_file()):
+        raise InputError(f"{file} does not exist; expected --hardware, or the folder of a calibration of this device")
+    hw = load_hardware(how.hardware or file)
+    on_cpu = hw.architecture == "cpu"
+    chosen = model or ("smollm2-135m" if on_cpu else "llama-3.1-8b")
+    python = runner.vllm_python or sys.executable
+    run = ModelRun(load_model(chosen), how.dtype, name, content_of(chosen), python, how.seed)
+    with closing(open_device("cpu" if on_cpu else "cuda", threads=threads)) as opened:
+        render.status(f"{opened.describe().device}; {how.dtype}; {name}; copies of {run.config.name}")
+        with render.progress("running") as report:
+            passes = measuring.observe(file.parent, opened, run, report)
+    found = measuring.calibrated(passes, run, hw)
+    save_hardware(found.profile, file)
+    show = partial(_show_engine, found.compared)
+    row = {"engine": name, **asdict(found.times), "passes": [asdict(one) for one in found.compared]}
+    conclude(Judgement("use", (found.conclusion(str(file)),)), [row], show, (), out)
 
-    def show() -> tuple[str, ...]:
-        print(f"measured: {render.seconds(layer_s)} per layer, {render.seconds(bare_s)} per launch outside a layer")
-        return ()
 
-    conclude(judged, [row], show, done.fit.notes, out, found.outcome.problems)
+def _show_engine(compared: Sequence[ComparedPass]) -> tuple[str, ...]:
+    render.show(
+        render.columns(
+            compared,
+            ("<phase", lambda r: r.phase),
+            ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}"),
+            ("layers", lambda r: r.layers),
+            ("measured", lambda r: render.seconds(r.seconds)),
+            ("before", lambda r: render.seconds(r.before_s)),
+            ("after", lambda r: render.seconds(r.after_s)),
+            ("error\n%", lambda r: f"{100 * (r.after_s / r.seconds - 1):+.1f}"),
+        )
+    )
+    return ()
 
 
 def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:

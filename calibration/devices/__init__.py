@@ -21,18 +21,13 @@ __all__ = ["CaptureFailed", "Device", "DeviceLost", "Operator", "OutOfMemory", "
 
 
 def open_device(name: str, threads: int | None = None, **options: Any) -> Device:
-    """Open a device by name: ``host`` (the first GPU, else the CPU), or ``NAME:REST``, which calls ``open_named(REST,
-    **options)`` of the module NAME: ``cpu``, ``cuda:INDEX``, ``replay:planted``. ``threads`` is the number of threads
-    of a CPU (default: ``OMP_NUM_THREADS``, else all CPUs of this process)."""
+    """Open the device ``NAME:REST``, which calls ``open_named(REST, **options)`` of the module NAME: ``cpu``,
+    ``cuda:INDEX``, ``replay:planted``. ``threads`` is the number of threads of a CPU (default: ``OMP_NUM_THREADS``,
+    else all CPUs of this process)."""
     if threads is not None:
         if name != "cpu":
             raise InputError(f"threads: expected device cpu with a number of threads, got {name}")
         options["threads"] = threads
-    if name == "host":
-        try:
-            return open_device("cuda", **options)
-        except InputError:  # no GPU, or no torch; the CPU reports missing torch
-            return open_device("cpu", **options)
     kind, _, rest = name.partition(":")
     if not kind.isidentifier() or find_spec(f"{__name__}.{kind}") is None:
         raise unknown_device(name)

@@ -60,7 +60,7 @@ class CaptureFailed(DeviceLost):
 
 
 def unknown_device(name: str) -> InputError:
-    return unknown("device", name, ("cpu", "cuda", "cuda:0", "host", "replay:planted"))
+    return unknown("device", name, ("cpu", "cuda", "cuda:0", "replay:planted"))
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:

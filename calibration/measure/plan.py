@@ -413,10 +413,6 @@ def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
     return [Operator("layer_eager", dtype, kv_len=length, cold=False) for length in lengths]
 
 
-def host_operators(dtype: str) -> list[Operator]:
-    return [Operator("launch_eager", dtype, cold=False), *layers(dtype, LAYER_LENGTHS)]
-
-
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
     """Yield operators that check predictions of sums of plain kernels."""
     pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)

@@ -288,21 +288,17 @@ def in_turns(
     limit_s: float,
     clock: Callable[[], float],
     most: int = MOST,
-    block: int = 1,
 ) -> tuple[list[T], list[T]]:
-    """Return samples of the models 0 and 1 in turns, until their ratio is precise or the time is over. A turn is one
-    sample, or a block of samples whose first one is dropped, because a model that was idle starts slowly."""
+    """Return samples of the models 0 and 1 in turns, until their ratio is precise or the time is over."""
     found: tuple[list[T], list[T]] = ([], [])
     start = clock()
-    for turn in range(1, -(-most // block) + 1):
+    for turn in range(1, most + 1):
         for i in (0, 1) if turn % 2 else (1, 0):
-            if block > 1:
-                sample(i)
-            found[i].extend(sample(i) for _ in range(block))
+            found[i].append(sample(i))
         spent = clock() - start
-        if spent >= limit_s and turn * block >= LEAST:
+        if spent >= limit_s and turn >= LEAST:
             break
-        if turn * block >= ENOUGH:
+        if turn >= ENOUGH:
             ratios = [a / b for x, y in zip(*found) for a, b in zip(seconds(x), seconds(y))]
             middle, low, high = median_interval(ratios)
             if high - low <= 2.0 * PRECISION * middle:
@@ -334,10 +330,24 @@ class ModelRun:
     seed: int = 0  # determines weights and the order of the cases
 
 
+@dataclass(frozen=True)
+class Observation:
+    """A pass of a dense model."""
+
+    seconds: float  # without the profiler
+    kernels: Mapping[str, float]  # time of each kernel by its name, s, with the profiler
+    version: str  # of the engine
+
+
 class Runner:
     def __init__(self, device: Device, model: ModelRun) -> None:
         self.device, self.model = device, model
         self.interrupted: Callable[[], bool] = lambda: False  # whether the user requested an end
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Phases whose models have processes of their own; their cases come last."""
+        return ()
 
     def check(self, case: Case) -> None:
         """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
@@ -349,6 +359,10 @@ class Runner:
         """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more;
         Interrupted: the user requested an end during a long wait."""
         raise NotImplementedError
+
+    def observe(self, case: Case) -> Observation:
+        """Run the dense model of a case and take its pass apart with the engine's own profiler."""
+        raise Unsupported(f"{self.model.engine} has no profiler to take its passes apart")
 
     def close(self) -> None: ...
 

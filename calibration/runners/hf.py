@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch import nn
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
-from calibration.runners.cases import Case, ModelRun, PairRunner, Sampler, alternate, looped
+from calibration.runners.cases import ENOUGH, Case, ModelRun, Observation, PairRunner, Sampler, alternate, looped
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
@@ -137,6 +139,9 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
     made.eval()
     patched = _patch(made, layout)
     _sparsify(made, w)
+    # on a CPU, torch copies the whole weight of a head whose input is a slice, as the last position of a prompt is
+    fresh = partial(torch.clone, memory_format=torch.contiguous_format)
+    made.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (fresh(inputs[0]),))
     made.requires_grad_(False)
     _check_weights(made, w)
     return HfModel(made, patched)
@@ -264,6 +269,18 @@ class HfRunner(PairRunner):
         with torch.inference_mode():
             times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
         return {"runtime": runtime, "patched": pruned.patched, **times}
+
+    def observe(self, case: Case) -> Observation:
+        sample = eager_sampler(build(self.model, case.dense, self.device.name), case)
+        passes = 1 if case.phase == "prefill" else TOKENS + 1
+        with torch.inference_mode():
+            samples = [sample(1) for _ in range(1 + ENOUGH)]
+            with torch.profiler.profile() as profile:
+                sample(1)
+        on_gpu = self.device.name.startswith("cuda")
+        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        kernels = {event.key: 1e-6 * float(getattr(event, own)) / passes for event in profile.key_averages()}
+        return Observation(statistics.median(samples[1:]), kernels, metadata.version("transformers"))
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:

@@ -1,16 +1,19 @@
-"""Recorded runs of Transformers compared with predictions, and the first picture of the README.
+"""Recorded runs of vLLM and Transformers compared with predictions, and the first picture of the README.
 
-``python -m calibration.runners.recorded`` makes ``docs/generated/transformers.md`` and ``docs/measured.png`` again.
-A folder has one file of records per run of ``prunesim compare`` (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, with raw samples
-and versions) and the profile that was calibrated on the same machine (``DTYPE.THREADS.yaml``).
+``python -m calibration.runners.recorded`` makes ``docs/generated/transformers.md``, ``docs/generated/vllm.md`` and
+``docs/measured.png`` again. A folder has one file of records per run of ``prunesim compare``
+(``DTYPE.THREADS.MODEL.ENGINE.jsonl``, with raw samples and versions), the profile that was calibrated on the same
+machine (``DTYPE.THREADS.yaml``; with engines that were calibrated on a model: ``DTYPE.THREADS.MODEL.yaml``), records of
+engines' calibrations, and config.json files of models that no library has.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +22,26 @@ from matplotlib.figure import Figure
 from calibration.evidence.pages import DOCS, filled
 from calibration.evidence.paper import table_2
 from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
-from calibration.evidence.scoring import table
+from calibration.evidence.scoring import errors, spearman, table
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, cases_of, fewer_layers
-from calibration.runners.compare import ENGINES, ComparedSpeedup, rows_of, summary
+from calibration.runners.compare import DTYPES, ENGINES, ComparedSpeedup, rows_of
 from simulator.figures.layout import fixed_ticks
 from simulator.figures.measured import time_text
 from simulator.figures.style import COLORS, paper_style, save_figure
 from simulator.files.write import write_whole
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
+from simulator.prediction.result import Result
 from simulator.prediction.table import speedup
-from simulator.units import percent, ratio
+from simulator.units import ratio
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "cpu" / "transformers"
+FOLDERS = {name: Path(__file__).resolve().parents[2] / "docs" / "cpu" / name for name in ("transformers", "vllm")}
+"""Page -> its recorded runs."""
+
+KNOWN = ("nothing", "the dense time", "the calibrated engine")
+"""What predictions of a page know of the machine's engine."""
+
 Groups = Mapping[str, list[tuple[float, float]]]  # measured and predicted values by legend entry
 
 
@@ -41,107 +50,138 @@ class RecordedRow:
     engine: str
     threads: str
     compared: ComparedSpeedup
-    given: float  # predicted from the measured dense time
-    given_lower: float
-    given_upper: float
+    predicted: Mapping[str, Result]  # by what they know
 
     @property
-    def given_inside(self) -> bool:
-        return self.given_lower <= self.compared.measured <= self.given_upper
-
-    @property
-    def half_width(self) -> float:
-        return float(np.sqrt(self.compared.predicted_upper / self.compared.predicted_lower) - 1.0)
+    def run(self) -> str:
+        c = self.compared
+        return f"{self.engine}, {c.dtype}, {_threads(self.threads)}, batch {c.batch}"
 
 
-def recorded_rows() -> list[RecordedRow]:
+def recorded_rows(page: str) -> list[RecordedRow]:
     out = []
-    for file in sorted(FOLDER.glob("*.jsonl")):
+    for file in sorted(FOLDERS[page].glob("*.jsonl")):
         dtype, threads, *_, engine = file.name.removesuffix(".jsonl").split(".")
-        out += _rows_of_run(file, dtype, threads, engine)
+        if dtype in DTYPES:  # other files are records of engines' calibrations
+            out += _rows_of_run(file, dtype, threads, engine)
     return out
 
 
 def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[RecordedRow]:
-    store, hw = read_store(file), load_hardware(file.with_name(f"{dtype}.{threads}.yaml"))
+    store, profile = read_store(file), file.with_name(f"{dtype}.{threads}.yaml")
+    own = file.with_name(file.name.replace(f".{engine}.jsonl", ".yaml"))  # its engine was calibrated on this model
+    hw = load_hardware(own if own.is_file() else profile)
+    plain = replace(hw, engines={})
     runs, cases, records = ENGINES[engine], dict[str, Case](), [dict(row) for row in store.rows]
     for record in records:
+        config_file = file.with_name(f"{record['model']}.json")  # a model that no library has
         layers = re.search(r"layers=(\d+)", str(record["key"]))
-        config = fewer_layers(load_model(record["model"]), int(layers[1]) if layers else None)
+        config = fewer_layers(
+            load_model(config_file if config_file.is_file() else record["model"]), int(layers[1]) if layers else None
+        )
         settings = {name: record[name] for name in ("phase", "batch", "seq")} | {"prune": [record["prune"]]}
         settings |= {"dtype": dtype, "engine": runs.lowered}
+        if found := re.search(r"new=(\d+)", str(record["key"])):
+            settings["new_tokens"] = int(found[1])
         (case,), _ = cases_of(config, settings, phases=runs.phases)
         cases[str(record["key"])] = case
-    rows = rows_of(list(cases.values()), records, hw, device=store.header.device, dtype=dtype, engine=engine)
+    rows = rows_of(list(cases.values()), records, plain, device=store.header.device, dtype=dtype, engine=engine)
     by_case = {(r.prune, r.phase, r.batch, r.seq): r for r in rows}
     out = []
     for case in cases.values():
         compared = by_case.get((case.prune, case.phase, case.batch, case.seq))
-        if compared is not None:
-            s = speedup(case.dense, case.pruned, hw, dense_s=compared.dense_s)
-            out.append(RecordedRow(engine, threads, compared, s.speedup, s.lower, s.upper))
+        if compared is None:
+            continue
+        predicted = [speedup(case.dense, case.pruned, plain)]
+        predicted.append(speedup(case.dense, case.pruned, plain, dense_s=compared.dense_s))
+        predicted += [speedup(case.dense, case.pruned, hw)] if engine in hw.engines else []
+        out.append(RecordedRow(engine, threads, compared, dict(zip(KNOWN, predicted))))
     return out
 
 
 def tables(rows: Sequence[RecordedRow]) -> list[str]:
-    """Return the tables of the page: scores by model, engine and phase, family and run, and the worst ten rows."""
+    """Return the tables of a page: scores by model, engine and phase, family and run, and the worst ten rows."""
     by: Mapping[str, Callable[[RecordedRow], str]] = {
-        "model": lambda r: r.compared.model,
+        "model": lambda r: f"{r.engine}, {r.compared.model}",
         "engine and phase": lambda r: f"{r.engine}, {r.compared.phase}",
-        "family": lambda r: r.compared.family,
-        "run": lambda r: f"{r.engine}, {r.compared.dtype}, {_threads(r.threads)}, batch {r.compared.batch}",
+        "family": lambda r: f"{r.engine}, {r.compared.family}",
+        "run": lambda r: r.run,
     }
-    worst = sorted(rows, key=lambda r: -abs(np.log1p(r.compared.error)))[:10]
-    return [*(_summary(name, rows, key) for name, key in by.items()), _worst(worst)]
+    return [*(_summary(name, rows, key) for name, key in by.items()), _worst(rows)]
 
 
 def _threads(number: str) -> str:
     return "one thread" if number == "1" else f"{number} threads"
 
 
+def known_of(rows: Sequence[RecordedRow]) -> list[str]:
+    return [name for name in KNOWN if all(name in r.predicted for r in rows)]
+
+
 def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow], str]) -> str:
     groups: dict[str, list[RecordedRow]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
-    header = ["speedups", "median error", "in their interval", "half-width", "Spearman"]
-    header += ["given the dense time: error", "in their interval", "dense times: error"]
-    lines = []
-    for name, some in [*groups.items(), ("all", list(rows))]:
-        s = scores(some)
-        first = [percent(s[key]) for key in ("median", "inside", "half_width")]
-        last = [percent(s[key]) for key in ("given", "given_inside", "dense_time")]
-        lines.append([name, str(len(some)), *first, f"{s['spearman']:.3f}", *last])
-    return table([title, *header], lines)
+    cells = []
+    for name, some in [*sorted(groups.items()), ("all", list(rows))]:
+        for known in known_of(some):
+            s, first = scores(some, known), known == KNOWN[0]
+            shares = [f"{100 * s[key]:.1f} %" for key in ("median", "inside", "half_width")]
+            dense = "" if known == KNOWN[1] else f"{100 * s['dense_time']:.1f} %"
+            label = [name, str(len(some))] if first else ["", ""]
+            cells.append([*label, known, *shares, f"{s['spearman']:.3f}", dense])
+    header = [
+        "speedups",
+        "knowing",
+        "median error",
+        "in their interval",
+        "half-width",
+        "Spearman",
+        "error of dense times",
+    ]
+    return table([title, *header], cells, left=(0, 2))
 
 
-def scores(rows: Sequence[RecordedRow]) -> dict[str, float]:
+def scores(rows: Sequence[RecordedRow], known: str = KNOWN[0]) -> dict[str, float]:
+    """Return the errors of predictions that know something: median and rank correlation of speedups, share inside their
+    interval, median half-width, and median error of dense times."""
+    measured, dense = (np.array([getattr(r.compared, name) for r in rows]) for name in ("measured", "dense_s"))
+    found = [r.predicted[known] for r in rows]
+    value, lower, upper, dense_s = (
+        np.array([getattr(s, name) for s in found]) for name in ("speedup", "lower", "upper", "dense_s")
+    )
     return {
-        **summary([r.compared for r in rows]),
-        "half_width": float(np.median([r.half_width for r in rows])),
-        "given": float(np.median([abs(r.given / r.compared.measured - 1.0) for r in rows])),
-        "given_inside": float(np.mean([r.given_inside for r in rows])),
+        "median": errors(value, measured)["median"],
+        "inside": float(np.mean((lower <= measured) & (measured <= upper))),
+        "half_width": float(np.median(np.sqrt(upper / lower))) - 1.0,
+        "spearman": spearman(value, measured),
+        "dense_time": errors(dense_s, dense)["median"],
+        "bias": float(np.median(value / measured)) - 1.0,
     }
 
 
 def _worst(rows: Sequence[RecordedRow]) -> str:
-    header = ["pruning", "run", "measured", "predicted", "interval", "given the dense time"]
+    known = known_of(rows)
+    worst = sorted(rows, key=lambda r: -abs(math.log(r.predicted[known[-1]].speedup / r.compared.measured)))[:10]
     cells = []
-    for r in rows:
-        c = r.compared
-        run = f"{c.model}, {r.engine}, {c.phase}, batch {c.batch}, {c.dtype}, {_threads(r.threads)}"
-        interval = f"{ratio(c.predicted_lower)}-{ratio(c.predicted_upper)}"
-        cells.append(
-            [c.pruning, run, f"{ratio(c.measured)}x", f"{ratio(c.predicted)}x", interval, f"{ratio(r.given)}x"]
-        )
-    return table(header, cells, left=(0, 1))
+    for r in worst:
+        c, found = r.compared, [r.predicted[name] for name in known]
+        values = [f"{ratio(s.speedup)}x ({ratio(s.lower)}-{ratio(s.upper)})" for s in found]
+        cells.append([c.pruning, f"{c.model}, {c.phase}, {r.run}", f"{ratio(c.measured)}x", *values])
+    return table(["pruning", "run", "measured", *(f"knowing {name}" for name in known)], cells, left=(0, 1))
 
 
 def measured_speedups() -> Groups:
-    published = compare_speedups()
-    files = [FOLDER.parent / "comparison.csv", FOLDER.parent / "plans.csv"]
+    published, rows = compare_speedups(), [row for page in FOLDERS for row in recorded_rows(page)]
+    files = [FOLDERS["vllm"].parent / name for name in ("comparison.csv", "plans.csv")]
     decoders = [row for file in files for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
     return {
-        "executed, Transformers": [(r.compared.measured, r.compared.predicted) for r in recorded_rows()],
+        **{
+            f"executed, {title}": [
+                (r.compared.measured, r.compared.predicted) for r in rows if (r.engine == "vllm") == ours
+            ]
+            for title, ours in (("vLLM", True), ("Transformers", False))
+        },
         "executed, our decoder and plans": [(float(r["measured"]), float(r["predicted"])) for r in decoders],
         "published, taxonomy paper": [(c.published, c.predicted) for c in table_2()],
         "published, other": [(c.measured, c.predicted) for c in published if not c.own_code],
@@ -182,5 +222,6 @@ def overview() -> Figure:
 
 
 if __name__ == "__main__":
-    write_whole(DOCS / "transformers.md", filled("transformers", tables(recorded_rows())).encode())
+    for page in FOLDERS:
+        write_whole(DOCS / f"{page}.md", filled(page, tables(recorded_rows(page))).encode())
     save_figure(overview(), DOCS.parent / "measured.png")

@@ -20,16 +20,7 @@ from calibration.evidence.validate import Report, disturbed_share, validate
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import (
-    SHARES,
-    MeasurementPlan,
-    Rates,
-    base_plan,
-    host_operators,
-    in_order,
-    next_rows,
-    probe,
-)
+from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, in_order, next_rows, probe
 from calibration.measure.run import Outcome, run
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
@@ -52,7 +43,6 @@ RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profil
 
 # Shares of the time of a quick run, for the operators that re-anchoring uses
 QUICK_SHARES = {"gemm": 0.6, "attention_prefill": 0.15, "attention_decode": 0.15, "elementwise": 0.1}
-HOST_BUDGET_S = 20.0  # longest time for the operators that measure the host
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
 # Purpose of records -> file and subject of their report
 REPORTS = {
@@ -195,33 +185,6 @@ def measure_into(
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         note(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
-
-    return measure_plan(file, header, device, options, planned, progress)
-
-
-def measure_host(
-    folder: str | Path,
-    device: Device,
-    options: RunOptions,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> MeasuredRun:
-    """Measure the host time of this machine, to update the profile of the options."""
-    dtype, budget_s = options.dtype, min(options.budget_s, HOST_BUDGET_S)
-    options = replace(options, budget_s=budget_s)
-    file, header = _begun(folder, device, options, note)
-    datasheet = file.with_name(DATASHEET)
-    if options.hardware or not datasheet.exists():
-        base = load_hardware(options.hardware) if options.hardware else base_profile(device, dtype)
-        if dtype not in base.rates:
-            raise InputError(f"--dtype {dtype}: not supported by {base.name}; supported: {', '.join(base.rates)}")
-        datasheet.parent.mkdir(exist_ok=True)
-        save_hardware(replace(base, path=None), datasheet)
-
-    def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        plan = in_order(host_operators(dtype), rates, protocol=protocol, budget_s=budget_s, seed=seed)
-        return replace(plan, drift_check=plan.items[-1].operator, visits=default_visits(device.describe())), protocol
 
     return measure_plan(file, header, device, options, planned, progress)
 

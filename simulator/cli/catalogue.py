@@ -107,6 +107,18 @@ def _show_devices(
     if hw.local_update is not None:
         about = hw.local_update.provenance
         print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
+    for engine, own in hw.engines.items():
+        host = " + ".join(f"{render.seconds(getattr(own, f'each_{part}'))} per {part}" for part in HOST_PARTS)
+        print(f"engine {engine} {own.version}, {own.source}: host {host}; measured over predicted time by tokens:")
+        render.show(
+            render.columns(
+                list(own.operators.items()),
+                ("<operator", lambda item: item[0]),
+                *((f"{n:,}", lambda item, at=at: f"{item[1].factors[at]:.2f}") for at, n in enumerate(own.tokens)),
+                ("scatter", lambda item: f"{100 * math.expm1(item[1].log_sd):.0f} %"),
+            )
+        )
+        print()
     sections = hw.to_dict()["sections"]
     if not sections:
         generic = "generic" in unfitted(hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture)
@@ -158,6 +170,9 @@ def _new_devices(
         render.show_json({"file": str(path)})
     else:
         print(f"{path}: replace each FILL_IN by a value, then run: prunesim hardware check {path}")
+
+
+HOST_PARTS = ("pass", "layer", "sequence")
 
 
 def _tflops(value: float | None) -> str:
@@ -355,7 +370,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for name, time in times.items():
         if time.value:
             spread = f"x{math.exp(time.log_sd):.2f}"
-            yield name, render.seconds(time.value), spread, _cited(time)
+            slower = f", x{time.workstation:g} on workstations" if time.workstation != 1 else ""
+            yield name, f"{render.seconds(time.value)}{slower}", spread, _cited(time)
     if e.host_correlation.source:
         yield "correlation of host times", f"{e.host_correlation.value:g}", "", _cited(e.host_correlation)
     if e.schedule is not None:

@@ -183,6 +183,10 @@ class HostTime:
     log_sd: Annotated[float, _SHARE]
     source: SourceName
     note: String = ""
+    workstation: Annotated[float, Number(0.01, 100, "6")] = 1.0  # factor on the host of a workstation's GPU
+
+    def on(self, hw_is_workstation: bool) -> float:
+        return self.value * (self.workstation if hw_is_workstation else 1.0)
 
 
 @dataclass(frozen=True)
@@ -315,6 +319,7 @@ class Engine(Behaviour, Displayed):
     stacks: tuple[str, ...] = ()  # software stacks whose kernels it runs, the most similar first
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
+    each_layer: HostTime = NOTHING  # further host time per layer, where it was measured on the device
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
     host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -18,10 +18,10 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, STACKS
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError, unknown
-from simulator.files.fields import BAD, Keyed, Number, Quoted, Text, TreeReader
+from simulator.files.fields import BAD, Keyed, Keys, Number, Quantity, Quoted, Text, TreeReader
 from simulator.files.yaml import Node
 from simulator.names import CONNECTIONS, PCIE
-from simulator.operators import CONSTANTS
+from simulator.operators import CONSTANTS, OPERATORS
 from simulator.operators.attention import DECODE_KERNELS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK, FittedValues, Link, Rate
 from simulator.units import rate, size
@@ -97,6 +97,42 @@ class LocalUpdate:
     # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape (rows,), systematic
     # has (rows, factors), coordinates has (rows, 3)
     arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Measured time of an operator in an engine over its predicted time."""
+
+    factors: tuple[Annotated[float, Number(0.01, 100.0, "0.8")], ...]  # for each of the numbers of tokens
+    log_sd: Annotated[float, Number(0.0, 3.0, "0.05")]  # scatter of the log over shapes
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """An engine as it ran dense models on this machine (``prunesim calibrate engine``)."""
+
+    version: Quoted  # release of the engine
+    source: Quoted
+    each_pass: Annotated[float, Quantity("s", 0.0, 10.0)]  # host time per pass
+    each_layer: Annotated[float, Quantity("s", 0.0, 1.0)]  # further host time per layer
+    each_sequence: Annotated[float, Quantity("s", 0.0, 1.0)]  # further host time per sequence of a decode step
+    host_log_sd: Annotated[float, Number(0.0, 3.0, "0.2")]
+    tokens: tuple[Annotated[int, Number(1, 2**31, "8", whole=True)], ...]  # rising: tokens of a pass
+    operators: Annotated[Mapping[str, Correction], Keys("operator", tuple(one.name for one in OPERATORS))]
+
+    def __post_init__(self) -> None:
+        if not self.tokens or list(self.tokens) != sorted(set(self.tokens)):
+            raise InputError(f"tokens: expected rising numbers, got {self.tokens}")
+        for name, one in self.operators.items():
+            if len(one.factors) != len(self.tokens):
+                raise InputError(
+                    f"operators.{name}.factors: expected {len(self.tokens)} numbers, one per number of tokens"
+                )
+
+    def factor(self, operator: str, tokens: FloatArray) -> FloatArray:
+        """Return the factor on the time of an operator, between the measured numbers of tokens on a log scale."""
+        at, known = np.log2(np.maximum(tokens, 1.0)), np.log2(self.tokens)
+        return np.exp(np.interp(at, known, np.log(self.operators[operator].factors)))
 
 
 Sections = Mapping[tuple[str, str], Section]  # by operator and number format
@@ -200,6 +236,8 @@ class HardwareProfile(Displayed):
         Whether the preferred stack is the user's own, which narrows the intervals.
     local_update : LocalUpdate, optional
         Rows measured on the user's machine.
+    engines : mapping of str to EngineTimes
+        Engines measured on the user's machine.
     path : Path, optional
         File that the profile was read from.
 
@@ -243,6 +281,7 @@ class HardwareProfile(Displayed):
     stacks_of: str = ""
     same_stack: bool = False
     local_update: LocalUpdate | None = None
+    engines: Mapping[str, EngineTimes] = field(default_factory=dict)
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -278,6 +317,7 @@ class HardwareProfile(Displayed):
             "stack": self.stack,
             "stacks": [stack for stack in self.stacks if stack],
             "stacks_of": self.stacks_of,
+            "engines": self.engines,
             "local_update": None if self.local_update is None else self.local_update.provenance,
             "sources": self.sources,
             "sections": [section_row(self.name, *key, section) for key, section in self.sections.items()],
@@ -297,12 +337,13 @@ class HardwareProfile(Displayed):
         """Return the device with one stack selected for all engines; InputError for a stack that it does not have."""
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
-    def serving(self, stacks: tuple[str, ...]) -> HardwareProfile:
+    def serving(self, stacks: tuple[str, ...], measured: bool = False) -> HardwareProfile:
         """Return the device with the sections of the first of an engine's ``stacks`` that the profile has.
 
-        A stack that was selected by name, or the user's own calibration, stays.
+        A stack that was selected by name, or the user's own calibration, stays. ``measured``: the engine was measured
+        on this machine.
         """
-        return _serving(self, stacks) if stacks and not self.engine_stack else self
+        return _serving(self, stacks, measured) if stacks and not self.engine_stack else self
 
     def over(self, link: str) -> HardwareProfile:
         """Return the device joined to others by a ``link``, one of :data:`simulator.names.CONNECTIONS`.
@@ -328,6 +369,11 @@ class HardwareProfile(Displayed):
         # without an engine, every section counts as one of the engine's stack
         engines = section.status == "calibrated" and section.stack == (self.engine_stack or section.stack) != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
+
+    @property
+    def is_workstation(self) -> bool:
+        """Whether the GPU is one of workstations and personal computers, whose hosts are other than a server's."""
+        return "RTX" in self.title
 
     @property
     def own_link(self) -> bool:
@@ -440,10 +486,12 @@ def with_section(profile: HardwareProfile, dtype: str, section: Section) -> Hard
 
 
 @lru_cache(maxsize=64)
-def _serving(profile: HardwareProfile, stacks: tuple[str, ...]) -> HardwareProfile:
+def _serving(profile: HardwareProfile, stacks: tuple[str, ...], measured: bool) -> HardwareProfile:
     if not (profile.pinned or profile.local_update or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
-    return replace(profile, engine_stack=stacks[0])
+    # on a CPU, calibrations time the kernels of torch
+    torch = profile.architecture != "cpu" or stacks[0] == "torch"
+    return replace(profile, engine_stack=stacks[0], same_stack=measured or (profile.same_stack and torch))
 
 
 LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})

@@ -58,7 +58,7 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
         entry = schema.UpdateEntry(update.provenance, update.factors, _entry(update.arrays, file, packed))
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
-    whole = replace(_facts(profile), calibrated=calibrated, local_update=entry)
+    whole = replace(_facts(profile), calibrated=calibrated, local_update=entry, engines=profile.engines)
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     schema.profile_from_text(text, path, problems, _no_arrays, library.taken(path))

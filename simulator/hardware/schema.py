@@ -34,6 +34,7 @@ from simulator.hardware.profile import (
     ANY_DTYPE,
     ARCHITECTURES,
     LIMITS,
+    EngineTimes,
     Fitted,
     HardwareProfile,
     LocalUpdate,
@@ -217,6 +218,7 @@ class ProfileFile:
     datasheet: Datasheet
     calibrated: Calibrated = field(default_factory=dict)
     local_update: UpdateEntry | None = None
+    engines: Map[EngineTimes] = field(default_factory=dict)
 
 
 @dataclass(eq=False, repr=False)
@@ -346,6 +348,7 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
         notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
         references=top.sources,
         local_update=LocalUpdate(entry.provenance, entry.factors, entry.arrays) if entry else None,
+        engines=top.engines,
         path=path,
     )
     sections = _sections(top.calibrated)

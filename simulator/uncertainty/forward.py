@@ -5,7 +5,7 @@ The log error of a pass is the sum of the log errors of its operators, weighted 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,18 @@ from simulator.codes import Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.passes import ForwardPass, Host, engine_factors, estimates, gaps, launches, refusal, streams
+from simulator.operators import BY_CODE
+from simulator.passes import (
+    ForwardPass,
+    Host,
+    engine_factors,
+    estimates,
+    gaps,
+    launches,
+    measured_engine,
+    refusal,
+    streams,
+)
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -34,7 +45,6 @@ from simulator.workload import Workload, WorkloadBatch
 
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
 _CHUNK = 64  # few enough for the second-level cache
-_FEW = 8  # fewer passes: one product of all groups is faster than one product per kind
 
 Errors = list[tuple[Any, Uncertainty]]
 """Rows of a workload, and the errors of their times."""
@@ -128,16 +138,19 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
     engine = load_engine(workloads.rows.meta.engine)
     if reason := refusal(workloads, hw.architecture):
         raise InputError(reason)
-    hw = hw.serving(engine.stacks)
+    engine, measured = measured_engine(engine, hw)
+    hw = hw.serving(engine.stacks, measured is not None)
     shapes, which = workloads.shapes
     seconds, roofline_s, bottleneck = np.zeros(len(shapes)), np.zeros(len(shapes)), np.zeros(len(shapes), dtype=np.int8)
     errors: Errors = []
     for rows, e in estimates(shapes, workloads.distinct, hw):
         seconds[rows], uncertainty = most_likely(e, hw)
+        if measured is not None and (one := measured.operators.get(BY_CODE[e.kind].name)) is not None:
+            uncertainty = replace(uncertainty, independent=uncertainty.independent + one.log_sd**2)
         roofline_s[rows], bottleneck[rows] = e.unit_s * e.roofline, e.bottleneck
         errors.append((rows, uncertainty))
     seconds *= engine_factors(shapes, hw, engine, seconds, roofline_s, bottleneck)
-    launched, streamed = launches(workloads, engine), streams(workloads, engine)
+    launched, streamed = launches(workloads, engine), streams(workloads, engine, hw)
     gap = gaps(workloads, engine, hw, launched)
     row_s = seconds[which] * workloads.rows.count * streamed
     return PredictedPass(
@@ -183,9 +196,6 @@ class PassUncertainty:
 
     def _correlated(self, a: Any, b: Any) -> Array:
         """Covariance (n,) of the correlated errors of passes ``a`` and ``b``, n indices each."""
-        if len(a) < _FEW:
-            near = correlation(self.coordinates[a], self.coordinates[b]) * (self.kind[:, None] == self.kind)
-            return np.asarray(((self.correlated[a][:, None] @ near)[:, 0] * self.correlated[b]).sum(axis=1))
         out = np.zeros(len(a))
         for kind in sorted(set(self.kind.tolist())):
             at = np.flatnonzero(self.kind == kind)

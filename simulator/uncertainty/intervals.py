@@ -46,6 +46,10 @@ _GRIDS = ((_NONE, _NONE), (_FINE, _NONE), (_COARSE, _FINE))
 _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
 """Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by number of unknowns."""
 
+CPU_LOG_SD = 0.015
+"""Log standard deviation, per model, of a pass on a CPU over the sum of its operators, from executed speedups
+(docs/generated/transformers.md: 0.01 covers 90 % of Qwen2.5's, 0.015 89 % of SmolLM2's; fp32, one thread)."""
+
 UNEXPLAINED = 0.3
 """Share of the deviation of a measured time from its prediction that may be time per pass where the model assumes time
 in proportion to the work, or the reverse (assumed): the model has no cause for this share."""
@@ -120,8 +124,8 @@ def prediction_intervals(
     mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
     mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
     if measured is not None and inferred is not None and inferred.consistent:
-        hosts, explained = _conditioned(p, hosts, variance, same, *measured)
-        own = own - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured pass launched another mix
+        hosts, explained, wider = _conditioned(p, hosts, variance, same, *measured)
+        own = own + wider - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured pass launched another mix
         between = between - (explained - explained[:, other]) ** 2
     log = np.log(np.maximum(hosts.seconds, 1e-300))
     if measured is not None and inferred is not None and inferred.consistent:
@@ -137,22 +141,26 @@ def prediction_intervals(
 
 def _of_engine(p: PredictedPass) -> tuple[float, float]:
     """Return the variances of the log of a pass that no operator explains: common to all models, and per model."""
-    return p.engine.log_sd.value**2, p.engine.apart_log_sd.value**2
+    apart = p.engine.apart_log_sd.value**2 + (CPU_LOG_SD**2 if p.hw.architecture == "cpu" else 0.0)
+    return p.engine.log_sd.value**2, apart
 
 
 def _conditioned(
     p: PredictedPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
-) -> tuple[_Hosts, FloatArray]:
-    """Return the passes at each host given the measured time of pass ``at``, and the covariance (h, W) of their logs
-    with the log of the measured time, over the standard deviation of the latter."""
+) -> tuple[_Hosts, FloatArray, FloatArray]:
+    """Return the passes at each host given the measured time of pass ``at``; the covariance (h, W) of their logs with
+    the log of the measured time, over the standard deviation of the latter; and how much the variance that all passes
+    share grows. The likely cause of a deviation is one that dense and pruned share, such as other kernels or clocks, so
+    the shared variance becomes at least the square of the deviation."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
     _, ratio = p.uncertainty.variances(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
     share = hosts.share[:, [at]]
-    covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + alike + apart * (every == at)
-    whole = share**2 * variance[at] + alike + apart + MEASURED_LOG_SD**2
     left = np.log(seconds / hosts.seconds[:, [at]])
+    shared = np.maximum(alike, left * left)
+    covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + shared + apart * (every == at)
+    whole = share**2 * variance[at] + shared + apart + MEASURED_LOG_SD**2
     moved = hosts._replace(seconds=hosts.seconds * np.exp(covariance / whole * left))
-    return moved, covariance / np.sqrt(whole)
+    return moved, covariance / np.sqrt(whole), shared - alike
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:

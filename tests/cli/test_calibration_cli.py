@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from dataclasses import replace
@@ -196,7 +195,10 @@ validate h100 r.parquet --html x.html                | --html: no longer an opti
 calibrate gpu -o run                                 | device 'gpu' is unknown
 calibrate cpu -o r.parquet                           | is a file
 calibrate cpu cuda -o run                            | unexpected extra argument
-calibrate host -o run --measure-only                 | no DEVICE host
+calibrate engine -o run                              | run/profile.yaml does not exist; expected --hardware, or
+calibrate engine -o run --hardware cpu --measure-only | --measure-only, --quick: expected none of them
+calibrate engine -o run --hardware cpu --engine trt  | --engine 'trt' is unknown
+calibrate engine -o run --hardware cpu --dtype fp32 --vllm-python /no/python | cannot be run
 calibrate cpu -o a/b                                 | does not exist
 """
 
@@ -312,54 +314,6 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
     assert keys[:10] == first
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
-
-
-@pytest.mark.quick
-def test_the_host_alone_is_measured_and_moves_a_profile(planted: list[Any], cli: Any) -> None:
-    one = device(launch_s=8e-6)
-    planted.append(one)
-    out, _ = cli("calibrate host -o run --hardware h100")
-    assert {op.kind for op in one.prepared} <= {"gemm", "copy", "launch_eager", "layer_eager"}  # GEMM, copy: the probe
-    assert {r["operator"]["kind"] for r in read_store(Path("run/records.jsonl")).rows} == {
-        "launch_eager",
-        "layer_eager",
-    }
-    assert one.clock() < 30.0
-    time = r"(\S+) us \(([\d.]+)-([\d.]+)\)"
-    start = "Use run/profile.yaml as --hardware: this host takes "
-    found = re.match(rf"{start}{time} per launch \(before: {time}\), (\S+) us per eager", " ".join(out.split()))
-    assert found is not None, out
-    launch, low, high, usual, least, most, layer = (float(text) for text in found.groups())
-    half, before = high / low, most / least
-    assert usual == 16.5
-    assert low < launch < high
-    assert launch == pytest.approx(8.0, rel=0.1)
-    assert math.log(half) < 0.3 * math.log(before)
-    assert layer == pytest.approx(LAYER_LAUNCHES * launch, rel=0.01)
-    profile = load_hardware("run/profile.yaml")
-    eager = "speedup qwen2.5-0.5b --phase decode --batch 1 --seq 128 --engine hf"
-    assert (profile.name, profile.local_update.provenance.rows) == ("h100_sxm", 6)
-    (moved,), (shipped,) = (
-        [r for r in cli.json(f"{eager} --family depth --sparsity 0.5 --hardware {name}") if r["family"] == "depth"]
-        for name in ("run/profile.yaml", "h100")
-    )
-    assert moved["dense_s"] < 0.6 * shipped["dense_s"]
-    assert moved["dense_upper"] / moved["dense_lower"] < 0.5 * shipped["dense_upper"] / shipped["dense_lower"]
-    (row,) = cli.json("calibrate host -o run --hardware h100")
-    assert row["launch_s"] == pytest.approx(1e-6 * launch, rel=0.01)
-    assert (row["launches"], row["measured"]["resumed"]) == (LAYER_LAUNCHES, 7)
-    assert row["measured_layer_s"] == pytest.approx(LAYER_LAUNCHES * row["measured_bare_launch_s"], rel=0.02)
-
-
-def test_a_cpus_host_may_be_a_gpus_and_another_gpus_may_not(planted: list[Any], cli: Any) -> None:
-    planted.append(device(CPU, launch_s=8e-6))
-    out, err = cli("calibrate host -o run --hardware h100")
-    assert "the host Some CPU (4 threads) was timed without a GPU" in err
-    assert "before: 16.5 us" in out
-    assert "use --hardware h100_sxm" in cli.refused("calibrate host -o other --hardware a100")
-    assert "--dtype bf16: not supported by cpu; supported: fp32" in cli.refused("calibrate host -o no --hardware cpu")
-    assert "--for: DEVICE host" in cli.refused("calibrate host -o no --for qwen2.5-0.5b")
-    assert not Path("no").exists()
 
 
 def test_host_time_is_fitted_to_layers_where_they_were_measured() -> None:

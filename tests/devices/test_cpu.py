@@ -202,13 +202,6 @@ def test_a_host_launches_from_one_thread(device: CpuDevice) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_the_host_is_the_cpu_where_there_is_no_gpu() -> None:
-    with open_device("host") as opened:  # type: ignore[attr-defined]
-        assert opened.name == ("cuda:0" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(InputError, match="host:1"):
-        open_device("host:1")
-
-
 def test_threads_are_those_of_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"1": 1, " 3 ": 3, "2,4": 2, "64": 8, "0": 8, "": 8, "many": 8, "-1": 8}
     for text, expected in values.items():

@@ -110,19 +110,47 @@ def test_a_scheduler_adds_its_time_to_each_pass_and_each_sequence(
     assert slow == pytest.approx(passes_s + sequences_s, rel=1e-9)
 
 
+def test_the_host_of_a_workstation_is_slower_by_the_factor_of_its_engine() -> None:
+    rtx = simulator.load_hardware("rtx_4090")
+    assert (rtx.is_workstation, H100.is_workstation) == (True, False)
+    for engine, factor in (("vllm", load_engine("vllm").each_pass.workstation), ("vllm@0.12", 1.0)):
+        workloads = [lowered(engine, "decode", batch=batch) for batch in (1, 8, 64)]
+        server, workstation = passed(*workloads), passed(*workloads, hw=rtx)
+        assert (server.host_s > 0).all()
+        np.testing.assert_allclose(workstation.host_s, factor * server.host_s, rtol=1e-12)
+        np.testing.assert_allclose(workstation.total_s, workstation.device_s + workstation.host_s, rtol=1e-12)
+    assert load_engine("vllm").each_pass.workstation > 1
+
+
+def test_asynchronous_scheduling_on_a_server_is_never_slower() -> None:
+    for phase in ("prefill", "decode", "generate", "serve"):
+        newest, before = (
+            passed(*(lowered(engine, phase, batch=batch) for batch in (1, 4, 16, 64, 256)))
+            for engine in ("vllm", "vllm@0.12")
+        )
+        assert (newest.total_s <= before.total_s * (1 + 1e-12)).all()
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
-def test_under_a_graph_without_a_scheduler_and_on_a_cpu_there_is_none(phase: str) -> None:
+def test_under_a_graph_without_a_scheduler_there_is_none(phase: str) -> None:
     for engine in ("", "reference", "compile", "trtllm"):
         p = passed(lowered(engine, phase, batch=3))
         assert not p.host
         assert p.host_s.tolist() == [0.0]
         np.testing.assert_allclose(p.total_s, p.device_s, rtol=1e-15)
         assert p.at(3.0, 3.0)[0] == pytest.approx(p.at(-3.0, -3.0)[0], rel=1e-15)
+
+
+def test_a_cpu_launches_within_the_time_of_its_kernels_and_schedules_before() -> None:
     cpu = simulator.load_hardware("cpu")
-    for engine in ("hf", "vllm", "reference"):
-        p = passed(lowered(engine, phase, batch=3, dtype="fp32"), hw=cpu)
-        assert not p.host
-        np.testing.assert_allclose(p.total_s, p.device_s, rtol=1e-15)
+    for engine in ("hf", "vllm"):
+        p = passed(lowered(engine, "decode", batch=3, dtype="fp32"), hw=cpu)
+        own = simulator.load_engine(engine)
+        assert not p.host.launch.any()
+        host_s = own.each_pass.value + 3 * own.each_sequence.value
+        assert p.host_s == pytest.approx([host_s], rel=1e-12)
+        np.testing.assert_allclose(p.total_s, p.device_s + host_s, rtol=1e-12)
+    assert not passed(lowered("reference", "decode", batch=3, dtype="fp32"), hw=cpu).host
 
 
 def test_halving_the_layers_halves_their_launches_and_width_leaves_them() -> None:

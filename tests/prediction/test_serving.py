@@ -135,19 +135,19 @@ def _place(r: Result) -> tuple[int, int, int]:
 
 
 def test_a_measured_time_reaches_every_answer() -> None:
-    rows = table(family=["depth", "width"], sparsity=[0.25, 0.5], dense_s=0.0095)
+    rows = table(family=["depth", "width"], sparsity=[0.25, 0.5], dense_s=0.0074)
     for r in rows:
-        assert r.dense_s == pytest.approx(0.0095, rel=0.02)
+        assert r.dense_s == pytest.approx(0.0074, rel=0.02)
         assert r.dense_tpot_s == r.dense_s
-    (e,) = explanations("llama-3.1-8b", ["h100"], family="depth", sparsity=0.25, dense_s=0.0095)
+    (e,) = explanations("llama-3.1-8b", ["h100"], family="depth", sparsity=0.25, dense_s=0.0074)
     assert e.result.speedup == rows[0].speedup
     assert e.steps[-1].speedup == pytest.approx(e.result.speedup, rel=1e-12)
     assert math.prod(step.factor for step in e.steps) == pytest.approx(e.result.speedup, rel=1e-12)
-    (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["depth"], dense_s=0.0095).advice
+    (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["depth"], dense_s=0.0074).advice
     dense = simulator.lower("llama-3.1-8b")
     pruned, hw = prune(dense, "depth", a.result.sparsity), simulator.load_hardware("h100")
-    assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0095).speedup, rel=1e-9)
-    assert waterfall(dense, pruned, hw, dense_s=0.0095)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
+    assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0074).speedup, rel=1e-9)
+    assert waterfall(dense, pruned, hw, dense_s=0.0074)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
-from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Sampler, alternate, cases_of, in_turns  # noqa: E402
+from calibration.runners.cases import LEAST, Case, ModelRun, Sampler, alternate, cases_of  # noqa: E402
 from calibration.runners.compare import (  # noqa: E402
     ComparedCases,
     ComparedSpeedup,
@@ -91,22 +91,6 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order[4:12] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
         assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
-
-
-def test_a_model_that_starts_slowly_after_the_other_does_not_change_the_ratio() -> None:
-    last = [0]
-
-    def sample(i: int) -> float:
-        slow, last[0] = last[0] != i, i
-        return (1.31, 1.0)[i] * (1.3 if slow else 1.0)
-
-    def ratio(block: int) -> float:
-        dense_s, pruned_s = in_turns(sample, lambda x: [x], 1.0, lambda: 0.0, block=block)
-        assert len(dense_s) == len(pruned_s) >= ENOUGH
-        return float(np.median(np.array(dense_s) / pruned_s))
-
-    assert ratio(block=4) == pytest.approx(1.31)
-    assert ratio(block=1) > 1.34
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ from calibration.records.store import read_store  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners import hf  # noqa: E402
 from calibration.runners.cases import Case, ModelRun, cases_of  # noqa: E402
+from calibration.runners.engine import operator_of  # noqa: E402
 from calibration.runners.hf import HfRunner, build, check  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.changes import content_of  # noqa: E402
 from simulator.models.config import ModelConfig  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.models.lower import lower  # noqa: E402
+from simulator.prediction.prunings import Pruning  # noqa: E402
 from simulator.pruning import prune  # noqa: E402
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
@@ -164,6 +166,27 @@ def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was()
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside torch's own compiler
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_pass_is_taken_apart(phase: str) -> None:
+    config = load_model(LLAMA)
+    w = lower(config, phase=phase, batch=2, seq=16, engine="hf", dtype="fp32")
+    device = ReplayDevice(description=Description("cpu", "some CPU"))
+    seen = HfRunner(device, ModelRun(config, "fp32", "hf", LLAMA)).observe(Case(Pruning(()), (), w, w))
+    named = {operator_of(kernel) for kernel, seconds in seen.kernels.items() if seconds > 0.0}
+    assert {"gemm", "attention", "elementwise"} <= named
+    assert 0.0 < sum(s for kernel, s in seen.kernels.items() if operator_of(kernel) == "gemm") < 10.0
+    assert seen.version == version("transformers")
+
+
+def test_the_head_gets_the_last_position_as_an_array_of_its_own() -> None:
+    """Else torch copies the head's weight on a CPU."""
+    model, strides = _built(LLAMA, "").model, []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: strides.append(inputs[0].stride()))
+    with torch.inference_mode():
+        model(torch.zeros((2, 16), dtype=torch.int64), logits_to_keep=1)
+    assert strides == [(64, 64, 1)]
+
+
 @pytest.mark.parametrize("phase", comparing.ENGINES["compile"].phases)
 def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if phase != "generate":  # it has the passes of the others: they need not be compiled again, only captured

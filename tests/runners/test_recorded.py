@@ -1,4 +1,4 @@
-"""Recorded runs of Transformers: predictions hold on them, and the page has their tables."""
+"""Recorded runs of vLLM and Transformers: predictions hold on them, and the pages have their tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import pytest
 
 pytest.importorskip("torch")
 
-from calibration.runners import recorded
-from calibration.runners.recorded import RecordedRow, overview, recorded_rows, scores, tables
+from calibration.runners.recorded import FOLDERS, KNOWN, RecordedRow, overview, recorded_rows, scores, tables
+
+
+@pytest.fixture(scope="module")
+def in_vllm() -> list[RecordedRow]:
+    return recorded_rows("vllm")
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[RecordedRow]:
-    return recorded_rows()
+    return recorded_rows("transformers")
 
 
 def test_at_least_120_speedups_of_two_models_two_engines_and_two_formats(rows: list[RecordedRow]) -> None:
@@ -26,23 +30,44 @@ def test_at_least_120_speedups_of_two_models_two_engines_and_two_formats(rows: l
 
 def test_predictions_hold_in_the_format_that_the_machine_computes_in(rows: list[RecordedRow]) -> None:
     found = scores([r for r in rows if r.compared.dtype == "fp32" and r.threads == "1"])
-    assert found["median"] < 0.045
-    assert found["spearman"] > 0.95
-    assert found["inside"] > 0.75
+    assert found["median"] < 0.035
+    assert found["spearman"] > 0.97
+    assert 0.85 < found["inside"] < 0.95
+    assert found["half_width"] < 0.12
     other = scores([r for r in rows if r.compared.model == "qwen2.5-0.5b" and r.compared.dtype == "fp32"])
     assert other["median"] < 0.04
     assert other["inside"] > 0.85
 
 
-def test_the_page_has_the_tables_of_the_records(rows: list[RecordedRow]) -> None:
-    page = (recorded.FOLDER.parents[1] / "generated" / "transformers.md").read_text()
-    for text in tables(rows):
-        assert text in page
+def test_speedups_in_vllm_meet_their_targets(in_vllm: list[RecordedRow]) -> None:
+    rows = [r for r in in_vllm if r.engine == "vllm"]
+    assert len(rows) >= 150
+    assert {r.compared.model for r in rows} == {"smollm2-135m", "qwen2.5-0.5b", "moe"}
+    assert {r.compared.phase for r in rows} == {"prefill", "decode", "serve"}
+    plain, given, calibrated = (scores(rows, known) for known in KNOWN)
+    for found in (plain, given, calibrated):
+        assert found["median"] < 0.05
+        assert 0.85 < found["inside"] < 0.97
+        assert found["half_width"] < 0.14
+        assert found["spearman"] > 0.95
+    assert given["median"] < plain["median"] + 0.002
+    assert calibrated["median"] < 0.8 * plain["median"]
+    assert calibrated["half_width"] < plain["half_width"]
+    assert calibrated["dense_time"] < 0.5 * plain["dense_time"]
+
+
+@pytest.mark.parametrize("page", list(FOLDERS))
+def test_the_pages_have_the_tables_of_the_records(
+    page: str, rows: list[RecordedRow], in_vllm: list[RecordedRow]
+) -> None:
+    text = (FOLDERS[page].parents[1] / "generated" / f"{page}.md").read_text()
+    for one in tables({"transformers": rows, "vllm": in_vllm}[page]):
+        assert one in text
 
 
 @pytest.mark.slow
 def test_the_readme_counts_what_its_picture_shows() -> None:
-    readme = (recorded.FOLDER.parents[2] / "README.md").read_text()
+    readme = (FOLDERS["vllm"].parents[2] / "README.md").read_text()
     titles = [ax.get_title().partition("\n") for ax in overview().axes]
     assert len(titles) == 3
     for what, _, error in titles:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +21,18 @@ from fake_vllm import FILE, pass_s
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
 from calibration.measure.run import Interrupted
+from calibration.records.store import read_store
 from calibration.runners.cases import Case, ModelRun
 from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
 from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
 from simulator.models.changes import content_of
 from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.prunings import prunings_of
+from simulator.prediction.table import predict
 
 TESTS = Path(__file__).parents[1]
 MODEL = load_model("smollm2-135m")
@@ -100,7 +104,7 @@ def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], rele
             assert record["dense_s"] == pytest.approx([_planted_s(dense, case)] * len(record["dense_s"]), rel=1e-5)
             expected = [_planted_s(_config(case), case)] * len(record["pruned_s"])
             assert record["pruned_s"] == pytest.approx(expected, rel=1e-5)
-            assert record["settings"]["in_turns"] == ("samples" if case.phase == "serve" else "blocks")
+            assert record["settings"]["in_turns"] == "samples"
             json.dumps(record, allow_nan=False)
 
 
@@ -128,9 +132,10 @@ def test_a_model_that_leaves_no_room_is_timed_before_the_other(plant: Callable[.
 
 
 def test_processes_are_kept_for_all_cases_of_a_pruning_and_end(plant: Callable[..., None]) -> None:
-    cases = _cases("depth 0.25", "depth 0.5", phases=("prefill", "decode"))
+    cases = _cases("depth 0.25", "depth 0.5", phases=("prefill", "serve"))
     seen = set()
     with closing(_runner(cases)) as runner:
+        assert not runner.apart
         for case in sorted(cases, key=lambda c: c.prune):
             runner.record(case, 0.0)
             seen |= {engine.process.pid for engine in runner.engines.values()}
@@ -141,12 +146,28 @@ def test_processes_are_kept_for_all_cases_of_a_pruning_and_end(plant: Callable[.
             os.kill(pid, 0)
 
 
+def test_an_engine_is_stopped_while_it_has_no_request(plant: Callable[..., None]) -> None:
+    (case,) = _cases("depth 0.25")
+    with closing(_runner([case])) as runner:
+        assert runner.record(case, 0.0)["status"] == "ok"
+        for engine in runner.engines.values():
+            os.waitid(os.P_PID, engine.process.pid, os.WSTOPPED)  # returns when it is stopped
+
+
+def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(plant: Callable[..., None]) -> None:
+    cases = _cases("depth 0.25", phases=("prefill", "serve"), batch=16)  # 4,096 tokens; a CPU's server takes 2,048
+    with closing(_runner(cases)) as runner:
+        assert runner.apart == ("serve",)
+        budgets = [runner.record(case, 0.0)["settings"]["max_num_batched_tokens"] for case in cases]
+    assert budgets == [4096, 2048]
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "reason"),
     [
         ("memory", "skipped", "OutOfMemoryError: CUDA out of memory"),
         ("crash", "failed", "the vLLM process ended with status 3: CUDA error: an illegal memory access"),
-        ("short", "failed", "expected 4 requests with 65 new tokens each, got 4 with {64}"),
+        ("short", "failed", "expected 4 requests with 33 new tokens each, got 4 with {32}"),
         ("noise", "failed", "a decode step of -"),
         ("argument", "unsupported", "unexpected keyword argument 'kv_cache_memory_bytes'; supported releases of vLLM:"),
     ],
@@ -183,6 +204,26 @@ def test_an_interrupt_ends_the_wait_for_a_model(plant: Callable[..., None]) -> N
             runner.record(case, 10.0)
 
 
+def test_an_engine_is_calibrated_on_copies_of_a_model(
+    plant: Callable[..., None], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plant(slower="30")  # else it is faster than the CPU of the profile can be
+    line = "calibrate engine --engine vllm -o run --hardware cpu --dtype fp32"
+    out, _ = cli(line)
+    assert "Use run/profile.yaml as --hardware: its passes differ from the measured ones by" in out
+    (found,) = load_hardware("run/profile.yaml").engines.values()
+    assert (found.version, found.tokens) == (RELEASES[1], (1, 4, 16, 128, 512))
+    assert set(found.operators) == {"gemm", "prefill_attention", "decode_attention"}
+    dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
+    after = predict("smollm2-135m", "depth 0.5", "run/profile.yaml", engine="vllm", batch=4, seq=128, dtype="fp32")
+    assert after.dense_s == pytest.approx(30.0 * pass_s(dense, 4), rel=0.25)  # the fake has no head
+    records = read_store(Path("run/engine.vllm.jsonl")).rows
+    (row,) = cli.json(line)  # nothing runs again
+    assert read_store(Path("run/engine.vllm.jsonl")).rows == records
+    assert len(row["passes"]) == len(records) == 10
+
+
 def test_vllm_must_be_installed() -> None:
     (case,) = _cases("depth 0.25")
     with pytest.raises(InputError, match=r"vLLM is not installed .* pip install vllm"):
@@ -212,7 +253,7 @@ def test_models_that_vllm_does_not_build_are_refused_before_they_run(
 
 
 def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> None:
-    with pytest.raises(InputError, match="expected at most 8192 positions, got 8225 with new tokens"):
+    with pytest.raises(InputError, match="expected at most 8192 positions, got 8209 with new tokens"):
         _runner(_cases("depth 0.25", batch=1, seq=8192))
     with pytest.raises(InputError, match="expected weights, cache and arithmetic in bf16"):
         _runner(_cases("depth 0.25", weight_dtype="int8"))
@@ -247,12 +288,17 @@ def test_every_class_is_in_the_registry_of_the_releases() -> None:
 
 
 @pytest.mark.quick
-def test_a_child_sees_the_gpu_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_sees_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    first, second, cpu = (SimpleNamespace(name=name, cpus=(2, 3)) for name in ("cuda", "cuda:1", "cpu"))
+    assert environment(second)["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "6"
-    assert environment("cuda")["CUDA_VISIBLE_DEVICES"] == "4"
+    assert environment(second)["CUDA_VISIBLE_DEVICES"] == "6"
+    assert environment(first)["CUDA_VISIBLE_DEVICES"] == "4"
+    bound = environment(cpu, 3 * 2**29)
+    assert (bound["VLLM_CPU_OMP_THREADS_BIND"], bound["VLLM_CPU_KVCACHE_SPACE"]) == ("2,3", "2")
+    assert bound["MALLOC_MMAP_MAX_"] == "0"
+    assert not {name for name in bound if name.startswith("OMP_")}
 
 
 def test_the_installed_vllm_has_the_interface() -> None:

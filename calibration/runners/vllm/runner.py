@@ -10,10 +10,10 @@ sequence and no prefix cache.
 
 The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
 finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
-each model has a child process for all its cases, and another one for serve, whose steps have vLLM's own token budget.
-If both models fit, dense and pruned take turns of :data:`BLOCK` samples: a process that was idle starts slowly, so the
-first sample of a turn is dropped. Else the pruned model is timed after the dense model. The caches hold the largest
-checked case, so check all cases before the first record.
+each model has a child process for all its cases. If a prefill or decode case needs more tokens per step than vLLM's own
+budget, serve has another process with that budget. If both models fit, dense and pruned take turns; an engine is
+stopped (SIGSTOP) while no request of it runs, because an idle engine polls and slows the other. Else the pruned model
+is timed after the dense model. The caches hold the largest checked case, so check all cases before the first record.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ import os
 import re
 import select
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED, Interrupted
 from calibration.measure.timing import OK, InvalidTiming
-from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Runner, counted, in_turns
+from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Observation, Runner, counted, in_turns
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
 from simulator.engines.engine import numbers
@@ -48,15 +49,14 @@ from simulator.prediction.runnable import shapes_of, will_run
 from simulator.workload import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
-STEPS = 64  # decode steps of a sample
+STEPS = 32  # decode steps of a sample
 WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
-WARM = 2  # unmeasured samples of each model before a case
 LONGEST_S = 60.0  # longest time of the pairs of one case
 MOST = 50  # most pairs of one case
-BLOCK = 4  # samples of one model in a turn
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
-_BATCHED, _BATCHED_SERVING, _MOST_BATCHED = 2048, 8192, 32768  # tokens of one pass: vLLM's defaults, and a limit
+_BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget for a server
+_MOST_BATCHED = 32768  # tokens of one step in prefill and decode cases
 _BLOCK = 128  # tokens; no attention backend has larger blocks
 _OWN_BYTES = 3e9  # context, libraries, graphs and workspaces of one process on a GPU
 _SHARE = 0.92  # usable share of the memory, vLLM's default
@@ -66,22 +66,29 @@ _SHARE = 0.92  # usable share of the memory, vLLM's default
 class LargestRequest:
     sequences: int = 1
     tokens: int = 0  # length of one sequence with its new tokens
-    batched: int = _BATCHED  # tokens of one pass
+    batched: int = 0  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
         """Return sizes that also hold a case. Prompts that start together are one pass up to a limit, so the sequences
         of the decode steps after it have one length."""
         prompt = 0 if case.phase == "serve" else case.batch * case.seq
-        least = _BATCHED_SERVING if case.phase == "serve" else case.batch
-        return LargestRequest(
-            max(self.sequences, case.batch),
-            max(self.tokens, sum(lengths(case))),
-            max(self.batched, least, min(prompt, _MOST_BATCHED)),
-        )
+        return self.with_sizes(LargestRequest(case.batch, sum(lengths(case)), min(prompt, _MOST_BATCHED)))
+
+    def with_sizes(self, other: LargestRequest) -> LargestRequest:
+        return LargestRequest(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
-Served = tuple[ModelConfig, bool]  # model, and whether its process serves
+Served = tuple[ModelConfig, bool]  # model, and whether its process is that of serve alone
 Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
+
+
+_TRACE, _TRACED_STEPS = "trace", 8  # folder of a profile, and its number of decode steps
+_STEP = re.compile(r"context_\d+\((\d+)\)_generation_\d+\((\d+)\)")
+
+
+def _tokens_of(step: str) -> tuple[int, ...]:
+    """Return the prompt tokens and the decodes of a step that vLLM's profile names."""
+    return tuple(map(int, found.groups())) if (found := _STEP.search(step)) else ()
 
 
 def lengths(case: Case) -> tuple[int, int]:
@@ -98,9 +105,12 @@ class VllmRunner(Runner):
         self.models = Models(model.config, model.content)
         check_installed(model.python)
         self.dtype, self.patience_s = model.dtype, patience_s
-        self.sizes = {False: LargestRequest(), True: LargestRequest()}  # key: in serve
+        self.budget = _BATCHED["cpu" if device.name == "cpu" else "cuda"]
+        least = LargestRequest(batched=self.budget)
+        self.sizes = {False: least, True: least}  # key: in serve
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Served, EngineProcess] = {}
+        self.traced = False  # whether engines start with their profiler
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # folder of the models
 
     def close(self) -> None:
@@ -108,6 +118,10 @@ class VllmRunner(Runner):
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        return ("serve",) if self.sizes[False].batched > self.budget else ()
 
     def check(self, case: Case) -> None:
         formats = {case.dense.meta.dtype, self.dtype}
@@ -131,24 +145,38 @@ class VllmRunner(Runner):
             self._keep(())
             return {"status": SKIPPED if isinstance(error, OutOfMemory) else FAILED, "reason": str(error)}
 
+    def observe(self, case: Case) -> Observation:
+        self.traced = True
+        engine = self._engine((self.models.dense, False))
+        tokens, output = lengths(case)
+        samples = [self._sample(case, engine)[0][0] for _ in range(1 + ENOUGH)]
+        given = {
+            "batch": case.batch,
+            "tokens": tokens,
+            "output": min(output, _TRACED_STEPS + 1),
+            "vocab": self.models.dense.vocab,
+        }
+        steps = engine.ask("profile", folder=str(engine.log.with_name(_TRACE)), **given)["steps"]
+        prefill = case.phase == "prefill"
+        prompts, decodes = (case.batch * tokens, 0) if prefill else (0, case.batch)
+        found = [step["kernels"] for step in steps if _tokens_of(step["name"]) == (prompts, decodes)]
+        if not found:
+            raise Unsupported(f"vLLM's profile has no step of {prompts} prompt tokens and {decodes} decodes")
+        kernels = {name: sum(step.get(name, 0.0) for step in found) / len(found) for name in found[0]}
+        return Observation(statistics.median(samples[1:]), kernels, engine.versions["vllm"])
+
     def _timed(self, case: Case, seconds: float) -> dict[str, Any]:
         serving = case.phase == "serve"
-        pair = [(model, serving) for model in (self.models.dense, self.models.pruned(case))]
+        pair = [(model, case.phase in self.apart) for model in (self.models.dense, self.models.pruned(case))]
         limit = min(0.8 * seconds, LONGEST_S)
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
             self._keep(pair)
             engines = [self._engine(one) for one in pair]
-            for engine in engines * (1 if serving else WARM):
+            for engine in () if serving else engines:  # a sample of serve begins with an untimed ramp-up
                 self._sample(case, engine)
-            found = in_turns(
-                lambda i: self._sample(case, engines[i]),
-                lambda x: x[0],
-                limit,
-                self.device.clock,
-                MOST,
-                1 if serving else BLOCK,  # a sample of serve begins with an untimed ramp-up
-            )
+            clock = self.device.clock
+            found = in_turns(lambda i: self._sample(case, engines[i]), lambda x: x[0], limit, clock, MOST)
         else:
             found = self._in_turn(case, pair, limit)
         dense_s, pruned_s = ([round(s, 9) for seconds, _ in samples for s in seconds] for samples in found)
@@ -156,7 +184,6 @@ class VllmRunner(Runner):
         first = ([round(s, 9) for _, waits in samples for s in waits] for samples in found)
         waits = dict(zip(("dense_first_token_s", "pruned_first_token_s"), first))
         versions = next(iter(self.engines.values())).versions
-        turns = "models" if not together else "samples" if serving else "blocks"
         return {
             "reason": release_note(versions["vllm"]),
             "runtime": "vllm",
@@ -165,7 +192,7 @@ class VllmRunner(Runner):
             "pruned_s": pruned_s[:count],
             **(waits if serving else {}),
             "versions": versions,
-            "settings": {**self._settings(pair[0]), "in_turns": turns},
+            "settings": {**self._settings(pair[0]), "in_turns": "samples" if together else "models"},
         }
 
     def _in_turn(self, case: Case, pair: Sequence[Served], limit: float) -> tuple[list[Samples], list[Samples]]:
@@ -174,8 +201,7 @@ class VllmRunner(Runner):
         for one, samples in zip(pair, found):
             self._keep((one,))
             engine = self._engine(one)
-            for _ in range(1 if case.phase == "serve" else WARM):
-                self._sample(case, engine)
+            self._sample(case, engine)
             start = self.device.clock()
             while len(samples) < LEAST or (len(samples) < ENOUGH and self.device.clock() - start < limit / 2.0):
                 samples.append(self._sample(case, engine))
@@ -207,19 +233,28 @@ class VllmRunner(Runner):
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
             folder = Path(self._folder.name)
             file = write_config(folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(one[0]))
+            folders: dict[str, Any] = {"model": str(file.parent)}
+            if self.traced:
+                trace = file.with_name(_TRACE)
+                trace.mkdir()
+                folders["profiler_config"] = {
+                    "profiler": "torch",
+                    "torch_profiler_dir": str(trace),
+                    "torch_profiler_with_stack": False,
+                }
             self.engines[one] = EngineProcess(
-                {**self._settings(one), "model": str(file.parent)},
+                {**self._settings(one), **folders},
                 file.with_name("output.txt"),
                 python=self.model.python,
-                env=environment(self.device.name),
+                env=environment(self.device, self._cache_bytes(one)),
                 patience_s=self.patience_s,
                 interrupted=self.interrupted,
             )
         return self.engines[one]
 
     def _settings(self, one: Served) -> dict[str, Any]:
-        """Return keyword arguments of ``vllm.LLM``, except the folder of the model."""
-        cache, sizes = self._cache_bytes(one), self.sizes[one[1]]
+        """Return keyword arguments of ``vllm.LLM``, except folders."""
+        cache, sizes = self._cache_bytes(one), self._sizes(one)
         share = self._bytes(one) / self.memory_bytes if self.memory_bytes else _SHARE
         return {
             "load_format": "dummy",
@@ -234,16 +269,20 @@ class VllmRunner(Runner):
             "gpu_memory_utilization": round(min(max(share, 0.05), _SHARE), 3),
         }
 
+    def _sizes(self, one: Served) -> LargestRequest:
+        """Return the sizes of a process: one without an own process for serve holds all cases."""
+        return self.sizes[one[1]] if self.apart else self.sizes[False].with_sizes(self.sizes[True])
+
     def _cache_bytes(self, one: Served) -> int:
         """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make it smaller."""
-        model, sizes = one[0], self.sizes[one[1]]
+        model, sizes = one[0], self._sizes(one)
         full = replace(model, windows=(0,) * model.layers)
         tokens = (sizes.tokens // _BLOCK + 2) * _BLOCK
         held = lower(full, phase="decode", batch=sizes.sequences, seq=tokens, dtype=self.dtype)
         return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
 
     def _bytes(self, one: Served) -> float:
-        w = WorkloadBatch.of([lower(one[0], phase="prefill", seq=self.sizes[one[1]].batched, dtype=self.dtype)])
+        w = WorkloadBatch.of([lower(one[0], phase="prefill", seq=self._sizes(one).batched, dtype=self.dtype)])
         return float(weights_bytes(w)[0] + activation_bytes(w)[0]) + self._cache_bytes(one) + _OWN_BYTES
 
 
@@ -272,20 +311,29 @@ class EngineFailed(RuntimeError):
     """The child ended or did not answer."""
 
 
-def environment(device: str) -> dict[str, str]:
-    """Return the environment of a child on a device: its GPU, no network, no module search beside the program."""
+def environment(device: Device | None = None, cache_bytes: int = 0) -> dict[str, str]:
+    """Return the environment of a child on a device: no network, no module search beside the program, and the GPU, or
+    the CPUs of the device with a malloc that keeps blocks, as in calibrations."""
     env = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if device.startswith("cuda"):
+    if device is None:
+        return env
+    if device.name.startswith("cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        index = int(device.partition(":")[2] or 0)
+        index = int(device.name.partition(":")[2] or 0)
         env["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[0] else str(index)
-    return env
+        return env
+    own = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-cache_bytes // 2**30))
+    if cpus := getattr(device, "cpus", ()):
+        own["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpus))
+        env = {name: value for name, value in env.items() if not name.startswith("OMP_")}
+    return {**own, **env}
 
 
 def check_installed(python: str) -> None:
     code = "import importlib.util; print(importlib.util.find_spec('vllm') is not None)"
     try:
-        found = subprocess.run([python, "-c", code], env=environment("cpu"), capture_output=True, text=True, timeout=60)
+        found = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"{python}: cannot be run ({error}); expected a Python interpreter with vLLM") from None
     if found.stdout.strip() != "True":
@@ -332,24 +380,29 @@ class EngineProcess:
         except BaseException:
             self.close()
             raise
+        self._signal(signal.SIGSTOP)
 
     def ask(self, what: str, **request: Any) -> dict[str, Any]:
         """Send a request of the worker's table ``TIMED`` and return its answer."""
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):  # the process has ended; its output has the reason
             self.process.stdin.write(json.dumps({"what": what, **request}).encode() + b"\n")
             self.process.stdin.flush()
-        return self._answer()
+        found = self._answer()
+        self._signal(signal.SIGSTOP)
+        return found
 
     def close(self) -> None:
         if self._answers < 0:
             return
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.0 if self.interrupted() or self.process.poll() is not None else _CLOSING_S)
-        self._kill()
+        self._signal(signal.SIGKILL)
         self.process.wait()
         os.close(self._answers)
         self._answers = -1
@@ -366,10 +419,10 @@ class EngineProcess:
                     self.process.wait(5.0)
                 raise self._failure(f"the vLLM process ended with status {self.process.returncode or 0}")
             if not part and self.interrupted():
-                self._kill()
+                self._signal(signal.SIGKILL)
                 raise Interrupted
             if not part and time.monotonic() > end:
-                self._kill()
+                self._signal(signal.SIGKILL)
                 raise EngineFailed(f"no answer of vLLM within {self.patience_s:g} s")
         line, _, self._rest = self._rest.partition(b"\n")
         found: dict[str, Any] = json.loads(line)
@@ -377,10 +430,10 @@ class EngineProcess:
             raise self._failure(str(found["error"]))
         return found
 
-    def _kill(self) -> None:
-        """End all processes of the child's session, also those that outlive it."""
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the child's session, also to those that outlive it."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, number)
 
     def _failure(self, error: str) -> Exception:
         """Return the exception for an error of the child, with the cause in its output if the error names none."""

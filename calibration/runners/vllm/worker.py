@@ -8,6 +8,7 @@ to the file descriptor an answer, in JSON; vLLM writes to the standard output. T
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
@@ -80,7 +82,44 @@ def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vo
     return {"seconds": [late - early for early, late in itertools.pairwise(marks)], "first_token_s": waits}
 
 
-TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "serve": serve}
+def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
+    """Return the kernels of each step of a batch: its name with its numbers of prompts and decodes, its time, and the
+    time of each kernel, s; vLLM must have been started with its torch profiler, which writes into ``folder``."""
+    for old in Path(folder).glob("*"):
+        old.unlink()
+    llm.start_profile()
+    latency(vllm, llm, **request)
+    llm.stop_profile()
+    texts = [gzip.decompress(file.read_bytes()) for file in sorted(Path(folder).glob("*.json.gz"))]
+    events = [event for text in texts for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
+    return {"steps": steps_of(events)}
+
+
+def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
+    """Return the steps of a trace. Times of kernels are those of a GPU if there are any, else those of the operators of
+    torch, without the operators that they call."""
+    gpu = [event for event in events if event.get("cat") == "kernel"]
+    spans = [
+        e for e in events if e["name"].startswith("execute_") and (e.get("cat", "").startswith("gpu") == bool(gpu))
+    ]
+    inside = gpu or [event for event in events if event.get("cat") == "cpu_op"]
+    out = []
+    for span in sorted(spans, key=lambda e: float(e["ts"])):
+        start, end = float(span["ts"]), float(span["ts"]) + float(span["dur"])
+        own = [e for e in inside if start <= float(e["ts"]) < end and (gpu or e["tid"] == span["tid"])]
+        kernels, open_until = dict[str, float](), list[tuple[float, str]]()
+        for e in sorted(own, key=lambda e: (float(e["ts"]), -float(e["dur"]))):
+            while open_until and open_until[-1][0] <= float(e["ts"]):
+                open_until.pop()
+            if open_until and not gpu:
+                kernels[open_until[-1][1]] -= 1e-6 * float(e["dur"])
+            kernels[e["name"]] = kernels.get(e["name"], 0.0) + 1e-6 * float(e["dur"])
+            open_until.append((float(e["ts"]) + float(e["dur"]), e["name"]))
+        out.append({"name": span["name"], "seconds": 1e-6 * float(span["dur"]), "kernels": kernels})
+    return out
+
+
+TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "profile": profile, "serve": serve}
 
 
 def main(descriptor: int, settings: Answer) -> None:

@@ -1,0 +1,264 @@
+"""Calibrate an engine: run smaller dense copies of a model in it, and infer its host times and a factor per operator.
+
+The engine's own profiler gives the time of every kernel of a pass, whose names say which operator they compute. The
+factor of an operator is its measured over its predicted time, by tokens of a pass. What remains of a pass without the
+profiler is the time of the host: per pass, per layer and per sequence of a decode step. The results are the section
+``engines`` of a profile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from calibration.devices.protocol import Device, OutOfMemory, Unsupported
+from calibration.measure.run import Interrupt, Interrupted
+from calibration.records.store import Store
+from calibration.runners.cases import Case, ModelRun, fewer_layers
+from calibration.runners.compare import ENGINES, runner_of
+from calibration.runners.runs import begin
+from calibration.runners.vllm.runner import EngineFailed
+from simulator.arrays import FloatArray
+from simulator.errors import InputError
+from simulator.hardware.profile import Correction, EngineTimes, HardwareProfile
+from simulator.models.lower import lower
+from simulator.operators import OPERATORS
+from simulator.passes import tokens_of
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.table import predict
+from simulator.uncertainty.forward import forward_passes
+from simulator.units import percent
+from simulator.workload import Workload, WorkloadBatch
+
+MEASURED = ("vllm", "hf")
+ENGINE_RECORDS = "engine.{}.jsonl"
+SETTINGS = (("prefill", 1, 128), ("prefill", 1, 512), ("decode", 1, 128), ("decode", 4, 128), ("decode", 16, 128))
+"""Phase, batch and prompt tokens of the observed passes."""
+
+LEAST_LOG_SD = 0.02
+"""Least log standard deviation of a factor over shapes, and of two runs of one pass."""
+
+HOST_LOG_SD = 0.1
+"""Least log standard deviation of the host's time."""
+
+_OPERATORS = (
+    ("elementwise", r"(reshape|concat)_and_cache"),
+    ("experts", r"moe|expert|grouped"),
+    ("attention", r"attention|attn|flash|fmha|mha"),
+    ("gemm", r"(?<!co)mm|gemm|cutlass|nvjet|xmma|cublas|matmul|_linear_pointwise"),
+    ("elementwise", r"^triton_|fused|_C::|^aten::|elementwise|reduce|copy|CompiledFxGraph|norm|rotary|silu"),
+)
+_HOST = re.compile(
+    r"^vllm::unified|^aten::(view|slice|split|chunk|narrow|as_strided|empty|item|reshape|transpose|t|expand|unsqueeze"
+    r"|squeeze|select|permute|unbind|detach|alias|resize_|to|linear|matmul|_unsafe_view|contiguous)$"
+)
+
+
+def operator_of(kernel: str) -> str:
+    """Return the operator that a kernel computes by its name: "" for one of the host."""
+    if _HOST.search(kernel):
+        return ""
+    return next((name for name, pattern in _OPERATORS if re.search(pattern, kernel, re.IGNORECASE)), "")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """An observed pass of a dense copy."""
+
+    layers: int
+    phase: str
+    batch: int
+    seq: int
+    seconds: float
+    operators: Mapping[str, float]  # measured time of each operator, s
+    version: str
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq if self.phase == "prefill" else self.batch
+
+
+def depths(layers: int) -> tuple[int, int]:
+    """Return the layers of two copies: a quarter and three quarters of the model."""
+    few = max(layers // 4, 1)
+    return few, max(3 * layers // 4, few + 1)
+
+
+def observe(
+    folder: Path, device: Device, model: ModelRun, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[Pass]:
+    """Run the copies of a model that ``folder`` does not hold yet, and return all passes."""
+    name = ENGINE_RECORDS.format(model.engine)
+    file, header = begin(folder, device, model.dtype, 1.0, name, model=model.config.name)
+    copies = {n: replace(model, config=fewer_layers(model.config, n)) for n in depths(model.config.layers)}
+    runners = {n: runner_of(device, copy) for n, copy in copies.items()}  # starts nothing
+    file.parent.mkdir(exist_ok=True)
+    planned = [(layers, *setting) for layers in copies for setting in SETTINGS]
+    with Store(file, header) as kept, Interrupt() as interrupt:
+        done = {str(row["key"]) for row in kept.rows}
+        for layers, copy in copies.items():
+            todo = [one for one in planned if one[0] == layers and _key(model, *one) not in done]
+            with closing(runners[layers]) as runner:
+                runner.interrupted = lambda: interrupt.requested
+                cases = [_case_of(copy, *one) for one in todo]
+                for case in cases:
+                    runner.check(case)
+                for one, case in zip(todo, cases):
+                    if interrupt.requested:
+                        raise Interrupted
+                    try:
+                        found = runner.observe(case)
+                    except (Unsupported, OutOfMemory, EngineFailed) as error:
+                        raise InputError(f"{model.engine}, {layers} layers, {case.phase}: {error}") from None
+                    kept.append(
+                        {"type": "engine", "key": _key(model, *one), "model": model.config.name, **asdict(found)}
+                    )
+                    progress(planned.index(one) + 1, len(planned))
+        rows = {str(row["key"]): row for row in kept.rows}
+    return [_pass_of(one, rows[key]) for one in planned if (key := _key(model, *one)) in rows]
+
+
+def _case_of(model: ModelRun, *setting: Any) -> Case:
+    w = workload_of(model, *setting)
+    return Case(Pruning(()), (), w, w)
+
+
+def _key(model: ModelRun, layers: int, phase: str, batch: int, seq: int) -> str:
+    return f"{model.engine} {model.config.name} {model.dtype} {phase} batch={batch} seq={seq} layers={layers}"
+
+
+def _pass_of(one: tuple[int, str, int, int], row: Mapping[str, object]) -> Pass:
+    operators = dict[str, float]()
+    for kernel, seconds in dict(row["kernels"]).items():  # type: ignore[call-overload]
+        if name := operator_of(kernel):
+            operators[name] = operators.get(name, 0.0) + seconds
+    return Pass(*one, float(row["seconds"]), operators, str(row["version"]))  # type: ignore[arg-type]
+
+
+def workload_of(model: ModelRun, layers: int, phase: str, batch: int, seq: int) -> Workload:
+    config = fewer_layers(model.config, layers)
+    lowered = ENGINES[model.engine].lowered
+    return lower(config, phase=phase, batch=batch, seq=seq, dtype=model.dtype, engine=lowered)
+
+
+def engine_times(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile, source: str) -> EngineTimes:
+    """Return host times and factors from passes of copies of a model; InputError for passes of one depth."""
+    if len({one.layers for one in passes}) < 2:
+        raise InputError("engine: expected passes of copies with two numbers of layers; run the command again")
+    plain = replace(hw, engines={})
+    ratios: dict[str, dict[int, list[float]]] = {}  # log(measured / predicted) by operator and tokens
+    rest, host = [], []
+    for one in sorted(passes, key=lambda one: one.tokens):
+        w = workload_of(model, one.layers, one.phase, one.batch, one.seq)
+        p, tokens = forward_passes(WorkloadBatch.of([w]), plain), tokens_of(w)
+        for operator in OPERATORS:
+            rows = w.kind == operator.code
+            name = "attention" if operator.name.endswith("attention") else operator.name
+            measured, own = one.operators.get(name, 0.0), rows & (tokens == one.tokens)
+            if measured > 0.0 and own.any():
+                # the head of a prefill computes fewer tokens, whose factor a pass of fewer tokens has given
+                known, fewer = ratios.setdefault(operator.name, {}), rows & ~own
+                at = [math.log2(t) for t in known] or [0.0]
+                mean = [float(np.mean(found)) for found in known.values()] or [0.0]
+                less = float((p.row_s * np.exp(np.interp(np.log2(tokens), at, mean)))[fewer].sum())
+                ratio = max(measured - less, 0.1 * measured) / float(p.row_s[own].sum())
+                known.setdefault(one.tokens, []).append(math.log(ratio))
+        if one.phase == "decode":
+            rest.append(max(one.seconds - sum(one.operators.values()) - float(p.gap_s[0]), 0.0))
+            host.append((1.0, one.layers, one.batch))
+    (each_pass, each_layer, each_sequence), _ = nnls(np.array(host), np.array(rest))
+    fitted = np.array(host) @ np.array([each_pass, each_layer, each_sequence])
+    off = float(np.sqrt(np.mean((np.array(rest) - fitted) ** 2)) / max(float(np.mean(fitted)), 1e-9))
+    every = sorted({one.tokens for one in passes})
+    return EngineTimes(
+        version=passes[0].version,
+        source=source,
+        each_pass=float(each_pass),
+        each_layer=float(each_layer),
+        each_sequence=float(each_sequence),
+        host_log_sd=round(min(max(off, HOST_LOG_SD), 3.0), 3),
+        tokens=tuple(every),
+        operators={name: _correction(found, every) for name, found in ratios.items()},
+    )
+
+
+@dataclass(frozen=True)
+class ComparedPass:
+    layers: int
+    phase: str
+    batch: int
+    seq: int
+    seconds: float
+    before_s: float  # predicted without the engine's calibration
+    after_s: float
+
+
+@dataclass(frozen=True)
+class CalibratedEngine:
+    profile: HardwareProfile
+    times: EngineTimes
+    compared: tuple[ComparedPass, ...]
+    half_before: float  # median half-width of the interval of a speedup
+    half_after: float
+
+    def conclusion(self, file: str) -> str:
+        measured = np.array([one.seconds for one in self.compared])
+        before, after = (
+            float(np.median(np.abs(np.array([getattr(one, name) for one in self.compared]) / measured - 1.0)))
+            for name in ("before_s", "after_s")
+        )
+        return (
+            f"Use {file} as --hardware: its passes differ from the measured ones by {percent(after)} (median; before: "
+            f"{percent(before)}), and the interval of a speedup is +-{percent(self.half_after)} wide (before: "
+            f"+-{percent(self.half_before)})."
+        )
+
+
+EXAMPLES = ("depth 0.25", "width mlp=0.5")
+"""Prunings whose intervals say what a calibration gains."""
+
+
+def calibrated(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile) -> CalibratedEngine:
+    """Return the profile with an engine's measured times, next to the predictions without them."""
+    times = engine_times(passes, model, hw, f"measured here on copies of {model.config.name}, {model.dtype}")
+    profile = replace(hw, engines={**hw.engines, model.engine: times}, path=None)
+    plain = replace(hw, engines={k: v for k, v in hw.engines.items() if k != model.engine})
+    compared, half = list[ComparedPass](), dict[str, list[float]]()
+    for one in passes:
+        setting = (one.layers, one.phase, one.batch, one.seq)
+        batch = WorkloadBatch.of([workload_of(model, *setting)])
+        before_s, after_s = (float(forward_passes(batch, device).total_s[0]) for device in (plain, profile))
+        compared.append(ComparedPass(*setting, one.seconds, before_s, after_s))
+    for name, device in (("before", plain), ("after", profile)):
+        for phase, text in itertools.product(("prefill", "decode"), EXAMPLES):
+            given = {
+                "phase": phase,
+                "batch": 1,
+                "seq": 128,
+                "dtype": model.dtype,
+                "engine": ENGINES[model.engine].lowered,
+            }
+            s = predict(model.config, text, device, **given)
+            half.setdefault(name, []).append(math.sqrt(s.upper / s.lower) - 1.0)
+    return CalibratedEngine(profile, times, tuple(compared), *(float(np.median(v)) for v in half.values()))
+
+
+def _correction(found: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Correction:
+    """Return the factor of an operator at each number of tokens. Its scatter has two parts: how copies of two depths
+    differ, and a quarter of the step between two neighbours, because shapes between them are interpolated."""
+    at = sorted(found)
+    mean: FloatArray = np.array([np.mean(found[t]) for t in at])
+    apart = np.concatenate([np.asarray(found[t]) - np.mean(found[t]) for t in at])
+    between = 0.25 * np.diff(mean) if len(at) > 1 else np.zeros(1)
+    log_sd = math.sqrt(LEAST_LOG_SD**2 + float(np.mean(apart**2)) + float(np.mean(between**2)))
+    factors = np.exp(np.interp(np.log2(tokens), np.log2(at), mean))
+    return Correction(tuple(float(f"{min(max(f, 0.01), 100.0):.4g}") for f in factors.tolist()), round(log_sd, 4))
