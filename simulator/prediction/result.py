@@ -294,7 +294,7 @@ class Results(Displayed):
     >>> import simulator
     >>> found = simulator.table(["llama-3.1-8b"], ["h100"], ["depth"], [0.25, 0.5])
     >>> len(found), found[1].sparsity, found.columns["speedup"].round(2).tolist()
-    (2, 0.5, [1.27, 1.75])
+    (2, 0.5, [1.3, 1.84])
     """
 
     columns: Columns

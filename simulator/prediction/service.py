@@ -455,8 +455,8 @@ def serve(
     equal concurrency: depth at 25 % at 214
     equal memory: dense at 214
     equal memory: depth at 25 % at 303
-    within limits: dense at 30
-    within limits: depth at 25 % at 44
+    within limits: dense at 31
+    within limits: depth at 25 % at 46
     """
     if concurrency is not None:
         concurrency = SETTINGS["batch"].check(concurrency, "concurrency")

@@ -170,7 +170,7 @@ def speedups(
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode")
     >>> pruned = [simulator.prune(dense, "depth", s) for s in (0.0, 0.25)]
     >>> [round(r.speedup, 2) for r in speedups(dense, pruned, simulator.load_hardware("h100"))]
-    [1.0, 1.27]
+    [1.0, 1.3]
     """
     hw = load_hardware(hw)
     batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]  # the batch checks the workloads
