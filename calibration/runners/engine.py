@@ -26,9 +26,8 @@ from calibration.records.store import Store
 from calibration.runners.cases import Case, ModelRun, fewer_layers
 from calibration.runners.compare import ENGINES, runner_of
 from calibration.runners.runs import begin
-from calibration.runners.vllm.runner import EngineFailed
 from simulator.arrays import FloatArray
-from simulator.errors import InputError
+from simulator.errors import InputError, one_line
 from simulator.hardware.profile import Correction, EngineTimes, HardwareProfile
 from simulator.models.lower import lower
 from simulator.operators import OPERATORS
@@ -96,7 +95,8 @@ def depths(layers: int) -> tuple[int, int]:
 def observe(
     folder: Path, device: Device, model: ModelRun, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> list[Pass]:
-    """Run the copies of a model that ``folder`` does not hold yet, and return all passes."""
+    """Run the copies of a model that ``folder`` does not hold yet, and return all passes. InputError if a copy cannot
+    run; KeyboardInterrupt at the user's request, after the finished passes are kept."""
     name = ENGINE_RECORDS.format(model.engine)
     file, header = begin(folder, device, model.dtype, 1.0, name, model=model.config.name)
     copies = {n: replace(model, config=fewer_layers(model.config, n)) for n in depths(model.config.layers)}
@@ -114,11 +114,14 @@ def observe(
                     runner.check(case)
                 for one, case in zip(todo, cases):
                     if interrupt.requested:
-                        raise Interrupted
+                        raise KeyboardInterrupt
                     try:
                         found = runner.observe(case)
-                    except (Unsupported, OutOfMemory, EngineFailed) as error:
-                        raise InputError(f"{model.engine}, {layers} layers, {case.phase}: {error}") from None
+                    except Interrupted:
+                        raise KeyboardInterrupt from None
+                    except (Unsupported, OutOfMemory, RuntimeError, MemoryError) as error:
+                        reason = one_line(str(error), 300)
+                        raise InputError(f"{model.engine}, {layers} layers, {case.phase}: {reason}") from None
                     kept.append(
                         {"type": "engine", "key": _key(model, *one), "model": model.config.name, **asdict(found)}
                     )
@@ -136,12 +139,12 @@ def _key(model: ModelRun, layers: int, phase: str, batch: int, seq: int) -> str:
     return f"{model.engine} {model.config.name} {model.dtype} {phase} batch={batch} seq={seq} layers={layers}"
 
 
-def _pass_of(one: tuple[int, str, int, int], row: Mapping[str, object]) -> Pass:
+def _pass_of(one: tuple[int, str, int, int], row: Mapping[str, Any]) -> Pass:
     operators = dict[str, float]()
-    for kernel, seconds in dict(row["kernels"]).items():  # type: ignore[call-overload]
+    for kernel, seconds in row["kernels"].items():
         if name := operator_of(kernel):
             operators[name] = operators.get(name, 0.0) + seconds
-    return Pass(*one, float(row["seconds"]), operators, str(row["version"]))  # type: ignore[arg-type]
+    return Pass(*one, float(row["seconds"]), operators, str(row["version"]))
 
 
 def workload_of(model: ModelRun, layers: int, phase: str, batch: int, seq: int) -> Workload:
@@ -173,7 +176,9 @@ def engine_times(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile, s
                 ratio = max(measured - less, 0.1 * measured) / float(p.row_s[own].sum())
                 known.setdefault(one.tokens, []).append(math.log(ratio))
         if one.phase == "decode":
-            rest.append(max(one.seconds - sum(one.operators.values()) - float(p.gap_s[0]), 0.0))
+            # an eager host launches while the device works: the slower of the two is already in the prediction
+            busy = max(sum(one.operators.values()) + float(p.gap_s[0]), float(p.host.launch.sum()))
+            rest.append(max(one.seconds - busy, 0.0))
             host.append((1.0, one.layers, one.batch))
     (each_pass, each_layer, each_sequence), _ = nnls(np.array(host), np.array(rest))
     fitted = np.array(host) @ np.array([each_pass, each_layer, each_sequence])
@@ -217,8 +222,8 @@ class CalibratedEngine:
             for name in ("before_s", "after_s")
         )
         return (
-            f"Use {file} as --hardware: its passes differ from the measured ones by {percent(after)} (median; before: "
-            f"{percent(before)}), and the interval of a speedup is +-{percent(self.half_after)} wide (before: "
+            f"Use {file} as --hardware: it predicts the measured passes within {percent(after)} (median; before: "
+            f"{percent(before)}), and the interval of a speedup is +-{percent(self.half_after)} (before: "
             f"+-{percent(self.half_before)})."
         )
 

@@ -185,8 +185,8 @@ class HostTime:
     note: String = ""
     workstation: Annotated[float, Number(0.01, 100, "6")] = 1.0  # factor on the host of a workstation's GPU
 
-    def on(self, hw_is_workstation: bool) -> float:
-        return self.value * (self.workstation if hw_is_workstation else 1.0)
+    def on(self, workstation: bool) -> float:
+        return self.value * (self.workstation if workstation else 1.0)
 
 
 @dataclass(frozen=True)

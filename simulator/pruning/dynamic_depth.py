@@ -21,8 +21,8 @@ KEYS = (
 # tiles of tokens sorted by a mask. "gathered": dense GEMMs of gathered tokens. "ideal": the same without added work
 KERNELS = ("reference", "gathered", "ideal")
 # numbers of kernels: from a router's scores to its mask (larger score, inverse), and from the mask to skipped tiles
-# (order, marks). The benchmark has about five and nine, of one or two microseconds each; these numbers fit section 5.4
-# of its paper: in decode +62 % outside GEMMs, predicted +25 to +74 %
+# (order, marks). The benchmark has about five and nine, of one or two microseconds each; these numbers fit its paper,
+# section 5.4: in decode +62 % outside GEMMs, predicted +25 to +74 %
 SELECT, SORT = 2, 2
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from calibration.devices.protocol import Description
+from calibration.devices.replay import ReplayDevice
 from calibration.runners import engine as measuring
 from calibration.runners.cases import ModelRun
 from calibration.runners.engine import Pass, calibrated, depths, engine_times, operator_of, workload_of
@@ -47,12 +50,12 @@ def _hw(**engines: EngineTimes) -> HardwareProfile:
     return replace(load_hardware("cpu"), engines=engines)
 
 
-def _passes(hw: HardwareProfile) -> list[Pass]:
+def _passes(hw: HardwareProfile, model: ModelRun = MODEL) -> list[Pass]:
     """Return passes of the copies on a machine that runs as a profile predicts."""
     out = []
-    for layers in depths(MODEL.config.layers):
+    for layers in depths(model.config.layers):
         for setting in measuring.SETTINGS:
-            w = workload_of(MODEL, layers, *setting)
+            w = workload_of(model, layers, *setting)
             p, operators = forward_passes(WorkloadBatch.of([w]), hw), dict[str, float]()
             for kind, seconds in zip(w.kind.tolist(), p.row_s.tolist()):
                 name = BY_CODE[kind].name
@@ -137,6 +140,34 @@ def test_the_section_is_written_and_read_again(tmp_path: Path) -> None:
         file.write_text(text.replace(old, new))
         with pytest.raises(InputError, match=reason):
             load_hardware(file)
+
+
+def test_the_launches_of_an_eager_host_are_not_counted_twice() -> None:
+    """The planted machine is the profile itself, whose host launches more slowly than the kernels run."""
+    hw, model = load_hardware("h100"), ModelRun(load_model("smollm2-135m"), "bf16", "hf")
+    found = calibrated(_passes(hw, model), model, hw)
+    assert found.times.each_pass == pytest.approx(1e-3, rel=0.02)
+    assert found.times.each_layer < 1e-6
+    for one in found.compared:
+        assert one.after_s == pytest.approx(one.seconds, rel=0.03)
+
+
+def test_an_interrupt_ends_with_the_passes_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Asked:
+        requested = True
+
+        def __enter__(self) -> Asked:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    runner = SimpleNamespace(check=lambda case: None, close=lambda: None)
+    monkeypatch.setattr(measuring, "Interrupt", Asked)
+    monkeypatch.setattr(measuring, "runner_of", lambda device, model: runner)
+    device = ReplayDevice(description=Description("cpu", "some CPU"))
+    with pytest.raises(KeyboardInterrupt):
+        measuring.observe(tmp_path / "run", device, MODEL)
+    assert (tmp_path / "run" / "engine.vllm.jsonl").is_file()
 
 
 def test_copies_of_one_depth_do_not_separate_layers() -> None:
