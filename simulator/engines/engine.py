@@ -176,6 +176,18 @@ class DynamicKernels:
 
 
 @dataclass(frozen=True)
+class TallTiles:
+    """Kernels of early releases that compute one token as many rows, which fitted kernels do not."""
+
+    on: String  # architecture
+    gemm: Annotated[int, Number(1, 1024, "64", whole=True)]  # rows of the smallest tile of a GEMM that was not fitted
+    decode: Annotated[int, Number(1, 1024, "128", whole=True)]  # rows of a tile of decode attention
+    decode_rate: Annotated[float, Number(0.01, 1, "0.85")]  # share of the datasheet's rate
+    source: SourceName
+    note: String = ""
+
+
+@dataclass(frozen=True)
 class HostTime:
     """Time of the host, s, and the standard deviation of its log between hosts."""
 
@@ -278,6 +290,7 @@ class Behaviour:
     composed_log_sd: Share = Share(0.0, "")  # further error of unmeasured operators that consist of several kernels
     weight_only: Formats = ()  # formats of weights that its kernels read with 16-bit activations
     sparse24: Annotated[Mapping[str, Sparse24], Keys("library", LIBRARIES)] = field(default_factory=dict)
+    tall_tiles: TallTiles | None = None  # None: as fitted
     dynamic: Map[DynamicKernels] = field(default_factory=dict)  # dynamic pruning families with kernels
     # by format; others: multiples of 16 bytes
     widths: Annotated[Mapping[str, Width], Keys("format", DTYPES)] = field(default_factory=dict)
@@ -337,6 +350,12 @@ class Engine(Behaviour, Displayed):
     def kernels(self) -> NDArray[np.float64]:
         """Kernels launched for one operator, by role code."""
         return np.array([self.launches.get(role, 1) for role in ROLES], dtype=np.float64)
+
+    def serving(self, hw: Any, measured: bool = False) -> Any:
+        """Return a device (``HardwareProfile``) with the kernels of the engine; ``measured``: on this machine."""
+        tall = self.tall_tiles
+        rows = (tall.gemm, tall.decode, tall.decode_rate) if tall and tall.on == hw.architecture else ()
+        return hw.serving(self.stacks, measured, rows)
 
     def sparse24_kernels(self, dtype: str, weight_dtype: str, architecture: str = "") -> Sparse24 | None:
         """Return the 2:4 kernels for a format of activations and one of weights, on an architecture or ("") on any;

@@ -29,6 +29,17 @@ from simulator.units import rate, size
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
+SECTION_OF: Mapping[tuple[str, str], str] = MappingProxyType(
+    {("gemm", "vllm"): "sglang", ("experts", "vllm"): "trtllm", ("experts", "sglang"): "trtllm"}
+)
+"""Operator and stack whose section runs of engines contradict -> stack whose section is used instead.
+
+vLLM's GEMMs were timed on inputs that are not random, which take less power, so large products are 5 to 16 % too fast;
+SGLang calls the same libraries. Servers do not use the settings with which experts of vLLM and SGLang were timed:
+Qwen3-235B in SGLang is predicted 20 % too fast with SGLang's experts, 7 % with TensorRT-LLM's
+(calibration/measurements/serving.csv, H200). Experts on other architectures than :data:`EXPERTS_ON` stay."""
+EXPERTS_ON = ("ampere", "hopper")
+
 LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}  # lowest, highest value
 
 
@@ -166,10 +177,11 @@ def default_section(operator: str, kind: str) -> Section:
 
 
 @lru_cache(maxsize=64)
-def unfitted_section(operator: str, kind: str, stack: str) -> Section:
-    """Return the default section, with the known constants of the kernel of a stack."""
+def unfitted_section(operator: str, kind: str, tall_tiles: tuple[float, ...] = ()) -> Section:
+    """Return the default section, with the known constants of a decode kernel."""
     section = default_section(operator, kind)
-    known = DECODE_KERNELS.get((kind, stack), {}) if operator == "attention_decode" else {}
+    tall = {"tile_rows": tall_tiles[1], "e_tc": tall_tiles[2]} if tall_tiles else DECODE_KERNELS.get(kind, {})
+    known = tall if operator == "attention_decode" else {}
     constants = {name: Fitted(value, None, "default") for name, value in known.items()}
     return replace(section, constants=MappingProxyType({**section.constants, **constants}))
 
@@ -230,6 +242,9 @@ class HardwareProfile(Displayed):
         Stack that the user's own calibration measured; "" if it is unknown.
     engine_stack : str
         Stack whose kernels the engine runs, see :meth:`serving`.
+    tall_tiles : tuple of float
+        Rows of GEMMs, rows and rate of decode attention, if the engine's release computes more rows than fitted
+        kernels.
     stacks_of : str
         Profile of a related GPU from which this profile inherits stacks.
     same_stack : bool
@@ -278,6 +293,7 @@ class HardwareProfile(Displayed):
     pinned: bool = False
     own_stack: str = ""
     engine_stack: str = ""
+    tall_tiles: tuple[float, ...] = ()
     stacks_of: str = ""
     same_stack: bool = False
     local_update: LocalUpdate | None = None
@@ -337,13 +353,13 @@ class HardwareProfile(Displayed):
         """Return the device with one stack selected for all engines; InputError for a stack that it does not have."""
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
-    def serving(self, stacks: tuple[str, ...], measured: bool = False) -> HardwareProfile:
+    def serving(self, stacks: tuple[str, ...], measured: bool = False, tall: tuple[float, ...] = ()) -> HardwareProfile:
         """Return the device with the sections of the first of an engine's ``stacks`` that the profile has.
 
         A stack that was selected by name, or the user's own calibration, stays. ``measured``: the engine was measured
-        on this machine.
+        on this machine. ``tall``: see ``tall_tiles``.
         """
-        return _serving(self, stacks, measured) if stacks and not self.engine_stack else self
+        return _serving(self, stacks, measured, tall) if stacks and not self.engine_stack else self
 
     def over(self, link: str) -> HardwareProfile:
         """Return the device joined to others by a ``link``, one of :data:`simulator.names.CONNECTIONS`.
@@ -413,7 +429,7 @@ class HardwareProfile(Displayed):
         """Return the fitted values of one ``operator`` in the number format ``dtype``, else defaults.
 
         Without a fitted section, bf16 and fp16 are used for each other. A fit of a decode kernel with visible tiles
-        (``tile_rows``) is not used for an engine whose kernel is known to differ (:data:`DECODE_KERNELS`).
+        (``tile_rows``) is not used for a release of an engine whose kernel is known to differ (``tall_tiles``).
         """
         kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)
@@ -422,7 +438,7 @@ class HardwareProfile(Displayed):
         if found is None and (operator, twin) in self.sections and self.rates.get(dtype) == self.rates.get(twin):
             found = inherited(self.sections[operator, twin], f"{self.name} {operator} {twin}")
         if found is None or (operator == "attention_decode" and self._runs_another(found)):
-            return unfitted_section(operator, kind, self.engine_stack)
+            return unfitted_section(operator, kind, self.tall_tiles)
         if found.constants.keys() >= default.constants.keys():
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
@@ -435,23 +451,27 @@ class HardwareProfile(Displayed):
         """Return whether the engine's decode kernel is known to differ from the kernel of a fit."""
         tiles = section.constants.get("tile_rows")
         other = not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
-        known = (self.architecture, self.engine_stack) in DECODE_KERNELS
-        return bool(other and known and tiles is not None and tiles.value > 0.0)
+        return bool(other and self.tall_tiles and tiles is not None and tiles.value > 0.0)
 
 
 def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str) -> HardwareProfile:
     """Return a profile with ``stacks``, one of which is preferred. The preferred stack is the first of ``first`` that
     exists, else the user's own calibration, else the first of :data:`STACKS`. Sections that it lacks are inherited from
-    the other stacks, in that order."""
+    the other stacks, in that order. :data:`SECTION_OF` replaces some sections, unless the user selected the
+    stack."""
     stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
     if not stacks:
         return profile
-    stack, *others = dict.fromkeys((*(name for name in first if name in stacks), *stacks))
-    sections = dict(stacks[stack])
-    for name in others:
-        origin = f"{profile.name} {name or 'own calibration'}"
-        sections |= {key: inherited(section, origin) for key, section in stacks[name].items() if key not in sections}
-    return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=stack)
+    order = list(dict.fromkeys((*(name for name in first if name in stacks), *stacks)))
+    sections = dict[tuple[str, str], Section]()
+    for key in dict.fromkeys(key for name in order for key in stacks[name]):
+        having = [name for name in order if key in stacks[name]]
+        used, other = having[0], SECTION_OF.get((key[0], having[0]))
+        kept = profile.pinned or (key[0] == "experts" and profile.architecture not in EXPERTS_ON)
+        used = other if other in having and not kept else used
+        origin = f"{profile.name} {used or 'own calibration'}"
+        sections[key] = stacks[used][key] if used == order[0] else inherited(stacks[used][key], origin)
+    return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=order[0])
 
 
 @lru_cache(maxsize=64)
@@ -460,7 +480,7 @@ def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
         if not any(profile.stacks):
             raise InputError(f"{profile.name}: expected no stack, as nothing was fitted for one, got {stack!r}")
         raise unknown(f"{profile.name}: stack", stack, filter(None, profile.stacks))
-    return replace(preferring(profile, profile.stacks, stack), pinned=True)
+    return preferring(replace(profile, pinned=True), profile.stacks, stack)
 
 
 @lru_cache(maxsize=64)
@@ -486,12 +506,15 @@ def with_section(profile: HardwareProfile, dtype: str, section: Section) -> Hard
 
 
 @lru_cache(maxsize=64)
-def _serving(profile: HardwareProfile, stacks: tuple[str, ...], measured: bool) -> HardwareProfile:
+def _serving(
+    profile: HardwareProfile, stacks: tuple[str, ...], measured: bool, tall: tuple[float, ...]
+) -> HardwareProfile:
     if not (profile.pinned or profile.local_update or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
     # on a CPU, calibrations time the kernels of torch
     torch = profile.architecture != "cpu" or stacks[0] == "torch"
-    return replace(profile, engine_stack=stacks[0], same_stack=measured or (profile.same_stack and torch))
+    same = measured or (profile.same_stack and torch)
+    return replace(profile, engine_stack=stacks[0], tall_tiles=tall, same_stack=same)
 
 
 LANE_BYTES_PER_S: Mapping[int, float] = MappingProxyType({3: 1e9, 4: 2e9, 5: 4e9, 6: 8e9})

@@ -127,20 +127,12 @@ DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         other=0.0),
 })
 
-DECODE_KERNELS: Mapping[tuple[str, str], Mapping[str, float]] = MappingProxyType({
-    ("hopper", ""): {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
-    ("hopper", "sglang"): {"tile_rows": 128.0, "e_tc": 0.85},
-    ("hopper", "vllm"): {"tile_rows": 64.0, "e_tc": 0.54},
+DECODE_KERNELS: Mapping[str, Mapping[str, float]] = MappingProxyType({
+    "hopper": {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
 })
-"""Constants of decode kernels that differ from the defaults, by architecture and stack of the engine ("": no engine).
-They apply if the kernel was not fitted.
-
-"": FlashInfer, which computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ)
-and has two units per SM, as in its fit on the L40S. SGLang's default is FlashAttention-3: tiles of 128 rows
-(hopper/tile_size.h) at the rate of its prompts, 0.75 (H100) to 0.95 (H20) of the datasheet's. vLLM's fork of it has 64
-rows (use_one_mma_wg) at 0.63 of that rate: the ratio of the two kernels for fp8 caches in the tables of H100 and H200,
-where SMs are the bottleneck. On an H20, SGLang's issue 5630 and pull request 6151 report FlashAttention-3 at 0.36 to
-0.45 of FlashInfer's rate."""
+"""Constants of the decode kernel that is assumed on an architecture without a fit, where they differ from the defaults.
+FlashInfer computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ) and has two
+units per SM, as in its fit on the L40S."""
 
 _LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
 
@@ -504,7 +496,7 @@ def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Read
     machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
     if operator.startswith("mla") and cache in hw.rates:  # kernels of TensorRT-LLM compute in the format of the cache
         fastest = max(fastest, hw.peak_flop_per_s(cache))
-    known = operator == "attention_decode" and (hw.architecture, hw.engine_stack) in DECODE_KERNELS
+    known = operator == "attention_decode" and hw.architecture in DECODE_KERNELS
     factors = () if known else unfitted(section, (_PREFILLS | _DECODES)[operator], hw.architecture)
     narrow = cache_bytes < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)

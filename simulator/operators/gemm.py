@@ -385,12 +385,13 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
     if weight_only and not own:
         c |= weight_only_constants(c, ELEMENT_BYTES[weight] / element)
         factors.append("quantised")
+    rows = WGMMA_ROWS if element == 1.0 else hw.tall_tiles[0] if hw.tall_tiles else 1.0
     hopper_default = section.status == "default" and hw.architecture == "hopper"
     machine = replace(
         Machine.of(hw, dtype),
         peak_flop_per_s=peak,
         weight_bytes=weight_bytes,
-        least_rows=WGMMA_ROWS if hopper_default and not weight_only else 1.0,
+        least_rows=rows if hopper_default and not weight_only else 1.0,
         ragged=kernel in GROUPS,
         serial=serial,
     )

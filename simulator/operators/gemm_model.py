@@ -34,8 +34,9 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
 blocks stay and compute several tiles (Hopper, the B200), and of products on a CPU, whose times show no padding."""
 
 WGMMA_ROWS = 64.0
-"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64); kernels may use n instead of m. Without a
-fit, no tile has fewer rows. This matters on devices with low arithmetic rate and high bandwidth."""
+"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). DeepGEMM's fp8 products have no tile with
+fewer rows; kernels of other formats may use n instead of m. This matters on devices with low arithmetic rate and high
+bandwidth."""
 
 
 @dataclass(frozen=True)

@@ -635,7 +635,7 @@ def above_bound(
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     """Return a note if GEMMs with a notable share of the time lie far outside the fitted sizes, or ""."""
-    served = hw.serving(load_engine(w.meta.engine).stacks)
+    served = load_engine(w.meta.engine).serving(hw)
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
         found = served.section("gemm", label_of(dtype, weight)).arrays.get("measured")
         if found is None:
@@ -662,7 +662,7 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
         return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
     if hw.pinned or not engine.stacks:
         return assumed
-    own, served, labels = engine.stacks[0], hw.serving(engine.stacks), sections_of(w)
+    own, served, labels = engine.stacks[0], engine.serving(hw), sections_of(w)
     stacks = {TITLES[part]: served.section(part, label).stack for part, label in labels.items() if part in TITLES}
     fitted = [stack for stack in stacks.values() if stack]
     out = []
@@ -764,7 +764,7 @@ def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...
 def _timed(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:
     """Return the time of one execution of each row, and the device with the kernels of the workload's engine."""
     engine = load_engine(w.meta.engine)
-    hw = hw.serving(engine.stacks)
+    hw = engine.serving(hw)
     return operator_times(w, hw, engine=engine)[0], hw
 
 

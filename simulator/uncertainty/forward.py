@@ -139,7 +139,7 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
     if reason := refusal(workloads, hw.architecture):
         raise InputError(reason)
     engine, measured = measured_engine(engine, hw)
-    hw = hw.serving(engine.stacks, measured is not None)
+    hw = engine.serving(hw, measured is not None)
     shapes, which = workloads.shapes
     seconds, roofline_s, bottleneck = np.zeros(len(shapes)), np.zeros(len(shapes)), np.zeros(len(shapes), dtype=np.int8)
     errors: Errors = []

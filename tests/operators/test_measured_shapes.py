@@ -117,7 +117,7 @@ def _provenance() -> Provenance:
 
 def _profile(shapes: list[tuple[int, int, int]], factor: float = 1.3) -> Any:
     """An A100 that has measured these shapes, each slower than its model by a factor."""
-    hw = load_hardware("a100")
+    hw = load_hardware("a100@sglang")
     section = hw.section("gemm", "bf16")
     m, n, k = np.array(shapes).T
     arrays = _arrays(shapes, factor * gemm_time(m, n, k, hw).seconds)
