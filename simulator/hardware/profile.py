@@ -29,6 +29,13 @@ from simulator.units import rate, size
 ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
+_ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
+HELD_OUT: Mapping[str, str] = MappingProxyType(
+    {"gemm": "(n, k) of GEMMs", **dict.fromkeys(_ATTENTION, "heads or lengths of attention")}
+    | {"elementwise": "sizes of tensors", "collective": "sizes of messages", "experts": "models with experts"}
+)
+"""Sizes that no held-out row has in common with the rows of its fit, by operator."""
+
 LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}  # lowest, highest value
 
 
