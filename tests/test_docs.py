@@ -23,6 +23,7 @@ import pytest
 
 from calibration.build_profiles import RECIPES
 from calibration.cli import commands_page as pages
+from calibration.evidence.pages import sections_table
 from simulator.cli import run
 from simulator.engines.engine import Engine
 from simulator.operators import CONSTANTS
@@ -345,6 +346,12 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
         options = [n for p in command.params if p.name != "help" and not p.hidden for n in p.opts if n.startswith("--")]
         assert path == "explore" or "--json" in options
         assert [name for name in options if name not in section] == [], path
+
+
+@pytest.mark.quick
+def test_the_accuracy_page_has_the_errors_of_the_shipped_fits() -> None:
+    page = (ROOT / "docs" / "generated" / "accuracy.md").read_text(encoding="utf-8")
+    assert f"## Shipped fits\n\n{sections_table()}\n\n" in page
 
 
 @pytest.mark.quick

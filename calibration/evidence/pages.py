@@ -38,7 +38,9 @@ from simulator.cli import parsing
 from simulator.engines.engine import FEATURES, Loading, list_engines, load_engine
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import list_hardware, load_hardware
+from simulator.hardware.profile import HELD_OUT
+from simulator.operators import CONSTANTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
@@ -87,8 +89,24 @@ def filled(page: str, tables: Sequence[str]) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """Return ``docs/generated/accuracy.md``: targets and measured accuracy, then the table of every set of kernels."""
-    return head("accuracy") + accuracy_text(rows, [r for r in rows if not SETS[r["set"]].whole])
+    """Return ``docs/generated/accuracy.md``: shipped fits, targets and measured accuracy, and every set of kernels."""
+    kernels = accuracy_text(rows, [r for r in rows if not SETS[r["set"]].whole])
+    return f"{head('accuracy')}## Shipped fits\n\n{sections_table()}\n\n{kernels}"
+
+
+def sections_table() -> str:
+    """Return the held-out error, %, and rows of each shipped section: the errors of ``prunesim hardware show``."""
+    errors: dict[tuple[str, str, str], dict[str, str]] = {}
+    for name in list_hardware():
+        for stack, sections in load_hardware(name).stacks.items():
+            for key, s in sections.items():
+                if s.status == "calibrated" and s.provenance and "mape" in s.accuracy:
+                    text = f"{100 * s.accuracy['mape']:.1f} ({s.provenance.rows:,})"
+                    errors.setdefault((name, *key), {})[stack or "own"] = text
+    stacks = dict.fromkeys(stack for one in errors.values() for stack in one)
+    keys = sorted(errors, key=lambda key: (key[0], list(CONSTANTS).index(key[1])))
+    cells = [[*key, HELD_OUT[key[1]], *(errors[key].get(stack, "") for stack in stacks)] for key in keys]
+    return table(["GPU", "operator", "format", "unseen", *stacks], cells, left=range(4))
 
 
 def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
+from simulator.display import with_and
 from simulator.errors import InputError
 from simulator.request import Request
 
@@ -57,8 +58,8 @@ def _show_devices(
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
-    Prints datasheet facts with their sources, and stack, status, accuracy and section scale of each fitted section: the
-    factor on correlated and independent errors at which 90 % of the held-out rows of its table are covered.
+    Prints datasheet facts with their sources, and per operator and engine the software stack whose fit is used, with
+    its mean error on held-out rows. "datasheet": no fit is used, only defaults.
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.profile import link_choices
@@ -67,7 +68,7 @@ def _show_devices(
 
     hw = load_hardware(name)
     if json:
-        render.show_json([hw.to_dict()])
+        render.show_json([{**hw.to_dict(), "served": _served(hw)}])
         return
     facts = [
         ("architecture", hw.architecture),
@@ -119,28 +120,61 @@ def _show_devices(
             )
         )
         print()
-    sections = hw.to_dict()["sections"]
-    if not sections:
+    if rows := _served(hw):
+        _show_fits(rows)
+    else:
         generic = "generic" in unfitted(hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture)
         of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
         print(f"not calibrated: {of} and wide intervals")
-        return
-    columns = render.columns(
-        sections,
-        ("<fitted part", lambda s: s["operator"]),
-        ("<format", lambda s: s["dtype"]),
-        ("<stack", lambda s: s["stack"] or "own"),
-        ("<status", lambda s: s["status"]),
-        ("rows", lambda s: s["rows"] or ""),
-        (
-            "error, p95",
-            lambda s: ", ".join(f"{100 * s['accuracy'][k]:.2g} %" for k in ("mape", "p95") if k in s["accuracy"]),
-        ),
-        ("section scale", lambda s: f"{s['section_scale']:.2g}"),
-    )
-    room = max(render.width() - render.table_width(columns) - 2, 12)
-    origins = [textwrap.shorten(s["origin"], room, placeholder="...") for s in sections]
-    render.show([*columns, render.Column("from", origins, right=False)])
+
+
+def _show_fits(rows: Sequence[Mapping[str, Any]]) -> None:
+    groups: dict[tuple[str, ...], list[str]] = {}  # cells of a column -> engines
+    for engine in rows[0]["engines"]:
+        fits = [row["engines"][engine] for row in rows]
+        errors = ["" if fit["error"] is None else f" {100 * fit['error']:.1f} %" for fit in fits]
+        groups.setdefault(tuple(fit["stack"] + error for fit, error in zip(fits, errors)), []).append(engine)
+    titles = [textwrap.fill(", ".join(names), 14) for names in groups.values()] if len(groups) > 1 else ["every engine"]
+    columns = render.columns(rows, ("<fitted part", lambda r: r["operator"]), ("<format", lambda r: r["dtype"]))
+    render.show([*columns, *(render.Column(title, cells) for title, cells in zip(titles, groups))])
+    print()
+    if unseen := [*dict.fromkeys(row["held_out"] for row in rows if row["held_out"])]:
+        folds = "5-fold cross-validation, 10-fold up to 1,500 GEMMs"
+        page = "docs/generated/accuracy.md has the same errors of all shipped fits"
+        render.conclude(f"Errors are means over rows of unseen {with_and(unseen)} ({folds}); {page}.")
+    used = {(fit["stack"], r["operator"], r["dtype"]): fit for r in rows for fit in r["engines"].values()}
+    for stack in dict.fromkeys(key[0] for key, fit in used.items() if fit["status"] != "default"):
+        fits = [fit for key, fit in used.items() if key[0] == stack]
+        origins = [fit["origin"].partition(" (")[0] for fit in fits]
+        names = {origin.casefold(): origin for origin in origins}  # VLLM and vLLM are the same
+        text = f"{stack}, {sum(fit['rows'] for fit in fits):,} rows: {', '.join(names.values())}"
+        print(textwrap.shorten(text, render.width(), placeholder="..."))
+
+
+def _served(hw: HardwareProfile) -> list[dict[str, Any]]:
+    """Return each fitted operator and format with the fit that each engine takes."""
+    from simulator.engines.engine import list_engines, load_engine
+    from simulator.hardware.profile import HELD_OUT, section_row
+    from simulator.operators import CONSTANTS
+
+    served = {name: load_engine(name).serving(hw) for name in list_engines()}
+    keys = dict.fromkeys(key for one in served.values() for key in one.sections)
+
+    def fit(hw: HardwareProfile, operator: str, dtype: str) -> dict[str, Any]:
+        row = section_row(hw.name, operator, dtype, hw.section(operator, dtype))
+        stack = "datasheet" if row["status"] == "default" else row["stack"] or "own"
+        kept = {name: row[name] for name in ("status", "rows", "origin")}
+        return {"stack": stack, **kept, "error": row["accuracy"].get("mape")}
+
+    return [
+        {
+            "operator": operator,
+            "dtype": dtype,
+            "held_out": HELD_OUT.get(operator, ""),
+            "engines": {name: fit(one, operator, dtype) for name, one in served.items()},
+        }
+        for operator, dtype in sorted(keys, key=lambda key: list(CONSTANTS).index(key[0]))
+    ]
 
 
 @hardware.command("check")

@@ -40,6 +40,13 @@ Qwen3-235B in SGLang is predicted 20 % too fast with SGLang's experts, 7 % with 
 (calibration/measurements/serving.csv, H200). Experts on other architectures than :data:`EXPERTS_ON` stay."""
 EXPERTS_ON = ("ampere", "hopper")
 
+_ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
+HELD_OUT: Mapping[str, str] = MappingProxyType(
+    {"gemm": "(n, k) of GEMMs", **dict.fromkeys(_ATTENTION, "heads or lengths of attention")}
+    | {"elementwise": "sizes of tensors", "collective": "sizes of messages", "experts": "models with experts"}
+)
+"""Sizes that no held-out row has in common with the rows of its fit, by operator."""
+
 LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}  # lowest, highest value
 
 

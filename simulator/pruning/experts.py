@@ -42,8 +42,8 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
         routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
         out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
         params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
-        # the experts that stay have similar loads: 64 of Qwen3-30B's 128 have a skew of 0.57, all have 0.84 (EXPERT_SKEW);
-        # a merged expert has the mean load of its group, whose spread falls with the square root of the group's size
+        # the experts that stay have similar loads: 64 of Qwen3-30B's 128 have a skew of 0.57, all have 0.84
+        # (EXPERT_SKEW); the loads of merged experts add up, so their spread falls with the root of a group's size
         skew = np.where(routed, w.skew * np.sqrt(kept / np.maximum(before, 1)), w.skew)
         out = out.replace(experts=np.where(routed, kept / devices, w.experts), skew=skew, params=params)
     else:

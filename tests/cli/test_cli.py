@@ -17,9 +17,10 @@ import pytest
 import typer
 
 import simulator
+from calibration.evidence.pages import sections_table
 from simulator.cli import render
 from simulator.cli.program import COMMANDS, GROUP, program
-from simulator.engines.engine import list_engines
+from simulator.engines.engine import list_engines, load_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
@@ -189,6 +190,24 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
         assert name in out
 
 
+@pytest.mark.parametrize("name", ["h20", "l40s"])
+def test_a_device_shows_the_fit_of_each_engine_with_the_error_of_the_accuracy_page(cli: Any, name: str) -> None:
+    (shown,) = cli.json(f"hardware show {name}")
+    text, page = cli.out(f"hardware show {name}").partition("fitted part")[2], sections_table()
+    for row in shown["served"]:
+        part = row["operator"], row["dtype"]
+        (line,) = re.findall(rf"^{part[0]} +{re.escape(part[1])} .*", text, re.MULTILINE)
+        (cells,) = re.findall(rf"^\| {name} \| {part[0]} \| {re.escape(part[1])} \| (.*)", page, re.MULTILINE)
+        assert row["held_out"] in cells
+        for engine, fit in row["engines"].items():
+            section = simulator.load_hardware(name).serving(load_engine(engine).stacks).section(*part)
+            assert fit["stack"] == (section.stack if section.status != "default" else "datasheet")
+            error = f" {100 * fit['error']:.1f}" if section.status != "default" else ""
+            assert f"{fit['stack']}{error}" in line
+            assert f"{error} ({fit['rows']:,})" in cells or not error
+    assert max(map(len, text.splitlines())) <= 120
+
+
 def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert {"a100_sxm_80gb", "h100_sxm", "rtx_4090"} <= {r["name"] for r in cli.json("hardware list")}
     listed = cli.out("hardware list")
@@ -199,9 +218,8 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert shown["name"] == "h100_sxm"
     assert shown["sources"]
     assert "989" in cli.out("hardware show h100")
-    for name, stack in (("h100", "vllm +calibrated .* VLLM"), ("h100@trtllm", "trtllm +calibrated .* TRTLLM")):
-        assert re.search(rf"gemm +bf16 +{stack}", cli.out(f"hardware show {name}"))
-    assert re.search(r"gemm +bf16 +vllm +inherited .* as h100_sxm vllm\n", cli.out("hardware show h100_pcie"))
+    assert re.search(r"gemm +bf16 +trtllm [\d.]+ %\n", cli.out("hardware show h100@trtllm"))
+    assert re.search(r"\nvllm, [\d,]+ rows: as h100_sxm vllm\n", cli.out("hardware show h800"))
     own = tmp_path / "own.yaml"
     assert cli.json(f"hardware new own -o {own}") == {"file": str(own)}
     assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")
