@@ -18,7 +18,7 @@ from simulator.capacity import MOST_DEVICES, memory
 from simulator.codes import DTYPES, ROLES, Kind, label_of
 from simulator.display import few, with_and
 from simulator.engines.engine import load_engine
-from simulator.hardware.profile import link_choices
+from simulator.hardware.profile import SECTION_OF, link_choices
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators import BY_CODE, MOST_CODES, TITLES
@@ -663,7 +663,10 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     if hw.pinned or not engine.stacks:
         return assumed
     own, served, labels = engine.stacks[0], engine.serving(hw), sections_of(w)
-    stacks = {TITLES[part]: served.section(part, label).stack for part, label in labels.items() if part in TITLES}
+    sections = {part: served.section(part, label) for part, label in labels.items() if part in TITLES}
+    stacks = {
+        TITLES[part]: own if SECTION_OF.get((part, own)) == one.stack else one.stack for part, one in sections.items()
+    }
     fitted = [stack for stack in stacks.values() if stack]
     out = []
     for stack in dict.fromkeys(fitted):

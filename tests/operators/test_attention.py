@@ -14,6 +14,7 @@ from operator_times import decode, decode_time, errors_of, prefill_time
 from calibration.fit.predict import predict
 from calibration.measurements import load_measurements
 from calibration.measurements.wheel import datasheet
+from simulator import gemm_time
 from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
@@ -26,7 +27,6 @@ from simulator.operators.attention import (
     prefill_work,
 )
 from simulator.operators.base import ResidualGrid
-from simulator.operators.gemm import gemm_time
 
 pytestmark = pytest.mark.quick
 
@@ -199,7 +199,7 @@ def test_early_sglang_pads_one_token_to_64_rows_in_16_bits_on_an_h20() -> None:
     times = [[gemm_time(m, 12288, 4096, hw).seconds for m in (1, 64)] for hw in (early, late)]
     assert times[0][1] < 1.05 * times[0][0]
     assert 1.4 * times[1][0] < times[1][1] == pytest.approx(times[0][1])
-    fp8 = [gemm_time(1, 12288, 4096, hw, "fp8").seconds for hw in (early, late)]
+    fp8 = [gemm_time(1, 12288, 4096, hw, dtype="fp8").seconds for hw in (early, late)]
     assert fp8[0] == fp8[1]
 
 
