@@ -8,6 +8,7 @@ P is the time of the prefills of all c requests; prompts that arrive during one 
 number of decode steps, t_d the device time of a step. h0 and hs are fitted to E, which does not depend on how the load
 generator spaces requests. Then phi, the share of the other requests' prefills before the first token, is fitted to the
 time per output token. Each group of runs (a model on a GPU) has an offset: a common error is attributed to its kernels.
+Times to the first token are those of the request's own pass, a share of the other prefills, and a time of the server.
 """
 
 from __future__ import annotations
@@ -221,6 +222,10 @@ class Group:
     def request(self, h0: float, hs: float) -> FloatArray:
         return np.asarray(self.prefill_s + self.new_tokens * (self.step_s + h0 + hs * self.concurrency))
 
+    @property
+    def ttft_s(self) -> FloatArray:  # measured
+        return np.asarray(self.request_s - self.new_tokens * self.tpot_s)
+
     def tpot(self, h0: float, hs: float, phi: float) -> FloatArray:
         waits = (1.0 - phi) * (self.prefill_s - self.pass_s) / self.new_tokens
         return np.asarray(self.step_s + h0 + hs * self.concurrency + waits)
@@ -230,6 +235,8 @@ class HostParameters(NamedTuple):
     each_pass_s: float  # h0
     each_sequence_s: float  # hs
     prefill_wait: float  # phi
+    first_wait: float  # the same in times to the first token
+    each_request_s: float  # what a server adds to them
 
 
 @dataclass(frozen=True)
@@ -298,14 +305,21 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
             return np.concatenate(out)
 
         h0, hs = np.exp(least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]).tolist()
-    if engine in PROMPTS_FIRST:
-        return HostParameters(h0, hs, PROMPTS_FIRST[engine])
-
     def tpot_residuals(q: FloatArray) -> FloatArray:
         return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
 
-    phi: Any = least_squares(tpot_residuals, [0.1], loss="soft_l1", f_scale=0.01, bounds=([0.0], [1.0])).x[0]
-    return HostParameters(h0, hs, float(phi))
+    def ttft_residuals(q: FloatArray) -> FloatArray:
+        waits = [g.pass_s + q[1] * (g.prefill_s - g.pass_s) + q[0] for g in runs]
+        return np.concatenate([np.log(t / g.ttft_s) / np.sqrt(len(t)) for t, g in zip(waits, runs, strict=True)])
+
+    how: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.01, "bounds": (0.0, 1.0)}
+    if engine in PROMPTS_FIRST:
+        phi = PROMPTS_FIRST[engine]
+        server = least_squares(lambda q: ttft_residuals(np.r_[q, phi]), [0.05], **how).x
+        return HostParameters(h0, hs, phi, phi, float(server[0]))
+    phi = float(least_squares(tpot_residuals, [0.1], **how).x[0])
+    server_s, first = least_squares(ttft_residuals, [0.05, 0.1], **how).x
+    return HostParameters(h0, hs, phi, float(first), float(server_s))
 
 
 @lru_cache(maxsize=1)
@@ -316,7 +330,7 @@ def held_out_models() -> tuple[HeldOut, ...]:
         if (engine, model) not in hosts:
             hosts[engine, model] = fit_engine(engine, without=model)
         p = hosts[engine, model]
-        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p), group.request(*p[:2])))
+        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p[:3]), group.request(*p[:2])))
     return tuple(out)
 
 
@@ -324,4 +338,5 @@ def host_lines() -> Iterator[str]:
     for engine in sorted({key[0] for key in groups()}):
         p = fit_engine(engine)
         host = f"pass {1e3 * p.each_pass_s:.2f} ms, sequence {1e6 * p.each_sequence_s:.0f} us"
-        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}"
+        first = f"first_wait {p.first_wait:.2f}, request {1e3 * p.each_request_s:.0f} ms"
+        yield f"{engine}: {host}, prefill_wait {p.prefill_wait:.2f}, {first}"

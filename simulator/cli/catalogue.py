@@ -419,7 +419,7 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
         "memory of a server": e.memory,
         "GEMM of one token": e.one_token,
         "wait for other prompts": e.prefill_wait,
-        "wait of first tokens (sd)": e.first_wait_sd,
+        "wait of first tokens": e.first_wait,
         "custom modelling code": e.own_code,
         "unexplained (log sd)": e.log_sd,
     }

@@ -231,6 +231,7 @@ class HostBlock:
 
     each_pass: HostTime | None = field(default=None, metadata={"key": "pass"})
     each_sequence: HostTime | None = field(default=None, metadata={"key": "sequence"})
+    each_request: HostTime | None = field(default=None, metadata={"key": "request"})
     gap: HostTime | None = None
     host_correlation: Correlation | None = field(default=None, metadata={"key": "correlation"})
 
@@ -283,7 +284,7 @@ class Behaviour:
     one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
     memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
     prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
-    first_wait_sd: Share = Share(0.0, "")  # spread of ``prefill_wait`` in measured first tokens, with queues
+    first_wait: Share = Share(0.0, "")  # the same in measured times to the first token, with queues
     own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
     log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
@@ -334,6 +335,7 @@ class Engine(Behaviour, Displayed):
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_layer: HostTime = NOTHING  # further host time per layer, where it was measured on the device
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
+    each_request: HostTime = NOTHING  # time of a server around the passes of a first token
     host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first

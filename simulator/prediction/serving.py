@@ -11,7 +11,7 @@ import numpy as np
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import RESERVE_BYTES, activation_bytes_by_phase, cache_parts, memory_share, weights_bytes
 from simulator.codes import Phase
-from simulator.engines.engine import load_engine
+from simulator.engines.engine import NOTHING, HostTime, Share, load_engine
 from simulator.passes import ForwardPass
 from simulator.uncertainty.intervals import PredictionIntervals
 from simulator.workload import WorkloadBatch
@@ -77,8 +77,8 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
     ends of their intervals; NaN for other phases. In serve, a request waits for a share of the other prompts before its
     first token, for the rest between its tokens. The share depends on how requests arrive; on either side, its
     deviation, at most to none or all of the prompts, and the relative error of the whole time are combined as a root of
-    sum of squares. Measured times to the first token deviate more, as they include queues of requests that start
-    together."""
+    sum of squares. Measured times to the first token have a share of their own, because they include queues of requests
+    that start together, and the time of the server around the passes."""
     meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
     sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
     ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
@@ -90,12 +90,13 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
         rate, tpot = sequences / seconds, ends
     else:
         prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
-        own, wait = prefill, p.engine.prefill_wait
+        own, server = prefill, NOTHING
         if meta.phase == "serve":
-            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
+            own, server = prefill / np.minimum(prefill_passes(p.workloads), sequences), p.engine.each_request
         rate = sequences * meta.new_tokens / seconds
         first, before = (
-            _first_tokens(own, prefill, wait.value, sd, level) for sd in (p.engine.first_wait_sd.value, wait.sd)
+            _first_tokens(own, prefill, wait, time, level)
+            for wait, time in ((p.engine.first_wait, server), (p.engine.prefill_wait, NOTHING))
         )
         ttft, tpot = (
             _latency(part, ends) for part in (first, (prefill - before + decode)[[0, 2, 1]] / meta.new_tokens)
@@ -104,12 +105,12 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
     return out | {f"tpot_{name}": part for name, part in tpot.items()}
 
 
-def _first_tokens(own: FloatArray, prefill: FloatArray, share: float, sd: float, level: float) -> FloatArray:
-    """Return the times (3, W) to the first token, s, if a request waits for a share of the other prompts, and at both
-    ends of that share."""
-    far = NormalDist().inv_cdf(0.5 + 0.5 * level) * sd
-    shares = np.clip([share, share - far, share + far], 0.0, 1.0)[:, None]
-    return np.asarray(own + shares * (prefill - own))
+def _first_tokens(own: FloatArray, prefill: FloatArray, wait: Share, server: HostTime, level: float) -> FloatArray:
+    """Return the times (3, W) to the first token, s, if a request waits for a share of the other prompts and for the
+    server, and at both ends of these waits."""
+    sides = NormalDist().inv_cdf(0.5 + 0.5 * level) * np.array([0.0, -1.0, 1.0])[:, None]
+    shares = np.clip(wait.value + sides * wait.sd, 0.0, 1.0)
+    return np.asarray(own + shares * (prefill - own) + server.value * np.exp(sides * server.log_sd))
 
 
 def _latency(part: FloatArray, ends: Mapping[str, FloatArray]) -> dict[str, FloatArray]:

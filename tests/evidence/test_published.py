@@ -82,6 +82,8 @@ def test_engines_hold_what_the_serving_runs_give() -> None:
         assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)
         assert engine.each_sequence.value == pytest.approx(found.each_sequence_s, rel=0.05, abs=1e-6)
         assert engine.prefill_wait.value == pytest.approx(found.prefill_wait, abs=0.02)
+        assert engine.first_wait.value == pytest.approx(found.first_wait, abs=0.01)
+        assert engine.each_request.value == pytest.approx(found.each_request_s, rel=0.05)
 
 
 def test_a_planted_host_is_found() -> None:
@@ -93,13 +95,15 @@ def test_a_planted_host_is_found() -> None:
         seq, ones = np.full(len(c), 1024.0), np.ones(len(c))
         plain = hosts.Group(c, o, seq, step, c * prefill, prefill, ones, ones)
         noise = np.exp(rng.normal(0.0, 0.02, (2, len(c))))
-        tpot, request = plain.tpot(7e-4, 4e-5, 0.2) * noise[0], plain.request(7e-4, 4e-5) * noise[1]
+        tpot = plain.tpot(7e-4, 4e-5, 0.2) * noise[0]
+        request = o * tpot + (prefill + 0.2 * (c - 1) * prefill + 0.05) * noise[1]
         times = step / offset, c * prefill / offset, prefill / offset
         groups.append(hosts.Group(c, o, seq, *times, tpot, request))
     found = hosts.fit_hosts("vllm", groups)
     assert found.each_pass_s == pytest.approx(7e-4, rel=0.35)
     assert found.each_sequence_s == pytest.approx(4e-5, rel=0.25)
     assert found.prefill_wait == pytest.approx(0.2, abs=0.1)
+    assert (found.first_wait, found.each_request_s) == (pytest.approx(0.2, abs=0.02), pytest.approx(0.05, rel=0.1))
 
 
 def test_the_page_of_engines_is_current() -> None:

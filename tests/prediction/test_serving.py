@@ -57,8 +57,12 @@ def test_first_and_further_tokens_make_up_the_whole(engine: str, dense_s: float 
             (plain, *_) = table(phase=[phase], **options, **steps)
             steps["dense_s"] = dense_s * plain.dense_s
         for r in table(phase=[phase], **options, **steps):
-            assert close(r.ttft_s + 40 * r.tpot_s, r.pruned_s)
-            assert close(r.dense_ttft_s + 40 * r.dense_tpot_s, r.dense_s)
+            for whole, seconds in (
+                (r.ttft_s + 40 * r.tpot_s, r.pruned_s),
+                (r.dense_ttft_s + 40 * r.dense_tpot_s, r.dense_s),
+            ):
+                # a first token also waits for the server, which computes other requests at that time
+                assert close(whole, seconds) or (phase == "serve" and seconds < whole < seconds + 0.2)
             assert close(r.tokens_per_s, 6 * 40 / r.pruned_s)
             assert close(r.dense_tokens_per_s / r.tokens_per_s, 1.0 / r.speedup)
         steps = {"new_tokens": 40}
@@ -74,20 +78,22 @@ def test_a_generate_is_one_prefill_and_then_decodes() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-def test_waiting_for_other_prompts_moves_time_from_the_further_tokens_to_the_first(engine: str, tmp_path: Path) -> None:
+def test_waiting_for_other_prompts_takes_time_from_the_further_tokens(engine: str, tmp_path: Path) -> None:
     text = Path(simulator.__file__).parent.joinpath("engines", f"{engine}.yaml").read_text()
     found = []
     for wait in (0.0, 0.5, 1.0):
         path = tmp_path / f"{wait}.yaml"
-        lines = [line for line in text.splitlines() if not line.startswith("prefill_wait")]
-        path.write_text("\n".join([*lines, f"prefill_wait: {{value: {wait}, source: serving}}\n"]))
+        waits = ("prefill_wait", "first_wait")
+        lines = [line for line in text.splitlines() if not line.startswith(waits)]
+        path.write_text("\n".join([*lines, *(f"{name}: {{value: {wait}, source: serving}}" for name in waits), ""]))
         found += table(family=["depth"], phase=["serve"], batch=[32], engine=[str(path)], new_tokens=64)
     none, half, all_of_them = found
     assert none.dense_s == half.dense_s == all_of_them.dense_s
     assert none.tokens_per_s == all_of_them.tokens_per_s
-    alone, passes = none.dense_ttft_s, 8 if engine == "sglang" else 32  # SGLang computes four waiting prompts together
-    assert close(half.dense_ttft_s, alone * (1.0 + 0.5 * (passes - 1)))
-    assert close(all_of_them.dense_ttft_s, passes * alone)
+    server, passes = load_engine(engine).each_request.value, 8 if engine == "sglang" else 32
+    alone = none.dense_ttft_s - server  # SGLang computes four waiting prompts together
+    assert close(half.dense_ttft_s - server, alone * (1.0 + 0.5 * (passes - 1)))
+    assert close(all_of_them.dense_ttft_s - server, passes * alone)
     assert all_of_them.dense_tpot_s < half.dense_tpot_s < none.dense_tpot_s
 
 
