@@ -305,6 +305,7 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
             return np.concatenate(out)
 
         h0, hs = np.exp(least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]).tolist()
+
     def tpot_residuals(q: FloatArray) -> FloatArray:
         return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
 

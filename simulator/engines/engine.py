@@ -271,8 +271,9 @@ class Behaviour:
     logits: Annotated[str, Text(("last", "all"))] = "last"  # positions of a prefill that the head computes
     # passes that run as a CUDA graph, so no launch waits for the host
     graph: tuple[Annotated[str, Text(PASSES)], ...] = PASSES
-    # "paged": a decode step writes only its own keys and values; "copied": it copies the cache, and heads
-    cache: Annotated[str, Text(("paged", "copied"))] = "paged"
+    # "paged": a decode step writes only its own keys and values; "joined": it copies the cache; "copied": it also
+    # repeats the cache for every query head
+    cache: Annotated[str, Text(("paged", "joined", "copied"))] = "paged"
     # routed experts run together ("grouped"), or one by one: only the experts that tokens use, or all
     experts: Annotated[str, Text(("grouped", "touched", "all"))] = "grouped"
     # kernels per operator, by role; 0: fused into another

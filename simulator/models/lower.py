@@ -373,7 +373,7 @@ class PassRows:
     def latent_attention(self, block: Block) -> Iterator[OperatorRow]:
         """Yield the rows of latent attention; a copied cache has keys and values of every head, and a decode step
         computes those of its token."""
-        own, whole = self.part.latent, self.lowering.engine.cache == "copied"
+        own, whole = self.part.latent, self.lowering.engine.cache != "paged"
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
         absorbs = self.decodes and not whole
@@ -414,12 +414,15 @@ class PassRows:
             yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
 
     def cache_write(self, block: Block, elements: int) -> OperatorRow:
-        """Return the row that writes the cache; a copied cache is extended, then repeated for every query head."""
+        """Return the row that writes the cache; a joined cache is extended, a copied one is then repeated for every
+        query head."""
         r, part = self.lowering, Part.ATTENTION
         read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
         kept = {}
-        if r.engine.cache == "copied" and self.decodes:
-            repeats = block.heads // block.kv_heads if block.heads > block.kv_heads else 0
+        if r.engine.cache != "paged" and self.decodes:
+            repeats = (
+                block.heads // block.kv_heads if r.engine.cache == "copied" and block.heads > block.kv_heads else 0
+            )
             copied = self.mean_length * (1 + repeats)
             reads = copied + (self.mean_length if repeats else 0)
             read, write = read + write * reads, write * copied

@@ -12,6 +12,7 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, EXPERTS, Kind
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.pruning import _rows
 from simulator.pruning._family import NESTED, SUBLAYERS, Choice, Family, Pruned, whole
@@ -89,7 +90,7 @@ def _repeated(w: Workload, before: tuple[Array, Array], after: tuple[Array, Arra
     """Return factors of read and written bytes of a copied cache (see ``cache_write`` in
     :mod:`simulator.models.lower`) from query heads and KV heads."""
     copied = w.is_role("cache_write") & (w.kv_len > 0)
-    if not np.count_nonzero(copied):
+    if not np.count_nonzero(copied) or load_engine(w.meta.engine).cache != "copied":
         return np.ones(len(w)), np.ones(len(w))
     was, now = (
         np.where(copied & (heads > groups), heads // np.maximum(groups, 1), 0) for heads, groups in (before, after)
