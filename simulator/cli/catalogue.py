@@ -400,7 +400,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     yield "routed experts", _EXPERTS[e.experts], "", ""
     for role, many in e.launches.items():
         yield f"launches, {role}", str(many) if many else "none: part of another kernel", "", ""
-    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence, "gap in a graph": e.gap}
+    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence}
+    times |= {"server per request": e.each_request, "gap in a graph": e.gap}
     for name, time in times.items():
         if time.value:
             spread = f"x{math.exp(time.log_sd):.2f}"

@@ -79,7 +79,7 @@ def test_a_version_or_a_name_selects_a_generation(text: str, generation: str) ->
         ("vllm@next", "engine 'vllm@next': expected a version such as 0.14, or a generation: v0 (from 0), v1 (from"),
         ("vllm@v2", "engine 'vllm@v2': expected a version"),
         ("vllm@0.1.", "engine 'vllm@0.1.': expected a version"),
-        ("trtllm@1.0", "engine 'trtllm@1.0': trtllm has no generations; expected trtllm"),
+        ("compile@1.0", "engine 'compile@1.0': compile has no generations; expected compile"),
         ("vlm@0.19", "engine 'vlm' is unknown; did you mean vllm"),
         ("vllm@", "engine 'vllm@' is unknown; did you mean vllm"),
         ("@0.19", "engine '@0.19' is unknown"),
