@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import simulator
 from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
 from simulator.operators.gemm import GEMM_CONSTANTS, Options, sparse24_constants
@@ -102,3 +103,12 @@ def test_an_engine_with_one_plan_gains_less_in_decode() -> None:
         whole, half = (workload_time(w, load_hardware("a100")) for w in (dense, prune(dense, "semi_structured", 0.5)))
         gain[engine] = whole.total_s / half.total_s
     assert gain["compile"] < 1.0 < gain["reference"]
+
+
+@pytest.mark.parametrize("engine", ["reference", "trtllm", "compile"])
+def test_few_tokens_gain_nothing_for_certain_where_no_table_has_them(engine: str) -> None:
+    """Tables of 2:4 with few tokens have the default plan of cuSPARSELt, which is slower than dense on an RTX 5090."""
+    for name in ("rtx_5090", "rtx_pro_6000", "a100", "l40s", "h100"):
+        for batch in (1, 16, 64):
+            r = simulator.predict("llama-3.1-8b", "semi_structured", name, phase="decode", batch=batch, engine=engine)
+            assert r.speedup_lower <= 1.01, (name, batch, r.speedup_lower)
