@@ -395,6 +395,9 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
     yield "one GEMM for", ", ".join(e.fuse) or "each projection", "", ""
     yield "CUDA graph", ", ".join(e.graph) or "none", "", ""
+    if (c := e.captured) is not None:
+        sizes = f"{', '.join(map(str, c.sizes))}, multiples of {c.multiple} up to {c.most}"
+        yield "batches of these graphs", sizes, "", c.source
     yield "prompt logits", e.logits, "", ""
     yield "cache", e.cache, "", ""
     yield "routed experts", _EXPERTS[e.experts], "", ""

@@ -237,6 +237,19 @@ class HostBlock:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """Batch sizes of an engine's CUDA graphs; other batches are padded to the next of them."""
+
+    sizes: tuple[Annotated[int, Number(1, _COUNT, "4", whole=True)], ...]  # below ``multiple``
+    multiple: Annotated[int, Number(1, _COUNT, "8", whole=True)]  # larger sizes are its multiples
+    most: Annotated[int, Number(1, _COUNT, "512", whole=True)]  # the largest size
+    source: SourceName
+
+    def pads(self, batch: int) -> bool:
+        return batch <= self.most and batch not in self.sizes and batch % self.multiple > 0
+
+
+@dataclass(frozen=True)
 class StepLimit:
     """Most tokens and sequences of one step on GPUs of at least some memory."""
 
@@ -271,6 +284,7 @@ class Behaviour:
     logits: Annotated[str, Text(("last", "all"))] = "last"  # positions of a prefill that the head computes
     # passes that run as a CUDA graph, so no launch waits for the host
     graph: tuple[Annotated[str, Text(PASSES)], ...] = PASSES
+    captured: Captured | None = None  # None: no batch is padded
     # "paged": a decode step writes only its own keys and values; "joined": it copies the cache; "copied": it also
     # repeats the cache for every query head
     cache: Annotated[str, Text(("paged", "joined", "copied"))] = "paged"

@@ -470,6 +470,9 @@ class PassRows:
         row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
         owned = block.experts * model.expert_parameters(block) * self.owns
         row |= {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+        captured = self.lowering.engine.captured
+        if self.decodes and captured is not None and captured.pads(self.batch):
+            row |= {"m": self.tokens + 1}  # the padding repeats one token, which uses experts too
         yield row | ({"batch": devices} if devices > 1 else {})
 
     def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[OperatorRow]:

@@ -74,6 +74,15 @@ def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
             lowered("qwen3-30b-a3b", skew=wrong)
 
 
+def test_a_padded_batch_uses_the_experts_of_one_further_token() -> None:
+    seven, eight, nine = (lowered("qwen3-30b-a3b", devices=1, batch=b, engine="vllm") for b in (7, 8, 9))
+    tokens = [w.m[w.kind == Kind.EXPERTS][0] for w in (seven, eight, nine)]
+    assert tokens == [8, 8, 10]  # graphs of vLLM have batches of 8 and 16
+    assert (nine.m[nine.is_role("router")] == 9).all()
+    eager = lowered("qwen3-30b-a3b", devices=1, batch=7, engine="hf")
+    assert eager.m[eager.kind == Kind.EXPERTS][0] == 7
+
+
 def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
     dense = lowered("qwen3-30b-a3b", devices=1, batch=64, skew=0)
     found = simulator.speedup(dense, simulator.prune(dense, "experts", 0.25), H200)
