@@ -58,7 +58,7 @@ def test_experts_of_mixtral() -> None:
     assert row.params.tolist() == [8 * weights]
     assert one(w, "router") == {"m": tokens, "n": 8, "k": 4096, "count": 32, "params": 8 * 4096}
     # three tokens of a decode, each at two of eight: a fourth of 8 idle with probability (3/4)^3
-    few = lower(model, phase="decode", batch=3, seq=100, skew=0)
+    few = lower(model, phase="decode", batch=3, seq=100, skew=0, engine="")
     few = few.take(few.kind == Kind.EXPERTS)
     touched = 8 * (1 - 0.75**3)
     assert few.weight_bytes_each.tolist() == pytest.approx([2 * weights * touched])
