@@ -15,7 +15,7 @@ PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-hos
 PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
 """Ways to divide a model among devices."""
 
-STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer")
+STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer", "aiter")
 """Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
 
 DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")

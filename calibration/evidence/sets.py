@@ -36,7 +36,7 @@ from calibration.records.timing_table import Records, Source
 from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import ROLES, STACKS, formats_of
 from simulator.errors import InputError, unknown
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import inheriting, load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.operators.attention import AttentionCalls
 from simulator.operators.base import Machine
@@ -353,6 +353,10 @@ GEMMS: Mapping[str, TableChoice] = {
     "rtx_pro_6000": TableChoice("rtx_pro_6000/gemm/trtllm"),
     "b200": TableChoice("b200_sxm/gemm/trtllm"),
     "h20_fp8_block": TableChoice("h20/gemm/sglang", "fp8_block"),
+    "mi300x_fp8_block": TableChoice("mi300x/gemm/aiter", "fp8_block"),
+    "mi355x": TableChoice("mi355x/gemm/aiter"),
+    "mi355x_fp8": TableChoice("mi355x/gemm/aiter", "fp8"),
+    "mi355x_fp8_block": TableChoice("mi355x/gemm/aiter", "fp8_block"),
     "a100_int8_wo": TableChoice("a100_sxm/gemm/trtllm", "int8_wo"),
     "a100_int4_wo": TableChoice("a100_sxm/gemm/trtllm", "int4_wo"),
 }
@@ -428,6 +432,24 @@ def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
     yield from _stacks([(replace(a, dtype=d), replace(b, dtype=d)) for a, b, d in both], seed)
 
 
+def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
+    """Yield the scores of every shipped table as on a GPU without a calibration: by its datasheet, and by the fits of
+    the first other GPU of its architecture that has this operator and format, else by defaults. Defaults of an
+    architecture come from its tables: they show the error of constants without a residual."""
+    known = [load_hardware(name) for name in dict.fromkeys(choice.hardware for choice in SOURCES.values())]
+    for every in (t for operator in ("gemm", *ATTENTION, *LATENT, *EXPERTS) for t in _tables(operator)):
+        for dtype in sorted(every.formats() - {"fp8_wo"}):  # narrow caches have the section of their arithmetic
+            (device, operator, stack), table = every.parts, replace(every, dtype=dtype).load()
+            if table.data.groups().max() < 2:
+                continue
+            alike = [hw for hw in known if hw.architecture == table.hw.architecture and hw.name != table.hw.name]
+            origin = next((hw for hw in alike if (operator, dtype) in hw.sections), None)
+            hw = inheriting(table.hw, origin) if origin else table.hw
+            held_out = f"{device} {stack} {dtype}: {origin.name if origin else 'defaults'}"
+            names = {"table": f"{operator}, GPU without a calibration", "held_out": held_out, "kind": "gpus"}
+            yield from ({**r, **names} for r in evaluate_updates(hw.serving((stack, *STACKS)), table, (), seed))
+
+
 # collectives, and published measurements of whole models
 
 # System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same generation of link,
@@ -500,9 +522,9 @@ def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
 
 
 ERRORS = {  # median or mean errors, %
-    "GEMM, a100,": 5.0, "GEMM, h100,": 4.0, "gemm, held-out stack, 0": 8.0, "gemm, held-out stack, 100": 5.5,
-    "gemm, held-out stack, 400": 4.8, "published dense": 8.0, "published speedups": 5.0, "serving, vllm": 6.0,
-    "serving, sglang": 7.0, "serving, trtllm": 7.0,
+    "GEMM, a100,": 5.0, "GEMM, h100,": 4.0, "GEMM, mi3": 10.0, "gemm, held-out stack, 0": 8.0,
+    "gemm, held-out stack, 100": 5.5, "gemm, held-out stack, 400": 4.8, "published dense": 8.0,
+    "published speedups": 5.0, "serving, vllm": 6.0, "serving, sglang": 7.0, "serving, trtllm": 7.0,
 }  # fmt: skip
 LOW, HIGH = COVERAGE
 _SERVING = "serving, {method} ({rows})"
@@ -516,6 +538,8 @@ TARGETS = (
     AccuracyTarget("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
     AccuracyTarget("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
     AccuracyTarget("update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"),
+    AccuracyTarget("gpus", "{table}: MAPE", "mape"),
+    AccuracyTarget("gpus", "{table}: coverage", "coverage", HIGH, LOW),
     AccuracyTarget("attention", "attention {method} unseen: MAPE", "mape", 5.0, of="worst"),
     AccuracyTarget("mla", "mla {method} unseen: MAPE", "mape", 5.0, of="worst"),
     AccuracyTarget("models", "experts, models unseen: MAPE", "mape", 8.0, of="median"),
@@ -534,6 +558,7 @@ SETS: Mapping[str, EvidenceSet] = {
     "attention": EvidenceSet("heads, lengths", lambda seed, _: _attention(ATTENTION, seed, None)),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),
     "experts": EvidenceSet("models; a software stack", _experts),
+    "gpus": EvidenceSet("a GPU", _gpus),
     "collectives": EvidenceSet("a system", _links, whole=True),
     "dense": EvidenceSet("sources", partial(_published, "published dense times", compare_dense), whole=True),
     "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), whole=True),

@@ -1,5 +1,5 @@
-"""Make the shipped tables from the wheel (``wheel``) and from the folder of InferSim's files (``infersim``):
-``python -m calibration.measurements.build aiconfigurator_core-0.12.0-*.whl FOLDER``.
+"""Make the shipped tables from the wheel (``wheel``) and from a folder with InferSim's files in ``h20`` (``infersim``)
+and the file of aiter's times (``aiter``): ``python -m calibration.measurements.build WHEEL FOLDER``.
 
 The same sources give the same bytes. PROVENANCE.yaml counts excluded rows by reason. It names the version of pyarrow,
 because another version may encode differently.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from calibration.measurements import FOLDER, INDEX, PUBLISHED, file_name, infersim
+from calibration.measurements import FOLDER, INDEX, PUBLISHED, aiter, file_name, infersim
 from calibration.measurements.infersim import SOURCES
 from calibration.measurements.wheel import CHOICES, PACKAGE, WHEEL_SHA256, open_wheel, read_choice, shipped_part
 from calibration.records.timing_table import write_records
@@ -51,7 +51,8 @@ SEVERAL = "its requests went to several replicas"
 
 
 def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the tables that ship and their index into a folder; return the index. ``others`` is InferSim's folder."""
+    """Write the tables that ship and their index into a folder; return the index. ``others`` is the folder of the files
+    that are not in the wheel."""
     import pyarrow
 
     tables: dict[str, dict[str, Any]] = {}
@@ -59,15 +60,16 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
         for name, choice in SOURCES.items():
             if not choice.ships:
                 continue
-            package, path, owner = PACKAGE, choice.member, COPYRIGHT
+            package, path, owner, licence = PACKAGE, choice.member, COPYRIGHT, LICENCE
             if name in CHOICES:
                 records, left, refusals = read_choice(archive, choice)
                 records, more = shipped_part(records, choice)
                 left |= more
             else:
-                package, path, owner = infersim.REPOSITORY, choice.path, infersim.COPYRIGHT
-                records, left, refusals = infersim.read_table(name, others)
-            extra = {"name": name, "package": package, "copyright": owner, "licence": LICENCE, "modified": "see NOTICE"}
+                reader = aiter if name in aiter.TABLES else infersim
+                package, path, owner, licence = reader.REPOSITORY, choice.path, reader.COPYRIGHT, reader.LICENCE
+                records, left, refusals = reader.read_table(name, others if reader is aiter else others / "h20")
+            extra = {"name": name, "package": package, "copyright": owner, "licence": licence, "modified": "see NOTICE"}
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
             source, labels = records.sources[0], records.labels().astype(str)
@@ -81,7 +83,7 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 "rows": {str(label): int((labels == label).sum()) for label in np.unique(labels)},
                 "left_out": left,
                 "refused": {reason: len(rows) for reason, rows in refusals.items()},
-                **_origin_of(content, path, owner),
+                **_origin_of(content, path, owner, licence),
             }
         served = serving_table(archive)
     content = csv_text(served).encode()
@@ -97,7 +99,7 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "without the conversion of activations, weights alone without the time of a profiler; column names and order; "
         "copies added; sizes of collectives in bytes",
         "pyarrow": pyarrow.__version__,
-        "serving": serving | _origin_of(content, MEMBER, COPYRIGHT),
+        "serving": serving | _origin_of(content, MEMBER, COPYRIGHT, LICENCE),
         "infersim": {
             "package": infersim.REPOSITORY,
             "url": infersim.URL,
@@ -106,6 +108,14 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
             "changes": "rows selected as said under each table; microseconds to seconds in float32; "
             "column names and order",
         },
+        "aiter": {
+            "package": aiter.REPOSITORY,
+            "url": aiter.URL,
+            "protocol": "as said in each table's source",
+            "unknown": "which GPU of a compiler target was timed; versions of the libraries; split-K",
+            "changes": "rows selected as said under each table; microseconds to seconds in float32; "
+            "column names and order; copies added",
+        },
         "tables": tables,
     }
     text = yaml.safe_dump(index, sort_keys=False, width=140, allow_unicode=True)
@@ -113,8 +123,8 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _origin_of(content: bytes, path: str, owner: str) -> dict[str, Any]:
-    about = {"path": path, "licence": LICENCE, "copyright": owner, "bytes": len(content)}
+def _origin_of(content: bytes, path: str, owner: str, licence: str) -> dict[str, Any]:
+    about = {"path": path, "licence": licence, "copyright": owner, "bytes": len(content)}
     return {**about, "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -184,13 +194,13 @@ def why_left_out(rows: list[dict[str, str]]) -> Counter[str]:
 
 
 def main() -> None:
-    about = f"Make the shipped measurement tables from the wheel of {PACKAGE} and the files of {infersim.REPOSITORY}"
+    about = f"Make the shipped measurement tables from {PACKAGE}, {infersim.REPOSITORY} and {aiter.REPOSITORY}"
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("infersim", type=Path, help="folder of the files of InferSim")
+    parser.add_argument("others", type=Path, help=f"folder of h20 (the files of InferSim) and {aiter.FILE}")
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the tables")
     arguments = parser.parse_args()
-    for name, entry in build(arguments.wheel, arguments.infersim, arguments.output).items():
+    for name, entry in build(arguments.wheel, arguments.others, arguments.output).items():
         print(f"{name}: {sum(entry['rows'].values())} rows, {entry['bytes']} bytes")
 
 

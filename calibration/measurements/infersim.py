@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.measurements import read_tables
-from calibration.measurements.wheel import CHOICES, SelectedTable, datasheet, exclude, in_order
+from calibration.measurements import aiter, read_tables
+from calibration.measurements.wheel import CHOICES, SelectedTable, beaten, datasheet, exclude, in_order
 from calibration.records.importers import Draft, finish
 from calibration.records.screening import Refusals, Screen
 from calibration.records.timing_table import Flag, Records, Source
@@ -31,6 +31,7 @@ REPOSITORY = "alibaba/InferSim@f2293da"
 URL = "https://github.com/alibaba/InferSim"
 _OWNERS = "Alimama AI Infra Team and Future Living Lab, Alibaba Group"
 COPYRIGHT = f"Copyright (c) {_OWNERS}, as the repository's README names them"
+LICENCE = "Apache-2.0"
 DEVICE = "NVIDIA H20"
 
 # a call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are the host's time
@@ -47,7 +48,7 @@ TABLES: Mapping[str, SelectedTable] = {
     for name, about in _METHODS.items()
 }
 # every table that profiles are fitted on, by device/operator/stack
-SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES}
+SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES, **aiter.TABLES}
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
@@ -66,7 +67,7 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
         method=f"InferSim: {about['method']}",
         origin=f"{REPOSITORY}, {TABLES[name].path}",
         digest=hashlib.sha256(b"".join(contents)).hexdigest(),
-        licence="Apache-2.0",
+        licence=LICENCE,
     )
     found = finish(Draft(columns, (source,), screen), label=about["files"][0], hw=datasheet("h20"))
     r, left = exclude(found.records, {"timed twice, over 10 % apart": found.records.flags & Flag.CONFLICT > 0})
@@ -113,9 +114,9 @@ def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
         seconds, batch, length = (columns[name][run] for name in ("seconds", "batch", "kv_len"))
         if len(run) and seconds.min() > 0.5 * CALL_S:
             calls[run] = seconds < CALL_S
-        more = (batch[:, None] <= batch) & (length[:, None] <= length)
-        same = columns["weight_dtype"][run][:, None] == columns["weight_dtype"][run]
-        stalled[run] = (more & same & (STALL * seconds < seconds[:, None])).any(axis=1)
+        for cache in np.unique(columns["weight_dtype"][run]):
+            same = columns["weight_dtype"][run] == cache
+            stalled[run[same]] = beaten([batch[same], length[same]], seconds[same], STALL)
     return calls, stalled
 
 

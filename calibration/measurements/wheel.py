@@ -113,13 +113,20 @@ def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, 
 
 def stalled(records: Records) -> Array:
     """Return a mask of the rows of latent attention that were delayed, because a call of more work was faster."""
-    out = np.zeros(len(records), dtype=np.bool_)
-    rows = np.flatnonzero(records.is_operator(*LATENT))
-    sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]
-    seconds, labels = records.seconds[rows], records.labels()[rows]
-    for row, time in zip(rows, seconds, strict=True):
-        more = np.logical_and.reduce([size >= size[rows == row] for size in sizes])
-        out[row] = (STALL * seconds[more & (labels == labels[rows == row])] < time).any()
+    out, labels = np.zeros(len(records), dtype=np.bool_), records.labels().astype(str)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(records.is_operator(*LATENT) & (labels == label))
+        sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]
+        out[rows] = beaten(sizes, records.seconds[rows], STALL)
+    return out
+
+
+def beaten(sizes: Sequence[Array], seconds: Array, factor: float) -> Array:
+    """Return a mask of the rows that took over ``factor`` times the time of a row of no smaller size."""
+    out = np.zeros(len(seconds), dtype=np.bool_)
+    for row, time in enumerate(seconds):
+        more = np.logical_and.reduce([size >= size[row] for size in sizes])
+        out[row] = factor * seconds[more].min() < time
     return out
 
 

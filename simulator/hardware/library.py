@@ -134,11 +134,11 @@ def _with_stacks(path: Path, before: tuple[str, ...] = ()) -> HardwareProfile:
     if profile.name in before:
         circle = " -> ".join((*before, profile.name))
         raise InputError(f"{path}: stacks_of: {circle} is a circle; expected a GPU with tables")
-    return _inheriting(profile, _with_stacks(_related(path, profile.stacks_of), (*before, profile.name)))
+    return inheriting(profile, _with_stacks(_related(path, profile.stacks_of), (*before, profile.name)))
 
 
 @lru_cache(maxsize=64)
-def _inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
+def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
     """Return a profile that inherits the sections it lacks from a related GPU: those of its own number formats, and
     collectives only over a link of the same kind."""
     same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]

@@ -201,7 +201,7 @@ def inherited(section: Section, origin: str) -> Section:
     return replace(section, status="inherited", provenance=provenance)
 
 
-ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cpu")
+ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cdna4", "cpu")
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
 _QUANTITIES = ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w")

@@ -656,13 +656,13 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     """Return a note on assumed kernels, or "": kernels of another stack than the engine's (unless the user selected the
     stack), an unused fit of another decode kernel, generic defaults of an architecture without any fit, and
     :func:`experts_assumed`."""
-    engine, dtype = load_engine(w.meta.engine), w.meta.dtype
+    engine, labels = load_engine(w.meta.engine), sections_of(w)
     assumed = experts_assumed(w)
-    if "generic" in unfitted(hw.section("gemm", dtype), GEMM_CONSTANTS, hw.architecture):
-        return f"{hw.label}: no GPU of its architecture ({hw.architecture}) was ever fitted: generic defaults"
+    if "generic" in unfitted(hw.section("gemm", labels.get("gemm", w.meta.dtype)), GEMM_CONSTANTS, hw.architecture):
+        return f"{hw.label}: generic defaults, because no GEMMs of its architecture ({hw.architecture}) have their own"
     if hw.pinned or not engine.stacks:
         return assumed
-    own, served, labels = engine.stacks[0], engine.serving(hw), sections_of(w)
+    own, served = engine.stacks[0], engine.serving(hw)
     sections = {part: served.section(part, label) for part, label in labels.items() if part in TITLES}
     stacks = {
         TITLES[part]: own if SECTION_OF.get((part, own)) == one.stack else one.stack for part, one in sections.items()

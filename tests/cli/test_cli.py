@@ -303,7 +303,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim sweep x --sch", ["--scheduler"]),
         ("prunesim advise x --family dep", ["depth"]),
         ("prunesim methods shortg", ["shortgpt"]),
-        ("prunesim hardware show mi", ["mi300x"]),
+        ("prunesim hardware show mi", ["mi300x", "mi355x"]),
         ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
         ("prunesim quality --fam", ["--family"]),
     ],

@@ -61,7 +61,8 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
     assert check_hardware(path) == []
     hw = load_hardware(name)
     assert hw.name == name
-    assert {"fp32", "tf32", "fp16", "bf16", "int8"} <= set(hw.rates) or hw.architecture in ("volta", "turing", "cpu")
+    common = {"fp32", "fp16", "bf16", "int8"} | ({"tf32"} if hw.architecture != "cdna4" else set())
+    assert common <= set(hw.rates) or hw.architecture in ("volta", "turing", "cpu")
     assert ("fp8" in hw.rates) == (hw.architecture not in ("volta", "turing", "ampere", "cpu"))
     facts = {"sm_count", *QUANTITIES, *(f"rates.{dtype}" for dtype in hw.rates)}
     facts |= {"link.bandwidth", "link.latency"} if hw.link else set()
@@ -95,6 +96,7 @@ FLOP_PER_CLOCK = {
     "v100": {"fp32": 128, "fp16": 1024},
     "t4": {"fp32": 128, "fp16": 1024, "int8": 2048},
     "mi300x": {"fp32": 256, "tf32": 1024, "fp16": 2048, "bf16": 2048, "fp8": 4096, "int8": 4096},
+    "mi355x": {"fp32": 256, "fp16": 4096, "bf16": 4096, "fp8": 8192, "int8": 8192},
     "a6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "int8": 2048},
     "h20": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
     "l40s": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
