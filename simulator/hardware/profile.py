@@ -254,6 +254,8 @@ class HardwareProfile(Displayed):
         kernels.
     stacks_of : str
         Profile of a related GPU from which this profile inherits stacks.
+    sibling : bool
+        Whether that GPU has the same architecture and nearly as many SMs, so its fits count as fits of the device.
     same_stack : bool
         Whether the preferred stack is the user's own, which narrows the intervals.
     local_update : LocalUpdate, optional
@@ -302,6 +304,7 @@ class HardwareProfile(Displayed):
     engine_stack: str = ""
     tall_tiles: tuple[float, ...] = ()
     stacks_of: str = ""
+    sibling: bool = False
     same_stack: bool = False
     local_update: LocalUpdate | None = None
     engines: Mapping[str, EngineTimes] = field(default_factory=dict)
@@ -390,7 +393,8 @@ class HardwareProfile(Displayed):
         if fitted and (self.same_stack or own) and self.local_update is None:
             return SAME_STACK, section.section_scale
         # without an engine, every section counts as one of the engine's stack
-        engines = section.status == "calibrated" and section.stack == (self.engine_stack or section.stack) != ""
+        known = ("calibrated", "inherited") if self.sibling else ("calibrated",)
+        engines = section.status in known and section.stack == (self.engine_stack or section.stack) != ""
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
     @property
