@@ -71,7 +71,8 @@ class Host:
         begins = rows.is_role("embedding").nonzero()[0]
         owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
         steps = sums(owner * len(Phase) + phase, count, none.shape)
-        sequences = sums(owner * len(Phase) + phase, count * rows.m[begins], none.shape)
+        each = rows.m[begins] / np.maximum(rows.q_len[begins], 1)
+        sequences = sums(owner * len(Phase) + phase, count * each, none.shape)
         sequences[:, Phase.PREFILL] = 0.0
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
             steps[:, Phase.PREFILL] = 0.0

@@ -201,6 +201,8 @@ class Request:
         Level of the intervals, in (0, 1).
     dense_s : float, optional
         Measured time of the dense model's pass, s.
+    positions : int
+        Tokens of each sequence that a decode step computes together; more than 1 when it checks drafted tokens.
 
     Raises
     ------
@@ -253,6 +255,7 @@ class Request:
         "Measured time of the dense model in this request, such as 18.6ms.", "--dense-time",
         "Measured dense time")] = None
     # fmt: on
+    positions: Annotated[int, None] = 1
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():

@@ -44,15 +44,16 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
+    """Parse a comma list of fractions and ranges; the step of a range is 0.1 unless it is stated."""
     out: list[float] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_fraction) for end in part.split(":")]
         if len(ends) == 1:
             out += ends
             continue
-        first, last, step = (*ends, 0.0, 0.0)[:3]
-        if len(ends) != 3 or not first <= last or not step > 0 or (last - first) / step > MOST:
-            raise InputError(f"{option} {part!r}: expected FIRST:LAST:STEP, such as 0.1:0.5:0.1")
+        first, last, step = (*ends, 0.1)[:3]
+        if len(ends) > 3 or not first <= last or not step > 0 or (last - first) / step > MOST:
+            raise InputError(f"{option} {part!r}: expected FIRST:LAST or FIRST:LAST:STEP, such as 0.1:0.5:0.05")
         out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
     return list(dict.fromkeys(out))
 

@@ -30,6 +30,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("gemm", "gemm:gemm"),
     ("speedup", "speedup:speedup"),
     ("serve", "serve:command"),
+    ("draft", "draft:command"),
     ("explain", "speedup:explain"),
     ("methods", "catalogue:methods"),
     ("advise", "search:advise"),

@@ -19,7 +19,8 @@ The engine determines which projections are one GEMM, and which positions the he
 - Routed experts are one row per layer, with all their kernels except the router. Shared experts are an MLP.
 - Latent attention: a prefill computes keys and values of every head. A decode step attends to the latent vector; the
   halves of one weight transform queries and outputs (``absorb_k``, ``absorb_v``), unless the cache is copied.
-- Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``.
+- Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``. A step that checks
+  drafted tokens adds several ``positions``, and the head computes them all.
 - Generate: one attention row per decode step; of thousands of steps, neighbours share one row of their middle length.
 - Token budget: a prefill pass computes as many whole prompts as fit, at least one. If the engine has chunks, a longer
   prompt is computed in chunks, each of which attends to the earlier chunks.
@@ -142,7 +143,7 @@ def _lower(request: Request, engine: Engine) -> Workload:
         "skew": EXPERT_SKEW if request.skew is None else request.skew,
     }
     shapes = {"model": model.name, "layers": model.layers, "hidden": model.hidden, "config": model}
-    meta = Lowered(**{**{name: getattr(request, name) for name in SETTINGS}, **resolved, **shapes})
+    meta = Lowered(**{name: getattr(request, name) for name in (*SETTINGS, "positions")} | resolved | shapes)
     r = Lowering(
         request=meta,
         engine=engine,
@@ -162,9 +163,9 @@ def _lower(request: Request, engine: Engine) -> Workload:
             lengths.append((past + tokens * done, runs * each))
     if meta.phase != "prefill":
         steps = max(meta.new_tokens, 1)
-        passes.append(PassRows(r, part, Phase.DECODE, meta.batch, 1, steps))
+        passes.append(PassRows(r, part, Phase.DECODE, meta.batch, meta.positions, steps))
         grown = (np.array([(steps + 1) // 2]), np.array([steps])) if meta.phase == "serve" else _steps(steps)
-        lengths.append((meta.seq + grown[0], grown[1]))
+        lengths.append((meta.seq + meta.positions - 1 + grown[0], grown[1]))
     w = Workload.computed([row for one in passes for row in one.rows()], meta)
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
@@ -303,9 +304,11 @@ class PassRows:
 
     def rows(self) -> list[OperatorRow]:
         model, vocab, h = self.part, self.part.vocab, self.part.hidden
-        many = self.tokens if self.lowering.engine.logits == "all" else self.batch  # positions that the head computes
+        # positions that the head computes; a check of drafted tokens needs all
+        many = self.tokens if self.lowering.engine.logits == "all" or self.decodes else self.batch
         tables = 2 if model.learned_positions else 1
         rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
+        rows[0]["q_len"] = self.q_len * self.decodes  # tokens per sequence of a step
         rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
         for first, length, block in model.runs:
             layers = {"layer": first, "layers": length, "count": length}

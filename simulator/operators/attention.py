@@ -630,4 +630,7 @@ class DecodeAttention(Attention):
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        yield slice(None), decode(self._calls(w, latent=w.latent), hw, formats.dtype, formats.second)
+        calls = self._calls(w, latent=w.latent)
+        # positions that are checked together share the keys of a KV head, as its query heads do
+        calls = replace(calls, heads=calls.heads * np.maximum(calls.q_len, 1.0), q_len=np.ones_like(calls.q_len))
+        yield slice(None), decode(calls, hw, formats.dtype, formats.second)

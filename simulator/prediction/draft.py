@@ -1,0 +1,227 @@
+"""Predict speculative decoding with a pruned model as the draft: :func:`draft`.
+
+A round is g passes of the draft, which add a token each, and one step of the target that checks the g tokens of each
+sequence (a decode step with g + 1 positions). With acceptance a per token, independent, a round makes
+(1 - a^(g+1)) / (1 - a) tokens (Leviathan et al., arXiv 2211.17192). A round is one workload, so that errors that the
+draft, the check and the dense step have in common cancel in the speedup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from simulator.arguments import OneOrMore, Range, listed, number
+from simulator.capacity import memory
+from simulator.display import Displayed, by_column
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.config import ModelConfig
+from simulator.models.library import load_model
+from simulator.models.lower import lower
+from simulator.prediction.prunings import Pruning
+from simulator.prediction.result import Results
+from simulator.prediction.sentences import dense_notes
+from simulator.prediction.table import speedups
+from simulator.pruning import prune as pruned_by
+from simulator.request import Request
+from simulator.workload import Workload
+
+DRAFTED: tuple[int, ...] = tuple(range(1, 9))
+ACCEPTANCES: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9)
+MOST_DRAFTED = 64
+_COUNT = Range(1, MOST_DRAFTED, f"a whole number from 1 to {MOST_DRAFTED}", whole=True)
+_SHARE = Range(0.0, 1.0, "a number from 0 to 1")
+_FINE = np.linspace(0.0, 1.0, 10_001)  # acceptances among which the one is found from which a draft pays
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Speculative decoding of one batch with one number of drafted tokens at one acceptance; times in s."""
+
+    batch: int
+    drafted: int  # tokens per round and sequence
+    acceptance: float  # per token; of acceptances by position their mean
+    tokens: float  # made per round and sequence
+    speedup: float  # tokens per second over those of the dense target
+    speedup_lower: float
+    speedup_upper: float
+    best: bool  # whether no other number of drafted tokens is faster
+    pays_from: float | None  # acceptance from which the draft is faster than none; None: at none
+    pays_from_lower: float | None
+    pays_from_upper: float | None
+    dense_s: float  # a step of the dense target
+    draft_s: float  # a pass of the draft
+    check_s: float  # a step of the target that checks the drafted tokens
+    memory_bytes: float  # target, draft and both caches, on the fullest device
+    fits: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Drafts(Displayed):
+    """Speculative decoding by batch, acceptance and number of drafted tokens.
+
+    Iterating yields a :class:`Draft` for each of them; :meth:`best` returns those of the fastest numbers.
+    """
+
+    target: str
+    draft: str  # how the draft is made
+    hardware: str
+    engine: str
+    seq: int
+    level: float
+    shared: bool  # whether the draft runs layers of the target, so weights and cache are shared
+    rows: tuple[Draft, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def best(self) -> tuple[Draft, ...]:
+        return tuple(row for row in self.rows if row.best)
+
+    def _title(self) -> str:
+        return f"{self.draft} as a draft for {self.target} on {self.hardware}, {len(self.rows)} rows"
+
+    def _columns(self) -> Any:
+        return by_column([vars(row) for row in self.rows])
+
+
+def draft(
+    model: str | ModelConfig,
+    prune: str = "",
+    hardware: str | HardwareProfile = "h100",
+    *,
+    draft: str | ModelConfig | None = None,
+    target_prune: str = "",
+    batch: OneOrMore[int] = 1,
+    drafted: OneOrMore[int] = DRAFTED,
+    acceptance: OneOrMore[float] = ACCEPTANCES,
+    by_position: Sequence[float] = (),
+    **settings: Any,
+) -> Drafts:
+    """Predict how much faster a model decodes if a pruned model drafts its tokens.
+
+    Parameters
+    ----------
+    model : str or ModelConfig
+        The target, whose output stays the same.
+    prune : str
+        Pruning of the draft, such as ``"depth 0.5"``.
+    hardware : str or HardwareProfile
+        The device that runs both.
+    draft : str or ModelConfig, optional
+        Model of the draft, with the vocabulary of the target. Default: the target itself.
+    target_prune : str
+        Pruning of the target; speedups are over the dense target.
+    batch : one or more int
+        Sequences, at least 1.
+    drafted : one or more int
+        Tokens that the draft adds per round and sequence, 1 to 64.
+    acceptance : one or more float
+        Probability, 0 to 1, with which the target accepts a drafted token.
+    by_position : sequence of float
+        Measured acceptances of the first, second, ... drafted token, instead of ``acceptance``. Numbers of drafted
+        tokens beyond them are excluded.
+    **settings
+        Fields of :class:`simulator.Request` except ``phase``, ``batch`` and ``new_tokens``.
+
+    Returns
+    -------
+    Drafts
+        A :class:`Draft` for each batch, acceptance and number of drafted tokens, in this order.
+
+    Raises
+    ------
+    InputError
+        If draft and target are the same dense model, have different vocabularies, or an argument is out of range.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> found = simulator.draft("llama-3.1-70b", hardware="h200", draft="llama-3.1-8b", acceptance=0.8, devices=2)
+    >>> [(row.batch, row.drafted, round(row.speedup, 1)) for row in found.best()]
+    [(1, 4, 2.0)]
+    """
+    target, hw = load_model(model), load_hardware(hardware)
+    other = target if draft is None else load_model(draft)
+    own = Pruning.read(prune) if prune else None
+    if other == target and own is None:
+        raise InputError("draft: expected another model (--draft) or a pruning of the target (--prune), got neither")
+    if other.vocab != target.vocab:
+        expected = f"expected the vocabulary of {target.name} ({target.vocab:,} tokens)"
+        raise InputError(f"draft {other.name}: {expected}, got {other.vocab:,}")
+    for name in {"phase", "new_tokens", "dense_s", "positions"} & settings.keys():
+        raise InputError(f"{name}: expected no such setting, because a draft is predicted in decode")
+    counts = [int(number("drafted", g, _COUNT)) for g in listed("drafted", drafted)]
+    positions = np.array([number("by_position", a, _SHARE) for a in listed("by_position", by_position)])
+    if len(positions) and not (counts := [g for g in counts if g <= len(positions)]):
+        raise InputError(f"by_position: expected an acceptance per drafted token, got {len(positions)}")
+    # acceptances of each case by position, with the number that names the case
+    given = [number("acceptance", a, _SHARE) for a in listed("acceptance", acceptance)]
+    cases = [(a, np.full(max(counts), a)) for a in given]
+    if len(positions):
+        cases = [(float(positions.mean()), positions)]
+    shared = other == target and own is not None and set(own.family.split("+")) == {"depth"}
+    rows, notes = list[Draft](), dict[str, None]()
+    for many in listed("batch", batch):
+        request = Request(model=target, batch=many, **settings)
+        dense, step = lower(request), _pruned(lower(replace(request, model=other)), prune)
+        checks = [_pruned(lower(request, positions=g + 1), target_prune) for g in counts]
+        rounds = [Workload.concat([step.replace(count=g * step.count), w]) for g, w in zip(counts, checks, strict=True)]
+        timed = speedups(dense, [w.replace(meta=dense.meta) for w in (step, *checks, *rounds)], hw, request.level)
+        once, whole = memory(step, hw), memory(checks[-1], hw)
+        needed = whole.total_bytes + (0.0 if shared else once.weights_bytes + once.cache_bytes)
+        both = {"memory_bytes": needed, "fits": needed <= whole.capacity_bytes}
+        for a, accepted in cases:
+            found = [
+                _row(many, g, a, 1.0 + float(np.cumprod(accepted[:g]).sum()), timed, j, len(counts), both)
+                for j, g in enumerate(counts)
+            ]
+            fastest = max(row.speedup for row in found)
+            rows += [replace(row, best=row.speedup == fastest) for row in found]
+        notes |= dict.fromkeys(dense_notes(timed, request, [hw]))
+    name = f"{other.name} pruned by {own.title}" if own else other.name
+    about = (target.name, name, hw.label, request.engine, request.seq, request.level, shared)
+    return Drafts(*about, tuple(rows), tuple(notes))
+
+
+def _pruned(w: Workload, text: str) -> Workload:
+    return pruned_by(w, text) if text else w
+
+
+def _row(
+    batch: int, drafted: int, acceptance: float, tokens: float, timed: Results, at: int, many: int, memory: Any
+) -> Draft:
+    """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens. ``timed`` are the pass of
+    the draft, ``many`` checks and ``many`` rounds, as if they were pruned versions of the dense step."""
+    step, check, whole = timed[0], timed[1 + at], timed[1 + many + at]
+    made = (_FINE[:, None] ** np.arange(drafted + 1)).sum(axis=1)  # rises with the acceptance
+    pays = [
+        float(np.interp(1.0 / ratio, made, _FINE)) if ratio * made[-1] >= 1.0 else None
+        for ratio in (whole.speedup, whole.speedup_upper, whole.speedup_lower)
+    ]
+    return Draft(
+        batch=batch,
+        drafted=drafted,
+        acceptance=acceptance,
+        tokens=tokens,
+        speedup=tokens * whole.speedup,
+        speedup_lower=tokens * whole.speedup_lower,
+        speedup_upper=tokens * whole.speedup_upper,
+        best=False,
+        pays_from=pays[0],
+        pays_from_lower=pays[1],
+        pays_from_upper=pays[2],
+        dense_s=whole.dense_s,
+        draft_s=step.pruned_s,
+        check_s=check.pruned_s,
+        **memory,
+    )

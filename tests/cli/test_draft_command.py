@@ -1,0 +1,30 @@
+"""``prunesim draft``: the answer, all rows as JSON, and the figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def test_the_command_prints_the_answer_and_all_rows_as_json(cli: Any) -> None:
+    line = "draft llama-3.1-70b --draft llama-3.1-8b --hardware h100 --devices 4 --batch 1:64"
+    shown = cli.out(line)
+    assert shown.startswith("llama-3.1-8b as a draft makes llama-3.1-70b ")
+    assert "it pays from an acceptance of" in shown
+    rows = cli.json(f"{line} --acceptance 0.6:0.9 --drafted 1:4")
+    assert len(rows) == 7 * 4 * 3  # 1, 2 and 4 drafted tokens
+    best = [r for r in rows if r["best"]]
+    assert len(best) == 7 * 4
+    at = {(r["batch"], r["acceptance"]): r["speedup"] for r in best}
+    assert at[1, 0.9] > at[64, 0.9] > 1.0
+    assert np.diff([at[1, a] for a in (0.6, 0.7, 0.8, 0.9)]).min() > 0
+
+
+def test_the_figure_has_both_panels(cli: Any, tmp_path: Path) -> None:
+    path = tmp_path / "draft.svg"
+    cli.out(f"draft llama-3.1-8b --prune 'depth 0.5' --hardware h100 --batch 1,8 --figure {path}")
+    text = path.read_text()
+    assert "acceptance from which the draft pays" in text
+    assert "90 % accepted" in text
