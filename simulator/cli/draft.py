@@ -85,10 +85,12 @@ def sentences(found: Drafts) -> list[str]:
     """Return the conclusion: the speedup at the smallest batch, and from which acceptance the draft pays."""
     best, batches = found.best(), list(dict.fromkeys(row.batch for row in found))
     row = max((r for r in best if r.batch == batches[0]), key=lambda r: r.acceptance)
+    ratio, _, ends = _speedup(row).partition(" ")
+    speed = f"{ratio}x {'faster' if row.speedup >= 1.0 else 'as fast'} {ends}"
     where = f"on {found.hardware} in {found.engine} (batch {row.batch}, seq {found.seq})"
     first = (
-        f"{found.draft} as a draft makes {found.target} {_speedup(row)} times as fast {where}, with "
-        f"{row.drafted} drafted per round and an acceptance of {row.acceptance:.3g}."
+        f"{found.draft} as a draft makes {found.target} {speed} {where}, with {row.drafted} drafted per round and an "
+        f"acceptance of {row.acceptance:.3g}."
     )
     pays = {batch: _pays(found, batch) for batch in (batches[0], batches[-1])}
     second = "; ".join(
