@@ -200,9 +200,9 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
 PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # h0 and hs, s, of a scheduler in Python
 OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run
 INDEPENDENT_ROWS, FEWEST = 20.0, 10  # most rows of a group that count as independent, and rows that a group needs
-# Engines that overlap the host with the device. Little of their host time is left, less than what a server adds to a
-# request, so it is fitted to the times per token, together with phi.
-OVERLAPPED = ("trtllm",)
+# Engines that overlap the host with the device. What is left, s per pass and per sequence, is less than what a server
+# adds to a request, and a fit without one model finds 0 to 0.5 ms. These values are assumed; short steps need them.
+OVERLAPPED: Mapping[str, tuple[float, float]] = {"trtllm": (1e-4, 3e-6)}
 # Engines that compute all waiting prompts before they resume decoding: a request waits for half of the prompts that
 # arrive with it, on average. Not fitted.
 PROMPTS_FIRST: Mapping[str, float] = {"sglang": 0.5}
@@ -295,7 +295,7 @@ def fit_engine(engine: str, without: str = "") -> HostParameters:
 
 
 def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
-    h0 = hs = 0.0
+    h0, hs = OVERLAPPED.get(engine, PRIOR)
     if engine not in OVERLAPPED:
         prior = np.log(PRIOR)
 
@@ -309,8 +309,7 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
         h0, hs = np.exp(least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]).tolist()
 
     def tpot_residuals(q: FloatArray) -> FloatArray:
-        own, each = 1e-3 * q[1:] if len(q) > 1 else (h0, hs)
-        return np.concatenate([np.log(g.tpot(own, each, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
+        return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
 
     def ttft_residuals(q: FloatArray) -> FloatArray:
         waits = [g.pass_s + q[1] * (g.prefill_s - g.pass_s) + q[0] for g in runs]
@@ -321,11 +320,9 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
         phi = PROMPTS_FIRST[engine]
         server = least_squares(lambda q: ttft_residuals(np.r_[q, phi]), [0.05], **how).x
         return HostParameters(h0, hs, phi, phi, float(server[0]))
-    start = [0.1, 0.3, 0.003] if engine in OVERLAPPED else [0.1]
-    phi, *hosts = least_squares(tpot_residuals, start, **how).x.tolist()
-    h0, hs = (1e-3 * one for one in hosts) if hosts else (h0, hs)
+    phi = least_squares(tpot_residuals, [0.1], **how).x[0]
     server_s, first = least_squares(ttft_residuals, [0.05, 0.1], **how).x
-    return HostParameters(h0, hs, phi, float(first), float(server_s))
+    return HostParameters(h0, hs, float(phi), float(first), float(server_s))
 
 
 @lru_cache(maxsize=1)

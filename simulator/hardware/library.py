@@ -23,9 +23,8 @@ _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
 
 NEARLY = 0.2
-"""Largest log of the ratio of SM counts at which fits of a related GPU count as fits of the device: H100 and H200
-predict each other with 92 to 100 % inside, an H20 (0.53) by an H100 has 43 to 84 % (the set ``gpus`` of the
-evidence)."""
+"""Largest log of the ratio of SM counts at which fits of a related GPU count as fits of the device. H100 and H200
+predict each other with 92 to 100 % inside, an H100 an H20 with 43 to 84 % (the set ``gpus`` of the evidence)."""
 
 
 def profiles_folder() -> Path:
