@@ -133,7 +133,7 @@ def test_asynchronous_scheduling_on_a_server_is_never_slower() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate", "serve"])
 def test_under_a_graph_without_a_scheduler_there_is_none(phase: str) -> None:
-    for engine in ("", "reference", "compile", "trtllm"):
+    for engine in ("", "reference", "compile"):
         p = passed(lowered(engine, phase, batch=3))
         assert not p.host
         assert p.host_s.tolist() == [0.0]

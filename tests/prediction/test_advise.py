@@ -50,7 +50,7 @@ def test_the_least_sparsity_reaches_the_target_and_less_does_not(found: Advised)
         assert (there, lower) == pytest.approx((a.result.speedup, a.result.lower), rel=1e-9)
         assert a.probability == pytest.approx(probability_of(1.4, there, lower, a.result.upper))
         assert a.reached == (there >= 1.4) == (a.probability >= 0.5)
-        if a.reached:
+        if a.reached and family != "semi_structured":  # 2:4 has no smaller sparsity
             for less in np.arange(sparsity - COARSE, sparsity - FINE / 2, 3 * FINE):
                 assert predicted(family, round(float(less), 6), phase)[0] < 1.4, (family, less)
         else:

@@ -55,8 +55,9 @@ def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> Non
     assert said("a100", "trtllm", "prefill") == ""
     # a fit of a kernel that the engine does not run by default is named, not used
     other = "flashinfer's decode attention is not the default of sglang; if it is enabled, use h20@flashinfer"
-    assert said("h20", "sglang") == f"h20: {other}"
-    assert said("h20", "sglang", "prefill") == said("h20@flashinfer", "sglang") == ""
+    assert said("h20", "sglang@0.5.9") == f"h20: {other}"
+    assert said("h20", "sglang@0.5.9", "prefill") == said("h20@flashinfer", "sglang@0.5.9") == ""
+    assert said("h20", "sglang") == "h20: sglang kernels are not calibrated; flashinfer kernels are used instead"
 
 
 def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -> None:
