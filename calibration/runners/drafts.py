@@ -55,11 +55,9 @@ def planted(run: ModelRun, text: str) -> Any:
     """Return the target, or the draft that a pruning makes of it."""
     dense = lower(run.config, phase="decode", engine="hf", dtype=run.dtype)
     model = build(run, prune(dense, text) if text else dense, "cpu").model
-    shape = model.get_input_embeddings().weight.shape
-    rows = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(model.dtype)
+    rows = model.get_input_embeddings().weight.data.normal_(generator=torch.Generator().manual_seed(1))
     head = torch.empty_like(rows)
     head[next_tokens(len(rows), bool(text))] = rows
-    model.get_input_embeddings().weight = torch.nn.Parameter(rows, requires_grad=False)
     model.get_output_embeddings().weight = torch.nn.Parameter(head, requires_grad=False)
     model.config.tie_word_embeddings = False
     return model
@@ -72,9 +70,9 @@ def hf_sample(target: Any, seed: int, which: int, draft: Any = None, drafted: in
     # the processor time of the thread, which other processes do not lengthen
     streamer = SimpleNamespace(put=lambda x: marks.append((time.thread_time(), x.numel())), end=lambda: None)
     if draft is not None:
+        given = {"assistant_model": draft}
         fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0}
         draft.generation_config.update(num_assistant_tokens=drafted, **fixed)
-        given["assistant_model"] = draft
     with torch.inference_mode():
         target.generate(prompt, max_new_tokens=NEW, do_sample=False, streamer=streamer, **given)
     at, made = zip(*marks[1:], strict=True)  # without the prompt
@@ -82,7 +80,8 @@ def hf_sample(target: Any, seed: int, which: int, draft: Any = None, drafted: in
     return [late - early for early, late in itertools.pairwise(at[:whole])], mean(made[1:whole])
 
 
-def main(name: str, engine: str, text: str, drafted: int, batches: list[int], python: str = "") -> None:
+def main(name: str, engine: str, text: str, g: str, many: str, python: str = "") -> None:
+    drafted, batches = int(g), [int(batch) for batch in many.split(",")]
     run = ModelRun(load_model(name), "bf16", engine, content_of(name), python)
     target, draft = (planted(run, one) for one in ("", text))
     with tempfile.TemporaryDirectory() as folder:
@@ -115,5 +114,4 @@ def in_vllm(folder: Path, target: Any, draft: Any, drafted: int, batch: int, pyt
 
 
 if __name__ == "__main__":
-    name, engine, text, drafted, batches, *python = sys.argv[1:]
-    main(name, engine, text, int(drafted), [int(batch) for batch in batches.split(",")], *python)
+    main(*sys.argv[1:])

@@ -28,6 +28,11 @@ def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> li
     return [vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens)) for _ in range(batch)]
 
 
+def by_step(vllm: Any, output: int) -> Any:
+    delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
+    return vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=delta)
+
+
 def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
     params = vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
     sent = prompts(vllm, batch, tokens, vocab)
@@ -47,16 +52,13 @@ def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vo
     tokens, so requests finish at equal distances. The ramp-up ends when ``concurrency`` requests have finished. A
     window is the time in which ``concurrency`` requests finish: the time of one request.
     """
-    engine, kind = llm.llm_engine, importlib.import_module("vllm.sampling_params").RequestOutputKind
+    engine = llm.llm_engine
     sent, begun, done = prompts(vllm, concurrency, tokens, vocab), dict[str, float](), 0
     marks, waits = list[float](), list[float]()
 
     def add(number: int, length: int) -> None:
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=kind.DELTA
-        )
         begun[str(number)] = time.perf_counter()
-        engine.add_request(str(number), sent[number % concurrency], params)
+        engine.add_request(str(number), sent[number % concurrency], by_step(vllm, length))
 
     for number in range(concurrency):
         add(number, -(-(number + 1) * output // concurrency))
@@ -85,13 +87,10 @@ def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vo
 def rounds(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int) -> Answer:
     """Return the times of steps in which all sequences run, and the mean number of tokens that each makes per step.
     Divided by three, the last token of a prompt leaves ``which``."""
-    engine, kind = llm.llm_engine, importlib.import_module("vllm.sampling_params").RequestOutputKind
-    params = vllm.SamplingParams(
-        temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=kind.DELTA
-    )
+    engine = llm.llm_engine
     for number, prompt in enumerate(prompts(vllm, batch, tokens, vocab - 3, seed)):
         prompt["prompt_token_ids"][-1] += which - prompt["prompt_token_ids"][-1] % 3
-        engine.add_request(str(number), prompt, params)
+        engine.add_request(str(number), prompt, by_step(vllm, output))
     at, made, begun, ended = list[float](), list[int](), set[str](), False
     while engine.has_unfinished_requests():
         found = engine.step()
