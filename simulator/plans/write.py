@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simulator.display import runs
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.write import write_whole
+from simulator.files.write import refuse_links, write_whole
 from simulator.models.changes import block_config, config_of, content_of, write_config
 from simulator.models.config import Block, ModelConfig
 from simulator.models.lower import lower, stream_of
@@ -88,6 +88,7 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
+    refuse_links(target, PLAN)
     dense, lines = plan.dense, list[str]()
     content, text = None, None
     try:
