@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
 from simulator.arguments import LEVEL, SECONDS, Range, flag, number, shown, text, whole
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError, one_line, unknown
 from simulator.files.fields import Number, Scalar, Text, Truth
 from simulator.files.yaml import Node
 from simulator.names import CONNECTIONS, DTYPES, PARALLEL, PCIE, PHASES
@@ -140,8 +140,11 @@ class Setting(Scalar):
 
 def _prefix(given: str) -> float:
     """Parse tokens, or a share of a prompt below 1."""
-    share = "%" in given or given.strip().startswith(("0.", "."))
-    return parse_fraction(given) if share else float(parse_count(given))
+    if "%" not in given and not given.strip().startswith(("0.", ".")):
+        return float(parse_count(given))
+    if (share := parse_fraction(given)) >= 1.0:  # as a number it would be tokens
+        raise InputError(f"expected a share of the prompt below 100 %, got {one_line(given, 40)}")
+    return share
 
 
 def _seconds(given: str) -> float:

@@ -11,6 +11,7 @@ from calibration.cli.fit import load_rows, single
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
+from simulator.files.write import refuse_links
 from simulator.request import Name
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def command(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     drawn: list[Drawn] = []
     with render.progress("drawing") as report:
         for i, name in enumerate(chosen):

@@ -1,4 +1,4 @@
-"""``prunesim quality``: perplexity and KL divergence of pruned models against their dense model."""
+"""``prunesim quality``: perplexity, KL divergence and acceptance of pruned models against their dense model."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ def command(
     # fmt: on
     """Measure the quality of a small pruned model.
 
-    Quality is perplexity, and KL divergence to the dense model. The model is pruned here, without fine-tuning, or read
-    with --pruned. With --per-layer, one sublayer at a time is replaced by each of its variants: attention with fewer KV
-    heads (means of joined heads), an MLP with fewer channels (those with the largest mean output on other text), or
-    none; run the command again to resume. Needs torch and transformers. For accuracy on tasks use EleutherAI's
-    lm-evaluation-harness: prunesim pareto reads its results.
+    Quality is perplexity, KL divergence to the dense model, and the share of tokens that the dense model accepts from
+    the pruned one as a draft, sampled and greedy: a value for prunesim draft --acceptance. The model is pruned here,
+    without fine-tuning, or read with --pruned. With --per-layer, one sublayer at a time is replaced by each of its
+    variants: attention with fewer KV heads (means of joined heads), an MLP with fewer channels (those with the largest
+    mean output on other text), or none; run the command again to resume. Needs torch and transformers. For accuracy on
+    tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
     """
     from simulator.files.write import check_target, write_whole
 
@@ -105,6 +106,8 @@ def command(
             ("pruned", lambda s: render.percent(s.sparsity)),
             ("perplexity", lambda s: f"{s.perplexity:.4g}"),
             ("KL (nats/token)", lambda s: f"{s.kl_nats:.3g}"),
+            ("accepted\nsampled", lambda s: f"{s.sampled_acceptance:.3f}"),
+            ("accepted\ngreedy", lambda s: f"{s.greedy_acceptance:.3f}"),
         )
         render.show(columns, f"{name}: dense perplexity {found[0].dense_perplexity:.4g}, {text_name}")
 

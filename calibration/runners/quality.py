@@ -1,4 +1,9 @@
-"""Quality of a pruned language model: its perplexity, and the KL divergence of its predictions from the dense model's.
+"""Quality of a pruned language model: its perplexity, and how far its predictions are from the dense model's.
+
+The distance is a KL divergence, and the acceptance of the pruned model as a draft of the dense one. Sampled:
+speculative sampling accepts a drafted token with probability sum(min(p_dense, p_pruned)) over the vocabulary (arXiv
+2211.17192). Greedy: both models rank the same token first. Each token is predicted after the text before it, not after
+other drafted tokens, so an acceptance does not depend on the position in a draft.
 
 :func:`measure_quality` scores a Hugging Face model that is pruned by families, without fine-tuning, or one of its
 pruned checkpoints. :func:`measure_layers` scores variants of single layers, for a library of variants
@@ -57,6 +62,8 @@ class Score:
     dense_perplexity: float
     perplexity: float
     kl_nats: float  # mean over tokens of KL(dense || pruned)
+    sampled_acceptance: float  # mean over tokens of sum(min(p_dense, p_pruned)), at temperature 1
+    greedy_acceptance: float  # share of tokens that both models rank first
     family: str = ""
     sparsity: float = math.nan
     realised_sparsity: float = math.nan  # removed share of the weights of all projections; NaN for a checkpoint
@@ -73,7 +80,8 @@ class Score:
             pruned=self.perplexity,
             protocol=protocol,
             source=source,
-            note=f"KL divergence {self.kl_nats:.4g} nats per token",
+            note=f"KL divergence {self.kl_nats:.4g} nats per token; acceptance as a draft "
+            f"{self.sampled_acceptance:.4g} sampled, {self.greedy_acceptance:.4g} greedy",
         )
 
 
@@ -84,13 +92,16 @@ def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
 
 def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
     """Score windows of dense logits, pruned logits and tokens."""
-    losses, divergences = [], []
+    found = []
     for *both, ids in windows:
         before, after = (F.log_softmax(logits[:-1].float(), -1) for logits in both)
-        losses.append([float(F.nll_loss(log, ids[1:])) for log in (before, after)])
-        divergences.append(float(F.kl_div(after, before, log_target=True, reduction="batchmean")))
-    dense_perplexity, perplexity = torch.tensor(losses, dtype=torch.float64).mean(0).clamp(max=700.0).exp().tolist()
-    return Score(dense_perplexity, perplexity, sum(divergences) / len(divergences))
+        losses = [F.nll_loss(log, ids[1:]) for log in (before, after)]
+        divergence = F.kl_div(after, before, log_target=True, reduction="batchmean")
+        sampled = torch.minimum(before, after).exp().sum(-1).mean()
+        greedy = (before.argmax(-1) == after.argmax(-1)).double().mean()
+        found.append([*map(float, (*losses, divergence, sampled, greedy))])
+    means = torch.tensor(found, dtype=torch.float64).mean(0)
+    return Score(*means[:2].clamp(max=700.0).exp().tolist(), *means[2:].tolist())
 
 
 def measure_quality(

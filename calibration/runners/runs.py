@@ -28,6 +28,7 @@ from calibration.records.store import Header, Store, content_records, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.errors import InputError
+from simulator.files.write import refuse_links
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
@@ -75,6 +76,7 @@ def check_folder(folder: str | Path) -> Path:
         raise InputError(f"{path}: is a file; expected the folder of a run")
     if not path.parent.is_dir():
         raise InputError(f"{path}: folder {path.parent} does not exist")
+    refuse_links(path)
     return path
 
 

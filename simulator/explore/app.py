@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import streamlit as st
 
 from simulator.display import markdown_text
-from simulator.engines.engine import list_engines
-from simulator.errors import InputError, one_line
+from simulator.engines.engine import list_engines, load_engine, split
+from simulator.errors import InputError, one_line, unknown
 from simulator.explore.content import Drawing, PageContent, commands, content
 from simulator.files.csv import csv_text
 from simulator.hardware.library import list_hardware, load_hardware
@@ -66,6 +66,14 @@ def prunings(text: str) -> list[str]:
     return lines
 
 
+def engine(text: str) -> str:
+    """Return a shipped engine, with a version such as vllm@0.10; engine files are not opened."""
+    if split(text)[0] not in list_engines():
+        raise unknown("engine", text, list_engines())
+    load_engine(text)
+    return text
+
+
 def of_setting(name: str) -> Field:
     """Return the field of a setting of the request; one of several values is a comma list."""
     setting = SETTINGS[name]
@@ -90,7 +98,7 @@ SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "paralle
 FIELDS: dict[str, Field] = {
     "model": Field("Model", "llama-3.1-8b", list_models()),
     "hardware": Field("Hardware", ("h100_sxm",), list_hardware()),
-    "engine": Field("Engine", (Request.engine,), list_engines()),
+    "engine": Field("Engine", (Request.engine,), list_engines(), engine, "Type vllm@0.10 for an older release."),
     "by": Field("Pruning by", FAMILY, (FAMILY, TEXT, CHECKPOINT)),
     "family": Field("Families", ("depth", "width", "low_rank", "dynamic_depth"), tuple(FAMILIES)),
     "sparsity": Field("Removed", "10%, 20%, 30%, 40%, 50%, 60%, 70%", (), fractions),
@@ -153,7 +161,7 @@ def accepted(field: Field, given: Sequence[str]) -> Any:
     if (len(given) != 1 and not several) or any(len(text) > MOST_LETTERS or "\0" in text for text in given):
         raise InputError("expected one short text")
     for text in given:
-        if field.choices and text not in field.choices:
+        if field.choices and field.read is not engine and text not in field.choices:
             raise InputError("expected one of the choices")
         field.read(text)
     return list(dict.fromkeys(given)) if several else given[0]
@@ -172,7 +180,7 @@ def draw(name: str) -> None:
     field = FIELDS[name]
     shared: dict[str, Any] = {"key": name, "help": field.help}
     if isinstance(field.default, tuple):
-        st.multiselect(field.label, field.choices, **shared)
+        st.multiselect(field.label, field.choices, accept_new_options=field.read is engine, **shared)
     elif name == "by":
         st.radio(field.label, field.choices, horizontal=True, **shared)
     elif field.choices:
@@ -259,7 +267,7 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
         texts[name], asked[name] = state[name].replace(" ", ""), parsed(name)
     texts |= {"phase": state.phase, "engine": ",".join(state.engine)}
     given = {name: parsed(name) for name in SINGLE}
-    asked |= {"phase": [state.phase], "engine": state.engine, **given}
+    asked |= {"phase": [state.phase], "engine": [engine(text) for text in state.engine], **given}
     texts |= {SETTINGS[n].flags[0][2:]: state[n].strip() for n in SINGLE if given[n] != SETTINGS[n].default}
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     if many > MOST_PREDICTIONS:

@@ -106,6 +106,13 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> 
     writer = csv.writer(out, lineterminator="\n")
     names = tuple(columns or rows[0])
     writer.writerow(names)
-    for values in ([row[name] for name in names] for row in rows):
-        writer.writerow(["" if finite(v) is None else repr(v) if isinstance(v, float) else v for v in values])
+    for row in rows:
+        writer.writerow([_written(row[name]) for name in names])
     return out.getvalue()
+
+
+def _written(value: Any) -> Any:
+    """Return a value as its cell; a spreadsheet would compute texts that begin as a formula, which get a quote."""
+    if isinstance(value, str):
+        return f"'{value}" if value[1:] and value[0] in "=+-@\t\r" else value
+    return "" if finite(value) is None else repr(value) if isinstance(value, float) else value

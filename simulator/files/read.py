@@ -44,7 +44,8 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: st
 
 
 def parse_json(content: str | bytes, label: str) -> Any:
-    """Return parsed JSON; InputError for an object with equal keys, of which ``json.loads`` takes the last."""
+    """Return parsed JSON. JSONDecodeError for other text; InputError for too many levels or digits, and for an object
+    with equal keys, of which ``json.loads`` takes the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -55,7 +56,14 @@ def parse_json(content: str | bytes, label: str) -> Any:
             found[name] = value
         return found
 
-    return json.loads(content, object_pairs_hook=unique)
+    try:
+        return json.loads(content, object_pairs_hook=unique)
+    except RecursionError:
+        raise InputError(f"{label}: is not read: too many levels of objects and lists") from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError | InputError):
+            raise
+        raise InputError(f"{label}: is not read ({one_line(str(error), 80)})") from None  # thousands of digits
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
@@ -70,12 +78,6 @@ def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
         raise InputError(f"{label}: is not UTF-8 text (byte {error.start}); expected JSON") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{label}:{error.lineno}:{error.colno}: is not JSON ({error.msg})") from None
-    except RecursionError:
-        raise InputError(f"{label}: is not read: too many levels of objects and lists") from None
-    except ValueError as error:  # an integer of thousands of digits
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{label}: is not read ({one_line(str(error), 80)})") from None
 
 
 def load_pyarrow() -> tuple[Any, Any]:

@@ -27,6 +27,13 @@ def check_target(path: str | Path) -> Path:
     return target
 
 
+def refuse_links(folder: Path, name: str = "*") -> None:
+    """Raise InputError for a link in an output folder, through which a file elsewhere would be written."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.match(name) and path.is_symlink() and not path.is_dir():
+            raise InputError(f"{path}: expected a file, got a link; remove it or choose another folder")
+
+
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file through a temporary file, which is synced and renamed; devices and pipes are written directly."""
     target = check_target(path)

@@ -544,7 +544,7 @@ def estimate(
     loadings, idle = _loadings(a, model, rows, n, k, step_scale, load_scale)
     loadings |= {name: np.float32(1.0) for name in kernel.unfitted}
     if "searched" in kernel.assumed:
-        loadings["serial"] = loadings["memory"]
+        loadings["serial"] = 1.0 - loadings["compute"]
     elif "serial" not in kernel.assumed:
         loadings.pop("serial", None)
     parts = [loadings[part] for part in ("compute", "memory") if part in kernel.assumed]

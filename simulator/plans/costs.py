@@ -31,6 +31,7 @@ from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
 from simulator.prediction.requests import check_measured, on, profiles, requests_of, setting
 from simulator.prediction.serving import memory_columns
+from simulator.pruning.experts import rebalanced
 from simulator.request import Request
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -59,8 +60,8 @@ class PricedRequest:
         return setting(self)
 
     def lower(self, model: ModelConfig) -> Workload:
-        """Return the workload of a model."""
-        return lower(replace(self.request, model=model))
+        """Return the workload of a model that was pruned from the request's."""
+        return rebalanced(lower(replace(self.request, model=model)), load_model(self.request.model).experts)
 
 
 def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]) -> list[PricedRequest]:

@@ -432,7 +432,8 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
         if not len(problems):
             problems.add(root, "file", "expected the keys attention, mlp or layers")
         raise InputError(problems.lines[0])
-    own: list[dict[str, tuple[Block, ...]]] = [_lists(root, model, i, problems, "") for i in range(model.layers)]
+    common = {dense: _lists(root, dense, problems, "") for dense in dict.fromkeys(model.layout)}
+    own = [dict(common[dense]) for dense in model.layout]
     layers = root.entries.get("layers")
     taken: set[int] = set()
     if layers is not None and layers[1].kind != "mapping":
@@ -447,15 +448,15 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
             continue
         taken.update(some)
         for i in some:
-            own[i] |= _lists(value, model, i, problems, f"layers.{text}.")
+            own[i] |= _lists(value, model.layout[i], problems, f"layers.{text}.")
     if len(problems):
         raise first_of(problems.lines)
     every = (Entry(label, i, b, {}) for i, given in enumerate(own) for b in _product(model, model.layout[i], given))
     return library_of(every, model, label)
 
 
-def _lists(node: Node, model: ModelConfig, layer: int, problems: Problems, where: str) -> dict[str, tuple[Block, ...]]:
-    """Return the variants of a layer by sublayer that a mapping lists; each problem is noted once, at layer 0."""
+def _lists(node: Node, dense: Block, problems: Problems, where: str) -> dict[str, tuple[Block, ...]]:
+    """Return the variants of a layer by sublayer that a mapping lists."""
     keys, found = (*SUBLAYERS, "layers") if not where else SUBLAYERS, {}
     if node.kind != "mapping":
         problems.add(node, where.rstrip("."), f"expected lists of variants by sublayer, got {node}")
@@ -464,9 +465,11 @@ def _lists(node: Node, model: ModelConfig, layer: int, problems: Problems, where
         if name not in keys:
             problems.add(key, where + name, str(unknown("key", name, keys)))
         elif name in SUBLAYERS:
-            if value.kind != "list" or not value.items:
-                problems.add(value, where + name, f"expected a list of variants, got {value}")
-            found[name] = tuple(_listed(value.items, name, model.layout[layer], problems, where + name))
+            if value.kind != "list" or not 0 < len(value.items) <= MOST_VARIANTS:
+                expected = f"expected a list of 1 to {MOST_VARIANTS} variants"
+                problems.add(value, where + name, f"{expected}, got {len(value.items) or value}")
+                continue
+            found[name] = tuple(dict.fromkeys(_listed(value.items, name, dense, problems, where + name)))
     return found
 
 

@@ -222,7 +222,8 @@ def search(
     if uniform and not families:
         raise InputError("uniform: no variant is available in all layers; expected one row per layer with equal shapes")
     if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
-        notes += (f"most variants have a better {name} than the dense model; use --maximise if higher is better",)
+        way = "omit --maximise if lower is better" if maximise else "use --maximise if higher is better"
+        notes += (f"most variants have a better {name} than the dense model; {way}",)
     solver = Solver(variants, rises, at, targets, families)
     found = solver.solve()
     pruned = planned(dense, found.blocks)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from simulator.display import runs
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.files.write import write_whole
+from simulator.files.write import refuse_links, write_whole
 from simulator.models.changes import block_config, config_of, content_of, write_config
 from simulator.models.config import Block, ModelConfig
 from simulator.models.lower import lower, stream_of
 from simulator.plans.variants import has, part_of
 from simulator.prediction.requests import device_text
 from simulator.pruning._steps import plan_steps, prune_steps
+from simulator.pruning.experts import rebalanced
 
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs, PricedRequest
@@ -87,6 +88,7 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
+    refuse_links(target, PLAN)
     dense, lines = plan.dense, list[str]()
     content, text = None, None
     try:
@@ -115,7 +117,7 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
 def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
     """Raise InputError if the text of a plan does not give the parameters and FLOPs of the plan."""
     own = prune_steps(lower(dense, phase="decode"), plan_steps(text))
-    other = lower(pruned, phase="decode")
+    other = rebalanced(lower(pruned, phase="decode"), dense.experts)
     pairs = [(w.parameters, float(w.flops.sum())) for w in (own, other)]
     if abs(pairs[0][0] - pairs[1][0]) > 0.5 or abs(pairs[0][1] / pairs[1][1] - 1.0) > 1e-9:
         raise InputError("the families of --prune cannot state these shapes exactly")

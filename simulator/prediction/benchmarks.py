@@ -147,12 +147,16 @@ class Fields:
         return self.amount(key) / 1e3 if self.has(key) else 0.0
 
     def average(self, key: str) -> float:
-        """Return the average of a metric of genai-perf or AIPerf, a time in s; 0 if it is absent."""
+        """Return the average of a metric of genai-perf or AIPerf; 0 if it is absent."""
+        return self.part(key).amount("avg") if self.has(key) else 0.0
+
+    def average_s(self, key: str) -> float:
+        """Return the average of a time of genai-perf or AIPerf, s; 0 if it is absent."""
         if not self.has(key):
             return 0.0
-        metric = self.part(key)
-        unit = metric.data.get("unit")
-        return metric.amount("avg") * (_UNITS.get(unit, 1.0) if isinstance(unit, str) else 1.0)
+        if (unit := self.part(key).text("unit")) not in _UNITS:
+            raise InputError(f"{self.place(key)}.unit: expected one of {', '.join(_UNITS)}, got {unit or 'none'}")
+        return self.average(key) * _UNITS[unit]
 
     def text(self, key: str) -> str:
         """Return a text; "" if it is absent."""
@@ -270,6 +274,8 @@ def vllm_serve(fields: Fields) -> BenchRun:
     missing = "failed" not in fields.data
     failed = fields.count("num_prompts") - fields.count("completed") if missing else fields.count("failed", 0)
     run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
+    asked = fields.count("num_prompts") if fields.has("num_prompts") else run.requests
+    short = f"{fields.source}: num_prompts: {asked}, but {run.requests} completed and 0 failed; check the dataset"
     whole = run.ttft_s + run.tpot_s * max(run.output_tokens - 1.0, 0.0) if run.ttft_s and run.tpot_s else 0.0
     request, names = fields.time("mean_e2el_ms") or whole, (key for key in fields.data if key.endswith("_ms"))
     return replace(
@@ -280,6 +286,7 @@ def vllm_serve(fields: Fields) -> BenchRun:
         request_s=request,
         engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
         percentiles_s={key.removesuffix("_ms"): fields.time(key) for key in names if not key.startswith("std_")},
+        note=short if run.requests < asked else run.note,
     )
 
 
@@ -365,7 +372,7 @@ def genai_perf(fields: Fields) -> BenchRun:
     failed = sum(one.count("count") if one.has("count") else 1 for one in fields.rows("error_summary")) if errors else 0
     check_failed(fields, failed or int(fields.average("error_request_count")), "error_summary")
     many, requests = _in_flight(given), round(fields.average("request_count"))
-    throughput, request = fields.part("request_throughput"), fields.average("request_latency")
+    throughput, request = fields.part("request_throughput"), fields.average_s("request_latency")
     rate = throughput.seconds("avg")  # positive
     enough = ENOUGH_ROUNDS * many
     few = f"{fields.source}: {requests} requests include ramp-up and ramp-down; use --request-count {enough}"
@@ -380,10 +387,10 @@ def genai_perf(fields: Fields) -> BenchRun:
         requests=requests,
         input_tokens=fields.average("input_sequence_length"),
         output_tokens=fields.average("output_sequence_length"),
-        duration_s=fields.average("benchmark_duration"),
+        duration_s=fields.average_s("benchmark_duration"),
         request_s=request,
-        ttft_s=fields.average("time_to_first_token"),
-        tpot_s=fields.average("inter_token_latency"),
+        ttft_s=fields.average_s("time_to_first_token"),
+        tpot_s=fields.average_s("inter_token_latency"),
         note=few if 0 < requests < enough else "",
     )
 
@@ -438,7 +445,7 @@ def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
     except UnicodeDecodeError:
         raise InputError(f"{source}: is not UTF-8 text; expected a JSON file of {TOOLS}") from None
     try:
-        objects = {source: _parsed(source, text)}
+        objects = {source: parse_json(text, source)}
     except json.JSONDecodeError as error:
         lines = {f"{source}:{at}": line for at, line in enumerate(text.splitlines(), start=1) if line.strip()}
         if error.msg != "Extra data" or len(lines) < 2:
@@ -446,17 +453,10 @@ def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
         objects = {}
         for place, line in lines.items():
             try:
-                objects[place] = _parsed(place, line)
+                objects[place] = parse_json(line, place)
             except json.JSONDecodeError as wrong:
                 raise InputError(f"{place}:{wrong.colno}: is not JSON ({wrong.msg})") from None
     return [_read(place, data) for place, data in objects.items()]
-
-
-def _parsed(place: str, text: str) -> Any:
-    try:
-        return parse_json(text, place)
-    except RecursionError:
-        raise InputError(f"{place}: is not JSON (too many levels); expected a file of {TOOLS}") from None
 
 
 def _read(source: str, data: Any) -> BenchRun:

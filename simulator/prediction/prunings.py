@@ -26,6 +26,7 @@ from simulator.prediction.requests import distinct, once, requests_of
 from simulator.pruning import FAMILIES, check_fraction
 from simulator.pruning._rows import readers, writers
 from simulator.pruning._steps import PruningStep, is_plan, prune_steps, read_steps
+from simulator.pruning.experts import rebalanced
 from simulator.request import Applied, Request
 from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
@@ -135,7 +136,7 @@ class Pruning:
 
     def apply(self, dense: Workload, request: Request) -> Workload:
         if self.model is not None:
-            pruned = lower(replace(request, model=self.model))
+            pruned = rebalanced(lower(replace(request, model=self.model)), load_model(request.model).experts)
             check_alike(dense, pruned)
             return as_pruned(dense, pruned)
         if self.text:

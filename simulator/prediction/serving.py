@@ -92,7 +92,9 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
         prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
         own, server = prefill, NOTHING
         if meta.phase == "serve":
-            own, server = prefill / np.minimum(prefill_passes(p.workloads), sequences), p.engine.each_request
+            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
+            if p.hw.architecture != "cpu":  # vLLM on two cores: 5 to 8 ms (docs/vllm.md)
+                server = p.engine.each_request
         rate = sequences * meta.new_tokens / seconds
         first, before = (
             _first_tokens(own, prefill, wait, time, level)

@@ -370,6 +370,7 @@ def _of_layers(node: Node, problems: Problems) -> tuple[PruningStep, ...]:
             continue
         if again := taken.intersection(layers):
             problems.add(key_node, key, f"layer {min(again)} is listed twice")
+            break  # the steps of thousands of ranges that overlap would fill the memory
         taken.update(layers)
         steps += _of_node(value, key, problems, layers)
     return steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from simulator.arguments import flag
@@ -42,10 +44,7 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
         routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
         out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
         params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
-        # the experts that stay have similar loads: 64 of Qwen3-30B's 128 have a skew of 0.57, all have 0.84
-        # (EXPERT_SKEW); the loads of merged experts add up, so their spread falls with the root of a group's size
-        skew = np.where(routed, w.skew * np.sqrt(kept / np.maximum(before, 1)), w.skew)
-        out = out.replace(experts=np.where(routed, kept / devices, w.experts), skew=skew, params=params)
+        out = rebalanced(out.replace(experts=np.where(routed, kept / devices, w.experts), params=params), before)
     else:
         out = w.replace(active=kept / devices)
     if (merged or fewer == "average") and not ideal:  # a kernel changes which experts each token uses
@@ -55,6 +54,17 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
         select = overheads(w, at, "select", m=w.m[at], n=active, read_bytes=indices, write_bytes=indices)
         out = insert(out, [(at - 0.5, select)])
     return out, realised
+
+
+def rebalanced(w: Workload, before: Any) -> Workload:
+    """Return the workload of a model that had more routed experts ``before``. The experts that stay have similar loads:
+    64 of Qwen3-30B's 128 have a skew of 0.57, all have 0.84 (EXPERT_SKEW). The loads of merged experts add up, so their
+    spread falls with the square root of a group's size."""
+    kept = w.experts * (w.meta.devices if w.meta.parallel == "expert" else 1)
+    fewer = (w.kind == Kind.EXPERTS) & (kept < before)
+    if not fewer.any():
+        return w
+    return w.replace(skew=w.skew * np.sqrt(np.where(fewer, kept / np.maximum(before, 1), 1.0)))
 
 
 FAMILY = Family(

@@ -256,3 +256,13 @@ def test_a_pruned_checkpoint_is_compared_after_a_click(tmp_path: Path, hostile_m
     good(at.text_input(key="pruned_path").set_value(str(tmp_path / "no")).run())
     good(at.button[0].click().run())
     assert [e.value.count("\n") for e in at.error] == [0, 0]
+
+
+def test_an_older_release_of_an_engine_is_typed_but_no_engine_file(opened: list[str], tmp_path: Path) -> None:
+    at = page(engine="vllm@0.10")
+    assert shows(at, expected(engine="vllm@0.10"))
+    assert address(at) == {"engine": ["vllm@0.10"]}
+    for name in (str(tmp_path / "own.yaml"), "vllm@never"):
+        good(at.multiselect(key="engine").set_value(["vllm", name]).run())
+        assert at.error[0].value.startswith("engine")
+    assert not [path for path in opened if "own.yaml" in path]

@@ -1,14 +1,19 @@
-"""Temporary files: those of killed writers are removed by the next writer; those that a process writes stay."""
+"""Temporary files: those of killed writers are removed by the next writer; those that a process writes stay. Texts of
+a CSV are no formulas, and links in an output folder are not followed."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from calibration.runners.runs import check_folder
 from simulator.errors import InputError
+from simulator.files.csv import csv_text
 from simulator.files.write import _temporary, remove_left, write_whole
 
 pytestmark = pytest.mark.quick
@@ -56,3 +61,19 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(InputError, match="is a folder"):
         write_whole(tmp_path, b"x")
+
+
+def test_no_cell_begins_as_a_formula() -> None:
+    texts = ['=HYPERLINK("x")', "+1+cmd", "-1+cmd", "@SUM(1)", "a=b", "-", ""]
+    cells = list(csv.reader(io.StringIO(csv_text([{"text": text, "number": -1.5} for text in texts]))))[1:]
+    assert [cell for cell, _ in cells] == ['\'=HYPERLINK("x")', "'+1+cmd", "'-1+cmd", "'@SUM(1)", "a=b", "-", ""]
+    assert {number for _, number in cells} == {"-1.5"}
+
+
+def test_links_in_the_folder_of_a_run_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "elsewhere")
+    assert check_folder(tmp_path) == tmp_path
+    (tmp_path / "profile.yaml").symlink_to(tmp_path / "elsewhere" / "new")
+    with pytest.raises(InputError, match=r"profile\.yaml: expected a file, got a link"):
+        check_folder(tmp_path)

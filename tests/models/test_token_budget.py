@@ -16,6 +16,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
+from simulator.request import SETTINGS
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
@@ -87,6 +88,14 @@ def test_every_family_prunes_chunks_as_it_prunes_a_prompt(family: str) -> None:
         ours, theirs = (float(w.flops[at].sum()) for w, at in zip((alone, chunks), some))
         assert ours == pytest.approx(theirs, rel=2e-3)
     assert alone.parameters == pytest.approx(chunks.parameters, rel=1e-9)
+
+
+def test_a_cached_prefix_in_percent_is_a_share() -> None:
+    parse = SETTINGS["cached_prefix"].accepts.parse
+    assert [parse(text) for text in ("0.5", "99.9 %", "0%", "1", "2k")] == [0.5, 0.999, 0.0, 1.0, 2048.0]
+    for text in ("100%", "200 %"):
+        with pytest.raises(InputError, match="expected a share of the prompt below 100 %"):
+            parse(text)
 
 
 def test_a_cached_prefix_is_read_but_not_computed() -> None:

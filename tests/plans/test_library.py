@@ -105,14 +105,17 @@ def test_choices_are_all_combinations(tmp_path: Path) -> None:
     text = "attention: [dense, none]\nmlp: [dense, 768, none]\nlayers:\n  0-1,29: {mlp: [dense]}\n"
     library = read(tmp_path, text, "choices.yaml")
     assert [len(own) for own in library.layers] == [2, 2, *[6] * 27, 2]
+    many = f"attention: [{'none, ' * 4096}]\nmlp: [{'768, ' * 4096}]\n"  # 16 million pairs
+    assert [len(own) for own in read(tmp_path, many, "choices.yaml").layers] == [2] * 30
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("heads: [dense]\n", "heads: .*unknown"),
-        ("mlp: 768\n", "mlp: expected a list of variants"),
+        ("mlp: 768\n", "mlp: expected a list of 1 to 4096 variants, got 768$"),
         ("mlp: [dense, 9999]\n", "mlp.1: .*expected a width up to 1536"),
+        (f"mlp: {[768] * 50_000}\n", "mlp: expected a list of 1 to 4096 variants, got 50000$"),
         ("layers:\n  0-1: {mlp: [768]}\n  1: {mlp: [512]}\n", "layer 1 is listed twice"),
         ("layers: [1]\n", "yaml:1:9: layers: expected lists of variants by layers"),
         ("- 1\n", "expected the keys"),

@@ -15,6 +15,7 @@ from simulator.plans.costs import PricedRequest, costs, planned, quantities
 from simulator.plans.library import read_library
 from simulator.plans.search import Plan, search
 from simulator.plans.solve import Targets
+from simulator.plans.write import write_plan
 from simulator.request import Request
 
 MODEL = load_model("llama-3.2-1b")  # 16 layers
@@ -162,7 +163,8 @@ def test_a_higher_metric_can_be_better(file: Path, plan: Plan, tmp_path: Path) -
     up = tmp_path / "accuracy.csv"
     up.write_text("\n".join([first.replace("kl_div", "accuracy"), *(f"{a},{1 - float(s)}" for a, s in pairs)]))
     assert search(MODEL, "h100", 1.5, up, batch=8, maximise=True).score == pytest.approx(plan.score, abs=1e-4)
-    assert "--maximise" in " ".join(search(MODEL, "h100", 1.5, up, batch=8).notes)
+    assert "; use --maximise if" in " ".join(search(MODEL, "h100", 1.5, up, batch=8).notes)
+    assert "; omit --maximise if" in " ".join(search(MODEL, "h100", 1.5, file, batch=8, maximise=True).notes)
 
 
 def test_unreachable_targets_name_the_nearest_plan(file: Path) -> None:
@@ -194,3 +196,16 @@ def test_published_depth_losses_are_the_scores_of_last_resort() -> None:
 def test_targets_out_of_range_are_refused(targets: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Targets(**targets)
+
+
+def test_a_plan_is_not_written_through_a_link(plan: Plan, tmp_path: Path) -> None:
+    mine, link = tmp_path / "mine", tmp_path / "plan.yaml"
+    mine.write_text("mine")
+    link.symlink_to(mine)
+    (tmp_path / "other").symlink_to(mine)  # nothing is written to it
+    with pytest.raises(InputError, match=r"plan\.yaml: expected a file, got a link"):
+        write_plan(plan, plan.dense.name, str(tmp_path))
+    assert (mine.read_text(), (tmp_path / "config.json").exists()) == ("mine", False)
+    link.unlink()
+    write_plan(plan, plan.dense.name, str(tmp_path))
+    assert link.read_text().startswith("layers:")

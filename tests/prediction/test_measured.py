@@ -130,6 +130,13 @@ GENAI, RATE = _request("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"r
         ("trtllm_throughput.json", TRTLLM, {"decoding_stats": {"mode": "Eagle"}}, "speculative decoding"),
         ("trtllm_throughput.json", VLLM, {}, "dtype: expected bf16, got fp8"),
         ("aiperf.json", VLLM, {"was_cancelled": True}, "was_cancelled: expected false, got true"),
+        (
+            "aiperf.json",
+            VLLM,
+            {"request_latency": {"unit": "min", "avg": 0.03}},
+            "latency.unit: expected one of ns, us",
+        ),
+        ("genai_perf.json", GENAI, {"inter_token_latency": {"avg": 8.0}}, "latency.unit: expected one of ns, us"),
         ("aiperf.json", VLLM, {"error_summary": [{"count": 3}]}, "error_summary: expected 0 requests, got 3"),
         ("aiperf.json", VLLM, {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}}, "got poisson"),
         (
@@ -169,6 +176,8 @@ def test_what_does_not_match_is_refused(
         ('{"median_e2e_latency_ms": 5.0}', "max_concurrency: expected a value, got no such key"),
         ('{"elapsed_time": NaN, "num_requests": 4}', "elapsed_time: expected a positive time in seconds"),
         ('{"input_config": {}, "request_throughput": {"avg": 0.0}}', "request_throughput.avg: expected a positive"),
+        (f'{{"avg_latency": {"9" * 5000}}}', "is not read (Exceeds the limit"),
+        (f'{{"no": 1}}\n{{"avg_latency": {"9" * 5000}}}', "run.json:2: is not read (Exceeds the limit"),
         ('{"input_config": {"model": [5]}, "request_throughput": {"avg": 1.0}}', "model_names: expected names"),
     ],
 )
@@ -194,6 +203,7 @@ FEW |= {"total_input_tokens": 48 * 1024, "total_output_tokens": 48 * 129}
         ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, VLLM, ["is quantised by its name, the prediction is for bf16"]),
         ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, _request("serve", 16, 1024, dtype="fp8"), []),
         ({"backend": "sglang"}, VLLM, ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"]),
+        ({"num_prompts": 500}, VLLM, ["num_prompts: 500, but 160 completed and 0 failed; check the dataset"]),
         (FEW, VLLM, ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,13 @@ def test_mistakes_in_a_plan_have_their_place(tmp_path: Path, text: str, message:
     with pytest.raises(InputError) as found:
         read_steps(str(path))
     assert str(found.value).startswith(f"{path}:{message}")
+
+
+def test_ranges_that_overlap_do_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("layers:\n" + "".join(f"  0-9999,{i}: depth\n" for i in range(1000)))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"3:3: layers\.0-9999,1: layer 0 is listed twice"):
+        read_steps(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()

@@ -42,6 +42,36 @@ def test_scores_by_hand() -> None:
     assert found.dense_perplexity == pytest.approx(math.exp(-(3 * math.log(0.5) + math.log(0.25)) / 4))
     assert found.perplexity == pytest.approx(math.exp(-(3 * math.log(0.25) + math.log(0.5)) / 4))
     assert found.kl_nats == pytest.approx(0.25 * math.log(2))
+    assert found.sampled_acceptance == pytest.approx(0.75)  # min(1/2, 1/4) + 2 min(1/4, ...)
+    assert found.greedy_acceptance == 0.0
+
+
+def test_acceptance_is_the_share_that_speculative_sampling_accepts() -> None:
+    """Tokens of the draft are drawn and accepted with min(1, p_dense / p_pruned), as arXiv 2211.17192 does."""
+    generator = torch.Generator().manual_seed(0)
+    dense, draft = torch.randn(2, 3, 20, generator=generator)
+    found = score(lambda ids: dense, lambda ids: draft, [torch.tensor([0, 1, 2])])
+    p, q = dense[:2].softmax(-1), draft[:2].softmax(-1)
+    drawn = q.multinomial(200_000, replacement=True, generator=generator)
+    accepted = torch.rand(drawn.shape, generator=generator) < p.gather(1, drawn) / q.gather(1, drawn)
+    assert found.sampled_acceptance == pytest.approx(float(accepted.double().mean()), abs=0.004)  # five standard errors
+    assert 0.1 < found.sampled_acceptance < 0.9
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_acceptance_of_equal_and_of_opposite_models(other: int) -> None:
+    logits = torch.full((2, 5, 7), -60.0)
+    logits[0, :, 0] = logits[1, :, 1] = 60.0  # each model is certain of one token
+    found = score(lambda ids: logits[0], lambda ids: logits[other], [torch.arange(5)] * 3)
+    assert found.sampled_acceptance == pytest.approx(1.0 - other, abs=1e-6)
+    assert found.greedy_acceptance == 1.0 - other
+
+
+def test_greedy_acceptance_counts_tokens_whose_best_agree() -> None:
+    """The last logits of a window predict no token of it and do not count; windows count equally."""
+    dense, draft = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
+    found = score(lambda ids: dense, lambda ids: draft, [torch.arange(4), torch.arange(4)])
+    assert found.greedy_acceptance == pytest.approx(2 / 3)
 
 
 @pytest.mark.quick
@@ -93,6 +123,8 @@ def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cl
         assert row["model"] == "Tiny-Llama"
         assert row["kl_nats"] > 0.0
         assert row["perplexity"] > 1.0
+        assert 0.0 <= row["greedy_acceptance"] <= 1.0
+        assert 0.0 < row["sampled_acceptance"] < 1.0
         if row["family"] == "unstructured":
             assert row["realised_sparsity"] == pytest.approx(row["sparsity"], abs=1e-3)
     by = {(r["family"], r["sparsity"]): r["kl_nats"] for r in rows}
@@ -100,6 +132,7 @@ def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cl
     read = load_quality(table)
     assert read.models == ("tiny-llama",)
     assert [r.pruned for r in read.rows] == [pytest.approx(r["perplexity"]) for r in rows]
+    assert f"acceptance as a draft {rows[0]['sampled_acceptance']:.4g} sampled" in read.rows[0].note
     pareto = f"pareto llama-3.2-1b --hardware rtx_4090 --quality {table}"
     assert "tiny-llama" in cli.refused(pareto)
     assert "largest weights" in cli.out(f"{pareto} --quality-model tiny-llama")
@@ -136,6 +169,11 @@ def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
     for more in ("--family width --sparsity 0.2", f"--pruned {tmp_path / 'pruned'} --family depth --sparsity 0.33"):
         (row,) = cli.json(f"{line} {more}")
         assert row["kl_nats"] > 0.0
+    (row,) = cli.json(f"{line} --pruned {dense} --family depth --sparsity 0.33")  # the dense model as its own draft
+    assert row["sampled_acceptance"] == pytest.approx(1.0, abs=1e-5)
+    assert row["greedy_acceptance"] == 1.0
+    printed = cli.out(f"{line} --family width --sparsity 0.2").splitlines()
+    assert printed[1].split() == ["accepted", "accepted"]
 
 
 # -- single layers
