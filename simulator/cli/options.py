@@ -70,9 +70,10 @@ Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, no
 Pruned = Annotated[str | None, opt(
     "--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")]
 Prune = Annotated[list[str] | None, opt(
-    "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated. "
-    "Parts of width: attention, heads, kv, mlp, hidden. Families: depth, width, width_cross, low_rank, "
-    "semi_structured, unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
+    "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', sizes that remain: "
+    "'width mlp=9216 + depth 24', or a plan.yaml; may be repeated. Parts of width: attention, heads, kv, mlp, hidden. "
+    "Families: depth, width, width_cross, low_rank, semi_structured (2:4), unstructured, "
+    "dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
 REQUIRED = "<required>"  # default of an option in a group that has none
 
 
@@ -137,8 +138,8 @@ class Asked(NamedTuple):
 
 # other ways to state the batch and a measured time
 _OTHERS: Mapping[str, Any] = {
-    "concurrency": Annotated[int | None, opt(
-        "--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")],
+    "concurrency": Annotated[str | None, opt(
+        "--concurrency", "LIST", "Requests in flight for --phase serve (replaces --batch).")],
     "dense_tokens_per_s": Annotated[float | None, opt(
         "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")],
     "dense_from": Annotated[str | None, opt(
@@ -172,7 +173,7 @@ class Run:
         if concurrency is not None:
             if found["batch"] != [1] or found["phase"] != ["serve"]:
                 raise InputError("--concurrency: expected with --phase serve, instead of --batch")
-            found["batch"] = [concurrency]
+            found["batch"] = concurrencies(concurrency)
         if "link" in found and found["devices"] == 1:
             raise InputError("--link: expected with --devices of at least 2")
         if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
@@ -187,6 +188,11 @@ class Run:
             return Asked(found | {"dense_s": dense_seconds(rate, one)})
         seconds, _, notes = measured(file, one)
         return Asked(found | {"dense_s": seconds}, notes)
+
+
+def concurrencies(given: str) -> list[int]:
+    found: list[int] = _parsed(replace(SETTINGS["batch"], option="--concurrency"), given)
+    return found
 
 
 def _parsed(setting: Setting, given: Any) -> Any:
