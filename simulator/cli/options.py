@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+from simulator.cli import render
 from simulator.cli.parsing import checked, fractions, integers, names, settings
 from simulator.errors import InputError
 from simulator.request import SETTINGS, Flag, Setting, Whole
@@ -88,7 +89,13 @@ class Devices:
     def profiles(self) -> list[Any]:
         from simulator.hardware.library import load_hardware
 
-        return [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
+        found = [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
+        render.notes(
+            f"{hw.label}: its calibration advised against this profile ({hw.verdict}); calibrate the device again"
+            for hw in found
+            if hw.verdict
+        )
+        return found
 
 
 @dataclass(frozen=True)
