@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -85,7 +85,7 @@ class Devices:
     same_stack: Annotated[bool, opt(
         "--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")] = False
 
-    @property
+    @cached_property
     def profiles(self) -> list[Any]:
         from simulator.hardware.library import load_hardware
 
@@ -170,8 +170,9 @@ class Run:
         changed = {f.name: value for f in fields(own) if (value := getattr(self, f.name)) != f.default}
         return {SETTINGS[n].flags[0][2:] if n in SETTINGS else n: value for n, value in changed.items()}
 
-    def asked(self, model: str = "") -> Asked:
-        """Parse the options, with a measured time of the dense ``model``, if there is one."""
+    def asked(self, model: str = "", devices: Devices | None = None, prunings: Prunings | None = None) -> Asked:
+        """Parse the options, with a measured time of the dense ``model``, if there is one; without the engines that
+        cannot run it on the ``devices``, if others can."""
         found: dict[str, Any] = {}
         for name, setting in SETTINGS.items():
             if (given := self.text(name)) is not None:
@@ -186,7 +187,14 @@ class Run:
         if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
             raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
         if rate is None and file is None:
-            return Asked(found)
+            if devices is None or len(found["engine"]) == 1:
+                return Asked(found)
+            from simulator.prediction.table import unable
+
+            reasons = unable(model, devices.profiles, {**found, **(prunings.parsed() if prunings else {})})
+            able = [engine for engine in found["engine"] if engine not in reasons]
+            notes = tuple(f"{engine} is excluded: {reason}" for engine, reason in reasons.items())
+            return Asked(found | {"engine": able}, notes)
         from simulator.prediction.benchmarks import measured
         from simulator.prediction.requests import dense_seconds, requests_of
 

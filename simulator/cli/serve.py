@@ -61,7 +61,7 @@ def command(
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.service import serve
 
-    asked = run.asked()
+    asked = run.asked(model, devices, prunings)
     if len(asked.settings["seq"]) != 1:
         raise InputError(f"--seq {run.text('seq')!r}: expected one length")
     seconds, texts = partial(parse_quantity, unit="s"), {"ttft": server.ttft, "tpot": server.tpot}
@@ -84,7 +84,7 @@ def command(
         from simulator.figures.style import save_figure
 
         save_figure(services_of(found.services), out.figure)
-    render.notes(found.notes, out.verbose)
+    render.notes((*asked.notes, *found.notes), out.verbose)
 
 
 def _print(services: Sequence[Service], verbose: bool) -> None:

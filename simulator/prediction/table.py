@@ -20,8 +20,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
-from simulator.prediction.prunings import Excluded, Pruning, applied, asked, exclude, excluded_lines
-from simulator.prediction.requests import check_measured, models_of, profiles
+from simulator.prediction.prunings import KEYWORDS, Excluded, Pruning, applied, asked, exclude, excluded_lines
+from simulator.prediction.requests import check_measured, engines_of, models_of, profiles
 from simulator.prediction.result import Result, Results
 from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
 from simulator.pruning._steps import PruningStep
@@ -94,6 +94,19 @@ def table(
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
     joined = Results.join(found, (*notes, *excluded_lines(excluded)))
     return replace(joined, prunings=prunings, requests=tuple(requests))
+
+
+def unable(model: str, hardware: Sequence[HardwareProfile], settings: dict[str, Any]) -> dict[str, str]:
+    """Return why some engines can run none of the prunings (default: one of depth), unless all cannot, by engine."""
+    first = {n: v[:1] if n in SETTINGS and isinstance(v, list) else v for n, v in settings.items()}
+    first |= {} if first.keys() & set(KEYWORDS) else {"prune": "depth 0.25"}
+    reasons, engines = dict[str, str](), engines_of(settings["engine"])
+    for engine in engines:
+        try:
+            table(model, hardware, **(first | {"engine": engine}))
+        except InputError as error:
+            reasons[engine] = str(error)
+    return reasons if len(reasons) < len(engines) else {}
 
 
 def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfile, **settings: Any) -> Result:
