@@ -56,6 +56,8 @@ def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) 
     given = context.get_parameter_source(option.name or "")
     if given is not None and given.name == "COMMANDLINE" and "" in (value if isinstance(value, list) else [value]):
         raise InputError(f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty value")
+    if isinstance(value, str) and value.startswith("--"):
+        raise InputError(f"{option.opts[0]}: its value is missing; expected {option.metavar}, got the option {value}")
     return value
 
 
@@ -131,7 +133,9 @@ class Prunings:
 @dataclass(frozen=True)
 class Output:
     json: Json = False
-    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None
+    csv: Annotated[str | None, opt(
+        "--csv", "FILE", "Also write CSV with exact numbers. -: to standard output, and the answer to "
+        "standard error.")] = None
     figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None
     verbose: Verbose = False
 

@@ -56,7 +56,7 @@ def speedup(
 
         answers = runnables(found, profiles if prunings.named else ())
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
-        _print(found, answers, memory, out.verbose)
+        _print(found, answers if prunings.named else (), memory, out.verbose)
     if out.figure:
         from simulator.figures.speedup import speedups_of
         from simulator.figures.style import save_figure

@@ -630,7 +630,7 @@ def above_bound(
             dense = lower(one)
             why = better_than_bound(dense, pruning.apply(dense, one), hw, r.speedup, r.roofline_bound)
             at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
-            yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
+            yield f"{hw.label}, {at}: {r.pruning} ({r.speedup:.2f}x) is {why}"
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:

@@ -139,6 +139,9 @@ def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfil
     >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
     (True, True)
     """
+    for name, value in {"model": model, "prune": prune, "hardware": hardware, **settings}.items():
+        if isinstance(value, list | tuple):
+            raise InputError(f"{name}: expected one value, got {len(value)}; simulator.table takes lists")
     return table([Request(model=model, **settings).model], [hardware], prune=[prune], **settings)[0]
 
 

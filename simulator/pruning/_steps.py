@@ -256,6 +256,9 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
     if name not in FAMILIES and method is None:
         from simulator.pruning._methods import METHODS
 
+        if name in FAMILIES["width"].targets:
+            text = " ".join(token[0] for token in tokens) if first["name"] else f"{name}=0.25"
+            raise _MisplacedError(at, f"expected a family before the part {name}, such as width {text}")
         raise _MisplacedError(at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES)))
     if not first["word"]:
         raise _MisplacedError(at, f"expected a fraction or a part after {name}, such as {name} 0.25")

@@ -97,7 +97,7 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
     assert records == [point.to_dict() for point in found.points]
     assert [" ".join(record) for record in records] == [KEYS] * 9
     assert KEYS.split() == list(OperatingPoint.__dataclass_fields__)
-    assert cli.out(f"{line} --csv out.csv") == ""
+    assert cli.out(f"{line} --csv out.csv") == cli.out(line)
     with open("out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row, record in zip(rows, records, strict=True):

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+import simulator
+from simulator.errors import InputError
+
 pytestmark = pytest.mark.quick
 
 
@@ -41,3 +44,39 @@ def test_an_engine_without_kernels_of_a_pruning_is_excluded_and_an_unknown_one_i
     assert "vllm is excluded: vllm has no 2:4 kernels" in err
     assert "vllm has no 2:4 kernels" in cli.refused(f"{line} vllm,sglang")
     assert "engine 'vlm' is unknown" in cli.refused(f"{line} vlm,trtllm")
+
+
+H100 = "speedup llama-3.1-8b --hardware h100"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("speedup llama-3.1-8b --hardware foo100", "prunesim hardware new foo100 writes a profile to fill in"),
+        (f"{H100} --prune 'mlp=0.3 heads=0.2'", "before the part mlp, such as width mlp=0.3 heads=0.2"),
+        (f"{H100} --prune 'heads 0.3'", "expected a family before the part heads, such as width heads=0.25"),
+        ("advise llama-3.1-8b --hardware h100 --confidence abc", "--confidence: expected a number, got 'abc'."),
+        ("models show llama-3.1-8b --batch=x", "--batch: expected a whole number, got 'x'."),
+        ("speedup llama-3.1-8b --prune 'depth 0.25'", "Missing option '--hardware'"),
+        ("speedup llama-3.1-8b --hardware --prune 'depth 0.25'", "--hardware: its value is missing; expected LIST"),
+    ],
+)
+def test_hints(line: str, hint: str, cli: Any) -> None:
+    error = cli.refused(line)
+    assert hint in error
+    assert "Input should be" not in error
+
+
+def test_a_list_given_to_predict_names_table() -> None:
+    for settings in ({"batch": [1, 16]}, {"engine": ["vllm", "hf"]}):
+        with pytest.raises(InputError, match=r"expected one value, got 2; simulator\.table takes lists"):
+            simulator.predict("llama-3.1-8b", "depth 0.25", "h100", **settings)
+
+
+def test_a_newer_model_of_equal_shapes_is_an_alias() -> None:
+    assert simulator.load_model("llama-3.3-70b") == simulator.load_model("meta-llama/Llama-3.3-70B-Instruct")
+
+
+def test_a_note_names_a_device_once(cli: Any) -> None:
+    _, err = cli("speedup llama-3.1-8b --hardware a100 --phase prefill --batch 1,64 --prune 'token 0.25'")
+    assert "a100_sxm_80gb, prefill, batch 1, seq 2048 and prefill, batch 64, seq 2048: token at 25 % (1." in err
