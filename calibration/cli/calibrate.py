@@ -88,7 +88,7 @@ def command(
     DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device of RUN/profile.yaml
     or of --hardware, and adds the engine's host times and a factor per operator to RUN/profile.yaml.
     """
-    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, remedy_for, summary
+    from calibration.evidence.validate import DO_NOT_USE, IDLE, LONGER, Judgement, of_calibration, summary
     from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import PROFILE, RunOptions, TargetModels, fit_run, measure_into, target_workloads
 
@@ -114,18 +114,18 @@ def command(
         finish(found.outcome, verbose=out.verbose)
     if measure_only:
         return
-    noisy = found.outcome.counts.noisy / max(1, found.outcome.counts.timed)
+    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed  # a longer run would be as noisy
+    remedy = IDLE if noisy else LONGER
     try:
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
     except InputError as error:  # too few or useless rows
-        remedy = remedy_for(noisy)
         text = f"There is no profile to use in {output}: {error}. {remedy[:1].upper()}{remedy[1:]}."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
         conclude(judged, [{"measured": outcome_row(found)}], tuple, (), out, found.outcome.problems)
         return
     update = done.fit if isinstance(done.fit, Updated) else None
-    judged = of_calibration(done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, noisy)
+    judged = of_calibration(done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, remedy)
     record_verdict(judged, Path(output) / PROFILE)
     row = {
         "measured": outcome_row(found),

@@ -39,7 +39,7 @@ DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5  # shares above which a profile is f
 WIDE_INTERVAL = 0.1  # relative half-width of the 95 % interval of a measured time above which the row is disturbed
 COVERAGE = (85.0, 95.0)  # target range, %, of the coverage of 90 % intervals of times and of ratios
 _COMPOSED = ("low_rank", "gather_gemm", "grouped_gemm")  # predicted as sums of other operators
-_IDLE = "measure again on an idle machine"
+IDLE, LONGER = "measure again on an idle machine", "run the command again with a larger --budget"
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,17 +370,16 @@ def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, usele
     return Judgement(PARTLY if buts else USE, (f"Use {profile} as --hardware{but}: {fact}.",), reasons)
 
 
-def remedy_for(noisy: float) -> str:
-    """Return what helps a calibration; a longer one does not help if most times, a share of all, are noisy."""
-    return _IDLE if noisy > DISTURBED_MOST else "run the command again with a larger --budget"
-
-
 def of_calibration(
-    report: Report | None, fit: Updated | None, folder: Path, hardware: str, disturbed: float = 0.0, noisy: float = 0.0
+    report: Report | None,
+    fit: Updated | None,
+    folder: Path,
+    hardware: str,
+    disturbed: float = 0.0,
+    remedy: str = LONGER,
 ) -> Judgement:
-    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the profile before it;
-    ``disturbed`` and ``noisy`` are shares of its times."""
-    profile, remedy = folder / "profile.yaml", remedy_for(max(noisy, disturbed))
+    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the profile before it."""
+    profile = folder / "profile.yaml"
     if fit is not None and fit.fits:
         update = of_update(fit, profile, hardware, remedy)
         if update.status or report is None:
@@ -405,8 +404,8 @@ def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judg
     fact = f"{percent(share)} of the times were disturbed by other processes or throttling"
     reasons = (*judged.reasons, f"machine busy: {fact}")
     if share > DISTURBED_MOST:
-        return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {_IDLE}.",), reasons)
-    return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {_IDLE}."), reasons)
+        return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {IDLE}.",), reasons)
+    return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {IDLE}."), reasons)
 
 
 def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows") -> Judgement:

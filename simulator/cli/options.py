@@ -92,11 +92,8 @@ class Devices:
         from simulator.hardware.library import load_hardware
 
         found = [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
-        render.notes(
-            f"{hw.label}: its calibration advised against this profile ({hw.verdict}); calibrate the device again"
-            for hw in found
-            if hw.verdict
-        )
+        advised = "its calibration advised against this profile"
+        render.notes(f"{hw.label}: {advised} ({hw.verdict}); calibrate the device again" for hw in found if hw.verdict)
         return found
 
 
@@ -133,9 +130,7 @@ class Prunings:
 @dataclass(frozen=True)
 class Output:
     json: Json = False
-    csv: Annotated[str | None, opt(
-        "--csv", "FILE", "Also write CSV with exact numbers. -: to standard output, and the answer to "
-        "standard error.")] = None
+    csv: Annotated[str | None, opt("--csv", "FILE", "Also write CSV with exact numbers; - is standard output.")] = None
     figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None
     verbose: Verbose = False
 
@@ -185,7 +180,7 @@ class Run:
         if concurrency is not None:
             if found["batch"] != [1] or found["phase"] != ["serve"]:
                 raise InputError("--concurrency: expected with --phase serve, instead of --batch")
-            found["batch"] = concurrencies(concurrency)
+            found["batch"] = integers("--concurrency", concurrency)
         if "link" in found and found["devices"] == 1:
             raise InputError("--link: expected with --devices of at least 2")
         if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
@@ -207,11 +202,6 @@ class Run:
             return Asked(found | {"dense_s": dense_seconds(rate, one)})
         seconds, _, notes = measured(file, one)
         return Asked(found | {"dense_s": seconds}, notes)
-
-
-def concurrencies(given: str) -> list[int]:
-    found: list[int] = _parsed(replace(SETTINGS["batch"], option="--concurrency"), given)
-    return found
 
 
 def _parsed(setting: Setting, given: Any) -> Any:

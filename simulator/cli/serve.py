@@ -69,7 +69,7 @@ def command(
     found = serve(
         model,
         devices.profiles,
-        concurrency=None if server.concurrency is None else options.concurrencies(server.concurrency),
+        concurrency=parsing.integers("--concurrency", server.concurrency) if server.concurrency else None,
         **{f"{n}_s": limit for n, limit in limits.items()},
         probability=server.confidence,
         price=server.price,

@@ -160,6 +160,9 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
     some = None if layers is None else listed_layers(layers, layer_count(w))
     if family.layers == "all" and some is not None:
         raise InputError(f"family {family.name}: expected no layers, as it prunes all layers equally")
+    if some is not None and family.layers == "some":
+        for value in filter(is_size, sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]):
+            raise InputError(f"layers: expected a fraction of them, got {value:g}")
     if isinstance(sparsity, Mapping):
         return _by_part(w, family, sparsity, some)
     if np.ndim(plain(sparsity)):
@@ -171,8 +174,6 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
     rows = np.where(w.layer >= 0, fraction, 0.0)
     if some is None:
         return w, Choice(rows, fraction)
-    if is_size(sparsity) and family.layers == "some":
-        raise InputError(f"layers: expected a fraction of them, got {sparsity:g}")
     if family.layers == "some":
         asked = fraction * len(some) / layer_count(w)
         if asked >= 1.0:

@@ -199,7 +199,7 @@ def test_a_run_without_held_out_shapes_is_not_for_use_and_an_update_is_if_it_hel
     (text,) = useless.sentences
     assert text.startswith("Do not use run/profile.yaml: the rows do not improve h100_sxm")
     assert (helps.status, useless.status) == (0, 1)
-    (text,) = verdict.of_calibration(None, None, Path("run"), "planted", noisy=1.0).sentences
+    (text,) = verdict.of_calibration(None, None, Path("run"), "planted", remedy=verdict.IDLE).sentences
     assert text.endswith("no shapes were held out to validate it; measure again on an idle machine.")
 
 

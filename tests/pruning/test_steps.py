@@ -133,6 +133,7 @@ def test_a_whole_number_is_the_size_that_remains(devices: int) -> None:
         ("llama-3.1-8b", "width mlp=20000", r"such as 0.25, or the remaining inner width, at most 14,336"),
         ("llama-3.1-8b", "depth 40", r"or the remaining layers, at most 32; for 40 % write 0.4"),
         ("llama-3.1-8b", "depth 24 layers=4-29", "layers: expected a fraction of them, got 24"),
+        ("llama-3.1-8b", "depth mlp=24 layers=4-29", "layers: expected a fraction of them, got 24"),
         ("deepseek-v3", "width mlp=1024", "as deepseek-v3 has inner width 2,048, inner width 18,432, expert width"),
         ("llama-3.1-8b", "experts 4", "llama-3.1-8b has no experts"),
         ("qwen3-30b-a3b", "experts 4 fewer=active", "option fewer: expected a fraction with it, got 4"),
