@@ -170,8 +170,7 @@ class Run:
         return {SETTINGS[n].flags[0][2:] if n in SETTINGS else n: value for n, value in changed.items()}
 
     def asked(self, model: str = "", devices: Devices | None = None, prunings: Prunings | None = None) -> Asked:
-        """Parse the options, with a measured time of the dense ``model``, if there is one; without the engines that
-        cannot run it on the ``devices``, if others can."""
+        """Parse the options, with a measured time of the dense ``model``, without engines that cannot run it."""
         found: dict[str, Any] = {}
         for name, setting in SETTINGS.items():
             if (given := self.text(name)) is not None:

@@ -124,11 +124,7 @@ def _root(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; see :func:`simulator.cli.run`."""
-    with contextlib.redirect_stdout(sys.stdout):  # restores it
-        return _run(arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
+    stdout = sys.stdout
     try:
         if arguments and arguments[0] in REMOVED:
             raise InputError(f"{arguments[0]}: no longer a command; {REMOVED[arguments[0]]}")
@@ -176,6 +172,8 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(
             f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1
         )
+    finally:
+        sys.stdout = stdout
 
 
 def _fail(message: str, status: int) -> int:
