@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.fit import conclude, part_row, show_fitted
+from calibration.cli.fit import conclude, part_row, record_verdict, show_fitted
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
@@ -88,9 +88,9 @@ def command(
     DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device of RUN/profile.yaml
     or of --hardware, and adds the engine's host times and a factor per operator to RUN/profile.yaml.
     """
-    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
+    from calibration.evidence.validate import DO_NOT_USE, IDLE, LONGER, Judgement, of_calibration, summary
     from calibration.fit.local_update import Updated, as_row
-    from calibration.runners.runs import RunOptions, TargetModels, fit_run, measure_into, target_workloads
+    from calibration.runners.runs import PROFILE, RunOptions, TargetModels, fit_run, measure_into, target_workloads
 
     how = RunOptions(
         seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
@@ -114,16 +114,19 @@ def command(
         finish(found.outcome, verbose=out.verbose)
     if measure_only:
         return
+    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed  # a longer run would be as noisy
+    remedy = IDLE if noisy else LONGER
     try:
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
     except InputError as error:  # too few or useless rows
-        text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
+        text = f"There is no profile to use in {output}: {error}. {remedy[:1].upper()}{remedy[1:]}."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
         conclude(judged, [{"measured": outcome_row(found)}], tuple, (), out, found.outcome.problems)
         return
     update = done.fit if isinstance(done.fit, Updated) else None
-    judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
+    judged = of_calibration(done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, remedy)
+    record_verdict(judged, Path(output) / PROFILE)
     row = {
         "measured": outcome_row(found),
         "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],

@@ -224,6 +224,20 @@ def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
     assert profile.sections["gemm", "bf16"].accuracy["mape"] < 0.1
 
 
+def test_a_profile_carries_the_verdict_of_its_calibration(cli: Any) -> None:
+    """A profile that calibrate advised against was loaded without a word."""
+    out, _ = cli("calibrate replay:planted -o run --budget 1s --hardware rtx_4090", 1)
+    assert "Do not rely on run/profile.yaml yet: no shapes were held out" in out
+    assert load_hardware("run/profile.yaml").verdict == "no held-out shapes"
+    line = "--hardware run/profile.yaml"
+    for command in (f"speedup llama-3.1-8b --prune 'depth 0.25' {line}", f"gemm 8 4096 4096 {line}"):
+        _, err = cli(command)
+        assert err.count("rtx_4090: its calibration advised against this profile (no held-out shapes)") == 1
+    assert "advised against this profile: no held-out shapes" in cli.out("hardware show run/profile.yaml")
+    cli("calibrate replay:planted -o run --budget 20s --hardware rtx_4090", 0)
+    assert load_hardware("run/profile.yaml").verdict == ""
+
+
 def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     planted.append(device(made=FaultyDevice, faults=Faults(lost_at=40)))
     out, err = cli("calibrate cuda -o run --measure-only --budget 60s --json", 1)
