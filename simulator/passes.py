@@ -71,7 +71,8 @@ class Host:
         begins = rows.is_role("embedding").nonzero()[0]
         owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
         steps = sums(owner * len(Phase) + phase, count, none.shape)
-        each = rows.m[begins] / np.maximum(rows.q_len[begins], 1)
+        # on a CPU this is the sampler, which sees each checked position; else the scheduler
+        each = rows.m[begins] / np.where(hw.architecture == "cpu", 1, np.maximum(rows.q_len[begins], 1))
         sequences = sums(owner * len(Phase) + phase, count * each, none.shape)
         sequences[:, Phase.PREFILL] = 0.0
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others

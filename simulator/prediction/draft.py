@@ -17,6 +17,7 @@ import numpy as np
 from simulator.arguments import OneOrMore, Range, listed, number
 from simulator.capacity import memory
 from simulator.display import Displayed, by_column
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -55,7 +56,7 @@ class Draft:
     pays_from_lower: float | None
     pays_from_upper: float | None
     dense_s: float  # a step of the dense target
-    draft_s: float  # a pass of the draft
+    draft_s: float  # a pass of the draft, the mean of a round
     check_s: float  # a step of the target that checks the drafted tokens
     memory_bytes: float  # target, draft and both caches, on the fullest device
     fits: bool
@@ -173,10 +174,11 @@ def draft(
     rows, notes = list[Draft](), dict[str, None]()
     for many in listed("batch", batch):
         request = Request(model=target, batch=many, **settings)
-        dense, step = lower(request), _pruned(lower(replace(request, model=other)), prune)
+        drafting = replace(request, model=other)
+        dense, step = lower(request), _pruned(lower(drafting), prune)
         checks = [_pruned(lower(request, positions=g + 1), target_prune) for g in counts]
-        rounds = [Workload.concat([step.replace(count=g * step.count), w]) for g, w in zip(counts, checks, strict=True)]
-        timed = speedups(dense, [w.replace(meta=dense.meta) for w in (step, *checks, *rounds)], hw, request.level)
+        rounds = [Workload.concat([*_passes(drafting, prune, g), w]) for g, w in zip(counts, checks, strict=True)]
+        timed = speedups(dense, [w.replace(meta=dense.meta) for w in (*checks, *rounds)], hw, request.level)
         once, whole = memory(step, hw), memory(checks[-1], hw)
         needed = whole.total_bytes + (0.0 if shared else once.weights_bytes + once.cache_bytes)
         both = {"memory_bytes": needed, "fits": needed <= whole.capacity_bytes}
@@ -193,6 +195,21 @@ def draft(
     return Drafts(*about, tuple(rows), tuple(notes))
 
 
+def _passes(request: Request, prune: str, drafted: int) -> list[Workload]:
+    """Return the passes of the draft in a round. The first also computes what the target accepted: in Transformers two
+    positions, in engines with graphs, whose shapes are fixed, the g + 1 checked and the next (vLLM 0.32,
+    ``set_inputs_first_pass``). There, passes of the draft follow each other without the scheduler."""
+    graph = load_engine(request.engine).in_graph("decode")
+    positions = drafted + 2 if graph else 2
+    first, step = lower(request, positions=positions), lower(request)
+    sampled = first.is_role("lm_head", "all_gather", "softcap")
+    first = first.replace(m=np.where(sampled, first.m // positions, first.m))
+    passes = [_pruned(w, prune) for w in ([first, step] if drafted > 1 else [first])]
+    if graph:  # the time of the host belongs to a pass that has an embedding
+        passes = [w.take(~w.is_role("embedding")) for w in passes]
+    return [w.replace(count=max(i * (drafted - 1), 1) * w.count) for i, w in enumerate(passes)]
+
+
 def _pruned(w: Workload, text: str) -> Workload:
     return pruned_by(w, text) if text else w
 
@@ -200,9 +217,9 @@ def _pruned(w: Workload, text: str) -> Workload:
 def _row(
     batch: int, drafted: int, acceptance: float, tokens: float, timed: Results, at: int, many: int, memory: Any
 ) -> Draft:
-    """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens. ``timed`` are the pass of
-    the draft, ``many`` checks and ``many`` rounds, as if they were pruned versions of the dense step."""
-    step, check, whole = timed[0], timed[1 + at], timed[1 + many + at]
+    """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens. ``timed`` are ``many``
+    checks and ``many`` rounds, as if they were pruned versions of the dense step."""
+    check, whole = timed[at], timed[many + at]
     made = (_FINE[:, None] ** np.arange(drafted + 1)).sum(axis=1)  # rises with the acceptance
     pays = [
         float(np.interp(1.0 / ratio, made, _FINE)) if ratio * made[-1] >= 1.0 else None
@@ -221,7 +238,7 @@ def _row(
         pays_from_lower=pays[1],
         pays_from_upper=pays[2],
         dense_s=whole.dense_s,
-        draft_s=step.pruned_s,
+        draft_s=(whole.pruned_s - check.pruned_s) / drafted,
         check_s=check.pruned_s,
         **memory,
     )

@@ -28,6 +28,20 @@ def test_a_round_is_its_passes_and_one_check() -> None:
         assert row.dense_s == pytest.approx(simulator.workload_time(dense, HW).total_s)
 
 
+def test_the_first_pass_of_a_draft_computes_what_the_target_accepted() -> None:
+    for engine, first in (("vllm", 6), ("hf", 2)):
+        settings: dict[str, Any] = {"phase": "decode", "batch": 64, "seq": 2048, "engine": engine}
+        w, step = (
+            simulator.prune(simulator.lower("llama-3.1-8b", **settings, positions=p), "depth", 0.5) for p in (first, 1)
+        )
+        head = w.is_role("lm_head")
+        assert w.m[head] == first * step.m[head]
+        alone, both = (simulator.workload_time(one.take(~head[: len(one)]), HW).total_s for one in (step, w))
+        head_s = simulator.workload_time(step, HW).total_s - alone
+        (found,) = drafts(drafted=4, acceptance=0.8, batch=64, engine=engine)
+        assert found.draft_s == pytest.approx((3 * alone + both) / 4 + head_s, rel=0.06)
+
+
 def test_tokens_of_a_round_by_hand() -> None:
     found = {(r.drafted, r.acceptance): r.tokens for r in drafts(acceptance=[0.0, 0.5, 1.0])}
     assert found[1, 0.0] == found[4, 0.0] == 1.0  # the target's own token
@@ -38,9 +52,9 @@ def test_tokens_of_a_round_by_hand() -> None:
 
 
 def test_a_draft_as_slow_as_the_target_never_pays_and_a_free_one_nearly_always() -> None:
-    for row in drafts(prune="depth 0"):
-        assert row.speedup < 1.02 * row.tokens / (row.drafted + 1)
-        assert row.pays_from is None or row.pays_from > 0.97
+    for row in drafts(prune="depth 0"):  # only the scheduler works once per round
+        assert row.speedup < 1.06 * row.tokens / (row.drafted + 1)
+        assert row.pays_from is None or row.pays_from > 0.93
     (free,) = drafts(prune="depth 0.96875", drafted=1, acceptance=1.0)  # one of 32 layers; the head stays
     assert 1.6 < free.speedup < 2.0
     assert free.pays_from == pytest.approx(free.draft_s / free.dense_s, abs=0.05)

@@ -23,9 +23,14 @@ from typing import Any
 Answer = dict[str, Any]
 
 
-def prompts(vllm: Any, batch: int, tokens: int, vocab: int) -> list[Any]:
-    choose = random.Random(0)
+def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> list[Any]:
+    choose = random.Random(seed)
     return [vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens)) for _ in range(batch)]
+
+
+def by_step(vllm: Any, output: int) -> Any:
+    delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
+    return vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=delta)
 
 
 def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
@@ -47,16 +52,13 @@ def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vo
     tokens, so requests finish at equal distances. The ramp-up ends when ``concurrency`` requests have finished. A
     window is the time in which ``concurrency`` requests finish: the time of one request.
     """
-    engine, kind = llm.llm_engine, importlib.import_module("vllm.sampling_params").RequestOutputKind
+    engine = llm.llm_engine
     sent, begun, done = prompts(vllm, concurrency, tokens, vocab), dict[str, float](), 0
     marks, waits = list[float](), list[float]()
 
     def add(number: int, length: int) -> None:
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=kind.DELTA
-        )
         begun[str(number)] = time.perf_counter()
-        engine.add_request(str(number), sent[number % concurrency], params)
+        engine.add_request(str(number), sent[number % concurrency], by_step(vllm, length))
 
     for number in range(concurrency):
         add(number, -(-(number + 1) * output // concurrency))
@@ -80,6 +82,27 @@ def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vo
     while engine.has_unfinished_requests():
         engine.step()
     return {"seconds": [late - early for early, late in itertools.pairwise(marks)], "first_token_s": waits}
+
+
+def rounds(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int) -> Answer:
+    """Return the times of steps in which all sequences run, and the mean number of tokens that each makes per step.
+    Divided by three, the last token of a prompt leaves ``which``."""
+    engine = llm.llm_engine
+    for number, prompt in enumerate(prompts(vllm, batch, tokens, vocab - 3, seed)):
+        prompt["prompt_token_ids"][-1] += which - prompt["prompt_token_ids"][-1] % 3
+        engine.add_request(str(number), prompt, by_step(vllm, output))
+    at, made, begun, ended = list[float](), list[int](), set[str](), False
+    while engine.has_unfinished_requests():
+        found = engine.step()
+        begun |= {one.request_id for one in found if one.outputs[0].token_ids}
+        ended |= any(one.finished for one in found)
+        if len(begun) == batch and not ended:
+            at.append(time.perf_counter())
+            made.append(sum(len(one.outputs[0].token_ids) for one in found))
+    return {
+        "seconds": [late - early for early, late in itertools.pairwise(at)],
+        "tokens": sum(made[1:]) / batch / len(made[1:]),
+    }
 
 
 def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
@@ -119,7 +142,7 @@ def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
     return out
 
 
-TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "profile": profile, "serve": serve}
+TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "profile": profile, "rounds": rounds, "serve": serve}
 
 
 def main(descriptor: int, settings: Answer) -> None:
