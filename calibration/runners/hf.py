@@ -328,6 +328,22 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
     return lambda loops: sum(one() for _ in range(loops)) / loops
 
 
+def _rewind(cache: Any, length: int) -> None:
+    """Set the length of a static cache in two launches: its layers have no ``crop`` before Transformers 5.24. Before
+    5.5, the keys of the first layer that are not zero are its length."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    lengths = [layer.cumulative_length for layer in layers if torch.is_tensor(getattr(layer, "cumulative_length", 0))]
+    if lengths:
+        torch._foreach_zero_(lengths)
+        torch._foreach_add_(lengths, length)
+    else:
+        layers[0].keys[:, :, length:].zero_()
+    for layer in layers:
+        for name in ("cumulative_length", "cumulative_length_int"):  # of layers with a window
+            if isinstance(getattr(layer, name, None), int):
+                setattr(layer, name, length)
+
+
 def compiled_sampler(built: HfModel, case: Case) -> Sampler:
     from transformers import StaticCache
 
@@ -346,15 +362,15 @@ def compiled_sampler(built: HfModel, case: Case) -> Sampler:
 
         def step() -> None:
             compiled(last, **given)
-            cache.crop(-1)
+            _rewind(cache, case.seq)
 
         return looped(step, wait)
-    cache.crop(-case.seq)
+    _rewind(cache, 0)
 
     def request() -> None:
         logits = compiled(tokens, **given).logits
         for _ in range(case.dense.meta.new_tokens):
             logits = compiled(logits[:, -1].argmax(-1, keepdim=True), **given).logits
-        cache.reset()
+        _rewind(cache, 0)
 
     return looped(request, wait)

@@ -201,6 +201,23 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
     assert min(*record["dense_s"], *record["pruned_s"]) > 0
 
 
+@pytest.mark.parametrize("counts", [True, False], ids=["from 5.5 on", "before 5.5"])
+def test_a_static_cache_is_rewound_in_releases_without_a_crop(counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    monkeypatch.delattr(StaticLayer, "crop", raising=False)
+    built = _built(LLAMA, "")
+    cache, tokens = StaticCache(config=built.model.config, max_cache_len=20), torch.arange(12)[None]
+    with torch.inference_mode():
+        built.model(tokens, use_cache=True, **{built.cache_name: cache})
+        for layer in cache.layers if not counts else ():
+            vars(layer).pop("cumulative_length", None)
+        hf._rewind(cache, 8)
+    first = cache.layers[0]
+    assert int(first.cumulative_length if hasattr(first, "cumulative_length") else first.keys[0, 0].any(-1).sum()) == 8
+
+
 def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     cases = _cases("hf", family=["depth", "dynamic_depth", "token"], phase="prefill")
     found = comparing.compare(tmp_path / "run", _device(), ModelRun(CONFIG, "fp32", "hf", TINY), cases, 3.0)
