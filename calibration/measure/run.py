@@ -47,7 +47,7 @@ SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "re
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
-CAPTURE_FAILED = "capture failed"
+CAPTURE_FAILED, LOST = "capture failed", "device lost"
 
 
 class Interrupted(Exception):
@@ -126,8 +126,8 @@ class Outcome:
 
     @property
     def needs_new_process(self) -> bool:
-        """Return whether this process can measure nothing more, but a new process can."""
-        return self.stopped.startswith(CAPTURE_FAILED)
+        """Return whether this process can measure nothing more, but a new process may: errors of CUDA stay with it."""
+        return self.stopped.startswith((CAPTURE_FAILED, LOST))
 
 
 @dataclass
@@ -161,7 +161,7 @@ class _Run:
             record |= {"status": UNSUPPORTED, "reason": str(error)}
         except DeviceLost as error:
             self.lost = error
-            record |= {"status": FAILED, "reason": f"device lost: {error}"}
+            record |= {"status": FAILED, "reason": f"{LOST}: {error}"}
         except OutOfMemory as error:
             record |= {"status": SKIPPED, "reason": f"out of memory: {error}"}
         except Unsupported as error:
@@ -329,7 +329,7 @@ def run(
         except CaptureFailed as error:
             stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
-            stopped = f"device lost: {error}"
+            stopped = f"{LOST}: {error}"
     if state.drifts:
         low, high = min(state.drifts), max(state.drifts)
         change = f"{low:+.1%}" if low == high else f"{low:+.1%} to {high:+.1%}"

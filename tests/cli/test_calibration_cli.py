@@ -14,7 +14,7 @@ import pytest
 from faulty_device import Faults, FaultyDevice
 
 from calibration.cli.calibrate import seconds
-from calibration.devices.protocol import LAYER_LAUNCHES, Description
+from calibration.devices.protocol import LAYER_LAUNCHES, Description, DeviceLost
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
@@ -236,19 +236,26 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
 
-def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(Interrupted(), 130), (DeviceLost("CUDA error: an illegal memory access"), 1)]
+)
+def test_what_a_stopped_run_has_measured_is_fitted(
+    error: Exception, status: int, planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
     stopped = device()
-    play, calls = stopped.play, iter(range(900))
+    play, calls = stopped.play, iter(range(4000))
 
-    def interrupted(*arguments: Any) -> float:
+    def stops(*arguments: Any) -> float:
         if next(calls, None) is None:
-            raise Interrupted
+            raise error
         return play(*arguments)
 
-    monkeypatch.setattr(stopped, "play", interrupted)
+    monkeypatch.setattr(stopped, "play", stops)
     planted.append(stopped)
-    _, err = cli("calibrate cuda -o run --measure-only --budget 60s", 130)
+    out, err = cli("calibrate cuda -o run --budget 60s", status)
     assert "run the command again to resume" in err
+    assert "run/profile.yaml" in out
+    assert load_hardware("run/profile.yaml").sections["gemm", "bf16"].status == "calibrated"
 
 
 BAD_RUNS = {

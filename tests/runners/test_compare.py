@@ -192,6 +192,12 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
     if status == "failed":  # three in a row: the device is gone
         assert found.stopped.startswith("device lost: 3")
         assert found.left == len(cases) - 3
+        assert found.needs_new_process
+        reasons = [r["prune"] + r["phase"] for r in found.records]
+        again = _compare(tmp_path, cases)  # as in a new process: the cases that failed are the last
+        assert [r["prune"] + r["phase"] for r in again.records][:3] == reasons
+        assert again.left == len(cases) - 3
+        assert len(again.records) == 6
     assert rows_of(cases, found.records, HW) == []
     with pytest.raises(InputError, match="expected at least one measured case"):
         summary([])
