@@ -194,6 +194,15 @@ def test_a_captured_pass_is_one_launch(family: str, phase: str) -> None:
     assert len(launches) == 5
 
 
+def test_random_bases_of_low_rank_are_made_on_the_device() -> None:
+    with installed("H100") as cuda:
+        dense = random_decoder(CONFIG, dtype="bf16", device="cuda")
+        with cuda.watched() as launches:
+            prune_decoder(dense, "low_rank", 0.5)
+    made = sum(kernel.name == "randn" for kernels in launches for kernel in kernels)
+    assert made == len(list(dense.projections()))
+
+
 def test_transformers_runs_on_a_planted_gpu(ended: Callable[[str], Ended]) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     done = ended("compare hf")

@@ -623,15 +623,15 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
 
 def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
     """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of W's row space (randomised range finder)."""
-    generator = torch.Generator().manual_seed(0)
+    # on the device: an 8B model needs two billion numbers
+    generator = torch.Generator(device=decoder.device).manual_seed(0)
 
     def factorise(p: Projection, sparsity: float) -> Projection:
         weight = p.weight.float()
         n, k = weight.shape
         exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)  # two factors have the rest of the parameters
         rank = min(max(math.ceil(exact / align), 1) * align, n, k)
-        sample = torch.randn(n, rank, generator=generator)
-        basis = torch.linalg.qr(weight.t() @ sample.to(weight.device)).Q
+        basis = torch.linalg.qr(weight.t() @ torch.randn(n, rank, generator=generator, device=decoder.device)).Q
         return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
 
     return _each_pruned(decoder, removed, factorise)
