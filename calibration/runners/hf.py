@@ -255,6 +255,12 @@ class HfRunner(PairRunner):
 
     def check(self, case: Case) -> None:
         check(self.model, case.pruned)
+        dense, pruned = (
+            {*w.m[w.kind == Kind.GEMM], *zip(w.q_len[w.is_attention], w.kv_len[w.is_attention])}
+            for w in (case.dense, case.pruned)
+        )
+        if not pruned <= dense:
+            raise InputError("its cache or its tokens are fewer, but Transformers would run those of the dense model")
 
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)

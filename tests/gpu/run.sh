@@ -134,16 +134,15 @@ done
 part() {
     case $1 in
     "calibrate $first") [[ $dtypes == "$first" ]] && echo 30 || echo 25 ;;
-    calibrate*) echo 5 ;;
-    vllm) echo 35 ;; # each of its three models starts in a minute
-    compile) echo 12 ;;
+    calibrate*) echo 4 ;;
+    vllm) echo 33 ;; # each of its three models starts in a minute
     hf) echo 9 ;;
-    bound) echo 6 ;;
-    *) echo 8 ;;
+    bound) echo 5 ;;
+    *) echo 12 ;;
     esac
 }
 others=$(($(wc -w <<<"$dtypes") - 1))
-sum=$(($(part "calibrate $first") + (others > 0 ? 5 : 0) + $(part bound)))
+sum=$(($(part "calibrate $first") + (others > 0 ? 4 : 0) + $(part bound)))
 for engine in ${run[@]+"${run[@]}"}; do sum=$((sum + $(part "$engine"))); done
 share() { awk -v total="$total" -v part="$(part "$1")" -v sum="$sum" -v among="${2:-1}" \
     'BEGIN { printf "%.1fs", total * part / sum / among }'; }

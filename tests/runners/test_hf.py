@@ -228,6 +228,16 @@ def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_pat
     assert header.stack["transformers"] == version("transformers")
 
 
+@pytest.mark.parametrize("engine", ["hf", "compile"])
+@pytest.mark.parametrize("prune", ["kv_cache 0.5", "token 0.5", "token 0.5 start=0 mode=static"])
+def test_a_smaller_cache_and_fewer_tokens_are_refused_because_the_dense_model_would_run(
+    engine: str, prune: str
+) -> None:
+    (case,) = _cases(engine, phase="decode", family=None, sparsity=None, prune=[prune])
+    with pytest.raises(InputError, match="would run those of the dense model"):
+        _runner(engine=engine).check(case)
+
+
 def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     model, folder = tmp_path / "config.json", tmp_path / "run"
     model.write_text(json.dumps(TINY))
