@@ -246,6 +246,10 @@ def _check_weights(made: Any, w: Workload) -> None:
 
 TOKENS = 4  # decode steps per sample of eager decode
 MOST_COMPILED = 1024  # compiled passes of one process
+MASKED = (
+    "compiled Transformers masks its static cache, so torch attends without flash attention, in prefill over keys and "
+    "values repeated for every query head; the prediction has flash attention"
+)
 
 
 class HfRunner(PairRunner):
@@ -274,7 +278,7 @@ class HfRunner(PairRunner):
         sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
             times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
-        return {"runtime": runtime, "patched": pruned.patched, **times}
+        return {"runtime": runtime, "patched": pruned.patched, **times, "reason": MASKED if runtime == "compiled" else ""}
 
     def observe(self, case: Case) -> Observation:
         sample = eager_sampler(build(self.model, case.dense, self.device.name), case)

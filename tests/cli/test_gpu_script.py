@@ -24,7 +24,7 @@ from simulator.hardware.library import load_hardware
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "gpu" / "run.sh"
 MINUTES = 9.0
-START_S = 20.0
+START_S = 19.0
 """Start-up and end of one step: imports, a fit; weights and compilations are part of its budget."""
 
 TINY = """{

@@ -198,6 +198,7 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
     record = runner.record(case, 3.0)
     assert record["status"] == "ok", record["reason"]
     assert record["runtime"] == "compiled"
+    assert "the prediction has flash attention" in record["reason"]  # a note of the command
     assert min(*record["dense_s"], *record["pruned_s"]) > 0
 
 
