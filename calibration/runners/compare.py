@@ -146,7 +146,9 @@ def compare(
             progress(round(device.clock() - start), round(budget_s))
         found = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
     notes = dict.fromkeys(
-        r["reason"] if r["status"] == OK else f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
+        r["reason"]
+        if r["status"] == OK
+        else f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
         for r in found.values()
         if r["reason"] or r["status"] != OK
     )

@@ -278,7 +278,12 @@ class HfRunner(PairRunner):
         sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
             times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
-        return {"runtime": runtime, "patched": pruned.patched, **times, "reason": MASKED if runtime == "compiled" else ""}
+        return {
+            "runtime": runtime,
+            "patched": pruned.patched,
+            **times,
+            "reason": MASKED if runtime == "compiled" else "",
+        }
 
     def observe(self, case: Case) -> Observation:
         sample = eager_sampler(build(self.model, case.dense, self.device.name), case)

@@ -116,13 +116,13 @@ class TokenRouting(Rule):
         if self._in_place(s):
             index, count, _ = self._drawn(m.router, x)
             h = s.norm(x[:, 0], m.norm)
-            inner = gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
+            inner = s.gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
             return m.down.of_rows(inner, index, count, x[:, 0])[:, None]
         rows, _ = self._chosen(s, m.router, x)
         if not len(rows):
             return x
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
-        return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))))
+        return _scattered(x, rows, m.down(s.gated(m.gate(h), m.up(h))))
 
     def _in_place(self, s: PassState) -> bool:
         """Whether kernels skip rows, so the number of active rows is not a shape."""
