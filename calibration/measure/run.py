@@ -47,6 +47,7 @@ SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "re
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
+SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192  # a GPU reaches its power limit in about a second
 CAPTURE_FAILED, LOST = "capture failed", "device lost"
 
 
@@ -339,6 +340,24 @@ def run(
         slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
         state.problems.append(f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged")
     return Outcome(counts, device.clock() - start, stopped, tuple(state.problems))
+
+
+def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
+    """Return a record with the time of a compute-bound GEMM under load over its time in a measurement, because clocks
+    fall at the power limit; None if it cannot run, or at an interrupt."""
+    with Interrupt() as flag:
+        try:
+            prepared = device.prepare(Operator("gemm", dtype, m=SUSTAINED_SIZE, n=SUSTAINED_SIZE, k=SUSTAINED_SIZE))
+            start, series = device.clock(), list[tuple[float, float]]()
+            while not flag.requested and device.clock() - start < SUSTAINED_S:
+                series.append((device.clock() - start, prepared.sample(1)))
+        except (OutOfMemory, Unsupported, DeviceLost, RuntimeError):
+            return None
+    early, late = ([s for at, s in series if low <= at <= high] for low, high in ((0.0, 0.25), (2.0, SUSTAINED_S)))
+    if not early or not late:
+        return None
+    ratio = min(max(statistics.median(late) / statistics.median(early), 1.0), 2.0)
+    return {"type": SUSTAINED, "purpose": SUSTAINED, "ratio": ratio, "samples_s": [s for _, s in series]}
 
 
 def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float, float] | None, int]:

@@ -104,7 +104,8 @@ class Ended:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Measurements, without drift checks."""
-        return [row for row in read_store(self.folder / "records.jsonl").rows if row["purpose"] != "drift_check"]
+        found = read_store(self.folder / "records.jsonl").rows
+        return [row for row in found if row["purpose"] not in ("drift_check", "sustained")]
 
     @property
     def profile(self) -> HardwareProfile:
