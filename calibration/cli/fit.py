@@ -109,14 +109,16 @@ def conclude(
     notes: tuple[str, ...],
     out: options.Output,
     problems: Sequence[str] = (),
+    status: int = 0,
 ) -> None:
-    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with the status."""
+    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with ``status``, else
+    with that of the judgement."""
     if render.Output(out.json).write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
         notes += show()
     render.notes((*notes, *problems), out.verbose)
-    if judged.status:
-        raise typer.Exit(judged.status)
+    if status or judged.status:
+        raise typer.Exit(status or judged.status)
 
 
 def single(settings: Mapping[str, Any]) -> dict[str, Any]:
