@@ -60,6 +60,12 @@ def _is_truth(value: Any) -> bool:
     return isinstance(value, bool) or (type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool")
 
 
+def is_size(value: Any) -> bool:
+    """Return whether a value states the size that remains, not the fraction that is removed."""
+    real = isinstance(value, Real)
+    return real and bool(1 < value < 2**31 and value % 1 == 0)
+
+
 def flag(name: str, value: Any) -> bool:
     if not _is_truth(value):
         raise InputError(f"{name}: expected true or false, got {shown(value)}")

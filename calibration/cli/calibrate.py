@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calibration.cli.fit import conclude, part_row, show_fitted
+from calibration.cli.fit import conclude, part_row, record_verdict, show_fitted
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
@@ -88,9 +88,9 @@ def command(
     DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device of RUN/profile.yaml
     or of --hardware, and adds the engine's host times and a factor per operator to RUN/profile.yaml.
     """
-    from calibration.evidence.validate import DO_NOT_USE, Judgement, of_calibration, summary
+    from calibration.evidence.validate import DO_NOT_USE, IDLE, LONGER, Judgement, of_calibration, summary
     from calibration.fit.local_update import Updated, as_row
-    from calibration.runners.runs import RunOptions, TargetModels, fit_run, measure_into, target_workloads
+    from calibration.runners.runs import PROFILE, RunOptions, TargetModels, fit_run, measure_into, target_workloads
 
     how = RunOptions(
         seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
@@ -108,22 +108,25 @@ def command(
         engine = "" if device == "cpu" else DEFAULT_ENGINE  # no engine fuses projections on a CPU
         targets = target_workloads(target.model, families, fractions, {**run.asked().settings, "engine": engine})
     found = measured(device, output, partial(measure_into, targets=targets, quick=quick), how, measuring.threads)
-    if measure_only and render.Output(out.json).write([outcome_row(found)]):
-        print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
-    if measure_only or not found.outcome.complete:
-        finish(found.outcome, verbose=out.verbose)
     if measure_only:
+        if render.Output(out.json).write([outcome_row(found)]):
+            print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
+        finish(found.outcome, verbose=out.verbose)
         return
+    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed  # a longer run would be as noisy
+    remedy = IDLE if noisy else LONGER
+    stopped, status = ended(found.outcome)
     try:
         with render.progress("fitting") as report:
             done = fit_run(output, anchor=quick, progress=report)
     except InputError as error:  # too few or useless rows
-        text = f"There is no profile to use in {output}: {error}. Run the command again with a larger --budget."
+        text = f"There is no profile to use in {output}: {error}. {remedy[:1].upper()}{remedy[1:]}."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-        conclude(judged, [{"measured": outcome_row(found)}], tuple, (), out, found.outcome.problems)
+        conclude(judged, [{"measured": outcome_row(found)}], tuple, stopped, out, found.outcome.problems, status)
         return
     update = done.fit if isinstance(done.fit, Updated) else None
-    judged = of_calibration(done.held_out, update, output, done.fit.profile.name, done.disturbed)
+    judged = of_calibration(done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, remedy)
+    record_verdict(judged, Path(output) / PROFILE)
     row = {
         "measured": outcome_row(found),
         "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],
@@ -132,7 +135,7 @@ def command(
         "exact": summary(done.exact) if done.exact else None,
     }
     show = partial(_show, output, done, describe(found.outcome))
-    conclude(judged, [row], show, done.fit.notes, out, found.outcome.problems)
+    conclude(judged, [row], show, (*stopped, *done.fit.notes), out, found.outcome.problems, status)
 
 
 def _engine(
@@ -227,17 +230,25 @@ def outcome_row(found: MeasuredRun) -> dict[str, Any]:
     return {**row, **asdict(outcome.counts), "problems": list(outcome.problems)}
 
 
+def ended(outcome: Outcome) -> tuple[tuple[str, ...], int]:
+    """Return why a run stopped early, if it did, and its exit status."""
+    if outcome.complete:
+        return (), 0
+    why = f"stopped: {outcome.stopped}; run the command again to resume"
+    return (why,), 130 if outcome.stopped == "interrupted" else 1
+
+
 def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
     """Print why a run stopped early, ``notes``, and the problems of the run; exit with its status if it stopped."""
-    stopped = () if outcome.complete else (f"stopped: {outcome.stopped}; run the command again to resume",)
+    stopped, status = ended(outcome)
     render.notes((*stopped, *notes, *outcome.problems), verbose)
-    if stopped:
-        raise typer.Exit(130 if outcome.stopped == "interrupted" else 1)
+    if status:
+        raise typer.Exit(status)
 
 
 def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
     """Restart this program, which resumes from its records, if a run needs a new process: a failed capture of a CUDA
-    graph spoils its process. Another program, such as a notebook, is not restarted."""
+    graph spoils its process, and so do most errors of CUDA. Another program, such as a notebook, is not restarted."""
     script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
     ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
     count = int(done) if done.isdecimal() else MOST_RESTARTS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +88,18 @@ def command(
     else:
         judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
         found = [part_row(part) for part in fit.parts]
+    record_verdict(judged, output)
     conclude(judged, found, lambda: show_fitted(fit), notes + fit.notes, out)
+
+
+def record_verdict(judged: Judgement, file: str | Path) -> None:
+    """Write the reasons against a profile into its file, for the commands that load it."""
+    from simulator.hardware.library import load_hardware
+    from simulator.hardware.save import save_hardware
+
+    hw, verdict = load_hardware(file), "; ".join(judged.reasons) if judged.status else ""
+    if hw.verdict != verdict:
+        save_hardware(replace(hw, verdict=verdict), file)
 
 
 def conclude(
@@ -98,14 +109,16 @@ def conclude(
     notes: tuple[str, ...],
     out: options.Output,
     problems: Sequence[str] = (),
+    status: int = 0,
 ) -> None:
-    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with the status."""
+    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with ``status``, else
+    with that of the judgement."""
     if render.Output(out.json).write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
         notes += show()
     render.notes((*notes, *problems), out.verbose)
-    if judged.status:
-        raise typer.Exit(judged.status)
+    if status or judged.status:
+        raise typer.Exit(status or judged.status)
 
 
 def single(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str
         return torch.arange(op.batch + 1, dtype=torch.int32, device=device) * length
 
     heads = op.heads, op.kv_heads, op.head_dim
-    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)  # it holds counters
     if op.kind == "attention_prefill":
         prefill = library.module.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
         prefill.plan(ends(op.q_len), ends(op.kv_len), *heads, causal=True, q_data_type=dtype)

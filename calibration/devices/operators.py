@@ -36,7 +36,7 @@ TORCH_DTYPE: dict[str, Any] = {
     "fp8": torch.float8_e4m3fn, "int8": torch.int8,
 }
 # fmt: on
-MAX_COPIES = 1 << 14
+MAX_COPIES = 1 << 13  # a CUDA graph has a launch of each
 PATTERNS = 8  # distinct masks of the tokens of a grouped GEMM
 _MOST_PACKED = 1 << 10  # 2:4 weights are packed one by one, so copies of small ones take time to make
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels

@@ -39,7 +39,7 @@ DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5  # shares above which a profile is f
 WIDE_INTERVAL = 0.1  # relative half-width of the 95 % interval of a measured time above which the row is disturbed
 COVERAGE = (85.0, 95.0)  # target range, %, of the coverage of 90 % intervals of times and of ratios
 _COMPOSED = ("low_rank", "gather_gemm", "grouped_gemm")  # predicted as sums of other operators
-_LONGER = "run the command again with a larger --budget"
+IDLE, LONGER = "measure again on an idle machine", "run the command again with a larger --budget"
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,24 +371,29 @@ def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, usele
 
 
 def of_calibration(
-    report: Report | None, fit: Updated | None, folder: str | Path, hardware: str, disturbed: float = 0.0
+    report: Report | None,
+    fit: Updated | None,
+    folder: Path,
+    hardware: str,
+    disturbed: float = 0.0,
+    remedy: str = LONGER,
 ) -> Judgement:
     """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the profile before it."""
-    profile = Path(folder) / "profile.yaml"
+    profile = folder / "profile.yaml"
     if fit is not None and fit.fits:
-        update = of_update(fit, profile, hardware, _LONGER)
+        update = of_update(fit, profile, hardware, remedy)
         if update.status or report is None:
             return with_disturbed(update, profile, disturbed)
     if report is None:
-        text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {_LONGER}."
+        text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {remedy}."
         return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
     found, every = verdicts(report), _whole(report)
     worse, fact = [v.name for v in found if not v.better], f"on {every.rows} held-out shapes, {every.text}"
     useless = not every.better or len(worse) == len(found)
     if every.rows < LEAST_ROWS and not useless:
-        text = f"Do not rely on {profile} yet: {fact}; at least {LEAST_ROWS} are needed, {_LONGER}."
+        text = f"Do not rely on {profile} yet: {fact}; at least {LEAST_ROWS} are needed, {remedy}."
         return Judgement(DO_NOT_USE, (text,), (f"few held-out shapes: {every.rows}",))
-    judged = _judged(profile, fact, worse, _LONGER, useless, narrow=not every.covered)
+    judged = _judged(profile, fact, worse, remedy, useless, narrow=not every.covered)
     return with_disturbed(judged, profile, disturbed)
 
 
@@ -397,10 +402,10 @@ def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judg
     if judged.status or share <= DISTURBED_PARTLY:
         return judged
     fact = f"{percent(share)} of the times were disturbed by other processes or throttling"
-    reasons, idle = (*judged.reasons, f"machine busy: {fact}"), "measure again on an idle machine"
+    reasons = (*judged.reasons, f"machine busy: {fact}")
     if share > DISTURBED_MOST:
-        return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {idle}.",), reasons)
-    return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {idle}."), reasons)
+        return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {IDLE}.",), reasons)
+    return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {IDLE}."), reasons)
 
 
 def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows") -> Judgement:

@@ -47,7 +47,8 @@ SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "re
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
-CAPTURE_FAILED = "capture failed"
+SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192  # a GPU reaches its power limit in about a second
+CAPTURE_FAILED, LOST = "capture failed", "device lost"
 
 
 class Interrupted(Exception):
@@ -126,8 +127,8 @@ class Outcome:
 
     @property
     def needs_new_process(self) -> bool:
-        """Return whether this process can measure nothing more, but a new process can."""
-        return self.stopped.startswith(CAPTURE_FAILED)
+        """Return whether this process can measure nothing more, but a new process may: errors of CUDA stay with it."""
+        return self.stopped.startswith((CAPTURE_FAILED, LOST))
 
 
 @dataclass
@@ -161,7 +162,7 @@ class _Run:
             record |= {"status": UNSUPPORTED, "reason": str(error)}
         except DeviceLost as error:
             self.lost = error
-            record |= {"status": FAILED, "reason": f"device lost: {error}"}
+            record |= {"status": FAILED, "reason": f"{LOST}: {error}"}
         except OutOfMemory as error:
             record |= {"status": SKIPPED, "reason": f"out of memory: {error}"}
         except Unsupported as error:
@@ -329,7 +330,7 @@ def run(
         except CaptureFailed as error:
             stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
-            stopped = f"device lost: {error}"
+            stopped = f"{LOST}: {error}"
     if state.drifts:
         low, high = min(state.drifts), max(state.drifts)
         change = f"{low:+.1%}" if low == high else f"{low:+.1%} to {high:+.1%}"
@@ -339,6 +340,24 @@ def run(
         slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
         state.problems.append(f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged")
     return Outcome(counts, device.clock() - start, stopped, tuple(state.problems))
+
+
+def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
+    """Return a record with the time of a compute-bound GEMM under load over its time in a measurement, because clocks
+    fall at the power limit; None if it cannot run, or at an interrupt."""
+    with Interrupt() as flag:
+        try:
+            prepared = device.prepare(Operator("gemm", dtype, m=SUSTAINED_SIZE, n=SUSTAINED_SIZE, k=SUSTAINED_SIZE))
+            start, series = device.clock(), list[tuple[float, float]]()
+            while not flag.requested and device.clock() - start < SUSTAINED_S:
+                series.append((device.clock() - start, prepared.sample(1)))
+        except (OutOfMemory, Unsupported, DeviceLost, RuntimeError):
+            return None
+    early, late = ([s for at, s in series if low <= at <= high] for low, high in ((0.0, 0.25), (2.0, SUSTAINED_S)))
+    if not early or not late:
+        return None
+    ratio = min(max(statistics.median(late) / statistics.median(early), 1.0), 2.0)
+    return {"type": SUSTAINED, "purpose": SUSTAINED, "ratio": ratio, "samples_s": [s for _, s in series]}
 
 
 def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float, float] | None, int]:

@@ -260,6 +260,7 @@ def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "
 
 LONGEST_S = 30.0  # longest time of the pairs of one case
 WINDOW_S = 4e-3
+UNTIMED = 3  # a compiled pass is compiled, then recorded as a CUDA graph, then replayed
 PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
 LEAST, ENOUGH, MOST = 3, 8, 200  # pairs that show scatter; pairs that suffice if their ratio is precise; most pairs
 
@@ -271,8 +272,9 @@ def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> dict[str, Any]
     """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile kernels and warm caches;
     "loops": passes per sample."""
     samplers = (dense, pruned)
-    for sample in samplers:
-        sample(1)  # may compile for seconds, which says nothing about the passes that follow
+    for _ in range(UNTIMED):
+        for sample in samplers:
+            sample(1)
     once = [sample(1) for sample in samplers]
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():

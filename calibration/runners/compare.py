@@ -23,7 +23,7 @@ import numpy as np
 from calibration.devices.protocol import CaptureFailed, Device
 from calibration.evidence.scoring import errors, spearman
 from calibration.evidence.validate import verdict_of
-from calibration.measure.run import CAPTURE_FAILED, FAILED, UNSUPPORTED, Interrupt, Interrupted
+from calibration.measure.run import CAPTURE_FAILED, FAILED, LOST, UNSUPPORTED, Interrupt, Interrupted
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import ENOUGH, Case, CaseRow, ModelRun, Runner, predicted_speedup
@@ -76,8 +76,8 @@ class ComparedCases:
 
     @property
     def needs_new_process(self) -> bool:
-        """After a failed capture, only a new process can time the rest."""
-        return self.stopped.startswith(CAPTURE_FAILED) and self.left > 0
+        """After a failed capture or an error of CUDA, only a new process can time the rest."""
+        return self.stopped.startswith((CAPTURE_FAILED, LOST)) and self.left > 0
 
 
 def compare(
@@ -115,6 +115,8 @@ def compare(
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
         done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
         todo = _shuffled({name: case for name, case in names.items() if name not in done}, model.seed, runner.apart)
+        failed = {str(row["key"]) for row in kept.rows if row.get("status") == FAILED}
+        todo.sort(key=lambda item: item[0] in failed)  # one of them may spoil this process again
         left = len(todo)
         runner.interrupted = lambda: interrupt.requested
         if todo:
@@ -139,14 +141,16 @@ def compare(
                 break
             failures = failures + 1 if record["status"] == FAILED else 0
             if failures >= _FAILURES_IN_A_ROW:
-                stopped = f"device lost: {failures} cases in a row failed; the last: {record['reason']}"
+                stopped = f"{LOST}: {failures} cases in a row failed; the last: {record['reason']}"
                 break
             progress(round(device.clock() - start), round(budget_s))
         found = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
     notes = dict.fromkeys(
-        f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
+        r["reason"]
+        if r["status"] == OK
+        else f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
         for r in found.values()
-        if r["status"] != OK
+        if r["reason"] or r["status"] != OK
     )
     return ComparedCases(tuple(found.values()), left, (*refused, *notes), stopped)
 

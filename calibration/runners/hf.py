@@ -246,6 +246,10 @@ def _check_weights(made: Any, w: Workload) -> None:
 
 TOKENS = 4  # decode steps per sample of eager decode
 MOST_COMPILED = 1024  # compiled passes of one process
+MASKED = (
+    "compiled Transformers masks its static cache, so torch attends without flash attention, in prefill over keys and "
+    "values repeated for every query head; the prediction has flash attention"
+)
 
 
 class HfRunner(PairRunner):
@@ -255,6 +259,12 @@ class HfRunner(PairRunner):
 
     def check(self, case: Case) -> None:
         check(self.model, case.pruned)
+        dense, pruned = (
+            {*w.m[w.kind == Kind.GEMM], *zip(w.q_len[w.is_attention], w.kv_len[w.is_attention])}
+            for w in (case.dense, case.pruned)
+        )
+        if not pruned <= dense:
+            raise InputError("its cache or its tokens are fewer, but Transformers would run those of the dense model")
 
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)
@@ -268,7 +278,12 @@ class HfRunner(PairRunner):
         sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
             times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
-        return {"runtime": runtime, "patched": pruned.patched, **times}
+        return {
+            "runtime": runtime,
+            "patched": pruned.patched,
+            **times,
+            "reason": MASKED if runtime == "compiled" else "",
+        }
 
     def observe(self, case: Case) -> Observation:
         sample = eager_sampler(build(self.model, case.dense, self.device.name), case)
@@ -328,6 +343,22 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
     return lambda loops: sum(one() for _ in range(loops)) / loops
 
 
+def _rewind(cache: Any, length: int) -> None:
+    """Set the length of a static cache in two launches: its layers have no ``crop`` before Transformers 5.24. Before
+    5.5, the keys of the first layer that are not zero are its length."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    lengths = [layer.cumulative_length for layer in layers if torch.is_tensor(getattr(layer, "cumulative_length", 0))]
+    if lengths:
+        torch._foreach_zero_(lengths)
+        torch._foreach_add_(lengths, length)
+    else:
+        layers[0].keys[:, :, length:].zero_()
+    for layer in layers:
+        for name in ("cumulative_length", "cumulative_length_int"):  # of layers with a window
+            if isinstance(getattr(layer, name, None), int):
+                setattr(layer, name, length)
+
+
 def compiled_sampler(built: HfModel, case: Case) -> Sampler:
     from transformers import StaticCache
 
@@ -346,15 +377,15 @@ def compiled_sampler(built: HfModel, case: Case) -> Sampler:
 
         def step() -> None:
             compiled(last, **given)
-            cache.crop(-1)
+            _rewind(cache, case.seq)
 
         return looped(step, wait)
-    cache.crop(-case.seq)
+    _rewind(cache, 0)
 
     def request() -> None:
         logits = compiled(tokens, **given).logits
         for _ in range(case.dense.meta.new_tokens):
             logits = compiled(logits[:, -1].argmax(-1, keepdim=True), **given).logits
-        cache.reset()
+        _rewind(cache, 0)
 
     return looped(request, wait)

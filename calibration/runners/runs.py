@@ -21,7 +21,7 @@ from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
 from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, in_order, next_rows, probe
-from calibration.measure.run import Outcome, run
+from calibration.measure.run import SUSTAINED, Outcome, run, sustained
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Header, Store, content_records, read_store
@@ -30,7 +30,7 @@ from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.files.write import refuse_links
 from simulator.hardware.library import load_hardware
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import Fitted, HardwareProfile
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -134,6 +134,9 @@ def measure_plan(
         rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, options.dtype, protocol)
         plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", options.seed)))
         outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
+        known = any(row.get("type") == SUSTAINED for row in store.rows)
+        if outcome.complete and device.describe().gpu and not known and (row := sustained(device, options.dtype)):
+            store.append(row)
     return MeasuredRun(plan, outcome, content_records(read_store(file)))
 
 
@@ -220,6 +223,10 @@ def fit_run(
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
     base = raised(load_hardware(path / DATASHEET), records)
+    if ratios := [float(row["ratio"]) for row in content.rows if row.get("type") == SUSTAINED]:
+        runtime = base.section("runtime", "*")
+        runtime = replace(runtime, constants={**runtime.constants, "sustained": Fitted(ratios[-1])})
+        base = replace(base, sections={**base.sections, ("runtime", "*"): runtime})
     fit: ProfileFit | Updated
     fit = update_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
     profile = replace(fit.profile, title=base.title)

@@ -87,6 +87,8 @@ def _show_devices(
         facts.append(("bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"))
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
     print(f"{hw.title}: {hw.label}{also}\n")
+    if hw.verdict:
+        print(f"its calibration advised against this profile: {hw.verdict}\n")
     render.show(render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])))
     print()
     columns = render.columns(

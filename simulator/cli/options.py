@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+from simulator.cli import render
 from simulator.cli.parsing import checked, fractions, integers, names, settings
 from simulator.errors import InputError
 from simulator.request import SETTINGS, Flag, Setting, Whole
@@ -55,6 +56,8 @@ def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) 
     given = context.get_parameter_source(option.name or "")
     if given is not None and given.name == "COMMANDLINE" and "" in (value if isinstance(value, list) else [value]):
         raise InputError(f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty value")
+    if isinstance(value, str) and value.startswith("--"):
+        raise InputError(f"{option.opts[0]}: its value is missing; expected {option.metavar}, got the option {value}")
     return value
 
 
@@ -70,9 +73,10 @@ Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, no
 Pruned = Annotated[str | None, opt(
     "--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")]
 Prune = Annotated[list[str] | None, opt(
-    "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', or a plan.yaml; may be repeated. "
-    "Parts of width: attention, heads, kv, mlp, hidden. Families: depth, width, width_cross, low_rank, "
-    "semi_structured, unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
+    "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', sizes that remain: "
+    "'width mlp=9216 + depth 24', or a plan.yaml; may be repeated. Parts of width: attention, heads, kv, mlp, hidden. "
+    "Families: depth, width, width_cross, low_rank, semi_structured (2:4), unstructured, "
+    "dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
 REQUIRED = "<required>"  # default of an option in a group that has none
 
 
@@ -83,11 +87,14 @@ class Devices:
     same_stack: Annotated[bool, opt(
         "--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")] = False
 
-    @property
+    @cached_property
     def profiles(self) -> list[Any]:
         from simulator.hardware.library import load_hardware
 
-        return [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
+        found = [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
+        advised = "its calibration advised against this profile"
+        render.notes(f"{hw.label}: {advised} ({hw.verdict}); calibrate the device again" for hw in found if hw.verdict)
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Prunings:
 @dataclass(frozen=True)
 class Output:
     json: Json = False
-    csv: Annotated[str | None, opt("--csv", "FILE", "Write CSV with exact numbers (- for standard output).")] = None
+    csv: Annotated[str | None, opt("--csv", "FILE", "Also write CSV with exact numbers; - is standard output.")] = None
     figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None
     verbose: Verbose = False
 
@@ -137,8 +144,8 @@ class Asked(NamedTuple):
 
 # other ways to state the batch and a measured time
 _OTHERS: Mapping[str, Any] = {
-    "concurrency": Annotated[int | None, opt(
-        "--concurrency", "N", "Requests in flight for --phase serve (replaces --batch).")],
+    "concurrency": Annotated[str | None, opt(
+        "--concurrency", "LIST", "Requests in flight for --phase serve (replaces --batch).")],
     "dense_tokens_per_s": Annotated[float | None, opt(
         "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")],
     "dense_from": Annotated[str | None, opt(
@@ -162,8 +169,8 @@ class Run:
         changed = {f.name: value for f in fields(own) if (value := getattr(self, f.name)) != f.default}
         return {SETTINGS[n].flags[0][2:] if n in SETTINGS else n: value for n, value in changed.items()}
 
-    def asked(self, model: str = "") -> Asked:
-        """Parse the options, with a measured time of the dense ``model``, if there is one."""
+    def asked(self, model: str = "", devices: Devices | None = None, prunings: Prunings | None = None) -> Asked:
+        """Parse the options, with a measured time of the dense ``model``, without engines that cannot run it."""
         found: dict[str, Any] = {}
         for name, setting in SETTINGS.items():
             if (given := self.text(name)) is not None:
@@ -172,13 +179,20 @@ class Run:
         if concurrency is not None:
             if found["batch"] != [1] or found["phase"] != ["serve"]:
                 raise InputError("--concurrency: expected with --phase serve, instead of --batch")
-            found["batch"] = [concurrency]
+            found["batch"] = integers("--concurrency", concurrency)
         if "link" in found and found["devices"] == 1:
             raise InputError("--link: expected with --devices of at least 2")
         if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
             raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
         if rate is None and file is None:
-            return Asked(found)
+            if devices is None or len(found["engine"]) == 1:
+                return Asked(found)
+            from simulator.prediction.table import unable
+
+            reasons = unable(model, devices.profiles, {**found, **(prunings.parsed() if prunings else {})})
+            able = [engine for engine in found["engine"] if engine not in reasons]
+            notes = tuple(f"{engine} is excluded: {reason}" for engine, reason in reasons.items())
+            return Asked(found | {"engine": able}, notes)
         from simulator.prediction.benchmarks import measured
         from simulator.prediction.requests import dense_seconds, requests_of
 

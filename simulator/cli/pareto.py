@@ -57,7 +57,8 @@ def pareto(
     axis = choose_axis(table, rows.metric, rows.protocol, strict=rows.quality is not None)
     known = read_measured(measured) if measured else ()
     most = None if max_loss is None else parsing.checked("--max-loss", max_loss, parse_fraction)
-    found, notes = fronts(config, devices.profiles, table, axis, measured=known, **run.asked().settings)
+    asked = run.asked(model, devices)
+    found, notes = fronts(config, devices.profiles, table, axis, measured=known, **asked.settings)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
     if output.write(records, [asdict(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
@@ -72,7 +73,7 @@ def pareto(
         from simulator.figures.style import save_figure
 
         save_figure(fronts_of(found), out.figure)
-    lines = []
+    lines = list(asked.notes)
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
     lines += [*uncalibrated(found), *notes]

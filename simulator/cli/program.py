@@ -125,6 +125,7 @@ def _root(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; see :func:`simulator.cli.run`."""
+    stdout = sys.stdout
     try:
         if arguments and arguments[0] in REMOVED:
             raise InputError(f"{arguments[0]}: no longer a command; {REMOVED[arguments[0]]}")
@@ -159,12 +160,21 @@ def run(arguments: Sequence[str]) -> int:
             path, option = context.command_path if context else "prunesim", getattr(error, "option_name", "")
             if instead := REMOVED.get(f"{path.removeprefix('prunesim ')} {option}"):
                 return _fail(f"{option}: no longer an option; {instead}", 2)
-            return _fail(f"{error.format_message()} See '{path} --help'", 2)
+            text, param = error.format_message(), getattr(error, "param", None)
+            if type(error).__name__ == "BadParameter" and param is not None:  # its text is of a library
+                words = [word for argument in arguments for word in argument.split("=", 1)]
+                option = next((name for name in param.opts if name in words[:-1]), param.opts[0])
+                kind = "a whole number" if "integer" in text else "a number"
+                given = f", got {words[words.index(option) + 1]!r}" if option in words[:-1] else ""
+                text = f"{option}: expected {kind}{given}."
+            return _fail(f"{text} See '{path} --help'", 2)
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
         return _fail(
             f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1
         )
+    finally:
+        sys.stdout = stdout
 
 
 def _fail(message: str, status: int) -> int:

@@ -151,7 +151,16 @@ def same_together(lines: Iterable[str]) -> list[str]:
     for line in lines:
         subject, colon, text = " ".join(line.split()).partition(": ")
         subjects.setdefault(text if colon else subject, []).append(subject if colon else "")
-    return [f"{few(some)}: {text}" if any(some) else text for text, some in subjects.items()]
+    return [f"{few(_places(some))}: {text}" if any(some) else text for text, some in subjects.items()]
+
+
+def _places(subjects: Iterable[str]) -> list[str]:
+    """Return subjects such as "h100_sxm, batch 1" with each device once."""
+    found: dict[str, list[str]] = {}
+    for subject in subjects:
+        device, _, request = subject.partition(", ")
+        found.setdefault(device, []).append(request)
+    return [", ".join(filter(None, (device, " and ".join(dict.fromkeys(some))))) for device, some in found.items()]
 
 
 def status(text: str) -> None:
@@ -203,7 +212,8 @@ class Output:
             check_target(self.csv)
 
     def write(self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None) -> bool:
-        """Write rows (CSV: ``for_csv``, if given); return whether to print a table instead."""
+        """Write rows (CSV: ``for_csv``, if given); return whether to print the answer too. After CSV on standard
+        output, it goes to standard error."""
         if self.json:
             show_json(rows)
         elif self.csv:
@@ -211,12 +221,13 @@ class Output:
 
             text = csv_text(rows if for_csv is None else for_csv)
             if self.csv == "-":
-                print(text, end="")
+                print(text, end="", flush=True)
+                sys.stdout = sys.stderr  # until the end of :func:`simulator.cli.program.run`
             else:
                 from simulator.files.write import write_whole
 
                 write_whole(self.csv, text.encode())
-        return not (self.json or self.csv)
+        return not self.json
 
 
 @contextlib.contextmanager

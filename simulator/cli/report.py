@@ -83,7 +83,7 @@ def report(
     from simulator.explore.content import command as line
     from simulator.explore.content import commands, content, report_html
 
-    asked = run.asked(model)
+    asked = run.asked(model, devices, prunings)
     found = content({"models": model, "hardware": devices.profiles, **prunings.parsed(), **asked.settings})
     given = {**asdict(devices), **asdict(prunings), **run.given}
     lines = [*commands(model, given, found), line("report", model, {**given, "output": output})]

@@ -96,7 +96,7 @@ def advise(
     from simulator.prediction.advise import advise as advised
     from simulator.prediction.sentences import of_advice, uncalibrated
 
-    asked = run.asked(model)
+    asked = run.asked(model, devices)
     if len(given := aim.parsed()) != 1:
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
     target = Target(**given)
@@ -178,6 +178,14 @@ def search(
     --confidence, the end of its interval). Targets hold on every device, engine and request, several at once. Begins
     with the plan's speed, score and parameters, then the layers, what the same budget in parameters or FLOPs would have
     chosen, and the frontier of score against time.
+
+    Scores as CSV. These rows are removals of layers; columns attention and mlp name other variants. Layers that are
+    not listed stay dense.
+
+    \b
+    layer,score
+    20,0.013
+    21,0.010
     """
     output = render.Output(out.json, None, [out.figure])
     if write is not None and Path(write).expanduser().is_file():
@@ -188,7 +196,7 @@ def search(
     from simulator.plans.search import search as chosen
     from simulator.plans.solve import Targets
 
-    asked, targets = run.asked(model), Targets(**given, confidence=wanted.confidence)
+    asked, targets = run.asked(model, devices), Targets(**given, confidence=wanted.confidence)
     plan = chosen(model, devices.profiles, targets, **asdict(scored), **asked.settings)
     lines = list(asked.notes)
     if write:
@@ -324,13 +332,13 @@ def costs(
     writes a row per layer. As subblock_stats.json, with --phase generate, it has the prefill and decode times that
     ModelOpt's Puzzletron needs for its latency targets.
     """
-    asked = run.asked()
+    asked = run.asked(model, devices)
     if output is not None:
         _checked(output, asked.settings["phase"])
     from simulator.plans.costs import costs as priced
 
     found = priced(model, devices.profiles, choices, **asked.settings)
-    lines = []
+    lines = list(asked.notes)
     if output is not None:
         _write(found, output)
         lines.append(f"written: {output}: {len(found)} costs")

@@ -25,8 +25,8 @@ MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most 
 # fmt: off
 @dataclass(frozen=True)
 class Server:
-    concurrency: Annotated[int | None, opt(
-        "--concurrency", "N", "Requests in flight of the comparison at equal concurrency. "
+    concurrency: Annotated[str | None, opt(
+        "--concurrency", "LIST", "Requests in flight of the comparison at equal concurrency, such as 1,16,64. "
         "Default: the most that fit the dense model.")] = None
     ttft: Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")] = None
     tpot: Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")] = None
@@ -61,7 +61,7 @@ def command(
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.service import serve
 
-    asked = run.asked()
+    asked = run.asked(model, devices, prunings)
     if len(asked.settings["seq"]) != 1:
         raise InputError(f"--seq {run.text('seq')!r}: expected one length")
     seconds, texts = partial(parse_quantity, unit="s"), {"ttft": server.ttft, "tpot": server.tpot}
@@ -69,7 +69,7 @@ def command(
     found = serve(
         model,
         devices.profiles,
-        concurrency=server.concurrency,
+        concurrency=parsing.integers("--concurrency", server.concurrency) if server.concurrency else None,
         **{f"{n}_s": limit for n, limit in limits.items()},
         probability=server.confidence,
         price=server.price,
@@ -84,7 +84,7 @@ def command(
         from simulator.figures.style import save_figure
 
         save_figure(services_of(found.services), out.figure)
-    render.notes(found.notes, out.verbose)
+    render.notes((*asked.notes, *found.notes), out.verbose)
 
 
 def _print(services: Sequence[Service], verbose: bool) -> None:
@@ -105,13 +105,14 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
-    from simulator.prediction.sentences import LIMITS, MEMORY, equal_memory, failing_text, ranked
+    from simulator.prediction.sentences import EQUAL, LIMITS, MEMORY, equal_memory, failing_text, ranked
 
     kinds, order = service.kinds, ranked(service)
     shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]
     rows: list[OperatingPoint | str] = []
     for kind, points in kinds.items():
-        rows += [kind if kind == LIMITS else f"at {kind}", *(points[i] for i in shown)]
+        rows.append(kind if kind == LIMITS else f"at {kind}")
+        rows += [some[i] for some in (service.equal if kind == EQUAL else [points]) for i in shown]
     first, hidden = service.points[0], len(order) + 1 - len(shown)
     title = f"{first.model} on {first.setting}" + (f"; {hidden} more prunings with --verbose" if hidden else "")
     render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)

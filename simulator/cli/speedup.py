@@ -47,7 +47,7 @@ def speedup(
     from simulator.prediction.sentences import uncalibrated
     from simulator.prediction.table import table
 
-    asked, profiles = run.asked(model), devices.profiles
+    asked, profiles = run.asked(model, devices, prunings), devices.profiles
     found = table(model, profiles, **prunings.parsed(), **asked.settings)
     # --family prints no "will it run" lines; --json has them
     answers: list[Runnable] = []
@@ -56,7 +56,7 @@ def speedup(
 
         answers = runnables(found, profiles if prunings.named else ())
     if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
-        _print(found, answers, memory, out.verbose)
+        _print(found, answers if prunings.named else (), memory, out.verbose)
     if out.figure:
         from simulator.figures.speedup import speedups_of
         from simulator.figures.style import save_figure
@@ -313,7 +313,7 @@ def explain(
     from simulator.prediction.requests import by_key
     from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
 
-    asked, given = run.asked(model), prunings.parsed()
+    asked, given = run.asked(model, devices, prunings), prunings.parsed()
     given["pruned"], skipped = readable(given.get("pruned", ()))
     found = explanations(model, devices.profiles, **given, **asked.settings)
     rows = [

@@ -45,6 +45,7 @@ LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
 # upper bounds: attribute of a result, line of curves, colour of ticks
 BOUNDS = {"FLOP bound": ("flop_bound", (0, (1, 1)), GREY), "roofline bound": ("roofline_bound", (0, (5, 1.5)), "black")}
 _BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
+_NOMINAL: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (3, 1, 1, 1))}
 _RING: dict[str, Any] = {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "linestyle": "none"}
 _LIMIT_RING: dict[str, Any] = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 
@@ -225,7 +226,7 @@ def _dots(
 def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, interval: str, x_label: str) -> Figure:
     """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without bounds, more as lines."""
     few = len(styles) <= MOST_CURVES
-    bounds = BOUNDS if len(styles) <= MOST_BOUNDED else {}
+    bounds, band = (BOUNDS, _BAND) if len(styles) <= MOST_BOUNDED else ({}, {**_BAND, "alpha": 0.08})
     rings = few and any(
         pays_from(data["at"][own], data["lower"][own]) is not None
         for r, c, name in set(zip(data["row"], data["column"], data["candidate"]))
@@ -236,6 +237,8 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
         handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
     if few:
         handles.append(Patch(color=INK, **_BAND, label=interval))
+    if axis == "sparsity":
+        handles.append(Line2D([], [], **_NOMINAL, label="nominal 1 / (1 - s)"))
     if rings:
         handles.append(Line2D([], [], **_RING, markeredgecolor=INK, label=PAYS))
     low, high = _range(data, ["speedup", "lower", "upper", *bounds] if few else ["speedup"])
@@ -253,7 +256,9 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
             own = _own(data, r, c, name)
             x, speedup, lower, upper = (data[column][own] for column in ("at", "speedup", "lower", "upper"))
             if few:
-                ax.fill_between(x, lower, upper, color=style.color, **_BAND, zorder=2)
+                ax.fill_between(x, lower, upper, color=style.color, **band, zorder=2)
+                if not bounds:  # of three bands and more, overlaps hide whose end is where
+                    ax.plot(x, np.stack([lower, upper], axis=1), color=style.color, linewidth=0.5, zorder=2.2)
                 for bound, (_, line, _) in bounds.items():
                     ax.plot(x, data[bound][own], color=style.color, linestyle=line, linewidth=0.8, zorder=2.5)
                 if len(own) == 1:  # neither a band nor a line
@@ -263,6 +268,9 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
                 elif (first := pays_from(x, lower)) is not None:
                     ax.plot(x[[first]], speedup[[first]], **_RING, markeredgecolor=style.color, zorder=4.5)
             ax.plot(x, speedup, **style.marks(), zorder=4)
+        if axis == "sparsity":
+            removed = np.linspace(data["at"].min(), data["at"].max(), 100)
+            ax.plot(removed, 1.0 / (1.0 - removed), **_NOMINAL, zorder=1.8)
         layout.log_axis(ax.yaxis, low, high, 7)
     _value_axes(panels, np.unique(data["at"]).astype(float), axis, (width - 0.6) / across)
     return layout.laid_out(figure, "speedup (log scale)")

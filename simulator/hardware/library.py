@@ -110,7 +110,8 @@ def load_hardware(
         if shipped is not None:
             text = str(profiles_folder() / f"{shipped}.yaml")
         elif not re.search(r"[/\\]|\.ya?ml$", text):
-            raise unknown("GPU", text, shipped_names(), list_hardware())
+            way = f"prunesim hardware new {plain_name(text)} writes a profile to fill in."
+            raise unknown("GPU", text, shipped_names(), list_hardware(), way)
     profile = _with_stacks(Path(text))
     profile = profile.on(stack) if stack else profile
     return _on_same_stack(profile) if same_stack else profile

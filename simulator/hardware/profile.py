@@ -262,6 +262,8 @@ class HardwareProfile(Displayed):
         Rows measured on the user's machine.
     engines : mapping of str to EngineTimes
         Engines measured on the user's machine.
+    verdict : str
+        Reasons for which its calibration advised against it; "" for none.
     path : Path, optional
         File that the profile was read from.
 
@@ -308,6 +310,7 @@ class HardwareProfile(Displayed):
     same_stack: bool = False
     local_update: LocalUpdate | None = None
     engines: Mapping[str, EngineTimes] = field(default_factory=dict)
+    verdict: str = ""
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -343,6 +346,7 @@ class HardwareProfile(Displayed):
             "stack": self.stack,
             "stacks": [stack for stack in self.stacks if stack],
             "stacks_of": self.stacks_of,
+            "verdict": self.verdict,
             "engines": self.engines,
             "local_update": None if self.local_update is None else self.local_update.provenance,
             "sources": self.sources,

@@ -193,6 +193,6 @@ def _facts(profile: HardwareProfile) -> schema.ProfileFile:
     sheet = schema.Datasheet(
         sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge
     )
-    same = ("name", "title", "vendor", "architecture", "aliases", "stacks_of", "own_stack")
+    same = ("name", "title", "vendor", "architecture", "aliases", "stacks_of", "own_stack", "verdict")
     own = {name: getattr(profile, name) for name in same}
     return schema.ProfileFile(schema_version=schema.SCHEMA_VERSION, sources=references, datasheet=sheet, **own)

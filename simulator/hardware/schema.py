@@ -214,6 +214,7 @@ class ProfileFile:
     aliases: tuple[Annotated[str, _ALIAS], ...] | None = None
     stacks_of: Annotated[str, NAME] = ""
     own_stack: Annotated[str, Text(STACKS)] = ""
+    verdict: Quoted = ""
     sources: Map[Quoted]
     datasheet: Datasheet
     calibrated: Calibrated = field(default_factory=dict)
@@ -335,7 +336,7 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
         link = Link(found.kind, found.bandwidth.value, found.latency.value, found.max_devices, connection)
     if pair := sheet.bridge:
         bridge = Link(pair.kind, pair.bandwidth.value, pair.latency.value, 2, "bridge")
-    same = ("name", "title", "vendor", "architecture", "stacks_of")
+    same = ("name", "title", "vendor", "architecture", "stacks_of", "verdict")
     profile = HardwareProfile(
         **{name: getattr(top, name) for name in same},
         aliases=top.aliases or (),

@@ -6,7 +6,8 @@ dense one.
 - CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention`` and ``mlp`` (texts of
   :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense sublayer) and any columns of numbers:
   scores and times. ``kv_heads`` and ``ffn_intermediate_size`` are accepted instead of ``attention`` and ``mlp``; 0 is
-  none. A column ``results`` names results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are
+  none. Without columns of variants, a row is the removal of its layer (``layer,score``). Layers without rows stay
+  dense. A column ``results`` names results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are
   ignored.
 - YAML with lists of choices, of all layers (``mlp: [dense, 7168, none]``) and of some
   (``layers: {0-1: {mlp: [dense]}}``).
@@ -194,7 +195,7 @@ def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
 EXAMPLES = Path(__file__).with_name("examples")  # libraries that ship; a .md file next to each states its protocol
 MOST_VARIANTS = 4096  # variants of one layer
 
-ZERO_METRICS: tuple[str, ...] = ("kl", "mse", "cosine", "distance", "delta", "loss_increase", "score")
+ZERO_METRICS: tuple[str, ...] = ("kl", "mse", "cosine", "distance", "delta", "loss_increase", "score", "importance")
 """Parts of names of scores that are 0 for the dense model, so that its row may be missing."""
 
 TIME = re.compile(r"runtime|latency|^times?[ _]|(^|[ _./-])(times?|ns|us|ms|s|sec|seconds)$", re.IGNORECASE)
@@ -203,7 +204,8 @@ SIZE = re.compile(rf"memory|^(num|number|count)[ _]|(^|[ _./-])({_SIZES})$", re.
 """Names of columns that hold times; sizes, memory or counts."""
 
 _ALIASES: Mapping[str, str] = {"kv_heads": "attention", "ffn_intermediate_size": "mlp"}
-_NAMES = ("layer", *SUBLAYERS, *_ALIASES, "results", "protocol", "source")
+_VARIANTS = {*SUBLAYERS, *_ALIASES}  # columns of variants
+_NAMES = ("layer", *_VARIANTS, "results", "protocol", "source")
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,11 +252,18 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
         return library_of(read_puzzle(content, str(path), model), model, str(path))
     if path.suffix in (".yaml", ".yml"):
         return _choices(content, str(path), model)
-    return library_of(_rows(read_csv(content, str(path), ("layer",)), model, path.parent), model, str(path))
+    table = read_csv(content, str(path), ("layer",))
+    found = library_of(_rows(table, model, path.parent), model, str(path))
+    note = f"{path}: without a column attention or mlp, a row is the removal of its layer"
+    return found if _VARIANTS & {*table.header} else replace(found, notes=(note, *found.notes))
 
 
 def generated_library(model: ModelConfig, devices: int = 1) -> Library:
     return Library(model, tuple(_product(model, dense, {}, devices) for dense in model.layout))
+
+
+def without_layer(dense: Block) -> Block:
+    return without("attention", without("mlp", dense))
 
 
 def importance(model: ModelConfig) -> Library:
@@ -280,7 +289,7 @@ def importance(model: ModelConfig) -> Library:
     each = np.maximum.accumulate(np.maximum(slope[at], 0.0))  # the next layer never costs less
     each *= 1.0 + 1e-6 * np.arange(many)  # so that the order decides between equal ones
     values = {layer: float(each[i]) for i, layer in enumerate([*range(many - 2, -1, -1), many - 1])}
-    layers = tuple((dense, without("attention", without("mlp", dense))) for dense in model.layout)
+    layers = tuple((dense, without_layer(dense)) for dense in model.layout)
     scores = tuple(np.array([0.0, values[i]]) for i in range(many))
     first = rows[0]
     note = (
@@ -319,7 +328,8 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
     for layer, column in enumerate(library.values[name]):
         if (wrong := np.flatnonzero(~np.isfinite(column))).size:
             attention, mlp = library.texts(layer)[int(wrong[0])]
-            raise InputError(f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}")
+            dense = "; if it is 0 for the dense model, call the column score" if attention == mlp == "dense" else ""
+            raise InputError(f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}{dense}")
     return name, library.values[name]
 
 
@@ -342,28 +352,26 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
         if len(found[entry.layer]) > MOST_VARIANTS:
             raise InputError(f"{entry.place}: layer {entry.layer}: expected at most {MOST_VARIANTS} variants")
         names |= dict.fromkeys(entry.values)
-    if missing := [i for i, some in enumerate(found) if not some]:
-        have = model.layers - len(missing)
-        wanted = f"expected variants of all {model.layers} layers of {model.name}, got {have}"
-        raise InputError(f"{label}: {wanted}; layers {runs(missing)} have none")
+    missing = [i for i, some in enumerate(found) if not some]
     layers, added = [], []
     for i, some in enumerate(found):
         dense = model.layout[i]
-        if dense not in some:
+        if some and dense not in some:
             added.append(i)
         layers.append(tuple(dict.fromkeys([dense, *some])))
     values = {}
     for name in names:
         zero = any(part in name.lower() for part in ZERO_METRICS)
-        if added and len(added) < model.layers and not zero:
+        if added and len(added) + len(missing) < model.layers and not zero:
             raise InputError(f"{label}: column {name}: layer {added[0]} has no row of its dense variant; add it")
         default = 0.0 if zero else math.nan
         values[name] = tuple(
-            np.array([some[b].values.get(name, math.nan) if b in some else default for b in own])
+            np.array([some[b].values.get(name, math.nan) if b in some else default if some else 0.0 for b in own])
             for some, own in zip(found, layers)
         )
-    notes = (f"{label}: the dense variant has no row; its score is taken as 0",) if added and names else ()
-    return Library(model, tuple(layers), values, notes, label)
+    notes = [f"{label}: the dense variant has no row; its score is taken as 0"] if added and names else []
+    notes += [f"{label}: layers {runs(missing)} have no row; they stay dense"] if missing else []
+    return Library(model, tuple(layers), values, tuple(notes), label)
 
 
 def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
@@ -371,8 +379,6 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
     for alias, name in _ALIASES.items():
         if alias in header and name in header:
             raise InputError(f"{table.label}:1: columns {name} and {alias} state the same; keep one")
-    if not header & {*SUBLAYERS, *_ALIASES}:
-        raise InputError(f"{table.label}:1: expected a column attention or mlp with the variants")
     numbers = [name for name in table.header if name and name not in _NAMES]  # pandas writes row numbers without a name
     for place, cells in table.records():
         try:
@@ -384,7 +390,8 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
                 # a loss is a rise
                 values |= {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
             for layer in _layers(cells["layer"], model.layers):
-                yield Entry(place, layer, _block(cells, model, layer), values)
+                block = _block(cells, model, layer) if _VARIANTS & header else without_layer(model.layout[layer])
+                yield Entry(place, layer, block, values)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
 

@@ -599,15 +599,16 @@ def _check_lengths(run: BenchRun, request: Request) -> None:
         _check_length(run, "cached positions (prompt and half of the output)", middle, seq, around)
         return
     if run.input_tokens:
-        _check_length(run, "input_tokens", run.input_tokens, seq, around)
+        _check_length(run, "input_tokens", run.input_tokens, seq, around, f"; use --seq {run.input_tokens:.0f}")
     # the time to the first token depends on the prompt only
     if run.output_tokens and not (request.phase == "prefill" and run.kind == "serve"):
-        _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5))
+        hint = f"; use --new-tokens {run.output_tokens - 1:.0f}" if request.phase != "prefill" else ""
+        _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5), hint)
 
 
-def _check_length(run: BenchRun, what: str, own: float, expected: int, around: float) -> None:
+def _check_length(run: BenchRun, what: str, own: float, expected: int, around: float, hint: str = "") -> None:
     if abs(own - expected) > around:
-        raise InputError(f"{run.source}: {what}: expected {expected}, got {own:g}")
+        raise InputError(f"{run.source}: {what}: expected {expected}, got {own:g}{hint}")
 
 
 def _check_in_flight(run: BenchRun, batch: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from simulator.arguments import SECONDS, listed, number
 from simulator.arrays import FloatArray
+from simulator.codes import EXPERTS
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -92,6 +93,9 @@ NOTES: Mapping[str, str] = {
 }
 """Step -> meaning."""
 
+ACTIVE = "active experts not pruned", "a token uses as many experts as before: the FLOP bound"
+"""The step of models with routed experts after "parts not pruned", and its meaning."""
+
 
 def waterfall(
     dense: Workload, pruned: Workload, hw: str | HardwareProfile, *, dense_s: float | None = None
@@ -140,20 +144,31 @@ def waterfall(
         of_dense, of_pruned = batch.total(column)
         return float(of_dense / of_pruned)
 
+    flops, notes, share = [batch.flops], list(NOTES.items()), _expert_share(batch)
+    if share is not None:  # first as if a token used fewer experts as well
+        flops.insert(0, np.where((batch.rows.kind == EXPERTS) & (batch.owner > 0), share, 1.0) * batch.flops)
+        notes[1:2] = [(notes[1][0], notes[1][1].partition(":")[0]), ACTIVE]
     times = p.total_s if dense_s is None else compare(batch, hw, dense_s=dense_s)[0]["pruned_s"]
     values = [
         1.0 / max(1.0 - realised, 1e-9),  # all layers may be removed
-        *(ratio(np.where(added, 0.0, column)) for column in (batch.flops, *effects.values())),
+        *(ratio(np.where(added, 0.0, column)) for column in (*flops, *effects.values())),
         ratio(effects["kernel"]),
         float(p.device_s[0] / p.device_s[1]),
         float(times[0] / times[1]),
     ]
     before = 1.0 / (1.0 - requested)
     steps = [Step("nominal", before, before, f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed")]
-    for (name, note), value in zip(NOTES.items(), values, strict=True):
+    for (name, note), value in zip(notes, values, strict=True):
         steps.append(Step(name, value / before, value, note))
         before = value
     return Waterfall(steps)
+
+
+def _expert_share(batch: WorkloadBatch) -> float | None:
+    """Return the share of routed experts that is left over the share of a token's experts that is left, at most 1."""
+    w = batch.rows
+    (experts, left), (active, uses) = (batch.total(w.count * (w.kind == EXPERTS) * n) for n in (w.experts, w.active))
+    return min(1.0, float(left / experts * active / uses)) if uses and experts else None
 
 
 def _effects(p: ForwardPass) -> dict[str, FloatArray]:

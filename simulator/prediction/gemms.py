@@ -107,8 +107,9 @@ def gemm_table(
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
-    """Return the GEMMs of a workload as points of a roofline, without those that pruning adds (routers)."""
-    rows = np.flatnonzero((workload.kind == Kind.GEMM) & (workload.count > 0) & ~workload.overhead)
+    """Return the GEMMs and the products of experts of a workload as points of a roofline, without those that pruning
+    adds (routers)."""
+    rows = np.flatnonzero(np.isin(workload.kind, (Kind.GEMM, Kind.EXPERTS)) & (workload.count > 0) & ~workload.overhead)
     chosen = workload.take(rows)
     p = forward_passes(WorkloadBatch.of([chosen]), hw)
     flops, roles = p.workloads.flops, tuple(ROLES[code] for code in chosen.role)

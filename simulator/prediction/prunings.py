@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulator.arguments import listed, shown
+from simulator.arguments import is_size, listed, shown
 from simulator.codes import EXPERTS
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
@@ -85,9 +85,9 @@ class Pruning:
 
     @property
     def sparsity(self) -> float | None:
-        """Fraction of a single step; None for parts, listed layers and several steps."""
+        """Fraction of a single step; None for sizes, parts, listed layers and several steps."""
         step = self.steps[0]
-        scalar = len(self.steps) == 1 and step.layers is None and isinstance(step.sparsity, float | int)
+        scalar = len(self.steps) == 1 and step.layers is None and not is_size(step.sparsity)
         return step.sparsity if scalar and isinstance(step.sparsity, float | int) else None
 
     @property
@@ -160,9 +160,9 @@ def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[
         if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
     if "all" not in names:
-        return once(names)
+        return once(FAMILIES[name].name for name in names)
     every = [name for name, f in FAMILIES.items() if not f.needs or any(getattr(m, f.needs) for m in models)]
-    return once(family for name in names for family in (every if name == "all" else [name]))
+    return once(family for name in names for family in (every if name == "all" else [FAMILIES[name].name]))
 
 
 def prunings_of(
@@ -372,6 +372,7 @@ def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], prun
         for found in (before, after):
             found["layers"] = found.pop("attention layers")
         names = ["layers", *names[2:]]
+    asked = {n: 1.0 - s / before[n] if is_size(s) else s for n, s in asked.items() if before.get(n)}
     changed = [name for name in names if before[name] > 0 and (before[name] != after[name] or asked.get(name))]
     grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
     out = []
@@ -417,7 +418,7 @@ def _fractions(step: PruningStep) -> dict[str, float]:
         return {}
     if isinstance(step.sparsity, tuple):
         pairs = (pair for pair in step.sparsity if isinstance(pair, tuple))
-        return {part: fraction for part, fraction in pairs if isinstance(fraction, float)}
+        return {part: fraction for part, fraction in pairs if isinstance(fraction, float | int)}
     return {} if step.sparsity is None else {"": step.sparsity}
 
 

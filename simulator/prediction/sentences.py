@@ -408,7 +408,8 @@ def of_service(service: Service) -> list[str]:
     memory; if there are limits, also on the pruning with the most tokens/s within them."""
     kinds, best = service.kinds, ranked(service)[0]
     last = kinds[MEMORY][0], kinds[MEMORY][best]
-    out = [_equal_concurrency(service, best)] if kinds[MEMORY][0].fits else []
+    ends = service.equal[:: max(1, len(service.equal) - 1)] if kinds[MEMORY][0].fits else []
+    out = [_equal_concurrency(service, points, best) for points in ends]
     out.append(equal_memory(*last))
     if LIMITS in kinds:
         last = kinds[LIMITS][0], kinds[LIMITS][ranked(service, LIMITS)[0]]
@@ -431,9 +432,8 @@ def best_point(service: Service) -> OperatingPoint:
     return service.kinds[MEMORY][ranked(service)[0]]
 
 
-def _equal_concurrency(service: Service, best: int) -> str:
+def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best: int) -> str:
     """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
-    points = service.kinds[EQUAL]
     dense, pruned = points[0], points[best]
     gain = _gain(pruned.model, pruned.ratio, pruned.ratio_lower, pruned.ratio_upper)
     text = f"With {_requests(dense)} on {dense.setting}, {pruned.name} {gain}{runs_clause(service.runs[best - 1])}"
@@ -630,7 +630,7 @@ def above_bound(
             dense = lower(one)
             why = better_than_bound(dense, pruning.apply(dense, one), hw, r.speedup, r.roofline_bound)
             at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
-            yield f"{hw.label}, {at}: {pruning.title} at {r.sparsity:g} ({r.speedup:.2f}x) is {why}"
+            yield f"{hw.label}, {at}: {r.pruning} ({r.speedup:.2f}x) is {why}"
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:

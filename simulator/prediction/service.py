@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.arguments import SECONDS, OneOrMore, Range, number
+from simulator.arguments import SECONDS, OneOrMore, Range, listed, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import cache_parts, weights_bytes
 from simulator.display import Displayed, by_column
@@ -37,7 +37,7 @@ from simulator.models.library import load_model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import alike, request_results
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
-from simulator.prediction.requests import by_key, device_text, on, profiles
+from simulator.prediction.requests import by_key, device_text, on, once, profiles
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
 from simulator.prediction.serving import memory_columns, serving
@@ -160,6 +160,11 @@ class Service(Displayed):
         """Points by kind, the dense model first."""
         return by_key(self.points, lambda point: point.point)
 
+    @property
+    def equal(self) -> list[list[OperatingPoint]]:
+        """Points of each equal concurrency, the dense model first."""
+        return list(by_key(self.kinds[EQUAL], lambda point: point.concurrency).values())
+
     def _title(self) -> str:
         first = self.points[0]
         return f"{first.model} on {first.setting}: {len(self.points)} operating points"
@@ -244,31 +249,30 @@ def operating_points(
     prunings: Sequence[Pruning],
     names: Sequence[str],
     *,
-    concurrency: int | None = None,
+    concurrency: Sequence[int] = (),
     limits: Limits = NO_LIMITS,
     price: float | None = None,
 ) -> tuple[OperatingPoint, ...]:
     """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves. The
     batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names. Points at equal
-    concurrency are at ``concurrency``, by default the largest that fits the dense model; if none does, the smallest of
-    the largest that fit the pruned models. InputError if no model fits."""
+    concurrency are at each ``concurrency``, by default the largest that fits the dense model; if none does, the
+    smallest of the largest that fit the pruned models. InputError if no model fits."""
     (request,), models = on([request], hw), range(1 + len(prunings))
     largest = _largest(request, hw, prunings)
-    if concurrency is None:
-        concurrency = largest[0] or min(filter(None, largest))
-    steady = {*steps(max(largest)), concurrency}
+    concurrency = concurrency or [largest[0] or min(filter(None, largest))]
+    steady = {*steps(max(largest)), *concurrency}
     grids = [sorted({c for c in steady if c < most} | {most}) for most in largest]
-    curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), concurrency})
-    kinds, found = {EQUAL: [concurrency for _ in models], MEMORY: largest}, curve
+    curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), *concurrency})
+    kinds, found = [*((EQUAL, [c for _ in models]) for c in concurrency), (MEMORY, largest)], curve
     if limits.named:
         firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
         ends = [(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
         finer = [sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends]
-        found = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*finer), concurrency, *largest, 1})
-        kinds[LIMITS] = [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]
+        found = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*finer), *concurrency, *largest, 1})
+        kinds.append((LIMITS, [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]))
     points = _Points(hw, names, prunings, largest, price)
     return (
-        *(point for kind, at in kinds.items() for point in points.of_kind(found, kind, at)),
+        *(point for kind, at in kinds for point in points.of_kind(found, kind, at)),
         *(points.one(curve, CURVE, m, c) for m in models for c in grids[m] if c),
     )
 
@@ -406,7 +410,7 @@ def serve(
     model: str | ModelConfig,
     hardware: OneOrMore[str | HardwareProfile],
     *,
-    concurrency: int | None = None,
+    concurrency: OneOrMore[int] | None = None,
     ttft_s: float | None = None,
     tpot_s: float | None = None,
     probability: float = 0.5,
@@ -421,7 +425,7 @@ def serve(
         Name, path or shapes of the dense model.
     hardware : one or more
         Devices: names, paths or profiles.
-    concurrency : int, optional
+    concurrency : one or more, optional
         Requests in flight of the comparison at equal concurrency. Default: the largest number that fits the dense
         model.
     ttft_s, tpot_s : float, optional
@@ -458,14 +462,14 @@ def serve(
     within limits: dense at 31
     within limits: depth at 25 % at 46
     """
-    if concurrency is not None:
-        concurrency = SETTINGS["batch"].check(concurrency, "concurrency")
+    given = () if concurrency is None else listed("concurrency", concurrency)
+    equal = once(SETTINGS["batch"].check(c, "concurrency") for c in given)
     if price is not None:
         number("price", price, PRICE)
     if settings.get("dense_s") is not None:
         raise InputError("dense time: expected none, as a service has many concurrencies")
     limits, dense, devices = Limits(ttft_s, tpot_s, probability), load_model(model), profiles(hardware)
-    settings |= {"phase": "serve", "batch": concurrency or 1}
+    settings |= {"phase": "serve", "batch": max(equal, default=1)}
     prunings, requested, skipped = asked([dense], settings)
     excluded, several = Excluded(), len(prunings) > 1
 
@@ -481,7 +485,7 @@ def serve(
         if len(results):
             own = [prunings[i] for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
-            points = operating_points(one, hw, own, names, concurrency=concurrency, limits=limits, price=price)
+            points = operating_points(one, hw, own, names, concurrency=equal, limits=limits, price=price)
             kinds = tuple(p for p in points if p.point != CURVE), tuple(p for p in points if p.point == CURVE)
             service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
             services.append(service)

@@ -20,8 +20,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
-from simulator.prediction.prunings import Excluded, Pruning, applied, asked, exclude, excluded_lines
-from simulator.prediction.requests import check_measured, models_of, profiles
+from simulator.prediction.prunings import KEYWORDS, Excluded, Pruning, applied, asked, exclude, excluded_lines
+from simulator.prediction.requests import check_measured, engines_of, models_of, profiles
 from simulator.prediction.result import Result, Results
 from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
 from simulator.pruning._steps import PruningStep
@@ -96,6 +96,19 @@ def table(
     return replace(joined, prunings=prunings, requests=tuple(requests))
 
 
+def unable(model: str, hardware: Sequence[HardwareProfile], settings: dict[str, Any]) -> dict[str, str]:
+    """Return why some engines can run none of the prunings (default: one of depth), unless all cannot, by engine."""
+    first = {n: v[:1] if n in SETTINGS and isinstance(v, list) else v for n, v in settings.items()}
+    first |= {} if first.keys() & set(KEYWORDS) else {"prune": "depth 0.25"}
+    reasons, engines = dict[str, str](), engines_of(settings["engine"])
+    for engine in engines:
+        try:
+            table(model, hardware, **(first | {"engine": engine}))
+        except InputError as error:
+            reasons[engine] = str(error)
+    return reasons if len(reasons) < len(engines) else {}
+
+
 def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfile, **settings: Any) -> Result:
     """Predict one speedup; names are enough.
 
@@ -126,6 +139,9 @@ def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfil
     >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
     (True, True)
     """
+    for name, value in {"model": model, "prune": prune, "hardware": hardware, **settings}.items():
+        if isinstance(value, list | tuple):
+            raise InputError(f"{name}: expected one value, got {len(value)}; simulator.table takes lists")
     return table([Request(model=model, **settings).model], [hardware], prune=[prune], **settings)[0]
 
 

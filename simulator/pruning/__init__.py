@@ -10,16 +10,18 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from simulator.arguments import flag, instance, shown
+from simulator.arguments import flag, instance, is_size, shown
 from simulator.arrays import Array, FloatArray, plain
 from simulator.codes import ROLES, Part
+from simulator.display import few
 from simulator.errors import InputError, unknown
 from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
-from simulator.pruning._rows import covering, layer_count, merge_runs, projections, weighted, weights
+from simulator.pruning._rows import covering, layer_count, merge_runs, projections, sizes_of, weighted, weights
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -30,15 +32,16 @@ class _Families(Mapping[str, Family]):
     """The modules of this package, each imported when its family is used: most commands use one."""
 
     _modules = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    _others = MappingProxyType({"2:4": "semi_structured"})  # other names of families
 
     def __getitem__(self, name: str) -> Family:
-        if name not in self._modules:
+        if name not in self:
             raise KeyError(name)
-        family: Family = import_module(f"{__name__}.{name}").FAMILY
+        family: Family = import_module(f"{__name__}.{self._others.get(name, name)}").FAMILY
         return family
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules
+        return name in self._modules or name in self._others
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._modules, key=lambda name: (self[name].order, name)))
@@ -74,11 +77,13 @@ def prune(
         Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of ``--prune``
         (:mod:`simulator.pruning._steps`), or the path of a plan.
     sparsity : float, mapping of str to float, or sequence of float
-        Fraction removed, in [0, 1); 0 changes no row. A number applies everywhere. A sequence has one fraction per
-        layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts of the family
-        ``width``, or projections ("q", "down", ...) and groups of them ("attention", "mlp", "qkv"). Parts that are not
-        named stay dense; the entry of a projection overrides that of its group. None with the option ``budget`` (tokens
-        kept): the sparsity follows from the length of each request, and the requested sparsity is the realised one.
+        Fraction removed, in [0, 1); 0 changes no row. A whole number above 1 is the size that remains, such as layers
+        of ``depth`` or ``{"mlp": 9216}``, if all layers have one size. A number applies everywhere. A sequence has one
+        fraction per layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts
+        of the family ``width``, or projections ("q", "down", ...) and groups of them ("attention", "mlp", "qkv"). Parts
+        that are not named stay dense; the entry of a projection overrides that of its group. None with the option
+        ``budget`` (tokens kept): the sparsity follows from the length of each request, and the requested sparsity is
+        the realised one.
     layers : sequence of int, optional
         Layers that are pruned, by their numbers from 0. The family ``depth`` removes the fraction of these layers, all
         of them without a ``sparsity``.
@@ -118,12 +123,19 @@ def prune(
 
         steps = read_steps(pruning)
         return prune_steps(workload, steps, ideal=ideal, plan=pruning if is_plan(pruning) else "")
+    if is_size(sparsity) and options.get("fewer", "experts") != "experts":
+        raise InputError(f"option fewer: expected a fraction with it, got {sparsity:g}")
     if not isinstance(pruning, str) or pruning not in FAMILIES:
         raise unknown("pruning family", pruning, FAMILIES)
     chosen = FAMILIES[pruning]
+    pruning = chosen.name
     for name in options:
         if name not in chosen.options:
             raise unknown(f"option of family {pruning}", name, chosen.options, chosen.options or ["none"])
+    given = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+    aligned = [s for part in ("", "mlp", "hidden") for s in plain(given.get(part)).ravel() if s]
+    if aligned and all(map(is_size, aligned)) and "align" in chosen.options:
+        options.setdefault("align", 1)  # sizes are not rounded
     work, choice = _resolve(workload, chosen, sparsity, layers, options.get("budget"))
     pruned, realised = workload, 0.0
     if choice.form == "budget" or choice.rows.any():
@@ -148,6 +160,9 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
     some = None if layers is None else listed_layers(layers, layer_count(w))
     if family.layers == "all" and some is not None:
         raise InputError(f"family {family.name}: expected no layers, as it prunes all layers equally")
+    if some is not None and family.layers == "some":
+        for value in filter(is_size, sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]):
+            raise InputError(f"layers: expected a fraction of them, got {value:g}")
     if isinstance(sparsity, Mapping):
         return _by_part(w, family, sparsity, some)
     if np.ndim(plain(sparsity)):
@@ -155,7 +170,7 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
             raise InputError("layers: expected no layers with a sparsity by layer")
         return _by_layer(w, family, sparsity)
     whole = sparsity is None and family.layers == "some"
-    fraction = 1.0 if whole else check_fraction(family.default if sparsity is None else sparsity)
+    fraction = 1.0 if whole else _removed(w, family, "", family.default if sparsity is None else sparsity, "sparsity")
     rows = np.where(w.layer >= 0, fraction, 0.0)
     if some is None:
         return w, Choice(rows, fraction)
@@ -180,17 +195,32 @@ def listed_layers(layers: Any, many: int) -> Array:
 def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
     if family.layers != "each":
         raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
-    table = _fractions(sparsity, "", layer_count(w))
+    table = _fractions(w, family, "", sparsity)
     wide = w.expand()
     rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)
     return wide, Choice(rows, float(table.mean()), "layer")
 
 
-def _fractions(sparsity: Any, of: str, layers: int) -> FloatArray:
+def _removed(w: Workload, family: Family, part: str, value: Any, where: str) -> float:
+    """Return a removed fraction; a whole number above 1 is the size of the part that remains."""
+    if not is_size(value) or not family.sizes(part):
+        return check_fraction(value, where)
+    found = [(name, size) for name in family.sizes(part) for size in sizes_of(w, name)]
+    name, size = found[0] if found else ("", 0)
+    if len(found) != 1:
+        several = few(f"{name} {size:,}" for name, size in found) or f"no {' or '.join(family.sizes(part))}"
+        return check_fraction(value, where, f", as {w.meta.model} has {several}")
+    if value > size:
+        return check_fraction(value, where, f", or the remaining {name}, at most {size:,}")
+    return 1.0 - float(value) / size
+
+
+def _fractions(w: Workload, family: Family, part: str, sparsity: Any) -> FloatArray:
+    layers, of = layer_count(w), part and f" of {part}"
     if np.shape(plain(sparsity)) != (layers,):
         expected = f"expected {layers} fractions, one per layer of this model"
         raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
-    return np.array([check_fraction(s, f"sparsity{of} of layer {i}:") for i, s in enumerate(sparsity)])
+    return np.array([_removed(w, family, part, s, f"sparsity{of} of layer {i}:") for i, s in enumerate(sparsity)])
 
 
 def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Array | None) -> tuple[Workload, Choice]:
@@ -208,9 +238,9 @@ def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Arr
         if np.ndim(plain(sparsity[name])):
             if family.layers != "each" or name in ONE_SIZE:
                 raise InputError(f"sparsity of {name}: expected one fraction, got a sparsity by layer")
-            table = _fractions(sparsity[name], f" of {name}", count)
+            table = _fractions(w, family, name, sparsity[name])
         else:
-            table = np.full(count, check_fraction(sparsity[name], f"sparsity of {name}:"))
+            table = np.full(count, _removed(w, family, name, sparsity[name], f"sparsity of {name}:"))
         if some is not None and family.layers == "each":
             if name in ONE_SIZE:
                 raise InputError(f"sparsity of {name}: expected no layers, as all layers have one size")

@@ -85,17 +85,22 @@ class Family(Displayed):
         """Whether the family decides per token at inference."""
         return self.loading == "kernels"
 
+    def sizes(self, part: str) -> tuple[str, ...]:
+        """Return the sizes that a whole number of a part can mean; () if only a fraction has a meaning."""
+        names = (self.parts or {}).get(part, ())
+        return names if part or len(names) == 1 else ()
+
     def _title(self) -> str:
         return f"{self.name}: {self.summary}"
 
 
-def check_fraction(value: Any, where: str = "sparsity") -> float:
+def check_fraction(value: Any, where: str = "sparsity", other: str = "") -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
     number = math.inf if abs(value) >= 1e300 else float(value)
     if not (math.isfinite(number) and 0.0 <= number < 1.0):
         hint = f"; for {number:g} % write {number / 100:g}" if 2.0 <= number < 100.0 else ""
-        raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{hint}")
+        raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{other}{hint}")
     return number
 
 

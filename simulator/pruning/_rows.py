@@ -82,6 +82,23 @@ def shorter_copies(w: Workload, out: Workload) -> Workload:
     return out.replace(kv_len=kept, **moved(out, share))
 
 
+def sizes_of(w: Workload, name: str) -> list[int]:
+    """Return the different sizes of the layers by their name in ``Family.parts``, on all devices together."""
+    if name.endswith("layers"):
+        own, part = w.expand(), Part.__members__.get(name.split()[0].upper())
+        return [len(np.unique(own.layer[(own.layer >= 0) & (part is None or own.part == part)]))]
+    tensor, expert = (w.meta.devices if w.meta.parallel == kind else 1 for kind in ("tensor", "expert"))
+    rows, column, devices = {
+        "heads": (w.is_attention, w.heads, tensor * expert),
+        "KV heads": (w.is_attention, w.kv_heads, tensor * expert),
+        "inner width": (readers(w, "down"), w.k, tensor * expert),
+        "expert width": (w.kind == EXPERTS, w.n, tensor),
+        "experts": (w.kind == EXPERTS, w.experts, expert),
+        "hidden size": (w.is_role("final_norm"), w.n, 1),
+    }[name]
+    return [round(devices * float(size)) for size in np.unique(column[rows])]
+
+
 def biases(w: Workload) -> Array:
     """Return the bias parameters per execution of GEMM rows that own a bias."""
     weight: Array = w.n.astype(np.float64) * w.k

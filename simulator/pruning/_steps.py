@@ -3,8 +3,8 @@
 In every step, layers have their numbers in the dense model: steps that remove layers are applied last.
 
 A text has steps joined by ``+``. A step is the name of a family or of a published method, then a fraction (``0.25``,
-``25%``) or fractions by part (``mlp=0.3``), then ``layers=4-29`` and options (``align=64``), in any order. A plan is a
-YAML or JSON file::
+``25%``) or fractions by part (``mlp=0.3``), then ``layers=4-29`` and options (``align=64``), in any order. A whole
+number above 1 is the size that remains (``depth 24``, ``mlp=9216``). A plan is a YAML or JSON file::
 
     prune: depth 0.1                        # optional: steps of the whole model
     layers:                                 # layers of the dense model, from 0
@@ -251,10 +251,14 @@ def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningSte
 def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> PruningStep:
     first, at = tokens[0], tokens[0].start() + 1
     name = first["word"] or first["name"]
+    name = FAMILIES[name].name if name in FAMILIES else name
     method = _method(name)
     if name not in FAMILIES and method is None:
         from simulator.pruning._methods import METHODS
 
+        if name in FAMILIES["width"].targets:
+            text = " ".join(token[0] for token in tokens) if first["name"] else f"{name}=0.25"
+            raise _MisplacedError(at, f"expected a family before the part {name}, such as width {text}")
         raise _MisplacedError(at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES)))
     if not first["word"]:
         raise _MisplacedError(at, f"expected a fraction or a part after {name}, such as {name} 0.25")
@@ -270,7 +274,7 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
         if token["word"]:
             if sparsity is not None:
                 raise _MisplacedError(at, f"expected NAME=VALUE or + after the fraction, got {token['word']!r}")
-            sparsity = _fraction(token["word"], at)
+            sparsity = _removed(token["word"], at, None if method else FAMILIES[name])
         elif not known:
             raise _MisplacedError(at, f"method {name} sets its own parts and options; expected a fraction only")
         elif key not in known:
@@ -282,7 +286,7 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
         elif key == "layers":
             layers = _layers(value, token.start("value") + 1)
         elif key in targets:
-            parts[key] = _fraction(value, token.start("value") + 1)
+            parts[key] = _removed(value, token.start("value") + 1, FAMILIES[name], key)
         else:
             options[key] = parse_value(value)
     if parts and sparsity is not None:
@@ -314,7 +318,10 @@ def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
     return replace(step, sparsity=family.default)
 
 
-def _fraction(text: str, column: int) -> float:
+def _removed(text: str, column: int, family: Family | None, part: str = "") -> float:
+    """Return the fraction that a text removes, or the size that remains of a part."""
+    if family and family.sizes(part) and re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 1:
+        return int(text)
     try:
         return check_fraction(parse_fraction(text), "fraction")
     except InputError as error:

@@ -14,7 +14,7 @@ import pytest
 from faulty_device import Faults, FaultyDevice
 
 from calibration.cli.calibrate import seconds
-from calibration.devices.protocol import LAYER_LAUNCHES, Description
+from calibration.devices.protocol import LAYER_LAUNCHES, Description, DeviceLost, Gpu
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
@@ -37,7 +37,7 @@ def device(
     description: Description = H100, launch_s: float = 3e-6, made: type[ReplayDevice] = ReplayDevice, **options: Any
 ) -> ReplayDevice:
     timings = roofline_timings(6e14, 2.6e12, launch_s)
-    return made(timings, noise=0.004, description=description, setup_s=0.02, **options)
+    return made(timings, **{"noise": 0.004, "description": description, "setup_s": 0.02, **options})
 
 
 pytestmark = pytest.mark.usefixtures("three_folds")
@@ -224,6 +224,41 @@ def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
     assert profile.sections["gemm", "bf16"].accuracy["mape"] < 0.1
 
 
+def test_a_profile_carries_the_verdict_of_its_calibration(cli: Any) -> None:
+    """A profile that calibrate advised against was loaded without a word."""
+    out, _ = cli("calibrate replay:planted -o run --budget 1s --hardware rtx_4090", 1)
+    assert "Do not rely on run/profile.yaml yet: no shapes were held out" in out
+    assert load_hardware("run/profile.yaml").verdict == "no held-out shapes"
+    line = "--hardware run/profile.yaml"
+    for command in (f"speedup llama-3.1-8b --prune 'depth 0.25' {line}", f"gemm 8 4096 4096 {line}"):
+        _, err = cli(command)
+        assert err.count("rtx_4090: its calibration advised against this profile (no held-out shapes)") == 1
+    assert "advised against this profile: no held-out shapes" in cli.out("hardware show run/profile.yaml")
+    cli("calibrate replay:planted -o run --budget 20s --hardware rtx_4090", 0)
+    assert load_hardware("run/profile.yaml").verdict == ""
+
+
+def test_clocks_that_fall_under_load_are_measured_and_fitted(
+    planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    gpu = device(replace(H100, gpu=Gpu(132, (9, 0), 80e9)), noise=0.0)
+    play, begun = gpu.play, list[float]()
+
+    def slower(op: Any, loops: int) -> float:
+        long = op.m == op.n == op.k == 8192
+        begun.extend([gpu.clock()] if long and not begun else [])
+        return play(op, loops) * (1.15 if long and gpu.clock() - begun[0] > 1.0 else 1.0)
+
+    monkeypatch.setattr(gpu, "play", slower)
+    planted.append(gpu)
+    cli("calibrate cuda -o run --budget 40s")
+    constant = load_hardware("run/profile.yaml").section("runtime", "*").constants["sustained"]
+    assert (constant.value, constant.status) == (pytest.approx(1.15), "fitted")
+    cli("calibrate cuda -o run --budget 40s")  # of a device without this fact: nothing is measured again
+    rows = [row for row in read_store(Path("run/records.jsonl")).rows if row["type"] == "sustained"]
+    assert len(rows) == 1
+
+
 def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     planted.append(device(made=FaultyDevice, faults=Faults(lost_at=40)))
     out, err = cli("calibrate cuda -o run --measure-only --budget 60s --json", 1)
@@ -236,19 +271,26 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
 
-def test_an_interrupted_run_says_how_to_go_on(planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(Interrupted(), 130), (DeviceLost("CUDA error: an illegal memory access"), 1)]
+)
+def test_what_a_stopped_run_has_measured_is_fitted(
+    error: Exception, status: int, planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
     stopped = device()
-    play, calls = stopped.play, iter(range(900))
+    play, calls = stopped.play, iter(range(4000))
 
-    def interrupted(*arguments: Any) -> float:
+    def stops(*arguments: Any) -> float:
         if next(calls, None) is None:
-            raise Interrupted
+            raise error
         return play(*arguments)
 
-    monkeypatch.setattr(stopped, "play", interrupted)
+    monkeypatch.setattr(stopped, "play", stops)
     planted.append(stopped)
-    _, err = cli("calibrate cuda -o run --measure-only --budget 60s", 130)
+    out, err = cli("calibrate cuda -o run --budget 60s", status)
     assert "run the command again to resume" in err
+    assert "run/profile.yaml" in out
+    assert load_hardware("run/profile.yaml").sections["gemm", "bf16"].status == "calibrated"
 
 
 BAD_RUNS = {

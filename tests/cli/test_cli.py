@@ -157,7 +157,7 @@ def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli:
 @pytest.mark.quick
 def test_csv_keeps_every_digit(cli: Any) -> None:
     line = f"{SPEEDUP} --family width,low_rank --phase decode"
-    assert cli.out(f"{line} --csv out.csv") == ""
+    assert cli.out(f"{line} --csv out.csv") == (answer := cli.out(line))  # the answer too
     records = cli.json(line)
     with open("out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -169,7 +169,10 @@ def test_csv_keeps_every_digit(cli: Any) -> None:
                 assert float(row[key]) == value, key
             else:
                 assert row[key] == ("" if value is None else str(value)), key
-    assert cli.out(f"{line} --csv -") == Path("out.csv").read_text()
+    out, err = cli(f"{line} --csv -")
+    assert out == Path("out.csv").read_text()
+    assert err.startswith(answer)
+    assert cli.out(line) == answer  # standard output is restored
 
 
 def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:

@@ -104,7 +104,8 @@ class Ended:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Measurements, without drift checks."""
-        return [row for row in read_store(self.folder / "records.jsonl").rows if row["purpose"] != "drift_check"]
+        found = read_store(self.folder / "records.jsonl").rows
+        return [row for row in found if row["purpose"] not in ("drift_check", "sustained")]
 
     @property
     def profile(self) -> HardwareProfile:
@@ -192,6 +193,26 @@ def test_a_captured_pass_is_one_launch(family: str, phase: str) -> None:
         with cuda.watched() as launches:
             sample(5)
     assert len(launches) == 5
+
+
+@pytest.mark.parametrize(("phase", "batch"), [("prefill", 2), ("decode", 1), ("decode", 4)])
+def test_the_decoder_runs_the_fused_kernels_that_calibrations_time(phase: str, batch: int) -> None:
+    with installed("H100") as cuda:
+        dense = random_decoder(CONFIG, dtype="bf16", device="cuda")
+        sample = timing.sampler(dense, Mock(batch=batch, seq=64, phase=phase), "eager")
+        with cuda.watched() as launches:
+            sample(1)
+    found, layers = Counter(kernel.name for kernels in launches for kernel in kernels), len(dense.layers)
+    assert (found["_rotary"], found["_gated"], found["silu"], found["addcmul"]) == (2 * layers, layers, 0, 0)
+
+
+def test_random_bases_of_low_rank_are_made_on_the_device() -> None:
+    with installed("H100") as cuda:
+        dense = random_decoder(CONFIG, dtype="bf16", device="cuda")
+        with cuda.watched() as launches:
+            prune_decoder(dense, "low_rank", 0.5)
+    made = sum(kernel.name == "randn" for kernels in launches for kernel in kernels)
+    assert made == len(list(dense.projections()))
 
 
 def test_transformers_runs_on_a_planted_gpu(ended: Callable[[str], Ended]) -> None:

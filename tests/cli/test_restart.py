@@ -1,4 +1,4 @@
-"""The program starts itself again after a failed capture, a few times, and never another program."""
+"""The program starts itself again after a failed capture or a lost device, a few times, and never another program."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def test_another_program_is_not_restarted(
 
 def test_other_ends_of_a_run_are_final(executed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/lib/simulator/cli/__main__.py"])
-    for stopped in ("", "budget", "interrupted", "device lost: gone"):
+    for stopped in ("", "budget", "interrupted"):
         restart_if_needed(replace(SPOILED, stopped=stopped), lambda text: None)
     assert executed == []
     restart_if_needed(SPOILED, lambda text: None)
-    assert len(executed) == 1
+    restart_if_needed(replace(SPOILED, stopped="device lost: CUDA error: an illegal memory access"), lambda text: None)
+    assert len(executed) == 2

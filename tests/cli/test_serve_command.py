@@ -29,6 +29,16 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def test_several_equal_concurrencies(cli: Any) -> None:
+    out = cli.out("serve llama-3.1-8b --hardware h100 --prune 'depth 24' --concurrency 1,16,64")
+    assert out.startswith("With 1 request in flight")
+    assert "With 64 requests in flight" in out
+    rows = [row.split() for row in out.splitlines() if row.startswith("  dense ")]
+    assert [row[1] for row in rows[:3]] == ["1", "16", "64"]
+    error = cli.refused("serve llama-3.1-8b --hardware h100 --prune 'depth 24' --concurrency many")
+    assert "--concurrency 'many': expected a whole number" in error
+
+
 def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     out, err = cli(f"{LINE} --tpot 20ms --ttft 1s --price 2")
     head, table, rest = out.split("\n\n")
@@ -87,7 +97,7 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
     assert records == [point.to_dict() for point in found.points]
     assert [" ".join(record) for record in records] == [KEYS] * 9
     assert KEYS.split() == list(OperatingPoint.__dataclass_fields__)
-    assert cli.out(f"{line} --csv out.csv") == ""
+    assert cli.out(f"{line} --csv out.csv") == cli.out(line)
     with open("out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row, record in zip(rows, records, strict=True):

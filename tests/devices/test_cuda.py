@@ -154,6 +154,13 @@ def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(fake: FakeCud
     assert f"graph of {fake.captured} launches over {copies} rotated copies (4 x L2)" in prepared.method
 
 
+def test_a_graph_of_small_operands_has_a_bounded_number_of_launches(fake: FakeCuda) -> None:
+    device = _device(fake)
+    device._arena.round_bytes = 200e6  # four times the L2 of an H100: 25,000 copies of 8 kB
+    device.prepare(Operator("gemm", m=1, n=64, k=64))
+    assert 0 < fake.captured <= module._MOST_LAUNCHES
+
+
 def test_the_gap_between_replays_is_shared_and_replays_cover_the_loops_asked_for(fake: FakeCuda) -> None:
     fake.gap_s = 3e-6
     prepared = _device(fake).prepare(replace(GEMM, cold=False))

@@ -168,7 +168,7 @@ CASES = [
 def test_a_calibration_is_for_use_only_if_it_beats_a_datasheet_roofline(
     parts: list[ReportPart], expected: str, begins: str, has: str
 ) -> None:
-    judged = verdict.of_calibration(report(*parts), None, "run", "planted")
+    judged = verdict.of_calibration(report(*parts), None, Path("run"), "planted")
     text = " ".join(judged.sentences)
     assert text.startswith(begins)
     assert has in text
@@ -188,14 +188,19 @@ def test_a_few_large_errors_count_too() -> None:
 
 
 def test_a_run_without_held_out_shapes_is_not_for_use_and_an_update_is_if_it_helps() -> None:
-    (text,) = verdict.of_calibration(None, None, "run", "planted").sentences
+    (text,) = verdict.of_calibration(None, None, Path("run"), "planted").sentences
     assert text.startswith("Do not rely on run/profile.yaml yet: no shapes were held out")
-    helps, own = verdict.of_calibration(None, update(0.3, 0.05), "run", "h100_sxm"), report(part("gemm", 0.05, 0.4))
-    (text,), useless = helps.sentences, verdict.of_calibration(own, update(0.1, 0.2), "run", "h100_sxm")
+    helps, own = (
+        verdict.of_calibration(None, update(0.3, 0.05), Path("run"), "h100_sxm"),
+        report(part("gemm", 0.05, 0.4)),
+    )
+    (text,), useless = helps.sentences, verdict.of_calibration(own, update(0.1, 0.2), Path("run"), "h100_sxm")
     assert text.startswith("Use run/profile.yaml as --hardware: mean error 5 %, before 30 % of 30 rows")
     (text,) = useless.sentences
     assert text.startswith("Do not use run/profile.yaml: the rows do not improve h100_sxm")
     assert (helps.status, useless.status) == (0, 1)
+    (text,) = verdict.of_calibration(None, None, Path("run"), "planted", remedy=verdict.IDLE).sentences
+    assert text.endswith("no shapes were held out to validate it; measure again on an idle machine.")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,7 @@ def test_a_run_without_held_out_shapes_is_not_for_use_and_an_update_is_if_it_hel
     [(0.1, USE, "Use run"), (0.3, PARTLY, "Use it with care: 30 % of"), (0.7, DO_NOT_USE, f"Do not use {PROFILE}: 70")],
 )
 def test_a_busy_machine_gives_no_profile_for_use(share: float, expected: str, text: str) -> None:
-    judged = verdict.of_calibration(report(part("gemm", 0.05, 0.4)), None, "run", "planted", share)
+    judged = verdict.of_calibration(report(part("gemm", 0.05, 0.4)), None, Path("run"), "planted", share)
     assert judged.verdict == expected
     assert text in " ".join(judged.sentences)
     assert any(reason.startswith("machine busy") for reason in judged.reasons) == (expected != USE)

@@ -113,3 +113,13 @@ def test_curves_are_the_points_of_the_service() -> None:
         assert (np.diff(curve.get_xdata()) > 0).all()
         assert curve.get_xydata()[-1] == pytest.approx([1e3 * point.tpot_s, point.tokens_per_s])
     np.testing.assert_allclose(rings, [(1e3 * point.tpot_s, point.tokens_per_s) for point in kept])
+
+
+def test_a_figure_over_sparsity_has_the_nominal_line_and_three_bands_have_edges() -> None:
+    found = table("depth", "width", "low_rank", sparsity=[0.1, 0.3, 0.5], hardware=["h100"])
+    (ax,) = speedups_of(found).axes
+    lines = [line.get_xydata() for line in ax.lines]
+    assert any(len(line) == 100 and line[-1].tolist() == [0.5, 2.0] for line in lines)
+    for end in ("lower", "upper"):
+        depth = [getattr(r, end) for r in found if r.family == "depth"]
+        assert any(len(line) == 3 and line[:, 1].tolist() == depth for line in lines)

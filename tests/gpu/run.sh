@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Run all measurements on a GPU in less than 25 minutes and pack them into one archive; see README.md in this folder.
+# Run all measurements on a GPU in 9 minutes, packed after every step; run again to go on. See README.md in this folder.
 set -euo pipefail
+set -m # a step has a process group of its own: Ctrl-C reaches it through this script, once
 
 device=${DEVICE:-cuda}
 model=${MODEL:-llama-3.1-8b}
-layers=${LAYERS:-}                # bounds and comparisons use the first N layers, for little memory
-dtypes=${DTYPES:-"bf16 fp16"}
-engines=${ENGINES-"reference hf compile vllm"}
+layers=${LAYERS:-}          # bounds and comparisons use the first N layers, for little memory
+dtypes=${DTYPES:-"bf16 fp8"}
+engines=${ENGINES-"vllm hf compile reference"}
 seq=${SEQ:-2048}
 batch=${BATCH:-1}
 sparsity=${SPARSITY:-0.5}
-total=${BUDGET:-1080}             # seconds of measurement, without start-up, fits and figures
-limit=${LIMIT:-$((total + 420))}  # seconds of everything; a step that would exceed it ends early
+total=${BUDGET:-380}        # seconds of measurement, without start-up, fits and figures
+limit=${LIMIT:-540}         # seconds of everything; a step that would exceed it ends early
 read -r -a python <<<"${PYTHON:-python}"
 read -r -a prunesim <<<"${PRUNESIM:-${python[*]} -m simulator.cli}"
-here=$(dirname "${BASH_SOURCE[0]}")
-out=${1:-gpu-run}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=${here%/tests/gpu}${PYTHONPATH:+:$PYTHONPATH} # nothing needs to be installed
+out=${1:-build/gpu-run}
 out=${out%/}
 
 mkdir -p "$out/versions"
@@ -24,6 +26,55 @@ log=$out/log.txt
 echo "== $(date -u +%FT%TZ): $device, $model, $dtypes, engines ${engines:-none}, $total s" >>"$log"
 
 say() { echo "$@" | tee -a "$log"; }
+
+# versions of everything that changes times
+version() {
+    local file=$out/versions/$1
+    shift
+    "$@" >"$file" 2>&1 </dev/null || echo "$*: not available" >>"$file"
+}
+version pip.txt "${python[@]}" -m pip freeze
+version torch.txt "${python[@]}" -m torch.utils.collect_env
+version gpu.txt nvidia-smi -q
+version prunesim.txt "${prunesim[@]}" --version
+
+# a page with links to all results, and one archive without names of this machine; after every step, because a borrowed
+# machine may end at any minute
+packed() {
+    {
+        echo "# $model on $device"
+        echo
+        grep -m 1 '^\(note\|status\): .*; \(torch\|replay\)' "$log" | sed 's/^[a-z]*: //' || true
+        echo
+        for dtype in $dtypes; do
+            [[ -f $out/$dtype/report.md ]] && echo "- [calibration, $dtype]($dtype/report.md), [profile]($dtype/profile.yaml)"
+        done
+        [[ -f $out/$first/upper_bound.csv ]] && echo "- [measured upper bounds]($first/upper_bound.csv)"
+        for table in "$out/$first"/comparison*.md; do
+            [[ -f $table ]] && echo "- [predicted against measured: $(basename "$table" .md)](${table#"$out"/})"
+        done
+        echo "- [log](log.txt), versions of [packages](versions/pip.txt), [torch](versions/torch.txt), [GPU](versions/gpu.txt)"
+        echo
+        echo "$SECONDS s in all, $failed steps failed."
+    } >"$out/report.md"
+    "${python[@]}" "$here/pack.py" "$out" "$out.tar.gz" </dev/null
+}
+
+child=""
+ended() { # at a signal: ask the step to end between two samples, pack what it has measured, and pack again at its end
+    trap '' INT TERM HUP
+    say "== $1 after $SECONDS s; run the script again to resume"
+    if [[ -n $child ]]; then
+        kill -INT "$child" 2>/dev/null || true
+        packed || true
+        for _ in {1..20}; do kill -0 "$child" 2>/dev/null && sleep 1; done
+        kill -KILL -- "-$child" 2>/dev/null || true
+    fi
+    packed || true
+    exit 130
+}
+trap 'ended interrupted' INT
+trap 'ended terminated' TERM HUP
 
 # a failed step is reported and counted; later steps still run, because a borrowed machine may not be available again
 failed=0
@@ -42,14 +93,21 @@ step() {
         failed=$((failed + 1))
         return
     fi
-    # SIGINT ends a measurement between two samples, with its records on the disk
-    if command -v timeout >/dev/null; then stop=(timeout --signal=INT --kill-after=20 "$left"); fi
+    # SIGINT ends a measurement between two samples, with its records on the disk; a second one would end it at once, so
+    # timeout must not send it to the group too
+    if command -v timeout >/dev/null; then stop=(timeout --foreground --signal=INT --kill-after=60 "$left"); fi
     size=$(wc -c <"$log")
-    ${stop[@]+"${stop[@]}"} "${prunesim[@]}" "$@" >>"$log" 2>&1 || status=$?
+    ${stop[@]+"${stop[@]}"} "${prunesim[@]}" "$@" >>"$log" 2>&1 </dev/null &
+    child=$!
+    wait "$child" || status=$?
+    child=""
     # a verdict against a new profile has status 1 too; its measurements are what this run is for
     if ((status == 1)) && grep -q '^Do not ' < <(tail -c "+$((size + 1))" "$log"); then
         say "   done in $((SECONDS - begin)) s; the verdict is not to use the profile, see $log"
+    elif ((status == 2)) && grep -q 'not supported by device' < <(tail -c "+$((size + 1))" "$log"); then
+        say "   skipped: this device does not have the number format"
     elif ((status == 0)); then say "   done in $((SECONDS - begin)) s"; else failing "$status" "$((SECONDS - begin))"; fi
+    packed || failing "$?" "$((SECONDS - begin))"
 }
 
 # engines that this machine can run
@@ -75,68 +133,42 @@ done
 # parts of the budget; steps that do not run leave theirs to the others
 part() {
     case $1 in
-    "calibrate $first") [[ $dtypes == "$first" ]] && echo 37 || echo 25 ;;
-    calibrate*) echo 12 ;;
-    bound) echo 10 ;;
-    reference) echo 15 ;;
-    *) echo 13 ;;
+    "calibrate $first") [[ $dtypes == "$first" ]] && echo 30 || echo 25 ;;
+    calibrate*) echo 4 ;;
+    vllm) echo 33 ;; # each of its three models starts in a minute
+    hf) echo 9 ;;
+    bound) echo 5 ;;
+    *) echo 12 ;;
     esac
 }
 others=$(($(wc -w <<<"$dtypes") - 1))
-sum=$(($(part "calibrate $first") + (others > 0 ? 12 : 0) + $(part bound)))
+sum=$(($(part "calibrate $first") + (others > 0 ? 4 : 0) + $(part bound)))
 for engine in ${run[@]+"${run[@]}"}; do sum=$((sum + $(part "$engine"))); done
 share() { awk -v total="$total" -v part="$(part "$1")" -v sum="$sum" -v among="${2:-1}" \
     'BEGIN { printf "%.1fs", total * part / sum / among }'; }
 
 cut=()
 [[ -n $layers ]] && cut=(--layers "$layers")
-shape=(--phase prefill,decode --batch "$batch" --seq "$seq" --sparsity "$sparsity" ${cut[@]+"${cut[@]}"})
+shape=(--phase prefill,decode --batch "$batch" --seq "$seq" --sparsity "$sparsity")
 
-# 1. calibrate every number format: GEMM, 2:4, low-rank pairs, attention, elementwise, launches; fit, validate
-for dtype in $dtypes; do
-    among=1
-    [[ $dtype == "$first" ]] || among=$others
-    step "calibrate $dtype" calibrate "$device" -o "$out/$dtype" --dtype "$dtype" \
-        --budget "$(share "calibrate $dtype" "$among")"
-done
-# 2. the measured upper bound of every family, into the run of the first format
-step "upper bound" upper-bound "$model" --device "$device" -o "$out/$first" --dtype "$first" \
-    --budget "$(share bound)" "${shape[@]}"
-# 3. the model, dense and pruned, in each engine, next to the profile of step 1 and the bounds of step 2
+# 1. calibrate the first number format: GEMM, 2:4, low-rank pairs, attention, elementwise, launches; fit, validate
+step "calibrate $first" calibrate "$device" -o "$out/$first" --dtype "$first" --budget "$(share "calibrate $first")"
+# 2. the model, dense and pruned, in each engine, next to that profile, and the measured upper bound of every family
 for engine in ${run[@]+"${run[@]}"}; do
+    own=(${cut[@]+"${cut[@]}"})
+    [[ $engine == vllm ]] && own+=(--family depth,width) # it starts each pruned model for a minute
+    [[ $engine == compile && -z $layers ]] && own=(--layers 8) # torch compiles layer by layer
     step "compare $engine" compare "$model" --device "$device" -o "$out/$first" --dtype "$first" \
-        --engine "$engine" --budget "$(share "$engine")" "${shape[@]}"
+        --engine "$engine" --budget "$(share "$engine")" "${shape[@]}" ${own[@]+"${own[@]}"}
+done
+step "upper bound" upper-bound "$model" --device "$device" -o "$out/$first" --dtype "$first" \
+    --budget "$(share bound)" "${shape[@]}" ${cut[@]+"${cut[@]}"}
+# 3. the other number formats
+for dtype in $dtypes; do
+    [[ $dtype == "$first" ]] || step "calibrate $dtype" calibrate "$device" -o "$out/$dtype" --dtype "$dtype" \
+        --budget "$(share "calibrate $dtype" "$others")"
 done
 
-# 4. versions of everything that changes times
-version() {
-    local file=$out/versions/$1
-    shift
-    "$@" >"$file" 2>&1 || echo "$*: not available" >>"$file"
-}
-version pip.txt "${python[@]}" -m pip freeze
-version torch.txt "${python[@]}" -m torch.utils.collect_env
-version gpu.txt nvidia-smi -q
-version prunesim.txt "${prunesim[@]}" --version
-
-# 5. a page with links to all results, and one archive without names of this machine
-{
-    echo "# $model on $device"
-    echo
-    grep -m 1 '^\(note\|status\): .*; \(torch\|replay\)' "$log" | sed 's/^[a-z]*: //' || true
-    echo
-    for dtype in $dtypes; do
-        [[ -f $out/$dtype/report.md ]] && echo "- [calibration, $dtype]($dtype/report.md), [profile]($dtype/profile.yaml)"
-    done
-    [[ -f $out/$first/upper_bound.csv ]] && echo "- [measured upper bounds]($first/upper_bound.csv)"
-    for table in "$out/$first"/comparison*.md; do
-        [[ -f $table ]] && echo "- [predicted against measured: $(basename "$table" .md)](${table#"$out"/})"
-    done
-    echo "- [log](log.txt), versions of [packages](versions/pip.txt), [torch](versions/torch.txt), [GPU](versions/gpu.txt)"
-    echo
-    echo "$SECONDS s in all, $failed steps failed."
-} >"$out/report.md"
-
-"${python[@]}" "$here/pack.py" "$out" "$out.tar.gz" || failed=$((failed + 1))
+packed || failed=$((failed + 1))
 echo "$out.tar.gz, $out/report.md: $SECONDS s in all, $failed steps failed"
 ((failed == 0))

@@ -11,6 +11,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.plans.library import EXAMPLES, combined, groups_of, metric_of, read_library
+from simulator.plans.search import search
 
 pytestmark = pytest.mark.quick
 
@@ -39,6 +40,20 @@ def test_shipped_scores_of_another_model_are_refused() -> None:
         read_library("smollm2-135m", load_model("llama-3.1-8b"))
 
 
+def test_a_layer_and_its_score_mean_its_removal_and_other_layers_stay_dense(tmp_path: Path) -> None:
+    library = read(tmp_path, "layer,score\n10-19,0.5\n21,0.125\n")
+    assert [library.texts(i) for i in (9, 10)] == [[("dense", "dense")], [("dense", "dense"), ("none", "none")]]
+    assert [library.values["score"][i].tolist() for i in (9, 21)] == [[0.0], [0.0, 0.125]]
+    assert "a row is the removal of its layer" in library.notes[0]
+    assert "layers 0-9, 20, 22-29 have no row; they stay dense" in library.notes[2]
+    plan = search("smollm2-135m", "h100", 1.1, library, phase="prefill")
+    removed = [row.layer for row in plan.layers if row.mlp == "none"]
+    assert 21 in removed
+    assert set(removed) <= {*range(10, 20), 21}
+    with pytest.raises(InputError, match="accuracy: layer 0 has no value for attention dense, mlp dense; if it is 0"):
+        metric_of(read(tmp_path, "layer,accuracy\nall,0.5\n"), "")
+
+
 def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
     library = read(tmp_path, "layer,mlp,kl_div\nall,768,0.5\n")
     assert library.values["kl_div"][0].tolist() == [0.0, 0.5]
@@ -50,12 +65,10 @@ def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer,mlp,kl_div\n0,768,0.1\n", "layers 1-29 have none"),
         ("layer,mlp,kl_div\nall,768,0.1\n5,768,0.2\n", "layer 5 has attention dense, mlp 768 twice"),
         ("layer,mlp,kl_div\nall,768,much\n", "kl_div: expected a number, got 'much'"),
         ("layer,mlp,kl_div\n30,768,1\n", "expected numbers from 0 to 29, got 30"),
         ("layer,mlp,kl_div\n0,4096,1\n", "expected a width up to 1536"),
-        ("layer,kl_div\n0,1\n", "a column attention or mlp"),
         ("layer,attention,kv_heads,kl_div\n0,dense,3,1\n", "state the same"),
         ("mlp,kl_div\n768,1\n", "column layer is missing"),
     ],

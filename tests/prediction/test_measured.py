@@ -113,7 +113,7 @@ GENAI, RATE = _request("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"r
     [
         ("vllm_serve.json", VLLM, {"model_id": "Qwen/Qwen3-8B"}, "model: expected llama-3.1-8b, got Qwen/Qwen3-8B"),
         ("vllm_serve.json", _request("serve", 16, 2048), {}, "input_tokens: expected 2048, got 1024"),
-        ("vllm_serve.json", _request("serve", 16, 1024, 256), {}, "output_tokens: expected 257, got 129"),
+        ("vllm_serve.json", _request("serve", 16, 1024, 256), {}, "expected 257, got 129; use --new-tokens 128"),
         ("vllm_serve.json", _request("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
         ("vllm_serve.json", _request("decode", 16, 1024), {}, "half of the output): expected 1024, got 1087.5"),
         ("vllm_serve.json", _request("decode", 16, 1088), {"mean_itl_ms": 40.0}, "median time between tokens"),

@@ -14,6 +14,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.operators.experts import experts_touched
 from simulator.passes import launches
+from simulator.prediction.gemms import gemm_points
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
 from simulator.uncertainty.intervals import workload_time
@@ -143,3 +144,25 @@ def test_the_fixed_time_of_experts_is_launch_time() -> None:
         launches_of.append(steps["launch"].factor)
     assert kernels[1] == pytest.approx(kernels[0], rel=0.01)
     assert launches_of[1] < launches_of[0] - 0.01
+
+
+def test_a_waterfall_tells_experts_that_stay_active_from_parts_that_are_not_pruned() -> None:
+    """Half the experts of a model and all its active ones were "parts not pruned (x0.50)"."""
+    dense = lowered("qwen3-30b-a3b", devices=1)
+    experts = dense.kind == Kind.EXPERTS
+    share = float(dense.flops[experts].sum() / dense.flops.sum())
+    pruned = simulator.prune(dense, "experts 0.5")
+    steps = {step.name: step for step in simulator.waterfall(dense, pruned, H200)}
+    assert steps["parts not pruned"].speedup == pytest.approx(1 / (1 - share / 2), rel=0.01)  # the router shrinks too
+    active, bound = steps["active experts not pruned"], simulator.speedup(dense, pruned, H200).flop_bound
+    assert active.speedup == pytest.approx(bound)
+    assert bound == pytest.approx(1.0, abs=0.01)
+    fewer = simulator.waterfall(dense, simulator.prune(dense, "experts 0.5 fewer=active"), H200)
+    assert {step.name: step.factor for step in fewer}["active experts not pruned"] == 1.0
+    assert "active experts not pruned" not in {s.name for s in simulator.waterfall(*gemma(), H200)}
+    assert "experts" in gemm_points(pruned, H200).role
+
+
+def gemma() -> tuple[Workload, Workload]:
+    dense = lowered("gemma-2-9b", devices=1)
+    return dense, simulator.prune(dense, "depth 0.25")

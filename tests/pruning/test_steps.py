@@ -10,6 +10,7 @@ import pytest
 from tiny_decoder import FUSED, GQA, MHA, Decoder, workload
 
 from simulator.errors import InputError
+from simulator.models.lower import lower
 from simulator.pruning import prune
 from simulator.pruning._steps import PruningStep, read_steps
 from simulator.workload import Workload
@@ -33,6 +34,9 @@ def size(w: Workload, role: str, column: str) -> float:
         ("depth layers=3", [PruningStep("depth", None, (3,))]),
         ("semi_structured", [PruningStep("semi_structured", 0.5)]),
         ("wanda-2:4 + width mlp=0.1", [PruningStep("wanda-2:4", 0.5), PruningStep("width", (("mlp", 0.1),))]),
+        ("2:4", [PruningStep("semi_structured", 0.5)]),
+        ("depth 24", [PruningStep("depth", 24)]),
+        ("width mlp=9216 heads=0.25", [PruningStep("width", (("mlp", 9216), ("heads", 0.25)))]),
         ("shortgpt 0.25+width 0.2", [PruningStep("shortgpt", 0.25), PruningStep("width", 0.2)]),
     ],
 )
@@ -49,6 +53,8 @@ def test_texts(text: str, steps: list[PruningStep]) -> None:
         ("widht 0.3", "column 1: family or method 'widht' is unknown; did you mean width"),
         ("width mlp=0.3 heds=0.2", "column 15: part or option of width 'heds' is unknown; did you mean heads"),
         ("width 30", "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3"),
+        ("low_rank 30", "column 10: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3"),
+        ("depth 1", "column 7: fraction 1: expected a fraction"),
         ("depth", "column 6: expected a fraction, such as depth 0.25"),
         ("width 0.3 mlp=0.2", "column 1: width: expected one fraction or fractions by part, got both"),
         ("width 0.3 0.2", "column 11: expected NAME=VALUE or + after the fraction, got '0.2'"),
@@ -106,6 +112,37 @@ def test_parts_compose_to_the_requested_share() -> None:
     nested = prune(w, "width attention=0.5 hidden=0.25").meta.applied[0]
     share = attention / (attention + 3 * 176 * 64)
     assert nested.sparsity == pytest.approx(1 - 0.75 * (1 - 0.5 * share))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_whole_number_is_the_size_that_remains(devices: int) -> None:
+    w = lower("llama-3.1-8b", phase="decode", devices=devices)
+    out = prune(w, "width mlp=9216 heads=24 hidden=3072")
+    assert [devices * size(out, "down", "k"), size(out, "down", "n")] == [9216, 3072]
+    assert [devices * size(out, "attention", "heads"), devices * size(out, "attention", "kv_heads")] == [24, 8]
+    equal = prune(w, "width", {"mlp": 9216, "heads": 24, "hidden": 3072})
+    fractions = prune(w, "width", {"mlp": 1 - 9216 / 14336, "heads": 0.25, "hidden": 0.25})
+    assert out == equal == fractions
+    assert size(prune(w, "width mlp=8810 layers=0-15"), "down", "k") == (8810 + 14336) / 2 / devices  # not rounded
+    assert prune(w, "depth 24") == prune(w, "depth 0.25")
+    assert prune(w, "width mlp=14336").meta.applied[0].realised == 0.0
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "message"),
+    [
+        ("llama-3.1-8b", "width mlp=20000", r"such as 0.25, or the remaining inner width, at most 14,336"),
+        ("llama-3.1-8b", "depth 40", r"or the remaining layers, at most 32; for 40 % write 0.4"),
+        ("llama-3.1-8b", "depth 24 layers=4-29", "layers: expected a fraction of them, got 24"),
+        ("llama-3.1-8b", "depth mlp=24 layers=4-29", "layers: expected a fraction of them, got 24"),
+        ("deepseek-v3", "width mlp=1024", "as deepseek-v3 has inner width 2,048, inner width 18,432, expert width"),
+        ("llama-3.1-8b", "experts 4", "llama-3.1-8b has no experts"),
+        ("qwen3-30b-a3b", "experts 4 fewer=active", "option fewer: expected a fraction with it, got 4"),
+    ],
+)
+def test_sizes_that_a_model_does_not_have(model: str, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prune(lower(model, phase="decode"), text)
 
 
 def test_listed_layers() -> None:

@@ -72,6 +72,14 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def test_loops_follow_from_a_pass_after_those_that_compile_and_record() -> None:
+    def sampler() -> Sampler:
+        passes = itertools.count()
+        return lambda loops: 1.0 if next(passes) < 3 else 1e-3
+
+    assert alternate(sampler(), sampler(), 0.0)["loops"] == 4  # passes of 1 ms in a window of 4 ms
+
+
 def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     ticks = itertools.count()
@@ -87,8 +95,8 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = sampler(2.0), sampler(1.0)
     times = alternate(first, second, 5.0)
     assert len(times["dense_s"]) == len(times["pruned_s"]) == 5  # a tick per pair
-    assert order[:4] == [2, 1, 2, 1]  # passes that may compile, then those that set the number of loops
-    assert order[4:12] == [2, 1, 1, 2, 2, 1, 1, 2]
+    assert order[:8] == [2, 1] * 4  # passes that may compile and record, then those that set the number of loops
+    assert order[8:16] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
         assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
 
@@ -192,6 +200,12 @@ def test_a_case_that_breaks_is_kept_with_its_reason(
     if status == "failed":  # three in a row: the device is gone
         assert found.stopped.startswith("device lost: 3")
         assert found.left == len(cases) - 3
+        assert found.needs_new_process
+        reasons = [r["prune"] + r["phase"] for r in found.records]
+        again = _compare(tmp_path, cases)  # as in a new process: the cases that failed are the last
+        assert [r["prune"] + r["phase"] for r in again.records][:3] == reasons
+        assert again.left == len(cases) - 3
+        assert len(again.records) == 6
     assert rows_of(cases, found.records, HW) == []
     with pytest.raises(InputError, match="expected at least one measured case"):
         summary([])

@@ -46,7 +46,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),  # in rows that are undefined and unread
+]
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +343,14 @@ def test_sparse_attention(routed: Decoder, sparsity: float, monkeypatch: pytest.
 
 class Launched:
     """Stands for Triton's kernels: results have the right shape and no values."""
+
+    @staticmethod
+    def rotary(x: Any, *tables: Any) -> Any:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def gated(gate: Any, up: Any) -> Any:
+        return torch.empty_like(gate)
 
     @staticmethod
     def tiles_of(mask: Any) -> Any:

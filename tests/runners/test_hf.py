@@ -198,7 +198,25 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
     record = runner.record(case, 3.0)
     assert record["status"] == "ok", record["reason"]
     assert record["runtime"] == "compiled"
+    assert "the prediction has flash attention" in record["reason"]  # a note of the command
     assert min(*record["dense_s"], *record["pruned_s"]) > 0
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["from 5.5 on", "before 5.5"])
+def test_a_static_cache_is_rewound_in_releases_without_a_crop(counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    monkeypatch.delattr(StaticLayer, "crop", raising=False)
+    built = _built(LLAMA, "")
+    cache, tokens = StaticCache(config=built.model.config, max_cache_len=20), torch.arange(12)[None]
+    with torch.inference_mode():
+        built.model(tokens, use_cache=True, **{built.cache_name: cache})
+        for layer in cache.layers if not counts else ():
+            vars(layer).pop("cumulative_length", None)
+        hf._rewind(cache, 8)
+    first = cache.layers[0]
+    assert int(first.cumulative_length if hasattr(first, "cumulative_length") else first.keys[0, 0].any(-1).sum()) == 8
 
 
 def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -209,6 +227,16 @@ def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_pat
     assert note.startswith("dynamic_depth 0.5, token 0.5: not executed: it decides during a pass"), note
     header = read_store(tmp_path / "run" / "decoder.hf.jsonl").header
     assert header.stack["transformers"] == version("transformers")
+
+
+@pytest.mark.parametrize("engine", ["hf", "compile"])
+@pytest.mark.parametrize("prune", ["kv_cache 0.5", "token 0.5", "token 0.5 start=0 mode=static"])
+def test_a_smaller_cache_and_fewer_tokens_are_refused_because_the_dense_model_would_run(
+    engine: str, prune: str
+) -> None:
+    (case,) = _cases(engine, phase="decode", family=None, sparsity=None, prune=[prune])
+    with pytest.raises(InputError, match="would run those of the dense model"):
+        _runner(engine=engine).check(case)
 
 
 def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:

@@ -116,13 +116,13 @@ class TokenRouting(Rule):
         if self._in_place(s):
             index, count, _ = self._drawn(m.router, x)
             h = s.norm(x[:, 0], m.norm)
-            inner = gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
+            inner = s.gated(m.gate.of_rows(h, index, count), m.up.of_rows(h, index, count))
             return m.down.of_rows(inner, index, count, x[:, 0])[:, None]
         rows, _ = self._chosen(s, m.router, x)
         if not len(rows):
             return x
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
-        return _scattered(x, rows, m.down(gated(m.gate(h), m.up(h))))
+        return _scattered(x, rows, m.down(s.gated(m.gate(h), m.up(h))))
 
     def _in_place(self, s: PassState) -> bool:
         """Whether kernels skip rows, so the number of active rows is not a shape."""
@@ -623,15 +623,15 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
 
 def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
     """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of W's row space (randomised range finder)."""
-    generator = torch.Generator().manual_seed(0)
+    # on the device: an 8B model needs two billion numbers
+    generator = torch.Generator(device=decoder.device).manual_seed(0)
 
     def factorise(p: Projection, sparsity: float) -> Projection:
         weight = p.weight.float()
         n, k = weight.shape
         exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)  # two factors have the rest of the parameters
         rank = min(max(math.ceil(exact / align), 1) * align, n, k)
-        sample = torch.randn(n, rank, generator=generator)
-        basis = torch.linalg.qr(weight.t() @ sample.to(weight.device)).Q
+        basis = torch.linalg.qr(weight.t() @ torch.randn(n, rank, generator=generator, device=decoder.device)).Q
         return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
 
     return _each_pruned(decoder, removed, factorise)

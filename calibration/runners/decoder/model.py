@@ -281,6 +281,8 @@ class PassState:
     layer: int = 0  # current layer
     cos: Tensor = None  # rotary tables of the current tokens, (tokens, head_dim)
     sin: Tensor = None
+    fused: Any = None  # on a GPU: module of fused kernels, as calibrations time them
+    angles: tuple[Tensor, ...] = ()  # for its rotation: cos and sin repeated for every sequence
     caches: dict[int, LayerCache] = field(default_factory=dict)  # by layer
     kept: dict[Any, Any] = field(default_factory=dict)  # memory of a rule between sublayers
 
@@ -298,7 +300,18 @@ class PassState:
     def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
         """Normalise heads if there is a norm, and rotate them by the given tables or those of the pass."""
         heads = heads if norm is None else self.norm(heads, norm)
+        of_token = heads.transpose(1, 2)  # as a projection has written it
+        if (
+            self.fused
+            and not tables
+            and of_token.is_contiguous()
+            and len(heads) * heads.shape[2] == len(self.angles[0])
+        ):
+            return self.fused.rotary(of_token.flatten(0, 1), *self.angles).view_as(of_token).transpose(1, 2)
         return rotary(heads, *(tables or (self.cos, self.sin)))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.fused.gated(gate, up) if self.fused else gated(gate, up)
 
     def queries(self, a: Attention, h: Tensor, *tables: Tensor) -> Tensor:
         return self.turned(split_heads(a.q(h), a.heads), a.q_norm, *tables)
@@ -345,7 +358,7 @@ class Rule:
 
     def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         h = s.norm(x, m.norm)
-        return x + m.down(gated(m.gate(h), m.up(h)))
+        return x + m.down(s.gated(m.gate(h), m.up(h)))
 
 
 DENSE = Rule()
@@ -386,6 +399,8 @@ def embedded(s: PassState, tokens: Tensor) -> Tensor:
     positions = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
     tables = rotary_tables(positions, decoder.head_dim, x.dtype, decoder.frequencies)
     s.cos, s.sin = (table * decoder.rotary_scale for table in tables) if decoder.rotary_scale != 1.0 else tables
+    if skipping.in_triton(decoder.device):
+        s.fused, s.angles = skipping.kernels(), tuple(table.repeat(len(tokens), 1) for table in (s.cos, s.sin))
     return x
 
 

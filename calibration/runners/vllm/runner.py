@@ -56,7 +56,7 @@ MOST = 50  # most pairs of one case
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget for a server
-_MOST_BATCHED = 32768  # tokens of one step in prefill and decode cases
+_MOST_BATCHED = 32768  # tokens of one step in prefill and generate cases
 _BLOCK = 128  # tokens; no attention backend has larger blocks
 _OWN_BYTES = 3e9  # context, libraries, graphs and workspaces of one process on a GPU
 _SHARE = 0.92  # usable share of the memory, vLLM's default
@@ -69,10 +69,11 @@ class LargestRequest:
     batched: int = 0  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
-        """Return sizes that also hold a case. Prompts that start together are one pass up to a limit, so the sequences
-        of the decode steps after it have one length."""
+        """Return sizes that also hold a case. Prompts that start together are one pass, up to a limit where no decode
+        step is timed: after several, early sequences end before the last step."""
         prompt = 0 if case.phase == "serve" else case.batch * case.seq
-        return self.with_sizes(LargestRequest(case.batch, sum(lengths(case)), min(prompt, _MOST_BATCHED)))
+        batched = prompt if case.phase == "decode" else min(prompt, _MOST_BATCHED)
+        return self.with_sizes(LargestRequest(case.batch, sum(lengths(case)), batched))
 
     def with_sizes(self, other: LargestRequest) -> LargestRequest:
         return LargestRequest(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
