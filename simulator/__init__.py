@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from simulator.plans.costs import Costs, costs
     from simulator.plans.search import Plan, search
     from simulator.plans.solve import Targets
-    from simulator.prediction.draft import Draft, Drafts, draft
+    from simulator.prediction.draft import draft
     from simulator.prediction.explain import Step, waterfall
     from simulator.prediction.result import Result, Results
     from simulator.prediction.service import serve
@@ -60,7 +60,7 @@ _MODULES = {
     "prediction.result": "Result Results",
     "prediction.service": "serve",
     "request": "Request",
-    "prediction.draft": "Draft Drafts draft",
+    "prediction.draft": "draft",
     "prediction.explain": "Step waterfall",
     "prediction.sweep": "sweep",
     "models.config": "ModelConfig",
@@ -73,11 +73,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "Costs", "Draft", "Drafts", "FAMILIES", "GemmOptions", "HardwareProfile", "InputError", "METHODS", "ModelConfig",
-    "Plan", "Request", "Result", "Results", "Step", "Targets", "Workload", "__version__", "costs", "draft", "gemm_time",
-    "list_engines", "list_hardware", "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory",
-    "predict", "prune", "save_hardware", "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall",
-    "workload_time",
+    "Costs", "FAMILIES", "GemmOptions", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Request",
+    "Result", "Results", "Step", "Targets", "Workload", "__version__", "costs", "draft", "gemm_time", "list_engines",
+    "list_hardware", "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory", "predict", "prune",
+    "save_hardware", "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall", "workload_time",
 ]
 # fmt: on
 

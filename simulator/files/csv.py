@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from simulator.errors import InputError, one_line
 from simulator.units import finite
 
 T = TypeVar("T")
+
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?", re.I)
 
 MOST_BYTES = 50_000_000  # about 800,000 measured rows, which take half a gigabyte as cells
 MOST_COLUMNS = 1000
@@ -114,5 +117,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> 
 def _written(value: Any) -> Any:
     """Return a value as its cell; a spreadsheet would compute texts that begin as a formula, which get a quote."""
     if isinstance(value, str):
-        return f"'{value}" if value[1:] and value[0] in "=+-@\t\r" else value
+        formula = value[1:] and value[0] in "=+-@\t\r" and not _NUMBER.fullmatch(value)
+        return f"'{value}" if formula else value
     return "" if finite(value) is None else repr(value) if isinstance(value, float) else value

@@ -59,9 +59,9 @@ class PricedRequest:
     def __str__(self) -> str:
         return setting(self)
 
-    def lower(self, model: ModelConfig) -> Workload:
-        """Return the workload of a model that was pruned from the request's."""
-        return rebalanced(lower(replace(self.request, model=model)), load_model(self.request.model).experts)
+    def lower(self, model: ModelConfig, dense: ModelConfig) -> Workload:
+        """Return the workload of a model that was pruned from a dense one."""
+        return rebalanced(lower(replace(self.request, model=model)), dense.experts)
 
 
 def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]) -> list[PricedRequest]:
@@ -78,7 +78,7 @@ def planned(model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] 
 def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, FloatArray]:
     """Return predictions of models (W,) in a setting by the names of :class:`simulator.Result`, with ``parameters`` and
     ``flops``; the first is the dense model."""
-    workloads = [at.lower(model) for model in models]
+    workloads = [at.lower(model, models[0]) for model in models]
     batch = batch_with(workloads[0], workloads[1:])
     columns, _ = compare(batch, at.hw, at.request.level, at.request.dense_s)
     every = np.arange(len(models))
@@ -250,7 +250,7 @@ def costs(
 
 def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
     model, layout = probes.library.model, probes.library.model.layout
-    batch = WorkloadBatch.of([at.lower(one) for one in probes.models])
+    batch = WorkloadBatch.of([at.lower(one, model) for one in probes.models])
     p = forward_passes(batch, at.hw, at.request.level)
     values = {
         "seconds": p.total_s,
@@ -316,5 +316,5 @@ def _intervals(
 def _operators(at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
     if at.request.parallel == "pipeline":  # a stage computes a layer as one device does
         at = replace(at, request=replace(at.request, devices=1, link=None))
-    w = at.lower(planned(model, [part], [model.windows[layer]]))
+    w = at.lower(planned(model, [part], [model.windows[layer]]), model)
     return w.take((w.layer >= 0) & (w.part == Part[sublayer.upper()]))

@@ -86,6 +86,7 @@ class Drafts(Displayed):
         return iter(self.rows)
 
     def best(self) -> tuple[Draft, ...]:
+        """Return the rows of the fastest number of drafted tokens of each batch and acceptance."""
         return tuple(row for row in self.rows if row.best)
 
     def _title(self) -> str:
