@@ -459,8 +459,8 @@ def serve(
     equal concurrency: depth at 25 % at 214
     equal memory: dense at 214
     equal memory: depth at 25 % at 303
-    within limits: dense at 31
-    within limits: depth at 25 % at 46
+    within limits: dense at 30
+    within limits: depth at 25 % at 44
     """
     given = () if concurrency is None else listed("concurrency", concurrency)
     equal = once(SETTINGS["batch"].check(c, "concurrency") for c in given)
