@@ -29,7 +29,8 @@ class Drafting:
         "--by-position", "LIST", "Measured acceptances of the first, second, ... drafted token instead.")] = None
 
 
-STEP: options.Run = options.run_options(*(n for n in SETTINGS if n not in ("phase", "new_tokens", "dense_s", "ideal")))
+_OTHERS = ("phase", "new_tokens", "cached_prefix", "token_budget", "ideal", "dense_s")  # of other phases
+STEP: options.Run = options.run_options(*(name for name in SETTINGS if name not in _OTHERS))
 
 
 @options.expanded()
