@@ -38,6 +38,8 @@ PATTERNS = (
 def private_names() -> list[tuple[str, str]]:
     """Return names of this machine that must not leave it, the longest first, and what replaces them."""
     host, folders = socket.gethostname(), {str(Path.home()): "~", str(Path.cwd()): "."}
+    if sys.prefix != sys.base_prefix:  # an environment, often inside a checkout
+        folders[sys.prefix] = "environment"
     names = {host: "host", host.split(".")[0]: "host"}
     with suppress(Exception):  # no entry for the user in a container
         names[getpass.getuser()] = "user"
