@@ -44,9 +44,9 @@ def command(
     # fmt: on
     """Predict speculative decoding with a pruned model as the draft.
 
-    The target checks the tokens of the draft, so its output stays the same. Prints by batch the speedup over plain
-    decoding at the best number of drafted tokens, and the acceptance from which the draft pays. --json and --csv have
-    all numbers of drafted tokens.
+    The target checks the tokens of the draft, so the output stays that of the target. Prints by batch the speedup
+    over plain decoding of the dense target at the best number of drafted tokens, and the acceptance from which this is
+    a gain. --json and --csv have all numbers of drafted tokens.
     """
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.draft import draft
@@ -84,21 +84,27 @@ def command(
 
 def sentences(found: Drafts) -> list[str]:
     """Return the conclusion: the speedup at the smallest batch, and from which acceptance the draft pays."""
+    from simulator.prediction.requests import device_text
+    from simulator.prediction.sentences import gain_text
+
     best, batches = found.best(), list(dict.fromkeys(row.batch for row in found))
     row = max((r for r in best if r.batch == batches[0]), key=lambda r: r.acceptance)
-    ratio, _, ends = _speedup(row).partition(" ")
-    speed = f"{ratio}x {'faster' if row.speedup >= 1.0 else 'as fast'} {ends}"
-    where = f"on {found.hardware} in {found.engine} (batch {row.batch}, seq {found.seq})"
-    first = (
-        f"{found.draft} as a draft makes {found.target} {speed} {where}, with {row.drafted} drafted per round and an "
-        f"acceptance of {row.acceptance:.3g}."
-    )
+    least = min((r for r in best if r.batch == batches[0]), key=lambda r: r.acceptance)
+    speed = gain_text(found.target, row.speedup, row.speedup_lower, row.speedup_upper)
+    where = f"on {device_text(found)} in {found.engine} (batch {row.batch}, seq {found.seq})"
+    at = f"an acceptance of {row.acceptance:.3g}"
+    at += f" ({render.ratio(least.speedup)}x at {least.acceptance:.3g})" if least is not row else ""
+    first = f"{found.draft} as a draft {speed} {where}, with {row.drafted} drafted per round at {at}"
+    pruned = " pruned by " in found.target  # then the gain is over the dense target
+    first += ", compared with the dense target" if pruned else ""
+    first += "" if row.fits else f"; they need {render.size(row.memory_bytes)} per device, more than it has"
+    who, pay = ("both together", "pay") if pruned else ("it", "pays")
     pays = {batch: _pays(found, batch) for batch in (batches[0], batches[-1])}
     second = "; ".join(
-        f"at batch {batch} " + ("it never pays" if row is None else f"it pays from an acceptance of {_from(row)}")
+        f"at batch {batch} {who} " + (f"never {pay}" if row is None else f"{pay} from an acceptance of {_from(row)}")
         for batch, row in pays.items()
     )
-    return [f"{first} {second[0].upper()}{second[1:]}."]
+    return [f"{first}. {second[0].upper()}{second[1:]}."]
 
 
 def _pays(found: Drafts, batch: int) -> Draft | None:
@@ -135,7 +141,7 @@ def _print(found: Drafts, verbose: bool) -> None:
     columns.append(render.Column("pays from\nacceptance", ["never" if r is None else _from(r) for r in paying]))
     columns += render.columns(
         every,
-        ("step of\nthe target", lambda r: render.seconds(r[0].dense_s)),
+        ("dense\nstep", lambda r: render.seconds(r[0].dense_s)),
         ("pass of\nthe draft", lambda r: render.seconds(r[0].draft_s)),
         ("memory\nof both", lambda r: render.size(r[0].memory_bytes) + ("" if r[0].fits else " too large")),
     )

@@ -33,7 +33,7 @@ def draft_figure(found: Drafts) -> Figure:
         left.axhline(1.0, color=INK, linewidth=0.7)
         left.legend(fontsize=6, frameon=False)
         left.set_ylabel("speedup over plain decoding")
-        left.set_title("best number of drafted tokens (numbers)", loc="left")
+        left.set_title("speedup with the best number drafted (shown)", loc="left")
         pays = [_pays(found, batch) for batch in batches]
         values = np.array([[_or(p, f"pays_from{end}") for p in pays] for end in ("", "_lower", "_upper")])
         right.plot(batches, values[0], **style_of("", 0).marks(markersize=3))
@@ -45,7 +45,8 @@ def draft_figure(found: Drafts) -> Figure:
             layout.fixed_ticks(ax.xaxis, batches, lambda value, _: f"{value:.0f}")
             ax.set_xlabel("batch")
             ax.grid(color=GREY, alpha=0.2)
-        where = f"{device_title(found.hardware)}, {engine_title(found.engine)}, seq {found.seq}"
+        many = f"{found.devices} x " if found.devices > 1 else ""
+        where = f"{many}{device_title(found.hardware)}, {engine_title(found.engine)}, seq {found.seq}"
         figure.suptitle(f"{model_title(found.draft)} as a draft for {model_title(found.target)}: {where}", fontsize=7)
         return layout.laid_out(figure)
 

@@ -26,7 +26,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Results
-from simulator.prediction.sentences import dense_notes
+from simulator.prediction.sentences import dense_notes, uncalibrated
 from simulator.prediction.table import speedups
 from simulator.pruning import prune as pruned_by
 from simulator.request import Request
@@ -69,10 +69,11 @@ class Drafts(Displayed):
     Iterating yields a :class:`Draft` for each of them; :meth:`best` returns those of the fastest numbers.
     """
 
-    target: str
+    target: str  # how it is pruned, too
     draft: str  # how the draft is made
     hardware: str
     engine: str
+    devices: int
     seq: int
     level: float
     shared: bool  # whether the draft runs layers of the target, so weights and cache are shared
@@ -114,7 +115,7 @@ def draft(
     Parameters
     ----------
     model : str or ModelConfig
-        The target, whose output stays the same.
+        The target. The output stays its own (that of the pruned target with ``target_prune``).
     prune : str
         Pruning of the draft, such as ``"depth 0.5"``.
     hardware : str or HardwareProfile
@@ -172,7 +173,7 @@ def draft(
     if len(positions):
         cases = [(float(positions.mean()), positions)]
     shared = other == target and own is not None and set(own.family.split("+")) == {"depth"}
-    rows, notes = list[Draft](), dict[str, None]()
+    rows = list[Draft]()
     for many in listed("batch", batch):
         request = Request(model=target, batch=many, **settings)
         drafting = replace(request, model=other)
@@ -190,10 +191,11 @@ def draft(
             ]
             fastest = max(row.speedup for row in found)
             rows += [replace(row, best=row.speedup == fastest) for row in found]
-        notes |= dict.fromkeys(dense_notes(timed, request, [hw]))
+    notes = (*dense_notes(timed, request, [hw]), *uncalibrated(timed))
     name = f"{other.name} pruned by {own.title}" if own else other.name
-    about = (target.name, name, hw.label, request.engine, request.seq, request.level, shared)
-    return Drafts(*about, tuple(rows), tuple(notes))
+    whose = f"{target.name} pruned by {Pruning.read(target_prune).title}" if target_prune else target.name
+    about = (whose, name, hw.label, request.engine, request.devices, request.seq, request.level, shared)
+    return Drafts(*about, tuple(rows), notes)
 
 
 def _passes(request: Request, prune: str, drafted: int) -> list[Workload]:

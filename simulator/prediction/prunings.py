@@ -199,7 +199,8 @@ def prunings_of(
     else:
         names = families(("all",) if family is None else family, models)
         found = [Pruning.of(name, options=options) for name in names]
-        defaults = [SPARSITIES] * len(found)
+        only = [FAMILIES[name].default for name in names]  # 2:4 has one sparsity
+        defaults = [SPARSITIES if s is None else (s,) for s in only]
     if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
         raise InputError(f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget")
     defaults = [(None,) if p.budgeted else default for p, default in zip(found, defaults)]
@@ -414,7 +415,7 @@ def _requested(steps: Sequence[PruningStep]) -> dict[str, float]:
 
 
 def _fractions(step: PruningStep) -> dict[str, float]:
-    if step.layers is not None or (step.options and dict(step.options).get("unit")):
+    if step.layers is not None or {"unit", "fewer"} & dict(step.options or ()).keys():
         return {}
     if isinstance(step.sparsity, tuple):
         pairs = (pair for pair in step.sparsity if isinstance(pair, tuple))

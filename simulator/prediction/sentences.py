@@ -98,11 +98,13 @@ def probability_text(probability: float) -> str:
     return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
 
 
-def _gain(model: str, value: float, low: float, high: float) -> str:
+def gain_text(model: str, value: float, low: float, high: float) -> str:
     """Return whether a pruning makes a model faster, as the predicate of a sentence."""
     text = interval_text(value, low, high)
     if high < 1.0:
         return f"makes {model} slower: {text}"
+    if ratio(low) == ratio(high) == "1.00":
+        return f"gives {model} no gain: {text}"
     return f"gives {model} no certain gain: {text}" if low <= 1.0 else f"makes {model} {text.replace(' ', ' faster ')}"
 
 
@@ -114,7 +116,7 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     each setting, or of all settings, and the number of gains and losses. Each result's clause ends its sentence."""
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
-        gains = [_gain(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
+        gains = [gain_text(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
         places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
         return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
     several = len({r.model for r in results}) > 1
@@ -162,16 +164,19 @@ class BreakEven:
         if best is None:
             best = max(found, key=lambda r: r.speedup)
             sure = "is slower" if all(r.speedup_upper < 1.0 for r in found) else "has no certain gain"
-            return f"{sure} at any {self._name} from {ends}; best {self._at(best)}"
+            where = f"any {self._name} from {ends}" if len(values) > 1 else f"{self._name} {values[0]:,}"
+            return f"{sure} at {where}; best {self._at(best)}"
         start, stop = pays.index(True), len(pays) - 1 - pays[::-1].index(True)
         if all(pays):
+            if len(values) == 1:
+                return f"pays at {self._name} {values[0]:,} ({_bare(found[0])})"
             return (
                 f"pays at every {self._name} from {ends} ({self._at(found[0], ', at')}; {self._at(found[-1], ', at')})"
             )
         if all(pays[start:]):
-            return f"pays from {self._name} {values[start]:,} ({_bare(found[start])}); not below"
+            return f"pays from {self._name} {values[start]:,} ({_bare(found[start])}); not at {values[start - 1]:,}"
         if all(pays[: stop + 1]):
-            return f"pays up to {self._name} {values[stop]:,} ({_bare(found[stop])}); not above"
+            return f"pays up to {self._name} {values[stop]:,} ({_bare(found[stop])}); not at {values[stop + 1]:,}"
         at = [f"{v:,}" for v, paid in zip(values, pays) if paid]
         shown = with_and(at) if len(at) <= NAMED else f"{len(at)} of {len(values)} values from {ends}"
         return f"pays at {self._name} {shown} (best {self._at(best)}); not at the others"
@@ -369,6 +374,8 @@ def conclusion(e: Explanation) -> str:
         parts.append(e.reason)
     if r.speedup_upper < 1:
         parts.append("the pruned model is slower")
+    elif ratio(r.speedup_lower) == ratio(r.speedup_upper) == "1.00":
+        parts.append("the pruned model is as fast as the dense one")
     elif r.speedup_lower <= 1 and r.sparsity > 0:
         parts.append("the interval includes 1.00x, so a gain is uncertain")
     return f"{'; '.join(parts)}.{_host_bound(e)}"
@@ -435,7 +442,7 @@ def best_point(service: Service) -> OperatingPoint:
 def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best: int) -> str:
     """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
     dense, pruned = points[0], points[best]
-    gain = _gain(pruned.model, pruned.ratio, pruned.ratio_lower, pruned.ratio_upper)
+    gain = gain_text(pruned.model, pruned.ratio, pruned.ratio_lower, pruned.ratio_upper)
     text = f"With {_requests(dense)} on {dense.setting}, {pruned.name} {gain}{runs_clause(service.runs[best - 1])}"
     others = [
         f"{p.name} {_times(p)}{f', which stock {p.engine} does not run' if service.runs[i - 1].works is False else ''}"

@@ -28,3 +28,12 @@ def test_the_figure_has_both_panels(cli: Any, tmp_path: Path) -> None:
     text = path.read_text()
     assert "acceptance from which the draft pays" in text
     assert "90 % accepted" in text
+
+
+def test_the_answer_says_what_it_compares_and_what_it_needs(cli: Any) -> None:
+    pair = "draft llama-3.1-70b --draft llama-3.1-8b --hardware h100"
+    shown = cli.out(f"{pair} --devices 4 --target-prune 'depth 0.25'")
+    assert "makes llama-3.1-70b pruned by depth 0.25 " in shown
+    assert "compared with the dense target" in shown
+    assert "GiB per device, more than it has" in cli.out(pair)
+    assert "no certain gain" in cli.out("draft llama-3.1-70b --prune 'depth 0.5' --hardware h100 --acceptance 0.5")

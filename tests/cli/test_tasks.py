@@ -80,3 +80,19 @@ def test_a_newer_model_of_equal_shapes_is_an_alias() -> None:
 def test_a_note_names_a_device_once(cli: Any) -> None:
     _, err = cli("speedup llama-3.1-8b --hardware a100 --phase prefill --batch 1,64 --prune 'token 0.25'")
     assert "a100_sxm_80gb, prefill, batch 1, seq 2048 and prefill, batch 64, seq 2048: token at 25 % (1." in err
+
+
+def test_answers_state_what_is_certain(cli: Any) -> None:
+    line = "llama-3.1-8b --hardware h100"
+    # zeros that a dense kernel multiplies change nothing, which is no uncertain gain
+    assert "gives llama-3.1-8b no gain: 1.00x" in cli.out(f"speedup {line} --family unstructured --sparsity 0.5")
+    assert "as fast as the dense one" in cli.out(f"explain {line} --family unstructured --sparsity 0.5")
+    # the other batch does not fit into the memory
+    two = "--batch 1,64 --seq 32k --prune"
+    assert "pays at batch 1 (1." in cli.out(f"speedup {line} {two} 'width kv=0.5'")
+    assert "has no certain gain at batch 1;" in cli.out(f"speedup {line} {two} 'unstructured 0.5'")
+    # 2:4 has one sparsity, so none need be given
+    assert "vllm has no 2:4 kernels" in cli.refused(f"speedup {line} --family 2:4")
+    # fewer active experts leave all experts, which is not 0 % of what was asked
+    fewer = cli.out("speedup qwen3-30b-a3b --hardware h100 --prune 'experts 0.25 fewer=active'")
+    assert "0 % realised" not in fewer
