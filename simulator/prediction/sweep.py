@@ -622,8 +622,11 @@ def _dask(address: str, hardware: Any) -> Workers:
         reason = f"expected the address of a running Dask scheduler ({one_line(str(error), 200)})"
         raise InputError(f"--scheduler {address}: {reason}") from None
     with client:
-        if not (threads := sum(client.nthreads().values())):
-            raise InputError(f"--scheduler {address}: the cluster has no worker; start workers and try again")
+        try:  # a lost worker that its nanny starts again takes seconds
+            client.wait_for_workers(1, timeout=REACH_S)
+        except (OSError, distributed.TimeoutError):
+            raise InputError(f"--scheduler {address}: no worker; start workers and try again") from None
+        threads = sum(client.nthreads().values())
         # every worker has the devices; tasks are cancelled when the last one with them is lost
         there = client.scatter(hardware, broadcast=True, hash=False)
         yield client.get_executor(pure=False).submit, 2 * threads, there, lambda: False

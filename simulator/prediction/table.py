@@ -2,7 +2,7 @@
 (:func:`predict`), or of workloads (:func:`speedup`, :func:`speedups`).
 
 In a table, a combination that a family does not support (2:4 at 0.25) is excluded with a note if there are several
-prunings, and an error if there is only one.
+prunings, and an error if there is only one; likewise a device that cannot run the dense model.
 """
 
 from __future__ import annotations
@@ -76,8 +76,13 @@ def table(
     prunings, requests, skipped = asked(loaded, {"family": family, "sparsity": sparsity, **settings})
     check_measured(requests, devices)
     several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
+    without = dict[str, str]()  # devices that cannot run the dense model, with the reason
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
+        if pruning is None and device and len(devices) > 1:
+            without[device] = reason
+        if device in without:
+            return
         if pruning is None or not several:
             raise InputError(reason)
         exclude(excluded, prunings[pruning], reason, device)
@@ -87,11 +92,13 @@ def table(
     found = []
     for one in requests:
         results = request_results([one], prunings, devices, reject)
-        notes |= dict.fromkeys((*dense_notes(results, one, devices), *above_bound(results, prunings, one, devices)))
+        some = [hw for hw in devices if hw.label not in without]
+        notes |= dict.fromkeys((*dense_notes(results, one, some), *above_bound(results, prunings, one, some)))
         if len(results):
             found.append(results)
     if not found:
-        raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
+        raise InputError(next(iter((*without.values(), *excluded_lines(excluded))), "nothing to predict"))
+    notes |= dict.fromkeys(f"{device} is excluded: {reason}" for device, reason in without.items())
     joined = Results.join(found, (*notes, *excluded_lines(excluded)))
     return replace(joined, prunings=prunings, requests=tuple(requests))
 

@@ -82,6 +82,15 @@ def test_a_note_names_a_device_once(cli: Any) -> None:
     assert "a100_sxm_80gb, prefill, batch 1, seq 2048 and prefill, batch 64, seq 2048: token at 25 % (1." in err
 
 
+def test_one_gpu_without_the_format_is_excluded_with_a_note(cli: Any) -> None:
+    line = "speedup llama-3.1-8b --prune 'depth 0.25' --hardware"
+    out, err = cli(f"{line} h100,t4")
+    assert "on h100_sxm" in out
+    assert "t4 is excluded: t4 has no bf16 arithmetic" in err
+    assert "t4 has no bf16 arithmetic" in cli.refused(f"{line} t4")
+    assert "has no bf16 arithmetic" in cli.refused(f"{line} t4,v100")
+
+
 def test_answers_state_what_is_certain(cli: Any) -> None:
     line = "llama-3.1-8b --hardware h100"
     # zeros that a dense kernel multiplies change nothing, which is no uncertain gain
