@@ -117,7 +117,7 @@ def _print_one(service: Service, verbose: bool) -> None:
     title = f"{first.model} on {first.setting}" + (f"; {hidden} more prunings with --verbose" if hidden else "")
     render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
     print(f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense model")
-    print("time to first token: with the server's time before the first pass; its interval covers how requests arrive")
+    print("time to first token depends on how requests arrive; its interval covers this; it has the server's own time")
     lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])]
     lines += [
         f"{point.name} in {point.engine}: will it run? {answer.sentence}"

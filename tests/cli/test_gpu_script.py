@@ -210,7 +210,7 @@ def test_a_kill_in_any_step_leaves_all_records_in_the_archive(
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         process.send_signal(number)
-        out, err = process.communicate(timeout=15)  # the step waits for 600 s
+        out, err = process.communicate(timeout=120)  # the step waits for 600 s
     assert process.returncode == 130, err
     assert "run the script again to resume" in out
     texts = packed(tmp_path)

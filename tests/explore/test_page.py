@@ -147,7 +147,7 @@ def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
     [
         ("hardware", [], "hardware: expected at least one"),
         ("family", [], "family: expected at least one"),
-        ("dtype", "fp8", "a100_sxm_80gb has no fp8 arithmetic"),
+        ("hardware", ["t4"], "t4 has no bf16 arithmetic"),
         ("sparsity", ", ".join(["0.5"] * 30), "expected 1 to 25 values"),
         ("batch", ",".join(map(str, range(1, 26))), "expected at most 1,000 predictions, got 1,400"),
     ],
