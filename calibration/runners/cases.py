@@ -338,7 +338,7 @@ class Observation:
 
     seconds: float  # without the profiler
     kernels: Mapping[str, float]  # time of each kernel by its name, s, with the profiler
-    version: str  # of the engine
+    version: str  # the engine's
 
 
 class Runner:

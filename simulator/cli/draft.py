@@ -29,7 +29,7 @@ class Drafting:
         "--by-position", "LIST", "Measured acceptances of the first, second, ... drafted token instead.")] = None
 
 
-_OTHERS = ("phase", "new_tokens", "cached_prefix", "token_budget", "ideal", "dense_s")  # of other phases
+_OTHERS = ("phase", "new_tokens", "cached_prefix", "token_budget", "ideal", "dense_s")  # decode has none
 STEP: options.Run = options.run_options(*(name for name in SETTINGS if name not in _OTHERS))
 
 

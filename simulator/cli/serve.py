@@ -117,7 +117,7 @@ def _print_one(service: Service, verbose: bool) -> None:
     title = f"{first.model} on {first.setting}" + (f"; {hidden} more prunings with --verbose" if hidden else "")
     render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
     print(f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense model")
-    print("time to first token depends on how requests arrive; its interval covers this; it has the server's own time")
+    print("time to first token includes the server's time and depends on how requests arrive; its interval covers both")
     lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])]
     lines += [
         f"{point.name} in {point.engine}: will it run? {answer.sentence}"
