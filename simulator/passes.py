@@ -48,6 +48,8 @@ class Host:
     pass_log_sd: float
     each_sequence: FloatArray  # (W, 2) for the sequences of a pass
     sequence_log_sd: float
+    server: FloatArray  # (W, 2) around the passes of a request; 0 outside serve
+    server_log_sd: float
     correlation: float = 1.0  # between ``passes`` and ``work``; 1: one unknown
 
     @classmethod
@@ -75,8 +77,11 @@ class Host:
         each = rows.m[begins] / np.where(hw.architecture == "cpu", 1, np.maximum(rows.q_len[begins], 1))
         sequences = sums(owner * len(Phase) + phase, count * each, none.shape)
         sequences[:, Phase.PREFILL] = 0.0
+        server = none.copy()
         if rows.meta.phase == "serve":  # prompts are computed in the steps of others
             steps[:, Phase.PREFILL] = 0.0
+            if hw.architecture != "cpu":  # vLLM on two cores: 5 to 8 ms (docs/vllm.md)
+                server[:, Phase.PREFILL] = engine.each_request.value
         of_phase = groups.segment[:, None] // 3 == np.arange(2)
         in_phase = groups.count @ (of_phase & (groups.role == _NORM)[:, None])
         layers = in_phase.sum(axis=1)
@@ -88,6 +93,8 @@ class Host:
             pass_log_sd=engine.each_pass.log_sd,
             each_sequence=sequences * engine.each_sequence.on(hw.is_workstation),
             sequence_log_sd=engine.each_sequence.log_sd,
+            server=server,
+            server_log_sd=engine.each_request.log_sd,
             correlation=engine.host_correlation.value,
         )
 
@@ -97,8 +104,9 @@ class Host:
     @cached_property
     def unknowns(self) -> int:
         """Number of independent speeds of the host: 0 without host time, 1 with one kind of host time."""
-        passes, launched, work = map(np.count_nonzero, (self.each_pass, self.launch, self.each_sequence))
-        work += launched
+        parts = self.each_pass, self.server, self.launch, self.each_sequence
+        each_pass, server, launched, sequences = map(np.count_nonzero, parts)
+        passes, work = each_pass + server, launched + sequences
         return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
 
     def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
@@ -110,15 +118,17 @@ class Host:
         return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(second), first
 
     def take(self, rows: Any) -> Host:
-        names = ("launch", "layer", "each_pass", "each_sequence")
+        names = ("launch", "layer", "each_pass", "each_sequence", "server")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def spent(self, work: Any = 0.0, passes: Any = 0.0) -> tuple[FloatArray, FloatArray]:
-        """Return the host's time (..., W), hidden time included: per pass, and for launches and sequences."""
+        """Return the host's time (..., W), hidden time included: per pass and request, and for launches and
+        sequences."""
         work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
         launches = self.launch.sum(axis=1) * np.exp(self.launch_log_sd * work)
         sequences = self.each_sequence.sum(axis=1) * np.exp(self.sequence_log_sd * work)
-        return self.each_pass.sum(axis=1) * np.exp(self.pass_log_sd * passes), launches + sequences
+        scheduled = self.each_pass.sum(axis=1) * np.exp(self.pass_log_sd * passes)
+        return scheduled + self.server.sum(axis=1) * np.exp(self.server_log_sd * passes), launches + sequences
 
     def total(
         self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
@@ -139,6 +149,7 @@ class Host:
                 for beside, graph in zip(_beside(spent, busy, launched, scheduled), (seconds, follows))
             )
         seconds = seconds + self.each_sequence * np.exp(self.sequence_log_sd * work)
+        seconds = seconds + self.server * np.exp(self.server_log_sd * passes)
         return seconds, np.broadcast_to(follows, seconds.shape)
 
 

@@ -3,12 +3,13 @@
 The measured values ship as ``calibration/measurements/``. Each row has its source, its split (engines are fitted or
 judged on it), and assumptions about conditions that the source does not state.
 
-Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes E = P + o (t_d + h0 + hs c).
-P is the time of the prefills of all c requests; prompts that arrive during one decode step share a pass. o is the
-number of decode steps, t_d the device time of a step. h0 and hs are fitted to E, which does not depend on how the load
-generator spaces requests. Then phi, the share of the other requests' prefills before the first token, is fitted to the
-time per output token. Each group of runs (a model on a GPU) has an offset: a common error is attributed to its kernels.
-Times to the first token are those of the request's own pass, a share of the other prefills, and a time of the server.
+Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes E = P + o (t_d + h0 + hs c)
++ R. P is the time of the prefills of all c requests; prompts that arrive during one decode step share a pass. o is the
+number of decode steps, t_d the device time of a step, R the time of the server around the passes, which is fitted to
+times to the first token. h0 and hs are fitted to E, which does not depend on how the load generator spaces requests.
+Then phi, the share of the other requests' prefills before the first token, is fitted to the time per output token. Each
+group of runs (a model on a GPU) has an offset: a common error is attributed to its kernels. Times to the first token
+are those of the request's own pass, a share of the other prefills, and R.
 """
 
 from __future__ import annotations
@@ -221,8 +222,9 @@ class Group:
     tpot_s: FloatArray  # measured
     request_s: FloatArray  # measured
 
-    def request(self, h0: float, hs: float) -> FloatArray:
-        return np.asarray(self.prefill_s + self.new_tokens * (self.step_s + h0 + hs * self.concurrency))
+    def request(self, h0: float, hs: float, server_s: float) -> FloatArray:
+        decode = self.new_tokens * (self.step_s + h0 + hs * self.concurrency)
+        return np.asarray(self.prefill_s + decode + server_s)
 
     @property
     def ttft_s(self) -> FloatArray:  # measured
@@ -238,7 +240,7 @@ class HostParameters(NamedTuple):
     each_sequence_s: float  # hs
     prefill_wait: float  # phi
     first_wait: float  # the same in times to the first token
-    each_request_s: float  # what a server adds to them
+    each_request_s: float  # R
 
 
 @dataclass(frozen=True)
@@ -295,14 +297,24 @@ def fit_engine(engine: str, without: str = "") -> HostParameters:
 
 
 def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
+    def ttft_residuals(q: FloatArray) -> FloatArray:
+        waits = [g.pass_s + q[1] * (g.prefill_s - g.pass_s) + q[0] for g in runs]
+        return np.concatenate([np.log(t / g.ttft_s) / np.sqrt(len(t)) for t, g in zip(waits, runs, strict=True)])
+
+    how: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.01, "bounds": (0.0, 1.0)}
+    if (first := PROMPTS_FIRST.get(engine)) is not None:
+        (server_s,) = least_squares(lambda q: ttft_residuals(np.r_[q, first]), [0.05], **how).x
+    else:
+        server_s, first = least_squares(ttft_residuals, [0.05, 0.1], **how).x
     h0, hs = OVERLAPPED.get(engine, PRIOR)
     if engine not in OVERLAPPED:
         prior = np.log(PRIOR)
 
         def residuals(q: FloatArray) -> FloatArray:
             out = [(q[:2] - prior) / PRIOR_LOG_SD, q[2:] / OFFSET_LOG_SD]
+            each_pass, each_sequence = np.exp(q[:2])
             for group, offset in zip(runs, q[2:], strict=True):
-                log = np.log(group.request(*np.exp(q[:2])) / group.request_s) + offset
+                log = np.log(group.request(each_pass, each_sequence, server_s) / group.request_s) + offset
                 out.append(np.sqrt(INDEPENDENT_ROWS / len(log)) * log / NOISE_LOG_SD)
             return np.concatenate(out)
 
@@ -311,17 +323,7 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
     def tpot_residuals(q: FloatArray) -> FloatArray:
         return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
 
-    def ttft_residuals(q: FloatArray) -> FloatArray:
-        waits = [g.pass_s + q[1] * (g.prefill_s - g.pass_s) + q[0] for g in runs]
-        return np.concatenate([np.log(t / g.ttft_s) / np.sqrt(len(t)) for t, g in zip(waits, runs, strict=True)])
-
-    how: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.01, "bounds": (0.0, 1.0)}
-    if engine in PROMPTS_FIRST:
-        phi = PROMPTS_FIRST[engine]
-        server = least_squares(lambda q: ttft_residuals(np.r_[q, phi]), [0.05], **how).x
-        return HostParameters(h0, hs, phi, phi, float(server[0]))
-    phi = least_squares(tpot_residuals, [0.1], **how).x[0]
-    server_s, first = least_squares(ttft_residuals, [0.05, 0.1], **how).x
+    phi = PROMPTS_FIRST[engine] if engine in PROMPTS_FIRST else least_squares(tpot_residuals, [0.1], **how).x[0]
     return HostParameters(h0, hs, float(phi), float(first), float(server_s))
 
 
@@ -333,7 +335,7 @@ def held_out_models() -> tuple[HeldOut, ...]:
         if (engine, model) not in hosts:
             hosts[engine, model] = fit_engine(engine, without=model)
         p = hosts[engine, model]
-        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p[:3]), group.request(*p[:2])))
+        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p[:3]), group.request(*p[:2], p[4])))
     return tuple(out)
 
 

@@ -350,7 +350,7 @@ class Engine(Behaviour, Displayed):
     each_pass: HostTime = NOTHING  # host time before the next pass can start
     each_layer: HostTime = NOTHING  # further host time per layer, where it was measured on the device
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
-    each_request: HostTime = NOTHING  # time of a server around the passes of a first token
+    each_request: HostTime = NOTHING  # time of a server around the passes of a request
     host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first

@@ -374,7 +374,8 @@ class _Points:
         """Return the costs of a million tokens of one workload."""
         if self.price is None or not concurrency:
             return {}
-        meta, prefill = found.batch.rows.meta, float(found.p.phase_s[i, 0] / found.p.total_s[i])
+        meta, server = found.batch.rows.meta, found.p.host.server[i, 0]
+        prefill = float((found.p.phase_s[i, 0] - server) / (found.p.total_s[i] - server))
         million = 1e6 * self.price / 3600.0 / float(found.tokens_per_s[0][i])
         return {
             "cost_output": million,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import RESERVE_BYTES, activation_bytes_by_phase, cache_parts, memory_share, weights_bytes
 from simulator.codes import Phase
-from simulator.engines.engine import NOTHING, HostTime, Share, load_engine
+from simulator.engines.engine import load_engine
 from simulator.passes import ForwardPass
 from simulator.uncertainty.intervals import PredictionIntervals
 from simulator.workload import WorkloadBatch
@@ -89,34 +90,33 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
     elif meta.phase == "decode":
         rate, tpot = sequences / seconds, ends
     else:
-        prefill, decode = p.phase_s.T * (seconds / p.total_s)  # a measured time scales both
-        own, server = prefill, NOTHING
+        # a measured time scales all
+        prefill, decode, server = np.stack([*p.phase_s.T, p.host.server[:, 0]]) * (seconds / p.total_s)
+        own = prefill = prefill - server
         if meta.phase == "serve":
             own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-            if p.hw.architecture != "cpu":  # vLLM on two cores: 5 to 8 ms (docs/vllm.md)
-                server = p.engine.each_request
         rate = sequences * meta.new_tokens / seconds
+        sides = NormalDist().inv_cdf(0.5 + 0.5 * level) * np.array([0.0, -1.0, 1.0])[:, None]
+        around = server * np.exp(sides * p.host.server_log_sd)
+        # squared log deviations of the passes: those of the request without what the server's deviation adds
+        of_host, of_passes = (
+            np.log(one.at(*p.host.speeds(sides[1:, 0], 0.0))[0] / p.total_s)
+            for one in (p, replace(p, host=replace(p.host, server_log_sd=0.0)))
+        )
+        square = np.log(np.stack([found.lower, found.upper]) / seconds) ** 2
+        square = np.maximum(square - of_host**2 + of_passes**2, 0.0)
         first, before = (
-            _first_tokens(own, prefill, wait, time, level)
-            for wait, time in ((p.engine.first_wait, server), (p.engine.prefill_wait, NOTHING))
+            own + np.clip(wait.value + sides * wait.sd, 0.0, 1.0) * (prefill - own)
+            for wait in (p.engine.first_wait, p.engine.prefill_wait)
         )
-        ttft, tpot = (
-            _latency(part, ends) for part in (first, (prefill - before + decode)[[0, 2, 1]] / meta.new_tokens)
-        )
+        ttft = _latency(first + around, square)
+        tpot = _latency((prefill - before + decode)[[0, 2, 1]] / meta.new_tokens, square)
     out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
     return out | {f"tpot_{name}": part for name, part in tpot.items()}
 
 
-def _first_tokens(own: FloatArray, prefill: FloatArray, wait: Share, server: HostTime, level: float) -> FloatArray:
-    """Return the times (3, W) to the first token, s, if a request waits for a share of the other prompts and for the
-    server, and at both ends of these waits."""
-    sides = NormalDist().inv_cdf(0.5 + 0.5 * level) * np.array([0.0, -1.0, 1.0])[:, None]
-    shares = np.clip(wait.value + sides * wait.sd, 0.0, 1.0)
-    return np.asarray(own + shares * (prefill - own) + server.value * np.exp(sides * server.log_sd))
-
-
-def _latency(part: FloatArray, ends: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """Return a part (3, W) of a time, s, at the typical arrival of requests and at both ends, with its interval."""
-    below = np.hypot(np.log(ends["s"] / ends["lower"]), np.log(part[0] / part[1]))
-    above = np.hypot(np.log(ends["upper"] / ends["s"]), np.log(part[2] / part[0]))
+def _latency(part: FloatArray, square: FloatArray) -> dict[str, FloatArray]:
+    """Return a part (3, W) of a time, s, at the typical arrival of requests and at both ends, with its interval;
+    ``square`` (2, W) are squared log deviations of the passes at both ends."""
+    below, above = np.sqrt(square + np.log(part[1:] / part[0]) ** 2)
     return {"s": part[0], "lower": part[0] * np.exp(-below), "upper": part[0] * np.exp(above)}

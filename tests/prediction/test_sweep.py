@@ -91,7 +91,7 @@ WAYS = ("one process", "two processes", "Dask")
 def cluster() -> Iterator[Any]:
     """A Dask cluster of two workers."""
     distributed = pytest.importorskip("distributed", reason="sweeps on a Dask cluster need the extra distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as found:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as found:
         yield found
 
 
