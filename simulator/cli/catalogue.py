@@ -332,6 +332,7 @@ def _list_engines(as_json: options.Json = False) -> None:
         engines,
         ("<name", lambda e: e.name + (" (default)" if e.name == Request.engine else "")),
         ("<software", lambda e: e.title),
+        ("<older releases", lambda e: ", ".join(f"{e.name}@{g.name}" for g in e.generations if g.name != e.generation)),
         ("<host", _host),
         ("<2:4 kernels", lambda e: ", ".join(f for kernels in e.sparse24.values() for f in kernels.formats) or "none"),
         ("<one GEMM for", lambda e: ", ".join(e.fuse) or "each projection"),

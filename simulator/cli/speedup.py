@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -288,11 +288,16 @@ def _print_memory(results: Sequence[Result]) -> None:
 
 
 # fmt: off
+@dataclass(frozen=True)
+class Explained(options.Prunings):
+    family: Annotated[str | None, opt("--family", "NAME", "One pruning family, with one --sparsity.")] = None
+
+
 @options.expanded("csv")
 def explain(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
-    prunings: options.Prunings = options.PRUNINGS,
+    prunings: options.Prunings = Explained(),
     run: options.Run = options.RUN,
     roofline: Annotated[str | None, opt(
         "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")] = None,
