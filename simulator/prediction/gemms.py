@@ -25,7 +25,6 @@ class GemmPoints:
     role: tuple[str, ...]
     intensity: NDArray[np.float64]  # FLOP/byte
     achieved_flop_per_s: NDArray[np.float64]  # useful FLOPs over predicted time
-    share: NDArray[np.float64]  # share of the GEMM time
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
     """Return the GEMMs and the products of experts of a workload as points of a roofline, without those that pruning
     adds (routers)."""
     rows = np.flatnonzero(np.isin(workload.kind, (Kind.GEMM, Kind.EXPERTS)) & (workload.count > 0) & ~workload.overhead)
+    if not len(rows):  # no layer is left
+        return GemmPoints((), np.empty(0), np.empty(0))
     chosen = workload.take(rows)
     p = forward_passes(WorkloadBatch.of([chosen]), hw)
     flops, roles = p.workloads.flops, tuple(ROLES[code] for code in chosen.role)
-    return GemmPoints(roles, flops / p.workloads.bytes, flops / p.row_s, p.share)
+    return GemmPoints(roles, flops / p.workloads.bytes, flops / p.row_s)

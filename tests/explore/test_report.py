@@ -108,6 +108,13 @@ def test_the_commands_of_a_report_give_its_numbers(tmp_path: Path, capsys: pytes
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
 
 
+@pytest.mark.parametrize("prune", ["depth 0.99", " + ".join(["depth 0.999"] * 6)])
+def test_a_pruning_that_leaves_no_layer_has_a_report(tmp_path: Path, prune: str) -> None:
+    html = written(tmp_path, f"llama-3.1-8b --hardware h100 --prune '{prune}' --phase decode")
+    assert "removes layers" in html  # and no warning of matplotlib: long names leave room for the figures
+    assert html.count("<svg") == 3
+
+
 def test_a_large_report_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "llama-3.1-8b --hardware h100,a100,4090 --phase prefill,decode --batch 1,8,64 --sparsity 0.1:0.5:0.1"
     html = written(tmp_path, words)
