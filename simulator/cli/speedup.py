@@ -320,7 +320,8 @@ def explain(
 
     asked, given = run.asked(model, devices, prunings), prunings.parsed()
     given["pruned"], skipped = readable(given.get("pruned", ()))
-    found = explanations(model, devices.profiles, **given, **asked.settings)
+    excluded: dict[str, InputError] = {}
+    found = explanations(model, devices.profiles, excluded, **given, **asked.settings)
     rows = [
         {**e.result.to_dict(), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
         for e in found
@@ -338,7 +339,7 @@ def explain(
             if i:
                 print()
             _print_waterfalls(together)
-        render.notes([*asked.notes, *skipped, *_notes(found)], out.verbose)
+        render.notes([*asked.notes, *skipped, *excluded, *_notes(found)], out.verbose)
     if out.figure or roofline:
         from simulator.figures.gemms import rooflines_of
         from simulator.figures.style import save_figure

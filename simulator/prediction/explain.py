@@ -4,6 +4,7 @@ of requests (:func:`explanations`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -156,7 +157,7 @@ def waterfall(
         float(p.device_s[0] / p.device_s[1]),
         float(times[0] / times[1]),
     ]
-    before = 1.0 / (1.0 - requested)
+    before = 1.0 / max(1.0 - requested, 1e-9)
     steps = [Step("nominal", before, before, f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed")]
     for (name, note), value in zip(notes, values, strict=True):
         steps.append(Step(name, value / before, value, note))
@@ -223,10 +224,14 @@ class Explanation(HasResult):
 
 
 def explanations(
-    model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any
+    model: str | ModelConfig,
+    hardware: Sequence[str | HardwareProfile],
+    excluded: dict[str, InputError] | None = None,
+    **settings: Any,
 ) -> tuple[Explanation, ...]:
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
-    ``--prune``, for every request and device; the settings are those of :func:`simulator.table`."""
+    ``--prune``, for every request and device; the settings are those of :func:`simulator.table`. Combinations that
+    cannot run are errors; with ``excluded``, which takes notes on them, only if none can."""
     config, devices = load_model(model), profiles(hardware)
     name = ", ".join(listed("family", settings.get("method") or settings.get("family") or ()))
     if not any(settings.get(other) for other in ("pruned", "prune")):
@@ -243,14 +248,19 @@ def explanations(
     order = [(one.phase, one.batch, one.seq) for one in requests]  # by request, then engine
     requests.sort(key=lambda one: order.index((one.phase, one.batch, one.seq)))
     out: list[Explanation] = []
-    for each in requests:
-        for pruning in prunings:
-            for hw in devices:
-                (one,) = on([each], hw)
-                dense = lower(one)
-                w, r = pruning.apply(dense, one), request_results([one], [pruning], [hw])[0]
-                steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
-                # rounded as in the waterfall
-                r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
-                out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
+    for each, pruning, hw in itertools.product(requests, prunings, devices):
+        try:
+            (one,) = on([each], hw)
+            dense = lower(one)
+            w, r = pruning.apply(dense, one), request_results([one], [pruning], [hw])[0]
+            steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
+            # rounded as in the waterfall
+            r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
+            out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
+        except InputError as error:
+            if excluded is None:
+                raise
+            excluded[f"{hw.label} in {each.engine} is excluded: {error}"] = error
+    if excluded and not out:
+        raise next(iter(excluded.values()))
     return tuple(out)

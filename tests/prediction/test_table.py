@@ -13,6 +13,7 @@ from simulator import load_hardware, load_model, lower, prune, speedup
 from simulator.codes import PHASES
 from simulator.errors import InputError
 from simulator.prediction.batch import batch_of
+from simulator.prediction.explain import explanations
 from simulator.prediction.gemms import gemm_table
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import Results
@@ -81,6 +82,13 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
     assert any(note.startswith("a100_sxm_80gb is excluded: a100_sxm_80gb has no fp8") for note in able.notes)
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):
         table(hardware=["a100"], **two)
+    one: dict[str, Any] = {"prune": ["depth 0.25"], "dtype": "fp8"}
+    excluded: dict[str, InputError] = {}
+    assert [e.hardware.name for e in explanations("llama-3.1-8b", ["h100", "a100"], excluded, **one)] == ["h100_sxm"]
+    assert [note.partition(":")[0] for note in excluded] == ["a100_sxm_80gb in vllm is excluded"]
+    for notes in (None, excluded):
+        with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):
+            explanations("llama-3.1-8b", ["a100"], notes, **one)
 
 
 @pytest.mark.quick
