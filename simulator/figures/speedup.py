@@ -189,7 +189,10 @@ def _dots(
     handles += [Line2D([], [], color=color, **tick, label=name) for name, (*_, color) in BOUNDS.items()]
     down = -(-len(settings) // MOST_ACROSS)
     across = -(-len(settings) // down)
-    room = (layout.width_of(len(settings)) - 0.058 * max(map(len, names))) / across  # per panel, inches
+    width = layout.width_of(len(settings))
+    names = [layout.wrapped(name, 0.75 * width) for name in names]
+    line *= max(name.count("\n") + 1 for name in names)
+    room = (width - 0.058 * max(len(part) for name in names for part in name.split("\n"))) / across  # per panel, inches
     titles = [layout.wrapped(s, room) for s in settings]
     above = 0.13 * max(t.count("\n") + 1 for t in titles)
     height = max(len(pairs) * line, 0.3) + 0.2 + above
@@ -232,7 +235,10 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
         for r, c, name in set(zip(data["row"], data["column"], data["candidate"]))
         if len(own := _own(data, r, c, name)) > 1
     )
-    handles: list[Any] = [Line2D([], [], **style.marks(), label=label(name)) for name, style in styles.items()]
+    rows, across = (len(set(data[name])) for name in ("row", "column"))
+    width = layout.width_of(rows * across)
+    texts = {name: layout.wrapped(label(name), 0.9 * width) for name in styles}
+    handles: list[Any] = [Line2D([], [], **style.marks(), label=texts[name]) for name, style in styles.items()]
     for name, (_, line, _) in bounds.items():
         handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
     if few:
@@ -242,8 +248,6 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
     if rings:
         handles.append(Line2D([], [], **_RING, markeredgecolor=INK, label=PAYS))
     low, high = _range(data, ["speedup", "lower", "upper", *bounds] if few else ["speedup"])
-    rows, across = (len(set(data[name])) for name in ("row", "column"))
-    width = layout.width_of(rows * across)
     room = PAGE_HEIGHT_IN - 0.5 - 0.14 * layout.legend_lines(handles, width)
     panel_in = float(np.clip(room / rows, 0.7, 1.6))
     titles = {r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in data["row"]}  # fit the height of a panel
