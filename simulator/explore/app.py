@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -92,8 +93,8 @@ def of_setting(name: str) -> Field:
 
 
 # fmt: off
+# Settings of the request with one value; the first is shown in two phases, others are under "Formats and devices".
 SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_s")
-"""Settings of the request with one value; those after the first are under "Formats and devices"."""
 
 FIELDS: dict[str, Field] = {
     "model": Field("Model", "llama-3.1-8b", list_models()),
@@ -123,7 +124,7 @@ def main() -> None:
     ignored = start()
     st.markdown("## How much faster will a pruned model be?")
     if ignored:
-        names = markdown_text(", ".join(one_line(name, 40) for name in ignored[:5]))
+        names = ", ".join(re.sub(r"[^\w-]", "?", name[:40]) for name in ignored[:5])  # no markup, no links
         st.warning(f"Settings of the address that were ignored: {names}")
     with st.sidebar:
         form()
@@ -206,8 +207,8 @@ def form() -> None:
         draw("batch")
     with right:
         draw("seq")
-    if state.phase in ("generate", "serve"):
-        draw("new_tokens")
+    if SINGLE[0] in singles():
+        draw(SINGLE[0])
     with st.expander("Files", expanded=state.by == CHECKPOINT or any(state[name] for name in OPENED)):
         for name in OPENED:
             draw(name)
@@ -219,6 +220,10 @@ def form() -> None:
     with st.expander("Formats and devices"):
         for name in SINGLE[1:]:
             draw(name)
+
+
+def singles() -> tuple[str, ...]:
+    return SINGLE if st.session_state.phase in ("generate", "serve") else SINGLE[1:]
 
 
 def open_files() -> None:
@@ -253,8 +258,8 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     texts: dict[str, Any] = {"model": model[0], "hardware": ",".join([*state.hardware, *(profile or ())[:1]])}
     asked: dict[str, Any] = {"models": model[1], "hardware": [*state.hardware, *(profile or ())[1:]]}
     if state.by == FAMILY:
-        texts |= {"family": ",".join(state.family), "sparsity": state.sparsity.replace(" ", "")}
         asked |= {"family": state.family, "sparsity": parsed("sparsity")}
+        texts |= {"family": ",".join(state.family), "sparsity": ",".join(values(state.sparsity, str))}
         if not state.family:
             raise InputError("family: expected at least one")
     elif state.by == TEXT:
@@ -264,11 +269,11 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         raise InputError("checkpoint: expected the path of a pruned checkpoint in Files, and a click on Open")
     for name in ("batch", "seq"):
-        texts[name], asked[name] = state[name].replace(" ", ""), parsed(name)
+        asked[name], texts[name] = parsed(name), ",".join(values(state[name], str))
     texts |= {"phase": state.phase, "engine": ",".join(state.engine)}
-    given = {name: parsed(name) for name in SINGLE}
+    given = {name: parsed(name) for name in singles()}
     asked |= {"phase": [state.phase], "engine": [engine(text) for text in state.engine], **given}
-    texts |= {SETTINGS[n].flags[0][2:]: state[n].strip() for n in SINGLE if given[n] != SETTINGS[n].default}
+    texts |= {SETTINGS[n].flags[0][2:]: state[n].strip() for n in given if given[n] != SETTINGS[n].default}
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     if many > MOST_PREDICTIONS:
         raise InputError(

@@ -92,6 +92,7 @@ def test_the_page_answers_at_once() -> None:
     assert of_speedups(found.rows)[0] in texts(at)
     assert texts(at).count("data:image/svg+xml") == 3
     assert len(at.error) == len(at.warning) == 0
+    assert [m.value for m in at.markdown] == ["## How much faster will a pruned model be?"]
     assert address(at) == {}
 
 
@@ -172,7 +173,14 @@ def test_another_pruning_is_explained_on_request_and_stays() -> None:
 
 def test_the_commands_of_the_page_give_its_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     at = page(
-        engine=["hf", "vllm"], sparsity="25%", kv_dtype="fp8", phase="generate", new_tokens="16", parallel="tensor"
+        engine=["hf", "vllm"],
+        sparsity="25%,",
+        kv_dtype="fp8",
+        phase="generate",
+        new_tokens="16",
+        parallel="tensor",
+        hardware=["h100_sxm", "t4"],
+        batch="1, ,8",
     )
     speedup, explain = at.code[0].value.splitlines()
     assert run([*shlex.split(speedup)[1:], "--csv", str(tmp_path / "own.csv")]) == 0
@@ -181,6 +189,19 @@ def test_the_commands_of_the_page_give_its_numbers(capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert run(shlex.split(explain)[1:]) == 0
     assert capsys.readouterr().out.split(";")[0].split(", predicted")[0] in texts(at)
+
+
+def test_a_setting_that_is_not_shown_is_not_read() -> None:
+    at = page(phase="generate", sparsity="25%")
+    good(at.text_input(key="new_tokens").set_value("many").run())
+    assert at.error[0].value.startswith("New tokens")
+    good(at.selectbox(key="phase").set_value("decode").run())
+    assert len(at.error) == 0
+
+
+def test_names_in_an_address_are_no_links() -> None:
+    at = page(**{"http://a.b/c": "1", "www.a.b": "1", "$x$": "1", "batch-size": "1"})
+    assert at.warning[0].value.endswith("ignored: http???a?b?c, www?a?b, ?x?, batch-size")
 
 
 def test_hostile_settings_of_an_address_are_ignored_with_one_message(opened: list[str]) -> None:
