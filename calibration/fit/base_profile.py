@@ -5,7 +5,6 @@ editions have names that contain the name of a faster GPU: whole names are compa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +17,9 @@ from calibration.records.timing_table import Records
 from simulator.codes import DTYPES
 from simulator.errors import InputError
 from simulator.files.fields import Quantity
-from simulator.hardware.library import load_hardware
+from simulator.hardware.library import load_hardware, shipped_names
 from simulator.hardware.profile import HardwareProfile
-from simulator.hardware.schema import QUANTITIES, RATE
+from simulator.hardware.schema import QUANTITIES, RATE, plain_name
 from simulator.operators.base import Rate
 
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
@@ -32,34 +31,7 @@ _MARGIN = 1.05  # factor on the best of a few shapes: other shapes are slightly 
 _CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
 _QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
 
-# name without vendor and brand -> profile with its datasheet
-NAMES: Mapping[str, str] = {
-    "A10": "a10",
-    "A100-SXM4-40GB": "a100_sxm_40gb",
-    "A100-SXM-40GB": "a100_sxm_40gb",
-    "A100-SXM4-80GB": "a100_sxm_80gb",
-    "A100-SXM-80GB": "a100_sxm_80gb",
-    "A100 80GB PCIe": "a100_pcie_80gb",
-    "A100-PCIE-80GB": "a100_pcie_80gb",
-    "B200": "b200_sxm",
-    "GH200 480GB": "gh200",
-    "GH200 120GB": "gh200",
-    "H20": "h20",
-    "H100 80GB HBM3": "h100_sxm",
-    "H100 PCIe": "h100_pcie",
-    "H200": "h200_sxm",
-    "H800": "h800",
-    "L4": "l4",
-    "L40S": "l40s",
-    "RTX 3090": "rtx_3090",
-    "RTX 4090": "rtx_4090",
-    "RTX 5090": "rtx_5090",
-    "RTX A6000": "a6000",
-    "RTX PRO 6000 Blackwell Server Edition": "rtx_pro_6000",
-    "T4": "t4",
-    "V100-SXM2-32GB": "v100",
-}
-_BRANDS, _SMS = re.compile(r"^(?:NVIDIA |GeForce |Tesla )*"), re.compile(r" ?\((\d+) SM\)$")
+_BRANDS, _SMS = re.compile(r"^(?:nvidia_|geforce_|tesla_)*"), re.compile(r" ?\((\d+) SM\)$")
 _MEMORY_TOLERANCE = 0.1  # relative: units, error correction, memory of the driver
 _ARCHITECTURES = (  # first compute capability, architecture; GPUs before Volta count as Volta
     ((12, 0), "blackwell"),
@@ -76,10 +48,20 @@ def architecture_of(capability: tuple[int, int]) -> str:
     return next(name for first, name in _ARCHITECTURES if capability >= first)
 
 
+def device_names() -> dict[str, str]:
+    """Return the names that NVIDIA's driver prints, without vendor and brand -> profile: aliases with "nvidia_"."""
+    own = ((plain, name) for plain, name in shipped_names().items() if plain.startswith("nvidia_"))
+    return {_without_brand(plain): name for plain, name in own}
+
+
+def _without_brand(device: str) -> str:
+    return _BRANDS.sub("", plain_name(device))
+
+
 def shipped_name(device: str, gpu: Gpu | None = None) -> str:
     """Return the shipped profile of a GPU by its reported name (and number of SMs) and its known facts, or ""."""
     counted = _SMS.search(device)
-    found = NAMES.get(_BRANDS.sub("", _SMS.sub("", device.strip())), "")
+    found = device_names().get(_without_brand(_SMS.sub("", device.strip())), "")
     if not found:
         return ""
     hw = load_hardware(found)

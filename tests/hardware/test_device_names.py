@@ -12,7 +12,7 @@ import pytest
 from calibration.devices.protocol import Description, Gpu
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.devices.telemetry import UNKNOWN, Snapshot
-from calibration.fit.base_profile import NAMES, architecture_of, base_profile, shipped_name
+from calibration.fit.base_profile import architecture_of, base_profile, device_names, shipped_name
 from simulator.hardware.library import list_hardware, load_hardware
 
 with open(Path(__file__).parent / "device_names.csv", encoding="utf-8") as file:
@@ -42,7 +42,7 @@ def test_the_table_has_every_nvidia_profile_and_those_that_have_none() -> None:
     assert len(ROWS) >= 60
     found = {row["profile"] for row in ROWS}
     nvidia = {name for name in list_hardware() if load_hardware(name).vendor == "NVIDIA"}
-    assert found == nvidia | {""} == set(NAMES.values()) | {""}
+    assert found == nvidia | {""} == set(device_names().values()) | {""}
 
 
 @pytest.mark.quick
