@@ -15,6 +15,9 @@ PCIE = re.compile(r"pcie(?P<generation>[3-6])?(x(?P<lanes>4|8|16))?(?P<host>-hos
 PARALLEL: tuple[str, ...] = ("tensor", "expert", "pipeline")
 """Ways to divide a model among devices."""
 
+BENCHMARKS = "vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf"
+"""Tools whose result files :mod:`simulator.prediction.benchmarks` reads, as the help names them."""
+
 STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer", "aiter")
 """Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
 

@@ -25,10 +25,13 @@ from calibration.build_profiles import RECIPES
 from calibration.cli import commands_page as pages
 from calibration.evidence.pages import sections_table
 from simulator.cli import run
-from simulator.engines.engine import Engine
+from simulator.engines.engine import Engine, list_engines
+from simulator.hardware.library import list_hardware
 from simulator.operators import CONSTANTS
 from simulator.operators.collective import COLLECTIVE_CONSTANTS as LINK
 from simulator.operators.elementwise import CLASSES
+from simulator.pruning import FAMILIES
+from simulator.pruning._methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -347,6 +350,21 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
         options = [n for p in command.params if p.name != "help" and not p.hidden for n in p.opts if n.startswith("--")]
         assert path == "explore" or "--json" in options
         assert [name for name in options if name not in section] == [], path
+
+
+@pytest.mark.quick
+def test_lists_of_what_is_known_are_complete() -> None:
+    """The README counts families, methods, engines and devices; the help and the guide list families."""
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    known = {"pruning families": FAMILIES, "published methods": METHODS, "engines": list_engines()}
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for what, found in (known | {"devices": list_hardware()}).items():
+        many = words[len(found)] if len(found) < len(words) else str(len(found))
+        assert re.search(rf"\b{many} {what}\b", text), f"README.md: expected {many} {what}"
+    help_, guide = pages.commands_page(), (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    families = re.findall(r"[\w]+", help_.partition("Families: ")[2].partition(". |")[0])
+    assert set(FAMILIES) <= set(families), "simulator/cli/options.py: --prune"
+    assert [name for name in FAMILIES if f"\n| `{name}` |" not in guide] == []
 
 
 @pytest.mark.quick

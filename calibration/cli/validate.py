@@ -10,6 +10,7 @@ from calibration.cli.fit import Map, conclude, load_rows, single
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
+from simulator.names import BENCHMARKS
 
 if TYPE_CHECKING:
     from calibration.evidence.validate import Report
@@ -44,8 +45,7 @@ def command(
     dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")] = None,
     markdown: Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")] = None,
     runs: Annotated[str | None, opt(
-        "--runs", "FOLDER", "Results of vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf, instead of "
-        "PROFILE.")] = None,
+        "--runs", "FOLDER", f"Results of {BENCHMARKS}, instead of PROFILE.")] = None,
     given: options.Run = GIVEN,
     out: options.Output = options.OUTPUT,
 ) -> None:

@@ -18,6 +18,7 @@ import typer
 from simulator.cli import render
 from simulator.cli.parsing import checked, fractions, integers, names, settings
 from simulator.errors import InputError
+from simulator.names import BENCHMARKS
 from simulator.request import SETTINGS, Flag, Setting, Whole
 
 # option or argument -> place of the names for shell completion
@@ -149,8 +150,8 @@ _OTHERS: Mapping[str, Any] = {
     "dense_tokens_per_s": Annotated[float | None, opt(
         "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")],
     "dense_from": Annotated[str | None, opt(
-        "--dense-from", "FILE", "Instead of --dense-time: result of vllm bench, SGLang, trtllm-bench, "
-        "genai-perf or AIPerf for this request.")],
+        "--dense-from", "FILE", "Instead of --dense-time: result of "
+        f"{BENCHMARKS} for this request.")],
 }
 # fmt: on
 
