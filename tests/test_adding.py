@@ -11,7 +11,7 @@ from test_docs import PACKAGES, ROOT, Block, blocks, edit, python
 
 from calibration.fit.predict import SECTIONS
 from simulator.errors import InputError
-from simulator.operators import BY_CODE, CONSTANTS, OPERATORS
+from simulator.operators import BY_CODE, CONSTANTS, MOST_CODES, OPERATORS
 from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
@@ -53,7 +53,7 @@ def launch(t0_s):
     changed = hw.calibrated({("selective_scan", "bf16"): replace(section, constants=constants)})
     return next(step.factor for step in simulator.waterfall(dense, fewer, changed) if step.name == "launch")
 
-fewer = dense.replace(count=np.where(dense.kind == 8, dense.count, 0.5 * dense.count))
+fewer = dense.replace(count=np.where(dense.kind == CODE, dense.count, 0.5 * dense.count))
 assert abs(np.log(launch(1e-4))) > 2.0 * abs(np.log(launch(1e-6)))
 """
 
@@ -133,7 +133,7 @@ def test_operators_are_told_apart_and_none_is_forgotten() -> None:
     assert set(SECTIONS.values()) == CONSTANTS.keys() - {"delta_net"}
 
 
-@pytest.mark.parametrize("code", [5, 8, 100, -1])
+@pytest.mark.parametrize("code", [5, MOST_CODES, 127, -1])
 def test_a_row_of_no_operator_cannot_be_made(code: int) -> None:
     with pytest.raises(InputError, match="column kind"):
         Workload.from_rows([{"kind": code, "role": "q", "m": 1, "n": 1, "k": 1}])

@@ -96,9 +96,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         simulator.Workload.from_columns,
         {"m": THREE, "n": 8, "k": 8},
         {"n": [*SIZES[:-1], *SHAPED], "batch": [*SIZES[:-1], *SHAPED], "count": [*NUMBERS, INF, *SHAPED]}
-        | {"kind": [8, -1, 0.5], "role": ["query", 999], "layer": [-2], "density": [1.5, NAN], "overhead": [1, "no"]},
+        | {"kind": [127, -1, 0.5], "role": ["query", 999], "layer": [-2], "density": [1.5, NAN], "overhead": [1, "no"]},
     ),
-    "Workload.replace": (DENSE.replace, {}, {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [9]}),
+    "Workload.replace": (DENSE.replace, {}, {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [5]}),
     "ModelConfig": (
         partial(replace, MODEL),
         {},
