@@ -394,27 +394,23 @@ def main() -> None:
 def show(results: dict[str, Any], rows: int) -> None:
     """The tables of the page."""
     own, found = results["prunesim"], {name: r for name, r in results.items() if not isinstance(r, str)}
-    print(f"{rows} GEMMs of {TABLE} with unseen (n, k), mean errors; datasheet roofline {own['mape_roofline']:.1f} %\n")
-    print("| | GEMMs/s | error | answered | error with one fitted scale |\n| --- | ---: | ---: | ---: | ---: |")
+    print(f"{rows} GEMMs of {TABLE} with unseen (n, k); the datasheet roofline errs by {own['mape_roofline']:.1f} %\n")
+    print("| | GEMMs/s | answered | error, % |\n| --- |" + " ---: |" * 3)
     for name, r in found.items():
-        name = f"{name} {r.get('version', '')}".strip()
         if "mape" in r:
-            scaled = f"{r['mape_one_scale']:.1f} %" if "mape_one_scale" in r else ""
-            share = r.get("answered", 1.0)
-            print(f"| {name} | {r['gemms_per_s']:,.0f} | {r['mape']:.1f} % | {share:.0%} | {scaled} |")
-        if "gemms_per_s_in_lists" in r:
-            print(f"| {name}, lists with one m per call | {r['gemms_per_s_in_lists']:,.0f} | the same | | |")
-    print("\nMedian errors of whole models, and prunesim's on the same runs\n")
-    print("| | estimates/s | serving runs | error (prunesim) | other | error (prunesim) |\n| --- |" + " ---: |" * 5)
+            lists = f" ({r['gemms_per_s_in_lists']:,.0f} in lists)" if "gemms_per_s_in_lists" in r else ""
+            scaled = f" ({r['mape_one_scale']:.1f})" if "mape_one_scale" in r else ""
+            share = f"{r.get('answered', 1.0):.0%}"
+            print(f"| {name} | {r['gemms_per_s']:,.0f}{lists} | {share} | {r['mape']:.1f}{scaled} |")
+    print("\n| | estimates/s | serving runs | error, % | others | error, % |\n| --- |" + " ---: |" * 5)
     for name, r in found.items():
         if "runs" in r:
-            name = f"{name} {r.get('version', '')}".strip()
-            parts = [
-                f"{n} | {' ('.join(f'{e:.1f} %' for e in errors) + ')' * bool(errors)}"
-                for n, *errors in r["runs"].values()
-            ]
-            print(f"| {name} | {r['models_per_s']:,.0f} | {' | '.join(parts)} |")
-    print(f"| prunesim, in a sweep | {own['models_per_s_in_a_sweep']:,.0f} | | | | |\n")
+            rate = f"{r['models_per_s']:,.0f}"
+            if "models_per_s_in_a_sweep" in r:
+                rate += f" ({r['models_per_s_in_a_sweep']:,.0f} in a sweep)"
+            cells = [f"{n} | {e[0]:.1f} ({e[1]:.1f})" if n else "0 | " for n, *e in r["runs"].values()]
+            print(f"| {' '.join([name, *r.get('version', '').split()])} | {rate} | {' | '.join(cells)} |")
+    print()
     print("".join(f"{name}: {reason}\n" for name, reason in results.items() if isinstance(reason, str)))
 
 
