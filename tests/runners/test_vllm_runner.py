@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -161,6 +162,21 @@ def test_an_engine_is_stopped_while_it_has_no_request(plant: Callable[..., None]
         assert runner.record(case, 0.0)["status"] == "ok"
         for engine in runner.engines.values():
             os.waitid(os.P_PID, engine.process.pid, os.WSTOPPED)  # returns when it is stopped
+
+
+def test_an_engine_ends_with_a_killed_comparison(plant: Callable[..., None]) -> None:
+    """It is stopped then, and would keep its memory."""
+    psutil = pytest.importorskip("psutil")
+    (case,) = _cases("depth 0.25")
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        runner = _runner([case])
+        runner.record(case, 0.0)
+        os.write(writing, json.dumps([engine.process.pid for engine in runner.engines.values()]).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in json.loads(os.read(reading, 1000))], timeout=10)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
 def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(plant: Callable[..., None]) -> None:

@@ -8,12 +8,14 @@ to the file descriptor an answer, in JSON; vLLM writes to the standard output. T
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import importlib
 import itertools
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> list[Any]:
@@ -148,6 +151,8 @@ TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "profile": profil
 def main(descriptor: int, settings: Answer) -> None:
     """Start the model, then answer requests until the input ends; an error is answered and ends the process."""
     os.set_inheritable(descriptor, False)  # the reader must see the end of this process, not of vLLM's processes
+    if sys.platform == "linux":  # a killed reader leaves this process stopped: it continues and sees its input's end
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     with os.fdopen(descriptor, "w", buffering=1) as answers:
 
         def answer(**found: Any) -> None:
