@@ -24,7 +24,7 @@ from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, 
 from calibration.measure.run import SUSTAINED, Outcome, run, sustained
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
-from calibration.records.store import Header, Store, content_records, read_store
+from calibration.records.store import Header, Store, content_records, parse, read_store
 from calibration.records.timing_table import PURPOSES, Records
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.errors import InputError
@@ -44,6 +44,7 @@ RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profil
 
 # Shares of the time of a quick run, for the operators that re-anchoring uses
 QUICK_SHARES = {"gemm": 0.6, "attention_prefill": 0.15, "attention_decode": 0.15, "elementwise": 0.1}
+MOST_HEADER_BYTES = 1_000_000  # longest header that is read
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
 # Purpose of records -> file and subject of their report
 REPORTS = {
@@ -105,7 +106,11 @@ def begin(
 
 
 def is_new(file: Path) -> bool:
-    return not file.exists() or not file.stat().st_size
+    """Return whether a store has no header, or a part of one, which a kill left."""
+    if not file.exists():
+        return True
+    with file.open("rb") as stream:
+        return parse(stream.readline(MOST_HEADER_BYTES), str(file)) is None
 
 
 def _begun(folder: str | Path, device: Device, options: RunOptions, note: Callable[[str], None]) -> tuple[Path, Header]:

@@ -271,6 +271,14 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
 
+def test_a_run_that_was_killed_inside_its_header_begins_anew(cli: Any, planted: list[Any]) -> None:
+    line, file = "calibrate cuda -o run --measure-only --budget 5s", Path("run/records.jsonl")
+    cli(line)
+    file.write_bytes(file.read_bytes()[:100])
+    cli(line)
+    assert read_store(file).rows
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(Interrupted(), 130), (DeviceLost("CUDA error: an illegal memory access"), 1)]
 )
