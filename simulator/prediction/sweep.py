@@ -559,7 +559,7 @@ def computed(
                     yield index, task.result()
             if isinstance(error, InputError) or not (scheduler or isinstance(error, BrokenExecutor)):
                 raise
-            what = f"scheduler {scheduler}: a task failed" if scheduler else "a worker process ended early"
+            what = f"scheduler {scheduler}: a task or worker failed" if scheduler else "a worker process ended early"
             why = one_line(repr(error), 200)
             raise OSError(f"{what} ({why}); finished parts are kept: run the same command again") from None
 
@@ -626,6 +626,11 @@ def _dask(address: str, hardware: Any) -> Workers:
             client.wait_for_workers(1, timeout=REACH_S)
         except (OSError, distributed.TimeoutError):
             raise InputError(f"--scheduler {address}: no worker; start workers and try again") from None
+        # a worker without prunesim would end at its first task, and block the transfer of the devices
+        for worker, version in client.run(eval, "__import__('simulator').__version__", on_error="return").items():
+            if version != __version__:
+                reason = f"worker {worker}: expected version {__version__} of prunesim, got {version}"
+                raise InputError(f"--scheduler {address}: {reason}")
         threads = sum(client.nthreads().values())
         # every worker has the devices; tasks are cancelled when the last one with them is lost
         there = client.scatter(hardware, broadcast=True, hash=False)

@@ -293,6 +293,17 @@ def test_schedulers_that_do_not_answer_are_refused(address: str, tmp_path: Path,
     assert not (tmp_path / "rows").exists()
 
 
+def test_workers_without_prunesim_are_refused(cluster: Any, tmp_path: Path) -> None:
+    """The transfer of the devices to one beside others would never end."""
+    with cluster.get_client() as client:
+        client.run(exec, "import sys; sys.modules['simulator'] = None")
+        try:
+            with pytest.raises(InputError, match=r"worker tcp://\S+: expected version \S+ of prunesim, got import"):
+                write_sweep(ONE, tmp_path / "rows", scheduler=cluster.scheduler_address)
+        finally:
+            client.run(exec, "import sys; del sys.modules['simulator']")
+
+
 def test_the_digest_follows_the_profile(tmp_path: Path) -> None:
     profile = tmp_path / "mine.yaml"
     save_hardware(load_hardware("h100_sxm"), profile)
