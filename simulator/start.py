@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -23,6 +23,7 @@ def start(program: str) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # unprintable characters must not fail
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _end_if_signalled
     try:
         status = importlib.import_module(program).run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -39,6 +40,16 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     os.write(2, b"prunesim: terminated\n")
     raise SystemExit(TERMINATED)
+
+
+def _end_if_signalled(found: Any) -> None:
+    """End the program after a signal whose exception Python ignores: in a destructor, or between two imports."""
+    if isinstance(found.exc_value, SystemExit):
+        os._exit(TERMINATED)
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        os.write(2, b"prunesim: interrupted\n")
+        os._exit(INTERRUPTED)
+    sys.__unraisablehook__(found)
 
 
 def _ignore_signals() -> None:

@@ -135,3 +135,28 @@ start('simulator.cli.program')
 def test_a_signal_after_the_work_changes_nothing(number: signal.Signals, python: Any) -> None:
     """Python restores the default actions while it ends, for a tenth of a second with large modules."""
     assert python(["-c", AT_EXIT.format(number=int(number))]) == (0, b"", [])
+
+
+IGNORED = """
+import os
+import simulator.cli.program as program
+from simulator.start import start
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        os.getpid()
+
+def run(words):
+    Freed()
+    return 0
+
+program.run = run
+start('simulator.cli.program')
+"""
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals, python: Any) -> None:
+    status, line = ENDS[number]
+    assert python(["-c", IGNORED.format(number=int(number))]) == (status, b"", [line.strip()])
