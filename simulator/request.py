@@ -17,7 +17,7 @@ from simulator.errors import InputError, one_line, unknown
 from simulator.files.fields import Number, Scalar, Text, Truth
 from simulator.files.yaml import Node
 from simulator.names import CONNECTIONS, DTYPES, PARALLEL, PCIE, PHASES
-from simulator.units import parse_count, parse_fraction, parse_quantity
+from simulator.units import parse_count, parse_fraction, parse_number, parse_quantity
 
 DEFAULT_ENGINE = "vllm"
 """The engine that most users deploy."""
@@ -249,7 +249,7 @@ class Request:
         "hardware's.")] = None
     parallel: Annotated[str, Setting(Name(PARALLEL), "NAME",
         "How devices share the model: tensor, expert or pipeline.")] = "tensor"
-    skew: Annotated[float | None, Setting(Real(SKEW, "0.8", float), "X",
+    skew: Annotated[float | None, Setting(Real(SKEW, "0.8", parse_number), "X",
         "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the least busy.")] = None
     ideal: Annotated[bool, Setting(Flag(), None,
         "Exclude the work that pruning adds (routers, gathers): an upper bound.")] = False

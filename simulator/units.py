@@ -75,6 +75,10 @@ def parse_fraction(text: str) -> float:
     return float(_parsed(text, {"%": Decimal("0.01")}, "a fraction such as 0.25 or 25%"))
 
 
+def parse_number(text: str) -> float:
+    return float(_parsed(text, {}, "a number such as 0.8"))
+
+
 def parse_count(text: str) -> int:
     """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths of contexts."""
     what = "a whole number such as 64 or 32k"

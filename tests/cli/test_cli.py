@@ -52,6 +52,7 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --sparsity 1.0                                                     | sparsity 1: expected a fraction in [0, 1)
 @ --sparsity 25                                                      | for 25 % write 0.25
 @ --sparsity nan                                                     | expected a fraction such as 0.25 or 25%
+@ --skew x                                                           | --skew 'x': expected a number such as 0.8
 @ --sparsity 0.1,,0.5                                                | separated by single commas
 @ --family semi_structured --sparsity 0.25                           | 0.5
 @ --batch 0                                                          | --batch: expected a whole number from 1
