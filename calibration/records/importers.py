@@ -295,7 +295,7 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
     that are implausibly slow are refused, with all rows of a configuration that has many of them: a wider expert takes
     at least as long, a narrower one at least its share of that time, or half of it, since its weights may fit in L2."""
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
-    m, k, inner, active, experts, tensor, parallel = (np.asarray(table[name], dtype=np.float64) for name in names)
+    m, k, inner, active, experts, tensor, parallel = (_number(table[name]) for name in names)
     known, which = np.unique(np.asarray(table["distribution"]).astype(str), return_inverse=True)
     power = [0.0 if v == "balanced" else _float(v.removeprefix("power_law_")) for v in known]
     skew = np.array(power)[which.reshape(-1)]
@@ -304,7 +304,7 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
     plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
     screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
     n = inner / np.maximum(tensor, 1.0)
-    seconds = np.asarray(table["latency"], dtype=np.float64)
+    seconds = _number(table["latency"])
     configurations = list(zip(_texts(table["moe_dtype"]), kernel, k, experts, active))
     slow = np.zeros(len(m), dtype=np.bool_)
     rows = np.flatnonzero(screen.kept & (n % 16 == 0))

@@ -329,6 +329,8 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
     columns["latency"][0] = 0.01  # 75 MB in 10 us
     again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     assert counts(again)["faster than memory, L2 or link allow"] == 1
+    texts = {**columns, "latency": ["x"] * 7, "topk": ["8"] * 7}
+    refused("time is missing or not a number", import_table, aic(tmp_path / "t.parquet", texts, "VLLM", "moe"), hw=A100)
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
