@@ -270,8 +270,8 @@ def run(
     after every visit with the seconds that have passed and the expected total."""
     budget, protocol = plan.budget_s, protocol or Protocol()
     earlier = list(previous)
-    done = {(str(r["key"]), int(r.get("visit", 0))) for r in earlier if r.get("purpose") != DRIFT_CHECK and "key" in r}
-    timed = {str(r["key"]) for r in earlier if r.get("median_s") is not None}
+    done = {(str(r["key"]), r.get("visit", 0)) for r in earlier if r.get("purpose") != DRIFT_CHECK and "key" in r}
+    timed = {r.get("key") for r in earlier if r.get("median_s") is not None}
     todo = [[i for i in plan.order(visit) if (i.operator.key, visit) not in done] for visit in range(plan.visits)]
     waiting_s = sum(item.cost_s for items in todo for item in items)
     start = device.clock()
@@ -364,14 +364,14 @@ def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, flo
     reference, block = None, 0
     for record in records:
         if record.get("purpose") == DRIFT_CHECK:
-            block = max(block, int(record.get("block", 0)))
-            if reference is None and "median_s" in record:
+            block = max(block, record.get("block", 0))
+            if reference is None and record.get("median_s") and record.get("lower_s"):
                 reference = _interval(record)
     return reference, block
 
 
 def _interval(record: Mapping[str, Any]) -> tuple[float, float, float]:
-    upper = record["upper_s"]
+    upper = record.get("upper_s")
     return float(record["median_s"]), float(record["lower_s"]), math.inf if upper is None else float(upper)
 
 

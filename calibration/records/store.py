@@ -11,7 +11,7 @@ import re
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
@@ -115,6 +115,35 @@ class Content:
     label: str = ""  # name of the file, for messages
 
 
+def _times(values: Iterable[Any], least: float = 1e-15) -> bool:
+    return all(type(value) in (int, float) and least <= value < 1e9 for value in values)
+
+
+# fields of records -> what a run that resumes relies on
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("key", "status", "reason", "phase", "runtime", "version"), ("text", lambda v: isinstance(v, str))),
+    **dict.fromkeys(("visit", "block"), ("a whole number from 0", lambda v: type(v) is int and v >= 0)),
+    **dict.fromkeys(("median_s", "lower_s", "upper_s"), ("a time or null", lambda v: v is None or _times([v]))),
+    **dict.fromkeys(("seconds", "ratio"), ("a number above 0", lambda v: _times([v]))),
+    **dict.fromkeys(("dense_s", "pruned_s"), ("times", lambda v: isinstance(v, list) and v != [] and _times(v))),
+    **dict.fromkeys(("versions", "operator"), ("names and values", lambda v: isinstance(v, dict))),
+    "kernels": ("names and times", lambda v: isinstance(v, dict) and _times(v.values(), 0.0)),
+}
+_NEEDED = {"engine": ("key", "seconds", "kernels", "version"), "decoder": ("key", "status", "reason", "phase")}
+
+
+def _wrong(row: Mapping[str, Any]) -> str:
+    """Return what is wrong with the fields of a record, or ""."""
+    needed = _NEEDED.get(str(row.get("type")), ())
+    if row.get("type") == "decoder" and row.get("status") == "ok":
+        needed = (*needed, "runtime", "dense_s", "pruned_s")
+    for name, (expected, right) in _FIELDS.items():
+        if (name in row or name in needed) and not right(row.get(name)):
+            return f"{name}: expected {expected}, got {row.get(name)!r:.60}"
+    same = len(row.get("dense_s", ())) == len(row.get("pruned_s", ()))
+    return "" if same else "pruned_s: expected as many times as in dense_s"
+
+
 def parse(content: bytes, label: str) -> Content | None:
     """Read a store's bytes; None if the file is empty or its header is incomplete; InputError for other damage."""
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
@@ -140,6 +169,8 @@ def parse(content: bytes, label: str) -> Content | None:
         elif (own := row.pop("line", None)) != number:
             order = "lines are missing, repeated or in another order; restore the file from a copy"
             raise InputError(f"{place}: was written as line {own!r:.40}: {order}")
+        elif wrong := _wrong(row):
+            raise InputError(f"{place}: {wrong}; restore the file from a copy")
         else:
             rows.append(row)
         end += len(line) + 1

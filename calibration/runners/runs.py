@@ -26,6 +26,7 @@ from calibration.measure.timing import Protocol, default_protocol, default_visit
 from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Header, Store, content_records, parse, read_store
 from calibration.records.timing_table import PURPOSES, Records
+from simulator.arguments import AMOUNT, SIZE, number
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.files.write import refuse_links
@@ -135,9 +136,15 @@ def measure_plan(
         probed = {"rates": asdict(rates), "seed": options.seed, "budget_s": options.budget_s}
         header = replace(header, extra={**header.extra, **probed})
     with Store(file, header) as store:
-        kept = store.header.extra.get("rates")
-        rates = Rates(**kept) if isinstance(kept, Mapping) else probe(device, options.dtype, protocol)
-        plan, protocol = planned(rates, protocol, int(store.header.extra.get("seed", options.seed)))
+        extra = {"seed": options.seed, **store.header.extra}
+        try:
+            seed = int(number("seed", extra["seed"], SIZE))
+            # above zero, as the plan divides by them
+            kept = {name: max(number(name, value, AMOUNT), 1e-9) for name, value in extra.get("rates", {}).items()}
+            rates = Rates(**kept) if kept else probe(device, options.dtype, protocol)
+        except (InputError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}:1: rates and seed: {error}; restore the file from a copy") from None
+        plan, protocol = planned(rates, protocol, seed)
         outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
         known = any(row.get("type") == SUSTAINED for row in store.rows)
         if outcome.complete and device.describe().gpu and not known and (row := sustained(device, options.dtype)):

@@ -19,7 +19,7 @@ from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
 from calibration.measure.run import Interrupted
-from calibration.records.store import read_store
+from calibration.records.store import decode_line, encode_line, read_store
 from calibration.records.timing_table import Records, Source, read_records, write_records
 from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
 from simulator.cli.program import REMOVED
@@ -236,6 +236,17 @@ def test_a_profile_carries_the_verdict_of_its_calibration(cli: Any) -> None:
     assert "advised against this profile: no held-out shapes" in cli.out("hardware show run/profile.yaml")
     cli("calibrate replay:planted -o run --budget 20s --hardware rtx_4090", 0)
     assert load_hardware("run/profile.yaml").verdict == ""
+
+
+@pytest.mark.parametrize("wrong", [{"rates": {"flop_per_s": "x"}}, {"rates": {"x": 1.0}}, {"seed": []}, {"rates": 1}])
+def test_a_run_whose_header_states_no_plan_is_refused(wrong: dict[str, Any], cli: Any) -> None:
+    line = "calibrate replay:planted -o run --budget 1s --hardware rtx_4090 --measure-only"
+    cli(line)
+    first, *others = Path("run/records.jsonl").read_bytes().splitlines(keepends=True)
+    header = decode_line(first.rstrip()) or {}
+    header["extra"].update(wrong)
+    Path("run/records.jsonl").write_bytes(encode_line(header) + b"".join(others))
+    assert "run/records.jsonl:1: rates and seed: " in cli.refused(line)
 
 
 def test_clocks_that_fall_under_load_are_measured_and_fitted(

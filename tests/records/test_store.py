@@ -152,6 +152,23 @@ def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place
         refused(f"^{path}{says}", opened, path)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"visit": []}, "visit: expected a whole number from 0, got \\[\\]"),
+        ({"lower_s": "x"}, "lower_s: expected a time or null, got 'x'"),
+        ({"type": "engine", "seconds": 1.0}, "kernels: expected names and times, got None"),
+        ({"type": "decoder", "reason": "", "phase": "decode", "runtime": ""}, "dense_s: expected times, got None"),
+        ({"dense_s": [1.0, 2.0], "pruned_s": [1.0]}, "pruned_s: expected as many times as in dense_s"),
+    ],
+)
+def test_records_that_a_run_cannot_resume_from_are_refused(wrong: dict[str, Any], says: str, path: Path) -> None:
+    with Store(path, HEADER) as store:
+        store.append({**row(0), "version": "1", **wrong})
+    refused(f":2: {says}", read_store, path)
+
+
 def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
     for content, reason in (
         (b"m,n,k\n1,2,3\n", "not a store"),
