@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calibration.cli.fit import conclude, part_row, record_verdict, show_fitted
+from simulator.arguments import SIZE, number
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
@@ -42,6 +43,9 @@ class Measuring:
     threads: Annotated[int | None, opt(
         "--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")] = None
     seed: Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")] = 0
+
+    def __post_init__(self) -> None:
+        number("--seed", self.seed, SIZE)
 
 
 @dataclass(frozen=True)

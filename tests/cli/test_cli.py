@@ -91,6 +91,7 @@ gemm 1 1 1 --hardware h100 --dtype float                             | dtype 'fl
 gemm 1 1 --hardware h100                                             | Missing argument 'K'
 gemm 1 1 1                                                           | Missing option '--hardware'
 models show llama-9                                                  | llama
+calibrate cpu -o run --seed -1                                       | --seed: expected whole numbers from 0 up, got -1
 hardware show hundred                                                | 'hundred' is unknown
 hardware                                                             | Missing command
 predict                                                              | No such command 'predict'
