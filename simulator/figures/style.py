@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,12 +120,15 @@ def engine_title(name: str) -> str:
     return load_engine(name).short_title or name if split(name)[0] in list_engines() else name
 
 
-def paper_style() -> AbstractContextManager[None]:
-    """Return a context in which figures have the style sheet only, whatever the user's settings are."""
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Give figures the style sheet only, whatever the user's settings are. A character that the font lacks is a box,
+    without a warning."""
     from matplotlib import style
 
-    sheets: AbstractContextManager[None] = style.context(["default", STYLE_FILE])
-    return sheets
+    with warnings.catch_warnings(), style.context(["default", STYLE_FILE]):
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
 
 
 SUFFIXES = (".pdf", ".svg", ".png")

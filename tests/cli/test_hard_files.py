@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,13 @@ def test_a_name_that_is_a_path_leads_nowhere(cli: Any) -> None:
     ):
         assert "\x1b" not in "".join(cli(line))
     assert sorted(os.listdir()) == ["config.json", "e.svg", "figures", "r.svg", "s.csv", "s.svg"]
+
+
+def test_a_character_that_the_font_lacks_draws_no_warning(cli: Any) -> None:
+    Path("config.json").write_text(json.dumps({**TINY, "_name_or_path": "\u65e5\u672c"}))
+    with warnings.catch_warnings(record=True) as heard:
+        cli("speedup config.json --hardware h100 --family width --sparsity 0.5 --figure s.pdf")
+    assert [str(one.message) for one in heard] == []
 
 
 @pytest.mark.parametrize(
