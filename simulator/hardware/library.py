@@ -21,7 +21,7 @@ from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
-
+MOST_RELATED = 8  # related profiles that a chain of stacks_of may have
 NEARLY = 0.2
 """Largest log of the ratio of SM counts at which fits of a related GPU count as fits of the device. H100 and H200
 predict each other with 92 to 100 % inside, an H100 an H20 with 43 to 84 % (the set ``gpus`` of the evidence)."""
@@ -138,9 +138,10 @@ def _with_stacks(path: Path, before: tuple[str, ...] = ()) -> HardwareProfile:
     profile = _load(_stamps(str(path)))
     if not profile.stacks_of:
         return profile
-    if profile.name in before:
+    if profile.name in before or len(before) > MOST_RELATED:
         circle = " -> ".join((*before, profile.name))
-        raise InputError(f"{path}: stacks_of: {circle} is a circle; expected a GPU with tables")
+        what = f"is a circle or has more than {MOST_RELATED} steps; expected a GPU with tables"
+        raise InputError(f"{path}: stacks_of: {circle} {what}")
     return inheriting(profile, _with_stacks(_related(path, profile.stacks_of), (*before, profile.name)))
 
 
@@ -245,11 +246,11 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
         found = _read(owner, {named[1]: str(path)})[1]
     else:
         profile, found = _read(path)
-        if profile is not None and profile.stacks_of:
+        if profile is not None and profile.stacks_of and not any(map(len, found)):
             try:
-                _related(path, profile.stacks_of)
+                _with_stacks(path)
             except InputError as error:
-                lines.append(str(error).replace(": ", ":1:1: ", 1))
+                lines.append(str(error).replace(": stacks_of: ", ":1:1: stacks_of: ", 1))
     return [line for problems in found for line in problems.lines] + lines
 
 

@@ -513,6 +513,11 @@ def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
     (tmp_path / "second.yaml").write_text(second.replace("stacks_of: first", "stacks_of: second"))
     with pytest.raises(InputError, match="second -> second is a circle"):
         load_hardware(tmp_path / "second.yaml")
+    assert "is a circle" in check_hardware(tmp_path / "second.yaml")[0]
+    for i in range(400):  # the end of the chain is missing
+        (tmp_path / f"g{i}.yaml").write_text(GOOD.replace("name: my_gpu", f"name: g{i}\nstacks_of: g{i + 1}"))
+    with pytest.raises(InputError, match=r"g0 -> g1 .* has more than 8 steps"):
+        load_hardware(tmp_path / "g0.yaml")
 
 
 def test_unknown_stacks_are_one_line_and_name_those_there_are(tmp_path: Path) -> None:
