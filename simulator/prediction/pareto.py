@@ -40,6 +40,7 @@ from simulator.request import Request
 from simulator.workload import WorkloadBatch
 
 Halves = tuple[tuple[float, ...], ...]
+MOST_ROWS = 1000  # each point is compared with each other one
 DENSE = "dense"  # family of the dense model's point: no loss, speedup 1
 
 
@@ -174,6 +175,8 @@ def fronts(
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
+    if len(rows) > MOST_ROWS:
+        raise InputError(f"{quality.name}: expected at most {MOST_ROWS:,} rows on the axis {axis}, got {len(rows):,}")
     config, devices = load_model(model), profiles(hardware)
     prunings = [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in rows]
     notes: dict[str, None] = {}

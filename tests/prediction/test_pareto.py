@@ -92,6 +92,13 @@ def test_unsupported_rows_are_noted_and_an_empty_frontier_refused() -> None:
         fronts("llama-3.1-8b", ["h100"], QualityTable(table.rows[1:]), table.axes()[0])
 
 
+@pytest.mark.quick
+def test_more_rows_than_can_be_compared_are_refused() -> None:
+    table = QualityTable(tuple(row("depth", i / 2000, 7.0) for i in range(1, 1002)))
+    with pytest.raises(InputError, match=r"expected at most 1,000 rows on the axis .*, got 1,001"):
+        fronts("llama-3.1-8b", ["h100"], table, table.axes()[0])
+
+
 def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
     header = "hardware,phase,family,sparsity,speedup,speedup_lower"
