@@ -108,8 +108,8 @@ def begin(
 
 def is_new(file: Path) -> bool:
     """Return whether a store has no header, or a part of one, which a kill left."""
-    if not file.exists():
-        return True
+    if not file.is_file():  # a folder or a pipe is refused when it is opened
+        return not file.exists()
     with file.open("rb") as stream:
         return parse(stream.readline(MOST_HEADER_BYTES), str(file)) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import replace
@@ -247,6 +248,9 @@ def test_a_run_whose_header_states_no_plan_is_refused(wrong: dict[str, Any], cli
     header["extra"].update(wrong)
     Path("run/records.jsonl").write_bytes(encode_line(header) + b"".join(others))
     assert "run/records.jsonl:1: rates and seed: " in cli.refused(line)
+    Path("run/records.jsonl").unlink()
+    os.mkfifo("run/records.jsonl")
+    assert "run/records.jsonl: cannot be read: the pipe is empty" in cli.refused(line)
 
 
 def test_clocks_that_fall_under_load_are_measured_and_fitted(
