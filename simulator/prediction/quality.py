@@ -12,6 +12,7 @@ and the pruned model share becomes a row, and so does the mean of ``acc`` over t
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -260,7 +261,7 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
 def read_results(folder: Path, name: str) -> tuple[str, dict[str, Value]]:
     """Return model and metrics of a results file, or of a folder of files of one model; the last by name counts."""
     path, values, models, parts = folder / name, dict[str, Value](), dict[str, None](), set[str]()
-    inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")] if path.is_dir() else [path]
+    inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")] if os.path.isdir(path) else [path]
     for file in sorted(inside, key=lambda file: file.name):
         content = _mapping(parse_bounded(read_bounded(file, _MOST_BYTES), f"results: {file}", _MOST_BYTES))
         values |= _values(content)

@@ -275,6 +275,7 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
         ("out,width,0.3,,\n", "expected one row of family dense, got 0"),
         ("dense.json,dense,,,\n", "expected a row for a pruned model"),
         ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "none.json: cannot be read"),
+        (f"{'x' * 300},dense,,,\n", "cannot be read: File name too long"),
         ("dense.json,dense,,,\nempty,width,0.3,,\n", "'empty': expected metrics of one model, got 0 of []"),
         ("dense.json,dense,,,\nmixed,width,0.3,,\n", "of one model, got 7 of ['x', 'y']"),
         ("dense.json,dense,,,\nother.json,width,0.3,,\n", "shares no metric with the dense model"),
