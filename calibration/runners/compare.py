@@ -305,7 +305,7 @@ def rows_of(
             measured_lower=low,
             measured_upper=high,
             measured_bound=bound,
-            operator_bound=float(case.dense.layers.sum() / case.pruned.layers.sum()),
+            operator_bound=float(case.dense.layers.sum() / max(case.pruned.layers.sum(), 1)),
             predicted_dense_s=s.dense_s,
             predicted_pruned_s=s.pruned_s,
             error=s.speedup / float(ratios[pair]) - 1,
