@@ -141,8 +141,7 @@ def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, limit, max(getattr(config, limit), _RECOMPILES))
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILES)
     return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True, backend=backend)  # type: ignore[no-any-return]
 
 

@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 F = torch.nn.functional
 
-import torch.nn.attention.flex_attention as torch_flex  # noqa: E402
 from decoder_reference import layout_mask  # noqa: E402
 from pretended_cuda import CPU  # noqa: E402
+from torch.nn.attention import flex_attention as torch_flex  # noqa: E402
 
 from calibration.devices import Operator, Unsupported, attention  # noqa: E402
 from calibration.devices.attention import decode_attention, find_library, prefill_attention, with_backend  # noqa: E402

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, layout_mask, reference, run  # noqa: E402
 from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
+from torch.nn.attention import flex_attention  # noqa: E402, F401 (torch 2.7 computes with tensors of the host to import it)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
