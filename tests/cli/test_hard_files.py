@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.testing  # some versions start lscpu when they are imported, before the guard listens
 import pytest
 
 from calibration.records.importers import import_table
@@ -197,6 +196,8 @@ def test_parquet_that_unpacks_to_gigabytes(kind: str, cli: Any) -> None:
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
 def test_texts_of_each_type_are_measured_before_they_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pa, pq, file = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"), io.BytesIO()
+    if not hasattr(pa, kind):
+        pytest.skip(f"pyarrow before 16 writes no {kind}")
     pq.write_table(pa.table({"a": pa.array(["x" * 100] * 100, getattr(pa, kind)())}), file)
     assert readfile.read_parquet(file.getvalue(), "t").column("a")[99].as_py() == "x" * 100
     monkeypatch.setattr(readfile, "MOST_TABLE_BYTES", 9_999)

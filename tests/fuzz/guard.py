@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy.testing  # noqa: F401 (some versions start lscpu when they are imported, before the guard listens)
+
 LIMIT_S = 10.0
 """Processor time that one input may take: a busy machine does not stretch it."""
 ROOT = Path(__file__).resolve().parents[2]
