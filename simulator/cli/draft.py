@@ -94,7 +94,7 @@ def sentences(found: Drafts) -> list[str]:
     where = f"on {device_text(found)} in {found.engine} (batch {row.batch}, seq {found.seq})"
     at = f"an acceptance of {row.acceptance:.3g}"
     at += f" ({render.ratio(least.speedup)}x at {least.acceptance:.3g})" if least is not row else ""
-    first = f"{found.draft} as a draft {speed} {where}, with {row.drafted} drafted per round at {at}"
+    first = f"{found.draft} as a draft {speed} {where}, with {row.drafted} tokens drafted per round at {at}"
     pruned = " pruned by " in found.target  # then the gain is over the dense target
     first += ", compared with the dense target" if pruned else ""
     first += "" if row.fits else f"; they need {render.size(row.memory_bytes)} per device, more than it has"

@@ -129,6 +129,7 @@ def _families(found: Advised, verbose: bool) -> None:
         ("speedup", lambda a: render.interval(a.result)),
         ("probability", lambda a: probability_text(a.probability)),
         ("time", lambda a: render.seconds(a.result.pruned_s)),
+        ("<runs in stock", lambda a: {True: a.result.engine, False: "no", None: "not known"}[a.runs]),
         ("<bottleneck", lambda a: a.result.bottleneck),
     )
     render.show(render.narrowed(columns[1:] if one else columns, 5))

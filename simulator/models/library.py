@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -112,12 +113,20 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         raise InputError(f"{file}: cannot be read ({error.strerror or error}); expected a config.json") from None
     content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
     model = from_hf_config(content, str(file), file.parent.name if file.name == "config.json" else file.stem)
-    if not whole:
-        return model
-    from simulator.models.checkpoint import from_tensors, read_headers  # late: shipped models need no checkpoint
+    if whole:
+        from simulator.models.checkpoint import from_tensors, read_headers  # late: shipped models need no checkpoint
 
-    tensors = read_headers(file.parent)
-    return from_tensors(model, tensors, file.parent) if tensors else model
+        if tensors := read_headers(file.parent):
+            return from_tensors(model, tensors, file.parent)
+    stored = content.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    if not isinstance(method, str) or model.weight_dtype or (model.declared and not stored.get("config_groups")):
+        return model
+    if method in ("gptq", "awq") and (bits := stored.get("bits")) in (4, 8):
+        return replace(model, weight_dtype=f"int{bits}")
+    weights = f"{one_line(method, MAX_NAME)} weights"
+    note = f"{model.name}: without --weight-dtype or tensors, {weights} count as not quantised"
+    return replace(model, found="; ".join(filter(None, (model.found, note))))
 
 
 def _key(name: str) -> str:

@@ -28,6 +28,7 @@ from simulator.prediction.compare import compare, results_of
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.requests import batch_name, by_budget, check_measured, dense_seconds, profiles, requests_of
 from simulator.prediction.result import HasResult, Result, Results
+from simulator.prediction.runnable import runnable
 from simulator.prediction.service import check_probability, probability_of
 from simulator.request import Request
 from simulator.units import ratio, seconds
@@ -79,6 +80,7 @@ class Advice(HasResult):
     target: float  # required speedup
     probability: float  # probability of reaching the target, from the speedup's interval
     reached: bool  # with at least the required probability, by some sparsity up to LARGEST_SPARSITY
+    runs: bool | None  # whether the stock engine runs it; None if its file does not state it
 
     def _title(self) -> str:
         r, verb = self.result, "reaches" if self.reached else "misses"
@@ -167,7 +169,8 @@ class _Search:
         return points, batch
 
     def on(self, hw: HardwareProfile, target: float) -> list[Advice]:
-        """Return the advice for every family on a device: by sparsity, then those that miss the target by speedup."""
+        """Return the advice for every family on a device: by realised sparsity, then those that miss the target by
+        speedup."""
         coarse = _Timed(self, hw, *self.coarse)
         first = coarse.first(target)
         fine = []
@@ -180,10 +183,14 @@ class _Search:
         advice = []
         for name in dict.fromkeys(name for name, _ in coarse.points):
             found, rows = (finer, finer_first) if name in finer_first else (coarse, first)
-            r = found.results.take([rows.get(name) if name in first else coarse.fastest(name)])[0]
+            row = rows[name] if name in first else coarse.fastest(name)
+            r = found.results.take([row])[0]
             probability = probability_of(target, r.speedup, r.speedup_lower, r.speedup_upper, r.level)
-            advice.append(Advice(r, target, probability, name in first))
-        return sorted(advice, key=lambda a: (not a.reached, a.result.sparsity if a.reached else -a.result.speedup))
+            runs = runnable(self.request, _pruning(*found.points[row]), hw).works
+            advice.append(Advice(r, target, probability, name in first, runs))
+        return sorted(
+            advice, key=lambda a: (not a.reached, a.result.realised_sparsity if a.reached else -a.result.speedup)
+        )
 
 
 class _Timed:

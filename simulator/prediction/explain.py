@@ -90,7 +90,7 @@ NOTES: Mapping[str, str] = {
     "kernel efficiency": "efficiency of the kernels at these shapes",
     "overhead operators": "routers, gathers, ... that pruning adds",
     "launch": "fixed time of each kernel, gaps between kernels",
-    "host time": "launches and scheduling not hidden by the device; a server's own time",
+    "host time": "host and server time not hidden by the device",
 }
 """Step -> meaning."""
 

@@ -237,7 +237,11 @@ def will_it_run(r: Runnable) -> str:
 
 def runs_clause(r: Runnable) -> str:
     """Return the answer as the last clause of a sentence about the model; "" if it is not known."""
-    return "" if r.works is None else f"; stock {r.engine} {'runs' if r.works else 'does not run'} it"
+    return _runs(r.engine, r.works)
+
+
+def _runs(engine: str, works: bool | None) -> str:
+    return "" if works is None else f"; stock {engine} {'runs' if works else 'does not run'} it"
 
 
 def unaligned(r: Runnable) -> str:
@@ -268,9 +272,13 @@ def of_advice(found: Advised, target: Target) -> list[str]:
     if reached and len(best) == 1:
         ((where, a),) = best.items()
         start = f"The least pruning of {a.result.model} that reaches {target.text} on {where} is"
-        out.append(f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}.")
+        out.append(f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}{_runs(a.result.engine, a.runs)}.")
+        stock = next((b for b in settings_of(found.advice)[where] if b.reached and b.runs), a)
+        if stock is not a:
+            name = pruning_text(stock.result)
+            out.append(f"The least that stock {a.result.engine} runs is {name}; predicted {_predicted(stock)}.")
     elif reached:
-        low, high = (pick(reached, key=lambda where: reached[where].sparsity) for pick in (min, max))
+        low, high = (pick(reached, key=lambda where: reached[where].realised_sparsity) for pick in (min, max))
         ends = [f"{pruning_text(reached[where])} on {where}" for where in dict.fromkeys((low, high))]
         out.append(f"The least pruning that reaches {target.text} is {' to '.join(ends)}.")
     if missed:

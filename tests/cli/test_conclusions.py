@@ -34,7 +34,8 @@ BEGINS = {
     ),
     "advise llama-3.1-8b --hardware h100 --target 1.3x --phase decode --batch 8 --engine sglang": (
         r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in sglang \(decode, batch 8, seq 2048\) is "
-        r"depth at \d\d(\.\d)? %( \(\d\d(\.\d)? % realised\))?; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %\."
+        r"depth at \d\d(\.\d)? %( \(\d\d(\.\d)? % realised\))?; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %; "
+        r"stock sglang runs it\."
     ),
     "advise llama-3.1-8b --hardware h100 --target 30 --family depth": (
         r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 % \(90.6 % realised\): "
@@ -92,7 +93,7 @@ def test_advice_states_the_numbers_of_its_records(cli: Any) -> None:
     records, text = cli.json(line), " ".join(cli.out(line).split())
     best = records[0]
     ends = f"({render.ratio(best['speedup_lower'])}-{render.ratio(best['speedup_upper'])})"
-    chance = f"probability {100 * best['probability']:.0f} %"
+    chance = f"probability {100 * best['probability']:.0f} %; stock sglang runs it"
     speedup = f"predicted {render.ratio(best['speedup'])}x {ends}, {render.seconds(best['pruned_s'])}, {chance}."
     removed = f"{render.percent(best['sparsity'])} ({render.percent(best['realised_sparsity'])} realised)"
     assert f"is {best['family']} at {removed}; {speedup}" in text

@@ -279,6 +279,23 @@ def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: P
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype", "says"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "int4", ""),
+        ({"quant_method": "awq", "bits": 8}, "int8", ""),
+        ({"quant_method": "fp8"}, "", "fp8 weights count as not quantised"),
+        ({"quant_method": ["gptq"], "bits": [4]}, "", ""),
+    ],
+)
+def test_a_config_alone_states_the_format_of_its_weights(stored: Any, dtype: str, says: str, tmp_path: Path) -> None:
+    file = folder_of(tmp_path, "llama-2-7b") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
+    found = load_model(file)
+    assert found.weight_dtype == dtype
+    assert says in found.found
+
+
 def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "0"
     blobs.mkdir()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-from simulator.engines.engine import load_engine
+from simulator.engines.engine import NOTHING, load_engine
 from simulator.passes import Host
 from simulator.uncertainty.forward import ForwardPass, forward_passes
 from simulator.workload import Workload, WorkloadBatch
@@ -36,8 +36,8 @@ def passed(*workloads: Workload, hw: simulator.HardwareProfile = H100) -> Forwar
 def host_of(launch: list[float], each_pass: float = 0.0, each_sequence: float = 0.0, log_sd: float = 0.5) -> Host:
     """A host that launches groups of :data:`SEGMENT` and waits alike in both phases."""
     both = partial(np.full, (1, 2))
-    times = {"launch": np.array([launch]), "layer": np.zeros(1), "each_pass": both(each_pass)}
-    sds = dict.fromkeys(("launch_log_sd", "pass_log_sd", "sequence_log_sd"), log_sd)
+    times = {"launch": np.array([launch]), "layer": np.zeros(1), "each_pass": both(each_pass), "server": both(0.0)}
+    sds = dict.fromkeys(("launch_log_sd", "pass_log_sd", "sequence_log_sd", "server_log_sd"), log_sd)
     return Host(**times, **sds, each_sequence=both(each_sequence))
 
 
@@ -101,11 +101,13 @@ def test_a_scheduler_adds_its_time_to_each_pass_and_each_sequence(
     batch, e = 7, load_engine(engine)
     p = passed(lowered(engine, phase, batch=batch))
     assert not p.host.launch.any()
-    wanted = (prefills + decodes) * e.each_pass.value + decodes * batch * e.each_sequence.value
+    server = e.each_request if phase == "serve" else NOTHING
+    wanted = (prefills + decodes) * e.each_pass.value + decodes * batch * e.each_sequence.value + server.value
     assert p.host_s[0] == pytest.approx(wanted, rel=1e-12)
     assert p.total_s[0] == pytest.approx(p.device_s[0] + wanted, rel=1e-12)
     slow = p.at(1.5, -0.5)[0][0] - p.device_s[0]
     passes_s = (prefills + decodes) * e.each_pass.value * np.exp(-0.5 * e.each_pass.log_sd)
+    passes_s += server.value * np.exp(-0.5 * server.log_sd)
     sequences_s = decodes * batch * e.each_sequence.value * np.exp(1.5 * e.each_sequence.log_sd)
     assert slow == pytest.approx(passes_s + sequences_s, rel=1e-9)
 

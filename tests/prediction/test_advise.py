@@ -36,7 +36,7 @@ def found(request: pytest.FixtureRequest) -> Advised:
 
 def test_every_family_is_advised_once_and_the_least_comes_first(found: Advised) -> None:
     assert sorted(a.result.family for a in found.advice) == sorted([*general_families(), BOTH])
-    reached = [a.result.sparsity for a in found.advice if a.reached]
+    reached = [a.result.realised_sparsity for a in found.advice if a.reached]
     assert 0 < len(reached) < len(found.advice)
     assert reached == sorted(reached)
     assert [a.reached for a in found.advice] == sorted((a.reached for a in found.advice), reverse=True)
