@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
 
     write, names = "--write" in arguments, [a for a in arguments if a != "--write"]
     wrong = 0
-    for path in [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb")):
+    for path in [FOLDER / Path(name).name for name in names] or sorted(FOLDER.glob("*.ipynb")):
         now = execute(path)
         found = list(faults(now))
         if not write:

@@ -80,7 +80,7 @@ def command(
         ("<part", lambda p: p["part"]),
         ("published", lambda p: render.seconds(p["measured_s"])),
         ("predicted", lambda p: render.seconds(p["predicted_s"])),
-        ("error", lambda p: f"{100 * (p['predicted_s'] / p['measured_s'] - 1):+.0f} %"),
+        ("error", lambda p: f"{round(100 * (p['predicted_s'] / p['measured_s'] - 1)):+d} %"),
     )
 
 

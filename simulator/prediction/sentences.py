@@ -451,7 +451,10 @@ def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best:
     """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
     dense, pruned = points[0], points[best]
     gain = gain_text(pruned.model, pruned.ratio, pruned.ratio_lower, pruned.ratio_upper)
-    text = f"With {_requests(dense)} on {dense.setting}, {pruned.name} {gain}{runs_clause(service.runs[best - 1])}"
+    gain += f", with {pruned.tokens_per_s:,.0f} tokens/s per GPU{runs_clause(service.runs[best - 1])}"
+    text = f"With {_requests(dense)} on {dense.setting}, {pruned.name} {gain}"
+    if full := [point.pruning or "the dense model" for point in (dense, pruned) if not point.fits]:
+        text += f"; so many do not fit with {' or '.join(full)}"
     others = [
         f"{p.name} {_times(p)}{f', which stock {p.engine} does not run' if service.runs[i - 1].works is False else ''}"
         for i, p in enumerate(points)

@@ -39,14 +39,19 @@ def test_several_equal_concurrencies(cli: Any) -> None:
     assert "--concurrency 'many': expected a whole number" in error
 
 
+def test_a_concurrency_that_does_not_fit_is_named(cli: Any) -> None:
+    out = " ".join(cli.out("serve llama-3.1-8b --hardware h100 --prune 'depth 0.25' --concurrency 270").split())
+    assert re.search(r"tokens/s per GPU; stock vllm runs it; so many do not fit with the dense model\.", out)
+
+
 def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     out, err = cli(f"{LINE} --tpot 20ms --ttft 1s --price 2")
     head, table, rest = out.split("\n\n")
     first, second, third = re.split(r"(?<=\.) (?=[dW])", " ".join(head.split()))
     assert re.fullmatch(
         r"With \d+ requests in flight on h100_sxm in vllm \(seq 2048 \+ 256 new\), depth at 25 % makes llama-3.1-8b "
-        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\); stock vllm runs it; others: kv_cache at 50 % 1\.\d\dx \(.*-.*\), "
-        r"which stock vllm does not run\.",
+        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\), with [\d,]+ tokens/s per GPU; stock vllm runs it; others: "
+        r"kv_cache at 50 % 1\.\d\dx \(.*-.*\), which stock vllm does not run\.",
         first,
     )
     assert re.fullmatch(
