@@ -82,7 +82,8 @@ class PageContent:
         columns: dict[str, list[Any]] = {
             name: [getattr(r, name) for r in self.rows] for name in ("hardware", "engine", "phase", "batch", "seq")
         }
-        columns = {name: values for name, values in columns.items() if len(set(values)) > 1}
+        many = "concurrency" if {r.phase for r in self.rows} == {"serve"} else "batch"
+        columns = {many if n == "batch" else n: values for n, values in columns.items() if len(set(values)) > 1}
         return columns | {
             "pruning": [r.pruning for r in self.rows],
             "speedup": [r.speedup for r in self.rows],
