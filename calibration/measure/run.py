@@ -365,7 +365,7 @@ def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, flo
     for record in records:
         if record.get("purpose") == DRIFT_CHECK:
             block = max(block, record.get("block", 0))
-            if reference is None and record.get("median_s") and record.get("lower_s"):
+            if reference is None and record.get("median_s") and record.get("lower_s") is not None:
                 reference = _interval(record)
     return reference, block
 

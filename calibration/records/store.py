@@ -123,7 +123,8 @@ def _times(values: Iterable[Any], least: float = 1e-15) -> bool:
 _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("key", "status", "reason", "phase", "runtime", "version"), ("text", lambda v: isinstance(v, str))),
     **dict.fromkeys(("visit", "block"), ("a whole number from 0", lambda v: type(v) is int and v >= 0)),
-    **dict.fromkeys(("median_s", "lower_s", "upper_s"), ("a time or null", lambda v: v is None or _times([v]))),
+    **dict.fromkeys(("median_s", "upper_s"), ("a time or null", lambda v: v is None or _times([v]))),
+    "lower_s": ("a time or null", lambda v: v is None or _times([v], 0.0)),
     **dict.fromkeys(("seconds", "ratio"), ("a number above 0", lambda v: _times([v]))),
     **dict.fromkeys(("dense_s", "pruned_s"), ("times", lambda v: isinstance(v, list) and v != [] and _times(v))),
     **dict.fromkeys(("versions", "operator"), ("names and values", lambda v: isinstance(v, dict))),
