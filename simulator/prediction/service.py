@@ -448,7 +448,7 @@ def serve(
     Raises
     ------
     InputError
-        For an unknown name or a value out of range, if no model fits a device, and if no pruning can be predicted.
+        For an unknown name or a value out of range, if no model fits any device, and if no pruning can be predicted.
 
     Examples
     --------
@@ -481,19 +481,27 @@ def serve(
 
     services: list[Service] = []
     notes = dict.fromkeys((*skipped, *(line for p in prunings for line in difference_lines(dense, p.model or dense))))
+    without = dict[str, InputError]()
     for one, hw in itertools.product(requested, devices):
-        results = request_results([one], prunings, [hw], reject)
-        if len(results):
+        try:
+            results = request_results([one], prunings, [hw], reject)
+            if not len(results):
+                continue
             own = [prunings[i] for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
             points = operating_points(one, hw, own, names, concurrency=equal, limits=limits, price=price)
-            kinds = tuple(p for p in points if p.point != CURVE), tuple(p for p in points if p.point == CURVE)
-            service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
-            services.append(service)
-            notes |= dict.fromkeys((*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results)))
+        except InputError as error:
+            without[f"{hw.label} in {load_engine(one.engine).name} is excluded: {error}"] = error
+            continue
+        kinds = tuple(p for p in points if p.point != CURVE), tuple(p for p in points if p.point == CURVE)
+        service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
+        services.append(service)
+        notes |= dict.fromkeys((*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results)))
+    if without and not services:
+        raise next(iter(without.values()))
     if not services:
         raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return Served(tuple(services), (*notes, *excluded_lines(excluded)))
+    return Served(tuple(services), (*notes, *without, *excluded_lines(excluded)))
 
 
 def _too_many(service: Service) -> list[str]:

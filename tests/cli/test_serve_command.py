@@ -39,6 +39,13 @@ def test_several_equal_concurrencies(cli: Any) -> None:
     assert "--concurrency 'many': expected a whole number" in error
 
 
+def test_a_device_that_cannot_run_the_model_is_excluded(cli: Any) -> None:
+    out, err = cli("serve llama-3.1-8b --hardware h100,a100,t4 --prune 'depth 0.25' --dtype fp8 --concurrency 4")
+    assert out.startswith("With 4 requests in flight on h100_sxm")
+    for name in ("a100_sxm_80gb", "t4"):
+        assert f"note: {name} in vllm is excluded: " in err
+
+
 def test_a_concurrency_that_does_not_fit_is_named(cli: Any) -> None:
     out = " ".join(cli.out("serve llama-3.1-8b --hardware h100 --prune 'depth 0.25' --concurrency 270").split())
     assert re.search(r"tokens/s per GPU; stock vllm runs it; so many do not fit with the dense model\.", out)
