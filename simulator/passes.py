@@ -4,9 +4,10 @@ The host schedules and launches kernels, before the device or in parallel with i
 the scheduler, then its kernels run in sequence. In eager mode, the host launches every kernel while the device runs
 earlier kernels; only fewer launches, not smaller kernels, make a host-bound model faster.
 
-Two numbers describe how slow a host is, in standard deviations of logs: ``passes`` for its time per pass, and ``work``
-for its time per launch and per sequence. 0 is the typical (median) host, positive numbers are slower. Over hosts, they
-are correlated but not equal. A measured time of a whole pass determines their sum, not the two numbers.
+Two numbers describe how slow a host is, in standard deviations of logs: ``passes`` for its time per pass and around a
+request, and ``work`` for its time per launch and per sequence. 0 is the typical (median) host, positive numbers are
+slower. Over hosts, they are correlated but not equal. A measured time of a whole pass determines their sum, not the two
+numbers.
 
 W are workloads, G groups of rows with the same phase, place in the pass, kind and role.
 """

@@ -150,8 +150,7 @@ _OTHERS: Mapping[str, Any] = {
     "dense_tokens_per_s": Annotated[float | None, opt(
         "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")],
     "dense_from": Annotated[str | None, opt(
-        "--dense-from", "FILE", "Instead of --dense-time: result of "
-        f"{BENCHMARKS} for this request.")],
+        "--dense-from", "FILE", f"Instead of --dense-time: result of {BENCHMARKS} for this request.")],
 }
 # fmt: on
 

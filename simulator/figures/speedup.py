@@ -261,7 +261,7 @@ def _curves(data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, i
             x, speedup, lower, upper = (data[column][own] for column in ("at", "speedup", "lower", "upper"))
             if few:
                 ax.fill_between(x, lower, upper, color=style.color, **band, zorder=2)
-                if not bounds:  # of three bands and more, overlaps hide whose end is where
+                if not bounds:  # where three bands overlap, lines show the ends of each
                     ax.plot(x, np.stack([lower, upper], axis=1), color=style.color, linewidth=0.5, zorder=2.2)
                 for bound, (_, line, _) in bounds.items():
                     ax.plot(x, data[bound][own], color=style.color, linestyle=line, linewidth=0.8, zorder=2.5)

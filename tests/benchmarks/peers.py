@@ -271,8 +271,8 @@ def published_runs() -> Iterator[tuple[dict[str, Any], float, float]]:
 
 
 def run_errors(seconds: Any, runs: list[Any]) -> dict[str, tuple[float, ...]]:
-    """Of serving runs and of other runs: how many are answered, and the median errors, %, of the answers and of
-    prunesim on the same runs."""
+    """Number of answered runs, and median errors, %, of the answers and of prunesim on the same runs, for serving runs
+    and for other runs."""
     _, measured, own = zip(*runs, strict=True)
     error = 100.0 * np.abs(np.array([seconds, own], dtype=np.float64) / measured - 1.0)
     serving = np.array([row["phase"] == "serve" for row, *_ in runs])

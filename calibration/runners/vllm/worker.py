@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PR_SET_PDEATHSIG = 1  # in linux/prctl.h
 
 
 def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> list[Any]:
