@@ -16,7 +16,11 @@ from pathlib import Path, PurePosixPath
 PACKAGES = ("simulator", "calibration", "hardware_profiles")
 MADE = ("build/", "dist/", "prunesim.egg-info/")
 MOST_BYTES = {"tree": 20_000_000, "wheel": 6_000_000}
-LICENSES = ("LICENSE", "calibration/measurements/NOTICE", "calibration/measurements/LICENSE-Apache-2.0.txt")
+LICENSES = (
+    "LICENSE",
+    "calibration/measurements/NOTICE",
+    "calibration/measurements/LICENSE-Apache-2.0.txt",
+)
 
 
 def tree_files(root: Path) -> set[str]:
@@ -28,7 +32,11 @@ def tree_files(root: Path) -> set[str]:
 def archive_files(path: Path) -> set[str]:
     """Files of a source archive, without its top folder and what building adds."""
     with tarfile.open(path) as archive:
-        names = {str(PurePosixPath(*PurePosixPath(m.name).parts[1:])) for m in archive.getmembers() if m.isfile()}
+        names = {
+            str(PurePosixPath(*PurePosixPath(m.name).parts[1:]))
+            for m in archive.getmembers()
+            if m.isfile()
+        }
     return {name for name in names if not name.startswith(MADE)} - {"PKG-INFO"}
 
 
@@ -44,15 +52,29 @@ def faults(tree: Path, sdist: Path, wheel: Path, wheel_of_tree: Path) -> list[st
     files, archived, sums = tree_files(tree), archive_files(sdist), wheel_sums(wheel)
     info = f"prunesim-{wheel.name.split('-')[1]}.dist-info/"
     found += [f"{sdist.name}: lacks {name}" for name in sorted(files - archived)]
-    found += [f"{sdist.name}: holds {name}, which the tree does not" for name in sorted(archived - files)]
+    found += [
+        f"{sdist.name}: holds {name}, which the tree does not" for name in sorted(archived - files)
+    ]
     packaged = {name for name in files if name.split("/")[0] in PACKAGES}
     shipped = {name for name in sums if not name.startswith(info)}
     found += [f"{wheel.name}: lacks {name}" for name in sorted(packaged - shipped)]
-    found += [f"{wheel.name}: holds {name}, which is no part of a package" for name in sorted(shipped - packaged)]
-    found += [f"{wheel.name}: lacks the licence {name}" for name in LICENSES if f"{info}licenses/{name}" not in sums]
-    sizes = {"tree": sum((tree / name).stat().st_size for name in files), "wheel": wheel.stat().st_size}
     found += [
-        f"{n}: {size / 1e6:.1f} MB, above {MOST_BYTES[n] / 1e6:g}" for n, size in sizes.items() if size > MOST_BYTES[n]
+        f"{wheel.name}: holds {name}, which is no part of a package"
+        for name in sorted(shipped - packaged)
+    ]
+    found += [
+        f"{wheel.name}: lacks the licence {name}"
+        for name in LICENSES
+        if f"{info}licenses/{name}" not in sums
+    ]
+    sizes = {
+        "tree": sum((tree / name).stat().st_size for name in files),
+        "wheel": wheel.stat().st_size,
+    }
+    found += [
+        f"{n}: {size / 1e6:.1f} MB, above {MOST_BYTES[n] / 1e6:g}"
+        for n, size in sizes.items()
+        if size > MOST_BYTES[n]
     ]
     other = wheel_sums(wheel_of_tree)
     found += [
@@ -65,7 +87,9 @@ def faults(tree: Path, sdist: Path, wheel: Path, wheel_of_tree: Path) -> list[st
         sdist.name == f"prunesim-{version}.tar.gz"
         and wheel.name == wheel_of_tree.name == f"prunesim-{version}-py3-none-any.whl"
     ):
-        found.append(f"{sdist.name}, {wheel.name}, {wheel_of_tree.name}: expected names with version {version}")
+        found.append(
+            f"{sdist.name}, {wheel.name}, {wheel_of_tree.name}: expected names with version {version}"
+        )
     return found
 
 

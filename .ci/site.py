@@ -26,7 +26,9 @@ PLACES = {
 def on_files(files: Files, config: Any) -> Files:
     files.remove(files.src_uris["README.md"])  # the index of docs/ would be the site's first page
     for name, place in PLACES.items():
-        files.append(File.generated(config, place, content=(ROOT / name).read_text(encoding="utf-8")))
+        files.append(
+            File.generated(config, place, content=(ROOT / name).read_text(encoding="utf-8"))
+        )
     return files
 
 
@@ -40,6 +42,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path = PLACES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
         if path not in files.src_uris:
             return found[0] if image else text
-        return f"{image}[{text}]({posixpath.relpath(path, posixpath.dirname(place) or '.')}{anchor})"
+        return (
+            f"{image}[{text}]({posixpath.relpath(path, posixpath.dirname(place) or '.')}{anchor})"
+        )
 
     return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", turned, markdown)

@@ -14,10 +14,14 @@ from simulator.errors import InputError
 
 def gains(hardware: str, families: list[str]) -> dict[str, float]:
     hw: simulator.HardwareProfile = simulator.load_hardware(hardware)
-    dense: simulator.Workload = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
+    dense: simulator.Workload = simulator.lower(
+        simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048
+    )
     out: dict[str, float] = {}
     for name in families:
-        result: simulator.Speedup = simulator.speedup(dense, simulator.prune(dense, name, sparsity=0.5), hw)
+        result: simulator.Speedup = simulator.speedup(
+            dense, simulator.prune(dense, name, sparsity=0.5), hw
+        )
         out[name] = result.speedup
     return out
 

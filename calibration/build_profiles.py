@@ -52,7 +52,9 @@ class Recipe:
     def available(self, wheel: Path | None, shared: Path | None) -> bool:
         if not self.tables:
             return shared is not None
-        return wheel is not None or any(SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables)
+        return wheel is not None or any(
+            SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables
+        )
 
 
 # Stacks without NCCL's rows. Their all-reduce was timed on a machine with peer access between GPUs (20 GB/s per GPU for
@@ -64,15 +66,20 @@ def _recipes() -> dict[str, Recipe]:
     """Return a recipe per device and stack; NCCL's collectives belong to every stack. vLLM's tables lack the
     compute-bound GEMMs, so SGLang's section is their prior."""
     recipes: dict[str, Recipe] = {}
-    for hardware, stack in dict.fromkeys((c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"):
+    for hardware, stack in dict.fromkeys(
+        (c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"
+    ):
         name, prior = f"{hardware}.{stack}", f"{hardware}.sglang" if stack == "vllm" else ""
         stacks = (stack,) if name in _OTHER_HOST else (stack, "nccl")
-        tables = [n for s in stacks for n, c in SOURCES.items() if (c.hardware, c.stack) == (hardware, s)]
+        tables = [
+            n for s in stacks for n, c in SOURCES.items() if (c.hardware, c.stack) == (hardware, s)
+        ]
         recipes[name] = Recipe(hardware, stack, tuple(tables), prior)
     return recipes | {"rtx_4090.vllm": Recipe("rtx_4090", "vllm", prior="l40s.trtllm")}
 
 
-RECIPES: Mapping[str, Recipe] = _recipes()  # name of the file without its extension (h100_sxm.sglang) -> recipe
+# name of the file without its extension (h100_sxm.sglang) -> recipe
+RECIPES: Mapping[str, Recipe] = _recipes()
 
 
 def shared_folder(folder: str | None = None) -> Path | None:
@@ -101,14 +108,19 @@ def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
         sources = []
         for s in records.sources:
             stack = {"vLLM": "0.19"} if "vLLM 0.19" in s.method else s.stack
-            sources.append(replace(s, origin=f"{name}, from {s.origin}", licence="MIT", stack=stack))
+            sources.append(
+                replace(s, origin=f"{name}, from {s.origin}", licence="MIT", stack=stack)
+            )
         parts.append(records.replace(sources=sources))
     return Records.concat(parts)
 
 
 @lru_cache(maxsize=4)
 def build(
-    name: str, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
+    name: str,
+    wheel: Path | None = None,
+    shared: Path | None = None,
+    operators: tuple[str, ...] = (),
 ) -> ProfileFit:
     """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved. ``operators``
     selects operators whose fit needs no other operator. InputError if no table is available."""
@@ -116,16 +128,24 @@ def build(
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
     if operators:
-        recipe = replace(recipe, tables=tuple(t for t in recipe.tables if t.split("/")[1] in operators), prior="")
+        recipe = replace(
+            recipe, tables=tuple(t for t in recipe.tables if t.split("/")[1] in operators), prior=""
+        )
         if not recipe.tables:
             raise InputError(f"{name}: no table of {', '.join(operators)}")
     if not recipe.available(wheel, shared):
-        where = "name the wheel they are in by --wheel" if recipe.tables else "name their folder by --shared-data"
+        where = (
+            "name the wheel they are in by --wheel"
+            if recipe.tables
+            else "name their folder by --shared-data"
+        )
         raise InputError(f"{name}: its tables do not ship; {where}")
     base, prior = datasheet(recipe.hardware), None
     if recipe.prior:
         related = build(recipe.prior, wheel, shared, ()).profile
-        prior = related.calibrated({key: s for key, s in related.sections.items() if key[0] == "gemm"})
+        prior = related.calibrated(
+            {key: s for key, s in related.sections.items() if key[0] == "gemm"}
+        )
     if recipe.tables or shared is None:
         fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
         dense = [key for key in fit.profile.sections if key[0] == "gemm" and key[1] in base.rates]
@@ -133,7 +153,8 @@ def build(
         profile = fit.profile.calibrated({**fit.profile.sections, **sparse})
     else:
         fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
-        profile = _with_gap(fit.profile, related)  # a profiler's kernel times, while the related GPU has graph replays
+        # a profiler's kernel times, while the related GPU has graph replays
+        profile = _with_gap(fit.profile, related)
     sections = {key: rounded(section) for key, section in profile.sections.items()}
     return replace(fit, profile=profile.calibrated(sections))
 
@@ -144,7 +165,10 @@ def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwarePro
     gap = related.sections[_GEMM]["t0"] - section["t0"]
     if gap <= 0.0 or section.provenance is None:
         return profile
-    constants = {**profile.section("runtime", "*").constants, "graph_gap_s": Fitted(gap, None, "inherited")}
+    constants = {
+        **profile.section("runtime", "*").constants,
+        "graph_gap_s": Fitted(gap, None, "inherited"),
+    }
     origin = f"{related.name}: its GEMM t0 (graph replays) less this device's (kernel times)"
     provenance = replace(section.provenance, inherited_from=origin)
     runtime = Section(constants, provenance=provenance, status="inherited")
@@ -158,7 +182,11 @@ def rounded(section: Section) -> Section:
         return float(f"{value:.{count}g}")
 
     constants = {
-        name: replace(c, value=digits(c.value, 6), std_error=None if c.std_error is None else digits(c.std_error, 3))
+        name: replace(
+            c,
+            value=digits(c.value, 6),
+            std_error=None if c.std_error is None else digits(c.std_error, 3),
+        )
         for name, c in section.constants.items()
     }
     arrays = dict(section.arrays)
@@ -167,11 +195,17 @@ def rounded(section: Section) -> Section:
             arrays[name] = np.round(arrays[name], decimals).astype(np.float32)
     accuracy = {name: digits(value, 4) for name, value in section.accuracy.items()}
     scale = digits(section.section_scale, 3)
-    return replace(section, constants=constants, arrays=arrays, section_scale=scale, accuracy=accuracy)
+    return replace(
+        section, constants=constants, arrays=arrays, section_scale=scale, accuracy=accuracy
+    )
 
 
 def make(
-    name: str, folder: Path, wheel: Path | None = None, shared: Path | None = None, operators: tuple[str, ...] = ()
+    name: str,
+    folder: Path,
+    wheel: Path | None = None,
+    shared: Path | None = None,
+    operators: tuple[str, ...] = (),
 ) -> list[str]:
     """Write a stack file and return one line of text per section. Sections are kept if their tables are in a wheel that
     is not given, or if their operator is not selected."""
@@ -179,18 +213,26 @@ def make(
     kept: Mapping[tuple[str, str], Section] = {}
     lines = []
     for (operator, dtype), section in fit.profile.sections.items():
-        error = f", unseen MAPE {100 * section.accuracy['mape']:.2f} %" if "mape" in section.accuracy else ""
+        error = (
+            f", unseen MAPE {100 * section.accuracy['mape']:.2f} %"
+            if "mape" in section.accuracy
+            else ""
+        )
         rows = section.provenance.rows if section.provenance else 0
         lines.append(f"{name} {operator} {dtype}: {section.status}, {rows} rows{error}")
     lines += [f"{name}: {note}" for note in fit.notes]
     if (wheel is None or operators) and recipe.tables:
         try:
             before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
-            kept = {key: section for key, section in before.items() if key not in fit.profile.sections}
+            kept = {
+                key: section for key, section in before.items() if key not in fit.profile.sections
+            }
             why = "not selected" if operators else "its rows are in the wheel"
             lines += [f"{name} {' '.join(key)}: kept, {why}" for key in kept]
         except InputError as error:  # the file may have constants that no model has now
-            lines.append(f"{name}: no section kept, because the earlier file cannot be read: {error}")
+            lines.append(
+                f"{name}: no section kept, because the earlier file cannot be read: {error}"
+            )
     profile = fit.profile.calibrated({**fit.profile.sections, **kept})
     save_stack(profile, recipe.stack, folder / f"{name}.yaml")
     return lines
@@ -205,9 +247,15 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser = argparse.ArgumentParser(prog="python -m calibration.build_profiles", description=about)
     every = "files to build (default: all whose tables are available)"
     parser.add_argument("names", nargs="*", metavar="NAME.STACK", help=every)
-    parser.add_argument("--wheel", type=Path, help="wheel of the measurements, for tables that do not ship")
-    parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help="folder for the files")
-    selected = "operators whose fit needs no other, comma-separated; the rest is kept (default: all)"
+    parser.add_argument(
+        "--wheel", type=Path, help="wheel of the measurements, for tables that do not ship"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=profiles_folder(), help="folder for the files"
+    )
+    selected = (
+        "operators whose fit needs no other, comma-separated; the rest is kept (default: all)"
+    )
     parser.add_argument("--operator", metavar="LIST", default="", help=selected)
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
@@ -216,7 +264,9 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     if not names:
         names = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel, shared)]
         for name in (name for name in RECIPES if name not in names):
-            report(f"{name}: kept; its tables do not ship (use --wheel; for the RTX 4090 --shared-data)")
+            report(
+                f"{name}: kept; its tables do not ship (use --wheel; for the RTX 4090 --shared-data)"
+            )
     try:
         if wrong := [name for name in names if name not in RECIPES]:
             raise unknown("stack file", wrong[0], RECIPES)
@@ -231,7 +281,9 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
         # a stack and its prior are fitted in the same process, which keeps the prior's fit
         roots = dict.fromkeys(RECIPES[name].prior or name for name in names)
         groups = [[n for n in names if root in (n, RECIPES[n].prior)] for root in roots]
-        make_all = partial(_make_all, folder=given.output, wheel=given.wheel, shared=shared, operators=operators)
+        make_all = partial(
+            _make_all, folder=given.output, wheel=given.wheel, shared=shared, operators=operators
+        )
         with ProcessPoolExecutor(given.workers) as pool:
             for line in chain.from_iterable(pool.map(make_all, groups)):
                 report(line)

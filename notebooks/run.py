@@ -47,9 +47,18 @@ def execute(path: Path) -> Any:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     # no word of the kernel on its ports, no time stamps
-    options = {"timeout": 600, "extra_arguments": ["--log-level=ERROR"], "record_timing": False, "allow_errors": True}
-    options["coalesce_streams"] = True  # a print that reaches the kernel in two parts is still one output
-    NotebookClient(notebook, **options, resources={"metadata": {"path": str(path.parent)}}).execute()
+    options = {
+        "timeout": 600,
+        "extra_arguments": ["--log-level=ERROR"],
+        "record_timing": False,
+        "allow_errors": True,
+    }
+    options["coalesce_streams"] = (
+        True  # a print that reaches the kernel in two parts is still one output
+    )
+    NotebookClient(
+        notebook, **options, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     notebook.metadata.pop("language_info", None)  # names the version of Python
     for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
         if "image/png" in output.get("data", {}):
@@ -66,7 +75,9 @@ def smaller(png: str) -> str:
 
 def faults(notebook: Mapping[str, Any]) -> Iterator[str]:
     """What no notebook may show, a line each: errors, warnings, paths of this machine, too much."""
-    outputs = [(i, o) for i, cell in enumerate(notebook["cells"], 1) for o in cell.get("outputs", ())]
+    outputs = [
+        (i, o) for i, cell in enumerate(notebook["cells"], 1) for o in cell.get("outputs", ())
+    ]
     for i, output in outputs:
         if output["output_type"] == "error":
             yield f"cell {i}: {output['ename']}: {output['evalue']}"
@@ -84,13 +95,17 @@ def differences(shown: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     for i, (old, new) in enumerate(zip(shown["cells"], now["cells"], strict=True), 1):
         if old["cell_type"] != "code":
             continue
-        kinds, others = (", ".join(map(_kind, cell["outputs"])) or "no output" for cell in (old, new))
+        kinds, others = (
+            ", ".join(map(_kind, cell["outputs"])) or "no output" for cell in (old, new)
+        )
         if kinds != others:
             yield f"cell {i}: expected {kinds}, got {others}"
             continue
         tolerance = FITTED if "fitted" in old["metadata"].get("tags", ()) else TOLERANCE
         for a, b in zip(old["outputs"], new["outputs"]):
-            yield from (f"cell {i}, {line}" for line in (*_in_text(a, b, tolerance), *_in_picture(a, b)))
+            yield from (
+                f"cell {i}, {line}" for line in (*_in_text(a, b, tolerance), *_in_picture(a, b))
+            )
 
 
 def _kind(output: Mapping[str, Any]) -> str:
@@ -156,7 +171,10 @@ def main(arguments: list[str]) -> int:
             found += differences(nbformat.read(path, as_version=4), now)
         elif not found:
             nbformat.write(now, path)
-        print("\n".join(f"{path.name}: {line}" for line in found) or f"{path.name}: {len(now.cells)} cells as shown")
+        print(
+            "\n".join(f"{path.name}: {line}" for line in found)
+            or f"{path.name}: {len(now.cells)} cells as shown"
+        )
         wrong += len(found)
     return 1 if wrong else 0
 

@@ -57,7 +57,9 @@ def whole(value: Any) -> int | None:
 
 def _is_truth(value: Any) -> bool:
     """Return whether a value is a truth value of Python or NumPy; importing NumPy here would take 0.1 s."""
-    return isinstance(value, bool) or (type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool")
+    return isinstance(value, bool) or (
+        type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool"
+    )
 
 
 def is_size(value: Any) -> bool:
@@ -81,7 +83,9 @@ def text(name: str, value: Any) -> str:
 def instance(name: str, value: Any, kind: type[T], made_by: str) -> T:
     """Return a value of a class of this project, which the function ``made_by`` makes."""
     if not isinstance(value, kind):
-        raise InputError(f"{name}: expected a {kind.__name__} (see {made_by}), got {type(value).__name__}")
+        raise InputError(
+            f"{name}: expected a {kind.__name__} (see {made_by}), got {type(value).__name__}"
+        )
     return value
 
 

@@ -37,7 +37,8 @@ MOST_DEVICES = 1024
 """Largest number of devices to try."""
 
 _QKV, _WIDE = (
-    [ROLES.index(name) for name in names.split()] for names in ("q k v qkv q_b kv_b delta_in", "gate up gate_up")
+    [ROLES.index(name) for name in names.split()]
+    for names in ("q k v qkv q_b kv_b delta_in", "gate up gate_up")
 )
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
@@ -53,7 +54,8 @@ class Memory(Displayed):
     total_bytes: float
     capacity_bytes: float
     fits: bool
-    devices_needed: int  # smallest power of two that fits, with equal shares; 0: none up to MOST_DEVICES
+    # smallest power of two that fits, with equal shares; 0: none up to MOST_DEVICES
+    devices_needed: int
     verdict: str  # one sentence
 
     def _title(self) -> str:
@@ -61,7 +63,11 @@ class Memory(Displayed):
 
 
 def memory(
-    workload: Workload, hw: str | HardwareProfile, *, reserve_bytes: float = RESERVE_BYTES, share: float | None = None
+    workload: Workload,
+    hw: str | HardwareProfile,
+    *,
+    reserve_bytes: float = RESERVE_BYTES,
+    share: float | None = None,
 ) -> Memory:
     """Return the memory that a workload needs on a device.
 
@@ -95,17 +101,31 @@ def memory(
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
-    hw, share = load_hardware(hw), memory_share(workload) if share is None else number("share", share, SHARE)
-    workloads, devices, capacity = WorkloadBatch.of([workload]), workload.meta.devices, share * hw.memory_bytes
-    weights, cache, activation = (float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes))
+    hw, share = (
+        load_hardware(hw),
+        memory_share(workload) if share is None else number("share", share, SHARE),
+    )
+    workloads, devices, capacity = (
+        WorkloadBatch.of([workload]),
+        workload.meta.devices,
+        share * hw.memory_bytes,
+    )
+    weights, cache, activation = (
+        float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes)
+    )
     total = weights + cache + activation + reserve_bytes
     fits = total <= capacity
     # devices share the first part, which is overestimated for the fullest stage of a pipeline
     shared, whole = (weights + cache) * devices, activation + reserve_bytes
     sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
     needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
-    need, have = f"{total / 2**30:.1f} GiB", f"{capacity / 2**30:.1f} GiB{' each' if devices > 1 else ''}"
-    way = f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
+    need, have = (
+        f"{total / 2**30:.1f} GiB",
+        f"{capacity / 2**30:.1f} GiB{' each' if devices > 1 else ''}",
+    )
+    way = (
+        f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
+    )
     verdict = f"does not fit: needs {need}, {have} available ({total / capacity:.1f}x); {way}"
     if fits:
         verdict = f"fits: {need} of {have} ({total / capacity:.0%})"
@@ -124,11 +144,13 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
     inside, head = w.layers > 0, (w.part == Part.HEAD) & (w.layers <= 0)
-    tied = np.where(head & (w.params == 0), w.weight_bytes_each, 0.0)  # the last stage has a copy of the embedding
+    # the last stage has a copy of the embedding
+    tied = np.where(head & (w.params == 0), w.weight_bytes_each, 0.0)
     first = workloads.total(np.where(~inside & ~head, stored, 0.0))
     last = workloads.total(np.where(head, stored, 0.0)) + np.maximum(workloads.largest(tied), 0.0)
     return np.asarray(
-        workloads.total(np.where(inside, stored, 0.0)) * _stage_share(workloads) + np.maximum(first, last)
+        workloads.total(np.where(inside, stored, 0.0)) * _stage_share(workloads)
+        + np.maximum(first, last)
     )
 
 
@@ -144,14 +166,19 @@ def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
     w = workloads.rows
     every = w.is_cached
     if w.meta.phase != "serve":
-        return _longest(workloads, every, workloads.sequences) / workloads.sequences, np.zeros(len(workloads))
+        return _longest(workloads, every, workloads.sequences) / workloads.sequences, np.zeros(
+            len(workloads)
+        )
     decode = every & (w.phase == Phase.DECODE)
     held = _longest(workloads, decode, workloads.sequences) / workloads.sequences
-    own = _longest(workloads, decode, workloads.sequences, *_prefix(workloads)) / workloads.sequences
+    own = (
+        _longest(workloads, decode, workloads.sequences, *_prefix(workloads)) / workloads.sequences
+    )
     prefill = every & (w.phase == Phase.PREFILL)
     together = np.maximum(workloads.largest(np.where(prefill, w.batch, 0)), 0)
     prompts = _longest(workloads, prefill, together)
-    return own, np.maximum(prompts - together * held, 0.0) + (held - own)  # all sequences share one prefix
+    # all sequences share one prefix
+    return own, np.maximum(prompts - together * held, 0.0) + (held - own)
 
 
 def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
@@ -159,12 +186,19 @@ def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
     w = workloads.rows
     prefill = w.phase == Phase.PREFILL
     prompt = workloads.largest(np.where(w.is_attention & prefill, w.kv_len, 0)).astype(np.float64)
-    computed = workloads.total(np.where(w.is_role("embedding") & prefill, w.m * w.count, 0.0)) / workloads.sequences
+    computed = (
+        workloads.total(np.where(w.is_role("embedding") & prefill, w.m * w.count, 0.0))
+        / workloads.sequences
+    )
     return prompt, np.maximum(np.round(prompt - computed), 0.0)
 
 
 def _longest(
-    workloads: WorkloadBatch, rows: BoolArray, sequences: Any, prompt: Any = None, shared: Any = None
+    workloads: WorkloadBatch,
+    rows: BoolArray,
+    sequences: Any,
+    prompt: Any = None,
+    shared: Any = None,
 ) -> FloatArray:
     """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,). Layers that keep the whole
     ``prompt`` (W,) exclude ``shared`` positions (W,)."""
@@ -180,7 +214,10 @@ def _longest(
     for code in set(w.kind[at].tolist()):
         own = (w.kind[at] == code).nonzero()[0]
         each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
-    start, size = np.maximum(w.layer[at], 0).astype(np.int64), np.maximum(w.layers[at], 1).astype(np.int64)
+    start, size = (
+        np.maximum(w.layer[at], 0).astype(np.int64),
+        np.maximum(w.layers[at], 1).astype(np.int64),
+    )
     span = int((start + size).max()) + 1
     # generate has one decode row per length; the longest counts
     first = workloads.owner[at] * span + start
@@ -198,7 +235,11 @@ def activation_bytes(workloads: WorkloadBatch) -> FloatArray:
 def activation_bytes_by_phase(workloads: WorkloadBatch) -> dict[Phase, FloatArray]:
     """Return the peak bytes of activations by phase; 0 for workloads without the phase."""
     masks = {phase: workloads.rows.phase == int(phase) for phase in Phase}
-    return {phase: _activation_bytes(workloads, here) for phase, here in masks.items() if np.count_nonzero(here)}
+    return {
+        phase: _activation_bytes(workloads, here)
+        for phase, here in masks.items()
+        if np.count_nonzero(here)
+    }
 
 
 def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
@@ -215,20 +256,30 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
 
     def largest(role: str, column: Any) -> Any:
         mine = w.is_role(role) & here
-        return np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0) if np.count_nonzero(mine) else 0.0
+        return (
+            np.maximum(workloads.largest(np.where(mine, column, 0.0)), 0.0)
+            if np.count_nonzero(mine)
+            else 0.0
+        )
 
     outer, inner = widest(w.n, 1), widest(w.k, 2)
     # the embedding has all tokens; layers may have fewer
     stream = np.maximum(largest("embedding", tokens * w.n), inner[:, _QKV + _WIDE].max(axis=1))
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
-    inside = np.where(here, workloads.each(lambda operator, rows: operator.inner_elements(rows)), 0.0)
-    widest_three = np.maximum(np.maximum(attention, np.maximum(mlp, workloads.largest(inside))), outer[:, _HEAD])
+    inside = np.where(
+        here, workloads.each(lambda operator, rows: operator.inner_elements(rows)), 0.0
+    )
+    widest_three = np.maximum(
+        np.maximum(attention, np.maximum(mlp, workloads.largest(inside))), outer[:, _HEAD]
+    )
     return np.asarray((2.0 * stream + widest_three) * element + largest("all_gather", w.read_bytes))
 
 
 def _stage_share(workloads: WorkloadBatch) -> FloatArray:
     """Return the share of a workload's layers on the fullest stage of a pipeline; 1 without layers."""
     w = workloads.rows
-    layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(np.float64)
+    layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(
+        np.float64
+    )
     return np.where(layers > 0, np.ceil(layers / w.meta.devices) / np.maximum(layers, 1.0), 1.0)

@@ -58,9 +58,13 @@ class Phase(IntEnum):
 
 
 # plain numbers: NumPy compares an array with an IntEnum six times slower
-GEMM, ELEMENTWISE, COLLECTIVE, EXPERTS = map(int, (Kind.GEMM, Kind.ELEMENTWISE, Kind.COLLECTIVE, Kind.EXPERTS))
+GEMM, ELEMENTWISE, COLLECTIVE, EXPERTS = map(
+    int, (Kind.GEMM, Kind.ELEMENTWISE, Kind.COLLECTIVE, Kind.EXPERTS)
+)
 
-DTYPE_BYTES: NDArray[np.float64] = np.array([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125])
+DTYPE_BYTES: NDArray[np.float64] = np.array(
+    [4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125]
+)
 """Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per 32."""
 
 # fmt: off
@@ -105,7 +109,8 @@ def dtype_code(name: str) -> int:
 
 
 LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")} | {"fp8_block": ("fp8",)}
+    {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")}
+    | {"fp8_block": ("fp8",)}
 )
 """Number format of a section that is not an arithmetic format -> the arithmetic that it needs: 8- and 4-bit weights
 with 16-bit activations, and fp8 with a scale per block of weights."""
@@ -114,7 +119,9 @@ with 16-bit activations, and fp8 with a scale per block of weights."""
 def labels(rates: Iterable[str]) -> tuple[str, ...]:
     """Return the number formats that sections of a device with ``rates`` can have."""
     known = tuple(rates)
-    return *known, *(label for label, needed in LABELS.items() if any(dtype in known for dtype in needed))
+    return *known, *(
+        label for label, needed in LABELS.items() if any(dtype in known for dtype in needed)
+    )
 
 
 def label_of(dtype: str, weight: str) -> str:

@@ -34,8 +34,14 @@ class Table(Displayed):
     TITLE: ClassVar[str] = ""  # name of the table in errors
 
     def __init_subclass__(cls) -> None:
-        declared = {n: f.metadata for n, f in vars(cls).items() if isinstance(f, Field) and "column" in f.metadata}
-        cls.SCHEMA = MappingProxyType({name: metadata["column"] for name, metadata in declared.items()})
+        declared = {
+            n: f.metadata
+            for n, f in vars(cls).items()
+            if isinstance(f, Field) and "column" in f.metadata
+        }
+        cls.SCHEMA = MappingProxyType(
+            {name: metadata["column"] for name, metadata in declared.items()}
+        )
 
     def __post_init__(self) -> None:
         size = len(self)
@@ -45,7 +51,9 @@ class Table(Displayed):
                 given = self.coerced(name, given)
             values: Array = np.asarray(given, dtype=dtype)
             if values.shape != (size,):
-                raise InputError(f"{self.TITLE}column {name}: expected shape ({size},), got {values.shape}")
+                raise InputError(
+                    f"{self.TITLE}column {name}: expected shape ({size},), got {values.shape}"
+                )
             values = values.view()  # the caller's array stays writable
             values.flags.writeable = False
             object.__setattr__(self, name, values)
@@ -59,7 +67,10 @@ class Table(Displayed):
     def _columns(self) -> Mapping[str, Any]:
         """Return columns with names instead of codes; the code -1 is ""."""
         held = {name: getattr(self, name) for name in self.SCHEMA}
-        return held | {name: np.array([*names, ""], dtype=object)[held[name]] for name, names in self.CODES.items()}
+        return held | {
+            name: np.array([*names, ""], dtype=object)[held[name]]
+            for name, names in self.CODES.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return columns as lists, with names instead of codes, and the fields of all rows."""
@@ -71,7 +82,9 @@ class Table(Displayed):
             return NotImplemented
         mine, theirs = vars(self), vars(other)
         return all(
-            np.array_equal(mine[f.name], theirs[f.name], equal_nan=self.SCHEMA[f.name][0] is np.float64)
+            np.array_equal(
+                mine[f.name], theirs[f.name], equal_nan=self.SCHEMA[f.name][0] is np.float64
+            )
             if f.name in self.SCHEMA
             else mine[f.name] == theirs[f.name]
             for f in fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
@@ -108,7 +121,9 @@ class Table(Displayed):
         columns = {name: cls.coerced(name, values) for name, values in columns.items()}
         for name, values in columns.items():
             if values.shape not in ((), (1,), (size,)):
-                raise InputError(f"{cls.TITLE}column {name}: expected {size} values, got shape {values.shape}")
+                raise InputError(
+                    f"{cls.TITLE}column {name}: expected {size} values, got shape {values.shape}"
+                )
         out = cls.filled(*others, size=size, **columns)
         out.__post_init__()  # checks the fields of all rows too
         return out
@@ -122,7 +137,9 @@ class Table(Displayed):
             whole[:] = columns.get(name, default)
             values[name] = whole
         shared = [f for f in fields(cls) if f.name not in cls.SCHEMA]  # type: ignore[arg-type]
-        values |= {f.name: f.default for f in shared} | {f.name: other for f, other in zip(shared, others)}
+        values |= {f.name: f.default for f in shared} | {
+            f.name: other for f, other in zip(shared, others)
+        }
         return cls._of(values)
 
     @classmethod
@@ -147,7 +164,9 @@ class Table(Displayed):
             for name, value in row.items():
                 if name not in columns:
                     columns[name] = [cls.SCHEMA[name][1]] * len(rows)
-                columns[name][i] = _code(name, value, cls.CODES) if isinstance(value, str) else value
+                columns[name][i] = (
+                    _code(name, value, cls.CODES) if isinstance(value, str) else value
+                )
         if any(max(values) > MOST for values in columns.values()):
             return cls.from_rows(rows, *others)
         return cls.filled(*others, size=len(rows), **columns)
@@ -173,17 +192,25 @@ class Table(Displayed):
                 given = self.coerced(name, given)
             values: Array = np.asarray(given, dtype=self.SCHEMA[name][0])
             if values.shape not in ((), (1,), shape):
-                raise InputError(f"{self.TITLE}column {name}: expected {shape[0]} values, got shape {values.shape}")
+                raise InputError(
+                    f"{self.TITLE}column {name}: expected {shape[0]} values, got shape {values.shape}"
+                )
             # a view: the caller's array stays writable
-            changes[name] = values.view() if values.shape == shape else np.broadcast_to(values, shape)
+            changes[name] = (
+                values.view() if values.shape == shape else np.broadcast_to(values, shape)
+            )
         if extra := changes.keys() - vars(self).keys():
-            raise InputError(f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}")
+            raise InputError(
+                f"unknown columns {sorted(extra)}; expected some of {sorted(self.SCHEMA)}"
+            )
         return self._of({**vars(self), **changes}, new)
 
 
 def encode(name: str, values: Array, codes: Mapping[str, tuple[str, ...]]) -> Array:
     names, inverse = np.unique(np.asarray(values, dtype=object).astype(str), return_inverse=True)
-    return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(np.shape(values))
+    return np.array([_code(name, str(n), codes) for n in names], dtype=np.int64)[inverse].reshape(
+        np.shape(values)
+    )
 
 
 def _code(name: str, value: str, codes: Mapping[str, tuple[str, ...]]) -> int:

@@ -34,23 +34,36 @@ def one_line(text: str, most: int = 4000) -> str:
     text = _cut(text, most)
     if text.isprintable():
         return text
-    shown = (c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+    shown = (
+        c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode()
+        for c in text
+    )
     return _cut(" ".join(part for part in "".join(shown).split(" ") if part), most)
 
 
 def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: (most - 4) // 2]} ... {text[-((most - 5) // 2) :]}"
+    return (
+        text if len(text) <= most else f"{text[: (most - 4) // 2]} ... {text[-((most - 5) // 2) :]}"
+    )
 
 
-def unknown(kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = (), way: str = "") -> InputError:
+def unknown(
+    kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = (), way: str = ""
+) -> InputError:
     """Return the error for a name that is not one of ``choices``, with the closest names. ``listed`` replaces
     ``choices`` in the list of known names, if choices contain aliases. ``way`` is a sentence that states what to do."""
     known, given = sorted(choices), one_line(str(name), 80)
-    parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))  # an id can begin with its owner
-    close = next(filter(None, (difflib.get_close_matches(part, known, n=3, cutoff=0.5) for part in parts)), [])
+    # an id can begin with its owner
+    parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))
+    close = next(
+        filter(None, (difflib.get_close_matches(part, known, n=3, cutoff=0.5) for part in parts)),
+        [],
+    )
     hint = f"; did you mean {' or '.join(close)}? " if close else ". " if way else "; "
     hint += f"{way} " if way else ""
-    return InputError(f"{kind} {given!r} is unknown{hint}Known: {', '.join(sorted(set(listed)) or known)}")
+    return InputError(
+        f"{kind} {given!r} is unknown{hint}Known: {', '.join(sorted(set(listed)) or known)}"
+    )
 
 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:

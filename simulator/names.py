@@ -21,7 +21,18 @@ BENCHMARKS = "vllm bench, SGLang, trtllm-bench, genai-perf or AIPerf"
 STACKS: tuple[str, ...] = ("vllm", "sglang", "trtllm", "torch", "flashinfer", "aiter")
 """Software stacks that sections are fitted on, in the order of the default engine, which counts if none is named."""
 
-DTYPES: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8", "int4", "fp8_block", "nvfp4", "mxfp4")
+DTYPES: tuple[str, ...] = (
+    "fp32",
+    "tf32",
+    "fp16",
+    "bf16",
+    "fp8",
+    "int8",
+    "int4",
+    "fp8_block",
+    "nvfp4",
+    "mxfp4",
+)
 """Names of number formats; the index is the code in the columns ``dtype`` and ``weight_dtype``.
 
 fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights; mxfp4 is only for weights."""

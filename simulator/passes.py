@@ -24,7 +24,17 @@ from numpy.typing import NDArray
 
 from simulator.arguments import COUNT
 from simulator.arrays import BoolArray, FloatArray, IndexArray, array
-from simulator.codes import COLLECTIVE, DTYPE_BYTES, DTYPES, ELEMENTWISE, EXPERTS, GEMM, ROLES, Kernel, Phase
+from simulator.codes import (
+    COLLECTIVE,
+    DTYPE_BYTES,
+    DTYPES,
+    ELEMENTWISE,
+    EXPERTS,
+    GEMM,
+    ROLES,
+    Kernel,
+    Phase,
+)
 from simulator.engines.engine import Engine, HostTime, load_engine, selected, sparse24_engines
 from simulator.hardware.profile import EngineTimes, HardwareProfile
 from simulator.operators import BY_CODE, OPERATORS
@@ -42,7 +52,8 @@ _NORM = ROLES.index("attention_norm")
 class Host:
     """Time of the typical host for W workloads by phase, s, and how far hosts differ."""
 
-    launch: FloatArray  # (W, G) to launch a group's kernels, in parallel with the device; 0 in a graph
+    # (W, G) to launch a group's kernels, in parallel with the device; 0 in a graph
+    launch: FloatArray
     launch_log_sd: float
     layer: FloatArray  # (W,) to launch one layer
     each_pass: FloatArray  # (W, 2) before the device starts
@@ -75,7 +86,9 @@ class Host:
         owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
         steps = sums(owner * len(Phase) + phase, count, none.shape)
         # on a CPU this is the sampler, which sees each checked position; else the scheduler
-        each = rows.m[begins] / np.where(hw.architecture == "cpu", 1, np.maximum(rows.q_len[begins], 1))
+        each = rows.m[begins] / np.where(
+            hw.architecture == "cpu", 1, np.maximum(rows.q_len[begins], 1)
+        )
         sequences = sums(owner * len(Phase) + phase, count * each, none.shape)
         sequences[:, Phase.PREFILL] = 0.0
         server = none.copy()
@@ -90,7 +103,8 @@ class Host:
             launch=launch,
             launch_log_sd=launch_log_sd,
             layer=launch[:, groups.segment % 3 == 1].sum(axis=1) / np.maximum(layers, 1.0),
-            each_pass=steps * engine.each_pass.on(hw.is_workstation) + in_phase * engine.each_layer.value,
+            each_pass=steps * engine.each_pass.on(hw.is_workstation)
+            + in_phase * engine.each_layer.value,
             pass_log_sd=engine.each_pass.log_sd,
             each_sequence=sequences * engine.each_sequence.on(hw.is_workstation),
             sequence_log_sd=engine.each_sequence.log_sd,
@@ -116,7 +130,9 @@ class Host:
         first = np.asarray(first, dtype=np.float64)
         if self.unknowns < 2:
             return first, first
-        return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(second), first
+        return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(
+            second
+        ), first
 
     def take(self, rows: Any) -> Host:
         names = ("launch", "layer", "each_pass", "each_sequence", "server")
@@ -129,7 +145,9 @@ class Host:
         launches = self.launch.sum(axis=1) * np.exp(self.launch_log_sd * work)
         sequences = self.each_sequence.sum(axis=1) * np.exp(self.sequence_log_sd * work)
         scheduled = self.each_pass.sum(axis=1) * np.exp(self.pass_log_sd * passes)
-        return scheduled + self.server.sum(axis=1) * np.exp(self.server_log_sd * passes), launches + sequences
+        return scheduled + self.server.sum(axis=1) * np.exp(
+            self.server_log_sd * passes
+        ), launches + sequences
 
     def total(
         self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
@@ -147,7 +165,9 @@ class Host:
             eager = launch.any(axis=(0, 2))  # phases without a graph
             seconds, follows = (
                 np.where(eager, beside, graph)
-                for beside, graph in zip(_beside(spent, busy, launched, scheduled), (seconds, follows))
+                for beside, graph in zip(
+                    _beside(spent, busy, launched, scheduled), (seconds, follows)
+                )
             )
         seconds = seconds + self.each_sequence * np.exp(self.sequence_log_sd * work)
         seconds = seconds + self.server * np.exp(self.server_log_sd * passes)
@@ -161,13 +181,17 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     times = groups.count
     if engine.experts != "grouped" and (routed := w.kind == EXPERTS).any():
         looped = np.ones(len(w))
-        touched = experts_touched(*(column[routed] for column in (w.m, w.experts, w.active, w.skew)))
+        touched = experts_touched(
+            *(column[routed] for column in (w.m, w.experts, w.active, w.skew))
+        )
         looped[routed] = touched if engine.experts == "touched" else w.experts[routed]
         times = groups.sums(w.count * looped)
     return np.asarray(times * engine.kernels[groups.role])
 
 
-def _beside(left: FloatArray, device: FloatArray, launch: FloatArray, after: FloatArray) -> tuple[Any, Any]:
+def _beside(
+    left: FloatArray, device: FloatArray, launch: FloatArray, after: FloatArray
+) -> tuple[Any, Any]:
     """Return the time of one phase, and the device's part of it: the longest path, first along the host to a launch,
     then along the device. The last axis of ``device`` and ``launch`` are the three segments of a phase: before the
     layers, in the layers, after the layers. The device starts a segment after its launch and ends no earlier than the
@@ -184,7 +208,9 @@ def _beside(left: FloatArray, device: FloatArray, launch: FloatArray, after: Flo
 
 def by_formats(w: Workload, kind: int) -> Iterator[tuple[IndexArray, str, str]]:
     """Yield the rows of a kind by pair of number formats."""
-    return ((rows.at, f.dtype, f.second) for operator, rows, f in w.operators() if operator.code == kind)
+    return (
+        (rows.at, f.dtype, f.second) for operator, rows, f in w.operators() if operator.code == kind
+    )
 
 
 def section_of(w: Workload, row: int) -> str:
@@ -214,21 +240,33 @@ def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, Engine
     own = hw.engines.get(name)
     if own is None:
         return engine, None
-    if engine.generations and selected(name, engine.generations, own.version).name != engine.generation:
+    if (
+        engine.generations
+        and selected(name, engine.generations, own.version).name != engine.generation
+    ):
         return engine, None
     each_pass, each_layer, each_sequence = (
         HostTime(t, own.host_log_sd, "") for t in (own.each_pass, own.each_layer, own.each_sequence)
     )
-    return replace(engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence), own
+    return replace(
+        engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence
+    ), own
 
 
 def tokens_of(w: Workload) -> FloatArray:
     """Return the tokens that each row of a workload computes."""
-    return np.asarray(np.where(w.is_attention, w.batch * np.maximum(w.q_len, 1), w.m), dtype=np.float64)
+    return np.asarray(
+        np.where(w.is_attention, w.batch * np.maximum(w.q_len, 1), w.m), dtype=np.float64
+    )
 
 
 def engine_factors(
-    w: Workload, hw: HardwareProfile, engine: Engine, seconds: FloatArray, roofline_s: FloatArray, codes: NDArray[Any]
+    w: Workload,
+    hw: HardwareProfile,
+    engine: Engine,
+    seconds: FloatArray,
+    roofline_s: FloatArray,
+    codes: NDArray[Any],
 ) -> FloatArray:
     """Return the factor on each row's time by which an engine's kernels differ from measured kernels. If the engine was
     measured on this machine, its factors apply; else clocks fall under load, and GEMMs of one token may have a separate
@@ -241,7 +279,8 @@ def engine_factors(
                 rows = w.kind == operator.code
                 out[rows] = own.factor(operator.name, tokens[rows])
         least = np.minimum(roofline_s / np.maximum(seconds, 1e-300), 1.0)
-        return np.where(w.kind == ELEMENTWISE, out, np.maximum(out, least))  # their data may be in a cache
+        # their data may be in a cache
+        return np.where(w.kind == ELEMENTWISE, out, np.maximum(out, least))
     loaded, one_token = hw.section("runtime", "*")["sustained"], engine.one_token.value
     if loaded == one_token == 1.0:
         return out
@@ -319,7 +358,11 @@ class ForwardPass:
         between = w.kind == COLLECTIVE
         if hw.link is None or not np.count_nonzero(between):
             return out
-        return np.where(between, w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s, out)
+        return np.where(
+            between,
+            w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s,
+            out,
+        )
 
     @property
     def share(self) -> FloatArray:
@@ -347,16 +390,22 @@ def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> Fl
     that eager engines run, so one stream has all their kernels."""
     groups = workloads.groups
     kernels = engine.kernels[groups.role]
-    every = (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE) & (hw.architecture != "cpu")
+    every = (
+        (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE) & (hw.architecture != "cpu")
+    )
     return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
 
 
-def gaps(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched: FloatArray) -> FloatArray:
+def gaps(
+    workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched: FloatArray
+) -> FloatArray:
     """Return the time (W, G) between the ``launched`` kernels of each group, s: idle time in a graph. A CPU is its own
     host: it waits after every kernel, and launches the further kernels of an operator."""
     groups, runtime = workloads.groups, hw.section("runtime", "*")
     if hw.architecture != "cpu":
-        graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[groups.segment // 3]
+        graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[
+            groups.segment // 3
+        ]
         return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
     beside = np.maximum(launched - groups.count, 0.0)
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
@@ -367,7 +416,9 @@ def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
     w, engine = workloads.rows, load_engine(workloads.rows.meta.engine)
     gemm = (w.kind == GEMM) & bool(w.meta.engine)
     sparse24 = gemm & (w.kernel == _SPARSE24)
-    for codes in sorted(set(zip(w.dtype[sparse24].tolist(), w.weight_dtype[sparse24].tolist(), strict=True))):
+    for codes in sorted(
+        set(zip(w.dtype[sparse24].tolist(), w.weight_dtype[sparse24].tolist(), strict=True))
+    ):
         dtype, weight = (DTYPES[code] for code in codes)
         if engine.sparse24_kernels(dtype, weight, architecture) is None:
             have = ", ".join(sparse24_engines(dtype, weight, architecture))

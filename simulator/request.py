@@ -48,14 +48,18 @@ class Name(Value):
     other: re.Pattern[str] | None = None
 
     def check(self, name: str, value: Any) -> str:
-        known = isinstance(value, str) and (value in self.choices or (self.other and self.other.fullmatch(value)))
+        known = isinstance(value, str) and (
+            value in self.choices or (self.other and self.other.fullmatch(value))
+        )
         if self.choices and not known:
             raise unknown(name, value, self.choices)
         return text(name, value)
 
     def value(self, node: Node) -> str:
         given = Text().value(node)
-        return given if self.other and self.other.fullmatch(given) else Text(self.choices).value(node)
+        return (
+            given if self.other and self.other.fullmatch(given) else Text(self.choices).value(node)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class Whole(Value):
     def check(self, name: str, value: Any) -> int:
         found = whole(value)
         if found is None or not self.low <= found <= self.high:
-            raise InputError(f"{name}: expected a whole number from {self.low} to {self.high}, got {shown(value)}")
+            raise InputError(
+                f"{name}: expected a whole number from {self.low} to {self.high}, got {shown(value)}"
+            )
         return found
 
     def parse(self, given: str) -> int:
@@ -127,7 +133,11 @@ class Setting(Scalar):
 
     def check(self, value: Any, name: str = "") -> Any:
         """Return a value, or None if it is the default; InputError names the setting, or ``name``."""
-        return None if value is None and self.default is None else self.accepts.check(name or self.name, value)
+        return (
+            None
+            if value is None and self.default is None
+            else self.accepts.check(name or self.name, value)
+        )
 
     @property
     def flags(self) -> list[str]:

@@ -39,25 +39,41 @@ _DIMENSIONS = {  # SI unit -> powers of ten by prefix, whether it has binary pre
 def _sizes(unit: str) -> dict[str, Decimal]:
     powers, binary, _, _ = _DIMENSIONS[unit]
     sizes = {prefix + unit: Decimal(1).scaleb(power) for prefix, power in powers.items()}
-    return sizes | {prefix + unit: Decimal(1024) ** power for prefix, power in _BINARY.items() if binary}
+    return sizes | {
+        prefix + unit: Decimal(1024) ** power for prefix, power in _BINARY.items() if binary
+    }
 
 
-UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType({unit: _sizes(unit) for unit in _DIMENSIONS})
+UNITS: Mapping[str, Mapping[str, Decimal]] = MappingProxyType(
+    {unit: _sizes(unit) for unit in _DIMENSIONS}
+)
 """SI unit -> accepted units of a text -> size in the SI unit."""
 
-EXAMPLES: Mapping[str, str] = MappingProxyType({unit: example for unit, (*_, example) in _DIMENSIONS.items()})
+EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {unit: example for unit, (*_, example) in _DIMENSIONS.items()}
+)
 """SI unit -> a valid text, for messages."""
 
 _MEANING = {unit: meaning for unit, (_, _, meaning, _) in _DIMENSIONS.items()}
 _ALL = {name: unit for unit, names in UNITS.items() for name in names}
-_HINTS = {"b": "B for bytes (b would be bits)", "FLOPS": "FLOP/s", "FLOPs": "FLOP/s", "OPS": "FLOP/s", "OP/s": "FLOP/s"}
+_HINTS = {
+    "b": "B for bytes (b would be bits)",
+    "FLOPS": "FLOP/s",
+    "FLOPs": "FLOP/s",
+    "OPS": "FLOP/s",
+    "OP/s": "FLOP/s",
+}
 
 
 def parse_quantity(text: str, unit: str) -> float:
     """Convert a text such as ``"25 ns"`` to an SI number; ``unit`` is the expected unit, a key of :data:`UNITS`."""
     body = text.strip(" ")
     match = _NUMBER.match(body)
-    symbol = body[match.end() :].strip(" ").replace("\u00b5", "u").replace("\u03bc", "u") if match else ""
+    symbol = (
+        body[match.end() :].strip(" ").replace("\u00b5", "u").replace("\u03bc", "u")
+        if match
+        else ""
+    )
     if match and symbol in UNITS[unit]:
         value = float(_EXACT.multiply(Decimal(match.group()), UNITS[unit][symbol]))
         if math.isfinite(value):
@@ -67,7 +83,9 @@ def parse_quantity(text: str, unit: str) -> float:
         problem = _unit_problem(symbol, unit)
     else:
         problem = "the unit is missing" if match else "it does not start with a number"
-    raise InputError(f'expected {_MEANING[unit]} such as "{EXAMPLES[unit]}", got {_shown(text)}: {problem}')
+    raise InputError(
+        f'expected {_MEANING[unit]} such as "{EXAMPLES[unit]}", got {_shown(text)}: {problem}'
+    )
 
 
 def parse_fraction(text: str) -> float:
@@ -91,7 +109,9 @@ def parse_count(text: str) -> int:
 def parse_parameters(text: str) -> float:
     """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are powers of 1000."""
     sizes = {
-        letter: Decimal(1000) ** power for power, both in enumerate(("kK", "mM", "bB", "tT"), 1) for letter in both
+        letter: Decimal(1000) ** power
+        for power, both in enumerate(("kK", "mM", "bB", "tT"), 1)
+        for letter in both
     }
     return float(_parsed(text, sizes, "a number of parameters such as 49B or 350M"))
 
@@ -143,7 +163,8 @@ def format_quantity(value: float, unit: str) -> str:
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
     if unit == "B" and value.is_integer():
-        for symbol, power in reversed(_BINARY.items()):  # memories are whole MiB, whose decimal text is long
+        # memories are whole MiB, whose decimal text is long
+        for symbol, power in reversed(_BINARY.items()):
             whole, rest = divmod(int(value), 1024**power)
             if power > 1 and whole and not rest and abs(whole) < 1_000_000:
                 return f"{whole} {symbol}{unit}"
@@ -183,7 +204,9 @@ def seconds_between(value: float, lower: float, upper: float, *, short: bool = F
 
 
 def size(value: float) -> str:
-    return _prefixed(value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
+    return _prefixed(
+        value, (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
+    )
 
 
 def parameters(value: float) -> str:
@@ -191,7 +214,10 @@ def parameters(value: float) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    return _prefixed(value, (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)))
+    return _prefixed(
+        value,
+        (("P" + unit, 1e15), ("T" + unit, 1e12), ("G" + unit, 1e9), ("M" + unit, 1e6), (unit, 1.0)),
+    )
 
 
 def ratio(value: float) -> str:

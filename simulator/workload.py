@@ -36,11 +36,16 @@ def _role_table(names: tuple[str, ...]) -> Array:
     return table
 
 
-_ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType({"part": Part, "phase": Phase, "kernel": Kernel})
+_ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType(
+    {"part": Part, "phase": Phase, "kernel": Kernel}
+)
 _KINDS = tuple(BY_CODE[code].name if code in BY_CODE else "" for code in range(MOST_CODES))
 _IS_ATTENTION = np.array([name in ("prefill_attention", "decode_attention") for name in _KINDS])
 _CACHED = np.array([code in BY_CODE and BY_CODE[code].cached for code in range(MOST_CODES)])
-_RANGES = {"layer": Range(-1.0, 2.0**31 - 1.0, "whole numbers from -1 up", whole=True), "density": SHARE}
+_RANGES = {
+    "layer": Range(-1.0, 2.0**31 - 1.0, "whole numbers from -1 up", whole=True),
+    "density": SHARE,
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,24 +158,36 @@ class Workload(Table):
             return truths(f"column {name}", given)
         if name in _ENUMS or name in cls.CODES:
             most = len(_ENUMS.get(name, cls.CODES.get(name, ()))) - 1
-            return array(f"column {name}", given, Range(0.0, most, f"whole numbers from 0 to {most}", whole=True))
+            return array(
+                f"column {name}",
+                given,
+                Range(0.0, most, f"whole numbers from 0 to {most}", whole=True),
+            )
         if name == "kind":
             code = array("column kind", given, SIZE)
             if not np.isin(code, list(BY_CODE)).all():
-                known = ", ".join(f"{c} ({operator.name})" for c, operator in sorted(BY_CODE.items()))
+                known = ", ".join(
+                    f"{c} ({operator.name})" for c, operator in sorted(BY_CODE.items())
+                )
                 raise InputError(f"column kind: expected codes of operators, {known}; got another")
             return code
         right = _RANGES.get(name, SIZE if issubclass(kind, np.integer) else AMOUNT)
         return array(f"column {name}", given, right)
 
     def _title(self) -> str:
-        about, applied = self.meta, "".join(f", {a.family} {percent(a.sparsity)}" for a in self.meta.applied)
+        about, applied = (
+            self.meta,
+            "".join(f", {a.family} {percent(a.sparsity)}" for a in self.meta.applied),
+        )
         request = f"{about.model} {about.phase}, batch {about.batch}, seq {about.seq}, {about.dtype}{applied}"
         return f"{request}: {len(self)} rows, {self.flops.sum():.3g} FLOP, {size(float(self.bytes.sum()))}"
 
     def _columns(self) -> Mapping[str, Any]:
         """Return columns with names instead of codes, and FLOPs and bytes."""
-        held = {name: np.array([one.name.lower() for one in of])[getattr(self, name)] for name, of in _ENUMS.items()}
+        held = {
+            name: np.array([one.name.lower() for one in of])[getattr(self, name)]
+            for name, of in _ENUMS.items()
+        }
         return {
             **super()._columns(),
             "kind": np.array(_KINDS)[self.kind],
@@ -198,7 +215,9 @@ class Workload(Table):
 
     def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
         """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
-        codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(DTYPES) + self.weight_dtype
+        codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(
+            DTYPES
+        ) + self.weight_dtype
         codes = codes * 2 + (self.value_dim > 0)
         for code in np.bincount(codes).nonzero()[0].tolist():
             kind, formats = divmod(code // 2, len(DTYPES) ** 2)
@@ -218,7 +237,9 @@ class Workload(Table):
     @property
     def keys_seen(self) -> Array:
         """Key positions that at least one query of an attention row sees."""
-        return np.where(self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len)
+        return np.where(
+            self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len
+        )
 
     @property
     def value_features(self) -> Array:
@@ -233,7 +254,9 @@ class Workload(Table):
     @property
     def flops(self) -> Array:
         """FLOPs of all executions of each row."""
-        out: Array = self.each(lambda operator, rows: operator.flops(rows)) * self.density * self.count
+        out: Array = (
+            self.each(lambda operator, rows: operator.flops(rows)) * self.density * self.count
+        )
         return out
 
     @property
@@ -265,7 +288,9 @@ class Workload(Table):
 
 
 def _values(
-    operators: Iterable[tuple[Operator, Rows, Formats]], value: Callable[[Operator, Rows], Any], size: int
+    operators: Iterable[tuple[Operator, Rows, Formats]],
+    value: Callable[[Operator, Rows], Any],
+    size: int,
 ) -> Array:
     out = np.zeros(size)
     for operator, rows, _ in operators:
@@ -317,14 +342,19 @@ class WorkloadBatch:
 
     rows: Workload  # all workloads one after the other; meta is that of the first workload
     lengths: IndexArray  # rows of each workload, at least 1
-    sequences: IndexArray  # sequences of each workload with a cache, those that a dynamic method skips included
+    # sequences of each workload with a cache, those that a dynamic method skips included
+    sequences: IndexArray
     dense: IndexArray  # index of the dense workload of each workload
     pruning: IndexArray  # index into the requested prunings; -1: dense
     sparsity: FloatArray  # requested
     realised: FloatArray  # after rounding
 
     def __post_init__(self) -> None:
-        if not len(self.lengths) or int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.rows):
+        if (
+            not len(self.lengths)
+            or int(self.lengths.min()) < 1
+            or int(self.lengths.sum()) != len(self.rows)
+        ):
             expected = f"at least one workload, each of at least 1 row, {len(self.rows)} together"
             raise ValueError(f"lengths: expected {expected}")
 
@@ -332,7 +362,12 @@ class WorkloadBatch:
     def of(cls, workloads: Sequence[Workload], **columns: Any) -> WorkloadBatch:
         """Return a batch of workloads, dense unless ``columns`` state otherwise."""
         every = np.arange(len(workloads))
-        columns = {"dense": every, "pruning": 0 * every - 1, "sparsity": 0.0 * every, "realised": 0.0 * every} | columns
+        columns = {
+            "dense": every,
+            "pruning": 0 * every - 1,
+            "sparsity": 0.0 * every,
+            "realised": 0.0 * every,
+        } | columns
         lengths = np.array([len(w) for w in workloads], dtype=np.intp)
         sequences = np.array([w.meta.batch for w in workloads], dtype=np.intp)
         return cls(Workload.concat(workloads), lengths, sequences, **columns)
@@ -395,7 +430,11 @@ class WorkloadBatch:
 
     @cached_property
     def flops(self) -> FloatArray:
-        return np.asarray(self.each(lambda operator, rows: operator.flops(rows)) * self.rows.density * self.rows.count)
+        return np.asarray(
+            self.each(lambda operator, rows: operator.flops(rows))
+            * self.rows.density
+            * self.rows.count
+        )
 
     @cached_property
     def bytes(self) -> FloatArray:
@@ -433,11 +472,31 @@ class WorkloadBatch:
             return w, every
         small = w.kind.astype(np.int64)
         role = np.where(w.kind == Kind.GEMM, 0, w.role)
-        for codes, many in ((role, len(ROLES)), (w.kernel, 8), (w.dtype, len(DTYPES)), (w.weight_dtype, len(DTYPES))):
+        for codes, many in (
+            (role, len(ROLES)),
+            (w.kernel, 8),
+            (w.dtype, len(DTYPES)),
+            (w.weight_dtype, len(DTYPES)),
+        ):
             small = small * many + codes
-        columns = [small, w.m, w.n, w.k, w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim, w.window, w.block]
+        columns = [
+            small,
+            w.m,
+            w.n,
+            w.k,
+            w.batch,
+            w.q_len,
+            w.kv_len,
+            w.heads,
+            w.kv_heads,
+            w.head_dim,
+            w.window,
+            w.block,
+        ]
         columns += [w.experts, w.value_dim, w.latent]
-        columns += [c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)]
+        columns += [
+            c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)
+        ]
         key = np.zeros(len(w), dtype=np.uint64)
         for values in columns:  # a mixing hash; equal hashes are checked below
             key ^= np.ascontiguousarray(values).view(np.uint64)
@@ -445,7 +504,8 @@ class WorkloadBatch:
             key ^= key >> np.uint64(29)
         _, first, which = np.unique(key, return_index=True, return_inverse=True)
         which = which.reshape(-1)
-        if any((values[first][which] != values).any() for values in columns):  # two operators have one hash
+        # two operators have one hash
+        if any((values[first][which] != values).any() for values in columns):
             return w, every
         return w.take(first), which
 

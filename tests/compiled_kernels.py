@@ -43,7 +43,9 @@ STACK = 32
 warps."""
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = dict.fromkeys(("x", "weight", "bias", "y", "gate", "up", "cos", "sin"), "")
-POINTERS |= dict.fromkeys(("index", "order", "users"), "*i64") | dict.fromkeys(("count", "used", "chosen"), "*i32")
+POINTERS |= dict.fromkeys(("index", "order", "users"), "*i64") | dict.fromkeys(
+    ("count", "used", "chosen"), "*i32"
+)
 ROWS = [1 << power for power in range(14)]
 WIDTHS = [1 << power for power in range(17)]
 
@@ -54,7 +56,8 @@ class Case:
 
     kernel: str
     dtype: str
-    aligned: str  # "all": pointers and sizes are multiples of 16; "rows": not the columns of the result; "none"
+    # "all": pointers and sizes are multiples of 16; "rows": not the columns of the result; "none"
+    aligned: str
     tile: TileShape
     precision: str = ""  # precision of products
     flags: tuple[str, ...] = ()  # constants of the kernel that are true
@@ -62,7 +65,9 @@ class Case:
     @property
     def operands(self) -> int:
         """Number of tiles that a step of the loop reads from memory; 0: there is no loop."""
-        return {"_gathered": 2, "_features": 2, "_columns": 2 + ("GATED" in self.flags)}.get(self.kernel, 0)
+        return {"_gathered": 2, "_features": 2, "_columns": 2 + ("GATED" in self.flags)}.get(
+            self.kernel, 0
+        )
 
     @property
     def prefetched(self) -> bool:
@@ -92,13 +97,21 @@ def _cases() -> Iterator[Case]:
     for (dtype, precision), aligned, rows in product(formats, ("all", "rows", "none"), ROWS):
         form = ELEMENT_BYTES[dtype], aligned
         for flags in ((), ("BIASED", "ADD")):
-            yield Case("_gathered", dtype, aligned, tile_shapes.gathered(rows, *form), precision, flags)
+            yield Case(
+                "_gathered", dtype, aligned, tile_shapes.gathered(rows, *form), precision, flags
+            )
         for width in WIDTHS:
             for flags in ((), ("BIASED",), ("GATED",)):
                 tile = tile_shapes.grouped_columns(rows, width, *form, "GATED" in flags)
                 yield Case("_columns", dtype, aligned, tile, precision, flags)
             if aligned != "rows":  # its result has the columns of its weight
-                yield Case("_features", dtype, aligned, tile_shapes.grouped_features(rows, width, *form), precision)
+                yield Case(
+                    "_features",
+                    dtype,
+                    aligned,
+                    tile_shapes.grouped_features(rows, width, *form),
+                    precision,
+                )
     for dtype, aligned in product(ELEMENT_BYTES, ("all", "none")):
         for width in WIDTHS:
             if width <= tile_shapes.MOST_FEATURES:
@@ -112,14 +125,21 @@ def _cases() -> Iterator[Case]:
 def source(kernel: str) -> str:
     """Return the source of a kernel, decorator included, without Triton."""
     text = (ROOT / "calibration" / "devices" / "triton_kernels.py").read_text(encoding="utf-8")
-    found = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == kernel)
+    found = next(
+        n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == kernel
+    )
     first = found.decorator_list[0].lineno - 1
     return "\n".join(text.splitlines()[first : found.end_lineno])
 
 
 def digest(case: Case, capability: int) -> str:
     """Return the key of a result in the cache."""
-    own = Path(__file__).read_text(encoding="utf-8").split("def _compiled", 1)[1].split("def _main", 1)[0]
+    own = (
+        Path(__file__)
+        .read_text(encoding="utf-8")
+        .split("def _compiled", 1)[1]
+        .split("def _main", 1)[0]
+    )
     text = "\n".join((source(case.kernel), own, version("triton"), repr(case), str(capability)))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -138,10 +158,13 @@ def figures(wanted: Sequence[tuple[int, Case]], cache: Path) -> list[Figures]:
     if missing := [pair for pair, path in zip(wanted, paths, strict=True) if not path.is_file()]:
         asked = json.dumps([[capability, asdict(case)] for capability, case in missing])
         command = [sys.executable, "-W", "ignore", __file__, "--child", str(cache)]
-        with tempfile.TemporaryDirectory() as own:  # Triton's cache would keep every form of every kernel
+        # Triton's cache would keep every form of every kernel
+        with tempfile.TemporaryDirectory() as own:
             chosen = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": own, "PYTHONPATH": str(ROOT)}
             environment = {**os.environ, **chosen}
-            done = subprocess.run(command, env=environment, input=asked, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment, input=asked, capture_output=True, text=True, check=False
+            )
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
     read = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
@@ -155,9 +178,15 @@ def problems(capability: int, case: Case, f: Figures) -> list[str]:
         ("registers", REGISTERS, f.registers),
         ("bytes of stack", STACK, f.stack),
     )
-    found = [f"{name}: expected at most {most}, got {value}" for name, most, value in limits if value > most]
+    found = [
+        f"{name}: expected at most {most}, got {value}"
+        for name, most, value in limits
+        if value > most
+    ]
     if case.prefetched and (len(f.buffers) != case.operands or min(f.buffers) < 2):
-        found.append(f"buffers: expected at least two for each of {case.operands} operands, got {f.buffers}")
+        found.append(
+            f"buffers: expected at least two for each of {case.operands} operands, got {f.buffers}"
+        )
     return found
 
 
@@ -170,8 +199,15 @@ def _compiled(case: Case, capability: int) -> Figures:
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module("calibration.devices.triton_kernels"), case.kernel)
-    constants = {"BLOCK_M": case.tile.m, "BLOCK_N": case.tile.n, "BLOCK_K": case.tile.k, "PRECISION": case.precision}
-    constants = {name: constants.get(name, name in case.flags) for name in kernel.arg_names if name.isupper()}
+    constants = {
+        "BLOCK_M": case.tile.m,
+        "BLOCK_N": case.tile.n,
+        "BLOCK_K": case.tile.k,
+        "PRECISION": case.precision,
+    }
+    constants = {
+        name: constants.get(name, name in case.flags) for name in kernel.arg_names if name.isupper()
+    }
     pointers = {name: kind or f"*{case.dtype}" for name, kind in POINTERS.items()}
     numbers = {"epsilon": "fp32"}
     types = {
@@ -180,34 +216,52 @@ def _compiled(case: Case, capability: int) -> Figures:
     }
     odd = {*constants, *numbers, *(kernel.do_not_specialize or ())}
     odd |= {"all": set(), "rows": {"n", "width"}, "none": set(kernel.arg_names)}[case.aligned]
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in odd}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in odd
+    }
     options = {"num_warps": case.tile.warps}
     made = triton.compile(
-        ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
+        ASTSource(kernel, types, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     # operands copied in the background lie in buffers, buffers x rows x columns, allocated empty before the loop
     element = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[case.dtype]
-    empty = re.findall(rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x{element},", made.asm["ttgir"])
-    return Figures(made.metadata.shared, number["REG"], number["STACK"] + number["LOCAL"], (*map(int, empty),))
+    empty = re.findall(
+        rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x{element},", made.asm["ttgir"]
+    )
+    return Figures(
+        made.metadata.shared, number["REG"], number["STACK"] + number["LOCAL"], (*map(int, empty),)
+    )
 
 
 def _child(cache: Path, asked: Iterable[Any]) -> None:
     for capability, values in asked:
-        case = Case(**{**values, "tile": TileShape(**values["tile"]), "flags": tuple(values["flags"])})
+        case = Case(
+            **{**values, "tile": TileShape(**values["tile"]), "flags": tuple(values["flags"])}
+        )
         partial = cache / f"{digest(case, capability)}.{os.getpid()}"
         partial.write_text(json.dumps(asdict(_compiled(case, capability))), encoding="utf-8")
         partial.replace(partial.with_suffix(".json"))
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel for six GPUs and print its figures.")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".pytest_cache" / "d" / "compiled_kernels")
+    parser = argparse.ArgumentParser(
+        description="Compile every Triton kernel for six GPUs and print its figures."
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / ".pytest_cache" / "d" / "compiled_kernels"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job of a shell without job control: programs inherit it
+# a job of a shell without job control: programs inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +62,11 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Do not collect doctests of helpers: tests import helpers, and some helpers need torch."""
-    return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+    return (
+        True
+        if collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+        else None
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,9 +10,21 @@ from calibration.runners.decoder.model import Decoder, decode, prefill
 from simulator.models.config import ModelConfig
 
 LAYERS, BATCH, PROMPT, STEPS = 4, 3, 70, 3
-_SHAPE = {"hidden": 96, "heads": 8, "kv_heads": 4, "head_dim": 12, "inner": 160, "vocab": 211, "rotary_dim": 12}
-CONFIG = ModelConfig("tiny", "llama", layers=LAYERS, max_positions=512, windows=(0,) * LAYERS, **_SHAPE)
-TOKENS = torch.randint(CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(7))
+_SHAPE = {
+    "hidden": 96,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 12,
+    "inner": 160,
+    "vocab": 211,
+    "rotary_dim": 12,
+}
+CONFIG = ModelConfig(
+    "tiny", "llama", layers=LAYERS, max_positions=512, windows=(0,) * LAYERS, **_SHAPE
+)
+TOKENS = torch.randint(
+    CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(7)
+)
 ALL = slice(None)
 
 Masks = dict[tuple[str, int], Any]
@@ -33,7 +45,9 @@ def _turn(x: Any, theta: float) -> Any:
     angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * theta ** (
         -torch.arange(half, dtype=torch.float64) / half
     )
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
+        torch.ones_like(angle), angle
+    )
     return torch.cat((turned.real, turned.imag), -1)
 
 
@@ -55,16 +69,27 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
         if (a := layer.attention) is not None:
             h = _norm(x, a.norm, decoder.epsilon)
             wanted = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
-            q, k, v = (_linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted)
+            q, k, v = (
+                _linear(p, h).view(batch, length, heads, -1).transpose(1, 2) for p, heads in wanted
+            )
             if a.q_norm is not None:
                 q, k = _norm(q, a.q_norm, decoder.epsilon), _norm(k, a.k_norm, decoder.epsilon)
             q, k = _turn(q, 10000.0), _turn(k, 10000.0)
             group = a.heads // a.kv_heads
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-            seen = causal & masks["seen", number].repeat_interleave(group, 1) if ("seen", number) in masks else causal
-            out = ((q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+            seen = (
+                causal & masks["seen", number].repeat_interleave(group, 1)
+                if ("seen", number) in masks
+                else causal
+            )
+            out = ((q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5).masked_fill(
+                ~seen, -torch.inf
+            ).softmax(-1) @ v
             if ("groups", number) in masks:
-                out = out * masks["groups", number].transpose(1, 2).repeat_interleave(group, 1)[..., None]
+                out = (
+                    out
+                    * masks["groups", number].transpose(1, 2).repeat_interleave(group, 1)[..., None]
+                )
             y = _linear(a.o, out.transpose(1, 2).flatten(2))
             if ("attention", number) in masks:
                 y = y * masks["attention", number][..., None]
@@ -91,12 +116,18 @@ def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> Any:
 
 
 def check(logits: Any, expected: Any, prompt: int = PROMPT, tolerance: float = 2e-3) -> None:
-    torch.testing.assert_close(logits.double(), expected[:, prompt - 1 :], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        logits.double(), expected[:, prompt - 1 :], rtol=tolerance, atol=tolerance
+    )
     # a check that cannot fail is none: other positions must differ
-    assert not torch.allclose(logits.double()[:, 0], expected[:, prompt - 3], rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(
+        logits.double()[:, 0], expected[:, prompt - 3], rtol=tolerance, atol=tolerance
+    )
 
 
 def layout_mask(table: Any, q_len: int, kv_len: int, block: int) -> Any:
     """Return the boolean mask (q_len, kv_len) of a layout; dense attention with it gives the same result."""
     mask = table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:q_len, :kv_len]
-    return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(kv_len - q_len)
+    return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(
+        kv_len - q_len
+    )

@@ -34,7 +34,10 @@ def pass_s(config: dict[str, Any], tokens: int) -> float:
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     attention = hidden * width * (2 * heads + 2 * config.get("num_key_value_heads", heads))
-    inner = config.get("moe_intermediate_size", 0) * config.get("num_experts", 0) or config["intermediate_size"]
+    inner = (
+        config.get("moe_intermediate_size", 0) * config.get("num_experts", 0)
+        or config["intermediate_size"]
+    )
     slower = float(PLAN.get("slower", 1.0))
     return slower * layers * (1e-5 + 1e-12 * max(tokens, 8) * (attention + 3 * hidden * inner))
 
@@ -72,7 +75,9 @@ class TokensPrompt(dict[str, Any]):
 
 def _output(request_id: str, tokens: int, finished: bool) -> SimpleNamespace:
     return SimpleNamespace(
-        request_id=request_id, finished=finished, outputs=[SimpleNamespace(token_ids=list(range(tokens)))]
+        request_id=request_id,
+        finished=finished,
+        outputs=[SimpleNamespace(token_ids=list(range(tokens)))],
     )
 
 
@@ -132,7 +137,10 @@ class LLM:
             raise OSError(f"no weights and no tokenizer in {model}")
         self.max_num_seqs, self.max_model_len = given["max_num_seqs"], given["max_model_len"]
         heads = self.config.get("num_key_value_heads", self.config["num_attention_heads"])
-        width = self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
+        width = (
+            self.config.get("head_dim")
+            or self.config["hidden_size"] // self.config["num_attention_heads"]
+        )
         size = {"bfloat16": 2, "float16": 2, "float32": 4}[given["dtype"]]
         each = 2 * self.config["num_hidden_layers"] * heads * width * size
         if given["kv_cache_memory_bytes"] < each * self.max_num_seqs * self.max_model_len:
@@ -141,8 +149,12 @@ class LLM:
             raise ValueError("max_num_batched_tokens must be greater than or equal to max_num_seqs")
         print("INFO 11-28 12:00:00 [llm.py:1] planted vLLM; WARNING: ValueError: of no importance")
         if FAULT == "memory":
-            print("(EngineCore pid=7) ERROR 11-28 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB")
-            raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+            print(
+                "(EngineCore pid=7) ERROR 11-28 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+            )
+            raise RuntimeError(
+                "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+            )
         self.llm_engine, self.trace = LLMEngine(self), dict(given.get("profiler_config", {}))
         self.events: list[dict[str, Any]] | None = None
 
@@ -152,7 +164,9 @@ class LLM:
     def stop_profile(self) -> None:
         assert self.events is not None
         text = json.dumps({"traceEvents": self.events}).encode()
-        (Path(self.trace["torch_profiler_dir"]) / "rank0.pt.trace.json.gz").write_bytes(gzip.compress(text))
+        (Path(self.trace["torch_profiler_dir"]) / "rank0.pt.trace.json.gz").write_bytes(
+            gzip.compress(text)
+        )
         self.events = None
 
     def _pass(self, prompts: int, tokens: int, decodes: int) -> None:
@@ -163,7 +177,9 @@ class LLM:
             return
         step = f"execute_context_{prompts}({tokens})_generation_{decodes}({decodes})"
         self.events.append(_event(step, "user_annotation", start, seconds))
-        outer = _event("vllm::unified_attention_with_output", "cpu_op", start, KERNELS["attention"] * seconds)
+        outer = _event(
+            "vllm::unified_attention_with_output", "cpu_op", start, KERNELS["attention"] * seconds
+        )
         self.events += [outer, {**outer, "name": "_C::cpu_attention_with_kv_cache"}]
         start += outer["dur"]
         self.events.append(_event("_C::onednn_mm", "cpu_op", start, KERNELS["gemm"] * seconds))
@@ -179,7 +195,9 @@ class LLM:
         self, prompts: list[TokensPrompt], sampling_params: SamplingParams, *, use_tqdm: bool
     ) -> list[SimpleNamespace]:
         if FAULT == "crash":
-            print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
+            print(
+                "CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True
+            )
             os._exit(3)
         if FAULT == "hang":
             time.sleep(600)

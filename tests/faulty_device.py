@@ -18,7 +18,8 @@ _SLOWDOWN = 1.6  # factor on times under throttling
 class Faults:
     """Faults to plant. Numbers count the calls of ``prepare`` from 0, including drift checks and repeats."""
 
-    throttle: Collection[int] = ()  # preparations with thermal throttling: slower, and reported by the telemetry
+    # preparations with thermal throttling: slower, and reported by the telemetry
+    throttle: Collection[int] = ()
     noisy: Collection[int] = ()  # preparations with a relative standard deviation of 0.5
     nan: Collection[int] = ()  # preparations whose third sample is not a number
     out_of_memory_bytes: float = math.inf  # operators with a larger footprint run out of memory

@@ -15,11 +15,35 @@ from simulator.models.library import FOLDER
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]
 LAYOUTS = tuple(
-    ["gptq", "gptq8", "awq", "packed", "int8", "fp8", "fp8_block", "bnb", "nvfp4", "bitmask", "bitmask8", "marlin24"]
+    [
+        "gptq",
+        "gptq8",
+        "awq",
+        "packed",
+        "int8",
+        "fp8",
+        "fp8_block",
+        "bnb",
+        "nvfp4",
+        "bitmask",
+        "bitmask8",
+        "marlin24",
+    ]
 )
 PLURAL = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
 """Architectures whose shared experts are called ``shared_experts``."""
-PROJECTION = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+PROJECTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+)
 
 
 def tensors_of(model: ModelConfig) -> Tensors:
@@ -75,14 +99,20 @@ def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]
         yield at + "in_proj_qkvz.weight", (2 * keys + 2 * values, h)
         yield at + "in_proj_ba.weight", (2 * b.heads, h)
         yield at + "conv1d.weight", (2 * keys + values, 1, m.delta.conv)
-        yield from ((at + "dt_bias", (b.heads,)), (at + "A_log", (b.heads,)), (at + "norm.weight", (m.delta.value,)))
+        yield from (
+            (at + "dt_bias", (b.heads,)),
+            (at + "A_log", (b.heads,)),
+            (at + "norm.weight", (m.delta.value,)),
+        )
         yield at + "out_proj.weight", (h, values)
         return
     if own is not None:
         if own.query_rank:
             yield from _linear(at + "q_a_proj", (own.query_rank, h))
             yield from _linear(at + "q_a_layernorm", (own.query_rank,))
-        yield from _linear(at + ("q_b_proj" if own.query_rank else "q_proj"), (q, own.query_rank or h))
+        yield from _linear(
+            at + ("q_b_proj" if own.query_rank else "q_proj"), (q, own.query_rank or h)
+        )
         yield from _linear(at + "kv_a_proj_with_mqa", (own.cached, h))
         yield from _linear(at + "kv_a_layernorm", (own.rank,))
         yield from _linear(at + "kv_b_proj", (b.heads * (own.plain + own.value), own.rank))
@@ -108,7 +138,13 @@ def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]
 
 def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
     h, i, e = m.hidden, b.inner, b.expert_inner
-    shared = "shared_experts." if m.architecture in PLURAL else "shared_expert." if b.experts and i else ""
+    shared = (
+        "shared_experts."
+        if m.architecture in PLURAL
+        else "shared_expert."
+        if b.experts and i
+        else ""
+    )
     mlp = "feed_forward." if m.architecture == "llama4_text" else "mlp."
     if "mlp" in b.linear:
         yield at + "mlp.linear_mlp.weight", (h, h)
@@ -116,7 +152,11 @@ def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
         yield from _linear(at + "mlp.gate_up_proj", (2 * i, h))
         yield from _linear(at + "mlp.down_proj", (h, i))
     elif i and not m.gated:
-        names = ("fc1", "fc2") if m.architecture == "opt" else ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        names = (
+            ("fc1", "fc2")
+            if m.architecture == "opt"
+            else ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+        )
         for name, shape in zip(names, ((i, h), (h, i))):
             yield from _linear(at + name, shape, m.mlp_bias)
     elif i:
@@ -192,7 +232,11 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.elements * BITS[tensor.dtype] // 8
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     write(path, json.dumps(header | {"__metadata__": {"format": "pt"}}).encode(), end)
 
 

@@ -28,18 +28,24 @@ class Published:
     active: int = 0  # routed experts that a token uses
     expert_inner: int = 0
     dense: tuple[int, int] = (0, 0)  # first layers without experts, and the width of their MLP
-    latent: tuple[int, int, int, int, int] | None = None  # ranks of queries and latent; rotated, plain, value features
-    runs: tuple[tuple[int, int, int], ...] = ()  # layers, KV heads and MLP width of each run of equal layers
-    active_parameters: tuple[float, float] = (0.0, 0.0)  # published, 10^9, and a unit of their last digit
+    # ranks of queries and latent; rotated, plain, value features
+    latent: tuple[int, int, int, int, int] | None = None
+    # layers, KV heads and MLP width of each run of equal layers
+    runs: tuple[tuple[int, int, int], ...] = ()
+    # published, 10^9, and a unit of their last digit
+    active_parameters: tuple[float, float] = (0.0, 0.0)
     embedded: bool = True  # active parameters include the embedding
-    delta: tuple[int, int, int, int, int] | None = None  # key and value heads, their features, positions of convolution
+    # key and value heads, their features, positions of convolution
+    delta: tuple[int, int, int, int, int] | None = None
     attention_every: int = 1  # a layer of so many has attention, the others a gated delta net
 
 
 HUB = "safetensors total on the Hugging Face Hub"
 CARD = "table of the model card"
 COUNTED = "sum over the tensors of the published configuration; no published total was looked up"
-SUM = "sum over the tensors of the published configuration (the checkpoint has no safetensors total)"
+SUM = (
+    "sum over the tensors of the published configuration (the checkpoint has no safetensors total)"
+)
 
 # fmt: off
 PUBLISHED = {
@@ -144,7 +150,9 @@ def shape_of(p: Published, layer: int) -> tuple[int, int]:
     """KV heads and MLP width of a layer."""
     if layer < p.dense[0]:
         return p.kv_heads, p.dense[1]
-    each = [widths for many, *widths in p.runs for _ in range(many)] or [[p.kv_heads, p.inner]] * p.layers
+    each = [widths for many, *widths in p.runs for _ in range(many)] or [
+        [p.kv_heads, p.inner]
+    ] * p.layers
     return each[layer][0], each[layer][1]
 
 
@@ -167,7 +175,8 @@ def layer_tensors(p: Published, layer: int = 0) -> list[Shape]:
     split: list[Shape] = [(q, h), (kv, h), (kv, h), (h, q)]
     norms: list[Shape] = [(h,), (h,)]
     biases: list[Shape] = [(q,), (kv,), (kv,)]
-    plain: list[Shape] = [(h,), (i, h), (i,), (h, i), (h,), *norms, *norms]  # bias of o, the MLP, two layer norms
+    # bias of o, the MLP, two layer norms
+    plain: list[Shape] = [(h,), (i, h), (i,), (h, i), (h,), *norms, *norms]
     routed: list[Shape] = [(p.experts, h)] if layer >= p.dense[0] else []
     score: list[Shape] = [(p.experts,) for _ in routed]  # bias of the router
     mixing = [(2 * q, h), *split[1:], (d,), (d,)] if attends(p, layer) else delta_tensors(p)
@@ -203,7 +212,11 @@ def delta_tensors(p: Published) -> list[Shape]:
         return []
     key_heads, value_heads, key, value, conv = p.delta
     keys, values, h = key_heads * key, value_heads * value, p.hidden
-    own: list[Shape] = [(2 * keys + 2 * values, h), (2 * value_heads, h), (2 * keys + values, 1, conv)]
+    own: list[Shape] = [
+        (2 * keys + 2 * values, h),
+        (2 * value_heads, h),
+        (2 * keys + values, 1, conv),
+    ]
     return [*own, (value_heads,), (value_heads,), (value,), (h, values)]
 
 
@@ -215,7 +228,13 @@ def latent_tensors(p: Published) -> list[Shape]:
     queries, rank, rotary, plain, value = p.latent
     h, wide = p.hidden, p.heads * (plain + rotary)
     own: list[Shape] = [(queries, h), (queries,), (wide, queries)] if queries else [(wide, h)]
-    return [*own, (rank + rotary, h), (rank,), (p.heads * (plain + value), rank), (h, p.heads * value)]
+    return [
+        *own,
+        (rank + rotary, h),
+        (rank,),
+        (p.heads * (plain + value), rank),
+        (h, p.heads * value),
+    ]
 
 
 def expert_tensors(p: Published, layer: int) -> list[Shape]:
@@ -230,7 +249,9 @@ def expert_tensors(p: Published, layer: int) -> list[Shape]:
 def parameters_of(p: Published, experts: int) -> int:
     """Parameters of all layers with so many experts in those that have some."""
     of = lambda shapes: sum(math.prod(s) for s in shapes)  # noqa: E731
-    return sum(of(layer_tensors(p, i)) + experts * of(expert_tensors(p, i)) for i in range(p.layers))
+    return sum(
+        of(layer_tensors(p, i)) + experts * of(expert_tensors(p, i)) for i in range(p.layers)
+    )
 
 
 def outer_tensors(p: Published) -> list[Shape]:
@@ -257,6 +278,7 @@ def pass_flops(
         reach = window.get(layer, 0) or seq
         pairs = sum(min(i + 1, reach) if causal else seq for i in range(seq))
         total += 2 * batch * attention_features(p, layer) * pairs
-        if p.delta and not attends(p, layer):  # read, correct and read again the state of each value head
+        # read, correct and read again the state of each value head
+        if p.delta and not attends(p, layer):
             total += 3 * 2 * batch * seq * p.delta[1] * p.delta[2] * p.delta[3]
     return total + 2 * batch * (seq if every_logit else 1) * p.vocab * p.hidden

@@ -27,11 +27,15 @@ def decode(
     dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
 ) -> Estimate:  # fmt: skip
     """Return the cost of decode attention."""
-    calls = attention.Geometry.of(batch, 1, kv_len, heads, kv_heads, head_dim, warm=not cold, **options)
+    calls = attention.Geometry.of(
+        batch, 1, kv_len, heads, kv_heads, head_dim, warm=not cold, **options
+    )
     return attention.decode(calls, hw, dtype, kv_dtype)
 
 
-def of_experts(m: Any, n: Any, k: Any, number: Any, active: Any, hw: Any, **options: Any) -> Estimate:
+def of_experts(
+    m: Any, n: Any, k: Any, number: Any, active: Any, hw: Any, **options: Any
+) -> Estimate:
     """Return the cost of routed experts."""
     further = {name: options.pop(name) for name in ("skew", "devices") if name in options}
     return experts.experts(experts.ExpertSizes(m, n, k, number, active, **further), hw, **options)

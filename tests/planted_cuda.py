@@ -30,10 +30,32 @@ from calibration.devices.protocol import Operator
 
 ATTENTION = 0.6
 """Arithmetic rate of attention relative to that of GEMMs."""
-PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "__matmul__", "__rmatmul__", "_scaled_mm", "_int_mm")
+PRODUCTS = (
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "__matmul__",
+    "__rmatmul__",
+    "_scaled_mm",
+    "_int_mm",
+)
 LOOKUPS = ("embedding", "index_select", "__getitem__", "gather")
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided")
-FREE = {"view", "t", "transpose", "unflatten", "chunk", "expand", "unsqueeze", "size", "numel", "dim", "__len__"}
+FREE = {
+    "view",
+    "t",
+    "transpose",
+    "unflatten",
+    "chunk",
+    "expand",
+    "unsqueeze",
+    "size",
+    "numel",
+    "dim",
+    "__len__",
+}
 """Calls without a kernel, which are most calls."""
 FACTORS = {torch.float8_e4m3fn: 2.0, torch.int8: 2.0, torch.float32: 0.125}
 """Rates of number formats relative to bf16."""
@@ -54,7 +76,9 @@ class Kernels(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(_is_cuda(x) for x in (*args, *kwargs.values())):
             args = tuple("meta" if _is_cuda(x) else x for x in args)
-            kwargs = {key: "meta" if _is_cuda(x) else x for key, x in kwargs.items() if key != "generator"}
+            kwargs = {
+                key: "meta" if _is_cuda(x) else x for key, x in kwargs.items() if key != "generator"
+            }
         given = [*_tensors((args, kwargs))]
         if name == "scaled_dot_product_attention":
             out = args[0].new_empty((*args[0].shape[:-1], args[2].shape[-1]))
@@ -74,8 +98,12 @@ class Kernels(TorchFunctionMode):
     def _launch(self, name: str, args: Any, kwargs: Any, given: list[Any], made: list[Any]) -> None:
         self.cuda.alive()
         new = sum(t.nbytes for t in made)
-        if new > min(self.cuda.troubles.memory_bytes, self.cuda.gpu.memory_bytes) and not _aliases(made, given):
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {new / 2**30:.2f} GiB.")
+        if new > min(self.cuda.troubles.memory_bytes, self.cuda.gpu.memory_bytes) and not _aliases(
+            made, given
+        ):
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {new / 2**30:.2f} GiB."
+            )
         changes = name.endswith("_") and not name.endswith("__")
         if name in ALLOCATIONS or (_aliases(made, given) and not changes and name != "__setitem__"):
             return
@@ -90,7 +118,13 @@ class Kernels(TorchFunctionMode):
             moved = 2 * next((t.nbytes for t in _tensors(args[2:])), 0)
         flops = 2.0 * sum(t.numel() for t in made) * args[0].shape[-1] if product else 0.0
         if attends:
-            flops = 4.0 * args[0].numel() * args[1].shape[-2] * (0.5 if _causal(args, kwargs) else 1.0) / ATTENTION
+            flops = (
+                4.0
+                * args[0].numel()
+                * args[1].shape[-2]
+                * (0.5 if _causal(args, kwargs) else 1.0)
+                / ATTENTION
+            )
         rate = gpu.flop_per_s * FACTORS.get(given[0].dtype, 1.0) if flops else 1.0
         self.cuda.submit({Kernel(name, flops / rate, moved / gpu.bytes_per_s): 1})
 
@@ -116,7 +150,9 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 def _aliases(made: list[Any], given: list[Any]) -> bool:
     """Whether results share the memory of arguments: views and in-place calls."""
-    return bool(made) and made[0].untyped_storage()._cdata in {t.untyped_storage()._cdata for t in given}
+    return bool(made) and made[0].untyped_storage()._cdata in {
+        t.untyped_storage()._cdata for t in given
+    }
 
 
 class Generator(torch.Generator):
@@ -171,14 +207,21 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
         patch.setattr(torch, "Generator", Generator)
         patch.setitem(sys.modules, "pynvml", planted_nvml(cuda) if troubles.nvml else None)
         patch.setattr(cuda_device, "build", planted_build(cuda))
-        patch.setattr(cuda_device.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda))
+        patch.setattr(
+            cuda_device.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda)
+        )
         patch.setattr(attention, "_attend", _attend)
-        for launched in (JITFunction, InterpretedFunction):  # as Triton was imported in this process
+        # as Triton was imported in this process
+        for launched in (JITFunction, InterpretedFunction):
             patch.setattr(launched, "run", planted_triton(cuda))
         patch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
         patch.setattr(torch.backends.cusparselt, "version", lambda: 702)
         patch.setattr(operators, "_fastest", lambda packed, dense, bias: (0,))
-        patch.setattr(torch, "_cslt_compress", lambda weight: weight.new_empty(len(weight), weight.shape[1] * 9 // 16))
+        patch.setattr(
+            torch,
+            "_cslt_compress",
+            lambda weight: weight.new_empty(len(weight), weight.shape[1] * 9 // 16),
+        )
         patch.setattr(torch, "_cslt_sparse_mm", planted_sparse(cuda))
         patch.setattr(time, "monotonic", cuda.read)
         patch.setattr(time, "perf_counter", cuda.read)
@@ -196,7 +239,9 @@ def planted_triton(cuda: PlantedCuda) -> Callable[..., None]:
         products = kernel.__name__ in SKIPPING and len(matrices) >= 2
         flops = 2.0 * matrices[0].shape[0] * matrices[1].numel() if products else 0.0
         moved = sum(t.nbytes for t in given)
-        cuda.submit({Kernel(kernel.__name__, flops / cuda.gpu.flop_per_s, moved / cuda.gpu.bytes_per_s): 1})
+        cuda.submit(
+            {Kernel(kernel.__name__, flops / cuda.gpu.flop_per_s, moved / cuda.gpu.bytes_per_s): 1}
+        )
 
     return run
 

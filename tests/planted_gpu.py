@@ -69,12 +69,15 @@ class Troubles:
 
     noise: float = 0.0  # relative standard deviation of a sample
     drift_per_s: float = 0.0  # share of the clock that is lost per second
-    power_cap: float = 1.0  # share of the clock that is left to kernels bound by arithmetic, with its reason
-    throttle: tuple[float, float] = (math.inf, math.inf)  # from, until: thermal throttling to 60 % of the clock
+    # share of the clock that is left to kernels bound by arithmetic, with its reason
+    power_cap: float = 1.0
+    # from, until: thermal throttling to 60 % of the clock
+    throttle: tuple[float, float] = (math.inf, math.inf)
     lost_at_s: float = math.inf  # an illegal memory access; every later call fails
     refused: tuple[int, int] = (0, 0)  # (n, k) of weights on which cuBLAS fails
     uncapturable: tuple[str, ...] = ()  # calls of torch that a graph cannot hold
-    capture_fails_at_s: float = math.inf  # captures fail from then on, though a child process could do them
+    # captures fail from then on, though a child process could do them
+    capture_fails_at_s: float = math.inf
     stuck: bool = True  # a failed capture leaves the allocator in capture, as before torch 2.12
     memory_bytes: float = math.inf  # the largest allocation
     nvml: bool = True
@@ -145,7 +148,9 @@ class Stream:
 
 def _bound(kind: type, cuda: PlantedCuda) -> type:
     """Return a class of a GPU's events, graphs or streams; options of torch are ignored."""
-    return type(kind.__name__, (kind,), {"__init__": lambda self, *_, **__: kind.__init__(self, cuda)})
+    return type(
+        kind.__name__, (kind,), {"__init__": lambda self, *_, **__: kind.__init__(self, cuda)}
+    )
 
 
 class PlantedCuda:
@@ -214,7 +219,9 @@ class PlantedCuda:
         self.now = max(self.now + self.launch_s, self.free - self.AHEAD_S)
         self.hot = sum(k.arithmetic_s for k in kernels) > sum(k.memory_s for k in kernels)
         share = self.clock_share
-        took = sum(count * (self.gpu.floor_s + kernel.seconds(share)) for kernel, count in kernels.items())
+        took = sum(
+            count * (self.gpu.floor_s + kernel.seconds(share)) for kernel, count in kernels.items()
+        )
         self.free = max(self.free, self.now) + took * self.factor
 
     @contextmanager
@@ -320,7 +327,11 @@ def planted_nvml(cuda: PlantedCuda) -> ModuleType:
         return cuda.free > cuda.now
 
     def clock_mhz(handle: Any, kind: int) -> int:
-        return round(gpu.clock_hz * (cuda.clock_share if loaded() else 1.0) / 1e6) if kind < 2 else 2600
+        return (
+            round(gpu.clock_hz * (cuda.clock_share if loaded() else 1.0) / 1e6)
+            if kind < 2
+            else 2600
+        )
 
     def reasons() -> int:
         capped = 0x4 if loaded() and cuda.hot and cuda.troubles.power_cap < 1.0 else 0
@@ -340,7 +351,9 @@ def planted_nvml(cuda: PlantedCuda) -> ModuleType:
         nvmlDeviceGetName=lambda handle: gpu.name,
         nvmlDeviceGetClockInfo=lambda handle, kind: reading(lambda: clock_mhz(handle, kind))(),
         nvmlDeviceGetMaxClockInfo=lambda handle, kind: reading(lambda: round(gpu.clock_hz / 1e6))(),
-        nvmlDeviceGetPowerUsage=reading(lambda: int(1e3 * gpu.power_w * (0.97 if loaded() else 0.2))),
+        nvmlDeviceGetPowerUsage=reading(
+            lambda: int(1e3 * gpu.power_w * (0.97 if loaded() else 0.2))
+        ),
         nvmlDeviceGetEnforcedPowerLimit=reading(lambda: int(1e3 * gpu.power_w)),
         nvmlDeviceGetTemperature=reading(lambda: 91 if cuda.throttled else 61),
         nvmlDeviceGetUtilizationRates=reading(lambda: SimpleNamespace(gpu=100 if loaded() else 0)),

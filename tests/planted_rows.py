@@ -41,7 +41,9 @@ def golden_records() -> tuple[HardwareProfile, Records]:
     sizes = [1, 16, 256, 4096, 8192], [1024, 4096, 8192], [1024, 2048, 4096, 16384]
     m, n, k = (a.ravel() for a in np.meshgrid(*sizes, indexing="ij"))
     wave = 1.0 + 0.06 * np.sin(np.arange(len(m)))
-    return hw, Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=gemm_time(m, n, k, hw).seconds * wave)
+    return hw, Records.from_columns(
+        [SOURCE], m=m, n=n, k=k, seconds=gemm_time(m, n, k, hw).seconds * wave
+    )
 
 
 def check_golden(name: str, text: str) -> None:

@@ -62,7 +62,9 @@ def followed(heading: str, following: str, folder: Path) -> list[Block]:
     """Copy the packages, write and change files as a section of docs/adding.md shows, and return its blocks."""
     page = ROOT / "docs" / "adding.md"
     text = page.read_text(encoding="utf-8")
-    first, last = (text[: text.index(f"## {title}\n")].count("\n") for title in (heading, following))
+    first, last = (
+        text[: text.index(f"## {title}\n")].count("\n") for title in (heading, following)
+    )
     shown = [block for block in blocks(page) if first < block.line < last]
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
@@ -127,7 +129,8 @@ def test_a_field_of_the_request_is_declared_in_one_place(tmp_path: Path) -> None
 
 def test_operators_are_told_apart_and_none_is_forgotten() -> None:
     assert len(BY_CODE) == len(OPERATORS) == len({operator.name for operator in OPERATORS})
-    assert len(CONSTANTS) == sum(len(operator.constants) for operator in OPERATORS) + 1  # and "runtime"
+    # and "runtime"
+    assert len(CONSTANTS) == sum(len(operator.constants) for operator in OPERATORS) + 1
     assert all(len(operator.titles) in (0, len(operator.constants)) for operator in OPERATORS)
     # records of delta nets do not exist
     assert set(SECTIONS.values()) == CONSTANTS.keys() - {"delta_net"}

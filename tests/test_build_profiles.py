@@ -27,15 +27,26 @@ NAME = "a100_sxm_80gb.trtllm"
 B200 = datasheet("b200_sxm")
 
 
-def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with_each_stack() -> None:
+def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with_each_stack() -> (
+    None
+):
     for name, recipe in RECIPES.items():
         assert name == f"{recipe.hardware}.{recipe.stack}"
         assert recipe.hardware in list_hardware()
         assert recipe.stack in STACKS
         assert recipe.prior in ("", *RECIPES)
         assert {SOURCES[table].hardware for table in recipe.tables} <= {recipe.hardware}
-        assert {SOURCES[table].stack for table in recipe.tables} in (set(), {recipe.stack}, {recipe.stack, "nccl"})
-    own = [table for recipe in RECIPES.values() for table in recipe.tables if SOURCES[table].stack != "nccl"]
+        assert {SOURCES[table].stack for table in recipe.tables} in (
+            set(),
+            {recipe.stack},
+            {recipe.stack, "nccl"},
+        )
+    own = [
+        table
+        for recipe in RECIPES.values()
+        for table in recipe.tables
+        if SOURCES[table].stack != "nccl"
+    ]
     assert sorted(own) == sorted(name for name, choice in SOURCES.items() if choice.stack != "nccl")
     assert [name for name in own if SOURCES[name].ships and name not in list_measurements()] == []
 
@@ -46,7 +57,9 @@ def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() ->
     assert left == {name for name in RECIPES if name.endswith(".vllm")}
     with pytest.raises(InputError, match=r"h100_sxm\.vllm: its tables do not ship; name the wheel"):
         build("h100_sxm.vllm")
-    with pytest.raises(InputError, match=r"rtx_4090\.vllm: its tables do not ship; name their folder"):
+    with pytest.raises(
+        InputError, match=r"rtx_4090\.vllm: its tables do not ship; name their folder"
+    ):
         build("rtx_4090.vllm")
     with pytest.raises(InputError, match="stack file 'h100_sxm' is unknown"):
         build("h100_sxm")
@@ -57,18 +70,30 @@ def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() ->
 
 def planted(operator: str, scale: float) -> Section:
     """A calibrated section with the constants that are assumed."""
-    constants = {n: replace(c, status="fitted") for n, c in B200.section(operator, "bf16").constants.items()}
+    constants = {
+        n: replace(c, status="fitted") for n, c in B200.section(operator, "bf16").constants.items()
+    }
     about = Provenance(operator, "0" * 64, "2026-11-25", "SGLang", "NVIDIA B200", "graph", 100)
-    return Section(constants, section_scale=scale, provenance=about, accuracy={"mape": 1 / 30}, status="calibrated")
+    return Section(
+        constants,
+        section_scale=scale,
+        provenance=about,
+        accuracy={"mape": 1 / 30},
+        status="calibrated",
+    )
 
 
 @pytest.mark.quick
-def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_the_wheel_is_kept_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
     before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
     fit = ProfileFit(B200.calibrated({prefill: planted(prefill[0], 1.23)}), (), ("a note",))
     monkeypatch.setattr(shipped, "build", lambda *_: fit)
-    monkeypatch.setattr(shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before}))
+    monkeypatch.setattr(
+        shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before})
+    )
     lines = make("b200_sxm.sglang", tmp_path)
     assert "b200_sxm.sglang attention_decode bf16: kept, its rows are in the wheel" in lines
     assert "b200_sxm.sglang: a note" in lines
@@ -83,7 +108,9 @@ def test_what_needs_the_wheel_is_kept_as_it_is(tmp_path: Path, monkeypatch: pyte
     assert set(load_hardware(copy).stacks["sglang"]) == {prefill}
 
 
-def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_operators_asked_for_leave_the_others_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines: list[str] = []
     how = ["--operator", "mla_prefill", "-o", str(tmp_path), "--workers", "1"]
     assert main([NAME, *how], report=lines.append) == 0
@@ -107,12 +134,17 @@ def test_operators_asked_for_leave_the_others_as_they_are(tmp_path: Path, capsys
 @pytest.mark.parametrize("name", sorted({recipe.hardware for recipe in RECIPES.values()}))
 def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
     hw = load_hardware(name)
-    assert set(hw.stacks) <= {recipe.stack for recipe in RECIPES.values() if recipe.hardware == name}
+    assert set(hw.stacks) <= {
+        recipe.stack for recipe in RECIPES.values() if recipe.hardware == name
+    }
     for stack, sections in hw.stacks.items():
         for key, section in sections.items():
             about = section.provenance
             assert about is not None, (stack, key)
-            assert section.status == ("inherited" if about.inherited_from else "calibrated"), (stack, key)
+            assert section.status == ("inherited" if about.inherited_from else "calibrated"), (
+                stack,
+                key,
+            )
             assert "/work" not in about.source
             if section.status == "calibrated" and key[0] != "runtime":
                 assert 0.0 < section.accuracy["mape"] < 0.25, (stack, key)
@@ -124,13 +156,25 @@ def same_times(made: HardwareProfile, shipped: HardwareProfile) -> None:
     """Two fits to the same rows give the same times. Their constants may differ along a ridge of the error: between two
     kernels of OpenBLAS, exp_per_s of latent prefill differs by 3.7 %, b_hit of int8_wo by 0.15 %."""
     batch, seq, heads, groups = (
-        a.ravel() for a in np.meshgrid([1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij")
+        a.ravel()
+        for a in np.meshgrid(
+            [1, 4, 32], [64, 500, 2048, 16384], [8, 32, 64], [1, 4, 8], indexing="ij"
+        )
     )
-    m, n, k = (a.ravel() for a in np.meshgrid([1, 16, 300, 4096], [1024, 4096, 14336], [1024, 8192], indexing="ij"))
+    m, n, k = (
+        a.ravel()
+        for a in np.meshgrid([1, 16, 300, 4096], [1024, 4096, 14336], [1024, 8192], indexing="ij")
+    )
     pairs = [
         [prefill_time(batch, seq, seq, heads, groups, 128, hw) for hw in (made, shipped)],
-        [prefill_time(batch, seq, seq, heads, heads, 192, hw, value_dim=128) for hw in (made, shipped)],
-        *([gemm_time(m, n, k, hw, weight_dtype=name) for hw in (made, shipped)] for name in (None, "int8", "int4")),
+        [
+            prefill_time(batch, seq, seq, heads, heads, 192, hw, value_dim=128)
+            for hw in (made, shipped)
+        ],
+        *(
+            [gemm_time(m, n, k, hw, weight_dtype=name) for hw in (made, shipped)]
+            for name in (None, "int8", "int4")
+        ),
     ]
     for one, other in pairs:
         np.testing.assert_allclose(one.seconds, other.seconds, rtol=1e-3)

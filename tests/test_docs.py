@@ -34,7 +34,12 @@ from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PACKAGES = ("simulator", "calibration", "hardware_profiles")
 SETS_UP = re.compile(r"\bpip\b|\bvenv\b|\bpytest\b|\bpre-commit\b")
 """Commands that make an environment or run tests: `.ci/run` runs those, in a fresh clone."""
@@ -67,7 +72,9 @@ def edit(shown: str, folder: Path) -> None:
     text = target.read_text(encoding="utf-8")
     for part in parts:
         lines = part.splitlines(keepends=True)
-        before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        before, after = (
+            "".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")
+        )
         assert text.count(before) == 1, part
         text = text.replace(before, after)
     target.unlink()  # a link to the file of the checkout
@@ -93,7 +100,9 @@ def python(arguments: list[str], folder: Path) -> str:
     home = folder if (folder / "simulator").is_dir() else ROOT
     environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg"}
     command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
     said = f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert done.returncode == 0, said
     return done.stdout
@@ -108,7 +117,9 @@ def prunesim(words: list[str], folder: Path) -> str:
             status = run(words)
     finally:
         os.chdir(before)
-    assert status == 0, f"{' '.join(words)[:300]}: status {status}\n{out.getvalue()[-2000:]}{err.getvalue()[-2000:]}"
+    assert status == 0, (
+        f"{' '.join(words)[:300]}: status {status}\n{out.getvalue()[-2000:]}{err.getvalue()[-2000:]}"
+    )
     return out.getvalue()
 
 
@@ -123,10 +134,16 @@ def commands_of(shell: str) -> Iterator[list[str]]:
             program = Path(words[0]).name if words else ""
             if program == "prunesim":
                 yield ["-m", "simulator.cli", *words[1:]]
-            elif program.startswith("python") and words[1:2] == ["-m"] and words[2].startswith("calibration"):
+            elif (
+                program.startswith("python")
+                and words[1:2] == ["-m"]
+                and words[2].startswith("calibration")
+            ):
                 yield words[1:]
             else:
-                assert not words or SETS_UP.search(part), f"neither a command of prunesim nor one that sets up: {part}"
+                assert not words or SETS_UP.search(part), (
+                    f"neither a command of prunesim nor one that sets up: {part}"
+                )
 
 
 def run_shell(shell: str, folder: Path) -> str:
@@ -158,7 +175,9 @@ def assert_printed(shown: str, printed: str, where: str) -> None:
     )
     at = 0
     for want in parts:
-        places = [i for i in range(at, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
+        places = [
+            i for i in range(at, len(have) - len(want) + 1) if have[i : i + len(want)] == want
+        ]
         if not places:
             missing = next((line for line in want if line not in have), "")
             shown_only = f"shows a line that is not printed:\n{missing}"
@@ -215,7 +234,11 @@ def test_every_constant_of_the_cost_models_is_explained() -> None:
     names = {name for constants in CONSTANTS.values() for name in constants} | set(LINK)
     classes = re.compile(rf"(t0|e|l2)_({'|'.join(CLASSES)})(_s)?")
     assert all(f"`{name}`" in text for name in CLASSES)
-    missing = [name for name in sorted(names) if not classes.fullmatch(name) and not re.search(rf"\b{name}\b", text)]
+    missing = [
+        name
+        for name in sorted(names)
+        if not classes.fullmatch(name) and not re.search(rf"\b{name}\b", text)
+    ]
     assert not missing
 
 
@@ -253,7 +276,9 @@ def test_a_newcomer_sees_what_the_page_shows(path: Path, tmp_path: Path) -> None
 
 GUIDE = ROOT / "docs" / "guide.md"
 _QUESTION = r"^## (\d+)\. [^\n]+\?\n.*?^```text\n\$ (prunesim [^\n]+)\n([^\n]+)"
-QUESTIONS: list[tuple[str, str, str]] = re.findall(_QUESTION, GUIDE.read_text(encoding="utf-8"), re.M | re.S)
+QUESTIONS: list[tuple[str, str, str]] = re.findall(
+    _QUESTION, GUIDE.read_text(encoding="utf-8"), re.M | re.S
+)
 """Number of each question of the guide, its command, and the first line shown of the answer."""
 
 ANSWERS = ("On ", "No ", "Of ", "The least ", "The fastest ")
@@ -269,15 +294,25 @@ def test_the_guide_answers_its_questions() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "command", "shown"), QUESTIONS, ids=[number for number, _, _ in QUESTIONS])
-def test_the_first_sentence_printed_is_the_answer(number: str, command: str, shown: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "command", "shown"), QUESTIONS, ids=[number for number, _, _ in QUESTIONS]
+)
+def test_the_first_sentence_printed_is_the_answer(
+    number: str, command: str, shown: str, tmp_path: Path
+) -> None:
     for block in blocks(GUIDE):
         if block.file:
             (tmp_path / block.file).write_text(block.text, encoding="utf-8")
     printed = printed_by(GUIDE, command, tmp_path)
-    assert printed.startswith(shown + "\n"), f"{number}: the guide shows the beginning of the answer"
+    assert printed.startswith(shown + "\n"), (
+        f"{number}: the guide shows the beginning of the answer"
+    )
     sentence = " ".join(printed.partition("\n\n")[0].split()).partition(". ")[0]
-    named = [word.removesuffix(".json") for word in re.split(r"[\s,@]", " ".join(shlex.split(command)[2:])) if word]
+    named = [
+        word.removesuffix(".json")
+        for word in re.split(r"[\s,@]", " ".join(shlex.split(command)[2:]))
+        if word
+    ]
     assert sentence.startswith((*ANSWERS, *named)), sentence
     assert re.search(ENDS, sentence), sentence
 
@@ -294,14 +329,16 @@ def test_what_is_not_printed_is_noticed() -> None:
         assert_printed("b\ne", printed, "here")
     with pytest.raises(AssertionError, match="neither a command"):
         list(commands_of("rm -rf x"))
-    assert list(commands_of(".venv/bin/pip install -e . && .venv/bin/prunesim gemm 1 2 3 --hardware 'a b'")) == [
-        ["-m", "simulator.cli", "gemm", "1", "2", "3", "--hardware", "a b"]
-    ]
+    assert list(
+        commands_of(".venv/bin/pip install -e . && .venv/bin/prunesim gemm 1 2 3 --hardware 'a b'")
+    ) == [["-m", "simulator.cli", "gemm", "1", "2", "3", "--hardware", "a b"]]
 
 
 def prose(path: Path) -> str:
     """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def anchors(path: Path) -> set[str]:
@@ -329,25 +366,43 @@ def test_links_lead_somewhere_and_tables_have_as_many_cells_in_every_line(path: 
     for found in re.finditer(r"(?:^\|.*\n?)+", prose(path), re.MULTILINE):
         lines = found[0].splitlines()
         cells = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines}
-        whole = len(lines) >= 3 and len(cells) == 1 and set(re.sub(r"[\s|]", "", lines[1])) <= set(":-")
+        whole = (
+            len(lines) >= 3 and len(cells) == 1 and set(re.sub(r"[\s|]", "", lines[1])) <= set(":-")
+        )
         assert whole, f"{name_of(path)}: {lines[0]}"
 
 
 @pytest.mark.quick
 def test_the_index_names_every_page() -> None:
     index = ROOT / "docs" / "README.md"
-    named = {(index.parent / target.partition("#")[0]).resolve() for target in links(index) if "://" not in target}
-    assert not [name_of(p) for p in sorted((ROOT / "docs").rglob("*.md")) if p != index and p.resolve() not in named]
+    named = {
+        (index.parent / target.partition("#")[0]).resolve()
+        for target in links(index)
+        if "://" not in target
+    }
+    assert not [
+        name_of(p)
+        for p in sorted((ROOT / "docs").rglob("*.md"))
+        if p != index and p.resolve() not in named
+    ]
 
 
 @pytest.mark.quick
 def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
     page = pages.commands_page()
     made_by = "python -m calibration.cli.commands_page"
-    assert (ROOT / "docs" / "generated" / "commands.md").read_text(encoding="utf-8") == page, made_by
+    assert (ROOT / "docs" / "generated" / "commands.md").read_text(encoding="utf-8") == page, (
+        made_by
+    )
     for path, command in pages.commands():
         section = page.partition(f"\n## prunesim {path}\n")[2].partition("\n## ")[0]
-        options = [n for p in command.params if p.name != "help" and not p.hidden for n in p.opts if n.startswith("--")]
+        options = [
+            n
+            for p in command.params
+            if p.name != "help" and not p.hidden
+            for n in p.opts
+            if n.startswith("--")
+        ]
         assert path == "explore" or "--json" in options
         assert [name for name in options if name not in section] == [], path
 
@@ -355,7 +410,21 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
 @pytest.mark.quick
 def test_lists_of_what_is_known_are_complete() -> None:
     """The README counts families, methods, engines and devices; the help and the guide list families."""
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    words = [
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+    ]
     known = {"pruning families": FAMILIES, "published methods": METHODS, "engines": list_engines()}
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for what, found in (known | {"devices": list_hardware()}).items():
@@ -375,7 +444,10 @@ def test_the_accuracy_page_has_the_errors_of_the_shipped_fits() -> None:
 
 @pytest.mark.quick
 def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
-    text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "generated" / "validation").glob("*.md")}
+    text = {
+        p: p.read_text(encoding="utf-8")
+        for p in (ROOT / "docs" / "generated" / "validation").glob("*.md")
+    }
     for name in {recipe.hardware for recipe in RECIPES.values() if recipe.tables}:
         assert any(t.startswith(f"# Accuracy of {name}\n") for t in text.values()), name
     index = text[ROOT / "docs" / "generated" / "validation" / "README.md"]
@@ -431,7 +503,10 @@ def resolves(target: str, home: ModuleType | None = None) -> bool:
 
 def exists(path: str, page: Path) -> bool:
     """Whether there is such a file: from the root, a package or the page; a bare name anywhere."""
-    if any((home / path).exists() for home in (ROOT, ROOT / "simulator", ROOT / "calibration", page.parent)):
+    if any(
+        (home / path).exists()
+        for home in (ROOT, ROOT / "simulator", ROOT / "calibration", page.parent)
+    ):
         return True
     return "/" not in path and any(next((ROOT / top).rglob(path), None) for top in TOPS)
 
@@ -440,9 +515,16 @@ def exists(path: str, page: Path) -> bool:
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
 def test_names_and_files_of_a_page_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    shown = {path.removesuffix(".py").replace("/", ".") for path in re.findall(r"^<!-- file: (\S+) -->", text, re.M)}
+    shown = {
+        path.removesuffix(".py").replace("/", ".")
+        for path in re.findall(r"^<!-- file: (\S+) -->", text, re.M)
+    }
     names = {target for target in DOTTED.findall(text) if not resolves(target)} - shown
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     paths = (path for path in QUOTED.findall(prose) if not PLACEHOLDER.search(path))
-    ours = {path for path in paths if path.endswith(".py") or path.startswith(tuple(f"{top}/" for top in TOPS))}
+    ours = {
+        path
+        for path in paths
+        if path.endswith(".py") or path.startswith(tuple(f"{top}/" for top in TOPS))
+    }
     assert names | {path for path in ours if not exists(path, page)} == set()

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from operator_times import collective_time, decode_time, delta_net_time, elementwise_time, experts_time, prefill_time
+from operator_times import (
+    collective_time,
+    decode_time,
+    delta_net_time,
+    elementwise_time,
+    experts_time,
+    prefill_time,
+)
 
 import simulator
 from simulator.codes import Kernel
@@ -83,7 +90,9 @@ def families() -> Iterator[Line]:
         named = sorted({sparsity, 0.5})  # 2:4 has no sparsity but 0.5
         request = {"phase": [phase], "batch": [batch], "seq": [seq], "engine": [engine]}
         cells = (model, gpu, engine, phase, batch, seq, DTYPES[gpu])
-        for line in record_lines(cells, models=[model], hardware=[gpu], sparsity=named, dtype=DTYPES[gpu], **request):
+        for line in record_lines(
+            cells, models=[model], hardware=[gpu], sparsity=named, dtype=DTYPES[gpu], **request
+        ):
             family, removed = line.case.split()[-2:]
             if float(removed) == sparsity or family == "semi_structured":
                 yield line
@@ -99,31 +108,62 @@ def settings() -> Iterator[Line]:
             ("h100_sxm", "llama-3.1-8b", "kv-fp8", {"kv_dtype": "fp8"}),
             ("h100_sxm", "llama-3.1-70b", "tensor-4", {"devices": 4}),
             ("l40s", "llama-3.1-70b", "tensor-4", {"devices": 4}),
-            ("h200_sxm", "mixtral-8x7b", "expert-8", {"devices": 8, "parallel": "expert", "skew": 0.8}),
+            (
+                "h200_sxm",
+                "mixtral-8x7b",
+                "expert-8",
+                {"devices": 8, "parallel": "expert", "skew": 0.8},
+            ),
         ):
             cells = (model, gpu, "vllm", phase, batch, seq, name)
-            asked = {"models": [model], "hardware": [gpu], "family": ["width", "depth"], "sparsity": [0.25]}
+            asked = {
+                "models": [model],
+                "hardware": [gpu],
+                "family": ["width", "depth"],
+                "sparsity": [0.25],
+            }
             yield from record_lines(cells, **settings, **asked, **request)
         if phase in ("prefill", "decode"):
-            for model, gpu, routed in (("llama-2-7b", "a100_sxm_80gb", False), ("mixtral-8x7b", "h200_sxm", True)):
-                methods = [name for name, method in simulator.METHODS.items() if (method.family == "experts") == routed]
+            for model, gpu, routed in (
+                ("llama-2-7b", "a100_sxm_80gb", False),
+                ("mixtral-8x7b", "h200_sxm", True),
+            ):
+                methods = [
+                    name
+                    for name, method in simulator.METHODS.items()
+                    if (method.family == "experts") == routed
+                ]
                 asked = {"models": [model], "hardware": [gpu], "method": methods}
-                yield from record_lines((model, gpu, "vllm", phase, batch, seq, "bf16"), **asked, **request)
+                yield from record_lines(
+                    (model, gpu, "vllm", phase, batch, seq, "bf16"), **asked, **request
+                )
 
 
 def operators() -> Iterator[Line]:
     """Single operators: a few shapes of each kind on each profile."""
     moved = 10.0 ** np.arange(3, 10)
-    m, n, k = np.transpose([(1, 4096, 4096), (17, 1024, 14336), (300, 28672, 4096), (8192, 4096, 4096), (64, 1000, 72)])
-    batch, tokens = np.transpose([(1, 100), (64, 100), (1, 2048), (16, 2048), (1, 32768), (64, 8192)])
+    m, n, k = np.transpose(
+        [(1, 4096, 4096), (17, 1024, 14336), (300, 28672, 4096), (8192, 4096, 4096), (64, 1000, 72)]
+    )
+    batch, tokens = np.transpose(
+        [(1, 100), (64, 100), (1, 2048), (16, 2048), (1, 32768), (64, 8192)]
+    )
     one = np.ones_like(m)
     for profile in PROFILES:
         hw = simulator.load_hardware(profile)
-        gemms = {f"gemm:{kernel.name.lower()}": {"kernel": kernel} for kernel in Kernel if kernel is not Kernel.SPMV}
-        gemms |= {f"gemm:{weights}-weights": {"weight_dtype": weights} for weights in ("int4", "fp8")}
+        gemms = {
+            f"gemm:{kernel.name.lower()}": {"kernel": kernel}
+            for kernel in Kernel
+            if kernel is not Kernel.SPMV
+        }
+        gemms |= {
+            f"gemm:{weights}-weights": {"weight_dtype": weights} for weights in ("int4", "fp8")
+        }
         for name, options in gemms.items():
             yield from times(profile, name, simulator.gemm_time(m, n, k, hw, **options), m, n, k)
-        vector = simulator.gemm_time(one, n, k, hw, kernel=Kernel.SPMV, options=simulator.GemmOptions(density=0.5))
+        vector = simulator.gemm_time(
+            one, n, k, hw, kernel=Kernel.SPMV, options=simulator.GemmOptions(density=0.5)
+        )
         yield from times(profile, "gemm:spmv", vector, one, n, k)
         for name, t in (
             ("prefill", prefill_time(batch, tokens, tokens, 32, 8, 128, hw)),
@@ -131,22 +171,31 @@ def operators() -> Iterator[Line]:
             ("prefill:latent", prefill_time(batch, tokens, tokens, 16, 16, 192, hw, value_dim=128)),
             ("decode", decode_time(batch, tokens, 32, 8, 128, hw)),
             ("decode:fp8", decode_time(batch, tokens, 32, 8, 128, hw, kv_dtype="fp8")),
-            ("decode:latent", decode_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True)),
+            (
+                "decode:latent",
+                decode_time(batch, tokens, 16, 1, 576, hw, value_dim=512, latent=True),
+            ),
             ("delta_net:step", delta_net_time(batch, batch, 32, 16, 128, 128, hw)),
             ("delta_net:prompt", delta_net_time(batch * tokens, batch, 32, 16, 128, 128, hw)),
         ):
             yield from times(profile, name, t, batch, tokens)
         for skew in (0.0, 0.5):
-            yield from times(profile, f"experts:{skew:g}", experts_time(m, n, k, 64, 6, hw, skew=skew), m, n, k)
+            yield from times(
+                profile, f"experts:{skew:g}", experts_time(m, n, k, 64, 6, hw, skew=skew), m, n, k
+            )
         for role in ("attention_norm", "activation", "rotary", "embedding", "gather"):
-            yield from times(profile, f"elementwise:{role}", elementwise_time(moved, moved, hw, role=role), moved)
+            yield from times(
+                profile, f"elementwise:{role}", elementwise_time(moved, moved, hw, role=role), moved
+            )
         for kind in COLLECTIVES if hw.link else ():
             yield from times(profile, kind, collective_time(moved, 4, hw, kind=kind), moved)
 
 
 def times(profile: str, name: str, t: Any, *sizes: Any) -> Iterator[Line]:
     """Lines of the times of one operator, its sizes after its name."""
-    for *size, seconds, lower, upper, limit in zip(*sizes, t.seconds, t.lower, t.upper, t.bottlenecks, strict=True):
+    for *size, seconds, lower, upper, limit in zip(
+        *sizes, t.seconds, t.lower, t.upper, t.bottlenecks, strict=True
+    ):
         case = (profile, name, *(f"{x:.0f}" for x in size))
         yield Line(" ".join(case), tuple(map(float, (seconds, lower, upper))), str(limit))
 
@@ -166,7 +215,9 @@ def line_of(text: str) -> Line:
 def unmoved(old: Line, new: Line) -> bool:
     """Whether a prediction rounds to the line of the file, but for the noise of its last bits."""
     half = [0.5001 * 10.0 ** (np.floor(np.log10(value)) - DIGITS + 1) for value in old.values]
-    near = len(old.values) == len(new.values) and np.all(np.abs(np.subtract(old.values, new.values)) <= half)
+    near = len(old.values) == len(new.values) and np.all(
+        np.abs(np.subtract(old.values, new.values)) <= half
+    )
     return bool(near) and old.bottleneck == new.bottleneck
 
 
@@ -185,22 +236,69 @@ def moves(old: Mapping[str, Line], new: Mapping[str, Line]) -> list[str]:
 
 def test_no_prediction_moves() -> None:
     new = {line.case: line for part in (families, settings, operators) for line in part()}
-    old = {line.case: line for line in map(line_of, GOLDEN.read_text("utf-8").splitlines())} if GOLDEN.exists() else {}
+    old = (
+        {line.case: line for line in map(line_of, GOLDEN.read_text("utf-8").splitlines())}
+        if GOLDEN.exists()
+        else {}
+    )
     found = moves(old, new)
     if os.environ.get("PRUNESIM_GOLDEN") == "write":
-        kept = (old[case] if case in old and unmoved(old[case], line) else line for case, line in new.items())
+        kept = (
+            old[case] if case in old and unmoved(old[case], line) else line
+            for case, line in new.items()
+        )
         GOLDEN.write_text("".join(f"{text_of(line)}\n" for line in kept), encoding="utf-8")
         return
     more = [f"... and {len(found) - LINES_SHOWN} more"] if len(found) > LINES_SHOWN else []
-    assert not found, "\n".join([f"{len(found)} of {len(new)} predictions moved:", *found[:LINES_SHOWN], *more])
+    assert not found, "\n".join(
+        [f"{len(found)} of {len(new)} predictions moved:", *found[:LINES_SHOWN], *more]
+    )
 
 
 def test_a_moved_prediction_shows_old_and_new_and_by_how_much() -> None:
-    one, two, gone = Line("a", (1.23456, 2.0), "memory"), Line("b", (1e-6, 1.0), "host"), Line("c", (1.0, 1.0), "l2")
+    one, two, gone = (
+        Line("a", (1.23456, 2.0), "memory"),
+        Line("b", (1e-6, 1.0), "host"),
+        Line("c", (1.0, 1.0), "l2"),
+    )
     old = {line.case: line_of(text_of(line)) for line in (one, two, gone)}
     assert moves(old, {"a": Line("a", (1.234564, 2.000004), "memory"), "b": two, "c": gone}) == []
-    found = moves(old, {"a": Line("a", (1.23456, 2.2), "memory"), "b": Line("b", (1e-6, 1.0), "launch"), "d": gone})
+    found = moves(
+        old,
+        {
+            "a": Line("a", (1.23456, 2.2), "memory"),
+            "b": Line("b", (1e-6, 1.0), "launch"),
+            "d": gone,
+        },
+    )
     removed, first, second, added = found
-    assert (removed.split(), added.split()) == (["-", "c", "1", "1", "l2"], ["+", "c", "1", "1", "l2"])
-    assert first.split() == ["a", "1.23456", "2", "memory", ">", "a", "1.23456", "2.2", "memory", "(+10", "%)"]
-    assert second.split() == ["b", "1e-06", "1", "host", ">", "b", "1e-06", "1", "launch", "(+0", "%)"]
+    assert (removed.split(), added.split()) == (
+        ["-", "c", "1", "1", "l2"],
+        ["+", "c", "1", "1", "l2"],
+    )
+    assert first.split() == [
+        "a",
+        "1.23456",
+        "2",
+        "memory",
+        ">",
+        "a",
+        "1.23456",
+        "2.2",
+        "memory",
+        "(+10",
+        "%)",
+    ]
+    assert second.split() == [
+        "b",
+        "1e-06",
+        "1",
+        "host",
+        ">",
+        "b",
+        "1e-06",
+        "1",
+        "launch",
+        "(+0",
+        "%)",
+    ]

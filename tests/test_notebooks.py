@@ -27,7 +27,10 @@ def picture(at: int = 40, size: tuple[int, int] = (200, 120)) -> dict[str, Any]:
     image, out = Image.new("RGB", size, "white"), io.BytesIO()
     ImageDraw.Draw(image).rectangle((at, 30, at + 24, 90), fill="navy")
     image.save(out, "PNG")
-    return {"output_type": "display_data", "data": {"image/png": base64.b64encode(out.getvalue()).decode()}}
+    return {
+        "output_type": "display_data",
+        "data": {"image/png": base64.b64encode(out.getvalue()).decode()},
+    }
 
 
 def printed(text: str, name: str = "stdout") -> dict[str, Any]:
@@ -40,7 +43,10 @@ def notebook(*outputs: dict[str, Any], tags: tuple[str, ...] = ()) -> dict[str, 
 
 
 # as a file has it: the keys in order, the text in lines
-TABLE = {"output_type": "execute_result", "data": {"text/html": "<td>1.31 (1.29-1.33)</td>", "text/plain": ["1.31\n"]}}
+TABLE = {
+    "output_type": "execute_result",
+    "data": {"text/html": "<td>1.31 (1.29-1.33)</td>", "text/plain": ["1.31\n"]},
+}
 SHOWN = notebook(printed("host (x0.830)\n 1,234 tokens\n"), TABLE, picture())
 
 
@@ -57,10 +63,18 @@ def changed(at: int, output: dict[str, Any]) -> dict[str, Any]:
             changed(0, printed("host (x0.830)\n 1,334 tokens\n")),
             "line 2 of text: expected '1,234 tokens', got '1,334 tokens'",
         ),
-        (changed(1, {**TABLE, "data": {**TABLE["data"], "text/html": "<td>1.31 (1.29-1.36)</td>"}}), "(1.29-1.36)"),
+        (
+            changed(
+                1, {**TABLE, "data": {**TABLE["data"], "text/html": "<td>1.31 (1.29-1.36)</td>"}}
+            ),
+            "(1.29-1.36)",
+        ),
         (notebook(), "got no output"),
         (changed(2, picture(size=(240, 120))), "expected 200 x 120 pixels, got 240 x 120"),
-        (changed(2, picture(at=60)), "picture: expected squares within 0.15 of black to white, got 0."),
+        (
+            changed(2, picture(at=60)),
+            "picture: expected squares within 0.15 of black to white, got 0.",
+        ),
     ],
 )
 def test_a_difference_is_told_in_one_line(now: dict[str, Any], told: str) -> None:
@@ -73,8 +87,14 @@ def test_a_difference_is_told_in_one_line(now: dict[str, Any], told: str) -> Non
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ({"output_type": "error", "ename": "KeyError", "evalue": "'h100'"}, "cell 2: KeyError: 'h100'"),
-        (printed("UserWarning: deprecated\n", "stderr"), "cell 2: writes to standard error: UserWarning"),
+        (
+            {"output_type": "error", "ename": "KeyError", "evalue": "'h100'"},
+            "cell 2: KeyError: 'h100'",
+        ),
+        (
+            printed("UserWarning: deprecated\n", "stderr"),
+            "cell 2: writes to standard error: UserWarning",
+        ),
         (printed(f"{tempfile.gettempdir()}/records.jsonl"), "a path of this machine"),
         (printed("9" * 500_000), "shows 500 kB; expected at most 400"),
     ],

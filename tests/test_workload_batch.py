@@ -45,10 +45,17 @@ def test_quantised_weights_leave_embedding_head_and_norms(dtype: str, size: floa
     assert weights_bytes(w) == inside * size + 2 * (p.parameters - inside)
 
 
-@pytest.mark.parametrize(("phase", "length"), [("prefill", 300), ("decode", 301), ("generate", 305)])
+@pytest.mark.parametrize(
+    ("phase", "length"), [("prefill", 300), ("decode", 301), ("generate", 305)]
+)
 def test_cache(phase: str, length: int) -> None:
     p = PUBLISHED["llama-2-70b"]
-    options: dict[str, Any] = {"phase": phase, "batch": 3, "seq": 300, "new_tokens": 5 * (phase == "generate")}
+    options: dict[str, Any] = {
+        "phase": phase,
+        "batch": 3,
+        "seq": 300,
+        "new_tokens": 5 * (phase == "generate"),
+    }
     each = 2 * 3 * p.layers * p.kv_heads * p.head_dim * length
     assert cache_bytes(lower(load_model("llama-2-70b"), **options)) == 2 * each
     assert cache_bytes(lower(load_model("llama-2-70b"), **options, kv_dtype="fp8")) == each
@@ -59,9 +66,17 @@ def test_llama_2_70b_does_not_fit_one_gpu_of_80_gb_but_half_of_it_does() -> None
     got = memory(dense, GPU)
     assert not got.fits
     assert got.devices_needed == 2
-    needed = 2 * 68_976_648_192 + 2 * 2 * 80 * 8 * 128 * 2049 + 2 * (2 * 8192 + 3 * 28672) + RESERVE_BYTES
+    needed = (
+        2 * 68_976_648_192
+        + 2 * 2 * 80 * 8 * 128 * 2049
+        + 2 * (2 * 8192 + 3 * 28672)
+        + RESERVE_BYTES
+    )
     assert got.total_bytes == needed
-    assert got.verdict == f"does not fit: needs {needed / 2**30:.1f} GiB, 74.5 GiB available (1.7x); fits on 2 devices"
+    assert (
+        got.verdict
+        == f"does not fit: needs {needed / 2**30:.1f} GiB, 74.5 GiB available (1.7x); fits on 2 devices"
+    )
     wide = dense.expand()
     half = memory(wide.take((wide.layer < 0) | (wide.layer % 2 == 0)), GPU)
     assert half.fits
@@ -99,7 +114,9 @@ def test_pipeline_memory_is_the_fullest_stage() -> None:
     assert weights_bytes(w) == pytest.approx(2 * (27 * layer + table + p.hidden), rel=1e-12)
     assert cache_bytes(w) == pytest.approx(2 * 2 * 27 * 8 * 128 * 1000, rel=1e-12)
     pruned = w.take(w.layers == 0), w.take(w.layers > 0).replace(layers=40, count=40.0)
-    assert weights_bytes(Workload.concat(pruned)) == pytest.approx(2 * (14 * layer + table + p.hidden), rel=1e-12)
+    assert weights_bytes(Workload.concat(pruned)) == pytest.approx(
+        2 * (14 * layer + table + p.hidden), rel=1e-12
+    )
     tied = lower(load_model("llama-3.2-1b"), phase="decode", seq=9, devices=2, parallel="pipeline")
     q = PUBLISHED["llama-3.2-1b"]
     body = q.parameters - q.vocab * q.hidden - q.hidden
@@ -108,12 +125,21 @@ def test_pipeline_memory_is_the_fullest_stage() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(PUBLISHED)), st.integers(1, 32), st.integers(1, 5000), st.integers(1, 8))
+@given(
+    st.sampled_from(sorted(PUBLISHED)), st.integers(1, 32), st.integers(1, 5000), st.integers(1, 8)
+)
 def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, steps: int) -> None:
     def of(**options: int) -> tuple[float, float, float]:
-        w = lower(load_model(name), phase="generate", **{"batch": batch, "seq": seq, "new_tokens": steps, **options})
+        w = lower(
+            load_model(name),
+            phase="generate",
+            **{"batch": batch, "seq": seq, "new_tokens": steps, **options},
+        )
         got = memory(w, GPU)
-        assert got.total_bytes == got.weights_bytes + got.cache_bytes + got.activation_bytes + got.reserve_bytes
+        assert (
+            got.total_bytes
+            == got.weights_bytes + got.cache_bytes + got.activation_bytes + got.reserve_bytes
+        )
         assert got.fits == (got.total_bytes <= 80e9)
         assert cache_bytes(w.expand()) == pytest.approx(got.cache_bytes, rel=1e-12)
         return got.weights_bytes, got.cache_bytes, got.activation_bytes
@@ -131,7 +157,9 @@ def _pairs(q: int, kv: int, window: int) -> int:
 @given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 80))
 def test_pairs_equal_a_count_by_hand(q: int, before: int, window: int) -> None:
     kv = q + before
-    assert float(attention_pairs(np.array(q), np.array(kv), np.array(window))) == _pairs(q, kv, window)
+    assert float(attention_pairs(np.array(q), np.array(kv), np.array(window))) == _pairs(
+        q, kv, window
+    )
 
 
 def test_flops_and_bytes_of_each_kind() -> None:
@@ -144,20 +172,30 @@ def test_flops_and_bytes_of_each_kind() -> None:
             gemm | {"kernel": Kernel.UNSTRUCTURED, "density": 0.25},
             attention | {"kind": Kind.PREFILL_ATTENTION, "q_len": 4, "kv_len": 4},
             attention | {"kind": Kind.DECODE_ATTENTION, "q_len": 1, "kv_len": 9},
-            {"role": "residual", "kind": Kind.ELEMENTWISE, "read_bytes": 10, "write_bytes": 5, "count": 4},
+            {
+                "role": "residual",
+                "kind": Kind.ELEMENTWISE,
+                "read_bytes": 10,
+                "write_bytes": 5,
+                "count": 4,
+            },
         ]
     )
     each, head = 2 * 3 * 8 * 16, 4 * 2 * 6 * 8
     assert w.flops.tolist() == [2 * each, 0.5 * each, 0.25 * each, 10 * head, 9 * head, 0]
     dense = 2 * (8 * 16 + 3 * 16 + 3 * 8)
-    two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # half the values, and 2 bits for each of them
-    scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)  # a quarter of the values, and a bit a position
+    # half the values, and 2 bits for each of them
+    two_four = 8 * 16 * (1 + 1 / 8) + 2 * (3 * 16 + 3 * 8)
+    # a quarter of the values, and a bit a position
+    scattered = 8 * 16 * (0.5 + 1 / 8) + 2 * (3 * 16 + 3 * 8)
     prefill = 2 * (2 * 2 * 2 * 4 * 8 + 2 * 2 * 6 * 4 * 8)
     decode = 2 * (2 * 2 * 2 * 9 * 8 + 2 * 2 * 6 * 1 * 8)
     assert w.bytes.tolist() == [2 * dense, two_four, scattered, prefill, decode, 60]
 
 
 def test_a_batch_of_workloads_has_sums_by_workload() -> None:
-    one = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}])
+    one = Workload.from_rows(
+        [{"role": "q", "m": 2, "n": 8, "k": 4}, {"role": "k", "m": 2, "n": 4, "k": 4}]
+    )
     batch = WorkloadBatch.of([one, one.take(np.array([0]))])
     assert batch.total(np.array([1.0, 2.0, 5.0])).tolist() == [3.0, 5.0]

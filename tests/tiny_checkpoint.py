@@ -15,7 +15,12 @@ def random_llama(**changes: int) -> Any:
     """A random model of transformers with biases in attention, three layers, four heads and two KV heads."""
     import transformers
 
-    shape = {"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+    shape = {
+        "vocab_size": WORDS,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "max_position_embeddings": 256,
+    }
     layers = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
@@ -32,9 +37,13 @@ def write_checkpoint(folder: Path, **changes: int) -> Any:
     import tokenizers
     import transformers
 
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model = random_llama(**changes)
     model.save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0"
+    ).save_pretrained(folder)
     return model

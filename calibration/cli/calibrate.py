@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from calibration.runners.engine import ComparedPass
     from calibration.runners.runs import Calibrated, MeasuredRun, RunOptions
 
-RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3  # environment variable with the number of restarts so far, its limit
+# environment variable with the number of restarts so far, its limit
+RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 # fmt: off
@@ -92,9 +93,23 @@ def command(
     DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device of RUN/profile.yaml
     or of --hardware, and adds the engine's host times and a factor per operator to RUN/profile.yaml.
     """
-    from calibration.evidence.validate import DO_NOT_USE, IDLE, LONGER, Judgement, of_calibration, summary
+    from calibration.evidence.validate import (
+        DO_NOT_USE,
+        IDLE,
+        LONGER,
+        Judgement,
+        of_calibration,
+        summary,
+    )
     from calibration.fit.local_update import Updated, as_row
-    from calibration.runners.runs import PROFILE, RunOptions, TargetModels, fit_run, measure_into, target_workloads
+    from calibration.runners.runs import (
+        PROFILE,
+        RunOptions,
+        TargetModels,
+        fit_run,
+        measure_into,
+        target_workloads,
+    )
 
     how = RunOptions(
         seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
@@ -117,7 +132,8 @@ def command(
             print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
         finish(found.outcome, verbose=out.verbose)
         return
-    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed  # a longer run would be as noisy
+    # a longer run would be as noisy
+    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed
     remedy = IDLE if noisy else LONGER
     stopped, status = ended(found.outcome)
     try:

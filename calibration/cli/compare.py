@@ -64,7 +64,15 @@ def command(
     library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.cases import ModelRun
-    from calibration.runners.compare import ENGINES, compare, conclusions, doubts, file_name, kernels_on, rows_of
+    from calibration.runners.compare import (
+        ENGINES,
+        compare,
+        conclusions,
+        doubts,
+        file_name,
+        kernels_on,
+        rows_of,
+    )
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole

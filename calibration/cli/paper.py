@@ -27,16 +27,25 @@ MARGIN = (
 )
 
 Column = tuple[str, Callable[[Any], object]]
-_LABELS: tuple[Column, ...] = (("<family", lambda r: r[0]), ("removed", lambda r: f"{100 * r[1]:.0f} %"))
+_LABELS: tuple[Column, ...] = (
+    ("<family", lambda r: r[0]),
+    ("removed", lambda r: f"{100 * r[1]:.0f} %"),
+)
 
 
 def command(
     hardware: Annotated[
         str, opt("--hardware", "NAMES", "Other GPUs for the predicted table, separated by commas.")
     ] = "a100,h100,rtx_4090",
-    engine: Annotated[str, opt("--engine", "NAMES", "Engines to predict it in there.")] = "reference,vllm",
-    claims: Annotated[bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")] = False,
-    figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None,
+    engine: Annotated[
+        str, opt("--engine", "NAMES", "Engines to predict it in there.")
+    ] = "reference,vllm",
+    claims: Annotated[
+        bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")
+    ] = False,
+    figure: Annotated[
+        str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Predict the table of the taxonomy paper.
@@ -60,19 +69,35 @@ def command(
         _draw(cells, figure)
 
     def record(c: Cell) -> dict[str, Any]:
-        return asdict(c) | {"error": c.error, "inside": None if math.isnan(c.published) else c.inside}
+        return asdict(c) | {
+            "error": c.error,
+            "inside": None if math.isnan(c.published) else c.inside,
+        }
 
     split = paper.figure_2()
-    parts = {"table 2": [*map(record, cells)], "elsewhere": [*map(record, others)], "figure 2": split}
-    if not render.Output(json).write([{"what": what, **row} for what, part in parts.items() for row in part]):
+    parts = {
+        "table 2": [*map(record, cells)],
+        "elsewhere": [*map(record, others)],
+        "figure 2": split,
+    }
+    if not render.Output(json).write(
+        [{"what": what, **row} for what, part in parts.items() for row in part]
+    ):
         return
     render.conclude(_conclusion(cells))
     columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
-    render.show(render.columns(_rows(cells), *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2")
+    render.show(
+        render.columns(_rows(cells), *columns), f"{cells[0].hardware}, {cells[0].engine}: Table 2"
+    )
     print("*: outside its 90 % interval")
     for engine in dict.fromkeys(c.engine for c in others):
         some = [c for c in others if c.engine == engine]
-        _print_columns(f"Predicted speedups in {engine}, prefill / decode", _rows(some), *_LABELS, *_by_device(some))
+        _print_columns(
+            f"Predicted speedups in {engine}, prefill / decode",
+            _rows(some),
+            *_LABELS,
+            *_by_device(some),
+        )
     _print_columns(
         "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
         split,
@@ -91,7 +116,9 @@ def _print_columns(title: str, rows: Sequence[Any], *columns: Column) -> None:
 
 def _conclusion(cells: Sequence[Cell]) -> str:
     inside, worst = sum(c.inside for c in cells), max(cells, key=lambda c: abs(c.error))
-    about = f"{inside} of {len(cells)} published speedups lie in the 90 % interval of their prediction"
+    about = (
+        f"{inside} of {len(cells)} published speedups lie in the 90 % interval of their prediction"
+    )
     where = f"{worst.family} {render.percent(worst.sparsity)} in {worst.phase}"
     half = 100 * median(abs(c.error) for c in cells)
     return f"{about}; the median error is {half:.1f} %, the largest {100 * abs(worst.error):.1f} % ({where})."
@@ -108,7 +135,11 @@ def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
 
     at = {(c.family, c.sparsity): c for c in cells if c.phase == phase}
     published: Column = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
-    return [published, ("<predicted", predicted), ("error", lambda r: f"{100 * at[r].error:+.1f} %")]
+    return [
+        published,
+        ("<predicted", predicted),
+        ("error", lambda r: f"{100 * at[r].error:+.1f} %"),
+    ]
 
 
 def _by_device(cells: Sequence[Cell]) -> list[Column]:
@@ -121,18 +152,32 @@ def _by_device(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    from calibration.evidence.paper import CLAIMS, HARDWARE, MODEL, NOT_APPLICABLE, UNDECIDED, claim_outcomes
+    from calibration.evidence.paper import (
+        CLAIMS,
+        HARDWARE,
+        MODEL,
+        NOT_APPLICABLE,
+        UNDECIDED,
+        claim_outcomes,
+    )
     from simulator.prediction.sentences import uncalibrated
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
     if render.Output(json).write([asdict(o) for o in found]):
-        outcomes = {letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)}
+        outcomes = {
+            letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)
+        }
         sentences = []
         for letter, some in outcomes.items():
             counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
             verbs = {UNDECIDED: "is undecided"}
-            told = with_and([f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()])
+            told = with_and(
+                [
+                    f"{verbs.get(verdict, verdict)} in {count}"
+                    for verdict, count in counts.most_common()
+                ]
+            )
             many = f"{sum(counts.values()) or len(some)} combinations of GPU, engine and phase"
             sentences.append(f"Claim ({letter}) {told or 'applies in none'} of {many}.")
         render.conclude(*sentences)
@@ -141,7 +186,9 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
             render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
             print()
             for o in (o for o in some if o.verdict != NOT_APPLICABLE):
-                lines = textwrap.wrap(_claim_text(o), render.width(), subsequent_indent="    ", break_on_hyphens=False)
+                lines = textwrap.wrap(
+                    _claim_text(o), render.width(), subsequent_indent="    ", break_on_hyphens=False
+                )
                 print("\n".join(lines))
             print()
         print(textwrap.fill(MARGIN, render.width()))
@@ -162,7 +209,10 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
         ("<phase", lambda o: o.phase),
         ("<verdict", lambda o: o.verdict),
         ("margin", lambda o: margin(o, o.margin)),
-        *((f"at {render.percent(s)}", lambda o, s=s: margin(o, dict(o.margins).get(s))) for s in sparsities),
+        *(
+            (f"at {render.percent(s)}", lambda o, s=s: margin(o, dict(o.margins).get(s)))
+            for s in sparsities
+        ),
         ("<bottleneck", lambda o: o.bottleneck),
     )
     columns[3] = replace(columns[3], styles=[STYLES.get(o.verdict, "") for o in some])
@@ -176,7 +226,9 @@ def _claim_text(o: ClaimOutcome) -> str:
     at: dict[str, list[str]] = {}
     for sparsity, margin in o.margins:
         at.setdefault(decided(margin), []).append(f"{100 * sparsity:g}")
-    verdicts = "; ".join(f"{verdict} at {', '.join(some)} %" for verdict, some in at.items()) or o.verdict
+    verdicts = (
+        "; ".join(f"{verdict} at {', '.join(some)} %" for verdict, some in at.items()) or o.verdict
+    )
     parts = [verdicts, f"decided by {o.decided_by}" + (f" ({o.needed})" if o.needed else "")]
     if o.elsewhere:
         parts.append(f"on the frontier where another family is claimed: {', '.join(o.elsewhere)}")
@@ -191,6 +243,11 @@ def _draw(cells: Sequence[Cell], path: str) -> None:
     for phase in ("prefill", "decode"):
         for s in sorted({c.sparsity for c in cells}):
             bars = [c for c in cells if c.phase == phase and c.sparsity == s]
-            values = [[getattr(c, name) for c in bars] for name in ("published", "predicted", "lower", "upper")]
-            panels.append(Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in bars], *values))
+            values = [
+                [getattr(c, name) for c in bars]
+                for name in ("published", "predicted", "lower", "upper")
+            ]
+            panels.append(
+                Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in bars], *values)
+            )
     save_figure(published_figure(panels), path)

@@ -10,7 +10,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.calibrate import Folder, Measuring, describe, finish, restart_if_needed, seconds
+from calibration.cli.calibrate import (
+    Folder,
+    Measuring,
+    describe,
+    finish,
+    restart_if_needed,
+    seconds,
+)
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError, one_line

@@ -17,7 +17,15 @@ from calibration.devices.protocol import (
 )
 from simulator.errors import InputError
 
-__all__ = ["CaptureFailed", "Device", "DeviceLost", "Operator", "OutOfMemory", "Unsupported", "open_device"]
+__all__ = [
+    "CaptureFailed",
+    "Device",
+    "DeviceLost",
+    "Operator",
+    "OutOfMemory",
+    "Unsupported",
+    "open_device",
+]
 
 
 def open_device(name: str, threads: int | None = None, **options: Any) -> Device:
@@ -38,7 +46,9 @@ def open_device(name: str, threads: int | None = None, **options: Any) -> Device
             raise unknown_device(name) from None
         if error.name != "torch":
             raise
-        raise InputError(f"device {name!r} needs torch, which is not installed; try: pip install torch") from None
+        raise InputError(
+            f"device {name!r} needs torch, which is not installed; try: pip install torch"
+        ) from None
     if not hasattr(module, "open_named"):
         raise unknown_device(name)
     opened: Device = module.open_named(rest, **options)

@@ -55,7 +55,8 @@ def causal_mask(q_len: int, kv_len: int, device: str) -> Tensor | None:
     """Return the mask of :func:`prefill_attention`: None for a whole prompt."""
     if q_len == kv_len:
         return None
-    if device.startswith("cuda"):  # the flash kernels support this symbolic bias, but no boolean mask
+    # the flash kernels support this symbolic bias, but no boolean mask
+    if device.startswith("cuda"):
         from torch.nn.attention.bias import causal_lower_right
 
         return causal_lower_right(q_len, kv_len)
@@ -109,7 +110,8 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
 def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -> Attend:
     """Return causal attention over the blocks of a layout, in plain torch: per block of queries a gather of key and
     value blocks, and a dense attention. ``kv_len - q_len`` is a multiple of ``block``."""
-    rows = []  # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
+    # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
+    rows = []
     for number, kept in enumerate(table):
         last = (kv_len - q_len) // block + number
         index = kept[:last].nonzero().squeeze(1)
@@ -145,25 +147,40 @@ def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True, backend=backend)  # type: ignore[no-any-return]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **options: Any) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, dynamic: bool = True, **options: Any
+) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     # compiled it needs Triton and a C compiler; uncompiled it computes densely with the same mask, for tests of masks
     flex: Any = compiled(dynamic) if q.is_cuda else flex_attention
-    return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options or None)
+    return flex(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options or None,
+    )
 
 
 def tile_options(edge: int) -> dict[str, Any]:
     """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge, or raise Unsupported."""
     if edge % LEAST:
-        raise Unsupported(f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}")
+        raise Unsupported(
+            f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}"
+        )
     tile = math.gcd(edge, EDGE)
     sizes = {"BLOCK_M": tile, "BLOCK_N": tile} if tile < EDGE else {}
     return {"FORCE_USE_FLEX_ATTENTION": True, **sizes}
 
 
 def _mask(
-    partial: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor], edge: int, lengths: tuple[int, int], seen: Any
+    partial: tuple[Tensor, Tensor],
+    full: tuple[Tensor, Tensor],
+    edge: int,
+    lengths: tuple[int, int],
+    seen: Any,
 ) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -180,7 +197,8 @@ def fused_block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Att
     diagonal = (kv_len - q_len) // edge + torch.arange(rows, device=table.device)[:, None]
     number = torch.arange(columns, device=table.device)[None]
     earlier = table & (number < diagonal)
-    kind = earlier.to(torch.int8) + 2 * (number == diagonal).to(torch.int8)  # 0 skipped, 1 full, 2 diagonal
+    # 0 skipped, 1 full, 2 diagonal
+    kind = earlier.to(torch.int8) + 2 * (number == diagonal).to(torch.int8)
 
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         block = kind[row // edge, column // edge]
@@ -224,7 +242,10 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return runs[b, h]
 
-    partial, full = (runs_ * (columns - whole), (number + whole).clamp(max=columns - 1)), (runs_ * whole, number)
+    partial, full = (
+        (runs_ * (columns - whole), (number + whole).clamp(max=columns - 1)),
+        (runs_ * whole, number),
+    )
     mask = _mask(partial, full, EDGE, (grouped.shape[2], length), seen)
     out = _attend(grouped, k, v, mask, dynamic=False)
     return out.masked_fill(~runs[..., None, None], 0.0).view(batch, heads, 1, width)
@@ -245,11 +266,19 @@ class AttentionLibrary:
         return PAGES[self.name]
 
     def describe(self, op: Operator) -> str:
-        return self.version + (f", pages of {self.page} in random order" if op.kind == "attention_decode" else "")
+        return self.version + (
+            f", pages of {self.page} in random order" if op.kind == "attention_decode" else ""
+        )
 
     def cache_shape(self, op: Operator) -> tuple[int, ...]:
         if op.kind == "attention_decode":
-            return 2, op.batch * math.ceil(op.kv_len / self.page), self.page, op.kv_heads, op.head_dim
+            return (
+                2,
+                op.batch * math.ceil(op.kv_len / self.page),
+                self.page,
+                op.kv_heads,
+                op.head_dim,
+            )
         return 2, op.batch, op.kv_len, op.kv_heads, op.head_dim
 
     def bind(self, op: Operator, dtype: Any, device: str) -> Attend:
@@ -265,9 +294,15 @@ def find_library(name: str) -> AttentionLibrary | None:
     try:
         module = import_module(name)
     except ImportError as error:
-        package = name.replace("flash_attn", "flash-attn").replace("flashinfer", "flashinfer-python")
-        raise InputError(f"attention {name!r}: cannot be imported ({error}); try: pip install {package}") from None
-    return AttentionLibrary(name, module, f"{name} {getattr(module, '__version__', 'of unknown version')}")
+        package = name.replace("flash_attn", "flash-attn").replace(
+            "flashinfer", "flashinfer-python"
+        )
+        raise InputError(
+            f"attention {name!r}: cannot be imported ({error}); try: pip install {package}"
+        ) from None
+    return AttentionLibrary(
+        name, module, f"{name} {getattr(module, '__version__', 'of unknown version')}"
+    )
 
 
 def _page_table(library: AttentionLibrary, op: Operator, device: str) -> Tensor:
@@ -296,9 +331,13 @@ def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str
         prefill.plan(ends(op.q_len), ends(op.kv_len), *heads, causal=True, q_data_type=dtype)
         return lambda q, k, v: prefill.run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     grouped = op.heads > op.kv_heads
-    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=grouped)
+    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=grouped
+    )
     pages = math.ceil(op.kv_len / library.page)
     table = _page_table(library, op, device).flatten()
-    last = torch.full((op.batch,), op.kv_len - (pages - 1) * library.page, dtype=torch.int32, device=device)
+    last = torch.full(
+        (op.batch,), op.kv_len - (pages - 1) * library.page, dtype=torch.int32, device=device
+    )
     decode.plan(ends(pages), table, last, *heads, library.page, q_data_type=dtype)
     return lambda q, k, v: decode.run(q.flatten(0, 1), (k, v))

@@ -17,7 +17,11 @@ from typing import Any
 
 
 def _affinity() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def default_threads(cpus: int) -> int:
@@ -34,7 +38,9 @@ def _set_affinity(cpus: Iterable[int]) -> bool:
 
 
 _ALLOWED = _affinity()
-_BOUND = "torch" not in sys.modules and os.environ.setdefault("OMP_PROC_BIND", "true").lower() not in ("false", "0")
+_BOUND = "torch" not in sys.modules and os.environ.setdefault(
+    "OMP_PROC_BIND", "true"
+).lower() not in ("false", "0")
 
 import torch  # noqa: E402
 
@@ -42,7 +48,13 @@ if _BOUND:  # undo a side effect of the import: OpenMP has bound this thread to 
     _set_affinity(_ALLOWED)
 
 from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory  # noqa: E402
-from calibration.devices.protocol import HOST_KINDS, Description, Operator, OutOfMemory, unknown_device  # noqa: E402
+from calibration.devices.protocol import (  # noqa: E402
+    HOST_KINDS,
+    Description,
+    Operator,
+    OutOfMemory,
+    unknown_device,
+)
 from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
@@ -63,7 +75,9 @@ def last_level_cache_bytes() -> float:
         text = _read_text(path)
         digits = text.rstrip("KMG")
         if digits.isdecimal():
-            sizes.append(float(digits) * {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}.get(text[-1:], 1.0))
+            sizes.append(
+                float(digits) * {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30}.get(text[-1:], 1.0)
+            )
     return max(sizes, default=32.0 * 2**20)
 
 
@@ -103,12 +117,17 @@ class CpuDevice(TorchDevice):
     name = "cpu"
 
     def __init__(
-        self, threads: int | None = None, memory_limit_bytes: float | None = None, cache_bytes: float | None = None
+        self,
+        threads: int | None = None,
+        memory_limit_bytes: float | None = None,
+        cache_bytes: float | None = None,
     ) -> None:
         allowed = _affinity()
         self.threads = default_threads(len(allowed)) if threads is None else threads
         if not 1 <= self.threads <= len(allowed):
-            raise InputError(f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}")
+            raise InputError(
+                f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}"
+            )
         self._restore = (torch.get_num_threads(), allowed)
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
         # OpenMP binds its workers, but not the calling thread, which takes the first CPU; else all share one mask
@@ -117,7 +136,9 @@ class CpuDevice(TorchDevice):
         self._kept = keep_blocks()
         self._reader = CpuReader(self.cpus)
         cache_bytes = last_level_cache_bytes() if cache_bytes is None else cache_bytes
-        limit_bytes = 0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes
+        limit_bytes = (
+            0.5 * available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes
+        )
         super().__init__("cpu", cache_bytes, limit_bytes)
 
     def describe(self) -> Description:
@@ -130,14 +151,17 @@ class CpuDevice(TorchDevice):
             "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",
             "isa": str(torch.backends.cpu.get_cpu_capability()),
             "threads": str(self.threads),
-            "pinned": f"to cpus {' '.join(map(str, self.cpus))}, {pinning}" if self._pinned else "no",
+            "pinned": f"to cpus {' '.join(map(str, self.cpus))}, {pinning}"
+            if self._pinned
+            else "no",
             "allocator": "keeps blocks" if self._kept else "default",
             "system": f"{platform.system()} {platform.release()}",
         }
         return self.description(f"{model} ({self.threads} threads)", stack)
 
     def dtypes(self) -> tuple[str, ...]:
-        return ("fp32", "bf16", "fp16", "int8")  # without instructions for them, bf16 and fp16 are emulated slowly
+        # without instructions for them, bf16 and fp16 are emulated slowly
+        return ("fp32", "bf16", "fp16", "int8")
 
     def refuses(self, operator: Operator) -> str:
         if operator.kind == "gemm_2to4":
@@ -150,7 +174,9 @@ class CpuDevice(TorchDevice):
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
         launches = build(operator, "cpu", self._arena)
-        method = f"perf_counter_ns around a loop over {launches.copies} rotated copies{launches.how}"
+        method = (
+            f"perf_counter_ns around a loop over {launches.copies} rotated copies{launches.how}"
+        )
         run = host_loop(launches)
         if operator.kind in HOST_KINDS:  # a host launches from one thread
             return f"{method}, one thread", one_thread(run)

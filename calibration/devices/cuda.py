@@ -55,9 +55,11 @@ PREHEAT_S = 0.3  # load before the first measurement and after a pause
 _PAUSE_S = 0.5  # a GPU lowers its clocks after a longer pause
 _READ_EVERY_S = 0.05
 _READING_S = 0.01  # work queued for one reading: at least the time of the reading
-_FEWEST_LAUNCHES, _MOST_LAUNCHES = 20, 1 << 13  # launches per graph; they share the gap between replays
+# launches per graph; they share the gap between replays
+_FEWEST_LAUNCHES, _MOST_LAUNCHES = 20, 1 << 13
 _GRAPH_SPAN_S = 2e-3
-_LONGEST_LEAD_S = 0.02  # a longer graph needs no queued replay: the start of its first launch does not count
+# a longer graph needs no queued replay: the start of its first launch does not count
+_LONGEST_LEAD_S = 0.02
 _EVENTS = 128  # event pairs in flight without graphs
 _CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
@@ -78,8 +80,15 @@ class Graph:
 class GpuTimer:
     """Timer of launches through ``torch.cuda``, with telemetry by ``read``; a flush writes ``flush_bytes`` bytes."""
 
-    def __init__(self, cuda: Any, device: str, flush_bytes: float, read: Callable[[], Snapshot]) -> None:
-        self._cuda, self._device, self._read, self._flush_bytes = cuda, device, read, int(flush_bytes)
+    def __init__(
+        self, cuda: Any, device: str, flush_bytes: float, read: Callable[[], Snapshot]
+    ) -> None:
+        self._cuda, self._device, self._read, self._flush_bytes = (
+            cuda,
+            device,
+            read,
+            int(flush_bytes),
+        )
         self._flush: Any = None
         self._readings: list[Snapshot] = []
         self._last_reading_s = self._last_load_s = -math.inf
@@ -203,7 +212,8 @@ class GpuTimer:
 
 @dataclass(frozen=True)
 class Probed:
-    captured: bool | None = None  # None: unknown, because no child can be started or the operator does not run
+    # None: unknown, because no child can be started or the operator does not run
+    captured: bool | None = None
     reason: str = ""  # why it cannot be captured, or why its kind is not probed
 
 
@@ -232,9 +242,14 @@ class CaptureProbe:
         if answer is None:
             ended = child.poll()
             self.close()
-            what = f"gave no answer within {self._limit_s:g} s" if ended is None else f"ended with status {ended}"
+            what = (
+                f"gave no answer within {self._limit_s:g} s"
+                if ended is None
+                else f"ended with status {ended}"
+            )
             raise Unsupported(f"{operator.key}: a child process that captured it {what}")
-        if answer["captured"] is False:  # the child has ended, because the failure may have spoiled it
+        # the child has ended, because the failure may have spoiled it
+        if answer["captured"] is False:
             self.close()
         return Probed(answer["captured"], answer["reason"])
 
@@ -256,7 +271,8 @@ class CaptureProbe:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # the child survives Ctrl-C, which ends a measurement between two samples
+                # the child survives Ctrl-C, which ends a measurement between two samples
+                start_new_session=True,
             )
             if self._line(self._child) is None:
                 self._usable = False
@@ -300,13 +316,21 @@ class CudaDevice(TorchDevice):
             raise InputError(f"device {self.name!r}: torch {torch.__version__} sees no CUDA GPU")
         if index >= self._cuda.device_count():
             last = self._cuda.device_count() - 1
-            raise InputError(f"device: expected cuda:0 to cuda:{last}, the CUDA GPUs of this machine, got {self.name}")
+            raise InputError(
+                f"device: expected cuda:0 to cuda:{last}, the CUDA GPUs of this machine, got {self.name}"
+            )
         self._cuda.set_device(index)
         self._torch_device = torch_device or self.name
         self._properties = p = self._cuda.get_device_properties(index)
         self.capability = (int(p.major), int(p.minor))
-        free = 0.9 * float(self._cuda.mem_get_info(index)[0]) if memory_limit_bytes is None else memory_limit_bytes
-        super().__init__(self._torch_device, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free)
+        free = (
+            0.9 * float(self._cuda.mem_get_info(index)[0])
+            if memory_limit_bytes is None
+            else memory_limit_bytes
+        )
+        super().__init__(
+            self._torch_device, float(getattr(p, "L2_cache_size", 0) or 50 * 2**20), free
+        )
         if nvml == UNKNOWN:
             try:
                 nvml = import_module("pynvml")
@@ -316,7 +340,8 @@ class CudaDevice(TorchDevice):
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
         self._library = find_library(attention)
-        child = None if backend is not None else CaptureProbe.of_gpu(index, attention)  # a child has no such backend
+        # a child has no such backend
+        child = None if backend is not None else CaptureProbe.of_gpu(index, attention)
         self._probe = child if probe == "child" else probe
         self._probed: dict[tuple[str, str], Probed | Unsupported] = {}
 
@@ -327,7 +352,9 @@ class CudaDevice(TorchDevice):
         stack = {
             "cuda": str(torch.version.cuda or UNKNOWN),
             "cudnn": str(torch.backends.cudnn.version() or UNKNOWN),
-            "cusparselt": str(sparse.version()) if sparse is not None and sparse.is_available() else "none",
+            "cusparselt": str(sparse.version())
+            if sparse is not None and sparse.is_available()
+            else "none",
             "driver": reader.driver(),
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph",
@@ -383,7 +410,9 @@ class CudaDevice(TorchDevice):
                 graph = timer.capture(launches)
             except CaptureFailed as error:
                 raise CaptureFailed(f"{operator.key}: not capturable: {error}") from error
-            copies = f"{launches.copies} rotated copies" + (f" ({self.rotation:g} x L2)" if operator.cold else "")
+            copies = f"{launches.copies} rotated copies" + (
+                f" ({self.rotation:g} x L2)" if operator.cold else ""
+            )
             method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
             timed: Callable[[int], float] = partial(timer.replays, graph)
         elif operator.kind == "launch_graph":
@@ -429,7 +458,9 @@ class CudaDevice(TorchDevice):
             return error if isinstance(error, OutOfMemory) else OutOfMemory(about)
         if not self._responds():  # else only the operator is refused
             return DeviceLost(about)
-        library = type(error).__name__ == "AcceleratorError" or any(sign in text for sign in _REFUSED)
+        library = type(error).__name__ == "AcceleratorError" or any(
+            sign in text for sign in _REFUSED
+        )
         return Unsupported(about) if library or isinstance(error, NotImplementedError) else None
 
     def _responds(self) -> bool:

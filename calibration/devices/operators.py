@@ -24,7 +24,15 @@ from torch import nn
 
 from calibration.devices import attention
 from calibration.devices.attention import AttentionLibrary
-from calibration.devices.protocol import NORMS, Description, Gpu, Operator, OutOfMemory, Unsupported, selected
+from calibration.devices.protocol import (
+    NORMS,
+    Description,
+    Gpu,
+    Operator,
+    OutOfMemory,
+    Unsupported,
+    selected,
+)
 from calibration.devices.tile_shapes import MOST_FEATURES
 from simulator.codes import DTYPE_BYTES, dtype_code
 
@@ -38,18 +46,23 @@ TORCH_DTYPE: dict[str, Any] = {
 # fmt: on
 MAX_COPIES = 1 << 13  # a CUDA graph has a launch of each
 PATTERNS = 8  # distinct masks of the tokens of a grouped GEMM
-_MOST_PACKED = 1 << 10  # 2:4 weights are packed one by one, so copies of small ones take time to make
+# 2:4 weights are packed one by one, so copies of small ones take time to make
+_MOST_PACKED = 1 << 10
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
 _ROWS = 8  # a 2:4 product in 16 bits needs a multiple of this number of rows
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128  # sizes of the layer that times the host
-LAYERS = 8  # layers launched in sequence, as in a pass; each has separate modules, weights and cache
+# sizes of the layer that times the host
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128
+# layers launched in sequence, as in a pass; each has separate modules, weights and cache
+LAYERS = 8
 
-Algorithm = tuple[Any, ...]  # algorithm of cuSPARSELt: its number and, if torch can search for it, the split of K
+# algorithm of cuSPARSELt: its number and, if torch can search for it, the split of K
+Algorithm = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Launches:
-    launch: Callable[[int], Any]  # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
+    # ``launch(i)`` runs it once with copy ``i % copies`` of its rotated operand
+    launch: Callable[[int], Any]
     copies: int  # number of distinct copies; 1 if hot, or if one copy is larger than a round
     how: str = ""  # a comma and the implementation, if there are several
 
@@ -57,7 +70,9 @@ class Launches:
 class Arena:
     """Random data for rotated operands: a round over them exceeds the cache ``rotation`` times, if memory allows."""
 
-    def __init__(self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0) -> None:
+    def __init__(
+        self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0
+    ) -> None:
         self.device = device
         self.round_bytes = min(rotation * cache_bytes, limit_bytes)
         self.limit_bytes = limit_bytes
@@ -97,10 +112,18 @@ def random_tensor(shape: tuple[int, ...], dtype: str, device: str, seed: int = 0
     block = min(total, 1 << 22)
     generator = torch.Generator(device=device).manual_seed(seed)
     if dtype == "int8":
-        values = torch.randint(-64, 65, (block,), dtype=torch.int8, device=device, generator=generator)
+        values = torch.randint(
+            -64, 65, (block,), dtype=torch.int8, device=device, generator=generator
+        )
     else:
-        values = torch.randn(block, dtype=torch.float32, device=device, generator=generator).to(TORCH_DTYPE[dtype])
-    return values.reshape(shape) if block == total else values.repeat(-(-total // block))[:total].reshape(shape)
+        values = torch.randn(block, dtype=torch.float32, device=device, generator=generator).to(
+            TORCH_DTYPE[dtype]
+        )
+    return (
+        values.reshape(shape)
+        if block == total
+        else values.repeat(-(-total // block))[:total].reshape(shape)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -111,10 +134,14 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor = None) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor = None
+) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotary embedding, (positions, head_dim) each; Llama's frequencies by default."""
     if frequency is None:
-        frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+        frequency = 10000.0 ** (
+            -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+        )
     angle = positions.to(torch.float32)[:, None] * frequency[None, :]
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -145,7 +172,8 @@ class SparseWeight:
     packed: Tensor
     shape: tuple[int, int]
     searched: bool = True  # False: algorithm 0, as torch's tensor class
-    algorithms: dict[int, Algorithm] = field(default_factory=dict)  # by rows of activations; equal shapes share it
+    # by rows of activations; equal shapes share it
+    algorithms: dict[int, Algorithm] = field(default_factory=dict)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, self.shape[1])
@@ -166,7 +194,9 @@ def sparse_weight(
     if library is None or not library.is_available():
         raise Unsupported("2:4: this torch has no cuSPARSELt, or no kernels for this GPU")
     packed = torch._cslt_compress(weight.contiguous())
-    return SparseWeight(packed, tuple(weight.shape), searched, {} if algorithms is None else algorithms)
+    return SparseWeight(
+        packed, tuple(weight.shape), searched, {} if algorithms is None else algorithms
+    )
 
 
 def _fastest(packed: Tensor, dense: Tensor, bias: Tensor | None) -> Algorithm:
@@ -211,7 +241,11 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 def repeated(x: Tensor, times: int) -> Tensor:
     batch, heads, positions, width = x.shape
-    return x[:, :, None].expand(batch, heads, times, positions, width).reshape(batch, heads * times, positions, width)
+    return (
+        x[:, :, None]
+        .expand(batch, heads, times, positions, width)
+        .reshape(batch, heads * times, positions, width)
+    )
 
 
 class EagerAttention(nn.Module):  # type: ignore[misc]
@@ -233,7 +267,9 @@ class EagerAttention(nn.Module):  # type: ignore[misc]
         k, v = self.cache.update(k, v)
         k, v = repeated(k, HEADS // KV_HEADS), repeated(v, HEADS // KV_HEADS)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, scale=HEAD_DIM**-0.5)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None, dropout_p=0.0, scale=HEAD_DIM**-0.5
+        )
         return self.o_proj(out.transpose(1, 2).contiguous().reshape(*before, -1).contiguous())
 
 
@@ -257,7 +293,10 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
     def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
         self.self_attn, self.mlp = EagerAttention(kv_len, **options), EagerMlp(**options)
-        self.input_layernorm, self.post_attention_layernorm = EagerNorm(HIDDEN, **options), EagerNorm(HIDDEN, **options)
+        self.input_layernorm, self.post_attention_layernorm = (
+            EagerNorm(HIDDEN, **options),
+            EagerNorm(HIDDEN, **options),
+        )
         self.requires_grad_(False)
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -271,7 +310,12 @@ def triton_needs() -> str:
     """Return what this machine lacks to run Triton kernels on a GPU, or "". Triton compiles a launcher in C."""
     if find_spec("triton") is None:
         return "Triton (extra kernels)"
-    if environ.get("TRITON_INTERPRET") == "1" or environ.get("CC") or which("gcc") or which("clang"):
+    if (
+        environ.get("TRITON_INTERPRET") == "1"
+        or environ.get("CC")
+        or which("gcc")
+        or which("clang")
+    ):
         return ""
     return "a C compiler (gcc or clang, or CC) for Triton's launcher"
 
@@ -304,7 +348,9 @@ def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[
     return columns if outer else features
 
 
-def build(op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None) -> Launches:
+def build(
+    op: Operator, device: str, arena: Arena, library: AttentionLibrary | None = None
+) -> Launches:
     if library is None or op.kind not in ("attention_prefill", "attention_decode"):
         return _BUILDERS[op.kind](op, device, arena)
     q = random_tensor((op.batch, op.q_len, op.heads, op.head_dim), op.dtype, device, 1)
@@ -324,9 +370,16 @@ def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
     weights, copies = _rotated(arena, op, op.n, op.k)
     if op.dtype == "fp8":  # scales of one, results in bf16
         scale = torch.ones((), device=device)
-        how: dict[str, Any] = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+        how: dict[str, Any] = {
+            "scale_a": scale,
+            "scale_b": scale,
+            "out_dtype": torch.bfloat16,
+            "use_fast_accum": True,
+        }
         scaled = torch._scaled_mm
-        return Launches(lambda i: scaled(x, weights[i % copies].t(), **how), copies, ", fast accumulation")
+        return Launches(
+            lambda i: scaled(x, weights[i % copies].t(), **how), copies, ", fast accumulation"
+        )
     if op.dtype == "int8":
         return Launches(lambda i: torch._int_mm(x, weights[i % copies].t()), copies)
     linear = F.linear
@@ -342,7 +395,11 @@ def _gemm_2to4(op: Operator, device: str, arena: Arena) -> Launches:
     algorithms: dict[int, Algorithm] = {}
     packed = [sparse_weight(pruned, algorithms) for _ in range(copies)]
     packed[0].linear(x)  # searches the algorithm before anything is timed or captured
-    return Launches(lambda i: packed[i % copies].linear(x), copies, f", cuSPARSELt by search {[*algorithms.values()]}")
+    return Launches(
+        lambda i: packed[i % copies].linear(x),
+        copies,
+        f", cuSPARSELt by search {[*algorithms.values()]}",
+    )
 
 
 def _low_rank(op: Operator, device: str, arena: Arena) -> Launches:
@@ -357,13 +414,24 @@ def _low_rank(op: Operator, device: str, arena: Arena) -> Launches:
 def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, device, 1)
     y = torch.zeros((op.m, op.n), dtype=x.dtype, device=device)
-    index = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows].sort().values.to(device)
+    index = (
+        torch.randperm(op.m, generator=torch.Generator().manual_seed(op.rows))[: op.rows]
+        .sort()
+        .values.to(device)
+    )
     weights, copies = _rotated(arena, op, op.n, op.k)
     if in_triton(device):
         # a router leaves an index with room for all tokens, and their number on the device
-        room, count = F.pad(index, (0, op.m - op.rows)), torch.tensor([op.rows], dtype=torch.int32, device=device)
+        room, count = (
+            F.pad(index, (0, op.m - op.rows)),
+            torch.tensor([op.rows], dtype=torch.int32, device=device),
+        )
         one = kernels().gather_gemm
-        return Launches(lambda i: one(x, weights[i % copies], room, count, out=y), copies, ", one kernel (Triton)")
+        return Launches(
+            lambda i: one(x, weights[i % copies], room, count, out=y),
+            copies,
+            ", one kernel (Triton)",
+        )
 
     def launch(i: int) -> Tensor:
         return y.index_copy_(0, index, F.linear(x.index_select(0, index), weights[i % copies]))
@@ -388,11 +456,21 @@ def _grouped_gemm(op: Operator, device: str, arena: Arena) -> Launches:
     if not outer:
         x = x * mask.repeat_interleave(op.block, 1)
     if in_triton(device):
-        tiles, one = kernels().tiles_of(mask), kernels().grouped_columns if outer else kernels().grouped_features
-        over = "the tokens of each group" if outer else f"tiles of {tiles.edge} tokens sorted by {PATTERNS} masks"
+        tiles, one = (
+            kernels().tiles_of(mask),
+            kernels().grouped_columns if outer else kernels().grouped_features,
+        )
+        over = (
+            "the tokens of each group"
+            if outer
+            else f"tiles of {tiles.edge} tokens sorted by {PATTERNS} masks"
+        )
         how = f", one kernel (Triton) over {over}"
         return Launches(lambda i: one(x, weights[i % copies], tiles), copies, how)
-    launch, how = grouped_by_loops(x, mask, op.n, outer), ", a gather, a GEMM and a scatter for each group"
+    launch, how = (
+        grouped_by_loops(x, mask, op.n, outer),
+        ", a gather, a GEMM and a scatter for each group",
+    )
     return Launches(lambda i: launch(weights[i % copies]), copies, how)
 
 
@@ -401,10 +479,17 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
     both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
     caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
-        return _pinned(lambda i: attention.decode_attention(q, *caches[i % copies]), copies, device, ", unpaged cache")
+        return _pinned(
+            lambda i: attention.decode_attention(q, *caches[i % copies]),
+            copies,
+            device,
+            ", unpaged cache",
+        )
     if op.kind == "attention_prefill":
         mask = attention.causal_mask(op.q_len, op.kv_len, device)
-        return _pinned(lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies, device)
+        return _pinned(
+            lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies, device
+        )
     table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(device)
     if not device.startswith("cuda"):
         by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
@@ -417,8 +502,12 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
         if is_out_of_memory(error) or "CUDA error" in str(error):
             raise
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Unsupported(f"attention_block_sparse: flex attention did not compile: {why}") from error
-    return Launches(lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)")
+        raise Unsupported(
+            f"attention_block_sparse: flex attention did not compile: {why}"
+        ) from error
+    return Launches(
+        lambda i: fused(q, *caches[i % copies]), copies, ", one fused kernel (flex attention)"
+    )
 
 
 def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
@@ -436,7 +525,9 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     fused = in_triton(device) and not (op.role in NORMS and op.n > MOST_FEATURES)
     one: Any = kernels() if fused else None
     how = ", one kernel (Triton)" if fused else ""
-    norm, product, turn = (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
+    norm, product, turn = (
+        (one.rms_norm, one.gated, one.rotary) if fused else (rms_norm, gated, rotary)
+    )
     if op.role in NORMS:
         weight = random_tensor((op.n,), op.dtype, device, 2)
         return Launches(lambda i: norm(inputs[i % copies], weight), copies, how)
@@ -448,12 +539,17 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
         head = next((d for d in (128, 64, 32, 16, 8, 4, 2) if op.n % d == 0), 0)
         if not head:
             raise Unsupported(f"elementwise rotary: {op.n} features cannot be halved")
-        cos, sin = (t.unsqueeze(1) for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype))
+        cos, sin = (
+            t.unsqueeze(1)
+            for t in rotary_tables(torch.arange(op.m, device=device), head, other.dtype)
+        )
         shape = (op.m, op.n // head, head)
         return Launches(lambda i: turn(inputs[i % copies].view(shape), cos, sin), copies, how)
     if op.role == "select":
         many = selected(op.n)
-        return Launches(lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies)
+        return Launches(
+            lambda i: inputs[i % copies].topk(many, dim=1).indices.sort(dim=1).values, copies
+        )
     rows = torch.randperm(op.m, generator=torch.Generator().manual_seed(op.m)).to(device)
     if op.role in ("embedding", "gather"):
         return Launches(lambda i: inputs[i % copies].index_select(0, rows), copies)
@@ -473,7 +569,10 @@ def _copy(op: Operator, device: str, arena: Arena) -> Launches:
 
 def _launch(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "gemm":
-        x, weight = random_tensor((1, 64), op.dtype, device, 1), random_tensor((64, 64), op.dtype, device, 2)
+        x, weight = (
+            random_tensor((1, 64), op.dtype, device, 1),
+            random_tensor((64, 64), op.dtype, device, 2),
+        )
         return Launches(lambda i: F.linear(x, weight), 1)
     value = torch.zeros(1, device=device)
     return Launches(lambda i: value.add_(1.0), 1)
@@ -512,7 +611,9 @@ class Timed:
             return self.run(loops)
 
 
-def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Callable[[int], float]:
+def host_loop(
+    launches: Launches, synchronize: Callable[[], Any] = lambda: None
+) -> Callable[[int], float]:
     launch, copies = launches.launch, launches.copies
     following = 0
 
@@ -533,15 +634,20 @@ def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None)
 class TorchDevice:
     name: str
     rotation = 2.0  # a round over rotated operands exceeds this multiple of the last-level cache
-    eight_bit: tuple[str, ...] = ("gemm", "copy")  # kinds of operators that torch supports in fp8 and int8
+    # kinds of operators that torch supports in fp8 and int8
+    eight_bit: tuple[str, ...] = ("gemm", "copy")
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
         self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes, self.rotation)
 
-    def description(self, hardware: str, stack: Mapping[str, str], gpu: Gpu | None = None) -> Description:
+    def description(
+        self, hardware: str, stack: Mapping[str, str], gpu: Gpu | None = None
+    ) -> Description:
         stack = {"torch": torch.__version__, **stack}
-        return Description(self.name, hardware, stack, self.memory_limit_bytes, self.cache_bytes, gpu)
+        return Description(
+            self.name, hardware, stack, self.memory_limit_bytes, self.cache_bytes, gpu
+        )
 
     def refuses(self, operator: Operator) -> str:
         if operator.dtype in ("fp8", "int8") and operator.kind not in self.eight_bit:

@@ -38,7 +38,16 @@ HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kerne
 # attention, o, gate, up, silu, product, down, two residual sums
 LAYER_LAUNCHES = 42
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
-_OTHERS = ("activation", "residual", "rotary", "embedding", "gather", "scatter", "cache_write", "select")
+_OTHERS = (
+    "activation",
+    "residual",
+    "rotary",
+    "embedding",
+    "gather",
+    "scatter",
+    "cache_write",
+    "select",
+)
 ELEMENTWISE_ROLES = NORMS + _OTHERS
 INDEX_BYTES = 4.0  # size of a selected index, as in the pruning families
 
@@ -93,28 +102,44 @@ class Operator:
     kv_heads: int = 0
     head_dim: int = 0
     block: int = 0  # block-sparse attention: edge of a block; grouped GEMMs: width of a group
-    density: float = 1.0  # computed share of the causal blocks (block-sparse attention) or groups (grouped GEMMs)
+    # computed share of the causal blocks (block-sparse attention) or groups (grouped GEMMs)
+    density: float = 1.0
     role: str = ""  # elementwise: one of ELEMENTWISE_ROLES; grouped GEMMs: up or down
-    cold: bool = True  # weights (attention: keys and values; elementwise: input) come from memory, not from a cache
+    # weights (attention: keys and values; elementwise: input) come from memory, not from a cache
+    cold: bool = True
 
     def __post_init__(self) -> None:
-        roles = {"elementwise": ELEMENTWISE_ROLES, "grouped_gemm": ("up", "down")}.get(self.kind, ("", "gemm", *ROLES))
+        roles = {"elementwise": ELEMENTWISE_ROLES, "grouped_gemm": ("up", "down")}.get(
+            self.kind, ("", "gemm", *ROLES)
+        )
         for name, known in (("kind", OPERATORS), ("dtype", DTYPES), ("role", roles)):
             if (value := getattr(self, name)) not in known:
-                raise ValueError(f"operator {name}: expected one of {', '.join(filter(None, known))}, got {value!r}")
+                raise ValueError(
+                    f"operator {name}: expected one of {', '.join(filter(None, known))}, got {value!r}"
+                )
         for name in OPERATORS[self.kind]:
             if getattr(self, name) < 1:
-                raise ValueError(f"operator {self.kind}: {name}: expected at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"operator {self.kind}: {name}: expected at least 1, got {getattr(self, name)}"
+                )
         if not 0 < self.density <= 1:
             raise ValueError(f"operator density: expected a share in (0, 1], got {self.density}")
         if self.attention and self.heads % self.kv_heads:
-            raise ValueError(f"operator {self.kind}: heads: expected a multiple of {self.kv_heads}, got {self.heads}")
+            raise ValueError(
+                f"operator {self.kind}: heads: expected a multiple of {self.kv_heads}, got {self.heads}"
+            )
         if self.attention and self.q_len > self.kv_len:
-            raise ValueError(f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}")
+            raise ValueError(
+                f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}"
+            )
         if self.kind == "gather_gemm" and self.rows > self.m:
-            raise ValueError(f"operator gather_gemm: rows: expected at most {self.m}, the tokens, got {self.rows}")
+            raise ValueError(
+                f"operator gather_gemm: rows: expected at most {self.m}, the tokens, got {self.rows}"
+            )
         if self.kind == "grouped_gemm" and self.grouped % self.block:
-            raise ValueError(f"operator grouped_gemm: block: {self.block} does not divide {self.grouped} features")
+            raise ValueError(
+                f"operator grouped_gemm: block: {self.block} does not divide {self.grouped} features"
+            )
 
     @property
     def attention(self) -> bool:
@@ -180,13 +205,18 @@ class Operator:
         if self.kind == "gather_gemm":
             return weight + size * self.rows * (3 * self.k + 3 * self.n)
         if self.kind == "grouped_gemm":  # at least the groups of one token
-            return self.density * weight + size * self.m * (self.n + self.k - (1.0 - self.density) * self.grouped)
+            return self.density * weight + size * self.m * (
+                self.n + self.k - (1.0 - self.density) * self.grouped
+            )
         if self.kind == "gemm_2to4":
             return weight * 0.5 + self.n * self.k / 8.0 + size * self.m * (self.k + self.n)
         if self.kind == "gemm":
             return weight + size * self.m * (self.k + self.n)
         if self.attention:
-            return weight * self.density + 2.0 * size * self.batch * self.heads * self.q_len * self.head_dim
+            return (
+                weight * self.density
+                + 2.0 * size * self.batch * self.heads * self.q_len * self.head_dim
+            )
         return 0.0
 
     @property
@@ -202,11 +232,14 @@ class Operator:
         """Return an operator from ``vars`` of one; ValueError for unknown fields."""
         known = {f.name for f in fields(cls)}
         if extra := sorted(set(record) - known):
-            raise ValueError(f"operator record has unknown fields {extra}; expected some of {sorted(known)}")
+            raise ValueError(
+                f"operator record has unknown fields {extra}; expected some of {sorted(known)}"
+            )
         return cls(**record)
 
 
-_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])  # made once, since a plan makes 100,000 keys
+# made once, since a plan makes 100,000 keys
+_SHAPE = tuple((f.name, f.default) for f in fields(Operator)[2:-1])
 
 
 @dataclass(frozen=True)
@@ -225,7 +258,8 @@ class Description:
 
     name: str  # name of the opened device (cpu, cuda:0)
     device: str  # the name that the hardware reports
-    stack: Mapping[str, str] = field(default_factory=dict)  # framework, driver, threads, pinning: they change times
+    # framework, driver, threads, pinning: they change times
+    stack: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: float = 0.0  # limit for operands
     cache_bytes: float = 0.0  # last-level cache (L2 of a GPU); 0: unknown
     gpu: Gpu | None = None
@@ -248,9 +282,13 @@ class Device(Protocol):
 
     def describe(self) -> Description: ...
     def dtypes(self) -> tuple[str, ...]: ...  # number formats of its GEMMs
-    def refuses(self, operator: Operator) -> str: ...  # the reason why it cannot run an operator, or ""
-    def prepare(self, operator: Operator) -> Prepared: ...  # may raise Unsupported, OutOfMemory or DeviceLost
-    def snapshot(self) -> Snapshot: ...  # under load since the last call, if it reads while launches run; else now
-    def clock(self) -> float: ...  # monotonic seconds, the time of budgets (simulated on the planted device)
+    # the reason why it cannot run an operator, or ""
+    def refuses(self, operator: Operator) -> str: ...
+    # may raise Unsupported, OutOfMemory or DeviceLost
+    def prepare(self, operator: Operator) -> Prepared: ...
+    # under load since the last call, if it reads while launches run; else now
+    def snapshot(self) -> Snapshot: ...
+    # monotonic seconds, the time of budgets (simulated on the planted device)
+    def clock(self) -> float: ...
     def rest(self, seconds: float) -> None: ...  # cools down
     def close(self) -> None: ...  # frees operands and restores settings

@@ -22,11 +22,15 @@ Seconds = Callable[[Operator], float]
 _PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
 
 
-def roofline_timings(flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6) -> Seconds:
+def roofline_timings(
+    flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6
+) -> Seconds:
     """Return the times of a simple device: a floor per launch, plus the 3-norm of arithmetic and memory time."""
 
     def seconds(op: Operator) -> float:
-        return floor_s * op.launches + float(np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3))
+        return floor_s * op.launches + float(
+            np.cbrt((op.flops / flop_per_s) ** 3 + (op.bytes / bytes_per_s) ** 3)
+        )
 
     return seconds
 
@@ -45,11 +49,13 @@ class _ReplayPrepared:
 class ReplayDevice:
     timings: Seconds = field(default_factory=roofline_timings)
     _: KW_ONLY
-    noise: float = 0.0  # relative standard deviation of a sample (log-normal, so times stay positive)
+    # relative standard deviation of a sample (log-normal, so times stay positive)
+    noise: float = 0.0
     seed: int = 0
     description: Description = _PLANTED
     setup_s: float = 0.05  # simulated time of a preparation
-    refused: Mapping[str, str] = field(default_factory=dict)  # unsupported kinds of operators, with reasons
+    # unsupported kinds of operators, with reasons
+    refused: Mapping[str, str] = field(default_factory=dict)
     formats: tuple[str, ...] = ("bf16", "fp16", "fp32")
     prepared: list[Operator] = field(default_factory=list)
     _now: float = 0.0
@@ -75,7 +81,9 @@ class ReplayDevice:
         return _ReplayPrepared(self, operator)
 
     def play(self, operator: Operator, loops: int) -> float:
-        value = self.timings(operator) * (math.exp(self.noise * self._rng.standard_normal()) if self.noise else 1.0)
+        value = self.timings(operator) * (
+            math.exp(self.noise * self._rng.standard_normal()) if self.noise else 1.0
+        )
         self._now += value * loops
         return value
 
@@ -97,4 +105,6 @@ def open_named(rest: str, **options: Any) -> ReplayDevice:
         raise InputError(
             f"device: expected replay:planted, got 'replay:{rest}'; to fit recorded times, use prunesim fit"
         )
-    return ReplayDevice(refused={"gemm_2to4": "a planted device has no sparse tensor cores"}, **options)
+    return ReplayDevice(
+        refused={"gemm_2to4": "a planted device has no sparse tensor cores"}, **options
+    )

@@ -35,7 +35,13 @@ POWER_CAP = "sw_power_cap"
 # Reasons to repeat a sample. The power cap is not among them: a data-centre GPU is at its power limit in every long
 # GEMM, also in a repeat. Rows that the cap slowed down have a flag.
 THROTTLING: frozenset[str] = frozenset(
-    {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "cpu_thermal"}
+    {
+        "hw_slowdown",
+        "sw_thermal_slowdown",
+        "hw_thermal_slowdown",
+        "hw_power_brake_slowdown",
+        "cpu_thermal",
+    }
 )
 
 
@@ -46,12 +52,18 @@ class Snapshot:
     power_w: Reading = UNKNOWN
     temperature_c: Reading = UNKNOWN  # degrees Celsius
     load: Reading = UNKNOWN  # GPU utilisation in 0..1; one-minute load average of a CPU
-    throttle: tuple[str, ...] | Unknown = UNKNOWN  # reported reasons for reduced clocks; may be empty
-    throttle_events: Reading = UNKNOWN  # growing counter, for devices that count events instead of reporting a state
-    waited_s: Reading = UNKNOWN  # growing counter: time that threads of this process waited for a CPU
+    # reported reasons for reduced clocks; may be empty
+    throttle: tuple[str, ...] | Unknown = UNKNOWN
+    # growing counter, for devices that count events instead of reporting a state
+    throttle_events: Reading = UNKNOWN
+    # growing counter: time that threads of this process waited for a CPU
+    waited_s: Reading = UNKNOWN
 
     def as_record(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
@@ -63,7 +75,9 @@ def throttle_reasons(bits: int) -> tuple[str, ...]:
 
 def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
     """Return the reasons to repeat a measurement between two snapshots; "unknown" if neither has a reading."""
-    states = [snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)]
+    states = [
+        snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)
+    ]
     reasons = {reason for state in states for reason in state}
     events = _known((before.throttle_events, after.throttle_events))
     counted = len(events) == 2
@@ -109,7 +123,9 @@ class NvmlReader:
             with suppress(Exception):  # NVML's errors have no public base class
                 nvml.nvmlInit()
                 by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
-                self._handle = by_uuid(f"GPU-{uuid.removeprefix('GPU-')}") if uuid else by_index(index)
+                self._handle = (
+                    by_uuid(f"GPU-{uuid.removeprefix('GPU-')}") if uuid else by_index(index)
+                )
 
     def snapshot(self) -> Snapshot:
         nvml, handle = self._nvml, self._handle
@@ -119,16 +135,23 @@ class NvmlReader:
         throttle = self._throttle()  # before slower readings, since the load may be short
         return Snapshot(
             clock_hz=clock_hz,
-            memory_clock_hz=_read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM), 1e6),
+            memory_clock_hz=_read(
+                lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM), 1e6
+            ),
             power_w=_read(lambda: nvml.nvmlDeviceGetPowerUsage(handle), 1e-3),
-            temperature_c=_read(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            temperature_c=_read(
+                lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+            ),
             load=_read(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu, 0.01),
             throttle=throttle,
         )
 
     def _throttle(self) -> tuple[str, ...] | Unknown:
         # renamed in driver 535; older modules have only the second name
-        for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+        for name in (
+            "nvmlDeviceGetCurrentClocksEventReasons",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+        ):
             try:
                 return throttle_reasons(int(getattr(self._nvml, name)(self._handle)))
             except Exception:
@@ -146,11 +169,16 @@ class NvmlReader:
         return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
 
     def default_power_limit_w(self) -> Reading:
-        default = _read(lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3)
+        default = _read(
+            lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3
+        )
         return self.power_limit_w() if isinstance(default, str) else default
 
     def max_clock_hz(self) -> Reading:
-        return _read(lambda: self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_SM), 1e6)
+        return _read(
+            lambda: self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_SM),
+            1e6,
+        )
 
     def sliced(self) -> bool:
         return _read(lambda: self._nvml.nvmlDeviceGetMigMode(self._handle)[0]) == 1.0
@@ -166,7 +194,10 @@ class CpuReader:
     def snapshot(self) -> Snapshot:
         cpu = "sys/devices/system/cpu/cpu"
         clocks = _known(self._clock_hz(number) for number in self.cpus)
-        events = _known(self._read(f"{cpu}{number}/thermal_throttle/core_throttle_count") for number in self.cpus)
+        events = _known(
+            self._read(f"{cpu}{number}/thermal_throttle/core_throttle_count")
+            for number in self.cpus
+        )
         zones = (self._root / "sys/class/thermal").glob("thermal_zone*/temp")
         temperatures = _known(self._read(zone, scale=1e-3) for zone in zones)
         # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst) of live threads
@@ -175,7 +206,9 @@ class CpuReader:
         return Snapshot(
             clock_hz=sum(clocks) / len(clocks) if clocks else UNKNOWN,
             temperature_c=max(temperatures, default=UNKNOWN),
-            load=_read(lambda: os.getloadavg()[0]) if self._root == Path("/") else self._read("proc/loadavg"),
+            load=_read(lambda: os.getloadavg()[0])
+            if self._root == Path("/")
+            else self._read("proc/loadavg"),
             throttle_events=sum(events) if events else UNKNOWN,
             waited_s=sum(waits) if waits else UNKNOWN,
         )
@@ -188,7 +221,11 @@ class CpuReader:
 
     def _clock_hz(self, cpu: int) -> Reading:
         clock = self._read(f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq", scale=1e3)
-        return _read(lambda: cpuinfo(self._text("proc/cpuinfo"), cpu)["cpu MHz"], 1e6) if clock == UNKNOWN else clock
+        return (
+            _read(lambda: cpuinfo(self._text("proc/cpuinfo"), cpu)["cpu MHz"], 1e6)
+            if clock == UNKNOWN
+            else clock
+        )
 
 
 def _known(readings: Iterable[Reading]) -> list[float]:
@@ -197,7 +234,10 @@ def _known(readings: Iterable[Reading]) -> list[float]:
 
 def cpuinfo(text: str, cpu: int = 0) -> dict[str, str]:
     for block in text.split("\n\n"):
-        entry = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        entry = {
+            key.strip(): value.strip()
+            for key, _, value in (line.partition(":") for line in block.splitlines())
+        }
         if entry.get("processor") == str(cpu):
             return entry
     raise KeyError(f"processor {cpu}")

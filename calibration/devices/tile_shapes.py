@@ -57,16 +57,24 @@ def tokens_per_tile(tokens: int) -> int:
     return FEW_ROWS if tokens <= FEW_ROWS else MOST_TOKENS
 
 
-def grouped_columns(tokens: int, width: int, element_bytes: int, aligned: str, gated: bool) -> TileShape:
+def grouped_columns(
+    tokens: int, width: int, element_bytes: int, aligned: str, gated: bool
+) -> TileShape:
     """Return the tile of a grouped GEMM that prunes columns in groups of ``width``; a gated group has two halves."""
     form = tokens, element_bytes, aligned
     most = _most_columns(*form) // (2 if gated and tokens > FEW_ROWS else 1)
-    return TileShape(tokens_per_tile(tokens), power_of_two(width, min(32, most), most), _most_features(*form))
+    return TileShape(
+        tokens_per_tile(tokens), power_of_two(width, min(32, most), most), _most_features(*form)
+    )
 
 
 def grouped_features(tokens: int, width: int, element_bytes: int, aligned: str) -> TileShape:
     form = tokens, element_bytes, aligned
-    return TileShape(tokens_per_tile(tokens), _most_columns(*form), power_of_two(width, 16, _most_features(*form)))
+    return TileShape(
+        tokens_per_tile(tokens),
+        _most_columns(*form),
+        power_of_two(width, 16, _most_features(*form)),
+    )
 
 
 def normalised(features: int) -> TileShape:

@@ -33,14 +33,21 @@ def _gathered(x, weight, bias, index, count, y, n, k, BIASED: tl.constexpr, ADD:
     many = tl.load(count)
     start = tl.program_id(1) * BLOCK_M
     if start < many:
-        positions, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        positions, columns = (
+            start + tl.arange(0, BLOCK_M),
+            tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N),
+        )
         chosen, inside = positions < many, columns < n
         rows = tl.load(index + positions, mask=chosen, other=0).to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for begin in range(0, k, BLOCK_K):
             features = begin + tl.arange(0, BLOCK_K)
             within = features < k
-            some = tl.load(x + rows[:, None] * k + features[None], mask=chosen[:, None] & within[None], other=0.0)
+            some = tl.load(
+                x + rows[:, None] * k + features[None],
+                mask=chosen[:, None] & within[None],
+                other=0.0,
+            )
             at = columns[None].to(tl.int64) * k + features[:, None]
             part = tl.load(weight + at, mask=within[:, None] & inside[None], other=0.0)
             total = tl.dot(some, part, total, input_precision=PRECISION)
@@ -95,7 +102,9 @@ def tiles_of(mask: Tensor) -> Tiles:
         digits = mask[:, start : start + 62].long()
         number = (digits << torch.arange(digits.shape[1] - 1, -1, -1, device=mask.device)).sum(1)
         order = order.gather(0, number.gather(0, order).sort(stable=True).indices)
-    padded = torch.nn.functional.pad(mask[order], (0, 0, 0, -tokens % edge)) if tokens > edge else mask
+    padded = (
+        torch.nn.functional.pad(mask[order], (0, 0, 0, -tokens % edge)) if tokens > edge else mask
+    )
     used = padded.view(-1, min(edge, tokens), groups).any(1)
     ranked = used.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     users = mask.t().to(torch.int8).contiguous().sort(dim=1, descending=True, stable=True).indices
@@ -111,7 +120,10 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
     group = tl.program_id(1).to(tl.int64)
     start, many = tl.program_id(2) * BLOCK_M, tl.load(count + group)
     if start < many:
-        positions, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        positions, columns = (
+            start + tl.arange(0, BLOCK_M),
+            tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N),
+        )
         there, inside = positions < many, columns < width
         rows = tl.load(users + group * tokens + positions, mask=there, other=0).to(tl.int64)
         first = group * (2 if GATED else 1) * width
@@ -120,22 +132,36 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
         for begin in range(0, k, BLOCK_K):
             features = begin + tl.arange(0, BLOCK_K)
             within = features < k
-            some = tl.load(x + rows[:, None] * k + features[None], mask=there[:, None] & within[None], other=0.0)
+            some = tl.load(
+                x + rows[:, None] * k + features[None],
+                mask=there[:, None] & within[None],
+                other=0.0,
+            )
             both = within[:, None] & inside[None]
-            part = tl.load(weight + (first + columns[None]) * k + features[:, None], mask=both, other=0.0)
+            part = tl.load(
+                weight + (first + columns[None]) * k + features[:, None], mask=both, other=0.0
+            )
             total = tl.dot(some, part, total, input_precision=PRECISION)
             if GATED:
-                up = tl.load(weight + (first + width + columns[None]) * k + features[:, None], mask=both, other=0.0)
+                up = tl.load(
+                    weight + (first + width + columns[None]) * k + features[:, None],
+                    mask=both,
+                    other=0.0,
+                )
                 second = tl.dot(some, up, second, input_precision=PRECISION)
         if BIASED:
-            total += tl.load(bias + group * width + columns, mask=inside, other=0.0).to(tl.float32)[None]
+            total += tl.load(bias + group * width + columns, mask=inside, other=0.0).to(tl.float32)[
+                None
+            ]
         if GATED:
             total = total / (1.0 + tl.exp(-total)) * second
         out = y + rows[:, None] * groups * width + group * width + columns[None]
         tl.store(out, total.to(y.dtype.element_ty), mask=there[:, None] & inside[None])
 
 
-def grouped_columns(x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+def grouped_columns(
+    x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0 elsewhere. The rows of
     ``weight`` (n, k) are in groups of equal width; x and weight are contiguous. ``gated``: a group has the rows of its
     gate, then of its up projection; y is silu(gate) up, half as wide."""
@@ -157,7 +183,10 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
     tile = tl.program_id(1)
-    positions, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    positions, columns = (
+        tile * BLOCK_M + tl.arange(0, BLOCK_M),
+        tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N),
+    )
     there, inside = positions < tokens, columns < n
     rows = tl.load(order + positions, mask=there, other=0).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -168,11 +197,21 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
     for step in range(0, last):
         features = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         within, at = features < width, group.to(tl.int64) * width + features
-        some = tl.load(x + rows[:, None] * groups * width + at[None], mask=there[:, None] & within[None], other=0.0)
-        part = tl.load(weight + at[:, None] * n + columns[None], mask=within[:, None] & inside[None], other=0.0)
+        some = tl.load(
+            x + rows[:, None] * groups * width + at[None],
+            mask=there[:, None] & within[None],
+            other=0.0,
+        )
+        part = tl.load(
+            weight + at[:, None] * n + columns[None], mask=within[:, None] & inside[None], other=0.0
+        )
         group = tl.load(chosen + tile * groups + (step + 1) // steps, mask=step + 1 < last, other=0)
         total = tl.dot(some, part, total, input_precision=PRECISION)
-    tl.store(y + rows[:, None] * n + columns[None], total.to(y.dtype.element_ty), mask=there[:, None] & inside[None])
+    tl.store(
+        y + rows[:, None] * n + columns[None],
+        total.to(y.dtype.element_ty),
+        mask=there[:, None] & inside[None],
+    )
 
 
 def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
@@ -181,7 +220,8 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     equal width; both are contiguous."""
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
-    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)  # both are lengths of rows
+    # both are lengths of rows
+    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)
     tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
     _features[triton.cdiv(n, tile.n), len(tiles.groups)](
         x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
@@ -192,7 +232,10 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm(x, weight, y, rows, n, epsilon, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row, column = (
+        tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M),
+        tl.arange(0, BLOCK_N),
+    )
     within = column < n
     inside, at = (row < rows)[:, None] & within[None], row[:, None] * n + column[None]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -205,7 +248,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Normalise the last axis by its root mean square; x is contiguous, its last axis at most MOST_FEATURES long."""
     n = x.shape[-1]
     y, rows, tile = x.new_empty(x.shape), x.numel() // n, tile_shapes.normalised(n)
-    _rms_norm[(triton.cdiv(rows, tile.m),)](x, weight, y, rows, n, epsilon, tile.m, tile.n, num_warps=tile.warps)
+    _rms_norm[(triton.cdiv(rows, tile.m),)](
+        x, weight, y, rows, n, epsilon, tile.m, tile.n, num_warps=tile.warps
+    )
     return y
 
 
@@ -215,13 +260,26 @@ def _rotary(x, cos, sin, y, heads, half, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     head, column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     within = column < half
     inside = (head < heads)[:, None] & within[None]
-    angle, at = token * 2 * half + column, ((token * heads + head) * 2 * half)[:, None] + column[None]
-    low, high = tl.load(x + at, mask=inside).to(tl.float32), tl.load(x + at + half, mask=inside).to(tl.float32)
-    c_low, s_low = tl.load(cos + angle, mask=within).to(tl.float32), tl.load(sin + angle, mask=within).to(tl.float32)
+    angle, at = (
+        token * 2 * half + column,
+        ((token * heads + head) * 2 * half)[:, None] + column[None],
+    )
+    low, high = (
+        tl.load(x + at, mask=inside).to(tl.float32),
+        tl.load(x + at + half, mask=inside).to(tl.float32),
+    )
+    c_low, s_low = (
+        tl.load(cos + angle, mask=within).to(tl.float32),
+        tl.load(sin + angle, mask=within).to(tl.float32),
+    )
     c_high = tl.load(cos + angle + half, mask=within).to(tl.float32)
     s_high = tl.load(sin + angle + half, mask=within).to(tl.float32)
     tl.store(y + at, (low * c_low[None] - high * s_low[None]).to(y.dtype.element_ty), mask=inside)
-    tl.store(y + at + half, (high * c_high[None] + low * s_high[None]).to(y.dtype.element_ty), mask=inside)
+    tl.store(
+        y + at + half,
+        (high * c_high[None] + low * s_high[None]).to(y.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -244,5 +302,7 @@ def _gated(gate, up, y, elements, BLOCK_N: tl.constexpr):
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     y, elements = gate.new_empty(gate.shape), gate.numel()
-    _gated[(triton.cdiv(elements, tile_shapes.VECTOR_ELEMENTS),)](gate, up, y, elements, tile_shapes.VECTOR_ELEMENTS)
+    _gated[(triton.cdiv(elements, tile_shapes.VECTOR_ELEMENTS),)](
+        gate, up, y, elements, tile_shapes.VECTOR_ELEMENTS
+    )
     return y

@@ -65,11 +65,13 @@ KINDS: Mapping[str, str] = {
     "given": "the same, given their dense time",
     "serve": "times per output token of serving runs",
 }
-PROMPTS: Mapping[str, tuple[float, float]] = {  # prompt lengths of the serving runs -> ends of their range
+# prompt lengths of the serving runs -> ends of their range
+PROMPTS: Mapping[str, tuple[float, float]] = {
     "128": (0, 200), "256": (200, 400), "512": (400, 600), "1,000 to 1,024": (600, 1500),
     "2,000 to 2,048": (1500, 3000), "4,000 to 4,096": (3000, 6000), "8,000 to 8,192": (6000, np.inf),
 }  # fmt: skip
-LOADS: Mapping[str, tuple[float, float]] = {  # requests in flight per new token: prompts that arrive per decode step
+# requests in flight per new token: prompts that arrive per decode step
+LOADS: Mapping[str, tuple[float, float]] = {
     "below 0.03": (0, 0.03), "0.03 to 0.1": (0.03, 0.1), "0.1 to 0.3": (0.1, 0.3), "0.3 to 0.75": (0.3, 0.75),
     "0.75 to 1.5": (0.75, 1.5), "above 1.5": (1.5, np.inf),
 }  # fmt: skip
@@ -77,14 +79,18 @@ LOADS: Mapping[str, tuple[float, float]] = {  # requests in flight per new token
 
 def head(page: str) -> str:
     """Return the text of a page before its first section or table."""
-    return re.split(r"^(?=## |\|)", (DOCS / f"{page}.md").read_text("utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
+    return re.split(
+        r"^(?=## |\|)", (DOCS / f"{page}.md").read_text("utf-8"), maxsplit=1, flags=re.MULTILINE
+    )[0]
 
 
 def filled(page: str, tables: Sequence[str]) -> str:
     """Return a page with its tables replaced by new tables, in order."""
     prose = re.split(r"(?:^\|.*\n)+", (DOCS / f"{page}.md").read_text("utf-8"), flags=re.MULTILINE)
     if len(prose) != len(tables) + 1:
-        raise InputError(f"docs/generated/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}")
+        raise InputError(
+            f"docs/generated/{page}.md: expected {len(tables)} tables to fill, got {len(prose) - 1}"
+        )
     return prose[0] + "".join(f"{new}\n{text}" for new, text in zip(tables, prose[1:], strict=True))
 
 
@@ -105,17 +111,31 @@ def sections_table() -> str:
                     errors.setdefault((name, *key), {})[stack or "own"] = text
     stacks = dict.fromkeys(stack for one in errors.values() for stack in one)
     keys = sorted(errors, key=lambda key: (key[0], list(CONSTANTS).index(key[1])))
-    cells = [[*key, HELD_OUT[key[1]], *(errors[key].get(stack, "") for stack in stacks)] for key in keys]
+    cells = [
+        [*key, HELD_OUT[key[1]], *(errors[key].get(stack, "") for stack in stacks)] for key in keys
+    ]
     return table(["GPU", "operator", "format", "unseen", *stacks], cells, left=range(4))
 
 
 def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
     criteria = against_targets(rows)
-    cells = [[c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured] for c in criteria]
-    lines = ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""] if cells else []
+    cells = [
+        [c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured]
+        for c in criteria
+    ]
+    lines = (
+        ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""]
+        if cells
+        else []
+    )
     for title in dict.fromkeys(r["table"] for r in listed):
         names, columns = zip(*columns_of_table(rows, title), strict=True)
-        lines += [f"## {title.replace('_', ' ')}", "", table(names, list(zip(*columns, strict=True))), ""]
+        lines += [
+            f"## {title.replace('_', ' ')}",
+            "",
+            table(names, list(zip(*columns, strict=True))),
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -124,19 +144,28 @@ def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[st
     of its rows (0: as shipped), and their means at the end."""
     lines, scores = means(rows, title), COLUMNS
     groups = [[r] for r in lines]
-    columns = [("method", [r["method"] for r in lines]), ("rows", [str(r["rows"] or "all") for r in lines])]
+    columns = [
+        ("method", [r["method"] for r in lines]),
+        ("rows", [str(r["rows"] or "all") for r in lines]),
+    ]
     if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
         scores, sizes = STACK_COLUMNS, sorted({r["rows"] for r in lines})
         at = {(r["held_out"], r["rows"]): r for r in lines}
         places = [*((name, [name]) for name in held_out), ("mean", held_out)]
         columns = [("held out", [name for name, _ in places for _ in sizes])]
         columns.append(("rows", [str(size) for _ in places for size in sizes]))
-        groups = [[at.get((name, size), {}) for name in names] for _, names in places for size in sizes]
+        groups = [
+            [at.get((name, size), {}) for name in names] for _, names in places for size in sizes
+        ]
     for name, key, digits in scores:
         if held_out or any(key in r for r in lines):
             unit = 1.0 if key == "speedup spearman" else 100.0
-            values = [float(np.mean([r.get(key, np.nan) for r in group])) * unit for group in groups]
-            columns.append((name, ["" if value != value else f"{value:.{digits}f}" for value in values]))
+            values = [
+                float(np.mean([r.get(key, np.nan) for r in group])) * unit for group in groups
+            ]
+            columns.append(
+                (name, ["" if value != value else f"{value:.{digits}f}" for value in values])
+            )
     return columns
 
 
@@ -144,16 +173,33 @@ def engine_tables() -> list[str]:
     """Return the tables of ``docs/generated/engines.md`` in their order. Engine parameters were fitted on the sources
     of split "fit", by hand where rows are few, and not on those of split "judge"."""
     given = compare_speedups(given=True)
-    found = {"dense": compare_dense(), "speedup": compare_speedups(), "given": given, "serve": compare_serving()}
+    found = {
+        "dense": compare_dense(),
+        "speedup": compare_speedups(),
+        "given": given,
+        "serve": compare_serving(),
+    }
     sparse, narrow, held_out = compare_gemms("2:4"), compare_gemms("narrower"), held_out_models()
     common = {kind: [c for c in rows if not c.own_code] for kind, rows in found.items()}
     judged = {kind: [c for c in rows if c.split == "judge"] for kind, rows in common.items()}
-    calibrated = {c.gpu: load_hardware(c.gpu).section("gemm", "bf16").status != "default" for c in judged["dense"]}
+    calibrated = {
+        c.gpu: load_hardware(c.gpu).section("gemm", "bf16").status != "default"
+        for c in judged["dense"]
+    }
     judged["measured"] = [c for c in judged["dense"] if calibrated[c.gpu]]
-    by_engine = [(kind, c.engine, c.split, c) for kind, some in common.items() if kind != "serve" for c in some]
-    large = [c for c in (*common["dense"], *common["speedup"], *sparse, *narrow) if abs(c.error) > MISS]
+    by_engine = [
+        (kind, c.engine, c.split, c)
+        for kind, some in common.items()
+        if kind != "serve"
+        for c in some
+    ]
+    large = [
+        c for c in (*common["dense"], *common["speedup"], *sparse, *narrow) if abs(c.error) > MISS
+    ]
     reasons = [[c.what, c.where, _signed(c.error, 0), c.reason or "not known"] for c in large]
-    assumed = dict.fromkeys((c.source, c.assumed) for kind in ("dense", "speedup") for c in found[kind] if c.assumed)
+    assumed = dict.fromkeys(
+        (c.source, c.assumed) for kind in ("dense", "speedup") for c in found[kind] if c.assumed
+    )
     left_out = [r["left_out"] for name in ("dense", "speedups", "serving") for r in published(name)]
     excluded = {**Counter(filter(None, left_out)), **NOT_USED}
     parts = []
@@ -186,12 +232,20 @@ def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
     for each in rows:
         groups.setdefault(each[:-1], []).append(each[-1])
     order, cells = list(KINDS), []
-    for key in sorted(groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]):
+    for key in sorted(
+        groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]
+    ):
         s = score_of(groups[key])
         shares = [f"{100 * s['coverage']:.0f} %", f"{100 * s['half-width']:.0f} %"]
         errors = [f"{100 * s['median']:.1f} %", _signed(s["median bias"])]
-        cells.append([*(KINDS.get(name, name) for name in key), str(len(groups[key])), *errors, *shares])
-    return table([*names, "rows", "median error", "bias", "coverage", "half-width"], cells, left=range(len(names)))
+        cells.append(
+            [*(KINDS.get(name, name) for name in key), str(len(groups[key])), *errors, *shares]
+        )
+    return table(
+        [*names, "rows", "median error", "bias", "coverage", "half-width"],
+        cells,
+        left=range(len(names)),
+    )
 
 
 def loads_table() -> str:
@@ -199,12 +253,22 @@ def loads_table() -> str:
     engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
 
     def cell(found: Loading) -> str:
-        types = ", ".join(found.model_types) if len(found.model_types) <= 3 else f"{len(found.model_types)} model types"
+        types = (
+            ", ".join(found.model_types)
+            if len(found.model_types) <= 3
+            else f"{len(found.model_types)} model types"
+        )
         multiple = f"multiples of {found.multiple}" if found.multiple > 1 else ""
         return "; ".join(filter(None, (types, multiple))) or "yes" if found.value else "no"
 
-    cells = [[text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()]
-    return table(["checkpoint with", *(engine.name for engine in engines)], cells, left=range(len(engines) + 1))
+    cells = [
+        [text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()
+    ]
+    return table(
+        ["checkpoint with", *(engine.name for engine in engines)],
+        cells,
+        left=range(len(engines) + 1),
+    )
 
 
 def _held_out_table(groups: Sequence[HeldOut]) -> str:
@@ -213,10 +277,23 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
         members = [x for x in groups if x.engine == engine]
         for x in members:
             error = score(ScoredRows(x.group.request_s, x.request_s))["median"]
-            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * error:.1f} %"])
-        cells.append([engine, "all dense models", "", "", *_ratios([x for x in members if not x.experts]), ""])
+            cells.append(
+                [engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * error:.1f} %"]
+            )
+        cells.append(
+            [
+                engine,
+                "all dense models",
+                "",
+                "",
+                *_ratios([x for x in members if not x.experts]),
+                "",
+            ]
+        )
     header = ["engine", "held-out model", "GPU", "format", "rows"]
-    return table([*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4))
+    return table(
+        [*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4)
+    )
 
 
 def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
@@ -229,19 +306,41 @@ def _load_table(groups: Sequence[HeldOut]) -> str:
     cells = []
     for engine, experts in dict.fromkeys((x.engine, x.experts) for x in groups):
         members = [x for x in groups if (x.engine, x.experts) == (engine, experts)]
-        prompts, loads = zip(*((x.group.seq, x.group.concurrency / x.group.new_tokens) for x in members), strict=True)
-        for axis, values, ranges in (("prompt tokens", prompts, PROMPTS), ("concurrency / new tokens", loads, LOADS)):
+        prompts, loads = zip(
+            *((x.group.seq, x.group.concurrency / x.group.new_tokens) for x in members), strict=True
+        )
+        for axis, values, ranges in (
+            ("prompt tokens", prompts, PROMPTS),
+            ("concurrency / new tokens", loads, LOADS),
+        ):
             for name, (low, high) in ranges.items():
                 rows = [(v >= low) & (v < high) for v in values]
                 if any(some.any() for some in rows):
-                    cells.append([engine, "experts" if experts else "dense", axis, name, *_ratios(members, rows)])
-    return table(["engine", "models", "group", "range", "rows", "median error", "bias"], cells, left=range(4))
+                    cells.append(
+                        [
+                            engine,
+                            "experts" if experts else "dense",
+                            axis,
+                            name,
+                            *_ratios(members, rows),
+                        ]
+                    )
+    return table(
+        ["engine", "models", "group", "range", "rows", "median error", "bias"], cells, left=range(4)
+    )
 
 
-def _comparisons(rows: Iterable[Comparison], text: Callable[[float], str] = lambda value: f"{value:.2f}x") -> str:
+def _comparisons(
+    rows: Iterable[Comparison], text: Callable[[float], str] = lambda value: f"{value:.2f}x"
+) -> str:
     cells = []
     for c in rows:
-        numbers = (text(c.measured), text(c.predicted), f"{text(c.lower)} to {text(c.upper)}", _signed(c.error))
+        numbers = (
+            text(c.measured),
+            text(c.predicted),
+            f"{text(c.lower)} to {text(c.upper)}",
+            _signed(c.error),
+        )
         cells.append([c.engine or "GEMMs", c.what, c.where, *numbers, c.source])
     header = ["engine", "what", "where", "measured", "predicted", "interval", "error", "source"]
     return table(header, cells, left=(0, 1, 2, 7))
@@ -258,20 +357,34 @@ def _seconds(value: float) -> str:
 def text_of(given: argparse.Namespace) -> str:
     (name,) = given.names if len(given.names) == 1 else ("",)
     if name == "list":
-        return table(["set", "held out"], [[name, one.held_out] for name, one in SETS.items()], left=(0, 1)) + "\n"
+        return (
+            table(
+                ["set", "held out"],
+                [[name, one.held_out] for name, one in SETS.items()],
+                left=(0, 1),
+            )
+            + "\n"
+        )
     if name == "hosts":
         return "\n".join(host_lines()) + "\n"
     if name == "engines":
         return filled("engines", engine_tables())
-    names, seeds = () if name == "accuracy" else given.names, parsing.integers("--seeds", given.seeds)
+    names, seeds = (
+        () if name == "accuracy" else given.names,
+        parsing.integers("--seeds", given.seeds),
+    )
     told = partial(print, file=sys.stderr, flush=True)
     rows = evaluate_sets(names, seeds, given.wheel, max(given.jobs, 1), told)
     return accuracy_page(rows) if name == "accuracy" else accuracy_text(rows, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts")
+    parser = argparse.ArgumentParser(
+        "python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument(
+        "names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts"
+    )
     parser.add_argument("-o", "--output", help="write to this file")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
     parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")

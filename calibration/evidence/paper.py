@@ -86,7 +86,10 @@ class Cell:
 
 def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGINE,)) -> list[Cell]:
     """Return the paper's Table 2 on devices in engines; published values are those of the paper's device and engine."""
-    known = {(r["family"], float(r["sparsity"]), r["phase"]): float(r["value"]) for r in _published("table 2")}
+    known = {
+        (r["family"], float(r["sparsity"]), r["phase"]): float(r["value"])
+        for r in _published("table 2")
+    }
     families = list(dict.fromkeys(family for family, _, _ in known))
     found: dict[tuple[str, str, str, float, str], list[Result]] = {}
     asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine}
@@ -95,7 +98,9 @@ def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGI
     own, out = (load_hardware(HARDWARE).label, ENGINE), []
     for key, results in found.items():
         results.sort(key=lambda r: r.batch)
-        predicted, low, high = np.mean([(r.speedup, r.speedup_lower, r.speedup_upper) for r in results], axis=0)
+        predicted, low, high = np.mean(
+            [(r.speedup, r.speedup_lower, r.speedup_upper) for r in results], axis=0
+        )
         printed = known[key[2:]] if key[:2] == own else float("nan")
         by_batch = tuple(r.speedup for r in results)
         out.append(Cell(*key, printed, float(predicted), float(low), float(high), by_batch))
@@ -116,19 +121,29 @@ def figure_2() -> list[Row]:
     for phase in dict.fromkeys(r["phase"] for r in rows):
         parts = [r for r in rows if r["phase"] == phase]
         (total,) = (float(r["value"]) for r in parts if r["metric"] == "seconds")
-        shares, first = {r["part"]: float(r["value"]) for r in parts if r["metric"] == "share"}, parts[0]
+        shares, first = (
+            {r["part"]: float(r["value"]) for r in parts if r["metric"] == "share"},
+            parts[0],
+        )
         batch, seq = int(first["batch"]), int(first["seq"])
         w = lower(load_model(first["model"]), phase=phase, batch=batch, seq=seq, engine="reference")
         p = forward_passes(WorkloadBatch.of([w]), load_hardware(first["hardware"]))
         role = np.array(ROLES)[w.role]
-        predicted = {name: float(p.row_s[np.isin(role, roles)].sum()) for name, roles in PARTS.items()}
+        predicted = {
+            name: float(p.row_s[np.isin(role, roles)].sum()) for name, roles in PARTS.items()
+        }
         predicted["elementwise"] = float(p.row_s[w.kind == Kind.ELEMENTWISE].sum())
         predicted["graph execution"] = float(p.gap_s[0])
         for times in (shares, predicted) if phase == "prefill" else ():
-            times["graph execution and lm_head"] = times.pop("graph execution") + times.pop("lm_head")
+            times["graph execution and lm_head"] = times.pop("graph execution") + times.pop(
+                "lm_head"
+            )
         both = {name: (share * total, predicted[name]) for name, share in shares.items()}
         both["all"] = total, float(p.total_s[0])
-        out += [{"phase": phase, "part": name, "measured_s": m, "predicted_s": t} for name, (m, t) in both.items()]
+        out += [
+            {"phase": phase, "part": name, "measured_s": m, "predicted_s": t}
+            for name, (m, t) in both.items()
+        ]
     return out
 
 
@@ -141,10 +156,14 @@ CLAIMS: Mapping[str, str] = {
 }
 QUALITY = "taxonomy-paper"  # the quality table of the paper's own models
 BATCH, CLAIM_SEQ, LEVEL = 1, 2048, 0.9
-SPARSITIES = (0.125, 0.25, 0.5)  # tested for (a): whole layers of models with a multiple of eight of them
-GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}  # place in the order of (b)
-LAST_LOSS = (4, 16, 26)  # largest loss of accuracy, whole per cent, of each place in the order of (b)
-LEAST_GAIN = 0.05  # a family with a smaller gain as roofline bound is not compared: a share of it would mean little
+# tested for (a): whole layers of models with a multiple of eight of them
+SPARSITIES = (0.125, 0.25, 0.5)
+# place in the order of (b)
+GROUPS: Mapping[str, int] = {"depth": 0, "dynamic_depth": 1, "width": 2, "width_cross": 2}
+# largest loss of accuracy, whole per cent, of each place in the order of (b)
+LAST_LOSS = (4, 16, 26)
+# a family with a smaller gain as roofline bound is not compared: a share of it would mean little
+LEAST_GAIN = 0.05
 TOLERANCE = 0.005  # speedups and shares that differ by less count as equal: papers print two digits
 
 
@@ -161,7 +180,8 @@ class ClaimOutcome:
     calibrated: bool  # this and the next two as in a result
     uncalibrated: str
     uncalibrated_share: float
-    margins: tuple[tuple[float, float], ...] = ()  # (a): (sparsity, margin of the claim at this sparsity)
+    # (a): (sparsity, margin of the claim at this sparsity)
+    margins: tuple[tuple[float, float], ...] = ()
     bottleneck: str = ""  # (a): bottleneck of depth
     decided_by: str = ""  # the comparison
     needed: str = ""  # undecided: the interval of the comparison, and how narrow it must be
@@ -194,9 +214,15 @@ def claim_outcomes(
 ) -> list[ClaimOutcome]:
     """Test both claims on every device in every engine: (a) in prefill and decode, then (b)."""
     devices, quality = profiles(hardware), load_quality(QUALITY).of_model(MODEL)
-    axis, places, out = choose_axis(quality), list(itertools.product(engine, ("prefill", "decode"))), []
+    axis, places, out = (
+        choose_axis(quality),
+        list(itertools.product(engine, ("prefill", "decode"))),
+        [],
+    )
     for done, (name, phase) in enumerate(places, start=1):
-        dense = simulator.lower(simulator.load_model(MODEL), phase=phase, batch=BATCH, seq=CLAIM_SEQ, engine=name)
+        dense = simulator.lower(
+            simulator.load_model(MODEL), phase=phase, batch=BATCH, seq=CLAIM_SEQ, engine=name
+        )
         pruned = []
         for family, sparsity in itertools.product(general_families(), SPARSITIES):
             try:
@@ -205,13 +231,20 @@ def claim_outcomes(
                 continue
         out += [bound_outcome(dense, pruned, hw) for hw in devices]
         progress(done, len(places) + 1)
-    shape: dict[str, Any] = {"phase": ["prefill"], "batch": [BATCH], "seq": [CLAIM_SEQ], "engine": engine}
+    shape: dict[str, Any] = {
+        "phase": ["prefill"],
+        "batch": [BATCH],
+        "seq": [CLAIM_SEQ],
+        "engine": engine,
+    }
     out += [order_outcome(front) for front in fronts(MODEL, devices, quality, axis, **shape)[0]]
     progress(len(places) + 1, len(places) + 1)
     return out
 
 
-def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile) -> ClaimOutcome:
+def bound_outcome(
+    dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile
+) -> ClaimOutcome:
     """Test claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
     c = compare_family("depth", dense, pruned, hw)
     depth = [found for (family, _), found in zip(c.models, c.speedups) if family == "depth"]
@@ -219,12 +252,23 @@ def bound_outcome(dense: Workload, pruned: Sequence[tuple[str, float, Workload]]
     parts = [(s, float(c.margin[:, of == s].min())) for s in SPARSITIES]
     measure, at = (int(i) for i in np.unravel_index(c.margin.argmin(), c.margin.shape))
     (other, sparsity), both = c.models[at], (c.own[at], at)
-    margin, bottleneck = float(c.margin[measure, at]), "/".join(dict.fromkeys(s.bottleneck for s in depth))
+    margin, bottleneck = (
+        float(c.margin[measure, at]),
+        "/".join(dict.fromkeys(s.bottleneck for s in depth)),
+    )
     verdict = decided(margin) if bottleneck == "memory" else NOT_APPLICABLE
-    values = " and ".join(f"{s.speedup:.2f}x ({s.lower:.2f}-{s.upper:.2f})" for s in (c.speedups[i] for i in both))
+    values = " and ".join(
+        f"{s.speedup:.2f}x ({s.lower:.2f}-{s.upper:.2f})" for s in (c.speedups[i] for i in both)
+    )
     if measure:
-        values = " and ".join(f"{100 * min(c.share[i], 1.0):.0f} %" for i in both) + " of the bound's gain"
-    difference, width = float(c.difference[measure, at]) + TOLERANCE, float(c.half_width[measure, at])
+        values = (
+            " and ".join(f"{100 * min(c.share[i], 1.0):.0f} %" for i in both)
+            + " of the bound's gain"
+        )
+    difference, width = (
+        float(c.difference[measure, at]) + TOLERANCE,
+        float(c.half_width[measure, at]),
+    )
     lacking, share = uncalibrated_of(depth)
     return ClaimOutcome(
         *("bound", hw.label, dense.meta.engine, dense.meta.phase, BATCH, CLAIM_SEQ),
@@ -254,7 +298,9 @@ def order_outcome(front: Front) -> ClaimOutcome:
     own = [i for i in reached if front.points[i].family in GROUPS]
     points = [front.points[i] for i in own]
     below = np.array(front.below or independent(front.points))[np.ix_(own, own)]
-    up, down = np.log([(p.speedup_upper / p.speedup, p.speedup / p.speedup_lower) for p in points]).T
+    up, down = np.log(
+        [(p.speedup_upper / p.speedup, p.speedup / p.speedup_lower) for p in points]
+    ).T
     margin, at, competitor, difference, half_width = in_order(
         [0.0, *(p.loss for p in points)],  # the dense model first
         [-1, *(GROUPS[p.family] for p in points)],
@@ -269,7 +315,11 @@ def order_outcome(front: Front) -> ClaimOutcome:
         return f"{p.family} {percent(p.sparsity)}"
 
     names, verdict = ["the dense model", *map(named, points)], decided(margin)
-    others = [p for p in (front.points[i] for i in reached) if p.optimal and GROUPS.get(p.family) != claimed(p.loss)]
+    others = [
+        p
+        for p in (front.points[i] for i in reached)
+        if p.optimal and GROUPS.get(p.family) != claimed(p.loss)
+    ]
     return ClaimOutcome(
         *("order", front.hardware, front.engine, front.phase, front.batch, front.seq),
         verdict=verdict,
@@ -306,7 +356,9 @@ def compare_family(
     # log ratio of each speedup to the family's; the interval of the inverse has the same widths, exchanged
     stacked = WorkloadBatch.of([dense, *(w for _, _, w in pruned)])
     behind, high, low = (part[0, 1:] for part in against(stacked, hw, [np.r_[0, 1 + own]], LEVEL))
-    s, lower, upper, bound = np.array([(f.speedup, f.lower, f.upper, f.roofline_bound) for f in found]).T
+    s, lower, upper, bound = np.array(
+        [(f.speedup, f.lower, f.upper, f.roofline_bound) for f in found]
+    ).T
     gain = np.maximum(bound - 1.0, 1e-9)
     down, up, share, slope = np.log(s / lower), np.log(upper / s), (s - 1.0) / gain, s / gain
 
@@ -320,7 +372,8 @@ def compare_family(
     difference, to_bound = share[own] - share, share[own] - 1.0
     width = _towards(difference, of_shares(down[own], up, low), of_shares(up[own], down, high))
     width_to_bound = _towards(to_bound, slope[own] * down[own], slope[own] * up[own])
-    at_bound = _margin(to_bound, width_to_bound) > _margin(difference, width)  # no model is closer to its bound
+    # no model is closer to its bound
+    at_bound = _margin(to_bound, width_to_bound) > _margin(difference, width)
     differences = np.stack([-behind, np.where(at_bound, to_bound, difference)])
     widths = np.stack([_towards(-behind, low, high), np.where(at_bound, width_to_bound, width)])
     competes = (own != np.arange(len(own))) & (np.minimum(gain, gain[own]) >= LEAST_GAIN)
@@ -348,12 +401,29 @@ def in_order(
     point is on the frontier if it is faster than all points with no more loss. If two points are in the wrong order,
     one of them must not be on it.
     """
-    x, g, log = np.asarray(loss, dtype=float), np.asarray(group), np.log(np.asarray(speedup, dtype=float))
+    x, g, log = (
+        np.asarray(loss, dtype=float),
+        np.asarray(group),
+        np.log(np.asarray(speedup, dtype=float)),
+    )
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)
     over_each = np.where(no_more, margins(speedup, below), np.inf)
     competitor, on = over_each.argmin(axis=1), over_each.min(axis=1)
     best = [max(np.flatnonzero(g == one), key=lambda i: on[i]) for one in np.unique(g[g >= 0])]
     wrong = np.argwhere((g[:, None] > g) & (g >= 0) & (x[:, None] < x))
-    margin, i = min([(on[i], i) for i in best] + [(-min(on[i], on[j]), i if on[i] <= on[j] else j) for i, j in wrong])
-    j, width, difference = competitor[i], np.asarray(below, dtype=float), float(log[i] - log[competitor[i]])
-    return float(margin), int(i), int(j), difference, float(width[i, j] if difference >= 0.0 else width[j, i])
+    margin, i = min(
+        [(on[i], i) for i in best]
+        + [(-min(on[i], on[j]), i if on[i] <= on[j] else j) for i, j in wrong]
+    )
+    j, width, difference = (
+        competitor[i],
+        np.asarray(below, dtype=float),
+        float(log[i] - log[competitor[i]]),
+    )
+    return (
+        float(margin),
+        int(i),
+        int(j),
+        difference,
+        float(width[i, j] if difference >= 0.0 else width[j, i]),
+    )

@@ -45,7 +45,8 @@ from simulator.units import parse_fraction
 from simulator.workload import Workload, WorkloadBatch
 
 MISS = 0.10  # relative error from which the likely reason is printed
-NO_VERSION: Mapping[str, str] = {"vllm": "v1"}  # generation of serving runs where the source does not state the version
+# generation of serving runs where the source does not state the version
+NO_VERSION: Mapping[str, str] = {"vllm": "v1"}
 NOT_USED: Mapping[str, int] = {  # published end-to-end speedups that do not ship, by reason
     "GPU or batch not stated (LLM-Pruner, ShortGPT, FP8 2:4 in vLLM)": 11,
     "share of the attention computed not stated (MInference, A-Shape, InfLLM)": 51,
@@ -64,7 +65,11 @@ def compare_dense() -> list[Comparison]:
 def compare_speedups(given: bool = False) -> list[Comparison]:
     """Return published speedups of pruned models in their engines; ``given``: of whole models, predicted from the
     measured dense time."""
-    rows = [r for r in published("speedups") if not r["left_out"] and not (given and r["scope"] == "projections")]
+    rows = [
+        r
+        for r in published("speedups")
+        if not r["left_out"] and not (given and r["scope"] == "projections")
+    ]
     return [_speedup(r, given) for r in rows]
 
 
@@ -113,7 +118,9 @@ def _dense(row: Mapping[str, str]) -> Comparison:
     elif row["metric"] == "all_tokens_per_s":
         measured = m.batch * (m.seq + m.new_tokens) / measured
     what = f"{row['model']}, {row['framework']}"
-    return _comparison(row, what, _where(row), measured, time.total_s, time.total_lower_s, time.total_upper_s)
+    return _comparison(
+        row, what, _where(row), measured, time.total_s, time.total_lower_s, time.total_upper_s
+    )
 
 
 def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
@@ -122,7 +129,9 @@ def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     pruned = _pruned(row, dense)
     if part:  # without the operators that pruning adds
         dense, pruned = (
-            w.take(w.is_role("q", "k", "v", "o", "gate", "up", "down") & (w.layer >= 0) & ~w.overhead)
+            w.take(
+                w.is_role("q", "k", "v", "o", "gate", "up", "down") & (w.layer >= 0) & ~w.overhead
+            )
             for w in (dense, pruned)
         )
     before, after, m = float(row["dense"]), float(row["pruned"]), dense.meta
@@ -147,8 +156,16 @@ def _pruned(row: Mapping[str, str], dense: Workload) -> Workload:
     removed: Any = kinds
     if row["first_layer"]:
         first, last = int(row["first_layer"]), int(row["last_layer"] or dense.meta.layers - 1)
-        removed = {k: [s if first <= i <= last else 0.0 for i in range(dense.meta.layers)] for k, s in kinds.items()}
-    return prune(dense, row["family"], removed.get("", removed), **dict(parse_options(row["options"], row["family"])))
+        removed = {
+            k: [s if first <= i <= last else 0.0 for i in range(dense.meta.layers)]
+            for k, s in kinds.items()
+        }
+    return prune(
+        dense,
+        row["family"],
+        removed.get("", removed),
+        **dict(parse_options(row["options"], row["family"])),
+    )
 
 
 def _served(row: Mapping[str, str]) -> Comparison | None:
@@ -160,15 +177,35 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
     gpu = row["hardware"].partition("_")[0].upper()
     where = _where({**row, "batch": row["concurrency"], "gpu": gpu}, "serve")
     what = f"{row['model']}, {row['weight_dtype']}, {row['engine']} {row['version']}".rstrip()
-    return _comparison(row, what, where, float(row["tpot_s"]), s.dense_tpot_s, s.dense_tpot_lower, s.dense_tpot_upper)
+    return _comparison(
+        row,
+        what,
+        where,
+        float(row["tpot_s"]),
+        s.dense_tpot_s,
+        s.dense_tpot_lower,
+        s.dense_tpot_upper,
+    )
 
 
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
     """Return workload and hardware of a row of the serving table; None where its caches do not fit."""
-    weight, hw, engine = row["weight_dtype"], load_hardware(row["hardware"]), load_engine(row["engine"])
-    limit, version = engine.limit(hw.memory_bytes, hw.name), row["version"] or NO_VERSION.get(row["engine"], "")
+    weight, hw, engine = (
+        row["weight_dtype"],
+        load_hardware(row["hardware"]),
+        load_engine(row["engine"]),
+    )
+    limit, version = (
+        engine.limit(hw.memory_bytes, hw.name),
+        row["version"] or NO_VERSION.get(row["engine"], ""),
+    )
     w = _workload(
-        {**row, "phase": "serve", "batch": row["concurrency"], "dtype": "fp8" if weight == "fp8_block" else weight},
+        {
+            **row,
+            "phase": "serve",
+            "batch": row["concurrency"],
+            "dtype": "fp8" if weight == "fp8_block" else weight,
+        },
         f"{row['engine']}@{version}" if version and engine.generations else row["engine"],
         parallel=row["parallel"],
         token_budget=None if limit is None else limit.tokens,
@@ -179,7 +216,9 @@ def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile]
 
 def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
     hw = load_hardware(row["hardware"])
-    m, n, k, pruned_n, pruned_k = (np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k"))
+    m, n, k, pruned_n, pruned_k = (
+        np.array([int(row[name])]) for name in ("m", "n", "k", "pruned_n", "pruned_k")
+    )
     kernel, density = (Kernel.SPARSE24, 0.5) if row["what"] == "2:4" else (Kernel.DENSE, 1.0)
     # these benchmarks repeat one GEMM, so its weights may stay in the L2 cache
     options = Options(row["dtype"], copies=1)
@@ -199,8 +238,10 @@ def _gemm_ratio(row: Mapping[str, str]) -> Comparison:
 
 
 PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # h0 and hs, s, of a scheduler in Python
-OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06  # log standard deviations of a group's offset and of one run
-INDEPENDENT_ROWS, FEWEST = 20.0, 10  # most rows of a group that count as independent, and rows that a group needs
+# log standard deviations of a group's offset and of one run
+OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06
+# most rows of a group that count as independent, and rows that a group needs
+INDEPENDENT_ROWS, FEWEST = 20.0, 10
 # Engines that overlap the host with the device. What is left, s per pass and per sequence, is less than what a server
 # adds to a request, and a fit without one model finds 0 to 0.5 ms. These values are assumed; short steps need them.
 OVERLAPPED: Mapping[str, tuple[float, float]] = {"trtllm": (1e-4, 3e-6)}
@@ -266,7 +307,9 @@ class HeldOut:
 
 def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[str, float]:
     """Return the scores of the times per token of groups, or of some rows of each, and the number of rows ("runs")."""
-    ratio = np.concatenate([x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)])
+    ratio = np.concatenate(
+        [x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)]
+    )
     return {**score(ScoredRows(np.ones(len(ratio)), ratio)), "runs": float(len(ratio))}
 
 
@@ -282,24 +325,38 @@ def groups() -> Mapping[tuple[str, ...], Group]:
         w, hw = served
         p = forward_passes(WorkloadBatch.of([w]), hw)
         phase = p.workloads.groups.segment // 3
-        c, o, seq, tpot, ttft = (float(row[n]) for n in ("concurrency", "new_tokens", "seq", "tpot_s", "ttft_s"))
-        step, prefill = (float(p.group_s[0, phase == at].sum()) for at in (Phase.DECODE, Phase.PREFILL))
+        c, o, seq, tpot, ttft = (
+            float(row[n]) for n in ("concurrency", "new_tokens", "seq", "tpot_s", "ttft_s")
+        )
+        step, prefill = (
+            float(p.group_s[0, phase == at].sum()) for at in (Phase.DECODE, Phase.PREFILL)
+        )
         alone = prefill / min(float(prefill_passes(p.workloads)[0]), c)
         key = (row["engine"], row["version"], row["model"], row["hardware"], row["weight_dtype"])
-        runs.setdefault(key, []).append((c, o, seq, step / o, prefill, alone, tpot, ttft + o * tpot))
-    return {key: Group(*np.array(values).T) for key, values in runs.items() if len(values) >= FEWEST}
+        runs.setdefault(key, []).append(
+            (c, o, seq, step / o, prefill, alone, tpot, ttft + o * tpot)
+        )
+    return {
+        key: Group(*np.array(values).T) for key, values in runs.items() if len(values) >= FEWEST
+    }
 
 
 def fit_engine(engine: str, without: str = "") -> HostParameters:
     """Return the parameters of an engine, fitted to its dense models except one: experts are less certain."""
-    runs = [g for k, g in groups().items() if k[0] == engine and k[2] != without and not load_model(k[2]).experts]
+    runs = [
+        g
+        for k, g in groups().items()
+        if k[0] == engine and k[2] != without and not load_model(k[2]).experts
+    ]
     return fit_hosts(engine, runs)
 
 
 def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
     def ttft_residuals(q: FloatArray) -> FloatArray:
         waits = [g.pass_s + q[1] * (g.prefill_s - g.pass_s) + q[0] for g in runs]
-        return np.concatenate([np.log(t / g.ttft_s) / np.sqrt(len(t)) for t, g in zip(waits, runs, strict=True)])
+        return np.concatenate(
+            [np.log(t / g.ttft_s) / np.sqrt(len(t)) for t, g in zip(waits, runs, strict=True)]
+        )
 
     how: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.01, "bounds": (0.0, 1.0)}
     if (first := PROMPTS_FIRST.get(engine)) is not None:
@@ -314,16 +371,27 @@ def fit_hosts(engine: str, runs: Sequence[Group]) -> HostParameters:
             out = [(q[:2] - prior) / PRIOR_LOG_SD, q[2:] / OFFSET_LOG_SD]
             each_pass, each_sequence = np.exp(q[:2])
             for group, offset in zip(runs, q[2:], strict=True):
-                log = np.log(group.request(each_pass, each_sequence, server_s) / group.request_s) + offset
+                log = (
+                    np.log(group.request(each_pass, each_sequence, server_s) / group.request_s)
+                    + offset
+                )
                 out.append(np.sqrt(INDEPENDENT_ROWS / len(log)) * log / NOISE_LOG_SD)
             return np.concatenate(out)
 
-        h0, hs = np.exp(least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]).tolist()
+        h0, hs = np.exp(
+            least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]
+        ).tolist()
 
     def tpot_residuals(q: FloatArray) -> FloatArray:
-        return np.concatenate([np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs])
+        return np.concatenate(
+            [np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs]
+        )
 
-    phi = PROMPTS_FIRST[engine] if engine in PROMPTS_FIRST else least_squares(tpot_residuals, [0.1], **how).x[0]
+    phi = (
+        PROMPTS_FIRST[engine]
+        if engine in PROMPTS_FIRST
+        else least_squares(tpot_residuals, [0.1], **how).x[0]
+    )
     return HostParameters(h0, hs, float(phi), float(first), float(server_s))
 
 
@@ -335,7 +403,17 @@ def held_out_models() -> tuple[HeldOut, ...]:
         if (engine, model) not in hosts:
             hosts[engine, model] = fit_engine(engine, without=model)
         p = hosts[engine, model]
-        out.append(HeldOut(engine, model, hardware, dtype, group, group.tpot(*p[:3]), group.request(*p[:2], p[4])))
+        out.append(
+            HeldOut(
+                engine,
+                model,
+                hardware,
+                dtype,
+                group,
+                group.tpot(*p[:3]),
+                group.request(*p[:2], p[4]),
+            )
+        )
     return tuple(out)
 
 

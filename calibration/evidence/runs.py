@@ -43,11 +43,19 @@ class RunResult:
 
     def as_row(self) -> dict[str, object]:
         """Return the fields of ``--json``; times are in s, and None for a skipped result."""
-        names, c = ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens"), self.compared
+        names, c = (
+            ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens"),
+            self.compared,
+        )
         found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
         times = zip(("measured_s", "predicted_s", "lower_s", "upper_s", "error", "inside"), found)
         where = {"hardware": c.gpu if c else "", "engine": c.engine if c else ""}
-        return {**{name: getattr(self, name) for name in names}, **where, **dict(times), "notes": list(self.notes)}
+        return {
+            **{name: getattr(self, name) for name in names},
+            **where,
+            **dict(times),
+            "notes": list(self.notes),
+        }
 
 
 def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
@@ -62,11 +70,17 @@ def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
         raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not 0 < len(files) <= MOST_FILES:
-        raise InputError(f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got {len(files):,}")
+        raise InputError(
+            f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got {len(files):,}"
+        )
 
-    def skipped(source: str, error: InputError, place: object, run: BenchRun | None = None) -> RunResult:
+    def skipped(
+        source: str, error: InputError, place: object, run: BenchRun | None = None
+    ) -> RunResult:
         reason = str(error).removeprefix(f"{place}").removeprefix(":").strip()
-        return RunResult(source, reason, tool=run.tool if run else "", model=run.model if run else "")
+        return RunResult(
+            source, reason, tool=run.tool if run else "", model=run.model if run else ""
+        )
 
     out = []
     for file in files:
@@ -106,8 +120,15 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
     }
     for name, value in names.items():
         if not value:
-            raise InputError(f"{run.source}: {name}: expected --{name}, as the file does not state a known one")
-    shape: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": max(steps, 1)}
+            raise InputError(
+                f"{run.source}: {name}: expected --{name}, as the file does not state a known one"
+            )
+    shape: dict[str, Any] = {
+        "phase": phase,
+        "batch": batch,
+        "seq": seq,
+        "new_tokens": max(steps, 1),
+    }
     request = Request(model=names["model"], **shape, **settings, level=LEVEL)
     found, hw, dense = measured_of(run, request), load_hardware(names["hardware"]), lower(request)
     s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
@@ -120,12 +141,18 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
     }
     compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
     new_tokens = steps if phase != "prefill" else 0
-    return RunResult(run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes)
+    return RunResult(
+        run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes
+    )
 
 
 def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
     compared = [r.compared for r in results if r.compared is not None]
-    skipped, s, worst = len(results) - len(compared), score_of(compared), max(compared, key=lambda c: abs(c.error))
+    skipped, s, worst = (
+        len(results) - len(compared),
+        score_of(compared),
+        max(compared, key=lambda c: abs(c.error)),
+    )
     where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
     sentences = [
         f"Predicted times of {len(compared)} run{'s' if len(compared) > 1 else ''} in {folder} ({where}): median error "

@@ -68,7 +68,11 @@ def spearman(a: FloatArray, b: FloatArray) -> float:
     """Return the rank correlation; NaN with fewer than three values, or where one side is constant."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a, b).statistic) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+    return (
+        float(spearmanr(a, b).statistic)
+        if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
+        else float("nan")
+    )
 
 
 def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> dict[str, float]:
@@ -90,9 +94,14 @@ def score(p: ScoredRows) -> dict[str, float]:
     out = {**accuracy_of(error), "median bias": np.median(error)}
     out |= {f"mape{key}": np.abs(error[rows]).mean() for key, rows in ranges}
     if p.pairs is not None:
-        out |= {f"speedup {name}": v for name, v in speedups(p.predicted, p.measured, p.pairs).items()}
+        out |= {
+            f"speedup {name}": v for name, v in speedups(p.predicted, p.measured, p.pairs).items()
+        }
     if p.lower is not None and p.upper is not None:
-        inside, above = (p.lower <= p.measured) & (p.measured <= p.upper), p.upper / p.predicted - 1.0
+        inside, above = (
+            (p.lower <= p.measured) & (p.measured <= p.upper),
+            p.upper / p.predicted - 1.0,
+        )
         for key, rows in [("", np.ones(len(error), dtype=bool)), *ranges]:
             out |= {f"coverage{key}": inside[rows].mean(), f"width{key}": np.median(above[rows])}
         out["lowest coverage"] = min(v for name, v in out.items() if name.startswith("coverage"))

@@ -52,8 +52,10 @@ Row = dict[str, Any]
 GROUPINGS: tuple[str, ...] = ("heads", "lengths")
 TEST_SHARE = 0.3
 SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
-COLD_L2 = 4.0  # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
-MOST_ROWS, MOST_PAIRS = 3000, 4000  # most held-out rows of an update, and most pairs of rows: random samples
+# rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
+COLD_L2 = 4.0
+# most held-out rows of an update, and most pairs of rows: random samples
+MOST_ROWS, MOST_PAIRS = 3000, 4000
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class MeasuredRows:
             return neighbours((c.m, c.n, c.k))
         if isinstance(c, Layers):
             same = [c.m, c.k, c.active, c.skew, c.part]
-            return np.concatenate([pairs_along(c.n, [*same, c.experts]), pairs_along(c.experts, [*same, c.n])])
+            return np.concatenate(
+                [pairs_along(c.n, [*same, c.experts]), pairs_along(c.experts, [*same, c.n])]
+            )
         assert isinstance(c, AttentionCalls)
         g = c.geometry
         if by == "lengths":
@@ -78,12 +82,16 @@ class MeasuredRows:
             return pairs_along(length, [g.batch, g.heads, g.kv_heads, g.head_dim])
         if c.latent:
             return pairs_along(g.heads, [g.batch, g.q_len, g.kv_len])
-        return pairs_along(g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim])
+        return pairs_along(
+            g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim]
+        )
 
     def take(self, rows: NDArray[Any]) -> MeasuredRows:
         return replace(self, data=self.data.take(rows))
 
-    def train_test(self, size: int | None, seed: int, by: str = "") -> tuple[MeasuredRows, MeasuredRows]:
+    def train_test(
+        self, size: int | None, seed: int, by: str = ""
+    ) -> tuple[MeasuredRows, MeasuredRows]:
         """Hold out 30 % of the groups: (n, k) of GEMMs, models of experts, "heads" or "lengths" of attention. Return
         ``size`` rows of the other groups at random (None: all), and every row of the held-out groups."""
         groups = self.data.groups(by)
@@ -100,11 +108,24 @@ class MeasuredRows:
         dtype, weight = formats_of(self.dtype, self.hw.rates)
         if isinstance(c, Products):
             cold = np.isinf(c.copies)
-            columns = {"m": c.m, "n": c.n, "k": c.k, "cold": cold, "copies": np.where(cold, 0.0, c.copies)}
+            columns = {
+                "m": c.m,
+                "n": c.n,
+                "k": c.k,
+                "cold": cold,
+                "copies": np.where(cold, 0.0, c.copies),
+            }
             columns["weight_dtype"] = weight
         elif isinstance(c, Layers):
-            columns = {name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")}
-            columns |= {"weight_dtype": weight, "cold": ~c.warm, "copies": c.warm, "role": PART_ROLES[c.part]}
+            columns = {
+                name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")
+            }
+            columns |= {
+                "weight_dtype": weight,
+                "cold": ~c.warm,
+                "copies": c.warm,
+                "role": PART_ROLES[c.part],
+            }
         elif isinstance(c, AttentionCalls):
             g = c.geometry
             columns = {name: getattr(g, name) for name in SHAPE}
@@ -119,18 +140,27 @@ class MeasuredRows:
             return fit_gemm(self.data, self.hw, dtype=self.dtype, seed=seed, prior=prior).section
         if isinstance(self.data, AttentionFit):
             fold_by = (by,) if by else GROUPINGS
-            return fit_attention(self.data, self.hw.architecture, seed=seed, fold_by=fold_by).section
+            return fit_attention(
+                self.data, self.hw.architecture, seed=seed, fold_by=fold_by
+            ).section
         return fit_section(self.data, seed=seed).section
 
     def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
         """Return the device with one section, for use on the stack of the fit or (``same_stack`` false) another."""
-        return replace(self.hw.calibrated({(self.data.calls.operator, self.dtype): section}), same_stack=same_stack)
+        return replace(
+            self.hw.calibrated({(self.data.calls.operator, self.dtype): section}),
+            same_stack=same_stack,
+        )
 
     def timed(self, seconds: FloatArray, pairs: IndexArray) -> ScoredRows:
         c = self.data.calls
-        return ScoredRows(self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs)
+        return ScoredRows(
+            self.data.seconds, seconds, m=c.m if isinstance(c, Products) else None, pairs=pairs
+        )
 
-    def predictions(self, hw: HardwareProfile, pairs: IndexArray, ratios: bool = False) -> ScoredRows:
+    def predictions(
+        self, hw: HardwareProfile, pairs: IndexArray, ratios: bool = False
+    ) -> ScoredRows:
         """Return the rows next to times by a profile, under the rows' protocol (warm or cold weights); ``ratios``: with
         intervals of the ratios of pairs."""
         found, half = predict(self.records(), hw), None
@@ -138,7 +168,9 @@ class MeasuredRows:
             smaller, larger = (found.uncertainty.take(side) for side in pairs.T)
             half = ratio_half(smaller, larger, LEVEL, posterior_of(hw))
         time = found.time
-        return replace(self.timed(time.seconds, pairs), lower=time.lower, upper=time.upper, half_width=half)
+        return replace(
+            self.timed(time.seconds, pairs), lower=time.lower, upper=time.upper, half_width=half
+        )
 
 
 def row(method: str, seed: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
@@ -158,12 +190,16 @@ def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, f
         if rows.any():
             data = table.take(rows).data
             cold = replace(data, calls=replace(calls.take(rows), copies=np.full(len(data), np.inf)))
-            found = score(replace(table, data=cold).predictions(hw, np.zeros((0, 2), dtype=np.intp)))
+            found = score(
+                replace(table, data=cold).predictions(hw, np.zeros((0, 2), dtype=np.intp))
+            )
             out |= {"cold bias": found["bias"], "cold coverage": found["coverage"]}
     return out
 
 
-def evaluate_table(table: MeasuredRows, size: int | None, seed: int, by: str = "", prior: Section | None = None) -> Row:
+def evaluate_table(
+    table: MeasuredRows, size: int | None, seed: int, by: str = "", prior: Section | None = None
+) -> Row:
     """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups."""
     train, test = table.train_test(size, seed, by)
     section = train.fit(seed=seed, prior=prior, by=by)
@@ -185,7 +221,9 @@ def evaluate_baselines(table: MeasuredRows, seed: int) -> list[Row]:
     return [row(name, seed, score(test.timed(s, pairs))) for name, s in baselines.items()]
 
 
-def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int) -> list[Row]:
+def evaluate_updates(
+    hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int
+) -> list[Row]:
     """Evaluate a profile on the test groups of a table: as shipped, and updated with some of its training rows."""
     rng, unseen = np.random.default_rng(seed + 50), table.train_test(None, seed)[1]
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
@@ -197,15 +235,19 @@ def evaluate_updates(hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[i
             updated = update_profile(hw, table.train_test(size, seed)[0].records()).profile
         except InputError:  # the defaults are off by more than an update accepts
             continue
-        out.append(row("posterior", seed, score(test.predictions(updated, pairs, ratios=True)), rows=size))
+        out.append(
+            row("posterior", seed, score(test.predictions(updated, pairs, ratios=True)), rows=size)
+        )
     return out
 
 
 @dataclass(frozen=True)
 class EvidenceSet:
     held_out: str
-    rows: Callable[[int, Path | None], Iterable[Row]]  # from the seed of the split and the wheel of the tables
-    whole: bool = False  # collectives and whole models, which are not split by seeds and have pages of their own
+    # from the seed of the split and the wheel of the tables
+    rows: Callable[[int, Path | None], Iterable[Row]]
+    # collectives and whole models, which are not split by seeds and have pages of their own
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,11 +283,17 @@ def evaluate_sets(
             raise unknown("set", name, SETS)
     if wheel is not None:
         open_wheel(wheel).close()
-    parts = [(name, seed, wheel) for name in names or SETS for seed in (seeds[:1] if SETS[name].whole else seeds)]
+    parts = [
+        (name, seed, wheel)
+        for name in names or SETS
+        for seed in (seeds[:1] if SETS[name].whole else seeds)
+    ]
     out: list[Row] = []
     # spawned: a forked child would inherit the locks of threads that it does not have
     with ProcessPoolExecutor(min(jobs, len(parts)), get_context("spawn")) as pool:
-        for done, rows in enumerate((pool.map if jobs > 1 else map)(_evaluate, *zip(*parts, strict=True)), start=1):
+        for done, rows in enumerate(
+            (pool.map if jobs > 1 else map)(_evaluate, *zip(*parts, strict=True)), start=1
+        ):
             progress(f"{done}/{len(parts)}")
             out += rows
     return out
@@ -264,9 +312,19 @@ def means(rows: Sequence[Row], table: str = "") -> list[Row]:
         groups.setdefault((r["held_out"], r["method"], r["rows"]), []).append(r)
     out = []
     for group in groups.values():
-        names = [n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)]
-        out.append({**group[0], "seeds": len(group), **{n: float(np.mean([r[n] for r in group])) for n in names}})
-    return sorted(out, key=lambda r: (r["held_out"], 0 if r["method"] == "as shipped" else r["rows"] or 10**9))
+        names = [
+            n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)
+        ]
+        out.append(
+            {
+                **group[0],
+                "seeds": len(group),
+                **{n: float(np.mean([r[n] for r in group])) for n in names},
+            }
+        )
+    return sorted(
+        out, key=lambda r: (r["held_out"], 0 if r["method"] == "as shipped" else r["rows"] or 10**9)
+    )
 
 
 def against_targets(rows: Sequence[Row]) -> list[Criterion]:
@@ -277,14 +335,22 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
             if r["kind"].startswith(t.kind) and t.score in r:
                 groups.setdefault(t.name.format(**r), []).append(100.0 * abs(r[t.score]))
         for name, values in groups.items():
-            of: Mapping[str, Any] = {"mean": np.mean, "median": np.median, "worst": np.max, "ends": np.min}
+            of: Mapping[str, Any] = {
+                "mean": np.mean,
+                "median": np.median,
+                "worst": np.max,
+                "ends": np.min,
+            }
             one, high = float(of[t.of](values)), t.high
             last = max(values) if t.of == "ends" else one
             if isinstance(high, Mapping):
                 high = next((v for key, v in high.items() if name.startswith(key)), None)
             measured = f"{one:.{2 if t.low is None else 1}f}"
             if len(values) > 1 and t.low is None:
-                others = {"worst": f" (mean {np.mean(values):.2f})", "median": f" (worst {max(values):.1f})"}
+                others = {
+                    "worst": f" (mean {np.mean(values):.2f})",
+                    "median": f" (worst {max(values):.1f})",
+                }
                 name += f", {t.of} of {len(values)}{others.get(t.of, '')}"
             if len(values) > 1 and t.of == "ends":
                 measured += f" to {last:.1f}"
@@ -362,7 +428,8 @@ GEMMS: Mapping[str, TableChoice] = {
 }
 ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
-FEWEST = 40  # rows of an attention table from which three tenths of its heads or lengths are held out
+# rows of an attention table from which three tenths of its heads or lengths are held out
+FEWEST = 40
 
 
 def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
@@ -370,18 +437,26 @@ def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
     ships in part."""
     shipped, out = list_measurements(), dict[str, list[TableChoice]]()
     for name in shipped if wheel is None else SOURCES:
-        table = TableChoice(name, wheel=None if name in shipped and operator != "experts" else wheel)
+        table = TableChoice(
+            name, wheel=None if name in shipped and operator != "experts" else wheel
+        )
         if table.parts[1] == operator and table.parts[2] in STACKS:
             out.setdefault(table.parts[0], []).append(table)
     return [table for tables in out.values() for table in tables]
 
 
-def stack_pairs(wheel: Path | None, operators: Sequence[str]) -> list[tuple[TableChoice, TableChoice]]:
+def stack_pairs(
+    wheel: Path | None, operators: Sequence[str]
+) -> list[tuple[TableChoice, TableChoice]]:
     """Return pairs of the table of a held-out stack and the table that predicts it, for every device and operator with
     two or more stacks: the default stack among the others. vLLM's tables, which lack large GEMMs, predict no stack."""
     tables, out = {t.parts: t for operator in operators for t in _tables(operator, wheel)}, []
     for (device, operator, stack), table in tables.items():
-        others = [tables.get((device, operator, other)) for other in STACKS if other not in (stack, "vllm")]
+        others = [
+            tables.get((device, operator, other))
+            for other in STACKS
+            if other not in (stack, "vllm")
+        ]
         out += [(table, other) for other in others if other is not None][:1]
     return out
 
@@ -404,14 +479,21 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], seed: int) -> Iter
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
         names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
         hw = table.load().profile(source.fitted(), same_stack=False)
-        yield from ({**r, **names} for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed))
+        yield from (
+            {**r, **names} for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed)
+        )
 
 
 def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Iterator[Row]:
-    for table, by in ((t, by) for operator in operators for t in _tables(operator, wheel) for by in GROUPINGS):
+    for table, by in (
+        (t, by) for operator in operators for t in _tables(operator, wheel) for by in GROUPINGS
+    ):
         device, operator, stack = table.parts
         kind, phase = operator.split("_")
-        data, names = table.load(), {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
+        data, names = (
+            table.load(),
+            {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind},
+        )
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
             yield {**evaluate_table(data, None, seed, by), **names}
 
@@ -425,7 +507,11 @@ def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
     for table in _tables("experts", wheel):
         device, _, stack = table.parts
         for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
-            names = {"table": f"experts {device}, held-out models", "method": f"{stack} {dtype}", "kind": "models"}
+            names = {
+                "table": f"experts {device}, held-out models",
+                "method": f"{stack} {dtype}",
+                "kind": "models",
+            }
             yield {**evaluate_table(replace(table, dtype=dtype).load(), None, seed), **names}
     pairs = stack_pairs(wheel, EXPERTS)
     both = [(a, b, d) for a, b in pairs for d in EXPERT_FORMATS if d in a.formats() & b.formats()]
@@ -436,18 +522,35 @@ def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
     """Yield the scores of every shipped table as on a GPU without a calibration: by its datasheet, and by the fits of
     the first other GPU of its architecture that has this operator and format, else by defaults. Defaults of an
     architecture come from its tables: they show the error of constants without a residual."""
-    known = [load_hardware(name) for name in dict.fromkeys(choice.hardware for choice in SOURCES.values())]
-    for every in (t for operator in ("gemm", *ATTENTION, *LATENT, *EXPERTS) for t in _tables(operator)):
-        for dtype in sorted(every.formats() - {"fp8_wo"}):  # narrow caches have the section of their arithmetic
+    known = [
+        load_hardware(name)
+        for name in dict.fromkeys(choice.hardware for choice in SOURCES.values())
+    ]
+    for every in (
+        t for operator in ("gemm", *ATTENTION, *LATENT, *EXPERTS) for t in _tables(operator)
+    ):
+        # narrow caches have the section of their arithmetic
+        for dtype in sorted(every.formats() - {"fp8_wo"}):
             (device, operator, stack), table = every.parts, replace(every, dtype=dtype).load()
             if table.data.groups().max() < 2:
                 continue
-            alike = [hw for hw in known if hw.architecture == table.hw.architecture and hw.name != table.hw.name]
+            alike = [
+                hw
+                for hw in known
+                if hw.architecture == table.hw.architecture and hw.name != table.hw.name
+            ]
             origin = next((hw for hw in alike if (operator, dtype) in hw.sections), None)
             hw = inheriting(table.hw, origin) if origin else table.hw
             held_out = f"{device} {stack} {dtype}: {origin.name if origin else 'defaults'}"
-            names = {"table": f"{operator}, GPU without a calibration", "held_out": held_out, "kind": "gpus"}
-            yield from ({**r, **names} for r in evaluate_updates(hw.serving((stack, *STACKS)), table, (), seed))
+            names = {
+                "table": f"{operator}, GPU without a calibration",
+                "held_out": held_out,
+                "kind": "gpus",
+            }
+            yield from (
+                {**r, **names}
+                for r in evaluate_updates(hw.serving((stack, *STACKS)), table, (), seed)
+            )
 
 
 # collectives, and published measurements of whole models
@@ -462,7 +565,8 @@ LINKS: Mapping[str, tuple[str, ...]] = {
     "l40s": ("l40s", "rtx_pro_6000"),
     "rtx_pro_6000": ("rtx_pro_6000", "l40s"),
 }
-LEAST_BYTES = 1.6e7  # smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
+# smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
+LEAST_BYTES = 1.6e7
 
 
 def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
@@ -470,26 +574,40 @@ def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
     defaults predict: no default was set by these rows."""
     for system, (name, *others) in LINKS.items():
         hw, rows = load_hardware(name), []
-        for table in (f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")):
+        for table in (
+            f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")
+        ):
             if table in list_measurements():
                 r = load_measurements(table)
                 # engines run an all-reduce of their own instead of NCCL's
-                rows.append(r.select(r.role != ROLES.index("all_reduce")) if table.endswith("nccl") else r)
+                rows.append(
+                    r.select(r.role != ROLES.index("all_reduce")) if table.endswith("nccl") else r
+                )
         hw = hw.over(hw.link.name if hw.link else "")
         yield _link(system, hw, rows, {("collective", "*"): _mean_section(others)})
     for system in ("a100_dgx", "a100_pairwise_nvlink"):
-        some = [r for r in published("collectives") if r["system"] == system and float(r["bytes"]) >= LEAST_BYTES]
-        n, devices, seconds = np.array([(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]).T
+        some = [
+            r
+            for r in published("collectives")
+            if r["system"] == system and float(r["bytes"]) >= LEAST_BYTES
+        ]
+        n, devices, seconds = np.array(
+            [(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]
+        ).T
         columns = {"n": n, "batch": devices, "seconds": seconds, "role": ROLES.index("all_reduce")}
         records = Records.from_columns([Source("")], operator="collective", **columns)
         yield _link(system, load_hardware(some[0]["hardware"]).over(some[0]["link"]), [records], {})
 
 
-def _link(system: str, hw: HardwareProfile, rows: Sequence[Records], sections: Mapping[Any, Section]) -> Row:
+def _link(
+    system: str, hw: HardwareProfile, rows: Sequence[Records], sections: Mapping[Any, Section]
+) -> Row:
     """Return the scores of rows, predicted with some sections instead of those of the profile."""
     hw = replace(hw, sections={}, stacks={}, stack="", stacks_of="")
     times = [predict(r, hw.calibrated(sections, "held out") if sections else hw).time for r in rows]
-    predicted = [np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")]
+    predicted = [
+        np.concatenate([getattr(t, part) for t in times]) for part in ("seconds", "lower", "upper")
+    ]
     measured = np.concatenate([r.seconds for r in rows])
     scores = score(ScoredRows(measured, *predicted))
     return row(system, 0, scores, len(measured), table="collectives of a held-out system")
@@ -497,7 +615,11 @@ def _link(system: str, hw: HardwareProfile, rows: Sequence[Records], sections: M
 
 def _mean_section(names: Sequence[str]) -> Section:
     """Return the mean of the fitted constants of some profiles over all stacks, geometric where all are above 0."""
-    sections = [stack.get(("collective", "*")) for name in names for stack in load_hardware(name).stacks.values()]
+    sections = [
+        stack.get(("collective", "*"))
+        for name in names
+        for stack in load_hardware(name).stacks.values()
+    ]
     found, out = [s for s in sections if s is not None and s.status == "calibrated"], {}
     for key in COLLECTIVE_CONSTANTS:
         values = np.array([section[key] for section in found])
@@ -506,19 +628,37 @@ def _mean_section(names: Sequence[str]) -> Section:
     return Section(out)
 
 
-def _published(title: str, compare: Callable[[], Sequence[Comparison]], seed: int, wheel: Path | None) -> Iterator[Row]:
+def _published(
+    title: str, compare: Callable[[], Sequence[Comparison]], seed: int, wheel: Path | None
+) -> Iterator[Row]:
     """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no custom code."""
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
         some = [c for c in rows if engine in ("", c.engine)]
-        yield row(engine or "all", 0, score_of(some), len(some), table=title, kind="engine" if engine else "all")
+        yield row(
+            engine or "all",
+            0,
+            score_of(some),
+            len(some),
+            table=title,
+            kind="engine" if engine else "all",
+        )
 
 
 def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
     for engine in ("vllm", "sglang", "trtllm"):
-        scores = ratio_scores([x for x in held_out_models() if x.engine == engine and not x.experts])
+        scores = ratio_scores(
+            [x for x in held_out_models() if x.engine == engine and not x.experts]
+        )
         scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
-        yield row(engine, 0, scores, int(scores["runs"]), table="serving runs of held-out models", kind="serving")
+        yield row(
+            engine,
+            0,
+            scores,
+            int(scores["runs"]),
+            table="serving runs of held-out models",
+            kind="serving",
+        )
 
 
 ERRORS = {  # median or mean errors, %
@@ -532,35 +672,61 @@ TARGETS = (
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
     AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
     AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: bias, either way", "cold bias", 3.0),
-    AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW),
+    AccuracyTarget(
+        "gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW
+    ),
     AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m <= 16", 10.0),
-    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m <= 16", HIGH, LOW),
+    AccuracyTarget(
+        "weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m <= 16", HIGH, LOW
+    ),
     AccuracyTarget("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
     AccuracyTarget("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
-    AccuracyTarget("update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"),
+    AccuracyTarget(
+        "update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"
+    ),
     AccuracyTarget("gpus", "{table}: MAPE", "mape"),
     AccuracyTarget("gpus", "{table}: coverage", "coverage", HIGH, LOW),
     AccuracyTarget("attention", "attention {method} unseen: MAPE", "mape", 5.0, of="worst"),
     AccuracyTarget("mla", "mla {method} unseen: MAPE", "mape", 5.0, of="worst"),
     AccuracyTarget("models", "experts, models unseen: MAPE", "mape", 8.0, of="median"),
     AccuracyTarget("models", "experts, models unseen: coverage, mean", "coverage", HIGH, LOW),
-    AccuracyTarget("models", "experts, models unseen: ratio coverage, mean", "ratio coverage", HIGH, LOW),
+    AccuracyTarget(
+        "models", "experts, models unseen: ratio coverage, mean", "ratio coverage", HIGH, LOW
+    ),
     AccuracyTarget("all", "{table} ({rows}): median error", "median", ERRORS),
-    AccuracyTarget("all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW),
+    AccuracyTarget(
+        "all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW
+    ),
     AccuracyTarget("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
-    AccuracyTarget("engine", "{table}, {method} ({rows}): bias, either way", "median bias", {"published dense": 6.0}),
-    AccuracyTarget("serving", f"{_SERVING}, held-out dense model: time per token, median error", "median", ERRORS),
+    AccuracyTarget(
+        "engine",
+        "{table}, {method} ({rows}): bias, either way",
+        "median bias",
+        {"published dense": 6.0},
+    ),
+    AccuracyTarget(
+        "serving",
+        f"{_SERVING}, held-out dense model: time per token, median error",
+        "median",
+        ERRORS,
+    ),
     AccuracyTarget("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
 )
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
-    "stacks": EvidenceSet("a software stack", lambda seed, _: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), seed)),
+    "stacks": EvidenceSet(
+        "a software stack", lambda seed, _: _stacks(stack_pairs(None, ("gemm", *ATTENTION)), seed)
+    ),
     "attention": EvidenceSet("heads, lengths", lambda seed, _: _attention(ATTENTION, seed, None)),
     "mla": EvidenceSet("a software stack; heads, lengths", _mla),
     "experts": EvidenceSet("models; a software stack", _experts),
     "gpus": EvidenceSet("a GPU", _gpus),
     "collectives": EvidenceSet("a system", _links, whole=True),
-    "dense": EvidenceSet("sources", partial(_published, "published dense times", compare_dense), whole=True),
-    "speedups": EvidenceSet("sources", partial(_published, "published speedups", compare_speedups), whole=True),
+    "dense": EvidenceSet(
+        "sources", partial(_published, "published dense times", compare_dense), whole=True
+    ),
+    "speedups": EvidenceSet(
+        "sources", partial(_published, "published speedups", compare_speedups), whole=True
+    ),
     "serving": EvidenceSet("a model", _serving, whole=True),
 }

@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
 
-SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6  # rule of thumb: max(FLOP / peak, bytes / (0.8 bandwidth)) + 3 us
+# rule of thumb: max(FLOP / peak, bytes / (0.8 bandwidth)) + 3 us
+SIMPLE_SHARE, SIMPLE_FLOOR_S = 0.8, 3e-6
 PAIRS = 200_000  # most pairs of rows for the speedups of a report: a random sample
 ENOUGH_TO_DRAW = 10  # rows that an operator needs for a figure
 ERRORS = ("mape", "median", "p95", "bias")
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
-USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"  # do_not_use: the exit status of a command is 1
+# do_not_use: the exit status of a command is 1
+USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"
 LEAST_ROWS = 10  # held-out rows below which a profile is not recommended
-DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5  # shares above which a profile is for use with care, and not for use
-WIDE_INTERVAL = 0.1  # relative half-width of the 95 % interval of a measured time above which the row is disturbed
+# shares above which a profile is for use with care, and not for use
+DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5
+# relative half-width of the 95 % interval of a measured time above which the row is disturbed
+WIDE_INTERVAL = 0.1
 COVERAGE = (85.0, 95.0)  # target range, %, of the coverage of 90 % intervals of times and of ratios
 _COMPOSED = ("low_rank", "gather_gemm", "grouped_gemm")  # predicted as sums of other operators
 IDLE, LONGER = "measure again on an idle machine", "run the command again with a larger --budget"
@@ -78,7 +82,8 @@ class Report:
     software: str
     parts: tuple[ReportPart, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)  # number of excluded rows by reason
-    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # errors on shapes held out of the fit
+    # errors on shapes held out of the fit
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Report:
@@ -90,9 +95,13 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
     parts = [_part(operator, label, records.select(rows), hw) for operator, label, rows in split]
     if not parts:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
-        raise InputError(f"nothing to validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}")
+        raise InputError(
+            f"nothing to validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}"
+        )
     device = ", ".join(dict.fromkeys(s.device for s in records.sources if s.device)) or "unknown"
-    software = ", ".join(dict.fromkeys(s.software for s in records.sources if s.software)) or "unknown"
+    software = (
+        ", ".join(dict.fromkeys(s.software for s in records.sources if s.software)) or "unknown"
+    )
     held_out = {f"{o} {d}": dict(s.accuracy) for (o, d), s in hw.sections.items() if s.accuracy}
     return Report(hw.name, device, software, tuple(parts), skipped, held_out)
 
@@ -101,10 +110,14 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportP
     dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw)
     time = predicted.time
     flops, weights, others = work(r)
-    compute, moved = flops / hw.peak_flop_per_s(dtype), (weights + others) / hw.bandwidth_bytes_per_s
+    compute, moved = (
+        flops / hw.peak_flop_per_s(dtype),
+        (weights + others) / hw.bandwidth_bytes_per_s,
+    )
     if operator == "collective":
         moved = time.roofline_s
-    own = (SECTIONS[operator], label) in hw.sections  # weights narrower than the arithmetic, or with scales
+    # weights narrower than the arithmetic, or with scales
+    own = (SECTIONS[operator], label) in hw.sections
     section = hw.section(SECTIONS[operator], label if own else dtype)
     origin = section.provenance
     return ReportPart(
@@ -137,7 +150,9 @@ def coverage(part: ReportPart) -> list[dict[str, Any]]:
     for bottleneck in ["all", *sorted(set(part.bottleneck.tolist()))]:
         rows = np.full(len(part), bottleneck == "all") | (part.bottleneck == bottleneck)
         share, width = float(inside[rows].mean()), float(np.expm1(half[rows].mean()))
-        out.append({"bottleneck": bottleneck, "rows": int(rows.sum()), "coverage": share, "width": width})
+        out.append(
+            {"bottleneck": bottleneck, "rows": int(rows.sum()), "coverage": share, "width": width}
+        )
     return out
 
 
@@ -156,7 +171,10 @@ def part_summary(part: ReportPart) -> dict[str, Any]:
     }
     if "m" in part.sizes:
         ranges = m_ranges(part.sizes["m"])
-        out["by_m"] = {name: {"rows": int(rows.sum()), **accuracy_of(part.error[rows])} for name, rows in ranges}
+        out["by_m"] = {
+            name: {"rows": int(rows.sum()), **accuracy_of(part.error[rows])}
+            for name, rows in ranges
+        }
     return out
 
 
@@ -186,8 +204,16 @@ def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
         e, s = p["errors"], p["speedup"]
         status = "" if p["status"] == "calibrated" else f" ({p['status']})"
         rank = s.get("spearman")
-        line = [f"{p['operator']} {p['dtype']}{status}" + (" *" if p["fitted_on_these_rows"] else ""), f"{p['rows']:,}"]
-        line += [number(e["mape"], 2), number(e["median"], 2), number(e["p95"]), number(e["bias"], 2)]
+        line = [
+            f"{p['operator']} {p['dtype']}{status}" + (" *" if p["fitted_on_these_rows"] else ""),
+            f"{p['rows']:,}",
+        ]
+        line += [
+            number(e["mape"], 2),
+            number(e["median"], 2),
+            number(e["p95"]),
+            number(e["bias"], 2),
+        ]
         line += [number(p["roofline"]["mape"]), number(p["simple"]["mape"])]
         line.append(f"{number(s.get('median'), 2)} / {number(s.get('p95'))}")
         line.append("-" if rank is None or rank != rank else f"{rank:.3f}")
@@ -209,7 +235,10 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
         lines += ["\\* fitted on these rows; the errors on held-out shapes are below.", ""]
     if data["skipped"]:
-        lines += [f"- {count} rows excluded: {markdown_text(reason)}" for reason, count in data["skipped"].items()]
+        lines += [
+            f"- {count} rows excluded: {markdown_text(reason)}"
+            for reason, count in data["skipped"].items()
+        ]
         lines.append("")
     if held_out := data["held_out_when_fitted"]:
         rows = [[name, *errors(values)] for name, values in held_out.items()]
@@ -221,10 +250,18 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
         if "by_m" in p:
             rows = [[m, f"{v['rows']:,}", *errors(v)] for m, v in p["by_m"].items()]
             lines += [table(["m", "rows", *ERROR_TITLES], rows), ""]
-        rows = [[c["bottleneck"], f"{c['rows']:,}", number(c["coverage"]), number(c["width"])] for c in p["coverage"]]
+        rows = [
+            [c["bottleneck"], f"{c['rows']:,}", number(c["coverage"]), number(c["width"])]
+            for c in p["coverage"]
+        ]
         lines += [table(["bottleneck", "rows", covered, "half-width %"], rows), ""]
         if address := (figures or {}).get(name):
-            lines += [f"![{name}: predicted]({address})", "", "Predicted against measured time, and their ratio.", ""]
+            lines += [
+                f"![{name}: predicted]({address})",
+                "",
+                "Predicted against measured time, and their ratio.",
+                "",
+            ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -236,10 +273,15 @@ def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[P
     target, written = check_target(path), dict[str, Path]()
     for part in report.parts:
         if len(part) >= ENOUGH_TO_DRAW:
-            written[part.name] = target.with_name(f"{target.stem}_{part.name.replace(' ', '_')}_predicted.png")
+            written[part.name] = target.with_name(
+                f"{target.stem}_{part.name.replace(' ', '_')}_predicted.png"
+            )
             cloud = Cloud(part.name, part.measured_s, part.predicted_s, what="rows")
             save_figure(scatter_figure([cloud]), written[part.name])
-    write_whole(target, markdown(report, {name: file.name for name, file in written.items()}, title).encode())
+    write_whole(
+        target,
+        markdown(report, {name: file.name for name, file in written.items()}, title).encode(),
+    )
     return (*written.values(), target)
 
 
@@ -296,18 +338,27 @@ class Verdict:
         return f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(LEVEL)} interval{target}"
 
 
-def verdict_of(name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any) -> Verdict:
+def verdict_of(
+    name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any
+) -> Verdict:
     """Return the verdict on predictions with intervals; all values are arrays or sequences of one length."""
-    true, found, low, high, bound = np.array([measured, predicted, lower, upper, roofline], dtype=np.float64)
+    true, found, low, high, bound = np.array(
+        [measured, predicted, lower, upper, roofline], dtype=np.float64
+    )
     errors = np.abs(np.array([found, bound]) / true - 1.0)
-    (median, roofline_median), (mean, roofline_mean) = np.median(errors, axis=1).tolist(), errors.mean(axis=1).tolist()
+    (median, roofline_median), (mean, roofline_mean) = (
+        np.median(errors, axis=1).tolist(),
+        errors.mean(axis=1).tolist(),
+    )
     coverage = float(((low <= true) & (true <= high)).mean())
     return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage)
 
 
 def _of_parts(name: str, parts: Sequence[ReportPart]) -> Verdict:
     columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
-    return verdict_of(name, *(np.concatenate([getattr(part, column) for part in parts]) for column in columns))
+    return verdict_of(
+        name, *(np.concatenate([getattr(part, column) for part in parts]) for column in columns)
+    )
 
 
 def verdicts(report: Report) -> list[Verdict]:
@@ -336,13 +387,20 @@ def of_validation(report: Report) -> Judgement:
     failed = [v for v in found if not v.holds]
     some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
     holds = f"does not hold{some}" if failed else "holds"
-    out = [f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}: {every.text}."]
+    out = [
+        f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}: {every.text}."
+    ]
     if len(found) > 1:
         worst = max(failed or found, key=lambda v: v.median)
         out.append(f"Worst: {worst.name}, {worst.text}.")
     if fitted := [part.name for part in report.parts if part.in_fit]:
-        out.append(f"The fit of {few(fitted)} used these rows; the errors on held-out shapes are below the table.")
-    worse, narrow = [v.name for v in failed if not v.better], [v.name for v in failed if not v.covered]
+        out.append(
+            f"The fit of {few(fitted)} used these rows; the errors on held-out shapes are below the table."
+        )
+    worse, narrow = (
+        [v.name for v in failed if not v.better],
+        [v.name for v in failed if not v.covered],
+    )
     causes = {"worse than a datasheet roofline": worse, "intervals too narrow": narrow}
     reasons = [f"{cause}: {few(names)}" for cause, names in causes.items() if names]
     if every.rows < LEAST_ROWS:
@@ -352,10 +410,14 @@ def of_validation(report: Report) -> Judgement:
     return Judgement(verdict, tuple(out), tuple(reasons))
 
 
-def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, useless: bool, narrow: bool) -> Judgement:
+def _judged(
+    profile: object, fact: str, worse: Sequence[str], remedy: str, useless: bool, narrow: bool
+) -> Judgement:
     """Judge a new profile: ``worse`` are its parts that err more than a datasheet roofline."""
     roofline = "worse than a datasheet roofline"
-    reasons: tuple[str, ...] = (f"{roofline}: {few(worse)}",) if worse else (roofline,) if useless else ()
+    reasons: tuple[str, ...] = (
+        (f"{roofline}: {few(worse)}",) if worse else (roofline,) if useless else ()
+    )
     if useless:
         text = f"Do not use {profile}: it errs more than a datasheet roofline, {fact}; {remedy}."
         return Judgement(DO_NOT_USE, (text,), reasons)
@@ -367,7 +429,9 @@ def _judged(profile: object, fact: str, worse: Sequence[str], remedy: str, usele
         buts.append("do not rely on its intervals, which are too narrow for its errors")
         reasons += ("intervals too narrow",)
     but = f", but {'; '.join(buts)}" if buts else ""
-    return Judgement(PARTLY if buts else USE, (f"Use {profile} as --hardware{but}: {fact}.",), reasons)
+    return Judgement(
+        PARTLY if buts else USE, (f"Use {profile} as --hardware{but}: {fact}.",), reasons
+    )
 
 
 def of_calibration(
@@ -388,7 +452,10 @@ def of_calibration(
         text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {remedy}."
         return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
     found, every = verdicts(report), _whole(report)
-    worse, fact = [v.name for v in found if not v.better], f"on {every.rows} held-out shapes, {every.text}"
+    worse, fact = (
+        [v.name for v in found if not v.better],
+        f"on {every.rows} held-out shapes, {every.text}",
+    )
     useless = not every.better or len(worse) == len(found)
     if every.rows < LEAST_ROWS and not useless:
         text = f"Do not rely on {profile} yet: {fact}; at least {LEAST_ROWS} are needed, {remedy}."
@@ -408,7 +475,9 @@ def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judg
     return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {IDLE}."), reasons)
 
 
-def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows") -> Judgement:
+def of_update(
+    fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows"
+) -> Judgement:
     """Judge a local update by the errors of its rows, each predicted from the other rows, before and after it."""
     whole = fit.fits[-1]  # all rows, or the only operator
     errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
@@ -422,9 +491,16 @@ def of_update(fit: Updated, profile: str | Path, hardware: str, remedy: str = "m
 
 def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0) -> Judgement:
     """Judge a fit by the errors of its sections on held-out shapes; ``report`` has those of datasheet rooflines."""
-    rows, many = sum(part.rows for part in fit.parts), f"{len(fit.parts)} section{'s' if len(fit.parts) > 1 else ''}"
+    rows, many = (
+        sum(part.rows for part in fit.parts),
+        f"{len(fit.parts)} section{'s' if len(fit.parts) > 1 else ''}",
+    )
     about = f"{many} of {fit.profile.name} fitted on {rows:,} rows"
-    known = {f"{p.operator} {p.dtype}": p.section.accuracy["mape"] for p in fit.parts if "mape" in p.section.accuracy}
+    known = {
+        f"{p.operator} {p.dtype}": p.section.accuracy["mape"]
+        for p in fit.parts
+        if "mape" in p.section.accuracy
+    }
     if not known:
         text = f"Do not rely on {output} yet: {about}, too few for held-out shapes; fit more rows."
         return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
@@ -433,5 +509,7 @@ def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0)
     fact = f"{about}; mean error on held-out shapes {ends}"
     roofline = {v.name: v.roofline_mean for v in verdicts(report)}
     worse = [name for name, error in known.items() if error >= roofline.get(name, math.inf)]
-    judged = _judged(output, fact, worse, "fit more rows", useless=len(worse) == len(known), narrow=False)
+    judged = _judged(
+        output, fact, worse, "fit more rows", useless=len(worse) == len(known), narrow=False
+    )
     return with_disturbed(judged, output, disturbed)

@@ -20,7 +20,13 @@ from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES
 from simulator.hardware.profile import Section
 from simulator.operators import CONSTANTS
-from simulator.operators.attention import AttentionCalls, Geometry, decode_core, decode_work, prefill_work
+from simulator.operators.attention import (
+    AttentionCalls,
+    Geometry,
+    decode_core,
+    decode_work,
+    prefill_work,
+)
 from simulator.operators.base import Constant, Machine, ResidualGrid
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 
@@ -37,22 +43,28 @@ _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
 # Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and in whether they
 # split a cache. On the A100 the analytical model errs by 27 % with the registry's structure, by 4 % with the best.
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
-    "mla_decode": [dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS]
+    "mla_decode": [
+        dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS
+    ]
 }
 
 # Rows per tile of plain decode to compare on devices with little compute for their bandwidth: there products of padded
 # rows change the time. They count as visible if, in the median row and with the smallest tiles, they take at least
 # SEEN of the time of reading the cache.
-TILE_ROWS: Sequence[Mapping[str, float]] = tuple({"tile_rows": rows} for rows in (16.0, 64.0, 128.0))
+TILE_ROWS: Sequence[Mapping[str, float]] = tuple(
+    {"tile_rows": rows} for rows in (16.0, 64.0, 128.0)
+)
 SEEN = 0.25
 
 # Latent decode on Hopper where all rows have one number of heads, which do not identify the structure: FlashMLA has
 # tiles of 64 heads (docs/20250422-new-kernel-deep-dive.md).
 LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
 
-FEW_ROWS = 100  # with fewer rows the residual is kept only if it improves the prediction of held-out rows
+# with fewer rows the residual is kept only if it improves the prediction of held-out rows
+FEW_ROWS = 100
 INFORMING_ROWS = 8  # a constant that changes the times of fewer rows is not fitted
-SIMPLER = 0.9  # the form with a term per sequence is kept if its error is below this share of the error without
+# the form with a term per sequence is kept if its error is below this share of the error without
+SIMPLER = 0.9
 
 # constants by phase that rows of a single head configuration do not identify; they keep the architecture's value
 _LONE = {
@@ -62,7 +74,8 @@ _LONE = {
 
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
-SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")  # columns of a shape
+# columns of a shape
+SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,9 @@ class AttentionFit(Fit):
             size, flops = computed.moved_bytes, computed.flops
         faster = 2.0 if self.calls.latent else 1.0
         too_fast = seconds * 1.05 * faster < flops / machine.peak_flop_per_s
-        too_fast |= (size > 1.5 * machine.l2_bytes) & (seconds < size / machine.bandwidth_bytes_per_s)
+        too_fast |= (size > 1.5 * machine.l2_bytes) & (
+            seconds < size / machine.bandwidth_bytes_per_s
+        )
         return self.take(~(too_fast | ((g.q_len < 2) & (not self.decodes))))
 
     def constants(
@@ -132,12 +147,17 @@ class AttentionFit(Fit):
         start, known = start or self.defaults, self.registry
         fixed = {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
         for name in [name for name in known if name not in fixed]:
-            low, high = (self.log_residual({**start, name: end}) for end in (known[name].low, known[name].high))
+            low, high = (
+                self.log_residual({**start, name: end})
+                for end in (known[name].low, known[name].high)
+            )
             if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
                 fixed[name] = "not identified by these rows"
 
         def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
-            return solver.sandwich(found.rows, solver.slopes(self.log_residual, values, found.names, 1e-3)), 0.0
+            return solver.sandwich(
+                found.rows, solver.slopes(self.log_residual, values, found.names, 1e-3)
+            ), 0.0
 
         search = {**_SEARCH, "weak": 1.0, "max_nfev": 60, "moot": solver.NO_GAIN, "fixed": fixed}
         return solver.fit_logs(self.log_residual, start, known, covariance, **search)
@@ -145,7 +165,10 @@ class AttentionFit(Fit):
     def blank(self) -> ResidualGrid:
         position = self.calls.estimate(self.defaults).position
         start = tuple(float(np.floor(np.min(x))) for x in position)
-        shape = [int(np.ceil(np.max(x) - first - 1e-9)) + 1 for x, first in zip(position, start, strict=True)]
+        shape = [
+            int(np.ceil(np.max(x) - first - 1e-9)) + 1
+            for x, first in zip(position, start, strict=True)
+        ]
         return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
 
 
@@ -163,7 +186,9 @@ def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
         value_dim=records.n.astype(np.float64) if latent else None,
         latent=operator == "mla_decode",  # in prefill the queries do not absorb the weights
     )
-    calls = AttentionCalls(operator.split("_")[1], latent, geometry, machine, machine.peak_flop_per_s)
+    calls = AttentionCalls(
+        operator.split("_")[1], latent, geometry, machine, machine.peak_flop_per_s
+    )
     return AttentionFit(calls, np.asarray(records.seconds, dtype=np.float64))
 
 
@@ -206,12 +231,16 @@ def fit_attention(
     constants = np.array([[fit.constants.values[name] for name in known] for fit in fits])
     factors = np.log(np.maximum(constants, 1e-12) / np.maximum(constants[0], 1e-12)).round(6)
     arrays = _joined([fit.grid for fit in fits])
-    if kinds[enough].tolist() != [[7.0, 0.0, 0.0]]:  # a section without these arrays has this kernel
+    # a section without these arrays has this kernel
+    if kinds[enough].tolist() != [[7.0, 0.0, 0.0]]:
         arrays |= {"kinds": kinds[enough], "factors": factors}
     errors = np.concatenate([fit.held_out for fit in fits])
     inside = np.concatenate([fit.log_residual for fit in fits])
     scale = section_scale(errors, Uncertainty.joined([fit.uncertainty for fit in fits]))
-    accuracy = {**accuracy_of(np.expm1(errors)), "core_mape": float(np.abs(np.expm1(inside)).mean())}
+    accuracy = {
+        **accuracy_of(np.expm1(errors)),
+        "core_mape": float(np.abs(np.expm1(inside)).mean()),
+    }
     section = Section(common.fitted(), arrays, scale, accuracy, status="calibrated")
     return FittedPart(section, common, int(count[enough].sum()))
 
@@ -220,7 +249,8 @@ def fit_attention(
 class _KernelFit:
     constants: ConstantsFit
     grid: ResidualGrid | None
-    held_out: FloatArray  # log predicted over measured of each row by a fit without it, by each size in turn
+    # log predicted over measured of each row by a fit without it, by each size in turn
+    held_out: FloatArray
     log_residual: FloatArray  # log analytical over measured time of each row
     uncertainty: Uncertainty  # errors of the rows, in the order of ``held_out``
 
@@ -231,9 +261,21 @@ def _fit_form(
     """Return constants and residual of one kernel, from the best of the starts. The term per sequence is dropped if the
     error stays about the same: it would only fit noise."""
     if c.groups("heads").max() == 0:
-        keep = {**keep, **dict.fromkeys(_LONE[c.calls.phase], "rows of a single head configuration do not identify it")}
-    if c.calls.operator == "mla_decode" and c.groups("heads").max() == 0 and c.calls.machine.persistent:
-        keep = {**keep, "unit_bytes_per_s": "products of a single number of heads have the same effect"}
+        keep = {
+            **keep,
+            **dict.fromkeys(
+                _LONE[c.calls.phase], "rows of a single head configuration do not identify it"
+            ),
+        }
+    if (
+        c.calls.operator == "mla_decode"
+        and c.groups("heads").max() == 0
+        and c.calls.machine.persistent
+    ):
+        keep = {
+            **keep,
+            "unit_bytes_per_s": "products of a single number of heads have the same effect",
+        }
         starts = [{**start, **LONE_LATENT} for start in starts]
     elif c.calls.operator in FORMS:
         starts = [_best_form(c, starts, keep, FORMS[c.calls.operator])]
@@ -242,7 +284,10 @@ def _fit_form(
     tried = [(start, keep, 1.0) for start in starts]
     if len(c) >= FEW_ROWS:
         simple = {**keep, "sequence_s": "time follows the work units alone"}
-        tried += [({**start, "sequence_s": c.registry["sequence_s"].low}, simple, SIMPLER) for start in starts]
+        tried += [
+            ({**start, "sequence_s": c.registry["sequence_s"].low}, simple, SIMPLER)
+            for start in starts
+        ]
     forms: list[tuple[float, ConstantsFit, ResidualGrid]] = []
     for start, fixed, share in tried:
         constants = c.constants(start, fixed)
@@ -264,7 +309,11 @@ def _best_form(
 
 
 def _fit_kernel(
-    c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str], fold_by: Sequence[str], rng: Any
+    c: AttentionFit,
+    starts: Sequence[Mapping[str, float]],
+    keep: Mapping[str, str],
+    fold_by: Sequence[str],
+    rng: Any,
 ) -> _KernelFit:
     constants, grid = _fit_form(c, starts, keep)
     errors_of, plain, order = [], [], []
@@ -277,7 +326,9 @@ def _fit_kernel(
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
                 free = {name: c.registry[name] for name in constants.std_errors}
-                values |= solver.minimise(rest.log_residual, values, free, max_nfev=6, **_SEARCH).values
+                values |= solver.minimise(
+                    rest.log_residual, values, free, max_nfev=6, **_SEARCH
+                ).values
             errors_of.append(left.log_error(values, rest.residual(values)))
             plain.append(left.log_residual(values))
             order.append(test)

@@ -28,8 +28,11 @@ UNKNOWN = "unknown for this device; a placeholder that no prediction uses"
 _THREADS = re.compile(r"\((\d+) threads\)")
 _COLD_SHARE = 1.0 / 16.0  # share of L2 from which rotated weights certainly come from memory
 _MARGIN = 1.05  # factor on the best of a few shapes: other shapes are slightly faster
-_CLOCK_HZ, _POWER_W = 2.5e9, 100.0  # placeholders: headroom is 1 in both cases, and no time depends on power
-_QUICK = Protocol(min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5)
+# placeholders: headroom is 1 in both cases, and no time depends on power
+_CLOCK_HZ, _POWER_W = 2.5e9, 100.0
+_QUICK = Protocol(
+    min_window_s=4e-3, precision=0.02, min_samples=5, max_samples=10, time_limit_s=0.5
+)
 
 _BRANDS, _SMS = re.compile(r"^(?:nvidia_|geforce_|tesla_)*"), re.compile(r" ?\((\d+) SM\)$")
 _MEMORY_TOLERANCE = 0.1  # relative: units, error correction, memory of the driver
@@ -67,14 +70,24 @@ def shipped_name(device: str, gpu: Gpu | None = None) -> str:
     hw = load_hardware(found)
     same = counted is None or int(counted[1]) == hw.sm_count
     if gpu is not None:
-        same &= gpu.sm_count == hw.sm_count and architecture_of(gpu.capability) == hw.architecture and not gpu.mig
+        same &= (
+            gpu.sm_count == hw.sm_count
+            and architecture_of(gpu.capability) == hw.architecture
+            and not gpu.mig
+        )
         same &= abs(gpu.memory_bytes / hw.memory_bytes - 1.0) <= _MEMORY_TOLERANCE
     return found if same else ""
 
 
 def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
-    fitted = [s.provenance.device for s in hw.sections.values() if s.provenance and s.status == "calibrated"]
-    known, found = ({int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device))
+    fitted = [
+        s.provenance.device
+        for s in hw.sections.values()
+        if s.provenance and s.status == "calibrated"
+    ]
+    known, found = (
+        {int(n) for n in _THREADS.findall(text)} for text in (" ".join(fitted) or hw.title, device)
+    )
     if not known or found <= known:
         return []
     has, other = (" or ".join(map(str, sorted(numbers))) for numbers in (known, found - known))
@@ -88,7 +101,9 @@ def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProf
     description = device.describe()
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
-        raise InputError(f"--dtype {dtype}: not supported by device {device.name}; supported: {known}")
+        raise InputError(
+            f"--dtype {dtype}: not supported by device {device.name}; supported: {known}"
+        )
     if name := hardware or shipped_name(description.device, description.gpu):
         base = load_hardware(name)
         if dtype in base.rates:
@@ -107,14 +122,24 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
     processors = re.search(r"\((\d+) SM\)", description.device)
     units = int(threads) if threads.isdecimal() else int(processors[1]) if processors else 1
     reported = "reported by the operating system or driver"
-    names = ("sm_count", "boost_clock", "memory", "bandwidth", "l2_cache", "power", f"rates.{dtype}")
+    names = (
+        "sm_count",
+        "boost_clock",
+        "memory",
+        "bandwidth",
+        "l2_cache",
+        "power",
+        f"rates.{dtype}",
+    )
     sources = dict.fromkeys(names, reported) | {"bandwidth": MEASURED, f"rates.{dtype}": MEASURED}
     if clock == _CLOCK_HZ:
         sources["boost_clock"] = UNKNOWN
     if power == _POWER_W:
         sources["power"] = UNKNOWN
     vendors = ("NVIDIA", "Intel", "AMD", "Apple", "ARM")
-    vendor = next((name for name in vendors if name.lower() in description.device.lower()), "unknown")
+    vendor = next(
+        (name for name in vendors if name.lower() in description.device.lower()), "unknown"
+    )
     architecture = "cpu" if device.name == "cpu" or threads else "ampere"
     return HardwareProfile(
         name=re.sub(r"[^a-z0-9_]+", "_", device.name.lower()).strip("_") or "device",
@@ -126,12 +151,17 @@ def _measured_profile(device: Device, description: Description, dtype: str) -> H
         boost_clock_hz=clock,
         max_clock_hz=clock,
         memory_bytes=max(float(round(description.memory_bytes)), 1e8),
-        bandwidth_bytes_per_s=_within(QUANTITIES["bandwidth"][1], _MARGIN * _bandwidth(device, dtype)),
+        bandwidth_bytes_per_s=_within(
+            QUANTITIES["bandwidth"][1], _MARGIN * _bandwidth(device, dtype)
+        ),
         l2_bytes=max(float(description.cache_bytes), 1e6),
         power_w=power,
         rates={dtype: _gemm_rate(device, dtype)},
         sources=sources,
-        notes={"sm_count": "threads used" if threads else "multiprocessors", "memory": "limit for operands"},
+        notes={
+            "sm_count": "threads used" if threads else "multiprocessors",
+            "memory": "limit for operands",
+        },
     )
 
 
@@ -141,7 +171,11 @@ def _within(quantity: Quantity, value: float) -> float:
 
 def _plausible(key: str, reading: Reading) -> float:
     quantity = QUANTITIES[key][1]
-    return reading if isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high else 0.0
+    return (
+        reading
+        if isinstance(reading, float) and max(quantity.low, 1.0) < reading <= quantity.high
+        else 0.0
+    )
 
 
 def _gemm_rate(device: Device, dtype: str) -> Rate:
@@ -168,9 +202,13 @@ def _bandwidth(device: Device, dtype: str) -> float:
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):
-            best = max(best, op.bytes / measure(device.prepare(op).sample, _QUICK, device.clock).median_s)
+            best = max(
+                best, op.bytes / measure(device.prepare(op).sample, _QUICK, device.clock).median_s
+            )
     if not best:
-        raise InputError(f"device {device.name}: neither a copy nor a GEMM in {dtype} could be measured")
+        raise InputError(
+            f"device {device.name}: neither a copy nor a GEMM in {dtype} could be measured"
+        )
     return best
 
 
@@ -185,7 +223,9 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
         if dtype in rates and base.sources.get(f"rates.{dtype}") == MEASURED:
             rows = gemm & (timed.dtype == code)
             reached = float(np.max(flops[rows] / timed.seconds[rows]))
-            rates[dtype] = replace(rates[dtype], flop_per_s=_within(RATE, max(rates[dtype].flop_per_s, 1.01 * reached)))
+            rates[dtype] = replace(
+                rates[dtype], flop_per_s=_within(RATE, max(rates[dtype].flop_per_s, 1.01 * reached))
+            )
     speed = base.bandwidth_bytes_per_s
     cold = gemm & timed.cold & (weights > _COLD_SHARE * base.l2_bytes)
     if base.sources.get("bandwidth") == MEASURED and cold.any():

@@ -12,7 +12,16 @@ import numpy as np
 from calibration.fit import residual as ridge
 from calibration.fit.residual import ResidualBlock
 from calibration.fit.section import FOLDS, Fit, few_groups
-from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, folds, gauss_newton, numbered, soft_l1
+from calibration.fit.solver import (
+    ConstantsFit,
+    FittedPart,
+    Minimum,
+    fit_logs,
+    folds,
+    gauss_newton,
+    numbered,
+    soft_l1,
+)
 from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
@@ -23,11 +32,15 @@ from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import weight_only_constants
 
 ROWS = 6000  # rows that the constants are fitted on; more do not change them
-PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)  # rows from which a CPU may rearrange weights: the best value is kept
+# rows from which a CPU may rearrange weights: the best value is kept
+PACK_FROM = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 STARTS = 3  # additional random starts of the search
-WEAK, CLOSE = 1.0, 0.15  # log standard deviation of priors: an architecture's defaults; a related GPU or another stack
-FEW_FOLDS = 10  # folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits
-REFIT_ROWS = 200  # rows up to which the constants are fitted again for each fold: on more they hardly change
+# log standard deviation of priors: an architecture's defaults; a related GPU or another stack
+WEAK, CLOSE = 1.0, 0.15
+# folds of the (n, k) pairs on few rows: five folds would leave too few rows for the fits
+FEW_FOLDS = 10
+# rows up to which the constants are fitted again for each fold: on more they hardly change
+REFIT_ROWS = 200
 FIT_ROWS, PRIOR_ROWS = 20, 10  # rows that a fit needs, without and with a prior
 STEP = 0.1  # log time by which more tokens may be faster where a residual comes from another table
 
@@ -69,7 +82,10 @@ class GemmFit(Fit):
         unseen = {}
         if self.prior is not None and machine.element_bytes < 2.0:
             moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
-            compute_s, memory_s = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s, moved / machine.bandwidth_bytes_per_s
+            compute_s, memory_s = (
+                2.0 * c.m * c.n * c.k / machine.peak_flop_per_s,
+                moved / machine.bandwidth_bytes_per_s,
+            )
             if not np.any(compute_s > memory_s):
                 unseen = {"e_tc": "no row is compute-bound; value of the prior"}
 
@@ -78,10 +94,18 @@ class GemmFit(Fit):
             residual_sd = float(np.sqrt(np.sum(rows**2) / max(len(few) - len(found.names), 1)))
             return gauss_newton(found.slopes, max(residual_sd, 1e-9)), residual_sd
 
-        search: dict[str, Any] = {"prior": prior, "center": start, "data_only": True, "x_scale": 0.1, "max_nfev": 80}
+        search: dict[str, Any] = {
+            "prior": prior,
+            "center": start,
+            "data_only": True,
+            "x_scale": 0.1,
+            "max_nfev": 80,
+        }
         search["weak"] = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
         if len(few) <= REFIT_ROWS:  # more rows leave the processor's caches
-            search["together"] = lambda many: np.log(few.calls.seconds_of(many)) - np.log(few.seconds)
+            search["together"] = lambda many: (
+                np.log(few.calls.seconds_of(many)) - np.log(few.seconds)
+            )
 
         def fit(origin: Mapping[str, float]) -> ConstantsFit:
             return fit_logs(few.log_residual, origin, ranges, covariance, fixed=unseen, **search)
@@ -90,10 +114,21 @@ class GemmFit(Fit):
             return float(np.mean(soft_l1(few.log_residual(found.values)) ** 2))
 
         if machine.packs:
-            best = min((fit({**start, "pack_m": at}) for at in PACK_FROM), key=lambda tried: tried.residual_sd)
-            return replace(best, fixed={**best.fixed, "pack_m": f"best of {', '.join(f'{at:g}' for at in PACK_FROM)}"})
+            best = min(
+                (fit({**start, "pack_m": at}) for at in PACK_FROM),
+                key=lambda tried: tried.residual_sd,
+            )
+            return replace(
+                best,
+                fixed={
+                    **best.fixed,
+                    "pack_m": f"best of {', '.join(f'{at:g}' for at in PACK_FROM)}",
+                },
+            )
         rng = np.random.default_rng(0)
-        others = [{n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)]
+        others = [
+            {n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)
+        ]
         return min((fit({**start, **other}) for other in ({}, *others)), key=loss)
 
     @property
@@ -113,11 +148,15 @@ class GemmFit(Fit):
         """Return log predicted over measured by fits to the other folds; on few rows they fit the constants again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
-        for train, test in folds(self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)):
+        for train, test in folds(
+            self.groups(), FEW_FOLDS if few else FOLDS, np.random.default_rng(self.seed)
+        ):
             if len(train) < 10:
                 continue
             if few is None:
-                found = ridge.evaluate([b.take(test) for b in blocks], ridge.solve(blocks, target, train))
+                found = ridge.evaluate(
+                    [b.take(test) for b in blocks], ridge.solve(blocks, target, train)
+                )
             else:
                 if len(self) <= REFIT_ROWS:
                     target = self.target(self.take(train).constants().values)
@@ -129,7 +168,10 @@ class GemmFit(Fit):
         """Return a residual of another table without steps that these rows do not show. More tokens do not take less
         time (on the RTX 4090, 128 tokens took 0.68 of the time of 64), and cold weights are not read faster than in
         any of these rows."""
-        axes = [start + step * np.arange(n) for start, step, n in zip(grid.start, grid.step, grid.values.shape)]
+        axes = [
+            start + step * np.arange(n)
+            for start, step, n in zip(grid.start, grid.step, grid.values.shape)
+        ]
         m, n, k = (2.0 ** x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
         cold = Products(self.calls.machine, m, n, k, np.full(len(m), np.inf))
         analytical = np.log(cold.seconds(values)).reshape(grid.values.shape)
@@ -166,7 +208,9 @@ class GemmFit(Fit):
         m = self.calls.m
         ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
         size = np.abs(np.expm1(errors))
-        by_range = {f"mape_{name}": float(size[rows].mean()) for name, rows in ranges.items() if rows.any()}
+        by_range = {
+            f"mape_{name}": float(size[rows].mean()) for name, rows in ranges.items() if rows.any()
+        }
         return super().accuracy(errors, values) | by_range
 
 
@@ -190,10 +234,14 @@ def products_of(records: Records, machine: Machine) -> GemmFit:
 
 def weight_copies(records: Records) -> FloatArray:
     """Return the number of rotated weights, infinite where the benchmark kept weights cold."""
-    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(np.float64)
+    return np.where(records.copies > 0, records.copies, np.where(records.cold, np.inf, 1.0)).astype(
+        np.float64
+    )
 
 
-def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = None) -> dict[str, float]:
+def starting_constants(
+    hw: HardwareProfile, dtype: str, prior: Section | None = None
+) -> dict[str, float]:
     values = {name: constant.default(hw.architecture) for name, constant in CONSTANTS.items()}
     machine = Machine.of(hw, dtype)
     values["b_hit"] = max(values["b_hit"], machine.bandwidth_bytes_per_s)
@@ -205,10 +253,19 @@ def starting_constants(hw: HardwareProfile, dtype: str, prior: Section | None = 
 
 
 def fit_gemm(
-    data: GemmFit, hw: HardwareProfile, *, dtype: str = "bf16", prior: Section | None = None, seed: int = 0
+    data: GemmFit,
+    hw: HardwareProfile,
+    *,
+    dtype: str = "bf16",
+    prior: Section | None = None,
+    seed: int = 0,
 ) -> FittedPart:
     """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo"). ValueError for few rows."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
-        raise ValueError(f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)")
-    return replace(data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed).section()
+        raise ValueError(
+            f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)"
+        )
+    return replace(
+        data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed
+    ).section()

@@ -37,12 +37,17 @@ from simulator.uncertainty.factors import (
     posterior_of,
 )
 
-LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400  # rows that an update needs, that it should have, that it stores at most
-MOST_FACTOR = 2.5  # largest factor between measured and predicted times, in the median, that a stack explains
+# rows that an update needs, that it should have, that it stores at most
+LEAST_ROWS, FEW_ROWS, MOST_ROWS = 3, 20, 400
+# largest factor between measured and predicted times, in the median, that a stack explains
+MOST_FACTOR = 2.5
 MOST_ROW_FACTOR = 100.0  # the same for a single row
-MOST_TOO_FAST = 0.1  # if a larger share of the rows is faster than physics allows, the update is rejected
-MOST_SDS, MOST_NAMED = 4.0, 3  # standard deviations of an effect or error that is flagged; rows that notes name
-REPORTED = 0.2  # an effect is reported if its mean or its standard deviation has changed by this share of the prior sd
+# if a larger share of the rows is faster than physics allows, the update is rejected
+MOST_TOO_FAST = 0.1
+# standard deviations of an effect or error that is flagged; rows that notes name
+MOST_SDS, MOST_NAMED = 4.0, 3
+# an effect is reported if its mean or its standard deviation has changed by this share of the prior sd
+REPORTED = 0.2
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
     InputError for too few rows, and for times that no difference between software stacks explains."""
     base = replace(hw, local_update=None, same_stack=False)
-    notes = ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
+    notes = (
+        ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
+    )
     records, methods = one_method(records)
     notes += methods
     if dtype is not None:
@@ -91,24 +98,34 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     rows, excluded = usable_rows(records, ("holdout", "drift_check"))
     if len(rows) < LEAST_ROWS:
         why = f"{len(rows)} ({'; '.join(excluded)})" if excluded else f"{len(rows)}"
-        raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {why}")
+        raise InputError(
+            f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {why}"
+        )
     _reject_other_device(hw, rows, notes)
     rows, of_part, names, arrays = _compared(base, rows, notes, excluded)
     systematic, log_ratio = arrays["systematic"], arrays["log_ratio"]
-    unique = len(np.unique(np.column_stack([arrays["coordinates"], arrays["kind"], systematic]), axis=0))
+    unique = len(
+        np.unique(np.column_stack([arrays["coordinates"], arrays["kind"], systematic]), axis=0)
+    )
     kernels = [name for name in names if _section(name)[0] != "runtime"]
-    if uncalibrated := [name for name in kernels if base.section(*_section(name)).status == "default"]:
+    if uncalibrated := [
+        name for name in kernels if base.section(*_section(name)).status == "default"
+    ]:
         advice = "the update applies to the defaults; a fit would be more accurate"
         notes.append(f"{', '.join(uncalibrated)}: not calibrated; {advice}")
     if not kernels:
         advice = "predictions of kernels do not change; to measure kernels, calibrate --quick"
         notes.append(f"only rows of the host: {advice}")
     elif unique == 1:
-        notes.append("one shape: only the parts of its time change; measure other shapes for the rest")
+        notes.append(
+            "one shape: only the parts of its time change; measure other shapes for the rest"
+        )
     elif len(rows) < FEW_ROWS:
         advice = f"measure {FEW_ROWS} to {MOST_ROWS} of several operators"
         notes.append(f"only {len(rows)} rows, so intervals stay wide; {advice}")
-    before = np.sqrt((systematic**2).sum(axis=1) + arrays["correlated"] ** 2 + arrays["independent"])
+    before = np.sqrt(
+        (systematic**2).sum(axis=1) + arrays["correlated"] ** 2 + arrays["independent"]
+    )
     used = np.flatnonzero(systematic.any(axis=0))
     arrays["systematic"] = systematic[:, used]
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
@@ -124,7 +141,9 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     odd = max(changes, key=lambda e: abs(e.mean) / e.prior_sd, default=None)
     if odd is not None and (times := abs(odd.mean) / odd.prior_sd) > MOST_SDS:
         advice = "check that the rows are from this GPU"
-        notes.append(f"{odd.meaning}: {times:.0f} times the usual difference between stacks; {advice}")
+        notes.append(
+            f"{odd.meaning}: {times:.0f} times the usual difference between stacks; {advice}"
+        )
     return Updated(profile, len(rows), changes, tuple(fits), (*notes, *excluded))
 
 
@@ -140,13 +159,18 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
         cpu = records.sources[int(records.source[away][0])].device
         if not records.select(away).is_operator(*HOST_KINDS).all():
             taken = "from a CPU, only rows that time launches apply to a GPU's host"
-            raise InputError(f"local update: rows were measured on {cpu}, but the profile is of {hw.title}; {taken}")
+            raise InputError(
+                f"local update: rows were measured on {cpu}, but the profile is of {hw.title}; {taken}"
+            )
         driver = "whose driver adds to each launch; intervals are wider; measure with the GPU"
         notes.append(f"the host {cpu} was timed without a GPU, {driver}")
     for device in (source.device for source in records.tidy().sources):
         if name := shipped_name(device):
             other = load_hardware(name)
-            if (other.sm_count, other.bandwidth_bytes_per_s) != (hw.sm_count, hw.bandwidth_bytes_per_s):
+            if (other.sm_count, other.bandwidth_bytes_per_s) != (
+                hw.sm_count,
+                hw.bandwidth_bytes_per_s,
+            ):
                 right = f"use --hardware {name}, or rows from this GPU"
                 what = f"rows were measured on {device}, but the profile is of {hw.title}"
                 raise InputError(f"local update: {what}; {right}")
@@ -163,7 +187,9 @@ def _compared(
         own = rows.select(at)
         found = predict(own, base)
         if found.uncertainty is None:
-            left_out.append(f"{len(at)} rows excluded: {operator} is not a single operator of the model")
+            left_out.append(
+                f"{len(at)} rows excluded: {operator} is not a single operator of the model"
+            )
             continue
         ratio = np.log(own.seconds / found.time.seconds)
         most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
@@ -176,7 +202,9 @@ def _compared(
     fast = np.logical_or(*too_fast(rows, base))
     if fast.mean() > MOST_TOO_FAST:
         share = f"{int(fast.sum())} of {len(fast)} rows are faster than {base.title} can be"
-        raise InputError(f"local update: {share}; check that they are from this GPU and in the right unit")
+        raise InputError(
+            f"local update: {share}; check that they are from this GPU and in the right unit"
+        )
     if fast.any():
         notes.append(f"{int(fast.sum())} rows excluded: faster than {base.title} can be")
     order = np.concatenate([np.zeros(0, dtype=np.intp), *index])
@@ -198,7 +226,12 @@ def _compared(
         "kind": np.repeat([one.kind for one in errors], sizes),
         "log_ratio": np.concatenate(ratios),
     }
-    return rows.select(order[kept]), part[kept], names, {name: values[kept] for name, values in arrays.items()}
+    return (
+        rows.select(order[kept]),
+        part[kept],
+        names,
+        {name: values[kept] for name, values in arrays.items()},
+    )
 
 
 def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
@@ -232,7 +265,11 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
 
 
 def _fit(
-    name: str, at: NDArray[np.bool_], log_ratio: FloatArray, before: FloatArray, posterior: Posterior
+    name: str,
+    at: NDArray[np.bool_],
+    log_ratio: FloatArray,
+    before: FloatArray,
+    posterior: Posterior,
 ) -> UpdateErrors:
     y, half_before = log_ratio[at], COVERAGE_FACTOR * before[at]
     rest, after = posterior.left_out[:, at]
@@ -258,9 +295,13 @@ def effects(posterior: Posterior) -> tuple[Effect, ...]:
     for row, name in zip(weight, names, strict=True):
         for part in (name, f"machine {name.split()[-1]}"):
             if part in ERROR_FACTORS:
-                row[FACTOR_INDEX[part]] = ERROR_FACTORS[part] * (1.0 if part == "host" else OTHER_STACK)
+                row[FACTOR_INDEX[part]] = ERROR_FACTORS[part] * (
+                    1.0 if part == "host" else OTHER_STACK
+                )
     nothing = np.zeros(len(names))
-    every = Uncertainty(tuple(ERROR_FACTORS), weight.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1)
+    every = Uncertainty(
+        tuple(ERROR_FACTORS), weight.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1
+    )
     mean, variance = posterior.at(every)
     prior, sd = np.sqrt(every.variance), np.sqrt(variance)
     reported = (np.abs(mean) > REPORTED * prior) | (sd < (1.0 - REPORTED) * prior)
@@ -285,21 +326,29 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "idle": ("idle SMs of {cause} waves cost {}", "more", "less"),
     "default": ("{operator} is {} than the defaults", "slower", "faster"),
 }
-_ATTENTION = {"prefill": "prefill attention", "decode": "decode attention", "mla_decode": "latent decode"}
+_ATTENTION = {
+    "prefill": "prefill attention",
+    "decode": "decode attention",
+    "mla_decode": "latent decode",
+}
 _OPERATORS = {"gemm": "GEMM", **_ATTENTION}
 
 
 def meaning(name: str, mean: float, sd: float) -> str:
     operator, _, cause = name.partition(" ")
     first, *size = (cause or name).split()
-    text, longer, shorter = _WORDS.get(name) or _WORDS.get(first, ("{operator}: {cause} costs {}", "more", "less"))
+    text, longer, shorter = _WORDS.get(name) or _WORDS.get(
+        first, ("{operator}: {cause} costs {}", "more", "less")
+    )
     share = -math.expm1(-mean) if name == "machine compute" else math.expm1(mean)
     if abs(share) < 0.005 or abs(mean) < 0.25 * sd:
         how = "as fitted"
         text = text.replace(" than the defaults", "")
     else:
         how = f"{100 * abs(share):.0f} % {longer if share > 0 else shorter}"
-    return text.format(how, operator=_OPERATORS.get(operator, operator), cause=" ".join(size) or cause)
+    return text.format(
+        how, operator=_OPERATORS.get(operator, operator), cause=" ".join(size) or cause
+    )
 
 
 def as_row(done: Updated) -> dict[str, Any]:

@@ -21,16 +21,22 @@ from simulator.operators.collective import COLLECTIVE_CONSTANTS, COLLECTIVES, Me
 from simulator.operators.elementwise import CLASSES, ELEMENTWISE_CONSTANTS, Moves
 from simulator.operators.experts import ALIGNED, EXPERTS_CONSTANTS, PARTS, Layers
 
-PRIOR = 1.5  # log standard deviation of the constants of collectives and experts around their defaults
-ELEMENTWISE_PRIOR = 0.7  # log standard deviation of a class's constants around the constants of all classes
+# log standard deviation of the constants of collectives and experts around their defaults
+PRIOR = 1.5
+# log standard deviation of a class's constants around the constants of all classes
+ELEMENTWISE_PRIOR = 0.7
 FACTORS = ("t0", "e", "l2", "l2_share")  # kinds of constants, by the beginning of their names
 OCTAVES = 2.0  # octaves of bytes between nodes: 1 is worse on held-out sizes
-WITHIN = 32  # points between two nodes at which the analytical model is evaluated; with them no time falls by over 1e-5
-OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)  # largest payloads of an engine's all-reduce to compare
+# points between two nodes at which the analytical model is evaluated; with them no time falls by over 1e-5
+WITHIN = 32
+# largest payloads of an engine's all-reduce to compare
+OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)
 OWN = tuple(name for name in COLLECTIVE_CONSTANTS if name.startswith("own_"))
 MOST_LAYERS = 4000  # rows that the constants of experts are fitted on; more do not change them
-PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])  # role of a record by index into PARTS
-ADDED = 1.0  # minimum gain in loss of a variant with an engine's all-reduce, in units of the soft-L1 scale
+# role of a record by index into PARTS
+PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])
+# minimum gain in loss of a variant with an engine's all-reduce, in units of the soft-L1 scale
+ADDED = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,30 +56,45 @@ class ElementwiseFit(Fit):
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         """Return constants of the classes with rows, around factors that all classes have in common."""
-        default = {name: constant.default(self.calls.architecture) for name, constant in ELEMENTWISE_CONSTANTS.items()}
+        default = {
+            name: constant.default(self.calls.architecture)
+            for name, constant in ELEMENTWISE_CONSTANTS.items()
+        }
 
         def scaled(factor: Mapping[str, float]) -> dict[str, float]:
             moved = {}
             for name, constant in ELEMENTWISE_CONSTANTS.items():
                 kind = name if name in FACTORS else name.split("_")[0]
-                moved[name] = float(np.clip(default[name] * factor[kind], constant.low, constant.high))
+                moved[name] = float(
+                    np.clip(default[name] * factor[kind], constant.low, constant.high)
+                )
             return moved
 
         one = dict.fromkeys(FACTORS, 1.0)
         wide = dict.fromkeys(FACTORS, SimpleNamespace(low=np.exp(-4.0), high=np.exp(4.0)))
-        common = solver.minimise(lambda factors: self.log_residual(scaled(factors)), one, wide, prior=1.0)
+        common = solver.minimise(
+            lambda factors: self.log_residual(scaled(factors)), one, wide, prior=1.0
+        )
         center = scaled(common.values)
         known = [name for i, name in enumerate(CLASSES) if np.any(self.calls.code == i)]
         own = {f"{kind}_{name}" for name in known for kind in ("t0", "e", "l2")}
-        fixed = {n: solver.ABSENT for n in ELEMENTWISE_CONSTANTS if n.removesuffix("_s") not in {*own, "l2_share"}}
+        fixed = {
+            n: solver.ABSENT
+            for n in ELEMENTWISE_CONSTANTS
+            if n.removesuffix("_s") not in {*own, "l2_share"}
+        }
         # the common factors are the prior: a class of three rows must not move far
-        return self.search(center, ELEMENTWISE_CONSTANTS, ELEMENTWISE_PRIOR, fixed=fixed, max_nfev=100)
+        return self.search(
+            center, ELEMENTWISE_CONSTANTS, ELEMENTWISE_PRIOR, fixed=fixed, max_nfev=100
+        )
 
     def blank(self) -> ResidualGrid:
         octaves = np.log2(np.maximum(self.calls.bytes_, 1.0))
         first, last = float(np.floor(octaves.min())), float(np.ceil(octaves.max()))
         # one class more: see class_residual
-        return ResidualGrid((0.0, first), (1.0, 1.0), np.zeros((len(CLASSES) + 1, int(last - first) + 1)))
+        return ResidualGrid(
+            (0.0, first), (1.0, 1.0), np.zeros((len(CLASSES) + 1, int(last - first) + 1))
+        )
 
     def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
         return {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
@@ -123,22 +144,37 @@ class CollectiveFit(Fit):
         return out
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        default = {name: constant.default(self.calls.link.family) for name, constant in COLLECTIVE_CONSTANTS.items()}
+        default = {
+            name: constant.default(self.calls.link.family)
+            for name, constant in COLLECTIVE_CONSTANTS.items()
+        }
         best, least = {"own_devices": 0.0}, np.inf
         for variant in self._variants():
             fixed = self._fixed(variant)
-            free = {name: constant for name, constant in COLLECTIVE_CONSTANTS.items() if name not in fixed}
-            found = solver.minimise(self.log_residual, {**default, **variant}, free, prior=PRIOR, max_nfev=60)
+            free = {
+                name: constant
+                for name, constant in COLLECTIVE_CONSTANTS.items()
+                if name not in fixed
+            }
+            found = solver.minimise(
+                self.log_residual, {**default, **variant}, free, prior=PRIOR, max_nfev=60
+            )
             loss = float(np.sum(np.sqrt(1.0 + (found.rows / solver.HUBER) ** 2) - 1.0))
             if loss < least - ADDED:
                 best, least = variant, loss
         start = {**default, **best}
-        return self.search(start, COLLECTIVE_CONSTANTS, PRIOR, fixed=self._fixed(best), max_nfev=100)
+        return self.search(
+            start, COLLECTIVE_CONSTANTS, PRIOR, fixed=self._fixed(best), max_nfev=100
+        )
 
     def blank(self) -> ResidualGrid:
         size, devices = np.log2(np.maximum(self.calls.payload, 1.0)), np.log2(self.calls.devices)
         first = OCTAVES * float(np.floor(size.min() / OCTAVES))
-        shape = len(COLLECTIVES), int(np.ceil(devices.max())) + 1, int(np.ceil((size.max() - first) / OCTAVES)) + 1
+        shape = (
+            len(COLLECTIVES),
+            int(np.ceil(devices.max())) + 1,
+            int(np.ceil((size.max() - first) / OCTAVES)) + 1,
+        )
         return ResidualGrid((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
@@ -152,7 +188,10 @@ class CollectiveFit(Fit):
         least: FloatArray = WITHIN * rise.reshape(kinds, devices, nodes - 1, WITHIN).min(axis=3)
         base = np.concatenate([np.zeros((kinds, devices, 1)), np.cumsum(least, axis=2)], axis=2)
         total = grid.values + base
-        up, down = np.maximum.accumulate(total, axis=2), np.minimum.accumulate(total[..., ::-1], axis=2)[..., ::-1]
+        up, down = (
+            np.maximum.accumulate(total, axis=2),
+            np.minimum.accumulate(total[..., ::-1], axis=2)[..., ::-1],
+        )
         return replace(grid, values=0.5 * (up + down) - base)
 
 
@@ -173,18 +212,35 @@ class ExpertsFit(Fit):
         """Return the model of each row: hidden size, experts, and experts per token. Single products are timed for
         several numbers of devices that share the experts: the ratio of experts to experts per token identifies them."""
         c, whole = self.calls, self.calls.whole
-        return solver.numbered(c.k, c.experts / np.where(whole, 1.0, c.active), np.where(whole, c.active, 0.0))
+        return solver.numbered(
+            c.k, c.experts / np.where(whole, 1.0, c.active), np.where(whole, c.active, 0.0)
+        )
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         if start is None:
-            start = {name: constant.default(self.architecture) for name, constant in EXPERTS_CONSTANTS.items()}
+            start = {
+                name: constant.default(self.architecture)
+                for name, constant in EXPERTS_CONSTANTS.items()
+            }
         few = self.sample(MOST_LAYERS)
         c, whole = few.calls, few.calls.whole
-        classes = {("align",): c.n % ALIGNED > 0, ("l2_gain", "l2_share"): c.warm, ("product_s",): ~whole}
+        classes = {
+            ("align",): c.n % ALIGNED > 0,
+            ("l2_gain", "l2_share"): c.warm,
+            ("product_s",): ~whole,
+        }
         classes[("t0_s", "expert_s", "e_io")] = whole
         absent = [name for names, rows in classes.items() if not np.any(rows) for name in names]
         fixed = dict.fromkeys(absent, solver.ABSENT)
-        return few.search(start, EXPERTS_CONSTANTS, PRIOR, fixed=fixed, moot=solver.NO_GAIN, max_nfev=60, x_scale=0.1)
+        return few.search(
+            start,
+            EXPERTS_CONSTANTS,
+            PRIOR,
+            fixed=fixed,
+            moot=solver.NO_GAIN,
+            max_nfev=60,
+            x_scale=0.1,
+        )
 
     def blank(self) -> ResidualGrid:
         c = self.calls
@@ -202,8 +258,20 @@ class ExpertsFit(Fit):
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
     names = ("m", "n", "k", "experts", "active", "skew", "seconds")
-    m, n, k, experts, active, skew, seconds = (np.asarray(getattr(records, x), dtype=np.float64) for x in names)
-    layers = Layers(machine, m, n, k, experts, active, skew, warm=~np.asarray(records.cold), part=experts_part(records))
+    m, n, k, experts, active, skew, seconds = (
+        np.asarray(getattr(records, x), dtype=np.float64) for x in names
+    )
+    layers = Layers(
+        machine,
+        m,
+        n,
+        k,
+        experts,
+        active,
+        skew,
+        warm=~np.asarray(records.cold),
+        part=experts_part(records),
+    )
     return ExpertsFit(layers, seconds, architecture)
 
 

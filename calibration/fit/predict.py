@@ -26,16 +26,31 @@ from simulator.operators.collective import collective
 from simulator.operators.elementwise import elementwise
 from simulator.operators.experts import PARTS, ExpertSizes, experts
 from simulator.operators.gemm import Options
-from simulator.uncertainty.factors import COVERAGE_FACTOR, ERROR_FACTORS, HOST_KIND, Uncertainty, in_order, posterior_of
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    ERROR_FACTORS,
+    HOST_KIND,
+    Uncertainty,
+    in_order,
+    posterior_of,
+)
 from simulator.uncertainty.forward import host_launch
-from simulator.uncertainty.operators import TIMES, OperatorTimes, gemm_predicted, operator_time, predicted
+from simulator.uncertainty.operators import (
+    TIMES,
+    OperatorTimes,
+    gemm_predicted,
+    operator_time,
+    predicted,
+)
 
 UNTIMED = "the time is not positive and finite"
 
 # errors of an eager layer's time, log units
 LAYER_OWN = 0.03  # independent error
-LAYER_COMMON = 0.10  # common error, assumed: a model's layer differs from the measured one; a pass has more than layers
-LAYER_WITHOUT_GPU = 0.50  # common error without the GPU, assumed: its driver may take as long as the framework
+# common error, assumed: a model's layer differs from the measured one; a pass has more than layers
+LAYER_COMMON = 0.10
+# common error without the GPU, assumed: its driver may take as long as the framework
+LAYER_WITHOUT_GPU = 0.50
 
 
 @dataclass(frozen=True)
@@ -45,16 +60,25 @@ class Predicted:
     uncertainty: Uncertainty | None = None  # None: the time is a sum of operators
 
 
-def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> Iterator[tuple[str, str, IndexArray]]:
+def parts_of(
+    records: Records, hw: HardwareProfile, skipped: dict[str, int]
+) -> Iterator[tuple[str, str, IndexArray]]:
     """Yield operator, number format and rows that the cost models can predict; count the others in ``skipped``."""
     timed = records.timed
     if count := int((~timed).sum()):
         skipped[UNTIMED] = count
     # copies are predicted as elementwise operators
-    operators = np.where(records.is_operator("copy"), OPERATORS.index("elementwise"), records.operator)
+    operators = np.where(
+        records.is_operator("copy"), OPERATORS.index("elementwise"), records.operator
+    )
     labels = records.labels().astype(str)
-    for code, label in sorted(set(zip(operators[timed].tolist(), labels[timed].tolist(), strict=True))):
-        rows, operator = np.flatnonzero(timed & (operators == code) & (labels == label)), OPERATORS[code]
+    for code, label in sorted(
+        set(zip(operators[timed].tolist(), labels[timed].tolist(), strict=True))
+    ):
+        rows, operator = (
+            np.flatnonzero(timed & (operators == code) & (labels == label)),
+            OPERATORS[code],
+        )
         dtype = DTYPES[int(records.dtype[rows[0]])]
         if operator not in SECTIONS:
             reason = f"{operator} is not a single operator of the model"
@@ -72,7 +96,9 @@ def parts_of(records: Records, hw: HardwareProfile, skipped: dict[str, int]) -> 
 
 def predict(r: Records, hw: HardwareProfile) -> Predicted:
     """Return the times of the rows of one part as they were measured: warm or cold, with the same rotated weights."""
-    options = Options(DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], copies=weight_copies(r))
+    options = Options(
+        DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], copies=weight_copies(r)
+    )
     return _MODELS[OPERATORS[int(r.operator[0])]][1](r, hw, options)
 
 
@@ -80,7 +106,9 @@ def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
     """Return the sums of operators, each with its count: fully correlated errors, the bottleneck of the longest."""
     longest = np.argmax([count * t.seconds for count, t in parts], axis=0)
     total = {name: sum(count * getattr(t, name) for count, t in parts) for name in TIMES}
-    return OperatorTimes(**{**total, "bottleneck": np.choose(longest, [t.bottleneck for _, t in parts])})
+    return OperatorTimes(
+        **{**total, "bottleneck": np.choose(longest, [t.bottleneck for _, t in parts])}
+    )
 
 
 def _gemm(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
@@ -110,7 +138,9 @@ def _grouped(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     tokens = np.maximum(np.round(r.m * r.density), 1.0)
     n, k = np.where(outer & ~r.fused, r.block, r.n), np.where(~outer & ~r.fused, r.block, r.k)
     groups = np.where(r.fused, 1.0, np.where(outer, r.n, r.k) / np.maximum(r.block, 1))
-    time = _fused_or_copied(r, (tokens, n, k), groups, hw, replace(options, kernel=kernel, block=r.block))
+    time = _fused_or_copied(
+        r, (tokens, n, k), groups, hw, replace(options, kernel=kernel, block=r.block)
+    )
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "block": r.block, "density": r.density})
 
 
@@ -122,24 +152,39 @@ def _fused_or_copied(
     parts = [(count, gemm_predicted(*shape, hw, options)[0])]
     for role, width in (("gather", k), ("scatter", n)):
         moved = DTYPE_BYTES[r.dtype] * tokens * width
-        copy = elementwise(moved + INDEX_BYTES * tokens, moved, hw, role=role, dtype=options.dtype, added=True)
+        copy = elementwise(
+            moved + INDEX_BYTES * tokens, moved, hw, role=role, dtype=options.dtype, added=True
+        )
         parts.append((np.where(r.fused, 0.0, count), operator_time(copy, hw)))
     return _summed(parts)
 
 
 def _heads(r: Records) -> dict[str, Any]:
-    return {"batch": r.batch, "kv_heads": r.kv_heads, "group": r.heads // r.kv_heads, "head_dim": r.head_dim}
+    return {
+        "batch": r.batch,
+        "kv_heads": r.kv_heads,
+        "group": r.heads // r.kv_heads,
+        "head_dim": r.head_dim,
+    }
 
 
 def _calls(r: Records, q_len: Any, **kind: Any) -> Geometry:
-    kind |= {"value_dim": r.n if r.is_operator(*LATENT)[0] else 0, "window": r.window, "density": r.density}
+    kind |= {
+        "value_dim": r.n if r.is_operator(*LATENT)[0] else 0,
+        "window": r.window,
+        "density": r.density,
+    }
     return Geometry.of(r.batch, q_len, r.kv_len, r.heads, r.kv_heads, r.head_dim, **kind)
 
 
 def _prefill(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     calls = _calls(r, r.q_len, block=r.block)
-    time, uncertainty = predicted(attention.prefill(calls, hw, options.dtype, options.weight_dtype), hw)
-    return Predicted(time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty)
+    time, uncertainty = predicted(
+        attention.prefill(calls, hw, options.dtype, options.weight_dtype), hw
+    )
+    return Predicted(
+        time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty
+    )
 
 
 def _decode(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
@@ -161,7 +206,9 @@ def _by(
     groups = [np.flatnonzero(key == value) for value in np.unique(key)]
     found = [predicted(call(r.select(rows)), hw) for rows in groups]
     order = np.argsort(np.concatenate(groups))
-    times: dict[str, Any] = {name: np.concatenate([getattr(time, name) for time, _ in found])[order] for name in TIMES}
+    times: dict[str, Any] = {
+        name: np.concatenate([getattr(time, name) for time, _ in found])[order] for name in TIMES
+    }
     return OperatorTimes(**times), Uncertainty.joined([error for _, error in found], order)
 
 
@@ -176,7 +223,9 @@ def _collective(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
 def _elementwise(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     # copies have the class of cache writes
     role = np.where(r.is_operator("copy") | (r.role < 0), ROLES.index("cache_write"), r.role)
-    time, uncertainty = predicted(elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=options.dtype), hw)
+    time, uncertainty = predicted(
+        elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=options.dtype), hw
+    )
     return Predicted(time, {"bytes": r.read_bytes + r.write_bytes, "role": role}, uncertainty)
 
 
@@ -184,7 +233,9 @@ def _experts(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     def call(rows: Records) -> Estimate:
         sizes = ExpertSizes(rows.m, rows.n, rows.k, rows.experts, rows.active, rows.skew)
         part, warm = PARTS[int(experts_part(rows)[0])], not rows.cold[0]
-        return experts(sizes, hw, options.dtype, options.weight_dtype, dealt=True, warm=warm, part=part)
+        return experts(
+            sizes, hw, options.dtype, options.weight_dtype, dealt=True, warm=warm, part=part
+        )
 
     time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
@@ -202,7 +253,9 @@ class LaunchTime:
     def of(cls, hw: HardwareProfile) -> LaunchTime:
         launch_s, log_sd = host_launch(hw)
         posterior = posterior_of(hw)
-        return cls(launch_s, log_sd * (COVERAGE_FACTOR if posterior is None else posterior.coverage_factor))
+        return cls(
+            launch_s, log_sd * (COVERAGE_FACTOR if posterior is None else posterior.coverage_factor)
+        )
 
     @property
     def layer_s(self) -> float:
@@ -250,4 +303,6 @@ _MODELS: Mapping[str, tuple[str, Callable[[Records, HardwareProfile, Options], P
     "experts": ("experts", _experts),
     "layer_eager": ("runtime", _layer),
 }
-SECTIONS: Mapping[str, str] = MappingProxyType({name: section for name, (section, _) in _MODELS.items()})
+SECTIONS: Mapping[str, str] = MappingProxyType(
+    {name: section for name, (section, _) in _MODELS.items()}
+)

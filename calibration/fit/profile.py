@@ -31,7 +31,14 @@ from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
-from simulator.hardware.profile import LIMITS, Fitted, HardwareProfile, Provenance, Section, with_section
+from simulator.hardware.profile import (
+    LIMITS,
+    Fitted,
+    HardwareProfile,
+    Provenance,
+    Section,
+    with_section,
+)
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVES, Messages
@@ -48,7 +55,11 @@ REMEDIES: Mapping[Flag, str] = {
     Flag.WAITED: "measure on an idle machine",
     Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
 }
-_APART: Mapping[str, str] = {"holdout": "held out", "exact": "exact shapes", "drift_check": "drift checks"}
+_APART: Mapping[str, str] = {
+    "holdout": "held out",
+    "exact": "exact shapes",
+    "drift_check": "drift checks",
+}
 
 ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
@@ -62,8 +73,10 @@ SKIPPING: Mapping[str, tuple[str, tuple[str, ...], int]] = {
 # values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense ones
 STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
 LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
-FEW_TOKENS = 64  # up to this number of tokens reading weights takes most of the time, so ratios show sparse_load
-EDGE = 64.0  # keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no log then
+# up to this number of tokens reading weights takes most of the time, so ratios show sparse_load
+FEW_TOKENS = 64
+# keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no log then
+EDGE = 64.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,9 @@ def fit_profile(
     usable, excluded = usable_rows(records, tuple(_APART))
     for flag, remedy in REMEDIES.items():
         if count := int(((usable.flags & int(flag)) != 0).sum()):
-            notes += [f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them; {remedy}"]
+            notes += [
+                f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them; {remedy}"
+            ]
     if dtype is not None:
         usable = usable.select(np.char.startswith(np.array(DTYPES)[usable.dtype], dtype))
     tasks = _tasks(base, usable, notes)
@@ -109,7 +124,8 @@ def fit_profile(
             part = _fit(operator, label, rows, replace(base, sections=sections), prior)
         except InputError:
             raise
-        except ValueError as error:  # too few usable rows: the other operators may still have enough
+        # too few usable rows: the other operators may still have enough
+        except ValueError as error:
             notes.append(f"{operator} {label}: {error}")
         else:
             origin = part.section.provenance or provenance_of(rows, date)
@@ -135,7 +151,9 @@ def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]
     outside their range are set to its end, values that are not finite to the architecture's default."""
     sections, notes = dict(profile.sections), []
     for (operator, dtype), section in profile.sections.items():
-        sections[operator, dtype], outside = _section_within(operator, section, profile.architecture)
+        sections[operator, dtype], outside = _section_within(
+            operator, section, profile.architecture
+        )
         if outside:
             fact = f"{few(outside)} outside the range of any device"
             advice = "set to its end; measure again on an idle machine"
@@ -146,7 +164,9 @@ def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]
     return replace(profile, sections=kept, stacks=MappingProxyType({"": kept})), notes
 
 
-def _section_within(operator: str, section: Section, architecture: str) -> tuple[Section, list[str]]:
+def _section_within(
+    operator: str, section: Section, architecture: str
+) -> tuple[Section, list[str]]:
     """Return a section within its ranges (the same object if it is), and the constants that were not."""
     constants, outside = {}, []
     for name, fitted in section.constants.items():
@@ -157,36 +177,57 @@ def _section_within(operator: str, section: Section, architecture: str) -> tuple
             kept = Fitted(min(max(fitted.value, known.low), known.high), None, "fixed")
         if kept.std_error is not None and not 0.0 <= kept.std_error <= LIMITS["std_error"][1]:
             kept = replace(kept, std_error=None)
-        if not math.isclose(kept.value, fitted.value, rel_tol=1e-9):  # else only rounded to the end of its range
+        # else only rounded to the end of its range
+        if not math.isclose(kept.value, fitted.value, rel_tol=1e-9):
             outside.append(f"{name} {fitted.value:.3g}")
         constants[name] = kept
     low, high = LIMITS["section_scale"]
-    scale = high if math.isnan(section.section_scale) else min(max(section.section_scale, low), high)
+    scale = (
+        high if math.isnan(section.section_scale) else min(max(section.section_scale, low), high)
+    )
     least, most = LIMITS["accuracy"]
-    accuracy = {n: min(max(v, least), most) for n, v in section.accuracy.items() if not math.isnan(v)}
+    accuracy = {
+        n: min(max(v, least), most) for n, v in section.accuracy.items() if not math.isnan(v)
+    }
     arrays = clipped(section.arrays)
     same = constants == dict(section.constants) and accuracy == dict(section.accuracy)
     if same and scale == section.section_scale and arrays is section.arrays:
         return section, outside
-    return replace(section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays), outside
+    return replace(
+        section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays
+    ), outside
 
 
 def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
     """Return the rows with a valid time, without throttling and the purposes ``apart``, and a note per reason."""
-    bad = {UNTIMED: ~records.timed, "measured under throttling": (records.flags & int(Flag.THROTTLED)) != 0}
+    bad = {
+        UNTIMED: ~records.timed,
+        "measured under throttling": (records.flags & int(Flag.THROTTLED)) != 0,
+    }
     bad |= {_APART[name]: records.purpose == PURPOSES.index(name) for name in apart}
-    excluded = [f"{int(rows.sum())} rows excluded: {reason}" for reason, rows in bad.items() if rows.any()]
+    excluded = [
+        f"{int(rows.sum())} rows excluded: {reason}" for reason, rows in bad.items() if rows.any()
+    ]
     return records.select(~np.any(list(bad.values()), axis=0)), excluded
 
 
-def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[tuple[str, str, Records]]:
+def _tasks(
+    base: HardwareProfile, records: Records, notes: list[str]
+) -> list[tuple[str, str, Records]]:
     """Return operator, format and rows of the fits with enough rows, dense GEMMs first: other fits need them."""
     same, is_ = records.dtype == records.weight_dtype, records.is_operator
-    formats, gemms, every = np.array(DTYPES)[records.dtype], records.labels().astype(str), np.full(len(records), "*")
+    formats, gemms, every = (
+        np.array(DTYPES)[records.dtype],
+        records.labels().astype(str),
+        np.full(len(records), "*"),
+    )
     messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
     reduces = messages & (records.role == role_code("all_reduce")[0])
-    library = np.array([source.kernel == "NCCL" for source in records.sources], dtype=bool)[records.source]
-    if (reduces & ~library).any():  # the engine has its own all-reduce, which replaces the library's
+    library = np.array([source.kernel == "NCCL" for source in records.sources], dtype=bool)[
+        records.source
+    ]
+    # the engine has its own all-reduce, which replaces the library's
+    if (reduces & ~library).any():
         messages &= ~(reduces & library)
     # copies are measured cold, activations are warm: they agree only where L2 holds neither
     copies = is_("copy") & (records.read_bytes + records.write_bytes > base.l2_bytes)
@@ -225,12 +266,18 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 
     def joined(values: Iterable[str]) -> str:
         once = list(dict.fromkeys(v for v in values if v))
-        return " and ".join(once[:3]) + (f" and {len(once) - 3} more" if len(once) > 3 else "") or "unknown"
+        return (
+            " and ".join(once[:3]) + (f" and {len(once) - 3} more" if len(once) > 3 else "")
+            or "unknown"
+        )
 
     used = [records.sources[i] for i in np.unique(records.source)]
     origins = [(s, f" [{s.licence}]" if s.licence else "") for s in used]
     return Provenance(
-        source=joined(f"{s.origin}{licence}" if s.origin else f"measured here, run {s.run}" for s, licence in origins),
+        source=joined(
+            f"{s.origin}{licence}" if s.origin else f"measured here, run {s.run}"
+            for s, licence in origins
+        ),
         digest=records.tidy().digest(),
         date=date or max((s.date for s in used), default="") or "unknown",
         software=joined(f"{s.software}{f' ({s.kernel})' if s.kernel else ''}" for s in used),
@@ -240,14 +287,22 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
     )
 
 
-def _fit(operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None) -> FittedPart:
+def _fit(
+    operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None
+) -> FittedPart:
     if OPERATORS[int(r.operator[0])] in SKIPPING:
         return fit_skipping(r, hw, dtype)
     if operator == "runtime":
         return _fit_runtime(r, hw)
     if operator == "elementwise":
         code = np.where(r.role >= 0, class_code(np.maximum(r.role, 0)), CLASSES.index("copy"))
-        moves = Moves(r.read_bytes + r.write_bytes, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture)
+        moves = Moves(
+            r.read_bytes + r.write_bytes,
+            code,
+            hw.l2_bytes,
+            hw.bandwidth_bytes_per_s,
+            hw.architecture,
+        )
         return fit_section(ElementwiseFit(moves, r.seconds))
     if operator == "collective":
         if hw.link is None:
@@ -259,11 +314,17 @@ def _fit(operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: Hard
     if operator == "experts":
         return fit_section(layers_of(r, machine, hw.architecture))
     inherited = None
-    if prior is not None and dtype in labels(prior.rates) and prior.section(operator, dtype).status != "default":
+    if (
+        prior is not None
+        and dtype in labels(prior.rates)
+        and prior.section(operator, dtype).status != "default"
+    ):
         inherited = prior.section(operator, dtype)
     if operator == "gemm":
         return fit_gemm(products_of(r, machine), hw, dtype=dtype, prior=inherited)
-    start = None if inherited is None else {name: c.value for name, c in inherited.constants.items()}
+    start = (
+        None if inherited is None else {name: c.value for name, c in inherited.constants.items()}
+    )
     return fit_attention(calls_of(r, operator, machine), hw.architecture, start=start)
 
 
@@ -284,8 +345,14 @@ def _fit_runtime(r: Records, hw: HardwareProfile) -> FittedPart:
     return FittedPart(Section(constants, status="calibrated"), ConstantsFit({}, {}, {}), len(r))
 
 
-def _with_constants(section: Section, constants: Mapping[str, Fitted], **accuracy: float) -> Section:
-    return replace(section, constants={**section.constants, **constants}, accuracy={**section.accuracy, **accuracy})
+def _with_constants(
+    section: Section, constants: Mapping[str, Fitted], **accuracy: float
+) -> Section:
+    return replace(
+        section,
+        constants={**section.constants, **constants},
+        accuracy={**section.accuracy, **accuracy},
+    )
 
 
 def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
@@ -302,11 +369,14 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
         return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
 
     def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
-        informative = np.abs(found.slopes).max(axis=1) > 0.02  # other rows do not depend on the constants
+        # other rows do not depend on the constants
+        informative = np.abs(found.slopes).max(axis=1) > 0.02
         freedom = np.count_nonzero(informative) - len(found.names)
         if freedom < 1:
             return np.full((len(found.names),) * 2, np.inf), np.inf
-        residual_sd = float(np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[informative]) / freedom))
+        residual_sd = float(
+            np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[informative]) / freedom)
+        )
         return gauss_newton(found.slopes, residual_sd), residual_sd
 
     start = _searched({n: section[n] for n in constants})
@@ -315,7 +385,9 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     ranges = {n: SimpleNamespace(low=low[n], high=high[n]) for n in constants}
     found = fit_logs(log_residual, start, ranges, covariance, weak=0.5, step=1e-3, max_nfev=40)
     size = np.abs(np.expm1(log_residual(found.values)))
-    errors = {n: EDGE * error if n == "sparse_block" else error for n, error in found.std_errors.items()}
+    errors = {
+        n: EDGE * error if n == "sparse_block" else error for n, error in found.std_errors.items()
+    }
     found = replace(found, values=_known(found.values), std_errors=errors)
     scores = {f"mape_{name}": float(size.mean()), f"median_{name}": float(np.median(size))}
     return FittedPart(_with_constants(section, found.fitted(), **scores), found, len(r))
@@ -323,11 +395,15 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
 
 def _searched(constants: Mapping[str, float]) -> dict[str, float]:
     """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of :data:`EDGE` keys."""
-    return {n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()}
+    return {
+        n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()
+    }
 
 
 def _known(searched: Mapping[str, float]) -> dict[str, float]:
-    return {n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()}
+    return {
+        n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()
+    }
 
 
 def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
@@ -341,23 +417,32 @@ def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
     rows = [r for r in rows if r["hardware"] == hw.name and r["dtype"] in dtypes]
     if len(rows) < ENOUGH_RATIOS:
         return section
-    m, n, k, before, after = (np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us"))
+    m, n, k, before, after = (
+        np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us")
+    )
     ratio = before / after
-    dense = gemm_time(m, n, k, hw, dtype=dtype, kernel="dense", options=GemmOptions(copies=1)).seconds
+    dense = gemm_time(
+        m, n, k, hw, dtype=dtype, kernel="dense", options=GemmOptions(copies=1)
+    ).seconds
     tried: list[dict[str, float]] = [{"sparse_step": step} for step in STEPS]
     if m.min() <= FEW_TOKENS:
         tried = [{**values, "sparse_load": load} for values in tried for load in LOADS]
     error = np.empty((len(tried), len(ratio)))
     for i, values in enumerate(tried):  # for so few constants, a scan is safer than a search
-        trial = with_section(hw, dtype, _with_constants(section, {c: Fitted(v) for c, v in values.items()}))
-        sparse = gemm_time(m, n, k, trial, dtype=dtype, kernel="sparse24", options=GemmOptions(copies=1)).seconds
+        trial = with_section(
+            hw, dtype, _with_constants(section, {c: Fitted(v) for c, v in values.items()})
+        )
+        sparse = gemm_time(
+            m, n, k, trial, dtype=dtype, kernel="sparse24", options=GemmOptions(copies=1)
+        ).seconds
         error[i] = np.abs(np.log(dense / sparse / ratio))
     total = error.sum(axis=1)
     without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
     draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
     drawn = [tried[error[:, rows].sum(axis=1).argmin()] for rows in draws]
     found = {
-        name: Fitted(value, float(np.std([values[name] for values in drawn])) or None)  # None: on its bound
+        # None: on its bound
+        name: Fitted(value, float(np.std([values[name] for values in drawn])) or None)
         for name, value in tried[total.argmin()].items()
     }
     return _with_constants(section, found, median_2to4=float(np.median(without)))

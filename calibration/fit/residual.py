@@ -20,7 +20,8 @@ from simulator.operators.gemm import EDGE
 
 # start, step and number of nodes of the residual of GEMMs along log2 m, n, k, in octaves
 SMOOTH: tuple[tuple[float, float, int], ...] = ((0, 1, 16), (5, 1, 13), (5, 1, 13))
-FEW_ROWS = 1500  # rows up to which the problem is solved by row instead of by node, if there are more nodes
+# rows up to which the problem is solved by row instead of by node, if there are more nodes
+FEW_ROWS = 1500
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ CORRECTION = Regularisation(0.3, 1.0, 0.1)  # correction to another profile's re
 
 @lru_cache(maxsize=256)
 def _penalty(size: int, first: float, second: float) -> FloatArray:
-    differences = ((w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second)))
+    differences = (
+        (w, np.diff(np.eye(size), n=order, axis=0)) for order, w in ((1, first), (2, second))
+    )
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 
 
@@ -64,7 +67,9 @@ class ResidualBlock:
     def along(self) -> list[tuple[int, float, float]]:
         shape = self.grid.values.shape
         both = self.regularisation.first, self.regularisation.second
-        return list(zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True))
+        return list(
+            zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True)
+        )
 
     def take(self, rows: Any) -> ResidualBlock:
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
@@ -78,9 +83,13 @@ class ResidualBlock:
         for cell, inside, size in zip(self.cells, self.inside, self.grid.values.shape, strict=True):
             sides = np.stack([cell, np.minimum(cell + 1, size - 1)], axis=1)
             index = (index[:, :, None] * size + sides[:, None, :]).reshape(rows, -1)
-            weight = (weight[:, :, None] * np.stack([1.0 - inside, inside], axis=1)[:, None, :]).reshape(rows, -1)
+            weight = (
+                weight[:, :, None] * np.stack([1.0 - inside, inside], axis=1)[:, None, :]
+            ).reshape(rows, -1)
         pointer = np.arange(rows + 1) * index.shape[1]
-        return sparse.csr_matrix((weight.ravel(), index.ravel(), pointer), shape=(rows, self.grid.values.size))
+        return sparse.csr_matrix(
+            (weight.ravel(), index.ravel(), pointer), shape=(rows, self.grid.values.size)
+        )
 
     @cached_property
     def penalty(self) -> sparse.csr_matrix:
@@ -88,8 +97,12 @@ class ResidualBlock:
         shape = self.grid.values.shape
         total = sparse.identity(self.grid.values.size, format="csr") * self.regularisation.size
         for axis, along in enumerate(self.along):
-            before, after = (sparse.identity(int(np.prod(part))) for part in (shape[:axis], shape[axis + 1 :]))
-            total = total + sparse.kron(sparse.kron(before, sparse.csr_matrix(_penalty(*along))), after, format="csr")
+            before, after = (
+                sparse.identity(int(np.prod(part))) for part in (shape[:axis], shape[axis + 1 :])
+            )
+            total = total + sparse.kron(
+                sparse.kron(before, sparse.csr_matrix(_penalty(*along))), after, format="csr"
+            )
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
@@ -111,7 +124,9 @@ class ResidualBlock:
         """Nodes in an order that keeps neighbours near each other: the longest coordinate changes last."""
         shape = self.grid.values.shape
         axes = np.argsort([-size for size in shape], kind="stable")
-        return np.asarray(np.arange(self.grid.values.size).reshape(shape).transpose(axes).reshape(-1))
+        return np.asarray(
+            np.arange(self.grid.values.size).reshape(shape).transpose(axes).reshape(-1)
+        )
 
     def factor(self, normal: sparse.csr_matrix) -> FloatArray:
         """Return the Cholesky factor of normal equations, as bands: nodes are coupled up to two steps away."""
@@ -122,11 +137,15 @@ class ResidualBlock:
         row, column = row[below], column[below]
         bands = np.zeros((int((row - column).max()) + 1, normal.shape[0]))
         bands[row - column, column] = found.data[below]
-        return np.asarray(linalg.cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False))
+        return np.asarray(
+            linalg.cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False)
+        )
 
     def solved(self, factor: FloatArray, target: FloatArray) -> FloatArray:
         values = np.empty(len(target))
-        values[self.order] = linalg.cho_solve_banded((factor, True), target[self.order], check_finite=False)
+        values[self.order] = linalg.cho_solve_banded(
+            (factor, True), target[self.order], check_finite=False
+        )
         return values
 
     def nodes(self, coefficients: FloatArray) -> FloatArray:
@@ -136,7 +155,9 @@ class ResidualBlock:
         return grid.reshape(-1)
 
 
-def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = ALONE) -> list[ResidualBlock]:
+def gemm_blocks(
+    position: Any, by_rows: bool, regularisation: Regularisation = ALONE
+) -> list[ResidualBlock]:
     """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU a value per measured m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
@@ -144,12 +165,19 @@ def gemm_blocks(position: Any, by_rows: bool, regularisation: Regularisation = A
     if by_rows:
         known = np.unique(position[0])
         line = ResidualGrid((0.0,), (1.0,), np.zeros(max(len(known), 2)))
-        out.append(ResidualBlock.of(line, [np.searchsorted(known, position[0]).astype(np.float64)], BY_ROWS))
+        out.append(
+            ResidualBlock.of(
+                line, [np.searchsorted(known, position[0]).astype(np.float64)], BY_ROWS
+            )
+        )
     return out
 
 
 def solve(
-    parts: Sequence[ResidualBlock], target: FloatArray, rows: NDArray[np.intp] | None = None, rounds: int | None = None
+    parts: Sequence[ResidualBlock],
+    target: FloatArray,
+    rows: NDArray[np.intp] | None = None,
+    rounds: int | None = None,
 ) -> list[FloatArray]:
     """Return node values of every grid, fitted to a log target of ``rows`` or all, in ``rounds`` sweeps with robust
     weights renewed between them; by default in 8, with weights renewed before the first, second and fourth."""
@@ -194,13 +222,18 @@ class FewRows:
         dual = values = target[rows]
         weights = np.ones(len(rows))
         for _ in range(rounds):
-            factor = linalg.cho_factor(common + np.diag(1.0 / weights), overwrite_a=True, check_finite=False)
+            factor = linalg.cho_factor(
+                common + np.diag(1.0 / weights), overwrite_a=True, check_finite=False
+            )
             dual = linalg.cho_solve(factor, values, check_finite=False)
             weights = 1.0 / np.sqrt(1.0 + ((values - common @ dual) / HUBER) ** 2)
         return np.asarray(dual)
 
     def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
-        return [b.nodes(scale * (w[rows].T @ dual)) for b, (w, scale) in zip(self.parts, self.whitened, strict=True)]
+        return [
+            b.nodes(scale * (w[rows].T @ dual))
+            for b, (w, scale) in zip(self.parts, self.whitened, strict=True)
+        ]
 
     def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
@@ -211,7 +244,11 @@ def evaluate(parts: Sequence[ResidualBlock], values: Sequence[FloatArray]) -> Fl
 
 
 def fit_grid(
-    blank: ResidualGrid, position: Any, target: FloatArray, regularisation: Regularisation, rounds: int
+    blank: ResidualGrid,
+    position: Any,
+    target: FloatArray,
+    regularisation: Regularisation,
+    rounds: int,
 ) -> ResidualGrid:
     values = solve([ResidualBlock.of(blank, position, regularisation)], target, rounds=rounds)[0]
     return replace(blank, values=values.reshape(blank.values.shape))

@@ -18,7 +18,12 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import Section
 from simulator.operators.base import Calls, Constant, ResidualGrid
-from simulator.uncertainty.factors import COVERAGE_FACTOR, Uncertainty, same_stack_scales, uncertainty_of
+from simulator.uncertainty.factors import (
+    COVERAGE_FACTOR,
+    Uncertainty,
+    same_stack_scales,
+    uncertainty_of,
+)
 
 FOLDS = 5
 LEVEL = 0.9  # level of intervals
@@ -46,7 +51,9 @@ class Fit(ABC):
     def sample(self: FitT, count: int, seed: int = 0) -> FitT:
         if len(self) <= count:
             return self
-        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
+        return self.take(
+            np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        )
 
     @abstractmethod
     def groups(self, by: str = "") -> IndexArray:
@@ -71,10 +78,16 @@ class Fit(ABC):
 
     def residual(self, values: Mapping[str, float]) -> ResidualGrid:
         position = self.calls.estimate(values).position
-        return fit_grid(self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS)
+        return fit_grid(
+            self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS
+        )
 
     def search(
-        self, start: Mapping[str, float], ranges: Mapping[str, Constant], prior: float, **options: Any
+        self,
+        start: Mapping[str, float],
+        ranges: Mapping[str, Constant],
+        prior: float,
+        **options: Any,
     ) -> ConstantsFit:
         """Fit constants with a prior, a log standard deviation, around ``start``."""
 
@@ -127,7 +140,12 @@ def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
 def accuracy_of(error: FloatArray) -> dict[str, float]:
     """Return the mean ("mape"), "median" and "p95" of absolute relative errors, and their signed mean "bias"."""
     size = np.abs(error)
-    scores = {"mape": size.mean(), "median": np.median(size), "p95": np.quantile(size, 0.95), "bias": error.mean()}
+    scores = {
+        "mape": size.mean(),
+        "median": np.median(size),
+        "p95": np.quantile(size, 0.95),
+        "bias": error.mean(),
+    }
     return {name: float(v) for name, v in scores.items()}
 
 
@@ -149,7 +167,9 @@ def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
 
 def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
     """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1)."""
-    return np.concatenate([pairs_along(s, [*sizes[:i], *sizes[i + 1 :]]) for i, s in enumerate(sizes)])
+    return np.concatenate(
+        [pairs_along(s, [*sizes[:i], *sizes[i + 1 :]]) for i, s in enumerate(sizes)]
+    )
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:

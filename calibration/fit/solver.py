@@ -19,18 +19,22 @@ LogResidual = Callable[[Mapping[str, float]], FloatArray]
 # covariance of the logs of the free constants at a minimum, and the residual sd that it assumes
 Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
 
-HUBER = 0.05  # log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %
+# log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %
+HUBER = 0.05
 ON_BOUND = 1e-2  # a constant is on its bound if the log distance to an end of its range is smaller
 ROOT_EPSILON = float(np.finfo(np.float64).eps ** 0.5)  # relative step of derivatives
 ABSENT = "no rows of its class"
-NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}  # for ``moot`` of fit_logs
+# for ``moot`` of fit_logs
+NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}
 
 
 def numbered(*columns: FloatArray) -> NDArray[np.intp]:
     return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def folds(groups: NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+def folds(
+    groups: NDArray[np.intp], count: int, rng: np.random.Generator
+) -> Iterator[tuple[Any, Any]]:
     part = rng.permutation(groups.max() + 1)[groups] % count
     for i in np.unique(part):
         if not (part == i).all():
@@ -44,13 +48,18 @@ class ConstantsFit:
     values: Mapping[str, float]  # all constants
     std_errors: Mapping[str, float]  # only fitted constants
     fixed: Mapping[str, str]  # constants that were not fitted -> why
-    correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))  # logs of the fitted constants
+    # logs of the fitted constants
+    correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     residual_sd: float = 0.0  # standard deviation of the log residuals that the errors assume
 
     def fitted(self) -> dict[str, Fitted]:
         kept = {name: "default" if why == ABSENT else "fixed" for name, why in self.fixed.items()}
-        status = dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
-        return {n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()}
+        status = (
+            dict.fromkeys(self.values, "default") | kept | dict.fromkeys(self.std_errors, "fitted")
+        )
+        return {
+            n: Fitted(float(v), self.std_errors.get(n), status[n]) for n, v in self.values.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,12 @@ class FittedPart:
     @property
     def correlations(self) -> dict[tuple[str, str], float]:
         names, matrix = list(self.constants.std_errors), self.constants.correlation
-        return {(a, b): float(matrix[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
+        return {
+            (a, b): float(matrix[i, j])
+            for i, a in enumerate(names)
+            for j, b in enumerate(names)
+            if i < j
+        }
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,9 @@ def minimise(
     def with_prior(x: FloatArray, out: FloatArray) -> FloatArray:
         if data_only:
             out = soft_l1(out)
-        return out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)], axis=-1)
+        return (
+            out if prior is None else np.concatenate([out, HUBER / prior * (x - middle)], axis=-1)
+        )
 
     def rows(x: FloatArray) -> FloatArray:
         return with_prior(x, log_residual(constants(x)))
@@ -130,11 +146,17 @@ def minimise(
         search["jac"] = forward
     if step is not None:
         ways = step * np.eye(len(names))
-        search["jac"] = lambda x: np.stack([(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1)
+        search["jac"] = lambda x: np.stack(
+            [(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1
+        )
     loss: dict[str, Any] = {} if data_only else {"loss": "soft_l1", "f_scale": HUBER}
     found = least_squares(rows, first, bounds=(low, high), **loss, **search)
     ends = zip(names, found.x - low, high - found.x, strict=True)
-    on_bound = {n: "lower" if below < above else "upper" for n, below, above in ends if min(below, above) < ON_BOUND}
+    on_bound = {
+        n: "lower" if below < above else "upper"
+        for n, below, above in ends
+        if min(below, above) < ON_BOUND
+    }
     values = dict(zip(names, np.exp(found.x).tolist(), strict=True))
     return Minimum(values, on_bound, found.fun, np.asarray(found.jac))
 
@@ -168,11 +190,17 @@ def fit_logs(
             errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
             unknown = [name for name, error in zip(free, errors, strict=True) if error > weak]
             gone = dict.fromkeys(unknown, "not identified by these rows")
-            values |= {name: search["center"][name] for name in gone}  # a few rows may have moved it far away
+            # a few rows may have moved it far away
+            values |= {name: search["center"][name] for name in gone}
             if not gone:
                 scale = np.where(errors > 0, errors, 1.0)
-                known = {name: float(values[name] * error) for name, error in zip(free, errors, strict=True)}
-                return ConstantsFit(values, known, kept, matrix / np.outer(scale, scale), residual_sd)
+                known = {
+                    name: float(values[name] * error)
+                    for name, error in zip(free, errors, strict=True)
+                }
+                return ConstantsFit(
+                    values, known, kept, matrix / np.outer(scale, scale), residual_sd
+                )
         kept |= gone
         for name, (other, why) in (moot or {}).items():
             if minimum.on_bound.get(name) == "lower":
@@ -185,13 +213,17 @@ def soft_l1(log_residual: FloatArray) -> FloatArray:
     return np.sign(log_residual) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
 
 
-def slopes(log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float) -> FloatArray:
+def slopes(
+    log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float
+) -> FloatArray:
     """Return derivatives by the logarithms of constants, (rows, names), by central differences."""
 
     def moved(name: str, by: float) -> FloatArray:
         return log_residual({**values, name: values[name] * np.exp(by)})
 
-    return np.stack([(moved(name, step) - moved(name, -step)) / (2.0 * step) for name in names], axis=1)
+    return np.stack(
+        [(moved(name, step) - moved(name, -step)) / (2.0 * step) for name in names], axis=1
+    )
 
 
 def gauss_newton(slopes: FloatArray, residual_sd: float) -> FloatArray:

@@ -18,14 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import HOST_KINDS, NORMS, Device, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import (
+    HOST_KINDS,
+    NORMS,
+    Device,
+    Operator,
+    OutOfMemory,
+    Unsupported,
+)
 from calibration.measure.timing import WARM_VALUES, Protocol, measure
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
 from simulator.uncertainty.factors import Uncertainty, correlation
 
 FIT, HOLDOUT, EXACT, DRIFT_CHECK = "fit", "holdout", "exact", "drift_check"
-HOLDOUT_SHARE = 0.2  # held-out share of the (n, k) groups of a base plan, and of the items without such a group
+# held-out share of the (n, k) groups of a base plan, and of the items without such a group
+HOLDOUT_SHARE = 0.2
 DRIFT_CHECK_EVERY = 20  # items between two drift checks
 
 # Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds.
@@ -60,12 +68,15 @@ LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096,
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
 # fmt: on
-LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)  # caches so short that a copy takes no longer than a launch
-SELECTED = (8, 32, 64, 256, 1024, 2048)  # numbers of scores of a selection: groups, blocks, positions
+# caches so short that a copy takes no longer than a launch
+LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)
+# numbers of scores of a selection: groups, blocks, positions
+SELECTED = (8, 32, 64, 256, 1024, 2048)
 
 _MOST_ORDERED = 600  # points ordered at a time: the cost grows with the square of the number
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
-_WIDTH_ROWS = 96  # calls of one head width before the next width: a fit needs 20, and a short plan ends early
+# calls of one head width before the next width: a fit needs 20, and a short plan ends early
+_WIDTH_ROWS = 96
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
@@ -77,10 +88,13 @@ class Rates:
     setup_s: float = 0.05  # time to prepare an operator
     memory_bytes: float = math.inf  # largest footprint of a planned operator
     noise: float = 0.0  # relative standard deviation of one sample
-    compile_s: float = 0.0  # time to compile a kernel of block-sparse attention, once per :func:`compilation`
+    # time to compile a kernel of block-sparse attention, once per :func:`compilation`
+    compile_s: float = 0.0
 
     def launch_s(self, op: Operator) -> float:
-        return self.floor_s * op.launches + max(op.flops / self.flop_per_s, op.bytes / self.bytes_per_s)
+        return self.floor_s * op.launches + max(
+            op.flops / self.flop_per_s, op.bytes / self.bytes_per_s
+        )
 
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
@@ -125,7 +139,9 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
             return None
         setups.append(device.clock() - start)
         timing = measure(prepared.sample, quick, device.clock)
-        noises.append(1.48 * statistics.median(abs(s / timing.median_s - 1.0) for s in timing.samples_s))
+        noises.append(
+            1.48 * statistics.median(abs(s / timing.median_s - 1.0) for s in timing.samples_s)
+        )
         return timing.median_s
 
     flop_per_s = 0.0
@@ -138,7 +154,9 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
                 break
     if not flop_per_s:
         formats = ", ".join(device.dtypes())
-        raise Unsupported(f"dtype {dtype}: device {device.name} cannot run a square GEMM; supported: {formats}")
+        raise Unsupported(
+            f"dtype {dtype}: device {device.name} cannot run a square GEMM; supported: {formats}"
+        )
     copy = Operator("copy", dtype, n=1 << 26)
     copied = time_of(copy)
     floor = time_of(Operator("launch_eager", dtype, cold=False)) or 5e-6
@@ -146,12 +164,16 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
     thin = Operator("gemm", dtype, m=8, n=2048, k=2048)
     seconds = time_of(thin)
     if seconds is not None and seconds > 50.0 * floor:
-        bytes_per_s = min(bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds))
+        bytes_per_s = min(
+            bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds)
+        )
     # the median, because the first preparation in a number format also fills memory with random data
     setup = max(1e-3, 1.5 * statistics.median(setups))
     memory_bytes = device.describe().memory_bytes or float("inf")
     compile_s = FLEX_COMPILE_S if device.name.startswith("cuda") else 0.0
-    return Rates(flop_per_s, bytes_per_s, floor, setup, memory_bytes, statistics.median(noises), compile_s)
+    return Rates(
+        flop_per_s, bytes_per_s, floor, setup, memory_bytes, statistics.median(noises), compile_s
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +186,8 @@ class Item:
 @dataclass(frozen=True)
 class MeasurementPlan:
     items: tuple[Item, ...]
-    drift_check: Operator  # measured first and after every :data:`DRIFT_CHECK_EVERY` items, to detect drift
+    # measured first and after every :data:`DRIFT_CHECK_EVERY` items, to detect drift
+    drift_check: Operator
     seed: int = 0
     budget_s: float = math.inf
     # Rounds over the items, each in another order. Other work on a shared machine slows a measurement down for seconds
@@ -180,7 +203,9 @@ class MeasurementPlan:
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
-        return dict(sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items()))
+        return dict(
+            sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items())
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +217,10 @@ class _Budget:
     compiled: set[Any] = field(default_factory=set)  # compilations of the taken operators
 
     def fits(self, op: Operator) -> bool:
-        if self.rates.launch_s(op) > self.protocol.time_limit_s / 12.0 or op.footprint_bytes > self.rates.memory_bytes:
+        if (
+            self.rates.launch_s(op) > self.protocol.time_limit_s / 12.0
+            or op.footprint_bytes > self.rates.memory_bytes
+        ):
             return False
         return op.key not in self.taken and not self.refuses(op)
 
@@ -250,14 +278,20 @@ def base_plan(
         left += budget.fill(operators, rest) if rest > 0.0 else rest
     budget.fill(gemm_stream(dtype, rng, budget.fits), left)
     if not any(item.operator.kind == "gemm" for item in budget.taken.values()):
-        raise InputError(f"budget: {budget_s:g} s are too short for one GEMM in {dtype}; increase it")
+        raise InputError(
+            f"budget: {budget_s:g} s are too short for one GEMM in {dtype}; increase it"
+        )
     items = split_holdout([*budget.taken.values()], rng)
-    return MeasurementPlan(_shuffled(items, seed), drift_check_operator(rates, dtype, protocol), seed, budget_s)
+    return MeasurementPlan(
+        _shuffled(items, seed), drift_check_operator(rates, dtype, protocol), seed, budget_s
+    )
 
 
 def drift_check_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operator:
     """Return a compute-bound GEMM with a precise time: the largest that takes less than half a window."""
-    candidates = [Operator("gemm", dtype, m=size // 2, n=size, k=size) for size in (4096, 2048, 1024, 512)]
+    candidates = [
+        Operator("gemm", dtype, m=size // 2, n=size, k=size) for size in (4096, 2048, 1024, 512)
+    ]
     short = [op for op in candidates if rates.launch_s(op) <= 0.5 * protocol.min_window_s]
     return short[0] if short else candidates[-1]
 
@@ -294,9 +328,13 @@ def in_order(
     items: list[Item] = []
     compiled: set[Any] = set()
     for op in unique:
-        items.append(Item(op, EXACT if op.kind == "gemm" else FIT, rates.cost_s(op, protocol, compiled)))
+        items.append(
+            Item(op, EXACT if op.kind == "gemm" else FIT, rates.cost_s(op, protocol, compiled))
+        )
         compiled.add(compilation(op))
-    return MeasurementPlan(tuple(items), drift_check_operator(rates, operators[0].dtype, protocol), seed, budget_s)
+    return MeasurementPlan(
+        tuple(items), drift_check_operator(rates, operators[0].dtype, protocol), seed, budget_s
+    )
 
 
 def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
@@ -305,7 +343,9 @@ def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: i
     covariance of each target with each row (``PassUncertainty.covariance``)."""
     systematic, sd = rows.wide(), rows.correlated
     common = systematic @ systematic.T
-    common += correlation(rows.coordinates, rows.coordinates) * np.outer(sd, sd) * (kind[:, None] == kind)
+    common += (
+        correlation(rows.coordinates, rows.coordinates) * np.outer(sd, sd) * (kind[:, None] == kind)
+    )
     left, targets, order = np.ones(len(sd), dtype=bool), np.array(targets), []
     for _ in range(min(count, len(sd))):
         variance = np.diag(common) + np.maximum(rows.independent, 1e-6)
@@ -322,9 +362,13 @@ def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
     """Shuffle items by seed. Since time may run out, exact shapes come first, then one item per kind of operator."""
     ordered = sorted(items, key=lambda item: item.operator.key)
     mixed = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
-    first = {item.operator.kind: item.operator.key for item in reversed(mixed) if item.purpose != EXACT}
+    first = {
+        item.operator.kind: item.operator.key for item in reversed(mixed) if item.purpose != EXACT
+    }
     early = set(first.values())
-    return tuple(sorted(mixed, key=lambda item: (item.purpose != EXACT, item.operator.key not in early)))
+    return tuple(
+        sorted(mixed, key=lambda item: (item.purpose != EXACT, item.operator.key not in early))
+    )
 
 
 def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
@@ -340,13 +384,18 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
     return order
 
 
-def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]) -> Iterable[Operator]:
+def gemm_stream(
+    dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]
+) -> Iterable[Operator]:
     """Yield GEMMs of widely spread groups (n, k) of a few m, one group in eight misaligned, until nothing more fits."""
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
     # pairs that do not fit with the smallest m are excluded
-    pools = [[(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=1, n=n, k=k))] for pool in (regular, odd)]
+    pools = [
+        [(n, k) for n, k in pool if fits(Operator("gemm", dtype, m=1, n=n, k=k))]
+        for pool in (regular, odd)
+    ]
     turn, gained = 0, True
     while gained:
         gained = False
@@ -355,7 +404,9 @@ def gemm_stream(dtype: str, rng: np.random.Generator, fits: Callable[[Operator],
             pool = orders[1] if turn % _ODD_EVERY == _ODD_EVERY - 1 and orders[1] else orders[0]
             n, k = pool.pop(0)
             usable = [op for m in TOKENS if fits(op := Operator("gemm", dtype, m=m, n=n, k=k))]
-            for stratum in np.array_split(np.arange(len(usable)), min(_GROUP_TOKENS, len(usable)) or 1):
+            for stratum in np.array_split(
+                np.arange(len(usable)), min(_GROUP_TOKENS, len(usable)) or 1
+            ):
                 if len(stratum):
                     gained = True
                     yield usable[int(rng.choice(stratum))]
@@ -366,20 +417,36 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
     """Return up to :data:`_MOST_ORDERED` members of a pool in a spread order, from a random one on."""
     if not pool:
         return []
-    order = spread_order(np.log2(np.array(pool, dtype=np.float64)), _MOST_ORDERED, int(rng.integers(len(pool))))
+    order = spread_order(
+        np.log2(np.array(pool, dtype=np.float64)), _MOST_ORDERED, int(rng.integers(len(pool)))
+    )
     return [pool[i] for i in order]
 
 
-def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = True) -> dict[str, Iterable[Operator]]:
-    aligned = [(m, n, k) for m in TOKENS for n in SIZES[3::2] for k in SIZES[3::2] if n % 32 == 0 and k % 64 == 0]
+def other_streams(
+    dtype: str, rng: np.random.Generator, kernels_apart: bool = True
+) -> dict[str, Iterable[Operator]]:
+    aligned = [
+        (m, n, k)
+        for m in TOKENS
+        for n in SIZES[3::2]
+        for k in SIZES[3::2]
+        if n % 32 == 0 and k % 64 == 0
+    ]
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
     prefill = (
         Operator("attention_prefill", dtype, q_len=call["kv_len"], cold=False, **call)
         for call in _calls(BATCHES[:4], rng, kernels_apart)
     )
-    decode = (Operator("attention_decode", dtype, q_len=1, **call) for call in _calls(BATCHES, rng, kernels_apart))
+    decode = (
+        Operator("attention_decode", dtype, q_len=1, **call)
+        for call in _calls(BATCHES, rng, kernels_apart)
+    )
     spots = [
-        _spread([(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])], rng)
+        _spread(
+            [(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])],
+            rng,
+        )
         for role in ELEMENTWISE
     ]
     elementwise = (
@@ -389,17 +456,29 @@ def other_streams(dtype: str, rng: np.random.Generator, kernels_apart: bool = Tr
         if m
     )
     streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
-    return streams | {"attention_decode": decode, "elementwise": elementwise, "pruned": _pruned(dtype, rng)}
+    return streams | {
+        "attention_decode": decode,
+        "elementwise": elementwise,
+        "pruned": _pruned(dtype, rng),
+    }
 
 
 def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
     """Return shapes of attention calls. With ``apart``, head widths take turns that have enough calls for a fit."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
-    pools = [[call for call in every if call[-1] == width] for width in sorted({heads[-1] for heads in HEADS})]
+    pools = [
+        [call for call in every if call[-1] == width]
+        for width in sorted({heads[-1] for heads in HEADS})
+    ]
     orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
     turns = range(0, max(map(len, orders)), _WIDTH_ROWS)
-    calls = (call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS])
-    return [dict(zip(("batch", "kv_len", "heads", "kv_heads", "head_dim"), call, strict=True)) for call in calls]
+    calls = (
+        call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS]
+    )
+    return [
+        dict(zip(("batch", "kv_len", "heads", "kv_heads", "head_dim"), call, strict=True))
+        for call in calls
+    ]
 
 
 def _runtime(dtype: str) -> list[Operator]:
@@ -415,7 +494,9 @@ def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
     """Yield operators that check predictions of sums of plain kernels."""
-    pairs = _spread([(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng)
+    pairs = _spread(
+        [(m, n, k) for m in TOKENS[::4] for n in SIZES[5:28:3] for k in SIZES[5:28:3]], rng
+    )
     lengths = _spread([(s, h) for s in LENGTHS[3:13] for h in (8, 16, 32)], rng)
     for turn, (m, n, k) in enumerate(pairs):
         density = (0.75, 0.5)[turn // 3 % 2]
@@ -425,9 +506,17 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
         elif turn % 3 == 1:
             yield Operator("gather_gemm", dtype, m=m, n=n, k=k, rows=max(1, round(density * m)))
             role, size = ("up", n) if turn // 3 % 4 < 2 else ("down", k)
-            yield Operator("grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role)
+            yield Operator(
+                "grouped_gemm", dtype, m=m, n=n, k=k, block=size // 32, density=density, role=role
+            )
         elif turn // 3 < len(lengths):
             length, h = lengths[turn // 3]
             heads: dict[str, Any] = {"batch": 1, "heads": h, "kv_heads": h // 4, "head_dim": 64}
-            sparse: dict[str, Any] = {"block": (64, 16, 128)[turn // 3 % 3], "density": density, "cold": False}
-            yield Operator("attention_block_sparse", dtype, q_len=length, kv_len=length, **heads, **sparse)
+            sparse: dict[str, Any] = {
+                "block": (64, 16, 128)[turn // 3 % 3],
+                "density": density,
+                "cold": False,
+            }
+            yield Operator(
+                "attention_block_sparse", dtype, q_len=length, kv_len=length, **heads, **sparse
+            )

@@ -37,17 +37,31 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
-from calibration.devices.protocol import CaptureFailed, Device, DeviceLost, Operator, OutOfMemory, Unsupported
+from calibration.devices.protocol import (
+    CaptureFailed,
+    Device,
+    DeviceLost,
+    Operator,
+    OutOfMemory,
+    Unsupported,
+)
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
 from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
 
-SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = "skipped", "unsupported", "refused", "failed", "throttled"
+SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = (
+    "skipped",
+    "unsupported",
+    "refused",
+    "failed",
+    "throttled",
+)
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
-SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192  # a GPU reaches its power limit in about a second
+# a GPU reaches its power limit in about a second
+SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192
 CAPTURE_FAILED, LOST = "capture failed", "device lost"
 
 
@@ -118,7 +132,8 @@ class Counts:
 class Outcome:
     counts: Counts
     elapsed_s: float  # on the device's clock
-    stopped: str  # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...", or ""
+    # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...", or ""
+    stopped: str
     problems: tuple[str, ...]  # one line per operator without a time, and one for drift
 
     @property
@@ -139,14 +154,17 @@ class _Run:
     interrupt: Interrupt
     counts: Counts = field(default_factory=Counts)
     problems: list[str] = field(default_factory=list)
-    reference: tuple[float, float, float] | None = None  # median, lower, upper of the first drift check
+    # median, lower, upper of the first drift check
+    reference: tuple[float, float, float] | None = None
     block: int = 0
     threads: int = 1
     waits: list[float] = field(default_factory=lambda: [WAIT_LIMIT])  # shares of waiting so far
     drifts: list[float] = field(default_factory=list)
-    telemetry: list[Mapping[str, Any]] = field(default_factory=list)  # during the samples of each timed operator
+    # during the samples of each timed operator
+    telemetry: list[Mapping[str, Any]] = field(default_factory=list)
     lost: DeviceLost | None = None  # ends the run after the record of its operator
-    fastest: dict[str, tuple[float, str]] = field(default_factory=dict)  # shortest time per operator, and its status
+    # shortest time per operator, and its status
+    fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
         """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted is raised."""
@@ -169,8 +187,12 @@ class _Run:
             record |= {"status": UNSUPPORTED, "reason": str(error)}
         except InvalidTiming as error:
             record |= {"status": REFUSED, "reason": str(error)}
-        except Exception as error:  # a kernel may raise any exception; one shape must not end a run of hours
-            record |= {"status": FAILED, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+        # a kernel may raise any exception; one shape must not end a run of hours
+        except Exception as error:
+            record |= {
+                "status": FAILED,
+                "reason": f"{type(error).__name__}: {error}".splitlines()[0],
+            }
         return record
 
     def _measure(self, op: Operator, protocol: Protocol, record: dict[str, Any]) -> None:
@@ -187,7 +209,8 @@ class _Run:
             after = self.device.snapshot()
             reasons = throttled(before, after)
             waiting = waited(before, after, timing.elapsed_s, self.threads)
-            share = 0.0 if isinstance(waiting, str) else waiting  # an unknown share is no reason to repeat
+            # an unknown share is no reason to repeat
+            share = 0.0 if isinstance(waiting, str) else waiting
             fields = _timing_fields(timing, before, after, prepared.method) | {"waited": waiting}
             if reasons in ((), UNKNOWN):
                 if not best or share < least:
@@ -270,9 +293,16 @@ def run(
     after every visit with the seconds that have passed and the expected total."""
     budget, protocol = plan.budget_s, protocol or Protocol()
     earlier = list(previous)
-    done = {(str(r["key"]), r.get("visit", 0)) for r in earlier if r.get("purpose") != DRIFT_CHECK and "key" in r}
+    done = {
+        (str(r["key"]), r.get("visit", 0))
+        for r in earlier
+        if r.get("purpose") != DRIFT_CHECK and "key" in r
+    }
     timed = {r.get("key") for r in earlier if r.get("median_s") is not None}
-    todo = [[i for i in plan.order(visit) if (i.operator.key, visit) not in done] for visit in range(plan.visits)]
+    todo = [
+        [i for i in plan.order(visit) if (i.operator.key, visit) not in done]
+        for visit in range(plan.visits)
+    ]
     waiting_s = sum(item.cost_s for items in todo for item in items)
     start = device.clock()
     description = device.describe()
@@ -280,7 +310,9 @@ def run(
     spent_s = expected_s = 0.0
     with Interrupt() as flag:
         threads = description.stack.get("threads", "1")
-        state = _Run(device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1)
+        state = _Run(
+            device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1
+        )
         counts = state.counts
         counts.resumed = len(plan.items) - len(todo[0])
         state.reference, state.block = _first_check(earlier)
@@ -288,15 +320,20 @@ def run(
         try:
             if any(todo):
                 state.check_drift(plan.drift_check)
-            for visit, item in ((visit, item) for visit, items in enumerate(todo) for item in items):
+            for visit, item in (
+                (visit, item) for visit, items in enumerate(todo) for item in items
+            ):
                 if flag.requested:
                     raise Interrupted
                 waiting_s -= item.cost_s
                 if visit and item.operator.key not in timed:
-                    continue  # an operator without a time in the first visit has none in later visits
+                    # an operator without a time in the first visit has none in later visits
+                    continue
                 elapsed = device.clock() - start
                 # estimates are rough at first and accurate after about 20 items, so both are combined
-                pace = (spent_s + 5.0 * protocol.time_limit_s) / (expected_s + 5.0 * protocol.time_limit_s)
+                pace = (spent_s + 5.0 * protocol.time_limit_s) / (
+                    expected_s + 5.0 * protocol.time_limit_s
+                )
                 expected = max(item.cost_s, 1e-3)
                 if elapsed + pace * expected > budget * (visit + 1) / plan.visits:
                     stopped = "budget"
@@ -314,14 +351,18 @@ def run(
                     raise state.lost
                 failures = failures + 1 if status == FAILED else 0
                 if failures >= _FAILURES_IN_A_ROW:
-                    raise DeviceLost(f"{failures} operators in a row failed; the last: {state.problems[-1]}")
+                    raise DeviceLost(
+                        f"{failures} operators in a row failed; the last: {state.problems[-1]}"
+                    )
                 since_check += 1
                 if since_check >= DRIFT_CHECK_EVERY:
                     state.check_drift(plan.drift_check)
                     since_check = 0
                 if progress is not None:
                     now = device.clock() - start
-                    left_s = min(max(waiting_s, 0.0) * (spent_s / expected_s), max(budget - now, 0.0))
+                    left_s = min(
+                        max(waiting_s, 0.0) * (spent_s / expected_s), max(budget - now, 0.0)
+                    )
                     progress(round(now), max(round(now + left_s), 1))
             if since_check:
                 state.check_drift(plan.drift_check)
@@ -338,7 +379,9 @@ def run(
         state.problems.append(drifted)
     if capped := sum(power_capped(state.telemetry)):
         slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
-        state.problems.append(f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged")
+        state.problems.append(
+            f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged"
+        )
     return Outcome(counts, device.clock() - start, stopped, tuple(state.problems))
 
 
@@ -347,20 +390,32 @@ def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
     fall at the power limit; None if it cannot run, or at an interrupt."""
     with Interrupt() as flag:
         try:
-            prepared = device.prepare(Operator("gemm", dtype, m=SUSTAINED_SIZE, n=SUSTAINED_SIZE, k=SUSTAINED_SIZE))
+            prepared = device.prepare(
+                Operator("gemm", dtype, m=SUSTAINED_SIZE, n=SUSTAINED_SIZE, k=SUSTAINED_SIZE)
+            )
             start, series = device.clock(), list[tuple[float, float]]()
             while not flag.requested and device.clock() - start < SUSTAINED_S:
                 series.append((device.clock() - start, prepared.sample(1)))
         except (OutOfMemory, Unsupported, DeviceLost, RuntimeError):
             return None
-    early, late = ([s for at, s in series if low <= at <= high] for low, high in ((0.0, 0.25), (2.0, SUSTAINED_S)))
+    early, late = (
+        [s for at, s in series if low <= at <= high]
+        for low, high in ((0.0, 0.25), (2.0, SUSTAINED_S))
+    )
     if not early or not late:
         return None
     ratio = min(max(statistics.median(late) / statistics.median(early), 1.0), 2.0)
-    return {"type": SUSTAINED, "purpose": SUSTAINED, "ratio": ratio, "samples_s": [s for _, s in series]}
+    return {
+        "type": SUSTAINED,
+        "purpose": SUSTAINED,
+        "ratio": ratio,
+        "samples_s": [s for _, s in series],
+    }
 
 
-def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float, float] | None, int]:
+def _first_check(
+    records: Iterable[Mapping[str, Any]],
+) -> tuple[tuple[float, float, float] | None, int]:
     reference, block = None, 0
     for record in records:
         if record.get("purpose") == DRIFT_CHECK:
@@ -372,10 +427,16 @@ def _first_check(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, flo
 
 def _interval(record: Mapping[str, Any]) -> tuple[float, float, float]:
     upper = record.get("upper_s")
-    return float(record["median_s"]), float(record["lower_s"]), math.inf if upper is None else float(upper)
+    return (
+        float(record["median_s"]),
+        float(record["lower_s"]),
+        math.inf if upper is None else float(upper),
+    )
 
 
-def _timing_fields(timing: Timing, before: Snapshot, after: Snapshot, method: str) -> dict[str, Any]:
+def _timing_fields(
+    timing: Timing, before: Snapshot, after: Snapshot, method: str
+) -> dict[str, Any]:
     return {
         **vars(timing),
         "samples_s": list(timing.samples_s),

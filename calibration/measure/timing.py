@@ -32,7 +32,8 @@ class InvalidTiming(ValueError):
 @dataclass(frozen=True)
 class Protocol:
     min_window_s: float = 2e-3  # minimum duration of one sample; launches are repeated to reach it
-    precision: float = 0.01  # relative half-width of the 95 % interval of the median at which the measurement stops
+    # relative half-width of the 95 % interval of the median at which the measurement stops
+    precision: float = 0.01
     min_samples: int = 8  # the interval needs at least 6
     max_samples: int = 400
     time_limit_s: float = 2.0  # the measurement then ends; it is noisy if it missed the precision
@@ -79,7 +80,11 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
         raise ValueError("median_interval: expected at least one sample, got none")
     rank = interval_rank(int(values.size))
     median = float(np.median(values))
-    return (median, float(values[rank - 1]), float(values[values.size - rank])) if rank else (median, 0.0, math.inf)
+    return (
+        (median, float(values[rank - 1]), float(values[values.size - rank]))
+        if rank
+        else (median, 0.0, math.inf)
+    )
 
 
 def _noise(values: NDArray[np.float64]) -> float:
@@ -107,7 +112,9 @@ def is_warm(values: Sequence[float], tolerance: float) -> bool:
 def checked(seconds: float) -> float:
     value = float(seconds)
     if not math.isfinite(value) or value <= 0.0:
-        raise InvalidTiming(f"timing: expected a finite number of seconds above zero, got {value!r}")
+        raise InvalidTiming(
+            f"timing: expected a finite number of seconds above zero, got {value!r}"
+        )
     return value
 
 
@@ -157,7 +164,9 @@ def measure(sample: Sample, protocol: Protocol, clock: Callable[[], float]) -> T
     reasons = [] if warm else [f"not steady within {0.5 * p.time_limit_s:g} s"]
     if not precise:
         width = (upper - lower) / (2.0 * median)
-        reasons.append(f"median known to {width:.1%}, target {p.precision:.1%}, after {len(values)} samples")
+        reasons.append(
+            f"median known to {width:.1%}, target {p.precision:.1%}, after {len(values)} samples"
+        )
     return Timing(
         samples_s=tuple(values),
         warmup_s=tuple(warmup),

@@ -66,7 +66,9 @@ def read_tables(file: str) -> dict[str, dict[str, Any]]:
 
 @lru_cache(maxsize=3)  # parsing takes as long as reading several tables
 def _parsed(text: str) -> dict[str, dict[str, Any]]:
-    index: dict[str, dict[str, Any]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["tables"]
+    index: dict[str, dict[str, Any]] = yaml.load(
+        text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )["tables"]
     return index
 
 

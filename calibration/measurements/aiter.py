@@ -38,7 +38,10 @@ PER_OCTAVE = 16.0  # kept numbers of tokens per doubling: some (n, k) have 15 of
 _SIZES = ("m", "n", "k")
 _METHOD = "aiter tuner: mean kernel time of a profiler, 101 calls on rotated operands; fastest kernel per shape"
 # profile -> target of its compiler, and the GPUs that have it; the file does not distinguish them
-_GPUS = {"mi300x": ("gfx942", "AMD Instinct MI300X or MI325X"), "mi355x": ("gfx950", "AMD Instinct MI350X or MI355X")}
+_GPUS = {
+    "mi300x": ("gfx942", "AMD Instinct MI300X or MI325X"),
+    "mi355x": ("gfx950", "AMD Instinct MI350X or MI355X"),
+}
 _REARRANGED = "a8w8_blockscale_bpreshuffle"
 # kind and format of the weights -> number format; kinds of fewer than 400 rows per GPU (int8, a8w8 in fp8) are excluded
 _FORMATS: Mapping[tuple[str, str], str] = {
@@ -49,7 +52,9 @@ _FORMATS: Mapping[tuple[str, str], str] = {
 }
 TABLES: Mapping[str, SelectedTable] = {
     "mi300x/gemm/aiter": SelectedTable("mi300x", "aiter", "aiter/configs", ships=("fp8_block",)),
-    "mi355x/gemm/aiter": SelectedTable("mi355x", "aiter", "aiter/configs", ships=("bf16", "fp8", "fp8_block")),
+    "mi355x/gemm/aiter": SelectedTable(
+        "mi355x", "aiter", "aiter/configs", ships=("bf16", "fp8", "fp8_block")
+    ),
 }
 
 
@@ -57,9 +62,15 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
     content, hardware = read_bounded(folder / FILE), TABLES[name].hardware
     target, device = _GPUS[hardware]
     table = csv.read_csv(gzip.decompress(content), FILE)
-    cells = {column: np.array(table.column(column)) for column in ("gfx", "kind", "w_dtype", "lib", *_SIZES, "us")}
+    cells = {
+        column: np.array(table.column(column))
+        for column in ("gfx", "kind", "w_dtype", "lib", *_SIZES, "us")
+    }
     cells = {column: values[cells["gfx"] == target] for column, values in cells.items()}
-    names = [_FORMATS.get(key, "") for key in zip(cells["kind"].tolist(), cells["w_dtype"].tolist(), strict=True)]
+    names = [
+        _FORMATS.get(key, "")
+        for key in zip(cells["kind"].tolist(), cells["w_dtype"].tolist(), strict=True)
+    ]
     columns: dict[str, Array] = {column: cells[column].astype(np.float64) for column in _SIZES}
     columns["seconds"] = 1e-6 * cells["us"].astype(np.float64)
     labels = np.array(names)
@@ -96,7 +107,9 @@ def _screen(labels: Array, rearranged: Array, columns: Mapping[str, Array]) -> S
     order = order[screen.kept[order]]
     bins = {
         "timed again, and slower": m,
-        f"another number of tokens within 1/{PER_OCTAVE:g} octave": np.floor(PER_OCTAVE * np.log2(m)),
+        f"another number of tokens within 1/{PER_OCTAVE:g} octave": np.floor(
+            PER_OCTAVE * np.log2(m)
+        ),
     }
     for reason, column in bins.items():
         shapes = np.stack([np.unique(labels, return_inverse=True)[1], n, k, column])[:, order]

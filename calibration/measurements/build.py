@@ -23,7 +23,14 @@ import yaml
 
 from calibration.measurements import FOLDER, INDEX, PUBLISHED, aiter, file_name, infersim
 from calibration.measurements.infersim import SOURCES
-from calibration.measurements.wheel import CHOICES, PACKAGE, WHEEL_SHA256, open_wheel, read_choice, shipped_part
+from calibration.measurements.wheel import (
+    CHOICES,
+    PACKAGE,
+    WHEEL_SHA256,
+    open_wheel,
+    read_choice,
+    shipped_part,
+)
 from calibration.records.timing_table import write_records
 from simulator.files.csv import csv_text
 from simulator.files.write import write_whole
@@ -41,7 +48,9 @@ MODELS: Mapping[str, str] = {
     "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
 }
 FP8_CACHE = "meta-llama/Llama-3.1-70B"
-CACHE_ASSUMED = "the cache's format is not stated: fp8, with which errors do not grow with the concurrency"
+CACHE_ASSUMED = (
+    "the cache's format is not stated: fp8, with which errors do not grow with the concurrency"
+)
 HARDWARE = ("h100_sxm", "h200_sxm", "b200_sxm")
 ENGINES = ("trtllm", "sglang", "vllm")
 
@@ -67,9 +76,22 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
                 left |= more
             else:
                 reader = aiter if name in aiter.TABLES else infersim
-                package, path, owner, licence = reader.REPOSITORY, choice.path, reader.COPYRIGHT, reader.LICENCE
-                records, left, refusals = reader.read_table(name, others if reader is aiter else others / "h20")
-            extra = {"name": name, "package": package, "copyright": owner, "licence": licence, "modified": "see NOTICE"}
+                package, path, owner, licence = (
+                    reader.REPOSITORY,
+                    choice.path,
+                    reader.COPYRIGHT,
+                    reader.LICENCE,
+                )
+                records, left, refusals = reader.read_table(
+                    name, others if reader is aiter else others / "h20"
+                )
+            extra = {
+                "name": name,
+                "package": package,
+                "copyright": owner,
+                "licence": licence,
+                "modified": "see NOTICE",
+            }
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
             source, labels = records.sources[0], records.labels().astype(str)
@@ -88,7 +110,11 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
         served = serving_table(archive)
     content = csv_text(served).encode()
     write_whole(folder / PUBLISHED["serving"], content)
-    serving = {"file": PUBLISHED["serving"], "rows": len(served), "left_out": dict(why_left_out(served))}
+    serving = {
+        "file": PUBLISHED["serving"],
+        "rows": len(served),
+        "left_out": dict(why_left_out(served)),
+    }
     index = {
         "package": PACKAGE,
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
@@ -130,13 +156,24 @@ def _origin_of(content: bytes, path: str, owner: str, licence: str) -> dict[str,
 
 def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
     with archive.open(MEMBER) as file:
-        rows = [row for run in csv.DictReader(io.TextIOWrapper(file, "utf-8")) if (row := _served(run))]
+        rows = [
+            row for run in csv.DictReader(io.TextIOWrapper(file, "utf-8")) if (row := _served(run))
+        ]
     distinct = {tuple(row.values()): row for row in rows}
-    texts, numbers = ("engine", "version", "model", "hardware", "weight_dtype"), ("devices", "seq", "new_tokens")
+    texts, numbers = (
+        ("engine", "version", "model", "hardware", "weight_dtype"),
+        ("devices", "seq", "new_tokens"),
+    )
 
     def order(row: Mapping[str, str]) -> tuple[object, ...]:
         sizes = (int(row[name]) for name in (*numbers, "concurrency"))
-        return (*(row[name] for name in texts), *sizes, row["source"], float(row["ttft_s"]), float(row["tpot_s"]))
+        return (
+            *(row[name] for name in texts),
+            *sizes,
+            row["source"],
+            float(row["ttft_s"]),
+            float(row["tpot_s"]),
+        )
 
     return sorted(distinct.values(), key=order)
 
@@ -148,12 +185,16 @@ def _served(run: Mapping[str, str]) -> dict[str, str]:
     path, engine, version, source = (
         run[name] for name in ("model_path", "backend", "backend_version", "silicon_data_source")
     )
-    selected = run["mode"] == "agg" and engine in ENGINES and run["system"] in HARDWARE and path in MODELS
+    selected = (
+        run["mode"] == "agg" and engine in ENGINES and run["system"] in HARDWARE and path in MODELS
+    )
     if not selected or float(run["pp_size"]) != 1:
         return {}
     parallel = "tensor"
     if "235B" in path:  # devices share the routed experts
-        devices, tensor, expert = (float(run[name] or 0) for name in ("tp_size", "moe_tp_size", "moe_ep_size"))
+        devices, tensor, expert = (
+            float(run[name] or 0) for name in ("tp_size", "moe_tp_size", "moe_ep_size")
+        )
         if devices not in (tensor, expert):
             return {}  # attention and experts run on different numbers of devices
         parallel = "tensor" if tensor == devices else "expert"
@@ -166,7 +207,8 @@ def _served(run: Mapping[str, str]) -> dict[str, str]:
     fp8 = run["gemm_quant_mode"] == "fp8"
     if (engine, version, fp8) == ("vllm", "0.12.0", True) or version.startswith("1.2.0rc6"):
         left_out = CACHED
-    file = source.split(";")[0].removeprefix("source_file=").rpartition("/data/")[2]  # without the folders
+    # without the folders
+    file = source.split(";")[0].removeprefix("source_file=").rpartition("/data/")[2]
     measured = re.search(r"measured=(\d{4}-\d{2}-\d{2})", source)
     return {
         "engine": engine,
@@ -197,7 +239,9 @@ def main() -> None:
     about = f"Make the shipped measurement tables from {PACKAGE}, {infersim.REPOSITORY} and {aiter.REPOSITORY}"
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("others", type=Path, help=f"folder of h20 (the files of InferSim) and {aiter.FILE}")
+    parser.add_argument(
+        "others", type=Path, help=f"folder of h20 (the files of InferSim) and {aiter.FILE}"
+    )
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the tables")
     arguments = parser.parse_args()
     for name, entry in build(arguments.wheel, arguments.others, arguments.output).items():

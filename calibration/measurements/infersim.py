@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from calibration.measurements import aiter, read_tables
-from calibration.measurements.wheel import CHOICES, SelectedTable, beaten, datasheet, exclude, in_order
+from calibration.measurements.wheel import (
+    CHOICES,
+    SelectedTable,
+    beaten,
+    datasheet,
+    exclude,
+    in_order,
+)
 from calibration.records.importers import Draft, finish
 from calibration.records.screening import Refusals, Screen
 from calibration.records.timing_table import Flag, Records, Source
@@ -37,14 +44,18 @@ DEVICE = "NVIDIA H20"
 # a call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are the host's time
 CALL_S = 40e-6
 STALL = 1.15  # a row with this many times the time of a row of more work was disturbed: 2 of 375
-AROUND_MEAN = -0.3  # skew of the rule that distributes tokens to experts (simulator.operators.experts.dealt_load)
-FEWEST = 4  # experts from which the number of tokens is known within 9 %, the standard deviation of what was drawn
+# skew of the rule that distributes tokens to experts (simulator.operators.experts.dealt_load)
+AROUND_MEAN = -0.3
+# experts from which the number of tokens is known within 9 %, the standard deviation of what was drawn
+FEWEST = 4
 _HEADS = ("heads", "kv_heads", "head_dim")
 
 
 _METHODS = read_tables("infersim.yaml")
 TABLES: Mapping[str, SelectedTable] = {
-    name: SelectedTable("h20", name.split("/")[2], " and ".join(about["files"]), ships=tuple(about["ships"]))
+    name: SelectedTable(
+        "h20", name.split("/")[2], " and ".join(about["files"]), ships=tuple(about["ships"])
+    )
     for name, about in _METHODS.items()
 }
 # every table that profiles are fitted on, by device/operator/stack
@@ -54,10 +65,17 @@ SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES, **aiter.TABLES}
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
     operator, about = name.split("/")[1], _METHODS[name]
     contents = [read_bounded(folder / file) for file in about["files"]]
-    tables = [csv.read_csv(content, file) for content, file in zip(contents, about["files"], strict=True)]
+    tables = [
+        csv.read_csv(content, file) for content, file in zip(contents, about["files"], strict=True)
+    ]
     shared = set(tables[0].header).intersection(*(table.header for table in tables))
-    cells = {column: np.array([cell for table in tables for cell in table.column(column)]) for column in shared}
-    columns, screen = _experts(cells) if operator == "experts" else _columns(operator, cells, about["columns"])
+    cells = {
+        column: np.array([cell for table in tables for cell in table.column(column)])
+        for column in shared
+    }
+    columns, screen = (
+        _experts(cells) if operator == "experts" else _columns(operator, cells, about["columns"])
+    )
     for column, value in (("operator", operator), ("launch", about["launch"])):
         columns[column] = np.full(len(columns["seconds"]), value, dtype=object)
     source = Source(
@@ -70,7 +88,9 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
         licence=LICENCE,
     )
     found = finish(Draft(columns, (source,), screen), label=about["files"][0], hw=datasheet("h20"))
-    r, left = exclude(found.records, {"timed twice, over 10 % apart": found.records.flags & Flag.CONFLICT > 0})
+    r, left = exclude(
+        found.records, {"timed twice, over 10 % apart": found.records.flags & Flag.CONFLICT > 0}
+    )
     return in_order(r, (*_HEADS, "experts", "active", "role")), left, found.refusals
 
 
@@ -86,7 +106,9 @@ def _columns(
     cache = cells.get("kv_dtype", np.full(size, "bf16"))
     columns |= {
         "dtype": np.full(size, "fp8" if gemm else "bf16", dtype=object),
-        "weight_dtype": np.where(cache == "", "bf16", "fp8_block" if gemm else cache).astype(object),
+        "weight_dtype": np.where(cache == "", "bf16", "fp8_block" if gemm else cache).astype(
+            object
+        ),
         "seconds": _numbers(cells["latency_us"]) * 1e-6,
         "cold": np.full(size, gemm),
         "copies": np.full(size, 0.0 if gemm else 1.0),
@@ -95,7 +117,9 @@ def _columns(
     screen.refuse(np.isnan(columns["seconds"]), "the file has no time")
     if operator == "attention_decode":
         calls, stalled = _disturbed(columns)
-        screen.refuse(calls, f"shorter than {CALL_S * 1e6:.0f} us, where calls take the host that long")
+        screen.refuse(
+            calls, f"shorter than {CALL_S * 1e6:.0f} us, where calls take the host that long"
+        )
         screen.refuse(stalled, f"over {STALL:g} times the time of a call of more work")
     return columns, screen
 
@@ -139,5 +163,7 @@ def _experts(cells: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
         "cold": np.ones(size, np.bool_),
     }
     screen = Screen(size)
-    screen.refuse(columns["experts"] < FEWEST, f"under {FEWEST} experts: their number of tokens was drawn")
+    screen.refuse(
+        columns["experts"] < FEWEST, f"under {FEWEST} experts: their number of tokens was drawn"
+    )
     return columns, screen

@@ -28,7 +28,8 @@ from simulator.hardware.schema import profile_from_text
 PACKAGE = "aiconfigurator-core 0.12.0"
 WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
 HEAD_DIMS = (64, 128, 256)  # features per head of the selected attention
-STALL = 5.0  # a call of latent attention that takes over this many times the time of a call of more work was delayed
+# a call of latent attention that takes over this many times the time of a call of more work was delayed
+STALL = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def _choices() -> dict[str, SelectedTable]:
         formats, ships = (tuple(entry.get(key, ())) for key in ("formats", "ships"))
         hardware = {"a100_sxm": "a100_sxm_80gb"}.get(device, device)
         stack = stack.split("-")[0]  # a second table of a stack has its version in its name
-        out[name] = SelectedTable(hardware, stack, entry["path"], formats, ships, entry.get("kernel", ""))
+        out[name] = SelectedTable(
+            hardware, stack, entry["path"], formats, ships, entry.get("kernel", "")
+        )
     return out
 
 
@@ -75,11 +78,15 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if digest != WHEEL_SHA256:
-        raise InputError(f"{path}: expected the wheel of {PACKAGE} with SHA-256 {WHEEL_SHA256}, got {digest}")
+        raise InputError(
+            f"{path}: expected the wheel of {PACKAGE} with SHA-256 {WHEEL_SHA256}, got {digest}"
+        )
     return zipfile.ZipFile(path)
 
 
-def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> tuple[Records, dict[str, int], Refusals]:
+def read_choice(
+    archive: zipfile.ZipFile, choice: SelectedTable
+) -> tuple[Records, dict[str, int], Refusals]:
     """Return a table's rows, sorted, with times in single precision; excluded and refused rows by reason."""
     hw = datasheet(choice.hardware)
     content = archive.read(choice.member)
@@ -99,14 +106,21 @@ def in_order(records: Records, columns: Sequence[str]) -> Records:
 
 def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
     kernels = np.array([s.kernel for s in records.sources])[records.source]
-    labels, attention = records.labels().astype(str), records.is_operator("attention_prefill", "attention_decode")
+    labels, attention = (
+        records.labels().astype(str),
+        records.is_operator("attention_prefill", "attention_decode"),
+    )
     widths = ", ".join(map(str, HEAD_DIMS))
     reasons = {
-        f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split()) & bool(choice.kernel),
-        f"number format not among {', '.join(choice.formats)}": ~np.isin(labels, choice.formats or labels),
+        f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split())
+        & bool(choice.kernel),
+        f"number format not among {', '.join(choice.formats)}": ~np.isin(
+            labels, choice.formats or labels
+        ),
         f"features per head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
         f"over {STALL:g} times the time of a call of more work": stalled(records),
-        "timed twice, over 10 % apart": records.is_operator(*LATENT) & (records.flags & Flag.CONFLICT > 0),
+        "timed twice, over 10 % apart": records.is_operator(*LATENT)
+        & (records.flags & Flag.CONFLICT > 0),
     }
     return exclude(records, reasons)
 
@@ -132,8 +146,13 @@ def beaten(sizes: Sequence[Array], seconds: Array, factor: float) -> Array:
 
 def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
     other = ~np.isin(records.labels().astype(str), choice.ships)
-    reasons = {f"number format other than {', '.join(choice.ships)}": other, "sliding window": records.window > 0}
-    return exclude(records, {f"in the wheel only: {reason}": mask for reason, mask in reasons.items()})
+    reasons = {
+        f"number format other than {', '.join(choice.ships)}": other,
+        "sliding window": records.window > 0,
+    }
+    return exclude(
+        records, {f"in the wheel only: {reason}": mask for reason, mask in reasons.items()}
+    )
 
 
 def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:

@@ -14,7 +14,15 @@ import numpy as np
 from calibration.records import screening
 from calibration.records.screening import Refusals, Screen
 from calibration.records.store import MARK, content_records, parse, untimed
-from calibration.records.timing_table import COUNTS, LAUNCHES, NEEDED, OPERATORS, Records, Source, records_of_parquet
+from calibration.records.timing_table import (
+    COUNTS,
+    LAUNCHES,
+    NEEDED,
+    OPERATORS,
+    Records,
+    Source,
+    records_of_parquet,
+)
 from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.errors import InputError, one_line, unknown
@@ -23,7 +31,13 @@ from simulator.files.read import parquet_columns, read_bounded, read_parquet
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators.experts import POWER
 
-TIME_UNITS = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns": 1e-9}
+TIME_UNITS = {
+    "seconds": 1.0,
+    "latency_s": 1.0,
+    "latency_ms": 1e-3,
+    "latency_us": 1e-6,
+    "latency_ns": 1e-9,
+}
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
@@ -43,8 +57,10 @@ class Draft:
     columns: Mapping[str, Array]  # columns of ``Records`` over all rows: float64, or names
     sources: tuple[Source, ...]
     screen: Screen  # the rows, with those that the reader refused
-    rotated: bool = False  # whether GEMMs rotated a few copies of their weights; the number is inferred
-    still: bool = False  # whether operands were not random numbers, which saves power and makes arithmetic too fast
+    # whether GEMMs rotated a few copies of their weights; the number is inferred
+    rotated: bool = False
+    # whether operands were not random numbers, which saves power and makes arithmetic too fast
+    still: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -69,7 +85,8 @@ def import_table(
     CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``), and ``device`` is
     the measured device. InputError without a usable row."""
     raw = read_bounded(path) if content is None else content
-    with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinity are refused later
+    # rows with NaN or infinity are refused later
+    with np.errstate(invalid="ignore", over="ignore"):
         draft = _read(raw, Path(path), column_map, device)
     return finish(draft, label=str(path), hw=hw, screened=screened)
 
@@ -81,7 +98,10 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
         if stored is None:
             raise InputError(f"{path}: holds no records")
         lost = ("the last line was incomplete and was dropped",) if stored.dropped else ()
-        left = tuple(f"{count} operators without a time: {reason}" for reason, count in untimed(stored.rows).items())
+        left = tuple(
+            f"{count} operators without a time: {reason}"
+            for reason, count in untimed(stored.rows).items()
+        )
         return _draft_of_records(content_records(stored), lost + left)
     if content[:4] == b"PAR1":
         parquet = read_parquet(content, str(path))
@@ -92,7 +112,9 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
     if path.suffix.lower() == ".parquet":
         raise InputError(f"{path}: not a Parquet file")
     cells = csv.read_csv(content, str(path))
-    table = RawColumns({name: np.array(cells.column(name), dtype=object) for name in cells.header if name}, path)
+    table = RawColumns(
+        {name: np.array(cells.column(name), dtype=object) for name in cells.header if name}, path
+    )
     if column_map is None and set(MEASURED) <= table.keys():
         draft = read_measured(table, digest)
     else:
@@ -106,11 +128,20 @@ def _draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
     return Draft(columns, records.sources, Screen(len(records)), notes=notes)
 
 
-def finish(draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True) -> ImportResult:
-    screen, columns = draft.screen, {name: np.asarray(values) for name, values in draft.columns.items()}
+def finish(
+    draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True
+) -> ImportResult:
+    screen, columns = (
+        draft.screen,
+        {name: np.asarray(values) for name, values in draft.columns.items()},
+    )
     _check_numbers(screen, columns)
     kept = {name: values[screen.kept] for name, values in columns.items()}
-    kept |= {name: kept[name].astype(np.float64).astype(np.int64) for name in (*COUNTS, "copies") if name in kept}
+    kept |= {
+        name: kept[name].astype(np.float64).astype(np.int64)
+        for name in (*COUNTS, "copies")
+        if name in kept
+    }
     sources = [replace(source, file=label) for source in draft.sources]
     records = Records.from_columns(sources, size=int(screen.kept.sum()), **kept)
     if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
@@ -158,24 +189,38 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
             screen.refuse(np.isnan(columns[name]) & needed, f"{name} is missing or not a number")
             # NaN in other rows: the operator does not have this dimension
             values = columns[name] = np.where(np.isnan(columns[name]), 0.0, columns[name])
-            screen.refuse((values != np.floor(values)) | np.isinf(values), f"{name} is not a whole number")
+            screen.refuse(
+                (values != np.floor(values)) | np.isinf(values), f"{name} is not a whole number"
+            )
             screen.refuse(needed & (values < 1), f"{name} is below 1")
             most = 2**31 - 1 if name == "copies" else 2**40
             screen.refuse((values < 0) | (values > most), f"{name} is out of range")
         for name in ("read_bytes", "write_bytes"):
             if name in columns:
-                screen.refuse(~((columns[name] >= 0) & (columns[name] < 2.0**60)), f"{name} is out of range")
+                screen.refuse(
+                    ~((columns[name] >= 0) & (columns[name] < 2.0**60)), f"{name} is out of range"
+                )
         for name, most in (("sample_count", 2**31 - 1), ("flags", 2**15)):
             if name in columns:  # rows with unknown values are kept
-                columns[name] = np.nan_to_num(np.clip(columns[name].astype(np.float64), 0, most), nan=0.0)
+                columns[name] = np.nan_to_num(
+                    np.clip(columns[name].astype(np.float64), 0, most), nan=0.0
+                )
         if "spread" in columns:
             columns["spread"] = np.where(columns["spread"] >= 0, columns["spread"], np.nan)
         if "active" in columns:
             held = np.broadcast_to(columns.get("experts", np.array(0.0)), seconds.shape)
-            wrong = ~((columns["active"] > 0) & (columns["active"] <= held) & (columns["skew"] >= POWER.low))
-            screen.refuse(wrong & (operator == "experts"), "active experts are not among the device's experts")
+            wrong = ~(
+                (columns["active"] > 0)
+                & (columns["active"] <= held)
+                & (columns["skew"] >= POWER.low)
+            )
+            screen.refuse(
+                wrong & (operator == "experts"), "active experts are not among the device's experts"
+            )
         if "density" in columns:
-            screen.refuse(~((columns["density"] > 0) & (columns["density"] <= 1)), "density is not in (0, 1]")
+            screen.refuse(
+                ~((columns["density"] > 0) & (columns["density"] <= 1)), "density is not in (0, 1]"
+            )
     if {"heads", "kv_heads", "q_len", "kv_len"} <= columns.keys():
         attention = np.char.startswith(operator.astype(str), "attention") & screen.kept
         heads, groups = (np.where(attention, columns[name], 1.0) for name in ("heads", "kv_heads"))
@@ -185,7 +230,9 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
 
 # --- tables of aiconfigurator-core
 
-AICONFIGURATOR_METHOD = "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
+AICONFIGURATOR_METHOD = (
+    "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
+)
 # fmt: off
 _AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
     "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "half": ("fp16", "fp16"), "fp8": ("fp8", "fp8"),
@@ -237,11 +284,15 @@ def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
     if kind == "gemm":
         columns |= {name: _number(table[name]) for name in ("m", "n", "k")}
         formats = _texts(table["gemm_dtype"])
-        columns["copies"] = np.where((engine == "VLLM") & np.isin(formats, _AIC_ONE_WEIGHT), 1.0, 6.0)
+        columns["copies"] = np.where(
+            (engine == "VLLM") & np.isin(formats, _AIC_ONE_WEIGHT), 1.0, 6.0
+        )
     elif kind == "collective":
         formats = _texts(table["allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"])
         columns |= {"batch": _number(table["num_gpus"]), "n": _number(table["message_size"])}
-        columns["role"] = np.array([float(ROLES.index(_AIC_COLLECTIVES[name])) for name in operator])
+        columns["role"] = np.array(
+            [float(ROLES.index(_AIC_COLLECTIVES[name])) for name in operator]
+        )
     elif kind == "experts":
         formats = _texts(table["moe_dtype"])
         columns |= _experts(table, kernel, screen)
@@ -255,17 +306,27 @@ def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
         if kind in _AIC_LATENT:
             one_head = (kind == "mla_decode") | (engine == "SGLANG")
             columns["kv_heads"] = np.where(one_head, 1.0, columns["heads"])
-            columns["head_dim"], columns["n"] = (np.full(size, width) for width in _AIC_LATENT[kind])
+            columns["head_dim"], columns["n"] = (
+                np.full(size, width) for width in _AIC_LATENT[kind]
+            )
             absorbed = one_head & (kind == "mla_prefill") & (kernel != "trtllm_mla")
             screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
-    cached = "attention" in kind or kind in _AIC_LATENT  # the second format is that of the cache, else of the weights
-    for name, text in (("dtype", formats), ("weight_dtype", _texts(table["kv_cache_dtype"]) if cached else formats)):
+    # the second format is that of the cache, else of the weights
+    cached = "attention" in kind or kind in _AIC_LATENT
+    for name, text in (
+        ("dtype", formats),
+        ("weight_dtype", _texts(table["kv_cache_dtype"]) if cached else formats),
+    ):
         for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
             screen.refuse(text == other, f"number format {other} is not modelled")
         of_weights = kind in ("gemm", "experts") and name == "weight_dtype"
-        columns[name] = _mapped(text, {theirs: pair[of_weights] for theirs, pair in _AIC_DTYPES.items()})
+        columns[name] = _mapped(
+            text, {theirs: pair[of_weights] for theirs, pair in _AIC_DTYPES.items()}
+        )
     if kind == "collective":
-        columns["n"] = columns["n"] * np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
+        columns["n"] = columns["n"] * np.array(
+            [DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]]
+        )
     # NCCL's version is listed under the engine that contains it
     stack = np.where(kernel == "NCCL", "NCCL", framework)
     keys = np.stack([_texts(table["device"]), stack, _texts(table["version"]), kernel], axis=1)
@@ -276,9 +337,17 @@ def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
     if "beam_width" in table:
         screen.refuse(_number(table["beam_width"]) != 1, "beam search")
     kinds, columns["source"] = _unique_rows(keys)
-    origin = "/".join(table.path.parts[-5:])  # names the collection: system/operator/backend/version/file
-    same = {"method": AICONFIGURATOR_METHOD, "origin": origin, "digest": digest, "licence": "Apache-2.0"}
-    sources = tuple(Source(device, {name: version}, kernel_, **same) for device, name, version, kernel_ in kinds)
+    # names the collection: system/operator/backend/version/file
+    origin = "/".join(table.path.parts[-5:])
+    same = {
+        "method": AICONFIGURATOR_METHOD,
+        "origin": origin,
+        "digest": digest,
+        "licence": "Apache-2.0",
+    }
+    sources = tuple(
+        Source(device, {name: version}, kernel_, **same) for device, name, version, kernel_ in kinds
+    )
     still = kind == "gemm" and bool((engine == "VLLM").any())
     return Draft(columns, sources, screen, rotated=kind == "gemm", still=still)
 
@@ -286,7 +355,8 @@ def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
 # (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's tables mark them
 # (``nongated``); other tables do not, and their times would need 1.5 times the memory's bandwidth
 _NO_GATE = ((5120, 22), (2688, 22), (1856, 6))
-SLOW = 2.0  # largest plausible factor between a time and the times of the same experts at other widths or loads
+# largest plausible factor between a time and the times of the same experts at other widths or loads
+SLOW = 2.0
 MANY = 0.3  # share of slow times above which a whole configuration counts as an untuned kernel
 
 
@@ -294,13 +364,23 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
     """Return columns of experts, timed together on one device with the movement of tokens, without the router. Rows
     that are implausibly slow are refused, with all rows of a configuration that has many of them: a wider expert takes
     at least as long, a narrower one at least its share of that time, or half of it, since its weights may fit in L2."""
-    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
+    names = (
+        "num_tokens",
+        "hidden_size",
+        "inter_size",
+        "topk",
+        "num_experts",
+        "moe_tp_size",
+        "moe_ep_size",
+    )
     m, k, inner, active, experts, tensor, parallel = (_number(table[name]) for name in names)
     known, which = np.unique(np.asarray(table["distribution"]).astype(str), return_inverse=True)
     power = [0.0 if v == "balanced" else _float(v.removeprefix("power_law_")) for v in known]
     skew = np.array(power)[which.reshape(-1)]
     screen.refuse(np.isnan(skew), "tokens distributed by another rule")
-    screen.refuse(parallel != 1, "experts shared among devices: most tokens use no expert of this device")
+    screen.refuse(
+        parallel != 1, "experts shared among devices: most tokens use no expert of this device"
+    )
     plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
     screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
     n = inner / np.maximum(tensor, 1.0)
@@ -314,7 +394,10 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
         slow[at] = seconds[at] > SLOW * least.min(axis=1)
     for at in _grouped(rows, configurations, n, skew):
         slow[at] |= slow[at].mean() > MANY
-    screen.refuse(slow, f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned kernel")
+    screen.refuse(
+        slow,
+        f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned kernel",
+    )
     return {"m": m, "n": n, "k": k, "experts": experts, "active": active, "skew": skew}
 
 
@@ -328,12 +411,16 @@ def _grouped(rows: Array, *keys: Any) -> list[Array]:
 # The collectors of aiconfigurator-core time a layer as an engine runs it: below 16 bits, kernels convert the 16-bit
 # activations first (collector/*/collect_gemm.py). Engines fuse this conversion or not, so a profile needs the product
 # alone. Products of few outputs in 16 bits and in the narrow format differ by the conversion, by m and k.
-NARROW = 256  # output features up to which a product takes less time than the conversion of its activations
-FEW, SHORT = 16, 1024  # tokens and input features up to which the time of a conversion is that of its launches
+# output features up to which a product takes less time than the conversion of its activations
+NARROW = 256
+# tokens and input features up to which the time of a conversion is that of its launches
+FEW, SHORT = 16, 1024
 MOST = 0.65  # share of a row's time above which the conversion leaves too little of the product
 
 
-def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float) -> FloatArray:
+def conversion_s(
+    m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float
+) -> FloatArray:
     """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
     Without conversion, a narrow product takes a ``share`` of the time of the product in 16 bits, after the same launch.
     The additional time of few tokens at large k is the main loop of one tile, not the conversion."""
@@ -341,7 +428,8 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
     few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
     in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
     launch = seconds[wide].min(initial=np.inf)
-    added = defaultdict(list)  # time that a narrow product takes in addition, by tokens and input features
+    # time that a narrow product takes in addition, by tokens and input features
+    added = defaultdict(list)
     for row in np.flatnonzero(few & ~wide):
         tokens, _, inputs = shapes[row]
         if shapes[row] in in_16_bits:
@@ -355,7 +443,10 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
     launches = [time for inputs, times in of_few.items() for time in times if inputs <= SHORT]
     if not launches:
         return out
-    least, loop = np.median(launches), {inputs: np.median(times) for inputs, times in of_few.items()}
+    least, loop = (
+        np.median(launches),
+        {inputs: np.median(times) for inputs, times in of_few.items()},
+    )
     for row in np.flatnonzero(~wide):
         tokens, _, inputs = shapes[row]
         if inputs in loop and (tokens, inputs) in medians:
@@ -365,7 +456,13 @@ def conversion_s(m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array,
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
     m, n, k, seconds = (columns[name] for name in ("m", "n", "k", "seconds"))
-    valid = np.isfinite(m) & np.isfinite(n) & np.isfinite(k) & (seconds > 0) & (np.minimum(m, np.minimum(n, k)) >= 1)
+    valid = (
+        np.isfinite(m)
+        & np.isfinite(n)
+        & np.isfinite(k)
+        & (seconds > 0)
+        & (np.minimum(m, np.minimum(n, k)) >= 1)
+    )
     bytes_ = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]])
     weights = columns["weight_dtype"].astype(str)
     wide = valid & (bytes_ == 2.0) & (weights == columns["dtype"].astype(str))
@@ -377,7 +474,10 @@ def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
         converted[of_format] = np.nan
         converted[rows] = conversion_s(m[rows], n[rows], k[rows], seconds[rows], wide[rows], share)
         converted[wide] = 0.0
-    screen.refuse(valid & np.isnan(converted), "the time includes a conversion of activations that no narrow row tells")
+    screen.refuse(
+        valid & np.isnan(converted),
+        "the time includes a conversion of activations that no narrow row tells",
+    )
     most = valid & (converted > MOST * seconds)
     screen.refuse(most, f"over {100 * MOST:.0f} % of the time is the conversion of activations")
     columns["seconds"] = seconds - np.where(valid & ~most, np.nan_to_num(converted), 0.0)
@@ -385,7 +485,8 @@ def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
 
 # --- the measured tables of the RTX 4090
 
-MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")  # columns that identify such a table
+# columns that identify such a table
+MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")
 
 # hidden size, width of the MLP, and width of k and v of the model of the elementwise rows
 _HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
@@ -410,15 +511,22 @@ def read_measured(table: RawColumns, digest: str) -> Draft:
     size = len(op)
     screen = Screen(size)
     columns: dict[str, Array] = {"seconds": _number(table["latency_us"]) * 1e-6}
-    columns |= {name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table}
+    columns |= {
+        name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table
+    }
     columns.setdefault("m", np.full(size, np.nan))
     for name in np.unique(op[~np.isin(op, [*_KERNELS])]).tolist():
         screen.refuse(op == name, f"{name}: operator is not modelled")
-    kinds, roles, reads, writes = zip(*(_KERNELS.get(name, ("gemm", "", 0.0, 0.0)) for name in op.tolist()))
+    kinds, roles, reads, writes = zip(
+        *(_KERNELS.get(name, ("gemm", "", 0.0, 0.0)) for name in op.tolist())
+    )
     columns["operator"] = np.array(kinds, dtype=object)
     columns["role"] = np.array([float(ROLES.index(role)) if role else -1.0 for role in roles])
     tokens = np.where(columns["operator"] == "elementwise", columns["m"], 0.0)
-    columns |= {"read_bytes": tokens * 2.0 * np.array(reads), "write_bytes": tokens * 2.0 * np.array(writes)}
+    columns |= {
+        "read_bytes": tokens * 2.0 * np.array(reads),
+        "write_bytes": tokens * 2.0 * np.array(writes),
+    }
     kernel_time = np.array(["kernel time" in note for note in table["note"]])
     columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
     # kernel times are from a running model, whose weights and cache come from memory; others are loops over one shape
@@ -433,27 +541,45 @@ def read_measured(table: RawColumns, digest: str) -> Draft:
 # --- other CSV files
 
 _NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
-_SPELT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "float8": "fp8"}
+_SPELT = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "float8": "fp8",
+}
 
 
-def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], device: str = "") -> Draft:
+def read_csv(
+    table: RawColumns, digest: str, column_map: Mapping[str, str], device: str = ""
+) -> Draft:
     """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time contains its unit."""
     path = table.path
-    known = [name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")] + list(TIME_UNITS)
+    known = [
+        name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")
+    ] + list(TIME_UNITS)
     for name, theirs in column_map.items():
         if name not in known:
             raise unknown(f"{path}: column map: column", name, known)
         if theirs not in table:
             raise unknown(f"{path}: column", theirs, table)
-    taken = {**{name: name for name in known if name in table and name not in column_map}, **column_map}
+    taken = {
+        **{name: name for name in known if name in table and name not in column_map},
+        **column_map,
+    }
     times = [name for name in taken if name in TIME_UNITS]
     has = f"the file has {', '.join(table)}"
     if len(times) != 1:
         found = f"found {', '.join(times)}" if times else has
         names = ", ".join(TIME_UNITS)
-        raise InputError(f"{path}: expected one column of times, named or mapped to one of {names}; {found}")
+        raise InputError(
+            f"{path}: expected one column of times, named or mapped to one of {names}; {found}"
+        )
     left = sorted(set(table) - set(taken.values()))
-    columns: dict[str, Array] = {"seconds": _number(table[taken.pop(times[0])]) * TIME_UNITS[times[0]]}
+    columns: dict[str, Array] = {
+        "seconds": _number(table[taken.pop(times[0])]) * TIME_UNITS[times[0]]
+    }
     size = len(columns["seconds"])
     screen = Screen(size)
     for name, theirs in taken.items():
@@ -464,23 +590,32 @@ def read_csv(table: RawColumns, digest: str, column_map: Mapping[str, str], devi
             roles = _chosen(screen, name, text, ("", *ROLES), "")
             columns[name] = np.array([ROLES.index(role) if role else -1.0 for role in roles])
         elif name in _NAMES:
-            spelt = np.array([_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object)
+            spelt = np.array(
+                [_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object
+            )
             columns[name] = _chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
             if not np.isin(spelt.astype(str), _NAMES[name]).any():
                 raise unknown(f"{path}: {name}", str(spelt[0]), _NAMES[name])
         else:
             columns[name] = _number(text)
-    columns.setdefault("operator", np.full(size, "attention_prefill" if "q_len" in columns else "gemm", dtype=object))
+    columns.setdefault(
+        "operator",
+        np.full(size, "attention_prefill" if "q_len" in columns else "gemm", dtype=object),
+    )
     for kind, needed in (("attention", _ATTENTION_SHAPE), ("gemm", ("m", "n", "k"))):
         missing = [name for name in needed if name not in columns]
         if missing and any(str(operator).startswith(kind) for operator in set(columns["operator"])):
             names = ", ".join(missing)
-            raise InputError(f"{path}: {kind} needs the columns {names}; {has} (name them with a column map)")
+            raise InputError(
+                f"{path}: {kind} needs the columns {names}; {has} (name them with a column map)"
+            )
     if "cold" in columns:
         columns["cold"] = columns["cold"] != 0
     for name in ("density", "sample_count", "read_bytes", "write_bytes"):
         if name in columns:
-            columns[name] = np.where(np.isfinite(columns[name]), columns[name], Records.SCHEMA[name][1])
+            columns[name] = np.where(
+                np.isfinite(columns[name]), columns[name], Records.SCHEMA[name][1]
+            )
     source = Source(device=device, origin=path.name, digest=digest)
     notes = (f"columns not used: {', '.join(left)}",) if left else ()
     return Draft(columns, (source,), screen, notes=notes)
@@ -492,7 +627,9 @@ def _mapped(text: Array, names: Mapping[str, str]) -> Array:
 
 
 def _texts(column: Array) -> Array:
-    return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(str)
+    return np.array([one_line(str(value), 200) for value in column.tolist()], dtype=object).astype(
+        str
+    )
 
 
 def _number(column: Array) -> Array:
@@ -508,7 +645,9 @@ def _float(value: Any) -> float:
         return np.nan
 
 
-def _chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
+def _chosen(
+    screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str
+) -> Array:
     bad = ~np.isin(text.astype(str), choices)
     for value in np.unique(text[bad].astype(str)):
         screen.refuse(text == value, f"{name} {str(value)!r} is unknown")

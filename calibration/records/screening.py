@@ -22,16 +22,21 @@ DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above whi
 ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to the megahertz
 # most bytes per clock that an SM reads from L2 (A100: 5120 for 108 SMs; NVIDIA, "A100 Tensor Core GPU Architecture")
 L2_BYTES_PER_CLOCK = 64.0
-UNKNOWN_REPEAT = 0.02  # assumed standard deviation of a repeated measurement: smaller drift is not flagged
+# assumed standard deviation of a repeated measurement: smaller drift is not flagged
+UNKNOWN_REPEAT = 0.02
 _Z90, _Z95 = 1.6449, 1.9600
 
-Refusals = dict[str, list[int]]  # reason -> numbers of the refused rows (1 is the first row of data)
+# reason -> numbers of the refused rows (1 is the first row of data)
+Refusals = dict[str, list[int]]
 
 
 def refusal_lines(refusals: Refusals) -> list[str]:
     out = []
     for reason, rows in refusals.items():
-        some, plural = ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]), "s" * (len(rows) > 1)
+        some, plural = (
+            ", ".join([*map(str, rows[:3]), *["..."] * (len(rows) > 3)]),
+            "s" * (len(rows) > 1),
+        )
         out.append(f"{len(rows)} row{plural}: {reason} (row{plural} {some})")
     return out
 
@@ -58,7 +63,9 @@ class Screen:
 
 
 def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
-    return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, 6).astype(np.int32)
+    return np.clip(np.ceil(l2_bytes / np.asarray(weight_bytes, dtype=np.float64)), 1, 6).astype(
+        np.int32
+    )
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
@@ -68,7 +75,9 @@ def work(records: Records) -> tuple[Array, Array, Array]:
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
     tokens = np.where(r.is_operator("gather_gemm"), r.rows, m)
-    kept = np.where(r.is_operator("gemm_2to4"), 0.5, np.where(r.is_operator("grouped_gemm"), r.density, 1.0))
+    kept = np.where(
+        r.is_operator("gemm_2to4"), 0.5, np.where(r.is_operator("grouped_gemm"), r.density, 1.0)
+    )
     kinds = [
         r.is_operator("gemm", "gemm_2to4", "gather_gemm", "grouped_gemm"),
         r.is_operator("low_rank"),
@@ -76,14 +85,24 @@ def work(records: Records) -> tuple[Array, Array, Array]:
         r.is_operator("experts"),
     ]
     pairs = attention_pairs(r.q_len, r.kv_len, r.window) * r.density
-    width = np.where(r.is_operator(*LATENT), n, r.head_dim) + r.head_dim  # features of a key and its value
+    # features of a key and its value
+    width = np.where(r.is_operator(*LATENT), n, r.head_dim) + r.head_dim
     heads = r.batch * r.heads * width.astype(np.float64)
     flops = [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 2 * heads * pairs]
-    seen = np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
-    cache = r.batch * r.kv_heads * np.where(r.is_operator("mla_decode"), r.head_dim, width) * seen * weight
+    seen = (
+        np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
+    )
+    cache = (
+        r.batch
+        * r.kv_heads
+        * np.where(r.is_operator("mla_decode"), r.head_dim, width)
+        * seen
+        * weight
+    )
     alone = [r.role == ROLES.index(name) for name in ("gate_up", "down")]
     expert = np.select(alone, [2.0, 1.0], 3.0) * n * k  # gate and up, down, or all
-    touched = np.where(r.skew != 0, r.active, np.minimum(m * r.active, r.experts))  # minimum for a power law
+    # minimum for a power law
+    touched = np.where(r.skew != 0, r.active, np.minimum(m * r.active, r.experts))
     weights = [n * k * weight * kept, rank * (n + k) * weight, cache, touched * expert * weight]
     activations = tokens * (n + k) * act
     others = [activations, activations, heads * r.q_len * act, 2 * m * k * act]
@@ -117,8 +136,13 @@ def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
     flops, weights, others = work(records)
     compute = flops / (peaks(records, hw) * hw.clock_headroom)
     l2 = float(hw.l2_bytes)
-    share = np.where(records.copies > 0, l2 / np.maximum(records.copies, 1), np.where(records.cold, 0.0, l2))
-    memory = np.maximum(np.maximum(weights + others - l2, weights - share), 0.0) / hw.bandwidth_bytes_per_s
+    share = np.where(
+        records.copies > 0, l2 / np.maximum(records.copies, 1), np.where(records.cold, 0.0, l2)
+    )
+    memory = (
+        np.maximum(np.maximum(weights + others - l2, weights - share), 0.0)
+        / hw.bandwidth_bytes_per_s
+    )
     feed = (weights + others) / (L2_BYTES_PER_CLOCK * hw.sm_count * hw.max_clock_hz)
     # even if the switch reduces, a device receives or sends all of the payload except its own part
     passed = records.n * (1.0 - 1.0 / np.maximum(records.batch, 1))
@@ -137,7 +161,9 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
     """Return the median time of each shape and source, and the number of joined rows and of conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     rows_of = defaultdict(list)
-    for row, shape in enumerate(records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()):
+    for row, shape in enumerate(
+        records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()
+    ):
         rows_of[shape].append(row)
     seconds, flags, conflicts = records.seconds.copy(), records.flags.copy(), 0
     for rows in rows_of.values():
@@ -149,30 +175,43 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
                 flags[first] |= Flag.CONFLICT
                 conflicts += 1
     kept = np.array([rows[0] for rows in rows_of.values()], dtype=np.int64)
-    return records.replace(seconds=seconds, flags=flags).select(kept), len(records) - len(kept), conflicts
+    return (
+        records.replace(seconds=seconds, flags=flags).select(kept),
+        len(records) - len(kept),
+        conflicts,
+    )
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
     """Return the rows without those whose method (launches, CUDA protocol) differs from most rows of their operator and
     format, with notes: methods differ by 8 to 12 % for short kernels. Imported tables are not changed."""
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
-    protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[r.source]
+    protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[
+        r.source
+    ]
     own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
     for operator, dtype in np.unique(np.stack([r.operator, r.dtype], axis=1)[own], axis=0).tolist():
         rows = np.flatnonzero(own & (r.operator == operator) & (r.dtype == dtype))
         methods = list(zip(protocol[rows].tolist(), r.launch[rows].tolist()))
         counts = Counter(methods)
-        best = max(counts, key=lambda method: (counts[method], method))  # if equal, the newest protocol
+        # if equal, the newest protocol
+        best = max(counts, key=lambda method: (counts[method], method))
         kept[rows[[method != best for method in methods]]] = False
         most = f"the other {counts[best]} by {_method(*best)}; measure them again"
         what = f"{OPERATORS[operator]} {DTYPES[dtype]} rows excluded: timed by"
-        notes += [f"{counts[other]} {what} {_method(*other)}, {most}" for other in sorted(counts) if other != best]
+        notes += [
+            f"{counts[other]} {what} {_method(*other)}, {most}"
+            for other in sorted(counts)
+            if other != best
+        ]
     return r.select(kept), tuple(notes)
 
 
 def _method(protocol: str, launch: int) -> str:
     name = LAUNCHES[launch]
-    words = {"graph": "graph replays", "eager": "single launches"}.get(name, f"a method of launches {name!r}")
+    words = {"graph": "graph replays", "eager": "single launches"}.get(
+        name, f"a method of launches {name!r}"
+    )
     return words + (f" (protocol {protocol})" if protocol else "")
 
 
@@ -181,7 +220,9 @@ def repeatability(records: Records) -> float:
     checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
     group, times = checks.groups(), np.log(checks.seconds)
     same_shape = [times[group == g] for g in np.unique(group)]
-    deviations = [d for found in same_shape if len(found) >= 3 for d in np.abs(found - np.median(found))]
+    deviations = [
+        d for found in same_shape if len(found) >= 3 for d in np.abs(found - np.median(found))
+    ]
     # the median absolute deviation, which one burst of load does not change
     return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
 
@@ -190,7 +231,13 @@ def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
     """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section. A shape
     that was measured several times has the median, and an interval that contains its times."""
     r, code = records, DTYPES.index(dtype)
-    cold_gemm = r.is_operator("gemm") & (r.dtype == code) & (r.weight_dtype == code) & r.cold & (r.copies == 0)
+    cold_gemm = (
+        r.is_operator("gemm")
+        & (r.dtype == code)
+        & (r.weight_dtype == code)
+        & r.cold
+        & (r.copies == 0)
+    )
     exact = r.purpose == PURPOSES.index("exact")
     rows = r.select(cold_gemm & exact & r.timed & ((r.flags & Flag.THROTTLED) == 0))
     if not len(rows):
@@ -216,15 +263,23 @@ def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:
     for (operator, dtype), section in profile.sections.items():
         fitted = operator == "gemm" and section.status == "calibrated" and dtype in DTYPES
         if fitted and (arrays := _allowed(exact_arrays(records, dtype), profile, dtype)):
-            sections["gemm", dtype] = replace(section, arrays=MappingProxyType({**section.arrays, **arrays}))
-    return replace(profile, sections=MappingProxyType(sections)) if sections != profile.sections else profile
+            sections["gemm", dtype] = replace(
+                section, arrays=MappingProxyType({**section.arrays, **arrays})
+            )
+    return (
+        replace(profile, sections=MappingProxyType(sections))
+        if sections != profile.sections
+        else profile
+    )
 
 
 def without_exact(profile: HardwareProfile) -> HardwareProfile:
     sections = dict(profile.sections)
     for key, section in sections.items():
         if "exact_m" in section.arrays:
-            others = {name: values for name, values in section.arrays.items() if name not in EXACT_NAMES}
+            others = {
+                name: values for name, values in section.arrays.items() if name not in EXACT_NAMES
+            }
             sections[key] = replace(section, arrays=MappingProxyType(others))
     return replace(profile, sections=MappingProxyType(sections))
 
@@ -234,5 +289,7 @@ def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> 
     if not arrays or dtype not in profile.rates:
         return {}
     flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]
-    good = arrays["exact_s"] >= flops / (profile.peak_flop_per_s(dtype) * max(1.0, profile.clock_headroom))
+    good = arrays["exact_s"] >= flops / (
+        profile.peak_flop_per_s(dtype) * max(1.0, profile.clock_headroom)
+    )
     return {name: values[good] for name, values in arrays.items()} if good.any() else {}

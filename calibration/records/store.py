@@ -20,7 +20,15 @@ from typing import Any
 
 from calibration.devices.protocol import Operator, elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
-from calibration.records.timing_table import COUNTS, LAUNCHES, PURPOSES, Flag, Records, Source, check_texts
+from calibration.records.timing_table import (
+    COUNTS,
+    LAUNCHES,
+    PURPOSES,
+    Flag,
+    Records,
+    Source,
+    check_texts,
+)
 from simulator.codes import DTYPES, ROLES
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
@@ -28,10 +36,12 @@ from simulator.files.write import check_target
 
 SCHEMA_VERSION = 2  # 2: purpose "drift_check"
 MARK = b'{"prunesim":"records",'
-MOST_STORE_BYTES = 2_000_000_000  # largest file that is read; a record takes about 2 kB, so a million records
+# largest file that is read; a record takes about 2 kB, so a million records
+MOST_STORE_BYTES = 2_000_000_000
 
 _CRC = re.compile(rb',"crc":"([0-9a-f]{8})"\}$')
-_RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')  # a record that ends inside a line: its newline was damaged
+# a record that ends inside a line: its newline was damaged
+_RUN_ON = re.compile(rb'"crc":"[0-9a-f]{8}"\}.')
 
 
 def encode_line(line: Mapping[str, Any]) -> bytes:
@@ -62,15 +72,19 @@ class Header:
     """Subject of a store. Device, stack and dtype identify it; the other fields describe it."""
 
     device: str  # the hardware as it names itself
-    stack: Mapping[str, str] = field(default_factory=dict)  # everything that changes times: framework, driver, threads
+    # everything that changes times: framework, driver, threads
+    stack: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "bf16"  # measured number format
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     started: str = field(default_factory=_now)  # ISO 8601, UTC
-    extra: Mapping[str, Any] = field(default_factory=dict)  # JSON-ready: name of the opened device, memory, plan
+    # JSON-ready: name of the opened device, memory, plan
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+            raise InputError(
+                f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         head = {"prunesim": "records", "schema": SCHEMA_VERSION, **vars(self)}
@@ -82,7 +96,9 @@ class Header:
             raise InputError(f"{label}:1: not a store of records")
         if line.get("schema") != SCHEMA_VERSION:
             other = f"expected schema {SCHEMA_VERSION}, got {line.get('schema')!r:.40}"
-            raise InputError(f"{label}:1: {other}; the records are of another version of prunesim: measure again")
+            raise InputError(
+                f"{label}:1: {other}; the records are of another version of prunesim: measure again"
+            )
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in line]:
             raise InputError(f"{label}:1: the header lacks {', '.join(missing)}")
@@ -99,7 +115,9 @@ class Header:
             pairs[name] = (self.stack.get(name, "none"), other.stack.get(name, "none"))
         for name, (mine, theirs) in pairs.items():
             if mine != theirs:
-                raise InputError(f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file")
+                raise InputError(
+                    f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file"
+                )
 
     def source(self) -> Source:
         method = str(self.extra.get("method", ""))
@@ -121,16 +139,28 @@ def _times(values: Iterable[Any], least: float = 1e-15) -> bool:
 
 # fields of records -> what a run that resumes relies on
 _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("key", "status", "reason", "phase", "runtime", "version"), ("text", lambda v: isinstance(v, str))),
-    **dict.fromkeys(("visit", "block"), ("a whole number from 0", lambda v: type(v) is int and v >= 0)),
-    **dict.fromkeys(("median_s", "upper_s"), ("a time or null", lambda v: v is None or _times([v]))),
+    **dict.fromkeys(
+        ("key", "status", "reason", "phase", "runtime", "version"),
+        ("text", lambda v: isinstance(v, str)),
+    ),
+    **dict.fromkeys(
+        ("visit", "block"), ("a whole number from 0", lambda v: type(v) is int and v >= 0)
+    ),
+    **dict.fromkeys(
+        ("median_s", "upper_s"), ("a time or null", lambda v: v is None or _times([v]))
+    ),
     "lower_s": ("a time or null", lambda v: v is None or _times([v], 0.0)),
     **dict.fromkeys(("seconds", "ratio"), ("a number above 0", lambda v: _times([v]))),
-    **dict.fromkeys(("dense_s", "pruned_s"), ("times", lambda v: isinstance(v, list) and v != [] and _times(v))),
+    **dict.fromkeys(
+        ("dense_s", "pruned_s"), ("times", lambda v: isinstance(v, list) and v != [] and _times(v))
+    ),
     **dict.fromkeys(("versions", "operator"), ("names and values", lambda v: isinstance(v, dict))),
     "kernels": ("names and times", lambda v: isinstance(v, dict) and _times(v.values(), 0.0)),
 }
-_NEEDED = {"engine": ("key", "seconds", "kernels", "version"), "decoder": ("key", "status", "reason", "phase")}
+_NEEDED = {
+    "engine": ("key", "seconds", "kernels", "version"),
+    "decoder": ("key", "status", "reason", "phase"),
+}
 
 
 def _wrong(row: Mapping[str, Any]) -> str:
@@ -160,13 +190,17 @@ def parse(content: bytes, label: str) -> Content | None:
         row = decode_line(line)
         if row is None:
             if number < len(lines) or _RUN_ON.search(line):  # a kill damages only the last line
-                raise InputError(f"{place}: damaged record (its checksum is wrong); restore the file from a copy")
+                raise InputError(
+                    f"{place}: damaged record (its checksum is wrong); restore the file from a copy"
+                )
             dropped = 1
             break
         if header is None:
             header = Header.from_dict(row, label)
         elif "prunesim" in row:
-            raise InputError(f"{place}: second header; keep the runs in separate files: prunesim fit reads several")
+            raise InputError(
+                f"{place}: second header; keep the runs in separate files: prunesim fit reads several"
+            )
         elif (own := row.pop("line", None)) != number:
             order = "lines are missing, repeated or in another order; restore the file from a copy"
             raise InputError(f"{place}: was written as line {own!r:.40}: {order}")
@@ -264,13 +298,17 @@ def _open_locked(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise InputError(f"{path}: another process is writing to this file; wait for it or use another file") from error
+        raise InputError(
+            f"{path}: another process is writing to this file; wait for it or use another file"
+        ) from error
     return fd
 
 
 DRIFT_LIMIT = 0.02  # change of a drift check above which the records around it are flagged
-CLOCK_LIMIT = 0.03  # distance from the highest clock of a run above which rows at the power limit are flagged
-WAIT_LIMIT = 0.05  # largest share of the time a process may wait for a CPU; above it, its timings are not reliable
+# distance from the highest clock of a run above which rows at the power limit are flagged
+CLOCK_LIMIT = 0.03
+# largest share of the time a process may wait for a CPU; above it, its timings are not reliable
+WAIT_LIMIT = 0.05
 _MOST = 2**40  # largest plausible dimension of an operator
 
 
@@ -288,10 +326,13 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
         if isinstance(row.get("operator"), Mapping) and row.get("median_s") is not None
     }
     drifted = _drifted(list(timed.values()))
-    readings = [row["after"] if isinstance(row.get("after"), Mapping) else {} for row in timed.values()]
+    readings = [
+        row["after"] if isinstance(row.get("after"), Mapping) else {} for row in timed.values()
+    ]
     # only GPUs have a power limit
     capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
-    timings: dict[object, dict[str, Any]] = {}  # key: the operator; the number if an operator has one visit
+    # key: the operator; the number if an operator has one visit
+    timings: dict[object, dict[str, Any]] = {}
     for (number, row), slow in zip(timed.items(), capped, strict=True):
         try:
             timing = {**_timing(row, drifted), "line": number + 1}
@@ -300,27 +341,41 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             if key not in timings or timing["seconds"] < timings[key]["seconds"]:
                 timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+            reason = (
+                str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+            )
             raise InputError(f"{place}record {number}: not a timing: {reason}") from None
     return Records.from_rows(timings.values(), [header.source()])
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return which readings under load show the power cap at a clock below the run's highest."""
-    clocks = [clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings]
+    clocks = [
+        clock if isinstance(clock := r.get("clock_hz"), int | float) else math.nan for r in readings
+    ]
     highest = max((clock for clock in clocks if clock == clock), default=math.nan)
     return [
-        isinstance(r.get("throttle"), list) and POWER_CAP in r["throttle"] and clock < (1.0 - CLOCK_LIMIT) * highest
+        isinstance(r.get("throttle"), list)
+        and POWER_CAP in r["throttle"]
+        and clock < (1.0 - CLOCK_LIMIT) * highest
         for r, clock in zip(readings, clocks, strict=True)
     ]
 
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
     """Return the numbers of the drift checks that differ."""
-    checks = [row for row in rows if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)]
+    checks = [
+        row
+        for row in rows
+        if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)
+    ]
     if any(row.get("visit") for row in rows):
         times = sorted(row["median_s"] for row in checks)
-        return {_block(row) for row in checks if row["median_s"] > (1.0 + DRIFT_LIMIT) * times[len(times) // 4]}
+        return {
+            _block(row)
+            for row in checks
+            if row["median_s"] > (1.0 + DRIFT_LIMIT) * times[len(times) // 4]
+        }
     return {_block(row) for row in checks if row.get("drifted")}
 
 
@@ -331,7 +386,9 @@ def _block(row: Mapping[str, Any]) -> int:
 
 def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
     block = _block(row)
-    flags = int({"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(str(row.get("status", "")), 0))
+    flags = int(
+        {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(str(row.get("status", "")), 0)
+    )
     if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
@@ -341,7 +398,11 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
     if not 0.0 < seconds < math.inf:
         raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")
     lower, upper, method = row.get("lower_s"), row.get("upper_s"), str(row.get("method", ""))
-    spread = math.nan if lower is None or upper is None else (float(upper) - float(lower)) / 2.0 / seconds
+    spread = (
+        math.nan
+        if lower is None or upper is None
+        else (float(upper) - float(lower)) / 2.0 / seconds
+    )
     launch = "graph" if method.startswith("events around a graph") else "eager"
     if method in ("", "replayed"):
         launch = LAUNCHES[0]
@@ -350,7 +411,8 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
-        "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method,
+        "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm")
+        and "one kernel" in method,
         "launch": launch,
         "flags": flags,
         "purpose": purpose if purpose in PURPOSES else "",
@@ -361,7 +423,9 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     for name in COUNTS:
         value = operator.get(name, 0)
         if type(value) is not int or not 0 <= value <= _MOST:
-            raise ValueError(f"{name}: expected a whole number from 0 to {_MOST}, got {value!r:.60}")
+            raise ValueError(
+                f"{name}: expected a whole number from 0 to {_MOST}, got {value!r:.60}"
+            )
     op = Operator.from_record(operator)
     names = {*COUNTS, "density", "cold", *(["role"] if op.role in ROLES else [])}
     shape = {name: value for name, value in vars(op).items() if name in names}
@@ -369,12 +433,23 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
     if op.kind.startswith("launch") and op.role == "gemm":
         shape |= {"m": 1, "n": 64, "k": 64}  # the tiny GEMM of a launch measurement
     if op.kind == "elementwise":
-        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(op.role, op.m, op.n, op.element_bytes)
+        shape["read_bytes"], shape["write_bytes"] = elementwise_bytes(
+            op.role, op.m, op.n, op.element_bytes
+        )
     if op.kind == "copy":
         shape["read_bytes"] = shape["write_bytes"] = float(op.n)
     return shape
 
 
 def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    left = (row for row in rows if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None)
-    return dict(Counter(": ".join(str(row[name]) for name in ("status", "reason") if row.get(name)) for row in left))
+    left = (
+        row
+        for row in rows
+        if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None
+    )
+    return dict(
+        Counter(
+            ": ".join(str(row[name]) for name in ("status", "reason") if row.get(name))
+            for row in left
+        )
+    )

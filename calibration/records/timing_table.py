@@ -24,7 +24,10 @@ from simulator.files.read import load_pyarrow, read_bounded, read_parquet
 
 T = TypeVar("T", bound="Records")
 
-_MLA = {name.replace("attention", "mla"): (*KINDS[name], "n") for name in ("attention_prefill", "attention_decode")}
+_MLA = {
+    name.replace("attention", "mla"): (*KINDS[name], "n")
+    for name in ("attention_prefill", "attention_decode")
+}
 _IMPORTED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts"), **_MLA}
 # Required dimensions of each operator. Collectives (the role is their kind), routed experts and latent attention
 # (mla_: a prompt has separate keys and values, a decode has the latent as both) are imported, never measured here.
@@ -43,13 +46,15 @@ class Flag(IntFlag):
     DRIFT = 4  # the next drift check differed by more than its limit
     CONFLICT = 8  # several timings of this shape differ; the row has their median
     POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
-    WAITED = 32  # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
+    # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
+    WAITED = 32
 
 
 @dataclass(frozen=True)
 class Source:
     device: str  # the hardware as it names itself
-    stack: Mapping[str, str] = field(default_factory=dict)  # software with versions: framework, driver, CUDA, threads
+    # software with versions: framework, driver, CUDA, threads
+    stack: Mapping[str, str] = field(default_factory=dict)
     kernel: str = ""  # the implementation, where the source names it
     method: str = ""  # how times were measured
     origin: str = ""  # file, package or run that the rows were read from
@@ -57,7 +62,8 @@ class Source:
     licence: str = ""  # SPDX name of the licence of the data; empty for your own data
     date: str = ""  # ISO 8601
     run: str = ""  # name of the measuring run; equal shapes of one run are one measurement
-    file: str = field(default="", compare=False)  # path that the rows were read from, for messages; never stored
+    # path that the rows were read from, for messages; never stored
+    file: str = field(default="", compare=False)
 
     @property
     def software(self) -> str:
@@ -90,7 +96,8 @@ class Records(Table):
     # index into ROLES; -1 where the operator has no role, and for all products of experts together
     role: Array = column(np.int16, -1)
     dtype: Array = column(np.int8, DTYPES.index("bf16"))  # activations and arithmetic
-    weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))  # weights, or the K/V cache; dtype by default
+    # weights, or the K/V cache; dtype by default
+    weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))
     m: Array = column(np.int64, 0)  # GEMM, elementwise, experts: tokens
     # GEMM: output features; elementwise: features; copy, collective: bytes; experts, mla: width of an expert, a value
     n: Array = column(np.int64, 0)
@@ -99,7 +106,8 @@ class Records(Table):
     rows: Array = column(np.int64, 0)  # gather_gemm: tokens computed
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices
     q_len: Array = column(np.int64, 0)  # attention: query positions per sequence
-    kv_len: Array = column(np.int64, 0)  # attention: key positions per sequence; the last q_len are the queries
+    # attention: key positions per sequence; the last q_len are the queries
+    kv_len: Array = column(np.int64, 0)
     heads: Array = column(np.int64, 0)
     kv_heads: Array = column(np.int64, 0)
     head_dim: Array = column(np.int64, 0)
@@ -109,15 +117,19 @@ class Records(Table):
     read_bytes: Array = column(np.float64, 0.0)  # elementwise, copy
     write_bytes: Array = column(np.float64, 0.0)
     cold: Array = column(np.bool_, True)  # weights come from memory, not from a cache
-    copies: Array = column(np.int32, 0)  # distinct weights rotated; 0: none stays in the cache (unknown, if not cold)
+    # distinct weights rotated; 0: none stays in the cache (unknown, if not cold)
+    copies: Array = column(np.int32, 0)
     experts: Array = column(np.int64, 0)  # experts on the device
     active: Array = column(np.float64, 0.0)  # experts on the device that a token uses, on average
     # experts: exponent of the power law of their tokens; 0: uniform; negative: minus the largest relative deviation
     # from the mean
     skew: Array = column(np.float64, 0.0)
-    fused: Array = column(np.bool_, False)  # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
-    seconds: Array = column(np.float64, np.nan)  # s, median of the samples (the mean, if the source has no median)
-    spread: Array = column(np.float64, np.nan)  # relative half-width of the median's 95 % interval; NaN: unknown
+    # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
+    fused: Array = column(np.bool_, False)
+    # s, median of the samples (the mean, if the source has no median)
+    seconds: Array = column(np.float64, np.nan)
+    # relative half-width of the median's 95 % interval; NaN: unknown
+    spread: Array = column(np.float64, np.nan)
     sample_count: Array = column(np.int32, 0)  # number of raw samples; 0: unknown
     launch: Array = column(np.int8, 0)  # index into LAUNCHES
     flags: Array = column(np.int32, 0)  # Flag bits
@@ -137,7 +149,9 @@ class Records(Table):
         object.__setattr__(self, "sources", tuple(self.sources))
         if len(self) and not (self.source.min() >= 0 and self.source.max() < len(self.sources)):
             known, most = len(self.sources), self.source.max()
-            raise ValueError(f"records column source: expected indices into {known} sources, got up to {most}")
+            raise ValueError(
+                f"records column source: expected indices into {known} sources, got up to {most}"
+            )
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
@@ -191,14 +205,19 @@ class Records(Table):
         """Return ``file:line`` of a row as far as it is known, then its shape."""
         operator, line = OPERATORS[self.operator[row]], int(self.line[row])
         file = self.sources[self.source[row]].file
-        sizes = (f"{name}={getattr(self, name)[row]}" for name in NEEDED[operator] if name in COUNTS)
+        sizes = (
+            f"{name}={getattr(self, name)[row]}" for name in NEEDED[operator] if name in COUNTS
+        )
         shape = " ".join((operator, str(self.labels()[row]), *sizes))
         return f"{file}{f':{line}' if line else ''}: {shape}" if file else shape
 
     def labels(self) -> Array:
         """Return each row's number format as profiles name it; ``int8_wo`` has int8 weights only."""
         names = np.array(DTYPES, dtype=object)
-        mixed, suffix = self.dtype != self.weight_dtype, np.where(names == "fp8_block", "", "_wo").astype(object)
+        mixed, suffix = (
+            self.dtype != self.weight_dtype,
+            np.where(names == "fp8_block", "", "_wo").astype(object),
+        )
         return np.asarray(np.where(mixed, (names + suffix)[self.weight_dtype], names[self.dtype]))
 
     def of_dtype(self, label: str) -> Records:
@@ -209,14 +228,18 @@ class Records(Table):
 
     def groups(self, *names: str) -> Array:
         """Return the number of each row's group: equal where these columns are equal (default: :data:`SHAPE`)."""
-        table = np.stack([getattr(self, name).astype(np.float64) for name in names or SHAPE], axis=1)
+        table = np.stack(
+            [getattr(self, name).astype(np.float64) for name in names or SHAPE], axis=1
+        )
         if not len(table):
             return np.zeros(0, dtype=np.int64)
         _, inverse = np.unique(table, axis=0, return_inverse=True)
         return np.asarray(inverse, dtype=np.int64).reshape(-1)
 
     def digest(self) -> str:
-        sha = hashlib.sha256(json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode())
+        sha = hashlib.sha256(
+            json.dumps([s.as_dict() for s in self.sources], sort_keys=True).encode()
+        )
         for name in self.SCHEMA:
             if name != "line" and (name not in LATER or getattr(self, name).any()):
                 sha.update(name.encode() + np.ascontiguousarray(getattr(self, name)).tobytes())
@@ -237,7 +260,9 @@ _KEY = b"prunesim.records"
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False) -> bytes:
+def write_records(
+    records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False
+) -> bytes:
     """Return a table as the bytes of a Parquet file. ``extra`` is JSON-ready metadata; ``single`` stores times as
     float32, whose rounding is below the noise of clocks."""
     pa, pq = load_pyarrow()
@@ -247,19 +272,34 @@ def write_records(records: Records, *, extra: Mapping[str, Any] | None = None, s
         values = getattr(records, name)
         if name == "line" or (name in LATER and not values.any()):
             continue
-        if len(values) and name != "seconds" and (np.all(values == values[0]) or np.all(values != values)):
+        if (
+            len(values)
+            and name != "seconds"
+            and (np.all(values == values[0]) or np.all(values != values))
+        ):
             constant[name] = None if values[0] != values[0] else values[0].item()
         else:
             narrow = np.float32 if single and name == "seconds" else _narrow(values)
             arrays[name] = pa.array(values.astype(narrow))
     sources = [s.as_dict() for s in records.sources]
-    head = {"schema": SCHEMA_VERSION, "constant": constant, "sources": sources, "extra": dict(extra or {})}
+    head = {
+        "schema": SCHEMA_VERSION,
+        "constant": constant,
+        "sources": sources,
+        "extra": dict(extra or {}),
+    }
     table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(head).encode()})
     floats = [name for name in arrays if pa.types.is_floating(arrays[name].type)]
-    how: dict[str, Any] = {"row_group_size": 1 << 20, "compression": "zstd", "compression_level": 19}
+    how: dict[str, Any] = {
+        "row_group_size": 1 << 20,
+        "compression": "zstd",
+        "compression_level": 19,
+    }
     how |= {"write_statistics": False, "use_byte_stream_split": floats or False}
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, use_dictionary=[name for name in arrays if name not in floats], **how)
+    pq.write_table(
+        table, buffer, use_dictionary=[name for name in arrays if name not in floats], **how
+    )
     return buffer.getvalue()
 
 
@@ -280,14 +320,24 @@ def records_of_parquet(table: Any, label: str) -> Records | None:
         if head["schema"] != SCHEMA_VERSION:
             raise InputError(f"expected schema {SCHEMA_VERSION}, got {head['schema']!r:.40}")
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        columns |= {name: np.nan if value is None else value for name, value in head["constant"].items()}
-        found = Records.from_columns([Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns)
+        columns |= {
+            name: np.nan if value is None else value for name, value in head["constant"].items()
+        }
+        found = Records.from_columns(
+            [Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns
+        )
     except (*_DAMAGE, load_pyarrow()[0].ArrowException) as error:
-        raise InputError(f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise InputError(
+            f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}"
+        ) from error
     # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
-    of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[found.source]
+    of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[
+        found.source
+    ]
     old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
-    return found.replace(flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags))
+    return found.replace(
+        flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags)
+    )
 
 
 def _narrow(values: Array) -> type:

@@ -73,12 +73,15 @@ class Case:
     """A dense and a pruned workload of a model in one setting."""
 
     pruning: Pruning
-    steps: tuple[PruningStep, ...]  # steps of families in their order, with the kernels of the device
+    # steps of families in their order, with the kernels of the device
+    steps: tuple[PruningStep, ...]
     dense: Workload
     pruned: Workload
 
     @classmethod
-    def of(cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})) -> Case:
+    def of(
+        cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})
+    ) -> Case:
         steps, pruned = list[PruningStep](), dense
         for step in in_order(pruning.steps, dense):
             try:
@@ -86,7 +89,9 @@ class Case:
                     steps.append(_with_kernel(one, kernels.get(one.name, "")))
                     pruned = steps[-1].apply(pruned)
             except InputError as error:
-                raise InputError(f"{step}: {error}" if len(pruning.steps) > 1 else str(error)) from None
+                raise InputError(
+                    f"{step}: {error}" if len(pruning.steps) > 1 else str(error)
+                ) from None
         _check_heads(pruned)
         return cls(pruning, tuple(steps), dense, pruned)
 
@@ -139,13 +144,16 @@ class Case:
 
     def run_in(self, engine: str) -> Case:
         """Return the case with the launches of an engine, which must fuse the same operators."""
-        dense, pruned = (w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned))
+        dense, pruned = (
+            w.replace(meta=replace(w.meta, engine=engine)) for w in (self.dense, self.pruned)
+        )
         return replace(self, dense=dense, pruned=pruned)
 
     def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
         return {
             **self.identity,
-            "realised_sparsity": 1.0 - math.prod(1.0 - step.realised for step in self.pruned.meta.applied),
+            "realised_sparsity": 1.0
+            - math.prod(1.0 - step.realised for step in self.pruned.meta.applied),
             "hardware": hw.name,
             "flop_bound": s.flop_bound,
             "byte_bound": s.byte_bound,
@@ -168,26 +176,42 @@ def cases_of(
     come together. ``kernels`` are those of the device by family, ``phases`` those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
-    given = {name: settings[name] for name in ("family", "sparsity", "prune", "pruned") if settings.get(name)}
+    given = {
+        name: settings[name]
+        for name in ("family", "sparsity", "prune", "pruned")
+        if settings.get(name)
+    }
     family, sparsity = given.pop("family", None), given.pop("sparsity", None)
     prunings: tuple[Pruning, ...] = ()
     for name, value in given.items():
-        prunings += prunings_of((config,), **{name: value}, sparsity=sparsity if family is None else None)
+        prunings += prunings_of(
+            (config,), **{name: value}, sparsity=sparsity if family is None else None
+        )
     if family is not None or not prunings:
-        prunings += prunings_of((), family or ("all",), sparsity=SPARSITIES if sparsity is None else sparsity)
-    requests = requests_of([config], {name: value for name, value in settings.items() if name in SETTINGS})
+        prunings += prunings_of(
+            (), family or ("all",), sparsity=SPARSITIES if sparsity is None else sparsity
+        )
+    requests = requests_of(
+        [config], {name: value for name, value in settings.items() if name in SETTINGS}
+    )
     notes, cases = dict[str, None](), dict[tuple[object, ...], Case]()
     for request, pruning in itertools.product(requests, prunings):
         Name(tuple(phases)).check("phase", request.phase)
         try:
             if lacks := pruning.lacking(config):
                 raise InputError(lacks)
-            case = Case.of_model(request, pruning) if pruning.model else Case.of(lower(request), pruning, kernels)
+            case = (
+                Case.of_model(request, pruning)
+                if pruning.model
+                else Case.of(lower(request), pruning, kernels)
+            )
             cases.setdefault((case.prune, case.phase, case.batch, case.seq), case)
         except InputError as error:
             notes[f"excluded: {pruning.prune or pruning.title} in {request.phase}: {error}"] = None
     if not cases:
-        raise InputError(next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare")
+        raise InputError(
+            next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare"
+        )
     return list(cases.values()), list(notes)
 
 
@@ -196,7 +220,9 @@ def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
     if not kernel:
         return step
     if stated != kernel:
-        raise InputError(f"option kernel: this device runs {step.name} with {kernel!r}, got {stated!r}")
+        raise InputError(
+            f"option kernel: this device runs {step.name} with {kernel!r}, got {stated!r}"
+        )
     return replace(step, options=tuple(sorted({**dict(step.options), "kernel": kernel}.items())))
 
 
@@ -221,7 +247,9 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
         return config
     if not 1 <= layers <= config.layers:
         raise InputError(f"--layers: expected 1 to {config.layers} for {config.name}, got {layers}")
-    return replace(config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers])
+    return replace(
+        config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers]
+    )
 
 
 def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
@@ -242,7 +270,9 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
         )
 
 
-def profile_of(folder: str | Path, device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
+def profile_of(
+    folder: str | Path, device: Device, dtype: str, hardware: str = ""
+) -> HardwareProfile:
     """Return the named profile, else the folder's, else the shipped one, else measured facts with default constants."""
     path = check_folder(folder)
     kept = next((path / name for name in (PROFILE, DATASHEET) if (path / name).is_file()), None)
@@ -262,7 +292,8 @@ LONGEST_S = 30.0  # longest time of the pairs of one case
 WINDOW_S = 4e-3
 UNTIMED = 3  # a compiled pass is compiled, then recorded as a CUDA graph, then replayed
 PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
-LEAST, ENOUGH, MOST = 3, 8, 200  # pairs that show scatter; pairs that suffice if their ratio is precise; most pairs
+# pairs that show scatter; pairs that suffice if their ratio is precise; most pairs
+LEAST, ENOUGH, MOST = 3, 8, 200
 
 T = TypeVar("T")
 Sampler = Callable[[int], float]  # runs some passes and returns the seconds per pass
@@ -327,7 +358,8 @@ class ModelRun:
     config: ModelConfig
     dtype: str = "bf16"
     engine: str = "reference"  # a key of :data:`calibration.runners.compare.ENGINES`
-    content: Mapping[str, Any] = field(default_factory=dict)  # the model's config.json, for engines of a library
+    # the model's config.json, for engines of a library
+    content: Mapping[str, Any] = field(default_factory=dict)
     python: str = sys.executable  # interpreter that has vLLM
     seed: int = 0  # determines weights and the order of the cases
 
@@ -381,8 +413,10 @@ class PairRunner(Runner):
             raise
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
-        except Exception as error:  # a kernel may raise any exception; one family must not end the comparison
-            from calibration.devices.operators import is_out_of_memory  # imports torch, which recorded runs do not need
+        # a kernel may raise any exception; one family must not end the comparison
+        except Exception as error:
+            # imports torch, which recorded runs do not need
+            from calibration.devices.operators import is_out_of_memory
 
             status = SKIPPED if is_out_of_memory(error) else FAILED
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}

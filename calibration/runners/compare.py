@@ -23,7 +23,14 @@ import numpy as np
 from calibration.devices.protocol import CaptureFailed, Device
 from calibration.evidence.scoring import errors, spearman
 from calibration.evidence.validate import verdict_of
-from calibration.measure.run import CAPTURE_FAILED, FAILED, LOST, UNSUPPORTED, Interrupt, Interrupted
+from calibration.measure.run import (
+    CAPTURE_FAILED,
+    FAILED,
+    LOST,
+    UNSUPPORTED,
+    Interrupt,
+    Interrupted,
+)
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import ENOUGH, Case, CaseRow, ModelRun, Runner, predicted_speedup
@@ -37,7 +44,9 @@ from simulator.prediction.benchmarks import BenchRun, pass_seconds
 from simulator.units import ratio, seconds
 
 # engine files of our decoder in plain PyTorch, and of Transformers under torch.compile
-EXECUTED, COMPILED = (str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml"))
+EXECUTED, COMPILED = (
+    str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml")
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,9 @@ class RunEngine:
 ENGINES: Mapping[str, RunEngine] = {
     "reference": RunEngine("our decoder", "", ("prefill", "decode")),
     "hf": RunEngine("Transformers, eager", "hf", ("prefill", "decode", "generate"), "transformers"),
-    "compile": RunEngine("Transformers, compiled", COMPILED, ("prefill", "decode", "generate"), "transformers"),
+    "compile": RunEngine(
+        "Transformers, compiled", COMPILED, ("prefill", "decode", "generate"), "transformers"
+    ),
     "vllm": RunEngine("vLLM", "vllm", PHASES, "vllm"),
 }
 _FAILURES_IN_A_ROW = 3
@@ -93,9 +104,13 @@ def compare(
     dtype, engine = model.dtype, model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
-        raise InputError(f"--dtype: expected one of {known} for a model on {device.name}, got {dtype}")
+        raise InputError(
+            f"--dtype: expected one of {known} for a model on {device.name}, got {dtype}"
+        )
     if not device.name.startswith(("cpu", "cuda")):
-        raise InputError(f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}")
+        raise InputError(
+            f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}"
+        )
     runner = runner_of(device, model)
     unable, names = dict[str, dict[str, None]](), dict[str, Case]()
     for case in cases:
@@ -107,14 +122,24 @@ def compare(
     refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
     if not names:
         raise InputError(next(iter(refused), "expected at least one case"))
-    package = "" if engine == "vllm" else ENGINES[engine].package  # vLLM states its version in each record
-    name, software = file_name("decoder.jsonl", engine), {package: metadata.version(package)} if package else {}
-    file, header = begin(folder, device, dtype, budget_s, name, software=software, model=model.config.name)
+    # vLLM states its version in each record
+    package = "" if engine == "vllm" else ENGINES[engine].package
+    name, software = (
+        file_name("decoder.jsonl", engine),
+        {package: metadata.version(package)} if package else {},
+    )
+    file, header = begin(
+        folder, device, dtype, budget_s, name, software=software, model=model.config.name
+    )
     file.parent.mkdir(exist_ok=True)
     start, stopped, failures = device.clock(), "", 0
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
         done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
-        todo = _shuffled({name: case for name, case in names.items() if name not in done}, model.seed, runner.apart)
+        todo = _shuffled(
+            {name: case for name, case in names.items() if name not in done},
+            model.seed,
+            runner.apart,
+        )
         failed = {str(row["key"]) for row in kept.rows if row.get("status") == FAILED}
         todo.sort(key=lambda item: item[0] in failed)  # one of them may spoil this process again
         left = len(todo)
@@ -165,7 +190,12 @@ def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) 
         expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
         raise InputError(f"--bench: expected {expected}, got {len(files)}")
     records = [
-        {"key": name_of(case, dtype, "vllm"), "dtype": dtype, **case.identity, **bench_record(case, files[0], file)}
+        {
+            "key": name_of(case, dtype, "vllm"),
+            "dtype": dtype,
+            **case.identity,
+            **bench_record(case, files[0], file),
+        }
         for case, file in zip(cases, files[1:])
     ]
     notes = dict.fromkeys(str(r["reason"]) for r in records if r["reason"])
@@ -177,10 +207,14 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
     for what in ("tool", "concurrency"):
         a, b = getattr(dense, what), getattr(pruned, what)
         if a != b:
-            raise InputError(f"{pruned.source}: {what}: expected {a}, as in {dense.source}, got {b}")
+            raise InputError(
+                f"{pruned.source}: {what}: expected {a}, as in {dense.source}, got {b}"
+            )
     kinds = ("serve",) if dense.kind == "serve" else ("prefill", "generate")
     if case.phase not in kinds:
-        raise InputError(f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got {case.phase}")
+        raise InputError(
+            f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got {case.phase}"
+        )
     for run in (dense, pruned):
         pass_seconds(run, case.dense.meta)
     count = min(len(dense.samples_s), len(pruned.samples_s))
@@ -192,7 +226,11 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
         "dense_s": list(dense.samples_s[:count]),
         "pruned_s": list(pruned.samples_s[:count]),
         "settings": {
-            name: {"file": os.path.basename(run.source), "model": run.model, "percentiles_s": dict(run.percentiles_s)}
+            name: {
+                "file": os.path.basename(run.source),
+                "model": run.model,
+                "percentiles_s": dict(run.percentiles_s),
+            }
             for name, run in (("dense", dense), ("pruned", pruned))
         },
     }
@@ -209,7 +247,9 @@ def runner_of(device: Device, model: ModelRun) -> Runner:
 
         return VllmRunner(device, model)
     if find_spec(package := ENGINES[engine].package) is None:
-        raise InputError(f"--engine {engine} needs {package}, which is not installed; try: pip install {package}")
+        raise InputError(
+            f"--engine {engine} needs {package}, which is not installed; try: pip install {package}"
+        )
     from calibration.runners.hf import HfRunner
 
     return HfRunner(device, model)
@@ -242,7 +282,9 @@ def _shuffled(cases: Mapping[str, Case], seed: int, apart: Sequence[str]) -> lis
     phases with processes of their own come last."""
     models = list(dict.fromkeys(case.prune for case in cases.values()))
     order = [models[i] for i in np.random.default_rng(seed).permutation(len(models))]
-    return sorted(cases.items(), key=lambda item: (item[1].phase in apart, order.index(item[1].prune)))
+    return sorted(
+        cases.items(), key=lambda item: (item[1].phase in apart, order.index(item[1].prune))
+    )
 
 
 @dataclass(frozen=True)
@@ -288,7 +330,9 @@ def rows_of(
         s = predicted_speedup(_as_executed(case, record, hw), hw)
         if not math.isfinite(s.speedup):
             continue
-        dense_s, pruned_s = (np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s"))
+        dense_s, pruned_s = (
+            np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s")
+        )
         ratios = dense_s / pruned_s
         pair = int(np.argsort(ratios, kind="stable")[(len(ratios) - 1) // 2])
         _, low, high = median_interval(ratios.tolist())
@@ -318,11 +362,15 @@ def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> 
     """Return a case with the launches of the library's version. Our decoder has those of eager Transformers in a decode
     step without a CUDA graph on a GPU, else the sum of its operators."""
     if not case.dense.meta.engine:
-        host_bound = record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+        host_bound = (
+            record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
+        )
         return case.run_in("hf" if host_bound else EXECUTED)
     engine = load_engine(case.dense.meta.engine)
     version = str(record.get("versions", {}).get(engine.name, ""))
-    return case.run_in(f"{engine.name}@{version}") if engine.generations and numbers(version) else case
+    return (
+        case.run_in(f"{engine.name}@{version}") if engine.generations and numbers(version) else case
+    )
 
 
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
@@ -330,10 +378,26 @@ def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
     intervals ("inside"), and the median error of the dense times ("dense_time")."""
     if not rows:
         raise InputError("comparison: expected at least one measured case, got none")
-    names = ("predicted", "measured", "predicted_lower", "predicted_upper", "predicted_dense_s", "dense_s")
-    predicted, measured, low, high, dense, dense_s = (np.array([getattr(r, name) for r in rows]) for name in names)
-    found = {"count": len(rows), "spearman": spearman(predicted, measured), **errors(predicted, measured)}
-    found |= {"bias": float(np.median(predicted / measured)) - 1.0, "dense_time": errors(dense, dense_s)["median"]}
+    names = (
+        "predicted",
+        "measured",
+        "predicted_lower",
+        "predicted_upper",
+        "predicted_dense_s",
+        "dense_s",
+    )
+    predicted, measured, low, high, dense, dense_s = (
+        np.array([getattr(r, name) for r in rows]) for name in names
+    )
+    found = {
+        "count": len(rows),
+        "spearman": spearman(predicted, measured),
+        **errors(predicted, measured),
+    }
+    found |= {
+        "bias": float(np.median(predicted / measured)) - 1.0,
+        "dense_time": errors(dense, dense_s)["median"],
+    }
     return {**found, "inside": float(np.mean((low <= measured) & (measured <= high)))}
 
 
@@ -346,7 +410,9 @@ def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
 def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
     """Return whether the predicted speedups hold, next to roofline bounds as predictions, and the worst case."""
     names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
-    measured, predicted, lower, upper, roofline = ([getattr(r, name) for r in rows] for name in names)
+    measured, predicted, lower, upper, roofline = (
+        [getattr(r, name) for r in rows] for name in names
+    )
     every = verdict_of("speedups", measured, predicted, lower, upper, roofline)
     first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
     holds = "hold" if every.holds else "do not hold"
@@ -399,7 +465,9 @@ def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
     off: list[float] = []
     for r in records:
         if r.get("status") == OK and len(r["dense_s"]) >= 6:
-            ratios = np.asarray(r["dense_s"], dtype=np.float64) / np.asarray(r["pruned_s"], dtype=np.float64)
+            ratios = np.asarray(r["dense_s"], dtype=np.float64) / np.asarray(
+                r["pruned_s"], dtype=np.float64
+            )
             half = len(ratios) // 2
             off.append(abs(float(np.median(ratios[-half:]) / np.median(ratios[:half])) - 1.0))
     return round(float(np.median(off)), 12) if off else math.nan

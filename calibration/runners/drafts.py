@@ -55,7 +55,9 @@ def planted(run: ModelRun, text: str) -> Any:
     """Return the target, or the draft that a pruning makes of it."""
     dense = lower(run.config, phase="decode", engine="hf", dtype=run.dtype)
     model = build(run, prune(dense, text) if text else dense, "cpu").model
-    rows = model.get_input_embeddings().weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    rows = model.get_input_embeddings().weight.data.normal_(
+        generator=torch.Generator().manual_seed(1)
+    )
     head = torch.empty_like(rows)
     head[next_tokens(len(rows), bool(text))] = rows
     model.get_output_embeddings().weight = torch.nn.Parameter(head, requires_grad=False)
@@ -64,11 +66,15 @@ def planted(run: ModelRun, text: str) -> Any:
 
 
 def hf_sample(target: Any, seed: int, which: int, draft: Any = None, drafted: int = 0) -> Sample:
-    prompt = torch.randint(len(target.lm_head.weight), (1, PROMPT), generator=torch.Generator().manual_seed(seed))
+    prompt = torch.randint(
+        len(target.lm_head.weight), (1, PROMPT), generator=torch.Generator().manual_seed(seed)
+    )
     prompt[0, -1] = prompt[0, -1] // 3 * 3 - 3 + which
     marks, given = list[tuple[float, int]](), dict[str, Any]()
     # the processor time of the thread, which other processes do not lengthen
-    streamer = SimpleNamespace(put=lambda x: marks.append((time.thread_time(), x.numel())), end=lambda: None)
+    streamer = SimpleNamespace(
+        put=lambda x: marks.append((time.thread_time(), x.numel())), end=lambda: None
+    )
     if draft is not None:
         given = {"assistant_model": draft}
         fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0}
@@ -76,7 +82,8 @@ def hf_sample(target: Any, seed: int, which: int, draft: Any = None, drafted: in
     with torch.inference_mode():
         target.generate(prompt, max_new_tokens=NEW, do_sample=False, streamer=streamer, **given)
     at, made = zip(*marks[1:], strict=True)  # without the prompt
-    whole = sum(tokens < NEW - drafted for tokens in itertools.accumulate(made))  # the last rounds draft less
+    # the last rounds draft less
+    whole = sum(tokens < NEW - drafted for tokens in itertools.accumulate(made))
     return [late - early for early, late in itertools.pairwise(at[:whole])], mean(made[1:whole])
 
 
@@ -85,7 +92,11 @@ def main(name: str, engine: str, text: str, g: str, many: str, python: str = "")
     run = ModelRun(load_model(name), "bf16", engine, content_of(name), python)
     target, draft = (planted(run, one) for one in ("", text))
     with tempfile.TemporaryDirectory() as folder:
-        engines = in_vllm(Path(folder), target, draft, drafted, max(batches), python) if engine == "vllm" else []
+        engines = (
+            in_vllm(Path(folder), target, draft, drafted, max(batches), python)
+            if engine == "vllm"
+            else []
+        )
         for number, batch in enumerate(batches):
             which, pairs = (drafted + number) % 3, list[list[Sample]]()
             for seed in range(PAIRS + 1):
@@ -95,21 +106,40 @@ def main(name: str, engine: str, text: str, g: str, many: str, python: str = "")
                 pairs.append([(one["seconds"], one["tokens"]) for one in asked] or list(drafts))
             times = (median(median(pair[k][0]) for pair in pairs[1:]) for k in range(2))
             found = [mean(pair[1][1] for pair in pairs[1:]), *times]
-            print(engine, name, text, drafted, batch, PROMPT + NEW // 2, *(f"{x:.4g}" for x in found), sep=",")
+            print(
+                engine,
+                name,
+                text,
+                drafted,
+                batch,
+                PROMPT + NEW // 2,
+                *(f"{x:.4g}" for x in found),
+                sep=",",
+            )
         for one in engines:
             one.close()
 
 
-def in_vllm(folder: Path, target: Any, draft: Any, drafted: int, batch: int, python: str) -> list[EngineProcess]:
+def in_vllm(
+    folder: Path, target: Any, draft: Any, drafted: int, batch: int, python: str
+) -> list[EngineProcess]:
     """Return processes that decode plainly and with the draft."""
     usual = {"model": str(folder / "target"), "skip_tokenizer_init": True, "dtype": "bfloat16"}
     usual |= {"max_model_len": 2 * PROMPT, "max_num_seqs": batch, "max_num_batched_tokens": 2048}
     usual |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": 2**30}
-    how = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": drafted}
-    env = {name: value for name, value in environment().items() if not name.startswith("OMP_")} | CPU
+    how = {
+        "method": "draft_model",
+        "model": str(folder / "draft"),
+        "num_speculative_tokens": drafted,
+    }
+    env = {
+        name: value for name, value in environment().items() if not name.startswith("OMP_")
+    } | CPU
     target.save_pretrained(folder / "target")
     draft.save_pretrained(folder / "draft")
-    start = partial(EngineProcess, log=folder / "log.txt", python=python, env=env, patience_s=PATIENCE_S)
+    start = partial(
+        EngineProcess, log=folder / "log.txt", python=python, env=env, patience_s=PATIENCE_S
+    )
     return [start(usual), start({**usual, "speculative_config": how})]
 
 

@@ -40,7 +40,13 @@ from simulator.workload import Workload, WorkloadBatch
 
 MEASURED = ("vllm", "hf")
 ENGINE_RECORDS = "engine.{}.jsonl"
-SETTINGS = (("prefill", 1, 128), ("prefill", 1, 512), ("decode", 1, 128), ("decode", 4, 128), ("decode", 16, 128))
+SETTINGS = (
+    ("prefill", 1, 128),
+    ("prefill", 1, 512),
+    ("decode", 1, 128),
+    ("decode", 4, 128),
+    ("decode", 16, 128),
+)
 """Phase, batch and prompt tokens of the observed passes."""
 
 LEAST_LOG_SD = 0.02
@@ -54,7 +60,10 @@ _OPERATORS = (
     ("experts", r"moe|expert|grouped"),
     ("attention", r"attention|attn|flash|fmha|mha"),
     ("gemm", r"(?<!co)mm|gemm|cutlass|nvjet|xmma|cublas|matmul|_linear_pointwise"),
-    ("elementwise", r"^triton_|fused|_C::|^aten::|elementwise|reduce|copy|CompiledFxGraph|norm|rotary|silu"),
+    (
+        "elementwise",
+        r"^triton_|fused|_C::|^aten::|elementwise|reduce|copy|CompiledFxGraph|norm|rotary|silu",
+    ),
 )
 _HOST = re.compile(
     r"^vllm::unified|^aten::(view|slice|split|chunk|narrow|as_strided|empty|item|reshape|transpose|t|expand|unsqueeze"
@@ -66,7 +75,9 @@ def operator_of(kernel: str) -> str:
     """Return the operator that a kernel computes by its name: "" for one of the host."""
     if _HOST.search(kernel):
         return ""
-    return next((name for name, pattern in _OPERATORS if re.search(pattern, kernel, re.IGNORECASE)), "")
+    return next(
+        (name for name, pattern in _OPERATORS if re.search(pattern, kernel, re.IGNORECASE)), ""
+    )
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,18 @@ def depths(layers: int) -> tuple[int, int]:
 
 
 def observe(
-    folder: Path, device: Device, model: ModelRun, progress: Callable[[int, int], None] = lambda done, of: None
+    folder: Path,
+    device: Device,
+    model: ModelRun,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Pass]:
     """Run the copies of a model that ``folder`` does not hold yet, and return all passes. InputError if a copy cannot
     run; KeyboardInterrupt at the user's request, after the finished passes are kept."""
     name = ENGINE_RECORDS.format(model.engine)
     file, header = begin(folder, device, model.dtype, 1.0, name, model=model.config.name)
-    copies = {n: replace(model, config=fewer_layers(model.config, n)) for n in depths(model.config.layers)}
+    copies = {
+        n: replace(model, config=fewer_layers(model.config, n)) for n in depths(model.config.layers)
+    }
     runners = {n: runner_of(device, copy) for n, copy in copies.items()}  # starts nothing
     file.parent.mkdir(exist_ok=True)
     planned = [(layers, *setting) for layers in copies for setting in SETTINGS]
@@ -121,9 +137,16 @@ def observe(
                         raise KeyboardInterrupt from None
                     except (Unsupported, OutOfMemory, RuntimeError, MemoryError) as error:
                         reason = one_line(str(error), 300)
-                        raise InputError(f"{model.engine}, {layers} layers, {case.phase}: {reason}") from None
+                        raise InputError(
+                            f"{model.engine}, {layers} layers, {case.phase}: {reason}"
+                        ) from None
                     kept.append(
-                        {"type": "engine", "key": _key(model, *one), "model": model.config.name, **asdict(found)}
+                        {
+                            "type": "engine",
+                            "key": _key(model, *one),
+                            "model": model.config.name,
+                            **asdict(found),
+                        }
                     )
                     progress(planned.index(one) + 1, len(planned))
         rows = {str(row["key"]): row for row in kept.rows}
@@ -153,12 +176,17 @@ def workload_of(model: ModelRun, layers: int, phase: str, batch: int, seq: int) 
     return lower(config, phase=phase, batch=batch, seq=seq, dtype=model.dtype, engine=lowered)
 
 
-def engine_times(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile, source: str) -> EngineTimes:
+def engine_times(
+    passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile, source: str
+) -> EngineTimes:
     """Return host times and factors from passes of copies of a model; InputError for passes of one depth."""
     if len({one.layers for one in passes}) < 2:
-        raise InputError("engine: expected passes of copies with two numbers of layers; run the command again")
+        raise InputError(
+            "engine: expected passes of copies with two numbers of layers; run the command again"
+        )
     plain = replace(hw, engines={})
-    ratios: dict[str, dict[int, list[float]]] = {}  # log(measured / predicted) by operator and tokens
+    # log(measured / predicted) by operator and tokens
+    ratios: dict[str, dict[int, list[float]]] = {}
     rest, host = [], []
     for one in sorted(passes, key=lambda one: one.tokens):
         w = workload_of(model, one.layers, one.phase, one.batch, one.seq)
@@ -182,7 +210,9 @@ def engine_times(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile, s
             host.append((1.0, one.layers, one.batch))
     (each_pass, each_layer, each_sequence), _ = nnls(np.array(host), np.array(rest))
     fitted = np.array(host) @ np.array([each_pass, each_layer, each_sequence])
-    off = float(np.sqrt(np.mean((np.array(rest) - fitted) ** 2)) / max(float(np.mean(fitted)), 1e-9))
+    off = float(
+        np.sqrt(np.mean((np.array(rest) - fitted) ** 2)) / max(float(np.mean(fitted)), 1e-9)
+    )
     every = sorted({one.tokens for one in passes})
     return EngineTimes(
         version=passes[0].version,
@@ -218,7 +248,11 @@ class CalibratedEngine:
     def conclusion(self, file: str) -> str:
         measured = np.array([one.seconds for one in self.compared])
         before, after = (
-            float(np.median(np.abs(np.array([getattr(one, name) for one in self.compared]) / measured - 1.0)))
+            float(
+                np.median(
+                    np.abs(np.array([getattr(one, name) for one in self.compared]) / measured - 1.0)
+                )
+            )
             for name in ("before_s", "after_s")
         )
         return (
@@ -234,14 +268,18 @@ EXAMPLES = ("depth 0.25", "width mlp=0.5")
 
 def calibrated(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile) -> CalibratedEngine:
     """Return the profile with an engine's measured times, next to the predictions without them."""
-    times = engine_times(passes, model, hw, f"measured here on copies of {model.config.name}, {model.dtype}")
+    times = engine_times(
+        passes, model, hw, f"measured here on copies of {model.config.name}, {model.dtype}"
+    )
     profile = replace(hw, engines={**hw.engines, model.engine: times}, path=None)
     plain = replace(hw, engines={k: v for k, v in hw.engines.items() if k != model.engine})
     compared, half = list[ComparedPass](), dict[str, list[float]]()
     for one in passes:
         setting = (one.layers, one.phase, one.batch, one.seq)
         batch = WorkloadBatch.of([workload_of(model, *setting)])
-        before_s, after_s = (float(forward_passes(batch, device).total_s[0]) for device in (plain, profile))
+        before_s, after_s = (
+            float(forward_passes(batch, device).total_s[0]) for device in (plain, profile)
+        )
         compared.append(ComparedPass(*setting, one.seconds, before_s, after_s))
     for name, device in (("before", plain), ("after", profile)):
         for phase, text in itertools.product(("prefill", "decode"), EXAMPLES):
@@ -254,7 +292,9 @@ def calibrated(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile) -> 
             }
             s = predict(model.config, text, device, **given)
             half.setdefault(name, []).append(math.sqrt(s.upper / s.lower) - 1.0)
-    return CalibratedEngine(profile, times, tuple(compared), *(float(np.median(v)) for v in half.values()))
+    return CalibratedEngine(
+        profile, times, tuple(compared), *(float(np.median(v)) for v in half.values())
+    )
 
 
 def _correction(found: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Correction:
@@ -266,4 +306,6 @@ def _correction(found: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> 
     between = 0.25 * np.diff(mean) if len(at) > 1 else np.zeros(1)
     log_sd = math.sqrt(LEAST_LOG_SD**2 + float(np.mean(apart**2)) + float(np.mean(between**2)))
     factors = np.exp(np.interp(np.log2(tokens), np.log2(at), mean))
-    return Correction(tuple(float(f"{min(max(f, 0.01), 100.0):.4g}") for f in factors.tolist()), round(log_sd, 4))
+    return Correction(
+        tuple(float(f"{min(max(f, 0.01), 100.0):.4g}") for f in factors.tolist()), round(log_sd, 4)
+    )

@@ -26,7 +26,16 @@ from torch import nn
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Unsupported
-from calibration.runners.cases import ENOUGH, Case, ModelRun, Observation, PairRunner, Sampler, alternate, looped
+from calibration.runners.cases import (
+    ENOUGH,
+    Case,
+    ModelRun,
+    Observation,
+    PairRunner,
+    Sampler,
+    alternate,
+    looped,
+)
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.changes import changed_keys
@@ -53,7 +62,9 @@ class Layout:
     @property
     def usual(self) -> Block:
         """The most frequent layer with attention and an MLP, without low-rank factors."""
-        whole = Counter(replace(b, ranks=()) for b in self.layers if b.heads and (b.inner or b.experts))
+        whole = Counter(
+            replace(b, ranks=()) for b in self.layers if b.heads and (b.inner or b.experts)
+        )
         if not whole:
             raise InputError("no layer has attention and an MLP")
         return whole.most_common(1)[0][0]
@@ -61,21 +72,32 @@ class Layout:
 
 def layout_of(w: Workload) -> Layout:
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
-        raise InputError("it decides during a pass, which no model of Transformers does; use --engine reference")
+        raise InputError(
+            "it decides during a pass, which no model of Transformers does; use --engine reference"
+        )
     rows, layers = w.expand(), dict[int, dict[str, Any]]()
     inside = rows.layer >= 0
     for i in inside.nonzero()[0].tolist():
-        found = layers.setdefault(int(rows.layer[i]), {"heads": 0, "kv_heads": 0, "inner": 0, "ranks": {}})
+        found = layers.setdefault(
+            int(rows.layer[i]), {"heads": 0, "kv_heads": 0, "inner": 0, "ranks": {}}
+        )
         role, kind = ROLES[rows.role[i]], rows.kind[i]
         if rows.is_attention[i]:
             found |= {"heads": int(rows.heads[i]), "kv_heads": int(rows.kv_heads[i])}
         elif kind == Kind.EXPERTS:
-            found |= {"experts": int(rows.experts[i]), "active": float(rows.active[i]), "expert_inner": int(rows.n[i])}
+            found |= {
+                "experts": int(rows.experts[i]),
+                "active": float(rows.active[i]),
+                "expert_inner": int(rows.n[i]),
+            }
         elif kind == Kind.GEMM and rows.stage[i] == 1:
             found["ranks"][role] = int(rows.n[i])
         if kind == Kind.GEMM and role == "down" and rows.stage[i] < 2:
             found["inner"] = int(rows.k[i])
-    blocks = (Block(**{**layers[i], "ranks": tuple(sorted(layers[i]["ranks"].items()))}) for i in sorted(layers))
+    blocks = (
+        Block(**{**layers[i], "ranks": tuple(sorted(layers[i]["ranks"].items()))})
+        for i in sorted(layers)
+    )
     return Layout(int(rows.k[rows.is_role("lm_head")][0]), tuple(blocks))
 
 
@@ -85,24 +107,40 @@ def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
 
     model, content, layout = given.config, given.content, layout_of(w)
     usual, many = layout.usual, len(layout.layers)
-    new = replace(model.with_usual(usual, ()), layers=many, windows=model.windows[:many], hidden=layout.hidden)
+    new = replace(
+        model.with_usual(usual, ()), layers=many, windows=model.windows[:many], hidden=layout.hidden
+    )
     keys = {**_NEUTRAL, **changed_keys(model, new)}
     width = "moe_intermediate_size" if "moe_intermediate_size" in content else "intermediate_size"
     number = next((key for key in _EXPERT_KEYS if key in content), _EXPERT_KEYS[0])
-    for name, key in (("experts", number), ("active", "num_experts_per_tok"), ("expert_inner", width)):
+    for name, key in (
+        ("experts", number),
+        ("active", "num_experts_per_tok"),
+        ("expert_inner", width),
+    ):
         if getattr(new, name) != getattr(model, name):
             keys[key] = round(getattr(new, name))
     if new.inner != model.inner and _SHARED in content:
         keys[_SHARED] = new.inner
-    whole = {**content, "num_hidden_layers": many, **keys}  # content may have more layers than ``model``
+    # content may have more layers than ``model``
+    whole = {**content, "num_hidden_layers": many, **keys}
     if isinstance(types := whole.get("layer_types"), list):
         whole["layer_types"] = types[:many]
-    if not content or replace(from_hf_config(whole), name=new.name, architecture=new.architecture, blocks=()) != new:
+    if (
+        not content
+        or replace(from_hf_config(whole), name=new.name, architecture=new.architecture, blocks=())
+        != new
+    ):
         named = ", ".join(key for key in keys if key not in _NEUTRAL) or "its shapes"
         raise InputError(f"a config.json of {model.name} cannot state {named} together")
-    routed = {(b.experts, b.active, b.expert_inner) for b in (usual, *(b for b in layout.layers if b.experts))}
+    routed = {
+        (b.experts, b.active, b.expert_inner)
+        for b in (usual, *(b for b in layout.layers if b.experts))
+    }
     if len(routed) > 1:
-        raise InputError("its experts differ by layer; Transformers runs equally many in all layers")
+        raise InputError(
+            "its experts differ by layer; Transformers runs equally many in all layers"
+        )
     try:
         config = AutoConfig.for_model(**whole)
     except Exception as error:  # the library's checks have no public base class
@@ -170,12 +208,17 @@ def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
         old = _module(layer, role)
         n, k, rank = old.out_features, old.in_features, block.rank(role)
         before, after = (
-            {"q": b.heads, "o": b.heads, "k": b.kv_heads, "v": b.kv_heads}.get(role, b.inner) for b in (usual, block)
+            {"q": b.heads, "o": b.heads, "k": b.kv_heads, "v": b.kv_heads}.get(role, b.inner)
+            for b in (usual, block)
         )
         n, k = (n, k // before * after) if role in ("o", "down") else (n // before * after, k)
         if rank or (n, k) != (old.out_features, old.in_features):
             layer.set_submodule(where, _projection(old, n, k, rank))
-            narrower = "other widths of attention" if where.startswith("self_attn") else "other widths of the MLP"
+            narrower = (
+                "other widths of attention"
+                if where.startswith("self_attn")
+                else "other widths of the MLP"
+            )
             out.append("low rank" if rank else narrower)
     if block.heads and (block.heads, block.kv_heads) != (usual.heads, usual.kv_heads):
         layer.self_attn.num_key_value_groups = block.heads // max(block.kv_heads, 1)
@@ -192,13 +235,18 @@ def _module(layer: nn.Module, role: str) -> Any:
     try:
         return layer.get_submodule(PROJECTIONS[role])
     except AttributeError:
-        raise InputError(f"{type(layer).__name__} of Transformers has no {PROJECTIONS[role]} to patch") from None
+        raise InputError(
+            f"{type(layer).__name__} of Transformers has no {PROJECTIONS[role]} to patch"
+        ) from None
 
 
 def _without(layer: Any, missing: str, hidden_states: Any, **context: Any) -> Any:
     """The pass of a layer of Llama, without one of its sublayers."""
     if missing == "mlp":
-        return hidden_states + layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **context)[0]
+        return (
+            hidden_states
+            + layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **context)[0]
+        )
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
@@ -209,7 +257,9 @@ def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
         return new
 
     bias = old.bias is not None
-    return nn.Sequential(linear(rank, k, False), linear(n, rank, bias)) if rank else linear(n, k, bias)
+    return (
+        nn.Sequential(linear(rank, k, False), linear(n, rank, bias)) if rank else linear(n, k, bias)
+    )
 
 
 def _sparsify(made: Any, w: Workload) -> None:
@@ -226,7 +276,9 @@ def _sparsify(made: Any, w: Workload) -> None:
             old = _module(layer, role)
             if kernel == Kernel.SPARSE24:
                 if old.weight.device.type != "cuda":
-                    raise Unsupported(f"2:4 needs sparse tensor cores; device {old.weight.device} has none")
+                    raise Unsupported(
+                        f"2:4 needs sparse tensor cores; device {old.weight.device} has none"
+                    )
                 packed = sparse_weight(two_of_four(old.weight.data), searched=False)
                 old.forward = partial(packed.linear, bias=old.bias)
             elif kernel == Kernel.UNSTRUCTURED:
@@ -241,7 +293,9 @@ def _check_weights(made: Any, w: Workload) -> None:
     expected += float((3.0 * w.experts * w.n * w.k * w.count)[routed].sum())
     found = sum(p.numel() for p in made.model.layers.parameters() if p.dim() > 1)
     if found != round(expected):
-        raise InputError(f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted")
+        raise InputError(
+            f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted"
+        )
 
 
 TOKENS = 4  # decode steps per sample of eager decode
@@ -264,7 +318,9 @@ class HfRunner(PairRunner):
             for w in (case.dense, case.pruned)
         )
         if not pruned <= dense:
-            raise InputError("its cache or its tokens are fewer, but Transformers would run those of the dense model")
+            raise InputError(
+                "its cache or its tokens are fewer, but Transformers would run those of the dense model"
+            )
 
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)
@@ -294,14 +350,21 @@ class HfRunner(PairRunner):
                 sample(1)
         on_gpu = self.device.name.startswith("cuda")
         own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        kernels = {event.key: 1e-6 * float(getattr(event, own)) / passes for event in profile.key_averages()}
-        return Observation(statistics.median(samples[1:]), kernels, metadata.version("transformers"))
+        kernels = {
+            event.key: 1e-6 * float(getattr(event, own)) / passes
+            for event in profile.key_averages()
+        }
+        return Observation(
+            statistics.median(samples[1:]), kernels, metadata.version("transformers")
+        )
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:
     """Return random tokens, and a function that waits for the device."""
     vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (case.batch, case.seq), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        vocabulary, (case.batch, case.seq), generator=torch.Generator().manual_seed(0)
+    )
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     return tokens.to(model.device), wait
 
@@ -313,7 +376,8 @@ class _Stamps:
         self.synchronize, self.tokens, self.at_s = synchronize, tokens, list[float]()
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if len(self.at_s) in (0, self.tokens):  # between the first and the last token the host may run ahead
+        # between the first and the last token the host may run ahead
+        if len(self.at_s) in (0, self.tokens):
             self.synchronize()
         self.at_s.append(time.perf_counter())
         return scores
@@ -347,7 +411,11 @@ def _rewind(cache: Any, length: int) -> None:
     """Set the length of a static cache in two launches: its layers have no ``crop`` before Transformers 5.24. Before
     5.5, the keys of the first layer that are not zero are its length."""
     layers = [layer for layer in cache.layers if layer.is_initialized]
-    lengths = [layer.cumulative_length for layer in layers if torch.is_tensor(getattr(layer, "cumulative_length", 0))]
+    lengths = [
+        layer.cumulative_length
+        for layer in layers
+        if torch.is_tensor(getattr(layer, "cumulative_length", 0))
+    ]
     if lengths:
         torch._foreach_zero_(lengths)
         torch._foreach_add_(lengths, length)
@@ -364,12 +432,16 @@ def compiled_sampler(built: HfModel, case: Case) -> Sampler:
 
     # each model and phase is compiled; beyond these limits torch would run passes eagerly
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED))
+        setattr(
+            torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_COMPILED)
+        )
     model = built.model
     tokens, wait = _prompt(model, case)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     compiled = torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)
-    cache = StaticCache(config=model.config, max_cache_len=case.seq + max(case.dense.meta.new_tokens, 1))
+    cache = StaticCache(
+        config=model.config, max_cache_len=case.seq + max(case.dense.meta.new_tokens, 1)
+    )
     given = {"use_cache": True, "logits_to_keep": 1, built.cache_name: cache}
     model(tokens, **given)  # allocates the cache, which a compiled pass must find
     last = tokens[:, -1:].clone()

@@ -50,11 +50,14 @@ from simulator.plans.variants import SUBLAYERS, has, text_of
 from simulator.prediction.quality import QualityRow
 from simulator.request import Name
 
-Logits = Callable[[Tensor], Tensor]  # from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
+# from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
+Logits = Callable[[Tensor], Tensor]
 # 2:4 needs a GPU, and dynamic families need a trained router or predictor
 FAMILIES: tuple[str, ...] = tuple(name for name in STATIC if name != "semi_structured")
-MOST_LOGIT_BYTES = 2_000_000_000  # dense logits that stay in memory; larger ones are computed again for each variant
-MATCH_TOLERANCE = 2e-3  # relative difference from the loss of the model's own code that shows another architecture
+# dense logits that stay in memory; larger ones are computed again for each variant
+MOST_LOGIT_BYTES = 2_000_000_000
+# relative difference from the loss of the model's own code that shows another architecture
+MATCH_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Score:
     greedy_acceptance: float  # share of tokens that both models rank first
     family: str = ""
     sparsity: float = math.nan
-    realised_sparsity: float = math.nan  # removed share of the weights of all projections; NaN for a checkpoint
+    # removed share of the weights of all projections; NaN for a checkpoint
+    realised_sparsity: float = math.nan
 
     def row(self, model: str, protocol: str, source: str) -> QualityRow:
         return QualityRow(
@@ -105,7 +109,10 @@ def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
 
 
 def measure_quality(
-    model: str | Path, windows: Sequence[Tensor], cases: Sequence[tuple[str, float]], pruned: str | Path | None = None
+    model: str | Path,
+    windows: Sequence[Tensor],
+    cases: Sequence[tuple[str, float]],
+    pruned: str | Path | None = None,
 ) -> Iterator[Score]:
     """Score a model that is pruned in each case of family and fraction, or a pruned checkpoint (one case)."""
     for family, sparsity in cases:
@@ -127,12 +134,16 @@ def measure_quality(
 
 
 def _weights(decoder: Decoder) -> int:
-    return sum(int(factor.count_nonzero()) for _, _, p in decoder.projections() for factor in p.factors)
+    return sum(
+        int(factor.count_nonzero()) for _, _, p in decoder.projections() for factor in p.factors
+    )
 
 
 def load_model(folder: str | Path) -> Any:
     """Return the model of a folder in float32; nothing is downloaded and no code of the folder runs."""
-    return _from_folder("AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True).eval()
+    return _from_folder(
+        "AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True
+    ).eval()
 
 
 def load_windows(folder: str | Path, text: str, windows: int, length: int) -> list[Tensor]:
@@ -143,7 +154,9 @@ def load_windows(folder: str | Path, text: str, windows: int, length: int) -> li
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     room = len(ids) - length
     if room < (windows - 1) * length:
-        raise InputError(f"text of {len(ids)} tokens: too short; expected at least {windows * length}")
+        raise InputError(
+            f"text of {len(ids)} tokens: too short; expected at least {windows * length}"
+        )
     starts = [room * i // max(windows - 1, 1) for i in range(windows)]
     return [ids[start : start + length] for start in starts]
 
@@ -180,7 +193,8 @@ def decoder_of(model: Any, name: str) -> Decoder:
         decoder = from_weights(
             name,
             model.state_dict(),
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
             epsilon=config.rms_norm_eps,
             rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
             frequencies=rotary.inv_freq.detach().float(),
@@ -250,7 +264,9 @@ def changes_of(library: Library) -> list[Change]:
             for block in blocks:
                 text = text_of(name, block, dense)
                 if name in block.linear:
-                    raise InputError(f"layer {layer}: {name} linear: needs training; expected sizes or none")
+                    raise InputError(
+                        f"layer {layer}: {name} linear: needs training; expected sizes or none"
+                    )
                 if text != "dense":
                     found.setdefault((layer, name, text), Change(layer, name, text, block))
     if not found:
@@ -299,7 +315,11 @@ def measure_layers(
                 a, block = layer.attention, change.block
                 if a is not None:
                     stays = has("attention", block)
-                    a = fewer_heads(a, block.heads, block.kv_heads, decoder.head_dim) if stays else None
+                    a = (
+                        fewer_heads(a, block.heads, block.kv_heads, decoder.head_dim)
+                        if stays
+                        else None
+                    )
                 changed = through_layer(state, number, replace(layer, attention=a), both[:many])
                 yield scored(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, mlp=None), both)
@@ -307,7 +327,11 @@ def measure_layers(
             importance = _importance(state, layer.mlp, both[many:]) if own else None
             for change in own:
                 m, stays = layer.mlp, has("mlp", change.block)
-                narrow = m.channels(best(importance, change.block.inner)) if m is not None and stays else None
+                narrow = (
+                    m.channels(best(importance, change.block.inner))
+                    if m is not None and stays
+                    else None
+                )
                 changed = through_layer(state, number, Layer(None, narrow), both[:many])
                 yield scored(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, attention=None), both)
@@ -335,14 +359,25 @@ def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Atten
     features = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
 
     def joined(p: Projection) -> Projection:
-        def mean(rows: Tensor) -> Tensor:  # mean over the query heads in each new group, each with its KV head
+        # mean over the query heads in each new group, each with its KV head
+        def mean(rows: Tensor) -> Tensor:
             by_query = rows.view(a.kv_heads, head_dim, -1)[kept // ratio]
-            return by_query.view(kv_heads, -1, *by_query.shape[1:]).mean(1).reshape(kv_heads * head_dim, -1)
+            return (
+                by_query.view(kv_heads, -1, *by_query.shape[1:])
+                .mean(1)
+                .reshape(kv_heads * head_dim, -1)
+            )
 
         return Projection((mean(p.weight),), None if p.bias is None else mean(p.bias).flatten())
 
     return replace(
-        a, q=a.q.rows(features), k=joined(a.k), v=joined(a.v), o=a.o.columns(features), heads=heads, kv_heads=kv_heads
+        a,
+        q=a.q.rows(features),
+        k=joined(a.k),
+        v=joined(a.v),
+        o=a.o.columns(features),
+        heads=heads,
+        kv_heads=kv_heads,
     )
 
 
@@ -376,10 +411,14 @@ def read_scores(path: str | Path, protocol: str, source: str) -> list[LayerScore
     for place, cells in table.records():
         for name, own in (("protocol", protocol), ("source", source)):
             if cells[name] != own:
-                raise InputError(f"{place}: {name}: expected {own!r}, got {cells[name]!r}; choose another file")
+                raise InputError(
+                    f"{place}: {name}: expected {own!r}, got {cells[name]!r}; choose another file"
+                )
         try:
             numbers = float(cells["kl_div"]), float(cells["perplexity"])
         except ValueError:
-            raise InputError(f"{place}: expected numbers in kl_div and perplexity; choose another file") from None
+            raise InputError(
+                f"{place}: expected numbers in kl_div and perplexity; choose another file"
+            ) from None
         out.append(LayerScore(cells["layer"], cells["attention"], cells["mlp"], *numbers))
     return out

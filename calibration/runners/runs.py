@@ -20,7 +20,15 @@ from calibration.evidence.validate import Report, disturbed_share, validate
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
-from calibration.measure.plan import SHARES, MeasurementPlan, Rates, base_plan, in_order, next_rows, probe
+from calibration.measure.plan import (
+    SHARES,
+    MeasurementPlan,
+    Rates,
+    base_plan,
+    in_order,
+    next_rows,
+    probe,
+)
 from calibration.measure.run import SUSTAINED, Outcome, run, sustained
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
@@ -44,7 +52,12 @@ from simulator.workload import Workload, WorkloadBatch
 RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
 
 # Shares of the time of a quick run, for the operators that re-anchoring uses
-QUICK_SHARES = {"gemm": 0.6, "attention_prefill": 0.15, "attention_decode": 0.15, "elementwise": 0.1}
+QUICK_SHARES = {
+    "gemm": 0.6,
+    "attention_prefill": 0.15,
+    "attention_decode": 0.15,
+    "elementwise": 0.1,
+}
 MOST_HEADER_BYTES = 1_000_000  # longest header that is read
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
 # Purpose of records -> file and subject of their report
@@ -53,8 +66,10 @@ REPORTS = {
     "exact": ("exact_shapes.md", "the model on shapes that were measured exactly"),
 }
 
-TargetModels = Sequence[Sequence[Workload]]  # dense workloads, each followed by its pruned workloads
-Planner = Callable[[Rates, Protocol, int], tuple[MeasurementPlan, Protocol]]  # from rates, protocol and seed of a run
+# dense workloads, each followed by its pruned workloads
+TargetModels = Sequence[Sequence[Workload]]
+# from rates, protocol and seed of a run
+Planner = Callable[[Rates, Protocol, int], tuple[MeasurementPlan, Protocol]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,9 @@ def begin(
         raise InputError(f"budget: expected a time above zero, got {budget_s!r}")
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
-        raise InputError(f"--dtype {dtype}: not supported by device {device.name}; supported: {known}")
+        raise InputError(
+            f"--dtype {dtype}: not supported by device {device.name}; supported: {known}"
+        )
     description = device.describe()
     stack = {**description.stack, **software}
     header = Header(description.device, stack, dtype, extra={"opened": device.name, **extra})
@@ -114,9 +131,13 @@ def is_new(file: Path) -> bool:
         return parse(stream.readline(MOST_HEADER_BYTES), str(file)) is None
 
 
-def _begun(folder: str | Path, device: Device, options: RunOptions, note: Callable[[str], None]) -> tuple[Path, Header]:
+def _begun(
+    folder: str | Path, device: Device, options: RunOptions, note: Callable[[str], None]
+) -> tuple[Path, Header]:
     description = device.describe()
-    begun = begin(folder, device, options.dtype, options.budget_s, memory_bytes=description.memory_bytes)
+    begun = begin(
+        folder, device, options.dtype, options.budget_s, memory_bytes=description.memory_bytes
+    )
     note(f"{description.device}; {description.software}; {options.dtype}")
     return begun
 
@@ -140,14 +161,26 @@ def measure_plan(
         try:
             seed = int(number("seed", extra["seed"], SIZE))
             # above zero, as the plan divides by them
-            kept = {name: max(number(name, value, AMOUNT), 1e-9) for name, value in extra.get("rates", {}).items()}
+            kept = {
+                name: max(number(name, value, AMOUNT), 1e-9)
+                for name, value in extra.get("rates", {}).items()
+            }
             rates = Rates(**kept) if kept else probe(device, options.dtype, protocol)
         except (InputError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}:1: rates and seed: {error}; restore the file from a copy") from None
+            raise InputError(
+                f"{file}:1: rates and seed: {error}; restore the file from a copy"
+            ) from None
         plan, protocol = planned(rates, protocol, seed)
-        outcome = run(plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress)
+        outcome = run(
+            plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress
+        )
         known = any(row.get("type") == SUSTAINED for row in store.rows)
-        if outcome.complete and device.describe().gpu and not known and (row := sustained(device, options.dtype)):
+        if (
+            outcome.complete
+            and device.describe().gpu
+            and not known
+            and (row := sustained(device, options.dtype))
+        ):
             store.append(row)
     return MeasuredRun(plan, outcome, content_records(read_store(file)))
 
@@ -197,7 +230,10 @@ def measure_into(
             )
             first = plan.items if plan else ()
             known = {item.operator.key for item in first}
-            plan = replace(base, items=(*first, *(item for item in base.items if item.operator.key not in known)))
+            plan = replace(
+                base,
+                items=(*first, *(item for item in base.items if item.operator.key not in known)),
+            )
         plan = replace(plan, budget_s=budget_s, visits=visits)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         note(f"{len(plan.items)} operators planned: {counts}")
@@ -248,7 +284,9 @@ def fit_run(
     title = f"Calibration of {content.header.device}, {content.header.dtype}"
     reports: dict[str, Report | None] = {}
     for purpose, (name, subject) in REPORTS.items():
-        rows = records.select((records.purpose == PURPOSES.index(purpose)) & np.isfinite(records.seconds))
+        rows = records.select(
+            (records.purpose == PURPOSES.index(purpose)) & np.isfinite(records.seconds)
+        )
         try:
             reports[purpose] = validate(model, rows) if len(rows) else None
         except InputError:
@@ -264,11 +302,18 @@ def target_workloads(
     out = []
     for request in requests_of([load_model(model)], settings):
         dense = lower(request)
-        out.append([dense, *(prune(dense, family, sparsity) for family in families for sparsity in sparsities)])
+        out.append(
+            [
+                dense,
+                *(prune(dense, family, sparsity) for family in families for sparsity in sparsities),
+            ]
+        )
     return out
 
 
-def target_operators(targets: TargetModels, hw: HardwareProfile, every: bool = True) -> list[Operator]:
+def target_operators(
+    targets: TargetModels, hw: HardwareProfile, every: bool = True
+) -> list[Operator]:
     """Return the dense GEMMs (``every``: all measurable operators) of workloads, each once, best first."""
     batch = WorkloadBatch.of([w for workloads in targets for w in workloads])
     lengths = np.array([len(workloads) for workloads in targets])
@@ -291,9 +336,13 @@ def operator_of(w: Workload, row: int) -> Operator | None:
     kind, dtype, role = int(w.kind[row]), DTYPES[int(w.dtype[row])], ROLES[int(w.role[row])]
     plain = w.dtype[row] == w.weight_dtype[row] and not w.window[row] and not w.block[row]
     if kind == Kind.GEMM and plain and w.kernel[row] == Kernel.DENSE:
-        return Operator("gemm", dtype, m=max(round(float(w.m[row])), 1), n=int(w.n[row]), k=int(w.k[row]))
+        return Operator(
+            "gemm", dtype, m=max(round(float(w.m[row])), 1), n=int(w.n[row]), k=int(w.k[row])
+        )
     if kind == Kind.ELEMENTWISE and role in ELEMENTWISE_ROLES:
-        return Operator("elementwise", dtype, m=max(int(w.m[row]), 1), n=int(w.n[row]), role=role, cold=False)
+        return Operator(
+            "elementwise", dtype, m=max(int(w.m[row]), 1), n=int(w.n[row]), role=role, cold=False
+        )
     if kind in (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION) and plain and w.density[row] == 1.0:
         decode = kind == Kind.DECODE_ATTENTION
         return Operator(

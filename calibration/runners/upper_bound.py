@@ -31,14 +31,16 @@ from simulator.operators.base import Estimate
 from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Workload
 
-ALIGN = 16  # features that remain after unstructured pruning are rounded to a multiple, as in structured families
+# features that remain after unstructured pruning are rounded to a multiple, as in structured families
+ALIGN = 16
 # Plain kernels and the dimensions of their shapes
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "attention_prefill": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim"),
     "attention_decode": ("batch", "kv_len", "heads", "kv_heads", "head_dim"),
 }
-HOT = ("attention_prefill",)  # its operands are in the cache, because the previous kernel wrote them
+# its operands are in the cache, because the previous kernel wrote them
+HOT = ("attention_prefill",)
 Shape = tuple[str, tuple[int, ...]]  # a plain kernel and its sizes
 
 
@@ -49,7 +51,8 @@ class Bound(CaseRow):
     measured_bound: float  # NaN if shapes have no time
     lower: float  # 95 % interval of the measured bound, from the scatter of its samples
     upper: float
-    predicted_bound: float  # ratio predicted for the same plain kernels, from measured shapes if the profile has them
+    # ratio predicted for the same plain kernels, from measured shapes if the profile has them
+    predicted_bound: float
     model_bound: float  # the same ratio from the cost model alone
     flop_bound: float
     byte_bound: float
@@ -74,24 +77,38 @@ def plain_kernels(w: Workload) -> dict[Shape, float]:
     plain = runs & (w.latent == 0) & ((w.value_dim == 0) | (w.value_dim == w.head_dim))
     gemm, prefill, decode = (
         w.take(rows & (w.kind == kind))
-        for rows, kind in ((runs, Kind.GEMM), (plain, Kind.PREFILL_ATTENTION), (plain, Kind.DECODE_ATTENTION))
+        for rows, kind in (
+            (runs, Kind.GEMM),
+            (plain, Kind.PREFILL_ATTENTION),
+            (plain, Kind.DECODE_ATTENTION),
+        )
     )
     k = gemm.k.astype(np.float64)
     left = np.maximum(np.round(k * gemm.density / ALIGN), 1.0) * ALIGN
     k = np.where(gemm.density < 1.0, np.minimum(left, k), k)
-    share = prefill.density * prefill.pairs / prefill.replace(window=np.zeros_like(prefill.window)).pairs
+    share = (
+        prefill.density
+        * prefill.pairs
+        / prefill.replace(window=np.zeros_like(prefill.window)).pairs
+    )
     found = (
         _counted("gemm", gemm, gemm.count, k=k),
         _counted("attention_prefill", prefill, prefill.count * share),
-        _counted("attention_decode", decode, decode.count, kv_len=decode.keys_seen * decode.density),
+        _counted(
+            "attention_decode", decode, decode.count, kv_len=decode.keys_seen * decode.density
+        ),
     )
     return {shape: count for counts in found for shape, count in counts}
 
 
-def _counted(kind: str, w: Workload, counts: FloatArray, **changed: FloatArray) -> Iterator[tuple[Shape, float]]:
+def _counted(
+    kind: str, w: Workload, counts: FloatArray, **changed: FloatArray
+) -> Iterator[tuple[Shape, float]]:
     """Yield each shape of a kernel with its count; ``changed`` replaces columns of the workload."""
     sizes = np.stack([changed.get(name, getattr(w, name)) for name in DIMENSIONS[kind]], axis=1)
-    shapes, which = np.unique(np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True)
+    shapes, which = np.unique(
+        np.maximum(np.round(sizes), 1.0).astype(np.int64), axis=0, return_inverse=True
+    )
     found = np.bincount(which.reshape(-1), weights=counts, minlength=len(shapes))
     for shape, count in zip(shapes.tolist(), found.tolist(), strict=True):
         yield (kind, tuple(shape)), count
@@ -144,7 +161,12 @@ def measure_bounds(
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
     """Return time and relative half-width (95 %) of plain kernels by shape, as medians over repeats."""
-    usable = records.timed & (records.labels() == dtype) & (records.window == 0) & (records.density == 1.0)
+    usable = (
+        records.timed
+        & (records.labels() == dtype)
+        & (records.window == 0)
+        & (records.density == 1.0)
+    )
     out: dict[Shape, tuple[float, float]] = {}
     for kind, names in DIMENSIONS.items():
         of_kind = records.operator == OPERATORS.index(kind)
@@ -155,12 +177,16 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
         shapes, which = np.unique(sizes, axis=0, return_inverse=True)
         half, which = np.nan_to_num(rows.spread, posinf=0.0), which.reshape(-1)
         for i, shape in enumerate(shapes.tolist()):
-            seconds, spread = (float(np.median(column[which == i])) for column in (rows.seconds, half))
+            seconds, spread = (
+                float(np.median(column[which == i])) for column in (rows.seconds, half)
+            )
             out[kind, tuple(shape)] = seconds, spread
     return out
 
 
-def bounds(cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16") -> list[Bound]:
+def bounds(
+    cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16"
+) -> list[Bound]:
     times, alone = kernel_seconds(records, dtype), without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
@@ -201,8 +227,13 @@ def bound_errors(rows: Sequence[Bound]) -> dict[str, float]:
     known = [r for r in rows if math.isfinite(r.measured_bound)]
     if not known:
         return {}
-    measured, predicted, model = np.array([(r.measured_bound, r.predicted_bound, r.model_bound) for r in known]).T
-    return {name: errors(b, measured)["median"] for name, b in (("predicted", predicted), ("model", model))}
+    measured, predicted, model = np.array(
+        [(r.measured_bound, r.predicted_bound, r.model_bound) for r in known]
+    ).T
+    return {
+        name: errors(b, measured)["median"]
+        for name, b in (("predicted", predicted), ("model", model))
+    }
 
 
 def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[float, float, int]:
@@ -216,13 +247,17 @@ def _total(w: Workload, times: Mapping[Shape, tuple[float, float]]) -> tuple[flo
     return total, float(np.sqrt(((seconds * half) ** 2).sum())) / total, 0
 
 
-def _attention(cost: Callable[..., Estimate], calls: Geometry, hw: HardwareProfile, dtype: str) -> OperatorTimes:
+def _attention(
+    cost: Callable[..., Estimate], calls: Geometry, hw: HardwareProfile, dtype: str
+) -> OperatorTimes:
     return operator_time(cost(calls, hw, dtype), hw)
 
 
 _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
     "gemm": gemm_time,
-    "attention_prefill": lambda *sizes, dtype: _attention(prefill, Geometry.of(*sizes[:-1]), sizes[-1], dtype),
+    "attention_prefill": lambda *sizes, dtype: _attention(
+        prefill, Geometry.of(*sizes[:-1]), sizes[-1], dtype
+    ),
     "attention_decode": lambda batch, *sizes, dtype: _attention(
         decode, Geometry.of(batch, 1, *sizes[:-1]), sizes[-1], dtype
     ),

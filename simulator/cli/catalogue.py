@@ -33,17 +33,24 @@ def _list_devices(json: options.Json = False) -> None:
     profiles = [load_hardware(name) for name in list_hardware()]
     if json:
         rows = [hw.to_dict() for hw in profiles]
-        render.show_json([{k: v for k, v in row.items() if k not in ("sources", "sections")} for row in rows])
+        render.show_json(
+            [{k: v for k, v in row.items() if k not in ("sources", "sections")} for row in rows]
+        )
         return
 
     def also(hw: HardwareProfile) -> str:
-        return min((a for a in hw.aliases if "nvidia" not in a and hw.name not in a), key=len, default="")
+        return min(
+            (a for a in hw.aliases if "nvidia" not in a and hw.name not in a), key=len, default=""
+        )
 
     columns = render.columns(
         profiles,
         ("<name", lambda hw: hw.name),
         ("<architecture", lambda hw: hw.architecture),
-        ("bf16 dense", lambda hw: _tflops(hw.rates["bf16"].flop_per_s if "bf16" in hw.rates else None)),
+        (
+            "bf16 dense",
+            lambda hw: _tflops(hw.rates["bf16"].flop_per_s if "bf16" in hw.rates else None),
+        ),
         ("memory", lambda hw: render.size(hw.memory_bytes)),
         ("bandwidth", lambda hw: render.rate(hw.bandwidth_bytes_per_s, "B/s")),
         ("<stacks", _stacks),
@@ -54,7 +61,8 @@ def _list_devices(json: options.Json = False) -> None:
 
 @hardware.command("show")
 def _show_devices(
-    name: Annotated[str, arg("NAME", "Name, alias or YAML file, NAME@STACK.", "--hardware")], json: options.Json = False
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file, NAME@STACK.", "--hardware")],
+    json: options.Json = False,
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
@@ -73,8 +81,14 @@ def _show_devices(
     facts = [
         ("architecture", hw.architecture),
         ("SMs", str(hw.sm_count)),
-        ("clocks", f"{hw.boost_clock_hz / 1e9:.3g} GHz boost, {hw.max_clock_hz / 1e9:.3g} GHz highest"),
-        ("memory", f"{render.size(hw.memory_bytes)} at {render.rate(hw.bandwidth_bytes_per_s, 'B/s')}"),
+        (
+            "clocks",
+            f"{hw.boost_clock_hz / 1e9:.3g} GHz boost, {hw.max_clock_hz / 1e9:.3g} GHz highest",
+        ),
+        (
+            "memory",
+            f"{render.size(hw.memory_bytes)} at {render.rate(hw.bandwidth_bytes_per_s, 'B/s')}",
+        ),
         ("L2", render.size(hw.l2_bytes)),
         ("power", f"{hw.power_w:.0f} W"),
     ]
@@ -89,7 +103,9 @@ def _show_devices(
     print(f"{hw.title}: {hw.label}{also}\n")
     if hw.verdict:
         print(f"its calibration advised against this profile: {hw.verdict}\n")
-    render.show(render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])))
+    render.show(
+        render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1]))
+    )
     print()
     columns = render.columns(
         list(hw.rates.items()),
@@ -111,13 +127,20 @@ def _show_devices(
         about = hw.local_update.provenance
         print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
     for engine, own in hw.engines.items():
-        host = " + ".join(f"{render.seconds(getattr(own, f'each_{part}'))} per {part}" for part in HOST_PARTS)
-        print(f"engine {engine} {own.version}, {own.source}: host {host}; measured over predicted time by tokens:")
+        host = " + ".join(
+            f"{render.seconds(getattr(own, f'each_{part}'))} per {part}" for part in HOST_PARTS
+        )
+        print(
+            f"engine {engine} {own.version}, {own.source}: host {host}; measured over predicted time by tokens:"
+        )
         render.show(
             render.columns(
                 list(own.operators.items()),
                 ("<operator", lambda item: item[0]),
-                *((f"{n:,}", lambda item, at=at: f"{item[1].factors[at]:.2f}") for at, n in enumerate(own.tokens)),
+                *(
+                    (f"{n:,}", lambda item, at=at: f"{item[1].factors[at]:.2f}")
+                    for at, n in enumerate(own.tokens)
+                ),
                 ("scatter", lambda item: f"{100 * math.expm1(item[1].log_sd):.0f} %"),
             )
         )
@@ -125,8 +148,14 @@ def _show_devices(
     if rows := _served(hw):
         _show_fits(rows)
     else:
-        generic = "generic" in unfitted(hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture)
-        of = f"generic defaults (no {hw.architecture} GPU was ever fitted)" if generic else "architecture defaults"
+        generic = "generic" in unfitted(
+            hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture
+        )
+        of = (
+            f"generic defaults (no {hw.architecture} GPU was ever fitted)"
+            if generic
+            else "architecture defaults"
+        )
         print(f"not calibrated: {of} and wide intervals")
 
 
@@ -135,16 +164,30 @@ def _show_fits(rows: Sequence[Mapping[str, Any]]) -> None:
     for engine in rows[0]["engines"]:
         fits = [row["engines"][engine] for row in rows]
         errors = ["" if fit["error"] is None else f" {100 * fit['error']:.1f} %" for fit in fits]
-        groups.setdefault(tuple(fit["stack"] + error for fit, error in zip(fits, errors)), []).append(engine)
-    titles = [textwrap.fill(", ".join(names), 14) for names in groups.values()] if len(groups) > 1 else ["every engine"]
-    columns = render.columns(rows, ("<fitted part", lambda r: r["operator"]), ("<format", lambda r: r["dtype"]))
+        groups.setdefault(
+            tuple(fit["stack"] + error for fit, error in zip(fits, errors)), []
+        ).append(engine)
+    titles = (
+        [textwrap.fill(", ".join(names), 14) for names in groups.values()]
+        if len(groups) > 1
+        else ["every engine"]
+    )
+    columns = render.columns(
+        rows, ("<fitted part", lambda r: r["operator"]), ("<format", lambda r: r["dtype"])
+    )
     render.show([*columns, *(render.Column(title, cells) for title, cells in zip(titles, groups))])
     print()
     if unseen := [*dict.fromkeys(row["held_out"] for row in rows if row["held_out"])]:
         folds = "5-fold cross-validation, 10-fold up to 1,500 GEMMs"
         page = "docs/generated/accuracy.md has the same errors of all shipped fits"
-        render.conclude(f"Errors are means over rows of unseen {with_and(unseen)} ({folds}); {page}.")
-    used = {(fit["stack"], r["operator"], r["dtype"]): fit for r in rows for fit in r["engines"].values()}
+        render.conclude(
+            f"Errors are means over rows of unseen {with_and(unseen)} ({folds}); {page}."
+        )
+    used = {
+        (fit["stack"], r["operator"], r["dtype"]): fit
+        for r in rows
+        for fit in r["engines"].values()
+    }
     for stack in dict.fromkeys(key[0] for key, fit in used.items() if fit["status"] != "default"):
         fits = [fit for key, fit in used.items() if key[0] == stack]
         origins = [fit["origin"].partition(" (")[0] for fit in fits]
@@ -219,7 +262,9 @@ def _stacks(hw: HardwareProfile) -> str:
     """Return the stacks that a device was fitted on, the default first; or the related GPU of inherited sections."""
     names = [stack or "own" for stack in hw.stacks]
     sibling = f"as {hw.stacks_of}" if hw.stacks_of else ""
-    if sibling and all(s.status == "inherited" for sections in hw.stacks.values() for s in sections.values()):
+    if sibling and all(
+        s.status == "inherited" for sections in hw.stacks.values() for s in sections.values()
+    ):
         return sibling
     return ", ".join(names) or "none"
 
@@ -271,7 +316,9 @@ def _shapes(model: ModelConfig) -> str:
 
 @models.command("show")
 def _show_models(
-    name: Annotated[str, arg("NAME", "Name of a model, or its config.json (file or folder).", "MODEL")],
+    name: Annotated[
+        str, arg("NAME", "Name of a model, or its config.json (file or folder).", "MODEL")
+    ],
     batch: Annotated[int, opt("--batch", "N", "Sequences in a batch.")] = 1,
     seq: Annotated[int, opt("--seq", "N", "Prompt tokens of a sequence.")] = 2048,
     json: options.Json = False,
@@ -289,7 +336,10 @@ def _show_models(
     total = float(workload.flops.sum())
     rows: dict[tuple[str | int, ...], dict[str, Any]] = {}  # different layers may share shapes
     for i in range(len(gemms)):
-        shape = {"role": ROLES[gemms.role[i]], **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")}}
+        shape = {
+            "role": ROLES[gemms.role[i]],
+            **{key: int(getattr(gemms, key)[i]) for key in ("m", "n", "k")},
+        }
         row = rows.setdefault(tuple(shape.values()), {**shape, "count": 0.0, "flops": 0.0})
         row |= {key: row[key] + float(getattr(gemms, key)[i]) for key in ("count", "flops")}
     if json:
@@ -297,7 +347,9 @@ def _show_models(
         return
     active = f", {model.active_parameters:,} of them active" if model.experts else ""
     size = render.size(2.0 * model.parameters)
-    print(f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in 16 bits")
+    print(
+        f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in 16 bits"
+    )
     print(f"{_shapes(model)}\n")
     columns = render.columns(
         list(rows.values()),
@@ -332,9 +384,19 @@ def _list_engines(as_json: options.Json = False) -> None:
         engines,
         ("<name", lambda e: e.name + (" (default)" if e.name == Request.engine else "")),
         ("<software", lambda e: e.title),
-        ("<older releases", lambda e: ", ".join(f"{e.name}@{g.name}" for g in e.generations if g.name != e.generation)),
+        (
+            "<older releases",
+            lambda e: ", ".join(
+                f"{e.name}@{g.name}" for g in e.generations if g.name != e.generation
+            ),
+        ),
         ("<host", _host),
-        ("<2:4 kernels", lambda e: ", ".join(f for kernels in e.sparse24.values() for f in kernels.formats) or "none"),
+        (
+            "<2:4 kernels",
+            lambda e: (
+                ", ".join(f for kernels in e.sparse24.values() for f in kernels.formats) or "none"
+            ),
+        ),
         ("<one GEMM for", lambda e: ", ".join(e.fuse) or "each projection"),
     )
     render.show(render.narrowed(columns, 2))
@@ -342,7 +404,8 @@ def _list_engines(as_json: options.Json = False) -> None:
 
 @engines.command("show")
 def _show_engines(
-    name: Annotated[str, arg("NAME", "Name, alias or YAML file.", "--engine")], as_json: options.Json = False
+    name: Annotated[str, arg("NAME", "Name, alias or YAML file.", "--engine")],
+    as_json: options.Json = False,
 ) -> None:
     """Show one engine: each value with its source."""
     from simulator.engines.engine import load_engine
@@ -355,15 +418,21 @@ def _show_engines(
     print(f"{engine.title}: {engine.name}{also}\n")
     for one in engine.generations:
         current = " (these values)" if one.name == engine.generation else ""
-        print(f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}")
+        print(
+            f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}"
+        )
     if engine.generations:
         print()
     rows = list(_values(engine))
-    columns = render.columns(rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<host sd", lambda r: r[2]))
+    columns = render.columns(
+        rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<host sd", lambda r: r[2])
+    )
     room = max(render.width() - render.table_width(columns) - 2, 20)
     sources = [textwrap.shorten(r[3], room, placeholder="...") for r in rows]
     render.show([*columns, render.Column("source", sources, right=False)])
-    fill = partial(textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False)
+    fill = partial(
+        textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False
+    )
     print("\nsources")
     for short, text in engine.sources.items():
         print(fill(f"  {short}: {text}", subsequent_indent="    "))
@@ -372,7 +441,9 @@ def _show_engines(
 
 
 @engines.command("check")
-def _check_engines(file: Annotated[str, arg("FILE", "YAML file of an engine.")], as_json: options.Json = False) -> None:
+def _check_engines(
+    file: Annotated[str, arg("FILE", "YAML file of an engine.")], as_json: options.Json = False
+) -> None:
     """Check a YAML file of an engine.
 
     Each problem is one line; the exit status is 2 when there is any.
@@ -414,14 +485,34 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
             slower = f", x{time.workstation:g} on workstations" if time.workstation != 1 else ""
             yield name, f"{render.seconds(time.value)}{slower}", spread, _cited(time)
     if e.host_correlation.source:
-        yield "correlation of host times", f"{e.host_correlation.value:g}", "", _cited(e.host_correlation)
+        yield (
+            "correlation of host times",
+            f"{e.host_correlation.value:g}",
+            "",
+            _cited(e.host_correlation),
+        )
     if e.schedule is not None:
         for x in e.schedule.limits:
             unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
             where = f", GPUs from {render.size(x.memory)}{unless}" if x.memory else ""
-            yield f"step{where}", f"{x.tokens:,} tokens, {x.sequences:,} sequences", "", e.schedule.source
-        yield "longer prompts", "in chunks" if e.schedule.chunked else "whole", "", e.schedule.source
-        yield "prompts of neighbouring steps", f"together up to {e.schedule.clustered:,} tokens", "", e.schedule.note
+            yield (
+                f"step{where}",
+                f"{x.tokens:,} tokens, {x.sequences:,} sequences",
+                "",
+                e.schedule.source,
+            )
+        yield (
+            "longer prompts",
+            "in chunks" if e.schedule.chunked else "whole",
+            "",
+            e.schedule.source,
+        )
+        yield (
+            "prompts of neighbouring steps",
+            f"together up to {e.schedule.clustered:,} tokens",
+            "",
+            e.schedule.note,
+        )
     shares = {
         "memory of a server": e.memory,
         "GEMM of one token": e.one_token,
@@ -433,13 +524,23 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for name, share in shares.items():
         if share.source:
             yield name, f"{share.value:g}", "", _cited(share)
-    yield "activations converted by a kernel", ", ".join(e.quantize.inputs) or "none", "", _cited(e.quantize)
+    yield (
+        "activations converted by a kernel",
+        ", ".join(e.quantize.inputs) or "none",
+        "",
+        _cited(e.quantize),
+    )
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
     for library, found in e.sparse24.items():
         where = f"on {', '.join(found.on)}" if found.on else ""
         plan = "" if found.searched else "one plan for all shapes"
         said = "; ".join(text for text in (plan, found.note) if text)
-        yield f"2:4, {library}", ", ".join(found.formats), where, f"{found.source}{f': {said}' if said else ''}"
+        yield (
+            f"2:4, {library}",
+            ", ".join(found.formats),
+            where,
+            f"{found.source}{f': {said}' if said else ''}",
+        )
     if not e.sparse24:
         yield "2:4 formats", "none", "", ""
     for family, kernels in e.dynamic.items():
@@ -448,11 +549,17 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for dtype, width in e.widths.items():
         yield f"widths, {dtype}", f"multiples of {width.multiple}", "", width.source
     for feature, loading in e.loads.items():
-        yield f"loads, {feature}", "yes" if loading.value else "no", "", f"{loading.source}: {loading.how}"
+        yield (
+            f"loads, {feature}",
+            "yes" if loading.value else "no",
+            "",
+            f"{loading.source}: {loading.how}",
+        )
 
 
 def methods(
-    name: Annotated[str | None, arg("NAME", "One method, in full.", "--method")] = None, as_json: options.Json = False
+    name: Annotated[str | None, arg("NAME", "One method, in full.", "--method")] = None,
+    as_json: options.Json = False,
 ) -> None:
     """List published pruning methods.
 
@@ -466,7 +573,10 @@ def methods(
         render.show_json([_plain(m) for m in found])
     elif name is None:
         columns = render.columns(
-            found, ("<method", lambda m: m.name), ("<family", lambda m: m.family), ("<arXiv", lambda m: m.arxiv)
+            found,
+            ("<method", lambda m: m.name),
+            ("<family", lambda m: m.family),
+            ("<arXiv", lambda m: m.arxiv),
         )
         room = render.width() - render.table_width(columns) - 2
         if room >= 24:
@@ -478,7 +588,9 @@ def methods(
     else:
         plain = _plain(found[0])
         if (budget := found[0].budget) is not None:
-            plain["sparsities"] = f"follow from the length: it keeps {budget:,} tokens; give no --sparsity"
+            plain["sparsities"] = (
+                f"follow from the length: it keeps {budget:,} tokens; give no --sparsity"
+            )
         for key, value in plain.items():
             text = f"{key + ':':<12}{_text(value)}"
             print(textwrap.fill(text, render.width(), subsequent_indent=" " * 12))
@@ -493,5 +605,8 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return ", ".join(f"{name}={option}" for name, option in value.items()) or "defaults of the family"
+        return (
+            ", ".join(f"{name}={option}" for name, option in value.items())
+            or "defaults of the family"
+        )
     return ", ".join(str(v) for v in value)

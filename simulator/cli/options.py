@@ -41,7 +41,11 @@ def completing(where: str) -> Callable[[str], list[str]] | None:
         module, _, name = where.rpartition(".")
         found = getattr(import_module(f"simulator.{module}"), name)
         before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{one}" for one in (found() if callable(found) else found) if one.startswith(last)]
+        return [
+            f"{before}{comma}{one}"
+            for one in (found() if callable(found) else found)
+            if one.startswith(last)
+        ]
 
     return complete if where else None
 
@@ -49,22 +53,34 @@ def completing(where: str) -> Callable[[str], list[str]] | None:
 def opt(flags: str, metavar: str | None, text: str) -> Any:
     """Declare an option; ``flags`` are its names, separated by blanks. An empty value is an error."""
     names = completing(NAMES.get(flags, ""))
-    return typer.Option(*flags.split(), metavar=metavar, help=text, autocompletion=names, callback=_not_empty)
+    return typer.Option(
+        *flags.split(), metavar=metavar, help=text, autocompletion=names, callback=_not_empty
+    )
 
 
 def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
     """Reject an empty value on the command line, which a shell makes of a variable that is not set."""
     given = context.get_parameter_source(option.name or "")
-    if given is not None and given.name == "COMMANDLINE" and "" in (value if isinstance(value, list) else [value]):
-        raise InputError(f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty value")
+    if (
+        given is not None
+        and given.name == "COMMANDLINE"
+        and "" in (value if isinstance(value, list) else [value])
+    ):
+        raise InputError(
+            f"{option.opts[0]}: expected {option.metavar or 'a value'}, got an empty value"
+        )
     if isinstance(value, str) and value.startswith("--"):
-        raise InputError(f"{option.opts[0]}: its value is missing; expected {option.metavar}, got the option {value}")
+        raise InputError(
+            f"{option.opts[0]}: its value is missing; expected {option.metavar}, got the option {value}"
+        )
     return value
 
 
 def arg(metavar: str, text: str, like: str = "") -> Any:
     """Declare an argument; shell completion uses the entry ``like`` of :data:`NAMES`, else that of ``metavar``."""
-    return typer.Argument(metavar=metavar, help=text, autocompletion=completing(NAMES.get(like or metavar, "")))
+    return typer.Argument(
+        metavar=metavar, help=text, autocompletion=completing(NAMES.get(like or metavar, ""))
+    )
 
 
 # fmt: off
@@ -166,10 +182,16 @@ class Run:
     def given(self) -> dict[str, Any]:
         """Texts that differ from the defaults, by option without its dashes."""
         own: Any = self  # a dataclass, see run_options
-        changed = {f.name: value for f in fields(own) if (value := getattr(self, f.name)) != f.default}
-        return {SETTINGS[n].flags[0][2:] if n in SETTINGS else n: value for n, value in changed.items()}
+        changed = {
+            f.name: value for f in fields(own) if (value := getattr(self, f.name)) != f.default
+        }
+        return {
+            SETTINGS[n].flags[0][2:] if n in SETTINGS else n: value for n, value in changed.items()
+        }
 
-    def asked(self, model: str = "", devices: Devices | None = None, prunings: Prunings | None = None) -> Asked:
+    def asked(
+        self, model: str = "", devices: Devices | None = None, prunings: Prunings | None = None
+    ) -> Asked:
         """Parse the options, with a measured time of the dense ``model``, without engines that cannot run it."""
         found: dict[str, Any] = {}
         for name, setting in SETTINGS.items():
@@ -183,13 +205,17 @@ class Run:
         if "link" in found and found["devices"] == 1:
             raise InputError("--link: expected with --devices of at least 2")
         if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
-            raise InputError("--dense-time, --dense-tokens-per-s, --dense-from: expected one of them")
+            raise InputError(
+                "--dense-time, --dense-tokens-per-s, --dense-from: expected one of them"
+            )
         if rate is None and file is None:
             if devices is None or len(found["engine"]) == 1:
                 return Asked(found)
             from simulator.prediction.table import unable
 
-            reasons = unable(model, devices.profiles, {**found, **(prunings.parsed() if prunings else {})})
+            reasons = unable(
+                model, devices.profiles, {**found, **(prunings.parsed() if prunings else {})}
+            )
             able = [engine for engine in found["engine"] if engine not in reasons]
             notes = tuple(f"{engine} is excluded: {reason}" for engine, reason in reasons.items())
             return Asked(found | {"engine": able}, notes)
@@ -217,7 +243,9 @@ def setting_option(name: str, metavar: str = "", text: str = "") -> Any:
     """Return the annotation of a setting's option; ``metavar`` and ``text`` replace its own."""
     setting = SETTINGS[name]
     kind = bool if isinstance(setting.accepts, Flag) else str | None
-    return Annotated[kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)]
+    return Annotated[
+        kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)
+    ]
 
 
 def _default(setting: Setting) -> Any:
@@ -228,7 +256,10 @@ def _default(setting: Setting) -> Any:
 
 def run_options(*chosen: str, others: bool = False, **defaults: str) -> Any:
     """Return a :class:`Run` with the options of some settings, as a dataclass of their defaults."""
-    parts = [(n, setting_option(n), field(default=defaults.get(n, _default(SETTINGS[n])))) for n in chosen]
+    parts = [
+        (n, setting_option(n), field(default=defaults.get(n, _default(SETTINGS[n]))))
+        for n in chosen
+    ]
     parts += [(n, annotation, field(default=None)) for n, annotation in _OTHERS.items() if others]
     return make_dataclass("Settings", parts, bases=(Run,), frozen=True)()
 
@@ -254,7 +285,9 @@ def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 parts = [(name, getattr(p.default, name), hints[name]) for name in shared]
             for name, default, kind in parts:
                 value = inspect.Parameter.empty if default == REQUIRED else default
-                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=value, annotation=kind))
+                parameters.append(
+                    inspect.Parameter(name, p.KEYWORD_ONLY, default=value, annotation=kind)
+                )
 
         @wraps(command)
         def called(**given: Any) -> None:

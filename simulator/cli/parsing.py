@@ -35,7 +35,9 @@ def integers(option: str, text: str) -> list[int]:
             or step < (len(ends) == 3)
             or (step and (last - first) // step > MOST)
         ):
-            raise InputError(f"{option} {part!r}: expected FIRST:LAST, which doubles, or FIRST:LAST:STEP")
+            raise InputError(
+                f"{option} {part!r}: expected FIRST:LAST, which doubles, or FIRST:LAST:STEP"
+            )
         while first < last:
             out.append(first)
             first = first + step if step else 2 * first
@@ -53,7 +55,9 @@ def fractions(option: str, text: str) -> list[float]:
             continue
         first, last, step = (*ends, 0.1)[:3]
         if len(ends) > 3 or not first <= last or not step > 0 or (last - first) / step > MOST:
-            raise InputError(f"{option} {part!r}: expected FIRST:LAST or FIRST:LAST:STEP, such as 0.1:0.5:0.05")
+            raise InputError(
+                f"{option} {part!r}: expected FIRST:LAST or FIRST:LAST:STEP, such as 0.1:0.5:0.05"
+            )
         out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
     return list(dict.fromkeys(out))
 
@@ -74,7 +78,11 @@ def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name in out:
             raise InputError(f"{option} {text!r}: {name} is given twice")
-        out[name] = [parse_value(part) for part in names(option, value)] if "," in value else parse_value(value)
+        out[name] = (
+            [parse_value(part) for part in names(option, value)]
+            if "," in value
+            else parse_value(value)
+        )
     return out
 
 

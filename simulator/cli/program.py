@@ -117,7 +117,10 @@ def _version(requested: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and stop.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     pass
@@ -157,11 +160,15 @@ def run(arguments: Sequence[str]) -> int:
         # usage errors of the option parser: their class is not public in every version of typer, this method is
         if hasattr(error, "format_message"):
             context = getattr(error, "ctx", None)
-            path, option = context.command_path if context else "prunesim", getattr(error, "option_name", "")
+            path, option = (
+                context.command_path if context else "prunesim",
+                getattr(error, "option_name", ""),
+            )
             if instead := REMOVED.get(f"{path.removeprefix('prunesim ')} {option}"):
                 return _fail(f"{option}: no longer an option; {instead}", 2)
             text, param = error.format_message(), getattr(error, "param", None)
-            if type(error).__name__ == "BadParameter" and param is not None:  # its text is of a library
+            # its text is of a library
+            if type(error).__name__ == "BadParameter" and param is not None:
                 words = [word for argument in arguments for word in argument.split("=", 1)]
                 option = next((name for name in param.opts if name in words[:-1]), param.opts[0])
                 kind = "a whole number" if "integer" in text else "a number"
@@ -171,7 +178,8 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
         return _fail(
-            f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)", 1
+            f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)",
+            1,
         )
     finally:
         sys.stdout = stdout

@@ -107,7 +107,9 @@ def _line(columns: Sequence[Column], texts: Sequence[str], styles: Sequence[str]
     cells = []
     for column, text, style in zip(columns, texts, styles):
         blanks = " " * (column.width - len(text))
-        cells.append(blanks + _painted(text, style) if column.right else _painted(text, style) + blanks)
+        cells.append(
+            blanks + _painted(text, style) if column.right else _painted(text, style) + blanks
+        )
     return "  ".join(cells).rstrip()
 
 
@@ -151,7 +153,9 @@ def same_together(lines: Iterable[str]) -> list[str]:
     for line in lines:
         subject, colon, text = " ".join(line.split()).partition(": ")
         subjects.setdefault(text if colon else subject, []).append(subject if colon else "")
-    return [f"{few(_places(some))}: {text}" if any(some) else text for text, some in subjects.items()]
+    return [
+        f"{few(_places(some))}: {text}" if any(some) else text for text, some in subjects.items()
+    ]
 
 
 def _places(subjects: Iterable[str]) -> list[str]:
@@ -160,7 +164,10 @@ def _places(subjects: Iterable[str]) -> list[str]:
     for subject in subjects:
         device, _, request = subject.partition(", ")
         found.setdefault(device, []).append(request)
-    return [", ".join(filter(None, (device, " and ".join(dict.fromkeys(some))))) for device, some in found.items()]
+    return [
+        ", ".join(filter(None, (device, " and ".join(dict.fromkeys(some)))))
+        for device, some in found.items()
+    ]
 
 
 def status(text: str) -> None:
@@ -211,7 +218,9 @@ class Output:
 
             check_target(self.csv)
 
-    def write(self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None) -> bool:
+    def write(
+        self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None
+    ) -> bool:
         """Write rows (CSV: ``for_csv``, if given); return whether to print the answer too. After CSV on standard
         output, it goes to standard error."""
         if self.json:
@@ -245,7 +254,9 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         shown = True
         filled = round(30 * done / max(total, 1))
         left = elapsed / max(done, 1) * (total - done)
-        sys.stderr.write(f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left:.0f} s left \x1b[K")
+        sys.stderr.write(
+            f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left:.0f} s left \x1b[K"
+        )
         sys.stderr.flush()
 
     try:

@@ -18,8 +18,10 @@ from simulator.units import parse_quantity
 if TYPE_CHECKING:
     from simulator.prediction.service import OperatingPoint, Service
 
-MOST_SERVICES = 3  # services with sentences and a table each; of more, one row each is printed without --verbose
-MOST_PRUNINGS = 6  # prunings in a table without --verbose: those with the most tokens/s at equal memory
+# services with sentences and a table each; of more, one row each is printed without --verbose
+MOST_SERVICES = 3
+# prunings in a table without --verbose: those with the most tokens/s at equal memory
+MOST_PRUNINGS = 6
 
 
 # fmt: off
@@ -105,7 +107,14 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
-    from simulator.prediction.sentences import EQUAL, LIMITS, MEMORY, equal_memory, failing_text, ranked
+    from simulator.prediction.sentences import (
+        EQUAL,
+        LIMITS,
+        MEMORY,
+        equal_memory,
+        failing_text,
+        ranked,
+    )
 
     kinds, order = service.kinds, ranked(service)
     shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]

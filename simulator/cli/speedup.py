@@ -33,7 +33,9 @@ def speedup(
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
-    memory: Annotated[bool, opt("--memory", None, "Also show memory against the device's capacity.")] = False,
+    memory: Annotated[
+        bool, opt("--memory", None, "Also show memory against the device's capacity.")
+    ] = False,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Predict how much faster a pruned model is.
@@ -72,9 +74,13 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
     even = break_even(found.rows)
     runs = dict(zip(found.rows, answers))
-    over = max((len(b.values) for b in even), default=0) >= MOST_COLUMNS or 0 < len(even) <= MOST_SENTENCES
+    over = (
+        max((len(b.values) for b in even), default=0) >= MOST_COLUMNS
+        or 0 < len(even) <= MOST_SENTENCES
+    )
     if over and (verbose or len(even) <= MOST_SENTENCES):
-        last = [runs.get(b.results[-1]) for b in even]  # the longest: a budget of tokens may keep all of the first
+        # the longest: a budget of tokens may keep all of the first
+        last = [runs.get(b.results[-1]) for b in even]
         stops = [runs_clause(answer) if answer and answer.works is False else "" for answer in last]
         render.conclude(*(f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)))
     else:
@@ -109,7 +115,9 @@ def _print_over(even: Sequence[BreakEven]) -> None:
     groups = by_key(even, lambda b: b.where)
     together = max(1, (render.width() - AXIS_COLUMNS) // PRUNING_COLUMNS)
     tables = [
-        (where, all_of[i : i + together]) for where, all_of in groups.items() for i in range(0, len(all_of), together)
+        (where, all_of[i : i + together])
+        for where, all_of in groups.items()
+        for i in range(0, len(all_of), together)
     ]
     for i, (where, some) in enumerate(tables):
         if i:
@@ -121,12 +129,17 @@ def _print_over(even: Sequence[BreakEven]) -> None:
         axis = batch_name(dense[0].phase) if first.axis == "batch" else "seq"
         columns = [
             render.Column(axis, [f"{v:,}" for v in values]),
-            render.Column("dense", [render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper) for r in dense]),
+            render.Column(
+                "dense",
+                [render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper) for r in dense],
+            ),
         ]
         for b, found in zip(some, at):
             cells = [render.interval(found[v]) if v in found else "-" for v in values]
             title = "\n".join(textwrap.wrap(b.results[0].pruning, 17, break_on_hyphens=False))
-            columns.append(render.Column(title, cells, styles=[_style(found.get(v)) for v in values]))
+            columns.append(
+                render.Column(title, cells, styles=[_style(found.get(v)) for v in values])
+            )
         render.show(columns, f"{first.results[0].model} on {where}: speedup over {axis}")
 
 
@@ -135,12 +148,16 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     from simulator.prediction.sentences import parts_line
 
     lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
-    runs: dict[str, Runnable] = {}  # a request that does not run, else the first: the others differ only in a gain
+    # a request that does not run, else the first: the others differ only in a gain
+    runs: dict[str, Runnable] = {}
     for r, answer in zip(found, answers):
         name = f"{r.pruning} in {r.engine}"
         runs[name] = answer if name not in runs or answer.works is False else runs[name]
     print()
-    for line in (*lines, *(f"{name}: will it run? {answer.sentence}" for name, answer in runs.items())):
+    for line in (
+        *lines,
+        *(f"{name}: will it run? {answer.sentence}" for name, answer in runs.items()),
+    ):
         print(textwrap.fill(line, render.width(), subsequent_indent="  ", break_on_hyphens=False))
 
 
@@ -169,8 +186,13 @@ def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]
     names = list(dict.fromkeys(r.hardware for r in results))
     for tables in range(1, len(names) + 1):
         count = -(-len(names) // tables)
-        parts = [[r for r in results if r.hardware in names[i : i + count]] for i in range(0, len(names), count)]
-        if count == 1 or all(render.table_width(list(speedup_layouts(part))[-2]) <= available for part in parts):
+        parts = [
+            [r for r in results if r.hardware in names[i : i + count]]
+            for i in range(0, len(names), count)
+        ]
+        if count == 1 or all(
+            render.table_width(list(speedup_layouts(part))[-2]) <= available for part in parts
+        ):
             yield from parts
             return
 
@@ -208,9 +230,13 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
             shown = render.interval if interval else lambda r: render.ratio(r.speedup)
             ends = dense[h].dense_s, dense[h].dense_lower, dense[h].dense_upper
             short = len(hardware) > 1
-            whole = render.seconds_between(*ends, short=short) if interval else render.seconds(ends[0])
+            whole = (
+                render.seconds_between(*ends, short=short) if interval else render.seconds(ends[0])
+            )
             cells = [whole, *(shown(r) if r else "-" for r in found)]
-            columns.append(render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)]))
+            columns.append(
+                render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)])
+            )
             if bottleneck:
                 names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}
                 bottlenecks = [names.get(r.bottleneck, r.bottleneck) if r else "" for r in found]
@@ -228,10 +254,13 @@ def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
 def _kind(results: Sequence[Result]) -> str:
     if results[0].pruned or results[0].method:
         return "model" if results[0].pruned else "method"
-    return "pruning" if any(r.family == r.prune for r in results) else "family"  # a row shows a text of --prune
+    # a row shows a text of --prune
+    return "pruning" if any(r.family == r.prune for r in results) else "family"
 
 
-def _crossed(results: Sequence[Result]) -> tuple[list[str], list[tuple[str, float]], dict[Any, Result]]:
+def _crossed(
+    results: Sequence[Result],
+) -> tuple[list[str], list[tuple[str, float]], dict[Any, Result]]:
     """Return devices, rows (family, sparsity), and the result of each device and row."""
     hardware = list(dict.fromkeys(r.hardware for r in results))
     rows = list(dict.fromkeys((r.family, r.sparsity) for r in results))
@@ -246,18 +275,37 @@ def _style(r: Result | None) -> str:
 
 
 def _print_serving(results: Sequence[Result]) -> None:
-    waits = "; time to first token depends on how requests arrive" if results[0].phase == "serve" else ""
+    waits = (
+        "; time to first token depends on how requests arrive"
+        if results[0].phase == "serve"
+        else ""
+    )
     for i, h in enumerate(dict.fromkeys(r.hardware for r in results)):
         mine = [r for r in results if r.hardware == h]
-        first, rows = mine[0], [(r.tokens_per_s, r.ttft_s, r.tpot_s, r.pruned_largest_batch) for r in mine]
-        rows = [(first.dense_tokens_per_s, first.dense_ttft_s, first.dense_tpot_s, first.dense_largest_batch), *rows]
+        first, rows = (
+            mine[0],
+            [(r.tokens_per_s, r.ttft_s, r.tpot_s, r.pruned_largest_batch) for r in mine],
+        )
+        rows = [
+            (
+                first.dense_tokens_per_s,
+                first.dense_ttft_s,
+                first.dense_tpot_s,
+                first.dense_largest_batch,
+            ),
+            *rows,
+        ]
         each = [(rate or 0.0) / first.devices for rate, *_ in rows]
         columns = [
             render.Column(_kind(mine), ["dense", *(r.family for r in mine)], right=False),
             render.Column("pruned", ["", *(render.percent(r.sparsity) for r in mine)]),
             render.Column("tokens/s\nper GPU", [f"{rate:,.0f}" for rate in each]),
-            render.Column("time to\nfirst token", [render.seconds(ttft or 0.0) for _, ttft, _, _ in rows]),
-            render.Column("time per\noutput token", [render.seconds(tpot or 0.0) for _, _, tpot, _ in rows]),
+            render.Column(
+                "time to\nfirst token", [render.seconds(ttft or 0.0) for _, ttft, _, _ in rows]
+            ),
+            render.Column(
+                "time per\noutput token", [render.seconds(tpot or 0.0) for _, _, tpot, _ in rows]
+            ),
             render.Column("largest batch\nthat fits", [f"{largest:,}" for *_, largest in rows]),
         ]
         if i:
@@ -269,7 +317,10 @@ def _print_memory(results: Sequence[Result]) -> None:
     hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     first = results[0]
-    needs = [render.size(first.dense_memory_bytes), *(render.size(r.pruned_memory_bytes) for r in any_of)]
+    needs = [
+        render.size(first.dense_memory_bytes),
+        *(render.size(r.pruned_memory_bytes) for r in any_of),
+    ]
     columns = [
         render.Column(_kind(results), ["dense", *(name for name, _ in rows)], right=False),
         render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
@@ -280,8 +331,13 @@ def _print_memory(results: Sequence[Result]) -> None:
         whole = next(r for r in results if r.hardware == h)
         found = [at.get((h, row)) for row in rows]
         fits = [words[whole.dense_fits], *(words[r.pruned_fits] if r else "-" for r in found)]
-        most = [f"{whole.dense_largest_batch:,}", *(f"{r.pruned_largest_batch:,}" if r else "-" for r in found)]
-        columns.append(render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", fits, right=False))
+        most = [
+            f"{whole.dense_largest_batch:,}",
+            *(f"{r.pruned_largest_batch:,}" if r else "-" for r in found),
+        ]
+        columns.append(
+            render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", fits, right=False)
+        )
         columns.append(render.Column("largest\nbatch", most))
     per_device = " of each device" if first.devices > 1 else ""
     render.show(render.narrowed(columns, 4), f"memory{per_device}: weights, cache, activations")

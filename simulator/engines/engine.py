@@ -24,7 +24,18 @@ from simulator.arguments import shown
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, STACKS, dtype_code
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
-from simulator.files.fields import Flag, Keys, Map, Number, Quantity, SourceName, String, Strings, Text, read
+from simulator.files.fields import (
+    Flag,
+    Keys,
+    Map,
+    Number,
+    Quantity,
+    SourceName,
+    String,
+    Strings,
+    Text,
+    read,
+)
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
 
 SCHEMA_VERSION = 1
@@ -36,7 +47,9 @@ PASSES: tuple[str, ...] = ("prefill", "decode")
 
 _FOLDER = Path(__file__).parent
 _PATH = re.compile(r"[/\\]|\.ya?ml$")
-_NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
+_NAME = Text(
+    (), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64"
+)
 _COUNT = 2**31 - 1
 _SHARE = Number(0, 3, "0.1")
 
@@ -53,7 +66,8 @@ class Generation:
     since: str  # first version, such as "0.14"
     title: str
     source: str
-    values: Mapping[str, Any] = field(default_factory=dict, repr=False)  # fields of the engine that differ
+    # fields of the engine that differ
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def split(text: str) -> tuple[str, str]:
@@ -82,16 +96,24 @@ def numbers(version: str) -> tuple[int, ...] | None:
 def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Generation:
     """Return the generation with a name, or the newest generation up to a version; InputError for other text."""
     if not generations:
-        raise InputError(f"engine '{engine}@{wanted}': {engine} has no generations; expected {engine}")
+        raise InputError(
+            f"engine '{engine}@{wanted}': {engine} has no generations; expected {engine}"
+        )
     for generation in generations:
         if generation.name == wanted:
             return generation
     version = numbers(wanted)
-    since = [generation for generation in generations if version is not None and reached(version, generation.since)]
+    since = [
+        generation
+        for generation in generations
+        if version is not None and reached(version, generation.since)
+    ]
     if not since:
         names = ", ".join(f"{g.name} (from {g.since})" for g in generations)
         example = f"a version such as {generations[-1].since}"
-        raise InputError(f"engine '{engine}@{wanted[:40]}': expected {example}, or a generation: {names}")
+        raise InputError(
+            f"engine '{engine}@{wanted[:40]}': expected {example}, or a generation: {names}"
+        )
     return since[-1]
 
 
@@ -139,7 +161,8 @@ class Loading:
     source: SourceName
     how: String  # what config.json must state, or why the engine does not load the feature
     model_types: Strings = ()  # model types that can have the feature; none: all
-    multiple: Annotated[int, _MULTIPLE] = 1  # MLP widths that the checkpoint can state are multiples of this number
+    # MLP widths that the checkpoint can state are multiples of this number
+    multiple: Annotated[int, _MULTIPLE] = 1
 
 
 @dataclass(frozen=True)
@@ -163,7 +186,8 @@ class Sparse24:
 
     formats: Formats  # number formats of the weights
     source: SourceName
-    searched: Flag = True  # the engine takes the fastest plan of the library for each shape; else one plan for all
+    # the engine takes the fastest plan of the library for each shape; else one plan for all
+    searched: Flag = True
     on: Strings = ()  # architectures with these kernels; none: all
     note: String = ""
 
@@ -180,7 +204,8 @@ class TallTiles:
     """Kernels of early releases that compute one token as many rows, which fitted kernels do not."""
 
     on: String  # architecture
-    gemm: Annotated[int, Number(1, 1024, "64", whole=True)]  # rows of the smallest tile of a GEMM that was not fitted
+    # rows of the smallest tile of a GEMM that was not fitted
+    gemm: Annotated[int, Number(1, 1024, "64", whole=True)]
     decode: Annotated[int, Number(1, 1024, "128", whole=True)]  # rows of a tile of decode attention
     decode_rate: Annotated[float, Number(0.01, 1, "0.85")]  # share of the datasheet's rate
     source: SourceName
@@ -195,7 +220,8 @@ class HostTime:
     log_sd: Annotated[float, _SHARE]
     source: SourceName
     note: String = ""
-    workstation: Annotated[float, Number(0.01, 100, "6")] = 1.0  # factor on the host of a workstation's GPU
+    # factor on the host of a workstation's GPU
+    workstation: Annotated[float, Number(0.01, 100, "6")] = 1.0
 
     def on(self, workstation: bool) -> float:
         return self.value * (self.workstation if workstation else 1.0)
@@ -281,7 +307,8 @@ class Behaviour:
     """What a file states for all releases of an engine, or for one generation of them."""
 
     fuse: tuple[Annotated[str, Text(FUSIONS)], ...] = ()
-    logits: Annotated[str, Text(("last", "all"))] = "last"  # positions of a prefill that the head computes
+    # positions of a prefill that the head computes
+    logits: Annotated[str, Text(("last", "all"))] = "last"
     # passes that run as a CUDA graph, so no launch waits for the host
     graph: tuple[Annotated[str, Text(PASSES)], ...] = PASSES
     captured: Captured | None = None  # None: no batch is padded
@@ -291,27 +318,39 @@ class Behaviour:
     # routed experts run together ("grouped"), or one by one: only the experts that tokens use, or all
     experts: Annotated[str, Text(("grouped", "touched", "all"))] = "grouped"
     # kernels per operator, by role; 0: fused into another
-    launches: Annotated[Mapping[str, Annotated[int, Number(0, 100, "7", whole=True)]], Keys("operator", ROLES)] = field(
-        default_factory=dict
-    )
-    schedule: Schedule | None = None  # how a server fills its steps; None: a pass computes all prompts together
-    quantize: Quantisation = Quantisation(INPUTS, "")  # how activations are converted by further kernels
-    one_token: Share = Share(1.0, "")  # time of a GEMM of one token over the time of its stack's kernel
-    memory: Share = Share(1.0, "")  # share of the device's memory that a server takes for weights, cache, activations
-    prefill_wait: Share = Share(0.0, "")  # share of the other prompts' prefills that delays a request's first token
+    launches: Annotated[
+        Mapping[str, Annotated[int, Number(0, 100, "7", whole=True)]], Keys("operator", ROLES)
+    ] = field(default_factory=dict)
+    # how a server fills its steps; None: a pass computes all prompts together
+    schedule: Schedule | None = None
+    # how activations are converted by further kernels
+    quantize: Quantisation = Quantisation(INPUTS, "")
+    # time of a GEMM of one token over the time of its stack's kernel
+    one_token: Share = Share(1.0, "")
+    # share of the device's memory that a server takes for weights, cache, activations
+    memory: Share = Share(1.0, "")
+    # share of the other prompts' prefills that delays a request's first token
+    prefill_wait: Share = Share(0.0, "")
     first_wait: Share = Share(0.0, "")  # the same in measured times to the first token, with queues
-    own_code: Share = Share(1.0, "")  # largest published slowdown from custom modelling code of a pruned model
+    # largest published slowdown from custom modelling code of a pruned model
+    own_code: Share = Share(1.0, "")
     log_sd: Share = Share(0.0, "")  # unexplained error of a pass, the same for all models
     apart_log_sd: Share = Share(0.0, "")  # unexplained error of a pass, independent for each model
-    composed_log_sd: Share = Share(0.0, "")  # further error of unmeasured operators that consist of several kernels
+    # further error of unmeasured operators that consist of several kernels
+    composed_log_sd: Share = Share(0.0, "")
     weight_only: Formats = ()  # formats of weights that its kernels read with 16-bit activations
-    sparse24: Annotated[Mapping[str, Sparse24], Keys("library", LIBRARIES)] = field(default_factory=dict)
+    sparse24: Annotated[Mapping[str, Sparse24], Keys("library", LIBRARIES)] = field(
+        default_factory=dict
+    )
     tall_tiles: TallTiles | None = None  # None: as fitted
-    dynamic: Map[DynamicKernels] = field(default_factory=dict)  # dynamic pruning families with kernels
+    # dynamic pruning families with kernels
+    dynamic: Map[DynamicKernels] = field(default_factory=dict)
     # by format; others: multiples of 16 bytes
     widths: Annotated[Mapping[str, Width], Keys("format", DTYPES)] = field(default_factory=dict)
     # by feature of a checkpoint; empty: not stated
-    loads: Annotated[Mapping[str, Loading], Keys("feature", tuple(FEATURES))] = field(default_factory=dict)
+    loads: Annotated[Mapping[str, Loading], Keys("feature", tuple(FEATURES))] = field(
+        default_factory=dict
+    )
     notes: Strings = ()
 
 
@@ -326,7 +365,9 @@ class _Release(Behaviour):
 
 @dataclass(frozen=True, init=False, repr=False, eq=False, kw_only=True)
 class _File(Behaviour):
-    schema_version: Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
+    schema_version: Annotated[
+        int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)
+    ]
     name: Annotated[str, _NAME]
     title: String
     short_title: String = ""
@@ -348,10 +389,12 @@ class Engine(Behaviour, Displayed):
     stacks: tuple[str, ...] = ()  # software stacks whose kernels it runs, the most similar first
     gap: HostTime = NOTHING  # idle time between two kernels of a graph
     each_pass: HostTime = NOTHING  # host time before the next pass can start
-    each_layer: HostTime = NOTHING  # further host time per layer, where it was measured on the device
+    # further host time per layer, where it was measured on the device
+    each_layer: HostTime = NOTHING
     each_sequence: HostTime = NOTHING  # further host time per sequence of a decode step
     each_request: HostTime = NOTHING  # time of a server around the passes of a request
-    host_correlation: Correlation = Correlation(1.0, "")  # between the host time per pass and the other host time
+    # between the host time per pass and the other host time
+    host_correlation: Correlation = Correlation(1.0, "")
     sources: Mapping[str, str] = field(default_factory=dict)
     generations: tuple[Generation, ...] = ()  # oldest first
     generation: str = ""  # name of the selected generation; "" without generations
@@ -371,10 +414,16 @@ class Engine(Behaviour, Displayed):
     def serving(self, hw: Any, measured: bool = False) -> Any:
         """Return a device (``HardwareProfile``) with the kernels of the engine; ``measured``: on this machine."""
         tall = self.tall_tiles
-        rows = (tall.gemm, tall.decode, tall.decode_rate) if tall and tall.on == hw.architecture else ()
+        rows = (
+            (tall.gemm, tall.decode, tall.decode_rate)
+            if tall and tall.on == hw.architecture
+            else ()
+        )
         return hw.serving(self.stacks, measured, rows)
 
-    def sparse24_kernels(self, dtype: str, weight_dtype: str, architecture: str = "") -> Sparse24 | None:
+    def sparse24_kernels(
+        self, dtype: str, weight_dtype: str, architecture: str = ""
+    ) -> Sparse24 | None:
         """Return the 2:4 kernels for a format of activations and one of weights, on an architecture or ("") on any;
         None without such kernels.
 
@@ -384,7 +433,11 @@ class Engine(Behaviour, Displayed):
         alone = DTYPE_BYTES[dtype_code(weight_dtype)] < DTYPE_BYTES[dtype_code(dtype)]
         for library, kernels in self.sparse24.items():
             runs = (weight_dtype if alone else dtype) in kernels.formats
-            if runs and alone == (library == "marlin") and (architecture in ("", *kernels.on) or not kernels.on):
+            if (
+                runs
+                and alone == (library == "marlin")
+                and (architecture in ("", *kernels.on) or not kernels.on)
+            ):
                 return kernels
         return None
 
@@ -395,7 +448,11 @@ class Engine(Behaviour, Displayed):
         [2048, 8192]
         """
         every = self.schedule.limits if self.schedule else ()
-        on = [x for x in every if memory_bytes >= x.memory and not any(part in device for part in x.not_on)]
+        on = [
+            x
+            for x in every
+            if memory_bytes >= x.memory and not any(part in device for part in x.not_on)
+        ]
         return on[-1] if on else None
 
     def in_graph(self, phase: str) -> bool:
@@ -468,15 +525,21 @@ def check_engine(path: str) -> list[str]:
     return _read(Path(path))[1].lines
 
 
-def sparse24_engines(dtype: str = "bf16", weight_dtype: str = "", architecture: str = "") -> tuple[str, ...]:
+def sparse24_engines(
+    dtype: str = "bf16", weight_dtype: str = "", architecture: str = ""
+) -> tuple[str, ...]:
     """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`. An engine whose newest
     releases have no such kernels is replaced by its last generation with them."""
 
     def has(name: str) -> bool:
-        return load_engine(name).sparse24_kernels(dtype, weight_dtype or dtype, architecture) is not None
+        return (
+            load_engine(name).sparse24_kernels(dtype, weight_dtype or dtype, architecture)
+            is not None
+        )
 
     releases = (
-        (name, *(f"{name}@{g.name}" for g in reversed(load_engine(name).generations))) for name in list_engines()
+        (name, *(f"{name}@{g.name}" for g in reversed(load_engine(name).generations)))
+        for name in list_engines()
     )
     return tuple(found for names in releases if (found := next(filter(has, names), "")))
 
@@ -546,7 +609,10 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
     file = read(_File, root, problems)
     if file is None:
         return None, problems
-    named = {name: getattr(file, name) for name in ("name", "title", "short_title", "aliases", "stacks", "sources")}
+    named = {
+        name: getattr(file, name)
+        for name in ("name", "title", "short_title", "aliases", "stacks", "sources")
+    }
     engine = Engine(**named, **_stated(file, root), path=path)
     if not file.generations:
         return engine, problems
@@ -554,9 +620,13 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
     since = [numbers(one.since) or () for one in file.generations]
     for i in range(1, len(since)):
         if since[i] <= since[i - 1]:
-            problems.add(nodes[i], f"generations.{i}", "expected a later version than the one before")
+            problems.add(
+                nodes[i], f"generations.{i}", "expected a later version than the one before"
+            )
     if len({one.name for one in file.generations}) < len(since):
-        problems.add(root.at("generations"), "generations", "expected generations with different names")
+        problems.add(
+            root.at("generations"), "generations", "expected generations with different names"
+        )
     if len(problems):
         return None, problems
     changes = [_stated(one, node) for one, node in zip(file.generations, nodes, strict=True)]
@@ -574,4 +644,6 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
 def _stated(file: _File | _Release, node: Node) -> dict[str, Any]:
     """Return the fields of :class:`Engine` that a file, or a generation in it, states."""
     host = {name: value for name, value in vars(file.host).items() if value is not None}
-    return {f.name: getattr(file, f.name) for f in fields(Behaviour) if f.name in node.entries} | host
+    return {
+        f.name: getattr(file, f.name) for f in fields(Behaviour) if f.name in node.entries
+    } | host

@@ -47,7 +47,9 @@ class Field(NamedTuple):
 def values(text: str, read: Callable[[str], Any]) -> list[Any]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not 1 <= len(parts) <= MOST_VALUES:
-        raise InputError(f"{one_line(text, 80)!r}: expected 1 to {MOST_VALUES} values separated by commas")
+        raise InputError(
+            f"{one_line(text, 80)!r}: expected 1 to {MOST_VALUES} values separated by commas"
+        )
     return [read(part) for part in parts]
 
 
@@ -62,7 +64,9 @@ def prunings(text: str) -> list[str]:
         raise InputError(f"expected 1 to {MOST_VALUES} lines, got {len(lines)}")
     for line in lines:
         if is_plan(line):
-            raise InputError(f"{line}: expected no plan, because it is a file; use prunesim speedup --prune {line}")
+            raise InputError(
+                f"{line}: expected no plan, because it is a file; use prunesim speedup --prune {line}"
+            )
         Pruning.read(line)
     return lines
 
@@ -89,7 +93,13 @@ def of_setting(name: str) -> Field:
 
     choices = accepts.choices if isinstance(accepts, Name) else ()
     default = "" if optional else str(setting.default)
-    return Field(setting.title, default, ("", *choices) if choices and optional else choices, read, setting.help)
+    return Field(
+        setting.title,
+        default,
+        ("", *choices) if choices and optional else choices,
+        read,
+        setting.help,
+    )
 
 
 # fmt: off
@@ -124,7 +134,8 @@ def main() -> None:
     ignored = start()
     st.markdown("## How much faster will a pruned model be?")
     if ignored:
-        names = ", ".join(re.sub(r"[^\w-]", "?", name[:40]) for name in ignored[:5])  # no markup, no links
+        # no markup, no links
+        names = ", ".join(re.sub(r"[^\w-]", "?", name[:40]) for name in ignored[:5])
         st.warning(f"Settings of the address that were ignored: {names}")
     with st.sidebar:
         form()
@@ -159,7 +170,9 @@ def start() -> list[str]:
 def accepted(field: Field, given: Sequence[str]) -> Any:
     """Return a setting of the address as its widget holds it; InputError for one that it cannot hold."""
     several = isinstance(field.default, tuple)
-    if (len(given) != 1 and not several) or any(len(text) > MOST_LETTERS or "\0" in text for text in given):
+    if (len(given) != 1 and not several) or any(
+        len(text) > MOST_LETTERS or "\0" in text for text in given
+    ):
         raise InputError("expected one short text")
     for text in given:
         if field.choices and field.read is not engine and text not in field.choices:
@@ -181,7 +194,9 @@ def draw(name: str) -> None:
     field = FIELDS[name]
     shared: dict[str, Any] = {"key": name, "help": field.help}
     if isinstance(field.default, tuple):
-        st.multiselect(field.label, field.choices, accept_new_options=field.read is engine, **shared)
+        st.multiselect(
+            field.label, field.choices, accept_new_options=field.read is engine, **shared
+        )
     elif name == "by":
         st.radio(field.label, field.choices, horizontal=True, **shared)
     elif field.choices:
@@ -209,10 +224,14 @@ def form() -> None:
         draw("seq")
     if SINGLE[0] in singles():
         draw(SINGLE[0])
-    with st.expander("Files", expanded=state.by == CHECKPOINT or any(state[name] for name in OPENED)):
+    with st.expander(
+        "Files", expanded=state.by == CHECKPOINT or any(state[name] for name in OPENED)
+    ):
         for name in OPENED:
             draw(name)
-        st.button("Open", on_click=open_files, help="Reads the files of these paths on this machine.")
+        st.button(
+            "Open", on_click=open_files, help="Reads the files of these paths on this machine."
+        )
         if any(state[name].strip() and opened(name) is None for name in OPENED):
             st.caption("A file is read after a click on Open.")
         if state.problem:
@@ -255,11 +274,20 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings as arguments of :func:`simulator.table`, and as texts of the command line."""
     state = st.session_state
     model, profile = opened("model_path") or (state.model,) * 2, opened("profile_path")
-    texts: dict[str, Any] = {"model": model[0], "hardware": ",".join([*state.hardware, *(profile or ())[:1]])}
-    asked: dict[str, Any] = {"models": model[1], "hardware": [*state.hardware, *(profile or ())[1:]]}
+    texts: dict[str, Any] = {
+        "model": model[0],
+        "hardware": ",".join([*state.hardware, *(profile or ())[:1]]),
+    }
+    asked: dict[str, Any] = {
+        "models": model[1],
+        "hardware": [*state.hardware, *(profile or ())[1:]],
+    }
     if state.by == FAMILY:
         asked |= {"family": state.family, "sparsity": parsed("sparsity")}
-        texts |= {"family": ",".join(state.family), "sparsity": ",".join(values(state.sparsity, str))}
+        texts |= {
+            "family": ",".join(state.family),
+            "sparsity": ",".join(values(state.sparsity, str)),
+        }
         if not state.family:
             raise InputError("family: expected at least one")
     elif state.by == TEXT:
@@ -267,13 +295,17 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     elif pruned := opened("pruned_path"):
         texts["pruned"], asked["pruned"] = pruned[0], [pruned[1]]
     else:
-        raise InputError("checkpoint: expected the path of a pruned checkpoint in Files, and a click on Open")
+        raise InputError(
+            "checkpoint: expected the path of a pruned checkpoint in Files, and a click on Open"
+        )
     for name in ("batch", "seq"):
         asked[name], texts[name] = parsed(name), ",".join(values(state[name], str))
     texts |= {"phase": state.phase, "engine": ",".join(state.engine)}
     given = {name: parsed(name) for name in singles()}
     asked |= {"phase": [state.phase], "engine": [engine(text) for text in state.engine], **given}
-    texts |= {SETTINGS[n].flags[0][2:]: state[n].strip() for n in given if given[n] != SETTINGS[n].default}
+    texts |= {
+        SETTINGS[n].flags[0][2:]: state[n].strip() for n in given if given[n] != SETTINGS[n].default
+    }
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     if many > MOST_PREDICTIONS:
         raise InputError(
@@ -292,19 +324,24 @@ def show(found: PageContent, texts: dict[str, Any]) -> None:
     number = st.column_config.NumberColumn(format="%.2f")
     formats = {name: number for name, column in table.items() if isinstance(column[0], float)}
     st.dataframe(table, column_config=formats, hide_index=True)
-    st.download_button("All columns as CSV", csv_text(found.records), "prunesim.csv", "text/csv", on_click="ignore")
+    st.download_button(
+        "All columns as CSV", csv_text(found.records), "prunesim.csv", "text/csv", on_click="ignore"
+    )
     if found.notes:
         with st.expander(f"Notes ({len(found.notes)})", expanded=len(found.notes) <= 3):
             write(found.notes)
     options = {name: text for name, text in texts.items() if name != "model"}
     st.code("\n".join(commands(texts["model"], options, found)), language="bash", wrap_lines=True)
-    drawn = "".join(map(figure, found.drawings))  # last, so that the answer and the table do not wait for them
+    # last, so that the answer and the table do not wait for them
+    drawn = "".join(map(figure, found.drawings))
     figures.html(f'<div style="display: flex; flex-wrap: wrap; gap: 16px">{drawn}</div>')
 
 
 def write(lines: Sequence[str], style: str = "") -> None:
     """Write paragraphs in which nothing is markup."""
-    st.html("".join(f'<p style="overflow-wrap: anywhere; {style}">{escape(line)}</p>' for line in lines))
+    st.html(
+        "".join(f'<p style="overflow-wrap: anywhere; {style}">{escape(line)}</p>' for line in lines)
+    )
 
 
 def choose() -> None:
@@ -314,7 +351,10 @@ def choose() -> None:
 
 def figure(drawing: Drawing) -> str:
     wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
-    title, sizes = escape(drawing.title), f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px"
+    title, sizes = (
+        escape(drawing.title),
+        f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px",
+    )
     return (
         f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0; max-width: 100%">'
         f'<figcaption style="font-weight: 600">{title}</figcaption><div style="overflow-x: auto; background: #fff">'

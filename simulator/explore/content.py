@@ -22,7 +22,14 @@ from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.requests import batch_name, profiles
 from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import runnables
-from simulator.prediction.sentences import break_even, conclusions, of_speedups, parts_line, runs_clause, uncalibrated
+from simulator.prediction.sentences import (
+    break_even,
+    conclusions,
+    of_speedups,
+    parts_line,
+    runs_clause,
+    uncalibrated,
+)
 from simulator.prediction.table import table
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
@@ -30,7 +37,8 @@ from simulator.units import percent, ratio
 MOST_SENTENCES = 8  # sentences on break-even; of more prunings the fastest is stated
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
-_DRAWING = threading.Lock()  # matplotlib's settings belong to the process, and each visitor of the page has a thread
+# matplotlib's settings belong to the process, and each visitor of the page has a thread
+_DRAWING = threading.Lock()
 
 
 class Drawing(NamedTuple):
@@ -70,7 +78,9 @@ class PageContent:
                 f"Losses of {name}": waterfalls_of(self.details),
                 f"GEMMs of {name}": rooflines_of(self.details),
             }
-            return tuple(Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items())
+            return tuple(
+                Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items()
+            )
 
     @property
     def prunings(self) -> tuple[str, ...]:
@@ -80,10 +90,15 @@ class PageContent:
     def table(self) -> dict[str, list[Any]]:
         """Columns of the table: settings in which rows differ, then predictions. Times are in ms, memory in GiB."""
         columns: dict[str, list[Any]] = {
-            name: [getattr(r, name) for r in self.rows] for name in ("hardware", "engine", "phase", "batch", "seq")
+            name: [getattr(r, name) for r in self.rows]
+            for name in ("hardware", "engine", "phase", "batch", "seq")
         }
         many = "concurrency" if {r.phase for r in self.rows} == {"serve"} else "batch"
-        columns = {many if n == "batch" else n: values for n, values in columns.items() if len(set(values)) > 1}
+        columns = {
+            many if n == "batch" else n: values
+            for n, values in columns.items()
+            if len(set(values)) > 1
+        }
         return columns | {
             "pruning": [r.pruning for r in self.rows],
             "speedup": [r.speedup for r in self.rows],
@@ -114,7 +129,10 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
     parts: dict[str, str] = {}
     if named:
         parts |= {f"{r.pruning}: removes {parts_line(r)}.": "" for r in found if r.parts}
-        parts |= {f"{r.pruning} in {r.engine}: will it run? {a.sentence}": "" for r, a in zip(found, answers)}
+        parts |= {
+            f"{r.pruning} in {r.engine}: will it run? {a.sentence}": ""
+            for r, a in zip(found, answers)
+        }
     return PageContent(
         answer=tuple(answer),
         facts=_facts(found.rows),
@@ -134,12 +152,23 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
     others = {name: value for name, value in asked.items() if name in SETTINGS}
     out: list[Explanation] = []
     for r, index in zip(found, found.pruning.tolist()):
-        same = (r.pruning, r.phase, r.batch, r.seq) == (best.pruning, best.phase, best.batch, best.seq)
+        same = (r.pruning, r.phase, r.batch, r.seq) == (
+            best.pruning,
+            best.phase,
+            best.batch,
+            best.seq,
+        )
         if not same or len(out) == MOST_DETAILS:
             continue
         existing = found.prunings[index].model
         which: dict[str, Any] = {"prune": [r.prune]} if existing is None else {"pruned": [existing]}
-        where = {**others, "phase": r.phase, "batch": r.batch, "seq": r.seq, "engine": engines[r.engine]}
+        where = {
+            **others,
+            "phase": r.phase,
+            "batch": r.batch,
+            "seq": r.seq,
+            "engine": engines[r.engine],
+        }
         out += explanations(asked["models"], [devices[r.hardware]], **which, **where)
     return tuple(out)
 
@@ -148,7 +177,9 @@ def _facts(rows: Sequence[Result]) -> dict[str, str]:
     r = rows[0]
     listed = {
         "Model": [model_title(r.model) for r in rows],
-        "Hardware": [f"{f'{r.devices} x ' if r.devices > 1 else ''}{device_title(r.hardware)}" for r in rows],
+        "Hardware": [
+            f"{f'{r.devices} x ' if r.devices > 1 else ''}{device_title(r.hardware)}" for r in rows
+        ],
         "Engine": [engine_title(r.engine) for r in rows],
         "Phase": [r.phase for r in rows],
         batch_name(r.phase).capitalize(): [f"{r.batch:,}" for r in rows],
@@ -179,7 +210,14 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
 def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list[str]:
     alone = dict.fromkeys(("family", "method", "sparsity", "option"))
     r = found.detail
-    explained = {**options, **alone, "phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
+    explained = {
+        **options,
+        **alone,
+        "phase": r.phase,
+        "batch": r.batch,
+        "seq": r.seq,
+        "concurrency": None,
+    }
     explained |= {"prune": [r.prune]} if r.prune else {}
     return [command("speedup", model, options), command("explain", model, explained)]
 
@@ -191,7 +229,9 @@ MOST_ROWS = 500  # rows of the table
 def report_html(found: PageContent, commands: Sequence[str]) -> str:
     notes = list(found.notes)
     if (more := len(found.rows) - MOST_ROWS) > 0:
-        notes.append(f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more")
+        notes.append(
+            f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more"
+        )
     page = _rendered(found, commands, (), notes)
     drawings: list[Drawing] = []
     left = MOST_BYTES - len(page.encode()) - 2_000 * len(found.drawings)
@@ -200,15 +240,22 @@ def report_html(found: PageContent, commands: Sequence[str]) -> str:
             drawings.append(drawing)
             left -= len(drawing.svg.encode())
         else:
-            notes.append(f"figure {drawing.title}: omitted, too large; request fewer predictions, or use --figure FILE")
+            notes.append(
+                f"figure {drawing.title}: omitted, too large; request fewer predictions, or use --figure FILE"
+            )
     return _rendered(found, commands, drawings, notes)
 
 
-def _rendered(found: PageContent, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]) -> str:
+def _rendered(
+    found: PageContent, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]
+) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     columns = {name: values[:MOST_ROWS] for name, values in found.table.items()}
     return environment.get_template("report.html").render(

@@ -8,7 +8,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from simulator.figures import layout
-from simulator.figures.style import GREY, INK, PAGE_IN, device_title, engine_title, paper_style, style_of
+from simulator.figures.style import (
+    GREY,
+    INK,
+    PAGE_IN,
+    device_title,
+    engine_title,
+    paper_style,
+    style_of,
+)
 from simulator.models.library import model_title
 from simulator.prediction.draft import Draft, Drafts
 
@@ -22,20 +30,33 @@ def draft_figure(found: Drafts) -> Figure:
             rows = sorted((r for r in found.best() if r.acceptance == share), key=lambda r: r.batch)
             style = style_of("", i)
             y = [r.speedup for r in rows]
-            left.plot(batches, y, label=f"{100 * share:.3g} % accepted", **style.marks(markersize=3))
+            left.plot(
+                batches, y, label=f"{100 * share:.3g} % accepted", **style.marks(markersize=3)
+            )
             left.fill_between(
-                batches, [r.speedup_lower for r in rows], [r.speedup_upper for r in rows], color=style.color, alpha=0.12
+                batches,
+                [r.speedup_lower for r in rows],
+                [r.speedup_upper for r in rows],
+                color=style.color,
+                alpha=0.12,
             )
             for r in rows:
                 left.annotate(
-                    str(r.drafted), (r.batch, r.speedup), (0, 3), textcoords="offset points", ha="center", fontsize=5
+                    str(r.drafted),
+                    (r.batch, r.speedup),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=5,
                 )
         left.axhline(1.0, color=INK, linewidth=0.7)
         left.legend(fontsize=6, frameon=False)
         left.set_ylabel("speedup over plain decoding")
         left.set_title("speedup with the best number drafted (shown)", loc="left")
         pays = [_pays(found, batch) for batch in batches]
-        values = np.array([[_or(p, f"pays_from{end}") for p in pays] for end in ("", "_lower", "_upper")])
+        values = np.array(
+            [[_or(p, f"pays_from{end}") for p in pays] for end in ("", "_lower", "_upper")]
+        )
         right.plot(batches, values[0], **style_of("", 0).marks(markersize=3))
         right.fill_between(batches, values[1], values[2], color=style_of("", 0).color, alpha=0.15)
         right.set_ylim(0.0, 1.0)
@@ -46,8 +67,13 @@ def draft_figure(found: Drafts) -> Figure:
             ax.set_xlabel("batch")
             ax.grid(color=GREY, alpha=0.2)
         many = f"{found.devices} x " if found.devices > 1 else ""
-        where = f"{many}{device_title(found.hardware)}, {engine_title(found.engine)}, seq {found.seq}"
-        figure.suptitle(f"{model_title(found.draft)} as a draft for {model_title(found.target)}: {where}", fontsize=7)
+        where = (
+            f"{many}{device_title(found.hardware)}, {engine_title(found.engine)}, seq {found.seq}"
+        )
+        figure.suptitle(
+            f"{model_title(found.draft)} as a draft for {model_title(found.target)}: {where}",
+            fontsize=7,
+        )
         return layout.laid_out(figure)
 
 

@@ -28,12 +28,22 @@ HIGHEST: dict[str, Any] = {"color": style.BLACK, "linewidth": 0.8, "linestyle": 
 # markers of the GEMMs of the two models; where they coincide, the square is in the circle
 DENSE: dict[str, Any] = {"marker": "o", "color": style.BLUE, "markersize": 5, "linestyle": "none"}
 DENSE |= {"markerfacecolor": "none"}
-PRUNED: dict[str, Any] = {"marker": "s", "color": style.VERMILLION, "markersize": 2.6, "linestyle": "none"}
+PRUNED: dict[str, Any] = {
+    "marker": "s",
+    "color": style.VERMILLION,
+    "markersize": 2.6,
+    "linestyle": "none",
+}
 
 _IDEAL: dict[str, Any] = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
 _HIGHEST: dict[str, Any] = {**_IDEAL, "linestyle": (0, (1, 1))}
 _BAND: dict[str, Any] = {"color": style.BLUE, "alpha": 0.18, "linewidth": 0}
-_POINT: dict[str, Any] = {"color": style.VERMILLION, "marker": "o", "markersize": 2.4, "linestyle": "none"}
+_POINT: dict[str, Any] = {
+    "color": style.VERMILLION,
+    "marker": "o",
+    "markersize": 2.4,
+    "linestyle": "none",
+}
 _POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
 Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
@@ -56,7 +66,9 @@ class Roof:
         return self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
 
     def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
-        x, y = (np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s))
+        x, y = (
+            np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s)
+        )
         return x, y / 1e12, np.asarray(self.pruned, dtype=bool)
 
     def ranges(self) -> Limits:
@@ -105,19 +117,27 @@ class Roof:
         return out
 
 
-def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names: str = "") -> Figure:
+def roofline_figure(
+    roofs: Sequence[Roof], *, columns: int | None = None, names: str = ""
+) -> Figure:
     """Draw devices side by side on common axes, ``columns`` per row; ``names`` is the legend's title."""
     columns = columns or layout.in_a_row(len(roofs))
     width = layout.width_of(columns)
     with style.paper_style():
         handles = [Line2D([], [], **DATASHEET, label="datasheet")]
         if any(np.any(r.pruned) for r in roofs):
-            handles = [Line2D([], [], **DENSE, label="dense"), Line2D([], [], **PRUNED, label="pruned"), *handles]
+            handles = [
+                Line2D([], [], **DENSE, label="dense"),
+                Line2D([], [], **PRUNED, label="pruned"),
+                *handles,
+            ]
         if any(r.headroom > 1.0 for r in roofs):
             handles.append(Line2D([], [], **HIGHEST, label="highest clock"))
         titles = [layout.wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
         panel_in = 1.9 + 0.13 * max(title.count("\n") + 1 for title in titles)
-        figure, axes, _ = layout.panel_list(len(roofs), panel_in, 0.3, columns, handles=handles, legend=names)
+        figure, axes, _ = layout.panel_list(
+            len(roofs), panel_in, 0.3, columns, handles=handles, legend=names
+        )
         low, high, bottom, top = zip(*(roof.ranges() for roof in roofs))
         limits = min(low), max(high), min(bottom), max(top)
         for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
@@ -127,7 +147,8 @@ def roofline_figure(roofs: Sequence[Roof], *, columns: int | None = None, names:
             ax.set_ylabel("TFLOP/s" if i % columns == 0 else "")
             if i + columns >= len(roofs):
                 ax.set_xlabel("arithmetic intensity (FLOP/byte)")
-        layout.laid_out(figure)  # places of names, and the slope of a roof on the page, are known only now
+        # places of names, and the slope of a roof on the page, are known only now
+        layout.laid_out(figure)
         for ax, roof in zip(axes, roofs):
             _name(ax, roof, limits)
     return figure
@@ -157,17 +178,33 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
     ridge, highest = peak / bandwidth, roof.bend(low, high, roof.headroom)
     rates = f"{peak:,.4g}" + (f" to {peak * roof.headroom:,.4g}" if roof.headroom > 1.0 else "")
     if high > ridge:
-        ax.annotate(f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **text)
+        ax.annotate(
+            f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **text
+        )
     if low < ridge:
         middle = float(np.sqrt(low * min(ridge, high)))
-        (x0, y0), (x1, y1) = ax.transData.transform([(low, low * bandwidth), (middle, middle * bandwidth)])
-        text |= {"rotation": float(np.degrees(np.arctan2(y1 - y0, x1 - x0))), "rotation_mode": "anchor"}
-        ax.annotate(f"{bandwidth:.3g} TB/s", (middle, middle * bandwidth), xytext=(-2.5, 2.5), ha="center", **text)
+        (x0, y0), (x1, y1) = ax.transData.transform(
+            [(low, low * bandwidth), (middle, middle * bandwidth)]
+        )
+        text |= {
+            "rotation": float(np.degrees(np.arctan2(y1 - y0, x1 - x0))),
+            "rotation_mode": "anchor",
+        }
+        ax.annotate(
+            f"{bandwidth:.3g} TB/s",
+            (middle, middle * bandwidth),
+            xytext=(-2.5, 2.5),
+            ha="center",
+            **text,
+        )
     x, y, pruned = roof.columns()
     named = {i: name for name, i, _ in roof.drawn() if pruned[i] or not pruned.any()}
     at, along = list(named), np.geomspace(low, high, 100)
     roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
-    above = [(along, np.minimum(roofs[-1] * factor, top)) for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)]
+    above = [
+        (along, np.minimum(roofs[-1] * factor, top))
+        for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)
+    ]
     layout.write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
 
 
@@ -181,7 +218,9 @@ def roof_of(e: Explanation, title: str) -> Roof:
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
     names = [name.replace("_", " ") for p in points for name in p.role]
-    intensity, achieved = ([v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s"))
+    intensity, achieved = (
+        [v for p in points for v in getattr(p, c)] for c in ("intensity", "achieved_flop_per_s")
+    )
     pruned = [False] * len(points[0].role) + [True] * len(points[1].role)
     peaks = e.hardware.peak_flop_per_s(e.result.dtype), e.hardware.bandwidth_bytes_per_s
     return Roof(title, *peaks, names, intensity, achieved, pruned, e.hardware.clock_headroom)
@@ -194,7 +233,9 @@ def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
         names, first = [f"{r.m} × {r.n} × {r.k}" for r in own], own[0]
         points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
         peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
-        roofs.append(Roof(style.device_title(name), *peaks, names, *points, headroom=first.clock_headroom))
+        roofs.append(
+            Roof(style.device_title(name), *peaks, names, *points, headroom=first.clock_headroom)
+        )
     warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
     return roofline_figure(roofs, names=f"M × N × K{warm}")
 
@@ -207,7 +248,8 @@ class Stairs:
     note: str  # fixed sizes, written into the panel
     y_label: str
     x: ArrayLike  # sizes
-    values: Mapping[str, FloatArray]  # predicted, lower, upper, ideal (datasheet roofline), highest (clock, if above)
+    # predicted, lower, upper, ideal (datasheet roofline), highest (clock, if above)
+    values: Mapping[str, FloatArray]
     measured_x: ArrayLike = ()
     measured: ArrayLike = ()
 
@@ -246,7 +288,10 @@ def _draw_stairs(ax: Axes, p: Stairs) -> None:
     ax.plot(x, values["predicted"], color=style.BLUE, linewidth=0.9, zorder=3)
     if np.size(p.measured):
         ax.plot(p.measured_x, p.measured, **_POINT, zorder=4)
-    ax.set(xlim=(min(0.0, float(x[0])) if x[0] < 0.1 * x[-1] else float(x[0]), float(x[-1]) * 1.02), ylim=(0.0, top))
+    ax.set(
+        xlim=(min(0.0, float(x[0])) if x[0] < 0.1 * x[-1] else float(x[0]), float(x[-1]) * 1.02),
+        ylim=(0.0, top),
+    )
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(4))
     where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}

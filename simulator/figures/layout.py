@@ -43,13 +43,34 @@ LONG = 22  # characters of a joint name from which its parts are written below e
 
 _DISTANCES_PT = (3.5, 8.0, 14.0, 20.0, 27.0, 35.0, 44.0, 54.0, 65.0, 80.0, 100.0, 125.0)
 _DIRECTIONS = (
-    *((1.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (1.0, -1.0), (-1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)),
-    *((1.0, -0.4), (-1.0, -0.4), (1.0, 0.4), (-1.0, 0.4), (0.4, -1.0), (-0.4, -1.0), (0.4, 1.0), (-0.4, 1.0)),
+    *(
+        (1.0, 0.0),
+        (-1.0, 0.0),
+        (0.0, -1.0),
+        (0.0, 1.0),
+        (1.0, -1.0),
+        (-1.0, -1.0),
+        (1.0, 1.0),
+        (-1.0, 1.0),
+    ),
+    *(
+        (1.0, -0.4),
+        (-1.0, -0.4),
+        (1.0, 0.4),
+        (-1.0, 0.4),
+        (0.4, -1.0),
+        (-0.4, -1.0),
+        (0.4, 1.0),
+        (-0.4, 1.0),
+    ),
 )
 
 
 def arrays(points: Mapping[str, Sequence[Any]]) -> FigurePoints:
-    return {n: np.asarray(v, dtype=object if len(v) and isinstance(v[0], str) else None) for n, v in points.items()}
+    return {
+        n: np.asarray(v, dtype=object if len(v) and isinstance(v[0], str) else None)
+        for n, v in points.items()
+    }
 
 
 def of_panel(data: FigurePoints, row: str, column: str) -> FigurePoints:
@@ -112,12 +133,18 @@ def panel_grid(
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
-    where: dict[str, Any] = {"xytext": (6, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
+    where: dict[str, Any] = {
+        "xytext": (6, 0),
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+    }
     for (r, c), ax in panels.items():
         if r == rows[0]:
             ax.set_title(wrapped(c, (width_in - 0.9) / len(columns)), pad=5)
         if c == columns[-1]:
-            ax.annotate((names or {}).get(r, r), (1, 0.5), rotation=270, va="center", fontsize=7, **where)
+            ax.annotate(
+                (names or {}).get(r, r), (1, 0.5), rotation=270, va="center", fontsize=7, **where
+            )
     return figure, panels
 
 
@@ -133,11 +160,15 @@ def panel_list(
     return figure, list(grid.flat[:count]), columns
 
 
-def _subplots(rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any) -> Any:
+def _subplots(
+    rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any
+) -> Any:
     """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend, options of subplots."""
     handles, legend = look.pop("handles", ()), look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
-    figure = Figure(figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained")
+    figure = Figure(
+        figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained"
+    )
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
     if handles:
@@ -174,7 +205,9 @@ def legend_lines(handles: Sequence[Any], width_in: float) -> int:
 def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
     """Draw one legend for the figure below its panels; its title is the label that the x axes share."""
     across = -(-len(handles) // lines)
-    legend: Any = figure.legend(handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2)
+    legend: Any = figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2
+    )
     legend.set_title(x_label or None, {"size": 7})
     legend.get_title().set_multialignment("center")
 
@@ -218,19 +251,31 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     numerous of devices and engines are columns, the others rows."""
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
-    devices, engines = [device_title(r.hardware) for r in found], [engine_title(r.engine) for r in found]
-    column, other = (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
-    return {"row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)], "column": column}
+    devices, engines = (
+        [device_title(r.hardware) for r in found],
+        [engine_title(r.engine) for r in found],
+    )
+    column, other = (
+        (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
+    )
+    return {
+        "row": [f"{row}, {more}" for row, more in zip(rows, other, strict=True)],
+        "column": column,
+    }
 
 
 def titled(found: Sequence[Any]) -> tuple[list[str], int | None]:
     """Return the titles of the panels of explanations, device and engine with the fields of the request that vary, and
     the number of panels per row as :func:`across`."""
     results = [e.result for e in found]
-    several, lengths = (len({get(r) for r in results}) > 1 for get in (setting_label, lambda r: r.seq))
+    several, lengths = (
+        len({get(r) for r in results}) > 1 for get in (setting_label, lambda r: r.seq)
+    )
     titles = [device(r) + (f"\n{setting_label(r)}" if several or lengths else "") for r in results]
     titles = [title + (f", seq {r.seq}" if lengths else "") for title, r in zip(titles, results)]
-    return titles, across(*(len({getattr(r, name) for r in results}) for name in ("hardware", "engine")))
+    return titles, across(
+        *(len({getattr(r, name) for r in results}) for name in ("hardware", "engine"))
+    )
 
 
 def write_labels(
@@ -249,13 +294,17 @@ def write_labels(
     figure: Any = ax.figure
     scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point
     places = ax.transData.transform(np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1))
-    others = [ax.transData.transform(np.stack([np.asarray(v, float) for v in p], axis=1)) for p in clear_of]
+    others = [
+        ax.transData.transform(np.stack([np.asarray(v, float) for v in p], axis=1))
+        for p in clear_of
+    ]
     taken = _boxes(np.concatenate([places, *others]), MARKER_PT * scale)
     style: dict[str, Any] = {"fontsize": 6, "color": color, "zorder": 6, "in_layout": False}
     style |= {"ha": "center", "va": "center"}
     names = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
     inside = ax.get_window_extent().extents
-    groups: list[list[int]] = []  # points whose markers overlap the marker of the first, from the top down
+    # points whose markers overlap the marker of the first, from the top down
+    groups: list[list[int]] = []
     for i in np.argsort(-places[:, 1], kind="stable").tolist():
         for group in groups:
             if np.hypot(*(places[i] - places[group[0]])) < 2 * MARKER_PT * scale:
@@ -283,7 +332,9 @@ def write_labels(
                 names, taken = np.concatenate([names, own[None]]), np.concatenate([taken, along])
                 label.set_position(tuple(to_data.transform(center)))
                 if far:
-                    ax.plot(*to_data.transform(line[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5)
+                    ax.plot(
+                        *to_data.transform(line[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5
+                    )
                 break
         else:
             label.remove()
@@ -297,11 +348,17 @@ def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
     return np.asarray((boxes[:, :2] < box[2:]).all(axis=1) & (boxes[:, 2:] > box[:2]).all(axis=1))
 
 
-def _candidates(point: FloatArray, size: FloatArray, scale: float, reach_pt: float) -> Iterator[Any]:
+def _candidates(
+    point: FloatArray, size: FloatArray, scale: float, reach_pt: float
+) -> Iterator[Any]:
     """Yield centres of a text around a point, the nearest first, whether the text needs a line to the point, and
     whether this line must not cross names, which it may if no centre is free."""
     for strict in (True, False):
         for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
             for direction in np.array(_DIRECTIONS):
                 away = direction * distance * scale / np.hypot(*direction)
-                yield point + away + 0.5 * np.sign(direction) * size, distance > _DISTANCES_PT[0], strict
+                yield (
+                    point + away + 0.5 * np.sign(direction) * size,
+                    distance > _DISTANCES_PT[0],
+                    strict,
+                )

@@ -14,13 +14,30 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import fixed_ticks, in_a_row, laid_out, legend_below, log_ticks, panel_list
-from simulator.figures.style import BLACK, BLUE, INK, PALE_INK, VERMILLION, label, paper_style, style_of
+from simulator.figures.layout import (
+    fixed_ticks,
+    in_a_row,
+    laid_out,
+    legend_below,
+    log_ticks,
+    panel_list,
+)
+from simulator.figures.style import (
+    BLACK,
+    BLUE,
+    INK,
+    PALE_INK,
+    VERMILLION,
+    label,
+    paper_style,
+    style_of,
+)
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 MOST_DOTS = 1500  # more points become a density
-RATIO = 1.6  # largest ratio drawn, and inverse of the smallest; arrows with a count on the edge replace others
+# largest ratio drawn, and inverse of the smallest; arrows with a count on the edge replace others
+RATIO = 1.6
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,9 @@ class MeasuredGemms:
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predicted times of all rows, s, for the stack and the rotation of weights that were measured."""
         hw = hw.on(self.stack) if self.stack else hw
-        return gemm_time(self.m, self.n, self.k, hw, dtype=dtype, options=GemmOptions(copies=self.copies)).seconds
+        return gemm_time(
+            self.m, self.n, self.k, hw, dtype=dtype, options=GemmOptions(copies=self.copies)
+        ).seconds
 
 
 @dataclass(frozen=True)
@@ -52,14 +71,21 @@ def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, flo
     """Return mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error."""
     error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
     size = np.abs(error)
-    return float(size.mean()), float(np.median(size)), float(np.quantile(size, 0.95)), float(np.median(error))
+    return (
+        float(size.mean()),
+        float(np.median(size)),
+        float(np.quantile(size, 0.95)),
+        float(np.median(error)),
+    )
 
 
 def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
     with paper_style():
         columns = in_a_row(len(clouds))
         rows = -(-len(clouds) // columns)
-        figure, axes, _ = panel_list(2 * rows * columns, 1.35, 0.1, columns, height_ratios=[2.4, 1.0] * rows)
+        figure, axes, _ = panel_list(
+            2 * rows * columns, 1.35, 0.1, columns, height_ratios=[2.4, 1.0] * rows
+        )
         for i in range(rows * columns):
             first, second = (axes[(2 * (i // columns) + k) * columns + i % columns] for k in (0, 1))
             if i >= len(clouds):
@@ -94,7 +120,10 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     second.set_yticks([0.7, 0.9, 1.1, 1.4], ["0.7", "0.9", "1.1", "1.4"])
     second.minorticks_off()
     mean, median, p95, _ = agreement(x, y)
-    lines = [f"{len(x):,} {cloud.what}{', held out' if cloud.held_out else ''}", f"mean error {100 * mean:.1f} %"]
+    lines = [
+        f"{len(x):,} {cloud.what}{', held out' if cloud.held_out else ''}",
+        f"mean error {100 * mean:.1f} %",
+    ]
     lines += [f"median {100 * median:.1f} %", f"95th percentile {100 * p95:.0f} %"]
     where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
     first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
@@ -105,12 +134,33 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
     above, below = ratio > RATIO, ratio < 1 / RATIO
     inside = ~(above | below)
     _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
-    style: dict[str, Any] = {"color": VERMILLION, "linestyle": "none", "markersize": 3.2, "markeredgewidth": 0}
+    style: dict[str, Any] = {
+        "color": VERMILLION,
+        "linestyle": "none",
+        "markersize": 3.2,
+        "markeredgewidth": 0,
+    }
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 6, "zorder": 6, "bbox": paper}
-    for beyond, edge, marker, most in ((above, RATIO, "^", np.max), (below, 1 / RATIO, "v", np.min)):
+    where: dict[str, Any] = {
+        "transform": ax.transAxes,
+        "ha": "right",
+        "fontsize": 6,
+        "zorder": 6,
+        "bbox": paper,
+    }
+    for beyond, edge, marker, most in (
+        (above, RATIO, "^", np.max),
+        (below, 1 / RATIO, "v", np.min),
+    ):
         if beyond.any():
-            ax.plot(x[beyond], np.full(beyond.sum(), edge), marker=marker, clip_on=False, zorder=5, **style)
+            ax.plot(
+                x[beyond],
+                np.full(beyond.sum(), edge),
+                marker=marker,
+                clip_on=False,
+                zorder=5,
+                **style,
+            )
             (y, va, word) = (0.96, "top", "above") if edge > 1.0 else (0.05, "bottom", "below")
             text = f"{beyond.sum()} {word}, to {most(ratio[beyond]):.3g}"
             ax.text(0.98, y, text, color=VERMILLION, va=va, **where)
@@ -120,7 +170,11 @@ def _time_axis(axis: Any, low: float, high: float) -> None:
     """Put at most four powers of ten of a microsecond on an axis, or other round numbers if it has fewer than two."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
-    fixed_ticks(axis, ticks if len(ticks) > 1 else log_ticks(low, high, 4), lambda value, _: time_text(value))
+    fixed_ticks(
+        axis,
+        ticks if len(ticks) > 1 else log_ticks(low, high, 4),
+        lambda value, _: time_text(value),
+    )
 
 
 def time_text(microseconds: float) -> str:
@@ -130,11 +184,23 @@ def time_text(microseconds: float) -> str:
     return f"{microseconds:.3g} µs"
 
 
-def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]) -> None:
+def _points(
+    ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]
+) -> None:
     """Draw dots, or a density as pixels if they are too many: a file of 40,000 dots opens slowly."""
     if len(x) <= MOST_DOTS:
         size = 1.8 if len(x) > 100 else 2.8
-        ax.plot(x, y, linestyle="none", color=BLUE, marker="o", markersize=size, markeredgewidth=0, alpha=0.6, zorder=3)
+        ax.plot(
+            x,
+            y,
+            linestyle="none",
+            color=BLUE,
+            marker="o",
+            markersize=size,
+            markeredgewidth=0,
+            alpha=0.6,
+            zorder=3,
+        )
         return
     bins = [np.geomspace(*across, 111), np.geomspace(*up, 91 if up == across else 46)]
     count, _, _ = np.histogram2d(x, y, bins=bins)
@@ -161,7 +227,15 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published") -
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
         figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns)
         handles = [
-            Line2D([], [], color=INK, marker="o", markersize=4.5, linewidth=1.6, label="predicted, with its interval"),
+            Line2D(
+                [],
+                [],
+                color=INK,
+                marker="o",
+                markersize=4.5,
+                linewidth=1.6,
+                label="predicted, with its interval",
+            ),
             Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label=observed),
         ]
         for i, (ax, p) in enumerate(zip(axes, panels)):
@@ -172,10 +246,19 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published") -
             ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
             for y, name, value, low, high in zip(rows, p.family, predicted, lower, upper):
                 style = style_of(name)
-                ax.plot([low, high], [y, y], color=style.color, linewidth=1.6, solid_capstyle="butt", alpha=0.6)
+                ax.plot(
+                    [low, high],
+                    [y, y],
+                    color=style.color,
+                    linewidth=1.6,
+                    solid_capstyle="butt",
+                    alpha=0.6,
+                )
                 ax.plot([value], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.vlines(published, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
-            ax.set_yticks(rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows))
+            ax.set_yticks(
+                rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows)
+            )
             ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
         legend_below(figure, handles, 1, "speedup")
         return laid_out(figure)

@@ -21,7 +21,13 @@ from simulator.figures.measured import Cloud, MeasuredGemms, agreement, scatter_
 from simulator.figures.pareto import fronts_of
 from simulator.figures.speedup import speedups_of
 from simulator.figures.style import device_title, engine_title, label
-from simulator.figures.tables import SKIPPED_PAIRS, crossover_figure, efficiency_figure, kept_axes, taxonomy_figure
+from simulator.figures.tables import (
+    SKIPPED_PAIRS,
+    crossover_figure,
+    efficiency_figure,
+    kept_axes,
+    taxonomy_figure,
+)
 from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
@@ -40,7 +46,8 @@ from simulator.uncertainty.operators import GemmOptions, gemm_time
 from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
-MAP_SPARSITY = 0.5  # sparsity at which families are compared: all of them support it (2:4 supports no other)
+# sparsity at which families are compared: all of them support it (2:4 supports no other)
+MAP_SPARSITY = 0.5
 ROOFLINE_FAMILY, ROOFLINE_SPARSITY = "width", 0.3
 ROOFLINE_CASES = (("prefill", 1), ("decode", 64))
 
@@ -60,9 +67,12 @@ OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({  # columns of the 
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-LEAST_BOUND = 1.05  # minimum roofline bound for an efficiency: a share of a smaller gain would mean little
-QUALITY_MODEL = "llama-2-7b"  # model of the frontier if the paper's model has quality of fewer than two families
-TOKENS, MORE_TOKENS = np.arange(1, 513), np.arange(16, 4097, 8)  # staircases over few and over many tokens
+# minimum roofline bound for an efficiency: a share of a smaller gain would mean little
+LEAST_BOUND = 1.05
+# model of the frontier if the paper's model has quality of fewer than two families
+QUALITY_MODEL = "llama-2-7b"
+# staircases over few and over many tokens
+TOKENS, MORE_TOKENS = np.arange(1, 513), np.arange(16, 4097, 8)
 
 Made = tuple[Any, str, tuple[str, ...]]  # a figure, its caption, and notes
 
@@ -75,8 +85,10 @@ class NothingToDraw(InputError):
 class Paper:
     model: ModelConfig
     devices: tuple[HardwareProfile, ...]
-    request: Request = field(default_factory=Request)  # number formats, engine, and the length if a figure varies none
-    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)  # by device, to compare with predictions
+    # number formats, engine, and the length if a figure varies none
+    request: Request = field(default_factory=Request)
+    # by device, to compare with predictions
+    measured: Mapping[str, MeasuredGemms] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -95,7 +107,9 @@ class Paper:
         return interval(self.request.level)
 
 
-def paper(model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any) -> Paper:
+def paper(
+    model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any
+) -> Paper:
     """Return a paper about a model on some devices; the settings are fields of :class:`simulator.Request`."""
     return Paper(load_model(model), tuple(profiles(hardware)), Request(**settings))
 
@@ -118,17 +132,26 @@ def draw(name: str, about: Paper) -> Drawn:
 def _has_sparse24(p: Paper, engine: str) -> bool:
     """Return whether an engine has 2:4 kernels for the paper's number format; without an engine (""), always."""
     dtype = p.request.dtype
-    return not engine or load_engine(engine).sparse24_kernels(dtype, p.request.weight_dtype or dtype) is not None
+    return (
+        not engine
+        or load_engine(engine).sparse24_kernels(dtype, p.request.weight_dtype or dtype) is not None
+    )
 
 
 def _without_sparse24(p: Paper) -> str:
     has = _has_sparse24(p, p.request.engine)
-    return "" if has else f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels for it."
+    return (
+        ""
+        if has
+        else f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels for it."
+    )
 
 
 def _taxonomy(p: Paper) -> Made:
     if p.model.experts or p.model.latent:
-        raise NothingToDraw(f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent attention")
+        raise NothingToDraw(
+            f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent attention"
+        )
     general = {name: FAMILIES[name] for name in general_families()}
     kept = np.full((len(general), len(OPERATORS), 3), np.nan)
     adds = list[str]()
@@ -161,7 +184,9 @@ def _roofline(p: Paper) -> Made:
     roofs = []
     for phase, batch in ROOFLINE_CASES:
         where = p.settings(phase=phase, batch=batch)
-        found = explanations(p.model, p.devices, family=ROOFLINE_FAMILY, sparsity=ROOFLINE_SPARSITY, **where)
+        found = explanations(
+            p.model, p.devices, family=ROOFLINE_FAMILY, sparsity=ROOFLINE_SPARSITY, **where
+        )
         roofs += [roof_of(e, f"{device(e.result)}\n{phase}, batch {batch}") for e in found]
     caption = (
         f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
@@ -172,9 +197,17 @@ def _roofline(p: Paper) -> Made:
 
 
 def _speedup(p: Paper) -> Made:
-    found = table([p.model], p.devices, "all", SPARSITIES, **p.settings(phase=["prefill", "decode"], batch=[1, 64]))
+    found = table(
+        [p.model],
+        p.devices,
+        "all",
+        SPARSITIES,
+        **p.settings(phase=["prefill", "decode"], batch=[1, 64]),
+    )
     figure = speedups_of(found.rows)
-    percents = ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
+    percents = (
+        ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
+    )
     caption = (
         f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
         f"{p.setting}, prompt or cache of {p.request.seq} tokens. Dots left of 1: slower than the dense model."
@@ -183,10 +216,18 @@ def _speedup(p: Paper) -> Made:
 
 
 def _efficiency(p: Paper) -> Made:
-    found = table([p.model], p.devices, "all", MAP_SPARSITY, **p.settings(phase=["prefill", "decode"], batch=BATCHES))
+    found = table(
+        [p.model],
+        p.devices,
+        "all",
+        MAP_SPARSITY,
+        **p.settings(phase=["prefill", "decode"], batch=BATCHES),
+    )
     results = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
-    cells = columns(results, family="family", batch="batch") | placed(results, [r.phase for r in results])
+    cells = columns(results, family="family", batch="batch") | placed(
+        results, [r.phase for r in results]
+    )
     figure = efficiency_figure(cells | {"efficiency": shares})
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
@@ -215,7 +256,9 @@ def _waterfall(p: Paper) -> Made:
         f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
-        caption += f" 2:4 is shown in {engine_title(sparse24)}: {engine_title(own)} has no kernels for it."
+        caption += (
+            f" 2:4 is shown in {engine_title(sparse24)}: {engine_title(own)} has no kernels for it."
+        )
     return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
 
 
@@ -224,10 +267,14 @@ def _crossover(p: Paper) -> Made:
     maps = []
     for phase in ("prefill", "decode"):
         request = replace(p.request, model=p.model, phase=phase)
-        requests = [replace(request, batch=b, seq=s) for b, s in itertools.product(BATCHES, LENGTHS)]
+        requests = [
+            replace(request, batch=b, seq=s) for b, s in itertools.product(BATCHES, LENGTHS)
+        ]
         maps.append(winners(requests, prunings, p.devices))
     best = [r for won in maps for r in won.best]
-    gains, certain = (np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain"))
+    gains, certain = (
+        np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain")
+    )
     winner = [r.family if gain else "" for r, gain in zip(best, gains)]
     cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
     cells |= placed(best, [r.phase for r in best])
@@ -265,7 +312,9 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
     if (seen := p.measured.get(hw.label)) is not None:
         rows = np.flatnonzero((seen.n == n) & (seen.k == k) & (seen.m <= tokens[-1]))
         seen_m, seen_s = seen.m[rows], seen.seconds[rows]
-        copies = float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
+        copies = (
+            float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
+        )
     times = _times(p, hw, tokens, n, k, copies)
     device, names = device_title(hw.label), ("M (tokens)", f"N {n}, K {k}")
     if row == "tiles":
@@ -273,22 +322,30 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
         return Stairs(row, device, *names, "time (µs)", tokens, columns, seen_m, 1e6 * seen_s)
     columns = {name: 2e-12 * tokens * n * k / seconds for name, seconds in times.items()}
     columns["lower"], columns["upper"] = columns["upper"], columns["lower"]
-    return Stairs(row, device, *names, "TFLOP/s", tokens, columns, seen_m, 2e-12 * seen_m * n * k / seen_s)
+    return Stairs(
+        row, device, *names, "TFLOP/s", tokens, columns, seen_m, 2e-12 * seen_m * n * k / seen_s
+    )
 
 
 def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
     inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-    columns = {name: 1e6 * seconds for name, seconds in _times(p, hw, p.request.seq, widths, k).items()}
+    columns = {
+        name: 1e6 * seconds for name, seconds in _times(p, hw, p.request.seq, widths, k).items()
+    }
     names = "N (inner width kept)", f"M {p.request.seq}, K {k}"
     return Stairs("pruned width", device_title(hw.label), *names, "time (µs)", widths, columns)
 
 
-def _times(p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None) -> dict[str, FloatArray]:
+def _times(
+    p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None
+) -> dict[str, FloatArray]:
     """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the highest clock, s."""
     dtype, size = p.request.dtype, ELEMENT_BYTES[p.request.dtype]
-    t = gemm_time(m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level))
+    t = gemm_time(
+        m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level)
+    )
     compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
     moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
     times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}
@@ -304,10 +361,14 @@ def _scatter(p: Paper) -> Made:
         title = device_title(hw.label)
         clouds.append(Cloud(title, seen.seconds, predicted))
         _, median, _, bias = agreement(seen.seconds, predicted)
-        errors.append(f"{title}: {seen.source}, median error {100 * median:.1f} %, bias {100 * bias:+.1f} %")
+        errors.append(
+            f"{title}: {seen.source}, median error {100 * median:.1f} %, bias {100 * bias:+.1f} %"
+        )
     if not clouds:
         names = ", ".join(hw.label for hw in p.devices)
-        raise NothingToDraw(f"predicted against measured: no measured GEMMs of {names} (--measured)")
+        raise NothingToDraw(
+            f"predicted against measured: no measured GEMMs of {names} (--measured)"
+        )
     fitted = "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.request.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
@@ -342,7 +403,19 @@ def _pareto(p: Paper) -> Made:
     return figure, caption, (*notes, *more)
 
 
-_MAKERS = (_taxonomy, _roofline, _speedup, _efficiency, _waterfall, _staircase, _scatter, _pareto, _crossover)
+_MAKERS = (
+    _taxonomy,
+    _roofline,
+    _speedup,
+    _efficiency,
+    _waterfall,
+    _staircase,
+    _scatter,
+    _pareto,
+    _crossover,
+)
 # figures by name, in the order of a paper
-FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType({f.__name__.lstrip("_"): f for f in _MAKERS})
+FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType(
+    {f.__name__.lstrip("_"): f for f in _MAKERS}
+)
 MEASURED = ("staircase", "scatter")  # figures that show measured GEMMs

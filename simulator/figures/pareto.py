@@ -17,11 +17,22 @@ from matplotlib.patches import Patch
 
 from simulator.arrays import FloatArray
 from simulator.figures import layout
-from simulator.figures.style import BLACK, GREY, INK, PAGE_IN, PALE_INK, in_order, label, paper_style, style_of
+from simulator.figures.style import (
+    BLACK,
+    GREY,
+    INK,
+    PAGE_IN,
+    PALE_INK,
+    in_order,
+    label,
+    paper_style,
+    style_of,
+)
 from simulator.prediction.pareto import Front, frontier
 from simulator.prediction.requests import batch_name
 
-LINEAR_UP_TO = 0.6  # losses up to this value have a linear axis; a perplexity can rise by several times
+# losses up to this value have a linear axis; a perplexity can rise by several times
+LINEAR_UP_TO = 0.6
 BEND = 0.1  # loss at which an axis with larger losses changes from linear to logarithmic
 STRIP = 0.045  # height of the strip of fastest families, as a share of a panel's height
 
@@ -29,11 +40,17 @@ STRIP = 0.045  # height of the strip of fastest families, as a share of a panel'
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
     """Draw frontiers on one metric under one protocol; ``rows`` are labels, by default phase, batch and length."""
     length = ", seq {}" if len({f.seq for f in fronts}) > 1 else ""
-    rows = rows or [f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts]
+    rows = rows or [
+        f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts
+    ]
     points = [p for f in fronts for p in f.points]
-    found = layout.columns(points, family="family", method="method", sparsity="sparsity", loss="loss", **layout.SPEEDUP)
+    found = layout.columns(
+        points, family="family", method="method", sparsity="sparsity", loss="loss", **layout.SPEEDUP
+    )
     for name, labels in layout.placed(fronts, rows).items():
-        found[name] = [label for front, label in zip(fronts, labels, strict=True) for _ in front.points]
+        found[name] = [
+            label for front, label in zip(fronts, labels, strict=True) for _ in front.points
+        ]
     data, axis = layout.arrays(found), fronts[0].axis
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
@@ -52,7 +69,8 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
             ax.set(yscale="log", ylim=(low / pad, high * pad))
             layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
             _loss_axis(ax, 100 * data["loss"])
-        layout.laid_out(figure, "speedup (log scale)")  # before the names of points, which depend on the layout
+        # before the names of points, which depend on the layout
+        layout.laid_out(figure, "speedup (log scale)")
         for place, ax in panels.items():
             _panel(ax, layout.of_panel(data, *place))
     return figure
@@ -66,7 +84,11 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
         ax.axvline(100 * BEND, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1.4)
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
         # no tick near the end, whose label would overlap the next panel
-        ticks = [t for t in (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000) if t <= last * 0.75]
+        ticks = [
+            t
+            for t in (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000)
+            if t <= last * 0.75
+        ]
         layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
         ax.set_xlim(first - 0.03 * last if first < 0 else 0.0, last * 1.08)
@@ -88,23 +110,54 @@ def _panel(ax: Axes, data: layout.FigurePoints) -> None:
             own = (data["family"] == name) & (optimal == best)
             ends = data["lower"][own], data["upper"][own]
             ax.vlines(x[own], *ends, color=style.color, linewidth=0.9, alpha=0.8 * alpha, zorder=3)
-            ax.plot(x[own], y[own], **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4))
-    names = [f"{method} {100 * s:.3g}".strip() for method, s in zip(data["method"], data["sparsity"].tolist())]
+            ax.plot(
+                x[own],
+                y[own],
+                **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4),
+            )
+    names = [
+        f"{method} {100 * s:.3g}".strip()
+        for method, s in zip(data["method"], data["sparsity"].tolist())
+    ]
     along = np.linspace(0.0, 1.0, 12)[:, None]
     bars = data["lower"] * (1.0 - along) + data["upper"] * along
-    ends = np.repeat(steps_x, 2)[1:], np.repeat([*steps_y, steps_y[-1]], 2)[:-1]  # corners of the frontier
+    # corners of the frontier
+    ends = np.repeat(steps_x, 2)[1:], np.repeat([*steps_y, steps_y[-1]], 2)[:-1]
     corners = np.linspace(0, len(ends[0]) - 1, 20 * len(ends[0]))
     line_x, line_y = (np.interp(corners, np.arange(len(e)), e) for e in ends)
     dense = np.linspace(start, end, 60)
-    clear_of = [(np.broadcast_to(x, bars.shape).ravel(), bars.ravel()), (line_x, line_y), (dense, np.ones_like(dense))]
+    clear_of = [
+        (np.broadcast_to(x, bars.shape).ravel(), bars.ravel()),
+        (line_x, line_y),
+        (dense, np.ones_like(dense)),
+    ]
     for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
         style = style_of(data["family"][i], position)
-        strip: dict[str, Any] = {"hatch": "/////" if style.hollow else None, "linewidth": 0, "clip_on": False}
-        ax.axvspan(max(x[i], 0.0), stop, -STRIP, 0, facecolor=style.color, edgecolor="white", alpha=0.9, **strip)
+        strip: dict[str, Any] = {
+            "hatch": "/////" if style.hollow else None,
+            "linewidth": 0,
+            "clip_on": False,
+        }
+        ax.axvspan(
+            max(x[i], 0.0),
+            stop,
+            -STRIP,
+            0,
+            facecolor=style.color,
+            edgecolor="white",
+            alpha=0.9,
+            **strip,
+        )
     for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
         own = np.flatnonzero(optimal == best)
         layout.write_labels(
-            ax, x[own], y[own], [names[i] for i in own], [(x, y), *clear_of], reach_pt=reach_pt, color=color
+            ax,
+            x[own],
+            y[own],
+            [names[i] for i in own],
+            [(x, y), *clear_of],
+            reach_pt=reach_pt,
+            color=color,
         )
 
 
@@ -114,7 +167,12 @@ def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
         Line2D([], [], **style_of(f, i).marks(linestyle="none"), label=name)
         for i, (f, name) in enumerate(zip(only, names))
     ]
-    bar: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 0.9, "linestyle": "none"}
+    bar: dict[str, Any] = {
+        "marker": "|",
+        "markersize": 6,
+        "markeredgewidth": 0.9,
+        "linestyle": "none",
+    }
     return [
         *marks,
         Line2D([], [], color=INK, linewidth=0.9, label="frontier"),

@@ -15,7 +15,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from simulator.figures import layout
-from simulator.figures.style import BLACK, BLUE, GREEN, INK, PAGE_IN, PALE_INK, VERMILLION, Style, paper_style
+from simulator.figures.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    INK,
+    PAGE_IN,
+    PALE_INK,
+    VERMILLION,
+    Style,
+    paper_style,
+)
 from simulator.models.config import Block
 from simulator.models.library import model_title
 from simulator.plans.search import Plan, PlanPoint
@@ -26,17 +36,45 @@ from simulator.units import ratio
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed
 
-RULES = {"parameters": Style(VERMILLION, "s"), "FLOPs": Style(BLUE, "^"), "library times": Style(GREEN, "D")}
-BUDGETS = {"same": "as many", "targets": "until targets are met"}  # for other rules; the first has hollow markers
-SPEEDS = ("speedup", "latency_s", "tokens_per_s")  # targets that have a line in the panel of speedups
+RULES = {
+    "parameters": Style(VERMILLION, "s"),
+    "FLOPs": Style(BLUE, "^"),
+    "library times": Style(GREEN, "D"),
+}
+# for other rules; the first has hollow markers
+BUDGETS = {"same": "as many", "targets": "until targets are met"}
+# targets that have a line in the panel of speedups
+SPEEDS = ("speedup", "latency_s", "tokens_per_s")
 STEEP = 6.0  # a loss axis is logarithmic beyond a usual loss if its end is this many times larger
 NEARBY = 3.0  # the axis of the frontier ends at this many times the loss of the chosen plan
 
 _WIDE = 38  # characters of a line of the legend
-_REMOVED: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": VERMILLION, "markeredgewidth": 0.9}
-_LINEAR: dict[str, Any] = {"facecolor": "white", "edgecolor": GREEN, "hatch": "//////", "linewidth": 0.4}
-_FRONTIER: dict[str, Any] = {"color": INK, "linewidth": 0.8, "marker": "o", "markersize": 2.6, "markeredgewidth": 0}
-_CHOSEN: dict[str, Any] = {"color": BLACK, "linestyle": "none", "marker": "*", "markersize": 8, "markeredgewidth": 0}
+_REMOVED: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "x",
+    "color": VERMILLION,
+    "markeredgewidth": 0.9,
+}
+_LINEAR: dict[str, Any] = {
+    "facecolor": "white",
+    "edgecolor": GREEN,
+    "hatch": "//////",
+    "linewidth": 0.4,
+}
+_FRONTIER: dict[str, Any] = {
+    "color": INK,
+    "linewidth": 0.8,
+    "marker": "o",
+    "markersize": 2.6,
+    "markeredgewidth": 0,
+}
+_CHOSEN: dict[str, Any] = {
+    "color": BLACK,
+    "linestyle": "none",
+    "marker": "*",
+    "markersize": 8,
+    "markeredgewidth": 0,
+}
 
 
 def plan_figure(plan: Plan) -> Figure:
@@ -54,16 +92,26 @@ def plan_figure(plan: Plan) -> Figure:
         axes["attention"].set_title(layout.wrapped(title, PAGE_IN - 0.6), loc="left", pad=14)
         layers = [
             Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
-            Patch(facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"),
+            Patch(
+                facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"
+            ),
             Patch(**_LINEAR, label="replaced by a linear layer"),
             Line2D([], [], **_REMOVED, markersize=4, label="removed"),
         ]
-        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
-        axes["attention"].legend(handles=layers, ncols=4, handlelength=1.2, columnspacing=1.0, borderpad=0.0, **place)
+        place: dict[str, Any] = {
+            "loc": "lower left",
+            "bbox_to_anchor": (0.0, 1.0),
+            "borderaxespad": 0.2,
+        }
+        axes["attention"].legend(
+            handles=layers, ncols=4, handlelength=1.2, columnspacing=1.0, borderpad=0.0, **place
+        )
         _losses(axes["loss"], plan)
         handles = _frontier(axes["frontier"], plan)
         axes["legend"].axis("off")
-        legend = axes["legend"].legend(handles=handles, loc="center left", borderaxespad=0.0, borderpad=0.0)
+        legend = axes["legend"].legend(
+            handles=handles, loc="center left", borderaxespad=0.0, borderpad=0.0
+        )
         legend.set_in_layout(False)  # else a long line would make the panels of the layers narrower
         layout.laid_out(figure)
     return figure
@@ -82,7 +130,9 @@ def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
     """Draw one sublayer of all layers: bars, and marks of removed ones."""
     pairs = list(zip(plan.pruned.layout, plan.dense.layout))
     own = [i for i, (_, dense) in enumerate(pairs) if has(sublayer, dense)]
-    linear = [i for i in own if sublayer in pairs[i][0].linear and sublayer not in pairs[i][1].linear]
+    linear = [
+        i for i in own if sublayer in pairs[i][0].linear and sublayer not in pairs[i][1].linear
+    ]
     gone = [i for i in own if not has(sublayer, pairs[i][0])]
     text = {row.layer: getattr(row, sublayer) for row in plan.layers}
     same = [i for i in own if text[i] == "dense"]
@@ -122,7 +172,9 @@ def _losses(ax: Axes, plan: Plan) -> None:
     ax.set(xlabel="layer", ylabel="quality\nloss")
     ax.xaxis.labelpad = 2
     _layer_axis(ax, len(values), named=True)
-    ax.text(1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", fontsize=6, color=PALE_INK)
+    ax.text(
+        1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", fontsize=6, color=PALE_INK
+    )
 
 
 def _frontier(ax: Axes, plan: Plan) -> list[Any]:
@@ -146,12 +198,18 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     for name, a in others.items():
         style = RULES[a.chosen_by]
         face = "white" if a.budget == "same" else style.color
-        look = style.marks(linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9)
+        look = style.marks(
+            linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9
+        )
         handles.append(drawn([a.point], name, 4, **look))
-    reached = f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
+    reached = (
+        f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
+    )
     handles.insert(0, drawn([chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
     first = plan.results[0]
-    handles += ax.plot([], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level))
+    handles += ax.plot(
+        [], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level)
+    )
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
     chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
     styles = iter(["--", "-.", ":"])
@@ -160,7 +218,12 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
             name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
             name = textwrap.fill(name + (chance if plan.confidence > 0.5 else ""), _WIDE)
-            line: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8, "linestyle": next(styles), "label": name}
+            line: dict[str, Any] = {
+                "color": PALE_INK,
+                "linewidth": 0.8,
+                "linestyle": next(styles),
+                "label": name,
+            }
             handles.append(ax.axhline(chosen.speedup * share, **line, zorder=1.6))
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
@@ -168,6 +231,8 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     title = f"{many}{layout.device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq {first.seq}"
     several = f"\n(first of {len(plan.results)} settings)" if len(plan.results) > 1 else ""
     ax.set_title(textwrap.fill(title, 52) + several, pad=5)
-    ax.set_xlabel(textwrap.fill(f"quality loss: {plan.metric}, sum over the layers", 74), labelpad=2)
+    ax.set_xlabel(
+        textwrap.fill(f"quality loss: {plan.metric}, sum over the layers", 74), labelpad=2
+    )
     ax.set_ylabel("speedup (log scale)")
     return handles

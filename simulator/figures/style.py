@@ -153,7 +153,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         from PIL import Image
 
         with Image.open(out) as picture:
-            few = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            few = picture.convert("RGB").quantize(
+                256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+            )
             out = io.BytesIO()
             few.save(out, "png", dpi=picture.info["dpi"])
     write_whole(target, out.getvalue())

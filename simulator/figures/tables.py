@@ -18,8 +18,28 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
 from simulator.codes import Kernel
-from simulator.figures.layout import FigurePoints, arrays, as_table, laid_out, of_panel, panel_grid, short, width_of
-from simulator.figures.style import BLACK, BLUE, GREY, INK, PALE_INK, VERMILLION, in_order, label, paper_style, style_of
+from simulator.figures.layout import (
+    FigurePoints,
+    arrays,
+    as_table,
+    laid_out,
+    of_panel,
+    panel_grid,
+    short,
+    width_of,
+)
+from simulator.figures.style import (
+    BLACK,
+    BLUE,
+    GREY,
+    INK,
+    PALE_INK,
+    VERMILLION,
+    in_order,
+    label,
+    paper_style,
+    style_of,
+)
 from simulator.workload import Workload
 
 # axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K
@@ -29,12 +49,19 @@ AXES = ("M", "N", "K")
 WHOLE = 0.995  # shares from this value up count as unchanged
 _ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
 
-CERTAIN, PALE = 0.42, 0.14  # opacity of a cell whose winner is certain, and of a cell whose winner is not
-CLOSE, LOSS = 1.0, -0.5  # efficiencies of the darkest blue (the whole gain of the bound) and the darkest red
+# opacity of a cell whose winner is certain, and of a cell whose winner is not
+CERTAIN, PALE = 0.42, 0.14
+# efficiencies of the darkest blue (the whole gain of the bound) and the darkest red
+CLOSE, LOSS = 1.0, -0.5
 _CELL_IN, _LINE_IN = 0.24, 0.155
 _SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
 # numbers fit into their cells, and measuring hundreds of them for the layout is slow
-_NUMBER: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6, "in_layout": False}
+_NUMBER: dict[str, Any] = {
+    "ha": "center",
+    "va": "center_baseline",
+    "fontsize": 6,
+    "in_layout": False,
+}
 
 
 def crossover_figure(cells: Mapping[str, Any]) -> Figure:
@@ -54,10 +81,14 @@ def crossover_figure(cells: Mapping[str, Any]) -> Figure:
         if "" in families:
             handles.append(Patch(**blank, hatch="////", label="no speedup"))
         if not data["certain"][shown].all():
-            handles.append(Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: winner uncertain"))
+            handles.append(
+                Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: winner uncertain")
+            )
         if not shown.all():
             handles.append(Patch(**blank, label="blank: dense model exceeds memory"))
-        figure, panels = panel_grid(data, _CELL_IN * len(lengths), 0.66, handles=handles, legend="batch")
+        figure, panels = panel_grid(
+            data, _CELL_IN * len(lengths), 0.66, handles=handles, legend="batch"
+        )
         for place, ax in panels.items():
             _draw_winners(ax, of_panel(data, *place), batches, lengths)
         as_table(panels, [str(b) for b in batches], [short(n) for n in lengths])
@@ -78,14 +109,23 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
         # numbers would be unreadable on a darker black
         colors.append(to_rgba(color, 0.6 * opacity if color == BLACK else opacity))
     gain: dict[str, Any] = {"facecolors": colors, "edgecolors": "white", "linewidths": 0.6}
-    none: dict[str, Any] = {"facecolors": "white", "edgecolors": "#B8B8B8", "linewidths": 0.0, "hatch": "////"}
+    none: dict[str, Any] = {
+        "facecolors": "white",
+        "edgecolors": "#B8B8B8",
+        "linewidths": 0.0,
+        "hatch": "////",
+    }
     for chosen, look in ((gains, gain), (~gains, none)):
         if chosen.any():
             center = np.stack([x[chosen], y[chosen]], axis=1)
             ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **look))
     for name in in_order(winner[gains]):
         own = winner == name
-        ax.plot(x[own], y[own] + 0.22, **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6))
+        ax.plot(
+            x[own],
+            y[own] + 0.22,
+            **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6),
+        )
     for i in np.flatnonzero(gains):
         ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", **_NUMBER)
 
@@ -111,9 +151,15 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
         # a scale of the colours below the panels
         shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
         place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
-        bar = figure.colorbar(ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=list(panels.values()), **place)
-        bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=["slower than dense", "no gain", "half", "all of the bound"])
-        bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)  # label of the x axes of the panels
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=list(panels.values()), **place
+        )
+        bar.set_ticks(
+            [LOSS, 0.0, 0.5, CLOSE],
+            labels=["slower than dense", "no gain", "half", "all of the bound"],
+        )
+        # label of the x axes of the panels
+        bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)
         bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
         bar.outline.set_visible(False)
         return laid_out(figure)
@@ -124,7 +170,9 @@ def number(value: float) -> str:
         return "–"
     if not -0.995 <= value < 9.95:
         return "<−1" if value < 0 else ">9"
-    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+    return (
+        f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+    )
 
 
 def _color(value: float) -> tuple[tuple[float, ...], str]:
@@ -134,7 +182,8 @@ def _color(value: float) -> tuple[tuple[float, ...], str]:
     depth = min(value / CLOSE if value >= 0 else value / LOSS, 1.0)
     base = np.array(to_rgb(BLUE if value >= 0 else VERMILLION))
     mixed = tuple(float(v) for v in 1.0 - (0.06 + 0.94 * depth) * (1.0 - base))
-    return mixed, "white" if np.dot((0.2126, 0.7152, 0.0722), mixed) < 0.52 else "black"  # by its luminance
+    # by its luminance
+    return mixed, "white" if np.dot((0.2126, 0.7152, 0.0722), mixed) < 0.52 else "black"
 
 
 def kept_axes(
@@ -156,7 +205,9 @@ def kept_axes(
     m, width = rows1 / rows0, width1 / width0 if width1 else 1.0
     rest = share / (m * width) if m * width else 1.0
     if is_attention:
-        return {"N": (m, rest, width), "M": (m * rest, 1.0, width), "K": (m, 1.0, width * rest)}[attention]
+        return {"N": (m, rest, width), "M": (m * rest, 1.0, width), "K": (m, 1.0, width * rest)}[
+            attention
+        ]
     if ((after.kernel == Kernel.GROUPS_N) | (after.kernel == Kernel.GROUPS_K)).any():
         return (1.0, 1.0, share) if set(roles) & {"o", "down"} else (1.0, share, 1.0)
     return m, width, rest
@@ -171,7 +222,11 @@ def _rows_and_width(w: Workload, attention: bool) -> tuple[float, float]:
 
 
 def taxonomy_figure(
-    family: Sequence[str], axis: Sequence[str], operators: Sequence[str], kept: ArrayLike, adds: Sequence[str]
+    family: Sequence[str],
+    axis: Sequence[str],
+    operators: Sequence[str],
+    kept: ArrayLike,
+    adds: Sequence[str],
 ) -> Figure:
     """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an operator that the model
     lacks. A row is a family with the axis that it changes and the operators that it adds."""
@@ -185,8 +240,24 @@ def taxonomy_figure(
         ax.axis("off")
         cell = (wide - left - right) / len(operators)
         for j, name in enumerate(operators):
-            ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", va="bottom", fontsize=7, fontweight="bold")
-        ax.text(wide - right + 0.06, top - 0.09, "adds", ha="left", va="bottom", fontsize=7, fontweight="bold")
+            ax.text(
+                left + (j + 0.5) * cell,
+                top - 0.09,
+                name,
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                fontweight="bold",
+            )
+        ax.text(
+            wide - right + 0.06,
+            top - 0.09,
+            "adds",
+            ha="left",
+            va="bottom",
+            fontsize=7,
+            fontweight="bold",
+        )
         ax.hlines(top - 0.04, 0.05, wide - 0.05, color=INK, linewidth=0.6)
         for i, name in enumerate(family):
             y = top + (i + 0.5) * _ROW_IN
@@ -196,8 +267,18 @@ def taxonomy_figure(
             ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
             ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
-            extra: dict[str, Any] = {"fontsize": 6, "color": BLACK if adds[i] else GREY, "linespacing": 1.05}
-            ax.text(wide - right + 0.06, y, textwrap.fill(adds[i] or "nothing", 20), va="center", **extra)
+            extra: dict[str, Any] = {
+                "fontsize": 6,
+                "color": BLACK if adds[i] else GREY,
+                "linespacing": 1.05,
+            }
+            ax.text(
+                wide - right + 0.06,
+                y,
+                textwrap.fill(adds[i] or "nothing", 20),
+                va="center",
+                **extra,
+            )
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
     return figure
@@ -210,12 +291,29 @@ def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color:
         if not np.isfinite(share):
             continue
         middle, reduced = y + (b - 1) * _STEP_IN, share < WHOLE
-        letter: dict[str, Any] = {"fontsize": 6, "va": "center_baseline", "color": BLACK if reduced else "#9A9A9A"}
+        letter: dict[str, Any] = {
+            "fontsize": 6,
+            "va": "center_baseline",
+            "color": BLACK if reduced else "#9A9A9A",
+        }
         ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
         if reduced:
             style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
             ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
             ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)
-            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", ha="left", va="center_baseline", fontsize=6)
+            ax.text(
+                start + full + 0.03,
+                middle,
+                f"{100 * share:.0f}",
+                ha="left",
+                va="center_baseline",
+                fontsize=6,
+            )
         else:
-            ax.plot([start, start + full], [middle] * 2, color="#C4C4C4", linewidth=0.8, solid_capstyle="butt")
+            ax.plot(
+                [start, start + full],
+                [middle] * 2,
+                color="#C4C4C4",
+                linewidth=0.8,
+                solid_capstyle="butt",
+            )

@@ -11,7 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
-from simulator.figures.layout import in_a_row, laid_out, log_axis, panel_list, titled, width_of, wrapped
+from simulator.figures.layout import (
+    in_a_row,
+    laid_out,
+    log_axis,
+    panel_list,
+    titled,
+    width_of,
+    wrapped,
+)
 from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
 from simulator.prediction.explain import Explanation
 
@@ -40,8 +48,13 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
     small = np.asarray((np.abs(factors - 1.0) <= FOLDED).all(axis=0))
     if (count := int(small.sum())) < 2:
         return list(panels)
-    names = [*(name for name, fold in zip(panels[0].names, small) if not fold), f"other ({count} steps)"]
-    products = np.concatenate([factors[:, ~small], factors[:, small].prod(axis=1, keepdims=True)], axis=1)
+    names = [
+        *(name for name, fold in zip(panels[0].names, small) if not fold),
+        f"other ({count} steps)",
+    ]
+    products = np.concatenate(
+        [factors[:, ~small], factors[:, small].prod(axis=1, keepdims=True)], axis=1
+    )
     return [replace(p, names=names, factors=own) for p, own in zip(panels, products.tolist())]
 
 
@@ -53,7 +66,9 @@ def steps_of(e: Explanation, title: str) -> Steps:
 
 def waterfalls_of(found: Sequence[Explanation]) -> Figure:
     titles, columns = titled(found)
-    return waterfall_figure([steps_of(e, title) for e, title in zip(found, titles)], columns=columns)
+    return waterfall_figure(
+        [steps_of(e, title) for e, title in zip(found, titles)], columns=columns
+    )
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
@@ -72,7 +87,8 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> 
         low, high = float(values.min()), float(values.max())
         span = max(high / low, 1.1)
         for i, (ax, panel) in enumerate(zip(axes, panels)):
-            _draw(ax, panel, low / span**0.08, high * span**0.34)  # with room for the factors next to the bars
+            # with room for the factors next to the bars
+            _draw(ax, panel, low / span**0.08, high * span**0.34)
             ax.tick_params(labelleft=i % columns == 0)
             if i + columns >= len(panels):
                 ax.set_xlabel("speedup (log scale)")
@@ -92,7 +108,14 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     places = np.arange(count + 1)
     line: dict[str, Any] = {"color": "#777777", "linewidth": 0.5, "zorder": 1.8}
     ax.vlines(reached, places + 0.33, places + 0.67, **line)  # lines that connect the bars
-    ax.barh([0, last], [panel.nominal - 1.0, predicted - 1.0], left=1.0, height=0.66, color=["#C8C8C8", BLUE], zorder=2)
+    ax.barh(
+        [0, last],
+        [panel.nominal - 1.0, predicted - 1.0],
+        left=1.0,
+        height=0.66,
+        color=["#C8C8C8", BLUE],
+        zorder=2,
+    )
     _write(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
     for i, factor in enumerate(panel.factors, start=1):
         before, after = float(reached[i - 1]), float(reached[i])
@@ -107,12 +130,20 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
         if abs(factor - 1.0) >= 0.005:
             _write(ax, max(after, before), i, f"×{factor:.2f}")
     half = [[max(predicted - panel.lower, 0.0)], [max(panel.upper - predicted, 0.0)]]
-    ax.errorbar(predicted, last, xerr=half, color="black", elinewidth=0.9, capsize=2, capthick=0.9, zorder=3)
+    ax.errorbar(
+        predicted, last, xerr=half, color="black", elinewidth=0.9, capsize=2, capthick=0.9, zorder=3
+    )
     _write(ax, max(panel.upper, predicted, 1.0), last, f"{predicted:.2f}×")
     ax.set_yticks(range(count + 2), ["nominal", *panel.names, "predicted"])
 
 
 def _write(ax: Axes, x: float, y: float, text: str) -> None:
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps the number clear of the line at 1
-    where: dict[str, Any] = {"xytext": (2.5, 0), "textcoords": "offset points", "va": "center", "ha": "left"}
+    # keeps the number clear of the line at 1
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    where: dict[str, Any] = {
+        "xytext": (2.5, 0),
+        "textcoords": "offset points",
+        "va": "center",
+        "ha": "left",
+    }
     ax.annotate(text, (x, y), fontsize=6, zorder=5, annotation_clip=False, bbox=paper, **where)

@@ -73,9 +73,14 @@ def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> 
                 header = tuple(row)
                 continue
             if len(row) != len(header):
-                raise InputError(f"{place}: expected {len(header)} cells, as the header has, got {len(row)}")
-            if len(rows) * max(len(row), 4) > MOST_CELLS:  # lists of one to four cells take equal memory
-                raise InputError(f"{place}: expected at most {MOST_CELLS:.3g} cells; split it or write Parquet")
+                raise InputError(
+                    f"{place}: expected {len(header)} cells, as the header has, got {len(row)}"
+                )
+            # lists of one to four cells take equal memory
+            if len(rows) * max(len(row), 4) > MOST_CELLS:
+                raise InputError(
+                    f"{place}: expected at most {MOST_CELLS:.3g} cells; split it or write Parquet"
+                )
             rows.append(row)
             lines.append(reader.line_num)
     except csv.Error as error:

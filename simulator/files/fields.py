@@ -83,7 +83,10 @@ class ListedSource(Text):
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         short = super().read(node, path, reader)
         if short is not BAD and short not in reader.sources:
-            hint = did_you_mean(short, reader.sources, 0.3) or "add it there with a title and an address"
+            hint = (
+                did_you_mean(short, reader.sources, 0.3)
+                or "add it there with a title and an address"
+            )
             return reader.wrong(node, path, f"{short!r} is not listed under sources; {hint}")
         return short
 
@@ -134,7 +137,9 @@ class Quantity(Scalar):
 
     def value(self, node: Node) -> float:
         if node.kind != "scalar":
-            raise ValueError(f'expected a quantity with a unit such as "{EXAMPLES[self.unit]}", got a {node.kind}')
+            raise ValueError(
+                f'expected a quantity with a unit such as "{EXAMPLES[self.unit]}", got a {node.kind}'
+            )
         value = parse_quantity(node.text, self.unit)
         if not self.low <= value <= self.high:
             low, high = (format_quantity(end, self.unit) for end in (self.low, self.high))
@@ -226,7 +231,11 @@ def kind_of(hint: Any) -> Any:
         return kind_of(next(each for each in get_args(hint) if each is not NoneType))
     if get_origin(hint) is tuple:
         return ListOf(kind_of(get_args(hint)[0]))
-    return Object(hint) if dataclasses.is_dataclass(get_origin(hint) or hint) else MapOf(get_args(hint)[1], keys)
+    return (
+        Object(hint)
+        if dataclasses.is_dataclass(get_origin(hint) or hint)
+        else MapOf(get_args(hint)[1], keys)
+    )
 
 
 @dataclass(frozen=True)
@@ -275,12 +284,15 @@ class MapOf:
 class Object:
     def __init__(self, hint: Any) -> None:
         self.cls = get_origin(hint) or hint
-        self.members: dict[str, tuple[str, Any, Any]] = {}  # attribute, kind and default by the key in a file
+        # attribute, kind and default by the key in a file
+        self.members: dict[str, tuple[str, Any, Any]] = {}
         hints = get_type_hints(self.cls, include_extras=True)
         self.inline: dict[str, tuple[Any, tuple[str, ...]]] = {}  # class and keys by member
         for one in dataclasses.fields(self.cls):
             kind = hints[one.name]
-            if isinstance(about := kind_of(kind) if get_origin(kind) is Annotated else None, Inline):
+            if isinstance(
+                about := kind_of(kind) if get_origin(kind) is Annotated else None, Inline
+            ):
                 inner = Object(get_args(kind)[0])
                 self.members |= {key: inner.members[key] for key in about.keys}
                 self.inline[one.name] = inner.cls, about.keys
@@ -308,7 +320,9 @@ class Object:
         if BAD in found.values():
             return BAD
         made = object.__new__(self.cls)  # without __init__: a file has hundreds of objects
-        made.__dict__.update({name: found.get(name, default) for name, _, default in self.members.values()})
+        made.__dict__.update(
+            {name: found.get(name, default) for name, _, default in self.members.values()}
+        )
         try:
             for name, (cls, keys) in self.inline.items():
                 made.__dict__[name] = cls(**{key: made.__dict__.pop(key) for key in keys})
@@ -347,7 +361,11 @@ def quoted(value: str) -> str:
 
 def plain_text(value: str) -> str:
     """Return YAML of a text, in quotes where YAML would read another value."""
-    return value if _PLAIN.fullmatch(value) and value.lower() not in (*_TRUTHS, "null", "y", "n") else quoted(value)
+    return (
+        value
+        if _PLAIN.fullmatch(value) and value.lower() not in (*_TRUTHS, "null", "y", "n")
+        else quoted(value)
+    )
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:

@@ -12,13 +12,16 @@ from typing import Any
 from simulator.errors import InputError, needs_extra, one_line
 
 MOST_TABLE_BYTES = 256_000_000  # shipped tables have up to 250 kB
-MOST_CONTAINERS = 300_000  # objects and lists in JSON: each takes about a hundred bytes, also an empty one
+# objects and lists in JSON: each takes about a hundred bytes, also an empty one
+MOST_CONTAINERS = 300_000
 MOST_PARQUET_CELLS = 20_000_000  # 160 MB as float64, a thousand times the shipped tables
 TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 
 
-def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: str | None = None) -> bytes:
+def read_bounded(
+    path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: str | None = None
+) -> bytes:
     """Return all bytes of a file or pipe. InputError, which starts with ``place`` (default: the path), for a missing or
     larger file, a folder or a device."""
     place, raw = f"{path}: " if place is None else place, b""
@@ -27,11 +30,17 @@ def read_bounded(path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: st
         kind = stat.S_IFMT(status.st_mode)
         if kind in (stat.S_IFREG, stat.S_IFIFO) and status.st_size <= most_bytes:
             # without O_NONBLOCK, opening a pipe waits for its writer
-            with open(path, "rb", opener=lambda at, flags: os.open(at, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            with open(
+                path,
+                "rb",
+                opener=lambda at, flags: os.open(at, flags | getattr(os, "O_NONBLOCK", 0)),
+            ) as file:
                 os.set_blocking(file.fileno(), True)
                 raw = file.read(most_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{place}cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"{place}cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if kind == stat.S_IFDIR:
         raise InputError(f"{place}cannot be read: is a folder, expected a file")
     if kind not in (stat.S_IFREG, stat.S_IFIFO):  # a pipe ends; /dev/zero does not
@@ -52,7 +61,9 @@ def parse_json(content: str | bytes, label: str) -> Any:
         for name, value in pairs:
             if name in found:
                 key = one_line(repr(name), 80)
-                raise InputError(f"{label}: key {key}: expected once in an object, got twice or more; keep one")
+                raise InputError(
+                    f"{label}: key {key}: expected once in an object, got twice or more; keep one"
+                )
             found[name] = value
         return found
 
@@ -63,21 +74,30 @@ def parse_json(content: str | bytes, label: str) -> Any:
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError | InputError):
             raise
-        raise InputError(f"{label}: is not read ({one_line(str(error), 80)})") from None  # thousands of digits
+        # thousands of digits
+        raise InputError(f"{label}: is not read ({one_line(str(error), 80)})") from None
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
     """Return the value of a JSON text in UTF-8, also with NaN and infinity; limits are checked first."""
     if len(content) > most_bytes:
-        raise InputError(f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file")
+        raise InputError(
+            f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file"
+        )
     if (many := content.count(b"{") + content.count(b"[")) > MOST_CONTAINERS:
-        raise InputError(f"{label}: expected at most {MOST_CONTAINERS:,} objects and lists, got {many:,}")
+        raise InputError(
+            f"{label}: expected at most {MOST_CONTAINERS:,} objects and lists, got {many:,}"
+        )
     try:
         return parse_json(content.decode("utf-8-sig"), label)
     except UnicodeDecodeError as error:
-        raise InputError(f"{label}: is not UTF-8 text (byte {error.start}); expected JSON") from None
+        raise InputError(
+            f"{label}: is not UTF-8 text (byte {error.start}); expected JSON"
+        ) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{label}:{error.lineno}:{error.colno}: is not JSON ({error.msg})") from None
+        raise InputError(
+            f"{label}:{error.lineno}:{error.colno}: is not JSON ({error.msg})"
+        ) from None
 
 
 def load_pyarrow() -> tuple[Any, Any]:
@@ -95,7 +115,8 @@ def read_parquet(content: bytes, label: str) -> Any:
         flat = _accepted(pq.ParquetFile(io.BytesIO(content)), label, pa)
         texts = [field.name for field in flat if str(field.type) in TEXTS]
         file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
-        table = file.read(columns=[field.name for field in flat], use_threads=False)  # tables are small
+        # tables are small
+        table = file.read(columns=[field.name for field in flat], use_threads=False)
         for at, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
                 table = table.set_column(at, table.field(at).name, _decoded(column, label, pa))
@@ -103,7 +124,9 @@ def read_parquet(content: bytes, label: str) -> Any:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{label}: cannot be read as Parquet: {one_line(str(error), 200)}") from None
+        raise InputError(
+            f"{label}: cannot be read as Parquet: {one_line(str(error), 200)}"
+        ) from None
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
@@ -116,12 +139,16 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
         raise InputError(f"{label}: {limit}, got {cells:.3g} values; split it")
     names = list(file.schema_arrow.names)
     if len(set(names)) < len(names):
-        raise InputError(f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        raise InputError(
+            f"{label}: column {next(n for n in names if names.count(n) > 1)!r} appears twice"
+        )
     flat = [field for field in file.schema_arrow if not pa.types.is_nested(field.type)]
     for field in flat:
         fixed = field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else 0
         if fixed * about.num_rows > MOST_TABLE_BYTES:
-            raise InputError(f"{label}: column {field.name!r:.60}: expected at most {_MOST}, got more; shorten it")
+            raise InputError(
+                f"{label}: column {field.name!r:.60}: expected at most {_MOST}, got more; shorten it"
+            )
     return flat
 
 
@@ -129,11 +156,17 @@ def _decoded(column: Any, label: str, pa: Any) -> Any:
     """Return a column of texts without its dictionary of equal texts; the decoded size is checked first."""
     import pyarrow.compute as compute
 
-    longest = [compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks]
+    longest = [
+        compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks
+    ]
     size = sum(len(chunk) * most for chunk, most in zip(column.chunks, longest))
     if size > MOST_TABLE_BYTES:
-        raise InputError(f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten them")
-    return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+        raise InputError(
+            f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten them"
+        )
+    return pa.chunked_array(
+        [chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type
+    )
 
 
 def parquet_columns(table: Any, label: str) -> dict[str, Any]:
@@ -141,4 +174,6 @@ def parquet_columns(table: Any, label: str) -> dict[str, Any]:
     try:
         return {name: table.column(name).to_numpy() for name in table.column_names}
     except (load_pyarrow()[0].ArrowException, TypeError, ValueError) as error:
-        raise InputError(f"{label}: has a column of a type that cannot be read: {one_line(str(error), 200)}") from None
+        raise InputError(
+            f"{label}: has a column of a type that cannot be read: {one_line(str(error), 200)}"
+        ) from None

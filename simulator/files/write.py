@@ -19,7 +19,9 @@ def check_target(path: str | Path) -> Path:
     try:
         is_folder, in_folder = target.is_dir(), target.parent.is_dir()
     except OSError as error:  # such as a name that is too long
-        raise InputError(f"{target}: cannot be written ({error.strerror}); expected the name of a file") from None
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror}); expected the name of a file"
+        ) from None
     if is_folder:
         raise InputError(f"{target}: is a folder; expected the name of a file")
     if not in_folder:
@@ -31,7 +33,9 @@ def refuse_links(folder: Path, name: str = "*") -> None:
     """Raise InputError for a link in an output folder, through which a file elsewhere would be written."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.match(name) and path.is_symlink() and not path.is_dir():
-            raise InputError(f"{path}: expected a file, got a link; remove it or choose another folder")
+            raise InputError(
+                f"{path}: expected a file, got a link; remove it or choose another folder"
+            )
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

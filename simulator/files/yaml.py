@@ -20,7 +20,8 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 
-class Node(NamedTuple):  # files have thousands of nodes; a frozen dataclass takes three times as long
+# files have thousands of nodes; a frozen dataclass takes three times as long
+class Node(NamedTuple):
     """A part of a YAML file, and its place, counted from 1."""
 
     kind: str  # "scalar", "list" or "mapping"
@@ -29,13 +30,18 @@ class Node(NamedTuple):  # files have thousands of nodes; a frozen dataclass tak
     text: str = ""
     quoted: bool = False  # distinguishes "132" from 132
     items: tuple[Node, ...] = ()
-    entries: Mapping[str, tuple[Node, Node]] = MappingProxyType({})  # node of each key and node of its value
+    # node of each key and node of its value
+    entries: Mapping[str, tuple[Node, Node]] = MappingProxyType({})
 
     def __str__(self) -> str:
         if self.kind != "scalar":
             return f"a {self.kind}"
         text = self.text if len(self.text) <= 40 else self.text[:40] + "..."
-        return (repr(text) if self.quoted or text.split() != [text] else text) if text or self.quoted else "nothing"
+        return (
+            (repr(text) if self.quoted or text.split() != [text] else text)
+            if text or self.quoted
+            else "nothing"
+        )
 
     def at(self, *keys: str) -> Node:
         node = self
@@ -60,7 +66,10 @@ class Problems:
     def lines(self) -> list[str]:
         """One line per problem, ``file:line:column: key: reason``, in the order of the file."""
         found = sorted(self._found, key=lambda p: p[:2])
-        return [one_line(f"{self.file}:{line}:{column}: {key}: {reason}") for line, column, key, reason in found]
+        return [
+            one_line(f"{self.file}:{line}:{column}: {key}: {reason}")
+            for line, column, key, reason in found
+        ]
 
     def error(self, command: str = "hardware") -> InputError:
         """Return the first problem, with the number of further problems, which ``prunesim COMMAND check`` lists."""
@@ -88,7 +97,9 @@ def read_text(path: Path, problems: Problems) -> str | None:
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         place = Node("scalar", before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
-        problems.add(place, "file", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
+        problems.add(
+            place, "file", f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        )
     except InputError as error:
         problems.add(None, "file", str(error))
     return None
@@ -105,14 +116,18 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     """Return the tree of a YAML text; None if it is empty, and None with a problem if it is rejected."""
     import yaml  # here, as the import takes 25 ms
 
-    parser = _Parser(yaml, yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), problems)
+    parser = _Parser(
+        yaml, yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), problems
+    )
     root = None
     try:
         for event in parser.events:
             if isinstance(event, yaml.NodeEvent):
                 root = parser.node(event, ())
             elif root is not None and isinstance(event, yaml.DocumentStartEvent):
-                raise _Refused(event.start_mark, (), "holds more than one YAML document; expected one")
+                raise _Refused(
+                    event.start_mark, (), "holds more than one YAML document; expected one"
+                )
         return root
     except _Refused as refused:
         mark, path, reason = refused.args
@@ -149,7 +164,9 @@ class _Parser(NamedTuple):
             hint = "write the value out, or quote it if it is text"
             raise _Refused(mark, path, f"anchors (&) and aliases (*) are not allowed; {hint}")
         if event.tag is not None:
-            raise _Refused(mark, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values")
+            raise _Refused(
+                mark, path, f"tags are not allowed, got {str(event.tag)[:60]}; write plain values"
+            )
         if isinstance(event, self.yaml.ScalarEvent):
             return Node("scalar", line, column, event.value, bool(event.style))
         if len(path) >= MAX_DEPTH:
@@ -168,5 +185,7 @@ class _Parser(NamedTuple):
             value = self.node(next(self.events), at)
             first = entries.setdefault(key.text, (key, value))[0]
             if first is not key:
-                self.problems.add(key, path_of(at), f"is given twice, first on line {first.line}; keep one")
+                self.problems.add(
+                    key, path_of(at), f"is given twice, first on line {first.line}; keep one"
+                )
         return Node("mapping", line, column, entries=entries)

@@ -31,8 +31,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 MAX_BYTES = 64_000_000  # limit of a file, and of its arrays together
 MOST_LOG = 5.0  # log ratio of a measurement to a model: a factor of 148
-MOST_ROWS = 2000  # most rows of a local update: time and memory of the posterior grow with their square
-MOST_FACTOR = 30.0  # log ratio of the constants of two kernels, one of which may be at the lower end of its range
+# most rows of a local update: time and memory of the posterior grow with their square
+MOST_ROWS = 2000
+# log ratio of the constants of two kernels, one of which may be at the lower end of its range
+MOST_FACTOR = 30.0
 
 _FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
     dict.fromkeys(("values", "row_values", "log_ratio"), (-MOST_LOG, MOST_LOG))
@@ -63,8 +65,17 @@ _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00[\s\S]{2}\{'descr': '([<>=|]?[A-Za-z][0-9]{0,8})', 'fortran_order': (True|False), "
     rb"'shape': \(((?:[0-9]{1,9},? ?){0,8})\), \} *\n"
 )
-_DATE = (1980, 1, 1, 0, 0, 0)  # the first date of a zip file: equal arrays give equal bytes on any day
-_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
+# the first date of a zip file: equal arrays give equal bytes on any day
+_DATE = (1980, 1, 1, 0, 0, 0)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def pack_arrays(arrays: Arrays) -> bytes:
@@ -88,31 +99,43 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
     """Return the files in an ``.npz`` by name; ValueError, one line, for another file or digest."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path.name} is not a regular file; expected the .npz that was saved with the profile")
+            raise ValueError(
+                f"{path.name} is not a regular file; expected the .npz that was saved with the profile"
+            )
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror}); expected it next to the profile") from None
+        raise ValueError(
+            f"{path.name} cannot be read ({error.strerror}); expected it next to the profile"
+        ) from None
     if len(raw) > MAX_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_BYTES / 1e6:g} MB")
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         belongs = "it belongs to another version of the profile"
-        raise ValueError(f"{path.name} has sha256 {found[:12]}..., expected {sha256[:12]}...: {belongs}")
+        raise ValueError(
+            f"{path.name} has sha256 {found[:12]}..., expected {sha256[:12]}...: {belongs}"
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             if sum(info.file_size for info in archive.infolist()) <= MAX_BYTES:
                 # the limit matters: an entry can hold more than the archive states
-                return {i.filename: archive.open(i).read(i.file_size + 1) for i in archive.infolist()}
+                return {
+                    i.filename: archive.open(i).read(i.file_size + 1) for i in archive.infolist()
+                }
     except _DAMAGED as error:
-        raise ValueError(f"is not a readable .npz ({str(error)[:80]}); save both files again") from None
+        raise ValueError(
+            f"is not a readable .npz ({str(error)[:80]}); save both files again"
+        ) from None
     raise ValueError(f"{path.name} holds arrays larger than {MAX_BYTES / 1e6:g} MB")
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
     """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError for invalid arrays. The prefix is
     ``operator.dtype`` or ``local_update``."""
-    arrays = MappingProxyType({name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names})
+    arrays = MappingProxyType(
+        {name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names}
+    )
     check_arrays(prefix.split(".")[0], arrays)
     return arrays
 
@@ -125,14 +148,20 @@ def _array(name: str, item: bytes | None) -> NDArray[Any]:
         raise ValueError(f"array {name} has a bad header; save both files again")
     kind, fortran, dims = (group.decode() for group in match.groups())
     if kind[1] == "O":
-        raise ValueError(f"array {name} holds pickled objects, which are never read; expected numbers")
+        raise ValueError(
+            f"array {name} holds pickled objects, which are never read; expected numbers"
+        )
     if not re.fullmatch(r"[<>=|](b1|[iu][1248]|f[248])", kind):  # NumPy has no others, such as f1
         raise ValueError(f"array {name} has type {kind}, expected numbers")
     dtype = np.dtype(kind)
     shape = tuple(int(n) for n in dims.split(",") if n.strip())
     if math.prod(shape) * dtype.itemsize != len(item) - match.end():
-        raise ValueError(f"array {name} does not have the size its header says; save both files again")
-    flat = np.frombuffer(item, dtype, offset=match.end()) if math.prod(shape) else np.empty(0, dtype)
+        raise ValueError(
+            f"array {name} does not have the size its header says; save both files again"
+        )
+    flat = (
+        np.frombuffer(item, dtype, offset=match.end()) if math.prod(shape) else np.empty(0, dtype)
+    )
     array = flat.reshape(shape, order="F" if fortran == "True" else "C")
     _check_numbers(name, array)
     array = array.astype(dtype.newbyteorder("="), copy=False)
@@ -170,7 +199,9 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
 
 def clipped(arrays: Arrays) -> Arrays:
     """Return arrays whose fitted values are within their limits; the same object if they are."""
-    found = {name: np.clip(array, *_FITTED[name]) for name, array in arrays.items() if name in _FITTED}
+    found = {
+        name: np.clip(array, *_FITTED[name]) for name, array in arrays.items() if name in _FITTED
+    }
     same = all(np.array_equal(array, arrays[name]) for name, array in found.items())
     return arrays if same else MappingProxyType({**arrays, **found})
 
@@ -186,15 +217,28 @@ def _check_values(operator: str, arrays: Arrays) -> None:
         _check(arrays, "start", arrays["start"].shape == (), "a single number", *place)
         return
     _need(arrays, "values", "start", "step")
-    _check(arrays, "values", len(shape) == 3 and math.prod(shape) > 0, "(a, b, c), at least one of each")
+    _check(
+        arrays,
+        "values",
+        len(shape) == 3 and math.prod(shape) > 0,
+        "(a, b, c), at least one of each",
+    )
     _check(arrays, "start", arrays["start"].shape == (3,), "(3,)", *place)
     _check(arrays, "step", arrays["step"].shape == (3,), "(3,)", _LEAST_STEP, _MOST_COORDINATE)
-    if "kinds" in arrays:  # kernels by head width, window and cache, whose grids are joined along the last axis
+    # kernels by head width, window and cache, whose grids are joined along the last axis
+    if "kinds" in arrays:
         _need(arrays, "kinds", "factors")
         kinds, factors = arrays["kinds"].shape, arrays["factors"].shape
         good = len(kinds) == 2 and kinds[1] == 3 and kinds[0] >= 1 and shape[2] % kinds[0] == 0
-        _check(arrays, "kinds", good, "(v, 3), v a divisor of the last dimension of values", 0.0, 20.0)
-        _check(arrays, "factors", len(factors) == 2 and factors[0] == kinds[0], f"({kinds[0]}, constants)")
+        _check(
+            arrays, "kinds", good, "(v, 3), v a divisor of the last dimension of values", 0.0, 20.0
+        )
+        _check(
+            arrays,
+            "factors",
+            len(factors) == 2 and factors[0] == kinds[0],
+            f"({kinds[0]}, constants)",
+        )
 
 
 def _check_update(arrays: Arrays) -> None:
@@ -203,7 +247,11 @@ def _check_update(arrays: Arrays) -> None:
     count = arrays["log_ratio"].shape[:1]
     for name, (more, expected, low, high) in _LOCAL_UPDATE.items():
         shape = arrays[name].shape
-        good = len(shape) == 1 + len(more) and shape[:1] == count and (more == (0,) or shape[1:] == more)
+        good = (
+            len(shape) == 1 + len(more)
+            and shape[:1] == count
+            and (more == (0,) or shape[1:] == more)
+        )
         good = good and 1 <= shape[0] <= MOST_ROWS
         _check(arrays, name, good, f"{expected}, rows from 1 to {MOST_ROWS}", low, high)
     if arrays["kind"].dtype.kind not in "iu":

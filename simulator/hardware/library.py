@@ -16,8 +16,20 @@ from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
-from simulator.hardware.profile import ANY_DTYPE, ARCHITECTURES, HardwareProfile, inherited, preferring
-from simulator.hardware.schema import NAME, SCHEMA_VERSION, plain_name, profile_from_text, stack_from_text
+from simulator.hardware.profile import (
+    ANY_DTYPE,
+    ARCHITECTURES,
+    HardwareProfile,
+    inherited,
+    preferring,
+)
+from simulator.hardware.schema import (
+    NAME,
+    SCHEMA_VERSION,
+    plain_name,
+    profile_from_text,
+    stack_from_text,
+)
 
 _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
@@ -47,7 +59,13 @@ def list_hardware() -> tuple[str, ...]:
     >>> "h100_sxm" in list_hardware()
     True
     """
-    return tuple(sorted(path.stem for path in profiles_folder().glob("*.yaml") if not _STACK_FILE.search(path.name)))
+    return tuple(
+        sorted(
+            path.stem
+            for path in profiles_folder().glob("*.yaml")
+            if not _STACK_FILE.search(path.name)
+        )
+    )
 
 
 @lru_cache(maxsize=1)
@@ -58,12 +76,16 @@ def shipped_names() -> Mapping[str, str]:
         for alias in (name, *aliases_of(profiles_folder() / f"{name}.yaml")):
             other = found.setdefault(plain_name(alias), name)
             if other != name:
-                raise InputError(f"{name}.yaml: aliases: {alias!r} is a name of {other} too; use another")
+                raise InputError(
+                    f"{name}.yaml: aliases: {alias!r} is a name of {other} too; use another"
+                )
     return MappingProxyType(found)
 
 
 def load_hardware(
-    name_or_path: str | os.PathLike[str] | HardwareProfile, stack: str = "", same_stack: bool = False
+    name_or_path: str | os.PathLike[str] | HardwareProfile,
+    stack: str = "",
+    same_stack: bool = False,
 ) -> HardwareProfile:
     """Load the profile of a device.
 
@@ -121,7 +143,9 @@ def reference(name: str) -> str:
     """Return the shortest text that :func:`load_hardware` accepts: a shipped device's label, else the path."""
     found = load_hardware(name).label
     plain = plain_name(found.partition("@")[0])
-    return found if plain in shipped_names() and load_hardware(found) is load_hardware(name) else name
+    return (
+        found if plain in shipped_names() and load_hardware(found) is load_hardware(name) else name
+    )
 
 
 def files_of(profile: HardwareProfile) -> list[Path]:
@@ -142,7 +166,9 @@ def _with_stacks(path: Path, before: tuple[str, ...] = ()) -> HardwareProfile:
         circle = " -> ".join((*before, profile.name))
         what = f"is a circle or has more than {MOST_RELATED} steps; expected a GPU with tables"
         raise InputError(f"{path}: stacks_of: {circle} {what}")
-    return inheriting(profile, _with_stacks(_related(path, profile.stacks_of), (*before, profile.name)))
+    return inheriting(
+        profile, _with_stacks(_related(path, profile.stacks_of), (*before, profile.name))
+    )
 
 
 @lru_cache(maxsize=64)
@@ -203,7 +229,9 @@ def _load(stamps: tuple[tuple[str, int, int], ...]) -> HardwareProfile:
     return profile
 
 
-def _read(path: Path, stacks: Mapping[str, str] | None = None) -> tuple[HardwareProfile | None, list[Problems]]:
+def _read(
+    path: Path, stacks: Mapping[str, str] | None = None
+) -> tuple[HardwareProfile | None, list[Problems]]:
     """Return the profile of a file with its stack files, None if it has problems, and the problems of each file."""
     found = [Problems(str(path))]
     archive = lru_cache(read_archive)
@@ -219,7 +247,11 @@ def _read(path: Path, stacks: Mapping[str, str] | None = None) -> tuple[Hardware
     for stack, file in (_stack_files(str(path)) if stacks is None else stacks).items():
         found.append(Problems(file))
         text = read_text(Path(file), found[-1])
-        fitted = None if text is None else stack_from_text(text, Path(file), found[-1], fetch, profile, stack)
+        fitted = (
+            None
+            if text is None
+            else stack_from_text(text, Path(file), found[-1], fetch, profile, stack)
+        )
         sections[stack] = fitted or {}
     return preferring(profile, sections), found
 
@@ -263,13 +295,22 @@ def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
     if not re.fullmatch(NAME.pattern, named):
         raise InputError(f"hardware name {name!r}: expected {NAME.right}")
     if named in shipped_names():
-        raise InputError(f"hardware name {name!r} is a name of the shipped {shipped_names()[named]}; use another")
+        raise InputError(
+            f"hardware name {name!r} is a name of the shipped {shipped_names()[named]}; use another"
+        )
     path = Path(path or f"{named}.yaml")
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"{path}: expected a file name that ends in .yaml")
     if path.exists():
-        raise InputError(f"{path}: expected a new file, but it exists; choose another name or remove it")
-    facts = {"file": path, "name": named, "version": SCHEMA_VERSION, "architectures": ", ".join(ARCHITECTURES)}
+        raise InputError(
+            f"{path}: expected a new file, but it exists; choose another name or remove it"
+        )
+    facts = {
+        "file": path,
+        "name": named,
+        "version": SCHEMA_VERSION,
+        "architectures": ", ".join(ARCHITECTURES),
+    }
     template = Template(Path(__file__).with_name("template.yaml").read_text(encoding="utf-8"))
     write_whole(path, template.substitute(facts).encode())
     return path

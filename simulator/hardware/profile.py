@@ -43,11 +43,16 @@ EXPERTS_ON = ("ampere", "hopper")
 _ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 HELD_OUT: Mapping[str, str] = MappingProxyType(
     {"gemm": "(n, k) of GEMMs", **dict.fromkeys(_ATTENTION, "heads or lengths of attention")}
-    | {"elementwise": "sizes of tensors", "collective": "sizes of messages", "experts": "models with experts"}
+    | {
+        "elementwise": "sizes of tensors",
+        "collective": "sizes of messages",
+        "experts": "models with experts",
+    }
 )
 """Sizes that no held-out row has in common with the rows of its fit, by operator."""
 
-LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}  # lowest, highest value
+# lowest, highest value
+LIMITS = {"section_scale": (0.01, 10.0), "accuracy": (-1e9, 1e9), "std_error": (0.0, 1e30)}
 
 
 class _InRange(Number):
@@ -57,7 +62,9 @@ class _InRange(Number):
         found, known = super().read(node, path, reader), CONSTANTS[path[1]][path[-2]]
         if found is BAD or known.low <= found <= known.high:
             return found
-        return reader.wrong(node, path, f"expected a number from {known.low:g} to {known.high:g}, got {node}")
+        return reader.wrong(
+            node, path, f"expected a number from {known.low:g} to {known.high:g}, got {node}"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ class Section(Displayed):
     """Fitted values of one operator and number format; ``section["name"]`` is the value of a constant."""
 
     constants: Mapping[str, Fitted]
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)  # read-only, such as a residual grid
+    # read-only, such as a residual grid
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     # factor on correlated and independent errors with which intervals cover 90 % of the held-out rows of its table
     section_scale: float = 1.0
     accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on held-out shapes
@@ -103,7 +111,9 @@ class Section(Displayed):
         return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
 
     def _columns(self) -> Mapping[str, Any]:
-        return by_column([{"name": name, **as_plain(constant)} for name, constant in self.constants.items()])
+        return by_column(
+            [{"name": name, **as_plain(constant)} for name, constant in self.constants.items()]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +131,8 @@ class LocalUpdate:
 class Correction:
     """Measured time of an operator in an engine over its predicted time."""
 
-    factors: tuple[Annotated[float, Number(0.01, 100.0, "0.8")], ...]  # for each of the numbers of tokens
+    # for each of the numbers of tokens
+    factors: tuple[Annotated[float, Number(0.01, 100.0, "0.8")], ...]
     log_sd: Annotated[float, Number(0.0, 3.0, "0.05")]  # scatter of the log over shapes
 
 
@@ -133,10 +144,14 @@ class EngineTimes:
     source: Quoted
     each_pass: Annotated[float, Quantity("s", 0.0, 10.0)]  # host time per pass
     each_layer: Annotated[float, Quantity("s", 0.0, 1.0)]  # further host time per layer
-    each_sequence: Annotated[float, Quantity("s", 0.0, 1.0)]  # further host time per sequence of a decode step
+    # further host time per sequence of a decode step
+    each_sequence: Annotated[float, Quantity("s", 0.0, 1.0)]
     host_log_sd: Annotated[float, Number(0.0, 3.0, "0.2")]
-    tokens: tuple[Annotated[int, Number(1, 2**31, "8", whole=True)], ...]  # rising: tokens of a pass
-    operators: Annotated[Mapping[str, Correction], Keys("operator", tuple(one.name for one in OPERATORS))]
+    # rising: tokens of a pass
+    tokens: tuple[Annotated[int, Number(1, 2**31, "8", whole=True)], ...]
+    operators: Annotated[
+        Mapping[str, Correction], Keys("operator", tuple(one.name for one in OPERATORS))
+    ]
 
     def __post_init__(self) -> None:
         if not self.tokens or list(self.tokens) != sorted(set(self.tokens)):
@@ -180,14 +195,20 @@ def default_section(operator: str, kind: str) -> Section:
     if operator not in CONSTANTS:
         raise unknown("operator", operator, CONSTANTS)
     values = {name: constant.default(kind) for name, constant in CONSTANTS[operator].items()}
-    return Section(MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()}))
+    return Section(
+        MappingProxyType({name: Fitted(value, None, "default") for name, value in values.items()})
+    )
 
 
 @lru_cache(maxsize=64)
 def unfitted_section(operator: str, kind: str, tall_tiles: tuple[float, ...] = ()) -> Section:
     """Return the default section, with the known constants of a decode kernel."""
     section = default_section(operator, kind)
-    tall = {"tile_rows": tall_tiles[1], "e_tc": tall_tiles[2]} if tall_tiles else DECODE_KERNELS.get(kind, {})
+    tall = (
+        {"tile_rows": tall_tiles[1], "e_tc": tall_tiles[2]}
+        if tall_tiles
+        else DECODE_KERNELS.get(kind, {})
+    )
     known = tall if operator == "attention_decode" else {}
     constants = {name: Fitted(value, None, "default") for name, value in known.items()}
     return replace(section, constants=MappingProxyType({**section.constants, **constants}))
@@ -201,10 +222,28 @@ def inherited(section: Section, origin: str) -> Section:
     return replace(section, status="inherited", provenance=provenance)
 
 
-ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "cdna3", "cdna4", "cpu")
+ARCHITECTURES = (
+    "volta",
+    "turing",
+    "ampere",
+    "ada",
+    "hopper",
+    "blackwell",
+    "blackwell_sm100",
+    "cdna3",
+    "cdna4",
+    "cpu",
+)
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
-_QUANTITIES = ("boost_clock_hz", "max_clock_hz", "memory_bytes", "bandwidth_bytes_per_s", "l2_bytes", "power_w")
+_QUANTITIES = (
+    "boost_clock_hz",
+    "max_clock_hz",
+    "memory_bytes",
+    "bandwidth_bytes_per_s",
+    "l2_bytes",
+    "power_w",
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -330,16 +369,28 @@ class HardwareProfile(Displayed):
         return f"{name} (anchored)" if self.local_update is not None else name
 
     def _title(self) -> str:
-        rates = (f"{name} {rate(r.flop_per_s, 'FLOP/s')}" for name, r in self.rates.items() if name in ("fp16", "bf16"))
+        rates = (
+            f"{name} {rate(r.flop_per_s, 'FLOP/s')}"
+            for name, r in self.rates.items()
+            if name in ("fp16", "bf16")
+        )
         memory = f"{size(self.memory_bytes)} at {rate(self.bandwidth_bytes_per_s, 'B/s')}"
         stacks = ", ".join(stack or "itself" for stack in self.stacks) or "no stack"
         return f"{self.label}: {self.title}, {self.architecture}, {memory}, {', '.join(rates)}; fitted for {stacks}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return facts in SI units, their sources, and each fitted section without its arrays."""
-        fitted = {key: None for stack in self.stacks.values() for key, s in stack.items() if s.status == "calibrated"}
+        fitted = {
+            key: None
+            for stack in self.stacks.values()
+            for key, s in stack.items()
+            if s.status == "calibrated"
+        }
         found = {
-            **{name: getattr(self, name) for name in ("name", "title", "vendor", "architecture", "aliases")},
+            **{
+                name: getattr(self, name)
+                for name in ("name", "title", "vendor", "architecture", "aliases")
+            },
             "peak_flop_per_s": {dtype: r.flop_per_s for dtype, r in self.rates.items()},
             **{name: getattr(self, name) for name in ("sm_count", *_QUANTITIES, "link", "bridge")},
             "calibrated": [f"{operator} {dtype}".replace(" *", "") for operator, dtype in fitted],
@@ -350,7 +401,9 @@ class HardwareProfile(Displayed):
             "engines": self.engines,
             "local_update": None if self.local_update is None else self.local_update.provenance,
             "sources": self.sources,
-            "sections": [section_row(self.name, *key, section) for key, section in self.sections.items()],
+            "sections": [
+                section_row(self.name, *key, section) for key, section in self.sections.items()
+            ],
         }
         return {name: as_plain(value) for name, value in found.items()}
 
@@ -361,13 +414,19 @@ class HardwareProfile(Displayed):
                 out |= {f"{name}.{key}": [v] for key, v in value.items()}
             else:
                 out[name] = [value]
-        return {name: column for name, column in out.items() if name.partition(".")[0] not in ("sources", "sections")}
+        return {
+            name: column
+            for name, column in out.items()
+            if name.partition(".")[0] not in ("sources", "sections")
+        }
 
     def on(self, stack: str) -> HardwareProfile:
         """Return the device with one stack selected for all engines; InputError for a stack that it does not have."""
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
-    def serving(self, stacks: tuple[str, ...], measured: bool = False, tall: tuple[float, ...] = ()) -> HardwareProfile:
+    def serving(
+        self, stacks: tuple[str, ...], measured: bool = False, tall: tuple[float, ...] = ()
+    ) -> HardwareProfile:
         """Return the device with the sections of the first of an engine's ``stacks`` that the profile has.
 
         A stack that was selected by name, or the user's own calibration, stays. ``measured``: the engine was measured
@@ -387,7 +446,9 @@ class HardwareProfile(Displayed):
         sections = MappingProxyType(dict(sections))
         stacks = MappingProxyType({"": sections})
         same = not own_stack
-        return replace(self, sections=sections, stacks=stacks, stack="", own_stack=own_stack, same_stack=same)
+        return replace(
+            self, sections=sections, stacks=stacks, stack="", own_stack=own_stack, same_stack=same
+        )
 
     def error_scales(self, section: FittedValues) -> tuple[float, float]:
         """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
@@ -398,7 +459,9 @@ class HardwareProfile(Displayed):
             return SAME_STACK, section.section_scale
         # without an engine, every section counts as one of the engine's stack
         known = ("calibrated", "inherited") if self.sibling else ("calibrated",)
-        engines = section.status in known and section.stack == (self.engine_stack or section.stack) != ""
+        engines = (
+            section.status in known and section.stack == (self.engine_stack or section.stack) != ""
+        )
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
     @property
@@ -420,7 +483,9 @@ class HardwareProfile(Displayed):
     def rate(self, dtype: str) -> Rate:
         """Return the datasheet rate of the number format ``dtype``; InputError if the device has no such arithmetic."""
         if dtype not in self.rates:
-            raise InputError(f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}")
+            raise InputError(
+                f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}"
+            )
         return self.rates[dtype]
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
@@ -434,7 +499,9 @@ class HardwareProfile(Displayed):
     @cached_property
     def flop_s(self) -> FloatArray:
         """Time of a FLOP at the datasheet rate by code of the number format, s; 0 for formats without arithmetic."""
-        return np.array([1.0 / self.rates[name].flop_per_s if name in self.rates else 0.0 for name in DTYPES])
+        return np.array(
+            [1.0 / self.rates[name].flop_per_s if name in self.rates else 0.0 for name in DTYPES]
+        )
 
     def ridge_point(self, dtype: str) -> float:
         """Return the intensity, FLOP/byte, above which a datasheet roofline of ``dtype`` is compute-bound."""
@@ -450,7 +517,11 @@ class HardwareProfile(Displayed):
         default = default_section(operator, kind)
         found = self.sections.get((operator, "*" if operator in ANY_DTYPE else dtype))
         twin = _TWINS.get(dtype, "")
-        if found is None and (operator, twin) in self.sections and self.rates.get(dtype) == self.rates.get(twin):
+        if (
+            found is None
+            and (operator, twin) in self.sections
+            and self.rates.get(dtype) == self.rates.get(twin)
+        ):
             found = inherited(self.sections[operator, twin], f"{self.name} {operator} {twin}")
         if found is None or (operator == "attention_decode" and self._runs_another(found)):
             return unfitted_section(operator, kind, self.tall_tiles)
@@ -465,11 +536,15 @@ class HardwareProfile(Displayed):
     def _runs_another(self, section: Section) -> bool:
         """Return whether the engine's decode kernel is known to differ from the kernel of a fit."""
         tiles = section.constants.get("tile_rows")
-        other = not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
+        other = (
+            not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
+        )
         return bool(other and self.tall_tiles and tiles is not None and tiles.value > 0.0)
 
 
-def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str) -> HardwareProfile:
+def preferring(
+    profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str
+) -> HardwareProfile:
     """Return a profile with ``stacks``, one of which is preferred. The preferred stack is the first of ``first`` that
     exists, else the user's own calibration, else the first of :data:`STACKS`. Sections that it lacks are inherited from
     the other stacks, in that order. :data:`SECTION_OF` replaces some sections, unless the user selected the
@@ -485,15 +560,24 @@ def preferring(profile: HardwareProfile, stacks: Mapping[str, Sections], *first:
         kept = profile.pinned or (key[0] == "experts" and profile.architecture not in EXPERTS_ON)
         used = other if other in having and not kept else used
         origin = f"{profile.name} {used or 'own calibration'}"
-        sections[key] = stacks[used][key] if used == order[0] else inherited(stacks[used][key], origin)
-    return replace(profile, sections=MappingProxyType(sections), stacks=MappingProxyType(stacks), stack=order[0])
+        sections[key] = (
+            stacks[used][key] if used == order[0] else inherited(stacks[used][key], origin)
+        )
+    return replace(
+        profile,
+        sections=MappingProxyType(sections),
+        stacks=MappingProxyType(stacks),
+        stack=order[0],
+    )
 
 
 @lru_cache(maxsize=64)
 def _on(profile: HardwareProfile, stack: str) -> HardwareProfile:
     if stack not in profile.stacks:
         if not any(profile.stacks):
-            raise InputError(f"{profile.name}: expected no stack, as nothing was fitted for one, got {stack!r}")
+            raise InputError(
+                f"{profile.name}: expected no stack, as nothing was fitted for one, got {stack!r}"
+            )
         raise unknown(f"{profile.name}: stack", stack, filter(None, profile.stacks))
     return preferring(replace(profile, pinned=True), profile.stacks, stack)
 
@@ -505,10 +589,14 @@ def _over(profile: HardwareProfile, name: str) -> HardwareProfile:
         return replace(profile, link=link)
 
     def without(sections: Sections) -> Sections:
-        return MappingProxyType({key: section for key, section in sections.items() if key[0] != "collective"})
+        return MappingProxyType(
+            {key: section for key, section in sections.items() if key[0] != "collective"}
+        )
 
     stacks = {stack: without(sections) for stack, sections in profile.stacks.items()}
-    return replace(profile, link=link, sections=without(profile.sections), stacks=MappingProxyType(stacks))
+    return replace(
+        profile, link=link, sections=without(profile.sections), stacks=MappingProxyType(stacks)
+    )
 
 
 @lru_cache(maxsize=64)
@@ -543,7 +631,9 @@ PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
 a small all-reduce of 42 us and 14 ring steps on eight RTX 4090 (https://github.com/NVIDIA/nccl/issues/1530)."""
 
 
-def named_link(name: str, link: Link | None, bridge: Link | None, architecture: str, device: str) -> Link:
+def named_link(
+    name: str, link: Link | None, bridge: Link | None, architecture: str, device: str
+) -> Link:
     """Return the connection of a GPU that ``--link`` names (see docs/model.md, Collectives); InputError for NVLink that
     the GPU does not have. A PCIe name without a generation means the GPU's own, without lanes 16."""
     if link is not None and name in (link.connection, link.name):
@@ -560,13 +650,22 @@ def named_link(name: str, link: Link | None, bridge: Link | None, architecture: 
 
 def link_choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
     """Return the names of connections that :func:`named_link` accepts for a GPU, the usual one first."""
-    found = [*([link.connection] if link else []), *(["bridge"] if bridge else []), "pcie", "pcie-host"]
+    found = [
+        *([link.connection] if link else []),
+        *(["bridge"] if bridge else []),
+        "pcie",
+        "pcie-host",
+    ]
     return tuple(dict.fromkeys(found))
 
 
 def _joined(bridge: Link, link: Link | None, architecture: str) -> Link:
     """Return bridges between pairs, which communicate over the PCIe link of the GPU."""
-    pcie = link if link and link.family == "pcie" else _pcie(PCIE.fullmatch("pcie"), link, architecture)
+    pcie = (
+        link
+        if link and link.family == "pcie"
+        else _pcie(PCIE.fullmatch("pcie"), link, architecture)
+    )
     return replace(bridge, connection="bridge", max_devices=2, beyond=replace(pcie, group=2))
 
 
@@ -575,7 +674,11 @@ def _pcie(name: re.Match[str] | None, link: Link | None, architecture: str) -> L
     generation = int(parts.get("generation") or 0)
     own = link if link and link.family == "pcie" else None
     if not generation:
-        generation = int(own.kind[-1]) if own and own.kind[-1].isdigit() else GENERATIONS.get(architecture, 5)
+        generation = (
+            int(own.kind[-1])
+            if own and own.kind[-1].isdigit()
+            else GENERATIONS.get(architecture, 5)
+        )
     lanes, host = int(parts.get("lanes") or 16), bool(parts.get("host"))
     return Link(
         f"pcie{generation}",

@@ -53,12 +53,18 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     """
     path = _target(path)
     update, entry = profile.local_update, None
-    file, packed, calibrated = _calibrated(path, profile.sections, update.arrays if update else None)
+    file, packed, calibrated = _calibrated(
+        path, profile.sections, update.arrays if update else None
+    )
     if update:
-        entry = schema.UpdateEntry(update.provenance, update.factors, _entry(update.arrays, file, packed))
+        entry = schema.UpdateEntry(
+            update.provenance, update.factors, _entry(update.arrays, file, packed)
+        )
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
-    whole = replace(_facts(profile), calibrated=calibrated, local_update=entry, engines=profile.engines)
+    whole = replace(
+        _facts(profile), calibrated=calibrated, local_update=entry, engines=profile.engines
+    )
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
     schema.profile_from_text(text, path, problems, _no_arrays, library.taken(path))
@@ -74,10 +80,14 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
         raise InputError(f"{path}: expected a file name that ends in .{stack}.yaml")
     found = profile.stacks.get(stack) or profile.stacks.get("", profile.sections)
     # inherited sections are read from the related profile's files again
-    own = {key: s for key, s in found.items() if not (profile.stacks_of and s.status == "inherited")}
+    own = {
+        key: s for key, s in found.items() if not (profile.stacks_of and s.status == "inherited")
+    }
     if not own:
         raise InputError(f"{path}: {profile.name} has no section that was fitted for {stack}")
-    file, packed, calibrated = _calibrated(path, {key: replace(section, stack="") for key, section in own.items()})
+    file, packed, calibrated = _calibrated(
+        path, {key: replace(section, stack="") for key, section in own.items()}
+    )
     facts = path.name.removesuffix(f".{stack}{path.suffix}")
     head = f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in {facts}.yaml."
     whole = schema.StackFile(schema.SCHEMA_VERSION, profile.name, stack, calibrated)
@@ -105,7 +115,9 @@ def _calibrated(
     """Return the name and the bytes of the array file, and the sections as the YAML names them. The name contains the
     digest, so the old pair of files stays readable until the new YAML is in place."""
     arrays = {}
-    held = {f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()}
+    held = {
+        f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()
+    }
     for prefix, own in (held if update is None else {**held, "local_update": update}).items():
         try:
             check_arrays(prefix.split(".")[0], own)
@@ -150,8 +162,11 @@ def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) 
         write_whole(path, text.encode())
         stem = _stem(path)
         remove_left(path.parent, f"{stem}.*.npz")
-        for old in path.parent.glob(f"{stem}.*.npz"):  # arrays of another stack have its name before the digest
-            if re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4]) and not (packed and old.name == file):
+        # arrays of another stack have its name before the digest
+        for old in path.parent.glob(f"{stem}.*.npz"):
+            if re.fullmatch(r"[0-9a-f]{12}", old.name[len(stem) + 1 : -4]) and not (
+                packed and old.name == file
+            ):
                 old.unlink(missing_ok=True)
     library.forget()
 
@@ -162,37 +177,70 @@ def _facts(profile: HardwareProfile) -> schema.ProfileFile:
     short = {text: key for key, text in reversed(references.items())}
     for text in profile.sources.values():
         if text not in short:
-            key = next(f"source_{i}" for i in range(1, len(references) + 2) if f"source_{i}" not in references)
+            key = next(
+                f"source_{i}"
+                for i in range(1, len(references) + 2)
+                if f"source_{i}" not in references
+            )
             references[key], short[text] = text, key
 
     def about(key: str) -> dict[str, str]:
-        return {"source": short.get(profile.sources.get(key, ""), ""), "note": profile.notes.get(key, "")}
+        return {
+            "source": short.get(profile.sources.get(key, ""), ""),
+            "note": profile.notes.get(key, ""),
+        }
 
     def fact(key: str, value: Any) -> schema.Fact[Any]:
         return schema.Fact(value, **about(key))
 
     def speed(key: str, one: Link) -> tuple[schema.Fact[float], schema.Fact[float]]:
-        return fact(f"{key}.bandwidth", one.bandwidth_bytes_per_s), fact(f"{key}.latency", one.latency_s)
+        return fact(f"{key}.bandwidth", one.bandwidth_bytes_per_s), fact(
+            f"{key}.latency", one.latency_s
+        )
 
-    facts = {key: fact(key, getattr(profile, attribute)) for key, (attribute, _) in schema.QUANTITIES.items()}
+    facts = {
+        key: fact(key, getattr(profile, attribute))
+        for key, (attribute, _) in schema.QUANTITIES.items()
+    }
     if "max_clock" not in profile.sources and profile.max_clock_hz == profile.boost_clock_hz:
         del facts["max_clock"]
     link = bridge = None
     if one := profile.link:
-        connection = fact("link.connection", one.connection) if "link.connection" in profile.sources else None
+        connection = (
+            fact("link.connection", one.connection)
+            if "link.connection" in profile.sources
+            else None
+        )
         bandwidth, latency = speed("link", one)
         link = schema.LinkFacts(
-            kind=one.kind, connection=connection, max_devices=one.max_devices, bandwidth=bandwidth, latency=latency
+            kind=one.kind,
+            connection=connection,
+            max_devices=one.max_devices,
+            bandwidth=bandwidth,
+            latency=latency,
         )
     if pair := profile.bridge:
         bridge = schema.BridgeFacts(pair.kind, *speed("bridge", pair))
     rates = {
-        dtype: schema.RateFact(rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}"))
+        dtype: schema.RateFact(
+            rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}")
+        )
         for dtype, rate in profile.rates.items()
     }
     sheet = schema.Datasheet(
         sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge
     )
-    same = ("name", "title", "vendor", "architecture", "aliases", "stacks_of", "own_stack", "verdict")
+    same = (
+        "name",
+        "title",
+        "vendor",
+        "architecture",
+        "aliases",
+        "stacks_of",
+        "own_stack",
+        "verdict",
+    )
     own = {name: getattr(profile, name) for name in same}
-    return schema.ProfileFile(schema_version=schema.SCHEMA_VERSION, sources=references, datasheet=sheet, **own)
+    return schema.ProfileFile(
+        schema_version=schema.SCHEMA_VERSION, sources=references, datasheet=sheet, **own
+    )

@@ -69,13 +69,19 @@ RATE = Quantity("FLOP/s", 1e8, 1e18)
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
 """Function that reads arrays from a file with a digest, by prefix and names; it raises ValueError."""
 
-NAME = Text((), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64")
-_ALIAS = Text((), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .", quote=True)
+NAME = Text(
+    (), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64"
+)
+_ALIAS = Text(
+    (), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .", quote=True
+)
 _SHORT = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FILE = Text((), FILE_NAME.pattern, "the name of an .npz file next to the profile, without folders")
 _SHA256 = Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits", quote=True)
 _ARRAY = Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _")
-_FACTOR = Text((), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _", quote=True)
+_FACTOR = Text(
+    (), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _", quote=True
+)
 
 Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
 
@@ -134,9 +140,18 @@ class Datasheet:
 
     def facts(self) -> Iterator[tuple[str, Any]]:
         """Yield each fact with its key, such as "rates.bf16"."""
-        for group, of in (("", self), ("rates.", self.rates), ("link.", self.link), ("bridge.", self.bridge)):
+        for group, of in (
+            ("", self),
+            ("rates.", self.rates),
+            ("link.", self.link),
+            ("bridge.", self.bridge),
+        ):
             members = of if isinstance(of, Mapping) else vars(of) if of else {}
-            yield from ((group + name, fact) for name, fact in members.items() if isinstance(fact, Fact | RateFact))
+            yield from (
+                (group + name, fact)
+                for name, fact in members.items()
+                if isinstance(fact, Fact | RateFact)
+            )
 
 
 @dataclass(eq=False, repr=False)
@@ -156,7 +171,10 @@ class _Arrays(Object):
         folder, fetch = reader.context["folder"], reader.context["fetch"]
         try:
             return fetch(
-                folder / entry.file, entry.sha256, ".".join(path[:-1]).removeprefix("calibrated."), entry.names
+                folder / entry.file,
+                entry.sha256,
+                ".".join(path[:-1]).removeprefix("calibrated."),
+                entry.names,
             )
         except ValueError as error:
             return reader.wrong(node.at("file"), (*path, "file"), str(error))
@@ -172,7 +190,11 @@ class _Formats(MapOf):
 
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         known = ("*",) if path[1] in ANY_DTYPE else labels(reader.context["rates"])
-        return "" if key in known else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
+        return (
+            ""
+            if key in known
+            else f"unknown dtype; expected one this device has a rate for: {', '.join(known)}"
+        )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -182,12 +204,16 @@ class SectionEntry:
     provenance: Provenance
     constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
     arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
-    section_scale: Annotated[float | None, Number(*LIMITS["section_scale"], "1.2")] = None  # None: 1
-    accuracy: Map[Annotated[float, Number(*LIMITS["accuracy"], "0.042")]] = field(default_factory=dict)
+    # None: 1
+    section_scale: Annotated[float | None, Number(*LIMITS["section_scale"], "1.2")] = None
+    accuracy: Map[Annotated[float, Number(*LIMITS["accuracy"], "0.042")]] = field(
+        default_factory=dict
+    )
 
 
 Calibrated = Annotated[
-    Mapping[str, Annotated[Mapping[str, SectionEntry], _Formats(SectionEntry)]], Keys("operator", CONSTANTS)
+    Mapping[str, Annotated[Mapping[str, SectionEntry], _Formats(SectionEntry)]],
+    Keys("operator", CONSTANTS),
 ]
 
 
@@ -200,7 +226,9 @@ class UpdateEntry:
     def __post_init__(self) -> None:
         systematic = self.arrays.get("systematic") if isinstance(self.arrays, Mapping) else None
         if systematic is not None and systematic.shape[1] != len(self.factors):
-            expected = f"expected {systematic.shape[1]} names, one per column of the array systematic"
+            expected = (
+                f"expected {systematic.shape[1]} names, one per column of the array systematic"
+            )
             raise InputError(f"factors: {expected}, got {len(self.factors)}")
 
 
@@ -236,7 +264,11 @@ def plain_name(name: str) -> str:
 
 
 def profile_from_text(
-    text: str, path: Path, problems: Problems, fetch: Fetch, taken: Mapping[str, str] = MappingProxyType({})
+    text: str,
+    path: Path,
+    problems: Problems,
+    fetch: Fetch,
+    taken: Mapping[str, str] = MappingProxyType({}),
 ) -> HardwareProfile | None:
     """Return the profile of a YAML text, or None with problems. ``fetch`` reads the arrays of a section; ``taken`` maps
     plain names that other profiles have to these profiles."""
@@ -261,7 +293,9 @@ def stack_from_text(
     root = _root(text, problems)
     if root is None:
         return None
-    top = read(StackFile, root, problems, rates=tuple(profile.rates), folder=path.parent, fetch=fetch)
+    top = read(
+        StackFile, root, problems, rates=tuple(profile.rates), folder=path.parent, fetch=fetch
+    )
     for key, right in (("hardware", profile.name), ("stack", stack)):
         if key in root.entries and root.at(key).text != right:
             problems.add(root.at(key), key, f"unknown value {root.at(key)}; expected {right}")
@@ -297,7 +331,11 @@ def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> No
             problems.add(node, "sources", f"expected {right}, got {node}")
     rates = root.at("datasheet", "rates")
     if rates.kind == "mapping" and not rates.entries:
-        problems.add(rates, "datasheet.rates", f"expected the rate of at least one dtype of {', '.join(DTYPES)}")
+        problems.add(
+            rates,
+            "datasheet.rates",
+            f"expected the rate of at least one dtype of {', '.join(DTYPES)}",
+        )
     clocks = [root.at("datasheet", key, "value") for key in ("boost_clock", "max_clock")]
     boost, highest = (_value(_CLOCK, node) for node in clocks)
     if highest < boost:
@@ -311,7 +349,11 @@ def _check_facts(root: Node, taken: Mapping[str, str], problems: Problems) -> No
         if not plain:  # the problem of this name is recorded already
             continue
         if plain in own:
-            problems.add(node, f"aliases.{i}", f"{node.text!r} is given twice, or is the name itself; remove it")
+            problems.add(
+                node,
+                f"aliases.{i}",
+                f"{node.text!r} is given twice, or is the name itself; remove it",
+            )
         elif owner != name:
             problems.add(node, f"aliases.{i}", f"{node.text!r} already means {owner}; use another")
         own.add(plain)
@@ -327,13 +369,20 @@ def _value(scalar: Scalar, node: Node) -> float:
 
 def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
     sheet, facts, entry = top.datasheet, dict(top.datasheet.facts()), top.local_update
-    values = {attribute: facts[key].value for key, (attribute, _) in QUANTITIES.items() if key in facts}
+    values = {
+        attribute: facts[key].value for key, (attribute, _) in QUANTITIES.items() if key in facts
+    }
     values.setdefault("max_clock_hz", values["boost_clock_hz"])
-    rates = {dtype: Rate(rate.value, rate.accumulate, rate.sparse_factor) for dtype, rate in sheet.rates.items()}
+    rates = {
+        dtype: Rate(rate.value, rate.accumulate, rate.sparse_factor)
+        for dtype, rate in sheet.rates.items()
+    }
     link = bridge = None
     if found := sheet.link:
         connection = found.connection.value if found.connection else ""
-        link = Link(found.kind, found.bandwidth.value, found.latency.value, found.max_devices, connection)
+        link = Link(
+            found.kind, found.bandwidth.value, found.latency.value, found.max_devices, connection
+        )
     if pair := sheet.bridge:
         bridge = Link(pair.kind, pair.bandwidth.value, pair.latency.value, 2, "bridge")
     same = ("name", "title", "vendor", "architecture", "stacks_of", "verdict")
@@ -354,7 +403,11 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
     )
     sections = _sections(top.calibrated)
     own = not top.own_stack and any(not section.stack for section in sections.values())
-    return replace(profile.calibrated(sections, top.own_stack), same_stack=own) if sections else profile
+    return (
+        replace(profile.calibrated(sections, top.own_stack), same_stack=own)
+        if sections
+        else profile
+    )
 
 
 def _sections(calibrated: Calibrated, stack: str = "") -> Sections:

@@ -23,8 +23,10 @@ from simulator.models.config import Block, DeltaNet, Latent, layer_fields
 
 ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig
 
-MAX_VALUE = 10_000_000  # largest width, number of heads or vocabulary; products of these numbers do not overflow
-MAX_POSITIONS = 1_000_000_000  # largest number of positions that a model may state; Llama-4-Scout states 10,485,760
+# largest width, number of heads or vocabulary; products of these numbers do not overflow
+MAX_VALUE = 10_000_000
+# largest number of positions that a model may state; Llama-4-Scout states 10,485,760
+MAX_POSITIONS = 1_000_000_000
 MAX_LAYERS = 10_000  # largest number of decoder layers, which limits the size of tables per layer
 
 
@@ -53,9 +55,15 @@ class Reader:
             raise self.fail(key, f"expected {expected}, got {shown(value)}")
         return value
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE) -> int:
+    def integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE
+    ) -> int:
         expected = f"an integer from {low} to {high}"
-        return int(self.value(key, default, expected, lambda x: _is_number(x) and low <= x <= high and x == int(x)))
+        return int(
+            self.value(
+                key, default, expected, lambda x: _is_number(x) and low <= x <= high and x == int(x)
+            )
+        )
 
     def or_none(self, key: str, default: int | None = None) -> int:
         """Return a whole number, or 0 for null."""
@@ -71,7 +79,9 @@ class Reader:
 
     def capped(self, key: str, absent: bool) -> bool:
         """Return whether a soft cap is set; null means no cap."""
-        self.value(key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf"))
+        self.value(
+            key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf")
+        )
         return self.data[key] is not None if key in self.data else absent
 
     def part(self, key: str) -> Reader:
@@ -80,14 +90,23 @@ class Reader:
 
     def parts(self, key: str, many: int) -> list[Reader]:
         def right(value: Any) -> bool:
-            return isinstance(value, list) and len(value) == many and all(isinstance(item, Mapping) for item in value)
+            return (
+                isinstance(value, list)
+                and len(value) == many
+                and all(isinstance(item, Mapping) for item in value)
+            )
 
         found = self.value(key, None, f"a list of {many} objects, one per layer", right)
-        return [Reader(inside, self.source, f"{self.place}{key}[{i}].") for i, inside in enumerate(found)]
+        return [
+            Reader(inside, self.source, f"{self.place}{key}[{i}].")
+            for i, inside in enumerate(found)
+        ]
 
     def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
         def right(value: Any) -> bool:
-            return isinstance(value, list) and all(isinstance(i, int) and 0 <= i < layers for i in value)
+            return isinstance(value, list) and all(
+                isinstance(i, int) and 0 <= i < layers for i in value
+            )
 
         return set(self.value(key, default, f"a list of layers from 0 to {layers - 1}", right))
 
@@ -95,7 +114,9 @@ class Reader:
         """Return the rotated share of a head: from the key, or from ``rope_parameters`` (transformers 5)."""
         inside = self.data.get("rope_parameters")
         if key not in self.data and isinstance(inside, Mapping):
-            return Reader(inside, self.source, f"{self.place}rope_parameters.").number(key, default, 1)
+            return Reader(inside, self.source, f"{self.place}rope_parameters.").number(
+                key, default, 1
+            )
         return self.number(key, default, high=1)
 
     def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
@@ -103,11 +124,20 @@ class Reader:
         types = self.data.get("layer_types")
         if types is None:
             return []
-        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
-            raise self.fail("layer_types", f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}")
+        if (
+            not isinstance(types, list)
+            or len(types) != layers
+            or any(t not in known for t in types)
+        ):
+            raise self.fail(
+                "layer_types",
+                f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}",
+            )
         return types
 
-    def windows(self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True) -> tuple[int, ...]:
+    def windows(
+        self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True
+    ) -> tuple[int, ...]:
         """Return the window of each layer: from the list ``layer_types``, else by the rule ``windowed``.
 
         A ``sliding_window`` of null means no window; if the key is missing, the default is used. The key is ignored
@@ -117,7 +147,10 @@ class Reader:
         if not types:
             return tuple(window if windowed(layer) else 0 for layer in range(layers))
         if "sliding_attention" in types and not window:
-            raise self.fail("sliding_window", "missing; expected an integer, as layer_types names sliding_attention")
+            raise self.fail(
+                "sliding_window",
+                "missing; expected an integer, as layer_types names sliding_attention",
+            )
         return tuple(window if t == "sliding_attention" else 0 for t in types)
 
 
@@ -128,18 +161,24 @@ class Architecture:
     positions: int  # max_position_embeddings
     flags: Mapping[str, tuple[str, bool]]  # field -> key and default
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that all its models share
-    kv_heads: int | None = None  # default of num_key_value_heads; None: the query heads, also for null
+    # default of num_key_value_heads; None: the query heads, also for null
+    kv_heads: int | None = None
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     grouped: bool = True  # whether the keys num_key_value_heads and head_dim exist
     inner: str = "intermediate_size"  # key of the inner width; "": no such key
     window: int | None = None  # sliding_window; None: no such key
     windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
-    rotary: tuple[str, float] | None = None  # key and default of the rotated share of a head; None: all of it
-    absent: Mapping[str, int] = field(default_factory=dict)  # defaults of shape keys that published files omit
+    # key and default of the rotated share of a head; None: all of it
+    rotary: tuple[str, float] | None = None
+    # defaults of shape keys that published files omit
+    absent: Mapping[str, int] = field(default_factory=dict)
     more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
 
     def values(self, read: Reader) -> ConfigFields:
-        hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", self.absent.get("heads"))
+        hidden, heads = (
+            read.integer("hidden_size"),
+            read.integer("num_attention_heads", self.absent.get("heads")),
+        )
         kv_heads, head_dim = heads, self.head_dim
         if self.grouped:
             absent = self.kv_heads if "num_key_value_heads" not in read.data else None
@@ -162,16 +201,23 @@ class Architecture:
             "layers": layers,
             "vocab": read.integer("vocab_size", self.absent.get("vocab")),
             "rotary_dim": int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
-            "windows": (0,) * layers if self.window is None else read.windows(layers, self.window, self.windowed),
+            "windows": (0,) * layers
+            if self.window is None
+            else read.windows(layers, self.window, self.windowed),
             **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
-            "max_positions": read.integer("max_position_embeddings", self.positions, high=MAX_POSITIONS),
+            "max_positions": read.integer(
+                "max_position_embeddings", self.positions, high=MAX_POSITIONS
+            ),
             **self.fixed,
         }
         values |= self.more(read, values)
         if read.data.get("block_configs") is not None and self.more is not _per_layer:
             values |= _per_layer(read, values)
         if heads % kv_heads:
-            raise read.fail("num_key_value_heads", f"expected a divisor of num_attention_heads {heads}, got {kv_heads}")
+            raise read.fail(
+                "num_key_value_heads",
+                f"expected a divisor of num_attention_heads {heads}, got {kv_heads}",
+            )
         return values
 
 
@@ -182,12 +228,20 @@ def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
 
 
 def _routed(
-    read: Reader, values: ConfigFields, count: str, width: int, shared: int, dense: Callable[[int], bool]
+    read: Reader,
+    values: ConfigFields,
+    count: str,
+    width: int,
+    shared: int,
+    dense: Callable[[int], bool],
 ) -> ConfigFields:
     """Return the fields of layers with experts, whose number is the key ``count``; layers that are ``dense`` have an
     MLP."""
     experts = read.integer(count)
-    active, heads = float(read.integer("num_experts_per_tok", high=experts)), (values["heads"], values["kv_heads"])
+    active, heads = (
+        float(read.integer("num_experts_per_tok", high=experts)),
+        (values["heads"], values["kv_heads"]),
+    )
     plain, block = Block(*heads, values["inner"]), Block(*heads, shared, experts, active, width)
     return layer_fields([plain if dense(layer) else block for layer in range(values["layers"])])
 
@@ -203,8 +257,13 @@ def _gpt_oss(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
-    step, plain = read.integer("decoder_sparse_step", 1), read.numbers("mlp_only_layers", [], values["layers"])
-    shared = read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+    step, plain = (
+        read.integer("decoder_sparse_step", 1),
+        read.numbers("mlp_only_layers", [], values["layers"]),
+    )
+    shared = (
+        read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+    )
     width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
     return _routed(read, values, "num_experts", width, shared, dense)
 
@@ -212,12 +271,17 @@ def _qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
 def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
     used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
     every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
-    windows = read.windows(values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used)
+    windows = read.windows(
+        values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used
+    )
     return {"windows": windows} | _qwen_layers(read, values)
 
 
 def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    width, start = read.integer("moe_intermediate_size"), read.integer("first_k_dense_replace", 1, low=0)
+    width, start = (
+        read.integer("moe_intermediate_size"),
+        read.integer("first_k_dense_replace", 1, low=0),
+    )
     wide = read.or_none("n_shared_experts", 1) * width
     layers = _routed(read, values, "n_routed_experts", width, wide, lambda i: i < start)
     return {"qk_norm": "head" if read.flag("use_qk_norm") else ""} | layers
@@ -227,14 +291,25 @@ def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with a gated delta net, and layers with attention whose query projection also makes a gate."""
     key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
     own = DeltaNet(key, value, conv=read.integer("linear_conv_kernel_dim", 4))
-    many, groups = read.integer("linear_num_value_heads", 32), read.integer("linear_num_key_heads", 16)
+    many, groups = (
+        read.integer("linear_num_value_heads", 32),
+        read.integer("linear_num_key_heads", 16),
+    )
     if many % groups:
-        raise read.fail("linear_num_key_heads", f"expected a divisor of linear_num_value_heads {many}, got {groups}")
+        raise read.fail(
+            "linear_num_key_heads",
+            f"expected a divisor of linear_num_value_heads {many}, got {groups}",
+        )
     every = read.integer("full_attention_interval", 4)
     types = read.layer_types(values["layers"], ("full_attention", "linear_attention"))
-    linear = [t == "linear_attention" for t in types] or [(i + 1) % every > 0 for i in range(values["layers"])]
+    linear = [t == "linear_attention" for t in types] or [
+        (i + 1) % every > 0 for i in range(values["layers"])
+    ]
     plain = _each(_qwen_layers(read, values), values["layers"])
-    blocks = [replace(b, heads=many, kv_heads=groups, delta=True) if d else b for b, d in zip(plain, linear)]
+    blocks = [
+        replace(b, heads=many, kv_heads=groups, delta=True) if d else b
+        for b, d in zip(plain, linear)
+    ]
     return layer_fields(blocks) | {"delta": own if any(linear) else None}
 
 
@@ -246,14 +321,24 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     routed = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
     inner = read.integer("intermediate_size_mlp") if len(routed) < layers else 0
     width = values["inner"]
-    fields = _routed(read, {**values, "inner": inner}, "num_local_experts", width, width, lambda i: i not in routed)
+    fields = _routed(
+        read,
+        {**values, "inner": inner},
+        "num_local_experts",
+        width,
+        width,
+        lambda i: i not in routed,
+    )
     rotary = _rotary_layers(read, layers)
     blocks = [replace(b, rotary=turns) for b, turns in zip(_each(fields, layers), rotary)]
     chunk = read.or_none("attention_chunk_size", 8192)
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
     windows = tuple(chunk if inside else 0 for inside in chunked)
-    return {"windows": windows, "qk_norm": "unit" if read.flag("use_qk_norm", True) else ""} | layer_fields(blocks)
+    return {
+        "windows": windows,
+        "qk_norm": "unit" if read.flag("use_qk_norm", True) else "",
+    } | layer_fields(blocks)
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], ConfigFields]:
@@ -261,20 +346,36 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], Confi
 
     def more(read: Reader, values: ConfigFields) -> ConfigFields:
         if read.flag("attention_bias"):
-            raise read.fail("attention_bias", "expected false (biases of latent attention are not supported), got True")
+            raise read.fail(
+                "attention_bias",
+                "expected false (biases of latent attention are not supported), got True",
+            )
         rank, width = read.or_none("q_lora_rank", 1536), read.integer("moe_intermediate_size")
         heads = (read.integer(f"{name}_head_dim") for name in ("qk_rope", "qk_nope", "v"))
         latent = Latent(rank, read.integer("kv_lora_rank"), *heads)
-        start, step = read.integer("first_k_dense_replace", first, low=0), read.integer("moe_layer_freq", 1)
+        start, step = (
+            read.integer("first_k_dense_replace", first, low=0),
+            read.integer("moe_layer_freq", 1),
+        )
         wide = read.or_none("n_shared_experts", shared) * width
-        layers = _routed(read, values, "n_routed_experts", width, wide, lambda i: i < start or i % step > 0)
-        return {"latent": latent, "head_dim": latent.plain + latent.rotary, "rotary_dim": latent.rotary} | layers
+        layers = _routed(
+            read, values, "n_routed_experts", width, wide, lambda i: i < start or i % step > 0
+        )
+        return {
+            "latent": latent,
+            "head_dim": latent.plain + latent.rotary,
+            "rotary_dim": latent.rotary,
+        } | layers
 
     return more
 
 
 EXPERT_KEYS = MappingProxyType(
-    {"experts": "num_local_experts", "active": "num_experts_per_tok", "expert_inner": "expert_intermediate_dim"}
+    {
+        "experts": "num_local_experts",
+        "active": "num_experts_per_tok",
+        "expert_inner": "expert_intermediate_dim",
+    }
 )
 """Field of a layer -> key of ModelOpt in ``moe``."""
 
@@ -306,18 +407,34 @@ def _read_attention(of: Reader, dense: Block) -> Block:
         return replace(gone, linear=("attention", *other))
     if dense.delta or not dense.heads:
         raise of.fail("no_op", "expected true, as the dense layer has no such attention")
-    groups, own = (of.data.get(key) is not None for key in ("num_key_value_heads", "n_heads_in_group"))
+    groups, own = (
+        of.data.get(key) is not None for key in ("num_key_value_heads", "n_heads_in_group")
+    )
     if not (groups or own):
-        raise of.fail("n_heads_in_group", "missing; expected an integer, here or in num_key_value_heads")
-    many = of.integer("num_key_value_heads") if groups else dense.heads // of.integer("n_heads_in_group")
+        raise of.fail(
+            "n_heads_in_group", "missing; expected an integer, here or in num_key_value_heads"
+        )
+    many = (
+        of.integer("num_key_value_heads")
+        if groups
+        else dense.heads // of.integer("n_heads_in_group")
+    )
     if groups and dense.heads % many:
-        raise of.fail("num_key_value_heads", f"expected a divisor of {dense.heads} query heads, got {many}")
+        raise of.fail(
+            "num_key_value_heads", f"expected a divisor of {dense.heads} query heads, got {many}"
+        )
     if own:
         size = of.integer("n_heads_in_group")
         if dense.heads % size:
-            raise of.fail("n_heads_in_group", f"expected a divisor of num_attention_heads {dense.heads}, got {size}")
+            raise of.fail(
+                "n_heads_in_group",
+                f"expected a divisor of num_attention_heads {dense.heads}, got {size}",
+            )
         if many != dense.heads // size:
-            raise of.fail("n_heads_in_group", f"expected {dense.heads // many}, as num_key_value_heads, got {size}")
+            raise of.fail(
+                "n_heads_in_group",
+                f"expected {dense.heads // many}, as num_key_value_heads, got {size}",
+            )
     return replace(dense, kv_heads=many, linear=other)
 
 
@@ -333,13 +450,26 @@ def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
         if not dense.experts:
             raise of.fail("moe", "expected null, as the dense layer has no routed experts")
         moe = of.part("moe")
-        width = "expert_intermediate_size" if "expert_intermediate_size" in moe.data else EXPERT_KEYS["expert_inner"]
+        width = (
+            "expert_intermediate_size"
+            if "expert_intermediate_size" in moe.data
+            else EXPERT_KEYS["expert_inner"]
+        )
         experts = moe.integer(EXPERT_KEYS["experts"], dense.experts)
         active = moe.integer(EXPERT_KEYS["active"], min(int(dense.active), experts), high=experts)
         # ModelOpt writes a default width of shared experts for models without them
-        shared = moe.integer("shared_expert_intermediate_dim", dense.inner, low=0) if dense.inner else 0
+        shared = (
+            moe.integer("shared_expert_intermediate_dim", dense.inner, low=0) if dense.inner else 0
+        )
         inner = moe.integer(width, dense.expert_inner)
-        return replace(dense, inner=shared, experts=experts, active=float(active), expert_inner=inner, linear=other)
+        return replace(
+            dense,
+            inner=shared,
+            experts=experts,
+            active=float(active),
+            expert_inner=inner,
+            linear=other,
+        )
     if dense.experts:
         raise of.fail("moe", "missing; expected an object, as the dense layer has routed experts")
     if of.data.get("intermediate_size") is not None:
@@ -347,7 +477,8 @@ def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
     if of.data.get("ffn_mult") is None:
         raise of.fail("ffn_mult", "missing; expected a number, here or in intermediate_size")
     exact = int(2 * of.number("ffn_mult", None, high=1000) * hidden / 3)
-    return replace(dense, inner=-exact // 256 * -256, linear=other)  # DeciLM rounds up to a multiple of 256
+    # DeciLM rounds up to a multiple of 256
+    return replace(dense, inner=-exact // 256 * -256, linear=other)
 
 
 def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -356,11 +487,16 @@ def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
     Any architecture may have them; ``nemotron-nas`` states the widths of its layers nowhere else."""
     layers = values["layers"]
     if values.get("latent") or values.get("delta"):
-        raise read.fail("block_configs", "expected none: latent attention and delta nets per layer are not supported")
+        raise read.fail(
+            "block_configs",
+            "expected none: latent attention and delta nets per layer are not supported",
+        )
     parts, blocks, windows = read.parts("block_configs", layers), [], []
     for part, old, window in zip(parts, _each(values, layers), values["windows"]):
         # the query heads of a layer without attention are those of the model
-        blocks.append(read_block(part, replace(old, heads=old.heads or values["heads"]), values["hidden"]))
+        blocks.append(
+            read_block(part, replace(old, heads=old.heads or values["heads"]), values["hidden"])
+        )
         windows.append(part.part("attention").integer("window_length", window, low=0))
     return {"windows": tuple(windows)} | layer_fields(blocks)
 
@@ -370,7 +506,11 @@ def _rotary_layers(read: Reader, layers: int) -> list[bool]:
     usual = [(layer + 1) % step > 0 for layer in range(layers)]
 
     def right(value: Any) -> bool:
-        return isinstance(value, list) and (not value or len(value) >= layers) and all(f in (0, 1) for f in value)
+        return (
+            isinstance(value, list)
+            and (not value or len(value) >= layers)
+            and all(f in (0, 1) for f in value)
+        )
 
     given = read.value("no_rope_layers", [], f"a list of {layers} of 0 or 1", right)
     return [bool(flag) for flag in (given or usual)[:layers]]
@@ -378,7 +518,9 @@ def _rotary_layers(read: Reader, layers: int) -> list[bool]:
 
 def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
     layers, rotary = values["layers"], _rotary_layers(read, values["layers"])
-    windows = read.windows(layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
+    windows = read.windows(
+        layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window")
+    )
     widths = (values["heads"], values["kv_heads"], values["inner"])
     return {"windows": windows} | layer_fields([Block(*widths, rotary=turns) for turns in rotary])
 
@@ -389,7 +531,10 @@ def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _gemma(read: Reader, values: ConfigFields, absent: bool = True) -> ConfigFields:
-    caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    caps = {
+        "attention_softcap": "attn_logit_softcapping",
+        "logit_softcap": "final_logit_softcapping",
+    }
     return {name: read.capped(key, absent) for name, key in caps.items()}
 
 
@@ -405,7 +550,8 @@ def _opt(read: Reader, values: ConfigFields) -> ConfigFields:
         projected = "projected embeddings, as in OPT-350M, are not supported"
         raise read.fail("word_embed_proj_dim", f"expected hidden_size {hidden} ({projected})")
     return {
-        "learned_positions": values["max_positions"] + 2,  # OPT's table starts with two rows of padding
+        # OPT's table starts with two rows of padding
+        "learned_positions": values["max_positions"] + 2,
         "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
         "final_norm": values["final_norm"] and not read.flag("_remove_final_layer_norm"),
     }
@@ -485,7 +631,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
 """Supported architectures by the ``model_type`` of their decoder."""
 
 _TEXTS = ("gemma3", "glm4v_moe", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-NESTED: Mapping[str, str] = MappingProxyType({"mistral3": "mistral"} | {name: f"{name}_text" for name in _TEXTS})
+NESTED: Mapping[str, str] = MappingProxyType(
+    {"mistral3": "mistral"} | {name: f"{name}_text" for name in _TEXTS}
+)
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
 
-FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")  # models whose older files have the decoder's keys at the top
+# models whose older files have the decoder's keys at the top
+FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")

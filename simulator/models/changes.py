@@ -26,10 +26,13 @@ from simulator.models.library import FOLDER, MAX_FILE_BYTES, from_hf_config, lis
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 _DECI = "nemotron-nas"
-_DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)  # architectures that compute the same as DeciLM
+# architectures that compute the same as DeciLM
+_DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)
 
 
-def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE) -> dict[str, Any]:
+def changed_keys(
+    model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE
+) -> dict[str, Any]:
     """Return the keys that change ``content``, the ``config.json`` of a model, into that of ``new``. InputError if the
     architecture cannot state the shapes of ``new``."""
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
@@ -37,12 +40,20 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
     names |= {"kv_heads": "num_key_value_heads"} if kind.grouped else {}
     names["inner"] = kind.inner
-    keys = {key: getattr(new, name) for name, key in names.items() if getattr(new, name) != getattr(model, name)}
+    keys = {
+        key: getattr(new, name)
+        for name, key in names.items()
+        if getattr(new, name) != getattr(model, name)
+    }
     if kind.grouped and (new.hidden, new.heads) != (model.hidden, model.heads):
         keys["head_dim"] = new.head_dim  # else readers compute it from the other two keys
     if model.architecture == "llama" and new.hidden % new.heads and inside is content:
         # LlamaConfig of Transformers from 5.5 refuses such heads; Mistral without windows computes the same
-        keys |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        keys |= {
+            "model_type": "mistral",
+            "architectures": ["MistralForCausalLM"],
+            "sliding_window": None,
+        }
     if new.hidden != model.hidden and "word_embed_proj_dim" in inside:
         keys["word_embed_proj_dim"] = new.hidden
     types = inside.get("layer_types")
@@ -50,7 +61,13 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
         keys["layer_types"] = types[: new.layers]
     if inside is not content and keys:
         keys = {"text_config": {**inside, **keys}}
-    if content and replace(from_hf_config({**content, **keys}), name=new.name, architecture=new.architecture) != new:
+    if (
+        content
+        and replace(
+            from_hf_config({**content, **keys}), name=new.name, architecture=new.architecture
+        )
+        != new
+    ):
         raise InputError(f"{model.name}: its config.json cannot state {', '.join(keys)} together")
     return keys
 
@@ -58,14 +75,21 @@ def changed_keys(model: ModelConfig, new: ModelConfig, content: Mapping[str, Any
 def block_config(block: Block, dense: Block) -> dict[str, Any]:
     """Return a layer in the keys of ModelOpt; InputError for a layer that they cannot state."""
     if block.heads not in (0, dense.heads):
-        raise InputError(f"block_configs: expected {dense.heads} query heads in each layer, got {block.heads}")
+        raise InputError(
+            f"block_configs: expected {dense.heads} query heads in each layer, got {block.heads}"
+        )
     if block.delta or block.ranks or block.shortcuts or block.out:
         wrong = "delta nets" if block.delta else "factors" if block.ranks else "other hidden sizes"
         raise InputError(f"block_configs: expected layers of attention and MLP, got {wrong}")
     if block.active != int(block.active):
-        raise InputError(f"block_configs: expected a whole number of active experts, got {block.active:g}")
+        raise InputError(
+            f"block_configs: expected a whole number of active experts, got {block.active:g}"
+        )
     sublayers: dict[str, dict[str, Any]] = {}
-    for name, key, here in (("attention", "attention", block.heads), ("mlp", "ffn", block.inner or block.experts)):
+    for name, key, here in (
+        ("attention", "attention", block.heads),
+        ("mlp", "ffn", block.inner or block.experts),
+    ):
         linear = name in block.linear
         sublayers[key] = {"no_op": not (here or linear), "replace_with_linear": linear}
     attention, mlp = sublayers["attention"], sublayers["ffn"]
@@ -93,7 +117,9 @@ def _deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int
     return {"attention": attention, "ffn": mlp}
 
 
-def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: ModelConfig) -> dict[str, Any]:
+def config_of(
+    dense_content: Mapping[str, Any], dense: ModelConfig, pruned: ModelConfig
+) -> dict[str, Any]:
     """Return the content of a ``config.json`` with ``block_configs``, for a model whose layers differ.
 
     The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state all widths:
@@ -101,9 +127,13 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
     If all layers are equal and complete, the content needs no ``block_configs`` and has none. ``dense_content`` is the
     dense model's ``config.json`` (:func:`content_of`). Raises InputError if no content states these shapes."""
     if not dense_content:
-        raise InputError(f"{dense.name}: has no config.json; expected a named model, a folder or a file")
+        raise InputError(
+            f"{dense.name}: has no config.json; expected a named model, a folder or a file"
+        )
     if pruned.layers != dense.layers:
-        raise InputError(f"{pruned.name}: expected {dense.layers} layers, as {dense.name}, got {pruned.layers}")
+        raise InputError(
+            f"{pruned.name}: expected {dense.layers} layers, as {dense.name}, got {pruned.layers}"
+        )
     if len(set(pruned.layout)) == 1 and not dense.blocks:
         with contextlib.suppress(InputError):  # if the usual keys cannot state the layer
             equal = dense.with_usual(pruned.layout[0], ())
@@ -111,9 +141,14 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
             if _states(plain, pruned):
                 return {key: value for key, value in plain.items() if key != "_name_or_path"}
     stated = dense
-    if len(heads := {block.heads for block in pruned.layout} - {0}) == 1 and dense.heads not in heads:
+    if (
+        len(heads := {block.heads for block in pruned.layout} - {0}) == 1
+        and dense.heads not in heads
+    ):
         (n,) = heads
-        stated = dense.each_block(lambda b: replace(b, heads=n, kv_heads=math.gcd(b.kv_heads, n)) if b.heads else b)
+        stated = dense.each_block(
+            lambda b: replace(b, heads=n, kv_heads=math.gcd(b.kv_heads, n)) if b.heads else b
+        )
     if dense.latent is not None:
         raise InputError(f"{dense.name}: block_configs: latent attention is not supported")
     olds = (replace(old, heads=old.heads or stated.heads) for old in stated.layout)
@@ -131,7 +166,9 @@ def config_of(dense_content: Mapping[str, Any], dense: ModelConfig, pruned: Mode
             return found
     found = {**content, **changed_keys(dense, stated, dense_content), "block_configs": configs}
     if not _states(found, pruned):
-        raise InputError(f"{dense.name}: a config.json of {dense.architecture} cannot state the widths of its layers")
+        raise InputError(
+            f"{dense.name}: a config.json of {dense.architecture} cannot state the widths of its layers"
+        )
     return found
 
 
@@ -141,12 +178,15 @@ def _states(content: Mapping[str, Any], model: ModelConfig) -> bool:
         read = from_hf_config(content)
     except InputError:
         return False
-    named = replace(read.with_usual(model.usual, read.layout), name=model.name, architecture=model.architecture)
+    named = replace(
+        read.with_usual(model.usual, read.layout), name=model.name, architecture=model.architecture
+    )
     return named == replace(model, blocks=model.layout)
 
 
 def content_of(
-    source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig, model: ModelConfig | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig,
+    model: ModelConfig | None = None,
 ) -> Mapping[str, Any]:
     """Return the content of the ``config.json`` of a model source, which is loaded as ``model``. A named model has only
     its shape keys; a model that was made in Python has no content."""
@@ -172,7 +212,9 @@ def write_config(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> 
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (ValueError, RecursionError):
-        raise InputError(f"{file}: not written: the content has numbers or levels that JSON cannot hold") from None
+        raise InputError(
+            f"{file}: not written: the content has numbers or levels that JSON cannot hold"
+        ) from None
     if os.path.lexists(file):
         if read_bounded(file, MAX_FILE_BYTES) != text.encode():
             raise InputError(f"{file}: exists with different content; choose another folder")
@@ -180,6 +222,8 @@ def write_config(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{file.parent}: cannot be used ({error.strerror or error}); expected a folder") from None
+        raise InputError(
+            f"{file.parent}: cannot be used ({error.strerror or error}); expected a folder"
+        ) from None
     write_whole(file, text.encode())
     return file

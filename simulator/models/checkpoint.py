@@ -30,16 +30,23 @@ from simulator.files.read import parse_bounded, read_bounded
 from simulator.models.config import Block, Latent, ModelConfig, layer_fields
 from simulator.models.difference import difference
 
-MAX_HEADER_BYTES = 8_000_000  # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
+# headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
+MAX_HEADER_BYTES = 8_000_000
 MAX_HEADERS_BYTES = 24_000_000  # headers of all files; DeepSeek-V3 has 10 MB
 MAX_INDEX_BYTES = 16_000_000  # DeepSeek-V3 with 91,000 tensors has 9 MB
 MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME, MAX_AXES = 4_096, 150_000, 2**44, 400, 8
 
-_DTYPES = "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64"
-BITS = MappingProxyType({"BOOL": 8} | {name: int(re.split(r"[A-Z]+|_", name)[1]) for name in _DTYPES.split()})
+_DTYPES = (
+    "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64"
+)
+BITS = MappingProxyType(
+    {"BOOL": 8} | {name: int(re.split(r"[A-Z]+|_", name)[1]) for name in _DTYPES.split()}
+)
 """Bits of an element of each dtype."""
 
-_PICKLE = re.compile(r"(?:pytorch_model|model|consolidated|checkpoint)\b.*\.(?:bin|pt|pth)|pytorch_model.*\.bin")
+_PICKLE = re.compile(
+    r"(?:pytorch_model|model|consolidated|checkpoint)\b.*\.(?:bin|pt|pth)|pytorch_model.*\.bin"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,9 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     for path in _files(folder):
         room -= _header_bytes(path)
         if room < 0:
-            raise InputError(f"{folder}: expected headers of at most {MAX_HEADERS_BYTES / 1e6:g} MB together")
+            raise InputError(
+                f"{folder}: expected headers of at most {MAX_HEADERS_BYTES / 1e6:g} MB together"
+            )
         try:
             with safe_open(path, framework="np") as file:
                 for name in list(file.keys()):
@@ -70,7 +79,9 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             again = "download it or save it again"
-            raise InputError(f"{path}: is not a safetensors file: {one_line(reason, 160)}; {again}") from None
+            raise InputError(
+                f"{path}: is not a safetensors file: {one_line(reason, 160)}; {again}"
+            ) from None
         if len(found) > MAX_TENSORS:
             raise InputError(f"{folder}: expected at most {MAX_TENSORS:,} tensors, got more")
     if not found and (folder / "adapter_config.json").is_file():
@@ -78,7 +89,9 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     pickles = sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name))
     if pickles and not found:
         right = "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give only config.json"
-        raise InputError(f"{folder}: {_short(pickles[0])} is a pickle, which is never opened: {right}")
+        raise InputError(
+            f"{folder}: {_short(pickles[0])} is a pickle, which is never opened: {right}"
+        )
     return found
 
 
@@ -90,15 +103,24 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(entries, dict) or not entries:
             raise InputError(f"{index}: weight_map: expected a file name for each tensor")
         values = entries.values()
-        if any(not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v for v in values):
+        if any(
+            not isinstance(v, str) or v in (".", "..") or os.path.basename(v) != v or "\0" in v
+            for v in values
+        ):
             raise InputError(f"{index}: weight_map: expected names of files in this folder")
         names = sorted(set(values))
     else:
-        names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+        names = sorted(
+            p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_")
+        )
     if len(names) > MAX_FILES:
-        raise InputError(f"{folder}: expected at most {MAX_FILES:,} safetensors files, got {len(names):,}")
+        raise InputError(
+            f"{folder}: expected at most {MAX_FILES:,} safetensors files, got {len(names):,}"
+        )
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
-        raise InputError(f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are missing)")
+        raise InputError(
+            f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are missing)"
+        )
     return [folder / name for name in names]
 
 
@@ -112,9 +134,13 @@ def _header_bytes(path: Path) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > size - 8:
         pointer = " (a Git LFS pointer: fetch the file itself)" if first == b"version " else ""
-        raise InputError(f"{path}: is not a safetensors file: its header would not fit into it{pointer}")
+        raise InputError(
+            f"{path}: is not a safetensors file: its header would not fit into it{pointer}"
+        )
     if length > MAX_HEADER_BYTES:
-        raise InputError(f"{path}: expected a header of at most {MAX_HEADER_BYTES:,} bytes, got {length:,}")
+        raise InputError(
+            f"{path}: expected a header of at most {MAX_HEADER_BYTES:,} bytes, got {length:,}"
+        )
     return length
 
 
@@ -125,7 +151,9 @@ def _tensor(name: str, dtype: str, shape: list[int], path: Path) -> Tensor:
     if dtype not in BITS:
         raise InputError(f"{where}: dtype {dtype!r} is unknown")
     if len(shape) > MAX_AXES or tensor.elements > MAX_ELEMENTS:
-        raise InputError(f"{where}: expected a shape of up to {MAX_AXES} sizes, got {one_line(repr(shape), 40)}")
+        raise InputError(
+            f"{where}: expected a shape of up to {MAX_AXES} sizes, got {one_line(repr(shape), 40)}"
+        )
     return tensor
 
 
@@ -152,7 +180,10 @@ BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
 # widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis. "out" are
 # the outputs of an MLP, and H the inputs of the head: both are h except in the last layer of SliceGPT. A gated delta
 # net has values, channels of its convolution, conv positions, delta heads, and features of a value head.
-ATTENTION, MLP = r"(?:self_attn|attention|attn)\.", r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
+ATTENTION, MLP = (
+    r"(?:self_attn|attention|attn)\.",
+    r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?",
+)
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT, EXPERTS = ROUTED + r"experts\.\d{1,5}\.", ROUTED + r"experts\."
 _DELTA = r"linear_attn\."
@@ -205,7 +236,14 @@ WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_pro
 
 _FACTOR = re.compile(r"(?:(.*\.)?([qkvo]|gate|up|down)_([uv])_proj|(.+)\.([AB])Linear)")
 _ROLES = {
-    **{"qkv_proj": "qkv", "query_key_value": "qkv", "out_proj": "o", "dense": "o", "fc1": "up", "dense_h_to_4h": "up"},
+    **{
+        "qkv_proj": "qkv",
+        "query_key_value": "qkv",
+        "out_proj": "o",
+        "dense": "o",
+        "fc1": "up",
+        "dense_h_to_4h": "up",
+    },
     **{"fc2": "down", "dense_4h_to_h": "down"},
     **{f"{role}_proj": role for role in ("q", "k", "v", "o", "gate", "up", "gate_up", "down")},
 }
@@ -222,7 +260,9 @@ def factor_of(module: str) -> tuple[str, str, bool]:
     return base, _ROLES.get(base.rsplit(".", 1)[-1], ""), letter == "A"
 
 
-def axes_of(module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]) -> tuple[str, ...]:
+def axes_of(
+    module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]
+) -> tuple[str, ...]:
     """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank " and its role."""
     base, role, makes = factor_of(module)
     axes = next((axes for pattern, axes in table if pattern.fullmatch(base)), ())
@@ -245,7 +285,9 @@ class Weight:
     sparse24: bool = False
 
 
-def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits: int = 0) -> Weight:
+def logical(
+    parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits: int = 0
+) -> Weight:
     """Return the weight of a projection, given its parts by the last part of their names; ValueError if unknown.
 
     ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed integers: headers do not
@@ -272,17 +314,24 @@ def logical(parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits
         rows, columns = shape
         if name == "weight":
             return Weight((rows, 2 * columns) if dtype == "U8" else shape, _scaled(parts, dtype))
-        if name == "weight_packed" and "meta" in parts:  # Marlin-24 stores half of each tile of 16 inputs
+        # Marlin-24 stores half of each tile of 16 inputs
+        if name == "weight_packed" and "meta" in parts:
             out = _outputs(parts, "scale_packed")
             return Weight((out, rows * 32), _integer(columns * 2, out), True)
         if name == "weight_packed" and dtype == "U8":
-            return Weight((rows, 2 * columns), "nvfp4" if "weight_global_scale" in parts else "mxfp4")
+            return Weight(
+                (rows, 2 * columns), "nvfp4" if "weight_global_scale" in parts else "mxfp4"
+            )
         if name == "weight_packed":
             width = inputs if -(-inputs * bits // 32) == columns else columns * 32 // max(bits, 1)
             return Weight((rows, width), _integer(bits, 1))
         if name == "qweight":
-            return _by_scales(shape, _outputs(parts, "scales"), _shape(parts, "qzeros"), _shape(parts, "g_idx"))
-    raise ValueError(f"is stored as {name} of {dtype} in {len(shape)} dimensions, an unknown layout")
+            return _by_scales(
+                shape, _outputs(parts, "scales"), _shape(parts, "qzeros"), _shape(parts, "g_idx")
+            )
+    raise ValueError(
+        f"is stored as {name} of {dtype} in {len(shape)} dimensions, an unknown layout"
+    )
 
 
 def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -317,7 +366,9 @@ def _integer(bits: int, per: int) -> str:
     return _INTS[bits // per]
 
 
-def _by_scales(shape: tuple[int, int], out: int, zeros: tuple[int, ...], order: tuple[int, ...]) -> Weight:
+def _by_scales(
+    shape: tuple[int, int], out: int, zeros: tuple[int, ...], order: tuple[int, ...]
+) -> Weight:
     """Return a GPTQ or AWQ weight: elements of 32 bits pack inputs (GPTQ) or outputs (AWQ)."""
     rows, columns = shape
     if not out:
@@ -347,7 +398,8 @@ class _Part:
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # width -> a tensor with it
-    formats: dict[tuple[str, bool], str] = field(default_factory=dict)  # format -> a tensor stored in it
+    # format -> a tensor stored in it
+    formats: dict[tuple[str, bool], str] = field(default_factory=dict)
     biases: set[str] = field(default_factory=set)  # modules with a bias
     parameters: int = 0
 
@@ -364,7 +416,9 @@ class _Part:
         if size > MAX_WIDTH:
             raise InputError(f"{name}: expected widths up to {MAX_WIDTH:,}, got {size:,}")
         if (known := self.widths.setdefault(width, size)) != size:
-            other = self.names.get(width, "the embedding or the number of experts").rsplit("tensor ")[-1]
+            other = self.names.get(width, "the embedding or the number of experts").rsplit(
+                "tensor "
+            )[-1]
             raise InputError(f"{name}: expected a width of {known:,}, as in {other}, got {size:,}")
         self.names.setdefault(width, name)
 
@@ -376,18 +430,26 @@ class _Part:
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
         # weights whose inputs are the hidden size come first: some packed layouts need the widths of these weights
-        for module, axes in sorted(found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"):
+        for module, axes in sorted(
+            found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"
+        ):
             parts, name = self.modules[module], self.name(module)
             if not axes:
                 if not (parts.keys() & {*WEIGHTS, "bias"}):
                     continue  # scales of a cache
-                raise InputError(f"{name}: belongs to no known layer; expected a merged model without further weights")
+                raise InputError(
+                    f"{name}: belongs to no known layer; expected a merged model without further weights"
+                )
             try:
-                weight = logical(parts, self.widths.get(axes[-1], 0), self.widths.get(axes[0], 0), bits)
+                weight = logical(
+                    parts, self.widths.get(axes[-1], 0), self.widths.get(axes[0], 0), bits
+                )
             except ValueError as error:
                 raise InputError(f"{name}: {error}") from None
             if len(weight.shape) != len(axes):
-                raise InputError(f"{name}: expected {len(axes)} dimensions, got {len(weight.shape)}")
+                raise InputError(
+                    f"{name}: expected {len(axes)} dimensions, got {len(weight.shape)}"
+                )
             self.take(module, axes, weight, parts.get("bias"))
 
     def take(self, module: str, axes: tuple[str, ...], weight: Weight, bias: Tensor | None) -> None:
@@ -400,30 +462,40 @@ class _Part:
             self.formats.setdefault((weight.dtype, weight.sparse24), name)
         if bias is not None:
             if bias.shape != weight.shape[:1] or bias.dtype not in FLOATS:
-                raise InputError(f"{name}.bias: expected {weight.shape[0]:,} floats, one per output")
+                raise InputError(
+                    f"{name}.bias: expected {weight.shape[0]:,} floats, one per output"
+                )
             self.biases.add(module)
             self.parameters += bias.elements
 
     def divided(self, width: str, by: int, what: str, size: int | None = None) -> int:
         size = self.widths[width] if size is None else size
         if by <= 0 or size < 0 or size % by:
-            raise InputError(f"{self.names[width]}: expected a multiple of {what} {by:,}, got {size:,}")
+            raise InputError(
+                f"{self.names[width]}: expected a multiple of {what} {by:,}, got {size:,}"
+            )
         return size // by
 
     def has(self, pattern: str) -> bool:
         return any(re.fullmatch(pattern, module) for module in self.modules)
 
 
-def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path) -> ModelConfig:
+def from_tensors(
+    model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path
+) -> ModelConfig:
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
     :attr:`ModelConfig.found` reports the differences."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
     if table is None or len(table.shape) != 2:
-        raise InputError(f"{folder}: expected a whole model, found no embed_tokens.weight of two dimensions")
+        raise InputError(
+            f"{folder}: expected a whole model, found no embed_tokens.weight of two dimensions"
+        )
     if not layers:
-        raise InputError(f"{folder}: expected layers with known names, such as model.layers.0.self_attn.q_proj.weight")
+        raise InputError(
+            f"{folder}: expected layers with known names, such as model.layers.0.self_attn.q_proj.weight"
+        )
     hidden = table.shape[1]
     for part in (outside, *layers):
         part.widths |= {"h": hidden, "1": 1}
@@ -431,15 +503,21 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
     last = outside.widths.get("H", hidden)
     if last != (wide := layers[-1].widths.get("out", hidden)):
         where = outside.names.get("H", str(folder))
-        raise InputError(f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got {last:,}")
+        raise InputError(
+            f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got {last:,}"
+        )
     heads = [name for name in ("lm_head", "embed_out") if name in outside.modules]
     if not heads and not model.tied:
-        raise InputError(f"{folder}: expected lm_head.weight, or a config.json that ties it to the embedding")
+        raise InputError(
+            f"{folder}: expected lm_head.weight, or a config.json that ties it to the embedding"
+        )
     formats = {key: name for part in reversed(layers) for key, name in part.formats.items()}
     if len(formats) > 1 and formats.keys() != {_MXFP4, ("", False)}:
         (one, first), (two, second) = sorted(formats.items())[:2]
         second = second.rsplit("tensor ")[-1]
-        raise InputError(f"{first} is in {_format(*one)}, {second} is in {_format(*two)}; expected one format")
+        raise InputError(
+            f"{first} is in {_format(*one)}, {second} is in {_format(*two)}; expected one format"
+        )
     if outside.formats.keys() - {("", False)}:
         raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
     stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
@@ -471,7 +549,9 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
         expected = f"expected {real.parameters:,} parameters for its shapes"
         raise InputError(f"{folder}: {expected}, got {parameters:,}: the final norm is unusual")
     notes = difference(model, real)
-    mismatch = "; ".join(difference(model, replace(real, sparse24=model.sparse24, weight_dtype=model.weight_dtype)))
+    mismatch = "; ".join(
+        difference(model, replace(real, sparse24=model.sparse24, weight_dtype=model.weight_dtype))
+    )
     if real.parameters != model.parameters:
         notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
     if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
@@ -482,7 +562,9 @@ def from_tensors(model: ModelConfig, tensors: Mapping[str, Tensor], folder: str 
     return replace(real, found="; ".join(filter(None, (model.found, own))), mismatch=mismatch)
 
 
-def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tuple[_Part, list[_Part], int]:
+def _sorted(
+    model: ModelConfig, tensors: Mapping[str, Tensor], where: str
+) -> tuple[_Part, list[_Part], int]:
     """Return tensors outside the layers, tensors per layer, and the number of parameters outside the decoder."""
     outside, layers, ignored = _Part(where, -1), dict[int, _Part](), 0
     for name, tensor in tensors.items():
@@ -490,11 +572,15 @@ def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tu
         number, module, leaf, other = match.groups() if match else (None, name, None, None)
         leaf = leaf or other or "weight"
         if number is None and not axes_of(module, OUTSIDE):
-            ignored += tensor.elements if tensor.dtype in FLOATS and not BUFFER.fullmatch(name) else 0
+            ignored += (
+                tensor.elements if tensor.dtype in FLOATS and not BUFFER.fullmatch(name) else 0
+            )
             continue
         if BUFFER.fullmatch(module) or (module in ("attention", "attn") and leaf == "bias"):
             continue
-        part = outside if number is None else layers.setdefault(int(number), _Part(where, int(number)))
+        part = (
+            outside if number is None else layers.setdefault(int(number), _Part(where, int(number)))
+        )
         stored = part.modules.setdefault(module, {})
         if leaf in stored:
             raise InputError(f"{part.name(module)}: appears twice, under two names")
@@ -502,7 +588,9 @@ def _sorted(model: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> tu
     for number in [n for n, part in layers.items() if n >= model.layers]:
         part = layers.pop(number)
         if "eh_proj" not in part.modules:  # a layer with it predicts a further token
-            raise InputError(f"{where}: expected layers below {model.layers}, by its config.json, got {number}")
+            raise InputError(
+                f"{where}: expected layers below {model.layers}, by its config.json, got {number}"
+            )
         ignored += sum(t.elements for parts in part.modules.values() for t in parts.values())
     return outside, [layers[number] for number in sorted(layers)], ignored
 
@@ -511,7 +599,12 @@ def _bits(part: _Part, hidden: int) -> int:
     """Return the bits of packed integers in compressed-tensors, from a weight that reads the residual stream, or 0."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
-        if packed is not None and packed.dtype == "I32" and len(packed.shape) == 2 and packed.shape[1]:
+        if (
+            packed is not None
+            and packed.dtype == "I32"
+            and len(packed.shape) == 2
+            and packed.shape[1]
+        ):
             axes = axes_of(module, LAYER)
             fits = [bits for bits in (4, 8) if -(-hidden * bits // 32) == packed.shape[1]]
             if len(axes) == 2 and axes[1] == "h" and fits:
@@ -523,11 +616,19 @@ def _latent(part: _Part) -> Latent | None:
     """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o - kv_b is rotated."""
     width = part.widths
     if missing := [name for name in ("q", "kv_a", "kv_b", "o") if name not in width]:
-        raise InputError(f"{part.where}: layer {part.number} has latent attention without {missing[0]}")
+        raise InputError(
+            f"{part.where}: layer {part.number} has latent attention without {missing[0]}"
+        )
     rotary = width["kv_a"] - width["rank"]
-    heads = part.divided("kv_a", rotary, "rotated features", width["q"] + width["o"] - width["kv_b"])
+    heads = part.divided(
+        "kv_a", rotary, "rotated features", width["q"] + width["o"] - width["kv_b"]
+    )
     query, both, value = (part.divided(name, heads, "heads") for name in ("q", "kv_b", "o"))
-    return Latent(width.get("q_rank", 0), width["rank"], rotary, query - rotary, value) if both else None
+    return (
+        Latent(width.get("q_rank", 0), width["rank"], rotary, query - rotary, value)
+        if both
+        else None
+    )
 
 
 def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
@@ -544,12 +645,16 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
             width["q"] = part.divided("q", 2, "two halves,")
         for name in ("q", "kv", "o"):
             if name not in width:
-                raise InputError(f"{part.where}: layer {part.number} has attention without its {name} projection")
+                raise InputError(
+                    f"{part.where}: layer {part.number} has attention without its {name} projection"
+                )
             part.divided(name, d, "head_dim")
         part.put("q", width["o"], part.names["o"])
         heads, kv_heads = width["q"] // d, width["kv"] // d
         if heads and (not kv_heads or heads % kv_heads):
-            raise InputError(f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got {heads} heads")
+            raise InputError(
+                f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got {heads} heads"
+            )
     own = {"heads": heads, "q_norm": d if model.qk_norm == "head" else heads * d}
     own["k_norm"] = d if model.qk_norm == "head" else kv_heads * d
     for name, size in own.items():
@@ -559,11 +664,15 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
     if experts and ("e" not in width or not old.active):
         why = "without weights" if "e" not in width else "but its config.json has none"
         raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
-    linear = ("attention",) * part.has(ATTENTION + "linear_attn") + ("mlp",) * part.has("mlp.linear_mlp")
+    linear = ("attention",) * part.has(ATTENTION + "linear_attn") + ("mlp",) * part.has(
+        "mlp.linear_mlp"
+    )
     shortcuts = tuple(name for name, short in SHORTCUTS.items() if short in part.modules)
     out = width.get("out", width["h"])
     if out != width["h"] and "mlp" not in shortcuts:
-        raise InputError(f"{part.names['out']}: expected a width of {width['h']:,}, as in the embedding, got {out:,}")
+        raise InputError(
+            f"{part.names['out']}: expected a width of {width['h']:,}, as in the embedding, got {out:,}"
+        )
     return replace(
         old,
         heads=heads,
@@ -574,7 +683,9 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
         expert_inner=width["e"] if experts else 0,
         linear=linear,
         delta=delta,
-        ranks=tuple((name[5:], rank) for name, rank in sorted(width.items()) if name.startswith("rank ")),
+        ranks=tuple(
+            (name[5:], rank) for name, rank in sorted(width.items()) if name.startswith("rank ")
+        ),
         shortcuts=shortcuts,
         out=out if out != width["h"] else 0,
     )
@@ -582,11 +693,19 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
 
 def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
     width, own = part.widths, model.delta
-    if own is None or (missing := [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]):
+    if own is None or (
+        missing := [
+            n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width
+        ]
+    ):
         why = "its config.json has none" if own is None else f"without {missing[0]}"
         raise InputError(f"{part.where}: layer {part.number} has a gated delta net, but {why}")
     keys = part.divided("channels", 2, "two halves,", width["channels"] - width["values"])
-    for name, size in (("delta_in", 2 * (keys + width["values"])), ("value", own.value), ("conv", own.conv)):
+    for name, size in (
+        ("delta_in", 2 * (keys + width["values"])),
+        ("value", own.value),
+        ("conv", own.conv),
+    ):
         if width[name] != size:
             raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
     if width["values"] != width["delta"] * own.value:
@@ -597,7 +716,8 @@ def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
 
 def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
     biases, modules = (
-        {factor_of(module)[0] for part in layers for module in getattr(part, name)} for name in ("biases", "modules")
+        {factor_of(module)[0] for part in layers for module in getattr(part, name)}
+        for name in ("biases", "modules")
     )
 
     def some(pattern: str, among: Iterable[str] = biases) -> bool:
@@ -617,7 +737,9 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
         shared_gate=some("mlp.shared_expert_gate", modules),
         sinks=some(ATTENTION + "sinks", modules),
         qk_norm=("head" if norms == {model.head_dim} else "width") if norms else unit,
-        norm="none" if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules) else model.norm,
+        norm="none"
+        if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
+        else model.norm,
         gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
 

@@ -41,16 +41,21 @@ class Block:
     active: float = 0.0  # routed experts that a token uses, on one device on average
     expert_inner: int = 0
     rotary: bool = True  # queries and keys are rotated
-    linear: tuple[str, ...] = ()  # sublayers ("attention", "mlp") that one hidden x hidden product replaces
+    # sublayers ("attention", "mlp") that one hidden x hidden product replaces
+    linear: tuple[str, ...] = ()
     delta: bool = False  # a gated delta net instead of attention
-    ranks: tuple[tuple[str, int], ...] = ()  # projections (roles) that are stored as two factors, and their ranks
-    shortcuts: tuple[str, ...] = ()  # sublayers whose residual a hidden x hidden product rotates (SliceGPT)
+    # projections (roles) that are stored as two factors, and their ranks
+    ranks: tuple[tuple[str, int], ...] = ()
+    # sublayers whose residual a hidden x hidden product rotates (SliceGPT)
+    shortcuts: tuple[str, ...] = ()
     out: int = 0  # features after the layer; 0: the hidden size
 
     @property
     def sublayers(self) -> int:
         """Number of sublayers, attention and MLP, each with its norms."""
-        return bool(self.heads or "attention" in self.linear) + bool(self.inner or self.experts or "mlp" in self.linear)
+        return bool(self.heads or "attention" in self.linear) + bool(
+            self.inner or self.experts or "mlp" in self.linear
+        )
 
     def weights(self, role: str, n: int, k: int) -> int:
         """Return the number of weights in a projection of n outputs and k inputs, possibly stored as two factors."""
@@ -96,10 +101,20 @@ class DeltaNet:
         return block.kv_heads * self.key, block.heads * self.value
 
 
-_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")  # fields of a model and of a layer
+# fields of a model and of a layer
+_WIDTHS = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
 _MOST_WIDTH = 2**31 - 1
 _POSITIVE = ("hidden", "head_dim", "vocab", "max_positions")  # whole numbers from 1
-_COUNTS = ("layers", "heads", "kv_heads", "inner", "rotary_dim", "learned_positions", "experts", "expert_inner")
+_COUNTS = (
+    "layers",
+    "heads",
+    "kv_heads",
+    "inner",
+    "rotary_dim",
+    "learned_positions",
+    "experts",
+    "expert_inner",
+)
 _CHOICES = {
     "norm": ("rms", "layer", "none"),
     "qk_norm": ("", "head", "width", "unit"),
@@ -110,7 +125,9 @@ _CHOICES = {
 
 def layer_fields(blocks: Sequence[Block]) -> dict[str, Any]:
     """Return the widths of the most frequent complete layer as fields of a model, and ``blocks`` if layers differ."""
-    complete = [b for b in blocks if b.heads and (b.inner or b.experts) and not (b.linear or b.delta)] or blocks
+    complete = [
+        b for b in blocks if b.heads and (b.inner or b.experts) and not (b.linear or b.delta)
+    ] or blocks
     usual = Counter(complete).most_common(1)[0][0]
     fields: dict[str, Any] = {name: getattr(usual, name) for name in _WIDTHS}
     return fields | {"blocks": () if set(blocks) == {Block(**fields)} else tuple(blocks)}
@@ -266,7 +283,11 @@ class ModelConfig(Displayed):
                 raise InputError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
         number("active", self.active, AMOUNT)
         windows = self.windows
-        if not isinstance(windows, tuple) or len(windows) != self.layers or any((whole(w) or 0) < 0 for w in windows):
+        if (
+            not isinstance(windows, tuple)
+            or len(windows) != self.layers
+            or any((whole(w) or 0) < 0 for w in windows)
+        ):
             expected = f"a tuple of {self.layers} positions, one per layer"
             raise InputError(f"windows: expected {expected}, got {shown(windows)}")
         for name, choices in _CHOICES.items():
@@ -276,11 +297,16 @@ class ModelConfig(Displayed):
     def _title(self) -> str:
         shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
         experts = f", {self.experts} experts" if self.experts else ""
-        return f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
+        return (
+            f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, and the numbers of parameters."""
-        return super().to_dict() | {"parameters": self.parameters, "active_parameters": self.active_parameters}
+        return super().to_dict() | {
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+        }
 
     @property
     def usual(self) -> Block:
@@ -374,7 +400,9 @@ class ModelConfig(Displayed):
 
     def expert_parameters(self, block: Block) -> int:
         """Return the parameters of one routed expert of a ``block``."""
-        return 3 * self.hidden * block.expert_inner + self.expert_bias * (2 * block.expert_inner + self.hidden)
+        return 3 * self.hidden * block.expert_inner + self.expert_bias * (
+            2 * block.expert_inner + self.hidden
+        )
 
     def block_parameters(self, block: Block) -> int:
         """Return the parameters of one decoder layer, a ``block``."""
@@ -390,13 +418,19 @@ class ModelConfig(Displayed):
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
         width = self.head_hidden
-        head = self.final_norm * width * self._norm_vectors + (0 if self.tied else self.vocab * width)
+        head = self.final_norm * width * self._norm_vectors + (
+            0 if self.tied else self.vocab * width
+        )
         return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + head
 
     @property
     def active_parameters(self) -> int:
         """Parameters that a token uses: all except those of unused routed experts."""
-        idle = (many * (b.experts - b.active) * self.expert_parameters(b) for _, many, b in self.runs if b.experts)
+        idle = (
+            many * (b.experts - b.active) * self.expert_parameters(b)
+            for _, many, b in self.runs
+            if b.experts
+        )
         return self.parameters - round(sum(idle))
 
 
@@ -404,14 +438,19 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
     """Return the model that one of ``devices`` computes; in a pipeline the whole model."""
     where = f"devices {devices}: {model.name} has"
     if parallel == "pipeline" and devices > model.layers:
-        raise InputError(f"{where} {model.layers} layers; a pipeline has at most one device per layer")
+        raise InputError(
+            f"{where} {model.layers} layers; a pipeline has at most one device per layer"
+        )
     if parallel == "pipeline" or devices == 1:
         return model
 
     def of_block(block: Block) -> Block:
         if reason := indivisible(block, devices, parallel):
             raise InputError(f"{where} {reason}")
-        heads, kv_heads = block.heads // devices, max(block.kv_heads // devices, int(block.heads > 0))
+        heads, kv_heads = (
+            block.heads // devices,
+            max(block.kv_heads // devices, int(block.heads > 0)),
+        )
         share = replace(block, heads=heads, inner=block.inner // devices, kv_heads=kv_heads)
         if not block.experts:
             return share
@@ -419,7 +458,8 @@ def shard(model: ModelConfig, devices: int, parallel: str) -> ModelConfig:
             return replace(share, experts=block.experts // devices, active=block.active / devices)
         return replace(share, expert_inner=block.expert_inner // devices)
 
-    return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))  # engines pad the last part
+    # engines pad the last part
+    return replace(model.each_block(of_block), vocab=-(-model.vocab // devices))
 
 
 def indivisible(block: Block, devices: int, parallel: str) -> str:

@@ -10,7 +10,8 @@ from simulator.display import runs
 from simulator.engines.engine import sparsity_note
 from simulator.models.config import Block, ModelConfig
 
-_Change = tuple[int, Block, Block]  # number of a layer, the dense layer without removed sublayers, and the pruned layer
+# number of a layer, the dense layer without removed sublayers, and the pruned layer
+_Change = tuple[int, Block, Block]
 _WIDTHS = {
     "heads": "{} heads",
     "kv_heads": "{} key/value heads",
@@ -33,21 +34,44 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     # each step turns the model before it into one that is closer to the pruned model, from the dense model on
     steps: tuple[tuple[str, Iterable[Block], dict[str, Any]], ...] = (
         (_depth(at, numbers, olds, news), remaining, {}),
-        (_experts(changes), (replace(old, experts=new.experts, active=new.active) for _, old, new in changes), {}),
-        (_width(dense, pruned, changes), (replace(new, ranks=(), shortcuts=(), out=0) for new in news), heads),
+        (
+            _experts(changes),
+            (replace(old, experts=new.experts, active=new.active) for _, old, new in changes),
+            {},
+        ),
+        (
+            _width(dense, pruned, changes),
+            (replace(new, ranks=(), shortcuts=(), out=0) for new in news),
+            heads,
+        ),
         (_low_rank(numbers, olds, news), (replace(new, shortcuts=(), out=0) for new in news), {}),
-        (_cross(dense, pruned), news, {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied}),
-        (_other(dense, pruned), news, {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions}),
+        (
+            _cross(dense, pruned),
+            news,
+            {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied},
+        ),
+        (
+            _other(dense, pruned),
+            news,
+            {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions},
+        ),
     )
     found, last = [], dense
     for words, blocks, fields in steps:
-        now = replace(last, layers=len(news), windows=(0,) * len(news), blocks=tuple(blocks), **fields)
+        now = replace(
+            last, layers=len(news), windows=(0,) * len(news), blocks=tuple(blocks), **fields
+        )
         share = (last.parameters - now.parameters) / dense.parameters
         if words:
-            found.append(words + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else ""))
+            found.append(
+                words
+                + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else "")
+            )
         last = now
     if more := pruned.parameters - last.parameters:
-        found.append(f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head")
+        found.append(
+            f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head"
+        )
     if pruned.sparse24 and not dense.sparse24:
         found.append("semi_structured: 2:4 in the projections")
     if pruned.declared and pruned.declared != dense.declared:
@@ -74,14 +98,20 @@ def _without(old: Block, new: Block) -> Block:
     return replace(old, linear=new.linear)
 
 
-def _depth(were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
+def _depth(
+    were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]
+) -> str:
     found = []
     gone = sorted(set(were) - set(numbers))
     if len(numbers) > len(were):
         found.append(f"{len(numbers)} layers, not {len(were)}")
     elif gone:
         known = gone[0] < numbers[-1]  # a renumbered checkpoint does not show which layers
-        found.append(f"layers {runs(gone)} removed" if known else f"{len(gone)} of {len(were)} layers removed")
+        found.append(
+            f"layers {runs(gone)} removed"
+            if known
+            else f"{len(gone)} of {len(were)} layers removed"
+        )
     for name, has in (("attention", _attends), ("MLP", _maps)):
         pairs = list(zip(numbers, olds, news))
         if off := [i for i, old, new in pairs if has(old) and not has(new)]:
@@ -125,7 +155,11 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _low_rank(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
-    cut = [(i, new.ranks) for i, old, new in zip(numbers, olds, news) if new.ranks and new.ranks != old.ranks]
+    cut = [
+        (i, new.ranks)
+        for i, old, new in zip(numbers, olds, news)
+        if new.ranks and new.ranks != old.ranks
+    ]
     if not cut:
         return ""
     roles = ", ".join(dict.fromkeys(role for _, ranks in cut for role, _ in ranks))
@@ -134,7 +168,9 @@ def _low_rank(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Bloc
 
 
 def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:
-    found = [f"hidden {pruned.hidden:,} of {dense.hidden:,}"] if pruned.hidden != dense.hidden else []
+    found = (
+        [f"hidden {pruned.hidden:,} of {dense.hidden:,}"] if pruned.hidden != dense.hidden else []
+    )
     new, old = (sum(len(block.shortcuts) for block in model.layout) for model in (pruned, dense))
     if many := new - old:
         found.append(f"{many} residual projections")
@@ -144,4 +180,6 @@ def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:
 def _other(dense: ModelConfig, pruned: ModelConfig) -> str:
     named = {"vocab": "vocabulary", "learned_positions": "table of positions"}
     pairs = {words: (getattr(dense, name), getattr(pruned, name)) for name, words in named.items()}
-    return ", ".join(f"{words}: {new:,} of {old:,}" for words, (old, new) in pairs.items() if old != new)
+    return ", ".join(
+        f"{words}: {new:,} of {old:,}" for words, (old, new) in pairs.items() if old != new
+    )

@@ -26,7 +26,8 @@ from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader
 from simulator.models.config import ModelConfig
 
 FOLDER = resources.files(__package__)
-MAX_FILE_BYTES = 1_000_000  # largest configuration file that is read; usual files have a few kilobytes
+# largest configuration file that is read; usual files have a few kilobytes
+MAX_FILE_BYTES = 1_000_000
 MAX_NAME = 80  # longest name of a model; the middle of a longer name is omitted
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # a Hugging Face id, owner/name
 
@@ -44,12 +45,15 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
 
     ``source`` names the content in errors. ``name`` is used for a model without a ``_name_or_path``."""
     if not isinstance(data, Mapping):
-        raise InputError(f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}")
+        raise InputError(
+            f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}"
+        )
     kind, read = _decoder(Reader(data, source))
     own = data.get("_name_or_path")
     if isinstance(own, str) and own.strip("/."):
         name = own.rstrip("/").rsplit("/", 1)[-1]
-    name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind  # for tables and file names
+    # for tables and file names
+    name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind
     notes = []
     if kind != data["model_type"]:
         notes.append(f"{name}: only the text decoder is timed, not the other parts (vision)")
@@ -92,7 +96,9 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
     if decoder is None:
         raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
     shared = {key: read.data[key] for key in _SHARED if key in read.data}
-    return decoder, Reader({**shared, **read.part("text_config").data}, read.source, f"{read.place}text_config.")
+    return decoder, Reader(
+        {**shared, **read.part("text_config").data}, read.source, f"{read.place}text_config."
+    )
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -108,19 +114,30 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
                 raise InputError(f"{file}: the folder has no config.json; {right}")
             file = file / "config.json"
         if not file.exists():
-            raise InputError(f"{file}: no such file or folder; expected a config.json or a folder with one")
+            raise InputError(
+                f"{file}: no such file or folder; expected a config.json or a folder with one"
+            )
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror or error}); expected a config.json") from None
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror or error}); expected a config.json"
+        ) from None
     content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
-    model = from_hf_config(content, str(file), file.parent.name if file.name == "config.json" else file.stem)
+    model = from_hf_config(
+        content, str(file), file.parent.name if file.name == "config.json" else file.stem
+    )
     if whole:
-        from simulator.models.checkpoint import from_tensors, read_headers  # late: shipped models need no checkpoint
+        # late: shipped models need no checkpoint
+        from simulator.models.checkpoint import from_tensors, read_headers
 
         if tensors := read_headers(file.parent):
             return from_tensors(model, tensors, file.parent)
     stored = content.get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    if not isinstance(method, str) or model.weight_dtype or (model.declared and not stored.get("config_groups")):
+    if (
+        not isinstance(method, str)
+        or model.weight_dtype
+        or (model.declared and not stored.get("config_groups"))
+    ):
         return model
     if method in ("gptq", "awq") and (bits := stored.get("bits")) in (4, 8):
         return replace(model, weight_dtype=f"int{bits}")
@@ -168,7 +185,13 @@ def list_models() -> tuple[str, ...]:
     >>> "llama-3.1-8b" in list_models()
     True
     """
-    return tuple(sorted(file.name.removesuffix(".json") for file in FOLDER.iterdir() if file.name.endswith(".json")))
+    return tuple(
+        sorted(
+            file.name.removesuffix(".json")
+            for file in FOLDER.iterdir()
+            if file.name.endswith(".json")
+        )
+    )
 
 
 def model_title(name: str) -> str:
@@ -223,10 +246,14 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
         return from_hf_config(source)
     if not isinstance(source, str):
         if not isinstance(source, os.PathLike):
-            raise InputError(f"model: expected a name, a path or a configuration, got {type(source).__name__}")
+            raise InputError(
+                f"model: expected a name, a path or a configuration, got {type(source).__name__}"
+            )
         return read_config(source)
     if "\0" in source or not source.strip():
-        raise InputError(f"model: expected a name or a path, got {source!r}; known names: {', '.join(list_models())}")
+        raise InputError(
+            f"model: expected a name or a path, got {source!r}; known names: {', '.join(list_models())}"
+        )
     name = _aliases().get(_key(source.rsplit("/", 1)[-1]))
     explicit = source.startswith((".", "/", "~")) or source.endswith((".json", "/", os.sep))
     if name is not None and not explicit:

@@ -60,11 +60,17 @@ DECODE_LENGTHS = 1024
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Projections that a 2:4 checkpoint compresses."""
 
-_QUANTIZE = {"qkv": "quantize", "gate_up": "quantize", "o": "quantize_heads", "down": "quantize_inner"}
+_QUANTIZE = {
+    "qkv": "quantize",
+    "gate_up": "quantize",
+    "o": "quantize_heads",
+    "down": "quantize_inner",
+}
 """Role of the conversion of a product's activations."""
 
 _MXFP4 = dtype_code("mxfp4")
-_STATE = dtype_code("fp32")  # format of the recurrent state of a delta net, as Transformers and SGLang keep it
+# format of the recurrent state of a delta net, as Transformers and SGLang keep it
+_STATE = dtype_code("fp32")
 OperatorRow = dict[str, Any]
 
 
@@ -99,9 +105,15 @@ def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
     >>> int(w.parameters), int(w.n[w.is_role("qkv")][0])
     (6738415616, 12288)
     """
-    request = replace(model, **settings) if isinstance(model, Request) else Request(model=model, **settings)
+    request = (
+        replace(model, **settings)
+        if isinstance(model, Request)
+        else Request(model=model, **settings)
+    )
     # the level and a measured time change no operator
-    request = replace(request, model=load_model(request.model), level=0.9, dense_s=None, ideal=False)
+    request = replace(
+        request, model=load_model(request.model), level=0.9, dense_s=None, ideal=False
+    )
     return _lower(request, load_engine(request.engine))
 
 
@@ -132,7 +144,10 @@ def _budget(request: Request, schedule: Schedule | None) -> int:
 @lru_cache(maxsize=256)
 def _lower(request: Request, engine: Engine) -> Workload:
     model, several = request.model, request.devices > 1
-    weight, stream = request.weight_dtype or model.weight_dtype or request.dtype, stream_of(request.dtype)
+    weight, stream = (
+        request.weight_dtype or model.weight_dtype or request.dtype,
+        stream_of(request.dtype),
+    )
     runs_sparse24 = not request.engine or engine.sparse24_kernels(request.dtype, weight) is not None
     resolved = {
         "new_tokens": request.new_tokens if request.phase in ("generate", "serve") else 0,
@@ -143,7 +158,9 @@ def _lower(request: Request, engine: Engine) -> Workload:
         "skew": EXPERT_SKEW if request.skew is None else request.skew,
     }
     shapes = {"model": model.name, "layers": model.layers, "hidden": model.hidden, "config": model}
-    meta = Lowered(**{name: getattr(request, name) for name in (*SETTINGS, "positions")} | resolved | shapes)
+    meta = Lowered(
+        **{name: getattr(request, name) for name in (*SETTINGS, "positions")} | resolved | shapes
+    )
     r = Lowering(
         request=meta,
         engine=engine,
@@ -158,19 +175,27 @@ def _lower(request: Request, engine: Engine) -> Workload:
     lengths: list[tuple[Array, Array]] = []
     if meta.phase != "decode":
         for prompts, tokens, past, chunks, each in _prefills(meta, engine.schedule):
-            passes.append(PassRows(r, part, Phase.PREFILL, prompts, tokens, chunks * each, first=not passes))
+            passes.append(
+                PassRows(r, part, Phase.PREFILL, prompts, tokens, chunks * each, first=not passes)
+            )
             done, runs = _steps(chunks)
             lengths.append((past + tokens * done, runs * each))
     if meta.phase != "prefill":
         steps = max(meta.new_tokens, 1)
         passes.append(PassRows(r, part, Phase.DECODE, meta.batch, meta.positions, steps))
-        grown = (np.array([(steps + 1) // 2]), np.array([steps])) if meta.phase == "serve" else _steps(steps)
+        grown = (
+            (np.array([(steps + 1) // 2]), np.array([steps]))
+            if meta.phase == "serve"
+            else _steps(steps)
+        )
         lengths.append((meta.seq + meta.positions - 1 + grown[0], grown[1]))
     w = Workload.computed([row for one in passes for row in one.rows()], meta)
     rows = np.flatnonzero(w.is_role("attention"))
     if not len(rows):
         return w
-    attending = [(first, many) for first, many, block in part.runs if block.heads and not block.delta]
+    attending = [
+        (first, many) for first, many, block in part.runs if block.heads and not block.delta
+    ]
     attention = [
         _attention_columns(model.windows[first : first + many], kv_len, executions, first)
         for kv_len, executions in lengths
@@ -180,7 +205,9 @@ def _lower(request: Request, engine: Engine) -> Workload:
     times[rows] = [columns.shape[1] for columns in attention]
     w = w.take(np.repeat(np.arange(len(w)), times))
     rows = w.is_role("attention")
-    columns = {name: getattr(w, name).copy() for name in ("layer", "layers", "window", "kv_len", "count")}
+    columns = {
+        name: getattr(w, name).copy() for name in ("layer", "layers", "window", "kv_len", "count")
+    }
     for column, values in zip(columns.values(), np.hstack(attention)):
         column[rows] = values
     return w.replace(**columns)
@@ -199,7 +226,8 @@ def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int,
         return
     together = min(r.batch, max(budget // tokens, 1))
     if r.phase == "serve":
-        arriving = round(r.batch / r.new_tokens) if limit else 1  # without a server, prompts run one by one
+        # without a server, prompts run one by one
+        arriving = round(r.batch / r.new_tokens) if limit else 1
         clustered = schedule.clustered if schedule else 0
         together = min(together, max(arriving, clustered // tokens, 1))
         yield together, tokens, cached, 1, r.batch / together
@@ -300,14 +328,22 @@ class PassRows:
     @property
     def owns(self) -> float:
         """Share of the parameters that each execution of the rows counts."""
-        return self.first * (self.phase == Phase.PREFILL or self.request.phase == "decode") / self.steps
+        return (
+            self.first
+            * (self.phase == Phase.PREFILL or self.request.phase == "decode")
+            / self.steps
+        )
 
     def rows(self) -> list[OperatorRow]:
         model, vocab, h = self.part, self.part.vocab, self.part.hidden
         # positions that the head computes; a check of drafted tokens needs all
         many = self.tokens if self.lowering.engine.logits == "all" or self.decodes else self.batch
         tables = 2 if model.learned_positions else 1
-        rows = [self.move("embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h)]
+        rows = [
+            self.move(
+                "embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h
+            )
+        ]
         rows[0]["q_len"] = self.q_len * self.decodes  # tokens per sequence of a step
         rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
         for first, length, block in model.runs:
@@ -324,7 +360,9 @@ class PassRows:
             whole = self.request.config.vocab
             rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
         rows += self.sends()
-        return [row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows]
+        return [
+            row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows
+        ]
 
     def attention(self, block: Block) -> Iterator[OperatorRow]:
         model, part, h, d = self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
@@ -365,9 +403,19 @@ class PassRows:
         yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
         yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
         owned = own.conv * (2 * keys + values) + 2 * block.heads
-        row = {"kind": Kind.DELTA_NET, "role": "delta_net", "part": part, "params": owned * self.owns}
+        row = {
+            "kind": Kind.DELTA_NET,
+            "role": "delta_net",
+            "part": part,
+            "params": owned * self.owns,
+        }
         row |= {"m": self.tokens, "n": values, "batch": self.batch, "window": own.conv}
-        row |= {"heads": block.heads, "kv_heads": block.kv_heads, "head_dim": own.key, "value_dim": own.value}
+        row |= {
+            "heads": block.heads,
+            "kv_heads": block.kv_heads,
+            "head_dim": own.key,
+            "value_dim": own.value,
+        }
         yield row | {"dtype": self.lowering.stream_dtype, "weight_dtype": _STATE}
         yield self.move("gated_norm", part, values, 2 * values, values, own.value)
         yield from self.quantized("o", part, values)
@@ -398,7 +446,9 @@ class PassRows:
         else:
             yield self.gemm("kv_b", part, heads * (own.plain + own.value), own.rank, False)
         yield from self.rotary(block, heads + 1, own.rotary)
-        yield self.cache_write(block, heads * (own.plain + own.rotary + own.value) if whole else own.cached)
+        yield self.cache_write(
+            block, heads * (own.plain + own.rotary + own.value) if whole else own.cached
+        )
         sizes = {"kv_heads": heads, "head_dim": own.plain + own.rotary, "value_dim": own.value}
         if absorbs:
             sizes = {"kv_heads": 1, "head_dim": own.cached, "value_dim": own.rank}
@@ -420,24 +470,39 @@ class PassRows:
         """Return the row that writes the cache; a joined cache is extended, a copied one is then repeated for every
         query head."""
         r, part = self.lowering, Part.ATTENTION
-        read, write = float(elements), elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype])
+        read, write = (
+            float(elements),
+            elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype]),
+        )
         kept = {}
         if r.engine.cache != "paged" and self.decodes:
             repeats = (
-                block.heads // block.kv_heads if r.engine.cache == "copied" and block.heads > block.kv_heads else 0
+                block.heads // block.kv_heads
+                if r.engine.cache == "copied" and block.heads > block.kv_heads
+                else 0
             )
             copied = self.mean_length * (1 + repeats)
             reads = copied + (self.mean_length if repeats else 0)
             read, write = read + write * reads, write * copied
             kept = {"kv_len": int(self.mean_length)}
-        return self.move("cache_write", part, elements, read, write) | {"weight_dtype": r.cache_dtype, **kept}
+        return self.move("cache_write", part, elements, read, write) | {
+            "weight_dtype": r.cache_dtype,
+            **kept,
+        }
 
     def attend(self, block: Block, sizes: OperatorRow) -> OperatorRow:
         r = self.lowering
         kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
         formats = {"dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
         calls = {"heads": block.heads, "batch": self.batch, "q_len": self.q_len}
-        return {"kind": kind, "role": "attention", "part": Part.ATTENTION, **formats, **calls, **sizes}
+        return {
+            "kind": kind,
+            "role": "attention",
+            "part": Part.ATTENTION,
+            **formats,
+            **calls,
+            **sizes,
+        }
 
     def mlp(self, block: Block) -> Iterator[OperatorRow]:
         model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
@@ -451,7 +516,9 @@ class PassRows:
             yield self.linear(part)
         elif inner:
             made = {"gate": inner, "up": inner} if model.gated else {"up": inner}
-            for role, n in block.roles("gate_up", made, model.gated and self.fuses("gate_up")).items():
+            for role, n in block.roles(
+                "gate_up", made, model.gated and self.fuses("gate_up")
+            ).items():
                 yield from self.projection(block, role, part, n, h, bias)
             yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
             yield from self.quantized("down", part, inner)
@@ -472,13 +539,20 @@ class PassRows:
         yield self.gemm("router", part, devices * block.experts, h, model.router_bias) | self.wide
         row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
         owned = block.experts * model.expert_parameters(block) * self.owns
-        row |= {"experts": block.experts, "active": block.active, "skew": self.request.skew, "params": owned}
+        row |= {
+            "experts": block.experts,
+            "active": block.active,
+            "skew": self.request.skew,
+            "params": owned,
+        }
         captured = self.lowering.engine.captured
         if self.decodes and captured is not None and captured.pads(self.batch):
             row |= {"m": self.tokens + 1}  # the padding repeats one token, which uses experts too
         yield row | ({"batch": devices} if devices > 1 else {})
 
-    def projection(self, block: Block, role: str, part: Part, n: int, k: int, bias: bool) -> Iterator[OperatorRow]:
+    def projection(
+        self, block: Block, role: str, part: Part, n: int, k: int, bias: bool
+    ) -> Iterator[OperatorRow]:
         """Yield the product of a projection, or the two products of its factors."""
         rank = block.rank(role)
         if not rank:
@@ -516,7 +590,9 @@ class PassRows:
         """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next sublayer."""
         model, h = self.part, self.part.hidden
         if model.post_norms:
-            yield self.move("post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters)
+            yield self.move(
+                "post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters
+            )
 
     def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> OperatorRow:
         weights = self.lowering.weight_dtype
@@ -524,27 +600,68 @@ class PassRows:
             weights = self.lowering.stream_dtype
         formats = {"dtype": self.lowering.dtype, "weight_dtype": weights}
         params = (n * k + bias * n) * self.owns
-        row = {"role": role, "part": part, "m": self.tokens, "n": n, "k": k, "params": params, **formats}
+        row = {
+            "role": role,
+            "part": part,
+            "m": self.tokens,
+            "n": n,
+            "k": k,
+            "params": params,
+            **formats,
+        }
         if self.lowering.sparse24 and role in SPARSE:
-            row |= {"kernel": Kernel.SPARSE24, "density": 0.5, "params": (0.5 * n * k + bias * n) * self.owns}
+            row |= {
+                "kernel": Kernel.SPARSE24,
+                "density": 0.5,
+                "params": (0.5 * n * k + bias * n) * self.owns,
+            }
         return row
 
     def move(
-        self, role: str, part: Part, n: int, read: float, write: float, params: int = 0, tokens: int = 0
+        self,
+        role: str,
+        part: Part,
+        n: int,
+        read: float,
+        write: float,
+        params: int = 0,
+        tokens: int = 0,
     ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
         stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
-        row = {"kind": Kind.ELEMENTWISE, "role": role, "part": part, "m": tokens, "n": n, "params": params * self.owns}
-        return row | {"read_bytes": size * read, "write_bytes": size * write, "dtype": stream, "weight_dtype": stream}
+        row = {
+            "kind": Kind.ELEMENTWISE,
+            "role": role,
+            "part": part,
+            "m": tokens,
+            "n": n,
+            "params": params * self.owns,
+        }
+        return row | {
+            "read_bytes": size * read,
+            "write_bytes": size * write,
+            "dtype": stream,
+            "weight_dtype": stream,
+        }
 
     def collective(self, role: str, part: Part, tokens: int, width: int) -> list[OperatorRow]:
         """Return the collective whose payload is (tokens, width); no row on one device."""
         if not self.lowering.split:
             return []
         stream = self.lowering.stream_dtype
-        row = {"kind": Kind.COLLECTIVE, "role": role, "part": part, "m": tokens, "n": width, "dtype": stream}
-        return [row | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}]
+        row = {
+            "kind": Kind.COLLECTIVE,
+            "role": role,
+            "part": part,
+            "m": tokens,
+            "n": width,
+            "dtype": stream,
+        }
+        return [
+            row
+            | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}
+        ]
 
     def sends(self) -> list[OperatorRow]:
         """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""

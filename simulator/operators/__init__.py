@@ -23,15 +23,30 @@ OPERATORS: tuple[Operator, ...] = (
     DeltaNet(),
 )
 
-BY_CODE: Mapping[int, Operator] = MappingProxyType({operator.code: operator for operator in OPERATORS})
+BY_CODE: Mapping[int, Operator] = MappingProxyType(
+    {operator.code: operator for operator in OPERATORS}
+)
 """Operators by their code in the column ``kind``."""
 
 MOST_CODES = max(BY_CODE) + 1
 
-_BY_SECTION = {section: constants for operator in OPERATORS for section, constants in operator.constants.items()}
-_WRITTEN_FIRST = ("gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode", "elementwise")
+_BY_SECTION = {
+    section: constants
+    for operator in OPERATORS
+    for section, constants in operator.constants.items()
+}
+_WRITTEN_FIRST = (
+    "gemm",
+    "attention_prefill",
+    "attention_decode",
+    "mla_prefill",
+    "mla_decode",
+    "elementwise",
+)
 CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
-    {section: _BY_SECTION[section] for section in _WRITTEN_FIRST} | {"runtime": RUNTIME_CONSTANTS} | _BY_SECTION
+    {section: _BY_SECTION[section] for section in _WRITTEN_FIRST}
+    | {"runtime": RUNTIME_CONSTANTS}
+    | _BY_SECTION
 )
 """Constants of each section of a profile, in the order of a file."""
 

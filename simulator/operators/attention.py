@@ -167,8 +167,12 @@ MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
         ampere=0.54, ada=0.53, hopper=0.7, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
 })
 # fmt: on
-_PREFILLS = MappingProxyType({"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS})
-_DECODES = MappingProxyType({"attention_decode": DECODE_CONSTANTS, "mla_decode": MLA_DECODE_CONSTANTS})
+_PREFILLS = MappingProxyType(
+    {"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS}
+)
+_DECODES = MappingProxyType(
+    {"attention_decode": DECODE_CONSTANTS, "mla_decode": MLA_DECODE_CONSTANTS}
+)
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
@@ -179,8 +183,10 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     full: Array = q * (first + last) / 2
     if not np.count_nonzero(w):
         return full
-    capped = np.clip(last - np.maximum(w, first - 1), 0, q)  # queries whose window is shorter than their position
-    seen = full - capped * (last - w) + capped * (capped - 1) / 2  # sum of (position + 1 - w) over the capped queries
+    # queries whose window is shorter than their position
+    capped = np.clip(last - np.maximum(w, first - 1), 0, q)
+    # sum of (position + 1 - w) over the capped queries
+    seen = full - capped * (last - w) + capped * (capped - 1) / 2
     return np.where(w > 0, seen, full)
 
 
@@ -199,17 +205,26 @@ class Geometry(Sizes):
     kv_heads: FloatArray
     head_dim: FloatArray  # features per head
     window: Any = 0.0  # positions, 0 for none
-    density: Any = 1.0  # share of the query-key blocks that is computed; in decode, share of the cache that is read
+    # share of the query-key blocks that is computed; in decode, share of the cache that is read
+    density: Any = 1.0
     block: Any = 0.0  # edge of the skipped blocks, 0 for none
     element_bytes: Any = 2.0  # bytes of an activation
     cache_bytes: Any = 2.0  # bytes of a cached element
-    warm: Any = False  # whether L2 may hold the cache in decode, as in a benchmark that repeats one call
+    # whether L2 may hold the cache in decode, as in a benchmark that repeats one call
+    warm: Any = False
     value_dim: Any = None  # features of a value; 0 or None: those of a key
     latent: Any = False  # values are the first features of the keys, which alone are stored
 
     @classmethod
     def of(
-        cls, batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, **options: Any
+        cls,
+        batch: Any,
+        q_len: Any,
+        kv_len: Any,
+        heads: Any,
+        kv_heads: Any,
+        head_dim: Any,
+        **options: Any,
     ) -> Geometry:
         """Return the sizes of calls, which broadcast; ``options`` are the fields with defaults."""
         sizes = np.broadcast_arrays(batch, q_len, kv_len, heads, kv_heads, head_dim)
@@ -218,10 +233,14 @@ class Geometry(Sizes):
     @property
     def is_latent(self) -> bool:
         """Whether all calls are multi-head latent attention; InputError for a mixture."""
-        known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(self.latent, dtype=bool)
+        known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(
+            self.latent, dtype=bool
+        )
         many = np.count_nonzero(known)
         if many not in (0, np.size(known)):
-            raise InputError("value_dim, latent: expected all calls of plain attention, or none, got both")
+            raise InputError(
+                "value_dim, latent: expected all calls of plain attention, or none, got both"
+            )
         return bool(many)
 
     @property
@@ -253,7 +272,9 @@ class PrefillWork(NamedTuple):
     cost: FloatArray | float  # time of the remaining blocks over that of all blocks
 
 
-def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+def causal_blocks(
+    q: FloatArray, kv: FloatArray, window: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the query tiles of a head, the key blocks of all tiles, and the key blocks of the longest tile."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
@@ -265,7 +286,11 @@ def causal_blocks(q: FloatArray, kv: FloatArray, window: FloatArray) -> tuple[Fl
     skipped = (tiles - whole) * first + 0.5 * (tiles * (tiles - 1.0) - whole * (whole - 1.0))
     longest = np.minimum(last, np.ceil((window - 1.0) / TILE) + 1.0)
     windowed = window > 0
-    return tiles, np.where(windowed, np.maximum(blocks - skipped, tiles), blocks), np.where(windowed, longest, last)
+    return (
+        tiles,
+        np.where(windowed, np.maximum(blocks - skipped, tiles), blocks),
+        np.where(windowed, longest, last),
+    )
 
 
 def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
@@ -274,15 +299,22 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
     if c["pads"] <= 0.0:
         part = a.q_len / TILE - np.floor(a.q_len / TILE)
-        blocks = np.where(part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks)
+        blocks = np.where(
+            part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks
+        )
     units = a.batch * a.heads
     all_tiles, all_blocks = units * tiles, units * blocks
     if c["packs"] > 0:
-        packed = np.minimum(all_tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE))
+        packed = np.minimum(
+            all_tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE)
+        )
         all_tiles, all_blocks = packed, all_blocks * (packed / all_tiles)
     seen = np.where(window > 0, np.minimum(a.kv_len, a.q_len + window - 1.0), a.kv_len)
     sides = a.sides
-    queries, keys = sides * a.element_bytes * a.heads * a.q_len, a.stored * a.cache_bytes * a.kv_heads * seen
+    queries, keys = (
+        sides * a.element_bytes * a.heads * a.q_len,
+        a.stored * a.cache_bytes * a.kv_heads * seen,
+    )
     flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: FloatArray | float = 1.0
     if np.count_nonzero(density < 1.0):
@@ -295,17 +327,27 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
         left = np.where(edge > 0, 1.0, density)
         all_tiles, all_blocks = all_tiles * left, all_blocks * left
         flops = flops * density
-    return PrefillWork(a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost)
+    return PrefillWork(
+        a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost
+    )
 
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
     """Return the time of prefill attention: a 4/3-norm joins throughput, longest chain and memory."""
     per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
-    block_s = (TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]) * work.cost
-    starts = work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
+    block_s = (
+        TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]
+    ) * work.cost
+    starts = (
+        work.calls.batch * c["sequence_s"] + np.ceil(work.tiles / device.sm_count) * c["tile_s"]
+    )
     throughput = starts + work.blocks * block_s / device.sm_count
     chain = c["kappa"] * (c["tile_s"] + work.chain * block_s)
-    memory = work.moved_bytes / (c["e_io"] * device.bandwidth_bytes_per_s) * from_l2(work.moved_bytes, device, c)
+    memory = (
+        work.moved_bytes
+        / (c["e_io"] * device.bandwidth_bytes_per_s)
+        * from_l2(work.moved_bytes, device, c)
+    )
     powers = [part * np.cbrt(part) for part in (throughput, chain, memory)]
     norm = sum(powers)
     root = np.sqrt(norm)
@@ -348,18 +390,25 @@ def decode_work(a: Geometry) -> DecodeWork:
 def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
     """Return the time of decode attention: a 2-norm joins memory and work units; fixed times are added."""
     slots = c["units_per_sm"] * device.sm_count
-    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)  # 1e-4: rounding error of a factor on the rows
+    # 1e-4: rounding error of a factor on the rows
+    units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)
     # partly filled splits count, or the time would fall at each new split
-    splits = np.maximum(np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0)
+    splits = np.maximum(
+        np.minimum(np.floor(slots / units), np.ceil(work.kv / c["split_keys"])), 1.0
+    )
     waves = np.ceil(units * splits / slots)
     keys = TILE * np.ceil(work.kv / (splits * TILE))  # a unit works in whole blocks
-    unit = work.calls.batch * c["sequence_s"] + waves * (c["unit_s"] + keys * work.key_bytes / c["unit_bytes_per_s"])
+    unit = work.calls.batch * c["sequence_s"] + waves * (
+        c["unit_s"] + keys * work.key_bytes / c["unit_bytes_per_s"]
+    )
     cache = work.cache_bytes
     if np.count_nonzero(work.calls.warm):
         cache = np.where(work.calls.warm, cache * from_l2(cache, device, c), cache)
     cache = cache * (1.0 + c["regroup"] * (work.group > 1.0))
     memory = (cache + work.io_bytes) / (c["e_d"] * device.bandwidth_bytes_per_s)
-    merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (work.group > TILE) * c["wide_s"]
+    merge = (splits > 1.0) * (c["split_s"] + 0.25 * c["merge_s"] * np.log2(splits)) + (
+        work.group > TILE
+    ) * c["wide_s"]
     fixed = c["t0_s"] + merge
     parts: dict[str, FloatArray | float] = {"memory": memory, "latency": unit}
     tile = c["tile_rows"]
@@ -375,7 +424,8 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
     return Parts(total, {**parts, "launch": fixed}, loadings)
 
 
-_TRITON = ("sglang", "vllm")  # stacks that run Triton kernels where latent attention has no kernel of its own
+# stacks that run Triton kernels where latent attention has no kernel of its own
+_TRITON = ("sglang", "vllm")
 
 OTHER_KERNEL = 1.0
 """Distance of a kernel with a window, or with another cache format, from a fitted kernel: octaves of head width."""
@@ -386,7 +436,8 @@ class Kernels:
     """The v kernels of one section, each fitted separately: by head width, sliding window, and whether the cache is
     narrower than the arithmetic."""
 
-    kinds: FloatArray  # (v, 3): log2 of the features per head, 1 with a window, 1 with a narrower cache
+    # (v, 3): log2 of the features per head, 1 with a window, 1 with a narrower cache
+    kinds: FloatArray
     factors: FloatArray  # (v, c) logs of a kernel's constants over those of the section
     grid: ResidualGrid | None = None  # residuals of all kernels, joined along the first coordinate
 
@@ -394,13 +445,17 @@ class Kernels:
     def of(cls, section: FittedValues) -> Kernels:
         """Return the kernels of a section; a section without these arrays has one kernel for 128 features per head."""
         kinds = np.asarray(section.arrays.get("kinds", [[7.0, 0.0, 0.0]]), dtype=np.float64)
-        factors = np.asarray(section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64)
+        factors = np.asarray(
+            section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64
+        )
         return cls(kinds, factors, ResidualGrid.from_arrays(section.arrays))
 
     def which(self, width: Any, windowed: Any, narrow: bool) -> tuple[Any, Any]:
         """Return the kernel nearest to each call and its distance in octaves; ``width`` is features per head."""
         log_width, of_window, narrower = self.kinds.T
-        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (windowed[..., None] != of_window)
+        apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (
+            windowed[..., None] != of_window
+        )
         apart = apart + OTHER_KERNEL * (narrow != narrower)
         return apart.argmin(axis=-1), apart.min(axis=-1)
 
@@ -446,7 +501,11 @@ class AttentionCalls(Calls):
         if decodes:
             work = decode_work(g)
             parts = decode_core(work, self.machine, c)
-            position = np.log2(work.group), np.log2(work.pairs * np.ceil(work.group / 128.0)), np.log2(work.kv)
+            position = (
+                np.log2(work.group),
+                np.log2(work.pairs * np.ceil(work.group / 128.0)),
+                np.log2(work.kv),
+            )
             length, kind = g.kv_len, Kind.DECODE_ATTENTION
         else:
             work = prefill_work(g, c)
@@ -455,13 +514,19 @@ class AttentionCalls(Calls):
             position = np.log2(g.heads / sharing), np.log2(g.batch * g.heads), np.log2(g.q_len)
             length, kind = g.q_len, Kind.PREFILL_ATTENTION
         shape = parts.total_s.shape
-        compute_s, bytes_s = work.flops / self.fastest, work.moved_bytes / self.machine.bandwidth_bytes_per_s
+        compute_s, bytes_s = (
+            work.flops / self.fastest,
+            work.moved_bytes / self.machine.bandwidth_bytes_per_s,
+        )
         loadings: dict[str, Any] = {**parts.loadings, **dict.fromkeys(self.unfitted, 1.0)}
         if np.count_nonzero(self.distance):
             loadings["kernel"] = np.broadcast_to(self.distance, shape)
         if np.count_nonzero(np.asarray(g.density) < 1.0):
             loadings["sparse"] = np.broadcast_to(np.asarray(g.density) < 1.0, shape)
-        sizes, warm = (length, g.batch * g.kv_heads, g.heads / g.kv_heads), np.asarray(g.warm, dtype=np.bool_)
+        sizes, warm = (
+            (length, g.batch * g.kv_heads, g.heads / g.kv_heads),
+            np.asarray(g.warm, dtype=np.bool_),
+        )
         return Estimate(
             operator="mla_decode" if decodes and self.latent else self.phase,
             kind=int(kind),
@@ -492,15 +557,21 @@ class _Ready:
 def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
     section, cache = hw.section(operator, dtype), kv_dtype or dtype
     cache_bytes = element_bytes(cache)
-    machine, constants = Machine.of(hw, dtype), {name: section[name] for name in (_PREFILLS | _DECODES)[operator]}
+    machine, constants = (
+        Machine.of(hw, dtype),
+        {name: section[name] for name in (_PREFILLS | _DECODES)[operator]},
+    )
     machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
-    if operator.startswith("mla") and cache in hw.rates:  # kernels of TensorRT-LLM compute in the format of the cache
+    # kernels of TensorRT-LLM compute in the format of the cache
+    if operator.startswith("mla") and cache in hw.rates:
         fastest = max(fastest, hw.peak_flop_per_s(cache))
     known = operator == "attention_decode" and hw.architecture in DECODE_KERNELS
     factors = () if known else unfitted(section, (_PREFILLS | _DECODES)[operator], hw.architecture)
     narrow = cache_bytes < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)
-    return _Ready(machine, section, fastest, constants, Kernels.of(section), narrow, makeshift, factors)
+    return _Ready(
+        machine, section, fastest, constants, Kernels.of(section), narrow, makeshift, factors
+    )
 
 
 def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
@@ -522,19 +593,30 @@ def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, Mapping
 def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | None) -> Estimate:
     latent = g.is_latent
     r = _ready(hw, f"{'mla' if latent else 'attention'}_{phase}", dtype, kv_dtype)
-    stored: dict[str, Any] = {"element_bytes": r.machine.element_bytes, "cache_bytes": r.machine.weight_bytes}
+    stored: dict[str, Any] = {
+        "element_bytes": r.machine.element_bytes,
+        "cache_bytes": r.machine.weight_bytes,
+    }
     g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
     width, windowed = np.asarray(g.head_dim), np.asarray(g.window) > 0
-    if width.size and width.min() == width.max() and np.count_nonzero(windowed) in (0, windowed.size):
+    if (
+        width.size
+        and width.min() == width.max()
+        and np.count_nonzero(windowed) in (0, windowed.size)
+    ):
         which, distance, c = _nearest(r, float(width.flat[0]), bool(windowed.flat[0]))
     else:
         which, distance = r.kernels.which(width, windowed, r.narrow)
         c = r.kernels.constants(r.common, which)
-    e = AttentionCalls(phase, latent, g, r.machine, r.fastest, distance, r.unfitted, r.makeshift).estimate(c)
+    e = AttentionCalls(
+        phase, latent, g, r.machine, r.fastest, distance, r.unfitted, r.makeshift
+    ).estimate(c)
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 
 
-def prefill(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
+def prefill(
+    calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None
+) -> Estimate:
     """Return the cost of causal attention of ``q_len`` new positions, the last of ``kv_len``. Small skipped blocks save
     less than their share; this is uncalibrated, so the interval is wider. In multi-head latent attention a query or key
     has ``head_dim`` features and a value ``value_dim``. DeepSeek-V3's prompts have 192 and 128 features; its decode,
@@ -544,7 +626,9 @@ def prefill(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | No
     return _estimate("prefill", calls, hw, dtype, kv_dtype)
 
 
-def decode(calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None) -> Estimate:
+def decode(
+    calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None
+) -> Estimate:
     """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. The cache
     comes from DRAM, as in a model with several layers; a ``warm`` cache comes from L2 if it fits, as in a benchmark."""
     return _estimate("decode", calls, hw, dtype, kv_dtype)
@@ -566,7 +650,15 @@ class Attention(Operator):
     def bytes(self, w: Rows) -> Any:
         """Queries, outputs, and the keys and values that some query sees."""
         cache = self.cache_bytes_read(w)
-        return cache + 1.0 * w.batch * w.heads * w.q_len * (w.head_dim + w.value_features) * DTYPE_BYTES[w.dtype]
+        return (
+            cache
+            + 1.0
+            * w.batch
+            * w.heads
+            * w.q_len
+            * (w.head_dim + w.value_features)
+            * DTYPE_BYTES[w.dtype]
+        )
 
     def cache_bytes_read(self, w: Rows) -> Any:
         """Bytes of keys and values that some query sees."""
@@ -632,5 +724,7 @@ class DecodeAttention(Attention):
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         calls = self._calls(w, latent=w.latent)
         # positions that are checked together share the keys of a KV head, as its query heads do
-        calls = replace(calls, heads=calls.heads * np.maximum(calls.q_len, 1.0), q_len=np.ones_like(calls.q_len))
+        calls = replace(
+            calls, heads=calls.heads * np.maximum(calls.q_len, 1.0), q_len=np.ones_like(calls.q_len)
+        )
         yield slice(None), decode(calls, hw, formats.dtype, formats.second)

@@ -33,7 +33,9 @@ AIC = "aiconfigurator-core 0.12.0"
 BOTTLENECKS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
 """Parts of an operator's time, of which the largest is its bottleneck; arrays hold the index."""
 
-ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True)))
+ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(
+    dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True))
+)
 """Bytes of one element by number format."""
 
 
@@ -67,12 +69,15 @@ class Link:
     max_devices: int
     connection: str = ""  # one of CONNECTIONS; "": the usual one of the kind
     beyond: Link | None = None  # connects more devices than max_devices
-    group: int = 1  # neighbours in a ring that share one port of this link, because another link joins them
+    # neighbours in a ring that share one port of this link, because another link joins them
+    group: int = 1
     stated: bool = False  # the user named the connection
 
     def __post_init__(self) -> None:
         if not self.connection:
-            usual = {"nvlink": "nvswitch", "xgmi": "xgmi"}.get(self.kind.rstrip("0123456789").lower(), "pcie")
+            usual = {"nvlink": "nvswitch", "xgmi": "xgmi"}.get(
+                self.kind.rstrip("0123456789").lower(), "pcie"
+            )
             object.__setattr__(self, "connection", usual)
 
     @property
@@ -85,7 +90,11 @@ class Link:
         """Kind of link whose default constants of collectives apply."""
         if self.connection == "pcie-host":
             return "pcie_host"
-        return self.kind if self.kind in ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5") else self.family
+        return (
+            self.kind
+            if self.kind in ("pcie3", "pcie4", "nvlink3", "nvlink4", "nvlink5")
+            else self.family
+        )
 
     @property
     def most_devices(self) -> int:
@@ -99,7 +108,9 @@ class Link:
     @property
     def name(self) -> str:
         """Name that is unambiguous on every GPU: with the generation of PCIe."""
-        return self.connection.replace("pcie", self.kind) if self.family == "pcie" else self.connection
+        return (
+            self.connection.replace("pcie", self.kind) if self.family == "pcie" else self.connection
+        )
 
     @property
     def text(self) -> str:
@@ -177,12 +188,15 @@ class Machine:
     sm_count: int
     headroom: float  # highest clock over boost clock
     element_bytes: float  # bytes of an activation
-    weight_bytes: float  # bytes of a stored weight with its indices; in attention, of a cached element
+    # bytes of a stored weight with its indices; in attention, of a cached element
+    weight_bytes: float
     persistent: bool  # thread blocks stay on their SM and compute several tiles
-    packs: bool = False  # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
+    # a CPU: no tiles and waves, weights rearranged from `pack_m` rows on, nothing overlaps
+    packs: bool = False
     least_rows: float = 1.0  # rows of the smallest tile that is used
     ragged: bool = False  # skipped tiles end at once, so SMs do not run in waves
-    serial: bool = False  # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
+    # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
+    serial: bool = False
 
     @classmethod
     def of(cls, hw: Device, label: str = "bf16") -> Machine:
@@ -233,13 +247,16 @@ class Estimate:
     coordinates: Array  # (n, 3) log2 of sizes, octaves; errors at close coordinates are similar
     position: tuple[Any, ...] = ()  # the same sizes as axes of the residual grid
     section: FittedValues | None = None  # section of the profile that was used
-    noise: Mapping[str, Any] = field(default_factory=dict)  # further shares of the time that add independent error
+    # further shares of the time that add independent error
+    noise: Mapping[str, Any] = field(default_factory=dict)
     outside: Any = None  # octaves outside the sizes that the fit saw
-    unlike: Any = None  # share of the time in a kernel that may differ entirely from the fitted kernel
+    # share of the time in a kernel that may differ entirely from the fitted kernel
+    unlike: Any = None
     active: Any = None  # 0 where nothing runs: such a time has no error
     measured: MeasuredOperators | None = None
     unit_s: float = 1.0
-    details: Mapping[str, Array] = field(default_factory=dict)  # choices of the model, seconds and counts
+    # choices of the model, seconds and counts
+    details: Mapping[str, Array] = field(default_factory=dict)
 
     def with_residual(self, log_factor: Any, section: FittedValues) -> Estimate:
         """Return the estimate with the residual of a section; ``log_factor`` is None for a section without residual."""
@@ -286,7 +303,9 @@ class Calls(Sizes, ABC):
 
 def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
     """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over the axes."""
-    return np.asarray((np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1))
+    return np.asarray(
+        (np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1)
+    )
 
 
 def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
@@ -336,7 +355,9 @@ class ResidualGrid:
         offsets = [0]
         for stride in reversed(strides):
             offsets += [stride + offset for offset in offsets]
-        padded = np.concatenate([np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)])
+        padded = np.concatenate(
+            [np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)]
+        )
         corners = np.stack([padded[offset : offset + self.values.size] for offset in offsets])
         return corners, np.array(strides, dtype=np.int32)[:, None]
 
@@ -359,8 +380,11 @@ class ResidualGrid:
         """Return the values at points; ``coordinates`` has an array per axis."""
         cells, inside = self.cells(coordinates)
         corners, strides = self._corners
-        found = corners.take(np.add.reduce(cells * strides, axis=0, dtype=np.int32), axis=1, mode="clip")
-        for position in inside:  # one coordinate after the other, between the near and the far side of the cell
+        found = corners.take(
+            np.add.reduce(cells * strides, axis=0, dtype=np.int32), axis=1, mode="clip"
+        )
+        # one coordinate after the other, between the near and the far side of the cell
+        for position in inside:
             half = len(found) // 2
             low, high = found[:half], found[half:]
             high -= low
@@ -382,7 +406,10 @@ class RowResidual:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> RowResidual | None:
         if "row_m" not in arrays:
             return None
-        return cls(np.asarray(arrays["row_m"], dtype=np.float64), np.asarray(arrays["row_values"], dtype=np.float64))
+        return cls(
+            np.asarray(arrays["row_m"], dtype=np.float64),
+            np.asarray(arrays["row_values"], dtype=np.float64),
+        )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {"row_m": self.m, "row_values": self.values}
@@ -406,7 +433,9 @@ class Constant:
         return self.defaults.get(architecture, self.defaults["*"])
 
 
-def unfitted(section: FittedValues, constants: Mapping[str, Constant], architecture: str) -> tuple[str, ...]:
+def unfitted(
+    section: FittedValues, constants: Mapping[str, Constant], architecture: str
+) -> tuple[str, ...]:
     """Return the error factors of a section of defaults: "generic" too if no GPU of its architecture was fitted."""
     if section.status != "default":
         return ()
@@ -414,12 +443,23 @@ def unfitted(section: FittedValues, constants: Mapping[str, Constant], architect
     return ("default",) if known else ("default", "generic")
 
 
-def row(unit: str, low: float, high: float, source: str, meaning: str, *, other: float, **defaults: float) -> Constant:
+def row(
+    unit: str,
+    low: float,
+    high: float,
+    source: str,
+    meaning: str,
+    *,
+    other: float,
+    **defaults: float,
+) -> Constant:
     """Return a constant with defaults by architecture; ``other`` is the default of all other architectures."""
     return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
 
 
-def joined(unit: str, low: float, high: float, source: str, meaning: str, **defaults: float) -> Constant:
+def joined(
+    unit: str, low: float, high: float, source: str, meaning: str, **defaults: float
+) -> Constant:
     """Return a constant with defaults by kind of link; the default of PCIe applies to each kind of PCIe."""
     kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
     return row(unit, low, high, source, meaning, **{**kinds, **defaults})
@@ -454,9 +494,12 @@ class ErrorSize:
 
     correlated: float  # standard deviation that no error factor explains
     independent: float  # least standard deviation
-    by_share: Mapping[str, float] = field(default_factory=dict)  # share of the time -> added standard deviation
-    scales: Mapping[float, float] = field(default_factory=dict)  # scale of a profile -> scale of this operator
-    engine_scale: float = 1.0  # factor on correlated and independent errors, if the engine's own kernels were fitted
+    # share of the time -> added standard deviation
+    by_share: Mapping[str, float] = field(default_factory=dict)
+    # scale of a profile -> scale of this operator
+    scales: Mapping[float, float] = field(default_factory=dict)
+    # factor on correlated and independent errors, if the engine's own kernels were fitted
+    engine_scale: float = 1.0
     # error factor (a loading of the estimate) -> prior standard deviation of the part that it changes
     factors: Mapping[str, float] = field(default_factory=dict)
 

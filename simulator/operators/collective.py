@@ -105,7 +105,9 @@ class Messages(Calls):
         share = others / self.devices  # share of the payload that a device must receive
         one = np.ones_like(others)
         wire = np.choose(self.code, [2.0 * share, share, share, share, one]) * self.payload
-        hops = np.choose(self.code, [2.0 * others, others, others, 1.0 + np.log2(self.devices), one])
+        hops = np.choose(
+            self.code, [2.0 * others, others, others, 1.0 + np.log2(self.devices), one]
+        )
         # devices behind one PCIe switch share its uplink
         rate = self.bandwidth_bytes_per_s / (0.5 * self.ports) ** c["sharing"]
         moved = wire / (c["e_link"] * rate)
@@ -114,10 +116,19 @@ class Messages(Calls):
         own_launch = c["own_t0_s"] + c["own_hop_s"] * others
         one_shot, two_shot = others * self.payload / own_rate, wire / own_rate
         once = one_shot < two_shot + c["own_step_s"]
-        own_moved, own_step = np.where(once, one_shot, two_shot), np.where(once, 0.0, c["own_step_s"])
-        own = (self.code == 0) & (self.devices <= c["own_devices"]) & (self.payload <= c["own_bytes"])
+        own_moved, own_step = (
+            np.where(once, one_shot, two_shot),
+            np.where(once, 0.0, c["own_step_s"]),
+        )
+        own = (
+            (self.code == 0) & (self.devices <= c["own_devices"]) & (self.payload <= c["own_bytes"])
+        )
         own &= own_launch + own_moved + own_step < launch + moved + step
-        return np.where(own, own_launch, launch), np.where(own, own_moved, moved), np.where(own, own_step, step)
+        return (
+            np.where(own, own_launch, launch),
+            np.where(own, own_moved, moved),
+            np.where(own, own_step, step),
+        )
 
     @property
     def ports(self) -> FloatArray:
@@ -138,13 +149,21 @@ class Messages(Calls):
         launch, link, step = self.parts(c)
         total = launch + link + step
         loadings = {"launch": launch / total, "link": link / total, "step": step / total}
-        position = self.code.astype(np.float64), np.log2(self.devices), np.log2(np.maximum(self.payload, 1.0))
+        position = (
+            self.code.astype(np.float64),
+            np.log2(self.devices),
+            np.log2(np.maximum(self.payload, 1.0)),
+        )
         kind, devices, size = position
         if self.link.family == "pcie":
             loadings["pcie"] = loadings["link"] + 0.5 * loadings["step"]
             loadings["topology"] = np.log2(0.5 * self.ports) * loadings["pcie"]
             loadings["unstated"] = float(not self.link.stated) * (1.0 - 0.5 * loadings["link"])
-        roofline = least_wire(self.code, self.devices, self.link) * self.payload / self.bandwidth_bytes_per_s
+        roofline = (
+            least_wire(self.code, self.devices, self.link)
+            * self.payload
+            / self.bandwidth_bytes_per_s
+        )
         roofline = np.where(self.active, roofline, 0.0)
         return Estimate(
             operator="collective",
@@ -153,8 +172,12 @@ class Messages(Calls):
             floor=roofline,
             roofline=roofline,
             bottleneck=np.where(link > 0.5 * total, _LINK, _LAUNCH).astype(np.int8),
-            loadings={name: np.where(self.active, loading, 0.0) for name, loading in loadings.items()},
-            coordinates=np.stack([size.ravel(), 2.0 * devices.ravel(), APART * kind.ravel()], axis=1),
+            loadings={
+                name: np.where(self.active, loading, 0.0) for name, loading in loadings.items()
+            },
+            coordinates=np.stack(
+                [size.ravel(), 2.0 * devices.ravel(), APART * kind.ravel()], axis=1
+            ),
             position=position,
             active=np.where(self.active, 1.0, 0.0),
         )
@@ -164,7 +187,9 @@ def least_wire(code: NDArray[Any], devices: FloatArray, link: Link) -> FloatArra
     """Return the least number of payloads over a device's link. Switches of NVLink 4 and later compute sums, so an
     all-reduce sends and receives each payload once."""
     share = 1.0 - 1.0 / devices
-    adds = link.connection == "nvswitch" and not link.kind.lower().startswith(("nvlink1", "nvlink2", "nvlink3"))
+    adds = link.connection == "nvswitch" and not link.kind.lower().startswith(
+        ("nvlink1", "nvlink2", "nvlink3")
+    )
     reduce = np.ones_like(share) if adds else 2.0 * share
     return np.where(code == 0, reduce, np.where(code == COLLECTIVES.index("send"), 1.0, share))
 
@@ -181,13 +206,20 @@ def _ready(hw: Device) -> tuple[FittedValues, dict[str, float], ResidualGrid | N
 def _either(first: NDArray[Any], one: Estimate, other: Estimate) -> Estimate:
     """Return estimate ``one`` where ``first`` is true, else the other."""
     names = dict.fromkeys((*one.loadings, *other.loadings))
-    parts = {n: (getattr(one, n), getattr(other, n)) for n in ("time", "floor", "roofline", "bottleneck")}
+    parts = {
+        n: (getattr(one, n), getattr(other, n)) for n in ("time", "floor", "roofline", "bottleneck")
+    }
     chosen = {name: np.where(first, *both) for name, both in parts.items()}
-    loadings = {name: np.where(first, one.loadings.get(name, 0.0), other.loadings.get(name, 0.0)) for name in names}
+    loadings = {
+        name: np.where(first, one.loadings.get(name, 0.0), other.loadings.get(name, 0.0))
+        for name in names
+    }
     return replace(one, **chosen, loadings=loadings)
 
 
-def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all_reduce") -> Estimate:
+def collective(
+    payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all_reduce"
+) -> Estimate:
     """Return the cost of a collective of :data:`COLLECTIVES` among ``devices`` (1: 0 s).
 
     The payload is the input of each device (all_reduce, reduce_scatter, all_to_all), the output of each device
@@ -200,10 +232,14 @@ def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all
     link, most = hw.link, int(count.max(initial=1.0))
     if link is None:
         if most > 1:
-            raise InputError(f"{hw.name} has no link to other devices; expected 1 device, got {most}")
+            raise InputError(
+                f"{hw.name} has no link to other devices; expected 1 device, got {most}"
+            )
         link = Link("none", 1.0, 0.0, 1)  # unused: one device sends nothing
     elif most > link.most_devices:
-        raise InputError(f"{hw.name}: its {link.kind} connects {link.most_devices} devices, got {most}")
+        raise InputError(
+            f"{hw.name}: its {link.kind} connects {link.most_devices} devices, got {most}"
+        )
     near = _over(link, hw, payload, count, COLLECTIVES.index(kind))
     if link.beyond is None or most <= link.max_devices:
         return near
@@ -214,7 +250,9 @@ def collective(payload_bytes: Any, devices: Any, hw: Device, *, kind: str = "all
 def _over(link: Link, hw: Device, payload: FloatArray, count: FloatArray, code: int) -> Estimate:
     section, constants, residual = _ready(hw)
     link = replace(link, stated=link.stated or hw.own_link)
-    e = Messages(np.full(payload.shape, code), payload, np.maximum(count, 2.0), link, count > 1).estimate(constants)
+    e = Messages(
+        np.full(payload.shape, code), payload, np.maximum(count, 2.0), link, count > 1
+    ).estimate(constants)
     if section.status == "default" and link.connection in UNFITTED:
         e = replace(e, loadings={**e.loadings, "default": np.asarray(count > 1, dtype=np.float64)})
     return e.with_residual(None if residual is None else residual(e.position), section)

@@ -79,7 +79,9 @@ class DeltaSizes(NamedTuple):
     conv: Any = 4  # positions of the causal convolution; 0: none
 
 
-def delta_net(sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32") -> Estimate:
+def delta_net(
+    sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32"
+) -> Estimate:
     """Return the cost of gated delta nets: arithmetic and bytes overlap in part; the chain of chunks and the fixed time
     are added."""
     machine, section, c = _ready(hw, dtype, state_dtype)
@@ -153,7 +155,8 @@ class DeltaNet(Operator):
     def bytes(self, w: Rows) -> Any:
         """Features of each token, and states: a step writes them, a decode step also reads them."""
         features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
-        computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)  # a dynamic method may skip sequences
+        # a dynamic method may skip sequences
+        computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)
         states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
         return DTYPE_BYTES[w.dtype] * w.m * features + states
 

@@ -53,7 +53,9 @@ def _elementwise() -> dict[str, Constant]:
     shares = (0.75, 0.75, 0.65, 0.85, 0.75, 0.70, 0.36, 0.75)
     rates = {}
     for name, floor_s, share in zip(CLASSES, floors_s, shares):
-        rates[f"t0_{name}_s"] = row("s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s)
+        rates[f"t0_{name}_s"] = row(
+            "s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s
+        )
         meaning = f"share of the DRAM bandwidth that a large {name} operator achieves"
         rates[f"e_{name}"] = row("1", 0.001, 1.0, _STUDY, meaning, other=share)
         meaning = f"rate of a {name} operator with data in L2 over its DRAM rate"
@@ -87,11 +89,15 @@ _ROLES = {
     "quantize": "quantize quantize_heads quantize_inner",
 }
 # a role without a class counts as a copy
-_CODE = {role: CLASSES.index("copy") for role in ROLES} | {name: i for i, name in enumerate(CLASSES)}
+_CODE = {role: CLASSES.index("copy") for role in ROLES} | {
+    name: i for i, name in enumerate(CLASSES)
+}
 _CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
 _CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
 
-_PER_CLASS = [[pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_s", "e_{}", "l2_{}")]
+_PER_CLASS = [
+    [pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_s", "e_{}", "l2_{}")
+]
 """Names of the constants that each class has."""
 
 APART = 8.0
@@ -113,13 +119,20 @@ class Moves(Calls):
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost. L2 holds 1 / (1 + ratio^4) of the bytes; the data do not distinguish powers from 3 to 6."""
-        floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[:, self.code]
+        floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[
+            :, self.code
+        ]
         ratio = self.bytes_ / (c["l2_share"] * self.l2_bytes)
         ratio = ratio * ratio
         hit = (1.0 - np.asarray(self.added, dtype=np.float64)) / (1.0 + ratio * ratio)
         memory = self.bytes_ / (share * self.bandwidth) * (1.0 - hit + hit / gain)
         moved = memory * memory / (floor * floor + memory * memory)
-        loadings = {"launch": 1.0 - moved, "memory": moved, "l2": moved * hit, "default": float(not self.fitted)}
+        loadings = {
+            "launch": 1.0 - moved,
+            "memory": moved,
+            "l2": moved * hit,
+            "default": float(not self.fitted),
+        }
         if np.count_nonzero(self.added):
             loadings["added"] = np.broadcast_to(self.added, moved.shape) * 1.0
         octaves = np.log2(np.maximum(self.bytes_, 1.0))
@@ -129,9 +142,13 @@ class Moves(Calls):
             time=np.sqrt(floor * floor + memory * memory),
             floor=0.0,  # the data may be in L2
             roofline=self.bytes_ / self.bandwidth,
-            bottleneck=np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(np.int8),
+            bottleneck=np.where(memory < floor, _LAUNCH, np.where(hit > 0.5, _L2, _MEMORY)).astype(
+                np.int8
+            ),
             loadings=loadings,
-            coordinates=np.array([octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)]).T,
+            coordinates=np.array(
+                [octaves.ravel(), APART * self.code.ravel(), np.zeros(moved.size)]
+            ).T,
             position=(self.code, octaves),
         )
 
@@ -161,11 +178,21 @@ def class_code(role: Any) -> IndexArray:
 @lru_cache(maxsize=128)
 def _ready(hw: Device, dtype: str) -> tuple[FittedValues, dict[str, float], ResidualGrid | None]:
     section = hw.section("elementwise", dtype)
-    return section, {name: section[name] for name in ELEMENTWISE_CONSTANTS}, class_residual(section.arrays)
+    return (
+        section,
+        {name: section[name] for name in ELEMENTWISE_CONSTANTS},
+        class_residual(section.arrays),
+    )
 
 
 def elementwise(
-    read_bytes: Any, write_bytes: Any, hw: Device, *, role: Any = "copy", added: Any = False, dtype: str = "bf16"
+    read_bytes: Any,
+    write_bytes: Any,
+    hw: Device,
+    *,
+    role: Any = "copy",
+    added: Any = False,
+    dtype: str = "bf16",
 ) -> Estimate:
     """Return the cost of elementwise operators from the bytes that one execution reads and writes. A time may lie below
     the roofline if the data are in L2. Operators that pruning ``added`` run at DRAM speed: gathers and scatters on an
@@ -173,10 +200,13 @@ def elementwise(
     because implementations differ."""
     section, constants, residual = _ready(hw, dtype)
     given = [np.asarray(a) for a in (read_bytes, write_bytes, class_code(role), added)]
-    same = len({a.shape for a in given}) == 1  # a broadcast takes longer than timing a few operators
+    # a broadcast takes longer than timing a few operators
+    same = len({a.shape for a in given}) == 1
     read, written, code, added = given if same else np.broadcast_arrays(*given)
     moved, fitted = np.asarray(read + written, dtype=np.float64), section.status != "default"
-    calls = Moves(moved, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted)
+    calls = Moves(
+        moved, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted
+    )
     e = calls.estimate(constants)
     return e.with_residual(None if residual is None else residual(e.position), section)
 
@@ -198,7 +228,10 @@ class Elementwise(Operator):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         moved = w.read_bytes, w.write_bytes
-        yield slice(None), elementwise(*moved, hw, role=w.role, added=w.overhead, dtype=formats.dtype)
+        yield (
+            slice(None),
+            elementwise(*moved, hw, role=w.role, added=w.overhead, dtype=formats.dtype),
+        )
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> Estimate:
         return elementwise(0.0, 0.0, hw, role=w.role, dtype=formats.dtype)

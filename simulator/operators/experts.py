@@ -94,7 +94,9 @@ def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
     """Return the probability (quantiles, ...) that a token uses an expert, from the least busy to the busiest expert. A
     token uses ``active`` experts on average, each at most once. The log of the load is linear in the rank; the busiest
     expert has :data:`EXPERT_RANGE` to the power ``skew`` times the load of the least busy."""
-    share, skew = np.broadcast_arrays(np.minimum(np.divide(active, experts), 1.0), np.asarray(skew, dtype=np.float64))
+    share, skew = np.broadcast_arrays(
+        np.minimum(np.divide(active, experts), 1.0), np.asarray(skew, dtype=np.float64)
+    )
     if not skew.any():
         return np.asarray(share[None])
     rank = (np.arange(EXPERT_QUANTILES) + 0.5) / EXPERT_QUANTILES - 0.5
@@ -107,7 +109,9 @@ def experts_chance(experts: Any, active: Any, skew: Any = 0.0) -> Array:
 def experts_touched(m: Any, experts: Any, active: Any, skew: Any = 0.0) -> Array:
     """Return the expected number of ``experts`` that at least one of ``m`` independent tokens uses; ``active`` and
     ``skew`` are those of :func:`experts_chance`."""
-    m, experts, active, skew = np.broadcast_arrays(np.asarray(m, dtype=np.float64), experts, active, skew)
+    m, experts, active, skew = np.broadcast_arrays(
+        np.asarray(m, dtype=np.float64), experts, active, skew
+    )
     idle = (1.0 - experts_chance(experts, active, skew)) ** m
     return np.asarray(experts * (1.0 - idle.mean(axis=0)))
 
@@ -144,35 +148,54 @@ class Load(NamedTuple):
     rows: FloatArray  # tokens of all experts together
 
 
-def drawn_load(m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any, devices: Any = 1.0) -> Load:
+def drawn_load(
+    m: FloatArray, experts: FloatArray, active: FloatArray, skew: Any, devices: Any = 1.0
+) -> Load:
     """Return the load of tokens that choose independently, as in a model: the tokens of an expert nearly follow a
     Poisson distribution. If ``devices`` share the experts, it is the load of the device with the highest load."""
     chance = experts_chance(experts, active, skew)
     some, mean = 1.0 - (1.0 - chance) ** m, m * chance
     # the last of several tiles is half empty on average; small loads fit one tile
     tiles = (
-        np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(axis=0)
+        np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(
+            axis=0
+        )
         for rows in TILES
     )
     load = Load(experts * some.mean(axis=0), tuple(experts * t for t in tiles), m * active)
-    return _highest(load, chance, m, experts, active, devices) if np.any(np.greater(devices, 1.0)) else load
+    return (
+        _highest(load, chance, m, experts, active, devices)
+        if np.any(np.greater(devices, 1.0))
+        else load
+    )
 
 
 def _highest(
-    load: Load, chance: FloatArray, m: FloatArray, experts: FloatArray, active: FloatArray, devices: Any
+    load: Load,
+    chance: FloatArray,
+    m: FloatArray,
+    experts: FloatArray,
+    active: FloatArray,
+    devices: Any,
 ) -> Load:
     """Return the highest load of ``devices`` from the mean ``load``. Experts in use and tokens are nearly normal over
     devices, and the highest of d normal numbers is near the quantile (d - 3/8) / (d + 1/4) (G. Blom, "Statistical
     estimates and transformed beta-variables", 1958)."""
     known, which = np.unique(devices, return_inverse=True)
     quantiles = np.array([_NORMAL.inv_cdf((d - 0.375) / (d + 0.25)) for d in known])
-    deviations = quantiles[which].reshape(np.shape(devices)) * np.sqrt(experts * (1.0 - 1.0 / np.asarray(devices)))
+    deviations = quantiles[which].reshape(np.shape(devices)) * np.sqrt(
+        experts * (1.0 - 1.0 / np.asarray(devices))
+    )
     some, mean, most = load.touched / experts, m * chance, np.minimum(active * devices, experts)
-    touched = np.minimum(load.touched + deviations * np.sqrt(some * (1.0 - some)), np.minimum(experts, m * most))
+    touched = np.minimum(
+        load.touched + deviations * np.sqrt(some * (1.0 - some)), np.minimum(experts, m * most)
+    )
     spread = np.sqrt((mean * (1.0 - chance)).mean(axis=0) + mean.var(axis=0))
     rows = np.minimum(load.rows + deviations * spread, m * most)
     more = rows / np.maximum(load.rows, 1e-30)
-    return Load(touched, tuple(touched + (tiles - load.touched) * more for tiles in load.tiles), rows)
+    return Load(
+        touched, tuple(touched + (tiles - load.touched) * more for tiles in load.tiles), rows
+    )
 
 
 def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: Any) -> Load:
@@ -191,11 +214,15 @@ def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: An
         counts = np.minimum(np.rint(load * (even / load.mean(axis=0))), m)
         idle = (counts < 1.0).mean(axis=0)
         over = np.clip(even - counts.mean(axis=0), 0.0, idle) / np.maximum(idle, 1e-9)
-        counts = np.select([power > 0, power < 0], [np.where(counts < 1.0, over, counts), share], even)
+        counts = np.select(
+            [power > 0, power < 0], [np.where(counts < 1.0, over, counts), share], even
+        )
     else:
         counts = even[None]
     tiles = (np.where(counts < 1.0, counts, np.ceil(counts / rows)).mean(axis=0) for rows in TILES)
-    return Load(experts * np.minimum(counts, 1.0).mean(axis=0), tuple(experts * t for t in tiles), choices)
+    return Load(
+        experts * np.minimum(counts, 1.0).mean(axis=0), tuple(experts * t for t in tiles), choices
+    )
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,9 @@ class Layers(Calls):
     @cached_property
     def products(self) -> tuple[Any, Any]:
         """Whether times include the product of gate and up, and that of down."""
-        return np.not_equal(self.part, PARTS.index("down")), np.not_equal(self.part, PARTS.index("gate_up"))
+        return np.not_equal(self.part, PARTS.index("down")), np.not_equal(
+            self.part, PARTS.index("gate_up")
+        )
 
     @cached_property
     def whole(self) -> Any:
@@ -258,13 +287,22 @@ class Layers(Calls):
         # 16-bit: permuted tokens, products of gate and up, their activation, and sums of the results
         moved = 2.0 * whole * (load.rows * (2.0 * k + 3.0 * n) + 2.0 * m * k)
         io = moved / (c["e_io"] * machine.bandwidth_bytes_per_s)
-        launch = whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
-        computed = np.choose(chosen, [tiles * rows for tiles, rows in zip(load.tiles, TILES, strict=True)])
+        launch = (
+            whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
+        )
+        computed = np.choose(
+            chosen, [tiles * rows for tiles, rows in zip(load.tiles, TILES, strict=True)]
+        )
         padding = np.log(np.maximum(computed / np.maximum(load.rows, 1e-30), 1.0))
         return self._estimate(launch, io, compute, memory, padding)
 
     def _estimate(
-        self, launch: FloatArray, io: FloatArray, compute: FloatArray, memory: FloatArray, padding: FloatArray
+        self,
+        launch: FloatArray,
+        io: FloatArray,
+        compute: FloatArray,
+        memory: FloatArray,
+        padding: FloatArray,
     ) -> Estimate:
         """Return the cost from its parts, s: arithmetic and weights overlap in part, the others are added."""
         m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
@@ -272,7 +310,11 @@ class Layers(Calls):
         total = np.asarray(launch + io + work)
         rest = 1.0 / (np.maximum(work, 1e-30) * total)
         computing = compute**2 * rest
-        loadings: dict[str, Any] = {"launch": launch / total, "compute": computing, "memory": memory**2 * rest}
+        loadings: dict[str, Any] = {
+            "launch": launch / total,
+            "compute": computing,
+            "memory": memory**2 * rest,
+        }
         loadings |= {"io": io / total, "padding": computing * np.minimum(padding, 1.0)}
         loadings |= dict.fromkeys(self.unfitted, 1.0)
         if (self.skew > 0.0).any():
@@ -281,10 +323,14 @@ class Layers(Calls):
             more = load.rows / np.maximum(m * self.active, 1e-30)
             loadings["balance"] = work / total * np.log(np.maximum(more, 1.0))
         if (n % ALIGNED).any():
-            loadings["alignment"] = np.where(n % ALIGNED, loadings["compute"] + loadings["memory"], 0.0)
+            loadings["alignment"] = np.where(
+                n % ALIGNED, loadings["compute"] + loadings["memory"], 0.0
+            )
         compute_s = 2.0 * self.elements * load.rows / machine.peak_flop_per_s
         streams = 2.0 * m * k * machine.element_bytes * self.whole
-        bytes_s = (self.elements * load.touched * machine.weight_bytes + streams) / machine.bandwidth_bytes_per_s
+        bytes_s = (
+            self.elements * load.touched * machine.weight_bytes + streams
+        ) / machine.bandwidth_bytes_per_s
         position = np.log2(m * self.active / self.experts), np.log2(n), np.log2(self.experts)
         octaves = [scale * np.ravel(x) for scale, x in zip(OCTAVES, position, strict=True)]
         parts = {"compute": compute, "memory": np.maximum(memory, io), "launch": launch}
@@ -317,8 +363,13 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
     if section.status == "default" and weight != dtype:  # use fitted kernels of the dense format
         section = hw.section("experts", dtype)
         factors = () if section.status == "default" else ("quantised",)
-    scaled = weight in SCALED and section.status != "default"  # defaults are the middle of all stacks
-    factors = (*factors, *(["scaled"] if scaled else []), *unfitted(section, EXPERTS_CONSTANTS, hw.architecture))
+    # defaults are the middle of all stacks
+    scaled = weight in SCALED and section.status != "default"
+    factors = (
+        *factors,
+        *(["scaled"] if scaled else []),
+        *unfitted(section, EXPERTS_CONSTANTS, hw.architecture),
+    )
     constants = {name: section[name] for name in EXPERTS_CONSTANTS}
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
@@ -331,8 +382,10 @@ class ExpertSizes(NamedTuple):
     k: Any  # hidden size
     experts: Any  # experts of the device
     active: Any  # experts per token on average; fractional if devices share the experts
-    skew: Any = 0.0  # imbalance of loads (:func:`experts_chance`; 0: uniform), or the power of :func:`dealt_load`
-    devices: Any = 1  # devices that share the experts; the time is that of the device with the highest load
+    # imbalance of loads (:func:`experts_chance`; 0: uniform), or the power of :func:`dealt_load`
+    skew: Any = 0.0
+    # devices that share the experts; the time is that of the device with the highest load
+    devices: Any = 1
 
 
 def experts(
@@ -349,7 +402,9 @@ def experts(
     given = (np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(*sizes))
     m, n, k, number, active, skew, devices = given
     r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
-    layers = Layers(r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted)
+    layers = Layers(
+        r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted
+    )
     e = layers.estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
 
@@ -382,7 +437,13 @@ class Experts(Operator):
 
     def weight_bytes(self, w: Rows) -> Any:
         """Weights of experts in use."""
-        return 3.0 * w.n * w.k * DTYPE_BYTES[w.weight_dtype] * experts_touched(w.m, w.experts, w.active, w.skew)
+        return (
+            3.0
+            * w.n
+            * w.k
+            * DTYPE_BYTES[w.weight_dtype]
+            * experts_touched(w.m, w.experts, w.active, w.skew)
+        )
 
     def inner_elements(self, w: Rows) -> Any:
         """Gathered tokens, their gate and up."""

@@ -165,7 +165,9 @@ def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None
     if "exact_m" not in arrays:
         return None
     check_exact(arrays)
-    m, n, k, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
+    m, n, k, seconds, log_half = (
+        np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES
+    )
     if not len(m):
         return None
     key, first = np.unique(pack(m, n, k), return_index=True)
@@ -188,8 +190,13 @@ def check_exact(arrays: Mapping[str, NDArray[Any]]) -> None:
     if seconds.ndim != 1 or any(a.shape != seconds.shape for a in (*shape, log_half)):
         found = [np.shape(arrays[name]) for name in EXACT_NAMES]
         raise ValueError(f"exact shapes: expected arrays of one length, got {found}")
-    if not all(((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all() for a, bits in zip(shape, EXACT_BITS)):
-        raise ValueError("exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21")
+    if not all(
+        ((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all()
+        for a, bits in zip(shape, EXACT_BITS)
+    ):
+        raise ValueError(
+            "exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21"
+        )
     if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
         raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
 
@@ -248,7 +255,9 @@ def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
     for name in given.ravel().tolist():
         if name not in KERNELS:
             raise unknown("kernel", str(name), KERNELS)
-    return np.array([KERNELS.index(name) for name in given.ravel().tolist()], dtype=np.int8).reshape(given.shape)
+    return np.array(
+        [KERNELS.index(name) for name in given.ravel().tolist()], dtype=np.int8
+    ).reshape(given.shape)
 
 
 def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
@@ -258,7 +267,9 @@ def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
         return n
     codes, rows, density = together(kernel=codes, n=n, density=density)
     value = ELEMENT_BYTES[path.weight_dtype or path.dtype]
-    return np.where(codes == _SPMV, np.ceil(rows * spmv_bytes(density, value) / (8.0 * value)) * 8.0, rows)
+    return np.where(
+        codes == _SPMV, np.ceil(rows * spmv_bytes(density, value) / (8.0 * value)) * 8.0, rows
+    )
 
 
 def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
@@ -298,7 +309,13 @@ def spmv_bytes(density: Any, value_bytes: Any) -> Array:
 
 
 CLOCKED: Mapping[str, float] = MappingProxyType(
-    {"ampere": 0.78e12, "ada": 1.03e12, "hopper": 1.41e12, "blackwell": 0.78e12, "blackwell_sm100": 2.25e12}
+    {
+        "ampere": 0.78e12,
+        "ada": 1.03e12,
+        "hopper": 1.41e12,
+        "blackwell": 0.78e12,
+        "blackwell_sm100": 2.25e12,
+    }
 )
 """FLOP per joule (16-bit datasheet rate over power limit) of the GPUs from which the defaults of ``e_tc`` come: A100,
 L40S, H100, RTX PRO 6000, B200 (SXM). GPUs with fewer keep a higher clock (:func:`clocked`)."""
@@ -344,15 +361,23 @@ class GemmKernel(NamedTuple):
     pad_m: float
     group: float  # features, of GROUPS; 0 where no groups are skipped
     unfitted: tuple[str, ...]  # error factors of kernels without a fit
-    dense: GemmKernel | None = None  # for weight-only formats: the dense kernel that computes the same product
-    assumed: tuple[str, ...] = ()  # parts of a 2:4 kernel's time that no table of this architecture covers
+    # for weight-only formats: the dense kernel that computes the same product
+    dense: GemmKernel | None = None
+    # parts of a 2:4 kernel's time that no table of this architecture covers
+    assumed: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=128)
-def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True) -> GemmKernel:
+def gemm_kernel(
+    hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True
+) -> GemmKernel:
     """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown."""
     rate, weight = hw.rate(dtype), weight_dtype or dtype
-    element, weight_bytes, peak = ELEMENT_BYTES[dtype], element_bytes(weight, "weight dtype"), rate.flop_per_s
+    element, weight_bytes, peak = (
+        ELEMENT_BYTES[dtype],
+        element_bytes(weight, "weight dtype"),
+        rate.flop_per_s,
+    )
     label = label_of(dtype, weight)
     own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
     section = hw.section("gemm", label if own else dtype)
@@ -379,7 +404,8 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
             load_scale /= c["sparse_load"]
             if searched and hw.architecture not in FEW_TOKENS_SEARCHED:
                 assumed = (*assumed, "searched")
-        else:  # like the dense weight-only kernel (Sparse-Marlin): a step waits for the bytes of its weights
+        # like the dense weight-only kernel (Sparse-Marlin): a step waits for the bytes of its weights
+        else:
             assumed = tuple(part for part in assumed if part == "compute")
             c["tau"] *= weight_bytes / ELEMENT_BYTES[weight]
         c["b_l2"] *= 2.0 * ELEMENT_BYTES[weight] / (ELEMENT_BYTES[weight] + weight_bytes)
@@ -419,7 +445,9 @@ def gemm_kernel(hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel
         pad_m=pad_m,
         group=GROUPS.get(kernel, 0.0),
         unfitted=tuple(factors),
-        dense=gemm_kernel(hw, dtype, None, kernel) if weight_only and kernel == Kernel.DENSE else None,
+        dense=gemm_kernel(hw, dtype, None, kernel)
+        if weight_only and kernel == Kernel.DENSE
+        else None,
         assumed=assumed,
     )
 
@@ -431,10 +459,14 @@ def clocked(e_tc: float, hw: Device) -> float:
     rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
     if hw.architecture not in CLOCKED or not rates:
         return e_tc
-    return min(e_tc * math.sqrt(CLOCKED[hw.architecture] * hw.power_w / rates[0]), max(e_tc, UNLIMITED))
+    return min(
+        e_tc * math.sqrt(CLOCKED[hw.architecture] * hw.power_w / rates[0]), max(e_tc, UNLIMITED)
+    )
 
 
-def sparse24_constants(section: FittedValues, architecture: str) -> tuple[dict[str, float], tuple[str, ...]]:
+def sparse24_constants(
+    section: FittedValues, architecture: str
+) -> tuple[dict[str, float], tuple[str, ...]]:
     """Return the constants of 2:4 kernels, and the parts of the time that no table of the architecture covers. Defaults
     are those of the device's architecture, which may differ from the architecture of an inherited section."""
     values, assumed = {}, []
@@ -450,7 +482,9 @@ TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
 """Tiles among which stacks may choose; the number of idle SMs in the last wave depends on the choice."""
 
 _IDLE = [f"idle {tile_m}x{tile_n}" for tile_m, tile_n in TILES]
-_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(BOTTLENECKS.index, ("compute", "memory", "l2", "latency", "launch"))
+_COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(
+    BOTTLENECKS.index, ("compute", "memory", "l2", "latency", "launch")
+)
 
 
 @dataclass(frozen=True)
@@ -465,13 +499,18 @@ class Products(Calls):
     copies: FloatArray  # weights that a benchmark uses in turn; inf: cold
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        kernel = GemmKernel(ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ())
+        kernel = GemmKernel(
+            ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ()
+        )
         given = {"m": self.m, "n": self.n, "k": self.k}
         return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
 
     def seconds(self, c: Mapping[str, Any]) -> FloatArray:
         copies = None if self._cold else self.copies
-        return 1e-6 * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
+        return (
+            1e-6
+            * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
+        )
 
     def seconds_of(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
         """Return the analytical time (sets, rows) with several sets of constants; few rows take little longer than one
@@ -481,7 +520,9 @@ class Products(Calls):
         varied = {name: column for name, column in columns.items() if np.ptp(column)}
         model = ready_model(self.machine, {**many[0], **varied}).for_each(rows)
         m, n, k, copies = (np.tile(a, sets) for a in (self.m, self.n, self.k, self.copies))
-        return 1e-6 * analytical_time(m, n, k, model, None if self._cold else copies).total_us.reshape(sets, rows)
+        return 1e-6 * analytical_time(
+            m, n, k, model, None if self._cold else copies
+        ).total_us.reshape(sets, rows)
 
     @property
     def _cold(self) -> bool:
@@ -499,12 +540,18 @@ def estimates(
 
 
 def _estimates(
-    codes: NDArray[np.int8], flat: Mapping[str, Array], hw: Device, options: Options, steps: bool = False
+    codes: NDArray[np.int8],
+    flat: Mapping[str, Array],
+    hw: Device,
+    options: Options,
+    steps: bool = False,
 ) -> Iterator[tuple[Any, Estimate]]:
     for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
         kind = Kernel(code)
         if code == _SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
-            raise InputError(f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}")
+            raise InputError(
+                f"an SpMV kernel multiplies one token, got m = {flat['m'][rows].max():g}"
+            )
         # scattered zeros run as a dense product
         kind = Kernel.DENSE if kind == Kernel.UNSTRUCTURED else kind
         kernel = gemm_kernel(hw, options.dtype, options.weight_dtype, kind, options.searched)
@@ -517,10 +564,13 @@ def estimate(
     """Return the cost of GEMMs of one kernel, us, from arrays m, n, k, and copies and block if given."""
     model, machine = kernel.model, kernel.model.machine
     m, n, k = (given[name].astype(precision) for name in "mnk")
-    copies = np.minimum(given["copies"], 1e15).astype(precision) if "copies" in given else None  # inf: cold
+    # inf: cold
+    copies = np.minimum(given["copies"], 1e15).astype(precision) if "copies" in given else None
     byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
     compute = n * k * m * (2.0 * flop_us)
-    moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (machine.element_bytes * byte_us)
+    moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (
+        machine.element_bytes * byte_us
+    )
     rows = np.ceil(m * (1.0 / kernel.pad_m)) * kernel.pad_m
     halvings: Array | float = 0.0  # a number saves a product of all shapes and tiles
     if kernel.align_step or kernel.align_load:
@@ -556,7 +606,10 @@ def estimate(
     if kernel.dense is not None:  # narrow weights save time of memory, not of arithmetic
         dense = estimate(kernel.dense, given, precision)
         least = dense.time * dense.loadings["compute"]
-        time, bottlenecks = np.maximum(time, least), np.where(least > time, dense.bottleneck, bottlenecks)
+        time, bottlenecks = (
+            np.maximum(time, least),
+            np.where(least > time, dense.bottleneck, bottlenecks),
+        )
     out = Estimate(
         operator="gemm",
         kind=int(Kind.GEMM),
@@ -570,10 +623,16 @@ def estimate(
         section=kernel.section,
         noise={"idle": idle},
         outside=octaves_outside_fit(coordinates, kernel.section),
-        measured=None if kernel.shapes is None or copies is not None else kernel.shapes.at(*(given[x] for x in "mnk")),
+        measured=None
+        if kernel.shapes is None or copies is not None
+        else kernel.shapes.at(*(given[x] for x in "mnk")),
         unit_s=1e-6,
     )
-    return replace(out, details=_details(kernel, out, a, factor, *(given[x] for x in "mnk"))) if steps else out
+    return (
+        replace(out, details=_details(kernel, out, a, factor, *(given[x] for x in "mnk")))
+        if steps
+        else out
+    )
 
 
 def _loadings(
@@ -606,12 +665,15 @@ def _loadings(
             latency = latency * (1.0 - serial)
         loadings["latency"] = latency
         # idle SMs with each of TILES, and with the chosen tile
-        many = [np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES]
+        many = [
+            np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) for tile_m, tile_n in TILES
+        ]
         waves = np.array([*many, a.tiles]) * (1.0 / model.machine.sm_count)
         *idles, idle = compute * np.where(waves > 1.0, np.log(np.ceil(waves) / waves), 0.0)
         loadings |= zip(_IDLE, idles)
     if np.ndim(step_scale):
-        loadings["alignment"] = np.sqrt(np.log(step_scale))  # small effects are relatively less certain
+        # small effects are relatively less certain
+        loadings["alignment"] = np.sqrt(np.log(step_scale))
     return loadings, idle
 
 
@@ -634,7 +696,11 @@ def _details(
 ) -> dict[str, Array]:
     """Return choices of the model, and times of the steps between the roofline and the kernel, s."""
     model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
-    tile_m, tile_n, split = model.tile_m[a.tile, 0] * one, model.tile_n[a.tile, 0] * one, a.split * one
+    tile_m, tile_n, split = (
+        model.tile_m[a.tile, 0] * one,
+        model.tile_n[a.tile, 0] * one,
+        a.split * one,
+    )
     fixed_s = model.t0_us * 1e-6 * one
     halvings = alignment_halvings(n, k, machine.element_bytes)
     weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
@@ -642,7 +708,9 @@ def _details(
     tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n)
     padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
     blocks = tiles * split / machine.sm_count
-    idle = np.where(blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks)
+    idle = np.where(
+        blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks
+    )
     slower = padded * idle * (1.0 + kernel.align_step * halvings**0.5)
     return {
         "tile_m": tile_m,
@@ -655,7 +723,9 @@ def _details(
         "residual": factor * one,
         "tile": np.maximum(padded, memory),
         "wave": np.maximum(padded * idle, memory),
-        "alignment": np.maximum(slower, memory + weight_s * ((1.0 + kernel.align_load * halvings) - 1.0)),
+        "alignment": np.maximum(
+            slower, memory + weight_s * ((1.0 + kernel.align_load * halvings) - 1.0)
+        ),
     }
 
 
@@ -706,7 +776,9 @@ class Gemm(Operator):
             # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per position
             index = np.where(pairs, 0.25 * w.density, 0.125)
             # with few zeros, dense storage takes fewer bytes than an index
-            kept = np.where(pairs | scattered, np.minimum(stored, w.density * stored + index), stored)
+            kept = np.where(
+                pairs | scattered, np.minimum(stored, w.density * stored + index), stored
+            )
             stored = np.where(w.kernel == Kernel.SPMV, spmv_bytes(w.density, stored), kept)
         return w.n.astype(np.float64) * w.k * stored
 
@@ -720,14 +792,20 @@ class Gemm(Operator):
         beyond = w.params * w.repeats - values
         bias = np.where((beyond > 0) & (beyond <= w.n), beyond, 0.0) / w.repeats
         whole = np.where(w.kernel == Kernel.SPARSE24, self.weight_bytes(w), w.n * w.k * element)
-        return np.where(sparse, (w.params - bias) * whole / values + bias * element, w.params * element)
+        return np.where(
+            sparse, (w.params - bias) * whole / values + bias * element, w.params * element
+        )
 
     def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         """Padding to tiles, idle SMs and alignment."""
         return self.estimates(w, hw, formats, steps=True)
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Iterator[tuple[Any, Estimate]]:
-        options = Options(formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched)
+    def estimates(
+        self, w: Rows, hw: Device, formats: Formats, steps: bool = False
+    ) -> Iterator[tuple[Any, Estimate]]:
+        options = Options(
+            formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched
+        )
         given = {name: getattr(w, name).astype(np.float64) for name in "mnk"}
         if np.count_nonzero(w.kernel):
             given["n"] = _stored(given["n"], w.kernel, options)

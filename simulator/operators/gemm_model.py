@@ -59,10 +59,17 @@ class ReadyModel:
         """Return the model of ``count`` shapes with the first values of its constants, then the second, and so on."""
 
         def wide(value: Any) -> Any:
-            return np.repeat(value, count, axis=-1) if isinstance(value, np.ndarray) and value.shape[-1] > 1 else value
+            return (
+                np.repeat(value, count, axis=-1)
+                if isinstance(value, np.ndarray) and value.shape[-1] > 1
+                else value
+            )
 
         own = {name: wide(value) for name, value in vars(self).items()}
-        return replace(self, **own | {"constants": {name: wide(value) for name, value in self.constants.items()}})
+        return replace(
+            self,
+            **own | {"constants": {name: wide(value) for name, value in self.constants.items()}},
+        )
 
 
 class Analytical(NamedTuple):
@@ -78,17 +85,29 @@ class Analytical(NamedTuple):
     tiles: Array  # output tiles of the launch, split parts not counted
 
 
-def ready_model(machine: Machine, constants: Mapping[str, Any], dtype: Any = np.float64) -> ReadyModel:
+def ready_model(
+    machine: Machine, constants: Mapping[str, Any], dtype: Any = np.float64
+) -> ReadyModel:
     """Return per-tile times from the values of ``GEMM_CONSTANTS``. A constant may be an array:
     :meth:`ReadyModel.for_each` then times shapes with each of its values."""
     c: dict[str, Any] = {
-        name: value if isinstance(value, np.ndarray) else float(value) for name, value in constants.items()
+        name: value if isinstance(value, np.ndarray) else float(value)
+        for name, value in constants.items()
     }
     menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
     tiles = [tile if tile[0] >= machine.least_rows else tile[::-1] for tile in MENUS[menu]]
     tile_m, tile_n = np.array(tiles, dtype=np.float64).T[:, :, None]
-    step = LINE_BYTES / 2.0 ** math.floor(math.log2(machine.element_bytes))  # scales of nvfp4 lie elsewhere
-    flop_us = 1e6 * 2.0 * step * tile_m * tile_n * machine.sm_count / (machine.peak_flop_per_s * c["e_tc"])
+    # scales of nvfp4 lie elsewhere
+    step = LINE_BYTES / 2.0 ** math.floor(math.log2(machine.element_bytes))
+    flop_us = (
+        1e6
+        * 2.0
+        * step
+        * tile_m
+        * tile_n
+        * machine.sm_count
+        / (machine.peak_flop_per_s * c["e_tc"])
+    )
     columns = {
         "tile_m": tile_m,
         "tile_n": tile_n,
@@ -100,7 +119,12 @@ def ready_model(machine: Machine, constants: Mapping[str, Any], dtype: Any = np.
     arrays = {name: values.astype(dtype) for name, values in columns.items()}
     serial_us = 1e6 * c["sparse_tau"] if machine.serial else 0.0
     return ReadyModel(
-        machine, MappingProxyType(c), **arrays, step_elements=step, t0_us=1e6 * c["t0"], serial_us=serial_us
+        machine,
+        MappingProxyType(c),
+        **arrays,
+        step_elements=step,
+        t0_us=1e6 * c["t0"],
+        serial_us=serial_us,
     )
 
 
@@ -118,7 +142,9 @@ def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, flo
 def residency(footprint_bytes: Array, model: ReadyModel) -> Array:
     """Return the share of a footprint that stays in L2: 1 / (1 + (footprint / (c_l2 L2))^Q)."""
     # nothing of a much larger footprint stays; single precision would overflow
-    x = np.minimum(footprint_bytes * (1.0 / (model.constants["c_l2"] * model.machine.l2_bytes)), 100.0)
+    x = np.minimum(
+        footprint_bytes * (1.0 / (model.constants["c_l2"] * model.machine.l2_bytes)), 100.0
+    )
     power = model.constants["l2_power"]
     doublings = {2.0: 1, 4.0: 2, 8.0: 3, 16.0: 4}.get(power)
     if doublings is None:
@@ -158,13 +184,18 @@ def analytical_time(
     if machine.packs:
         return _packed_time(m, n, k, model, copies, step_scale, load_scale)
     sm, step = float(machine.sm_count), model.step_us * step_scale
-    tiles, steps = np.ceil(m / model.tile_m) * np.ceil(n / model.tile_n), np.ceil(k / model.step_elements)
+    tiles, steps = (
+        np.ceil(m / model.tile_m) * np.ceil(n / model.tile_n),
+        np.ceil(k / model.step_elements),
+    )
     # a division: the reciprocal's rounding would make 132 tiles on 132 SMs two waves
     even = machine.persistent or machine.ragged
     waves = np.maximum(tiles / sm, 1.0) if even else np.ceil(tiles / sm)
     whole = cube(waves * (steps * step + model.epilogue_us))
     # split-K: SMs that would idle share the k-steps of a tile; a second pass adds the partial sums
-    split = np.minimum(np.maximum(np.floor(sm / tiles), 1.0), np.clip(np.floor(k / 128.0), 1.0, 64.0))
+    split = np.minimum(
+        np.maximum(np.floor(sm / tiles), 1.0), np.clip(np.floor(k / 128.0), 1.0, 64.0)
+    )
     chunk = np.ceil(steps / split)
     added = (4.0 * split + 2.0) * (m * n * (1e6 / c["b_s"]))
     shared = cube(chunk * step + model.epilogue_us + added + 1e6 * c["t_s"])
@@ -188,7 +219,13 @@ def analytical_time(
 
 
 def _packed_time(
-    m: Array, n: Array, k: Array, model: ReadyModel, copies: Factor | None, step_scale: Factor, load_scale: Factor
+    m: Array,
+    n: Array,
+    k: Array,
+    model: ReadyModel,
+    copies: Factor | None,
+    step_scale: Factor,
+    load_scale: Factor,
 ) -> Analytical:
     """Return the parts of a product on a CPU, without overlap: fixed time, operands, arithmetic. From ``pack_m`` rows
     on, weights are rearranged."""

@@ -39,8 +39,18 @@ from simulator.uncertainty.intervals import intervals
 from simulator.workload import Workload, WorkloadBatch
 
 COLUMNS: tuple[str, ...] = (
-    *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),  # layer -1: outside the layers
-    *("seconds", "lower", "upper", "prefill_s", "decode_s", "parameters", "weights_bytes", "cache_bytes"),
+    # layer -1: outside the layers
+    *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),
+    *(
+        "seconds",
+        "lower",
+        "upper",
+        "prefill_s",
+        "decode_s",
+        "parameters",
+        "weights_bytes",
+        "cache_bytes",
+    ),
 )
 
 
@@ -64,13 +74,17 @@ class PricedRequest:
         return rebalanced(lower(replace(self.request, model=model)), dense.experts)
 
 
-def priced(model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]) -> list[PricedRequest]:
+def priced(
+    model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]
+) -> list[PricedRequest]:
     requests = requests_of([model], settings)
     check_measured(requests, hardware)
     return [PricedRequest(on([one], hw)[0], hw) for one in requests for hw in hardware]
 
 
-def planned(model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None) -> ModelConfig:
+def planned(
+    model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None
+) -> ModelConfig:
     own = model.windows if windows is None else tuple(windows)
     return replace(model, blocks=tuple(blocks), layers=len(blocks), windows=own)
 
@@ -101,7 +115,8 @@ class Probes:
 
     library: Library
     models: tuple[ModelConfig, ...]  # the dense model, the base, then the others
-    at: Mapping[tuple[int, str, Block], tuple[int, int]]  # (class, sublayer, variant): models with, without
+    # (class, sublayer, variant): models with, without
+    at: Mapping[tuple[int, str, Block], tuple[int, int]]
     classes: tuple[int, ...]  # for each layer: the first layer that equals it
 
     @classmethod
@@ -137,7 +152,9 @@ class Probes:
             if (first, own) not in found:
                 total = np.zeros(len(own))
                 for name in SUBLAYERS:
-                    there, gone = np.array([self.at[first, name, part_of(name, block)] for block in own]).T
+                    there, gone = np.array(
+                        [self.at[first, name, part_of(name, block)] for block in own]
+                    ).T
                     total = total + (values[there] - values[gone])
                 found[first, own] = total
         return tuple(found[first, own] for first, own in zip(self.classes, self.library.layers))
@@ -248,7 +265,9 @@ def costs(
     return Costs(columns, tuple(at), blocks, dense, at[0].request.level)
 
 
-def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]) -> dict[str, Array]:
+def _costs(
+    at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]
+) -> dict[str, Array]:
     model, layout = probes.library.model, probes.library.model.layout
     batch = WorkloadBatch.of([at.lower(one, model) for one in probes.models])
     p = forward_passes(batch, at.hw, at.request.level)
@@ -281,7 +300,9 @@ def _costs(at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]
     columns["variant"] = np.array([*texts, "dense"], dtype=object)
     for name in ("hardware", "engine", "phase"):
         columns[name] = np.array([getattr(at, name)] * (len(keys) + 1), dtype=object)
-    columns["batch"], columns["seq"] = (np.full(len(keys) + 1, value) for value in (at.batch, at.seq))
+    columns["batch"], columns["seq"] = (
+        np.full(len(keys) + 1, value) for value in (at.batch, at.seq)
+    )
     return columns
 
 
@@ -300,11 +321,15 @@ def _intervals(
     own = [_operators(at, model, *kind) for kind in kinds]
     if some := [i for i, w in enumerate(own) if len(w)]:
         alone = forward_passes(WorkloadBatch.of([own[i] for i in some]), at.hw, level).uncertainty
-        half[some] = alone.half(alone.variance() + p.engine.log_sd.value**2 + p.engine.apart_log_sd.value**2, level)
+        half[some] = alone.half(
+            alone.variance() + p.engine.log_sd.value**2 + p.engine.apart_log_sd.value**2, level
+        )
     far = COVERAGE_FACTOR * level_scale(level)
     total, share = p.at(*p.host.speeds([0.0, -far, far, 0.0, 0.0], [0.0, 0.0, 0.0, -far, far]))
     difference = total[:, there] - total[:, gone]
-    device = np.clip(total[0, there] * share[0, there] - total[0, gone] * share[0, gone], 0.0, difference[0])
+    device = np.clip(
+        total[0, there] * share[0, there] - total[0, gone] * share[0, gone], 0.0, difference[0]
+    )
     ends = []
     for side in (-1.0, 1.0):
         change = np.maximum(side * (difference - difference[0]), 0.0)
@@ -313,7 +338,9 @@ def _intervals(
     return np.maximum(ends[0], 0.0), ends[1]
 
 
-def _operators(at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block) -> Workload:
+def _operators(
+    at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block
+) -> Workload:
     if at.request.parallel == "pipeline":  # a stage computes a layer as one device does
         at = replace(at, request=replace(at.request, devices=1, link=None))
     w = at.lower(planned(model, [part], [model.windows[layer]]), model)

@@ -44,9 +44,11 @@ from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, vari
 from simulator.units import percent
 
 MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 3 MB as JSON
-MOST_FILES = 10_000  # a folder has a file per variant, with all layers and the scores of all samples
+# a folder has a file per variant, with all layers and the scores of all samples
+MOST_FILES = 10_000
 MOST_FOLDER_BYTES = 2_000_000_000
-RUNTIME = "runtime_ms"  # the only cost of Puzzle that is read: a search compares its plan with one by these times
+# the only cost of Puzzle that is read: a search compares its plan with one by these times
+RUNTIME = "runtime_ms"
 
 _LAYER = re.compile(r"layer_(\d{1,5})", re.ASCII)
 _TEACHER = "teacher.json"
@@ -77,14 +79,18 @@ def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entr
             raise InputError(f"{label}: {name}: expected layer_0 to layer_{model.layers - 1}")
         dense = model.layout[layer]
         if dense.experts:
-            raise InputError(f"{label}: {name}: expected a layer with an MLP, but {model.name} has experts in it")
+            raise InputError(
+                f"{label}: {name}: expected a layer with an MLP, but {model.name} has experts in it"
+            )
         for key in own.data:
             of = _object(own.data[key], label, f"{name}.{one_line(key, 120)}.")
             stats, metrics = of.part("stats"), of.part("metrics")
             groups = stats.integer("num_kv_heads", low=0, high=dense.kv_heads)
             inner = stats.integer("ffn_intermediate_size", low=0, high=dense.inner)
             if groups and dense.heads % groups:
-                raise stats.fail("num_kv_heads", f"expected a divisor of {dense.heads} query heads, got {groups}")
+                raise stats.fail(
+                    "num_kv_heads", f"expected a divisor of {dense.heads} query heads, got {groups}"
+                )
             block = replace(dense, kv_heads=groups) if groups else without("attention", dense)
             block = replace(block, inner=inner) if inner else without("mlp", block)
             times = {} if stats.data.get(RUNTIME) is None else {RUNTIME: _reading(stats, RUNTIME)}
@@ -102,7 +108,9 @@ def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
         content = read_bounded(folder / name, MOST_BYTES)
         left -= len(content)
         if left < 0:
-            raise InputError(f"{folder}: expected files of at most {MOST_FOLDER_BYTES / 1e9:g} GB together")
+            raise InputError(
+                f"{folder}: expected files of at most {MOST_FOLDER_BYTES / 1e9:g} GB together"
+            )
         of = _object(parse_bounded(content, str(folder / name), MOST_BYTES), str(folder / name), "")
         if name != _TEACHER:
             found.append(_validation(of, model))
@@ -122,11 +130,17 @@ def _names(folder: Path) -> list[str]:
         with os.scandir(folder) as listed:
             for at, file in enumerate(listed):
                 if at >= 10 * MOST_FILES or len(names) > MOST_FILES:
-                    raise InputError(f"{folder}: expected a folder of at most {MOST_FILES:,} validations")
-                if file.name == _TEACHER or ("solution" in file.name and file.name.endswith(".json")):
+                    raise InputError(
+                        f"{folder}: expected a folder of at most {MOST_FILES:,} validations"
+                    )
+                if file.name == _TEACHER or (
+                    "solution" in file.name and file.name.endswith(".json")
+                ):
                     names.append(file.name)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror or error}); expected a folder") from None
+        raise InputError(
+            f"{folder}: cannot be read ({error.strerror or error}); expected a folder"
+        ) from None
     if not names or names == [_TEACHER]:
         hint = "the folder single_sequence_replacement_solutions--validation of Puzzletron"
         raise InputError(f"{folder}: has no files *solution*.json; expected {hint}")
@@ -142,7 +156,9 @@ def _validation(of: Reader, model: ModelConfig) -> Entry:
     else:
         one = solution.part("single_sequence_replacement")
         key = "parent_layer_indices"
-        layers = one.value(key, None, "a list of one layer", lambda v: isinstance(v, list) and len(v) == 1)
+        layers = one.value(
+            key, None, "a list of one layer", lambda v: isinstance(v, list) and len(v) == 1
+        )
         (config,) = one.parts("child_block_configs", 1)
         key, index = f"{key}[0]", layers[0]
     layer = Reader({key: index}, one.source, one.place).integer(key, low=0, high=model.layers - 1)
@@ -150,18 +166,26 @@ def _validation(of: Reader, model: ModelConfig) -> Entry:
     block = read_block(config, dense, model.hidden)
     for name in ("kv_heads", "inner", "experts", "expert_inner"):
         if getattr(block, name) > (most := getattr(dense, name)):
-            raise InputError(f"{_place(config)}: {name}: expected at most {most}, got {getattr(block, name)}")
+            raise InputError(
+                f"{_place(config)}: {name}: expected at most {most}, got {getattr(block, name)}"
+            )
     return Entry(_place(one), layer, block, values)
 
 
 def _averages(of: Reader) -> dict[str, float]:
-    parts = {name: of.part(name) for name, value in of.data.items() if isinstance(value, Mapping) and "avg" in value}
+    parts = {
+        name: of.part(name)
+        for name, value in of.data.items()
+        if isinstance(value, Mapping) and "avg" in value
+    }
     return _scores((name, _reading(part, "avg")) for name, part in parts.items())
 
 
 def _check(model: ModelConfig, label: str) -> None:
     if model.latent is not None or model.delta is not None:
-        raise InputError(f"{label}: expected a model with key/value heads in all layers, got {model.name}")
+        raise InputError(
+            f"{label}: expected a model with key/value heads in all layers, got {model.name}"
+        )
 
 
 def _object(value: Any, label: str, place: str) -> Reader:
@@ -188,17 +212,31 @@ def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
     for name, value in numbers:
         if not name.startswith(_DERIVED):
             accuracy = "accuracy" in name
-            found[_DERIVED + name if accuracy else one_line(name, 80)] = 1.0 - value if accuracy else value
+            found[_DERIVED + name if accuracy else one_line(name, 80)] = (
+                1.0 - value if accuracy else value
+            )
     return found
 
 
-EXAMPLES = Path(__file__).with_name("examples")  # libraries that ship; a .md file next to each states its protocol
+# libraries that ship; a .md file next to each states its protocol
+EXAMPLES = Path(__file__).with_name("examples")
 MOST_VARIANTS = 4096  # variants of one layer
 
-ZERO_METRICS: tuple[str, ...] = ("kl", "mse", "cosine", "distance", "delta", "loss_increase", "score", "importance")
+ZERO_METRICS: tuple[str, ...] = (
+    "kl",
+    "mse",
+    "cosine",
+    "distance",
+    "delta",
+    "loss_increase",
+    "score",
+    "importance",
+)
 """Parts of names of scores that are 0 for the dense model, so that its row may be missing."""
 
-TIME = re.compile(r"runtime|latency|^times?[ _]|(^|[ _./-])(times?|ns|us|ms|s|sec|seconds)$", re.IGNORECASE)
+TIME = re.compile(
+    r"runtime|latency|^times?[ _]|(^|[ _./-])(times?|ns|us|ms|s|sec|seconds)$", re.IGNORECASE
+)
 _SIZES = r"memory|bytes|params?|parameters|flops|macs|num|number|count|size|kib|mib|gib|kb|mb|gb|heads|width"
 SIZE = re.compile(rf"memory|^(num|number|count)[ _]|(^|[ _./-])({_SIZES})$", re.IGNORECASE)
 """Names of columns that hold times; sizes, memory or counts."""
@@ -212,7 +250,8 @@ _NAMES = ("layer", *_VARIANTS, "results", "protocol", "source")
 class Library:
     model: ModelConfig
     layers: tuple[tuple[Block, ...], ...]  # variants of each layer; the first is the dense layer
-    values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)  # by layer and variant; NaN: unknown
+    # by layer and variant; NaN: unknown
+    values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was assumed when the library was read
     source: str = ""  # its file, in messages
 
@@ -221,12 +260,17 @@ class Library:
 
     def texts(self, layer: int) -> list[tuple[str, str]]:
         dense = self.model.layout[layer]
-        return [(text_of("attention", b, dense), text_of("mlp", b, dense)) for b in self.layers[layer]]
+        return [
+            (text_of("attention", b, dense), text_of("mlp", b, dense)) for b in self.layers[layer]
+        ]
 
     def take(self, keep: Sequence[Sequence[int]]) -> Library:
         """Return the library with some variants of each layer, by their indices."""
         layers = tuple(tuple(own[i] for i in some) for own, some in zip(self.layers, keep))
-        values = {name: tuple(own[list(k)] for own, k in zip(column, keep)) for name, column in self.values.items()}
+        values = {
+            name: tuple(own[list(k)] for own, k in zip(column, keep))
+            for name, column in self.values.items()
+        }
         return replace(self, layers=layers, values=values)
 
     @property
@@ -280,7 +324,9 @@ def importance(model: ModelConfig) -> Library:
     if not found:
         way = "give a file of scores, or measure them with prunesim quality --per-layer"
         raise InputError(f"scores: no published loss of depth pruning for {model.name}; {way}")
-    best = max(found.values(), key=lambda rows: (len(rows), "accuracy" in next(iter(rows.values())).metric))
+    best = max(
+        found.values(), key=lambda rows: (len(rows), "accuracy" in next(iter(rows.values())).metric)
+    )
     rows, many = [best[sparsity] for sparsity in sorted(best)], model.layers
     removed = [0.0, *(row.sparsity * many for row in rows)]
     losses = [0.0, *(row.relative_loss for row in rows)]
@@ -313,12 +359,18 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
     where = f"{library.source}: " if library.source else ""
     known = [name for name in library.values if not TIME.search(name) and not SIZE.search(name)]
     if not library.values:
-        raise InputError(f"{where or 'scores: '}the library has no scores; expected a column of numbers such as kl_div")
+        raise InputError(
+            f"{where or 'scores: '}the library has no scores; expected a column of numbers such as kl_div"
+        )
     if not known:
         names = _listed_names(library.values)
-        raise InputError(f"{where}expected a column of scores, got only times, sizes or counts: {names}")
+        raise InputError(
+            f"{where}expected a column of scores, got only times, sizes or counts: {names}"
+        )
     if not metric and len(known) > 1:
-        raise InputError(f"{where}metric: expected one of {_listed_names(known)}, got none; choose it with --metric")
+        raise InputError(
+            f"{where}metric: expected one of {_listed_names(known)}, got none; choose it with --metric"
+        )
     name = metric or known[0]
     if name in library.values and name not in known:
         wanted = f"expected a score such as {known[0]}, got a time, size or count"
@@ -328,8 +380,14 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
     for layer, column in enumerate(library.values[name]):
         if (wrong := np.flatnonzero(~np.isfinite(column))).size:
             attention, mlp = library.texts(layer)[int(wrong[0])]
-            dense = "; if it is 0 for the dense model, call the column score" if attention == mlp == "dense" else ""
-            raise InputError(f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}{dense}")
+            dense = (
+                "; if it is 0 for the dense model, call the column score"
+                if attention == mlp == "dense"
+                else ""
+            )
+            raise InputError(
+                f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}{dense}"
+            )
     return name, library.values[name]
 
 
@@ -350,7 +408,9 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
             twice = f"layer {entry.layer} has {', '.join(texts)} twice, first at {first.place}"
             raise InputError(f"{entry.place}: {twice}; keep one")
         if len(found[entry.layer]) > MOST_VARIANTS:
-            raise InputError(f"{entry.place}: layer {entry.layer}: expected at most {MOST_VARIANTS} variants")
+            raise InputError(
+                f"{entry.place}: layer {entry.layer}: expected at most {MOST_VARIANTS} variants"
+            )
         names |= dict.fromkeys(entry.values)
     missing = [i for i, some in enumerate(found) if not some]
     layers, added = [], []
@@ -363,13 +423,24 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
     for name in names:
         zero = any(part in name.lower() for part in ZERO_METRICS)
         if added and len(added) + len(missing) < model.layers and not zero:
-            raise InputError(f"{label}: column {name}: layer {added[0]} has no row of its dense variant; add it")
+            raise InputError(
+                f"{label}: column {name}: layer {added[0]} has no row of its dense variant; add it"
+            )
         default = 0.0 if zero else math.nan
         values[name] = tuple(
-            np.array([some[b].values.get(name, math.nan) if b in some else default if some else 0.0 for b in own])
+            np.array(
+                [
+                    some[b].values.get(name, math.nan) if b in some else default if some else 0.0
+                    for b in own
+                ]
+            )
             for some, own in zip(found, layers)
         )
-    notes = [f"{label}: the dense variant has no row; its score is taken as 0"] if added and names else []
+    notes = (
+        [f"{label}: the dense variant has no row; its score is taken as 0"]
+        if added and names
+        else []
+    )
     notes += [f"{label}: layers {runs(missing)} have no row; they stay dense"] if missing else []
     return Library(model, tuple(layers), values, tuple(notes), label)
 
@@ -378,8 +449,11 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
     header = set(table.header)
     for alias, name in _ALIASES.items():
         if alias in header and name in header:
-            raise InputError(f"{table.label}:1: columns {name} and {alias} state the same; keep one")
-    numbers = [name for name in table.header if name and name not in _NAMES]  # pandas writes row numbers without a name
+            raise InputError(
+                f"{table.label}:1: columns {name} and {alias} state the same; keep one"
+            )
+    # pandas writes row numbers without a name
+    numbers = [name for name in table.header if name and name not in _NAMES]
     for place, cells in table.records():
         try:
             values = {name: _number(name, cells[name]) for name in numbers if cells[name]}
@@ -388,9 +462,15 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
 
                 _, found = read_results(folder, cells["results"])
                 # a loss is a rise
-                values |= {key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()}
+                values |= {
+                    key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()
+                }
             for layer in _layers(cells["layer"], model.layers):
-                block = _block(cells, model, layer) if _VARIANTS & header else without_layer(model.layout[layer])
+                block = (
+                    _block(cells, model, layer)
+                    if _VARIANTS & header
+                    else without_layer(model.layout[layer])
+                )
                 yield Entry(place, layer, block, values)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
@@ -421,8 +501,12 @@ def _layers(text: str, many: int) -> range:
     if text.strip().lower() == "all":
         return range(many)
     ends = [part.strip() for part in (first, last or first)]
-    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in ends) or int(ends[0]) > int(ends[1]):
-        raise InputError(f"layer: expected a number, a range such as 0-7, or all, got {one_line(text, 40)!r}")
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in ends) or int(
+        ends[0]
+    ) > int(ends[1]):
+        raise InputError(
+            f"layer: expected a number, a range such as 0-7, or all, got {one_line(text, 40)!r}"
+        )
     if int(ends[1]) >= many:
         raise InputError(f"layer: expected numbers from 0 to {many - 1}, got {ends[1]}")
     return range(int(ends[0]), int(ends[1]) + 1)
@@ -434,7 +518,9 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
     try:
         root = parse_yaml(content.decode("utf-8-sig"), problems)
     except UnicodeDecodeError as error:
-        raise InputError(f"{label}: is not UTF-8 text (byte {error.start}); expected YAML") from None
+        raise InputError(
+            f"{label}: is not UTF-8 text (byte {error.start}); expected YAML"
+        ) from None
     if root is None or root.kind != "mapping":
         if not len(problems):
             problems.add(root, "file", "expected the keys attention, mlp or layers")
@@ -444,7 +530,11 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
     layers = root.entries.get("layers")
     taken: set[int] = set()
     if layers is not None and layers[1].kind != "mapping":
-        problems.add(layers[1], "layers", f"expected lists of variants by layers such as 0-1, got {layers[1]}")
+        problems.add(
+            layers[1],
+            "layers",
+            f"expected lists of variants by layers such as 0-1, got {layers[1]}",
+        )
     for text, (key, value) in layers[1].entries.items() if layers is not None else ():
         try:
             some = [i for part in text.split(",") for i in _layers(part.strip(), model.layers)]
@@ -458,11 +548,17 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
             own[i] |= _lists(value, model.layout[i], problems, f"layers.{text}.")
     if len(problems):
         raise first_of(problems.lines)
-    every = (Entry(label, i, b, {}) for i, given in enumerate(own) for b in _product(model, model.layout[i], given))
+    every = (
+        Entry(label, i, b, {})
+        for i, given in enumerate(own)
+        for b in _product(model, model.layout[i], given)
+    )
     return library_of(every, model, label)
 
 
-def _lists(node: Node, dense: Block, problems: Problems, where: str) -> dict[str, tuple[Block, ...]]:
+def _lists(
+    node: Node, dense: Block, problems: Problems, where: str
+) -> dict[str, tuple[Block, ...]]:
     """Return the variants of a layer by sublayer that a mapping lists."""
     keys, found = (*SUBLAYERS, "layers") if not where else SUBLAYERS, {}
     if node.kind != "mapping":
@@ -476,11 +572,15 @@ def _lists(node: Node, dense: Block, problems: Problems, where: str) -> dict[str
                 expected = f"expected a list of 1 to {MOST_VARIANTS} variants"
                 problems.add(value, where + name, f"{expected}, got {len(value.items) or value}")
                 continue
-            found[name] = tuple(dict.fromkeys(_listed(value.items, name, dense, problems, where + name)))
+            found[name] = tuple(
+                dict.fromkeys(_listed(value.items, name, dense, problems, where + name))
+            )
     return found
 
 
-def _listed(items: Iterable[Node], name: str, dense: Block, problems: Problems, where: str) -> Iterator[Block]:
+def _listed(
+    items: Iterable[Node], name: str, dense: Block, problems: Problems, where: str
+) -> Iterator[Block]:
     for i, item in enumerate(items):
         try:
             if item.kind != "scalar":
@@ -495,12 +595,17 @@ def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...
     if text is None:
         return tuple((i,) for i in range(layers))
     if isinstance(text, bool) or not isinstance(text, int | str):
-        raise InputError(f"groups: expected a number of layers, or ranges such as 0-3,4-7, got {shown(text)}")
+        raise InputError(
+            f"groups: expected a number of layers, or ranges such as 0-3,4-7, got {shown(text)}"
+        )
     words = str(text).strip()
     if isinstance(text, int) or (words.isascii() and words.isdigit()):
-        size = int(words) if len(words) < 10 else 0  # Python refuses to read numbers of thousands of digits
+        # Python refuses to read numbers of thousands of digits
+        size = int(words) if len(words) < 10 else 0
         if not 1 <= size <= layers:
-            raise InputError(f"groups: expected 1 to {layers} layers in a group, got {one_line(words, 40)}")
+            raise InputError(
+                f"groups: expected 1 to {layers} layers in a group, got {one_line(words, 40)}"
+            )
         return tuple(tuple(range(i, min(i + size, layers))) for i in range(0, layers, size))
     found: dict[int, tuple[int, ...]] = {}
     for part in words.split(","):
@@ -535,4 +640,8 @@ def combined(library: Library) -> Library:
         for name, column in library.values.items():
             both = column[layer][first] + column[layer][second] - column[layer][0]
             values[name].append(np.where(first == second, column[layer][first], both))
-    return replace(library, layers=tuple(layers), values={name: tuple(column) for name, column in values.items()})
+    return replace(
+        library,
+        layers=tuple(layers),
+        values={name: tuple(column) for name, column in values.items()},
+    )

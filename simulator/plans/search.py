@@ -21,7 +21,14 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig, indivisible
 from simulator.models.library import load_model
 from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
-from simulator.plans.library import Library, combined, groups_of, importance, metric_of, read_library
+from simulator.plans.library import (
+    Library,
+    combined,
+    groups_of,
+    importance,
+    metric_of,
+    read_library,
+)
 from simulator.plans.solve import COARSE, Found, Limit, Program, Solver, Targets, Variants
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import request_results
@@ -67,14 +74,18 @@ class PlanPoint:
 
     @classmethod
     def of(cls, score: float, own: Mapping[str, FloatArray], i: int, chosen: bool) -> PlanPoint:
-        times = {name: float(own[name][i]) for name in ("speedup", "speedup_lower", "speedup_upper", "pruned_s")}
+        times = {
+            name: float(own[name][i])
+            for name in ("speedup", "speedup_lower", "speedup_upper", "pruned_s")
+        }
         return cls(score=score, **times, parameters=int(own["parameters"][i]), chosen=chosen)
 
 
 @dataclass(frozen=True)
 class AlternativePlan:
     chosen_by: str  # parameters, FLOPs or library times
-    budget: str  # "same": as much as the plan of the search; "targets": as much as meets the targets
+    # "same": as much as the plan of the search; "targets": as much as meets the targets
+    budget: str
     meets: bool  # all targets
     point: PlanPoint
 
@@ -145,14 +156,20 @@ class Plan(Displayed):
     pruned: ModelConfig = field(repr=False)
 
     def _title(self) -> str:
-        first, changed = self.results[0], sum((row.attention, row.mlp) != ("dense", "dense") for row in self.layers)
+        first, changed = (
+            self.results[0],
+            sum((row.attention, row.mlp) != ("dense", "dense") for row in self.layers),
+        )
         reached = f"{ratio(first.speedup)}x ({ratio(first.lower)}-{ratio(first.upper)}) on {first.request}"
         title = f"plan of {self.model}: {changed} of {len(self.layers)} layers changed"
         return f"{title}, {reached}, {self.metric} {self.score:.4g}"
 
     def _columns(self) -> Mapping[str, list[object]]:
         """Return one row per layer."""
-        return {name: [getattr(row, name) for row in self.layers] for name in ("layer", "attention", "mlp", "score")}
+        return {
+            name: [getattr(row, name) for row in self.layers]
+            for name in ("layer", "attention", "mlp", "score")
+        }
 
 
 def search(
@@ -220,9 +237,15 @@ def search(
     rises = variants.sums([own - own[0] for own in column])
     families = variants.uniform() if uniform else []
     if uniform and not families:
-        raise InputError("uniform: no variant is available in all layers; expected one row per layer with equal shapes")
+        raise InputError(
+            "uniform: no variant is available in all layers; expected one row per layer with equal shapes"
+        )
     if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
-        way = "omit --maximise if lower is better" if maximise else "use --maximise if higher is better"
+        way = (
+            "omit --maximise if lower is better"
+            if maximise
+            else "use --maximise if higher is better"
+        )
         notes += (f"most variants have a better {name} than the dense model; {way}",)
     solver = Solver(variants, rises, at, targets, families)
     found = solver.solve()
@@ -234,7 +257,9 @@ def search(
     layers = []
     for i, (block, usual, own) in enumerate(zip(found.blocks, dense.layout, column)):
         attention, mlp = (text_of(name, block, usual) for name in SUBLAYERS)
-        layers.append(LayerPlan(i, attention, mlp, float(own[library.layers[i].index(block)] - own[0])))
+        layers.append(
+            LayerPlan(i, attention, mlp, float(own[library.layers[i].index(block)] - own[0]))
+        )
     return Plan(
         model=dense.name,
         metric=name,
@@ -263,12 +288,21 @@ def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Librar
     notes, library = library.notes, combined(library)
     many, parallel = at.request.devices, at.request.parallel
     if many > 1 and parallel != "pipeline":
-        keep = [[i for i, b in enumerate(own) if not indivisible(b, many, parallel)] for own in library.layers]
+        keep = [
+            [i for i, b in enumerate(own) if not indivisible(b, many, parallel)]
+            for own in library.layers
+        ]
         if lost := len(library) - sum(map(len, keep)):
-            reason = next(filter(None, (indivisible(b, many, parallel) for own in library.layers for b in own)))
+            reason = next(
+                filter(
+                    None, (indivisible(b, many, parallel) for own in library.layers for b in own)
+                )
+            )
             notes += (f"{lost} variants are excluded: {many} devices cannot share them ({reason})",)
         if not all(own and own[0] == 0 for own in keep):
-            raise InputError(f"devices {many}: cannot share the dense model; expected fewer devices")
+            raise InputError(
+                f"devices {many}: cannot share the dense model; expected fewer devices"
+            )
         library = library.take(keep)
     return library, notes
 
@@ -282,25 +316,46 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
         chance = probability_of(limit.value, reached, *ends, at.request.level)
     elif limit.ends is not None:
         lower, upper = (float(own[name][1]) for name in limit.ends)
-        chance = probability_of(1.0 / limit.most, 1.0 / value, 1.0 / upper, 1.0 / lower, at.request.level)
+        chance = probability_of(
+            1.0 / limit.most, 1.0 / value, 1.0 / upper, 1.0 / lower, at.request.level
+        )
     else:
         chance = float(value <= limit.most * (1.0 + 1e-9))
-    return Reached(at.hardware, at.engine, at.phase, at.batch, at.seq, limit.target, limit.value, reached, chance)
+    return Reached(
+        at.hardware,
+        at.engine,
+        at.phase,
+        at.batch,
+        at.seq,
+        limit.target,
+        limit.value,
+        reached,
+        chance,
+    )
 
 
-def alternatives(solver: Solver, found: Found, times: Sequence[FloatArray] | None) -> tuple[AlternativePlan, ...]:
+def alternatives(
+    solver: Solver, found: Found, times: Sequence[FloatArray] | None
+) -> tuple[AlternativePlan, ...]:
     """Return the plans of least score by other measures of cost: with as much cost as the found plan, and with the most
     cost that meets the targets."""
     variants, model = solver.variants, solver.model
     probes = Probes.of(variants.library, model.layout)
     flops = probes.prices(quantities(probes.models, solver.settings[0])["flops"])
-    weights = [np.array([float(model.block_parameters(b)) for b in own]) for own in variants.library.layers]
-    measures = {"parameters": weights, "FLOPs": flops} | ({"library times": times} if times is not None else {})
+    weights = [
+        np.array([float(model.block_parameters(b)) for b in own]) for own in variants.library.layers
+    ]
+    measures = {"parameters": weights, "FLOPs": flops} | (
+        {"library times": times} if times is not None else {}
+    )
     out = []
     for name, column in measures.items():
         cost = variants.sums(column)[None]
         choice, excess, _ = solver.choose(cost, cost[:, found.choice].sum(axis=1), COARSE)
-        plans = {"same": solver.predict(choice) if excess == 0.0 else None, "targets": _until(solver, cost)}
+        plans = {
+            "same": solver.predict(choice) if excess == 0.0 else None,
+            "targets": _until(solver, cost),
+        }
         for budget, plan in plans.items():
             if plan is not None:
                 point = PlanPoint.of(plan.score, plan.predicted[0], 1, False)
@@ -343,12 +398,15 @@ def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
     each = max(2, MOST_POINTS // len(series))
     plans = {tuple(found.choice.tolist()): found.choice}
     for hull in series:
-        for i in np.unique(np.linspace(0, len(hull) - 1, min(each, len(hull))).round().astype(int)).tolist():
+        for i in np.unique(
+            np.linspace(0, len(hull) - 1, min(each, len(hull))).round().astype(int)
+        ).tolist():
             plans.setdefault(tuple(hull[i].tolist()), hull[i])
     models = [planned(solver.model, solver.variants.blocks(choice)) for choice in plans.values()]
     own = quantities([solver.model, *models], solver.settings[0])
     scores = [float(solver.score[choice].sum()) for choice in plans.values()]
-    points = [PlanPoint.of(score, own, i, i == 1) for i, score in enumerate(scores, start=1)]  # the found plan is first
+    # the found plan is first
+    points = [PlanPoint.of(score, own, i, i == 1) for i, score in enumerate(scores, start=1)]
     kept: list[PlanPoint] = []
     for point in sorted(points, key=lambda point: (point.score, point.pruned_s)):
         if point.chosen or not kept or point.pruned_s < min(other.pruned_s for other in kept):

@@ -36,7 +36,8 @@ from simulator.plans.library import Library
 from simulator.prediction.requests import dense_seconds
 from simulator.units import parameters, ratio, seconds, size
 
-MOST_NODES = 5000  # nodes of the search tree of one program; beyond them the best choice so far is used
+# nodes of the search tree of one program; beyond them the best choice so far is used
+MOST_NODES = 5000
 FEW = 64  # variants beyond the best of each group that are tried first
 LARGE = 1e3  # a program is solved again without scores above LARGE times that of a whole choice
 TIGHT = 1e-9  # largest relative excess of a limit
@@ -83,14 +84,20 @@ class Targets:
 
     def __post_init__(self) -> None:
         if not self.given:
-            raise InputError(f"targets: expected at least one, such as speedup=1.3, of {', '.join(NAMES.values())}")
+            raise InputError(
+                f"targets: expected at least one, such as speedup=1.3, of {', '.join(NAMES.values())}"
+            )
         for name, value in self.given.items():
             if not 0.0 < value < 1e18:
                 raise InputError(f"target {NAMES[name]}: expected a positive number, got {value:g}")
         if self.speedup is not None and not 1.0 < self.speedup <= 1000.0:
-            raise InputError(f"target speedup: expected a number above 1, such as 1.5, got {self.speedup:g}")
+            raise InputError(
+                f"target speedup: expected a number above 1, such as 1.5, got {self.speedup:g}"
+            )
         if not 0.5 <= self.confidence < 1.0:
-            raise InputError(f"confidence {self.confidence:g}: expected a probability from 0.5 to below 1, such as 0.9")
+            raise InputError(
+                f"confidence {self.confidence:g}: expected a probability from 0.5 to below 1, such as 0.9"
+            )
 
     @property
     def given(self) -> dict[str, float]:
@@ -108,7 +115,9 @@ class Targets:
             elif name == "tokens_per_s":
                 most = dense_seconds(value, at.request)
             elif not np.isfinite(dense[quantity][0]):
-                raise InputError(f"target {NAMES[name]}: {at.phase} has none; expected another --phase or target")
+                raise InputError(
+                    f"target {NAMES[name]}: {at.phase} has none; expected another --phase or target"
+                )
             found.append(Limit(name, value, at, quantity, most))
         return found
 
@@ -119,7 +128,13 @@ _QUANTITIES: Mapping[str, str] = {
 }  # target -> the quantity that it limits, where the names differ
 
 NAMES: Mapping[str, str] = {
-    **{"speedup": "speedup", "latency_s": "latency", "tokens_per_s": "tokens/s", "ttft_s": "TTFT", "tpot_s": "TPOT"},
+    **{
+        "speedup": "speedup",
+        "latency_s": "latency",
+        "tokens_per_s": "tokens/s",
+        "ttft_s": "TTFT",
+        "tpot_s": "TPOT",
+    },
     **{"memory_bytes": "memory", "parameters": "parameters"},
 }  # target -> its name in messages
 
@@ -139,7 +154,9 @@ class Limit:
         value = np.asarray(found[self.quantity], dtype=np.float64)
         if confidence <= 0.5 or self.ends is None:
             return value
-        sigmas = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(0.5 + 0.5 * self.at.request.level)
+        sigmas = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(
+            0.5 + 0.5 * self.at.request.level
+        )
         if self.target == "speedup":  # errors that dense and pruned models share cancel
             return np.asarray(value * (found["speedup"] / found["speedup_lower"]) ** sigmas)
         return np.asarray(value * (found[self.ends[1]] / value) ** sigmas)
@@ -188,10 +205,12 @@ class Program:
         while True:
             found = self._solved(every, cost, bound, gap)
             rise = self._rises(every)
-            most = float(rise[np.isin(every, found.choice)].sum())  # a better choice has no variant with a larger rise
+            # a better choice has no variant with a larger rise
+            most = float(rise[np.isin(every, found.choice)].sum())
             if found.excess or rise.max(initial=0.0) <= LARGE * most:
                 return found
-            every = every[rise <= most]  # HiGHS does not see small differences next to far larger scores
+            # HiGHS does not see small differences next to far larger scores
+            every = every[rise <= most]
 
     def _rises(self, some: IndexArray) -> FloatArray:
         """Return by how much the scores of some variants exceed the least one of their group."""
@@ -199,7 +218,9 @@ class Program:
         np.minimum.at(least, self.group[some], self.score[some])
         return np.asarray(self.score[some] - least[self.group[some]])
 
-    def _solved(self, every: IndexArray, cost: FloatArray, bound: FloatArray, gap: float) -> Solution:
+    def _solved(
+        self, every: IndexArray, cost: FloatArray, bound: FloatArray, gap: float
+    ) -> Solution:
         """Return the solution with some variants, whose costs and limits are in units of the limits."""
         found = self._relaxed(every, cost, bound)
         if found is None:
@@ -214,8 +235,14 @@ class Program:
             if choice is not None:
                 score = float(self.score[choice].sum())
                 missing = score - least
-                if missing * (1.0 - 1e-9) <= delta + gap * abs(score) or len(some) == len(every) or not proved:
-                    left = 0.0 if proved and not gap else max(missing, 0.0) / max(abs(score), 1e-300)
+                if (
+                    missing * (1.0 - 1e-9) <= delta + gap * abs(score)
+                    or len(some) == len(every)
+                    or not proved
+                ):
+                    left = (
+                        0.0 if proved and not gap else max(missing, 0.0) / max(abs(score), 1e-300)
+                    )
                     return Solution(choice, score, 0.0, left)
                 delta = missing
             else:
@@ -256,7 +283,9 @@ class Program:
             keep.append(own[order[kept]])
         return np.sort(np.concatenate(keep))
 
-    def _relaxed(self, some: IndexArray, cost: FloatArray, bound: FloatArray) -> tuple[float, FloatArray] | None:
+    def _relaxed(
+        self, some: IndexArray, cost: FloatArray, bound: FloatArray
+    ) -> tuple[float, FloatArray] | None:
         """Return the bound of the linear relaxation, and how far each variant exceeds the best one of its group at the
         prices of the relaxation; None if no mixture keeps the limits."""
         from scipy.optimize import linprog
@@ -288,12 +317,17 @@ class Program:
 
         rise = self._rises(some)
         unit = max(float(rise.max(initial=0.0)), 1e-300)
-        inner, given = bound, {"options": {"mip_rel_gap": gap, "node_limit": MOST_NODES}, "bounds": Bounds(0.0, 1.0)}
+        inner, given = (
+            bound,
+            {"options": {"mip_rel_gap": gap, "node_limit": MOST_NODES}, "bounds": Bounds(0.0, 1.0)},
+        )
         for _ in range(3):
             limits = [LinearConstraint(self._one_each(some), 1.0, 1.0)]
             limits += [LinearConstraint(cost[:, some], -np.inf, inner)] if len(cost) else []
             with _quiet():
-                found = milp(rise / unit, constraints=limits, integrality=np.ones(len(some)), **given)
+                found = milp(
+                    rise / unit, constraints=limits, integrality=np.ones(len(some)), **given
+                )
             if found.x is None:
                 break
             choice = some[np.flatnonzero(found.x > 0.5)]
@@ -308,8 +342,13 @@ class Program:
 
         last = np.append(np.zeros(len(some)), 1.0)  # the last variable is the excess
         each = np.hstack([self._one_each(some).toarray(), np.zeros((len(_firsts(self.group)), 1))])
-        within = LinearConstraint(np.hstack([cost[:, some], -np.ones((len(cost), 1))]), -np.inf, bound)
-        limits, bounds = [LinearConstraint(each, 1.0, 1.0), within], Bounds(0.0, np.where(last, np.inf, 1.0))
+        within = LinearConstraint(
+            np.hstack([cost[:, some], -np.ones((len(cost), 1))]), -np.inf, bound
+        )
+        limits, bounds = (
+            [LinearConstraint(each, 1.0, 1.0), within],
+            Bounds(0.0, np.where(last, np.inf, 1.0)),
+        )
         with _quiet():
             found = milp(last, constraints=limits, integrality=1.0 - last, bounds=bounds)
         choice = some[np.flatnonzero(found.x[:-1] > 0.5)]
@@ -352,7 +391,8 @@ def _quiet() -> Iterator[None]:
 class Variants:
     library: Library
     groups: tuple[tuple[int, ...], ...]
-    place: tuple[tuple[int, ...], ...]  # index of each variant in the library, per layer of its group
+    # index of each variant in the library, per layer of its group
+    place: tuple[tuple[int, ...], ...]
     group: IndexArray  # (V,)
 
     @classmethod
@@ -369,7 +409,9 @@ class Variants:
     def sums(self, column: Sequence[FloatArray]) -> FloatArray:
         """Return the sums (V,) of values by layer and variant over the layers of each group."""
         pairs = zip(self.place, self.group.tolist())
-        return np.array([sum(float(column[i][j]) for i, j in zip(self.groups[g], own)) for own, g in pairs])
+        return np.array(
+            [sum(float(column[i][j]) for i, j in zip(self.groups[g], own)) for own, g in pairs]
+        )
 
     def blocks(self, choice: IndexArray) -> tuple[Block, ...]:
         found: dict[int, Block] = {}
@@ -383,7 +425,9 @@ class Variants:
         every = [self.library.texts(layers[0]) for layers in self.groups]
         texts, found = [every[g][own[0]] for own, g in zip(self.place, self.group.tolist())], []
         for shape in dict.fromkeys(text for text in texts if text != ("none", "none")):
-            some = np.array([i for i, text in enumerate(texts) if text in (shape, ("none", "none"))])
+            some = np.array(
+                [i for i, text in enumerate(texts) if text in (shape, ("none", "none"))]
+            )
             if len(np.unique(self.group[some])) == len(self.groups):
                 found.append(some)
         return found
@@ -394,7 +438,8 @@ class Found:
     choice: IndexArray
     blocks: tuple[Block, ...]
     score: float
-    predicted: tuple[Mapping[str, FloatArray], ...]  # quantities by setting: the dense model, the plan
+    # quantities by setting: the dense model, the plan
+    predicted: tuple[Mapping[str, FloatArray], ...]
     reached: FloatArray  # (R,) the limited quantities, at the end of their intervals that counts
     meets: bool
 
@@ -405,10 +450,12 @@ class Solver:
     score: FloatArray  # (V,)
     settings: tuple[PricedRequest, ...]
     targets: Targets
-    families: list[IndexArray] = field(default_factory=list)  # sets of variants that a plan is chosen from; none: all
+    # sets of variants that a plan is chosen from; none: all
+    families: list[IndexArray] = field(default_factory=list)
     steps: int = 0
     gap: float = 0.0  # share of the score that a better plan could save at most, by added costs
-    sum_error: float = 0.0  # first plan: predicted cost of the first limit over its added cost, less 1
+    # first plan: predicted cost of the first limit over its added cost, less 1
+    sum_error: float = 0.0
     _known: dict[tuple[int, ...], Found] = field(default_factory=dict)
 
     @property
@@ -418,7 +465,9 @@ class Solver:
     @cached_property
     def limits(self) -> list[Limit]:
         dense = [quantities([self.model], at) for at in self.settings]
-        return [limit for at, own in zip(self.settings, dense) for limit in self.targets.limits(at, own)]
+        return [
+            limit for at, own in zip(self.settings, dense) for limit in self.targets.limits(at, own)
+        ]
 
     def costs(self, choice: IndexArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the costs (R, V) of the variants next to a plan, the part of each limited quantity outside the
@@ -444,9 +493,13 @@ class Solver:
             model = planned(self.model, blocks)
             predicted = {id(at): quantities([self.model, model], at) for at in self.settings}
             least, score = self.targets.confidence, float(self.score[choice].sum())
-            reached = np.array([limit.reached(predicted[id(limit.at)], least)[1] for limit in self.limits])
+            reached = np.array(
+                [limit.reached(predicted[id(limit.at)], least)[1] for limit in self.limits]
+            )
             meets = bool((reached <= self.most * (1.0 + 1e-9)).all())
-            self._known[key] = Found(choice, blocks, score, tuple(predicted.values()), reached, meets)
+            self._known[key] = Found(
+                choice, blocks, score, tuple(predicted.values()), reached, meets
+            )
         return self._known[key]
 
     @property
@@ -454,12 +507,16 @@ class Solver:
         """The largest value of each limited quantity (R,)."""
         return np.array([limit.most for limit in self.limits])
 
-    def choose(self, cost: FloatArray, limit: FloatArray, gap: float = 0.0) -> tuple[IndexArray, float, float]:
+    def choose(
+        self, cost: FloatArray, limit: FloatArray, gap: float = 0.0
+    ) -> tuple[IndexArray, float, float]:
         """Return the choice of least score within limits of added costs, the share by which it exceeds them, and the
         share of its score that a better choice could save at most."""
         best: tuple[float, float, IndexArray, float] | None = None
         for some in self.families or [np.arange(len(self.score))]:
-            own = Program(self.variants.group[some], self.score[some], cost[:, some]).solve(limit, gap)
+            own = Program(self.variants.group[some], self.score[some], cost[:, some]).solve(
+                limit, gap
+            )
             if best is None or (own.excess, own.score) < best[:2]:
                 best = own.excess, own.score, some[own.choice], own.gap
         assert best is not None
@@ -478,7 +535,9 @@ class Solver:
             found = self.predict(choice)
             if self.steps == 1:
                 added = cost[:, choice].sum(axis=1) + offset
-                self.sum_error = float(found.predicted[0][self.limits[0].quantity][1] / added[0]) - 1.0
+                self.sum_error = (
+                    float(found.predicted[0][self.limits[0].quantity][1] / added[0]) - 1.0
+                )
             nearest = min(nearest, found, key=lambda plan: (plan.reached / self.most).max())
             if found.meets and (best is None or found.score <= best.score):
                 best, self.gap = found, left

@@ -21,10 +21,15 @@ from simulator.models.config import Block, ModelConfig
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 
-ALIGNMENT = 128  # generated MLP widths are multiples of it per device, so that kernels have no partial tiles in K
-WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # generated MLP widths, and numbers of experts, over the dense
+# generated MLP widths are multiples of it per device, so that kernels have no partial tiles in K
+ALIGNMENT = 128
+# generated MLP widths, and numbers of experts, over the dense
+WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
-_ATTENTION, _EXPERTS = {"heads": "heads", "kv": "kv_heads"}, {"experts": "experts", "width": "expert_inner"}
+_ATTENTION, _EXPERTS = (
+    {"heads": "heads", "kv": "kv_heads"},
+    {"experts": "experts", "width": "expert_inner"},
+)
 _PAIR = re.compile(r"([a-z_]+)=(\d{1,8})", re.ASCII)
 
 
@@ -39,7 +44,11 @@ def text_of(sublayer: str, block: Block, dense: Block) -> str:
     if sublayer == "mlp" and not block.experts:
         return str(block.inner)
     names = _ATTENTION if sublayer == "attention" else _EXPERTS
-    return " ".join(f"{k}={getattr(block, v)}" for k, v in names.items() if getattr(block, v) != getattr(dense, v))
+    return " ".join(
+        f"{k}={getattr(block, v)}"
+        for k, v in names.items()
+        if getattr(block, v) != getattr(dense, v)
+    )
 
 
 def variant(sublayer: str, text: str, dense: Block) -> Block:
@@ -52,7 +61,9 @@ def variant(sublayer: str, text: str, dense: Block) -> Block:
     if words == "linear":
         return replace(without(sublayer, dense), linear=tuple(sorted({*dense.linear, sublayer})))
     if not has(sublayer, dense) or sublayer in dense.linear:
-        raise InputError(f"{sublayer} {text!r}: the layer has no {sublayer} that a variant could change")
+        raise InputError(
+            f"{sublayer} {text!r}: the layer has no {sublayer} that a variant could change"
+        )
     if sublayer == "mlp" and not dense.experts:
         return _mlp(text, dense)
     return _attention(text, dense) if sublayer == "attention" else _experts(text, dense)
@@ -61,21 +72,32 @@ def variant(sublayer: str, text: str, dense: Block) -> Block:
 def _mlp(text: str, dense: Block) -> Block:
     inner = text.strip()
     if not re.fullmatch(r"\d{1,8}", inner, re.ASCII) or not 0 <= int(inner) <= dense.inner:
-        raise InputError(f"mlp {text!r}: expected a width up to {dense.inner}, dense, none or linear")
+        raise InputError(
+            f"mlp {text!r}: expected a width up to {dense.inner}, dense, none or linear"
+        )
     return replace(dense, inner=int(inner)) if int(inner) else without("mlp", dense)
 
 
 def _attention(text: str, dense: Block) -> Block:
     if dense.delta:
-        raise InputError(f"attention {text!r}: a gated delta net has no other sizes; expected dense or none")
+        raise InputError(
+            f"attention {text!r}: a gated delta net has no other sizes; expected dense or none"
+        )
     given = _pairs("attention", text, _ATTENTION)
-    heads, groups = given.get("heads", dense.heads), given.get("kv", min(dense.kv_heads, given.get("heads", 1 << 30)))
+    heads, groups = (
+        given.get("heads", dense.heads),
+        given.get("kv", min(dense.kv_heads, given.get("heads", 1 << 30))),
+    )
     if not heads or not groups:
         return without("attention", dense)
     if heads > dense.heads or groups > dense.kv_heads:
-        raise InputError(f"attention {text!r}: expected at most heads={dense.heads} kv={dense.kv_heads}")
+        raise InputError(
+            f"attention {text!r}: expected at most heads={dense.heads} kv={dense.kv_heads}"
+        )
     if heads % groups:
-        raise InputError(f"attention {text!r}: expected a number of KV heads that divides the {heads} query heads")
+        raise InputError(
+            f"attention {text!r}: expected a number of KV heads that divides the {heads} query heads"
+        )
     return replace(dense, heads=heads, kv_heads=groups)
 
 
@@ -83,7 +105,9 @@ def _experts(text: str, dense: Block) -> Block:
     given = _pairs("mlp", text, _EXPERTS)
     experts, width = given.get("experts", dense.experts), given.get("width", dense.expert_inner)
     if not 1 <= experts <= dense.experts or not 1 <= width <= dense.expert_inner:
-        raise InputError(f"mlp {text!r}: expected at most experts={dense.experts} width={dense.expert_inner}")
+        raise InputError(
+            f"mlp {text!r}: expected at most experts={dense.experts} width={dense.expert_inner}"
+        )
     return replace(dense, experts=experts, active=min(dense.active, experts), expert_inner=width)
 
 
@@ -92,12 +116,16 @@ def _pairs(sublayer: str, text: str, names: dict[str, str]) -> dict[str, int]:
     found = {part[1]: int(part[2]) for part in parts if part is not None}
     if not parts or None in parts or len(found) < len(parts) or not found.keys() <= names.keys():
         example = " ".join(f"{name}=4" for name in names)
-        raise InputError(f"{sublayer} {text!r}: expected dense, none, linear, or sizes such as {example}")
+        raise InputError(
+            f"{sublayer} {text!r}: expected dense, none, linear, or sizes such as {example}"
+        )
     return found
 
 
 def has(sublayer: str, block: Block) -> bool:
-    return sublayer in block.linear or bool(block.heads if sublayer == "attention" else block.inner or block.experts)
+    return sublayer in block.linear or bool(
+        block.heads if sublayer == "attention" else block.inner or block.experts
+    )
 
 
 def without(sublayer: str, block: Block) -> Block:
@@ -132,9 +160,13 @@ def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1)
             yield replace(dense, kv_heads=groups)
             groups //= 2
     elif sublayer not in dense.linear:
-        size, step = (dense.experts, devices) if dense.experts else (dense.inner, ALIGNMENT * devices)
+        size, step = (
+            (dense.experts, devices) if dense.experts else (dense.inner, ALIGNMENT * devices)
+        )
         step = step if size >= 8 * step else devices
-        for value in sorted({round(share * size / step) * step for share in WIDTHS} - {0, size}, reverse=True):
+        for value in sorted(
+            {round(share * size / step) * step for share in WIDTHS} - {0, size}, reverse=True
+        ):
             if dense.experts:
                 yield replace(dense, experts=value, active=min(dense.active, value))
             else:

@@ -65,7 +65,9 @@ def _text(old: Block, new: Block) -> str:
         for name, now, was in (("heads", new.heads, old.heads), ("kv", new.kv_heads, old.kv_heads)):
             parts += [f"{name}={_removed(now, was)}"] if now != was else []
     if "mlp" not in gone:
-        width, dense = (new.expert_inner, old.expert_inner) if old.experts else (new.inner, old.inner)
+        width, dense = (
+            (new.expert_inner, old.expert_inner) if old.experts else (new.inner, old.inner)
+        )
         parts += [f"mlp={_removed(width, dense)}"] if width != dense else []
         if new.experts != old.experts:
             steps.append(f"experts {_removed(new.experts, old.experts)}")
@@ -87,7 +89,9 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{target}: cannot be used ({error.strerror or error}); expected a folder") from None
+        raise InputError(
+            f"{target}: cannot be used ({error.strerror or error}); expected a folder"
+        ) from None
     refuse_links(target, PLAN)
     dense, lines = plan.dense, list[str]()
     content, text = None, None
@@ -102,7 +106,8 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
         text = None
         lines.append(f"{PLAN} is not written: {error}")
     if content is not None:
-        write_config(target, content)  # written first: it never replaces the config.json of another plan
+        # written first: it never replaces the config.json of another plan
+        write_config(target, content)
     if text is not None:
         write_whole(target / PLAN, text.encode())
         r = plan.results[0]  # the request is stated, because other commands have other defaults
@@ -111,7 +116,12 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     else:
         (target / PLAN).unlink(missing_ok=True)  # removes an older plan of other shapes
     written = [*([PLAN] if text else []), *(["config.json"] if content else [])]
-    return [f"written: {folder}/{{{','.join(written)}}}" if written else f"{folder}: no file is written", *lines]
+    return [
+        f"written: {folder}/{{{','.join(written)}}}"
+        if written
+        else f"{folder}: no file is written",
+        *lines,
+    ]
 
 
 def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
@@ -130,7 +140,9 @@ def stats_text(found: Costs) -> str:
     for i, at in enumerate(found.settings):
         *sublayers, (outside, _) = pairs[i * each : (i + 1) * each]
         subblocks = [_subblock(model, row, block) for row, block in sublayers]
-        out.append({"args": stats_args(model, at), "non_block": _amounts(outside), "subblocks": subblocks})
+        out.append(
+            {"args": stats_args(model, at), "non_block": _amounts(outside), "subblocks": subblocks}
+        )
     return json.dumps(out, indent=1, allow_nan=False) + "\n"
 
 
@@ -168,7 +180,9 @@ def _subblock(model: ModelConfig, row: Mapping[str, Any], block: Block) -> dict[
     key, class_name = _CLASSES[row["sublayer"]]
     idle = (block.experts - block.active) * model.expert_parameters(block) if block.experts else 0.0
     return {
-        "subblock_config": block_config(part_of(row["sublayer"], block), model.layout[row["layer"]])[key],
+        "subblock_config": block_config(
+            part_of(row["sublayer"], block), model.layout[row["layer"]]
+        )[key],
         "subblock_config_class": class_name,
         **_amounts(row),
         "active_params": round(row["parameters"] - idle),

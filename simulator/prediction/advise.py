@@ -26,7 +26,14 @@ from simulator.models.lower import lower
 from simulator.prediction.batch import batch_of
 from simulator.prediction.compare import compare, results_of
 from simulator.prediction.prunings import Pruning, families
-from simulator.prediction.requests import batch_name, by_budget, check_measured, dense_seconds, profiles, requests_of
+from simulator.prediction.requests import (
+    batch_name,
+    by_budget,
+    check_measured,
+    dense_seconds,
+    profiles,
+    requests_of,
+)
 from simulator.prediction.result import HasResult, Result, Results
 from simulator.prediction.runnable import runnable
 from simulator.prediction.service import check_probability, probability_of
@@ -34,7 +41,8 @@ from simulator.request import Request
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
 
-LARGEST_SPARSITY = 0.9  # largest sparsity of a family: no published method keeps a model useful beyond it
+# largest sparsity of a family: no published method keeps a model useful beyond it
+LARGEST_SPARSITY = 0.9
 COARSE, FINE = 0.02, 0.001  # steps of the coarse and the fine grid of sparsities
 BOTH = "depth+width"  # depth and width at the same sparsity each
 Point = tuple[str, float]  # a family or BOTH, and a sparsity
@@ -61,7 +69,11 @@ class Target:
     def text(self) -> str:
         if self.speedup is not None:
             return f"{ratio(self.speedup)}x"
-        return seconds(self.latency_s) if self.latency_s is not None else f"{self.tokens_per_s:,.4g} tokens/s"
+        return (
+            seconds(self.latency_s)
+            if self.latency_s is not None
+            else f"{self.tokens_per_s:,.4g} tokens/s"
+        )
 
     def over(self, dense_s: float, request: Request) -> float:
         """Return the required speedup over a dense time; at most 1 if the dense model reaches the target."""
@@ -120,7 +132,10 @@ def advise(
     probability of reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
     check_probability(probability)
     aim, config = target if isinstance(target, Target) else Target(target), load_model(model)
-    names, devices = [*families(("all",) if family is None else family, [config])], profiles(hardware)
+    names, devices = (
+        [*families(("all",) if family is None else family, [config])],
+        profiles(hardware),
+    )
     if {"depth", "width"} <= set(names):
         names.append(BOTH)
     requested = requests_of([config], settings)
@@ -130,7 +145,9 @@ def advise(
     for (one,), same in (part for each in requested for part in by_budget([each], devices)):
         search, dense = _Search(one, names, probability, notes), WorkloadBatch.of([lower(one)])
         for hw in same:
-            needed = aim.over(compare(dense, hw, one.level, one.dense_s)[0]["dense_s"][0].item(), one)
+            needed = aim.over(
+                compare(dense, hw, one.level, one.dense_s)[0]["dense_s"][0].item(), one
+            )
             if needed > 1.0:
                 advice += search.on(hw, needed)
             else:
@@ -163,7 +180,8 @@ class _Search:
         batch = batch_of([self.request], [_pruning(*point) for point in points], reject)
         supported = {points[i][0] for i in batch.pruning if i >= 0}
         for name, found in reasons.items():
-            if name not in supported:  # report a sparsity without pattern only if the engine lacks no kernels
+            # report a sparsity without pattern only if the engine lacks no kernels
+            if name not in supported:
                 error = min(found, key=lambda text: "at sparsity" in text)
                 self.notes[error if name in error else f"{name}: {error}"] = None
         return points, batch
@@ -177,26 +195,38 @@ class _Search:
         for name, row in first.items():
             end = coarse.points[row][1]
             start = coarse.points[row - 1][1] if row and coarse.points[row - 1][0] == name else 0.0
-            fine += [(name, round(start + FINE * i, 6)) for i in range(1, round((end - start) / FINE))]
-        finer = _Timed(self, hw, fine, batch_of([self.request], [_pruning(*point) for point in fine], _reject))
+            fine += [
+                (name, round(start + FINE * i, 6)) for i in range(1, round((end - start) / FINE))
+            ]
+        finer = _Timed(
+            self, hw, fine, batch_of([self.request], [_pruning(*point) for point in fine], _reject)
+        )
         finer_first = finer.first(target)
         advice = []
         for name in dict.fromkeys(name for name, _ in coarse.points):
             found, rows = (finer, finer_first) if name in finer_first else (coarse, first)
             row = rows[name] if name in first else coarse.fastest(name)
             r = found.results.take([row])[0]
-            probability = probability_of(target, r.speedup, r.speedup_lower, r.speedup_upper, r.level)
+            probability = probability_of(
+                target, r.speedup, r.speedup_lower, r.speedup_upper, r.level
+            )
             runs = runnable(self.request, _pruning(*found.points[row]), hw).works
             advice.append(Advice(r, target, probability, name in first, runs))
         return sorted(
-            advice, key=lambda a: (not a.reached, a.result.realised_sparsity if a.reached else -a.result.speedup)
+            advice,
+            key=lambda a: (
+                not a.reached,
+                a.result.realised_sparsity if a.reached else -a.result.speedup,
+            ),
         )
 
 
 class _Timed:
     """Points of a search that a device can run, in order, with their results."""
 
-    def __init__(self, search: _Search, hw: HardwareProfile, points: list[Point], batch: WorkloadBatch) -> None:
+    def __init__(
+        self, search: _Search, hw: HardwareProfile, points: list[Point], batch: WorkloadBatch
+    ) -> None:
         prunings = [_pruning(*point) for point in points]
         self.results: Results = results_of(batch, prunings, [hw], [search.request], _reject)
         self.points = [points[i] for i in self.results.pruning.tolist()]
@@ -208,14 +238,23 @@ class _Timed:
         self.speedup = speedup * (end / speedup) ** abs(share)
 
     def first(self, target: float) -> dict[str, int]:
-        return {self.points[row][0]: row for row in reversed(np.flatnonzero(self.speedup >= target).tolist())}
+        return {
+            self.points[row][0]: row
+            for row in reversed(np.flatnonzero(self.speedup >= target).tolist())
+        }
 
     def fastest(self, name: str) -> int:
-        return int(np.where([name == other for other, _ in self.points], self.speedup, 0.0).argmax())
+        return int(
+            np.where([name == other for other, _ in self.points], self.speedup, 0.0).argmax()
+        )
 
 
 def _pruning(name: str, sparsity: float) -> Pruning:
-    return Pruning.read(f"depth {sparsity:g} + width {sparsity:g}") if name == BOTH else Pruning.of(name, sparsity)
+    return (
+        Pruning.read(f"depth {sparsity:g} + width {sparsity:g}")
+        if name == BOTH
+        else Pruning.of(name, sparsity)
+    )
 
 
 def _reject(_pruning: int | None, reason: str, device: str) -> None:

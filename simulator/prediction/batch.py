@@ -26,7 +26,8 @@ from simulator.workload import Workload, WorkloadBatch
 
 _EMBEDDING = role_code("embedding")[0]
 RequestGroup = tuple[int, ...]  # indices of some requests
-GroupRows = tuple[RequestGroup, Workload, IndexArray]  # requests, their pruned rows, and rows of each
+# requests, their pruned rows, and rows of each
+GroupRows = tuple[RequestGroup, Workload, IndexArray]
 Together = Mapping[str, Sequence[tuple[RequestGroup, Workload]]]
 """``Family.together`` -> the requests of each call, and their rows as one workload."""
 
@@ -39,7 +40,9 @@ def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
     raise InputError(reason)
 
 
-def batch_of(requests: Sequence[Request], prunings: Sequence[Pruning], reject: Reject) -> WorkloadBatch:
+def batch_of(
+    requests: Sequence[Request], prunings: Sequence[Pruning], reject: Reject
+) -> WorkloadBatch:
     """Return the dense workloads of requests that differ only in shape, then their pruned versions by pruning. Versions
     that a family or the engine does not support go to ``reject``."""
     workloads = [lower(request) for request in requests]
@@ -74,7 +77,12 @@ def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
 
 
 def _pruned(
-    requests: Sequence[Request], group: RequestGroup, rows: Workload, lengths: IndexArray, pruning: Pruning, index: int
+    requests: Sequence[Request],
+    group: RequestGroup,
+    rows: Workload,
+    lengths: IndexArray,
+    pruning: Pruning,
+    index: int,
 ) -> WorkloadBatch:
     many, steps = len(group), rows.meta.applied
     return WorkloadBatch(
@@ -90,7 +98,10 @@ def _pruned(
 
 def _together(workloads: Sequence[Workload], names: Collection[str]) -> Together:
     shapes, every = [w.meta for w in workloads], tuple(range(len(workloads)))
-    lengths = [tuple(i for i in every if shapes[i].seq == seq) for seq in dict.fromkeys(meta.seq for meta in shapes)]
+    lengths = [
+        tuple(i for i in every if shapes[i].seq == seq)
+        for seq in dict.fromkeys(meta.seq for meta in shapes)
+    ]
 
     def joined(group: RequestGroup) -> Workload:
         if len(group) == 1:
@@ -114,7 +125,11 @@ def _parts(
         reasons[lacks] = None
         return []
     call = partial(pruning.apply, request=requests[0])
-    return [part for group, rows in together[pruning.together] for part in _prune(requests, group, rows, call, reasons)]
+    return [
+        part
+        for group, rows in together[pruning.together]
+        for part in _prune(requests, group, rows, call, reasons)
+    ]
 
 
 def _prune(
@@ -136,7 +151,9 @@ def _prune(
         lengths = _lengths(pruned, passes)
         if lengths is not None:
             return [(group, pruned, lengths)]
-    return [part for i in group for part in _prune(requests, (i,), lower(requests[i]), call, reasons)]
+    return [
+        part for i in group for part in _prune(requests, (i,), lower(requests[i]), call, reasons)
+    ]
 
 
 def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:

@@ -43,7 +43,8 @@ from simulator.request import Request
 
 TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
 MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB
-ENOUGH_ROUNDS = 10  # with so many requests per request in flight, ramp-up and ramp-down hardly change the mean time
+# with so many requests per request in flight, ramp-up and ramp-down hardly change the mean time
+ENOUGH_ROUNDS = 10
 _TIMES = Range(1e-12, 1e9, "positive times in seconds, at most 1e9")
 _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
@@ -66,8 +67,10 @@ class BenchRun:
     """One result of a serving benchmark; numbers that the file does not state are 0, texts ""."""
 
     source: str  # path of the file, with the line if it has several results
-    kind: str  # "batch": requests that start together; "serve": a closed loop, a request starts when another finishes
-    samples_s: tuple[float, ...]  # times of a whole batch (batch), or mean times of a request (serve)
+    # "batch": requests that start together; "serve": a closed loop, a request starts when another finishes
+    kind: str
+    # times of a whole batch (batch), or mean times of a request (serve)
+    samples_s: tuple[float, ...]
     tool: str = ""  # command that wrote the file
     model: str = ""
     concurrency: int = 0  # sequences in the batch, or requests in flight
@@ -75,9 +78,11 @@ class BenchRun:
     requests: int = 0  # in the whole run
     input_tokens: float = 0.0  # mean of a request, as the next two
     output_tokens: float = 0.0
-    total_tokens: float = 0.0  # prompt and output together, if the file does not state them separately
+    # prompt and output together, if the file does not state them separately
+    total_tokens: float = 0.0
     duration_s: float = 0.0  # duration of the whole run
-    request_s: float = 0.0  # mean time of a request, to its first token, and per output token after the first
+    # mean time of a request, to its first token, and per output token after the first
+    request_s: float = 0.0
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     step_s: float = 0.0  # median time between tokens
@@ -87,7 +92,8 @@ class BenchRun:
     weight_dtype: str = ""
     kv_dtype: str = ""
     devices: int = 0  # GPUs that share the model
-    percentiles_s: Mapping[str, float] = field(default_factory=dict)  # as in the file: "50" (a batch), "p99_ttft"
+    # as in the file: "50" (a batch), "p99_ttft"
+    percentiles_s: Mapping[str, float] = field(default_factory=dict)
     note: str = ""  # limits of the samples
 
 
@@ -131,9 +137,13 @@ class Fields:
     def count(self, key: str, least: int = 1) -> int:
         """Return a whole number; one without a fraction, as 64.0, counts too."""
         given = self.value(key)
-        found = whole(int(given)) if isinstance(given, float) and given.is_integer() else whole(given)
+        found = (
+            whole(int(given)) if isinstance(given, float) and given.is_integer() else whole(given)
+        )
         if found is None or not least <= found <= MOST:
-            raise InputError(f"{self.place(key)}: expected a whole number from {least} up, got {shown(given)}")
+            raise InputError(
+                f"{self.place(key)}: expected a whole number from {least} up, got {shown(given)}"
+            )
         return found
 
     def amount(self, key: str, right: Range = AMOUNT) -> float:
@@ -155,7 +165,9 @@ class Fields:
         if not self.has(key):
             return 0.0
         if (unit := self.part(key).text("unit")) not in _UNITS:
-            raise InputError(f"{self.place(key)}.unit: expected one of {', '.join(_UNITS)}, got {unit or 'none'}")
+            raise InputError(
+                f"{self.place(key)}.unit: expected one of {', '.join(_UNITS)}, got {unit or 'none'}"
+            )
         return self.average(key) * _UNITS[unit]
 
     def text(self, key: str) -> str:
@@ -168,7 +180,9 @@ class Fields:
     def times(self, key: str) -> Floats:
         found = array(self.place(key), self.value(key), _TIMES)
         if found.ndim != 1 or not len(found):
-            raise InputError(f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}")
+            raise InputError(
+                f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}"
+            )
         return found
 
 
@@ -180,8 +194,12 @@ def request_times(fields: Fields) -> Floats:
         return np.zeros(0)
     first, gaps = fields.times("ttfts"), fields.data["itls"]
     if not isinstance(gaps, list) or len(gaps) != len(first):
-        raise InputError(f"{fields.place('itls')}: expected {len(first)} lists, as ttfts, got {shown(gaps)}")
-    later: Floats = np.array([array(fields.place("itls"), gap, AMOUNT).sum() if gap else 0.0 for gap in gaps])
+        raise InputError(
+            f"{fields.place('itls')}: expected {len(first)} lists, as ttfts, got {shown(gaps)}"
+        )
+    later: Floats = np.array(
+        [array(fields.place("itls"), gap, AMOUNT).sum() if gap else 0.0 for gap in gaps]
+    )
     return first + later
 
 
@@ -210,7 +228,9 @@ def vllm_latency(fields: Fields) -> BenchRun:
         tool="vllm bench latency",
         model=fields.text("model_id"),
         engine="vllm",
-        percentiles_s={p: number(fields.place(f"percentiles.{p}"), s, AMOUNT) for p, s in percentiles.items()},
+        percentiles_s={
+            p: number(fields.place(f"percentiles.{p}"), s, AMOUNT) for p, s in percentiles.items()
+        },
     )
 
 
@@ -238,7 +258,11 @@ def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option
     check_failed(fields, failed, key)
     if fields.has(speculative):
         raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
-    many, completed, duration = fields.count("max_concurrency"), fields.count("completed"), fields.seconds("duration")
+    many, completed, duration = (
+        fields.count("max_concurrency"),
+        fields.count("completed"),
+        fields.seconds("duration"),
+    )
     times, enough, note = request_times(fields), ENOUGH_ROUNDS * many, ""
     if (blocks := len(times) // many - 2) >= 1:
         samples = times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1)
@@ -272,12 +296,23 @@ def vllm_serve(fields: Fields) -> BenchRun:
     the time of a request, by default."""
     check_closed_loop(fields)
     missing = "failed" not in fields.data
-    failed = fields.count("num_prompts") - fields.count("completed") if missing else fields.count("failed", 0)
+    failed = (
+        fields.count("num_prompts") - fields.count("completed")
+        if missing
+        else fields.count("failed", 0)
+    )
     run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
     asked = fields.count("num_prompts") if fields.has("num_prompts") else run.requests
     short = f"{fields.source}: num_prompts: {asked}, but {run.requests} completed and 0 failed; check the dataset"
-    whole = run.ttft_s + run.tpot_s * max(run.output_tokens - 1.0, 0.0) if run.ttft_s and run.tpot_s else 0.0
-    request, names = fields.time("mean_e2el_ms") or whole, (key for key in fields.data if key.endswith("_ms"))
+    whole = (
+        run.ttft_s + run.tpot_s * max(run.output_tokens - 1.0, 0.0)
+        if run.ttft_s and run.tpot_s
+        else 0.0
+    )
+    request, names = (
+        fields.time("mean_e2el_ms") or whole,
+        (key for key in fields.data if key.endswith("_ms")),
+    )
     return replace(
         run,
         tool="vllm bench serve",
@@ -285,7 +320,9 @@ def vllm_serve(fields: Fields) -> BenchRun:
         mean_concurrency=request * run.requests / run.duration_s,
         request_s=request,
         engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
-        percentiles_s={key.removesuffix("_ms"): fields.time(key) for key in names if not key.startswith("std_")},
+        percentiles_s={
+            key.removesuffix("_ms"): fields.time(key) for key in names if not key.startswith("std_")
+        },
         note=short if run.requests < asked else run.note,
     )
 
@@ -296,12 +333,20 @@ def sglang_serve(fields: Fields) -> BenchRun:
     from which the script is derived; ``concurrency`` is the mean number of requests in flight. ``--output-details``
     adds the time and the error of each request."""
     check_closed_loop(fields)
-    errors, backend, server = fields.data.get("errors"), fields.text("backend"), fields.part("server_info")
+    errors, backend, server = (
+        fields.data.get("errors"),
+        fields.text("backend"),
+        fields.part("server_info"),
+    )
     failed = sum(map(bool, errors)) if isinstance(errors, list) else 0
     run = _closed_loop(fields, failed, "errors", "accept_length", "--output-details")
     note = run.note
-    if fields.data.get("dataset_name") == "random" and fields.data.get("random_range_ratio") not in (None, 1, 1.0):
-        ratio = f"lengths of requests vary (random_range_ratio {fields.amount('random_range_ratio'):g})"
+    if fields.data.get("dataset_name") == "random" and fields.data.get(
+        "random_range_ratio"
+    ) not in (None, 1, 1.0):
+        ratio = (
+            f"lengths of requests vary (random_range_ratio {fields.amount('random_range_ratio'):g})"
+        )
         note = note or f"{fields.source}: {ratio}; use --random-range-ratio 1"
     return replace(
         run,
@@ -309,7 +354,9 @@ def sglang_serve(fields: Fields) -> BenchRun:
         model=server.text("model_path"),
         mean_concurrency=fields.amount("concurrency") if fields.has("concurrency") else 0.0,
         request_s=fields.time("mean_e2e_latency_ms"),
-        engine="sglang" if backend.startswith("sglang") else {"vllm": "vllm", "trt": "trtllm"}.get(backend, ""),
+        engine="sglang"
+        if backend.startswith("sglang")
+        else {"vllm": "vllm", "trt": "trtllm"}.get(backend, ""),
         devices=server.count("tp_size") if server.has("tp_size") else 0,
         note=note,
     )
@@ -321,7 +368,11 @@ def trtllm_report(fields: Fields) -> BenchRun:
     ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run: close to
     ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start together, and it is far
     above the number that the engine serves at once."""
-    engine, world, requests = fields.part("engine"), fields.part("world_info"), fields.part("request_info")
+    engine, world, requests = (
+        fields.part("engine"),
+        fields.part("world_info"),
+        fields.part("request_info"),
+    )
     performance, streaming = fields.part("performance"), fields.part("streaming_metrics")
     if fields.has("decoding_stats"):
         raise InputError(f"{fields.place('decoding_stats')}: speculative decoding is unsupported")
@@ -330,7 +381,10 @@ def trtllm_report(fields: Fields) -> BenchRun:
     dtype = weight_dtype = _TRTLLM_DTYPES.get(base, "")
     note = ""
     if quantised in _TRTLLM_QUANTISED:
-        dtype, weight_dtype = _TRTLLM_QUANTISED[quantised][0] or dtype, _TRTLLM_QUANTISED[quantised][1]
+        dtype, weight_dtype = (
+            _TRTLLM_QUANTISED[quantised][0] or dtype,
+            _TRTLLM_QUANTISED[quantised][1],
+        )
     elif quantised:
         dtype = weight_dtype = ""
         note = f"{fields.source}: engine.quantization {quantised} is not checked; check --dtype and --weight-dtype"
@@ -364,12 +418,20 @@ def genai_perf(fields: Fields) -> BenchRun:
     github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d). The mean time of a request is C per
     ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a request per further token, a
     TPOT."""
-    tool = "AIPerf" if "aiperf_version" in fields.data or "was_cancelled" in fields.data else "genai-perf"
+    tool = (
+        "AIPerf"
+        if "aiperf_version" in fields.data or "was_cancelled" in fields.data
+        else "genai-perf"
+    )
     given = fields.part("input_config")
     if fields.data.get("was_cancelled"):
         raise InputError(f"{fields.place('was_cancelled')}: expected false, got true")
     errors = fields.data.get("error_summary") or []
-    failed = sum(one.count("count") if one.has("count") else 1 for one in fields.rows("error_summary")) if errors else 0
+    failed = (
+        sum(one.count("count") if one.has("count") else 1 for one in fields.rows("error_summary"))
+        if errors
+        else 0
+    )
     check_failed(fields, failed or int(fields.average("error_request_count")), "error_summary")
     many, requests = _in_flight(given), round(fields.average("request_count"))
     throughput, request = fields.part("request_throughput"), fields.average_s("request_latency")
@@ -404,13 +466,18 @@ def _in_flight(given: Fields) -> int:
         types = [phase.text("type") for phase in phases]
         if types != ["concurrency"]:
             place = given.place("phases")
-            raise InputError(f"{place}: expected one phase of type concurrency, got {', '.join(types)}")
-        return phases[0].count("concurrency") if phases[0].has("concurrency") else 1  # the default of a phase
+            raise InputError(
+                f"{place}: expected one phase of type concurrency, got {', '.join(types)}"
+            )
+        # the default of a phase
+        return phases[0].count("concurrency") if phases[0].has("concurrency") else 1
     stimulus = given.part("perf_analyzer").part("stimulus")
     if stimulus.data:
         if set(stimulus.data) != {"concurrency"}:
             name = given.place("perf_analyzer.stimulus")
-            raise InputError(f"{name}: expected concurrency, got {', '.join(map(str, stimulus.data))}")
+            raise InputError(
+                f"{name}: expected concurrency, got {', '.join(map(str, stimulus.data))}"
+            )
         return stimulus.count("concurrency")
     load = given.part("loadgen") if given.has("loadgen") else given
     check_closed_loop(load)
@@ -419,7 +486,9 @@ def _in_flight(given: Fields) -> int:
 
 def _model(given: Fields) -> str:
     arguments, endpoint = given.data, given.part("endpoint").data
-    listed: Any = arguments.get("model_names") or arguments.get("model") or endpoint.get("model_names")
+    listed: Any = (
+        arguments.get("model_names") or arguments.get("model") or endpoint.get("model_names")
+    )
     if given.has("models"):
         listed = [one.text("name") for one in given.part("models").rows("items")]
     first = listed[0] if isinstance(listed, list) and listed else listed or ""
@@ -447,9 +516,15 @@ def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
     try:
         objects = {source: parse_json(text, source)}
     except json.JSONDecodeError as error:
-        lines = {f"{source}:{at}": line for at, line in enumerate(text.splitlines(), start=1) if line.strip()}
+        lines = {
+            f"{source}:{at}": line
+            for at, line in enumerate(text.splitlines(), start=1)
+            if line.strip()
+        }
         if error.msg != "Extra data" or len(lines) < 2:
-            raise InputError(f"{source}:{error.lineno}:{error.colno}: is not JSON ({error.msg})") from None
+            raise InputError(
+                f"{source}:{error.lineno}:{error.colno}: is not JSON ({error.msg})"
+            ) from None
         objects = {}
         for place, line in lines.items():
             try:
@@ -465,7 +540,9 @@ def _read(source: str, data: Any) -> BenchRun:
     for keys, reader in _READERS.items():
         if data.keys() >= set(keys):
             return reader(Fields(source, data))
-    raise InputError(f"{source}: expected a result of {TOOLS}, got {', '.join(sorted(data)[:8]) or 'no key'}")
+    raise InputError(
+        f"{source}: expected a result of {TOOLS}, got {', '.join(sorted(data)[:8]) or 'no key'}"
+    )
 
 
 # keys that only one tool writes -> its reader; the first that fits is taken
@@ -479,8 +556,10 @@ _READERS: Mapping[tuple[str, ...], Callable[[Fields], BenchRun]] = {
 }
 
 
-TOLERANCE = 0.02  # relative difference by which mean lengths of a file may differ from those requested
-SLACK_TOKENS = 2.0  # prompt tokens by which a mean length may always differ: tokens that a tokeniser adds
+# relative difference by which mean lengths of a file may differ from those requested
+TOLERANCE = 0.02
+# prompt tokens by which a mean length may always differ: tokens that a tokeniser adds
+SLACK_TOKENS = 2.0
 IN_FLIGHT = (0.7, 1.05)
 """Share of the requests in flight that may be in flight on average: fewer are during ramp-up and ramp-down."""
 
@@ -505,7 +584,9 @@ def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
             wrong.append(error)
     if len(wrong) == 1:
         raise wrong[0]
-    raise InputError(f"{os.fspath(path)}: expected a result of this request among {len(runs)}; {wrong[0]}")
+    raise InputError(
+        f"{os.fspath(path)}: expected a result of this request among {len(runs)}; {wrong[0]}"
+    )
 
 
 def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
@@ -515,13 +596,18 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
     if run.devices and run.devices != request.devices:
         raise InputError(f"{run.source}: devices: expected {request.devices}, got {run.devices}")
     weights = request.weight_dtype or model.weight_dtype or request.dtype
-    for what, own, expected in (("dtype", run.dtype, request.dtype), ("weight dtype", run.weight_dtype, weights)):
+    for what, own, expected in (
+        ("dtype", run.dtype, request.dtype),
+        ("weight dtype", run.weight_dtype, weights),
+    ):
         if own and own != expected:
             raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
     seconds = pass_seconds(run, request)
     if run.kind == "batch" and not run.concurrency:
         check = f"--batch-size {request.batch} --input-len {request.seq} --output-len {_output(request)}"
-        notes.append(f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}")
+        notes.append(
+            f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}"
+        )
     return MeasuredDense(seconds, run, tuple(notes))
 
 
@@ -531,9 +617,13 @@ def pass_seconds(run: BenchRun, request: Request) -> float:
     phase, batch = request.phase, request.batch
     if run.kind == "batch":
         if phase not in ("prefill", "generate"):
-            raise InputError(f"{run.source}: phase: expected generate or prefill for {run.tool}, got {phase}")
+            raise InputError(
+                f"{run.source}: phase: expected generate or prefill for {run.tool}, got {phase}"
+            )
         if run.concurrency and run.concurrency != batch:
-            raise InputError(f"{run.source}: requests: expected {batch}, the batch, got {run.concurrency}")
+            raise InputError(
+                f"{run.source}: requests: expected {batch}, the batch, got {run.concurrency}"
+            )
         _check_lengths(run, request)
         return median(run.samples_s)
     together = phase == "generate" and run.requests == batch > 1
@@ -549,7 +639,9 @@ def pass_seconds(run: BenchRun, request: Request) -> float:
     if phase == "decode" and batch > 1 and 2 * batch < run.output_tokens:
         return _stated(run, "median time between tokens, one token per chunk", run.step_s)
     if batch > 1:
-        raise InputError(f"{run.source}: concurrency: expected 1 for phase {phase}, got {batch}; use phase serve")
+        raise InputError(
+            f"{run.source}: concurrency: expected 1 for phase {phase}, got {batch}; use phase serve"
+        )
     if phase == "prefill":
         return _stated(run, "time to first token", run.ttft_s)
     return _stated(run, "time per output token", run.tpot_s)
@@ -574,13 +666,17 @@ def request_of(
     for name, value in stated.items():
         own = found[name]
         if value is None and not own:
-            raise InputError(f"{run.source}: {name}: expected to be stated, as the file does not have it")
+            raise InputError(
+                f"{run.source}: {name}: expected to be stated, as the file does not have it"
+            )
         if value is not None and own and value != own:
             raise InputError(f"{run.source}: {name}: expected {own}, as in the file, got {value}")
         out.append(own or int(value or 0))
     phase = "serve" if run.kind == "serve" else "generate" if out[2] > 1 else "prefill"
     if phase == "serve" and out[2] < 2:
-        raise InputError(f"{run.source}: total_output_tokens: expected at least 2 per request, got {out[2]}")
+        raise InputError(
+            f"{run.source}: total_output_tokens: expected at least 2 per request, got {out[2]}"
+        )
     return phase, out[0], out[1], out[2] - 1
 
 
@@ -592,21 +688,40 @@ def _output(request: Request) -> int:
 def _check_lengths(run: BenchRun, request: Request) -> None:
     seq, output = request.seq, _output(request)
     if run.total_tokens:
-        _check_length(run, "tokens per request", run.total_tokens, seq + output, max(TOLERANCE * (output - 1), 0.5))
+        _check_length(
+            run,
+            "tokens per request",
+            run.total_tokens,
+            seq + output,
+            max(TOLERANCE * (output - 1), 0.5),
+        )
     around = max(TOLERANCE * seq, SLACK_TOKENS)
     if request.phase == "decode":
         middle = run.input_tokens + max(run.output_tokens - 2.0, 0.0) / 2.0
         _check_length(run, "cached positions (prompt and half of the output)", middle, seq, around)
         return
     if run.input_tokens:
-        _check_length(run, "input_tokens", run.input_tokens, seq, around, f"; use --seq {run.input_tokens:.0f}")
+        _check_length(
+            run,
+            "input_tokens",
+            run.input_tokens,
+            seq,
+            around,
+            f"; use --seq {run.input_tokens:.0f}",
+        )
     # the time to the first token depends on the prompt only
     if run.output_tokens and not (request.phase == "prefill" and run.kind == "serve"):
-        hint = f"; use --new-tokens {run.output_tokens - 1:.0f}" if request.phase != "prefill" else ""
-        _check_length(run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5), hint)
+        hint = (
+            f"; use --new-tokens {run.output_tokens - 1:.0f}" if request.phase != "prefill" else ""
+        )
+        _check_length(
+            run, "output_tokens", run.output_tokens, output, max(TOLERANCE * output, 0.5), hint
+        )
 
 
-def _check_length(run: BenchRun, what: str, own: float, expected: int, around: float, hint: str = "") -> None:
+def _check_length(
+    run: BenchRun, what: str, own: float, expected: int, around: float, hint: str = ""
+) -> None:
     if abs(own - expected) > around:
         raise InputError(f"{run.source}: {what}: expected {expected}, got {own:g}{hint}")
 
@@ -614,33 +729,45 @@ def _check_length(run: BenchRun, what: str, own: float, expected: int, around: f
 def _check_in_flight(run: BenchRun, batch: int) -> None:
     if run.concurrency and run.concurrency != batch:
         hint = f"use --phase serve --concurrency {run.concurrency}"
-        raise InputError(f"{run.source}: concurrency: expected {batch}, got {run.concurrency}; {hint}")
+        raise InputError(
+            f"{run.source}: concurrency: expected {batch}, got {run.concurrency}; {hint}"
+        )
     mean = run.mean_concurrency
     if not (run.concurrency or mean):
         raise InputError(f"{run.source}: concurrency: expected to be stated in the file")
     low, high = (share * batch for share in IN_FLIGHT)
     if mean and not low <= mean <= high:
-        raise InputError(f"{run.source}: requests in flight on average: expected {low:g} to {high:g}, got {mean:.3g}")
+        raise InputError(
+            f"{run.source}: requests in flight on average: expected {low:g} to {high:g}, got {mean:.3g}"
+        )
 
 
 def _stated(run: BenchRun, what: str, seconds: float) -> float:
     if not seconds:
-        raise InputError(f"{run.source}: {what}: expected in a file of {run.tool}, got none; run it with streaming")
+        raise InputError(
+            f"{run.source}: {what}: expected in a file of {run.tool}, got none; run it with streaming"
+        )
     return seconds
 
 
 def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[str]:
     notes, engine = [], load_engine(request.engine).name.partition("@")[0]
     if run.engine and run.engine != engine:
-        notes.append(f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine")
+        notes.append(
+            f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine"
+        )
     if not run.model:
         return notes
     known = shipped_model(run.model)
     if known is None:
-        notes.append(f"{run.source}: model {run.model} is not known by name; check that it is {model.name}")
+        notes.append(
+            f"{run.source}: model {run.model} is not known by name; check that it is {model.name}"
+        )
     elif _shapes(known) != _shapes(model):
         raise InputError(f"{run.source}: model: expected {model.name}, got {run.model}")
-    plain = request.dtype in ("bf16", "fp16") and not (request.weight_dtype or model.weight_dtype or run.weight_dtype)
+    plain = request.dtype in ("bf16", "fp16") and not (
+        request.weight_dtype or model.weight_dtype or run.weight_dtype
+    )
     if plain and _QUANTISED.search(run.model):
         formats = f"the prediction is for {request.dtype}; check --dtype and --weight-dtype"
         notes.append(f"{run.source}: model {run.model} is quantised by its name, {formats}")
@@ -648,4 +775,12 @@ def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[st
 
 
 def _shapes(model: ModelConfig) -> tuple[object, ...]:
-    return model.hidden, model.layers, model.heads, model.kv_heads, model.inner, model.vocab, model.experts
+    return (
+        model.hidden,
+        model.layers,
+        model.heads,
+        model.kv_heads,
+        model.inner,
+        model.vocab,
+        model.experts,
+    )

@@ -34,7 +34,8 @@ from simulator.workload import WorkloadBatch, sums
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
-SAME_SHAPE = 0.99  # correlation of the errors of equal operators in two workloads; the kernels around them differ
+# correlation of the errors of equal operators in two workloads; the kernels around them differ
+SAME_SHAPE = 0.99
 
 SMALL_SHARE = 0.05
 """A result counts as calibrated if operators with default constants take less than this share of the time."""
@@ -50,13 +51,17 @@ def compare(
     inferred from a measured time. ``level`` is the level of the intervals, ``dense_s`` a measured time of the first
     workload. Raises InputError for a workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
-    found = prediction_intervals(p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s))
+    found = prediction_intervals(
+        p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s)
+    )
     served = serving(p, found, level)
     code, share = p.bottleneck
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
     gain = roofline_bound - 1.0
-    efficiency = np.divide(found.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9)
+    efficiency = np.divide(
+        found.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9
+    )
     return {
         "dense_s": found.seconds[dense],
         "dense_lower": found.lower[dense],
@@ -88,7 +93,11 @@ def results_of(
 ) -> Results:
     """Return the results of the pruned workloads of a batch by request, pruning and device;
     prunings that a device cannot run go to ``reject``."""
-    found = [(d, at, timed) for d, hw in enumerate(hardware) for at, timed in _timed(batch, hw, requests[0], reject)]
+    found = [
+        (d, at, timed)
+        for d, hw in enumerate(hardware)
+        for at, timed in _timed(batch, hw, requests[0], reject)
+    ]
     if not found:
         return Results.empty()
     device = np.concatenate([np.full(len(at), d) for d, at, _ in found])
@@ -97,17 +106,24 @@ def results_of(
     device, at = device[order], at[order]
     columns: dict[str, Array | Labels] = dict(found[0][2])
     if len(found) > 1:
-        columns = {name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns}
+        columns = {
+            name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns
+        }
     elif np.count_nonzero(order[1:] - order[:-1] != 1):
         columns = {name: column[order] for name, column in columns.items()}
     columns |= _identity(batch, prunings, hardware, device, at, requests[0].ideal)
     columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
     columns["uncalibrated"] = _names(columns["uncalibrated"])
-    columns["batch"], columns["seq"] = np.array([(r.batch, r.seq) for r in requests])[batch.dense[at]].T
+    columns["batch"], columns["seq"] = np.array([(r.batch, r.seq) for r in requests])[
+        batch.dense[at]
+    ].T
     columns["cached_prefix"] = np.array([cached_tokens(r) for r in requests])[batch.dense[at]]
     columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
     columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
-    columns["measured_bound"], columns["level"] = np.full(len(at), np.nan), np.full(len(at), requests[0].level)
+    columns["measured_bound"], columns["level"] = (
+        np.full(len(at), np.nan),
+        np.full(len(at), requests[0].level),
+    )
     columns |= memory_columns(batch, at, hardware, device)
     return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
 
@@ -128,7 +144,9 @@ def request_results(
         return parts[0]
     found = Results.join(parts)
     shape = {(r.batch, r.seq): i for i, r in enumerate(requests)}
-    place = [shape[one] for one in zip(found.columns["batch"].tolist(), found.columns["seq"].tolist())]
+    place = [
+        shape[one] for one in zip(found.columns["batch"].tolist(), found.columns["seq"].tolist())
+    ]
     label = {hw.label: i for i, hw in enumerate(hardware)}
     device = [label[name] for name in found.columns["hardware"].tolist()]
     return found.take(np.lexsort((np.array(device), found.pruning, np.array(place))))
@@ -143,7 +161,9 @@ def against(
     for other in others:
         found = prediction_intervals(p, level, other, *alike(other, p))
         middle = np.log(found.ratio)
-        every.append((middle, middle - np.log(found.ratio_lower), np.log(found.ratio_upper) - middle))
+        every.append(
+            (middle, middle - np.log(found.ratio_lower), np.log(found.ratio_upper) - middle)
+        )
     middle, below, above = (np.stack(part) for part in zip(*every))
     return middle, below, above
 
@@ -202,7 +222,10 @@ def _identity(
         "devices": np.full(len(at), meta.devices),
         "ideal": np.full(len(at), ideal),
     }
-    equal, none = {"model": meta.model, "engine": load_engine(meta.engine).name}, np.zeros(len(at), dtype=np.int32)
+    equal, none = (
+        {"model": meta.model, "engine": load_engine(meta.engine).name},
+        np.zeros(len(at), dtype=np.int32),
+    )
     equal |= {"phase": meta.phase, "dtype": meta.dtype, "weight_dtype": weights, "kv_dtype": cache}
     for name, text in {**equal, "parallel": meta.parallel}.items():
         columns[name] = Labels(none, (text,))
@@ -224,8 +247,13 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     rows, first = batch.rows, slice(int(batch.lengths[0]))
     kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
     experts, gemm = kind == EXPERTS, (kind == GEMM) & (rows.layer[first] >= 0)
-    weights, caches = formats[experts if np.count_nonzero(experts) else gemm], formats[rows.is_attention[first]]
-    return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(caches) else dtype
+    weights, caches = (
+        formats[experts if np.count_nonzero(experts) else gemm],
+        formats[rows.is_attention[first]],
+    )
+    return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(
+        caches
+    ) else dtype
 
 
 def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
@@ -239,7 +267,9 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
             part[rows.at] = places[name]
     if part.min() == many:
         return np.zeros(len(p.workloads), dtype=np.intp), np.zeros(len(p.workloads))
-    spent = sums(p.workloads.owner * (many + 1) + part[which], p.row_s, (len(p.workloads), many + 1))[:, :many]
+    spent = sums(
+        p.workloads.owner * (many + 1) + part[which], p.row_s, (len(p.workloads), many + 1)
+    )[:, :many]
     share = spent * (p.device_share / np.maximum(p.device_s, 1e-300))[:, None]
     both = np.maximum(share, share[dense])
     total = share.sum(axis=1)
@@ -250,7 +280,10 @@ def _names(codes: Array | Labels) -> Labels:
     """Return sets of :data:`TITLES`, one bit each, as texts joined by "+"."""
     found = sorted(set(codes.tolist()))
     texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found)
-    return Labels(np.array(found, dtype=np.intp).searchsorted(np.asarray(codes)).astype(np.int32), tuple(texts))
+    return Labels(
+        np.array(found, dtype=np.intp).searchsorted(np.asarray(codes)).astype(np.int32),
+        tuple(texts),
+    )
 
 
 def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
@@ -261,4 +294,5 @@ def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.boo
     equal = np.abs(each - each[other]) <= 1e-9 * each[other]
     untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
     same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
-    return same, ~(groups.count == groups.count[other]).all(axis=1)  # other kernels, or fewer launches
+    # other kernels, or fewer launches
+    return same, ~(groups.count == groups.count[other]).all(axis=1)

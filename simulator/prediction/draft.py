@@ -37,7 +37,8 @@ ACCEPTANCES: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9)
 MOST_DRAFTED = 64
 _COUNT = Range(1, MOST_DRAFTED, f"a whole number from 1 to {MOST_DRAFTED}", whole=True)
 _SHARE = Range(0.0, 1.0, "a number from 0 to 1")
-_FINE = np.linspace(0.0, 1.0, 10_001)  # acceptances among which the one is found from which a draft pays
+# acceptances among which the one is found from which a draft pays
+_FINE = np.linspace(0.0, 1.0, 10_001)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Drafts(Displayed):
         return tuple(row for row in self.rows if row.best)
 
     def _title(self) -> str:
-        return f"{self.draft} as a draft for {self.target} on {self.hardware}, {len(self.rows)} rows"
+        return (
+            f"{self.draft} as a draft for {self.target} on {self.hardware}, {len(self.rows)} rows"
+        )
 
     def _columns(self) -> Any:
         return by_column([vars(row) for row in self.rows])
@@ -157,16 +160,24 @@ def draft(
     other = target if draft is None else load_model(draft)
     own = Pruning.read(prune) if prune else None
     if other == target and own is None:
-        raise InputError("draft: expected another model (--draft) or a pruning of the target (--prune), got neither")
+        raise InputError(
+            "draft: expected another model (--draft) or a pruning of the target (--prune), got neither"
+        )
     if other.vocab != target.vocab:
         expected = f"expected the vocabulary of {target.name} ({target.vocab:,} tokens)"
         raise InputError(f"draft {other.name}: {expected}, got {other.vocab:,}")
     for name in {"phase", "new_tokens", "dense_s", "positions"} & settings.keys():
-        raise InputError(f"{name}: expected no such setting, because a draft is predicted in decode")
+        raise InputError(
+            f"{name}: expected no such setting, because a draft is predicted in decode"
+        )
     counts = [int(number("drafted", g, _COUNT)) for g in listed("drafted", drafted)]
-    positions = np.array([number("by_position", a, _SHARE) for a in listed("by_position", by_position)])
+    positions = np.array(
+        [number("by_position", a, _SHARE) for a in listed("by_position", by_position)]
+    )
     if len(positions) and not (counts := [g for g in counts if g <= len(positions)]):
-        raise InputError(f"by_position: expected an acceptance per drafted token, got {len(positions)}")
+        raise InputError(
+            f"by_position: expected an acceptance per drafted token, got {len(positions)}"
+        )
     # acceptances of each case by position, with the number that names the case
     given = [number("acceptance", a, _SHARE) for a in listed("acceptance", acceptance)]
     cases = [(a, np.full(max(counts), a)) for a in given]
@@ -179,22 +190,49 @@ def draft(
         drafting = replace(request, model=other)
         dense, step = lower(request), _pruned(lower(drafting), prune)
         checks = [_pruned(lower(request, positions=g + 1), target_prune) for g in counts]
-        rounds = [Workload.concat([*_passes(drafting, prune, g), w]) for g, w in zip(counts, checks, strict=True)]
-        timed = speedups(dense, [w.replace(meta=dense.meta) for w in (*checks, *rounds)], hw, request.level)
+        rounds = [
+            Workload.concat([*_passes(drafting, prune, g), w])
+            for g, w in zip(counts, checks, strict=True)
+        ]
+        timed = speedups(
+            dense, [w.replace(meta=dense.meta) for w in (*checks, *rounds)], hw, request.level
+        )
         once, whole = memory(step, hw), memory(checks[-1], hw)
         needed = whole.total_bytes + (0.0 if shared else once.weights_bytes + once.cache_bytes)
         both = {"memory_bytes": needed, "fits": needed <= whole.capacity_bytes}
         for a, accepted in cases:
             found = [
-                _row(many, g, a, 1.0 + float(np.cumprod(accepted[:g]).sum()), timed, j, len(counts), both)
+                _row(
+                    many,
+                    g,
+                    a,
+                    1.0 + float(np.cumprod(accepted[:g]).sum()),
+                    timed,
+                    j,
+                    len(counts),
+                    both,
+                )
                 for j, g in enumerate(counts)
             ]
             fastest = max(row.speedup for row in found)
             rows += [replace(row, best=row.speedup == fastest) for row in found]
     notes = (*dense_notes(timed, request, [hw]), *uncalibrated(timed))
     name = f"{other.name} pruned by {own.title}" if own else other.name
-    whose = f"{target.name} pruned by {Pruning.read(target_prune).title}" if target_prune else target.name
-    about = (whose, name, hw.label, request.engine, request.devices, request.seq, request.level, shared)
+    whose = (
+        f"{target.name} pruned by {Pruning.read(target_prune).title}"
+        if target_prune
+        else target.name
+    )
+    about = (
+        whose,
+        name,
+        hw.label,
+        request.engine,
+        request.devices,
+        request.seq,
+        request.level,
+        shared,
+    )
     return Drafts(*about, tuple(rows), notes)
 
 
@@ -218,7 +256,14 @@ def _pruned(w: Workload, text: str) -> Workload:
 
 
 def _row(
-    batch: int, drafted: int, acceptance: float, tokens: float, timed: Results, at: int, many: int, memory: Any
+    batch: int,
+    drafted: int,
+    acceptance: float,
+    tokens: float,
+    timed: Results,
+    at: int,
+    many: int,
+    memory: Any,
 ) -> Draft:
     """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens. ``timed`` are ``many``
     checks and ``many`` rounds, as if they were pruned versions of the dense step."""

@@ -147,7 +147,9 @@ def waterfall(
 
     flops, notes, share = [batch.flops], list(NOTES.items()), _expert_share(batch)
     if share is not None:  # first as if a token used fewer experts as well
-        flops.insert(0, np.where((batch.rows.kind == EXPERTS) & (batch.owner > 0), share, 1.0) * batch.flops)
+        flops.insert(
+            0, np.where((batch.rows.kind == EXPERTS) & (batch.owner > 0), share, 1.0) * batch.flops
+        )
         notes[1:2] = [(notes[1][0], notes[1][1].partition(":")[0]), ACTIVE]
     times = p.total_s if dense_s is None else compare(batch, hw, dense_s=dense_s)[0]["pruned_s"]
     values = [
@@ -158,7 +160,14 @@ def waterfall(
         float(times[0] / times[1]),
     ]
     before = 1.0 / max(1.0 - requested, 1e-9)
-    steps = [Step("nominal", before, before, f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed")]
+    steps = [
+        Step(
+            "nominal",
+            before,
+            before,
+            f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed",
+        )
+    ]
     for (name, note), value in zip(notes, values, strict=True):
         steps.append(Step(name, value / before, value, note))
         before = value
@@ -168,7 +177,9 @@ def waterfall(
 def _expert_share(batch: WorkloadBatch) -> float | None:
     """Return the share of routed experts that is left over the share of a token's experts that is left, at most 1."""
     w = batch.rows
-    (experts, left), (active, uses) = (batch.total(w.count * (w.kind == EXPERTS) * n) for n in (w.experts, w.active))
+    (experts, left), (active, uses) = (
+        batch.total(w.count * (w.kind == EXPERTS) * n) for n in (w.experts, w.active)
+    )
     return min(1.0, float(left / experts * active / uses)) if uses and experts else None
 
 
@@ -177,7 +188,9 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
     step."""
     w, ideal = p.workloads.rows, p.ideal_s
     effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
-    effects["kernel"] = np.maximum(p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s))
+    effects["kernel"] = np.maximum(
+        p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s)
+    )
     for operator, rows, formats in p.workloads.operators:
         for some, e in operator.effects(rows, p.hw, formats):
             at, steps = rows.at[some], gemm_steps_of(operator_time(e, p.hw))
@@ -220,7 +233,9 @@ class Explanation(HasResult):
     def reason(self) -> str:
         """Reason for a speedup above its roofline bound; "" for other speedups."""
         r = self.result
-        return better_than_bound(self.dense, self.pruned, self.hardware, r.speedup, r.roofline_bound)
+        return better_than_bound(
+            self.dense, self.pruned, self.hardware, r.speedup, r.roofline_bound
+        )
 
 
 def explanations(
@@ -243,7 +258,9 @@ def explanations(
             raise InputError("family 'all': expected one family to explain")
     prunings, requests, _ = asked([config], settings)
     if name and len(prunings) > 1:
-        raise InputError(f"sparsity: expected one to explain {name}, such as {prunings[0].sparsity:g}")
+        raise InputError(
+            f"sparsity: expected one to explain {name}, such as {prunings[0].sparsity:g}"
+        )
     check_measured(requests, devices)
     order = [(one.phase, one.batch, one.seq) for one in requests]  # by request, then engine
     requests.sort(key=lambda one: order.index((one.phase, one.batch, one.seq)))
@@ -253,7 +270,10 @@ def explanations(
             (one,) = on([each], hw)
             dense = lower(one)
             w, r = pruning.apply(dense, one), request_results([one], [pruning], [hw])[0]
-            steps, inferred = waterfall(dense, w, hw, dense_s=one.dense_s), inferred_by(dense, hw, one)
+            steps, inferred = (
+                waterfall(dense, w, hw, dense_s=one.dense_s),
+                inferred_by(dense, hw, one),
+            )
             # rounded as in the waterfall
             r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
             out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))

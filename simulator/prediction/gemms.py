@@ -35,8 +35,10 @@ class GemmRecord:
     hardware: str
     dtype: str
     weight_dtype: str
-    stack: str  # software stack whose kernels were fitted; "" for the user's own calibration, and if none were
-    status: str  # "calibrated", "inherited" (from another stack or GPU), or "default" (nothing was fitted)
+    # software stack whose kernels were fitted; "" for the user's own calibration, and if none were
+    stack: str
+    # "calibrated", "inherited" (from another stack or GPU), or "default" (nothing was fitted)
+    status: str
     semi_structured: bool  # 2:4 weights on sparse tensor cores
     cold: bool  # weights come from memory, not from the L2 cache
     seconds: float
@@ -95,7 +97,12 @@ def gemm_table(
         }
         columns = {
             **dict(zip("mnk", sizes.T)),
-            **{"seconds": time.seconds, "lower_s": time.lower, "upper_s": time.upper, "roofline_s": time.roofline_s},
+            **{
+                "seconds": time.seconds,
+                "lower_s": time.lower,
+                "upper_s": time.upper,
+                "roofline_s": time.roofline_s,
+            },
             **{"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes},
         }
         for i, bottleneck in enumerate(time.bottlenecks):
@@ -108,7 +115,11 @@ def gemm_table(
 def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
     """Return the GEMMs and the products of experts of a workload as points of a roofline, without those that pruning
     adds (routers)."""
-    rows = np.flatnonzero(np.isin(workload.kind, (Kind.GEMM, Kind.EXPERTS)) & (workload.count > 0) & ~workload.overhead)
+    rows = np.flatnonzero(
+        np.isin(workload.kind, (Kind.GEMM, Kind.EXPERTS))
+        & (workload.count > 0)
+        & ~workload.overhead
+    )
     if not len(rows):  # no layer is left
         return GemmPoints((), np.empty(0), np.empty(0))
     chosen = workload.take(rows)

@@ -68,7 +68,8 @@ class Point:
     speedup_upper: float
     measured: bool
     optimal: bool  # no other point is as fast at no more loss
-    sure: bool  # optimal, and with its whole interval faster than points of other families at no more loss
+    # optimal, and with its whole interval faster than points of other families at no more loss
+    sure: bool
     beaten_by: str  # if not optimal: the fastest point at no more loss
     bottleneck: str
     calibrated: bool
@@ -115,7 +116,9 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     Equal points do not beat each other. Raises InputError without points or for a value that is not finite."""
     x, y = np.asarray(loss, dtype=float), np.asarray(speedup, dtype=float)
     if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise InputError(f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}")
+        raise InputError(
+            f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}"
+        )
     no_worse = (x[:, None] <= x) & (y[:, None] >= y)
     beaten: NDArray[np.bool_] = np.any(no_worse & ((x[:, None] < x) | (y[:, None] > y)), axis=0)
     return ~beaten
@@ -132,7 +135,9 @@ def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
 
 def independent(points: Sequence[Point]) -> Halves:
     """Return ``Front.below`` of points without shared errors, from their intervals."""
-    low, mid, high = np.log([(p.speedup_lower, p.speedup, p.speedup_upper) for p in points]).reshape(-1, 3).T
+    low, mid, high = (
+        np.log([(p.speedup_lower, p.speedup, p.speedup_upper) for p in points]).reshape(-1, 3).T
+    )
     return _nested(np.hypot((mid - low)[:, None], high - mid))
 
 
@@ -140,20 +145,38 @@ def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, .
     """Return the family that is fastest at each quality budget among marked points, or the dense model. Bands are in
     order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below`` is that of
     :func:`marked`."""
-    best = sorted((i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0), key=lambda i: _place(points[i]))
+    best = sorted(
+        (i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0),
+        key=lambda i: _place(points[i]),
+    )
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
-    ahead = margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
+    ahead = (
+        margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
+    )
     out: list[Band] = []
     if not best or edges[0] > 0.0:
-        out.append(Band(DENSE, 0.0, edges[0], 1.0, 1.0, all(p.speedup_upper <= 1.0 for p in points if p.loss <= 0.0)))
+        out.append(
+            Band(
+                DENSE,
+                0.0,
+                edges[0],
+                1.0,
+                1.0,
+                all(p.speedup_upper <= 1.0 for p in points if p.loss <= 0.0),
+            )
+        )
     for i, low, high in zip(best, edges[:-1], edges[1:]):
         if high <= low:
             continue
         p = points[i]
-        others = (ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high)
+        others = (
+            ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high
+        )
         sure = p.speedup_lower > 1.0 and all(others)
         if out and out[-1].family == p.family:
-            out[-1] = replace(out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure)
+            out[-1] = replace(
+                out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure
+            )
         else:
             out.append(Band(p.family, low, high, p.speedup, p.speedup, sure))
     return tuple(out)
@@ -176,7 +199,9 @@ def fronts(
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
     if len(rows) > MOST_ROWS:
-        raise InputError(f"{quality.name}: expected at most {MOST_ROWS:,} rows on the axis {axis}, got {len(rows):,}")
+        raise InputError(
+            f"{quality.name}: expected at most {MOST_ROWS:,} rows on the axis {axis}, got {len(rows):,}"
+        )
     config, devices = load_model(model), profiles(hardware)
     prunings = [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in rows]
     notes: dict[str, None] = {}
@@ -185,25 +210,53 @@ def fronts(
         if pruning is None:
             raise InputError(reason)
         row = rows[pruning]
-        notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = None
+        notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = (
+            None
+        )
 
     out: list[Front] = []
     for one in requests_of([config], settings):
-        batches = {same: batch_of(some, prunings, reject) for some, same in by_budget([one], devices)}
+        batches = {
+            same: batch_of(some, prunings, reject) for some, same in by_budget([one], devices)
+        }
         for hw in devices:
             workloads = next(batch for same, batch in batches.items() if hw in same)
             results = results_of(workloads, prunings, [hw], [one], reject)
-            points = [_point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)]
+            points = [
+                _point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)
+            ]
             if not points:
-                none = f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
+                none = (
+                    f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
+                )
                 raise InputError(f"{none}: {'; '.join(notes)}")
             order = sorted(range(len(points)), key=lambda i: _place(points[i]))
             below = _below(workloads, results, hw, points, order, one.level)
             found = marked([points[i] for i in order], below)
-            parts, share = uncalibrated_of(r for r, point in zip(results, points) if not point.measured)
-            where = (config.name, hw.label, one.phase, one.batch, one.seq, load_engine(one.engine).name)
+            parts, share = uncalibrated_of(
+                r for r, point in zip(results, points) if not point.measured
+            )
+            where = (
+                config.name,
+                hw.label,
+                one.phase,
+                one.batch,
+                one.seq,
+                load_engine(one.engine).name,
+            )
             calibrated = share < SMALL_SHARE, parts, share
-            out.append(Front(*where, axis, found, bands(found, below), *calibrated, one.level, below, one.devices))
+            out.append(
+                Front(
+                    *where,
+                    axis,
+                    found,
+                    bands(found, below),
+                    *calibrated,
+                    one.level,
+                    below,
+                    one.devices,
+                )
+            )
     return tuple(out), tuple(notes)
 
 
@@ -221,7 +274,9 @@ def _below(
     measured = np.array([p.measured for p in points])
     pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points
     some = batch.take(np.r_[0, pruned])
-    _, together, _ = against(some, hw, [np.full(len(some), 1 + i) for i in range(len(pruned))], level)
+    _, together, _ = against(
+        some, hw, [np.full(len(some), 1 + i) for i in range(len(pruned))], level
+    )
     below = np.where(measured[:, None] | measured, alone, together.T[1:])
     return _nested(below[np.ix_(order, order)])
 
@@ -246,7 +301,9 @@ def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point,
     out = []
     for i, (p, optimal) in enumerate(zip(points, mask.tolist())):
         competitors = [q for q in points if q is not p and q.loss <= p.loss]
-        others = [ahead[i, j] for j, q in enumerate(points) if q.loss <= p.loss and q.family != p.family]
+        others = [
+            ahead[i, j] for j, q in enumerate(points) if q.loss <= p.loss and q.family != p.family
+        ]
         sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and all(others)
         fastest = max(competitors, key=lambda q: q.speedup, default=None)
         beaten = fastest and fastest.speedup >= max(p.speedup, 1.0)
@@ -256,11 +313,20 @@ def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point,
 
 
 def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup]) -> Point:
-    shared = {f.name: getattr(of, f.name) for of in (row, record) for f in fields(Point) if hasattr(of, f.name)}
+    shared = {
+        f.name: getattr(of, f.name)
+        for of in (row, record)
+        for f in fields(Point)
+        if hasattr(of, f.name)
+    }
     shared["method"] = row.method  # the source's name; the prediction is of a family
     known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
     if known:
-        shared |= {"speedup": known.speedup, "speedup_lower": known.lower, "speedup_upper": known.upper}
+        shared |= {
+            "speedup": known.speedup,
+            "speedup_lower": known.lower,
+            "speedup_upper": known.upper,
+        }
         shared["bottleneck"] = ""
     shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
     return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
@@ -281,7 +347,10 @@ class MeasuredSpeedup:
     upper: float
 
     def fits(self, sparsity: float, conditions: Mapping[str, Any]) -> bool:
-        same = (str(conditions.get(name, value)).lower() == value.lower() for name, value in self.conditions.items())
+        same = (
+            str(conditions.get(name, value)).lower() == value.lower()
+            for name, value in self.conditions.items()
+        )
         return abs(self.sparsity - sparsity) <= SAME_SPARSITY and all(same)
 
 
@@ -289,7 +358,9 @@ def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
     """Read measured speedups from a CSV file, to replace predictions. Columns: family, sparsity, speedup (dense time
     over pruned time); optionally :data:`MATCHED`, and the ends of the measurement's interval, ``speedup_lower`` and
     ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
-    return tuple(read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured))
+    return tuple(
+        read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured)
+    )
 
 
 def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
@@ -298,11 +369,17 @@ def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
     sparsity, speedup = number_of(cells, "sparsity"), number_of(cells, "speedup")
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity: expected a fraction in [0, 1), got {cells['sparsity']}")
-    lower, upper = (number_of(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper"))
+    lower, upper = (
+        number_of(cells, c) if cells.get(c) else speedup for c in ("speedup_lower", "speedup_upper")
+    )
     if not 0.0 < lower <= speedup <= upper:
         got = f"{lower:g}, {speedup:g}, {upper:g}"
-        raise InputError(f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}")
-    return MeasuredSpeedup({name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper)
+        raise InputError(
+            f"speedup: expected 0 < speedup_lower <= speedup <= speedup_upper, got {got}"
+        )
+    return MeasuredSpeedup(
+        {name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper
+    )
 
 
 OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
@@ -312,10 +389,13 @@ OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
 class Winners:
     best: Results
     gains: BoolArray  # whether it is faster than the dense model
-    certain: BoolArray  # whether the intervals of its ratios to the dense model and to the second fastest are above 1
+    # whether the intervals of its ratios to the dense model and to the second fastest are above 1
+    certain: BoolArray
 
 
-def winners(requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]) -> Winners:
+def winners(
+    requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]
+) -> Winners:
     """Return the fastest pruning on each device at each of some requests that differ only in shape. Prunings that a
     device, the engine or a request does not support do not compete; InputError if none is left."""
     reasons: dict[str, None] = {}
@@ -328,7 +408,9 @@ def winners(requests: Sequence[Request], prunings: Sequence[Pruning], hardware: 
     for start in range(0, len(requests), together):
         for some, devices in by_budget(requests[start : start + together], hardware):
             batch = batch_of(some, prunings, skip)
-            found += [w for hw in devices if len((w := _of_device(some, prunings, batch, hw, skip)).best)]
+            found += [
+                w for hw in devices if len((w := _of_device(some, prunings, batch, hw, skip)).best)
+            ]
     if not found:
         raise InputError("; ".join(reasons) or "nothing to predict")
     parts = (np.concatenate([getattr(w, name) for w in found]) for name in ("gains", "certain"))
@@ -336,7 +418,11 @@ def winners(requests: Sequence[Request], prunings: Sequence[Pruning], hardware: 
 
 
 def _of_device(
-    requests: Sequence[Request], prunings: Sequence[Pruning], batch: WorkloadBatch, hw: HardwareProfile, skip: Reject
+    requests: Sequence[Request],
+    prunings: Sequence[Pruning],
+    batch: WorkloadBatch,
+    hw: HardwareProfile,
+    skip: Reject,
 ) -> Winners:
     results = results_of(batch, prunings, [hw], requests, skip)
     if not len(results):
@@ -354,13 +440,20 @@ def _of_device(
     first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
     best = results.take(row[request, first])
     competes = (first != second) & (row[request, second] >= 0)
-    ratio = _lower_ratio(batch, hw, request, first, np.where(competes, second, first), requests[0].level)
+    ratio = _lower_ratio(
+        batch, hw, request, first, np.where(competes, second, first), requests[0].level
+    )
     certain = (best.columns["speedup_lower"] > 1.0) & ((ratio > 1.0) | ~competes)
     return Winners(best, np.asarray(best.columns["speedup"] > 1.0), np.asarray(certain))
 
 
 def _lower_ratio(
-    batch: WorkloadBatch, hw: HardwareProfile, request: IndexArray, first: IndexArray, second: IndexArray, level: float
+    batch: WorkloadBatch,
+    hw: HardwareProfile,
+    request: IndexArray,
+    first: IndexArray,
+    second: IndexArray,
+    level: float,
 ) -> FloatArray:
     """Return the lower end of the interval of the time of a second pruning over that of a first, at each request."""
     dense, many = np.flatnonzero(batch.pruning < 0), len(request)

@@ -49,12 +49,16 @@ class Pruning:
     """One way to prune a model: steps of families or methods, or an existing pruned model."""
 
     steps: tuple[PruningStep, ...]
-    model: ModelConfig | None = None  # the existing pruned model; its sparsity is the share of parameters removed
+    # the existing pruned model; its sparsity is the share of parameters removed
+    model: ModelConfig | None = None
     text: str = ""  # text of --prune, or the path of a plan; "": a family or method at a sparsity
 
     @classmethod
     def of(
-        cls, name: str, sparsity: float | Mapping[str, float] | None = None, options: Mapping[str, Any] | None = None
+        cls,
+        name: str,
+        sparsity: float | Mapping[str, float] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Pruning:
         """Return the pruning of a family or a published method."""
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
@@ -94,12 +98,18 @@ class Pruning:
     def method(self) -> str:
         """Name of the published method of a single step, else ""."""
         step = self.steps[0]
-        return step.name if len(self.steps) == 1 and step.families and step.name not in FAMILIES else ""
+        return (
+            step.name
+            if len(self.steps) == 1 and step.families and step.name not in FAMILIES
+            else ""
+        )
 
     @property
     def title(self) -> str:
         """Name of the existing model, text, method or family."""
-        return self.model.name if self.model is not None else self.text or self.method or self.family
+        return (
+            self.model.name if self.model is not None else self.text or self.method or self.family
+        )
 
     @property
     def prune(self) -> str:
@@ -136,11 +146,15 @@ class Pruning:
 
     def apply(self, dense: Workload, request: Request) -> Workload:
         if self.model is not None:
-            pruned = rebalanced(lower(replace(request, model=self.model)), load_model(request.model).experts)
+            pruned = rebalanced(
+                lower(replace(request, model=self.model)), load_model(request.model).experts
+            )
             check_alike(dense, pruned)
             return as_pruned(dense, pruned)
         if self.text:
-            return prune_steps(dense, self.steps, ideal=request.ideal, plan=self.text if is_plan(self.text) else "")
+            return prune_steps(
+                dense, self.steps, ideal=request.ideal, plan=self.text if is_plan(self.text) else ""
+            )
         return self.steps[0].apply(dense, ideal=request.ideal)
 
     def requested(self, pruned: Workload) -> float:
@@ -151,7 +165,9 @@ class Pruning:
 
 
 def _options(options: Iterable[tuple[str, Any]]) -> str:
-    return ",".join(f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in options)
+    return ",".join(
+        f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in options
+    )
 
 
 def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
@@ -161,8 +177,14 @@ def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[
             raise unknown("family", name, [*FAMILIES, "all"])
     if "all" not in names:
         return once(FAMILIES[name].name for name in names)
-    every = [name for name, f in FAMILIES.items() if not f.needs or any(getattr(m, f.needs) for m in models)]
-    return once(family for name in names for family in (every if name == "all" else [FAMILIES[name].name]))
+    every = [
+        name
+        for name, f in FAMILIES.items()
+        if not f.needs or any(getattr(m, f.needs) for m in models)
+    ]
+    return once(
+        family for name in names for family in (every if name == "all" else [FAMILIES[name].name])
+    )
 
 
 def prunings_of(
@@ -183,12 +205,19 @@ def prunings_of(
         return once(Pruning.read(text) for text in prune)
     if pruned:
         if method or family is not None or options or sparsity is not None:
-            raise InputError("pruned: a model sets its own pruning; give no family, method, sparsity or option with it")
+            raise InputError(
+                "pruned: a model sets its own pruning; give no family, method, sparsity or option with it"
+            )
         if len(models) != 1:
             raise InputError(f"pruned: expected one dense model, got {len(models)}")
-        return tuple(Pruning.of_model(models[0], model) for model in _named([(s, load_model(s)) for s in pruned]))
+        return tuple(
+            Pruning.of_model(models[0], model)
+            for model in _named([(s, load_model(s)) for s in pruned])
+        )
     if method and (family is not None or options):
-        raise InputError("method: sets its own family and options; give no family or option with it")
+        raise InputError(
+            "method: sets its own family and options; give no family or option with it"
+        )
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
     defaults: list[tuple[float | None, ...]]
     if method:
@@ -202,12 +231,18 @@ def prunings_of(
         only = [FAMILIES[name].default for name in names]  # 2:4 has one sparsity
         defaults = [SPARSITIES if s is None else (s,) for s in only]
     if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
-        raise InputError(f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget")
+        raise InputError(
+            f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget"
+        )
     defaults = [(None,) if p.budgeted else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
-    return tuple(p.at(s) for p, default in zip(found, defaults) for s in (default if fractions is None else fractions))
+    return tuple(
+        p.at(s)
+        for p, default in zip(found, defaults)
+        for s in (default if fractions is None else fractions)
+    )
 
 
 KEYWORDS = ("family", "sparsity", "method", "pruned", "prune", "options")
@@ -218,13 +253,17 @@ def asked(
     models: Sequence[ModelConfig], settings: Mapping[str, Any]
 ) -> tuple[tuple[Pruning, ...], list[Request], tuple[str, ...]]:
     """Return the prunings and the requests that keywords state, and notes on pruned models that cannot be read."""
-    own = {name: value for name, value in settings.items() if name in KEYWORDS and value is not None}
+    own = {
+        name: value for name, value in settings.items() if name in KEYWORDS and value is not None
+    }
     options = own.pop("options", None)
     if not isinstance(options, Mapping | None):
         raise InputError(f"options: expected a mapping from option to value, got {shown(options)}")
     own = {name: listed(name, value) for name, value in own.items()}
     own["pruned"], skipped = readable(own.get("pruned", ()))
-    requests = requests_of(models, {name: value for name, value in settings.items() if name not in KEYWORDS})
+    requests = requests_of(
+        models, {name: value for name, value in settings.items() if name not in KEYWORDS}
+    )
     return prunings_of(models, **own, options=options), requests, skipped
 
 
@@ -285,7 +324,9 @@ def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ..
 
 
 @lru_cache(maxsize=64)
-def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+def difference_of(
+    dense: ModelConfig, pruned: ModelConfig
+) -> tuple[tuple[str, ...], tuple[str, ...], float]:
     """Return how a pruned model differs from its dense model in lines, its families, and the removed share of all
     parameters."""
     from simulator.models.difference import difference
@@ -293,7 +334,9 @@ def difference_of(dense: ModelConfig, pruned: ModelConfig) -> tuple[tuple[str, .
     lines = difference(dense, pruned)
     words = (re.match("[a-z_]+", line) for line in lines)
     names = dict.fromkeys(word[0] for word in words if word and word[0] in FAMILIES)
-    after, before = (lower(model, phase="decode", seq=1, engine="").parameters for model in (pruned, dense))
+    after, before = (
+        lower(model, phase="decode", seq=1, engine="").parameters for model in (pruned, dense)
+    )
     return lines, tuple(names), 1.0 - after / before
 
 
@@ -301,12 +344,18 @@ def check_alike(dense: Workload, pruned: Workload) -> None:
     for name in ALIKE:
         theirs, ours = getattr(pruned.meta, name), getattr(dense.meta, name)
         if theirs != ours:
-            raise InputError(f"{name}: the pruned model has {theirs!r}, the dense {ours!r}; expected the same")
+            raise InputError(
+                f"{name}: the pruned model has {theirs!r}, the dense {ours!r}; expected the same"
+            )
 
 
 def as_pruned(dense: Workload, pruned: Workload) -> Workload:
     """Return the workload of a pruned model with its difference from the dense model as a pruning step."""
-    own, ours, theirs = pruned.meta.applied[len(dense.meta.applied) :], dense.meta.config, pruned.meta.config
+    own, ours, theirs = (
+        pruned.meta.applied[len(dense.meta.applied) :],
+        dense.meta.config,
+        pruned.meta.config,
+    )
     other = ours is not None and theirs is not None and ours is not theirs and ours != theirs
     if own and not other:
         return pruned
@@ -341,12 +390,24 @@ def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
     devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
     norm = w.is_role("final_norm") & first
     counted = [outputs, down | experts, attention, down, experts]
-    sized = [attention * w.heads, attention * w.kv_heads, down * w.k, experts * w.experts, experts * w.n]
-    sums = np.add.reduceat(np.array([*counted, *sized], dtype=np.float64) * layers, batch.starts, axis=1).T.tolist()
+    sized = [
+        attention * w.heads,
+        attention * w.kv_heads,
+        down * w.k,
+        experts * w.experts,
+        experts * w.n,
+    ]
+    sums = np.add.reduceat(
+        np.array([*counted, *sized], dtype=np.float64) * layers, batch.starts, axis=1
+    ).T.tolist()
     hidden = batch.largest(np.where(norm, w.n, 0)).tolist()
-    whole, split = (devices if w.meta.parallel == parallel else 1 for parallel in ("expert", "tensor"))
+    whole, split = (
+        devices if w.meta.parallel == parallel else 1 for parallel in ("expert", "tensor")
+    )
     out = []
-    for (mixing, mlp, attending, plain, routed, heads, kv_heads, inner, number, width), size in zip(sums, hidden):
+    for (mixing, mlp, attending, plain, routed, heads, kv_heads, inner, number, width), size in zip(
+        sums, hidden
+    ):
         out.append(
             {
                 "attention layers": mixing,
@@ -362,25 +423,37 @@ def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
     return out
 
 
-def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Mapping[str, float]) -> str:
+def removed_parts(
+    steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Mapping[str, float]
+) -> str:
     """Return what steps remove of each part of a workload: the requested share, the realised one, and both
     :func:`sizes`."""
     if any(family.parts is None for step in steps for family in step.families):
         return ""
     before, after, asked = dict(dense), dict(pruned), _requested(steps)
     names = list(before)
-    if before["attention layers"] == before["MLP layers"] and after["attention layers"] == after["MLP layers"]:
+    if (
+        before["attention layers"] == before["MLP layers"]
+        and after["attention layers"] == after["MLP layers"]
+    ):
         for found in (before, after):
             found["layers"] = found.pop("attention layers")
         names = ["layers", *names[2:]]
     asked = {n: 1.0 - s / before[n] if is_size(s) else s for n, s in asked.items() if before.get(n)}
-    changed = [name for name in names if before[name] > 0 and (before[name] != after[name] or asked.get(name))]
+    changed = [
+        name
+        for name in names
+        if before[name] > 0 and (before[name] != after[name] or asked.get(name))
+    ]
     grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
     out = []
     for name in changed:
         if grouped and name == "heads":
             continue
-        share, sizes_text = 1.0 - after[name] / before[name], f"{_size(before[name])} to {_size(after[name])}"
+        share, sizes_text = (
+            1.0 - after[name] / before[name],
+            f"{_size(before[name])} to {_size(after[name])}",
+        )
         if not share:
             sizes_text = f"still {_size(before[name])}"
         if grouped and name == "KV heads":
@@ -389,7 +462,11 @@ def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], prun
         text = percent(share)
         if wanted is not None and percent(wanted) != text:
             text = f"{percent(wanted)} requested, {text} realised"
-        hint = "" if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED else _alone(steps, wanted)
+        hint = (
+            ""
+            if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED
+            else _alone(steps, wanted)
+        )
         out.append(f"{name} {text} ({sizes_text}){hint}")
     return "; ".join(out)
 
@@ -397,7 +474,11 @@ def removed_parts(steps: Sequence[PruningStep], dense: Mapping[str, float], prun
 def _alone(steps: Sequence[PruningStep], wanted: float) -> str:
     """Return how to prune query heads alone, if the request names groups of heads."""
     named = any(part in ("", "attention") for step in steps for part in _fractions(step))
-    return f", as a KV head goes with its query heads: heads={wanted:g} removes query heads alone" if named else ""
+    return (
+        f", as a KV head goes with its query heads: heads={wanted:g} removes query heads alone"
+        if named
+        else ""
+    )
 
 
 def _requested(steps: Sequence[PruningStep]) -> dict[str, float]:

@@ -57,7 +57,8 @@ class QualityRow:
     pruned: float
     protocol: str  # how it was measured: data, length, calibration, fine-tuning
     source: str  # source of the row
-    options: tuple[tuple[str, Any], ...] = ()  # options of the family; in a file name=value, separated by semicolons
+    # options of the family; in a file name=value, separated by semicolons
+    options: tuple[tuple[str, Any], ...] = ()
     note: str = ""
 
     @property
@@ -100,21 +101,31 @@ class QualityTable:
         return replace(self, rows=tuple(r for r in self.rows if r.axis == axis))
 
 
-def choose_axis(table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False) -> Axis:
+def choose_axis(
+    table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False
+) -> Axis:
     """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all. A table's
     default metric takes precedence. Of several axes the one with most families and rows is returned; with ``strict``
     this is an InputError."""
     axes, metric = table.axes(), metric if metric or protocol else table.metric
-    fitting = [a for a in axes if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()]
+    fitting = [
+        a
+        for a in axes
+        if metric.lower() in a.metric.lower() and protocol.lower() in a.protocol.lower()
+    ]
     exact = [a for a in fitting if metric.lower() == a.metric.lower()]
     if metric and exact:
         fitting = exact
     listed = "; ".join(map(str, fitting or axes))
     if not fitting:
-        requested = " and ".join(f"{k} {text!r}" for k, text in (("metric", metric), ("protocol", protocol)) if text)
+        requested = " and ".join(
+            f"{k} {text!r}" for k, text in (("metric", metric), ("protocol", protocol)) if text
+        )
         raise InputError(f"{table.name}: no rows with {requested}; there are: {listed}")
     if strict and len(fitting) > 1:
-        raise InputError(f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}")
+        raise InputError(
+            f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}"
+        )
     return fitting[0]
 
 
@@ -125,7 +136,10 @@ def list_quality() -> tuple[str, ...]:
 def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
     """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first."""
     if name_or_path is None:
-        tables = [load_quality(name) for name in sorted(list_quality(), key=lambda name: name == "published")]
+        tables = [
+            load_quality(name)
+            for name in sorted(list_quality(), key=lambda name: name == "published")
+        ]
         return QualityTable(tuple(r for t in tables for r in t.rows), "shipped quality tables")
     name = str(name_or_path)
     shipped = FOLDER / f"{name}.csv"
@@ -138,7 +152,9 @@ def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
     return read_quality(read_bounded(path), str(path), path.parent)
 
 
-def read_quality(text: bytes | str, name: str = "quality table", folder: Path = Path()) -> QualityTable:
+def read_quality(
+    text: bytes | str, name: str = "quality table", folder: Path = Path()
+) -> QualityTable:
     """Return the table of the text of a CSV file in a folder; errors are one line ``file:line: column: reason``."""
     table = read_csv(text, name)
     if "results" in table.header:
@@ -167,17 +183,23 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
         raise InputError(f"pruned: expected a number from 0 up, got {cells['pruned']}")
     higher = _TRUTH.get(cells["higher_is_better"].lower())
     if higher is None:
-        raise InputError(f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}")
+        raise InputError(
+            f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}"
+        )
     known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
     known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
     options = parse_options(cells.get("options", ""), cells["family"])
     row = QualityRow(**known, options=options, note=cells.get("note", ""))
     if not math.isfinite(row.relative_loss):
-        raise InputError(f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}")
+        raise InputError(
+            f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}"
+        )
     if cells.get("relative_loss"):
         written, given = number_of(cells, "relative_loss"), row.relative_loss
         if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
-            raise InputError(f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}")
+            raise InputError(
+                f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}"
+            )
     return row
 
 
@@ -198,9 +220,13 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
         name, equals, value = (p.strip() for p in part.partition("="))
         if not equals or name not in FAMILIES[family].options:
             known = ", ".join(FAMILIES[family].options) or "none"
-            raise InputError(f"options: expected name=value; options of family {family} are: {known}; got {part!r}")
+            raise InputError(
+                f"options: expected name=value; options of family {family} are: {known}; got {part!r}"
+            )
         whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit accepts more than int does
-        out[name] = {"true": True, "false": False}.get(value.lower(), int(value) if whole else value)
+        out[name] = {"true": True, "false": False}.get(
+            value.lower(), int(value) if whole else value
+        )
     return tuple(out.items())
 
 
@@ -216,7 +242,9 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
         if not math.isclose(like.dense, row.dense, rel_tol=1e-6):
             both = f"{row.dense:g} here, {like.dense:g} in line {at} for {row.model}, {row.axis}"
             raise InputError(f"{name}:{line}: dense: mixed metric or protocol: {both}")
-        _, at = first.setdefault((row.method, row.family, row.model, row.sparsity, row.axis, row.options), (row, line))
+        _, at = first.setdefault(
+            (row.method, row.family, row.model, row.sparsity, row.axis, row.options), (row, line)
+        )
         if at != line:
             twice = f"is a second value for {row.method} at sparsity {row.sparsity:g} (line {at})"
             raise InputError(f"{name}:{line}: {twice}")
@@ -226,8 +254,13 @@ def table_text(rows: Iterable[QualityRow]) -> str:
     out = []
     for r in rows:
         text = {name: f"{getattr(r, name):.10g}" for name in ("sparsity", "dense", "pruned")}
-        text |= {"relative_loss": f"{r.relative_loss:.6f}", "higher_is_better": str(r.higher_is_better).lower()}
-        text["options"] = ";".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options)
+        text |= {
+            "relative_loss": f"{r.relative_loss:.6f}",
+            "higher_is_better": str(r.higher_is_better).lower(),
+        }
+        text["options"] = ";".join(
+            f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in r.options
+        )
         out.append({**vars(r), **text})
     return csv_text(out, COLUMNS)
 
@@ -250,10 +283,19 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
         raise InputError(f"{listed.label}: expected one row of family dense, got {count}")
     models = listed.each(lambda cells: read_results(folder, cells["results"]))
     read = iter(models)
-    found = listed.each(lambda cells: list(_rows(cells, models[families.index("dense")], next(read))))
-    rows = [(line, row) for line, some in zip(listed.lines, found) for row in some if row["family"] != "dense"]
+    found = listed.each(
+        lambda cells: list(_rows(cells, models[families.index("dense")], next(read)))
+    )
+    rows = [
+        (line, row)
+        for line, some in zip(listed.lines, found)
+        for row in some
+        if row["family"] != "dense"
+    ]
     if not rows:
-        raise InputError(f"{listed.label}: expected a row for a pruned model, with a metric above 0")
+        raise InputError(
+            f"{listed.label}: expected a row for a pruned model, with a metric above 0"
+        )
     texts = [[*map(one_line, row.values())] for _, row in rows]
     return CsvTable(listed.label, tuple(rows[0][1]), texts, [line for line, _ in rows])
 
@@ -261,19 +303,29 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
 def read_results(folder: Path, name: str) -> tuple[str, dict[str, Value]]:
     """Return model and metrics of a results file, or of a folder of files of one model; the last by name counts."""
     path, values, models, parts = folder / name, dict[str, Value](), dict[str, None](), set[str]()
-    inside = [*path.glob("results_*.json"), *path.glob("*/results_*.json")] if os.path.isdir(path) else [path]
+    inside = (
+        [*path.glob("results_*.json"), *path.glob("*/results_*.json")]
+        if os.path.isdir(path)
+        else [path]
+    )
     for file in sorted(inside, key=lambda file: file.name):
-        content = _mapping(parse_bounded(read_bounded(file, _MOST_BYTES), f"results: {file}", _MOST_BYTES))
+        content = _mapping(
+            parse_bounded(read_bounded(file, _MOST_BYTES), f"results: {file}", _MOST_BYTES)
+        )
         values |= _values(content)
         models[str(content.get("model_name") or file.parent.name)] = None
         for some in _mapping(content.get("group_subtasks")).values():
             parts.update(map(str, some) if isinstance(some, list) else ())
     if not name or len(models) != 1 or not values:
-        raise InputError(f"results {name!r}: expected metrics of one model, got {len(values)} of {[*models]}")
+        raise InputError(
+            f"results {name!r}: expected metrics of one model, got {len(values)} of {[*models]}"
+        )
     whole = {v.task: v.value for v in values.values() if v.task and v.task not in parts}
     if len(whole) > 1:
         protocol = f"lm-evaluation-harness: {', '.join(sorted(whole))}"
-        values[f"{MEAN}{len(whole)} tasks"] = Value(sum(whole.values()) / len(whole), True, protocol)
+        values[f"{MEAN}{len(whole)} tasks"] = Value(
+            sum(whole.values()) / len(whole), True, protocol
+        )
     return next(iter(models)), values
 
 
@@ -283,11 +335,16 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """Yield the finite metrics of a file; standard errors and counts are not metrics."""
-    shots, versions, better = (_mapping(content.get(name)) for name in ("n-shot", "versions", "higher_is_better"))
+    shots, versions, better = (
+        _mapping(content.get(name)) for name in ("n-shot", "versions", "higher_is_better")
+    )
     for task, found in _mapping(content.get("results")).items():
         stated = {"{}-shot": shots.get(task), "task version {}": versions.get(task)}
         stated["limited to {} samples"] = _mapping(content.get("config")).get("limit")
-        texts = ["lm-evaluation-harness", *(text.format(v) for text, v in stated.items() if v is not None)]
+        texts = [
+            "lm-evaluation-harness",
+            *(text.format(v) for text, v in stated.items() if v is not None),
+        ]
         for key, value in _mapping(found).items():
             name, _, chosen = key.partition(",")  # the filter of the answers
             number = type(value) in (int, float) and abs(value) < 1e300
@@ -296,18 +353,35 @@ def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
                 # older versions do not state the direction: lower perplexities and bits are better
                 lower = any(part in name for part in ("perplexity", "bits_per_byte", "loss"))
                 higher = _mapping(better.get(task)).get(name, not lower) is True
-                yield shown, Value(float(value), higher, ", ".join(texts), task * (shown == f"{task} acc"))
+                yield (
+                    shown,
+                    Value(float(value), higher, ", ".join(texts), task * (shown == f"{task} acc")),
+                )
 
 
-def _rows(cells: Mapping[str, str], dense: tuple[str, dict[str, Value]], pruned: tuple[str, dict[str, Value]]) -> Any:
+def _rows(
+    cells: Mapping[str, str],
+    dense: tuple[str, dict[str, Value]],
+    pruned: tuple[str, dict[str, Value]],
+) -> Any:
     if not (both := {key: (dense[1][key], pruned[1][key]) for key in dense[1] if key in pruned[1]}):
         raise InputError(f"results: {cells['results']}: shares no metric with the dense model")
-    about = {"model": dense[0].rstrip("/").rpartition("/")[2].lower(), "source": f"lm-evaluation-harness: {pruned[0]}"}
+    about = {
+        "model": dense[0].rstrip("/").rpartition("/")[2].lower(),
+        "source": f"lm-evaluation-harness: {pruned[0]}",
+    }
     about |= {name: cells.get(name, "") for name in ("family", "sparsity", "options")}
     about["method"] = cells.get("method") or cells["family"]
     for key, (a, b) in both.items():
         if a.protocol != b.protocol and not key.startswith(MEAN):
-            raise InputError(f"results: {key}: measured differently: dense: {a.protocol}; pruned: {b.protocol}")
-        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:  # the mean of other tasks is not a row
-            values = {"metric": key, "higher_is_better": str(a.higher_is_better), "protocol": a.protocol}
+            raise InputError(
+                f"results: {key}: measured differently: dense: {a.protocol}; pruned: {b.protocol}"
+            )
+        # the mean of other tasks is not a row
+        if a.protocol == b.protocol and a.value > 0.0 and b.value >= 0.0:
+            values = {
+                "metric": key,
+                "higher_is_better": str(a.higher_is_better),
+                "protocol": a.protocol,
+            }
             yield about | values | {"dense": repr(a.value), "pruned": repr(b.value)}

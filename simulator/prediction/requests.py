@@ -25,11 +25,14 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
     """Return the request of every combination of models and of the settings that are lists, in the order of the fields
     of :class:`simulator.Request`; each value is used once."""
     if unknown_names := [name for name in settings if name not in SETTINGS]:
-        raise TypeError(f"unexpected setting {unknown_names[0]!r}; expected one of {', '.join(SETTINGS)}")
+        raise TypeError(
+            f"unexpected setting {unknown_names[0]!r}; expected one of {', '.join(SETTINGS)}"
+        )
     axes = {
         name: once(setting.check(value) for value in listed(name, settings[name]))
         for name, setting in SETTINGS.items()
-        if not isinstance(given := settings.get(name), str | os.PathLike) and hasattr(given, "__iter__")
+        if not isinstance(given := settings.get(name), str | os.PathLike)
+        and hasattr(given, "__iter__")
     }
     if "engine" in axes:
         axes["engine"] = engines_of(axes["engine"])
@@ -39,7 +42,9 @@ def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]
             raise InputError(f"{name}: expected at least one")
     single = {name: value for name, value in settings.items() if name not in axes}
     load_engine(single.get("engine", Request.engine))
-    return [Request(**single, **dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+    return [
+        Request(**single, **dict(zip(axes, values))) for values in itertools.product(*axes.values())
+    ]
 
 
 def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
@@ -70,9 +75,15 @@ def check_measured(found: Sequence[Request], hardware: Sequence[HardwareProfile]
     if not found or found[0].dense_s is None:
         return
     for name in ("model", "hardware", "engine", "phase", "batch", "seq"):
-        values = {hw.label for hw in hardware} if name == "hardware" else {getattr(one, name) for one in found}
+        values = (
+            {hw.label for hw in hardware}
+            if name == "hardware"
+            else {getattr(one, name) for one in found}
+        )
         if len(values) > 1:
-            raise InputError(f"dense time: belongs to one request; expected one {name}, got {len(values)}")
+            raise InputError(
+                f"dense time: belongs to one request; expected one {name}, got {len(values)}"
+            )
 
 
 def dense_seconds(tokens_per_s: float | None, request: Request) -> float:
@@ -89,7 +100,9 @@ def batch_name(phase: str) -> str:
 
 def setting(r: Any) -> str:
     """Return devices, engine and request of a prediction as part of a sentence."""
-    return f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
+    return (
+        f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
+    )
 
 
 def device_text(r: Any) -> str:
@@ -137,8 +150,13 @@ def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
 
 
 def _ambiguous(kind: str, several: str, first: object, second: object, name: str) -> InputError:
-    one, other = (str(x) if isinstance(x, str | os.PathLike) else "an object without a path" for x in (first, second))
-    return InputError(f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them")
+    one, other = (
+        str(x) if isinstance(x, str | os.PathLike) else "an object without a path"
+        for x in (first, second)
+    )
+    return InputError(
+        f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them"
+    )
 
 
 def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:
@@ -148,7 +166,9 @@ def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile
         instance("hardware", hw, HardwareProfile, "load_hardware")
         if (other := found.setdefault(hw.label, hw)) is not hw:
             both = " and ".join(str(h.path or "a profile without a file") for h in (other, hw))
-            raise InputError(f"hardware: {both}: two profiles are called {hw.label}; rename one of them")
+            raise InputError(
+                f"hardware: {both}: two profiles are called {hw.label}; rename one of them"
+            )
     if not found:
         raise InputError("hardware: expected at least one")
     return list(found.values())

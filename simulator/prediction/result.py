@@ -41,7 +41,8 @@ class Labels:
         return np.array(self.texts, dtype=object)[self.codes]
 
 
-Columns = Mapping[str, Any]  # columns of results: float64, int64 and bool arrays, and Labels; NaN for None
+# columns of results: float64, int64 and bool arrays, and Labels; NaN for None
+Columns = Mapping[str, Any]
 
 
 def plain(column: Array | Labels) -> Array:
@@ -230,7 +231,9 @@ class Result(Displayed):
     def name(self) -> str:
         """Name of the existing model, of the method or family at one sparsity, or else the text of ``--prune``."""
         name = self.method or self.family
-        return self.pruned or (name if self.prune in ("", name, f"{name} {self.sparsity:.9g}") else self.prune)
+        return self.pruned or (
+            name if self.prune in ("", name, f"{name} {self.sparsity:.9g}") else self.prune
+        )
 
     @property
     def pruning(self) -> str:
@@ -252,7 +255,11 @@ class Result(Displayed):
         length = f"seq {self.seq}{cached}{new if self.new_tokens else ''}"
         parts = [self.model, self.phase, f"{name} {self.batch}", length]
         equal = self.weight_dtype == self.kv_dtype == self.dtype
-        parts.append(self.dtype if equal else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}")
+        parts.append(
+            self.dtype
+            if equal
+            else f"{self.dtype}, weights {self.weight_dtype}, cache {self.kv_dtype}"
+        )
         parts.append(self.engine)
         if self.devices > 1:
             parts.append(f"{self.devices} devices ({self.parallel})")
@@ -261,14 +268,23 @@ class Result(Displayed):
         return ", ".join(parts)
 
     def _title(self) -> str:
-        interval = f"{ratio(self.speedup)}x ({ratio(self.speedup_lower)}-{ratio(self.speedup_upper)})"
+        interval = (
+            f"{ratio(self.speedup)}x ({ratio(self.speedup_lower)}-{ratio(self.speedup_upper)})"
+        )
         times = f"{seconds(self.dense_s)} to {seconds(self.pruned_s)}"
         about = f"{self.model} on {self.request}, {self.dtype}"
         return f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)}, {self.bottleneck}-bound"
 
 
-_KINDS: Mapping[str, type] = {"str": str, "float": float, "float | None": float, "int": int, "bool": bool}
-COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}  # field of a result -> type
+_KINDS: Mapping[str, type] = {
+    "str": str,
+    "float": float,
+    "float | None": float,
+    "int": int,
+    "bool": bool,
+}
+# field of a result -> type
+COLUMNS: Mapping[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Result)}
 _OPTIONAL = frozenset(f.name for f in fields(Result) if f.type == "float | None")
 
 
@@ -318,7 +334,10 @@ class Results(Displayed):
     @cached_property
     def rows(self) -> tuple[Result, ...]:
         """Results as objects."""
-        lists = [known(self.columns[name]) if name in _OPTIONAL else self.columns[name].tolist() for name in COLUMNS]
+        lists = [
+            known(self.columns[name]) if name in _OPTIONAL else self.columns[name].tolist()
+            for name in COLUMNS
+        ]
         return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
 
     def take(self, index: Any) -> Results:
@@ -332,7 +351,9 @@ class Results(Displayed):
         columns: dict[str, Array | Labels] = {}
         for name, kind in COLUMNS.items():
             held = [part.columns[name] for part in parts]
-            columns[name] = joined(held) if kind is str else np.concatenate([plain(column) for column in held])
+            columns[name] = (
+                joined(held) if kind is str else np.concatenate([plain(column) for column in held])
+            )
         return cls(columns, notes, np.concatenate([part.pruning for part in parts]))
 
     @classmethod
@@ -340,7 +361,12 @@ class Results(Displayed):
         """Return results without rows."""
         kinds = {float: np.float64, int: np.int64, bool: np.bool_}
         none = Labels(np.zeros(0, dtype=np.int32), ())
-        return cls({name: none if kind is str else np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()})
+        return cls(
+            {
+                name: none if kind is str else np.zeros(0, dtype=kinds[kind])
+                for name, kind in COLUMNS.items()
+            }
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``results`` as dictionaries, and ``notes``."""

@@ -36,8 +36,12 @@ from simulator.pruning._rows import FIXED, aligned_up, covering, layer_count, wi
 from simulator.request import Request
 from simulator.workload import Workload, WorkloadBatch
 
-DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of devices for which Runnable.tensor_parallel is evaluated
-_DIVIDED = {"tensor": ("MLP width", "query width", "expert width"), "expert": ("MLP width", "query width")}
+# numbers of devices for which Runnable.tensor_parallel is evaluated
+DEGREES: tuple[int, ...] = (1, 2, 4, 8, 16)
+_DIVIDED = {
+    "tensor": ("MLP width", "query width", "expert width"),
+    "expert": ("MLP width", "query width"),
+}
 """Widths that devices share."""
 
 
@@ -50,20 +54,26 @@ head_dim is stated (``validate_architecture``; tried in vLLM 0.32 with Transform
 class Runnable(Displayed):
     engine: str
     devices: int
-    works: bool | None  # whether the engine runs the model, at whatever speed; None if its file does not state it
+    # whether the engine runs the model, at whatever speed; None if its file does not state it
+    works: bool | None
     loadable: bool | None  # whether it loads the checkpoint without changes to its code
     load_reason: str  # how it loads the checkpoint, or why not
     aligned: bool  # whether every width is a multiple of what fast kernels need, on each device
-    unaligned_dimension: str  # unaligned dimension with the most weights, such as "MLP width"; "" if all are aligned
+    # unaligned dimension with the most weights, such as "MLP width"; "" if all are aligned
+    unaligned_dimension: str
     unaligned_width: int  # width in the whole model; 0 if all are aligned
     aligned_width: int  # the nearest larger aligned width
-    aligned_gain: float | None  # time over the time with all widths aligned; None without a device, or if all widths
-    aligned_gain_lower: float | None  # are multiples of 16 bytes (the gain of other multiples is not modelled)
+    # time over the time with all widths aligned; None without a device, or if all widths
+    aligned_gain: float | None
+    # are multiples of 16 bytes (the gain of other multiples is not modelled)
+    aligned_gain_lower: float | None
     aligned_gain_upper: float | None
     divisible: bool  # whether the devices can divide the model equally
     divisible_reason: str
-    tensor_parallel: tuple[int, ...]  # numbers of DEGREES among which tensor parallel can divide the model
-    kernels: bool  # whether the engine has kernels that use the pruning; unstructured zeros have none
+    # numbers of DEGREES among which tensor parallel can divide the model
+    tensor_parallel: tuple[int, ...]
+    # whether the engine has kernels that use the pruning; unstructured zeros have none
+    kernels: bool
     kernels_reason: str
 
     @property
@@ -129,14 +139,18 @@ def will_run(
     existing checkpoint (default: that of the dense model), ``share`` the share of each of several devices,
     ``divisible_reason`` why they cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
-        raise InputError(f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices")
+        raise InputError(
+            f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices"
+        )
     own, parts = pruned if share is None else share, blocks(pruned)
     engine = load_engine(own.meta.engine)
     loadable, load_reason = loading(pruned, engine, config or pruned.meta.config)
     missing = _kernels(own, engine, hw)
     if loadable and not layer_count(pruned):
         loadable, load_reason = False, "a decoder without layers"
-    elif loadable and (how := [engine.dynamic[family].how for family in _dynamic(own) if family in engine.dynamic]):
+    elif loadable and (
+        how := [engine.dynamic[family].how for family in _dynamic(own) if family in engine.dynamic]
+    ):
         load_reason = f"with {'; '.join(how)}"
     zeros = ZEROS if (own.kernel == Kernel.UNSTRUCTURED).any() else ""
     sixteen, unit = _units(own, engine)
@@ -162,7 +176,9 @@ def will_run(
         aligned_gain_upper=None if gain is None else gain.upper,
         divisible=not divisible_reason,
         divisible_reason=divisible_reason,
-        tensor_parallel=tuple(n for n in DEGREES if not any(indivisible(block, n, "tensor") for block in parts)),
+        tensor_parallel=tuple(
+            n for n in DEGREES if not any(indivisible(block, n, "tensor") for block in parts)
+        ),
         kernels=not (missing or zeros),
         kernels_reason=missing or zeros,
     )
@@ -172,15 +188,24 @@ def _indivisible(whole: Workload, devices: int, parallel: str) -> str:
     """Return why devices cannot divide a model, or ""."""
     if parallel == "pipeline":
         layers = layer_count(whole)
-        return f"{layers} layers; a pipeline of {devices} devices needs {devices}" if layers < devices else ""
-    return next(filter(None, (indivisible(block, devices, parallel) for block in blocks(whole))), "")
+        return (
+            f"{layers} layers; a pipeline of {devices} devices needs {devices}"
+            if layers < devices
+            else ""
+        )
+    return next(
+        filter(None, (indivisible(block, devices, parallel) for block in blocks(whole))), ""
+    )
 
 
 def _units(w: Workload, engine: Engine) -> tuple[Array, Array]:
     """Return the elements in 16 bytes of each row, and the number of which the engine's kernels need a multiple."""
     sixteen = np.array([aligned_elements(ELEMENT_BYTES[name]) for name in DTYPES])[w.dtype]
-    own = np.array([engine.widths[name].multiple if name in engine.widths else 1 for name in DTYPES])
-    own_kernels = np.where(w.weight_dtype == w.dtype, 1, own[w.weight_dtype])  # formats of weights alone
+    own = np.array(
+        [engine.widths[name].multiple if name in engine.widths else 1 for name in DTYPES]
+    )
+    # formats of weights alone
+    own_kernels = np.where(w.weight_dtype == w.dtype, 1, own[w.weight_dtype])
     return sixteen, np.lcm(sixteen, own_kernels)
 
 
@@ -197,8 +222,12 @@ def _worst(w: Workload, odd: dict[str, Array], unit: Array) -> tuple[str, int, i
 
 
 def _dynamic(w: Workload) -> list[str]:
-    found = [family for step in w.meta.applied if step.realised > 0 for family in step.family.split("+")]
-    return [family for family in dict.fromkeys(found) if family in FAMILIES and FAMILIES[family].dynamic]
+    found = [
+        family for step in w.meta.applied if step.realised > 0 for family in step.family.split("+")
+    ]
+    return [
+        family for family in dict.fromkeys(found) if family in FAMILIES and FAMILIES[family].dynamic
+    ]
 
 
 def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
@@ -215,8 +244,12 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
         return reason
     for name, width in engine.widths.items():
         rows = (w.weight_dtype == DTYPES.index(name)) & width.required
-        if (odd := [found[rows] % width.multiple for found in widths(w).values()]) and any(x.any() for x in odd):
-            return f"{engine.name} needs multiples of {width.multiple} per device for {name} weights"
+        if (odd := [found[rows] % width.multiple for found in widths(w).values()]) and any(
+            x.any() for x in odd
+        ):
+            return (
+                f"{engine.name} needs multiples of {width.multiple} per device for {name} weights"
+            )
     if hw is None:
         return ""
     try:
@@ -238,10 +271,17 @@ def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bo
         if reason := _refusal(engine.loads[name], name, w, config):
             missing.setdefault(reason, []).append(FEATURES[name])
     custom = engine.loads.get("custom_code")
-    if config is not None and config.custom_code and custom is not None and (missing or config.mismatch):
+    if (
+        config is not None
+        and config.custom_code
+        and custom is not None
+        and (missing or config.mismatch)
+    ):
         if custom.value:
             return True, custom.how
-        missing.setdefault(custom.how, []).append(f"{FEATURES['custom_code']} ({config.custom_code})")
+        missing.setdefault(custom.how, []).append(
+            f"{FEATURES['custom_code']} ({config.custom_code})"
+        )
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in missing.items()]
     if config is not None and config.mismatch:
         fix = "" if missing else "; write its shapes into config.json"
@@ -249,7 +289,10 @@ def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bo
     if reasons:
         return False, "; ".join(reasons)
     if unknown := [FEATURES[name] for name in present if name not in how]:
-        return None, f"the file of engine {engine.name} does not state whether it loads {', '.join(unknown)}"
+        return (
+            None,
+            f"the file of engine {engine.name} does not state whether it loads {', '.join(unknown)}",
+        )
     special = dict.fromkeys(text for name, text in how.items() if name != "uniform")
     return True, " and ".join(special) or how["uniform"]
 
@@ -259,7 +302,10 @@ def features(w: Workload, architecture: str = "") -> Iterator[str]:
     yield "uniform"
     attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
     linear, inside = w.is_role("linear"), w.layer >= 0
-    hidden, plain = int(widths(w)["hidden size"].max(initial=0)), attention & (w.latent == 0) & (w.value_dim == 0)
+    hidden, plain = (
+        int(widths(w)["hidden size"].max(initial=0)),
+        attention & (w.latent == 0) & (w.value_dim == 0),
+    )
     if (w.heads[plain] * w.head_dim[plain] != hidden).any():
         yield "heads"
     if architecture in DIVIDING and (hidden % np.maximum(w.heads[plain], 1)).any():
@@ -306,7 +352,11 @@ def blocks(w: Workload) -> tuple[Block, ...]:
 
 def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
     """Return a model with the layers, widths and experts of a pruned workload, equal in all layers."""
-    layers, attention, routed = layer_count(pruned), pruned.is_attention, pruned.kind == Kind.EXPERTS
+    layers, attention, routed = (
+        layer_count(pruned),
+        pruned.is_attention,
+        pruned.kind == Kind.EXPERTS,
+    )
     found = widths(pruned)
     latent = dense.latent is not None
     usual = Block(
@@ -336,14 +386,22 @@ def config_of(source: str, r: Result) -> dict[str, Any]:
     """Return the content of the ``config.json`` of a predicted pruned model; InputError if it has no such file."""
     dense, content = load_model(source), content_of(source)
     if not content:
-        raise InputError(f"{dense.name}: has no config.json to start from; expected a name or a file")
+        raise InputError(
+            f"{dense.name}: has no config.json to start from; expected a name or a file"
+        )
     new = shapes_of(dense, prune(lower(dense, phase="decode", engine=""), r.prune))
     keys = changed_keys(dense, new, content)
     parallel = r.parallel if r.devices > 1 else "tensor"
-    built, whole = (lower(m, phase="decode", devices=r.devices, parallel=parallel) for m in (new, dense))
+    built, whole = (
+        lower(m, phase="decode", devices=r.devices, parallel=parallel) for m in (new, dense)
+    )
     pruned = prune(whole, r.prune)
-    if pruned.parameters != built.parameters or not np.isclose(pruned.flops.sum(), built.flops.sum(), rtol=1e-9):
-        raise InputError(f"{r.pruning}: a config.json of {dense.architecture} cannot state its shapes")
+    if pruned.parameters != built.parameters or not np.isclose(
+        pruned.flops.sum(), built.flops.sum(), rtol=1e-9
+    ):
+        raise InputError(
+            f"{r.pruning}: a config.json of {dense.architecture} cannot state its shapes"
+        )
     return {**content, **keys}
 
 
@@ -351,8 +409,16 @@ def _refusal(found: Loading, feature: str, w: Workload, config: ModelConfig | No
     """Return why an engine does not load a feature of a model, or ""."""
     if not found.value:
         return found.how
-    if config is not None and found.model_types and (kind := _kind(config)) not in found.model_types:
-        only = f"only for model_type {' and '.join(found.model_types)}, " if len(found.model_types) <= 3 else ""
+    if (
+        config is not None
+        and found.model_types
+        and (kind := _kind(config)) not in found.model_types
+    ):
+        only = (
+            f"only for model_type {' and '.join(found.model_types)}, "
+            if len(found.model_types) <= 3
+            else ""
+        )
         return f"{only}not for {kind}"
     inner = widths(w)["MLP width"]
     if feature == "layer_inner" and (odd := inner[inner % found.multiple > 0]).size:

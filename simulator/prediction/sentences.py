@@ -57,7 +57,8 @@ T = TypeVar("T", bound="HasResult")
 NAMED = 4  # most settings or models that a sentence names; for more it states their number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
 GAIN = 1.005  # speedup that is shown as more than 1.00
-NOTABLE = 0.985  # a conclusion names the steps of a waterfall with factors below this value or above its inverse
+# a conclusion names the steps of a waterfall with factors below this value or above its inverse
+NOTABLE = 0.985
 EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
 """Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
 
@@ -91,11 +92,21 @@ def pruning_text(r: Result) -> str:
 def parts_line(r: Result) -> str:
     """Return the removed share of each part, and of all parts together if this differs."""
     text, one = shares(r), "; " not in r.parts and percent(r.sparsity) in r.parts
-    return r.parts if one or not text else f"{r.parts}; {text.removesuffix(' over all parts')} over all parts"
+    return (
+        r.parts
+        if one or not text
+        else f"{r.parts}; {text.removesuffix(' over all parts')} over all parts"
+    )
 
 
 def probability_text(probability: float) -> str:
-    return "> 99 %" if probability > 0.99 else "< 1 %" if probability < 0.01 else f"{100.0 * probability:.0f} %"
+    return (
+        "> 99 %"
+        if probability > 0.99
+        else "< 1 %"
+        if probability < 0.01
+        else f"{100.0 * probability:.0f} %"
+    )
 
 
 def gain_text(model: str, value: float, low: float, high: float) -> str:
@@ -105,7 +116,11 @@ def gain_text(model: str, value: float, low: float, high: float) -> str:
         return f"makes {model} slower: {text}"
     if ratio(low) == ratio(high) == "1.00":
         return f"gives {model} no gain: {text}"
-    return f"gives {model} no certain gain: {text}" if low <= 1.0 else f"makes {model} {text.replace(' ', ' faster ')}"
+    return (
+        f"gives {model} no certain gain: {text}"
+        if low <= 1.0
+        else f"makes {model} {text.replace(' ', ' faster ')}"
+    )
 
 
 # -- speedup -----------------------------------------------------------------------------------------------------------
@@ -127,10 +142,14 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
 
 
-def _fastest(some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = "") -> str:
+def _fastest(
+    some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = ""
+) -> str:
     best = max(some, key=lambda r: r.speedup)
     gains, losses = sum(r.speedup_lower > 1 for r in some), sum(r.speedup_upper < 1 for r in some)
-    counts = f"{gains} of {len(some)} are faster with their whole interval" + (f", {losses} slower" if losses else "")
+    counts = f"{gains} of {len(some)} are faster with their whole interval" + (
+        f", {losses} slower" if losses else ""
+    )
     return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')}; {counts}."
 
 
@@ -160,25 +179,33 @@ class BreakEven:
     def verdict(self) -> str:
         values, pays, found = self.values, self.pays, self.results
         ends = f"{values[0]:,} to {values[-1]:,}"
-        best = max((r for r in found if r.speedup_lower >= GAIN), key=lambda r: r.speedup, default=None)
+        best = max(
+            (r for r in found if r.speedup_lower >= GAIN), key=lambda r: r.speedup, default=None
+        )
         if best is None:
             best = max(found, key=lambda r: r.speedup)
-            sure = "is slower" if all(r.speedup_upper < 1.0 for r in found) else "has no certain gain"
-            where = f"any {self._name} from {ends}" if len(values) > 1 else f"{self._name} {values[0]:,}"
+            sure = (
+                "is slower" if all(r.speedup_upper < 1.0 for r in found) else "has no certain gain"
+            )
+            where = (
+                f"any {self._name} from {ends}"
+                if len(values) > 1
+                else f"{self._name} {values[0]:,}"
+            )
             return f"{sure} at {where}; best {self._at(best)}"
         start, stop = pays.index(True), len(pays) - 1 - pays[::-1].index(True)
         if all(pays):
             if len(values) == 1:
                 return f"pays at {self._name} {values[0]:,} ({_bare(found[0])})"
-            return (
-                f"pays at every {self._name} from {ends} ({self._at(found[0], ', at')}; {self._at(found[-1], ', at')})"
-            )
+            return f"pays at every {self._name} from {ends} ({self._at(found[0], ', at')}; {self._at(found[-1], ', at')})"
         if all(pays[start:]):
             return f"pays from {self._name} {values[start]:,} ({_bare(found[start])}); not at {values[start - 1]:,}"
         if all(pays[: stop + 1]):
             return f"pays up to {self._name} {values[stop]:,} ({_bare(found[stop])}); not at {values[stop + 1]:,}"
         at = [f"{v:,}" for v, paid in zip(values, pays) if paid]
-        shown = with_and(at) if len(at) <= NAMED else f"{len(at)} of {len(values)} values from {ends}"
+        shown = (
+            with_and(at) if len(at) <= NAMED else f"{len(at)} of {len(values)} values from {ends}"
+        )
         return f"pays at {self._name} {shown} (best {self._at(best)}); not at the others"
 
     @property
@@ -205,13 +232,24 @@ def _bare(r: Result) -> str:
 def break_even(results: Sequence[Result]) -> list[BreakEven]:
     """Return the break-even of each pruning, model, device, engine and phase over the batches, or over the lengths;
     none if neither varies."""
-    axis = next((axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), "")
-    names = ("model", "pruning", "engine", "phase", "hardware", "seq" if axis == "batch" else "batch")
+    axis = next(
+        (axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), ""
+    )
+    names = (
+        "model",
+        "pruning",
+        "engine",
+        "phase",
+        "hardware",
+        "seq" if axis == "batch" else "batch",
+    )
     out = []
     for some in by_key(results if axis else (), attrgetter(*names)).values():
         ascending = sorted(some, key=lambda r: getattr(r, axis))
         fit = [r for r in ascending if r.pruned_fits] or ascending
-        out.append(BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit)))
+        out.append(
+            BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit))
+        )
     return out
 
 
@@ -229,10 +267,17 @@ def will_it_run(r: Runnable) -> str:
     if not r.kernels:
         (slow if r.kernels_reason == ZEROS else stops).append(r.kernels_reason)
     if stops:
-        return ". ".join([f"No: {'; '.join(stops)}", *(text[0].upper() + text[1:] for text in slow)]) + "."
+        return (
+            ". ".join([f"No: {'; '.join(stops)}", *(text[0].upper() + text[1:] for text in slow)])
+            + "."
+        )
     if r.loadable is None:
         return f"Not known: {r.load_reason}."
-    return f"Yes, but {'; '.join(slow)}." if slow else f"Yes: stock {r.engine} loads it {r.load_reason}."
+    return (
+        f"Yes, but {'; '.join(slow)}."
+        if slow
+        else f"Yes: stock {r.engine} loads it {r.load_reason}."
+    )
 
 
 def runs_clause(r: Runnable) -> str:
@@ -272,23 +317,38 @@ def of_advice(found: Advised, target: Target) -> list[str]:
     if reached and len(best) == 1:
         ((where, a),) = best.items()
         start = f"The least pruning of {a.result.model} that reaches {target.text} on {where} is"
-        out.append(f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}{_runs(a.result.engine, a.runs)}.")
+        out.append(
+            f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}{_runs(a.result.engine, a.runs)}."
+        )
         stock = next((b for b in settings_of(found.advice)[where] if b.reached and b.runs), a)
         if stock is not a:
             name = pruning_text(stock.result)
-            out.append(f"The least that stock {a.result.engine} runs is {name}; predicted {_predicted(stock)}.")
+            out.append(
+                f"The least that stock {a.result.engine} runs is {name}; predicted {_predicted(stock)}."
+            )
     elif reached:
-        low, high = (pick(reached, key=lambda where: reached[where].realised_sparsity) for pick in (min, max))
-        ends = [f"{pruning_text(reached[where])} on {where}" for where in dict.fromkeys((low, high))]
+        low, high = (
+            pick(reached, key=lambda where: reached[where].realised_sparsity) for pick in (min, max)
+        )
+        ends = [
+            f"{pruning_text(reached[where])} on {where}" for where in dict.fromkeys((low, high))
+        ]
         out.append(f"The least pruning that reaches {target.text} is {' to '.join(ends)}.")
     if missed:
         where = max(missed, key=lambda where: missed[where].result.speedup)
         a = missed[where]
         start, place = f"No pruning of {a.result.model} reaches {target.text} on {where}", ""
         if len(best) > 1:
-            start, place = f"No family reaches {target.text} on {len(missed)} of {len(best)} settings", f" on {where}"
+            start, place = (
+                f"No family reaches {target.text} on {len(missed)} of {len(best)} settings",
+                f" on {where}",
+            )
         out.append(f"{start}; the closest is {pruning_text(a.result)}{place}: {_predicted(a)}.")
-    dense = f"The dense model reaches {target.text} on {few(found.dense, NAMED)}." if found.dense else ""
+    dense = (
+        f"The dense model reaches {target.text} on {few(found.dense, NAMED)}."
+        if found.dense
+        else ""
+    )
     return [*out, dense]
 
 
@@ -304,7 +364,10 @@ def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[st
     ``max_loss``, the fastest model with at most this loss."""
     if len(fronts) <= MOST_SENTENCES:
         return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
-    trades = (best_trade(front) if max_loss is None else fastest_within(front, max_loss) for front in fronts)
+    trades = (
+        best_trade(front) if max_loss is None else fastest_within(front, max_loss)
+        for front in fronts
+    )
     best = by_key(filter(None, trades), lambda trade: trade.name)
     named = []
     for some in sorted(best.values(), key=len, reverse=True)[:NAMED]:
@@ -345,7 +408,10 @@ def _by_method(points: Sequence[Point]) -> str:
     methods: dict[str, dict[float, None]] = {}
     for p in sorted(points, key=lambda p: p.loss):
         methods.setdefault(p.method, {})[100.0 * p.sparsity] = None
-    return few((f"{name} {with_and([f'{s:.3g}' for s in sorted(of)])} %" for name, of in methods.items()), 2 * NAMED)
+    return few(
+        (f"{name} {with_and([f'{s:.3g}' for s in sorted(of)])} %" for name, of in methods.items()),
+        2 * NAMED,
+    )
 
 
 def best_trade(front: Front) -> Point | None:
@@ -353,7 +419,9 @@ def best_trade(front: Front) -> Point | None:
     gain; None if no point is faster than the dense model."""
     faster = [p for p in front.points if p.optimal and p.speedup > 1.0]
     certain = [p for p in faster if p.speedup_lower > 1.0]
-    return max(certain or faster, key=lambda p: math.log(p.speedup) / max(p.loss, 1e-3), default=None)
+    return max(
+        certain or faster, key=lambda p: math.log(p.speedup) / max(p.loss, 1e-3), default=None
+    )
 
 
 def fastest_within(front: Front, max_loss: float) -> Point | None:
@@ -368,7 +436,10 @@ def fastest_within(front: Front, max_loss: float) -> Point | None:
 def conclusion(e: Explanation) -> str:
     """Return a sentence on nominal and predicted speedup, bottleneck and largest losses, and advice for a host-bound
     model."""
-    r, losses = e.result, sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor)
+    r, losses = (
+        e.result,
+        sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor),
+    )
     gains = [s for s in e.steps[1:] if s.factor > 1 / NOTABLE and s.name != "rounding"]
     nominal = f"{pruning_text(r)} of {r.model}: nominal {e.steps[0].speedup:.2f}x"
     parts = [f"{nominal}, predicted {speedup_text(r)} on {setting(r)}, {r.bottleneck}-bound"]
@@ -406,7 +477,9 @@ def _host_bound(e: Explanation) -> str:
     engine = load_engine(e.dense.meta.engine)
     text = f"{engine.title}: the host needs {seconds(e.layer_s)} per layer; while the device needs less, narrower "
     text += "layers give no speedup: use fewer layers or a CUDA graph"
-    narrower = any(name in FAMILIES and FAMILIES[name].narrows for name in e.result.family.split("+"))
+    narrower = any(
+        name in FAMILIES and FAMILIES[name].narrows for name in e.result.family.split("+")
+    )
     if narrower and engine.own_code.source:
         text += f" (custom modelling code has cost up to another x{engine.own_code.value:g} in published results)"
     return f" {text}."
@@ -451,7 +524,9 @@ def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best:
     """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
     dense, pruned = points[0], points[best]
     gain = gain_text(pruned.model, pruned.ratio, pruned.ratio_lower, pruned.ratio_upper)
-    gain += f", with {pruned.tokens_per_s:,.0f} tokens/s per GPU{runs_clause(service.runs[best - 1])}"
+    gain += (
+        f", with {pruned.tokens_per_s:,.0f} tokens/s per GPU{runs_clause(service.runs[best - 1])}"
+    )
     text = f"With {_requests(dense)} on {dense.setting}, {pruned.name} {gain}"
     if full := [point.pruning or "the dense model" for point in (dense, pruned) if not point.fits]:
         text += f"; so many do not fit with {' or '.join(full)}"
@@ -474,7 +549,10 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
     if pruned.concurrency == dense.concurrency:
         fit = f"as many sequences {'run' if pruned.limited_by == 'engine' else 'fit'} ({_count(pruned)})"
     else:
-        comma, times = "," if pruned.limited_by == "engine" else "", ratio(pruned.concurrency / dense.concurrency)
+        comma, times = (
+            "," if pruned.limited_by == "engine" else "",
+            ratio(pruned.concurrency / dense.concurrency),
+        )
         instead = f"{_count(pruned)}{comma} instead of {_count(dense)}"
         fit = f"{times}x as many sequences fit ({instead}{_smaller(dense, pruned)})"
     longer = pruned.request_s / dense.request_s
@@ -485,9 +563,15 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoint) -> str:
     """Return how much more a pruned model serves within limits, or which limit a model exceeds."""
     start = f"Within {service.limits.text} (with a probability of {percent(service.limits.probability)})"
-    names = {point.pruning or "the dense model": point for point in (dense, pruned) if not point.concurrency}
+    names = {
+        point.pruning or "the dense model": point
+        for point in (dense, pruned)
+        if not point.concurrency
+    }
     why = {name: failing_text(service, point) for name, point in names.items()}
-    failing = "; ".join(f"{name} {f'fails ({text})' if text else 'does not fit'}" for name, text in why.items())
+    failing = "; ".join(
+        f"{name} {f'fails ({text})' if text else 'does not fit'}" for name, text in why.items()
+    )
     if dense.concurrency and pruned.concurrency:
         more = f"{_requests(pruned)} instead of {dense.concurrency:,}"
         return f"{start}, {pruned.name} serves {_times(pruned)} as many tokens/s: {more}."
@@ -507,7 +591,9 @@ def failing_text(service: Service, point: OperatingPoint) -> str:
     start = f"{_LIMITED[point.unmet]} {time} for one request"
     if point.excess > 1.0:
         return f"{start}, {ratio(point.excess)}x the limit"
-    return f"{start}, below the limit with a probability of only {probability_text(point.probability)}"
+    return (
+        f"{start}, below the limit with a probability of only {probability_text(point.probability)}"
+    )
 
 
 def _times(point: OperatingPoint) -> str:
@@ -524,7 +610,10 @@ def _count(point: OperatingPoint) -> str:
 
 
 def _smaller(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    weights, caches = (pruned.weights_bytes, dense.weights_bytes), (pruned.cache_bytes, dense.cache_bytes)
+    weights, caches = (
+        (pruned.weights_bytes, dense.weights_bytes),
+        (pruned.cache_bytes, dense.cache_bytes),
+    )
     text = before = ""
     for name, (ours, theirs) in {"weights": weights, "the cache of each": caches}.items():
         change = 1.0 - ours / max(theirs, 1.0)
@@ -560,7 +649,10 @@ def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]
         return own
     lines, _, share = difference_of(dense, pruned)
     whole = (f"{100.0 * share:.1f} % of all parameters removed",) if len(lines) > 1 else ()
-    return (*own, f"{pruned.name}: {'; '.join((*(lines or ('has the shapes of the dense model',)), *whole))}")
+    return (
+        *own,
+        f"{pruned.name}: {'; '.join((*(lines or ('has the shapes of the dense model',)), *whole))}",
+    )
 
 
 def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Inferred | None:
@@ -571,7 +663,9 @@ def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Infer
 
 
 def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
-    predicted = f"{hardware}: {seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
+    predicted = (
+        f"{hardware}: {seconds(dense_s)} measured, {seconds(inferred.predicted_s)} predicted"
+    )
     if not inferred.consistent:
         apart = f"{inferred.deviation:.1f} standard deviations apart, so it is ignored"
         return f"{predicted}: {apart}; check that it is for this model, GPU, engine, phase, batch and length"
@@ -593,7 +687,8 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
 """Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
 
-LINK_SHARE = 0.05  # share of the time in collectives from which a note states the assumed connection
+# share of the time in collectives from which a note states the assumed connection
+LINK_SHARE = 0.05
 SPLIT = 0.05  # width of the interval of the share of host time per pass from which a note states it
 
 _EXPERTS = {
@@ -603,7 +698,9 @@ _EXPERTS = {
 }
 
 
-def dense_notes(results: Results, request: Request, devices: Sequence[HardwareProfile]) -> Iterator[str]:
+def dense_notes(
+    results: Results, request: Request, devices: Sequence[HardwareProfile]
+) -> Iterator[str]:
     """Yield notes on the length, memory, shapes, profiles and measured time of a dense workload."""
     about, config = lower(request).meta, load_model(request.model)
     if (reached := about.seq + about.new_tokens) > config.max_positions:
@@ -627,7 +724,11 @@ def dense_notes(results: Results, request: Request, devices: Sequence[HardwarePr
 
 def _too_large(dense: Workload, hw: HardwareProfile) -> str:
     m, name = memory(dense, hw), batch_name(dense.meta.phase)
-    way = f"fits on {m.devices_needed} devices" if m.devices_needed else f"does not fit on {MOST_DEVICES} devices"
+    way = (
+        f"fits on {m.devices_needed} devices"
+        if m.devices_needed
+        else f"does not fit on {MOST_DEVICES} devices"
+    )
     left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
     largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
     way += f"; the largest {name} that fits is {largest}" if largest else ""
@@ -635,10 +736,16 @@ def _too_large(dense: Workload, hw: HardwareProfile) -> str:
 
 
 def above_bound(
-    results: Results, prunings: Sequence[Pruning], request: Request, devices: Sequence[HardwareProfile]
+    results: Results,
+    prunings: Sequence[Pruning],
+    request: Request,
+    devices: Sequence[HardwareProfile],
 ) -> Iterator[str]:
     """Yield one note per device on the speedup that is farthest above its roofline bound."""
-    above, label = results.columns["speedup"] / results.columns["roofline_bound"], plain(results.columns["hardware"])
+    above, label = (
+        results.columns["speedup"] / results.columns["roofline_bound"],
+        plain(results.columns["hardware"]),
+    )
     for hw in devices:
         mine = np.flatnonzero((label == hw.label) & (above > BETTER))
         if len(mine):
@@ -646,7 +753,9 @@ def above_bound(
             r, pruning = results[most], prunings[results.pruning[most]]
             (one,) = on([request], hw)
             dense = lower(one)
-            why = better_than_bound(dense, pruning.apply(dense, one), hw, r.speedup, r.roofline_bound)
+            why = better_than_bound(
+                dense, pruning.apply(dense, one), hw, r.speedup, r.roofline_bound
+            )
             at = f"{r.phase}, batch {r.batch}, seq {r.seq}"
             yield f"{hw.label}, {at}: {r.pruning} ({r.speedup:.2f}x) is {why}"
 
@@ -676,14 +785,19 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     :func:`experts_assumed`."""
     engine, labels = load_engine(w.meta.engine), sections_of(w)
     assumed = experts_assumed(w)
-    if "generic" in unfitted(hw.section("gemm", labels.get("gemm", w.meta.dtype)), GEMM_CONSTANTS, hw.architecture):
+    if "generic" in unfitted(
+        hw.section("gemm", labels.get("gemm", w.meta.dtype)), GEMM_CONSTANTS, hw.architecture
+    ):
         return f"{hw.label}: generic defaults, because no GEMMs of its architecture ({hw.architecture}) have their own"
     if hw.pinned or not engine.stacks:
         return assumed
     own, served = engine.stacks[0], engine.serving(hw)
-    sections = {part: served.section(part, label) for part, label in labels.items() if part in TITLES}
+    sections = {
+        part: served.section(part, label) for part, label in labels.items() if part in TITLES
+    }
     stacks = {
-        TITLES[part]: own if SECTION_OF.get((part, own)) == one.stack else one.stack for part, one in sections.items()
+        TITLES[part]: own if SECTION_OF.get((part, own)) == one.stack else one.stack
+        for part, one in sections.items()
     }
     fitted = [stack for stack in stacks.values() if stack]
     out = []
@@ -693,10 +807,19 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
             some = "" if len(parts) == len(fitted) else f" for {with_and(parts)}"
             out.append(f"{own} kernels are not calibrated{some}; {stack} kernels are used instead")
     label = labels.get("attention_decode")
-    unused = next((section for (part, _), section in served.sections.items() if part == "attention_decode"), None)
-    if label and unused is not None and served.section("attention_decode", label).status == "default":
+    unused = next(
+        (section for (part, _), section in served.sections.items() if part == "attention_decode"),
+        None,
+    )
+    if (
+        label
+        and unused is not None
+        and served.section("attention_decode", label).status == "default"
+    ):
         name = f"{hw.name}@{unused.stack}"
-        out.append(f"{unused.stack}'s decode attention is not the default of {own}; if it is enabled, use {name}")
+        out.append(
+            f"{unused.stack}'s decode attention is not the default of {own}; if it is enabled, use {name}"
+        )
     return "; ".join(filter(None, (f"{hw.label}: {'; '.join(out)}" if out else "", assumed)))
 
 
@@ -727,12 +850,17 @@ def sections_of(w: Workload) -> dict[str, str]:
     kinds = w.kind.astype(np.int64) * 2 + (w.value_dim > 0)
     out = {}
     for row in sorted(np.unique(kinds, return_index=True)[1].tolist()):
-        operator, formats = BY_CODE[int(w.kind[row])], (DTYPES[w.dtype[row]], DTYPES[w.weight_dtype[row]])
+        operator, formats = (
+            BY_CODE[int(w.kind[row])],
+            (DTYPES[w.dtype[row]], DTYPES[w.weight_dtype[row]]),
+        )
         out[section_of(w, row)] = operator.label(*formats)
     return out
 
 
-def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float) -> str:
+def better_than_bound(
+    dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float
+) -> str:
     """Explain a speedup above its roofline bound; return "" for other speedups. One operator is closer to its roofline
     in the pruned than in the dense model, because kernels of the stack are slow at the dense shape; or else the removed
     work was farther from its roofline than the rest (such as the head)."""
@@ -744,16 +872,24 @@ def better_than_bound(dense: Workload, pruned: Workload, hw: HardwareProfile, sp
         np.divide(roof, time, out=np.zeros(len(time)), where=both)
         for time, roof in ((time_d, roof_d), (time_p, roof_p))
     ]
-    lost = np.where(both, time_d * (1.0 - np.divide(share[0], share[1], out=np.ones(len(both)), where=both)), 0.0)
+    lost = np.where(
+        both,
+        time_d * (1.0 - np.divide(share[0], share[1], out=np.ones(len(both)), where=both)),
+        0.0,
+    )
     most = int(np.argmax(lost))
     better = f"better than its bound of {bound:.2f}x because"
     if lost[most] < 0.1 * (1.0 - bound / speedup) * time_d.sum():  # no operator explains the gain
-        return f"{better} the removed work (launches, ...) is farther from its roofline than the rest"
+        return (
+            f"{better} the removed work (launches, ...) is farther from its roofline than the rest"
+        )
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
     section = _timed(dense, hw)[1].section(section_of(dense, row), DTYPES[dense.dtype[row]])
     what = BY_CODE[kind].titles[0] if dense.is_attention[row] else ROLES[role]
-    at = " and ".join(f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned")))
+    at = " and ".join(
+        f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned"))
+    )
     kernels = f"{section.stack}'s kernels" if section.stack else "its kernels"
     return f"{better} {kernels} run {what} at {at} of the roofline"
 
@@ -779,7 +915,11 @@ def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...
         for names, some in devices.items()
     ]
     action = f"run prunesim calibrate on the GPU{'' if measured else ', or give a measured --dense-time'}"
-    return (f"{', '.join(what)}: not calibrated; defaults with wide intervals are used; {action}",) if what else ()
+    return (
+        (f"{', '.join(what)}: not calibrated; defaults with wide intervals are used; {action}",)
+        if what
+        else ()
+    )
 
 
 def _timed(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:

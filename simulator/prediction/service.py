@@ -39,7 +39,15 @@ from simulator.prediction.compare import alike, request_results
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
 from simulator.prediction.requests import by_key, device_text, on, once, profiles
 from simulator.prediction.runnable import Runnable, runnable
-from simulator.prediction.sentences import CURVE, EQUAL, LIMITS, MEMORY, dense_notes, difference_lines, uncalibrated
+from simulator.prediction.sentences import (
+    CURVE,
+    EQUAL,
+    LIMITS,
+    MEMORY,
+    dense_notes,
+    difference_lines,
+    uncalibrated,
+)
 from simulator.prediction.serving import memory_columns, serving
 from simulator.request import MAX_TOKENS, SETTINGS, Request
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -48,11 +56,14 @@ from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
 
 REFINED = 16  # concurrencies of the second grid, for each model
-ROUNDS = 4  # rounds in which the largest concurrencies are found; they hardly change after the second
+# rounds in which the largest concurrencies are found; they hardly change after the second
+ROUNDS = 4
 PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 
 
-def probability_of(target: float, speedup: float, lower: float, upper: float, level: float = 0.9) -> float:
+def probability_of(
+    target: float, speedup: float, lower: float, upper: float, level: float = 0.9
+) -> float:
     """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
     with the standard deviation that follows from that end of the interval."""
     left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
@@ -62,7 +73,9 @@ def probability_of(target: float, speedup: float, lower: float, upper: float, le
 
 def check_probability(probability: float) -> None:
     if not 0.0 < probability < 1.0:
-        raise InputError(f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9")
+        raise InputError(
+            f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,8 @@ class OperatingPoint(Displayed):
     tokens_per_s: float  # new tokens/s per device
     tokens_per_s_lower: float
     tokens_per_s_upper: float
-    ratio: float = math.nan  # tokens/s over those of the dense model at its operating point of this kind
+    # tokens/s over those of the dense model at its operating point of this kind
+    ratio: float = math.nan
     ratio_lower: float = math.nan
     ratio_upper: float = math.nan
     probability: float  # probability that the limits hold; NaN without limits
@@ -140,7 +154,9 @@ class OperatingPoint(Displayed):
     @property
     def setting(self) -> str:
         cached = f", {self.cached_prefix} of them cached," if self.cached_prefix else ""
-        return f"{device_text(self)} in {self.engine} (seq {self.seq}{cached} + {self.new_tokens} new)"
+        return (
+            f"{device_text(self)} in {self.engine} (seq {self.seq}{cached} + {self.new_tokens} new)"
+        )
 
     def _title(self) -> str:
         rate = f"{self.tokens_per_s:,.4g} tokens/s per GPU" if self.concurrency else "nothing"
@@ -171,7 +187,8 @@ class Service(Displayed):
 
 
 NO_LIMITS = Limits()
-Triple = tuple[FloatArray, FloatArray, FloatArray]  # values, and the lower and the upper ends of their intervals
+# values, and the lower and the upper ends of their intervals
+Triple = tuple[FloatArray, FloatArray, FloatArray]
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,12 @@ class ServePasses:
 
     @classmethod
     def of(
-        cls, request: Request, hw: HardwareProfile, prunings: Sequence[Pruning], limits: Limits, at: Iterable[int]
+        cls,
+        request: Request,
+        hw: HardwareProfile,
+        prunings: Sequence[Pruning],
+        limits: Limits,
+        at: Iterable[int],
     ) -> ServePasses:
         batch = _batch(request, prunings, at)
         return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
@@ -197,7 +219,9 @@ class ServePasses:
     def place(self, model: int, concurrency: int) -> int:
         """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the batch."""
         wanted = concurrency or self.batch.sequences.min()
-        return int(np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0])
+        return int(
+            np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0]
+        )
 
     @cached_property
     def intervals(self) -> PredictionIntervals:
@@ -213,13 +237,18 @@ class ServePasses:
     def waits(self) -> Mapping[str, Triple]:
         """Time to the first token and per further token, s, by the name of its limit."""
         found = serving(self.p, self.intervals, self.level)
-        return {name: (found[f"{name}_s"], found[f"{name}_lower"], found[f"{name}_upper"]) for name in ("ttft", "tpot")}
+        return {
+            name: (found[f"{name}_s"], found[f"{name}_lower"], found[f"{name}_upper"])
+            for name in ("ttft", "tpot")
+        }
 
     @cached_property
     def tokens_per_s(self) -> Triple:
         """New tokens/s per device."""
         meta = self.batch.rows.meta
-        rate, fast, slow = (self.batch.sequences * (meta.new_tokens / meta.devices) / t for t in self.request)
+        rate, fast, slow = (
+            self.batch.sequences * (meta.new_tokens / meta.devices) / t for t in self.request
+        )
         return rate, slow, fast
 
     @cached_property
@@ -228,7 +257,10 @@ class ServePasses:
         out = {}
         for name, limit in self.limits.named.items():
             times = zip(*(column.tolist() for column in self.waits[name]))
-            found = [probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level) for t, low, high in times]
+            found = [
+                probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level)
+                for t, low, high in times
+            ]
             out[name] = np.array(found)
         return out
 
@@ -267,8 +299,12 @@ def operating_points(
     if limits.named:
         firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
         ends = [(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
-        finer = [sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends]
-        found = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*finer), *concurrency, *largest, 1})
+        finer = [
+            sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends
+        ]
+        found = ServePasses.of(
+            request, hw, prunings, limits, {*itertools.chain(*finer), *concurrency, *largest, 1}
+        )
         kinds.append((LIMITS, [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]))
     points = _Points(hw, names, prunings, largest, price)
     return (
@@ -297,7 +333,9 @@ def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning])
         every = np.arange(len(batch))
         columns = memory_columns(batch, every, [hw], np.zeros_like(every))
         models, at = batch.pruning.tolist(), batch.sequences.tolist()
-        most = np.minimum(np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // request.seq).tolist()
+        most = np.minimum(
+            np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // request.seq
+        ).tolist()
         new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
         if not any(new.values()):
             need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
@@ -323,11 +361,20 @@ class _Points:
         if not at[0]:
             return [self.one(found, kind, m, c) for m, c in enumerate(at)]
         ratios = found.ratios(np.full(len(found.batch), found.place(0, at[0])))
-        every = np.stack([ratios.ratio, ratios.ratio_lower, ratios.ratio_upper]) * found.batch.sequences / at[0]
+        every = (
+            np.stack([ratios.ratio, ratios.ratio_lower, ratios.ratio_upper])
+            * found.batch.sequences
+            / at[0]
+        )
         return [self.one(found, kind, m, c, every) for m, c in enumerate(at)]
 
     def one(
-        self, found: ServePasses, kind: str, model: int, concurrency: int, ratios: FloatArray | None = None
+        self,
+        found: ServePasses,
+        kind: str,
+        model: int,
+        concurrency: int,
+        ratios: FloatArray | None = None,
     ) -> OperatingPoint:
         """Return the point of a model (0: dense) at a concurrency."""
         meta, i = found.batch.rows.meta, found.place(model, concurrency)
@@ -336,10 +383,23 @@ class _Points:
             columns["ratio"] = ratios[0], ratios[1], ratios[2]
         numbers: dict[str, float] = {}
         for name, column in columns.items():
-            keys = name if name in ("tokens_per_s", "ratio") else f"{name}_s", f"{name}_lower", f"{name}_upper"
-            numbers |= {key: float(values[i]) if concurrency else math.nan for key, values in zip(keys, column)}
-        chances, most = {name: float(v[i]) for name, v in found.chances.items()}, self.largest[model]
-        excess = {name: float(found.waits[name][0][i]) / limit for name, limit in found.limits.named.items()}
+            keys = (
+                name if name in ("tokens_per_s", "ratio") else f"{name}_s",
+                f"{name}_lower",
+                f"{name}_upper",
+            )
+            numbers |= {
+                key: float(values[i]) if concurrency else math.nan
+                for key, values in zip(keys, column)
+            }
+        chances, most = (
+            {name: float(v[i]) for name, v in found.chances.items()},
+            self.largest[model],
+        )
+        excess = {
+            name: float(found.waits[name][0][i]) / limit
+            for name, limit in found.limits.named.items()
+        }
         fails = kind == LIMITS and most and not concurrency
         unmet = min(chances, key=lambda name: (chances[name], -excess[name])) if fails else ""
         engine = load_engine(meta.engine)
@@ -401,7 +461,9 @@ class Served(Displayed):
 
     def _title(self) -> str:
         first = self.points[0]
-        return f"{first.model} in {len(self.services)} services: {len(self.points)} operating points"
+        return (
+            f"{first.model} in {len(self.services)} services: {len(self.points)} operating points"
+        )
 
     def _columns(self) -> Mapping[str, Any]:
         return by_column([vars(point) for point in self.points])
@@ -469,7 +531,11 @@ def serve(
         number("price", price, PRICE)
     if settings.get("dense_s") is not None:
         raise InputError("dense time: expected none, as a service has many concurrencies")
-    limits, dense, devices = Limits(ttft_s, tpot_s, probability), load_model(model), profiles(hardware)
+    limits, dense, devices = (
+        Limits(ttft_s, tpot_s, probability),
+        load_model(model),
+        profiles(hardware),
+    )
     settings |= {"phase": "serve", "batch": max(equal, default=1)}
     prunings, requested, skipped = asked([dense], settings)
     excluded, several = Excluded(), len(prunings) > 1
@@ -480,7 +546,9 @@ def serve(
         exclude(excluded, prunings[pruning], reason, device)
 
     services: list[Service] = []
-    notes = dict.fromkeys((*skipped, *(line for p in prunings for line in difference_lines(dense, p.model or dense))))
+    notes = dict.fromkeys(
+        (*skipped, *(line for p in prunings for line in difference_lines(dense, p.model or dense)))
+    )
     without = dict[str, InputError]()
     for one, hw in itertools.product(requested, devices):
         try:
@@ -489,14 +557,21 @@ def serve(
                 continue
             own = [prunings[i] for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
-            points = operating_points(one, hw, own, names, concurrency=equal, limits=limits, price=price)
+            points = operating_points(
+                one, hw, own, names, concurrency=equal, limits=limits, price=price
+            )
         except InputError as error:
             without[f"{hw.label} in {load_engine(one.engine).name} is excluded: {error}"] = error
             continue
-        kinds = tuple(p for p in points if p.point != CURVE), tuple(p for p in points if p.point == CURVE)
+        kinds = (
+            tuple(p for p in points if p.point != CURVE),
+            tuple(p for p in points if p.point == CURVE),
+        )
         service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
         services.append(service)
-        notes |= dict.fromkeys((*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results)))
+        notes |= dict.fromkeys(
+            (*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results))
+        )
     if without and not services:
         raise next(iter(without.values()))
     if not services:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
-from simulator.capacity import RESERVE_BYTES, activation_bytes_by_phase, cache_parts, memory_share, weights_bytes
+from simulator.capacity import (
+    RESERVE_BYTES,
+    activation_bytes_by_phase,
+    cache_parts,
+    memory_share,
+    weights_bytes,
+)
 from simulator.codes import Phase
 from simulator.engines.engine import load_engine
 from simulator.passes import ForwardPass
@@ -33,9 +39,16 @@ def memory_columns(
     # sequences up to which the activations of a pass grow
     growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
     engine = load_engine(meta.engine)
-    capacity = memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
-    limits = [engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None for hw in hardware]
-    most = np.array([np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits])[device]
+    capacity = (
+        memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
+    )
+    limits = [
+        engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None
+        for hw in hardware
+    ]
+    most = np.array(
+        [np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits]
+    )[device]
     which, both = np.concatenate([batch.dense[at], at]), np.concatenate([capacity, capacity])
     left, cache = np.maximum(both - fixed[which], 0.0), np.maximum(each[which], 1.0)
     largest = np.full(len(which), np.inf)
@@ -45,7 +58,9 @@ def memory_columns(
         beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # beyond a full pass
         within = np.minimum(left / (cache + own), full)
         largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-    largest = np.minimum(np.maximum(np.floor(largest + 1e-9), 0.0), np.concatenate([most, most])).astype(np.int64)
+    largest = np.minimum(
+        np.maximum(np.floor(largest + 1e-9), 0.0), np.concatenate([most, most])
+    ).astype(np.int64)
     found = {"memory_bytes": needed[which], "fits": needed[which] <= both, "largest_batch": largest}
     columns: dict[str, Array] = {"capacity_bytes": capacity}
     for name, column in found.items():
@@ -62,7 +77,8 @@ def _most_together(batch: WorkloadBatch) -> FloatArray:
     if not meta.token_budget or meta.phase == "decode":
         return np.full(len(batch), np.inf)
     computed = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
-    tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences  # per prompt
+    # per prompt
+    tokens = batch.total(np.where(computed, rows.m * rows.count, 0.0)) / batch.sequences
     return np.asarray(np.maximum(meta.token_budget // np.maximum(tokens, 1.0), 1.0))
 
 
@@ -91,7 +107,9 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
         rate, tpot = sequences / seconds, ends
     else:
         # a measured time scales all
-        prefill, decode, server = np.stack([*p.phase_s.T, p.host.server[:, 0]]) * (seconds / p.total_s)
+        prefill, decode, server = np.stack([*p.phase_s.T, p.host.server[:, 0]]) * (
+            seconds / p.total_s
+        )
         own = prefill = prefill - server
         if meta.phase == "serve":
             own = prefill / np.minimum(prefill_passes(p.workloads), sequences)

@@ -31,7 +31,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 from simulator._version import __version__
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, needs_extra, one_line
-from simulator.files.fields import BAD, Checked, Inline, Keyed, Keys, MapOf, Number, Scalar, Text, TreeReader, read
+from simulator.files.fields import (
+    BAD,
+    Checked,
+    Inline,
+    Keyed,
+    Keys,
+    MapOf,
+    Number,
+    Scalar,
+    Text,
+    TreeReader,
+    read,
+)
 from simulator.files.read import load_pyarrow
 from simulator.files.write import check_target, one_writer, remove_left, write_whole
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
@@ -60,9 +72,24 @@ MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
 _SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
 REQUIRED: tuple[str, ...] = ("models", "hardware", "sparsities", "phases", "batches", "seqs")
-AXES: tuple[str, ...] = (*(name for name in REQUIRED if name != "sparsities"), "dtypes", "engines", "devices")
+AXES: tuple[str, ...] = (
+    *(name for name in REQUIRED if name != "sparsities"),
+    "dtypes",
+    "engines",
+    "devices",
+)
 """Axes besides the prunings."""
-_OWN = ("engine", "phase", "batch", "seq", "dtype", "weight_dtype", "kv_dtype", "devices", "dense_s")
+_OWN = (
+    "engine",
+    "phase",
+    "batch",
+    "seq",
+    "dtype",
+    "weight_dtype",
+    "kv_dtype",
+    "devices",
+    "dense_s",
+)
 WHOLE = tuple(name for name in SETTINGS if name not in _OWN)  # settings of the whole grid
 
 
@@ -101,8 +128,13 @@ class _Numbers(_Axis):
     """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
 
     def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
-        step = Number(1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole)
-        self.whole, self.progression = number.whole, _Progression[Annotated[float, number], Annotated[float, step]]
+        step = Number(
+            1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole
+        )
+        self.whole, self.progression = (
+            number.whole,
+            _Progression[Annotated[float, number], Annotated[float, step]],
+        )
         super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
@@ -110,7 +142,9 @@ class _Numbers(_Axis):
             if one.kind == "scalar" and (ends := _RANGE.fullmatch(one.text)):
                 way = f"step: {ends[3]}" if ends[3] else "times: 2"
                 hint = f"{{from: {ends[1]}, to: {ends[2]}, {way}}}"
-                return reader.wrong(one, (*path, i) if node.items else path, f"expected {hint}, got {one}")
+                return reader.wrong(
+                    one, (*path, i) if node.items else path, f"expected {hint}, got {one}"
+                )
         if node.kind != "mapping":
             return super().read(node, path, reader)
         found = reader.read(self.progression, node, path)
@@ -132,7 +166,10 @@ class _Numbers(_Axis):
             reason = f"makes more than {MOST_POINTS} values; take a larger one"
             return wrong(reason, "times" if found.times else "step")
         values = (start * by**i if found.times else start + i * by for i in range(int(many) + 1))
-        nodes = (Node("scalar", node.line, node.column, f"{round(v) if self.whole else round(v, 9)!r}") for v in values)
+        nodes = (
+            Node("scalar", node.line, node.column, f"{round(v) if self.whole else round(v, 9)!r}")
+            for v in values
+        )
         return super().read(Node("list", items=tuple(nodes)), path, reader)
 
 
@@ -144,19 +181,29 @@ class _Family(Scalar):
             name = Text((*FAMILIES, "all")).read(node, path, reader)
             names = general_families() if name == "all" else () if name is BAD else (name,)
             return tuple(map(Pruning.of, names)) if names else BAD
-        found = [self.choice(key, value, (*path, key.text), reader) for key, value in node.entries.values()]
+        found = [
+            self.choice(key, value, (*path, key.text), reader)
+            for key, value in node.entries.values()
+        ]
         return BAD if BAD in found else tuple(found)
 
     def choice(self, key: Node, node: Node, path: Keyed, reader: TreeReader) -> Any:
         family = Text(tuple(FAMILIES)).read(key, path, reader)
         if family is BAD:
             return BAD
-        given = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(node, path, reader)
+        given = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(
+            node, path, reader
+        )
         if given is BAD:
             return BAD
         options = dict(sorted(given.items()))
         try:
-            prune(lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1), family, 0.5, **options)
+            prune(
+                lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1),
+                family,
+                0.5,
+                **options,
+            )
         except InputError as error:
             return reader.wrong(node, path, str(error))
         return Pruning.of(family, options=options)
@@ -203,7 +250,8 @@ PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
 OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
 REQUESTS = 64  # (batch, seq) pruned together
 
-Piece = tuple[list[Request], tuple[Pruning, ...]]  # requests and their prunings, which are timed together
+# requests and their prunings, which are timed together
+Piece = tuple[list[Request], tuple[Pruning, ...]]
 
 
 def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -228,7 +276,8 @@ class Grid:
     sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
     phases: Annotated[tuple[str, ...], _Axis(SETTINGS["phase"])]
     batches: Annotated[tuple[int, ...], _numbers("batch")]
-    seqs: Annotated[tuple[int, ...], _numbers("seq")]  # tokens (prefill) or cached positions (decode) per sequence
+    # tokens (prefill) or cached positions (decode) per sequence
+    seqs: Annotated[tuple[int, ...], _numbers("seq")]
     # all families if no families, methods or texts are given; methods are appended
     families: Annotated[tuple[Pruning, ...], _Axis(_Family(), itertools.chain.from_iterable)] = ()
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
@@ -237,10 +286,13 @@ class Grid:
     methods: Annotated[tuple[str, ...], _Axis(_loads(load_method))] = ()
     # texts of --prune and paths of plans, without an axis of sparsities
     prune: Annotated[tuple[str, ...], _Axis(_loads(Pruning.read))] = ()
-    request: Annotated[Request, Inline(WHOLE)] = field(default_factory=Request)  # settings of the whole grid
+    # settings of the whole grid
+    request: Annotated[Request, Inline(WHOLE)] = field(default_factory=Request)
 
     def __post_init__(self) -> None:
-        families = self.families or (() if self.methods or self.prune else map(Pruning.of, general_families()))
+        families = self.families or (
+            () if self.methods or self.prune else map(Pruning.of, general_families())
+        )
         object.__setattr__(self, "families", once((*families, *map(Pruning.of, self.methods))))
         for name in AXES:
             if not getattr(self, name):
@@ -259,7 +311,9 @@ class Grid:
     @cached_property
     def prunings(self) -> tuple[Pruning, ...]:
         """Every family and method at every sparsity (with a budget of tokens: once), then the texts."""
-        every = (p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities))
+        every = (
+            p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities)
+        )
         return once((*every, *map(Pruning.read, self.prune)))
 
     def pieces(self) -> Iterator[Piece]:
@@ -268,16 +322,25 @@ class Grid:
         shapes = [(b, s) for s in self.seqs for b in self.batches]
         axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
         for model, formats, engine, devices, phase in axes:
-            own = {"model": model, "phase": phase, "engine": engine, "devices": devices, **vars(formats)}
-            operators = {"generate": 60 + 2 * min(self.request.new_tokens, 2 * DECODE_LENGTHS), "serve": 60}.get(
-                phase, 30
-            )
+            own = {
+                "model": model,
+                "phase": phase,
+                "engine": engine,
+                "devices": devices,
+                **vars(formats),
+            }
+            operators = {
+                "generate": 60 + 2 * min(self.request.new_tokens, 2 * DECODE_LENGTHS),
+                "serve": 60,
+            }.get(phase, 30)
             workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
             many = min(len(shapes), REQUESTS, workloads)
             of_prunings = max(1, workloads // many)
             if of_prunings >= len(self.prunings):  # few prunings: take more requests
                 many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(self.prunings)))
-            for some, chosen in itertools.product(_even(shapes, many), _even(self.prunings, of_prunings)):
+            for some, chosen in itertools.product(
+                _even(shapes, many), _even(self.prunings, of_prunings)
+            ):
                 yield [replace(self.request, **own, batch=b, seq=s) for b, s in some], tuple(chosen)
 
     def digest(self) -> str:
@@ -296,7 +359,10 @@ class Grid:
     def facts(self) -> dict[str, Any]:
         formats = [list(vars(f).values()) for f in self.dtypes]
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
-        families, texts = [[p.family, p.label] for p in self.families], [p.prune for p in self.prunings if p.text]
+        families, texts = (
+            [[p.family, p.label] for p in self.families],
+            [p.prune for p in self.prunings if p.text],
+        )
         steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # the content of a plan
         return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
 
@@ -305,7 +371,9 @@ class Grid:
 class _Pruned(Grid):
     """A grid of texts alone, which needs no sparsities."""
 
-    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)] = ()
+    sparsities: Annotated[
+        tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)
+    ] = ()
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -325,7 +393,9 @@ def read_grid(path: str | Path) -> Grid:
         if grid and set(grid.phases) != {"decode"}:
             batch, seq = max(grid.batches), max(grid.seqs)
             if batch * seq > MAX_TOKENS:
-                reason = f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+                reason = (
+                    f"batch {batch} x seq {seq}: expected at most {MAX_TOKENS} tokens in a pass"
+                )
                 problems.add(root.at("seqs"), "seqs", reason)
             try:
                 cached_tokens(replace(grid.request, phase="prefill", seq=min(grid.seqs)))
@@ -342,7 +412,8 @@ MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 NOTED = 8  # sparsities that a note lists at most
 CHECK_S = 2.0  # time between checks of the workers while no piece is finished, s
 REACH_S = 10.0  # longest time to reach a Dask scheduler, s
-STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"  # metadata of a part: its stamp; sparsities by exclusion
+# metadata of a part: its stamp; sparsities by exclusion
+STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"
 PART_NAME = re.compile(r"part-\d{8}\.parquet")
 ADDRESS = re.compile(r"(tcp://)?(\[[0-9a-f:.]+\]|[^][/:\s]+):\d+")
 
@@ -366,7 +437,11 @@ class Summary:
 
 
 def sweep(
-    grid: Grid | str | Path, out: str | Path | None = None, *, jobs: int = 1, scheduler: str | None = None
+    grid: Grid | str | Path,
+    out: str | Path | None = None,
+    *,
+    jobs: int = 1,
+    scheduler: str | None = None,
 ) -> pandas.DataFrame:
     """Predict every combination of a grid, and return the rows.
 
@@ -438,7 +513,9 @@ def write_sweep(
     if jobs < 1:
         raise InputError(f"jobs {jobs}: expected a whole number from 1")
     if size > most:
-        raise InputError(f"the grid has {size:,} configurations, more than {most:,} (--max); take a smaller grid")
+        raise InputError(
+            f"the grid has {size:,} configurations, more than {most:,} (--max); take a smaller grid"
+        )
     _check_folder(folder)
     if scheduler is not None:  # its workers may lack the files of models and profiles
         hardware = tuple(map(load_hardware, hardware))
@@ -450,7 +527,10 @@ def write_sweep(
     try:
         with one_writer(folder):
             remove_left(folder, "*")
-            stale = sorted(set(folder.glob("part-*")) - {path for i, path in enumerate(paths) if _read(path, own, i)})
+            stale = sorted(
+                set(folder.glob("part-*"))
+                - {path for i, path in enumerate(paths) if _read(path, own, i)}
+            )
             for path in stale:
                 path.unlink()
             todo = {i: piece for i, piece in enumerate(every) if not paths[i].exists()}
@@ -482,12 +562,20 @@ def _check_folder(folder: Path) -> None:
     """Raise InputError for a path that is not a folder, and for a folder that holds other files than parts."""
     load_pyarrow()
     if folder.suffix == ".csv":
-        raise InputError(f"{folder}: expected the name of a folder for Parquet files; pandas writes CSV from it")
+        raise InputError(
+            f"{folder}: expected the name of a folder for Parquet files; pandas writes CSV from it"
+        )
     if not folder.is_dir() and check_target(folder).exists():
-        raise InputError(f"{folder}: is a file, as version 0.3 wrote; expected a folder: name another or remove it")
+        raise InputError(
+            f"{folder}: is a file, as version 0.3 wrote; expected a folder: name another or remove it"
+        )
     for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith((".", "_")) and not (PART_NAME.fullmatch(path.name) and path.is_file()):
-            raise InputError(f"{folder}: holds {path.name}, which is not a part of a sweep; name another folder")
+        if not path.name.startswith((".", "_")) and not (
+            PART_NAME.fullmatch(path.name) and path.is_file()
+        ):
+            raise InputError(
+                f"{folder}: holds {path.name}, which is not a part of a sweep; name another folder"
+            )
 
 
 def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
@@ -496,7 +584,11 @@ def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
     try:
         about = parquet.read_metadata(path)
         own = about.metadata or {}
-        return (about.num_rows, json.loads(own[NOTES_KEY])) if own[STAMP_KEY] == f"{grid} {index}".encode() else None
+        return (
+            (about.num_rows, json.loads(own[NOTES_KEY]))
+            if own[STAMP_KEY] == f"{grid} {index}".encode()
+            else None
+        )
     except (OSError, ValueError, KeyError, pyarrow.ArrowException):
         return None
 
@@ -519,11 +611,19 @@ def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -
     pyarrow, parquet = load_pyarrow()
     excluded = Excluded()
     columns = piece_results(piece, hardware, excluded).columns
-    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
+    types = {
+        str: pyarrow.string(),
+        float: pyarrow.float64(),
+        int: pyarrow.int64(),
+        bool: pyarrow.bool_(),
+    }
     own = {STAMP_KEY: f"{grid} {index}".encode(), NOTES_KEY: json.dumps(excluded)}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()], own)
     # NaN becomes null
-    arrays = [pyarrow.array(plain(columns[name]), types[kind], from_pandas=True) for name, kind in COLUMNS.items()]
+    arrays = [
+        pyarrow.array(plain(columns[name]), types[kind], from_pandas=True)
+        for name, kind in COLUMNS.items()
+    ]
     sink = pyarrow.BufferOutputStream()
     table = pyarrow.Table.from_arrays(arrays, schema=schema)
     parquet.write_table(table, sink, compression="zstd", compression_level=1)
@@ -531,15 +631,28 @@ def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -
 
 
 def computed(
-    todo: Mapping[int, Piece], grid: str, hardware: Sequence[Any], jobs: int = 1, scheduler: str | None = None
+    todo: Mapping[int, Piece],
+    grid: str,
+    hardware: Sequence[Any],
+    jobs: int = 1,
+    scheduler: str | None = None,
 ) -> Generator[tuple[int, bytes], None, None]:
     """Yield the index and the content of each part as it is finished."""
     jobs = min(jobs, len(todo))
     if not todo or (scheduler is None and jobs == 1):
-        yield from ((index, compute_part(hardware, piece, grid, index)) for index, piece in todo.items())
+        yield from (
+            (index, compute_part(hardware, piece, grid, index)) for index, piece in todo.items()
+        )
         return
     waiting, under_way = iter(todo.items()), dict[Future[bytes], int]()
-    with _processes(jobs, hardware) if scheduler is None else _dask(scheduler, hardware) as (submit, many, there, lost):
+    with (
+        _processes(jobs, hardware) if scheduler is None else _dask(scheduler, hardware) as (
+            submit,
+            many,
+            there,
+            lost,
+        )
+    ):
         try:
             while True:
                 # few at once, so that their results fit into memory
@@ -557,11 +670,19 @@ def computed(
             for task, index in under_way.items():  # finished before the failure
                 if task.done() and not task.cancelled() and task.exception() is None:
                     yield index, task.result()
-            if isinstance(error, InputError) or not (scheduler or isinstance(error, BrokenExecutor)):
+            if isinstance(error, InputError) or not (
+                scheduler or isinstance(error, BrokenExecutor)
+            ):
                 raise
-            what = f"scheduler {scheduler}: a task or worker failed" if scheduler else "a worker process ended early"
+            what = (
+                f"scheduler {scheduler}: a task or worker failed"
+                if scheduler
+                else "a worker process ended early"
+            )
             why = one_line(repr(error), 200)
-            raise OSError(f"{what} ({why}); finished parts are kept: run the same command again") from None
+            raise OSError(
+                f"{what} ({why}); finished parts are kept: run the same command again"
+            ) from None
 
 
 Workers = Iterator[tuple[Callable[..., Future[bytes]], int, Any, Callable[[], bool]]]
@@ -584,7 +705,12 @@ def _processes(jobs: int, hardware: Any) -> Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
-        yield submit, 2 * jobs, hardware, lambda: any(worker.exitcode is not None for worker in started)
+        yield (
+            submit,
+            2 * jobs,
+            hardware,
+            lambda: any(worker.exitcode is not None for worker in started),
+        )
     except BaseException:
         for worker in started:
             worker.kill()
@@ -612,7 +738,8 @@ def _dask(address: str, hardware: Any) -> Workers:
         import distributed
     except ImportError:
         raise needs_extra("--scheduler", "distributed", "distributed") from None
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler would be a traceback
+    # a lost scheduler would be a traceback
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         if not ADDRESS.fullmatch(address):
             raise ValueError("tcp://HOST:PORT")
@@ -625,11 +752,17 @@ def _dask(address: str, hardware: Any) -> Workers:
         try:  # a lost worker that its nanny starts again takes seconds
             client.wait_for_workers(1, timeout=REACH_S)
         except (OSError, distributed.TimeoutError):
-            raise InputError(f"--scheduler {address}: no worker; start workers and try again") from None
+            raise InputError(
+                f"--scheduler {address}: no worker; start workers and try again"
+            ) from None
         # a worker without prunesim would end at its first task, and block the transfer of the devices
-        for worker, version in client.run(eval, "__import__('simulator').__version__", on_error="return").items():
+        for worker, version in client.run(
+            eval, "__import__('simulator').__version__", on_error="return"
+        ).items():
             if version != __version__:
-                reason = f"worker {worker}: expected version {__version__} of prunesim, got {version}"
+                reason = (
+                    f"worker {worker}: expected version {__version__} of prunesim, got {version}"
+                )
                 raise InputError(f"--scheduler {address}: {reason}")
         threads = sum(client.nthreads().values())
         # every worker has the devices; tasks are cancelled when the last one with them is lost

@@ -20,7 +20,15 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.config import ModelConfig
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
-from simulator.prediction.prunings import KEYWORDS, Excluded, Pruning, applied, asked, exclude, excluded_lines
+from simulator.prediction.prunings import (
+    KEYWORDS,
+    Excluded,
+    Pruning,
+    applied,
+    asked,
+    exclude,
+    excluded_lines,
+)
 from simulator.prediction.requests import check_measured, engines_of, models_of, profiles
 from simulator.prediction.result import Result, Results
 from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
@@ -73,7 +81,9 @@ def table(
     1
     """
     loaded, devices = models_of(models), profiles(hardware)
-    prunings, requests, skipped = asked(loaded, {"family": family, "sparsity": sparsity, **settings})
+    prunings, requests, skipped = asked(
+        loaded, {"family": family, "sparsity": sparsity, **settings}
+    )
     check_measured(requests, devices)
     several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
     without = dict[str, str]()  # devices that cannot run the dense model, with the reason
@@ -93,17 +103,23 @@ def table(
     for one in requests:
         results = request_results([one], prunings, devices, reject)
         some = [hw for hw in devices if hw.label not in without]
-        notes |= dict.fromkeys((*dense_notes(results, one, some), *above_bound(results, prunings, one, some)))
+        notes |= dict.fromkeys(
+            (*dense_notes(results, one, some), *above_bound(results, prunings, one, some))
+        )
         if len(results):
             found.append(results)
     if not found:
-        raise InputError(next(iter((*without.values(), *excluded_lines(excluded))), "nothing to predict"))
+        raise InputError(
+            next(iter((*without.values(), *excluded_lines(excluded))), "nothing to predict")
+        )
     notes |= dict.fromkeys(f"{device} is excluded: {reason}" for device, reason in without.items())
     joined = Results.join(found, (*notes, *excluded_lines(excluded)))
     return replace(joined, prunings=prunings, requests=tuple(requests))
 
 
-def unable(model: str, hardware: Sequence[HardwareProfile], settings: dict[str, Any]) -> dict[str, str]:
+def unable(
+    model: str, hardware: Sequence[HardwareProfile], settings: dict[str, Any]
+) -> dict[str, str]:
     """Return why some engines can run none of the prunings (default: one of depth), unless all cannot, by engine."""
     first = {n: v[:1] if n in SETTINGS and isinstance(v, list) else v for n, v in settings.items()}
     first |= {} if first.keys() & set(KEYWORDS) else {"prune": "depth 0.25"}
@@ -116,7 +132,9 @@ def unable(model: str, hardware: Sequence[HardwareProfile], settings: dict[str, 
     return reasons if len(reasons) < len(engines) else {}
 
 
-def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfile, **settings: Any) -> Result:
+def predict(
+    model: str | ModelConfig, prune: str, hardware: str | HardwareProfile, **settings: Any
+) -> Result:
     """Predict one speedup; names are enough.
 
     Parameters
@@ -148,7 +166,9 @@ def predict(model: str | ModelConfig, prune: str, hardware: str | HardwareProfil
     """
     for name, value in {"model": model, "prune": prune, "hardware": hardware, **settings}.items():
         if isinstance(value, list | tuple):
-            raise InputError(f"{name}: expected one value, got {len(value)}; simulator.table takes lists")
+            raise InputError(
+                f"{name}: expected one value, got {len(value)}; simulator.table takes lists"
+            )
     return table([Request(model=model, **settings).model], [hardware], prune=[prune], **settings)[0]
 
 
@@ -196,19 +216,28 @@ def speedups(
     [1.0, 1.3]
     """
     hw = load_hardware(hw)
-    batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]  # the batch checks the workloads
+    # the batch checks the workloads
+    batch, steps = batch_with(dense, pruned), [applied(dense, w) for w in pruned]
     prunings = [Pruning((PruningStep(family, requested),)) for family, requested, _ in steps]
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
     level, dense_s = SETTINGS["level"].check(level), SETTINGS["dense_s"].check(dense_s)
     usual = (level, dense_s) == (dense.meta.level, dense.meta.dense_s)
     return results_of(
-        batch, prunings, [hw], [dense.meta if usual else replace(dense.meta, level=level, dense_s=dense_s)]
+        batch,
+        prunings,
+        [hw],
+        [dense.meta if usual else replace(dense.meta, level=level, dense_s=dense_s)],
     )
 
 
 def speedup(
-    dense: Workload, pruned: Workload, hw: str | HardwareProfile, level: float = 0.9, *, dense_s: float | None = None
+    dense: Workload,
+    pruned: Workload,
+    hw: str | HardwareProfile,
+    level: float = 0.9,
+    *,
+    dense_s: float | None = None,
 ) -> Result:
     """Predict the speedup of one pruned workload over its dense workload on a device.
 

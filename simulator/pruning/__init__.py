@@ -20,8 +20,25 @@ from simulator.arrays import Array, FloatArray, plain
 from simulator.codes import ROLES, Part
 from simulator.display import few
 from simulator.errors import InputError, unknown
-from simulator.pruning._family import GROUPS, NESTED, ONE_SIZE, SUBLAYERS, WHOLE, Choice, Family, check_fraction
-from simulator.pruning._rows import covering, layer_count, merge_runs, projections, sizes_of, weighted, weights
+from simulator.pruning._family import (
+    GROUPS,
+    NESTED,
+    ONE_SIZE,
+    SUBLAYERS,
+    WHOLE,
+    Choice,
+    Family,
+    check_fraction,
+)
+from simulator.pruning._rows import (
+    covering,
+    layer_count,
+    merge_runs,
+    projections,
+    sizes_of,
+    weighted,
+    weights,
+)
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -31,7 +48,9 @@ __all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
 class _Families(Mapping[str, Family]):
     """The modules of this package, each imported when its family is used: most commands use one."""
 
-    _modules = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    _modules = frozenset(
+        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+    )
     _others = MappingProxyType({"2:4": "semi_structured"})  # other names of families
 
     def __getitem__(self, name: str) -> Family:
@@ -118,7 +137,9 @@ def prune(
     flag("ideal", ideal)
     if sparsity is None and layers is None and options.get("budget") is None:
         if options:
-            raise InputError(f"option {next(iter(options))}: expected a sparsity too, or the option in the text")
+            raise InputError(
+                f"option {next(iter(options))}: expected a sparsity too, or the option in the text"
+            )
         from simulator.pruning._steps import is_plan, prune_steps, read_steps
 
         steps = read_steps(pruning)
@@ -131,7 +152,9 @@ def prune(
     pruning = chosen.name
     for name in options:
         if name not in chosen.options:
-            raise unknown(f"option of family {pruning}", name, chosen.options, chosen.options or ["none"])
+            raise unknown(
+                f"option of family {pruning}", name, chosen.options, chosen.options or ["none"]
+            )
     given = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
     aligned = [s for part in ("", "mlp", "hidden") for s in plain(given.get(part)).ravel() if s]
     if aligned and all(map(is_size, aligned)) and "align" in chosen.options:
@@ -141,27 +164,38 @@ def prune(
     if choice.form == "budget" or choice.rows.any():
         if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
             reason = "routed experts, latent attention and delta nets have no such kernels"
-            raise InputError(f"family {pruning}: {reason}; name the projections to prune, such as {{'o': 0.5}}")
+            raise InputError(
+                f"family {pruning}: {reason}; name the projections to prune, such as {{'o': 0.5}}"
+            )
         pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
         if work is not workload:
             pruned = merge_runs(pruned)
-    asked = realised if sparsity is None else choice.asked  # a budget and listed layers are removed exactly
+    # a budget and listed layers are removed exactly
+    asked = realised if sparsity is None else choice.asked
     applied = (*workload.meta.applied, Applied(pruning, asked, realised))
     return pruned.replace(meta=replace(workload.meta, applied=applied))
 
 
-def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: Any) -> tuple[Workload, Choice]:
+def _resolve(
+    w: Workload, family: Family, sparsity: Any, layers: Any, budget: Any
+) -> tuple[Workload, Choice]:
     """Return the workload, expanded to one row per layer if layers differ, and the sparsity of its rows."""
     if budget is not None:
         for name, given in (("sparsity", sparsity), ("layers", layers)):
             if given is not None:
-                raise InputError(f"option budget: the sparsity follows from it; expected no {name}, got {given!r}")
+                raise InputError(
+                    f"option budget: the sparsity follows from it; expected no {name}, got {given!r}"
+                )
         return w, Choice(np.zeros(len(w)), 0.0, "budget")
     some = None if layers is None else listed_layers(layers, layer_count(w))
     if family.layers == "all" and some is not None:
-        raise InputError(f"family {family.name}: expected no layers, as it prunes all layers equally")
+        raise InputError(
+            f"family {family.name}: expected no layers, as it prunes all layers equally"
+        )
     if some is not None and family.layers == "some":
-        for value in filter(is_size, sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]):
+        for value in filter(
+            is_size, sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+        ):
             raise InputError(f"layers: expected a fraction of them, got {value:g}")
     if isinstance(sparsity, Mapping):
         return _by_part(w, family, sparsity, some)
@@ -170,7 +204,11 @@ def _resolve(w: Workload, family: Family, sparsity: Any, layers: Any, budget: An
             raise InputError("layers: expected no layers with a sparsity by layer")
         return _by_layer(w, family, sparsity)
     whole = sparsity is None and family.layers == "some"
-    fraction = 1.0 if whole else _removed(w, family, "", family.default if sparsity is None else sparsity, "sparsity")
+    fraction = (
+        1.0
+        if whole
+        else _removed(w, family, "", family.default if sparsity is None else sparsity, "sparsity")
+    )
     rows = np.where(w.layer >= 0, fraction, 0.0)
     if some is None:
         return w, Choice(rows, fraction)
@@ -208,7 +246,10 @@ def _removed(w: Workload, family: Family, part: str, value: Any, where: str) -> 
     found = [(name, size) for name in family.sizes(part) for size in sizes_of(w, name)]
     name, size = found[0] if found else ("", 0)
     if len(found) != 1:
-        several = few(f"{name} {size:,}" for name, size in found) or f"no {' or '.join(family.sizes(part))}"
+        several = (
+            few(f"{name} {size:,}" for name, size in found)
+            or f"no {' or '.join(family.sizes(part))}"
+        )
         return check_fraction(value, where, f", as {w.meta.model} has {several}")
     if value > size:
         return check_fraction(value, where, f", or the remaining {name}, at most {size:,}")
@@ -220,36 +261,56 @@ def _fractions(w: Workload, family: Family, part: str, sparsity: Any) -> FloatAr
     if np.shape(plain(sparsity)) != (layers,):
         expected = f"expected {layers} fractions, one per layer of this model"
         raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
-    return np.array([_removed(w, family, part, s, f"sparsity{of} of layer {i}:") for i, s in enumerate(sparsity)])
+    return np.array(
+        [
+            _removed(w, family, part, s, f"sparsity{of} of layer {i}:")
+            for i, s in enumerate(sparsity)
+        ]
+    )
 
 
-def _by_part(w: Workload, family: Family, sparsity: Mapping[str, Any], some: Array | None) -> tuple[Workload, Choice]:
+def _by_part(
+    w: Workload, family: Family, sparsity: Mapping[str, Any], some: Array | None
+) -> tuple[Workload, Choice]:
     if not family.targets:
         raise InputError(f"family {family.name}: expected one fraction, got a sparsity by part")
     if not sparsity:
-        raise InputError(f"sparsity by part: expected some of {', '.join(family.targets)}, got none")
-    if any(np.ndim(plain(s)) for s in sparsity.values()) or (some is not None and family.layers == "each"):
+        raise InputError(
+            f"sparsity by part: expected some of {', '.join(family.targets)}, got none"
+        )
+    if any(np.ndim(plain(s)) for s in sparsity.values()) or (
+        some is not None and family.layers == "each"
+    ):
         w = w.expand()
     parts, count = {}, layer_count(w)
     keep, removed = np.ones(len(w)), np.zeros(len(w))
-    for name in sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS)):  # the widest first
+    # the widest first
+    for name in sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS)):
         if name not in family.targets:
             raise unknown(f"part (for family {family.name})", name, family.targets)
         if np.ndim(plain(sparsity[name])):
             if family.layers != "each" or name in ONE_SIZE:
-                raise InputError(f"sparsity of {name}: expected one fraction, got a sparsity by layer")
+                raise InputError(
+                    f"sparsity of {name}: expected one fraction, got a sparsity by layer"
+                )
             table = _fractions(w, family, name, sparsity[name])
         else:
-            table = np.full(count, _removed(w, family, name, sparsity[name], f"sparsity of {name}:"))
+            table = np.full(
+                count, _removed(w, family, name, sparsity[name], f"sparsity of {name}:")
+            )
         if some is not None and family.layers == "each":
             if name in ONE_SIZE:
-                raise InputError(f"sparsity of {name}: expected no layers, as all layers have one size")
+                raise InputError(
+                    f"sparsity of {name}: expected no layers, as all layers have one size"
+                )
             table[~np.isin(np.arange(count), some)] = 0.0
         rows = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], 0.0)
         share = _share(w, name)
         if not share.any():
             has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
-            raise InputError(f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}")
+            raise InputError(
+                f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}"
+            )
         parts[name] = np.where(share > 0, rows, 0.0)
         if name in NESTED:
             keep *= 1.0 - rows * share
@@ -276,4 +337,8 @@ def _share(w: Workload, part: str) -> FloatArray:
     queries = ("q", "o", "q_b", "kv_b", "absorb_k", "absorb_v", "quantize_heads")
     alone = queries if part == "heads" else ("k", "v")
     whole = (attention | w.is_role(*alone, "rotary", "qk_norm", "cache_write")) & (w.layer >= 0)
-    return np.where(w.is_role("qkv"), (heads if part == "heads" else 2.0 * groups) / fused, np.where(whole, 1.0, 0.0))
+    return np.where(
+        w.is_role("qkv"),
+        (heads if part == "heads" else 2.0 * groups) / fused,
+        np.where(whole, 1.0, 0.0),
+    )

@@ -17,9 +17,14 @@ from simulator.workload import Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
 # names of several projections in a sparsity per projection
-GROUPS: Mapping[str, tuple[str, ...]] = {"attention": (*QKV, "o"), "mlp": ("gate", "up", "gate_up", "down"), "qkv": QKV}
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "attention": (*QKV, "o"),
+    "mlp": ("gate", "up", "gate_up", "down"),
+    "qkv": QKV,
+}
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
-NESTED: tuple[str, ...] = ("heads", "kv", "hidden")  # parts of width that remove a share of the rest of other parts
+# parts of width that remove a share of the rest of other parts
+NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 # weights of latent attention, experts and delta nets, which only families that remove heads, channels or more prune
@@ -33,11 +38,14 @@ Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsit
 
 @dataclass(frozen=True)
 class Choice:
-    rows: Array  # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
-    asked: float  # the fraction, or the mean of several over the layers or over the weights in the layers
+    # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
+    rows: Array
+    # the fraction, or the mean of several over the layers or over the weights in the layers
+    asked: float
     # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes them)
     form: str = "scalar"
-    parts: Mapping[str, Array] = field(default_factory=dict)  # sparsity of every row by the name of the part
+    # sparsity of every row by the name of the part
+    parts: Mapping[str, Array] = field(default_factory=dict)
     layers: Array | None = None  # layers from which a family selects whole layers; None: all
 
     def of(self, part: str) -> Array:
@@ -95,17 +103,25 @@ class Family(Displayed):
 
 
 def check_fraction(value: Any, where: str = "sparsity", other: str = "") -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.integer | np.floating
+    ):
         raise InputError(f"{where}: expected a fraction in [0, 1), such as 0.25, got {value!r}")
     number = math.inf if abs(value) >= 1e300 else float(value)
     if not (math.isfinite(number) and 0.0 <= number < 1.0):
         hint = f"; for {number:g} % write {number / 100:g}" if 2.0 <= number < 100.0 else ""
-        raise InputError(f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{other}{hint}")
+        raise InputError(
+            f"{where} {number:g}: expected a fraction in [0, 1), such as 0.25{other}{hint}"
+        )
     return number
 
 
 def whole(name: str, value: Any, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value < 2**31:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or not low <= value < 2**31
+    ):
         raise InputError(f"option {name}: expected a whole number from {low} up, got {value!r}")
     return int(value)
 

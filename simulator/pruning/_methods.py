@@ -50,17 +50,23 @@ class Method(Displayed):
         """Tokens that it keeps, from which its sparsity follows; None: its sparsity is an argument."""
         return self.options.get("budget")
 
-    def prune(self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False) -> Workload:
+    def prune(
+        self, workload: Workload, sparsity: float | None = None, *, ideal: bool = False
+    ) -> Workload:
         """Return the pruned workload; the sparsity is that of the whole model, None for a method with a budget."""
         for family, part, options in self.families_of(workload, sparsity):
             workload = prune(workload, family, part, ideal=ideal, **options)
         return workload
 
-    def families_of(self, workload: Workload, sparsity: float | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    def families_of(
+        self, workload: Workload, sparsity: float | None
+    ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         """Yield the families that prune a workload, with the sparsity and the options of each."""
         phase = workload.meta.phase
         if phase not in self.phases:
-            raise InputError(f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}")
+            raise InputError(
+                f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}"
+            )
         for name, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
             yield name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}
 
@@ -94,7 +100,9 @@ def load_method(name: str) -> Method:
 def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
     """Scale hidden size and inner width by r and keep the heads: attention keeps r of its weights, the MLP r^2."""
     inside = weighted(w)
-    attention = float(weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum())
+    attention = float(
+        weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum()
+    )
     mlp = 1.0 - attention
     r = (math.sqrt(attention**2 + 4.0 * mlp * (1.0 - sparsity)) - attention) / (2.0 * mlp)
     return 1.0 - r, {"mlp": 1.0 - r}
@@ -104,7 +112,9 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
     """Use four equal stages with 1, r, r^2 and r^3 of the tokens; their mean is 1 - sparsity."""
     layers = layer_count(w)
     if sparsity >= 0.75:
-        raise InputError(f"pyramiddrop at sparsity {sparsity:g}: expected less than 0.75, as its first stage is dense")
+        raise InputError(
+            f"pyramiddrop at sparsity {sparsity:g}: expected less than 0.75, as its first stage is dense"
+        )
     return (_decay(4 * np.arange(layers) // layers, sparsity),)
 
 

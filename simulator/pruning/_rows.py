@@ -10,17 +10,41 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.codes import DTYPE_BYTES, ELEMENTWISE, EXPERTS, GEMM, Kernel, Kind, Part, Phase, dtype_code, role_code
+from simulator.codes import (
+    DTYPE_BYTES,
+    ELEMENTWISE,
+    EXPERTS,
+    GEMM,
+    Kernel,
+    Kind,
+    Part,
+    Phase,
+    dtype_code,
+    role_code,
+)
 from simulator.errors import InputError
 from simulator.pruning._family import PROJECTIONS, QKV, WHOLE, Choice, Pruned
 from simulator.workload import Workload
 
 # projections that read the residual stream
-INPUTS = (*QKV, "q_a", "kv_a", "qkv_a", "delta_in", "delta_ba", "gate", "up", "gate_up", "linear", "shared_gate")
+INPUTS = (
+    *QKV,
+    "q_a",
+    "kv_a",
+    "qkv_a",
+    "delta_in",
+    "delta_ba",
+    "gate",
+    "up",
+    "gate_up",
+    "linear",
+    "shared_gate",
+)
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm")
 # roles that move the residual stream; gathers of logits have their own width
 STREAM = ("embedding", *NORMS, "residual", "gather", "scatter", "quantize", "all_reduce", "send")
-FIXED: tuple[str, ...] = ("query width",)  # widths that aligned_up does not change: heads times the head dimension
+# widths that aligned_up does not change: heads times the head dimension
+FIXED: tuple[str, ...] = ("query width",)
 
 
 def layer_count(w: Workload) -> int:
@@ -76,7 +100,9 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
 def shorter_copies(w: Workload, out: Workload) -> Workload:
     """Return ``out`` with cache copies as long as its decode attention; ``w`` is the workload before pruning."""
     copies = w.is_role("cache_write") & (w.kv_len > 0)
-    before, after = (covering(x, x.kind == Kind.DECODE_ATTENTION, x.kv_len.astype(np.float64)) for x in (w, out))
+    before, after = (
+        covering(x, x.kind == Kind.DECODE_ATTENTION, x.kv_len.astype(np.float64)) for x in (w, out)
+    )
     share = np.where(copies & (before > 0), after / np.maximum(before, 1.0), 1.0)
     kept = np.where(copies, np.maximum(np.round(w.kv_len * share), 1), out.kv_len)
     return out.replace(kv_len=kept, **moved(out, share))
@@ -87,7 +113,9 @@ def sizes_of(w: Workload, name: str) -> list[int]:
     if name.endswith("layers"):
         own, part = w.expand(), Part.__members__.get(name.split()[0].upper())
         return [len(np.unique(own.layer[(own.layer >= 0) & (part is None or own.part == part)]))]
-    tensor, expert = (w.meta.devices if w.meta.parallel == kind else 1 for kind in ("tensor", "expert"))
+    tensor, expert = (
+        w.meta.devices if w.meta.parallel == kind else 1 for kind in ("tensor", "expert")
+    )
     rows, column, devices = {
         "heads": (w.is_attention, w.heads, tensor * expert),
         "KV heads": (w.is_attention, w.kv_heads, tensor * expert),
@@ -103,7 +131,12 @@ def biases(w: Workload) -> Array:
     """Return the bias parameters per execution of GEMM rows that own a bias."""
     weight: Array = w.n.astype(np.float64) * w.k
     if np.count_nonzero(w.kernel):
-        weight = np.where((w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0) * weight
+        weight = (
+            np.where(
+                (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0
+            )
+            * weight
+        )
     repeats = w.repeats
     owns = (w.kind == GEMM) & (w.params > 0) & (np.abs(w.params * repeats - weight - w.n) < 0.5)
     return np.where(owns, w.n / repeats, 0.0) if np.count_nonzero(owns) else np.zeros(len(w))
@@ -135,14 +168,18 @@ def aligned(width: Array, keep: Array, align: int) -> Array:
 
 
 def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
-    return w.replace(**{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()})
+    return w.replace(
+        **{name: np.where(rows, values, getattr(w, name)) for name, values in columns.items()}
+    )
 
 
 def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
     """Return GEMMs with other N and K; parameters change with them, and so does a bias (N parameters)."""
     bias = biases(w)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
-    params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (n / np.maximum(w.n, 1))
+    params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (
+        n / np.maximum(w.n, 1)
+    )
     return w.replace(n=n, k=k, params=np.where(w.kind == GEMM, params, w.params), **columns)
 
 
@@ -150,7 +187,10 @@ def with_inner(w: Workload, kept: Array) -> Workload:
     """Return the workload with MLPs of the inner widths ``kept``, one per row; rows without an MLP do not change."""
     down = readers(w, "down")
     width = covering(w, down, w.k)
-    divisor, wide = np.maximum(width, 1), w.is_role("activation", "product", "quantize_inner") & (width > 0)
+    divisor, wide = (
+        np.maximum(width, 1),
+        w.is_role("activation", "product", "quantize_inner") & (width > 0),
+    )
     n = np.where(writers(w, "gate", "up", "gate_up") | wide, w.n * kept // divisor, w.n)
     return resized(w, n, np.where(down, kept, w.k), **moved(w, np.where(wide, kept / divisor, 1.0)))
 
@@ -171,9 +211,13 @@ def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
     rows, keep = projections(w) & (choice.rows > 0), 1.0 - choice.rows
     if (already := rows & zeros(w)).any():
         which = Kernel(int(w.kernel[already].max())).name.lower()
-        raise InputError(f"{name}: expected dense projections, got sparse ones ({which}); set zeros only once")
+        raise InputError(
+            f"{name}: expected dense projections, got sparse ones ({which}); set zeros only once"
+        )
     bias = biases(w)
-    out = changed(w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias)
+    out = changed(
+        w, rows, density=w.density * keep, kernel=kernel, params=keep * (w.params - bias) + bias
+    )
     return out, parameters_removed(w, out)
 
 
@@ -189,7 +233,9 @@ def split_at(w: Workload, layer: int) -> Workload:
     across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
     out, _, first, second = doubled(w, across)
     layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
-    out = changed(out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1)))
+    out = changed(
+        out, first | second, layers=layers, count=out.count * (layers / np.maximum(out.layers, 1))
+    )
     return changed(out, second, layer=layer)
 
 
@@ -203,13 +249,16 @@ def merge_runs(w: Workload) -> Workload:
         column = getattr(w, name)
         new[1:] |= column[1:] != column[:-1]
     start = np.flatnonzero(new)
-    return w.take(start).replace(count=np.add.reduceat(w.count, start), layers=np.add.reduceat(w.layers, start))
+    return w.take(start).replace(
+        count=np.add.reduceat(w.count, start), layers=np.add.reduceat(w.layers, start)
+    )
 
 
 def sublayer_ends(w: Workload) -> Array:
     """Return a mask of the last projection per sublayer, run of layers and phase: templates of added rows."""
     routed = w.is_role("experts") & (w.layer >= 0)
-    shared = covering(w, routed, np.ones(len(w))) > 0  # experts come after the MLP that they share a sublayer with
+    # experts come after the MLP that they share a sublayer with
+    shared = covering(w, routed, np.ones(len(w))) > 0
     ends: Array = routed | (writers(w, "o", "down", "linear") & ~(shared & (w.part == Part.MLP)))
     return ends
 
@@ -243,7 +292,9 @@ def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
     return Workload.filled(w.meta, size=len(at), role=code, overhead=True, **columns)
 
 
-def overhead_gemm(w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any) -> Workload:
+def overhead_gemm(
+    w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any
+) -> Workload:
     """Return GEMMs over all tokens of the rows ``at``; they own parameters in the phase that counts parameters."""
     # in a generate, the prefill counts the parameters and the decode steps do not
     owns = (w.phase[at] == Phase.PREFILL) | ~(w.phase == Phase.PREFILL).any()
@@ -251,7 +302,8 @@ def overhead_gemm(w: Workload, at: Array, role: str, n: Array | int, k: Array | 
     return overheads(w, at, role, kind=Kind.GEMM, m=w.m[at], n=n, k=k, params=params, **columns)
 
 
-Inserted = list[tuple[Array, Workload]]  # rows to insert, and the position of each: 2.5 is between the rows 2 and 3
+# rows to insert, and the position of each: 2.5 is between the rows 2 and 3
+Inserted = list[tuple[Array, Workload]]
 
 
 def insertion(w: Workload, parts: Inserted) -> Array:
@@ -264,9 +316,12 @@ def insert(w: Workload, parts: Inserted) -> Workload:
     return Workload.concat([w, *[rows for _, rows in parts]]).take(insertion(w, parts))
 
 
-EXACT_TOKENS = 16  # up to this number of tokens, every outcome of the binomial distribution has its own row
-CAPACITY_TOKENS = 512  # from this number on, only the mean counts, as in capacity-based routers: its sd is below 5 %
-BINS = 5  # number of equally likely bins that approximate the distribution between these two numbers
+# up to this number of tokens, every outcome of the binomial distribution has its own row
+EXACT_TOKENS = 16
+# from this number on, only the mean counts, as in capacity-based routers: its sd is below 5 %
+CAPACITY_TOKENS = 512
+# number of equally likely bins that approximate the distribution between these two numbers
+BINS = 5
 
 
 @lru_cache(maxsize=4096)
@@ -310,7 +365,9 @@ def split_tokens(w: Workload, keep: Array) -> Workload:
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w
-    pairs, inverse = np.unique(np.stack([tokens[chosen].astype(np.float64), keep[chosen]]), axis=1, return_inverse=True)
+    pairs, inverse = np.unique(
+        np.stack([tokens[chosen].astype(np.float64), keep[chosen]]), axis=1, return_inverse=True
+    )
     inverse = inverse.reshape(-1)
     points = [token_points(int(t), float(p)) for t, p in pairs.T]
     times, conserve = np.ones(len(w), dtype=np.int64), np.ones(len(w))
@@ -344,7 +401,8 @@ def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
         reason = "queries of a low-rank fused qkv projection cannot be computed separately"
         raise InputError(f"{reason}; choose an engine that does not fuse them, such as hf")
     out, index, first, rest = doubled(w, fused)
-    n = np.where(first, out.n - 2 * keys[index], 2 * keys[index])  # queries, and the gate of the outputs if any
+    # queries, and the gate of the outputs if any
+    n = np.where(first, out.n - 2 * keys[index], 2 * keys[index])
     out = changed(out, first | rest, n=n, params=out.params * (n / np.maximum(out.n, 1)))
     return changed(out, first, role=role_code("q")[0]), s[index]
 
@@ -366,7 +424,10 @@ def prompt_of(w: Workload) -> Array:
     grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
     length = rows.kv_len - (grown if decodes else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
-        run, lengths = slice(first, first + many), length[(rows.layer == first) & (rows.layers == many)]
+        run, lengths = (
+            slice(first, first + many),
+            length[(rows.layer == first) & (rows.layers == many)],
+        )
         # the first decode step is the shortest, the last chunk of a prompt the longest
         out[run] = np.minimum(out[run], lengths.min() if decodes else lengths.max())
     out[out == none] = 0

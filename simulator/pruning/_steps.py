@@ -58,7 +58,10 @@ class PruningStep:
             parts.append(f"{sparsity:.9g}")
         if self.layers is not None:
             parts.append(f"layers={','.join(consecutive(self.layers))}")
-        parts += [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in self.options]
+        parts += [
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in self.options
+        ]
         return " ".join(parts)
 
     @cached_property
@@ -94,11 +97,21 @@ class PruningStep:
         if method is None:
             return (self,)
         found = method.families_of(workload, _argument(self.sparsity))
-        return tuple(PruningStep(name, _hashable(part), None, tuple(sorted(own.items()))) for name, part, own in found)
+        return tuple(
+            PruningStep(name, _hashable(part), None, tuple(sorted(own.items())))
+            for name, part, own in found
+        )
 
     def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
         for step in self.by_family(workload):
-            workload = prune(workload, step.name, step.argument, layers=step.layers, ideal=ideal, **dict(step.options))
+            workload = prune(
+                workload,
+                step.name,
+                step.argument,
+                layers=step.layers,
+                ideal=ideal,
+                **dict(step.options),
+            )
         return workload
 
 
@@ -123,7 +136,9 @@ def _argument(sparsity: Sparsity) -> Any:
     return dict(found) if isinstance(found, tuple) and isinstance(found[0], tuple) else found
 
 
-def prune_steps(workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = "") -> Workload:
+def prune_steps(
+    workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = ""
+) -> Workload:
     """Return the workload pruned by steps. Errors name the step, and the plan that contains the steps."""
     step: PruningStep | None = None
     try:
@@ -165,7 +180,11 @@ def _by_layer(steps: Sequence[PruningStep], layers: int) -> PruningStep:
         found = _argument(family.default if step.sparsity is None else step.sparsity)
         if found is None:
             raise InputError(f"{step}: expected a fraction")
-        parts = found if isinstance(found, dict) else dict.fromkeys(SUBLAYERS if family.targets else ("",), found)
+        parts = (
+            found
+            if isinstance(found, dict)
+            else dict.fromkeys(SUBLAYERS if family.targets else ("",), found)
+        )
         for part, fraction in parts.items():
             table = tables.setdefault(part, np.zeros(layers))
             table[listed_layers(step.layers, layers)] = fraction
@@ -206,7 +225,9 @@ _TOKEN = re.compile(
 def read_steps(text: str) -> tuple[PruningStep, ...]:
     """Return the steps of a text or of the plan at a path; errors have the column, or line and column, of a mistake."""
     if not isinstance(text, str):
-        raise InputError(f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}")
+        raise InputError(
+            f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}"
+        )
     if is_plan(text):
         problems = Problems(text.strip())
         return plan_steps(read_text(Path(text.strip()), problems), problems)
@@ -232,11 +253,15 @@ class _MisplacedError(InputError):
 def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningStep, ...]:
     """Return the steps of a text; in a plan, ``layers`` are the layers of its entry."""
     if len(text) > MOST_CHARACTERS:
-        raise _MisplacedError(MOST_CHARACTERS, f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
+        raise _MisplacedError(
+            MOST_CHARACTERS, f"expected at most {MOST_CHARACTERS} characters, got {len(text)}"
+        )
     steps: list[list[re.Match[str]]] = [[]]
     for token in _TOKEN.finditer(text):
         if token["wrong"]:
-            raise _MisplacedError(token.start() + 1, f"expected NAME=VALUE or a fraction, got {token['wrong']!r}")
+            raise _MisplacedError(
+                token.start() + 1, f"expected NAME=VALUE or a fraction, got {token['wrong']!r}"
+            )
         if token["plus"]:
             if not steps[-1]:
                 raise _MisplacedError(token.start() + 1, "expected a family or method before +")
@@ -258,12 +283,21 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
 
         if name in FAMILIES["width"].targets:
             text = " ".join(token[0] for token in tokens) if first["name"] else f"{name}=0.25"
-            raise _MisplacedError(at, f"expected a family before the part {name}, such as width {text}")
-        raise _MisplacedError(at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES)))
+            raise _MisplacedError(
+                at, f"expected a family before the part {name}, such as width {text}"
+            )
+        raise _MisplacedError(
+            at, str(unknown("family or method", name, [*FAMILIES, *METHODS], FAMILIES))
+        )
     if not first["word"]:
-        raise _MisplacedError(at, f"expected a fraction or a part after {name}, such as {name} 0.25")
+        raise _MisplacedError(
+            at, f"expected a fraction or a part after {name}, such as {name} 0.25"
+        )
     if method and listed is not None:
-        raise _MisplacedError(at, f"method {name} selects its own layers; expected a family, or the method under prune")
+        raise _MisplacedError(
+            at,
+            f"method {name} selects its own layers; expected a family, or the method under prune",
+        )
     targets = () if method else FAMILIES[name].targets
     known = () if method else ("layers", *targets, *FAMILIES[name].options)
     parts: dict[str, float] = {}
@@ -273,10 +307,14 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
         at, key, value = token.start() + 1, token["name"], token["value"]
         if token["word"]:
             if sparsity is not None:
-                raise _MisplacedError(at, f"expected NAME=VALUE or + after the fraction, got {token['word']!r}")
+                raise _MisplacedError(
+                    at, f"expected NAME=VALUE or + after the fraction, got {token['word']!r}"
+                )
             sparsity = _removed(token["word"], at, None if method else FAMILIES[name])
         elif not known:
-            raise _MisplacedError(at, f"method {name} sets its own parts and options; expected a fraction only")
+            raise _MisplacedError(
+                at, f"method {name} sets its own parts and options; expected a fraction only"
+            )
         elif key not in known:
             raise _MisplacedError(at, str(unknown(f"part or option of {name}", key, known)))
         elif key == "layers" and listed is not None:
@@ -290,8 +328,12 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
         else:
             options[key] = parse_value(value)
     if parts and sparsity is not None:
-        raise _MisplacedError(first.start() + 1, f"{name}: expected one fraction or fractions by part, got both")
-    found = PruningStep(name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())))
+        raise _MisplacedError(
+            first.start() + 1, f"{name}: expected one fraction or fractions by part, got both"
+        )
+    found = PruningStep(
+        name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items()))
+    )
     return _complete(found, first.start() + 1, tokens[-1].end() + 1)
 
 
@@ -301,19 +343,32 @@ def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
     if method := _method(name):
         usual = method.sparsities
         if step.budgeted and step.sparsity is not None:
-            raise _MisplacedError(at, f"{name} keeps a number of tokens; expected no fraction, as it follows from them")
+            raise _MisplacedError(
+                at,
+                f"{name} keeps a number of tokens; expected no fraction, as it follows from them",
+            )
         if step.sparsity is None and len(usual) > 1:
             papers = " or ".join(f"{name} {s:g}" for s in usual)
             raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")
         return replace(step, sparsity=usual[0]) if step.sparsity is None and usual else step
     family = FAMILIES[name]
     if step.layers is not None and family.layers == "all":
-        raise _MisplacedError(at, f"family {name}: expected no layers, as it prunes all layers equally")
-    if step.sparsity is not None or step.budgeted or (step.layers is not None and family.layers == "some"):
+        raise _MisplacedError(
+            at, f"family {name}: expected no layers, as it prunes all layers equally"
+        )
+    if (
+        step.sparsity is not None
+        or step.budgeted
+        or (step.layers is not None and family.layers == "some")
+    ):
         return step
     if family.default is None:
         some = f", or parts, such as {name} {family.targets[0]}=0.25" if family.targets else ""
-        some += f", or a budget of tokens, such as {name} budget=1024" if "budget" in family.options else ""
+        some += (
+            f", or a budget of tokens, such as {name} budget=1024"
+            if "budget" in family.options
+            else ""
+        )
         raise _MisplacedError(end, f"expected a fraction, such as {name} 0.25{some}")
     return replace(step, sparsity=family.default)
 
@@ -392,5 +447,7 @@ def _of_node(
     try:
         return _steps(node.text, layers)
     except _MisplacedError as wrong:
-        problems.add(node._replace(column=node.column + node.quoted + wrong.column - 1), key, str(wrong))
+        problems.add(
+            node._replace(column=node.column + node.quoted + wrong.column - 1), key, str(wrong)
+        )
         return ()

@@ -13,7 +13,9 @@ from simulator.pruning._rows import changed, merge_runs, removed, weighted, weig
 from simulator.workload import Workload
 
 
-def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False) -> Pruned:
+def depth(
+    w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False
+) -> Pruned:
     """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
 
     ``unit`` is "layer", "both" (equal numbers of both kinds), "attention" or "mlp". The deepest layers except the last
@@ -23,11 +25,15 @@ def depth(w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", earl
     if unit in SUBLAYERS and choice.form == "part":
         raise InputError(f"option unit: expected no unit with a sparsity by part, got {unit!r}")
     out, parts = w, [Part[name.upper()] for name in SUBLAYERS if unit in ("layer", "both", name)]
-    for together in [parts] if unit == "layer" and choice.form != "part" else [[part] for part in parts]:
+    for together in (
+        [parts] if unit == "layer" and choice.form != "part" else [[part] for part in parts]
+    ):
         rows = _in_layers(w, together)
         if rows.any():
             out = _without(out, together, float(choice.rows[rows].max()), choice.layers, early_exit)
-    before, after = (float(weights(x)[weighted(x) & np.isin(x.part, parts)].sum()) for x in (w, out))
+    before, after = (
+        float(weights(x)[weighted(x) & np.isin(x.part, parts)].sum()) for x in (w, out)
+    )
     return out, removed(before, after)
 
 
@@ -35,10 +41,13 @@ def _in_layers(w: Workload, parts: list[Part]) -> Array:
     return np.isin(w.part, parts) & (w.layer >= 0)
 
 
-def _without(w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool) -> Workload:
+def _without(
+    w: Workload, parts: list[Part], sparsity: float, listed: Array | None, exits: bool
+) -> Workload:
     rows = _in_layers(w, parts)
     layers = int((w.layer + w.layers)[rows].max())
-    if listed is None and ((w.layer == 0) & (w.layers == layers))[rows].all():  # all layers are equal
+    # all layers are equal
+    if listed is None and ((w.layer == 0) & (w.layers == layers))[rows].all():
         left = layers - int(whole_share(sparsity, layers))
         kept = changed(w, rows, count=w.count * (left / layers), layers=left)
         return kept if left else kept.take(~rows)

@@ -14,7 +14,19 @@ from simulator.workload import Workload
 
 # roles that compute keys and values, or update a state, for all tokens
 KEYS = (
-    *("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm", "latent_norm", "cache_write"),
+    *(
+        "k",
+        "v",
+        "qkv",
+        "kv_a",
+        "qkv_a",
+        "kv_b",
+        "attention_norm",
+        "rotary",
+        "qk_norm",
+        "latent_norm",
+        "cache_write",
+    ),
     *("delta_in", "delta_ba", "delta_net"),
 )
 # "reference": the kernels of the taxonomy's benchmark (github.com/EIT-NLP/LLM-Pruning, PruningInferSim); GEMMs skip
@@ -48,9 +60,13 @@ def dynamic_depth(
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"
     if whole_layers and choice.form == "part":
-        raise InputError("option unit: expected unit=sublayer with a sparsity by sublayer, got 'layer'")
+        raise InputError(
+            "option unit: expected unit=sublayer with a sparsity by sublayer, got 'layer'"
+        )
     if any(a.family == "dynamic_depth" and a.realised > 0 for a in w.meta.applied):
-        raise InputError("dynamic_depth: tokens are routed already; route once, at the final sparsity")
+        raise InputError(
+            "dynamic_depth: tokens are routed already; route once, at the final sparsity"
+        )
     w, s = _rows.split_fused_qkv(w, choice.rows) if dense_kv else (w, choice.rows)
     keep, routed, reference = 1.0 - s, s > 0, kernel == "reference" and not ideal
     prefill = w.kind == Kind.PREFILL_ATTENTION
@@ -62,7 +78,9 @@ def dynamic_depth(
         w = w.replace(**_rows.moved(w, np.where(skips, _rows.query_share(w, keep), 1.0)))
         skips &= ~(w.is_role(*KEYS) | (w.is_role("quantize") & (w.part == Part.ATTENTION)))
     else:
-        q_len, kv_len = (np.maximum(_rows.whole_share(keep, length), 1) for length in (w.q_len, w.kv_len))
+        q_len, kv_len = (
+            np.maximum(_rows.whole_share(keep, length), 1) for length in (w.q_len, w.kv_len)
+        )
         w = _rows.changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)
     keep = np.where(skips, keep, 1.0)
     if ideal:
@@ -75,7 +93,11 @@ def dynamic_depth(
     parts = [(first, _rows.overhead_gemm(w, ends, "router", router, _rows.hidden_at(w, ends)))]
     if reference:
         parts += _masked(w, ends, first, skips | (prefill & routed), router)
-        w = _rows.changed(w, skips & (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE), kernel=Kernel.BLOCK_SPARSE)
+        w = _rows.changed(
+            w,
+            skips & (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE),
+            kernel=Kernel.BLOCK_SPARSE,
+        )
         w = _rows.changed(w, routed & w.is_role("activation"), role=role_code("product")[0])
         keep = np.concatenate([keep, np.ones(sum(len(rows) for _, rows in parts))])
     else:
@@ -89,23 +111,32 @@ def _masked(w: Workload, ends: Array, first: Array, skips: Array, router: int) -
     """Return the selection of masks, the sorting of masks of several tokens, and the zeros of incomplete results."""
     m, several = w.m[ends], w.m[ends] > 1
     scores = m * router * _rows.stream_bytes(w, ends)
-    select = _rows.overheads(w, ends, "select", m=m, n=router, read_bytes=scores, write_bytes=m * 1.0)
+    select = _rows.overheads(
+        w, ends, "select", m=m, n=router, read_bytes=scores, write_bytes=m * 1.0
+    )
     at, m = ends[several], w.m[ends[several]]
-    sort = _rows.overheads(w, at, "sort", m=m, n=1, read_bytes=m * SCORE_BYTES, write_bytes=m * SCORE_BYTES)
+    sort = _rows.overheads(
+        w, at, "sort", m=m, n=1, read_bytes=m * SCORE_BYTES, write_bytes=m * SCORE_BYTES
+    )
     rows = np.flatnonzero(skips & (w.kind != Kind.COLLECTIVE))
     tokens = np.where(w.is_attention[rows], w.batch[rows] * w.q_len[rows], w.m[rows])
     width = np.where(w.is_attention[rows], w.heads[rows] * w.value_features[rows], w.n[rows])
     width = np.where(w.kind[rows] == Kind.EXPERTS, w.k[rows], width)
     zeros = 1.0 * tokens * width * _rows.stream_bytes(w, rows)
     fill = _rows.overheads(w, rows, "fill", m=tokens, n=width, write_bytes=zeros)
-    select, sort = select.replace(count=SELECT * select.count), sort.replace(count=SORT * sort.count)
+    select, sort = (
+        select.replace(count=SELECT * select.count),
+        sort.replace(count=SORT * sort.count),
+    )
     return [(first, select), (first[several], sort), (rows - 0.5, fill)]
 
 
 def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
     """Return the ends of the first sublayer of each layer, and of the last."""
     each, part = w.take(ends).expand(), w.part[ends]
-    attends, feeds = (np.isin(w.layer[ends], each.layer[each.part == of]) for of in (Part.ATTENTION, Part.MLP))
+    attends, feeds = (
+        np.isin(w.layer[ends], each.layer[each.part == of]) for of in (Part.ATTENTION, Part.MLP)
+    )
     return ends[(part == Part.ATTENTION) | ~attends], ends[(part == Part.MLP) | ~feeds]
 
 
@@ -113,10 +144,15 @@ def _copies(w: Workload, ends: Array, last: Array, first: Array) -> _rows.Insert
     def copied(at: Array, role: str) -> Workload:
         m, hidden = w.m[at], _rows.hidden_at(w, at)
         size = m * hidden * _rows.stream_bytes(w, at)
-        return _rows.overheads(w, at, role, m=m, n=hidden, read_bytes=size + SCORE_BYTES * m, write_bytes=size)
+        return _rows.overheads(
+            w, at, role, m=m, n=hidden, read_bytes=size + SCORE_BYTES * m, write_bytes=size
+        )
 
     several, after = w.m[ends] > 1, last[w.m[last] > 1]
-    return [(first[several], copied(ends[several], "gather")), (after + 0.5, copied(after, "scatter"))]
+    return [
+        (first[several], copied(ends[several], "gather")),
+        (after + 0.5, copied(after, "scatter")),
+    ]
 
 
 FAMILY = Family(

@@ -17,7 +17,8 @@ KERNELS = ("reference", "gathered", "looped", "ideal")
 # kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of a kernel of the
 # benchmark at 1024^3 on an RTX 5090
 SORT = 3
-ALIGN = 16  # width of a tensor instruction, to which the expected width of the groups in use is rounded up
+# width of a tensor instruction, to which the expected width of the groups in use is rounded up
+ALIGN = 16
 
 
 def dynamic_width(
@@ -42,16 +43,21 @@ def dynamic_width(
     heads = _rows.covering(w, w.is_attention, w.kv_heads)
     groups = np.where(w.part == Part.ATTENTION, np.maximum(heads, 1), channel_groups)
     channels = w.is_role("activation", "quantize_heads", "quantize_inner") & (w.layer >= 0)
-    chance = -np.expm1(np.maximum(_rows.tokens_of(w), 1) * np.log(np.where(tiles, s, 0.5)))  # 1 - s^M
+    # 1 - s^M
+    chance = -np.expm1(np.maximum(_rows.tokens_of(w), 1) * np.log(np.where(tiles, s, 0.5)))
     used = np.where(tiles, chance, 1.0)
     pruned = _tiled(w, outer, tiles, s, used)
     attention = w.is_attention & (s > 0)
-    pruned = _rows.changed(pruned, attention, kernel=Kernel.BLOCK_SPARSE, density=w.density * (1.0 - s))
+    pruned = _rows.changed(
+        pruned, attention, kernel=Kernel.BLOCK_SPARSE, density=w.density * (1.0 - s)
+    )
     if kernel == "reference" and not ideal:
         edge = np.maximum(np.where(outer, w.n, w.k) // groups, 1)
         pruned = _rows.changed(pruned, outer, kernel=Kernel.GROUPS_N, block=edge)
         pruned = _rows.changed(pruned, tiles & ~outer, kernel=Kernel.GROUPS_K, block=edge)
-    pruned = pruned.replace(**_rows.moved(w, np.where(channels, 1.0 - s, _rows.query_share(w, 1.0 - s))))
+    pruned = pruned.replace(
+        **_rows.moved(w, np.where(channels, 1.0 - s, _rows.query_share(w, 1.0 - s)))
+    )
     if ideal:
         return pruned, choice.asked
     if kernel == "looped":
@@ -64,12 +70,15 @@ def _tiled(w: Workload, outer: Array, tiles: Array, s: Array, used: Array) -> Wo
     """Return tiled GEMMs over the tokens of a group in use and the width of all groups in use."""
     width, tokens = np.where(outer, w.n, w.k), np.maximum(_rows.tokens_of(w), 1).astype(np.float64)
     kept, m = _rows.aligned(width, used, ALIGN), np.ceil(tokens * (1.0 - s) / used - 1e-9)
-    exact = np.minimum(tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0), 1.0)  # rounding can exceed 1
+    # rounding can exceed 1
+    exact = np.minimum(tokens * (1.0 - s) * width / np.maximum(m * kept, 1.0), 1.0)
     w = _rows.changed(w, tiles, m=m, density=w.density * exact)
     return _rows.changed(_rows.changed(w, outer, n=kept), tiles & ~outer, k=kept)
 
 
-def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, used: Array, groups: Array) -> Workload:
+def _looped(
+    w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, used: Array, groups: Array
+) -> Workload:
     """Return tiled GEMMs of several tokens as one GEMM per group in use, with the same FLOPs."""
     width = np.where(outer, w.n, w.k)
     groups = np.minimum(groups, np.maximum(width, 1))
@@ -81,26 +90,39 @@ def _looped(w: Workload, tiled: Workload, outer: Array, tiles: Array, s: Array, 
     return _rows.changed(_rows.changed(tiled, tiles & outer, n=each), tiles & ~outer, k=each)
 
 
-def _with_overheads(w: Workload, pruned: Workload, s: Array, groups: Array, loops: Array, copies: bool) -> Workload:
+def _with_overheads(
+    w: Workload, pruned: Workload, s: Array, groups: Array, loops: Array, copies: bool
+) -> Workload:
     """Insert router and sorting before each sublayer; with ``copies``, one gather and scatter per loop."""
     at = np.flatnonzero(_rows.sublayer_ends(w) & (s > 0))
     m, hidden, size, outputs = w.m[at], w.n[at], _rows.stream_bytes(w, at), groups[at]
     scores, chosen, place = m * outputs, m * outputs * (1.0 - s[at]), _rows.before_sublayer(w, at)
-    sort = _rows.overheads(w, at, "sort", m=m, n=outputs, read_bytes=scores * size, write_bytes=chosen * SCORE_BYTES)
+    sort = _rows.overheads(
+        w, at, "sort", m=m, n=outputs, read_bytes=scores * size, write_bytes=chosen * SCORE_BYTES
+    )
     sort = sort.replace(count=sort.count * (1 if copies else SORT))
     parts = [(place, _rows.overhead_gemm(w, at, "router", outputs, hidden)), (place, sort)]
     if copies:
         several = m > 1
         rows, n, many = at[several], hidden[several], loops[at][several]
         pairs = chosen[several] / many  # per loop
-        moved_bytes, columns = pairs * n * size[several], {"m": np.ceil(pairs), "n": n, "count": many * w.count[rows]}
-        copied = _rows.overheads(w, rows, "gather", read_bytes=moved_bytes, write_bytes=moved_bytes, **columns)
+        moved_bytes, columns = (
+            pairs * n * size[several],
+            {"m": np.ceil(pairs), "n": n, "count": many * w.count[rows]},
+        )
+        copied = _rows.overheads(
+            w, rows, "gather", read_bytes=moved_bytes, write_bytes=moved_bytes, **columns
+        )
         # atomics read both operands of the addition, at three quarters of the bandwidth
-        summed = _rows.overheads(w, rows, "scatter", read_bytes=3.0 * moved_bytes, write_bytes=moved_bytes, **columns)
+        summed = _rows.overheads(
+            w, rows, "scatter", read_bytes=3.0 * moved_bytes, write_bytes=moved_bytes, **columns
+        )
         parts += [(place[several], copied), (rows + 0.5, summed)]
         if (many > 1.0).any():
             index = pairs * SCORE_BYTES
-            found = _rows.overheads(w, rows, "select", read_bytes=m[several] * 1.0, write_bytes=index, **columns)
+            found = _rows.overheads(
+                w, rows, "select", read_bytes=m[several] * 1.0, write_bytes=index, **columns
+            )
             parts.append((place[several], found))
     return _rows.insert(pruned, parts)
 

@@ -15,7 +15,9 @@ from simulator.pruning._rows import covering, insert, overheads, removed, resize
 from simulator.workload import Workload
 
 
-def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False) -> Pruned:
+def experts(
+    w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False
+) -> Pruned:
     """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the router shrinks.
 
     With ``merged``, each group of experts becomes one; the router keeps its E outputs, and a table maps the choices of
@@ -30,28 +32,43 @@ def experts(w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts",
     if not pruned.any():
         expected, got = ("layers", "layers of ") if routed.any() else ("a model", "")
         got += w.meta.model
-        raise InputError(f"family experts: expected {expected} with routed experts, got {got} without them")
+        raise InputError(
+            f"family experts: expected {expected} with routed experts, got {got} without them"
+        )
     devices = w.meta.devices if w.meta.parallel == "expert" else 1
     before: Array = (w.experts if fewer == "experts" else w.active) * devices
     least = np.ceil(w.active * devices) if fewer == "experts" else 1.0
-    left = (1.0 - choice.rows) * before if fewer == "average" else whole_share(1.0 - choice.rows, before)
+    left = (
+        (1.0 - choice.rows) * before
+        if fewer == "average"
+        else whole_share(1.0 - choice.rows, before)
+    )
     kept = np.where(pruned, np.maximum(left, least), before)
     realised = removed(*(float(values @ (w.count * routed)) for values in (before, kept)))
     if fewer == "experts":
         if (uneven := routed & (kept % devices > 0)).any():
             expected = f"expected a multiple of {devices} devices"
-            raise InputError(f"experts at sparsity {choice.asked:g}: {expected}, got {kept[uneven][0]:g} experts")
-        routes = w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
+            raise InputError(
+                f"experts at sparsity {choice.asked:g}: {expected}, got {kept[uneven][0]:g} experts"
+            )
+        routes = (
+            w.is_role("router") & ~w.overhead & (covering(w, routed, w.experts) > 0) & (not merged)
+        )
         out = resized(w, np.where(routes, covering(w, routed, kept), w.n).astype(np.int64), w.k)
         params = np.where(routed, w.params * (kept / np.maximum(before, 1)), out.params)
-        out = rebalanced(out.replace(experts=np.where(routed, kept / devices, w.experts), params=params), before)
+        out = rebalanced(
+            out.replace(experts=np.where(routed, kept / devices, w.experts), params=params), before
+        )
     else:
         out = w.replace(active=kept / devices)
-    if (merged or fewer == "average") and not ideal:  # a kernel changes which experts each token uses
+    # a kernel changes which experts each token uses
+    if (merged or fewer == "average") and not ideal:
         at = np.flatnonzero(pruned)
         active = np.round(w.active[at] * devices).astype(np.int64)
         indices = w.m[at] * active * SCORE_BYTES
-        select = overheads(w, at, "select", m=w.m[at], n=active, read_bytes=indices, write_bytes=indices)
+        select = overheads(
+            w, at, "select", m=w.m[at], n=active, read_bytes=indices, write_bytes=indices
+        )
         out = insert(out, [(at - 0.5, select)])
     return out, realised
 

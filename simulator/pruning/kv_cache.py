@@ -9,12 +9,26 @@ import numpy as np
 from simulator.arguments import flag
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, whole
-from simulator.pruning._rows import changed, insert, overheads, prompt_of, removed, shorter_copies, whole_share
+from simulator.pruning._rows import (
+    changed,
+    insert,
+    overheads,
+    prompt_of,
+    removed,
+    shorter_copies,
+    whole_share,
+)
 from simulator.workload import Workload
 
 
 def kv_cache(
-    w: Workload, choice: Choice, *, ideal: bool, observed: int = 32, budget: Any = None, rolling: bool = False
+    w: Workload,
+    choice: Choice,
+    *,
+    ideal: bool,
+    observed: int = 32,
+    budget: Any = None,
+    rolling: bool = False,
 ) -> Pruned:
     """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
 
@@ -22,7 +36,11 @@ def kv_cache(
     one: the cache never holds more positions than it keeps of the prompt (or than ``budget``). At the end of the
     prefill, the last ``observed`` queries score all keys (``mask``), each KV head selects positions (``select``), and
     the cache is compacted (``gather``). With ``observed`` 0, the place of a position alone decides."""
-    observed, rolling, prompt = whole("observed", observed, low=0), flag("option rolling", rolling), prompt_of(w)
+    observed, rolling, prompt = (
+        whole("observed", observed, low=0),
+        flag("option rolling", rolling),
+        prompt_of(w),
+    )
     if budget is None:
         pruned, most = choice.rows > 0, np.maximum(whole_share(1.0 - choice.rows, prompt), 1)
     else:
@@ -36,14 +54,21 @@ def kv_cache(
         length = np.where(pruned | (budget is not None), np.minimum(length, most), length)
     out = shorter_copies(w, changed(w, decode, kv_len=length))
     rows = prefill if prefill.any() else decode
-    realised = removed(float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows]))
+    realised = removed(
+        float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows])
+    )
     at = np.flatnonzero(prefill & pruned & (w.kv_len >= prompt))  # the last chunk of a prompt
     if ideal or not len(at):
         return out, realised
     latent = w.latent[at]  # one vector for all heads, counted half as key and half as value
-    keys, left, heads = w.kv_len[at], kept[at], w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at])
+    keys, left, heads = (
+        w.kv_len[at],
+        kept[at],
+        w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at]),
+    )
     features = np.where(latent > 0, latent / 2, w.head_dim[at])
-    position = heads * features * DTYPE_BYTES[w.weight_dtype[at]]  # bytes of one key, all sequences and heads
+    # bytes of one key, all sequences and heads
+    position = heads * features * DTYPE_BYTES[w.weight_dtype[at]]
     queries = w.batch[at] * w.heads[at] * np.minimum(observed, w.q_len[at])
     scores, chosen = queries * keys * SCORE_BYTES, SCORE_BYTES * heads
     traffic = {
@@ -54,7 +79,9 @@ def kv_cache(
     parts = []
     for role, (m, n, read, write) in traffic.items():
         if observed or role == "gather":
-            parts.append((at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write)))
+            parts.append(
+                (at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write))
+            )
     return insert(out, parts), realised
 
 

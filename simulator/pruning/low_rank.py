@@ -20,10 +20,14 @@ def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pr
     if (w.stage[rows] > 0).any():
         raise InputError("low_rank: expected dense projections, got low-rank ones; factorise once")
     if (rows & zeros(w)).any():
-        raise InputError("low_rank: expected dense projections, got sparse ones; apply low_rank first")
+        raise InputError(
+            "low_rank: expected dense projections, got sparse ones; apply low_rank first"
+        )
     n, k = w.n.astype(np.float64), w.k.astype(np.float64)
     exact = np.floor((1.0 - choice.rows) * n * k / np.maximum(n + k, 1.0) + 1e-9)
-    rank = np.minimum(np.maximum(np.ceil(exact / align), 1) * align, np.minimum(n, k)).astype(np.int64)
+    rank = np.minimum(np.maximum(np.ceil(exact / align), 1) * align, np.minimum(n, k)).astype(
+        np.int64
+    )
     bias = biases(w)
     owned = (w.params - bias) / np.maximum(n * k, 1.0)  # not 1 if executions and layers differ
     out, index, first, second = doubled(w, rows)

@@ -14,13 +14,17 @@ from simulator.pruning._rows import changed, insert, overheads
 from simulator.workload import Workload
 
 
-def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None) -> Pruned:
+def sparse_attention(
+    w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None
+) -> Pruned:
     """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of the cache's blocks.
 
     With ``budget``, each query sees at most that many keys. Prefill pools queries and keys by block and scores them
     (``mask``); decode scores two bounds of the keys in every cached block. Then blocks are selected (``select``)."""
     one_of("block", block, (16, 64, 128))
-    s, realised = (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
+    s, realised = (
+        (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
+    )
     rows = w.is_attention & (s > 0)
     out = changed(w, rows, density=w.density * (1.0 - s), block=block, kernel=Kernel.BLOCK_SPARSE)
     at = np.flatnonzero(rows)
@@ -32,9 +36,14 @@ def sparse_attention(w: Workload, choice: Choice, *, ideal: bool, block: int = 6
     queries = x.batch * x.q_len * x.heads * x.head_dim * DTYPE_BYTES[x.dtype]
     keys = x.batch * x.kv_heads * x.head_dim * DTYPE_BYTES[x.weight_dtype]
     # prefill pools all keys; decode reads two bounds per cached block
-    read, tiles = queries + keys * np.where(prefill, x.keys_seen, 2.0 * blocks), x.batch * x.heads * tiles
+    read, tiles = (
+        queries + keys * np.where(prefill, x.keys_seen, 2.0 * blocks),
+        x.batch * x.heads * tiles,
+    )
     scores = tiles * blocks * SCORE_BYTES
-    mask = overheads(w, at, "mask", m=x.batch * x.q_len, n=blocks, read_bytes=read, write_bytes=scores)
+    mask = overheads(
+        w, at, "mask", m=x.batch * x.q_len, n=blocks, read_bytes=read, write_bytes=scores
+    )
     chosen = scores * (1.0 - s[at])
     select = overheads(w, at, "select", m=tiles, n=blocks, read_bytes=scores, write_bytes=chosen)
     return insert(out, [(at - 0.5, mask), (at - 0.5, select)]), realised
@@ -44,7 +53,9 @@ def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
     """Return the share of q-k pairs beyond ``budget`` keys per query, of each row and of all rows."""
     most = np.where(w.window > 0, np.minimum(w.window, budget), budget)
     pairs = np.where(w.is_attention, w.pairs, 0.0)
-    share = np.where(pairs > 0, 1.0 - attention_pairs(w.q_len, w.kv_len, most) / np.maximum(pairs, 1.0), 0.0)
+    share = np.where(
+        pairs > 0, 1.0 - attention_pairs(w.q_len, w.kv_len, most) / np.maximum(pairs, 1.0), 0.0
+    )
     weight = pairs * w.batch * w.heads * w.count
     return share, float(weight @ share / weight.sum()) if weight.any() else 0.0
 

@@ -13,10 +13,13 @@ from simulator.pruning import _rows
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.workload import Workload
 
-START = 2  # default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
+# default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
+START = 2
 
 
-def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic") -> Pruned:
+def token(
+    w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic"
+) -> Pruned:
     """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
 
     A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth.
@@ -27,7 +30,9 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
     table = np.zeros(layers)  # share of the prompt that is missing in each layer
     if per_layer:
         if start is not None:
-            raise InputError("option start: expected no start with a sparsity by layer, which defines it")
+            raise InputError(
+                "option start: expected no start with a sparsity by layer, which defines it"
+            )
         table[w.layer[w.layer >= 0]] = choice.rows[w.layer >= 0]
         if (np.diff(table) < 0).any():
             at = int(np.flatnonzero(np.diff(table) < 0)[0]) + 1
@@ -36,7 +41,9 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
     else:
         first = min(START, layers - 1) if start is None else whole("start", start, low=0)
         if first >= layers:
-            raise InputError(f"option start: expected a layer from 0 to {layers - 1}, got {start!r}")
+            raise InputError(
+                f"option start: expected a layer from 0 to {layers - 1}, got {start!r}"
+            )
         table[first:] = choice.asked
         w = _rows.split_at(w, first)
     out, share = _dropped(w, table)
@@ -49,7 +56,9 @@ def token(w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: 
 
 def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
     """Return the workload with fewer tokens, and the share of prompt tokens that each row keeps."""
-    s = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0))
+    s = np.where(
+        w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0)
+    )
     prompt = _rows.prompt_of(w)
     # outside the layers, and in layers without attention, the prompt has its full length
     prompt = np.where(prompt > 0, prompt, int(prompt.max(initial=0)) or w.meta.seq)
@@ -63,7 +72,11 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
     m = np.where(fewer, np.maximum(w.m * kept // prompt, 1), w.m)
     prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / prompt
     q_len, kv_len = (  # in the prefill, the same share of each chunk of a prompt
-        np.where(prefill, np.maximum(_rows.whole_share(share, length), 1), np.maximum(length - (prompt - kept), 1))
+        np.where(
+            prefill,
+            np.maximum(_rows.whole_share(share, length), 1),
+            np.maximum(length - (prompt - kept), 1),
+        )
         for length in (w.q_len, w.kv_len)
     )
     out = _rows.shorter_copies(w, _rows.changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
@@ -72,7 +85,8 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
 
 def _with_selection(w: Workload, out: Workload, table: Array, share: Array, mode: str) -> Workload:
     """Return ``out`` with the rows that score and gather tokens; they run once per layer that drops tokens."""
-    steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)  # layers before which tokens are dropped
+    # layers before which tokens are dropped
+    steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)
     rows = np.flatnonzero((w.kind == Kind.PREFILL_ATTENTION) & np.isin(w.layer, steps))
     if not len(rows):
         return out
@@ -81,14 +95,20 @@ def _with_selection(w: Workload, out: Workload, table: Array, share: Array, mode
     before = x.batch * np.maximum(_rows.whole_share(1.0 - missing, x.q_len), 1)
     left = x.batch * np.maximum(_rows.whole_share(share[rows], x.q_len), 1)
     hidden = int(_rows.hidden_at(w, np.flatnonzero(_rows.sublayer_ends(w))).max())
-    stream, scores, index = left * hidden * DTYPE_BYTES[x.dtype], before * x.heads * SCORE_BYTES, left * SCORE_BYTES
+    stream, scores, index = (
+        left * hidden * DTYPE_BYTES[x.dtype],
+        before * x.heads * SCORE_BYTES,
+        left * SCORE_BYTES,
+    )
     once = {"layers": np.ones(len(rows)), "count": x.count / np.maximum(x.layers, 1)}
     traffic: dict[str, Any] = {
         "select": {"m": before, "n": x.heads, "read_bytes": scores, "write_bytes": index},
         "gather": {"m": left, "n": hidden, "read_bytes": stream + index, "write_bytes": stream},
     }
     roles = ("select", "gather") if mode == "dynamic" else ("gather",)
-    return _rows.insert(out, [(place, _rows.overheads(w, rows, role, **traffic[role], **once)) for role in roles])
+    return _rows.insert(
+        out, [(place, _rows.overheads(w, rows, role, **traffic[role], **once)) for role in roles]
+    )
 
 
 FAMILY = Family(

@@ -7,7 +7,8 @@ from simulator.pruning._family import WEIGHTS, Choice, Family, Pruned, one_of
 from simulator.pruning._rows import changed, projections, zeroed
 from simulator.workload import Workload
 
-KERNELS = ("dense", "spmv")  # dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token
+# dense kernels, which compute zeros; sparse matrix times vector for GEMMs of one token
+KERNELS = ("dense", "spmv")
 
 
 def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "dense") -> Pruned:

@@ -26,7 +26,9 @@ OUTPUTS: tuple[str, ...] = ("gated_norm", "output_gate", "quantize_heads")
 _DELTA_NET = int(Kind.DELTA_NET)
 
 
-def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None) -> Pruned:
+def width(
+    w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None
+) -> Pruned:
     """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up to ``align``.
 
     Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads alone; the cache stays),
@@ -36,7 +38,9 @@ def width(w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: A
     attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
     out = _mlp(attended, mlp, align, inner)
     if np.count_nonzero(out.kind == EXPERTS):
-        out = _rows.with_expert_width(out, np.where(mlp > 0, _rows.aligned(out.n, 1.0 - mlp, align), out.n))
+        out = _rows.with_expert_width(
+            out, np.where(mlp > 0, _rows.aligned(out.n, 1.0 - mlp, align), out.n)
+        )
     if (hidden := float(choice.of("hidden").max(initial=0.0))) > 0:
         out, _ = width_cross(out, Choice(choice.of("hidden"), hidden), ideal=ideal, align=align)
     return out, _rows.parameters_removed(w, out)
@@ -52,10 +56,14 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     heads = np.where(covered, w.heads[at], 0)
     groups = np.where(one_vector, heads, np.where(covered, w.kv_heads[at], 0))
     if np.count_nonzero(one_vector & (kv > 0)):
-        raise InputError("sparsity of kv: latent attention has one vector for all heads; expected attention or heads")
+        raise InputError(
+            "sparsity of kv: latent attention has one vector for all heads; expected attention or heads"
+        )
 
     def left(many: Array, share: Array) -> Array:
-        return np.where((share > 0) & (many > 0), np.maximum(_rows.whole_share(1.0 - share, many), 1), many)
+        return np.where(
+            (share > 0) & (many > 0), np.maximum(_rows.whole_share(1.0 - share, many), 1), many
+        )
 
     grouped = left(groups, both)
     some_heads = left(heads * grouped // np.maximum(groups, 1), alone)
@@ -86,14 +94,17 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     )
 
 
-def _repeated(w: Workload, before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
+def _repeated(
+    w: Workload, before: tuple[Array, Array], after: tuple[Array, Array]
+) -> tuple[Array, Array]:
     """Return factors of read and written bytes of a copied cache (see ``cache_write`` in
     :mod:`simulator.models.lower`) from query heads and KV heads."""
     copied = w.is_role("cache_write") & (w.kv_len > 0)
     if not np.count_nonzero(copied) or load_engine(w.meta.engine).cache != "copied":
         return np.ones(len(w)), np.ones(len(w))
     was, now = (
-        np.where(copied & (heads > groups), heads // np.maximum(groups, 1), 0) for heads, groups in (before, after)
+        np.where(copied & (heads > groups), heads // np.maximum(groups, 1), 0)
+        for heads, groups in (before, after)
     )
     # each cached position is read to copy it, and read again to repeat it
     reads, reads_now = 1 + was + (was > 0), 1 + now + (now > 0)

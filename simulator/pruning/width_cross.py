@@ -23,13 +23,17 @@ def width_cross(
     ends = _rows.sublayer_ends(w)
     sizes = np.unique(_rows.hidden_at(w, np.flatnonzero(ends)))
     if len(sizes) != 1:
-        raise InputError(f"width_cross: expected one hidden size in all layers, got {sizes.tolist()}")
+        raise InputError(
+            f"width_cross: expected one hidden size in all layers, got {sizes.tolist()}"
+        )
     hidden, new = int(sizes[0]), int(_rows.aligned(sizes, np.array([1.0 - choice.asked]), align)[0])
     out = _rows.with_hidden(w, hidden, new)
     realised = _rows.parameters_removed(w, out)
     if rotates and not ideal:
         at = np.flatnonzero(ends)
-        extra = _rows.overhead_gemm(out, at, "residual_projection", new, new, weight_dtype=out.weight_dtype[at])
+        extra = _rows.overhead_gemm(
+            out, at, "residual_projection", new, new, weight_dtype=out.weight_dtype[at]
+        )
         out = _rows.insert(out, [(at + 0.5, extra)])
     return out, realised
 

@@ -35,12 +35,18 @@ ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
     # the machine's launches, clocks and memory are common to all operators; together with a GEMM's own factors, the
     # standard deviations are launch .20, compute .06, memory .034
     {"machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015}
-    | {f"{name} {part}": sd for name, size in ERROR_SIZES.items() for part, sd in size.factors.items()}
+    | {
+        f"{name} {part}": sd
+        for name, size in ERROR_SIZES.items()
+        for part, sd in size.factors.items()
+    }
     | {"host": 0.43}
 )
 """Error factor -> prior standard deviation of the log of the part that it changes, from held-out software stacks."""
 
-FACTOR_INDEX: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(ERROR_FACTORS)})
+FACTOR_INDEX: Mapping[str, int] = MappingProxyType(
+    {name: i for i, name in enumerate(ERROR_FACTORS)}
+)
 
 COVERAGE_FACTOR = 1.75
 """Half-width of a 90 % interval over the standard deviation. The tails are heavier than those of a normal (1.645)."""
@@ -83,7 +89,9 @@ class Uncertainty:
         return out
 
     def take(self, rows: Any) -> Uncertainty:
-        taken = {name: getattr(self, name)[rows] for name in ("correlated", "independent", "coordinates")}
+        taken = {
+            name: getattr(self, name)[rows] for name in ("correlated", "independent", "coordinates")
+        }
         return replace(self, systematic=self.systematic[:, rows], **taken)
 
     @classmethod
@@ -91,9 +99,15 @@ class Uncertainty:
         """Concatenate the errors of several sets of times of one kind, then put them in an order."""
         first = parts[0]
         if all(part.factors == first.factors for part in parts):
-            names, systematic = first.factors, np.concatenate([part.systematic for part in parts], axis=1)
+            names, systematic = (
+                first.factors,
+                np.concatenate([part.systematic for part in parts], axis=1),
+            )
         else:
-            names, systematic = tuple(ERROR_FACTORS), np.concatenate([part.wide() for part in parts]).T
+            names, systematic = (
+                tuple(ERROR_FACTORS),
+                np.concatenate([part.wide() for part in parts]).T,
+            )
         correlated, independent, coordinates = (
             np.concatenate([np.asarray(getattr(part, name), dtype=np.float64) for part in parts])
             for name in ("correlated", "independent", "coordinates")
@@ -136,7 +150,10 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     """Return the errors of an estimate's n times. Loadings "launch", "compute" and "memory" also count for the error
     factors of the machine."""
     scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
-    sizes, (names, loading, sds) = ERROR_SIZES[e.operator], _factors(e.operator, tuple(e.loadings), scales)
+    sizes, (names, loading, sds) = (
+        ERROR_SIZES[e.operator],
+        _factors(e.operator, tuple(e.loadings), scales),
+    )
     systematic = np.empty((len(names), *shape), dtype=dtype)
     for i, name in enumerate(loading):
         systematic[i] = e.loadings[name]
@@ -155,19 +172,26 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     correlated, independent = (_column(v, shape, dtype) for v in (correlated, independent))
     correlated *= scale
     independent *= scale**2
-    if e.measured is not None:  # the correlated error stays: in a pass, other operators affect the time
+    # the correlated error stays: in a pass, other operators affect the time
+    if e.measured is not None:
         at = e.measured.rows.ravel()
         systematic[:, at], independent[at] = 0.0, (e.measured.log_half / COVERAGE_FACTOR) ** 2
     return Uncertainty(names, systematic, correlated, independent, e.coordinates, e.kind)
 
 
 @lru_cache(maxsize=512)
-def _factors(operator: str, loadings: tuple[str, ...], scales: Scales) -> tuple[tuple[str, ...], list[str], Array]:
+def _factors(
+    operator: str, loadings: tuple[str, ...], scales: Scales
+) -> tuple[tuple[str, ...], list[str], Array]:
     """Return the error factors of an operator, and the loading and standard deviation of each."""
     machine = [name for name in loadings if f"machine {name}" in ERROR_FACTORS]
     names = (*(f"machine {name}" for name in machine), *(f"{operator} {name}" for name in loadings))
     factors = [scales.machine] * len(machine) + [scales.kernels] * len(loadings)
-    return names, [*machine, *loadings], np.array([f * ERROR_FACTORS[name] for f, name in zip(factors, names)])
+    return (
+        names,
+        [*machine, *loadings],
+        np.array([f * ERROR_FACTORS[name] for f, name in zip(factors, names)]),
+    )
 
 
 def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -225,14 +249,16 @@ class Posterior:
 
     scale: Array  # (c,) variance of the error of each of ERROR_FACTORS; the prior is 1
     noise: Array  # factor on correlated and independent variance, by kind of operator
-    coverage_factors: Array  # half-width of a 90 % interval over the standard deviation, by kind; the last: all
+    # half-width of a 90 % interval over the standard deviation, by kind; the last: all
+    coverage_factors: Array
     systematic: Array  # (n, c) of the measured times
     correlated: Array  # (n,)
     coordinates: Array  # (n, 3)
     kind: NDArray[np.intp]  # (n,)
     weights: Array  # (n,) inverse covariance times log(measured / predicted)
     inverse: Array  # (n, n) inverse covariance
-    left_out: Array  # (2, n) log error of each measured time predicted from the others, and standard deviation
+    # (2, n) log error of each measured time predicted from the others, and standard deviation
+    left_out: Array
 
     @classmethod
     def of(
@@ -251,14 +277,21 @@ class Posterior:
         of their kind."""
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
         s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
-        similar = correlation(coordinates, coordinates) * np.outer(correlated, correlated) * (kind[:, None] == kind)
+        similar = (
+            correlation(coordinates, coordinates)
+            * np.outer(correlated, correlated)
+            * (kind[:, None] == kind)
+        )
         e = np.maximum(independent, 1e-6)
-        causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]  # factors of one cause share a variance
+        # factors of one cause share a variance
+        causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]
         cause = np.array([causes.index(name) for name in causes])
         for i in range(_ROUNDS + 1):
             of_row = g[kind]
             noise = of_row * e / w
-            inverse = np.linalg.inv((systematic * s) @ systematic.T + of_row * similar + np.diag(noise))
+            inverse = np.linalg.inv(
+                (systematic * s) @ systematic.T + of_row * similar + np.diag(noise)
+            )
             a = inverse @ y
             if i == _ROUNDS:
                 break
@@ -269,10 +302,14 @@ class Posterior:
                 square = (s * (systematic.T @ a)) ** 2 + s - s * s * explained
                 total, members = np.bincount(cause, square), np.bincount(cause)
                 s = ((PRIOR_FACTORS + total) / (PRIOR_FACTORS + members))[cause]
-                left = np.bincount(kind, w * (rest * rest + noise - noise * noise * np.diag(inverse)) / e, len(g))
+                left = np.bincount(
+                    kind, w * (rest * rest + noise - noise * noise * np.diag(inverse)) / e, len(g)
+                )
                 g = (PRIOR_NOISE + left) / (PRIOR_NOISE + np.bincount(kind, minlength=len(g)))
         precision = np.diag(inverse)
-        left_out = np.stack([a / precision, np.sqrt(np.maximum(1.0 / precision - noise + noise * w, 1e-12))])
+        left_out = np.stack(
+            [a / precision, np.sqrt(np.maximum(1.0 / precision - noise + noise * w, 1e-12))]
+        )
         z = np.abs(left_out[0]) / left_out[1]
         chosen = [kind == k for k in range(len(g))] + [kind != HOST_KIND]
         coverage = np.array([_coverage_factor(z[rows]) for rows in chosen])
@@ -283,18 +320,26 @@ class Posterior:
         """Half-width of a 90 % interval over the standard deviation, of all operators."""
         return float(self.coverage_factors[-1])
 
-    def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: int) -> Array:
+    def covariance(
+        self, systematic: Array, correlated: Array, coordinates: Array, kind: int
+    ) -> Array:
         """Return the covariance (m, n) of m times of one kind with the measured times."""
         near = correlation(coordinates, self.coordinates)
         similar = near * correlated[:, None] * (self.correlated * (self.kind == kind))
-        return np.asarray((systematic * self.scale) @ self.systematic.T + self.noise[kind] * similar)
+        return np.asarray(
+            (systematic * self.scale) @ self.systematic.T + self.noise[kind] * similar
+        )
 
     def at(self, uncertainty: Uncertainty) -> tuple[Array, Array]:
         """Return the mean and variance (m,) of the log errors of times."""
         systematic, u = uncertainty.wide(), uncertainty
         c = self.covariance(systematic, u.correlated, u.coordinates, u.kind)
-        prior = (systematic * systematic) @ self.scale + self.noise[u.kind] * (u.correlated**2 + u.independent)
-        return c @ self.weights, np.maximum(prior - np.einsum("ij,ij->i", c @ self.inverse, c), 1e-8)
+        prior = (systematic * systematic) @ self.scale + self.noise[u.kind] * (
+            u.correlated**2 + u.independent
+        )
+        return c @ self.weights, np.maximum(
+            prior - np.einsum("ij,ij->i", c @ self.inverse, c), 1e-8
+        )
 
     @property
     def factors(self) -> tuple[Array, Array]:
@@ -315,10 +360,15 @@ def posterior_of(hw: HardwareProfile) -> Posterior | None:
         return None
     arrays = {name: np.asarray(values) for name, values in hw.local_update.arrays.items()}
     systematic = np.zeros((len(arrays["log_ratio"]), len(ERROR_FACTORS)))
-    for name, column in zip(hw.local_update.factors, arrays["systematic"].astype(np.float64).T, strict=True):
+    for name, column in zip(
+        hw.local_update.factors, arrays["systematic"].astype(np.float64).T, strict=True
+    ):
         if name in FACTOR_INDEX:  # a later version may know more factors
             systematic[:, FACTOR_INDEX[name]] = column
     correlated, independent, coordinates, log_ratio = (
-        arrays[name].astype(np.float64) for name in ("correlated", "independent", "coordinates", "log_ratio")
+        arrays[name].astype(np.float64)
+        for name in ("correlated", "independent", "coordinates", "log_ratio")
     )
-    return Posterior.of(systematic, correlated, independent, coordinates, arrays["kind"].astype(np.intp), log_ratio)
+    return Posterior.of(
+        systematic, correlated, independent, coordinates, arrays["kind"].astype(np.intp), log_ratio
+    )

@@ -40,7 +40,13 @@ from simulator.uncertainty.factors import (
     level_scale,
     posterior_of,
 )
-from simulator.uncertainty.operators import TIMES, OperatorTimes, empty_times, most_likely, predicted
+from simulator.uncertainty.operators import (
+    TIMES,
+    OperatorTimes,
+    empty_times,
+    most_likely,
+    predicted,
+)
 from simulator.workload import Workload, WorkloadBatch
 
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
@@ -63,7 +69,9 @@ def operator_times(
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
     if engine is not None:
-        factor = engine_factors(w, hw, engine, columns["seconds"], columns["roofline_s"], columns["bottleneck"])
+        factor = engine_factors(
+            w, hw, engine, columns["seconds"], columns["roofline_s"], columns["bottleneck"]
+        )
         for name in ("seconds", "lower", "upper"):
             columns[name] = columns[name] * factor
     return OperatorTimes(**columns), errors
@@ -82,28 +90,46 @@ class PredictedPass(ForwardPass):
         shapes, which = self.workloads.shapes
         each, _ = operator_times(shapes, self.hw, self.level, self.engine)
         of_row = {name: getattr(each, name)[which] for name in TIMES}
-        return OperatorTimes(**of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")})
+        return OperatorTimes(
+            **of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")}
+        )
 
     @cached_property
     def uncertainty(self) -> PassUncertainty:
-        workloads, groups, (shapes, which) = self.workloads, self.workloads.groups, self.workloads.shapes
+        workloads, groups, (shapes, which) = (
+            self.workloads,
+            self.workloads.groups,
+            self.workloads.shapes,
+        )
         device = np.maximum(self.device_s, 1e-300)
         share, size = self.row_s / device[workloads.owner], len(shapes)
         correlated, independent = np.zeros((2, size))
         coordinates = np.zeros((3, size))
-        names = {name: i for i, name in enumerate(dict.fromkeys(n for _, error in self.errors for n in error.factors))}
+        names = {
+            name: i
+            for i, name in enumerate(
+                dict.fromkeys(n for _, error in self.errors for n in error.factors)
+            )
+        }
         factors = np.zeros((len(names), size))
         for rows, error in self.errors:
             correlated[rows], independent[rows] = error.correlated, error.independent
             coordinates[:, rows] = error.coordinates.T
-            factors[np.array([names[name] for name in error.factors])[:, None], rows] = error.systematic
+            factors[np.array([names[name] for name in error.factors])[:, None], rows] = (
+                error.systematic
+            )
         variance = correlated * correlated + independent + (factors * factors).sum(axis=0)
         systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
         of_row = np.add.reduceat(share * factors[:, which], workloads.starts, axis=1)
         systematic[:, [FACTOR_INDEX[name] for name in names]] = of_row.T
-        systematic[:, FACTOR_INDEX["machine launch"]] += ERROR_FACTORS["machine launch"] * self.gap_s / device
+        systematic[:, FACTOR_INDEX["machine launch"]] += (
+            ERROR_FACTORS["machine launch"] * self.gap_s / device
+        )
         composed, gaps = self._composed
-        own, whole = (groups.sums(share * np.sqrt(v[which] + composed)) + gaps for v in (independent, variance))
+        own, whole = (
+            groups.sums(share * np.sqrt(v[which] + composed)) + gaps
+            for v in (independent, variance)
+        )
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
@@ -122,15 +148,23 @@ class PredictedPass(ForwardPass):
     def _composed(self) -> tuple[Any, Any]:
         """Variance of the log of each row's time for operators of several kernels without measured times, and the
         standard deviation (W, G) that the gaps between these kernels add to a group, as a share of the pass."""
-        w, groups, sd = self.workloads.rows, self.workloads.groups, self.engine.composed_log_sd.value
+        w, groups, sd = (
+            self.workloads.rows,
+            self.workloads.groups,
+            self.engine.composed_log_sd.value,
+        )
         composed = w.overhead | (w.is_attention & (w.kernel == _BLOCK_SPARSE))
         if not np.count_nonzero(composed):
             return 0.0, 0.0
         part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
-        return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[:, None]
+        return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[
+            :, None
+        ]
 
 
-def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9) -> PredictedPass:
+def forward_passes(
+    workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9
+) -> PredictedPass:
     """Return the passes of a batch in the engine of its workloads. In a large batch, equal operators are timed once.
 
     InputError for a batch that the device or the engine cannot run."""
@@ -141,11 +175,18 @@ def forward_passes(workloads: WorkloadBatch, hw: HardwareProfile, level: float =
     engine, measured = measured_engine(engine, hw)
     hw = engine.serving(hw, measured is not None)
     shapes, which = workloads.shapes
-    seconds, roofline_s, bottleneck = np.zeros(len(shapes)), np.zeros(len(shapes)), np.zeros(len(shapes), dtype=np.int8)
+    seconds, roofline_s, bottleneck = (
+        np.zeros(len(shapes)),
+        np.zeros(len(shapes)),
+        np.zeros(len(shapes), dtype=np.int8),
+    )
     errors: Errors = []
     for rows, e in estimates(shapes, workloads.distinct, hw):
         seconds[rows], uncertainty = most_likely(e, hw)
-        if measured is not None and (one := measured.operators.get(BY_CODE[e.kind].name)) is not None:
+        if (
+            measured is not None
+            and (one := measured.operators.get(BY_CODE[e.kind].name)) is not None
+        ):
             uncertainty = replace(uncertainty, independent=uncertainty.independent + one.log_sd**2)
         roofline_s[rows], bottleneck[rows] = e.unit_s * e.roofline, e.bottleneck
         errors.append((rows, uncertainty))
@@ -206,7 +247,9 @@ class PassUncertainty:
                 out[first : first + _CHUNK] += ((sd[i][:, None] @ near)[:, 0] * sd[j]).sum(axis=1)
         return out
 
-    def covariance(self, systematic: Array, correlated: Array, coordinates: Array, kind: NDArray[np.intp]) -> Array:
+    def covariance(
+        self, systematic: Array, correlated: Array, coordinates: Array, kind: NDArray[np.intp]
+    ) -> Array:
         """Return the covariance (W, n) with the errors of n times of operators."""
         out = self.systematic @ systematic.T
         for group, own in enumerate(self.kind):
@@ -221,12 +264,16 @@ class PassUncertainty:
         """Covariance (W, n) with the measured times."""
         if (p := self.posterior) is None:
             return np.zeros((len(self.systematic), 0))
-        return self.covariance(p.systematic * p.scale, p.correlated * np.sqrt(p.noise[p.kind]), p.coordinates, p.kind)
+        return self.covariance(
+            p.systematic * p.scale, p.correlated * np.sqrt(p.noise[p.kind]), p.coordinates, p.kind
+        )
 
     def _less_measured(self, variance: Array, c: Array) -> Array:
         if self.posterior is None:
             return variance
-        return np.asarray(np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0))
+        return np.asarray(
+            np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0)
+        )
 
     def variance(self) -> Array:
         """Return the variances (W,) of the logs of the times."""
@@ -235,7 +282,9 @@ class PassUncertainty:
 
     def _variance(self, correlated: Array) -> Array:
         prior = (self.systematic * self.systematic * self._scale).sum(axis=1) + correlated
-        return self._less_measured(prior + (self.independent * self.independent).sum(axis=1), self._measured)
+        return self._less_measured(
+            prior + (self.independent * self.independent).sum(axis=1), self._measured
+        )
 
     def variances(self, other: NDArray[np.intp], same: Array) -> tuple[Array, Array]:
         """Return the variances (W,) of the log of each time, and of the log of its ratio to the time of pass ``other``
@@ -243,26 +292,40 @@ class PassUncertainty:
         changed, and 0 where the shape changed."""
         every = np.arange(len(self.correlated))
         pairs = (other != every).nonzero()[0]
-        found = self._correlated(np.concatenate([every, other[pairs]]), np.concatenate([every, pairs]))
+        found = self._correlated(
+            np.concatenate([every, other[pairs]]), np.concatenate([every, pairs])
+        )
         alone, covariance = found[: len(every)], found[: len(every)].copy()
         covariance[pairs] = found[len(every) :]
         systematic = self.systematic[other] - self.systematic
         correlated = np.maximum(alone[other] + alone - 2.0 * covariance, 0.0)
         dense, covered = self.independent[other], same > 0.0
-        own = dense * dense + self.independent * self.independent - 2.0 * covered * dense * self.independent
+        own = (
+            dense * dense
+            + self.independent * self.independent
+            - 2.0 * covered * dense * self.independent
+        )
         apart = 2.0 * np.where(covered, 1.0 - same, 0.0) * self.whole[other] * self.whole
-        variance = (systematic * systematic * self._scale).sum(axis=1) + correlated + np.maximum(own, 0.0).sum(axis=1)
+        variance = (
+            (systematic * systematic * self._scale).sum(axis=1)
+            + correlated
+            + np.maximum(own, 0.0).sum(axis=1)
+        )
         ratio = variance + apart.sum(axis=1)
         if self.posterior is not None:
             ratio = self._less_measured(ratio, self._measured[other] - self._measured)
         return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
-        coverage_factor = COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
+        coverage_factor = (
+            COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
+        )
         return np.asarray(coverage_factor * level_scale(level) * np.sqrt(variance))
 
 
-def ratio_half(a: Uncertainty, b: Uncertainty, level: float = 0.9, posterior: Posterior | None = None) -> Array:
+def ratio_half(
+    a: Uncertainty, b: Uncertainty, level: float = 0.9, posterior: Posterior | None = None
+) -> Array:
     """Return the log half-width (n,) of ratios of times of one kind of operator at two shapes."""
     both = Uncertainty.joined([a, b])
     passes = PassUncertainty(

@@ -78,12 +78,14 @@ class Inferred:
     host: float  # factor on the predicted time of the host
     device: float  # factor on the predicted time of the kernels
     predicted_s: float  # without the measured time
-    deviation: float  # between measured and predicted time on the most likely host, standard deviations
+    # between measured and predicted time on the most likely host, standard deviations
+    deviation: float
     consistent: bool  # False: predictions do not change
     layer_s: float  # time of the host to launch one layer; 0 under a graph
     host_s: float  # time of the host in the whole measured pass
     host_bound: bool
-    pass_share: tuple[float, float]  # interval of the part of the host's time that is spent per pass
+    # interval of the part of the host's time that is spent per pass
+    pass_share: tuple[float, float]
 
 
 class _Hosts(NamedTuple):
@@ -109,7 +111,9 @@ def prediction_intervals(
     ``PassUncertainty.variances``; ``mixed`` (W,) is true where the two passes launch different mixes of kernels;
     ``measured`` is the index of a pass and its measured time, s."""
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
-    coverage_factor = COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
+    coverage_factor = (
+        COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
+    )
     scale = coverage_factor * level_scale(level)
     speeds, inferred = scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T, None
     variance, of_ratio = uncertainty.variances(other, same)
@@ -126,7 +130,8 @@ def prediction_intervals(
     mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
     if measured is not None and inferred is not None and inferred.consistent:
         hosts, explained, wider = _conditioned(p, hosts, variance, same, *measured)
-        own = own + wider - explained**2 + mix * (1.0 - a[0]) ** 2  # the measured pass launched another mix
+        # the measured pass launched another mix
+        own = own + wider - explained**2 + mix * (1.0 - a[0]) ** 2
         between = between - (explained - explained[:, other]) ** 2
     log = np.log(np.maximum(hosts.seconds, 1e-300))
     if measured is not None and inferred is not None and inferred.consistent:
@@ -134,7 +139,9 @@ def prediction_intervals(
         own = own + (beyond * -np.expm1(-np.abs(log - log[:, [measured[0]]]))) ** 2
         between = between + (beyond * -np.expm1(-np.abs(log - log[:, other]))) ** 2
     lower, upper = _ends(log, scale**2 * own)
-    ratio_lower, ratio_upper = _ends(log[:, other] - log, scale**2 * (between + mix * (1.0 - a[0]) * (1.0 - b[0])))
+    ratio_lower, ratio_upper = _ends(
+        log[:, other] - log, scale**2 * (between + mix * (1.0 - a[0]) * (1.0 - b[0]))
+    )
     times = np.exp(log[0])
     ratios = times[other] / times, np.exp(ratio_lower), np.exp(ratio_upper)
     return PredictionIntervals(times, np.exp(lower), np.exp(upper), *ratios, inferred)
@@ -154,11 +161,17 @@ def _conditioned(
     share grows. The likely cause of a deviation is one that dense and pruned share, such as other kernels or clocks, so
     the shared variance becomes at least the square of the deviation."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
-    _, ratio = p.uncertainty.variances(np.full_like(every, at), np.where(every[:, None] == at, 1.0, same))
+    _, ratio = p.uncertainty.variances(
+        np.full_like(every, at), np.where(every[:, None] == at, 1.0, same)
+    )
     share = hosts.share[:, [at]]
     left = np.log(seconds / hosts.seconds[:, [at]])
     shared = np.maximum(alike, left * left)
-    covariance = 0.5 * hosts.share * share * (variance + variance[at] - ratio) + shared + apart * (every == at)
+    covariance = (
+        0.5 * hosts.share * share * (variance + variance[at] - ratio)
+        + shared
+        + apart * (every == at)
+    )
     whole = share**2 * variance[at] + shared + apart + MEASURED_LOG_SD**2
     moved = hosts._replace(seconds=hosts.seconds * np.exp(covariance / whole * left))
     return moved, covariance / np.sqrt(whole), shared - alike
@@ -188,14 +201,22 @@ def _hosts_given(
     predicted = total.sum(axis=-1)[..., 0]
     share = follows.sum(axis=-1)[..., 0] / np.maximum(predicted, 1e-300)
     log, prior = np.log(seconds / predicted), first[:, None] ** 2 + second**2
-    whole = np.broadcast_to(share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2, prior.shape)
+    whole = np.broadcast_to(
+        share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2, prior.shape
+    )
     log, share = np.broadcast_to(log, prior.shape), np.broadcast_to(share, prior.shape)
     likely = -0.5 * (prior + log * log / whole + np.log(whole))
     best = np.unravel_index(int(likely.argmax()), likely.shape)
     deviation = float(np.sqrt(prior[best] + log[best] ** 2 / whole[best]))
     hosts = _hosts_of(first, second, likely, scale, p.host.unknowns)
-    usual, (each_pass, other) = float(p.host_s[at]), (part[:, 0] for part in host.spent(*p.host.speeds(*hosts)))
-    spent, launch = each_pass + other, float(np.exp(p.host.launch_log_sd * p.host.speeds(*hosts)[0][0]))
+    usual, (each_pass, other) = (
+        float(p.host_s[at]),
+        (part[:, 0] for part in host.spent(*p.host.speeds(*hosts))),
+    )
+    spent, launch = (
+        each_pass + other,
+        float(np.exp(p.host.launch_log_sd * p.host.speeds(*hosts)[0][0])),
+    )
     shares = each_pass / np.maximum(spent, 1e-300)
     there, middle = p.at(*p.host.speeds(*hosts[:, :1]))[1], (len(first) // 2, len(second) // 2)
     gain = share[best] * variance / whole[best]
@@ -212,7 +233,9 @@ def _hosts_given(
     )
 
 
-def _hosts_of(first: FloatArray, second: FloatArray, log_weight: FloatArray, scale: float, unknowns: int) -> FloatArray:
+def _hosts_of(
+    first: FloatArray, second: FloatArray, log_weight: FloatArray, scale: float, unknowns: int
+) -> FloatArray:
     """Return the hosts of :data:`_ENDS` (2, h) from weights of a grid: medians, and quantiles at ``scale`` standard
     deviations of a normal distribution. Quantiles of ``second`` are conditional on ``first``."""
     ends = np.array(_ENDS[unknowns], dtype=np.float64).T
@@ -220,7 +243,10 @@ def _hosts_of(first: FloatArray, second: FloatArray, log_weight: FloatArray, sca
     row = log_weight.max(axis=1)
     given = np.exp(log_weight - row[:, None])
     found = _quantiles(first, np.exp(row - row.max()) * given.sum(axis=1), at[0])
-    rows, next_to = np.arange(len(first), dtype=np.float64), np.interp(found, first, np.arange(len(first)))
+    rows, next_to = (
+        np.arange(len(first), dtype=np.float64),
+        np.interp(found, first, np.arange(len(first))),
+    )
     out = np.zeros(len(found))
     for i in np.unique(np.concatenate([np.floor(next_to), np.ceil(next_to)])).astype(int):
         part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # weight of linear interpolation
@@ -236,7 +262,9 @@ def _quantiles(values: FloatArray, weights: FloatArray, at: FloatArray) -> Float
 
 def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
     every = np.arange(len(p.workloads))
-    found = prediction_intervals(p, level, every, np.ones(p.group_s.shape), np.zeros(len(every), dtype=bool))
+    found = prediction_intervals(
+        p, level, every, np.ones(p.group_s.shape), np.zeros(len(every), dtype=bool)
+    )
     return found.lower, found.upper
 
 
@@ -292,8 +320,18 @@ def workload_time(w: Workload, hw: str | HardwareProfile, level: float = 0.9) ->
     >>> c.host_bound, c.total_lower_s < c.total_s < c.total_upper_s, c.to_pandas()["role"][2]
     (False, True, 'qkv')
     """
-    p = forward_passes(WorkloadBatch.of([instance("w", w, Workload, "simulator.lower")]), load_hardware(hw), level)
-    in_all = {name: getattr(p, name)[0].item() for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")}
+    p = forward_passes(
+        WorkloadBatch.of([instance("w", w, Workload, "simulator.lower")]), load_hardware(hw), level
+    )
+    in_all = {
+        name: getattr(p, name)[0].item()
+        for name in ("total_s", "device_s", "gap_s", "host_s", "host_bound")
+    }
     lower, upper = (end[0].item() for end in intervals(p, level))
-    ends = {"role": np.array(ROLES)[w.role], "count": w.count, "total_lower_s": lower, "total_upper_s": upper}
+    ends = {
+        "role": np.array(ROLES)[w.role],
+        "count": w.count,
+        "total_lower_s": lower,
+        "total_upper_s": upper,
+    }
     return WorkloadTimes(**{name: getattr(p.time, name) for name in TIMES}, **in_all, **ends)

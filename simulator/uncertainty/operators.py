@@ -38,7 +38,8 @@ class OperatorTimes(Displayed):
     upper: FloatArray
     roofline_s: FloatArray  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
     bottleneck: NDArray[Any]  # int8
-    details: Mapping[str, Array] = field(default_factory=dict, kw_only=True, repr=False)  # choices of the cost model
+    # choices of the cost model
+    details: Mapping[str, Array] = field(default_factory=dict, kw_only=True, repr=False)
 
     @property
     def bottlenecks(self) -> NDArray[np.str_]:
@@ -49,7 +50,9 @@ class OperatorTimes(Displayed):
     def _title(self) -> str:
         times, many = self.seconds, np.size(self.seconds)
         if many != 1:
-            ends = f", {seconds(float(times.min()))} to {seconds(float(times.max()))}" if many else ""
+            ends = (
+                f", {seconds(float(times.min()))} to {seconds(float(times.max()))}" if many else ""
+            )
             return f"{' x '.join(map(str, times.shape))} times{ends}"
         one = seconds_between(times.item(), self.lower.item(), self.upper.item())
         return f"{one}, {self.bottlenecks.item()}-bound"
@@ -57,7 +60,11 @@ class OperatorTimes(Displayed):
     def _columns(self) -> Mapping[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         columns = own | {"bottleneck": self.bottlenecks} | dict(self.details)
-        return {name: np.ravel(values) for name, values in columns.items() if np.shape(values) == self.seconds.shape}
+        return {
+            name: np.ravel(values)
+            for name, values in columns.items()
+            if np.shape(values) == self.seconds.shape
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arrays as lists, s, bottlenecks by their names."""
@@ -68,7 +75,9 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 """Arrays of :class:`OperatorTimes`."""
 
 
-def predicted(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> tuple[OperatorTimes, Uncertainty]:
+def predicted(
+    e: Estimate, hw: HardwareProfile, level: float = 0.9
+) -> tuple[OperatorTimes, Uncertainty]:
     """Return times with prediction intervals, at least the floor, from an estimate, and the errors of the times."""
     half_scale, posterior = level_scale(level), posterior_of(hw)
     time, uncertainty, variance = _updated(e, hw)
@@ -103,7 +112,11 @@ def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]
     if posterior is None:
         return np.maximum(e.time, e.floor), uncertainty, None
     shift, variance = posterior.at(uncertainty)
-    return np.maximum(e.time * np.exp(shift).reshape(np.shape(e.time)), e.floor), uncertainty, variance
+    return (
+        np.maximum(e.time * np.exp(shift).reshape(np.shape(e.time)), e.floor),
+        uncertainty,
+        variance,
+    )
 
 
 def _in_seconds(e: Estimate, values: Array) -> FloatArray:
@@ -112,7 +125,10 @@ def _in_seconds(e: Estimate, values: Array) -> FloatArray:
 
 def empty_times(size: int) -> dict[str, Any]:
     """Return :data:`TIMES` of ``size`` operators, zeros."""
-    return {name: np.zeros(size, dtype=np.int8 if name == "bottleneck" else np.float64) for name in TIMES}
+    return {
+        name: np.zeros(size, dtype=np.int8 if name == "bottleneck" else np.float64)
+        for name in TIMES
+    }
 
 
 def operator_time(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> OperatorTimes:
@@ -120,7 +136,14 @@ def operator_time(e: Estimate, hw: HardwareProfile, level: float = 0.9) -> Opera
 
 
 def gemm_predicted(
-    m: Any, n: Any, k: Any, hw: HardwareProfile, options: Options, level: float = 0.9, *, detail: bool = False
+    m: Any,
+    n: Any,
+    k: Any,
+    hw: HardwareProfile,
+    options: Options,
+    level: float = 0.9,
+    *,
+    detail: bool = False,
 ) -> tuple[OperatorTimes, list[tuple[Any, Uncertainty]]]:
     """Return times of GEMMs, and the errors of chunks of flat rows, which fit the processor's cache."""
     shape, chunks = gemm.estimates(m, n, k, hw, options, steps=detail)
@@ -134,11 +157,15 @@ def gemm_predicted(
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
         found = gemm_steps_of(times) if detail else dict(times.details)
-        found["measured"] = np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
+        found["measured"] = (
+            np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
+        )
         for name, values in found.items():
             details.setdefault(name, np.zeros(size, dtype=values.dtype))[rows] = values
     shaped: dict[str, Any] = {name: values.reshape(shape) for name, values in columns.items()}
-    return OperatorTimes(**shaped, details={name: v.reshape(shape) for name, v in details.items()}), errors
+    return OperatorTimes(
+        **shaped, details={name: v.reshape(shape) for name, v in details.items()}
+    ), errors
 
 
 @dataclass(frozen=True)
@@ -224,14 +251,21 @@ def gemm_time(
     """
     instance("options", options, GemmOptions, "simulator.GemmOptions")
     how = Options(dtype, weight_dtype, kernel, options.copies, options.density, options.block)
-    return gemm_predicted(m, n, k, load_hardware(hw), how, options.level, detail=flag("detail", options.detail))[0]
+    return gemm_predicted(
+        m, n, k, load_hardware(hw), how, options.level, detail=flag("detail", options.detail)
+    )[0]
 
 
 def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:
     """Return the details of times of GEMMs, with all of :data:`STEPS`."""
     details = times.details
     fixed = np.minimum(details["fixed_s"] * details["residual"], times.seconds)
-    return {**details, "roofline": times.roofline_s, "kernel": times.seconds - fixed, "launch": times.seconds}
+    return {
+        **details,
+        "roofline": times.roofline_s,
+        "kernel": times.seconds - fixed,
+        "launch": times.seconds,
+    }
 
 
 STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")

@@ -22,7 +22,11 @@ DTYPES = {"cpu": "fp32", "t4": "fp16", "v100": "fp16"}
 def rows(seed: int = 0) -> list[dict[str, object]]:
     """Return at least ROWS predictions: every draw has all families on three GPUs."""
     rng = np.random.default_rng(seed)
-    models, gpus, engines = simulator.list_models(), simulator.list_hardware(), simulator.list_engines()
+    models, gpus, engines = (
+        simulator.list_models(),
+        simulator.list_hardware(),
+        simulator.list_engines(),
+    )
     found: list[dict[str, object]] = []
     while len(found) < ROWS:
         at = {
@@ -32,9 +36,16 @@ def rows(seed: int = 0) -> list[dict[str, object]]:
             "engine": str(rng.choice(engines)),
         }
         model, sparsity = str(rng.choice(models)), round(float(rng.uniform(0.05, 0.8)), 2)
-        devices, weights = int(rng.choice([1, 1, 1, 2, 8])), [None, None, None, "fp8", "int4"][rng.integers(5)]
+        devices, weights = (
+            int(rng.choice([1, 1, 1, 2, 8])),
+            [None, None, None, "fp8", "int4"][rng.integers(5)],
+        )
         for gpu in rng.choice(gpus, 3, replace=False):
-            given = {"dtype": DTYPES.get(str(gpu), "bf16"), "devices": devices, "weight_dtype": weights}
+            given = {
+                "dtype": DTYPES.get(str(gpu), "bf16"),
+                "devices": devices,
+                "weight_dtype": weights,
+            }
             try:
                 table = simulator.table(model, str(gpu), "all", [sparsity, 0.5], **given, **at)
             except simulator.InputError:  # this GPU or engine cannot run the model or the format
@@ -54,7 +65,9 @@ def compare(old: list[dict[str, object]], new: list[dict[str, object]]) -> float
         for name, value in a.items():
             other = b[name]
             if isinstance(value, float) and isinstance(other, float):
-                difference = 0.0 if value == other else abs(value - other) / max(abs(value), abs(other))
+                difference = (
+                    0.0 if value == other else abs(value - other) / max(abs(value), abs(other))
+                )
                 worst[name] = max(worst.get(name, 0.0), difference)
             elif value != other and name != "parts":  # a sentence
                 raise SystemExit(f"{name}: {value} became {other} in {a}")
@@ -68,5 +81,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         Path(sys.argv[2]).write_text("\n".join(json.dumps(row) for row in rows()))
     else:
-        first, second = ([json.loads(line) for line in Path(f).read_text().splitlines()] for f in sys.argv[2:4])
+        first, second = (
+            [json.loads(line) for line in Path(f).read_text().splitlines()] for f in sys.argv[2:4]
+        )
         sys.exit(compare(first, second) > LIMIT)

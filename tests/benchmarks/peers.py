@@ -27,7 +27,13 @@ from typing import Any
 import numpy as np
 
 import simulator
-from calibration.evidence.published import compare_dense, compare_serving, groups, held_out_models, serving_workload
+from calibration.evidence.published import (
+    compare_dense,
+    compare_serving,
+    groups,
+    held_out_models,
+    serving_workload,
+)
 from calibration.fit.gemm import fit_gemm, products
 from calibration.measurements import load_measurements, published
 from calibration.records.screening import rotated_copies
@@ -230,7 +236,9 @@ Split = namedtuple("Split", "fit test fit_s test_s")
 def split(seed: int = 0, most: int = 5000) -> Split:
     """70 and 30 % of the (n, k) pairs of the measured table."""
     records = load_measurements(TABLE, "bf16")
-    shapes = np.stack([np.asarray(getattr(records, name), dtype=np.int64) for name in ("m", "n", "k")], axis=1)
+    shapes = np.stack(
+        [np.asarray(getattr(records, name), dtype=np.int64) for name in ("m", "n", "k")], axis=1
+    )
     seconds = np.asarray(records.seconds, dtype=np.float64)
     pairs, which = np.unique(shapes[:, 1:], axis=0, return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -243,12 +251,31 @@ def split(seed: int = 0, most: int = 5000) -> Split:
 
 def conditions(row: Mapping[str, str], phase: str, batch: str) -> dict[str, Any]:
     """What a peer is told of a published row."""
-    config = {k: v for k, v in json.loads((MODELS / f"{row['model']}.json").read_text()).items() if k[0] != "_"}
-    config["architectures"] = [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]]
+    config = {
+        k: v
+        for k, v in json.loads((MODELS / f"{row['model']}.json").read_text()).items()
+        if k[0] != "_"
+    }
+    config["architectures"] = [
+        {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]
+    ]
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    out = {"model": row["model"], "config": config, "params": simulator.load_model(row["model"]).parameters}
-    out |= {"gpu": row["hardware"], "weights": row["weight_dtype"] or row["dtype"], "cache": row.get("kv_dtype", "")}
-    numbers = {"batch": batch, "seq": row["seq"], "new": row["new_tokens"], "devices": row["devices"]}
+    out = {
+        "model": row["model"],
+        "config": config,
+        "params": simulator.load_model(row["model"]).parameters,
+    }
+    out |= {
+        "gpu": row["hardware"],
+        "weights": row["weight_dtype"] or row["dtype"],
+        "cache": row.get("kv_dtype", ""),
+    }
+    numbers = {
+        "batch": batch,
+        "seq": row["seq"],
+        "new": row["new_tokens"],
+        "devices": row["devices"],
+    }
     out |= {name: int(value or 0) for name, value in numbers.items()}
     return out | {"engine": row["engine"].partition("@")[0], "phase": phase}
 
@@ -257,7 +284,9 @@ def published_runs() -> Iterator[tuple[dict[str, Any], float, float]]:
     """Conditions of published runs of dense models, their times, s, and prunesim's."""
     held, seen = dict(zip(groups(), held_out_models(), strict=True)), Counter[tuple[str, ...]]()
     for row in published("serving"):
-        key = tuple(row[name] for name in ("engine", "version", "model", "hardware", "weight_dtype"))
+        key = tuple(
+            row[name] for name in ("engine", "version", "model", "hardware", "weight_dtype")
+        )
         if row["left_out"] or key not in held or held[key].experts or serving_workload(row) is None:
             continue
         measured, predicted = held[key].group.tpot_s[seen[key]], held[key].tpot_s[seen[key]]
@@ -276,8 +305,13 @@ def run_errors(seconds: Any, runs: list[Any]) -> dict[str, tuple[float, ...]]:
     _, measured, own = zip(*runs, strict=True)
     error = 100.0 * np.abs(np.array([seconds, own], dtype=np.float64) / measured - 1.0)
     serving = np.array([row["phase"] == "serve" for row, *_ in runs])
-    known = {kind: error[:, np.isfinite(error[0]) & (serving == (kind == "serving"))] for kind in ("serving", "other")}
-    return {kind: (e.shape[1], *(np.median(e, axis=1) if e.size else ())) for kind, e in known.items()}
+    known = {
+        kind: error[:, np.isfinite(error[0]) & (serving == (kind == "serving"))]
+        for kind in ("serving", "other")
+    }
+    return {
+        kind: (e.shape[1], *(np.median(e, axis=1) if e.size else ())) for kind, e in known.items()
+    }
 
 
 class Silent(Exception):
@@ -287,7 +321,9 @@ class Silent(Exception):
 def program(words: list[str], limit_s: float, what: str, **options: Any) -> str:
     """Standard output of a peer's program."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False, **options)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=limit_s, check=False, **options
+        )
     except subprocess.TimeoutExpired:
         raise Silent(f"{what}: not within {limit_s:.0f} s") from None
     if done.returncode and "RESULT " not in done.stdout:
@@ -309,14 +345,22 @@ def install(package: str, folder: Path) -> str:
 def ask(python: str, package: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a peer answers."""
     (folder / "task.json").write_text(json.dumps(task))
-    out = program([python, "-c", PEERS[package] + HARNESS, str(folder / "task.json")], RUN_S, "answer", cwd=folder)
+    out = program(
+        [python, "-c", PEERS[package] + HARNESS, str(folder / "task.json")],
+        RUN_S,
+        "answer",
+        cwd=folder,
+    )
     return json.loads(out[out.rindex("RESULT ") + 7 :])
 
 
 def peer(package: str, folder: Path, data: Split, runs: list[Any]) -> dict[str, Any] | str:
     """The numbers of a peer, or why there are none; its error also with the one scale that suits it best."""
     at = np.random.default_rng(2).permutation(len(data.fit))[:1000]
-    task = {"shapes": [*data.test.tolist(), *data.fit[at].tolist()], "runs": [row for row, *_ in runs]}
+    task = {
+        "shapes": [*data.test.tolist(), *data.fit[at].tolist()],
+        "runs": [row for row, *_ in runs],
+    }
     task["package"] = package
     try:
         found = ask(install(package, folder), package, task, folder)
@@ -327,7 +371,9 @@ def peer(package: str, folder: Path, data: Split, runs: list[Any]) -> dict[str, 
     if "seconds" in found:
         seconds = np.array(found.pop("seconds"))
         test, fit = seconds[: len(data.test)], seconds[len(data.test) :]
-        best = min(10.0 ** np.linspace(-2, 1, 301), key=lambda scale: mape(fit * scale, data.fit_s[at]))
+        best = min(
+            10.0 ** np.linspace(-2, 1, 301), key=lambda scale: mape(fit * scale, data.fit_s[at])
+        )
         found |= {"answered": float(np.isfinite(test).mean()), "mape": mape(test, data.test_s)}
         found["mape_one_scale"] = mape(test * best, data.test_s)
     return found
@@ -339,15 +385,23 @@ def prunesim(data: Split, runs: list[Any], repeat: int = 5) -> dict[str, Any]:
     out: dict[str, Any] = {}
     rng = np.random.default_rng(1)
     at = rng.permutation(len(data.fit))[:4000]
-    section = fit_gemm(products(*data.fit[at].T, data.fit_s[at], Machine.of(hw, "bf16")), hw).section
+    section = fit_gemm(
+        products(*data.fit[at].T, data.fit_s[at], Machine.of(hw, "bf16")), hw
+    ).section
     profile = replace(hw, sections=MappingProxyType({**hw.sections, ("gemm", "bf16"): section}))
-    rotated = rotated_copies(2.0 * data.test[:, 1] * data.test[:, 2], hw.l2_bytes)  # weights the tables rotate
-    predicted = simulator.gemm_time(*data.test.T, profile, options=simulator.GemmOptions(copies=rotated)).seconds
+    # weights the tables rotate
+    rotated = rotated_copies(2.0 * data.test[:, 1] * data.test[:, 2], hw.l2_bytes)
+    predicted = simulator.gemm_time(
+        *data.test.T, profile, options=simulator.GemmOptions(copies=rotated)
+    ).seconds
     out["mape"] = mape(predicted, data.test_s)
     roofline = simulator.gemm_time(*data.test.T, profile).roofline_s
     out["mape_roofline"] = mape(roofline, data.test_s)
     m, n, k = (np.tile(c, 20) for c in data.test.T)
-    took_s = [timed(lambda: simulator.gemm_time(m, n, k, profile), time.process_time) for _ in range(repeat)]
+    took_s = [
+        timed(lambda: simulator.gemm_time(m, n, k, profile), time.process_time)
+        for _ in range(repeat)
+    ]
     out["gemms_per_s"] = len(m) / min(took_s)
     took_s = [timed(lambda: compare_serving(experts=False), time.process_time) for _ in range(3)]
     out["models_per_s"] = len(compare_serving(experts=False)) / min(took_s)
@@ -376,9 +430,13 @@ def timed(call: Any, clock: Any = time.perf_counter) -> float:
 
 def main() -> None:
     """Run all and print a table and a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, help="keep the environments here")
-    parser.add_argument("--peer", action="append", choices=PEERS, help="only this one; may be repeated")
+    parser.add_argument(
+        "--peer", action="append", choices=PEERS, help="only this one; may be repeated"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -393,25 +451,46 @@ def main() -> None:
 
 def show(results: dict[str, Any], rows: int) -> None:
     """The tables of the page."""
-    own, found = results["prunesim"], {name: r for name, r in results.items() if not isinstance(r, str)}
-    print(f"{rows} GEMMs of {TABLE} with unseen (n, k); the datasheet roofline errs by {own['mape_roofline']:.1f} %\n")
+    own, found = (
+        results["prunesim"],
+        {name: r for name, r in results.items() if not isinstance(r, str)},
+    )
+    print(
+        f"{rows} GEMMs of {TABLE} with unseen (n, k); the datasheet roofline errs by {own['mape_roofline']:.1f} %\n"
+    )
     print("| | GEMMs/s | answered | error, % |\n| --- |" + " ---: |" * 3)
     for name, r in found.items():
         if "mape" in r:
-            lists = f" ({r['gemms_per_s_in_lists']:,.0f} in lists)" if "gemms_per_s_in_lists" in r else ""
+            lists = (
+                f" ({r['gemms_per_s_in_lists']:,.0f} in lists)"
+                if "gemms_per_s_in_lists" in r
+                else ""
+            )
             scaled = f" ({r['mape_one_scale']:.1f})" if "mape_one_scale" in r else ""
             share = f"{r.get('answered', 1.0):.0%}"
-            print(f"| {name} | {r['gemms_per_s']:,.0f}{lists} | {share} | {r['mape']:.1f}{scaled} |")
-    print("\n| | estimates/s | serving runs | error, % | others | error, % |\n| --- |" + " ---: |" * 5)
+            print(
+                f"| {name} | {r['gemms_per_s']:,.0f}{lists} | {share} | {r['mape']:.1f}{scaled} |"
+            )
+    print(
+        "\n| | estimates/s | serving runs | error, % | others | error, % |\n| --- |" + " ---: |" * 5
+    )
     for name, r in found.items():
         if "runs" in r:
             rate = f"{r['models_per_s']:,.0f}"
             if "models_per_s_in_a_sweep" in r:
                 rate += f" ({r['models_per_s_in_a_sweep']:,.0f} in a sweep)"
-            cells = [f"{n} | {e[0]:.1f} ({e[1]:.1f})" if n else "0 | " for n, *e in r["runs"].values()]
-            print(f"| {' '.join([name, *r.get('version', '').split()])} | {rate} | {' | '.join(cells)} |")
+            cells = [
+                f"{n} | {e[0]:.1f} ({e[1]:.1f})" if n else "0 | " for n, *e in r["runs"].values()
+            ]
+            print(
+                f"| {' '.join([name, *r.get('version', '').split()])} | {rate} | {' | '.join(cells)} |"
+            )
     print()
-    print("".join(f"{name}: {reason}\n" for name, reason in results.items() if isinstance(reason, str)))
+    print(
+        "".join(
+            f"{name}: {reason}\n" for name, reason in results.items() if isinstance(reason, str)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def cold(arguments: Sequence[str], runs: int = 10) -> float:
 def test_a_whole_model_speedup(benchmark: Any, floor: Floor) -> None:
     """Prune and compare, prefill and decode of Llama-3.1-8B, one family; lowering is cached as in any search."""
     hw, model = simulator.load_hardware("h100_sxm"), simulator.load_model("llama-3.1-8b")
-    dense = [simulator.lower(model, phase=phase, batch=1, seq=2048) for phase in ("prefill", "decode")]
+    dense = [
+        simulator.lower(model, phase=phase, batch=1, seq=2048) for phase in ("prefill", "decode")
+    ]
 
     def both() -> list[float]:
         return [simulator.speedup(d, simulator.prune(d, "width", 0.25), hw).speedup for d in dense]
@@ -54,7 +56,8 @@ def test_the_speedup_table(benchmark: Any, phase: str, floor: Floor) -> None:
 def test_all_figures_of_a_paper(benchmark: Any, floor: Floor, tmp_path: Path) -> None:
     status = benchmark.pedantic(run, (["figures", "-o", str(tmp_path)],), rounds=1)
     assert status == 0
-    assert {p.stem for p in tmp_path.glob("*.pdf")} == set(FIGURES) - {"scatter"}  # which needs a measured table
+    # which needs a measured table
+    assert {p.stem for p in tmp_path.glob("*.pdf")} == set(FIGURES) - {"scatter"}
     floor("seconds for all figures of a paper", benchmark.stats["min"], 60.0, False)
 
 

@@ -36,7 +36,9 @@ def shapes() -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_calibrated_gemms(benchmark: Any, shapes: tuple[Any, Any, Any], name: str, floor: Floor) -> None:
+def test_calibrated_gemms(
+    benchmark: Any, shapes: tuple[Any, Any, Any], name: str, floor: Floor
+) -> None:
     """Analytical time, residual and interval of the shipped profile."""
     hw = load_hardware(name)
     section = hw.section("gemm", "bf16")
@@ -51,7 +53,12 @@ def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
     some = list(GRID.pieces())[:2]
     piece_results(some[0], GRID.hardware, {})
     rows = benchmark(lambda: sum(len(piece_results(p, GRID.hardware, {})) for p in some))
-    floor("microseconds a configuration, without the file", 1e6 * benchmark.stats["min"] / rows, 10.0, False)
+    floor(
+        "microseconds a configuration, without the file",
+        1e6 * benchmark.stats["min"] / rows,
+        10.0,
+        False,
+    )
 
 
 def test_a_whole_sweep(benchmark: Any, tmp_path: Path, floor: Floor) -> None:

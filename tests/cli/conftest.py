@@ -46,7 +46,11 @@ class Program:
     def refused(self, line: str | Sequence[str], lists: bool = False) -> str:
         """The one line of bad input, with status 2; on standard output where a command lists what it found."""
         out, err = self(line, 2)
-        said = [text for text in (err or (out if lists else "")).splitlines() if not text.startswith(BESIDE)]
+        said = [
+            text
+            for text in (err or (out if lists else "")).splitlines()
+            if not text.startswith(BESIDE)
+        ]
         assert len(said) == 1, (line, out, err)
         assert lists or (out == "" and said[0].startswith("prunesim: "))
         return said[0]
@@ -73,7 +77,9 @@ def python() -> Callable[..., tuple[int, bytes, list[str]]]:
     return run_python
 
 
-def run_python(arguments: Sequence[str], folder: Path = ROOT, **options: Any) -> tuple[int, bytes, list[str]]:
+def run_python(
+    arguments: Sequence[str], folder: Path = ROOT, **options: Any
+) -> tuple[int, bytes, list[str]]:
     """Status, standard output and the lines of standard error that are no notes, of a process of its own.
 
     ``shell`` stands behind the command (a redirection), ``environment`` is added to this one's (None: taken away).

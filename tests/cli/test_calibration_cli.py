@@ -30,12 +30,17 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.uncertainty.operators import gemm_time
 
-H100 = Description("cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6)
+H100 = Description(
+    "cuda:0", "NVIDIA H100 80GB HBM3 (132 SM)", {"torch": "2.9", "driver": "580"}, 80e9, 50e6
+)
 CPU = Description("cpu", "Some CPU (4 threads)", {"torch": "2.9", "threads": "4"}, 8e9, 32e6)
 
 
 def device(
-    description: Description = H100, launch_s: float = 3e-6, made: type[ReplayDevice] = ReplayDevice, **options: Any
+    description: Description = H100,
+    launch_s: float = 3e-6,
+    made: type[ReplayDevice] = ReplayDevice,
+    **options: Any,
 ) -> ReplayDevice:
     timings = roofline_timings(6e14, 2.6e12, launch_s)
     return made(timings, **{"noise": 0.004, "description": description, "setup_s": 0.02, **options})
@@ -53,7 +58,9 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[ReplayDevice]:
     """Devices that the commands open, one after the other; a planted H100 when the list is empty."""
     queue: list[ReplayDevice] = []
-    monkeypatch.setattr("calibration.devices.open_device", lambda name, **_: queue.pop(0) if queue else device())
+    monkeypatch.setattr(
+        "calibration.devices.open_device", lambda name, **_: queue.pop(0) if queue else device()
+    )
     return queue
 
 
@@ -67,9 +74,13 @@ def table(file: str, rows: int = 200, factor: float = 1.1, hw: Any = None) -> No
     rng = np.random.default_rng(1)
     m = rng.choice([1, 8, 64, 256, 1024, 4096], rows)
     n, k = rng.choice([1024, 2048, 4096, 8192], (2, rows))
-    time_s = gemm_time(m, n, k, hw or bare()).seconds * factor * np.exp(0.01 * rng.standard_normal(rows))
+    time_s = (
+        gemm_time(m, n, k, hw or bare()).seconds * factor * np.exp(0.01 * rng.standard_normal(rows))
+    )
     source = Source("planted H100", {"planted": "1"}, method="planted")
-    Path(file).write_bytes(write_records(Records.from_columns([source], m=m, n=n, k=k, seconds=time_s)))
+    Path(file).write_bytes(
+        write_records(Records.from_columns([source], m=m, n=n, k=k, seconds=time_s))
+    )
 
 
 def files() -> set[str]:
@@ -84,9 +95,13 @@ def test_fit_maps_the_columns_of_a_csv_and_counts_refused_rows(cli: Any) -> None
     table("r.parquet", 60, 1.15, load_hardware("h100"))
     r = read_records(Path("r.parquet"))
     times = zip(r.m, r.n, r.k, 1e6 * r.seconds)
-    text = "M,n,k,time,remark\n8,64,64,-3,\n" + "".join(f"{m},{n},{k},{us},x\n" for m, n, k, us in times)
+    text = "M,n,k,time,remark\n8,64,64,-3,\n" + "".join(
+        f"{m},{n},{k},{us},x\n" for m, n, k, us in times
+    )
     Path("t.csv").write_text(text)
-    out, err = cli("fit t.csv --map m=M --map latency_us=time --device 'an H100' --anchor --hardware h100 -o p.yaml")
+    out, err = cli(
+        "fit t.csv --map m=M --map latency_us=time --device 'an H100' --anchor --hardware h100 -o p.yaml"
+    )
     assert "Effects of 42 rows from this machine" in out
     assert "note: t.csv: 42 rows kept, 1 refused: 1 row: time is negative (row 1)" in err
     assert load_hardware("p.yaml").local_update.provenance.device == "an H100"
@@ -99,7 +114,9 @@ def test_fit_maps_the_columns_of_a_csv_and_counts_refused_rows(cli: Any) -> None
 
 
 @pytest.mark.quick
-def test_removed_commands_name_their_replacements(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removed_commands_name_their_replacements(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "calibrate DEVICE -o RUN --measure-only" in cli.refused("measure cpu -o run")
     assert "fit TABLE... --map NAME=COLUMN" in cli.refused("import --help")
     assert not re.findall(r"^  (measure|import) ", cli.out("--help"), re.MULTILINE)
@@ -121,7 +138,9 @@ def test_fit_then_validate(cli: Any) -> None:
     assert part["fitted_on_these_rows"] is True
     assert part["errors"]["mape"] < 0.02
     assert part["roofline"]["mape"] > 0.2
-    assert "* the profile was fitted on these rows" in cli.out("validate p.yaml r.parquet --markdown v.md")
+    assert "* the profile was fitted on these rows" in cli.out(
+        "validate p.yaml r.parquet --markdown v.md"
+    )
     assert Path("v.md").read_text().startswith("# Accuracy of h100_sxm")
     assert Path("v_gemm_bf16_predicted.png").stat().st_size > 5_000
 
@@ -134,15 +153,21 @@ def test_a_csv_is_evaluated_with_its_own_columns(cli: Any) -> None:
     assert "--markdown" in cli.refused("validate --runs . --markdown x.md")
 
 
-def test_json_has_null_for_what_is_no_number_at_any_depth(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
-    odd = MappingProxyType({"median": np.float32("nan"), "p95": (float("inf"), np.array([1.0, np.nan]))})
+def test_json_has_null_for_what_is_no_number_at_any_depth(
+    monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    odd = MappingProxyType(
+        {"median": np.float32("nan"), "p95": (float("inf"), np.array([1.0, np.nan]))}
+    )
     monkeypatch.setattr("calibration.evidence.validate.part_speedups", lambda part: odd)
     table("r.parquet", 30)
     (report,) = cli.json("validate h100 r.parquet")
     assert report["parts"][0]["speedup"] == {"median": None, "p95": [None, [1.0, None]]}
 
 
-def test_where_pyarrow_is_missing_that_is_what_is_said(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+def test_where_pyarrow_is_missing_that_is_what_is_said(
+    monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("r.parquet").write_bytes(b"PAR1")
     says = '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e ".[tables]"'
@@ -166,8 +191,12 @@ def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) ->
     assert max(map(len, out.splitlines())) <= 120
     update = load_hardware("p.yaml").local_update
     assert (update.provenance.rows, update.provenance.device) == (42, "planted H100")
-    assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out("hardware show p.yaml")
-    parts = [cli.json(f"validate {profile} r.parquet")[0]["parts"][0] for profile in ("h100", "p.yaml")]
+    assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out(
+        "hardware show p.yaml"
+    )
+    parts = [
+        cli.json(f"validate {profile} r.parquet")[0]["parts"][0] for profile in ("h100", "p.yaml")
+    ]
     before, after = (part["errors"]["mape"] for part in parts)
     assert before == pytest.approx(0.13, abs=0.01)
     assert after < 0.5 * before
@@ -175,7 +204,9 @@ def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) ->
     assert row["rows"] == 42
     assert row["operators"][0]["error_after"] < 0.5 * row["operators"][0]["error_before"]
     kept = Path("p.yaml").read_bytes()
-    assert "check that they are from this GPU" in cli.refused("fit --anchor r.parquet -o p.yaml --hardware a100")
+    assert "check that they are from this GPU" in cli.refused(
+        "fit --anchor r.parquet -o p.yaml --hardware a100"
+    )
     assert Path("p.yaml").read_bytes() == kept
 
 
@@ -204,7 +235,9 @@ calibrate cpu -o a/b                                 | does not exist
 """
 
 
-@pytest.mark.parametrize(("line", "reason"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")])
+@pytest.mark.parametrize(
+    ("line", "reason"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")]
+)
 def test_bad_input_is_one_line(line: str, reason: str, cli: Any) -> None:
     table("r.parquet", 60)
     table("f.parquet", 10)
@@ -214,7 +247,9 @@ def test_bad_input_is_one_line(line: str, reason: str, cli: Any) -> None:
 
 def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
     out, err = cli("calibrate cuda -o run --budget 40s")
-    assert {"datasheet.yaml", "profile.yaml", "records.jsonl", "report.md"} <= {p.name for p in Path("run").iterdir()}
+    assert {"datasheet.yaml", "profile.yaml", "records.jsonl", "report.md"} <= {
+        p.name for p in Path("run").iterdir()
+    }
     assert list(Path("run").glob("report_gemm_bf16_*.png"))
     assert "on held-out shapes" in out
     assert "run/profile.yaml" in out
@@ -231,15 +266,25 @@ def test_a_profile_carries_the_verdict_of_its_calibration(cli: Any) -> None:
     assert "Do not rely on run/profile.yaml yet: no shapes were held out" in out
     assert load_hardware("run/profile.yaml").verdict == "no held-out shapes"
     line = "--hardware run/profile.yaml"
-    for command in (f"speedup llama-3.1-8b --prune 'depth 0.25' {line}", f"gemm 8 4096 4096 {line}"):
+    for command in (
+        f"speedup llama-3.1-8b --prune 'depth 0.25' {line}",
+        f"gemm 8 4096 4096 {line}",
+    ):
         _, err = cli(command)
-        assert err.count("rtx_4090: its calibration advised against this profile (no held-out shapes)") == 1
-    assert "advised against this profile: no held-out shapes" in cli.out("hardware show run/profile.yaml")
+        assert (
+            err.count("rtx_4090: its calibration advised against this profile (no held-out shapes)")
+            == 1
+        )
+    assert "advised against this profile: no held-out shapes" in cli.out(
+        "hardware show run/profile.yaml"
+    )
     cli("calibrate replay:planted -o run --budget 20s --hardware rtx_4090", 0)
     assert load_hardware("run/profile.yaml").verdict == ""
 
 
-@pytest.mark.parametrize("wrong", [{"rates": {"flop_per_s": "x"}}, {"rates": {"x": 1.0}}, {"seed": []}, {"rates": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"rates": {"flop_per_s": "x"}}, {"rates": {"x": 1.0}}, {"seed": []}, {"rates": 1}]
+)
 def test_a_run_whose_header_states_no_plan_is_refused(wrong: dict[str, Any], cli: Any) -> None:
     line = "calibrate replay:planted -o run --budget 1s --hardware rtx_4090 --measure-only"
     cli(line)
@@ -269,7 +314,8 @@ def test_clocks_that_fall_under_load_are_measured_and_fitted(
     cli("calibrate cuda -o run --budget 40s")
     constant = load_hardware("run/profile.yaml").section("runtime", "*").constants["sustained"]
     assert (constant.value, constant.status) == (pytest.approx(1.15), "fitted")
-    cli("calibrate cuda -o run --budget 40s")  # of a device without this fact: nothing is measured again
+    # of a device without this fact: nothing is measured again
+    cli("calibrate cuda -o run --budget 40s")
     rows = [row for row in read_store(Path("run/records.jsonl")).rows if row["type"] == "sustained"]
     assert len(rows) == 1
 
@@ -281,7 +327,11 @@ def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
     (second,) = cli.json("calibrate cuda -o run --measure-only --budget 60s")
     assert second["resumed"] > 20
     assert f'"planned": {second["planned"]},' in out
-    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
+    keys = [
+        r["key"]
+        for r in read_store(Path("run/records.jsonl")).rows
+        if r["purpose"] != "drift_check"
+    ]
     counted = ("resumed", "ok", "noisy", "unsupported", "skipped")
     assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
 
@@ -295,7 +345,8 @@ def test_a_run_that_was_killed_inside_its_header_begins_anew(cli: Any, planted: 
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(Interrupted(), 130), (DeviceLost("CUDA error: an illegal memory access"), 1)]
+    ("error", "status"),
+    [(Interrupted(), 130), (DeviceLost("CUDA error: an illegal memory access"), 1)],
 )
 def test_what_a_stopped_run_has_measured_is_fitted(
     error: Exception, status: int, planted: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Any
@@ -326,7 +377,9 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize(("options", "reason"), BAD_RUNS.items())
-def test_calibrate_refuses_before_it_measures(options: str, reason: str, planted: list[Any], cli: Any) -> None:
+def test_calibrate_refuses_before_it_measures(
+    options: str, reason: str, planted: list[Any], cli: Any
+) -> None:
     assert reason in cli.refused(f"calibrate cuda -o run {options}")
     assert not Path("run/records.jsonl").exists()
 
@@ -334,9 +387,13 @@ def test_calibrate_refuses_before_it_measures(options: str, reason: str, planted
 def test_folders_of_other_devices_are_refused(planted: list[Any], cli: Any) -> None:
     cli("calibrate cuda -o run --measure-only --budget 20s")
     before = Path("run/records.jsonl").read_bytes()
-    planted.append(device(Description("cuda:0", "NVIDIA A100-SXM4-80GB (108 SM)", H100.stack, 80e9, 40e6)))
+    planted.append(
+        device(Description("cuda:0", "NVIDIA A100-SXM4-80GB (108 SM)", H100.stack, 80e9, 40e6))
+    )
     assert "holds records of device" in cli.refused("calibrate cuda -o run --measure-only")
-    planted.append(device(Description("cuda:0", H100.device, {**H100.stack, "driver": "999"}, 80e9, 50e6)))
+    planted.append(
+        device(Description("cuda:0", H100.device, {**H100.stack, "driver": "999"}, 80e9, 50e6))
+    )
     assert "driver" in cli.refused("calibrate cuda -o run")
     assert "dtype" in cli.refused("calibrate cuda -o run --measure-only --dtype fp16")
     assert Path("run/records.jsonl").read_bytes() == before
@@ -347,12 +404,18 @@ def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5 --budget 60s"
     assert "the shapes measured exactly" in cli.out(f"calibrate cuda -o run {options}")
     arrays = load_hardware("run/profile.yaml").sections["gemm", "bf16"].arrays
-    targets = target_workloads("qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128})
-    wanted = {(op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"), every=False)}
+    targets = target_workloads(
+        "qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128}
+    )
+    wanted = {
+        (op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"), every=False)
+    }
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
 
-def test_a_cpu_measures_the_projections_of_its_own_decoder(monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+def test_a_cpu_measures_the_projections_of_its_own_decoder(
+    monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
     asked: list[set[str]] = []
 
     def wanted(*args: Any, **options: Any) -> Any:
@@ -374,17 +437,30 @@ def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) ->
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
     assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
-    targets = target_workloads("qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128})
+    targets = target_workloads(
+        "qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128}
+    )
     first = [op.key for op in target_operators(targets, load_hardware(Path("run", DATASHEET)))][:10]
-    keys = [r["key"] for r in read_store(Path("run/records.jsonl")).rows if r["purpose"] != "drift_check"]
+    keys = [
+        r["key"]
+        for r in read_store(Path("run/records.jsonl")).rows
+        if r["purpose"] != "drift_check"
+    ]
     assert keys[:10] == first
     assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
 
 
 def test_host_time_is_fitted_to_layers_where_they_were_measured() -> None:
-    rows = {"operator": ["launch_eager", "layer_eager", "layer_eager"], "kv_len": [0, 32, 128], "cold": False}
+    rows = {
+        "operator": ["launch_eager", "layer_eager", "layer_eager"],
+        "kv_len": [0, 32, 128],
+        "cold": False,
+    }
     r = Records.from_columns([Source("x")], **rows, seconds=[2e-6, 4.2e-4, 4.4e-4])
-    for base, gap_s in ((bare(), 0.0), (replace(load_hardware("cpu"), sections=MappingProxyType({})), 2e-6)):
+    for base, gap_s in (
+        (bare(), 0.0),
+        (replace(load_hardware("cpu"), sections=MappingProxyType({})), 2e-6),
+    ):
         both = fit_profile(base, r).profile.section("runtime", "*")
         assert both["host_op_s"] == pytest.approx(4.3e-4 / LAYER_LAUNCHES)
         assert both["graph_gap_s"] == gap_s
@@ -398,7 +474,9 @@ def test_the_host_time_of_a_busy_cpu_stays_in_the_range_of_profiles(tmp_path: Pa
     fit = fit_profile(base, r)
     save_hardware(fit.profile, tmp_path / "busy.yaml")
     assert load_hardware(tmp_path / "busy.yaml").section("runtime", "*")["graph_gap_s"] == 2e-5
-    assert any(note.startswith("runtime: graph_gap_s 4.6e-05 outside the range") for note in fit.notes)
+    assert any(
+        note.startswith("runtime: graph_gap_s 4.6e-05 outside the range") for note in fit.notes
+    )
 
 
 def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_records() -> None:
@@ -407,7 +485,9 @@ def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_re
     assert hw.sources["bandwidth"] == hw.sources["rates.fp32"] == MEASURED
     assert 0.9 * 6e14 < hw.peak_flop_per_s("fp32") < 1.1 * 6e14
     assert 0.8 * 2.6e12 < hw.bandwidth_bytes_per_s < 1.1 * 2.6e12
-    fast = Records.from_columns([Source("x")], m=1024, n=1024, k=1024, dtype="fp32", seconds=[2 * 1024.0**3 / 9e14])
+    fast = Records.from_columns(
+        [Source("x")], m=1024, n=1024, k=1024, dtype="fp32", seconds=[2 * 1024.0**3 / 9e14]
+    )
     assert raised(hw, fast).peak_flop_per_s("fp32") == pytest.approx(1.01 * 9e14)
     h100 = load_hardware("h100")
     assert raised(h100, fast.replace(dtype=3)).rates == h100.rates
@@ -419,6 +499,8 @@ def test_groups_held_out_once_stay_held_out() -> None:
     assert keep_apart(r).purpose.tolist() == [2, 2, 1, 4]
 
 
-@pytest.mark.parametrize(("text", "value"), [("2min", 120.0), ("90", 90.0), (" 1.5h ", 5400.0), ("30 s", 30.0)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("2min", 120.0), ("90", 90.0), (" 1.5h ", 5400.0), ("30 s", 30.0)]
+)
 def test_times_of_the_command_line(text: str, value: float) -> None:
     assert seconds("--budget", text) == value

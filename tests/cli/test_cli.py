@@ -99,7 +99,9 @@ predict                                                              | No such c
 """
 
 
-@pytest.mark.parametrize(("line", "says"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")])
+@pytest.mark.parametrize(
+    ("line", "says"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")]
+)
 def test_bad_input_is_one_line_and_status_2(line: str, says: str, cli: Any) -> None:
     assert says in cli.refused(re.sub("^@", SPEEDUP, line))
 
@@ -121,7 +123,9 @@ def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
 
 
 @pytest.mark.quick
-def test_a_program_error_is_one_line_and_status_1(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_error_is_one_line_and_status_1(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
 
@@ -141,10 +145,17 @@ def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> 
 
 @pytest.mark.quick
 def test_json_records_have_the_stable_keys_first_and_agree_with_the_library(cli: Any) -> None:
-    records = cli.json(f"{SPEEDUP} --family depth --sparsity 0.1,0.25 --phase prefill,decode --batch 1,8")
+    records = cli.json(
+        f"{SPEEDUP} --family depth --sparsity 0.1,0.25 --phase prefill,decode --batch 1,8"
+    )
     assert len(records) == 2 * 2 * 2
     table = simulator.table(
-        ["llama-3.1-8b"], ["h100_sxm"], ["depth"], [0.1, 0.25], phase=["prefill", "decode"], batch=[1, 8]
+        ["llama-3.1-8b"],
+        ["h100_sxm"],
+        ["depth"],
+        [0.1, 0.25],
+        phase=["prefill", "decode"],
+        batch=[1, 8],
     )
     for record, expected in zip(records, table, strict=True):
         assert " ".join(record).startswith(STABLE_KEYS)
@@ -181,14 +192,18 @@ def test_a_model_that_does_not_fit_is_said_to(cli: Any) -> None:
     out, err = cli("speedup llama-3.1-70b --hardware h100 --family depth --memory")
     assert "too large" in out
     assert "llama-3.1-70b" in err
-    assert "too large" not in cli.out("speedup llama-3.1-8b --hardware h100 --family depth --memory")
+    assert "too large" not in cli.out(
+        "speedup llama-3.1-8b --hardware h100 --family depth --memory"
+    )
 
 
 @pytest.mark.parametrize("available", [60, 80, 100, 120, 200])
 def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "width", lambda: available)
     out = cli.out("speedup llama-3.1-8b --hardware a100,h100,4090 --phase prefill,decode")
-    rows = [line for line in out.splitlines() if not re.search(r"batch 1|intervals;|bottleneck:", line)]
+    rows = [
+        line for line in out.splitlines() if not re.search(r"batch 1|intervals;|bottleneck:", line)
+    ]
     assert max(map(len, rows)) <= available
     assert "…" not in out
     for name in ("a100_sxm_80gb", "h100_sxm", "rtx_4090", "sparse_attention", "kv_cache"):
@@ -196,16 +211,22 @@ def test_tables_fit_their_width(available: int, cli: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["h20", "l40s"])
-def test_a_device_shows_the_fit_of_each_engine_with_the_error_of_the_accuracy_page(cli: Any, name: str) -> None:
+def test_a_device_shows_the_fit_of_each_engine_with_the_error_of_the_accuracy_page(
+    cli: Any, name: str
+) -> None:
     (shown,) = cli.json(f"hardware show {name}")
     text, page = cli.out(f"hardware show {name}").partition("fitted part")[2], sections_table()
     for row in shown["served"]:
         part = row["operator"], row["dtype"]
         (line,) = re.findall(rf"^{part[0]} +{re.escape(part[1])} .*", text, re.MULTILINE)
-        (cells,) = re.findall(rf"^\| {name} \| {part[0]} \| {re.escape(part[1])} \| (.*)", page, re.MULTILINE)
+        (cells,) = re.findall(
+            rf"^\| {name} \| {part[0]} \| {re.escape(part[1])} \| (.*)", page, re.MULTILINE
+        )
         assert row["held_out"] in cells
         for engine, fit in row["engines"].items():
-            section = simulator.load_hardware(name).serving(load_engine(engine).stacks).section(*part)
+            section = (
+                simulator.load_hardware(name).serving(load_engine(engine).stacks).section(*part)
+            )
             assert fit["stack"] == (section.stack if section.status != "default" else "datasheet")
             error = f" {100 * fit['error']:.1f}" if section.status != "default" else ""
             assert f"{fit['stack']}{error}" in line
@@ -214,7 +235,9 @@ def test_a_device_shows_the_fit_of_each_engine_with_the_error_of_the_accuracy_pa
 
 
 def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
-    assert {"a100_sxm_80gb", "h100_sxm", "rtx_4090"} <= {r["name"] for r in cli.json("hardware list")}
+    assert {"a100_sxm_80gb", "h100_sxm", "rtx_4090"} <= {
+        r["name"] for r in cli.json("hardware list")
+    }
     listed = cli.out("hardware list")
     assert re.search(r"h100_sxm +hopper .* vllm, sglang, trtllm +h100\n", listed)
     assert re.search(r"h100_pcie .* as h100_sxm\n", listed)
@@ -230,7 +253,10 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert "prunesim hardware check mine.yaml" in cli.out("hardware new mine")
     stacks = "speedup llama-3.1-8b --hardware a100,a100@trtllm --family depth --sparsity 0.25"
     assert [r["hardware"] for r in cli.json(stacks)] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
-    assert [e["name"] for e in cli.json("engines list") + cli.json("engines show vllm")] == [*list_engines(), "vllm"]
+    assert [e["name"] for e in cli.json("engines list") + cli.json("engines show vllm")] == [
+        *list_engines(),
+        "vllm",
+    ]
     assert len(cli.json("models list")) >= 12
     assert "llama-3.1-8b" in cli.out("models list")
     assert "8,030,261,248" in cli.out("models show llama-3.1-8b")
@@ -238,9 +264,13 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert sum(g["flops"] for g in model["gemms"]) < model["flops"]
     shown = cli.out("models show deepseek-v3")
     assert "671,026,419,200 parameters, 37,552,297,472 of them active" in shown
-    assert "61 layers of 2 kinds, hidden 7168, mostly 128 heads of 192 on a latent of 512 + 64" in shown
+    assert (
+        "61 layers of 2 kinds, hidden 7168, mostly 128 heads of 192 on a latent of 512 + 64"
+        in shown
+    )
     assert "gated MLP of 2048 and 256 experts of 2048, 8 per token" in shown
-    assert re.search(r"down +2048 +8192 +14336 +6 ", cli.out("models show nemotron-super-49b"))  # six of 80 layers
+    # six of 80 layers
+    assert re.search(r"down +2048 +8192 +14336 +6 ", cli.out("models show nemotron-super-49b"))
 
 
 @pytest.mark.parametrize("available", [80, 120])
@@ -255,9 +285,15 @@ def test_methods_are_listed_and_predicted_under_their_names(
     assert cli.json("methods mod") == [m for m in listed if m["name"] == "mod"]
     line = "llama-2-7b --hardware h100 --phase generate --method"
     out = cli.out(f"speedup {line} shortened-llama,minitron-width --memory")
-    assert max(len(row) for row in out.splitlines() if not re.search(r"batch 1|interval;", row)) <= available
-    assert out.count("\nminitron-width ") == 6  # answer, speedups, serving, memory, parts, will it run
-    assert "sheared-llama at 60 % (width_cross+width)" in cli.out(f"explain {line} sheared-llama --sparsity 0.6")
+    assert (
+        max(len(row) for row in out.splitlines() if not re.search(r"batch 1|interval;", row))
+        <= available
+    )
+    # answer, speedups, serving, memory, parts, will it run
+    assert out.count("\nminitron-width ") == 6
+    assert "sheared-llama at 60 % (width_cross+width)" in cli.out(
+        f"explain {line} sheared-llama --sparsity 0.6"
+    )
 
 
 @pytest.mark.quick
@@ -288,7 +324,8 @@ def test_no_colour_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = cli.out(f"{SPEEDUP} --family depth")  # the fixture refuses codes, in errors and help as well
+    # the fixture refuses codes, in errors and help as well
+    plain = cli.out(f"{SPEEDUP} --family depth")
     cli.refused("speedup llama-3.1-8b")
     monkeypatch.setenv("FORCE_COLOR", "1")
     coloured = cli.out(f"{SPEEDUP} --family depth")
@@ -313,8 +350,14 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim quality --fam", ["--family"]),
     ],
 )
-def test_a_shell_completes_names(line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"_PRUNESIM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+def test_a_shell_completes_names(
+    line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {
+        "_PRUNESIM_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+    }
     for name, value in asked.items():
         monkeypatch.setenv(name, value)
     assert cli.out("").split() == offers
@@ -352,7 +395,9 @@ def commands(command: Any, path: str = "") -> list[str]:
 
 
 @pytest.mark.quick
-def test_every_command_is_on_the_page_of_commands_and_has_help_that_names_its_options(cli: Any) -> None:
+def test_every_command_is_on_the_page_of_commands_and_has_help_that_names_its_options(
+    cli: Any,
+) -> None:
     page = (ROOT / "docs" / "generated" / "commands.md").read_text()
     found = commands(typer.main.get_command(program()))
     assert len(found) >= 8
@@ -364,7 +409,9 @@ def test_every_command_is_on_the_page_of_commands_and_has_help_that_names_its_op
 
 
 HEAVY = {"matplotlib", "torch", "pandas", "pyarrow"}
-OTHER_COMMANDS = {f"simulator.cli.{place.partition(':')[0]}" for _, place in COMMANDS} - {"simulator.cli.speedup"}
+OTHER_COMMANDS = {f"simulator.cli.{place.partition(':')[0]}" for _, place in COMMANDS} - {
+    "simulator.cli.speedup"
+}
 
 
 @pytest.mark.parametrize(
@@ -381,7 +428,9 @@ def test_no_command_imports_what_it_does_not_need(line: str, heavy: set[str], py
 
 
 def test_help_names_every_family(cli: Any) -> None:
-    shown = re.findall(r"[a-z_]+", cli("speedup --help")[0].partition("Families:")[2].partition("--sparsity")[0])
+    shown = re.findall(
+        r"[a-z_]+", cli("speedup --help")[0].partition("Families:")[2].partition("--sparsity")[0]
+    )
     assert sorted(shown) == sorted(simulator.FAMILIES)
 
 
@@ -405,7 +454,9 @@ def test_a_package_registers_a_command(tmp_path: Path, python: Any) -> None:
     info = tmp_path / "other-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\ngreet = other:greet\nmethods = other:greet\n")
+    (info / "entry_points.txt").write_text(
+        f"[{GROUP}]\ngreet = other:greet\nmethods = other:greet\n"
+    )
     (tmp_path / "other.py").write_text("def greet(name: str) -> None:\n    print('hello', name)\n")
     where = {"environment": {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}}
     assert python(["-m", "simulator.cli", "greet", "you"], **where) == (0, b"hello you\n", [])

@@ -27,7 +27,8 @@ BEGINS = {
     ),
     "speedup llama-3.1-8b --hardware h100 --method snapkv-1024 --phase decode --batch 16 --seq 512:4k": (
         r"snapkv-1024 on h100_sxm in vllm \(decode, batch 16\) pays from seq 2,048 \(.*\); not at 1,024; "
-        r"stock vllm does not run it\."  # which holds for a length beyond the budget, not for the first
+        # which holds for a length beyond the budget, not for the first
+        r"stock vllm does not run it\."
     ),
     "explain llama-3.2-1b --hardware h100,a100 --family depth --sparsity 0.25 --phase prefill,decode": (
         r"depth at 25 % of llama-3.2-1b, 4 settings: predicted \d\.\d\dx \(.*\) on .* to \d\.\d\dx \(.*\) on .*\."
@@ -95,7 +96,9 @@ def test_advice_states_the_numbers_of_its_records(cli: Any) -> None:
     ends = f"({render.ratio(best['speedup_lower'])}-{render.ratio(best['speedup_upper'])})"
     chance = f"probability {100 * best['probability']:.0f} %; stock sglang runs it"
     speedup = f"predicted {render.ratio(best['speedup'])}x {ends}, {render.seconds(best['pruned_s'])}, {chance}."
-    removed = f"{render.percent(best['sparsity'])} ({render.percent(best['realised_sparsity'])} realised)"
+    removed = (
+        f"{render.percent(best['sparsity'])} ({render.percent(best['realised_sparsity'])} realised)"
+    )
     assert f"is {best['family']} at {removed}; {speedup}" in text
     for r in records:
         expected = probability_of(1.3, r["speedup"], r["speedup_lower"], r["speedup_upper"])
@@ -113,7 +116,14 @@ def test_notes_are_three_and_all_with_verbose(cli: Any) -> None:
 @pytest.mark.quick
 def test_notes_of_one_text_are_one_note(capsys: pytest.CaptureFixture[str]) -> None:
     render.notes(
-        ["a: too large", "b:\n too large", "short", *(f"{i}: no quality" for i in range(9)), "last", "a: too large"]
+        [
+            "a: too large",
+            "b:\n too large",
+            "short",
+            *(f"{i}: no quality" for i in range(9)),
+            "last",
+            "a: too large",
+        ]
     )
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["note: a, b: too large", "note: short"]
@@ -122,7 +132,9 @@ def test_notes_of_one_text_are_one_note(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_fit_and_an_update_begin_with_their_errors(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_and_an_update_begin_with_their_errors(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     m, n, k = rng.choice([1, 16, 128, 2048], 150), *rng.choice([1024, 4096, 8192], (2, 150))
@@ -144,7 +156,9 @@ def test_a_fit_and_an_update_begin_with_their_errors(cli: Any, tmp_path: Path, m
 
 
 def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:
-    out = cli.out("speedup llama-3.2-1b --hardware h100 --family depth,width,low_rank --phase decode --batch 1:4")
+    out = cli.out(
+        "speedup llama-3.2-1b --hardware h100 --family depth,width,low_rank --phase decode --batch 1:4"
+    )
     shown = [
         name
         for name in ("depth", "width", "low_rank")
@@ -155,7 +169,9 @@ def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:
     assert max(len(line) for line in out.splitlines()) <= 120
     assert (
         len(
-            cli.out("speedup llama-3.2-1b --hardware h100 --prune 'depth 0.25' --phase decode --batch 1:4").splitlines()
+            cli.out(
+                "speedup llama-3.2-1b --hardware h100 --prune 'depth 0.25' --phase decode --batch 1:4"
+            ).splitlines()
         )
         < 15
     )

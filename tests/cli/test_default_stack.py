@@ -12,14 +12,21 @@ from simulator.engines.engine import load_engine
 
 @pytest.mark.parametrize("name", ["rtx_pro_6000", "h100", "a100", "l40s", "b200"])
 def test_a_device_alone_has_the_kernels_of_the_default_engine(name: str) -> None:
-    alone, served = simulator.load_hardware(name), simulator.load_hardware(name).serving(load_engine("vllm").stacks)
+    alone, served = (
+        simulator.load_hardware(name),
+        simulator.load_hardware(name).serving(load_engine("vllm").stacks),
+    )
     assert simulator.Request().engine == "vllm"
-    assert {key: s.stack for key, s in alone.sections.items()} == {key: s.stack for key, s in served.sections.items()}
+    assert {key: s.stack for key, s in alone.sections.items()} == {
+        key: s.stack for key, s in served.sections.items()
+    }
     assert alone.section("attention_decode", "bf16").stack == "vllm"
 
 
 def test_gemm_names_the_stack_whose_kernels_it_times(cli: Any) -> None:
-    rows = cli.json("gemm 64 4096 4096 --hardware rtx_pro_6000,rtx_pro_6000@trtllm,t4,cpu --dtype fp32")
+    rows = cli.json(
+        "gemm 64 4096 4096 --hardware rtx_pro_6000,rtx_pro_6000@trtllm,t4,cpu --dtype fp32"
+    )
     assert [(r["stack"], r["status"]) for r in rows] == [
         ("", "default"),
         ("", "default"),

@@ -36,4 +36,6 @@ def test_the_answer_says_what_it_compares_and_what_it_needs(cli: Any) -> None:
     assert "makes llama-3.1-70b pruned by depth 0.25 " in shown
     assert "compared with the dense target" in shown
     assert "GiB per device, more than it has" in cli.out(pair)
-    assert "no certain gain" in cli.out("draft llama-3.1-70b --prune 'depth 0.5' --hardware h100 --acceptance 0.5")
+    assert "no certain gain" in cli.out(
+        "draft llama-3.1-70b --prune 'depth 0.5' --hardware h100 --acceptance 0.5"
+    )

@@ -31,13 +31,27 @@ TINY = """{
 "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 2,
 "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512,
 "max_position_embeddings": 512, "hidden_act": "silu"}"""
-VARIABLES = ("DEVICE", "MODEL", "LAYERS", "DTYPES", "ENGINES", "SEQ", "BATCH", "SPARSITY", "BUDGET", "LIMIT", "PYTHON")
+VARIABLES = (
+    "DEVICE",
+    "MODEL",
+    "LAYERS",
+    "DTYPES",
+    "ENGINES",
+    "SEQ",
+    "BATCH",
+    "SPARSITY",
+    "BUDGET",
+    "LIMIT",
+    "PYTHON",
+)
 Done = subprocess.CompletedProcess[str]
 
 
 def start(folder: Path, prunesim: str, **variables: str) -> subprocess.Popen[str]:
     """Start the script in a folder that has no prunesim, with one that is not installed."""
-    clean = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "PYTHONPATH")}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in (*VARIABLES, "PYTHONPATH")
+    }
     program = {"PRUNESIM": f"{sys.executable} {prunesim}", "PYTHON": sys.executable}
     words, pipe = [str(SCRIPT), str(folder / "run")], subprocess.PIPE
     environment = clean | program | variables
@@ -67,7 +81,9 @@ def pretend(
 ) -> tuple[Done, list[list[str]]]:
     """Run a program that only writes down what it was asked, and fails as told, with these packages installed."""
     file, log = folder / "pretend.py", folder / "asked.jsonl"
-    file.write_text(f"import json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n{body}\n")
+    file.write_text(
+        f"import json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n{body}\n"
+    )
     done = run(folder, str(file), **{"PYTHON": python(folder, packages), **variables})
     asked = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return done, [words for words in asked if words != ["--version"]]
@@ -89,12 +105,18 @@ def test_every_step_in_order_within_9_minutes(tmp_path: Path, dtypes: str) -> No
     done, asked = pretend(tmp_path, DTYPES=dtypes)
     assert done.returncode == 0, done.stderr
     first, *others = dtypes.split()
-    assert [a[0] for a in asked] == ["calibrate", *["compare"] * 4, "upper-bound", *["calibrate"] * len(others)]
+    assert [a[0] for a in asked] == [
+        "calibrate",
+        *["compare"] * 4,
+        "upper-bound",
+        *["calibrate"] * len(others),
+    ]
     assert [after(a, "--dtype") for a in asked] == [*[first] * 6, *others]
     assert [after(a, "--engine") for a in asked[1:5]] == ENGINES
     assert all("cuda" in a for a in asked)
     assert {a[1] for a in asked if a[0] != "calibrate"} == {"llama-3.1-8b"}
-    assert {after(a, "-o") for a in asked[:6]} == {after(asked[0], "-o")}  # with the profile of the first step
+    # with the profile of the first step
+    assert {after(a, "-o") for a in asked[:6]} == {after(asked[0], "-o")}
     vllm, _, compiled, _ = asked[1:5]
     assert (after(vllm, "--family"), after(compiled, "--layers")) == ("depth,width", "8")
     assert seconds(vllm) == max(map(seconds, asked))
@@ -103,7 +125,9 @@ def test_every_step_in_order_within_9_minutes(tmp_path: Path, dtypes: str) -> No
     assert total_s + START_S * len(asked) <= MINUTES * 60
 
 
-def test_an_engine_that_is_not_installed_is_skipped_and_leaves_its_time_to_the_others(tmp_path: Path) -> None:
+def test_an_engine_that_is_not_installed_is_skipped_and_leaves_its_time_to_the_others(
+    tmp_path: Path,
+) -> None:
     done, asked = pretend(tmp_path, packages=["torch"])
     assert done.returncode == 0, done.stdout
     assert [after(a, "--engine") for a in asked if a[0] == "compare"] == ["reference"]
@@ -142,12 +166,19 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> 
 def test_nothing_runs_beyond_the_time_limit(tmp_path: Path) -> None:
     done = pretend(tmp_path, ENGINES="hf", LIMIT="0")[0]
     assert done.returncode == 1
-    assert done.stdout.count("skipped: the time limit of 0 s is reached; run the script again to resume") == 4
+    assert (
+        done.stdout.count(
+            "skipped: the time limit of 0 s is reached; run the script again to resume"
+        )
+        == 4
+    )
     assert "4 steps failed" in done.stdout
 
 
 @pytest.mark.slow
-def test_a_step_that_reaches_the_time_limit_is_interrupted_between_two_samples(tmp_path: Path) -> None:
+def test_a_step_that_reaches_the_time_limit_is_interrupted_between_two_samples(
+    tmp_path: Path,
+) -> None:
     body = """
 import signal, time
 signal.signal(signal.SIGINT, lambda *_: (print('resume later'), sys.exit(130)))
@@ -171,7 +202,11 @@ def packed(folder: Path) -> dict[str, str]:
     with tarfile.open(folder / "run.tar.gz") as tar:
         assert {(entry.uname, entry.gname, entry.uid) for entry in tar} == {("", "", 0)}
         files = {entry.name: tar.extractfile(entry) for entry in tar}
-        return {name: file.read().decode("utf-8", "replace") for name, file in files.items() if file is not None}
+        return {
+            name: file.read().decode("utf-8", "replace")
+            for name, file in files.items()
+            if file is not None
+        }
 
 
 MEASURES_AND_WAITS = """
@@ -255,9 +290,18 @@ if folder and 'calibrate' in sys.argv:
     done, _ = pretend(tmp_path, body, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     texts = packed(tmp_path)
-    assert {"run/report.md", "run/log.txt", "run/versions/pip.txt", "run/versions/gpu.txt"} <= set(texts)
+    assert {"run/report.md", "run/log.txt", "run/versions/pip.txt", "run/versions/gpu.txt"} <= set(
+        texts
+    )
     for name, text in texts.items():
-        for private in ("ada_lovelace", str(tmp_path / "home"), str(ROOT), "123456789abc", "1650320000001", "10.1.2.3"):
+        for private in (
+            "ada_lovelace",
+            str(tmp_path / "home"),
+            str(ROOT),
+            "123456789abc",
+            "1650320000001",
+            "10.1.2.3",
+        ):
             assert private not in text, name
     assert "NVIDIA H100" in texts["run/versions/gpu.txt"]
     assert "a traceback in ~/prune/x.py" in texts["run/log.txt"]
@@ -288,18 +332,38 @@ def test_the_script_runs_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     model, out = tmp_path / "config.json", tmp_path / "run"
     model.write_text(TINY)
-    settings = {"DEVICE": "cpu", "MODEL": str(model), "DTYPES": "fp32", "SEQ": "64", "ENGINES": "reference"}
+    settings = {
+        "DEVICE": "cpu",
+        "MODEL": str(model),
+        "DTYPES": "fp32",
+        "SEQ": "64",
+        "ENGINES": "reference",
+    }
     budget = os.environ.get("PRUNESIM_SCRIPT_S", "60")
     done = run(tmp_path, "-m simulator.cli", **settings, BUDGET=budget)
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, f"{done.stdout}\n{settings}\n{log[-3000:]}"
     profile = load_hardware(out / "fp32" / "profile.yaml")
     assert profile.section("gemm", "fp32").status == "calibrated"
-    kinds = {row["operator"]["kind"] for row in read_store(out / "fp32" / "records.jsonl").rows if row.get("median_s")}
+    kinds = {
+        row["operator"]["kind"]
+        for row in read_store(out / "fp32" / "records.jsonl").rows
+        if row.get("median_s")
+    }
     assert {"gemm", "attention_prefill", "attention_decode", "elementwise", "low_rank"} <= kinds
-    texts = ((out / "fp32" / file).read_text().splitlines() for file in ("upper_bound.csv", "comparison.csv"))
+    texts = (
+        (out / "fp32" / file).read_text().splitlines()
+        for file in ("upper_bound.csv", "comparison.csv")
+    )
     bounds, compared = (list(csv.DictReader(lines)) for lines in texts)
-    assert {row["family"] for row in bounds} >= {"depth", "width", "low_rank", "dynamic_depth", "token", "kv_cache"}
+    assert {row["family"] for row in bounds} >= {
+        "depth",
+        "width",
+        "low_rank",
+        "dynamic_depth",
+        "token",
+        "kv_cache",
+    }
     assert all(float(row["measured_bound"]) > 0 for row in bounds if row["missing"] == "0")
     assert {row["family"] for row in compared} >= {"depth", "width", "low_rank"}
     assert all(float(row["measured"]) > 0 and float(row["predicted"]) > 0 for row in compared)

@@ -48,7 +48,8 @@ READERS = {
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Commands run in an empty folder, and may touch nothing outside it."""
-    pytest.importorskip("matplotlib.font_manager")  # reads the fonts of the machine when it is first imported
+    # reads the fonts of the machine when it is first imported
+    pytest.importorskip("matplotlib.font_manager")
     monkeypatch.chdir(tmp_path)
     with guarded(tmp_path, (Path("/dev/zero"), Path("/proc"))):
         yield
@@ -58,7 +59,9 @@ def refused(command: str, file: str, cli: Any) -> str:
     """The one line of a command that refuses a file; it may neither hang nor take much memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with in_time():
-        line: str = cli.refused([word.replace("{}", os.path.abspath(file)) for word in command.split()], lists=True)
+        line: str = cli.refused(
+            [word.replace("{}", os.path.abspath(file)) for word in command.split()], lists=True
+        )
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     check_line(line, Path(file).name.split("\x1b[31m")[-1])
     assert grown * 1024 < MOST_MEMORY, grown
@@ -97,7 +100,9 @@ def test_what_is_no_file_to_read_is_refused(reader: str, kind: str, cli: Any) ->
         ("validate h100", "--markdown", "FILE"),
     ],
 )
-def test_a_variable_that_is_not_set_is_no_value(command: str, option: str, metavar: str, cli: Any) -> None:
+def test_a_variable_that_is_not_set_is_no_value(
+    command: str, option: str, metavar: str, cli: Any
+) -> None:
     _, err = cli(f"{command} {option}=", 2)
     assert err == f"prunesim: {option}: expected {metavar}, got an empty value\n"
     assert list(Path().iterdir()) == []
@@ -109,13 +114,23 @@ def test_names_that_no_terminal_should_see(reader: str, cli: Any) -> None:
     refused(READERS[reader], "a\n\x1b[31mgiven.csv", cli)
 
 
-_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 TINY = {"model_type": "llama", "vocab_size": 50, **_SIZES}
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", 10**400), ("num_hidden_layers", 10**9), ("vocab_size", 1e308), ("num_attention_heads", 10**18)],
+    [
+        ("hidden_size", 10**400),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 1e308),
+        ("num_attention_heads", 10**18),
+    ],
 )
 def test_sizes_that_no_machine_holds_are_refused(key: str, value: float, cli: Any) -> None:
     Path("config.json").write_text(json.dumps({**TINY, key: value}))
@@ -143,7 +158,18 @@ def test_a_character_that_the_font_lacks_draws_no_warning(cli: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../../x.npz", "/etc/passwd", "a/b.npz", "..", "", "~/x.npz", "x.npz/../y.npz", "x\\0.npz", "c:x.npz", "x.yaml"],
+    [
+        "../../x.npz",
+        "/etc/passwd",
+        "a/b.npz",
+        "..",
+        "",
+        "~/x.npz",
+        "x.npz/../y.npz",
+        "x\\0.npz",
+        "c:x.npz",
+        "x.yaml",
+    ],
 )
 def test_arrays_lie_beside_their_profile(name: str, cli: Any) -> None:
     Path("p.yaml").write_text(profile_with(b"", f'"{name}"'), encoding="utf-8")
@@ -178,7 +204,11 @@ def bomb(kind: str) -> dict[str, Any]:
     if kind == "rows":
         return {"m": pa.repeat(pa.scalar(7, pa.int64()), 20_000_001)}
     if kind == "texts":
-        return {"m": pa.DictionaryArray.from_arrays(pa.array(np.zeros(1_000_000, np.int32)), pa.array(["x" * 3000]))}
+        return {
+            "m": pa.DictionaryArray.from_arrays(
+                pa.array(np.zeros(1_000_000, np.int32)), pa.array(["x" * 3000])
+            )
+        }
     if kind == "list":
         ends = pa.array([0, 30_000_000], pa.int32())
         return {"m": pa.ListArray.from_arrays(ends, pa.repeat(pa.scalar(7), 30_000_000))}
@@ -194,8 +224,14 @@ def test_parquet_that_unpacks_to_gigabytes(kind: str, cli: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
-def test_texts_of_each_type_are_measured_before_they_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pa, pq, file = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"), io.BytesIO()
+def test_texts_of_each_type_are_measured_before_they_are_decoded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa, pq, file = (
+        pytest.importorskip("pyarrow"),
+        pytest.importorskip("pyarrow.parquet"),
+        io.BytesIO(),
+    )
     if not hasattr(pa, kind):
         pytest.skip(f"pyarrow before 16 writes no {kind}")
     pq.write_table(pa.table({"a": pa.array(["x" * 100] * 100, getattr(pa, kind)())}), file)
@@ -216,9 +252,15 @@ def test_csv_larger_than_can_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
         read_csv(b"a\n" + b"1\n" * 50, "t.csv")
 
 
-def test_lines_are_those_of_the_file_and_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+def test_lines_are_those_of_the_file_and_columns_without_a_name_are_passed_over(
+    tmp_path: Path,
+) -> None:
     table = read_csv('\n a , b\n\n"1\n2", 3\n , \n4,5', "t.csv")
-    assert (table.header, table.rows, table.lines) == (("a", "b"), [["1 2", "3"], ["4", "5"]], [5, 7])
+    assert (table.header, table.rows, table.lines) == (
+        ("a", "b"),
+        [["1 2", "3"], ["4", "5"]],
+        [5, 7],
+    )
     with pytest.raises(InputError, match=r"^t\.csv:5: expected 2 cells"):
         read_csv('a,b\n"1\n\n2",3\n4\n', "t.csv")
     (tmp_path / "t.csv").write_text("m,n,k,latency_us,,\n8,64,64,5,x,y\n")

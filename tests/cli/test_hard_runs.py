@@ -19,7 +19,9 @@ GRID = (
     "phases: [decode]\nbatches: [1]\nseqs: [2048]\n"
 )
 TABLE = "m,n,k,latency_us\n" + "".join(
-    f"{m},{n},4096,{30 + m * n / 4e4:.3f}\n" for m in (1, 4, 16, 64, 256, 1024) for n in (1024, 2048, 4096, 8192)
+    f"{m},{n},4096,{30 + m * n / 4e4:.3f}\n"
+    for m in (1, 4, 16, 64, 256, 1024)
+    for n in (1024, 2048, 4096, 8192)
 )
 DEPTH = "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25"
 WRITERS = {
@@ -58,7 +60,9 @@ def prunesim(python: Any, place: Path) -> Any:
     return lambda line, **options: python(["-m", "simulator.cli", *line.split()], place, **options)
 
 
-SLOW_WRITERS = [pytest.param(what, marks=pytest.mark.slow) for what in ("figures", "fit", "validate")]
+SLOW_WRITERS = [
+    pytest.param(what, marks=pytest.mark.slow) for what in ("figures", "fit", "validate")
+]
 
 
 @pytest.mark.parametrize("what", ["csv", "figure", "sweep", *SLOW_WRITERS])
@@ -70,7 +74,8 @@ def test_a_full_disk_leaves_what_was_there(what: str, place: Path, prunesim: Any
         target.write_bytes(b"old")
     before = {p.name: p.read_bytes() for p in (place / "out").iterdir()}
     small = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    unwritten = {"PYTHONDONTWRITEBYTECODE": "1"}  # a compiled module would be cut off, and stay for other tests
+    # a compiled module would be cut off, and stay for other tests
+    unwritten = {"PYTHONDONTWRITEBYTECODE": "1"}
     status, _, lines = prunesim(WRITERS[what], preexec_fn=small, environment=unwritten)
     assert (status, len(lines)) == (1, 1), lines
     assert "File too large" in lines[0]
@@ -106,19 +111,33 @@ def test_places_that_cannot_be_written_to(what: str, target: str, place: Path, c
         cli([*words, path])  # folders of a set of figures are made
         return
     status = cli.run([*words, path])
-    lines = [line for line in cli.capsys.readouterr().err.splitlines() if not line.startswith(("note: ", "status: "))]
+    lines = [
+        line
+        for line in cli.capsys.readouterr().err.splitlines()
+        if not line.startswith(("note: ", "status: "))
+    ]
     assert status in (1, 2), lines
     assert len(lines) == 1, lines
     assert lines[0].isprintable()
     assert sorted(place.rglob("*")) == before
 
 
-C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None}
+C_LOCALE = {
+    "LC_ALL": "C",
+    "LANG": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONIOENCODING": None,
+}
 NO_HOME = {"HOME": None, "XDG_CACHE_HOME": "/proc/nothing", "XDG_CONFIG_HOME": None, "USER": None}
 SURROUNDINGS: Mapping[str, Mapping[str, str | None]] = {
     "these": {},
     "the C locale without UTF-8": C_LOCALE,
-    "a locale of decimal commas": {"LC_ALL": "de_DE.UTF-8", "LANG": "tr_TR.UTF-8", "LC_NUMERIC": "de_DE.UTF-8"},
+    "a locale of decimal commas": {
+        "LC_ALL": "de_DE.UTF-8",
+        "LANG": "tr_TR.UTF-8",
+        "LC_NUMERIC": "de_DE.UTF-8",
+    },
     "another day and no home": {**NO_HOME, "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1"},
 }
 
@@ -154,7 +173,9 @@ def test_surroundings_change_no_byte(place: Path, python: Any) -> None:
         arguments = ["-c", SCRIPT, json.dumps(COMMANDS)]
         status, out, lines = python(arguments, place / name, environment=SURROUNDINGS[name])
         assert status == 0, lines
-        return {"printed": out} | {p.name: p.read_bytes() for p in (place / name / "out").rglob("*") if p.is_file()}
+        return {"printed": out} | {
+            p.name: p.read_bytes() for p in (place / name / "out").rglob("*") if p.is_file()
+        }
 
     with ThreadPoolExecutor(2) as pool:
         first, *others = pool.map(everything, SURROUNDINGS)
@@ -177,4 +198,5 @@ def test_two_fits_into_one_file_leave_a_whole_profile(place: Path, prunesim: Any
     (place / "u.csv").write_text(TABLE.replace("\n1,", "\n2,"))
     _together(prunesim, WRITERS["fit"], WRITERS["fit"].replace("t.csv", "u.csv"), WRITERS["fit"])
     assert load_hardware(place / "out/p.yaml").section("gemm", "bf16").status == "calibrated"
-    assert len(list((place / "out").iterdir())) == 2  # the profile and the one set of arrays that it names
+    # the profile and the one set of arrays that it names
+    assert len(list((place / "out").iterdir())) == 2

@@ -34,7 +34,9 @@ def started(folder: Path, line: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "simulator.cli", *line.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(words, cwd=folder, env=environment, stdout=quiet, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=quiet, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finished(folder: Path, line: str, *statuses: int) -> float:
@@ -80,7 +82,8 @@ def test_kills_of_a_sweep(tmp_path: Path) -> None:
 
 def test_kills_of_a_calibration(tmp_path: Path) -> None:
     line = "calibrate replay:planted --budget 20s -o {}"
-    took_s = finished(tmp_path, line.format("clean"), 0, 1)  # 1: so short a run ends in a verdict against it
+    # 1: so short a run ends in a verdict against it
+    took_s = finished(tmp_path, line.format("clean"), 0, 1)
     clean = keys(tmp_path / "clean")
     rng, many, left_behind, records = random.Random(3), 0, 0, 0
     for round_ in range(KILLS):
@@ -99,7 +102,9 @@ def test_kills_of_a_calibration(tmp_path: Path) -> None:
         assert names(folder) == names(tmp_path / "clean")
         records += acknowledged.count(b"\n")
     print(f"calibrate: {many} killed, {left_behind} temporary files left by kills, none at the end")
-    print(f"{records} records acknowledged before the last kill of each folder: all kept, none doubled")
+    print(
+        f"{records} records acknowledged before the last kill of each folder: all kept, none doubled"
+    )
 
 
 def still_there(folder: Path, before: bytes) -> bytes:
@@ -115,9 +120,14 @@ def still_there(folder: Path, before: bytes) -> bytes:
 def keys(folder: Path) -> Counter[tuple[str, str]]:
     """Operators that were measured, by purpose, and how often; drift checks, which every run repeats, excluded."""
     rows = read_store(folder / "records.jsonl").rows
-    return Counter((row["key"], row["purpose"]) for row in rows if row.get("purpose") != "drift_check")
+    return Counter(
+        (row["key"], row["purpose"]) for row in rows if row.get("purpose") != "drift_check"
+    )
 
 
 def names(folder: Path) -> set[str]:
     """Files, without the digest in the name of the arrays."""
-    return {".".join(part for part in path.name.split(".") if len(part) != 12) for path in folder.iterdir()}
+    return {
+        ".".join(part for part in path.name.split(".") if len(part) != 12)
+        for path in folder.iterdir()
+    }

@@ -68,7 +68,10 @@ class Planted:
 
 BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 60s",)
 COMPARE = f"compare {MODEL} -o RUN --family width,depth,low_rank --budget 30s"
-CALIBRATE, MEASURE = ("calibrate cuda -o RUN --budget 50s",), ("calibrate cuda -o RUN --measure-only --budget 12s",)
+CALIBRATE, MEASURE = (
+    ("calibrate cuda -o RUN --budget 50s",),
+    ("calibrate cuda -o RUN --measure-only --budget 12s",),
+)
 CASES: Mapping[str, Planted] = {
     **{name: Planted(name, CALIBRATE) for name in GPUS},
     "bound": Planted("H100", BOUND),
@@ -83,7 +86,9 @@ CASES: Mapping[str, Planted] = {
     "throttling throughout": Planted("H100", MEASURE, Troubles(throttle=(0.0, 1e9))),
     "lost": Planted("H100", MEASURE, Troubles(lost_at_s=6.0)),
     "refused": Planted(
-        "H100", (f"upper-bound {MODEL} -o RUN --family depth --budget 10s",), Troubles(refused=(4096, 4096))
+        "H100",
+        (f"upper-bound {MODEL} -o RUN --family depth --budget 10s",),
+        Troubles(refused=(4096, 4096)),
     ),
     "capture": Planted("H100", MEASURE, Troubles(uncapturable=("scaled_dot_product_attention",))),
     "late capture": Planted("H100", MEASURE * 2, Troubles(capture_fails_at_s=4.0), NO_TROUBLES),
@@ -122,8 +127,13 @@ def ended(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> Callab
 
     def ended(name: str) -> Ended:
         if name not in found:
-            case, folder, statuses = CASES[name], tmp_path_factory.mktemp("planted") / "run", list[int]()
-            if case.commands[:-1] == CALIBRATE and case.troubles == NO_TROUBLES:  # as the case of the GPU itself
+            case, folder, statuses = (
+                CASES[name],
+                tmp_path_factory.mktemp("planted") / "run",
+                list[int](),
+            )
+            # as the case of the GPU itself
+            if case.commands[:-1] == CALIBRATE and case.troubles == NO_TROUBLES:
                 statuses += ended(case.gpu).statuses
                 shutil.copytree(ended(case.gpu).folder, folder)
             for number, command in list(enumerate(case.commands))[len(statuses) :]:
@@ -143,7 +153,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> Callab
 def planted_s(name: str, m: int, n: int, k: int) -> float:
     """Return the planted time of a GEMM on a GPU without troubles."""
     gpu, op = GPUS[name], Operator("gemm", m=m, n=n, k=k)
-    return gpu.floor_s + Kernel("linear", op.flops / gpu.flop_per_s, op.bytes / gpu.bytes_per_s).seconds(1.0)
+    return gpu.floor_s + Kernel(
+        "linear", op.flops / gpu.flop_per_s, op.bytes / gpu.bytes_per_s
+    ).seconds(1.0)
 
 
 def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
@@ -151,7 +163,12 @@ def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
     found = {}
     for what, sizes in PROBES.items():
         m, n, k = (axis.ravel() for axis in np.meshgrid(*sizes))
-        true = np.array([planted_s(name, *shape) for shape in zip(m.tolist(), n.tolist(), k.tolist(), strict=True)])
+        true = np.array(
+            [
+                planted_s(name, *shape)
+                for shape in zip(m.tolist(), n.tolist(), k.tolist(), strict=True)
+            ]
+        )
         found[what] = float(np.median(gemm_time(m, n, k, profile).seconds / true)) - 1.0
     return found
 
@@ -159,16 +176,21 @@ def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
 @pytest.mark.parametrize("name", GPUS)
 def test_planted_constants_are_recovered(ended: Callable[[str], Ended], name: str) -> None:
     done = ended(name)
-    assert done.statuses == (int(done.out.startswith("Do not ")),), done.notes  # as the verdict says
+    # as the verdict says
+    assert done.statuses == (int(done.out.startswith("Do not ")),), done.notes
     found = errors(name, done.profile)
     assert all(abs(error) < TOLERANCE[what] for what, error in found.items()), found
-    assert {row["after"]["throttle"] == "unknown" for row in done.rows if row["status"] == "ok"} == {GPUS[name].mig}
+    assert {
+        row["after"]["throttle"] == "unknown" for row in done.rows if row["status"] == "ok"
+    } == {GPUS[name].mig}
 
 
 def test_the_measured_bound_is_that_of_the_planted_kernels(ended: Callable[[str], Ended]) -> None:
     done = ended("bound")
     assert done.statuses == (0,), done.notes
-    assert done.out.startswith(f"The largest measured bounds of llama-3.1-8b on {GPUS['H100'].name} (132 SM): prefill ")
+    assert done.out.startswith(
+        f"The largest measured bounds of llama-3.1-8b on {GPUS['H100'].name} (132 SM): prefill "
+    )
     assert set(done.counts()) == {"ok"}
 
 
@@ -202,8 +224,16 @@ def test_the_decoder_runs_the_fused_kernels_that_calibrations_time(phase: str, b
         sample = timing.sampler(dense, Mock(batch=batch, seq=64, phase=phase), "eager")
         with cuda.watched() as launches:
             sample(1)
-    found, layers = Counter(kernel.name for kernels in launches for kernel in kernels), len(dense.layers)
-    assert (found["_rotary"], found["_gated"], found["silu"], found["addcmul"]) == (2 * layers, layers, 0, 0)
+    found, layers = (
+        Counter(kernel.name for kernels in launches for kernel in kernels),
+        len(dense.layers),
+    )
+    assert (found["_rotary"], found["_gated"], found["silu"], found["addcmul"]) == (
+        2 * layers,
+        layers,
+        0,
+        0,
+    )
 
 
 def test_random_bases_of_low_rank_are_made_on_the_device() -> None:
@@ -226,13 +256,17 @@ def test_transformers_runs_on_a_planted_gpu(ended: Callable[[str], Ended]) -> No
 
 def test_a_power_cap_is_read_under_load_and_reported(ended: Callable[[str], Ended]) -> None:
     done = ended("power cap")
-    capped = [row for row in done.rows if "after" in row and "sw_power_cap" in row["after"]["throttle"]]
+    capped = [
+        row for row in done.rows if "after" in row and "sw_power_cap" in row["after"]["throttle"]
+    ]
     assert capped
     assert {row["after"]["clock_hz"] for row in capped} == {0.75 * GPUS["H100"].clock_hz}
     assert "timed operators ran at the power limit" in done.notes
 
 
-def test_what_was_measured_while_the_gpu_was_hot_is_measured_again(ended: Callable[[str], Ended]) -> None:
+def test_what_was_measured_while_the_gpu_was_hot_is_measured_again(
+    ended: Callable[[str], Ended],
+) -> None:
     done = ended("throttling")
     again = [row for row in done.rows if row.get("attempts", 1) > 1]
     assert again
@@ -246,7 +280,9 @@ def test_a_lost_gpu_ends_the_run_and_keeps_its_records(ended: Callable[[str], En
     assert done.counts()["failed"] == 1
 
 
-def test_a_shape_that_cublas_refuses_is_the_only_one_without_a_time(ended: Callable[[str], Ended]) -> None:
+def test_a_shape_that_cublas_refuses_is_the_only_one_without_a_time(
+    ended: Callable[[str], Ended],
+) -> None:
     done = ended("refused")
     assert done.statuses == (0,)
     refused = [row for row in done.rows if row["status"] == "unsupported"]
@@ -262,11 +298,15 @@ def test_a_kind_that_cannot_be_captured_has_one_method(ended: Callable[[str], En
     done = ended("capture")
     assert done.statuses == (0,)
     methods = {(row["operator"]["kind"], _method(row)) for row in done.rows if "method" in row}
-    assert {method for kind, method in methods if kind in PLAIN_ATTENTION} == {"events around single launches"}
+    assert {method for kind, method in methods if kind in PLAIN_ATTENTION} == {
+        "events around single launches"
+    }
     assert {method for kind, method in methods if kind == "gemm"} == {"events around a graph"}
 
 
-def test_a_spoiled_process_measures_nothing_more_and_the_next_one_resumes(ended: Callable[[str], Ended]) -> None:
+def test_a_spoiled_process_measures_nothing_more_and_the_next_one_resumes(
+    ended: Callable[[str], Ended],
+) -> None:
     done = ended("late capture")
     assert done.statuses == (1, 0)
     spoiled = [row for row in done.rows if row["status"] == "unsupported"]
@@ -285,18 +325,34 @@ def _method(row: Mapping[str, Any]) -> str:
 def line_of(name: str, done: Ended) -> str:
     """Return a case, its exit statuses, what its last command concludes and notes, and errors of planted constants."""
     case = CASES[name]
-    planted = {field.name for field in fields(Troubles) if getattr(case.troubles, field.name) != field.default}
-    what = ", ".join(f"{field} {getattr(case.troubles, field)}" for field in sorted(planted)) or "nothing"
+    planted = {
+        field.name
+        for field in fields(Troubles)
+        if getattr(case.troubles, field.name) != field.default
+    }
+    what = (
+        ", ".join(f"{field} {getattr(case.troubles, field)}" for field in sorted(planted))
+        or "nothing"
+    )
     first = re.split(r": |\n\n", done.out.replace(str(done.folder), "RUN"))[0].replace("\n", " ")
     parts = [f"planted: {what}", f"exit {' '.join(map(str, done.statuses))}"]
     if (done.folder / "records.jsonl").exists():
         parts.append("rows " + ", ".join(sorted(done.counts())))
     parts += [first] if first not in ("", "RUN/records.jsonl") else []
-    if "--measure-only" in case.commands[-1] or not case.commands[-1].startswith("calibrate"):  # else notes of a fit
-        parts += sorted({_plain(note) for note in re.findall(r"^(?:note|prunesim): (.*)", done.notes, re.MULTILINE)})
+    # else notes of a fit
+    if "--measure-only" in case.commands[-1] or not case.commands[-1].startswith("calibrate"):
+        parts += sorted(
+            {
+                _plain(note)
+                for note in re.findall(r"^(?:note|prunesim): (.*)", done.notes, re.MULTILINE)
+            }
+        )
     if (done.folder / "profile.yaml").exists():
         off = errors(case.gpu, done.profile)
-        parts.append("constants " + ", ".join(f"{what} {round(100 * error):+d} %" for what, error in off.items()))
+        parts.append(
+            "constants "
+            + ", ".join(f"{what} {round(100 * error):+d} %" for what, error in off.items())
+        )
     return f"{name} ({case.gpu}): " + " | ".join(parts)
 
 

@@ -28,12 +28,16 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return found
 
 
-def test_a_spoiled_process_is_replaced_by_the_same_command_a_few_times(executed: list[list[str]]) -> None:
+def test_a_spoiled_process_is_replaced_by_the_same_command_a_few_times(
+    executed: list[list[str]],
+) -> None:
     notes: list[str] = []
     for _ in range(MOST_RESTARTS + 2):
         restart_if_needed(SPOILED, notes.append)
     assert executed == [[sys.executable, "/usr/bin/prunesim", *ARGUMENTS]] * MOST_RESTARTS
-    assert notes == ["capture failed: gemm: not capturable; resuming in a new process"] * MOST_RESTARTS
+    assert (
+        notes == ["capture failed: gemm: not capturable; resuming in a new process"] * MOST_RESTARTS
+    )
 
 
 @pytest.mark.parametrize("program", ["/usr/bin/pytest", "", "notebook.py"])
@@ -45,11 +49,16 @@ def test_another_program_is_not_restarted(
     assert executed == []
 
 
-def test_other_ends_of_a_run_are_final(executed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ends_of_a_run_are_final(
+    executed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["/lib/simulator/cli/__main__.py"])
     for stopped in ("", "budget", "interrupted"):
         restart_if_needed(replace(SPOILED, stopped=stopped), lambda text: None)
     assert executed == []
     restart_if_needed(SPOILED, lambda text: None)
-    restart_if_needed(replace(SPOILED, stopped="device lost: CUDA error: an illegal memory access"), lambda text: None)
+    restart_if_needed(
+        replace(SPOILED, stopped="device lost: CUDA error: an illegal memory access"),
+        lambda text: None,
+    )
     assert len(executed) == 2

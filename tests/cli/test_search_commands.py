@@ -21,7 +21,10 @@ def scores(tmp_path: Path) -> Path:
     """Three variants of each layer, of which deep ones cost least quality."""
     lines = ["layer,attention,mlp,kl_div"]
     for layer in range(16):
-        lines += [f"{layer},dense,4096,{0.1 + 0.01 * (16 - layer)}", f"{layer},none,dense,{0.5 + 0.02 * (16 - layer)}"]
+        lines += [
+            f"{layer},dense,4096,{0.1 + 0.01 * (16 - layer)}",
+            f"{layer},none,dense,{0.5 + 0.02 * (16 - layer)}",
+        ]
     file = tmp_path / "scores.csv"
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -59,18 +62,28 @@ def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) 
     (found,) = json.loads(file.read_text())
     assert (found["args"]["batch_size"], found["args"]["prefill_seq_len"]) == (8, 512)
     for row in found["subblocks"]:
-        assert row["runtime_ms"] == pytest.approx(row["prefill_runtime_ms"] + row["decode_runtime_ms"])
+        assert row["runtime_ms"] == pytest.approx(
+            row["prefill_runtime_ms"] + row["decode_runtime_ms"]
+        )
     layers = {row["parent_layer_index"] for row in found["subblocks"]}
     assert layers == set(range(16))
     dense = [
         row
         for row in found["subblocks"]
-        if (row["subblock_config"].get("intermediate_size"), row["subblock_config"].get("num_key_value_heads"))
+        if (
+            row["subblock_config"].get("intermediate_size"),
+            row["subblock_config"].get("num_key_value_heads"),
+        )
         in ((8192, None), (None, 8))
     ]
     lowered = simulator.lower(MODEL, phase="generate", batch=8, seq=512, new_tokens=64)
-    total = {name: found["non_block"][name] + sum(row[name] for row in dense) for name in ("runtime_ms", "num_params")}
-    assert total["runtime_ms"] == pytest.approx(1e3 * simulator.workload_time(lowered, "h100").total_s)
+    total = {
+        name: found["non_block"][name] + sum(row[name] for row in dense)
+        for name in ("runtime_ms", "num_params")
+    }
+    assert total["runtime_ms"] == pytest.approx(
+        1e3 * simulator.workload_time(lowered, "h100").total_s
+    )
     assert total["num_params"] == load_model(MODEL).parameters
 
 
@@ -78,12 +91,26 @@ def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) 
     ("line", "message"),
     [
         (f"costs {MODEL} --hardware h100 -o out.txt", "ends in .csv, .json or .parquet"),
-        (f"costs {MODEL} --hardware h100 -o out.json", "out.json: expected --phase generate, because"),
-        pytest.param(f"costs {MODEL} --hardware h100 -o {'x' * 300}.csv", "cannot be written", id="long output"),
-        pytest.param(f"costs {MODEL} --hardware h100 --choices {'x' * 5000}", "cannot be read", id="long choices"),
+        (
+            f"costs {MODEL} --hardware h100 -o out.json",
+            "out.json: expected --phase generate, because",
+        ),
+        pytest.param(
+            f"costs {MODEL} --hardware h100 -o {'x' * 300}.csv",
+            "cannot be written",
+            id="long output",
+        ),
+        pytest.param(
+            f"costs {MODEL} --hardware h100 --choices {'x' * 5000}",
+            "cannot be read",
+            id="long choices",
+        ),
         (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
         (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),
-        (f"search {MODEL} --hardware h100", "--target: expected a target, such as --target 1.3x, or --latency"),
+        (
+            f"search {MODEL} --hardware h100",
+            "--target: expected a target, such as --target 1.3x, or --latency",
+        ),
         (f"search {MODEL} --hardware h100 --memory 40 --target 1.2", "--memory '40'"),
         (f"search {MODEL} --hardware h100 --params many --target 1.2", "--params 'many'"),
         (f"search {MODEL} --hardware h100 --target 1.2", "no published loss of depth pruning"),
@@ -113,9 +140,13 @@ def test_a_search_begins_with_its_plan(cli: Any, scores: Path) -> None:
     assert plan["targets"][0]["probability"] >= 0.5
 
 
-def test_a_written_plan_is_a_pruning_with_the_same_speedup(cli: Any, scores: Path, tmp_path: Path) -> None:
+def test_a_written_plan_is_a_pruning_with_the_same_speedup(
+    cli: Any, scores: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "plan"
-    (plan,) = cli.json(f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8 --write {folder}")
+    (plan,) = cli.json(
+        f"search {MODEL} --hardware h100 --scores {scores} --target 1.3 --batch 8 --write {folder}"
+    )
     asked = "--hardware h100 --phase decode --batch 8"
     (pruned,) = cli.json(f"speedup {MODEL} {asked} --prune {folder / 'plan.yaml'}")
     assert pruned["speedup"] == pytest.approx(plan["results"][0]["speedup"], rel=1e-6)
@@ -135,7 +166,9 @@ def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) 
     file.write_text("layer,mlp,kl_div\nall,dense,0\nall,linear,0.1\n")
     folder.mkdir()
     (folder / "plan.yaml").write_text("prune: depth 0.5\n")  # of another search
-    _, err = cli(f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {folder}")
+    _, err = cli(
+        f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {folder}"
+    )
     assert "plan.yaml is not written: plan: --prune has no linear sublayers" in err
     assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
     line = f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {file}"
@@ -161,5 +194,10 @@ def test_a_plan_is_checked_before_it_is_a_file(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("simulator.plans.write.check_plan", killed)
-    assert cli.run(f"search {MODEL} --hardware h100 --scores {scores} --target 1.2 --write {folder}".split()) == 130
+    assert (
+        cli.run(
+            f"search {MODEL} --hardware h100 --scores {scores} --target 1.2 --write {folder}".split()
+        )
+        == 130
+    )
     assert list(folder.iterdir()) == []

@@ -40,15 +40,21 @@ def test_several_equal_concurrencies(cli: Any) -> None:
 
 
 def test_a_device_that_cannot_run_the_model_is_excluded(cli: Any) -> None:
-    out, err = cli("serve llama-3.1-8b --hardware h100,a100,t4 --prune 'depth 0.25' --dtype fp8 --concurrency 4")
+    out, err = cli(
+        "serve llama-3.1-8b --hardware h100,a100,t4 --prune 'depth 0.25' --dtype fp8 --concurrency 4"
+    )
     assert out.startswith("With 4 requests in flight on h100_sxm")
     for name in ("a100_sxm_80gb", "t4"):
         assert f"note: {name} in vllm is excluded: " in err
 
 
 def test_a_concurrency_that_does_not_fit_is_named(cli: Any) -> None:
-    out = " ".join(cli.out("serve llama-3.1-8b --hardware h100 --prune 'depth 0.25' --concurrency 270").split())
-    assert re.search(r"tokens/s per GPU; stock vllm runs it; so many do not fit with the dense model\.", out)
+    out = " ".join(
+        cli.out("serve llama-3.1-8b --hardware h100 --prune 'depth 0.25' --concurrency 270").split()
+    )
+    assert re.search(
+        r"tokens/s per GPU; stock vllm runs it; so many do not fit with the dense model\.", out
+    )
 
 
 def test_the_answers_come_first_then_one_table(cli: Any) -> None:
@@ -80,7 +86,9 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     assert sum(row.startswith("  dense ") for row in rows) == 3
     assert sum(row.startswith("  depth at 25 % ") for row in rows) == 3
     assert "kv_cache at 50 % serves 1." in rest
-    assert "kv_cache at 50 % in vllm: will it run? No: stock vllm has no kernels for kv_cache." in rest
+    assert (
+        "kv_cache at 50 % in vllm: will it run? No: stock vllm has no kernels for kv_cache." in rest
+    )
     assert out.count("depends on how requests arrive") == 1
     assert len(err.splitlines()) <= render.MOST_NOTES
     assert max(map(len, out.splitlines())) <= render.PIPED_WIDTH
@@ -93,7 +101,9 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
 def test_many_devices_have_one_row_each(cli: Any) -> None:
     out = cli.out(f"{LINE.replace('h100', 'h100,a100')} --engine vllm,sglang --tpot 30ms")
     rows = [
-        row for row in out.splitlines() if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|sglang) +depth at 25 % ", row)
+        row
+        for row in out.splitlines()
+        if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|sglang) +depth at 25 % ", row)
     ]
     assert len(rows) == 4
     assert "within limits" in out

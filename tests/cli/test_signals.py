@@ -15,7 +15,10 @@ from grids import GRID
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
 ROOT = Path(__file__).resolve().parents[2]
-ENDS = {signal.SIGINT: (130, "prunesim: interrupted\n"), signal.SIGTERM: (143, "prunesim: terminated\n")}
+ENDS = {
+    signal.SIGINT: (130, "prunesim: interrupted\n"),
+    signal.SIGTERM: (143, "prunesim: terminated\n"),
+}
 
 AT_CALL = """
 import importlib, os, sys
@@ -35,7 +38,12 @@ sys.argv = ["prunesim", "speedup", "llama-3.2-1b", "--hardware", "h100", "--fami
 main()
 """
 
-MOMENTS = ("cli.program.program", "cli.parsing.fractions", "prediction.table.request_results", "cli.render.conclude")
+MOMENTS = (
+    "cli.program.program",
+    "cli.parsing.fractions",
+    "prediction.table.request_results",
+    "cli.render.conclude",
+)
 
 SWEEP = """
 import sys
@@ -56,7 +64,9 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("number", ENDS)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_at_any_moment_of_a_command_is_one_line(moment: str, number: signal.Signals, python: Any) -> None:
+def test_a_signal_at_any_moment_of_a_command_is_one_line(
+    moment: str, number: signal.Signals, python: Any
+) -> None:
     status, out, lines = python(["-c", AT_CALL, f"simulator.{moment}", str(int(number))])
     assert (status, "".join(f"{line}\n" for line in lines), out) == (*ENDS[number], b"")
 
@@ -110,7 +120,15 @@ def test_a_worker_that_ends_while_it_sends_a_part_is_not_waited_for(tmp_path: Pa
     (tmp_path / "run.py").write_text(HALF_WRITTEN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "run.py"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("prunesim: a worker process ended early (")
     assert done.stderr.endswith("finished parts are kept: run the same command again\n")

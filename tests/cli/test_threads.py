@@ -24,7 +24,9 @@ TWO = 2
 
 
 def described(threads: int) -> Description:
-    return Description("cpu", f"Some CPU ({threads} threads)", {"torch": "2.9", "threads": str(threads)}, 8e9, 32e6)
+    return Description(
+        "cpu", f"Some CPU ({threads} threads)", {"torch": "2.9", "threads": str(threads)}, 8e9, 32e6
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,9 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
         times = roofline_timings(2e11 * (threads or TWO), 2e10, 3e-6)
         refused = {"gemm_2to4": "a CPU has no sparse tensor cores"}
         about = described(threads or TWO)
-        return ReplayDevice(times, noise=0.004, description=about, setup_s=0.02, formats=("fp32",), refused=refused)
+        return ReplayDevice(
+            times, noise=0.004, description=about, setup_s=0.02, formats=("fp32",), refused=refused
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("calibration.devices.open_device", planted)
@@ -48,7 +52,9 @@ MODEL = "smollm2-135m --device cpu --dtype fp32 --layers 2 --phase decode --seq 
 
 
 @pytest.mark.usefixtures("three_folds", "undrawn")
-def test_commands_that_measure_open_the_device_with_the_threads_given(opened: list[Any], cli: Any) -> None:
+def test_commands_that_measure_open_the_device_with_the_threads_given(
+    opened: list[Any], cli: Any
+) -> None:
     lines = {
         "calibrate cpu -o a --measure-only --dtype fp32 --budget 5s": 0,
         "calibrate cpu -o b --dtype fp32 --budget 20s": 1,  # too few rows for a profile
@@ -62,12 +68,16 @@ def test_commands_that_measure_open_the_device_with_the_threads_given(opened: li
 
 def test_a_run_of_other_threads_is_refused(cli: Any) -> None:
     cli("calibrate cpu -o run --measure-only --dtype fp32 --budget 5s --threads 1")
-    assert "(1 threads)" in cli.refused("calibrate cpu -o run --measure-only --dtype fp32 --budget 5s")
+    assert "(1 threads)" in cli.refused(
+        "calibrate cpu -o run --measure-only --dtype fp32 --budget 5s"
+    )
 
 
 def test_threads_of_another_device_are_refused(cli: Any) -> None:
     for name in ("cuda", "replay:planted"):
-        with pytest.raises(InputError, match=f"expected device cpu with a number of threads, got {name}"):
+        with pytest.raises(
+            InputError, match=f"expected device cpu with a number of threads, got {name}"
+        ):
             open_device(name, threads=1)  # imported before the fixture replaced it
 
 
@@ -77,7 +87,12 @@ def of_two_threads(file: str) -> None:
     m, n, k = (rng.choice([64, 128, 256, 512], 60) for _ in range(3))
     text = described(TWO)
     rows = Records.from_columns(
-        [Source(text.device, dict(text.stack))], dtype="fp32", m=m, n=n, k=k, seconds=3e-6 + 2.0 * m * n * k / 1e11
+        [Source(text.device, dict(text.stack))],
+        dtype="fp32",
+        m=m,
+        n=n,
+        k=k,
+        seconds=3e-6 + 2.0 * m * n * k / 1e11,
     )
     Path("rows.parquet").write_bytes(write_records(rows))
     bare = replace(load_hardware("cpu"), sections=MappingProxyType({}), title="Some CPU")

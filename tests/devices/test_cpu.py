@@ -64,12 +64,19 @@ def test_gemm(arena: Arena, dtype: str, shape: tuple[int, int, int]) -> None:
     x = random_tensor((m, k), dtype, "cpu", 1).float()
     view, copies = arena.cut(n * k, dtype, cold=True)
     for i in (0, 1, copies - 1):
-        _close(launches.launch(i), x @ view(i).view(n, k).float().t(), 2e-2 * k**0.5 if dtype == "bf16" else 1e-4)
+        _close(
+            launches.launch(i),
+            x @ view(i).view(n, k).float().t(),
+            2e-2 * k**0.5 if dtype == "bf16" else 1e-4,
+        )
 
 
 def test_gemm_in_int8_is_exact(arena: Arena) -> None:
     launches = build(Operator("gemm", "int8", m=32, n=16, k=64), "cpu", arena)
-    x, weight = random_tensor((32, 64), "int8", "cpu", 1), arena.cut(16 * 64, "int8", cold=True)[0](0).view(16, 64)
+    x, weight = (
+        random_tensor((32, 64), "int8", "cpu", 1),
+        arena.cut(16 * 64, "int8", cold=True)[0](0).view(16, 64),
+    )
     assert torch.equal(launches.launch(0), x.int() @ weight.int().t())
 
 
@@ -77,12 +84,17 @@ def test_low_rank_pair(arena: Arena) -> None:
     launches = build(Operator("low_rank", "fp32", m=5, n=24, k=16, rank=8), "cpu", arena)
     flat = arena.cut(8 * 40, "fp32", cold=True)[0](2)
     first, second = flat[:128].view(8, 16), flat[128:].view(24, 8)
-    _close(launches.launch(2), random_tensor((5, 16), "fp32", "cpu", 1) @ (second @ first).t(), 1e-3)
+    _close(
+        launches.launch(2), random_tensor((5, 16), "fp32", "cpu", 1) @ (second @ first).t(), 1e-3
+    )
 
 
 def test_gather_gemm_touches_only_its_rows(arena: Arena) -> None:
     launches = build(Operator("gather_gemm", "fp32", m=10, n=6, k=4, rows=3), "cpu", arena)
-    x, weight = random_tensor((10, 4), "fp32", "cpu", 1), arena.cut(24, "fp32", cold=True)[0](0).view(6, 4)
+    x, weight = (
+        random_tensor((10, 4), "fp32", "cpu", 1),
+        arena.cut(24, "fp32", cold=True)[0](0).view(6, 4),
+    )
     y, dense = launches.launch(0), x @ weight.t()
     computed = (y != 0).any(dim=1)
     assert int(computed.sum()) == 3
@@ -91,7 +103,9 @@ def test_gather_gemm_touches_only_its_rows(arena: Arena) -> None:
 
 @pytest.mark.parametrize("role", ELEMENTWISE_ROLES[ELEMENTWISE_ROLES.index("qk_norm") :])
 def test_elementwise(arena: Arena, role: str) -> None:
-    launches = build(Operator("elementwise", "fp32", role=role, m=12, n=32, cold=False), "cpu", arena)
+    launches = build(
+        Operator("elementwise", "fp32", role=role, m=12, n=32, cold=False), "cpu", arena
+    )
     x = arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32).clone()
     other = random_tensor((12, 32), "fp32", "cpu", 1)
     result = launches.launch(0)
@@ -107,9 +121,14 @@ def test_elementwise(arena: Arena, role: str) -> None:
     else:
         weight = random_tensor((32,), "fp32", "cpu", 2)
         norm = x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5) * weight
-        expected = {"qk_norm": norm, "activation": x * torch.sigmoid(x) * other, "residual": x + other}
+        expected = {
+            "qk_norm": norm,
+            "activation": x * torch.sigmoid(x) * other,
+            "residual": x + other,
+        }
         _close(result, expected[role])
-    assert torch.equal(arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32), x)  # the input is as it was
+    # the input is as it was
+    assert torch.equal(arena.cut(12 * 32, "fp32", cold=False)[0](0).view(12, 32), x)
 
 
 def test_copy_moves_the_bytes(arena: Arena) -> None:
@@ -135,9 +154,17 @@ def test_refusals(device: CpuDevice, op: Operator, message: str) -> None:
 
 def every_kind(dtype: str, **shape: int) -> list[Operator]:
     """An operator of each kind."""
-    more: dict[str, dict[str, Any]] = {"attention_decode": {"q_len": 1}, "elementwise": {"role": "attention_norm"}}
-    more |= {"attention_block_sparse": {"density": 0.5}, "grouped_gemm": {"density": 0.5, "role": "down"}}
-    sizes: dict[str, dict[str, Any]] = {kind: {n: shape[n] for n in names} for kind, names in OPERATORS.items()}
+    more: dict[str, dict[str, Any]] = {
+        "attention_decode": {"q_len": 1},
+        "elementwise": {"role": "attention_norm"},
+    }
+    more |= {
+        "attention_block_sparse": {"density": 0.5},
+        "grouped_gemm": {"density": 0.5, "role": "down"},
+    }
+    sizes: dict[str, dict[str, Any]] = {
+        kind: {n: shape[n] for n in names} for kind, names in OPERATORS.items()
+    }
     return [Operator(kind, dtype, **{**sizes[kind], **more.get(kind, {})}) for kind in OPERATORS]
 
 
@@ -158,18 +185,26 @@ class MadeData(TorchDispatchMode):  # type: ignore[misc]
 
     made = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
-        given = [x for value in args for x in (value if isinstance(value, list | tuple) else [value])]
+        given = [
+            x for value in args for x in (value if isinstance(value, list | tuple) else [value])
+        ]
         known = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor)}
         first = out[0] if isinstance(out, list | tuple) else out
         self.made += first.untyped_storage().data_ptr() not in known
         return out
 
 
-@pytest.mark.parametrize(("dtype", "launches"), [("bf16", LAYER_LAUNCHES), ("fp32", LAYER_LAUNCHES - 4)])
+@pytest.mark.parametrize(
+    ("dtype", "launches"), [("bf16", LAYER_LAUNCHES), ("fp32", LAYER_LAUNCHES - 4)]
+)
 @pytest.mark.parametrize("kv_len", [2, 64])
-def test_an_eager_layer_makes_as_many_launches_as_are_counted(dtype: str, launches: int, kv_len: int) -> None:
+def test_an_eager_layer_makes_as_many_launches_as_are_counted(
+    dtype: str, launches: int, kv_len: int
+) -> None:
     op = Operator("layer_eager", dtype, kv_len=kv_len, cold=False)
     layer = build(op, "cpu", Arena("cpu", 1e5, 1e8))
     with MadeData() as counted:
@@ -183,7 +218,10 @@ def test_an_eager_layer_computes_what_a_decoder_layer_does() -> None:
     cos, sin = rotary_tables(position, HEAD_DIM, torch.float32)
     a = layer.self_attn
     x = F.rms_norm(hidden, (HIDDEN,), eps=1e-5)
-    q, k, v = ((x @ p.weight.t()).view(1, -1, HEAD_DIM).transpose(0, 1)[None] for p in (a.q_proj, a.k_proj, a.v_proj))
+    q, k, v = (
+        (x @ p.weight.t()).view(1, -1, HEAD_DIM).transpose(0, 1)[None]
+        for p in (a.q_proj, a.k_proj, a.v_proj)
+    )
     keys = torch.cat((a.cache.keys, rotary(k, cos, sin)), dim=2)
     values = torch.cat((a.cache.values, v), dim=2)
     out = F.scaled_dot_product_attention(rotary(q, cos, sin), keys, values, enable_gqa=True)
@@ -196,13 +234,18 @@ def test_an_eager_layer_computes_what_a_decoder_layer_does() -> None:
 
 
 def test_a_host_launches_from_one_thread(device: CpuDevice) -> None:
-    layer, threads = device.prepare(Operator("layer_eager", kv_len=16, cold=False)), torch.get_num_threads()
+    layer, threads = (
+        device.prepare(Operator("layer_eager", kv_len=16, cold=False)),
+        torch.get_num_threads(),
+    )
     assert layer.method.endswith("one thread")
     assert layer.sample(20) > 0
     assert torch.get_num_threads() == threads
 
 
-def test_threads_are_those_of_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_of_the_environment_unless_they_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values = {"1": 1, " 3 ": 3, "2,4": 2, "64": 8, "0": 8, "": 8, "many": 8, "-1": 8}
     for text, expected in values.items():
         monkeypatch.setenv("OMP_NUM_THREADS", text)
@@ -221,7 +264,10 @@ def test_threads_and_operands_beyond_the_machine_are_refused() -> None:
     for threads in (0, 10_000):
         with pytest.raises(InputError, match="threads: expected 1 to"):
             open_device("cpu", threads)
-    with CpuDevice(memory_limit_bytes=1e6, cache_bytes=1e5) as small, pytest.raises(OutOfMemory, match="bytes, limit"):
+    with (
+        CpuDevice(memory_limit_bytes=1e6, cache_bytes=1e5) as small,
+        pytest.raises(OutOfMemory, match="bytes, limit"),
+    ):
         small.prepare(Operator("gemm", "fp32", m=1, n=1000, k=1000))
 
 

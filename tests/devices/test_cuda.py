@@ -113,7 +113,12 @@ class FakeCuda:
 
     def get_device_properties(self, index: int) -> Any:
         major, minor = self.capability
-        facts = {"name": "Planted GPU", "multi_processor_count": 132, "L2_cache_size": 1_000_000, "uuid": "1234"}
+        facts = {
+            "name": "Planted GPU",
+            "multi_processor_count": 132,
+            "L2_cache_size": 1_000_000,
+            "uuid": "1234",
+        }
         facts |= {"total_memory": 80 * 2**30}
         return SimpleNamespace(major=major, minor=minor, **facts)
 
@@ -147,11 +152,15 @@ GEMM = Operator("gemm", m=4, n=128, k=64)
 
 def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(fake: FakeCuda) -> None:
     prepared = _device(fake).prepare(GEMM)
-    copies = 4_000_000 // (128 * 64 * 2) + 1  # four times L2: of twice L2, a fifth would still be found there
+    # four times L2: of twice L2, a fifth would still be found there
+    copies = 4_000_000 // (128 * 64 * 2) + 1
     assert fake.captured % copies == 0
     assert fake.captured * fake.kernel_s >= 2e-3
     assert prepared.sample(1) == pytest.approx(1e-5)
-    assert f"graph of {fake.captured} launches over {copies} rotated copies (4 x L2)" in prepared.method
+    assert (
+        f"graph of {fake.captured} launches over {copies} rotated copies (4 x L2)"
+        in prepared.method
+    )
 
 
 def test_a_graph_of_small_operands_has_a_bounded_number_of_launches(fake: FakeCuda) -> None:
@@ -161,7 +170,9 @@ def test_a_graph_of_small_operands_has_a_bounded_number_of_launches(fake: FakeCu
     assert 0 < fake.captured <= module._MOST_LAUNCHES
 
 
-def test_the_gap_between_replays_is_shared_and_replays_cover_the_loops_asked_for(fake: FakeCuda) -> None:
+def test_the_gap_between_replays_is_shared_and_replays_cover_the_loops_asked_for(
+    fake: FakeCuda,
+) -> None:
     fake.gap_s = 3e-6
     prepared = _device(fake).prepare(replace(GEMM, cold=False))
     length = fake.captured
@@ -176,14 +187,17 @@ def test_the_start_event_is_not_recorded_on_an_idle_gpu(fake: FakeCuda) -> None:
     fake.order.clear()
     prepared.sample(1)
     assert fake.order[:4] == ["replay", "event", "replay", "event"]
-    fake.kernel_s = 0.1  # the time of one replay does not count in one of seconds, but would double the run
+    # the time of one replay does not count in one of seconds, but would double the run
+    fake.kernel_s = 0.1
     prepared = _device(fake).prepare(Operator("gemm", m=4, n=1024, k=2048))
     fake.order.clear()
     prepared.sample(1)
     assert fake.order[:2] == ["event", "replay"]
 
 
-def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(fake: FakeCuda) -> None:
+def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(
+    fake: FakeCuda,
+) -> None:
     asked: list[Operator] = []
 
     def probe(op: Operator) -> Probed:
@@ -204,8 +218,12 @@ def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(fak
     assert low_rank.method.startswith("events around a graph")
 
 
-def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(fake: FakeCuda) -> None:
-    answers: Any = iter([Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")])
+def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(
+    fake: FakeCuda,
+) -> None:
+    answers: Any = iter(
+        [Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")]
+    )
 
     def probe(op: Operator) -> Probed:
         answer = next(answers)
@@ -228,7 +246,9 @@ def test_load_precedes_the_first_measurement_and_follows_a_pause(
 ) -> None:
     times = [100.0]
     monkeypatch.setattr(module, "PREHEAT_S", PREHEAT_S)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: times[0], perf_counter=time.perf_counter))
+    monkeypatch.setattr(
+        module, "time", SimpleNamespace(monotonic=lambda: times[0], perf_counter=time.perf_counter)
+    )
     device = _device(fake)
 
     def load_s(op: Operator) -> float:
@@ -254,7 +274,9 @@ class LoadedNvml(FakeNvml):
     def __getattr__(self, name: str) -> Any:
         busy = self.cuda.queued > 0
         if name == "nvmlDeviceGetClockInfo":
-            return lambda handle, kind: (1410 if busy else 210) if kind == self.NVML_CLOCK_SM else 2619
+            return lambda handle, kind: (
+                (1410 if busy else 210) if kind == self.NVML_CLOCK_SM else 2619
+            )
         if name == "nvmlDeviceGetCurrentClocksEventReasons":
             return lambda handle: 0x4 if busy else 0x1
         return super().__getattr__(name)
@@ -271,13 +293,20 @@ def test_telemetry_is_read_while_launches_run(fake: FakeCuda, probe: Any) -> Non
     assert device.snapshot().clock_hz == 210e6  # nothing runs yet
     kept: list[Any] = []
     plan = replace(in_order([replace(GEMM, m=8)], Rates(1e14, 1e12)), drift_check=GEMM)
-    run(plan, device, kept.append, protocol=Protocol(time_limit_s=1.0, min_window_s=0.02, max_samples=40))
+    run(
+        plan,
+        device,
+        kept.append,
+        protocol=Protocol(time_limit_s=1.0, min_window_s=0.02, max_samples=40),
+    )
     assert len(kept) == 3
     for reading in (record[name] for record in kept for name in ("before", "after")):
         assert (reading["clock_hz"], reading["throttle"]) == (1410e6, ["sw_power_cap"])
 
 
-def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(fake: FakeCuda) -> None:
+def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(
+    fake: FakeCuda,
+) -> None:
     fake.host_s = 2e-3
     prepared = _device(fake, probe=_not_capturable).prepare(GEMM)
     fake.held.clear()
@@ -301,7 +330,9 @@ def test_without_graphs(fake: FakeCuda) -> None:
     assert "host clock" in eager.method
 
 
-def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fake: FakeCuda) -> None:
+def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(
+    fake: FakeCuda,
+) -> None:
     device = _device(fake)
     for op in (Operator("launch_eager"), Operator("layer_eager", kv_len=16, cold=False)):
         before = fake.captured
@@ -314,7 +345,11 @@ def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(fak
 
 def test_number_formats_by_compute_capability() -> None:
     ampere = {"fp32", "fp16", "bf16", "int8", "tf32"}
-    for capability, formats in (((7, 5), {"fp32", "fp16"}), ((8, 0), ampere), ((8, 9), ampere | {"fp8"})):
+    for capability, formats in (
+        ((7, 5), {"fp32", "fp16"}),
+        ((8, 0), ampere),
+        ((8, 9), ampere | {"fp8"}),
+    ):
         assert set(_device(FakeCuda(capability)).dtypes()) == formats
 
 
@@ -335,7 +370,9 @@ def test_number_formats_by_compute_capability() -> None:
         (Operator("gemm_2to4", m=1, n=64, k=64), (9, 0), ""),
     ],
 )
-def test_what_the_gpu_lacks_is_refused_by_name(op: Operator, capability: tuple[int, int], message: str) -> None:
+def test_what_the_gpu_lacks_is_refused_by_name(
+    op: Operator, capability: tuple[int, int], message: str
+) -> None:
     device = _device(FakeCuda(capability))
     assert message in device.refuses(op)
     assert bool(message) == bool(device.refuses(op))
@@ -351,14 +388,27 @@ LAUNCH_ERROR = RuntimeError("CUDA error: an illegal memory access was encountere
     ("error", "kind"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), OutOfMemory),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), OutOfMemory),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"), Unsupported),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), Unsupported),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"
+            ),
+            OutOfMemory,
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"),
+            Unsupported,
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+            Unsupported,
+        ),
         (RuntimeError("CUDA error: invalid configuration argument\nsecond line"), Unsupported),
         (NotImplementedError("no kernel for this format"), Unsupported),
     ],
 )
-def test_torch_errors_become_ones_the_runner_knows(fake: FakeCuda, error: Exception, kind: type[Exception]) -> None:
+def test_torch_errors_become_ones_the_runner_knows(
+    fake: FakeCuda, error: Exception, kind: type[Exception]
+) -> None:
     device = _device(fake)
     fake.launch_error = error
     with pytest.raises(kind) as caught:
@@ -384,7 +434,9 @@ def test_a_device_is_lost_only_if_a_trivial_kernel_fails_too(fake: FakeCuda) -> 
         assert "\n" not in str(caught.value)
 
 
-def test_fp8_accumulates_fast_as_in_engines(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_accumulates_fast_as_in_engines(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **options: seen.append(options))
     prepared = _device(fake).prepare(Operator("gemm", "fp8", m=16, n=64, k=64))
@@ -475,7 +527,10 @@ def test_every_operator_on_a_real_gpu() -> None:
     attention = {"batch": 1, "q_len": 256, "kv_len": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
     ops = every_kind("bf16", **attention, m=64, n=1024, k=1024, rank=128, rows=32, block=128)
     ops += [Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()]
-    ops += [Operator("gemm", m=64, n=1001, k=999), replace(ops[list(OPERATORS).index("attention_prefill")], q_len=128)]
+    ops += [
+        Operator("gemm", m=64, n=1001, k=999),
+        replace(ops[list(OPERATORS).index("attention_prefill")], q_len=128),
+    ]
     for op in ops:
         if not device.refuses(op):
             assert 0 < device.prepare(op).sample(10) < 1.0, op.key

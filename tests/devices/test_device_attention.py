@@ -19,14 +19,26 @@ from pretended_cuda import CPU  # noqa: E402
 from torch.nn.attention import flex_attention as torch_flex  # noqa: E402
 
 from calibration.devices import Operator, Unsupported, attention  # noqa: E402
-from calibration.devices.attention import decode_attention, find_library, prefill_attention, with_backend  # noqa: E402
+from calibration.devices.attention import (  # noqa: E402
+    decode_attention,
+    find_library,
+    prefill_attention,
+    with_backend,
+)
 from calibration.devices.cuda import open_named  # noqa: E402
 from calibration.devices.operators import Arena, build, random_tensor  # noqa: E402
 from calibration.runners.decoder.families import routed_attention  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-ATTENTION: dict[str, Any] = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
+ATTENTION: dict[str, Any] = {
+    "batch": 1,
+    "q_len": 64,
+    "kv_len": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+}
 
 
 @pytest.fixture
@@ -43,7 +55,9 @@ def recompiling() -> Iterator[Any]:
     attention.compiled.cache_clear()
 
 
-def _tensors(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2, batch: int = 2) -> tuple[Any, Any, Any]:
+def _tensors(
+    q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2, batch: int = 2
+) -> tuple[Any, Any, Any]:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(batch, heads, q_len, 16, generator=generator)
     k, v = (torch.randn(batch, kv_heads, kv_len, 16, generator=generator) for _ in range(2))
@@ -53,7 +67,11 @@ def _tensors(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2, batch: 
 def _reference(q: Any, k: Any, v: Any, mask: Any) -> Any:
     """Softmax attention written out, in float64."""
     repeat = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    q, k, v = (
+        q.double(),
+        k.double().repeat_interleave(repeat, 1),
+        v.double().repeat_interleave(repeat, 1),
+    )
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).float()
 
@@ -73,7 +91,9 @@ def _check_blocks(q_len: int, kv_len: int, block: int, density: float) -> None:
 def _check_places() -> None:
     q, k, v = _tensors(300, 500)
     generator = torch.Generator().manual_seed(0)
-    places = torch.stack([torch.randperm(500, generator=generator)[:300].sort().values for _ in range(2)])
+    places = torch.stack(
+        [torch.randperm(500, generator=generator)[:300].sort().values for _ in range(2)]
+    )
     places[1, 140:] = -1
     out = attention.at_positions(q, k, v, places)
     reference = _reference(q, k, v, (torch.arange(500) <= places[..., None])[:, None])
@@ -85,14 +105,20 @@ def _check_places() -> None:
 def _check_running() -> None:
     q, k, v = _tensors(1, 300, batch=3)
     runs = torch.tensor([[1, 0], [0, 0], [1, 1]], dtype=torch.bool)
-    _close(attention.running(q, k, v, runs), decode_attention(q, k, v) * runs.repeat_interleave(2, 1)[..., None, None])
+    _close(
+        attention.running(q, k, v, runs),
+        decode_attention(q, k, v) * runs.repeat_interleave(2, 1)[..., None, None],
+    )
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(16, 16), (5, 21), (1, 9)])
 def test_prefill_attention(q_len: int, kv_len: int) -> None:
     q, k, v = _tensors(q_len, kv_len)
     mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
-    _close(prefill_attention(q, k, v, attention.causal_mask(q_len, kv_len, "cpu")), _reference(q, k, v, mask))
+    _close(
+        prefill_attention(q, k, v, attention.causal_mask(q_len, kv_len, "cpu")),
+        _reference(q, k, v, mask),
+    )
 
 
 def test_decode_attention() -> None:
@@ -105,7 +131,9 @@ def test_a_mask_never_goes_with_shared_heads(monkeypatch: pytest.MonkeyPatch) ->
     """Together they leave a GPU the unfused kernel alone."""
     given, seen = F.scaled_dot_product_attention, []
 
-    def noted(*tensors: Any, attn_mask: Any = None, enable_gqa: bool = False, **options: Any) -> Any:
+    def noted(
+        *tensors: Any, attn_mask: Any = None, enable_gqa: bool = False, **options: Any
+    ) -> Any:
         seen.append(attn_mask is not None)
         assert not (enable_gqa and attn_mask is not None)
         assert tensors[0].shape[1] == tensors[1].shape[1] or enable_gqa
@@ -134,7 +162,8 @@ def test_a_layout_keeps_the_share_it_was_asked_for(density: float) -> None:
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "block"), [(64, 64, 16), (50, 50, 16), (32, 96, 16), (64, 64, 64), (200, 200, 64)]
+    ("q_len", "kv_len", "block"),
+    [(64, 64, 16), (50, 50, 16), (32, 96, 16), (64, 64, 64), (200, 200, 64)],
 )
 def test_blocks_of_a_table(q_len: int, kv_len: int, block: int, density: float) -> None:
     _check_blocks(q_len, kv_len, block, density)
@@ -175,11 +204,15 @@ def test_tiles_divide_blocks_as_torchs_own_need_not(edge: int) -> None:
 
 def test_blocks_that_no_tile_divides_are_refused_by_name() -> None:
     op = Operator("attention_block_sparse", "fp32", block=24, density=0.5, **ATTENTION)
-    with pytest.raises(Unsupported, match="block: expected a multiple of its smallest tile, 16, got 24"):
+    with pytest.raises(
+        Unsupported, match="block: expected a multiple of its smallest tile, 16, got 24"
+    ):
         build(op, CPU, Arena("cpu", 1e5, 1e8))
 
 
-def test_a_block_sparse_operator_is_fused_on_a_gpu_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_sparse_operator_is_fused_on_a_gpu_or_says_why_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     op = Operator("attention_block_sparse", "fp32", block=16, density=0.5, **ATTENTION)
     fused, plain = (build(op, place, Arena("cpu", 1e5, 1e8)) for place in (CPU, "cpu"))
     assert fused.how == ", one fused kernel (flex attention)"
@@ -190,7 +223,9 @@ def test_a_block_sparse_operator_is_fused_on_a_gpu_or_says_why_not(monkeypatch: 
         raise ValueError("Q and KV block size must be divisible by BLOCK_M and BLOCK_N.\nmore")
 
     monkeypatch.setattr(attention, "_attend", broken)
-    with pytest.raises(Unsupported, match=r"did not compile: ValueError: Q and KV block size must be divisible") as got:
+    with pytest.raises(
+        Unsupported, match=r"did not compile: ValueError: Q and KV block size must be divisible"
+    ) as got:
         build(op, CPU, Arena("cpu", 1e5, 1e8))
     assert "\n" not in str(got.value)
 
@@ -205,11 +240,14 @@ def test_a_block_sparse_operator_is_fused_on_a_gpu_or_says_why_not(monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_compiled_masks_skip_what_dense_ones_hide(recompiling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_masks_skip_what_dense_ones_hide(
+    recompiling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fused, per_shape = attention.compiled(True), attention.compiled(False)
 
     def pick(*tensors: Any, kernel_options: Any, **options: Any) -> Any:
-        return (fused if kernel_options else per_shape)(*tensors, **options)  # options are of Triton's kernel
+        # options are of Triton's kernel
+        return (fused if kernel_options else per_shape)(*tensors, **options)
 
     monkeypatch.setattr(torch_flex, "flex_attention", pick)
     for shape in ((192, 320, 64), (200, 200, 64)):
@@ -227,7 +265,9 @@ def _causal(q: Any, k: Any, v: Any) -> Any:
     """Attention over (positions, heads, head_dim), the last queries of the keys."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )[0].transpose(0, 1)
 
 
 def _paged(cache: Any, pages: Any, length: int) -> Any:
@@ -260,7 +300,9 @@ class Decode:
         for i, one in enumerate(q):
             pages = indices[indptr[i] : indptr[i + 1]]
             length = (len(pages) - 1) * page + last[i]
-            out.append(_causal(one[None], *(_paged(cache, pages, length) for cache in paged_kv_cache)))
+            out.append(
+                _causal(one[None], *(_paged(cache, pages, length) for cache in paged_kv_cache))
+            )
         return torch.cat(out)
 
 
@@ -306,11 +348,15 @@ def flash_attn_with_kvcache(
 
 @pytest.fixture(params=["flashinfer", "flash_attn"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    infer = {"BatchDecodeWithPagedKVCacheWrapper": Decode, "BatchPrefillWithRaggedKVCacheWrapper": Prefill}
+    infer = {
+        "BatchDecodeWithPagedKVCacheWrapper": Decode,
+        "BatchPrefillWithRaggedKVCacheWrapper": Prefill,
+    }
     flash = {"flash_attn_func": flash_attn_func, "flash_attn_with_kvcache": flash_attn_with_kvcache}
     functions: dict[str, Any] = infer if request.param == "flashinfer" else flash
     monkeypatch.setitem(sys.modules, request.param, SimpleNamespace(__version__="9.9", **functions))
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.ones(*size, **options))  # memory of others
+    # memory of others
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.ones(*size, **options))
     return find_library(request.param)
 
 
@@ -337,26 +383,36 @@ def test_decode_reads_each_sequence_from_its_pages(library: Any, kv_len: int) ->
     pages = -(-kv_len // library.page)
     assert cache.shape[1:3] == (3 * pages, library.page)
     found = library.bind(op, torch.float32, "cpu")(q, *cache).view(3, 4, 1, 16)
-    order = torch.randperm(3 * pages, generator=torch.Generator().manual_seed(kv_len)).view(3, pages)
+    order = torch.randperm(3 * pages, generator=torch.Generator().manual_seed(kv_len)).view(
+        3, pages
+    )
     k, v = (torch.stack([_paged(c, row, kv_len) for row in order]).transpose(1, 2) for c in cache)
     torch.testing.assert_close(found, decode_attention(q.transpose(1, 2), k, v))
 
 
-def test_a_library_that_is_unknown_or_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_unknown_or_not_installed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert find_library("torch") is None
-    with pytest.raises(InputError, match="attention 'xformers' is unknown; Known: flash_attn, flashinfer, torch"):
+    with pytest.raises(
+        InputError, match="attention 'xformers' is unknown; Known: flash_attn, flashinfer, torch"
+    ):
         find_library("xformers")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(InputError, match=r"cannot be imported .*; try: pip install flash-attn"):
         find_library("flash_attn")
-    with pytest.raises(InputError, match="then :flashinfer or :flash_attn for their attention, got 'cuda:0:triton'"):
+    with pytest.raises(
+        InputError, match="then :flashinfer or :flash_attn for their attention, got 'cuda:0:triton'"
+    ):
         open_named("0:triton")
 
 
 def test_the_first_backend_that_runs_is_pinned() -> None:
     def attend(i: int) -> Any:
         order = torch.backends.cuda
-        tried.append((order.flash_sdp_enabled(), order.mem_efficient_sdp_enabled(), order.math_sdp_enabled()))
+        tried.append(
+            (order.flash_sdp_enabled(), order.mem_efficient_sdp_enabled(), order.math_sdp_enabled())
+        )
         if order.flash_sdp_enabled() or order.cudnn_sdp_enabled():
             raise RuntimeError("No available kernel. Aborting execution.")
         return i

@@ -32,7 +32,9 @@ needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is no
     st.tuples(*[st.integers(1, 9999)] * 3),
     st.booleans(),
 )
-def test_an_operator_survives_json_and_its_key_is_its_own(kind: str, shape: tuple[int, int, int], cold: bool) -> None:
+def test_an_operator_survives_json_and_its_key_is_its_own(
+    kind: str, shape: tuple[int, int, int], cold: bool
+) -> None:
     extra = {"low_rank": {"rank": 7}, "gather_gemm": {"rows": 1}}.get(kind, {})
     op = Operator(kind, **dict(zip("mnk", shape)), **extra, cold=cold)
     again = Operator.from_record(json.loads(json.dumps(vars(op))))
@@ -52,15 +54,29 @@ _ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "h
         ("gemm", {"dtype": "bf17", "m": 1, "n": 1, "k": 1}, "bf17"),
         ("gemm", {"m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
         ("low_rank", {"m": 1, "n": 1, "k": 1}, "rank"),
-        ("gather_gemm", {"m": 4, "n": 1, "k": 1, "rows": 5}, "rows: expected at most 4, the tokens, got 5"),
-        ("grouped_gemm", {"m": 4, "n": 8, "k": 8, "block": 4}, "role: expected one of up, down, got ''"),
-        ("grouped_gemm", {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"}, "block: 4 does not divide 9 features"),
+        (
+            "gather_gemm",
+            {"m": 4, "n": 1, "k": 1, "rows": 5},
+            "rows: expected at most 4, the tokens, got 5",
+        ),
+        (
+            "grouped_gemm",
+            {"m": 4, "n": 8, "k": 8, "block": 4},
+            "role: expected one of up, down, got ''",
+        ),
+        (
+            "grouped_gemm",
+            {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"},
+            "block: 4 does not divide 9 features",
+        ),
         ("elementwise", {"m": 1, "n": 1, "role": "gemm"}, "role"),
         ("attention_decode", {**_ATTENTION, "heads": 3}, "heads: expected a multiple of 2, got 3"),
         ("attention_prefill", {**_ATTENTION, "q_len": 9}, "exceeds kv_len"),
     ],
 )
-def test_an_operator_that_cannot_be_is_refused(kind: str, fields: dict[str, Any], message: str) -> None:
+def test_an_operator_that_cannot_be_is_refused(
+    kind: str, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Operator.from_record({"kind": kind, **fields})
 
@@ -70,10 +86,18 @@ def test_work_of_operators_by_hand() -> None:
     assert GEMM.bytes == 2 * (1024 * 1024 + 128 * 2048)
     assert Operator("low_rank", m=2, n=8, k=4, rank=3).flops == 2 * 2 * 3 * 12
     grouped = Operator("grouped_gemm", m=2, n=8, k=4, block=2, density=0.5, role="up")
-    assert (grouped.grouped, grouped.flops, grouped.bytes) == (8, 2 * 2 * 4 * 4, 2 * (4 * 4 + 2 * (4 + 4)))
-    causal = Operator("attention_prefill", batch=2, q_len=4, kv_len=4, heads=6, kv_heads=3, head_dim=8)
+    assert (grouped.grouped, grouped.flops, grouped.bytes) == (
+        8,
+        2 * 2 * 4 * 4,
+        2 * (4 * 4 + 2 * (4 + 4)),
+    )
+    causal = Operator(
+        "attention_prefill", batch=2, q_len=4, kv_len=4, heads=6, kv_heads=3, head_dim=8
+    )
     assert causal.flops == 4 * 2 * 6 * 8 * (1 + 2 + 3 + 4)
-    decode = Operator("attention_decode", batch=2, q_len=1, kv_len=100, heads=6, kv_heads=3, head_dim=8)
+    decode = Operator(
+        "attention_decode", batch=2, q_len=1, kv_len=100, heads=6, kv_heads=3, head_dim=8
+    )
     assert decode.bytes == 2 * (2 * 2 * 3 * 100 * 8 + 2 * 2 * 6 * 8)
     assert Operator("elementwise", role="activation", m=2, n=8).bytes == 2 * 3 * 16
     assert Operator("copy", n=1000).bytes == 2000
@@ -116,8 +140,13 @@ except ValueError as error:
     print(error)
 """
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "device 'cpu' needs torch, which is not installed; try: pip install torch"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert (
+        done.stdout.strip()
+        == "device 'cpu' needs torch, which is not installed; try: pip install torch"
+    )
 
 
 def test_the_same_seed_replays_the_same_samples_in_simulated_time() -> None:
@@ -125,12 +154,16 @@ def test_the_same_seed_replays_the_same_samples_in_simulated_time() -> None:
     device.prepare(GEMM).sample(100)
     device.rest(3.0)
     assert device.clock() == pytest.approx(203.5)
-    first, again, other = (ReplayDevice(noise=0.1, seed=seed).prepare(GEMM).sample(1) for seed in (1, 1, 2))
+    first, again, other = (
+        ReplayDevice(noise=0.1, seed=seed).prepare(GEMM).sample(1) for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 
 def test_faults_are_where_they_were_planted() -> None:
-    device = FaultyDevice(lambda op: 1e-3, faults=Faults(throttle={1}, nan={2}, out_of_memory_bytes=1e7, lost_at=4))
+    device = FaultyDevice(
+        lambda op: 1e-3, faults=Faults(throttle={1}, nan={2}, out_of_memory_bytes=1e7, lost_at=4)
+    )
     assert device.prepare(GEMM).sample(1) == 1e-3
     assert device.snapshot().throttle == ()
     assert device.prepare(GEMM).sample(1) == pytest.approx(1.6e-3)

@@ -31,7 +31,14 @@ class Library:
         return 3, 2, 1, 7
 
     def multiply(
-        self, packed: Any, dense: Any, bias: Any, alpha: Any, out: Any, transpose_result: bool, *how: Any
+        self,
+        packed: Any,
+        dense: Any,
+        bias: Any,
+        alpha: Any,
+        out: Any,
+        transpose_result: bool,
+        *how: Any,
     ) -> Any:
         assert dense.shape[1] % 8 == 0
         assert transpose_result
@@ -43,14 +50,18 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     planted = Library()
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=planted.search), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cusparselt", SimpleNamespace(mm_search=planted.search), raising=False
+    )
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", planted.multiply)
     return planted
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 30])
-def test_a_product_is_that_of_the_dense_weight_by_the_fastest_algorithm(library: Library, rows: int) -> None:
+def test_a_product_is_that_of_the_dense_weight_by_the_fastest_algorithm(
+    library: Library, rows: int
+) -> None:
     weight, x, bias = two_of_four(torch.randn(32, 64)), torch.randn(2, rows, 64), torch.randn(32)
     packed = sparse_weight(weight)
     for _ in range(3):
@@ -71,7 +82,9 @@ def test_an_operator_is_searched_before_it_is_timed(library: Library) -> None:
     assert launches.how == ", cuSPARSELt by search [(3, 2, 1)]"
 
 
-def test_a_decoder_searches_once_for_equal_shapes_and_equals_the_masked_one(library: Library) -> None:
+def test_a_decoder_searches_once_for_equal_shapes_and_equals_the_masked_one(
+    library: Library,
+) -> None:
     made = random_decoder(replace(CONFIG, qkv_bias=True), dtype="fp32")
     pruned = prune_decoder(replace(made, device=CPU), "semi_structured", 0.5)
     masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))

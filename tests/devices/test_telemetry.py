@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from calibration.devices.telemetry import UNKNOWN, CpuReader, NvmlReader, Snapshot, throttled, waited
+from calibration.devices.telemetry import (
+    UNKNOWN,
+    CpuReader,
+    NvmlReader,
+    Snapshot,
+    throttled,
+    waited,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -28,8 +35,15 @@ class FakeNvml:
             return lambda uuid: uuid
         if name == "nvmlDeviceGetClockInfo":
             return lambda handle, kind: self.asked.append(handle) or {1: 1980, 2: 2619}[kind]
-        facts = {"Init": None, "PowerUsage": 437_250, "Temperature": 61, "UtilizationRates": SimpleNamespace(gpu=97)}
-        facts |= dict.fromkeys(("CurrentClocksEventReasons", "CurrentClocksThrottleReasons"), self.reasons)
+        facts = {
+            "Init": None,
+            "PowerUsage": 437_250,
+            "Temperature": 61,
+            "UtilizationRates": SimpleNamespace(gpu=97),
+        }
+        facts |= dict.fromkeys(
+            ("CurrentClocksEventReasons", "CurrentClocksThrottleReasons"), self.reasons
+        )
         facts |= {"SystemGetDriverVersion": "580.1", "EnforcedPowerLimit": 700_000}
         return lambda *_: facts[name.removeprefix("nvml").removeprefix("DeviceGet")]
 
@@ -40,7 +54,8 @@ def test_readings_are_in_si() -> None:
     assert reader.snapshot() == Snapshot(1.98e9, 2.619e9, 437.25, 61.0, 0.97, ("sw_power_cap",))
     assert reader.driver() == "580.1"
     assert reader.power_limit_w() == 700.0
-    assert set(nvml.asked) == {"GPU-abc"}  # the card by its UUID, since NVML's numbers ignore CUDA_VISIBLE_DEVICES
+    # the card by its UUID, since NVML's numbers ignore CUDA_VISIBLE_DEVICES
+    assert set(nvml.asked) == {"GPU-abc"}
 
 
 def test_without_nvml_everything_is_unknown() -> None:
@@ -63,7 +78,9 @@ def test_nvml_that_does_not_start_is_unknown_and_one_reading_that_fails_leaves_t
 def test_throttle_reasons_under_their_older_name() -> None:
     nvml = FakeNvml(("nvmlDeviceGetCurrentClocksEventReasons",), reasons=0x40)
     assert NvmlReader(nvml, "GPU-abc").snapshot().throttle == ("hw_thermal_slowdown",)
-    both = FakeNvml(("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"))
+    both = FakeNvml(
+        ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+    )
     assert NvmlReader(both, "GPU-abc").snapshot().throttle == UNKNOWN
 
 
@@ -71,7 +88,8 @@ def test_throttle_reasons_under_their_older_name() -> None:
     ("before", "after", "expected"),
     [
         ((), (), ()),
-        (("sw_power_cap",), ("sw_power_cap", "gpu_idle"), ()),  # the power limit belongs to what is measured
+        # the power limit belongs to what is measured
+        (("sw_power_cap",), ("sw_power_cap", "gpu_idle"), ()),
         ((), ("sw_thermal_slowdown",), ("sw_thermal_slowdown",)),
         (("hw_slowdown",), (), ("hw_slowdown",)),
         (UNKNOWN, (), ()),
@@ -84,14 +102,20 @@ def test_what_counts_as_throttled(before: Any, after: Any, expected: Any) -> Non
 
 def test_a_counter_that_rises_is_throttling() -> None:
     assert throttled(Snapshot(throttle_events=3.0), Snapshot(throttle_events=3.0)) == ()
-    assert throttled(Snapshot(throttle_events=3.0), Snapshot(throttle_events=4.0)) == ("cpu_thermal",)
+    assert throttled(Snapshot(throttle_events=3.0), Snapshot(throttle_events=4.0)) == (
+        "cpu_thermal",
+    )
     assert throttled(Snapshot(throttle_events=3.0), Snapshot()) == UNKNOWN
 
 
 def test_waiting_needs_both_readings() -> None:
     assert waited(Snapshot(), Snapshot(waited_s=1.0), 1.0) == UNKNOWN
-    ended = waited(Snapshot(waited_s=2.0), Snapshot(waited_s=1.0), 1.0)  # a thread took its count along
-    assert (ended, waited(Snapshot(waited_s=1.0), Snapshot(waited_s=1.5), 1.0, threads=2)) == (0.0, 0.25)
+    # a thread took its count along
+    ended = waited(Snapshot(waited_s=2.0), Snapshot(waited_s=1.0), 1.0)
+    assert (ended, waited(Snapshot(waited_s=1.0), Snapshot(waited_s=1.5), 1.0, threads=2)) == (
+        0.0,
+        0.25,
+    )
     assert waited(Snapshot(waited_s=1.0), Snapshot(waited_s=2.0), 0.0) == UNKNOWN
 
 
@@ -118,4 +142,6 @@ def test_cpu_readings(tmp_path: Path) -> None:
             "proc/self/task/11/schedstat": "5 500000000 7\n",
         },
     )
-    assert CpuReader((1, 0), root).snapshot() == Snapshot(2.5e9, UNKNOWN, UNKNOWN, 62.5, 1.5, UNKNOWN, 4.0, 2.0)
+    assert CpuReader((1, 0), root).snapshot() == Snapshot(
+        2.5e9, UNKNOWN, UNKNOWN, 62.5, 1.5, UNKNOWN, 4.0, 2.0
+    )

@@ -44,8 +44,13 @@ def _close(value: Any, reference: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("count", [0, 1, 17, 37])
-def test_a_gathered_gemm_computes_the_rows_that_a_count_on_the_device_says(triton: Any, dtype: Any, count: int) -> None:
-    x, weight, bias = (_random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((37, 100), (150, 100), (150,))))
+def test_a_gathered_gemm_computes_the_rows_that_a_count_on_the_device_says(
+    triton: Any, dtype: Any, count: int
+) -> None:
+    x, weight, bias = (
+        _random(*shape, dtype=dtype, seed=i)
+        for i, shape in enumerate(((37, 100), (150, 100), (150,)))
+    )
     index = torch.randperm(37, generator=torch.Generator().manual_seed(1)).to(PLACE)
     number = torch.tensor([count], dtype=torch.int32, device=PLACE)
     dense = x.double() @ weight.double().t() + bias
@@ -60,7 +65,9 @@ def test_a_gathered_gemm_computes_the_rows_that_a_count_on_the_device_says(trito
 
 
 MASKS = {
-    "random": lambda tokens, groups: torch.rand(tokens, groups, generator=torch.Generator().manual_seed(2)) < 0.4,
+    "random": lambda tokens, groups: (
+        torch.rand(tokens, groups, generator=torch.Generator().manual_seed(2)) < 0.4
+    ),
     "few": lambda tokens, groups: (torch.arange(tokens)[:, None] + torch.arange(groups)) % 3 == 0,
     "none": lambda tokens, groups: torch.zeros(tokens, groups, dtype=torch.bool),
     "all": lambda tokens, groups: torch.ones(tokens, groups, dtype=torch.bool),
@@ -74,7 +81,9 @@ def test_grouped_gemms_equal_masked_dense_ones(
     triton: Any, dtype: Any, masks: str, tokens: int, groups: int, width: int
 ) -> None:
     mask, k, n = MASKS[masks](tokens, groups).to(PLACE), 50, groups * width
-    x, weight, bias = (_random(*s, dtype=dtype, seed=i) for i, s in enumerate(((tokens, k), (n, k), (n,))))
+    x, weight, bias = (
+        _random(*s, dtype=dtype, seed=i) for i, s in enumerate(((tokens, k), (n, k), (n,)))
+    )
     wide, tiles = mask.repeat_interleave(width, 1), triton.tiles_of(mask)
     dense = x.double() @ weight.double().t()
     y = triton.grouped_columns(x, weight, tiles, bias)
@@ -93,7 +102,8 @@ def test_what_no_token_of_a_tile_needs_is_not_read(triton: Any) -> None:
     mask[:, 1], mask[::2, 3] = True, True
     tiles = triton.tiles_of(mask)
     assert tiles.edge == 64
-    assert sorted(tiles.used.tolist()) == [1, 2]  # sorted by mask, one tile of two never meets group 3
+    # sorted by mask, one tile of two never meets group 3
+    assert sorted(tiles.used.tolist()) == [1, 2]
     poisoned = _random(groups * width, 20).view(groups, width, 20)
     poisoned[[0, 2]] = torch.nan
     weight = poisoned.flatten(0, 1)
@@ -105,7 +115,9 @@ def test_what_no_token_of_a_tile_needs_is_not_read(triton: Any) -> None:
 @pytest.mark.parametrize("place", ["cpu", CPU])
 @pytest.mark.parametrize("role", ["up", "down"])
 @pytest.mark.parametrize("m", [1, 70])
-def test_a_grouped_operator_is_the_masked_dense_one_and_says_how(place: str, role: str, m: int) -> None:
+def test_a_grouped_operator_is_the_masked_dense_one_and_says_how(
+    place: str, role: str, m: int
+) -> None:
     if place is CPU:
         kernels(interpreted=True)
     op = Operator("grouped_gemm", "fp32", m=m, n=64, k=96, block=8, density=0.5, role=role)
@@ -157,10 +169,14 @@ def test_a_norm(triton: Any, dtype: Any, rows: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 9, 64), (5, 17, 128), (3, 2, 24), (2, 3, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width"), [(1, 9, 64), (5, 17, 128), (3, 2, 24), (2, 3, 2)]
+)
 def test_a_rotary_embedding(triton: Any, dtype: Any, tokens: int, heads: int, width: int) -> None:
     x = _random(tokens, heads, width, dtype=dtype)
-    cos, sin = (t.to(PLACE) for t in operators.rotary_tables(torch.arange(tokens) + 3, width, dtype))
+    cos, sin = (
+        t.to(PLACE) for t in operators.rotary_tables(torch.arange(tokens) + 3, width, dtype)
+    )
     reference = operators.rotary(x.float(), cos.float()[:, None], sin.float()[:, None])
     _equal(triton.rotary(x, cos, sin), reference, dtype)
 
@@ -173,7 +189,9 @@ def test_a_gated_activation(triton: Any, dtype: Any, shape: tuple[int, ...]) -> 
 
 
 def _built(role: str, place: str, m: int = 5, n: int = 96) -> Launches:
-    return build(Operator("elementwise", "fp32", m=m, n=n, role=role), place, Arena("cpu", 1e5, 1e8))
+    return build(
+        Operator("elementwise", "fp32", m=m, n=n, role=role), place, Arena("cpu", 1e5, 1e8)
+    )
 
 
 @pytest.mark.parametrize("role", [*NORMS, "activation", "rotary"])
@@ -196,7 +214,10 @@ def test_triton_needs_a_c_compiler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CC", "cc")
     assert in_triton("cuda:0")
     monkeypatch.delenv("CC")
-    monkeypatch.setattr("calibration.devices.operators.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr(
+        "calibration.devices.operators.which",
+        lambda name: "/usr/bin/gcc" if name == "gcc" else None,
+    )
     assert in_triton("cuda:0")
     monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: None)
     assert triton_needs() == "Triton (extra kernels)"

@@ -9,7 +9,13 @@ import pytest
 import simulator
 from simulator.cli import run
 from simulator.codes import ROLES
-from simulator.engines.engine import Engine, check_engine, list_engines, load_engine, sparse24_engines
+from simulator.engines.engine import (
+    Engine,
+    check_engine,
+    list_engines,
+    load_engine,
+    sparse24_engines,
+)
 from simulator.errors import InputError
 from simulator.request import Request
 
@@ -82,14 +88,24 @@ def test_every_shipped_engine_is_clean_and_says_where_its_values_come_from(name:
 
 def test_names_aliases_and_paths_find_the_same_engine() -> None:
     assert Request.engine in list_engines()
-    for alias in ("hf", "HF", "transformers", "Hugging Face", "hugging-face", "eager", str(SHIPPED / "hf.yaml")):
+    for alias in (
+        "hf",
+        "HF",
+        "transformers",
+        "Hugging Face",
+        "hugging-face",
+        "eager",
+        str(SHIPPED / "hf.yaml"),
+    ):
         assert load_engine(alias).name == "hf"
     for alias in ("gpt-fast", "torch.compile", "TorchAO"):
         assert load_engine(alias).name == "compile"
     assert load_engine("TensorRT-LLM").name == "trtllm"
     assert load_engine("vllm") is load_engine("VLLM")
     assert sparse24_engines() == ("compile", "hf", "reference", "trtllm", "vllm@v1")
-    aliases = [alias.lower() for name in list_engines() for alias in (name, *load_engine(name).aliases)]
+    aliases = [
+        alias.lower() for name in list_engines() for alias in (name, *load_engine(name).aliases)
+    ]
     assert len(set(aliases)) == len(aliases)
 
 
@@ -112,20 +128,43 @@ def test_an_unknown_name_is_refused_with_the_closest() -> None:
 def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:
     assert check_engine(str(good)) == []
     engine = load_engine(str(good))
-    assert (engine.name, engine.stacks, engine.fuse, engine.logits) == ("mine", ("vllm", "sglang"), ("qkv",), "all")
+    assert (engine.name, engine.stacks, engine.fuse, engine.logits) == (
+        "mine",
+        ("vllm", "sglang"),
+        ("qkv",),
+        "all",
+    )
     assert [engine.in_graph(phase) for phase in ("prefill", "decode")] == [False, True]
-    assert (engine.each_pass.value, engine.each_sequence.value, engine.gap.value) == (5e-4, 2e-5, 1e-7)
+    assert (engine.each_pass.value, engine.each_sequence.value, engine.gap.value) == (
+        5e-4,
+        2e-5,
+        1e-7,
+    )
     assert (engine.each_pass.log_sd, engine.each_sequence.note) == (0.3, "of 8 to 64")
     assert engine.kernels[ROLES.index("mlp_norm")] == 7.0
     assert engine.kernels.sum() == len(ROLES) + 6.0
-    assert (engine.quantize.inputs, engine.prefill_wait.value, engine.log_sd.value) == (("o", "down"), 0.0, 0.05)
+    assert (engine.quantize.inputs, engine.prefill_wait.value, engine.log_sd.value) == (
+        ("o", "down"),
+        0.0,
+        0.05,
+    )
     inner, narrow = engine.loads["layer_inner"], engine.widths["int4"]
     assert (inner.value, inner.model_types, inner.multiple) == (True, ("llama",), 64)
-    assert (narrow.multiple, narrow.required, engine.dynamic["kv_cache"].how) == (128, True, "with --evict")
+    assert (narrow.multiple, narrow.required, engine.dynamic["kv_cache"].how) == (
+        128,
+        True,
+        "with --evict",
+    )
     assert engine.sparse24["cusparselt"].formats == ("bf16",)
     assert engine.sparse24["cusparselt"].searched
-    assert engine.sparse24_kernels("bf16", "bf16", "hopper") is engine.sparse24_kernels("bf16", "bf16")
-    assert engine.sparse24_kernels("bf16", "bf16", "ada") is engine.sparse24_kernels("fp8", "fp8") is None
+    assert engine.sparse24_kernels("bf16", "bf16", "hopper") is engine.sparse24_kernels(
+        "bf16", "bf16"
+    )
+    assert (
+        engine.sparse24_kernels("bf16", "bf16", "ada")
+        is engine.sparse24_kernels("fp8", "fp8")
+        is None
+    )
     assert engine.path == good
 
 
@@ -134,7 +173,8 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
     assert compiled.sparse24_kernels("bf16", "bf16") is compiled.sparse24["cusparselt"]
     assert not compiled.sparse24["cusparselt"].searched
     assert compiled.sparse24_kernels("bf16", "int4") is compiled.sparse24["marlin"]
-    assert compiled.sparse24_kernels("bf16", "int8") is None  # weights alone: not the int8 products of cuSPARSELt
+    # weights alone: not the int8 products of cuSPARSELt
+    assert compiled.sparse24_kernels("bf16", "int8") is None
     assert compiled.sparse24_kernels("fp8", "fp8", "hopper") is compiled.sparse24["cutlass"]
     assert compiled.sparse24_kernels("fp8", "fp8", "ada") is None
     assert stock.sparse24 == {}
@@ -147,8 +187,18 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
     [
         ("fuse: [qkv]", "fused: [qkv]", "7:1: fused", "unknown key; did you mean fuse?"),
         ("value: 0.5 ms,", "value: 0.5 GB,", "13:17: host.pass.value", "expected a time"),
-        ("value: 0.5 ms,", "value: 5 s,", "13:17: host.pass.value", "expected 0 s to 1 s, got '5 s'"),
-        ("0.3, source: bench", "0.3, source: guess", "13:46: host.pass.source", "'guess' is not listed under sources"),
+        (
+            "value: 0.5 ms,",
+            "value: 5 s,",
+            "13:17: host.pass.value",
+            "expected 0 s to 1 s, got '5 s'",
+        ),
+        (
+            "0.3, source: bench",
+            "0.3, source: guess",
+            "13:46: host.pass.source",
+            "'guess' is not listed under sources",
+        ),
         ("[vllm, sglang]", "[vlm]", "4:10: stacks.0", "did you mean vllm?"),
         (
             "  mlp_norm: 7",
@@ -156,7 +206,12 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
             "11:3: launches.mlp_nrm",
             "unknown operator; did you mean mlp_norm? Known: q, k, v",
         ),
-        ("  mlp_norm: 7", "  mlp_norm: 101", "11:13: launches.mlp_norm", "expected a whole number from 0 to 100"),
+        (
+            "  mlp_norm: 7",
+            "  mlp_norm: 101",
+            "11:13: launches.mlp_norm",
+            "expected a whole number from 0 to 100",
+        ),
         ("fuse: [qkv]", "fuse: [gate]", "7:8: fuse.0", "did you mean gate_up?"),
         (
             "{cusparselt: {",
@@ -164,7 +219,12 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
             "19:12: sparse24.cusparse",
             "unknown library; did you mean cusparselt? Known: cusparselt",
         ),
-        ("[bf16], source", "[bf17], source", "19:35: sparse24.cusparselt.formats.0", "did you mean bf16?"),
+        (
+            "[bf16], source",
+            "[bf17], source",
+            "19:35: sparse24.cusparselt.formats.0",
+            "did you mean bf16?",
+        ),
         ("weight_only: [int4]", "weight_only: [int5]", "18:15: weight_only.0", "did you mean int"),
         ("name: mine", "name: My Engine", "2:7: name", "expected a name of lower-case letters"),
         (
@@ -174,12 +234,29 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
             "unknown feature; did you mean linear? Known: uniform, heads",
         ),
         (', how: "with widths in a list"', "", "21:16: loads.layer_inner.how", "is missing"),
-        ("  int4: {mult", "  int5: {mult", "23:3: widths.int5", "unknown format; did you mean int8? Known: fp32, tf32"),
-        ("multiple: 128,", "multiple: 0,", "23:20: widths.int4.multiple", "expected a whole number from 1 to 65536"),
-        ('evict", source: bench', 'evict", source: x', "25:43: dynamic.kv_cache.source", "'x' is not listed under"),
+        (
+            "  int4: {mult",
+            "  int5: {mult",
+            "23:3: widths.int5",
+            "unknown format; did you mean int8? Known: fp32, tf32",
+        ),
+        (
+            "multiple: 128,",
+            "multiple: 0,",
+            "23:20: widths.int4.multiple",
+            "expected a whole number from 1 to 65536",
+        ),
+        (
+            'evict", source: bench',
+            'evict", source: x',
+            "25:43: dynamic.kv_cache.source",
+            "'x' is not listed under",
+        ),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, old: str, new: str, place: str, reason: str) -> None:
+def test_what_is_wrong_is_said_with_its_place(
+    tmp_path: Path, old: str, new: str, place: str, reason: str
+) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(GOOD.replace(old, new))
     lines = check_engine(str(path))
@@ -195,7 +272,9 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, old: str, new: str
 
 def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(good)
-    w = simulator.lower(simulator.load_model("llama-3.2-1b"), phase="prefill", batch=2, seq=64, engine=path)
+    w = simulator.lower(
+        simulator.load_model("llama-3.2-1b"), phase="prefill", batch=2, seq=64, engine=path
+    )
     assert w.is_role("qkv").any()
     assert w.is_role("gate").any()
     assert w.m[w.is_role("lm_head")].tolist() == [2 * 64]
@@ -204,7 +283,10 @@ def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixt
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(",")[2] for row in rows] == ["engine", "mine", "vllm"]
     (record,) = simulator.table(["llama-3.2-1b"], ["h100"], ["depth"], [0.25], engine=[path])
-    assert (record.engine, record.speedup) == ("mine", pytest.approx(float(rows[1].split(",")[16]), rel=1e-12))
+    assert (record.engine, record.speedup) == (
+        "mine",
+        pytest.approx(float(rows[1].split(",")[16]), rel=1e-12),
+    )
     good.write_text(GOOD.replace("qkv", "qvk"))
     assert run(line.split()) == 2
     assert f"{path}:7:8: fuse.0: " in capsys.readouterr().err

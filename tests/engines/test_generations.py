@@ -76,7 +76,10 @@ def test_a_version_or_a_name_selects_a_generation(text: str, generation: str) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("vllm@next", "engine 'vllm@next': expected a version such as 0.14, or a generation: v0 (from 0), v1 (from"),
+        (
+            "vllm@next",
+            "engine 'vllm@next': expected a version such as 0.14, or a generation: v0 (from 0), v1 (from",
+        ),
         ("vllm@v2", "engine 'vllm@v2': expected a version"),
         ("vllm@0.1.", "engine 'vllm@0.1.': expected a version"),
         ("compile@1.0", "engine 'compile@1.0': compile has no generations; expected compile"),
@@ -110,21 +113,53 @@ def test_every_shipped_generation_has_a_source_and_rises(name: str) -> None:
 def test_a_generation_overrides_what_it_names_and_nothing_else(mine: Path) -> None:
     assert check_engine(str(mine)) == []
     newest, first = load_engine(str(mine)), load_engine(f"{mine}@0.7")
-    assert (newest.name, newest.title, first.name, first.title) == ("mine", "From 0.8", "mine@0.7", "Before 0.8")
-    assert (newest.each_pass.value, newest.each_pass.log_sd, first.each_pass.value) == (1e-4, 0.9, 1e-3)
+    assert (newest.name, newest.title, first.name, first.title) == (
+        "mine",
+        "From 0.8",
+        "mine@0.7",
+        "Before 0.8",
+    )
+    assert (newest.each_pass.value, newest.each_pass.log_sd, first.each_pass.value) == (
+        1e-4,
+        0.9,
+        1e-3,
+    )
     assert newest.each_sequence == first.each_sequence
-    assert (dict(newest.launches), dict(first.launches)) == ({"mlp_norm": 1, "rotary": 2}, {"mlp_norm": 7, "rotary": 2})
+    assert (dict(newest.launches), dict(first.launches)) == (
+        {"mlp_norm": 1, "rotary": 2},
+        {"mlp_norm": 7, "rotary": 2},
+    )
     assert load_engine(f"{mine}@second").launches == newest.launches
 
 
 @pytest.mark.parametrize(
     ("old", "new", "place", "reason"),
     [
-        ('since: "0.8"', 'since: "next"', "14:12: generations.1.since", "expected a version in quotes"),
+        (
+            'since: "0.8"',
+            'since: "next"',
+            "14:12: generations.1.since",
+            "expected a version in quotes",
+        ),
         ('since: "0.8"', "since: 0.8", "14:12: generations.1.since", "put it in quotes"),
-        ('since: "0.8"', 'since: "0"', "13:5: generations.1", "expected a later version than the one before"),
-        ("name: second", "name: first", "12:3: generations", "expected generations with different names"),
-        ("    source: bench\n", "    source: guess\n", "16:13: generations.1.source", "is not listed under sources"),
+        (
+            'since: "0.8"',
+            'since: "0"',
+            "13:5: generations.1",
+            "expected a later version than the one before",
+        ),
+        (
+            "name: second",
+            "name: first",
+            "12:3: generations",
+            "expected generations with different names",
+        ),
+        (
+            "    source: bench\n",
+            "    source: guess\n",
+            "16:13: generations.1.source",
+            "is not listed under sources",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_generation_is_said_with_its_place(
@@ -137,7 +172,9 @@ def test_what_is_wrong_with_a_generation_is_said_with_its_place(
     assert reason in line
 
 
-def test_results_name_the_version_and_two_versions_are_two_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_name_the_version_and_two_versions_are_two_rows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     asked = ["vllm@0.6", "vllm@0.19", "VLLM@0.19", "vllm"]
     found = requests_of(["llama-3.2-1b"], {"engine": asked})
     assert [load_engine(one.engine).name for one in found] == ["vllm@0.6", "vllm@0.19", "vllm"]
@@ -152,23 +189,37 @@ def test_results_name_the_version_and_two_versions_are_two_rows(capsys: pytest.C
     assert "vllm@0.19" in capsys.readouterr().out
     assert run(["engines", "show", "vllm@0.9"]) == 0
     shown = capsys.readouterr().out
-    for part in ("vllm@v0, from 0:", "vllm@v1, from 0.8:", "(these values)", "vllm@async, from 0.14:", "440 us"):
+    for part in (
+        "vllm@v0, from 0:",
+        "vllm@v1, from 0.8:",
+        "(these values)",
+        "vllm@async, from 0.14:",
+        "440 us",
+    ):
         assert part in shown
 
 
 @pytest.mark.parametrize("phase", ["decode", "serve"])
 @pytest.mark.parametrize("key", ["pass", "sequence"])
-def test_the_spread_of_hosts_is_in_the_interval_of_a_speedup(tmp_path: Path, phase: str, key: str) -> None:
+def test_the_spread_of_hosts_is_in_the_interval_of_a_speedup(
+    tmp_path: Path, phase: str, key: str
+) -> None:
     def width(sd: float) -> float:
         path = tmp_path / f"{sd}.yaml"
-        text = FILE.partition("generations:")[0].replace("log_sd: 0.3", "log_sd: 0.01").replace("0.2,", "0.01,")
+        text = (
+            FILE.partition("generations:")[0]
+            .replace("log_sd: 0.3", "log_sd: 0.01")
+            .replace("0.2,", "0.01,")
+        )
         value = {"pass": ("value: 1 ms, log_sd: 0.01", f"value: 1 ms, log_sd: {sd}")}.get(
             key, ("value: 20 us, log_sd: 0.01", f"value: 200 us, log_sd: {sd}")
         )
         path.write_text(text.replace(*value))
         options: dict[str, Any] = {"phase": phase, "batch": 16, "seq": 512, "engine": str(path)}
         dense = simulator.lower(
-            simulator.load_model("llama-3.2-1b"), new_tokens=64 if phase == "serve" else 0, **options
+            simulator.load_model("llama-3.2-1b"),
+            new_tokens=64 if phase == "serve" else 0,
+            **options,
         )
         s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.5), "h100")
         return float(np.log(s.upper / s.lower))
@@ -177,7 +228,9 @@ def test_the_spread_of_hosts_is_in_the_interval_of_a_speedup(tmp_path: Path, pha
 
 
 @pytest.mark.parametrize(("removed", "least"), [(0.2, 0.0), (0.45, 0.1), (0.6, 0.15), (0.8, 0.29)])
-def test_a_measured_time_leaves_its_split_between_pass_and_layers_open(removed: float, least: float) -> None:
+def test_a_measured_time_leaves_its_split_between_pass_and_layers_open(
+    removed: float, least: float
+) -> None:
     model, hw = simulator.load_model("llama-2-7b"), simulator.load_hardware("h100")
     dense = simulator.lower(model, phase="decode", batch=1, seq=128, engine="hf")
     depth, width = (simulator.prune(dense, family, removed) for family in ("depth", "width"))

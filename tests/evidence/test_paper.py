@@ -53,7 +53,8 @@ def front(*points: Point) -> Front:
         ((*CLAIMED[:2], point("width", 0.2, 1.2)), FAILS),  # width is never optimal
         ((*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)), UNDECIDED),  # within the intervals
         ((*CLAIMED, point("semi_structured", 0.15, 1.5)), HOLDS),  # other families do not count
-        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),  # a larger loss than the claim's does not count
+        # a larger loss than the claim's does not count
+        ((*CLAIMED, point("depth", 0.3, 1.9)), HOLDS),
     ],
 )
 def test_order(points: tuple[Point, ...], verdict: str) -> None:
@@ -66,14 +67,18 @@ def test_order_is_decided_by_the_closest_comparison() -> None:
     found = order_outcome(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)))
     assert found.margin == pytest.approx(math.log(1.35 / 1.3) / math.log(1.1))
     assert found.decided_by == "width 25 % against dynamic_depth 25 %: 1.038 times as fast"
-    assert found.needed == ("the interval of the difference reaches -5.6 %; measure both models within 3.8 % to decide")
+    assert found.needed == (
+        "the interval of the difference reaches -5.6 %; measure both models within 3.8 % to decide"
+    )
     nearer = order_outcome(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.03)))
     assert (nearer.verdict, nearer.needed, nearer.decided_by) == (HOLDS, "", found.decided_by)
 
 
 def test_outcomes_on_every_device_and_engine() -> None:
     engines, steps = ["reference", "vllm", "hf"], list[tuple[int, int]]()
-    found = claim_outcomes(["a100", "h100"], engines, lambda done, total: steps.append((done, total)))
+    found = claim_outcomes(
+        ["a100", "h100"], engines, lambda done, total: steps.append((done, total))
+    )
     assert steps == [(i, 7) for i in range(1, 8)]
     places = {(o.claim, o.hardware, o.engine, o.phase) for o in found}
     devices, phases = ("a100_sxm_80gb", "h100_sxm"), ("prefill", "decode")
@@ -90,7 +95,9 @@ def test_outcomes_on_every_device_and_engine() -> None:
         assert o.decided_by.startswith("depth against ")
         expected = decided(o.margin) if o.bottleneck == "memory" else NOT_APPLICABLE
         assert (o.verdict, bool(o.needed)) == (expected, expected == UNDECIDED)
-    bottleneck = {(o.hardware, o.engine, o.phase): o.bottleneck for o in found if o.claim == "bound"}
+    bottleneck = {
+        (o.hardware, o.engine, o.phase): o.bottleneck for o in found if o.claim == "bound"
+    }
     assert bottleneck["h100_sxm", "hf", "decode"] == "host"  # pruning kernels does not help there
     assert bottleneck["h100_sxm", "vllm", "prefill"] == "compute"
 
@@ -127,8 +134,11 @@ def test_a_family_meets_every_other_at_its_own_sparsity() -> None:
         own = c.own[i]
         assert c.models[own] == ("depth", sparsity)
         assert c.competes[i] == (family != "depth")
-        assert c.difference[0, i] == pytest.approx(np.log(c.speedups[own].speedup / c.speedups[i].speedup), abs=1e-12)
-        shares = c.share[own] - c.share[i], c.share[own] - 1.0  # closer than the other, or at its bound
+        assert c.difference[0, i] == pytest.approx(
+            np.log(c.speedups[own].speedup / c.speedups[i].speedup), abs=1e-12
+        )
+        # closer than the other, or at its bound
+        shares = c.share[own] - c.share[i], c.share[own] - 1.0
         assert any(c.difference[1, i] == pytest.approx(gap, abs=1e-9) for gap in shares)
     assert np.isinf(c.margin[:, ~c.competes]).all()
 
@@ -152,7 +162,9 @@ def test_order_margin_against_the_frontier_and_whatever_the_interval_allows(
 ) -> None:
     loss, group, log = (np.array(column) for column in zip(*found))
     n = len(loss)
-    margin, one, other, difference, half_width = in_order(loss, group.tolist(), np.exp(log), np.full((n, n), reach))
+    margin, one, other, difference, half_width = in_order(
+        loss, group.tolist(), np.exp(log), np.full((n, n), reach)
+    )
     assert (margin > 0.0) == along(loss, group, log)
     if one != other and np.isfinite(margin):
         assert abs(margin) == pytest.approx(abs(difference) / half_width)
@@ -165,18 +177,29 @@ def test_order_margin_against_the_frontier_and_whatever_the_interval_allows(
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_is_decided_is_what_was_measured(phase: str) -> None:
     """Decided comparisons on the CPU, whose pruned decoders were timed: a 90 % interval errs once in twenty."""
-    rows = list(csv.DictReader((ROOT / "docs" / "cpu" / "comparison.csv").read_text(encoding="utf-8").splitlines()))
-    timed = {(r["family"], float(r["sparsity"])): float(r["measured"]) for r in rows if r["phase"] == phase}
+    rows = list(
+        csv.DictReader(
+            (ROOT / "docs" / "cpu" / "comparison.csv").read_text(encoding="utf-8").splitlines()
+        )
+    )
+    timed = {
+        (r["family"], float(r["sparsity"])): float(r["measured"])
+        for r in rows
+        if r["phase"] == phase
+    }
     ((batch, seq),) = {(int(r["batch"]), int(r["seq"])) for r in rows}
     model, hw = simulator.load_model("smollm2-135m"), simulator.load_hardware("cpu")
-    dense = simulator.lower(model, phase=phase, batch=batch, seq=seq, dtype="fp32", engine="reference")
+    dense = simulator.lower(
+        model, phase=phase, batch=batch, seq=seq, dtype="fp32", engine="reference"
+    )
     pruned = [(family, s, simulator.prune(dense, family, s)) for family, s in timed]
     right = wrong = 0
     for family in dict.fromkeys(family for family, _ in timed):
         c = compare_family(family, dense, pruned, hw)
         for i in np.flatnonzero(c.difference[0] >= np.maximum(c.half_width[0], 1e-9)):
             measured = timed[family, c.models[i][1]] / timed[c.models[i]]
-            right, wrong = right + (measured > 1.0), wrong + (measured < 0.99)  # it repeats within 1 %
+            # it repeats within 1 %
+            right, wrong = right + (measured > 1.0), wrong + (measured < 0.99)
     assert right >= 30
     assert wrong <= 0.1 * right
 
@@ -185,7 +208,12 @@ def test_every_cell_of_the_table_is_met() -> None:
     cells = table_2()
     assert len(cells) == 20
     for c in cells:
-        assert abs(c.error) < (0.10 if c.family == "dynamic_depth" else 0.08), (c.family, c.sparsity, c.phase, c.error)
+        assert abs(c.error) < (0.10 if c.family == "dynamic_depth" else 0.08), (
+            c.family,
+            c.sparsity,
+            c.phase,
+            c.error,
+        )
         assert len(c.by_batch) == len(BATCHES)
         assert c.lower <= c.predicted <= c.upper
     assert sum(c.inside for c in cells) >= 17
@@ -207,7 +235,10 @@ def test_the_table_is_printed_and_drawn(cli: Any, tmp_path: Path) -> None:
     assert "of 20 published speedups lie in the 90 % interval" in shown
     assert file.stat().st_size > 10_000
     records = cli.json("paper --hardware a100 --engine vllm")
-    count = {what: sum(r["what"] == what for r in records) for what in dict.fromkeys(r["what"] for r in records)}
+    count = {
+        what: sum(r["what"] == what for r in records)
+        for what in dict.fromkeys(r["what"] for r in records)
+    }
     assert count["table 2"] == count["elsewhere"] == 20
     assert all(r["published"] is None for r in records if r["what"] == "elsewhere")
     assert "no_such_gpu" in cli.refused("paper --hardware no_such_gpu")

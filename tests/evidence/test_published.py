@@ -37,21 +37,37 @@ ENGINES = ("vllm", "sglang", "trtllm")
 def found() -> Found:
     """All comparisons of whole models; they take seconds."""
     given = compare_speedups(given=True)
-    return {"dense": compare_dense(), "speedups": compare_speedups(), "given": given, "serve": compare_serving()}
+    return {
+        "dense": compare_dense(),
+        "speedups": compare_speedups(),
+        "given": given,
+        "serve": compare_serving(),
+    }
 
 
-def test_every_row_that_is_not_left_out_is_compared_and_misses_have_their_reason(found: Found) -> None:
+def test_every_row_that_is_not_left_out_is_compared_and_misses_have_their_reason(
+    found: Found,
+) -> None:
     for kind in ("dense", "speedups"):
         rows = [r for r in published(kind) if not r["left_out"]]
         assert len(found[kind]) == len(rows)
-        assert all(c.source and 0 < c.lower <= c.predicted <= c.upper and c.measured > 0 for c in found[kind])
+        assert all(
+            c.source and 0 < c.lower <= c.predicted <= c.upper and c.measured > 0
+            for c in found[kind]
+        )
         assert all(c.reason for c in found[kind] if abs(c.error) > MISS)
-    sources = {c.source: {d.split for d in found["dense"] if d.source == c.source} for c in found["dense"]}
-    assert all(len(splits) == 1 for splits in sources.values()), "a source is fitted on or judged, not both"
+    sources = {
+        c.source: {d.split for d in found["dense"] if d.source == c.source} for c in found["dense"]
+    }
+    assert all(len(splits) == 1 for splits in sources.values()), (
+        "a source is fitted on or judged, not both"
+    )
 
 
 def test_dense_times_of_an_engine_are_predicted_as_well_as_the_page_says(found: Found) -> None:
-    judged = [c for c in found["dense"] if c.engine == "trtllm" and c.split == "judge" and not c.own_code]
+    judged = [
+        c for c in found["dense"] if c.engine == "trtllm" and c.split == "judge" and not c.own_code
+    ]
     first = [c for c in found["dense"] if c.engine == "trtllm" and "batch 1," in c.where]
     compiled = [c for c in found["dense"] if c.engine == "compile"]
     for rows, aim in ((judged, 0.08), (first, 0.05), (compiled, 0.05)):
@@ -63,7 +79,9 @@ def test_depth_in_eager_transformers_given_its_dense_time(found: Found) -> None:
     assert len(depth) == 6
     assert all(abs(c.error) <= 0.08 and c.inside for c in depth)
     width = [c for c in found["given"] if c.own_code]
-    assert all(c.predicted == pytest.approx(1.0, abs=0.01) for c in width), "the host sets the pace at any width"
+    assert all(c.predicted == pytest.approx(1.0, abs=0.01) for c in width), (
+        "the host sets the pace at any width"
+    )
     batched = [c for c in found["given"] if c.gpu == "l4" and "batch 8" in c.where]
     assert len(batched) == 6
     assert all(abs(c.error) <= 0.03 for c in batched)
@@ -73,14 +91,19 @@ def test_depth_in_eager_transformers_given_its_dense_time(found: Found) -> None:
 def test_whole_models_reach_all_targets_except_those_that_the_page_names() -> None:
     rows = evaluate_sets(("dense", "speedups", "serving"))
     missed = {"published dense times, hf (2): bias, either way", "published speedups: coverage"}
-    assert {c.criterion for c in against_targets(rows) if c.met is False} == {*missed, "serving, vllm: coverage"}
+    assert {c.criterion for c in against_targets(rows) if c.met is False} == {
+        *missed,
+        "serving, vllm: coverage",
+    }
 
 
 def test_engines_hold_what_the_serving_runs_give() -> None:
     for name in ENGINES:
         found, engine = hosts.fit_engine(name), load_engine({"vllm": "vllm@v1"}.get(name, name))
         assert engine.each_pass.value == pytest.approx(found.each_pass_s, rel=0.03, abs=2e-5)
-        assert engine.each_sequence.value == pytest.approx(found.each_sequence_s, rel=0.05, abs=1e-6)
+        assert engine.each_sequence.value == pytest.approx(
+            found.each_sequence_s, rel=0.05, abs=1e-6
+        )
         assert engine.prefill_wait.value == pytest.approx(found.prefill_wait, abs=0.02)
         assert engine.first_wait.value == pytest.approx(found.first_wait, abs=0.01)
         assert engine.each_request.value == pytest.approx(found.each_request_s, rel=0.05)
@@ -103,11 +126,16 @@ def test_a_planted_host_is_found() -> None:
     assert found.each_pass_s == pytest.approx(7e-4, rel=0.35)
     assert found.each_sequence_s == pytest.approx(4e-5, rel=0.25)
     assert found.prefill_wait == pytest.approx(0.2, abs=0.1)
-    assert (found.first_wait, found.each_request_s) == (pytest.approx(0.2, abs=0.02), pytest.approx(0.05, rel=0.1))
+    assert (found.first_wait, found.each_request_s) == (
+        pytest.approx(0.2, abs=0.02),
+        pytest.approx(0.05, rel=0.1),
+    )
 
 
 def test_the_page_of_engines_is_current() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "generated" / "engines.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "generated" / "engines.md").read_text(
+        encoding="utf-8"
+    )
     assert filled("engines", engine_tables()) == page
     assert "| llama, nemotron-nas; multiples of 256 |" in loads_table()
 
@@ -116,7 +144,9 @@ def test_errors_of_gemms_stay_within_the_aim_and_every_miss_has_a_reason() -> No
     for what, aim in (("narrower", 0.10), ("2:4", 0.15)):
         rows = compare_gemms(what)
         assert score_of(rows)["median"] <= aim
-        assert all(r.source and r.where and r.measured > 0 and 0 < r.lower <= r.predicted for r in rows)
+        assert all(
+            r.source and r.where and r.measured > 0 and 0 < r.lower <= r.predicted for r in rows
+        )
         assert all(r.reason for r in rows if abs(r.error) > MISS)
 
 
@@ -126,7 +156,8 @@ SOME = 90  # serving runs of each engine that are predicted, drawn by chance
 @pytest.mark.parametrize("engine", ENGINES)
 def test_more_than_eight_in_ten_published_first_tokens_lie_in_their_interval(engine: str) -> None:
     rows = [row for row in published("serving") if row["engine"] == engine and not row["left_out"]]
-    rows = [row for row in rows if not load_model(row["model"]).experts]  # whose kernels are less certain
+    # whose kernels are less certain
+    rows = [row for row in rows if not load_model(row["model"]).experts]
     inside = []
     for i in np.random.default_rng(0).choice(len(rows), SOME, replace=False).tolist():
         run = serving_workload(rows[i])
@@ -135,7 +166,9 @@ def test_more_than_eight_in_ten_published_first_tokens_lie_in_their_interval(eng
         batch = WorkloadBatch.of([run[0]])
         waits = ServePasses(batch, forward_passes(batch, run[1]), 0.9, NO_LIMITS).waits
         ends = {name: (float(low[0]), float(high[0])) for name, (_, low, high) in waits.items()}
-        inside.append([low <= float(rows[i][f"{name}_s"]) <= high for name, (low, high) in ends.items()])
+        inside.append(
+            [low <= float(rows[i][f"{name}_s"]) <= high for name, (low, high) in ends.items()]
+        )
     assert len(inside) > SOME / 2
     assert (np.mean(inside, axis=0) > (0.8, 0.85)).all()
 
@@ -146,17 +179,26 @@ def test_facts_are_those_handed_over(shared_data: Path) -> None:
         return list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
     handed, engines = read("pruning_speedups.csv"), read("engine_pruned.csv")
-    values = [(float(r["dense_value"] or 1), float(r["pruned_value"] or r["speedup"])) for r in (*handed, *engines)]
+    values = [
+        (float(r["dense_value"] or 1), float(r["pruned_value"] or r["speedup"]))
+        for r in (*handed, *engines)
+    ]
     ours = published("speedups")
     assert all((float(r["dense"]), float(r["pruned"])) in values for r in ours)
     expected = len(handed) + len(engines)
-    assert len(ours) + sum(NOT_USED.values()) == expected, "every row is there or left out for a reason"
+    assert len(ours) + sum(NOT_USED.values()) == expected, (
+        "every row is there or left out for a reason"
+    )
     times = {dense for dense, _ in values}
     for r in read("engine_dense.csv"):
         value = float(r["value"])
-        times |= {value, float(f"{1024 / value:.7g}")} if r["metric"].startswith("prefill") else {value}
+        times |= (
+            {value, float(f"{1024 / value:.7g}")} if r["metric"].startswith("prefill") else {value}
+        )
     assert {float(r["value"]) for r in published("dense")} <= times
-    times_2to4 = {(r["m"], r["n"], r["k"], float(r["latency_us"])) for r in read("sparse24_gemm.csv")}
+    times_2to4 = {
+        (r["m"], r["n"], r["k"], float(r["latency_us"])) for r in read("sparse24_gemm.csv")
+    }
     for r in published("gemm_ratios"):
         assert (r["m"], r["n"], r["k"], float(r["dense_us"])) in times_2to4
         assert (r["m"], r["pruned_n"], r["pruned_k"], float(r["pruned_us"])) in times_2to4

@@ -32,7 +32,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_each_file_is_predicted_under_its_own_conditions(folder: Path) -> None:
     found = {r.source: r for r in evaluate(folder, {**H100, "model": "llama-3.1-8b"})}
-    requests = {name: (r.phase, r.batch, r.seq, r.new_tokens) for name, r in found.items() if r.compared}
+    requests = {
+        name: (r.phase, r.batch, r.seq, r.new_tokens) for name, r in found.items() if r.compared
+    }
     assert requests == {
         "inner/vllm_serve.json": ("serve", 16, 1024, 128),
         "sglang.jsonl:1": ("serve", 1, 1024, 128),
@@ -44,11 +46,25 @@ def test_each_file_is_predicted_under_its_own_conditions(folder: Path) -> None:
         "vllm_serve_detailed.json": ("serve", 2, 64, 4),
     }
     reasons = {name: r.reason for name, r in found.items() if not r.compared}
-    assert reasons.keys() == {"aiperf.json", "genai_perf.json", "other.json", "vllm_throughput.json"}
-    assert reasons["aiperf.json"] == "engine: expected --engine, as the file does not state a known one"
-    assert reasons["other.json"].startswith("expected a result of vllm bench latency, throughput or serve")
+    assert reasons.keys() == {
+        "aiperf.json",
+        "genai_perf.json",
+        "other.json",
+        "vllm_throughput.json",
+    }
+    assert (
+        reasons["aiperf.json"]
+        == "engine: expected --engine, as the file does not state a known one"
+    )
+    assert reasons["other.json"].startswith(
+        "expected a result of vllm bench latency, throughput or serve"
+    )
     assert reasons["vllm_throughput.json"] == "tokens per request: expected more than 1024, got 576"
-    engines = {name.partition("_")[0].partition(".")[0]: r.compared.engine for name, r in found.items() if r.compared}
+    engines = {
+        name.partition("_")[0].partition(".")[0]: r.compared.engine
+        for name, r in found.items()
+        if r.compared
+    }
     assert engines == {"inner/vllm": "vllm", "sglang": "sglang", "trtllm": "trtllm", "vllm": "vllm"}
 
 
@@ -60,7 +76,11 @@ def test_a_prediction_is_that_of_the_request_with_formats_and_gpu_of_the_file(fo
     formats = {"dtype": "fp8", "weight_dtype": "fp8", "kv_dtype": "fp8", "engine": "trtllm"}
     w = simulator.lower("llama-3.1-8b", phase="serve", batch=8, seq=1024, new_tokens=127, **formats)
     s = simulator.speedup(w, w, "h100")
-    assert (compared.predicted, compared.lower, compared.upper) == (s.dense_s, s.dense_lower, s.dense_upper)
+    assert (compared.predicted, compared.lower, compared.upper) == (
+        s.dense_s,
+        s.dense_lower,
+        s.dense_upper,
+    )
     assert compared.measured == pytest.approx(0.70)
     assert stated["inner/vllm_serve.json"].reason.startswith("hardware: expected --hardware")
 
@@ -69,7 +89,9 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) ->
     monkeypatch.chdir(folder.parent)
     line = "validate runs --hardware h100 --batch 8 --seq 1024 --new-tokens 128"
     out, err = cli(line)
-    assert out.startswith("Predicted times of 7 runs in runs (vllm on h100_sxm, sglang on h100_sxm, trtllm on h100_sx")
+    assert out.startswith(
+        "Predicted times of 7 runs in runs (vllm on h100_sxm, sglang on h100_sxm, trtllm on h100_sx"
+    )
     assert "results were skipped." in out
     assert "sglang.jsonl:3" in out
     assert "note: aiperf.json, genai_perf.json: skipped: engine: expected --engine" in err
@@ -82,15 +104,23 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) ->
     ("words", "reason"),
     [
         ("validate h100 --runs runs", "--runs: evaluates result files; expected no PROFILE"),
-        ("validate --end-to-end --runs runs", "--end-to-end: no longer an option; use python -m calibration.evidence"),
+        (
+            "validate --end-to-end --runs runs",
+            "--end-to-end: no longer an option; use python -m calibration.evidence",
+        ),
         ("validate --runs none", "none: expected a folder with result files"),
         ("validate empty", "empty: expected 1 to 10,000 files .json or .jsonl, got 0"),
-        ("validate runs/inner", "expected a result that can be predicted; vllm_serve.json: skipped: hard"),
+        (
+            "validate runs/inner",
+            "expected a result that can be predicted; vllm_serve.json: skipped: hard",
+        ),
         ("validate runs --batch 8,16", "--batch: expected one value, got 2"),
         ("validate --seq 8", "expected a FOLDER of result files, got none"),
     ],
 )
-def test_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any, words: str, reason: str) -> None:
+def test_refusals(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any, words: str, reason: str
+) -> None:
     (folder.parent / "empty").mkdir()
     monkeypatch.chdir(folder.parent)
     assert reason in cli.refused(words)

@@ -46,7 +46,9 @@ LINK_ERRORS = {  # median, percent, as docs/model.md has it
 def data() -> GemmFit:
     """A grid of shapes with times of a three-constant roofline and 1 % noise."""
     widths = 512.0 * np.arange(1, 9)
-    m, n, k = (a.reshape(-1) for a in np.meshgrid(2.0 ** np.arange(0, 12), widths, widths, indexing="ij"))
+    m, n, k = (
+        a.reshape(-1) for a in np.meshgrid(2.0 ** np.arange(0, 12), widths, widths, indexing="ij")
+    )
     flop = 2 * m * n * k / (0.7 * MACHINE.peak_flop_per_s)
     moved = 2 * (n * k + m * (n + k)) / (0.8 * MACHINE.bandwidth_bytes_per_s)
     noise = np.exp(0.01 * np.random.default_rng(0).normal(size=m.size))
@@ -63,7 +65,9 @@ def test_split_keeps_pairs_whole_and_is_set_by_the_seed(data: GemmFit) -> None:
     train, test = table.train_test(None, 0)
     assert not groups(train) & groups(test)
     assert (len(groups(test)), len(train.data) + len(test.data)) == (round(0.3 * 64), len(data))
-    assert groups(table.train_test(None, 0)[1]) == groups(test) != groups(table.train_test(None, 1)[1])
+    assert (
+        groups(table.train_test(None, 0)[1]) == groups(test) != groups(table.train_test(None, 1)[1])
+    )
     few, same = table.train_test(100, 0)
     assert (len(few.data), groups(same)) == (100, groups(test))
     assert groups(few) <= groups(train)
@@ -97,10 +101,18 @@ def test_attention_pairs_differ_in_one_thing_only() -> None:
     ones = np.ones(4)
     heads, groups = np.array([32.0, 16.0, 8.0, 4.0]), np.array([8.0, 4.0, 2.0, 1.0])
     geometry = Geometry(ones, 128 * ones, 128 * ones, heads, groups, 128 * ones)
-    c = AttentionFit(AttentionCalls("prefill", False, geometry, MACHINE, MACHINE.peak_flop_per_s), ones)
+    c = AttentionFit(
+        AttentionCalls("prefill", False, geometry, MACHINE, MACHINE.peak_flop_per_s), ones
+    )
     # 32/8 against 16/4 and 8/2; 16/4 against 8/2 and 4/1; 8/2 against 4/1; 4/1 against 32/8 lies below a quarter
     calls = MeasuredRows(c, HW)
-    assert sorted(map(tuple, calls.pairs("heads").tolist())) == [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2)]
+    assert sorted(map(tuple, calls.pairs("heads").tolist())) == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (3, 1),
+        (3, 2),
+    ]
     assert not len(calls.pairs("lengths"))
     assert calls.records().kv_heads.tolist() == [8, 4, 2, 1]
 
@@ -119,7 +131,9 @@ def test_a_fit_is_scored_on_held_out_rows_next_to_rooflines(data: GemmFit) -> No
 
 def test_weights_of_four_times_the_l2_are_asked_cold(data: GemmFit) -> None:
     c = data.calls
-    table = MeasuredRows(replace(data, calls=replace(c, copies=np.where(c.n * c.k > 2**23, 64.0, 1.0))), HW)
+    table = MeasuredRows(
+        replace(data, calls=replace(c, copies=np.where(c.n * c.k > 2**23, 64.0, 1.0))), HW
+    )
     hw = table.profile(table.fit())
     cold = gemm_time(c.m, c.n, c.k, hw).seconds
     slower = MeasuredRows(replace(table.data, seconds=1.1 * cold), HW)
@@ -132,9 +146,17 @@ def test_weights_of_four_times_the_l2_are_asked_cold(data: GemmFit) -> None:
 @pytest.fixture(scope="module")
 def moved(data: GemmFit) -> list[dict[str, Any]]:
     """A stack with launches 1 us longer and kernels 10 % slower than the stack of the profile."""
-    other, plain = MeasuredRows(replace(data, seconds=1.1 * data.seconds + 1e-6), HW), MeasuredRows(data, HW)
+    other, plain = (
+        MeasuredRows(replace(data, seconds=1.1 * data.seconds + 1e-6), HW),
+        MeasuredRows(data, HW),
+    )
     hw = plain.profile(plain.fit(), same_stack=False)
-    names = {"table": "gemm, held-out stack", "held_out": "h100 b", "kind": "update", "set": "stacks"}
+    names = {
+        "table": "gemm, held-out stack",
+        "held_out": "h100 b",
+        "kind": "update",
+        "set": "stacks",
+    }
     return [{**r, **names} for r in evaluate_updates(hw, other, (20, 100), 0)]
 
 
@@ -153,7 +175,9 @@ def test_the_table_of_stacks_ends_in_their_means_and_targets(moved: list[dict[st
     lines = [dict(zip(names, line, strict=True)) for line in zip(*cells, strict=True)]
     places = [("h100 b", "0"), ("h200 b", "0"), ("mean", "0")]
     assert [(line["held out"], line["rows"]) for line in lines[::3]] == places
-    assert [lines[0]["MAPE"], lines[6]["MAPE"]] == [f"{100 * (moved[0]['mape'] + more):.2f}" for more in (0.0, 0.01)]
+    assert [lines[0]["MAPE"], lines[6]["MAPE"]] == [
+        f"{100 * (moved[0]['mape'] + more):.2f}" for more in (0.0, 0.01)
+    ]
     criteria = {line.criterion: line for line in against_targets(rows)}
     line = criteria["gemm, held-out stack, 100 rows: MAPE, mean of 2"]
     assert (line.target, line.met) == ("<= 5.5", float(line.measured) <= 5.5)
@@ -163,20 +187,38 @@ def test_the_table_of_stacks_ends_in_their_means_and_targets(moved: list[dict[st
 
 
 def test_every_stack_with_another_is_held_out() -> None:
-    pairs = {table.measurement: source.measurement for table, source in stack_pairs(None, ("gemm", *ATTENTION))}
+    pairs = {
+        table.measurement: source.measurement
+        for table, source in stack_pairs(None, ("gemm", *ATTENTION))
+    }
     assert pairs["h100_sxm/gemm/trtllm"] == "h100_sxm/gemm/sglang"
     assert pairs["a100_sxm/gemm/sglang"] == "a100_sxm/gemm/trtllm"
     assert "a100_sxm/attention_decode/sglang" not in pairs  # the only one
-    latent = {table.measurement for table, _ in stack_pairs(Path("the.whl"), LATENT)}  # its tables are in the wheel
-    assert {name for name in latent if "prefill" in name} == {f"b200_sxm/mla_prefill/{s}" for s in ("sglang", "trtllm")}
-    assert {name.split("/")[0] for name in latent} == {"h100_sxm", "h200_sxm", "l40s", "rtx_pro_6000", "b200_sxm"}
+    # its tables are in the wheel
+    latent = {table.measurement for table, _ in stack_pairs(Path("the.whl"), LATENT)}
+    assert {name for name in latent if "prefill" in name} == {
+        f"b200_sxm/mla_prefill/{s}" for s in ("sglang", "trtllm")
+    }
+    assert {name.split("/")[0] for name in latent} == {
+        "h100_sxm",
+        "h200_sxm",
+        "l40s",
+        "rtx_pro_6000",
+        "b200_sxm",
+    }
 
 
 @pytest.mark.quick
 def test_means_over_seeds_and_the_page_that_marks_a_missed_target() -> None:
     rows: list[dict[str, Any]] = []
     for (name, mape), size, seed in product((("h100", 0.035), ("a100", 0.02)), (100, 0), (0, 1, 2)):
-        about = {"set": name, "table": name, "kind": "" if size else "gemm", "held_out": "", "method": "prunesim"}
+        about = {
+            "set": name,
+            "table": name,
+            "kind": "" if size else "gemm",
+            "held_out": "",
+            "method": "prunesim",
+        }
         rows.append({**about, "rows": size, "seed": seed, "mape": mape + seed / 100.0})
     assert [(r["rows"], r["seeds"]) for r in means(rows, "a100")] == [(100, 3), (0, 3)]
     columns = [("method", ["prunesim"] * 2), ("rows", ["100", "all"]), ("MAPE", ["3.00", "3.00"])]
@@ -190,14 +232,18 @@ def test_means_over_seeds_and_the_page_that_marks_a_missed_target() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "size", "mape"), [("a100", None, 0.053), ("h100", 400, 0.046), ("l40s", 400, 0.11), ("h200", 400, 0.048)]
+    ("name", "size", "mape"),
+    [("a100", None, 0.053), ("h100", 400, 0.046), ("l40s", 400, 0.11), ("h200", 400, 0.048)],
 )
 def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> None:
     found = [evaluate_table(GEMMS[name].load(), size, seed) for seed in (0, 1, 2)]
-    mean = {key: np.mean([f[key] for f in found]) for key in ("mape", "coverage", "lowest coverage")}
+    mean = {
+        key: np.mean([f[key] for f in found]) for key in ("mape", "coverage", "lowest coverage")
+    }
     assert mean["mape"] <= mape
     assert mean["coverage"] >= 0.85
-    assert mean["coverage"] <= 0.95 or size  # few shapes may make it cautious: the upper bar is that of all rows
+    # few shapes may make it cautious: the upper bar is that of all rows
+    assert mean["coverage"] <= 0.95 or size
     assert mean["lowest coverage"] >= 0.82
 
 
@@ -226,14 +272,18 @@ def test_collectives_of_held_out_systems_are_within_their_intervals() -> None:
 
 def test_processes_give_the_same_rows() -> None:
     told: list[str] = []
-    one, two = (evaluate_sets(("collectives", "dense"), jobs=jobs, progress=told.append) for jobs in (1, 2))
+    one, two = (
+        evaluate_sets(("collectives", "dense"), jobs=jobs, progress=told.append) for jobs in (1, 2)
+    )
     assert one == two
     assert told == ["1/2", "2/2"] * 2
 
 
 def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collectives", "--jobs", "1", "-o", str(tmp_path / "links.md")]) == 0
-    assert "## collectives of a held-out system\n" in (tmp_path / "links.md").read_text(encoding="utf-8")
+    assert "## collectives of a held-out system\n" in (tmp_path / "links.md").read_text(
+        encoding="utf-8"
+    )
     assert main(["list"]) == 0
     assert "| stacks | a software stack |" in capsys.readouterr().out
     for words, reason in (
@@ -244,5 +294,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert main(words) == 2
         assert reason in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"docs/generated/engines.md: expected 1 tables to fill, got 16"):
+    with pytest.raises(
+        InputError, match=r"docs/generated/engines.md: expected 1 tables to fill, got 16"
+    ):
         filled("engines", ["| a |"])

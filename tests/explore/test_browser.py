@@ -20,13 +20,24 @@ import pytest
 
 from simulator.cli import run
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROGRAM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 NEEDED = {"streamlit": "explore", "playwright": "browser"}
-ABSENT = [f'no module {m}: pip install -e ".[{NEEDED[m]}]"' for m in NEEDED if importlib.util.find_spec(m) is None]
-ABSENT += [] if PROGRAM else ["no chromium on the search path: install the system's package chromium"]
+ABSENT = [
+    f'no module {m}: pip install -e ".[{NEEDED[m]}]"'
+    for m in NEEDED
+    if importlib.util.find_spec(m) is None
+]
+ABSENT += (
+    [] if PROGRAM else ["no chromium on the search path: install the system's package chromium"]
+)
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(ABSENT), reason="; ".join(ABSENT) or "all there")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(ABSENT), reason="; ".join(ABSENT) or "all there"),
+]
 
 WIDTHS = [390, 1400]
 
@@ -42,7 +53,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a served page; the server ends with status 0 when it is interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STREAMLIT_SERVER_ADDRESS", "0.0.0.0")  # which the command overrides
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv(
+            "PYTHONPATH",
+            os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        )
         served = explore("--port", "0")
     assert served.stdout is not None
     found = None
@@ -60,7 +74,9 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        found = play.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox", "--disable-gpu"])
+        found = play.chromium.launch(
+            executable_path=PROGRAM, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield found
         found.close()
 
@@ -68,7 +84,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(params=WIDTHS)
 def tab(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A tab of one width, which loads nothing from elsewhere and reports no error."""
-    context = browser.new_context(viewport={"width": request.param, "height": 900}, accept_downloads=True)
+    context = browser.new_context(
+        viewport={"width": request.param, "height": 900}, accept_downloads=True
+    )
     context.set_default_timeout(30_000)
     made, hosts, errors = context.new_page(), set[str | None](), list[str]()
     made.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
@@ -87,13 +105,21 @@ def fits(tab: Any) -> bool:
 def settle(tab: Any) -> None:
     """Wait until the page's program has run: until then it shows elements of the run before."""
     state = "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state')"
-    tab.wait_for_function(f"{state} === 'notRunning' && document.querySelector('[data-testid=stCode]') !== null")
-    tab.wait_for_function("[...document.querySelectorAll('figure img')].every(e => e.complete && e.naturalWidth > 0)")
+    tab.wait_for_function(
+        f"{state} === 'notRunning' && document.querySelector('[data-testid=stCode]') !== null"
+    )
+    tab.wait_for_function(
+        "[...document.querySelectorAll('figure img')].every(e => e.complete && e.naturalWidth > 0)"
+    )
 
 
 def drawn(tab: Any, selector: str) -> list[Any]:
     """Widths of figures as drawn, which are also those of their names."""
-    return list(tab.evaluate(f"[...document.querySelectorAll('{selector}')].map(e => e.getBoundingClientRect().width)"))
+    return list(
+        tab.evaluate(
+            f"[...document.querySelectorAll('{selector}')].map(e => e.getBoundingClientRect().width)"
+        )
+    )
 
 
 def test_the_page_answers_changes_and_downloads(

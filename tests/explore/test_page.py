@@ -29,7 +29,11 @@ _watching = [False]
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watching[0] and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str):
+    if (
+        _watching[0]
+        and event in ("open", "os.listdir", "os.scandir")
+        and isinstance(arguments[0], str)
+    ):
         WATCHED.append(arguments[0])
 
 
@@ -64,7 +68,10 @@ def texts(at: AppTest) -> str:
 
 def address(at: AppTest) -> dict[str, list[str]]:
     """The settings in the address; versions of Streamlit differ in the form of a single value."""
-    return {name: [value] if isinstance(value, str) else list(value) for name, value in at.query_params.items()}
+    return {
+        name: [value] if isinstance(value, str) else list(value)
+        for name, value in at.query_params.items()
+    }
 
 
 def expected(**changes: Any) -> Any:
@@ -76,14 +83,18 @@ def expected(**changes: Any) -> Any:
         "sparsity": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
         "phase": "decode",
     }
-    return simulator.table(**{name: value for name, value in {**asked, **changes}.items() if value is not None})
+    return simulator.table(
+        **{name: value for name, value in {**asked, **changes}.items() if value is not None}
+    )
 
 
 def shows(at: AppTest, found: Any) -> bool:
     """Whether the table of the page has these predictions."""
     shown = at.dataframe[0].value
     same = shown["pruning"].tolist() == [r.pruning for r in found]
-    return same and shown["speedup"].tolist() == pytest.approx([r.speedup for r in found], rel=1e-12)
+    return same and shown["speedup"].tolist() == pytest.approx(
+        [r.speedup for r in found], rel=1e-12
+    )
 
 
 def test_the_page_answers_at_once() -> None:
@@ -98,21 +109,45 @@ def test_the_page_answers_at_once() -> None:
 
 WIDGETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
-        {"model": "qwen3-8b", "hardware": ["h100_sxm", "a100_sxm_80gb"], "engine": ["hf", "vllm"], "phase": "serve"}
+        {
+            "model": "qwen3-8b",
+            "hardware": ["h100_sxm", "a100_sxm_80gb"],
+            "engine": ["hf", "vllm"],
+            "phase": "serve",
+        }
         | {"sparsity": "25%, 0.5", "batch": "1, 64", "seq": "8k"},
-        {"models": "qwen3-8b", "hardware": ["h100", "a100_sxm_80gb"], "engine": ["hf", "vllm"], "phase": "serve"}
+        {
+            "models": "qwen3-8b",
+            "hardware": ["h100", "a100_sxm_80gb"],
+            "engine": ["hf", "vllm"],
+            "phase": "serve",
+        }
         | {"sparsity": [0.25, 0.5], "batch": [1, 64], "seq": 8192},
     ),
     (
-        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": "4", "dense_s": "8ms"},
-        {"family": ["token"], "weight_dtype": "int8", "kv_dtype": "fp8", "devices": 4, "dense_s": 0.008},
+        {
+            "family": ["token"],
+            "weight_dtype": "int8",
+            "kv_dtype": "fp8",
+            "devices": "4",
+            "dense_s": "8ms",
+        },
+        {
+            "family": ["token"],
+            "weight_dtype": "int8",
+            "kv_dtype": "fp8",
+            "devices": 4,
+            "dense_s": 0.008,
+        },
     ),
     ({"dtype": "fp8"}, {"dtype": "fp8"}),
 ]
 
 
 @pytest.mark.parametrize(("values", "changes"), WIDGETS)
-def test_widgets_change_the_request_and_the_address(values: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_widgets_change_the_request_and_the_address(
+    values: dict[str, Any], changes: dict[str, Any]
+) -> None:
     at = page(sparsity="50%")
     for widget in (*at.selectbox, *at.multiselect, *at.text_input):
         if widget.key in values:
@@ -129,9 +164,14 @@ def test_widgets_change_the_request_and_the_address(values: dict[str, Any], chan
 
 def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
     at = page(by="text", prune="width mlp=0.3\ndepth 0.25", batch="8")
-    assert shows(at, expected(family=None, sparsity=None, prune=["width mlp=0.3", "depth 0.25"], batch=8))
+    assert shows(
+        at, expected(family=None, sparsity=None, prune=["width mlp=0.3", "depth 0.25"], batch=8)
+    )
     assert "will it run? Yes" in texts(at)
-    for text, message in (("width mlp=oops", "column 11: expected a fraction"), ("plan.yaml", "expected no plan")):
+    for text, message in (
+        ("width mlp=oops", "column 11: expected a fraction"),
+        ("plan.yaml", "expected no plan"),
+    ):
         good(at.text_area(key="prune").set_value(text).run())
         (error,) = at.error
         assert message in error.value
@@ -150,10 +190,16 @@ def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
         ("family", [], "family: expected at least one"),
         ("hardware", ["t4"], "t4 has no bf16 arithmetic"),
         ("sparsity", ", ".join(["0.5"] * 30), "expected 1 to 25 values"),
-        ("batch", ",".join(map(str, range(1, 26))), "expected at most 1,000 predictions, got 1,400"),
+        (
+            "batch",
+            ",".join(map(str, range(1, 26))),
+            "expected at most 1,000 predictions, got 1,400",
+        ),
     ],
 )
-def test_requests_that_cannot_be_predicted_are_one_line(name: str, value: Any, message: str) -> None:
+def test_requests_that_cannot_be_predicted_are_one_line(
+    name: str, value: Any, message: str
+) -> None:
     at = page(hardware=["h100_sxm", "a100_sxm_80gb"])
     widget = next(w for w in (*at.selectbox, *at.multiselect, *at.text_input) if w.key == name)
     good(widget.set_value(value).run())
@@ -171,7 +217,9 @@ def test_another_pruning_is_explained_on_request_and_stays() -> None:
     assert address(at) == {"phase": ["prefill"], "detail": ["width at 50 %"]}
 
 
-def test_the_commands_of_the_page_give_its_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_commands_of_the_page_give_its_numbers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     at = page(
         engine=["hf", "vllm"],
         sparsity="25%,",
@@ -223,7 +271,9 @@ def test_hostile_settings_of_an_address_are_ignored_with_one_message(opened: lis
     }
     at = page(**hostile)
     (warning,) = at.warning
-    assert warning.value.startswith("Settings of the address that were ignored: model, hardware, engine, family, by")
+    assert warning.value.startswith(
+        "Settings of the address that were ignored: model, hardware, engine, family, by"
+    )
     assert "<" not in warning.value
     assert len(at.error) == 0
     assert shows(at, expected())
@@ -279,7 +329,9 @@ def test_a_pruned_checkpoint_is_compared_after_a_click(tmp_path: Path, hostile_m
     assert [e.value.count("\n") for e in at.error] == [0, 0]
 
 
-def test_an_older_release_of_an_engine_is_typed_but_no_engine_file(opened: list[str], tmp_path: Path) -> None:
+def test_an_older_release_of_an_engine_is_typed_but_no_engine_file(
+    opened: list[str], tmp_path: Path
+) -> None:
     at = page(engine="vllm@0.10")
     assert shows(at, expected(engine="vllm@0.10"))
     assert address(at) == {"engine": ["vllm@0.10"]}

@@ -51,10 +51,16 @@ class Page(HTMLParser):
     @property
     def harmless(self) -> bool:
         """Whether it has no scripts, no handlers, and nothing that is fetched."""
-        fetched = [value for name, value in self.attributes if name in ("src", "href", "xlink:href")]
+        fetched = [
+            value for name, value in self.attributes if name in ("src", "href", "xlink:href")
+        ]
         handlers = [name for name, _ in self.attributes if name.startswith("on")]
         active = {"script", "img", "iframe", "object", "embed", "link", "base", "form"}
-        return not (active & set(self.elements) or handlers or [v for v in fetched if not (v or "").startswith("#")])
+        return not (
+            active & set(self.elements)
+            or handlers
+            or [v for v in fetched if not (v or "").startswith("#")]
+        )
 
 
 def written(tmp_path: Path, words: str) -> str:
@@ -68,7 +74,12 @@ def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
 ) -> None:
     html = written(tmp_path, LINE)
     page = Page(html)
-    assert html.index('class="answer"') < html.index("<svg") < html.index("<table>") < html.index("<pre>")
+    assert (
+        html.index('class="answer"')
+        < html.index("<svg")
+        < html.index("<table>")
+        < html.index("<pre>")
+    )
     assert page.elements.count("svg") == 3
     assert page.harmless
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
@@ -84,11 +95,15 @@ def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
         ("roofline bound", "roofline_bound", 1),
         ("most sequences", "pruned_largest_batch", 1),
     ):
-        assert [row[header.index(name)] for row in cells] == [cell(unit * row[key]) for row in rows], name
+        assert [row[header.index(name)] for row in cells] == [
+            cell(unit * row[key]) for row in rows
+        ], name
     assert [row[header.index("hardware")] for row in cells] == [row["hardware"] for row in rows]
 
 
-def test_the_commands_of_a_report_give_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_a_report_give_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = "llama-3.2-1b --hardware h100 --prune 'width mlp=0.3 + depth 0.25' --phase serve --concurrency 8"
     words += " --new-tokens 16 --kv-dtype fp8 --dense-time 0.5s --ideal"
     html = written(tmp_path, words)
@@ -111,17 +126,22 @@ def test_the_commands_of_a_report_give_its_numbers(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("prune", ["depth 0.99", " + ".join(["depth 0.999"] * 6)])
 def test_a_pruning_that_leaves_no_layer_has_a_report(tmp_path: Path, prune: str) -> None:
     html = written(tmp_path, f"llama-3.1-8b --hardware h100 --prune '{prune}' --phase decode")
-    assert "removes layers" in html  # and no warning of matplotlib: long names leave room for the figures
+    # and no warning of matplotlib: long names leave room for the figures
+    assert "removes layers" in html
     assert html.count("<svg") == 3
 
 
-def test_a_large_report_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_report_stays_below_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = "llama-3.1-8b --hardware h100,a100,4090 --phase prefill,decode --batch 1,8,64 --sparsity 0.1:0.5:0.1"
     html = written(tmp_path, words)
     assert len(html.encode()) < page.MOST_BYTES
     assert len(Page(html).rows) == 1 + page.MOST_ROWS
     assert "the first 500 rows" in html
-    found = content({"models": "llama-3.1-8b", "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25]})
+    found = content(
+        {"models": "llama-3.1-8b", "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25]}
+    )
     whole = len(report_html(found, ["x"]).encode())
     monkeypatch.setattr(page, "MOST_BYTES", whole - 1000)
     smaller = report_html(found, ["x"])
@@ -134,12 +154,20 @@ def hostile(value: Any, markup: str) -> Any:
     if isinstance(value, str):
         return markup
     if isinstance(value, PageContent | Result):
-        return replace(value, **{f.name: hostile(getattr(value, f.name), markup) for f in fields(value)})
+        return replace(
+            value, **{f.name: hostile(getattr(value, f.name), markup) for f in fields(value)}
+        )
     if isinstance(value, Explanation):
-        return replace(value, result=replace(hostile(value.result, markup), dtype=value.result.dtype))
+        return replace(
+            value, result=replace(hostile(value.result, markup), dtype=value.result.dtype)
+        )
     if isinstance(value, tuple):
         return tuple(hostile(one, markup) for one in value)
-    return {name: hostile(one, markup) for name, one in value.items()} if isinstance(value, dict) else value
+    return (
+        {name: hostile(one, markup) for name, one in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def test_markup_in_every_text_is_harmless(hostile_model: Path) -> None:
@@ -150,12 +178,23 @@ def test_markup_in_every_text_is_harmless(hostile_model: Path) -> None:
     found: PageContent = hostile(replace(content(asked), facts={"Model": "", markup: ""}), markup)
     page = Page(report_html(found, [markup]))
     assert page.harmless
-    texts = len(found.answer) + len(found.losses) + len(found.parts) + len(found.notes) + len(found.drawings)
+    texts = (
+        len(found.answer)
+        + len(found.losses)
+        + len(found.parts)
+        + len(found.notes)
+        + len(found.drawings)
+    )
     assert page.text.count(markup) >= texts + 1 + 2 * len(found.rows)
 
 
-def test_a_model_named_with_markup_is_harmless_in_figures_too(hostile_model: Path, tmp_path: Path) -> None:
-    html = written(tmp_path, f"{shlex.quote(str(hostile_model))} --hardware h100 --family depth,width --phase decode")
+def test_a_model_named_with_markup_is_harmless_in_figures_too(
+    hostile_model: Path, tmp_path: Path
+) -> None:
+    html = written(
+        tmp_path,
+        f"{shlex.quote(str(hostile_model))} --hardware h100 --family depth,width --phase decode",
+    )
     page = Page(html)
     assert page.harmless
     assert page.elements.count("svg") == 3

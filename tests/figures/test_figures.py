@@ -31,11 +31,23 @@ from simulator.pruning import FAMILIES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = ["rounding", "parts not pruned", "memory-bound operators", "tile quantisation", "alignment", "launch", "host"]
+NAMES = [
+    "rounding",
+    "parts not pruned",
+    "memory-bound operators",
+    "tile quantisation",
+    "alignment",
+    "launch",
+    "host",
+]
 
 
 def speedups(
-    families: list[str], sparsities: list[float], gpus: list[str], phases: Any = "prefill", **axes: Any
+    families: list[str],
+    sparsities: list[float],
+    gpus: list[str],
+    phases: Any = "prefill",
+    **axes: Any,
 ) -> Any:
     rows = simulator.table("llama-3.1-8b", gpus, families, sparsities, phase=phases, **axes).rows
     return speedups_of(rows)
@@ -46,13 +58,23 @@ def steps(title: str, factors: list[float]) -> Steps:
     return Steps(title, NAMES, factors, 1.333, 0.95 * reached, 1.06 * reached)
 
 
-def roof(title: str, tokens: float, peak: float = 989.4e12, bandwidth: float = 3.35e12, headroom: float = 1.08) -> Roof:
+def roof(
+    title: str,
+    tokens: float,
+    peak: float = 989.4e12,
+    bandwidth: float = 3.35e12,
+    headroom: float = 1.08,
+) -> Roof:
     n = np.array([4096.0, 1024, 1024, 4096, 14336, 14336, 4096])
     k = np.array([4096.0, 4096, 4096, 4096, 4096, 4096, 14336])
     intensity = np.concatenate([tokens * w * k / (tokens * (w + k) + w * k) for w in (n, 0.75 * n)])
-    achieved = np.minimum(0.75 * peak, intensity * 0.8 * bandwidth) * np.tile([1.0, 0.8, 0.8, 1.0, 1.05, 1.05, 0.97], 2)
+    achieved = np.minimum(0.75 * peak, intensity * 0.8 * bandwidth) * np.tile(
+        [1.0, 0.8, 0.8, 1.0, 1.05, 1.05, 0.97], 2
+    )
     names = ["q", "k", "v", "o", "gate", "up", "down"]
-    return Roof(title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom)
+    return Roof(
+        title, peak, bandwidth, names * 2, intensity, achieved, [False] * 7 + [True] * 7, headroom
+    )
 
 
 GPUS = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
@@ -136,7 +158,9 @@ def _shown(figure: Figure, text: Any) -> bool:
                 if text is tick.label1:
                     low, high = sorted(axis.get_view_interval())
                     return bool(
-                        tick.label1.get_visible() and low <= tick.get_loc() <= high and tick in axis._update_ticks()
+                        tick.label1.get_visible()
+                        and low <= tick.get_loc() <= high
+                        and tick in axis._update_ticks()
                     )
                 if text is tick.label2:
                     return bool(tick.label2.get_visible())
@@ -167,7 +191,8 @@ def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> N
 def test_every_family_has_a_look_of_its_own() -> None:
     assert set(style.STYLES) == set(FAMILIES)
     assert len({(a.marker, a.color, a.hollow) for a in style.STYLES.values()}) == len(style.STYLES)
-    assert len({(a.marker, a.hollow) for a in style.STYLES.values()}) == len(style.STYLES)  # apart in grey print too
+    # apart in grey print too
+    assert len({(a.marker, a.hollow) for a in style.STYLES.values()}) == len(style.STYLES)
     for name, family in FAMILIES.items():
         if name not in ("token", "kv_cache", "sparse_attention"):
             assert style.style_of(name).hollow == family.dynamic, name
@@ -176,17 +201,26 @@ def test_every_family_has_a_look_of_its_own() -> None:
 
 def roofs(ax: Any) -> tuple[Any, Any]:
     """The lines of a roof: at the datasheet's rate, and at the highest clock (None where there is none)."""
-    lines = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3]
+    lines = [
+        line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3
+    ]
     return lines[0], lines[1] if len(lines) > 1 else None
 
 
 @pytest.mark.quick
 def test_no_point_lies_above_the_roof_of_the_highest_clock() -> None:
     fast, slow = (roof("x", 2048.0, headroom=h) for h in (1.25, 1.0))
-    points = np.asarray(fast.achieved_flop_per_s) * 1.5  # above the datasheet's rate, below that of the highest clock
+    # above the datasheet's rate, below that of the highest clock
+    points = np.asarray(fast.achieved_flop_per_s) * 1.5
     figure = roofline_figure([replace(fast, achieved_flop_per_s=points), slow])
     datasheet, highest = roofs(figure.axes[0])
-    assert datasheet.get_ydata().max() == 989.4 < points.max() / 1e12 < highest.get_ydata().max() == 1.25 * 989.4
+    assert (
+        datasheet.get_ydata().max()
+        == 989.4
+        < points.max() / 1e12
+        < highest.get_ydata().max()
+        == 1.25 * 989.4
+    )
     assert highest.get_linestyle() == "--" != datasheet.get_linestyle()
     assert "989.4 to 1,237 TFLOP/s" in {t.get_text() for t in figure.axes[0].texts}
     assert roofs(figure.axes[1])[1] is None  # a device whose datasheet is at its highest clock
@@ -194,16 +228,24 @@ def test_no_point_lies_above_the_roof_of_the_highest_clock() -> None:
 
 
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "rtx_4090"])
-def test_no_measured_gemm_lies_above_the_highest_line(name: str, request: pytest.FixtureRequest) -> None:
+def test_no_measured_gemm_lies_above_the_highest_line(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     hw = load_hardware(name)
     if name == "rtx_4090":
-        rows, _ = load_rows([str(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")], screened=False)
+        rows, _ = load_rows(
+            [str(request.getfixturevalue("shared_data") / "rtx4090_gemm.csv")], screened=False
+        )
         table = gemms_of_format(rows, "bf16", "")
     else:
         table = shipped_gemms(hw, "bf16")
     work = 2 * table.m * table.n * table.k
-    x, y = work / (2 * (table.m * table.n + table.n * table.k + table.m * table.k)), work / table.seconds
-    ends = [int(x.argmin()), int(x.argmax())]  # the lines span the intensities of the points that are drawn
+    x, y = (
+        work / (2 * (table.m * table.n + table.n * table.k + table.m * table.k)),
+        work / table.seconds,
+    )
+    # the lines span the intensities of the points that are drawn
+    ends = [int(x.argmin()), int(x.argmax())]
     peaks = hw.peak_flop_per_s("bf16"), hw.bandwidth_bytes_per_s
     one = Roof(name, *peaks, ["gemm"] * 2, x[ends], y[ends], [False] * 2, hw.clock_headroom)
     datasheet, highest = roofs(roofline_figure([one]).axes[0])
@@ -220,7 +262,9 @@ def test_a_waterfall_ends_at_the_product_of_its_factors() -> None:
     assert last.get_x() + last.get_width() == pytest.approx(1.333 * np.prod(factors))
 
 
-def test_a_png_has_a_palette_and_the_resolution_of_prints(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+def test_a_png_has_a_palette_and_the_resolution_of_prints(
+    tmp_path: Path, drawn: dict[str, Figure]
+) -> None:
     style.save_figure(drawn["waterfall"], tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.mode == "P"  # a palette: a third of the bytes
@@ -228,16 +272,26 @@ def test_a_png_has_a_palette_and_the_resolution_of_prints(tmp_path: Path, drawn:
 
 
 def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
-    devices, engines = map(style.device_title, list_hardware()), map(style.engine_title, list_engines())
-    for titles in map(list, (devices, engines, map(model_title, list_models()), map(style.label, FAMILIES))):
+    devices, engines = (
+        map(style.device_title, list_hardware()),
+        map(style.engine_title, list_engines()),
+    )
+    for titles in map(
+        list, (devices, engines, map(model_title, list_models()), map(style.label, FAMILIES))
+    ):
         assert len(set(titles)) == len(titles)
         assert not any("_" in t for t in titles if "Nemotron" not in t)
     for name in list_models():
-        assert load_model(model_title(name)).name == name or name.startswith("llama-2")  # published as "...-hf"
+        # published as "...-hf"
+        assert load_model(model_title(name)).name == name or name.startswith("llama-2")
 
 
 @pytest.mark.quick
 def test_a_device_has_the_words_that_people_say() -> None:
-    titles = {"a100_sxm_80gb": "A100 80GB SXM", "rtx_4090": "RTX 4090", "rtx_4090@vllm": "RTX 4090 (vLLM kernels)"}
+    titles = {
+        "a100_sxm_80gb": "A100 80GB SXM",
+        "rtx_4090": "RTX 4090",
+        "rtx_4090@vllm": "RTX 4090 (vLLM kernels)",
+    }
     titles |= {"rtx_4090 (anchored)": "RTX 4090 (anchored)", "gpu of mine": "gpu of mine"}
     assert {name: style.device_title(name) for name in titles} == titles

@@ -14,7 +14,16 @@ from test_figures import check_print
 import simulator
 from simulator.cli import run
 from simulator.figures.measured import MOST_DOTS, MeasuredGemms
-from simulator.figures.paper import BATCHES, FIGURES, LENGTHS, MAP_SPARSITY, OPERATORS, Paper, draw, paper
+from simulator.figures.paper import (
+    BATCHES,
+    FIGURES,
+    LENGTHS,
+    MAP_SPARSITY,
+    OPERATORS,
+    Paper,
+    draw,
+    paper,
+)
 from simulator.figures.style import device_title, style_of
 from simulator.figures.tables import SKIPPED_PAIRS, efficiency_figure, kept_axes, number
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
@@ -35,7 +44,10 @@ def measured(hw: HardwareProfile, rows: int, noise: float = 0.03) -> MeasuredGem
     """Times around the predicted ones, among them the fused projection of Llama-3.1-8B at every sixteenth M."""
     rng = np.random.default_rng(5)
     m = np.concatenate([np.arange(16, 2049, 16), rng.integers(1, 8193, rows)])
-    n, k = (np.concatenate([np.full(128, first), 64 * rng.integers(1, 257, rows)]) for first in (6144, 4096))
+    n, k = (
+        np.concatenate([np.full(128, first), 64 * rng.integers(1, 257, rows)])
+        for first in (6144, 4096)
+    )
     seconds = gemm_time(m, n, k, hw).seconds * np.exp(noise * rng.standard_normal(len(m)))
     return MeasuredGemms("planted", m.astype(float), n.astype(float), k.astype(float), seconds)
 
@@ -55,11 +67,14 @@ def one() -> Paper:
 
 @pytest.fixture(scope="module")
 def drawn(about: Paper, one: Paper) -> dict[str, Drawn]:
-    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}  # 5,000 predictions per device
+    # 5,000 predictions per device
+    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}
     return out | {f"{name}, one device": draw(name, one) for name in FIGURES}
 
 
-NAMES = [name for name in (*FIGURES, *(f"{name}, one device" for name in FIGURES)) if name != "crossover"]
+NAMES = [
+    name for name in (*FIGURES, *(f"{name}, one device" for name in FIGURES)) if name != "crossover"
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,21 +87,29 @@ def test_figures_print_without_clashes(name: str, drawn: dict[str, Drawn]) -> No
 def test_captions_state_what_an_engine_cannot_run(drawn: dict[str, Drawn]) -> None:
     for name in ("speedup", "efficiency"):
         assert drawn[name].caption.endswith("2:4 is excluded: vLLM has no kernels for it."), name
-    assert "2:4" not in drawn["pareto"].caption  # no method of it has quality on the axis that was drawn
-    assert drawn["waterfall"].caption.endswith("2:4 is shown in torch.compile: vLLM has no kernels for it.")
+    # no method of it has quality on the axis that was drawn
+    assert "2:4" not in drawn["pareto"].caption
+    assert drawn["waterfall"].caption.endswith(
+        "2:4 is shown in torch.compile: vLLM has no kernels for it."
+    )
     titles = [ax.get_title().replace(",\n", ", ") for ax in drawn["waterfall"].figure.axes]
     expected = [f"{device_title(g)}, {e}" for e in ("vLLM", "torch.compile", "vLLM") for g in GPUS]
     assert [t.split("\n")[0] for t in titles] == expected
-    assert not any("2:4 is" in drawn[f"{name}, one device"].caption for name in FIGURES)  # reference has it
+    # reference has it
+    assert not any("2:4 is" in drawn[f"{name}, one device"].caption for name in FIGURES)
 
 
 @pytest.mark.parametrize("family", general_families())
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_kept_axes_multiply_to_the_flops_that_are_left(family: str, phase: str) -> None:
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024, engine="")
+    dense = simulator.lower(
+        simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024, engine=""
+    )
     pruned = prune(dense, family, 0.5)
     for roles in OPERATORS.values():
-        before, after = (float(w.flops[w.is_role(*roles) & ~w.overhead].sum()) for w in (dense, pruned))
+        before, after = (
+            float(w.flops[w.is_role(*roles) & ~w.overhead].sum()) for w in (dense, pruned)
+        )
         kept = kept_axes(dense, pruned, roles, SKIPPED_PAIRS.get(family, "N"))
         assert float(np.prod(kept)) == pytest.approx(after / before, rel=1e-12)
         assert min(kept) > 0
@@ -117,28 +140,55 @@ def test_the_map_names_the_fastest_family() -> None:
     best = max(table, key=lambda r: r.speedup)
     _, ax = draw("crossover", paper("llama-3.2-1b", ["rtx_4090"])).figure.axes
     x, y = BATCHES.index(8), LENGTHS.index(4096)
-    (text,) = (t.get_text() for t in ax.texts if t.get_position()[0] == x and round(t.get_position()[1] + 0.2) == y)
+    (text,) = (
+        t.get_text()
+        for t in ax.texts
+        if t.get_position()[0] == x and round(t.get_position()[1] + 0.2) == y
+    )
     assert text == f"{best.speedup:.2f}"
-    (line,) = (line for line in ax.lines if (x, y + 0.22) in [tuple(point) for point in line.get_xydata()])
-    assert (line.get_marker(), line.get_color()) == (style_of(best.family).marker, style_of(best.family).color)
+    (line,) = (
+        line for line in ax.lines if (x, y + 0.22) in [tuple(point) for point in line.get_xydata()]
+    )
+    assert (line.get_marker(), line.get_color()) == (
+        style_of(best.family).marker,
+        style_of(best.family).color,
+    )
 
 
 def test_efficiencies_are_those_of_the_predictions(about: Paper, drawn: dict[str, Drawn]) -> None:
     (r,) = simulator.table(
-        about.model, "a100_sxm_80gb", "depth", MAP_SPARSITY, phase="prefill", batch=BATCHES[0], seq=about.request.seq
+        about.model,
+        "a100_sxm_80gb",
+        "depth",
+        MAP_SPARSITY,
+        phase="prefill",
+        batch=BATCHES[0],
+        seq=about.request.seq,
     )
     ax = drawn["efficiency"].figure.axes[0]
-    assert next(t.get_text() for t in ax.texts if t.get_position() == (0, 0)) == number(r.efficiency)
-    no_gain = {"row": ["a"], "column": ["b"], "family": ["depth"], "batch": [1], "efficiency": [float("nan")]}
+    assert next(t.get_text() for t in ax.texts if t.get_position() == (0, 0)) == number(
+        r.efficiency
+    )
+    no_gain = {
+        "row": ["a"],
+        "column": ["b"],
+        "family": ["depth"],
+        "batch": [1],
+        "efficiency": [float("nan")],
+    }
     assert "–" in [t.get_text() for t in efficiency_figure(no_gain).axes[0].texts]
 
 
-def test_a_staircase_shows_the_prediction_and_the_measured_points(about: Paper, drawn: dict[str, Drawn]) -> None:
+def test_a_staircase_shows_the_prediction_and_the_measured_points(
+    about: Paper, drawn: dict[str, Drawn]
+) -> None:
     ax = drawn["staircase"].figure.axes[2]
     lines = {(line.get_linestyle(), line.get_marker()): line for line in ax.lines}
     _, highest = (line.get_ydata() for line in ax.lines if line.get_linestyle() == "--")
     hw = load_hardware("rtx_4090")
-    assert highest[-1] == pytest.approx(2e6 * 512 * 6144 * 4096 / (hw.peak_flop_per_s("bf16") * hw.clock_headroom))
+    assert highest[-1] == pytest.approx(
+        2e6 * 512 * 6144 * 4096 / (hw.peak_flop_per_s("bf16") * hw.clock_headroom)
+    )
     a100 = drawn["staircase"].figure.axes[0]  # whose datasheet is at its highest clock
     assert sum(line.get_linestyle() == "--" for line in a100.lines) == 1
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
@@ -157,18 +207,25 @@ def test_predictions_beside_measurements_assume_the_same_rotation_of_weights() -
     hw = load_hardware("a100")
     one = np.ones(1)
     table = MeasuredGemms("mine", 8 * one, 4096 * one, 2048 * one, 1e-5 * one, copies=one)
-    assert table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, options=GemmOptions(copies=1)).seconds
+    assert (
+        table.predict(hw)[0] == gemm_time(8, 4096, 2048, hw, options=GemmOptions(copies=1)).seconds
+    )
     assert table.predict(hw)[0] != gemm_time(8, 4096, 2048, hw).seconds
 
 
 def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
     names, factors = ["a", "b", "c", "d", "e"], [1.002, 0.8, 0.993, 1.0, 1.009]
-    two = [Steps("x", names, factors, 1.5, 1.0, 1.3), Steps("y", names, [1.0, 1.0, 0.98, 1.0, 1.0], 1.5, 1, 1.6)]
+    two = [
+        Steps("x", names, factors, 1.5, 1.0, 1.3),
+        Steps("y", names, [1.0, 1.0, 0.98, 1.0, 1.0], 1.5, 1, 1.6),
+    ]
     (alone,) = folded(two[:1])
     assert alone.names == ["b", "other (4 steps)"]
     assert alone.factors[-1] == pytest.approx(1.002 * 0.993 * 1.009, rel=1e-15)
     for before, after in zip(two, folded(two), strict=True):
-        assert after.names == ["b", "c", "other (3 steps)"], "a step stays if it matters in one panel"
+        assert after.names == ["b", "c", "other (3 steps)"], (
+            "a step stays if it matters in one panel"
+        )
         assert after.reached[-1] == pytest.approx(before.reached[-1], rel=1e-15)
         assert after.nominal == before.nominal
     assert folded([Steps("x", ["a", "b"], [1.0, 0.8], 1.5, 1.0, 1.3)])[0].names == ["a", "b"], (
@@ -204,7 +261,10 @@ def test_one_command_writes_figures_and_captions(
     assert {p.name for p in out.iterdir()} == {*files, "captions.md"}
     captions = (out / "captions.md").read_text()
     assert re.findall(r"^## (.+)$", captions, re.MULTILINE) == ["taxonomy", "scatter"]
-    assert f"`prunesim figures llama-3.1-8b -o DIR --only scatter --hardware 4090 --measured 4090={table}`" in captions
+    assert (
+        f"`prunesim figures llama-3.1-8b -o DIR --only scatter --hardware 4090 --measured 4090={table}`"
+        in captions
+    )
     assert "`prunesim figures llama-3.1-8b -o DIR --only taxonomy --hardware 4090`" in captions
     assert "gemms.csv" in captions
     printed = capsys.readouterr()
@@ -212,7 +272,10 @@ def test_one_command_writes_figures_and_captions(
 
 
 def test_what_lacks_data_is_left_out_with_a_note(
-    prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    prunesim: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few = {name: FIGURES[name] for name in ("taxonomy", "scatter")}
     monkeypatch.setattr("simulator.figures.paper.FIGURES", few)
@@ -232,11 +295,25 @@ def test_what_lacks_data_is_left_out_with_a_note(
         (["--measured", "4090"], "expected DEVICE=FILE"),
         (["--measured", "4090=missing.csv"], "missing.csv: cannot be read"),
         (["--measured", "l40s=missing.csv"], "l40s is not among --hardware"),
-        (["--hardware", "h100", "--measured", "h100=setup.cfg", "--measured", "h100_sxm=setup.cfg"], "setup.cfg"),
+        (
+            [
+                "--hardware",
+                "h100",
+                "--measured",
+                "h100=setup.cfg",
+                "--measured",
+                "h100_sxm=setup.cfg",
+            ],
+            "setup.cfg",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    prunesim: Any, arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prunesim: Any,
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert prunesim([*FIGURES_OF, "-o", str(tmp_path / "out"), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -31,7 +31,9 @@ def ticks(ax: Any) -> list[str]:
 
 
 def curves(ax: Any, marker: str) -> Any:
-    (line,) = (line for line in ax.lines if line.get_marker() == marker and line.get_markersize() < 6)
+    (line,) = (
+        line for line in ax.lines if line.get_marker() == marker and line.get_markersize() < 6
+    )
     return line
 
 
@@ -57,14 +59,20 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
         band = ax.collections[0].get_paths()[0].vertices[:, 1]
         assert band.min() == pytest.approx(min(r.speedup_lower for r in own))
         assert band.max() == pytest.approx(max(r.speedup_upper for r in own))
-        assert any(set(np.atleast_1d(line.get_ydata())) == {1.0} for line in ax.lines), "a line at 1"
+        assert any(set(np.atleast_1d(line.get_ydata())) == {1.0} for line in ax.lines), (
+            "a line at 1"
+        )
         rings = [line for line in ax.lines if line.get_markersize() > 6]
-        pays = [r for i, r in enumerate(own) if all(later.speedup_lower >= GAIN for later in own[i:])]
+        pays = [
+            r for i, r in enumerate(own) if all(later.speedup_lower >= GAIN for later in own[i:])
+        ]
         assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [
             (r.batch, r.speedup) for r in pays[:1]
         ]
         (found,) = break_even(own)
-        assert (found.verdict.startswith(("pays from", "pays at every"))) == bool(rings), "as the sentence"
+        assert (found.verdict.startswith(("pays from", "pays at every"))) == bool(rings), (
+            "as the sentence"
+        )
     assert PAYS in legend(figure)
 
 
@@ -74,7 +82,10 @@ def test_of_two_fields_the_other_has_a_panel_per_value() -> None:
     assert lengths.legends[0].get_title().get_text() == "sequence (tokens); Llama-3.1-8B"
     assert ticks(lengths.axes[0]) == ["512", "2k", "8k"]
     removed = speedups_of(table("depth", hardware=["h100"], sparsity=(0.25, 0.5), batch=[1, 8, 64]))
-    assert [ax.texts[0].get_text() for ax in removed.axes] == ["decode, 25 % removed", "decode, 50 % removed"]
+    assert [ax.texts[0].get_text() for ax in removed.axes] == [
+        "decode, 25 % removed",
+        "decode, 50 % removed",
+    ]
     assert legend(removed)[0] == "Depth"
 
 
@@ -87,9 +98,17 @@ def test_styles_of_candidates_differ() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("lower", "first"),
-    [([1.1, 1.2, 1.3], 0), ([0.9, 1.1, 1.3], 1), ([1.1, 0.9, 1.3], 2), ([1.1, 1.2, 1.0], None), ([0.9] * 3, None)],
+    [
+        ([1.1, 1.2, 1.3], 0),
+        ([0.9, 1.1, 1.3], 1),
+        ([1.1, 0.9, 1.3], 2),
+        ([1.1, 1.2, 1.0], None),
+        ([0.9] * 3, None),
+    ],
 )
-def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(lower: list[float], first: int | None) -> None:
+def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(
+    lower: list[float], first: int | None
+) -> None:
     assert pays_from([1, 2, 4], lower) == first
     turned = pays_from([4, 2, 1], lower[::-1])
     assert turned == (None if first is None else 2 - first), "whatever the order of the values"
@@ -97,17 +116,24 @@ def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(lower: list[f
 
 def test_curves_are_the_points_of_the_service() -> None:
     prune = ["width 0.25", "depth 0.25", "depth 0.5", "kv_cache 0.5"]
-    found = simulator.serve("llama-3.1-8b", "h100", prune=prune, engine=["vllm", "sglang"], tpot_s=0.02, new_tokens=256)
+    found = simulator.serve(
+        "llama-3.1-8b", "h100", prune=prune, engine=["vllm", "sglang"], tpot_s=0.02, new_tokens=256
+    )
     figure = services_of(found.services)
     check_print(figure)
     assert [ax.get_title() for ax in figure.axes] == ["H100 SXM, vLLM", "H100 SXM, SGLang"]
     assert services_of(found.services[:1]).axes[0].get_title() == "Llama-3.1-8B, H100 SXM, vLLM"
     service, ax = found.services[0], figure.axes[0]
     full, kept = service.kinds["equal memory"], service.kinds["within limits"]
-    assert {t.get_text() for t in ax.texts} == {"limit 20 ms", *(f"{p.name} ({p.concurrency:,})" for p in full)}
+    assert {t.get_text() for t in ax.texts} == {
+        "limit 20 ms",
+        *(f"{p.name} ({p.concurrency:,})" for p in full),
+    }
     curves = [line for line in ax.lines if line.get_markersize() == 2.6]
     rings = [line.get_xydata()[0] for line in ax.lines if line.get_markersize() == 8]
-    looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in curves}
+    looks = {
+        (line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in curves
+    }
     assert len(looks) == len(curves) == len(full) == len(prune) + 1
     for curve, point in zip(curves, full, strict=True):
         assert (np.diff(curve.get_xdata()) > 0).all()

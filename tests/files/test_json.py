@@ -28,7 +28,10 @@ def twice(content: dict[str, object], key: str) -> str:
 def test_a_key_given_twice_is_named() -> None:
     assert parse_json('{"a": {"b": 1}, "b": [{"a": 2}]}', "x") == {"a": {"b": 1}, "b": [{"a": 2}]}
     for text in ('{"a": 1, "a": 1}', '[{"b": {"a": 1, "c": 0, "\\u0061": 2}}]'):
-        with pytest.raises(InputError, match=r"^x: key 'a': expected once in an object, got twice or more; keep one$"):
+        with pytest.raises(
+            InputError,
+            match=r"^x: key 'a': expected once in an object, got twice or more; keep one$",
+        ):
             parse_json(text, "x")
 
 
@@ -38,7 +41,9 @@ def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: key 'hidden_size': expected once"):
         load_model(config)
     result.write_text(twice({"results": {}, "avg_latency": 1.0}, "results"))
-    with pytest.raises(InputError, match=r"results: .*results_1\.json: key 'results': expected once"):
+    with pytest.raises(
+        InputError, match=r"results: .*results_1\.json: key 'results': expected once"
+    ):
         read_results(tmp_path, "results_1.json")
     with pytest.raises(InputError, match=r"results_1\.json: key 'results': expected once"):
         read_bench(result)
@@ -58,7 +63,10 @@ def test_values_are_read_and_not_a_number_too() -> None:
         (b"\xff\xfe", r"own: is not UTF-8 text \(byte 0\)"),
         (b'{"a": 1, "a": 2}', r"own: key 'a': expected once in an object"),
         (b"[" * 100_000 + b"]" * 100_000, r"own: is not read: too many levels"),
-        (b"[" + b"[]," * (MOST_CONTAINERS + 1) + b"1]", r"own: expected at most 300,000 objects and lists"),
+        (
+            b"[" + b"[]," * (MOST_CONTAINERS + 1) + b"1]",
+            r"own: expected at most 300,000 objects and lists",
+        ),
         (b"[" + b"9" * 5000 + b"]", r"own: is not read \(Exceeds the limit"),
         (b"[" * 50_000_000, r"own: is larger than 20 MB; expected a smaller file"),
     ],

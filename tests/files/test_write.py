@@ -65,8 +65,18 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
 
 def test_no_cell_begins_as_a_formula() -> None:
     texts = ['=HYPERLINK("x")', "+1+cmd", "-1+cmd", "@SUM(1)", "a=b", "-", ""]
-    cells = list(csv.reader(io.StringIO(csv_text([{"text": text, "number": -1.5} for text in texts]))))[1:]
-    assert [cell for cell, _ in cells] == ['\'=HYPERLINK("x")', "'+1+cmd", "'-1+cmd", "'@SUM(1)", "a=b", "-", ""]
+    cells = list(
+        csv.reader(io.StringIO(csv_text([{"text": text, "number": -1.5} for text in texts])))
+    )[1:]
+    assert [cell for cell, _ in cells] == [
+        '\'=HYPERLINK("x")',
+        "'+1+cmd",
+        "'-1+cmd",
+        "'@SUM(1)",
+        "a=b",
+        "-",
+        "",
+    ]
     assert {number for _, number in cells} == {"-1.5"}
 
 

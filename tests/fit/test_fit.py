@@ -22,10 +22,14 @@ PLANTED = {"t0": 2.4e-6, "e_tc": 0.72, "tau": 1.3e-7, "e_d": 0.88, "t_s": 2.0e-6
 TRUTH = {**START, **PLANTED}
 
 
-def timed_by(data: GemmFit, truth: dict[str, float], noise: float = 0.0, seed: int = 0, **changes: Any) -> GemmFit:
+def timed_by(
+    data: GemmFit, truth: dict[str, float], noise: float = 0.0, seed: int = 0, **changes: Any
+) -> GemmFit:
     """GEMMs, with changes to machine or copies, with the times of planted constants and log-normal noise."""
     rng, calls = np.random.default_rng(seed), replace(data.calls, **changes)
-    return replace(data, calls=calls, seconds=calls.seconds(truth) * np.exp(noise * rng.normal(size=len(data))))
+    return replace(
+        data, calls=calls, seconds=calls.seconds(truth) * np.exp(noise * rng.normal(size=len(data)))
+    )
 
 
 def planted(size: int, seed: int, noise: float = 0.02) -> GemmFit:
@@ -39,7 +43,9 @@ def planted(size: int, seed: int, noise: float = 0.02) -> GemmFit:
 def test_planted_constants_are_recovered() -> None:
     fit = planted(1500, 3).constants(START)
     for name in PLANTED:
-        assert abs(fit.values[name] - TRUTH[name]) < 3 * fit.std_errors[name] < 0.3 * TRUTH[name], name
+        assert abs(fit.values[name] - TRUTH[name]) < 3 * fit.std_errors[name] < 0.3 * TRUTH[name], (
+            name
+        )
     np.testing.assert_allclose(np.diag(fit.correlation), 1.0)
 
 
@@ -82,7 +88,9 @@ def test_fit_beats_its_analytical_model_on_a_smooth_distortion_and_its_intervals
     log_m, _, log_k = data.position
     data = replace(data, seconds=data.seconds * np.exp(0.15 * np.sin(log_m) * np.cos(log_k)))
     test, section = data.take(slice(450, 900)), fit_gemm(data.take(slice(0, 450)), HW).section
-    time = gemm_time(test.calls.m, test.calls.n, test.calls.k, HW.calibrated({("gemm", "bf16"): section}))
+    time = gemm_time(
+        test.calls.m, test.calls.n, test.calls.k, HW.calibrated({("gemm", "bf16"): section})
+    )
     error = np.abs(time.seconds / test.seconds - 1.0)
     assert error.mean() < 0.05  # the wobble alone is 6.6 % on average, the noise 2.4 %
     assert 0.84 <= np.mean((test.seconds >= time.lower) & (test.seconds <= time.upper)) <= 0.97
@@ -116,7 +124,11 @@ def test_weight_only_kernels_have_a_section_of_their_own() -> None:
     shape: dict[str, Any] = {"dtype": "bf16", "weight_dtype": "int4"}
     sizes = data.calls.m, data.calls.n, data.calls.k
     own, dense_only = (gemm_time(*sizes, hw, **shape).seconds for hw in (with_own, HW))
-    assert np.abs(own / data.seconds - 1.0).mean() < 0.03 < np.abs(dense_only / data.seconds - 1.0).mean()
+    assert (
+        np.abs(own / data.seconds - 1.0).mean()
+        < 0.03
+        < np.abs(dense_only / data.seconds - 1.0).mean()
+    )
     dense = (gemm_time(8, 4096, 4096, hw).seconds.item() for hw in (with_own, HW))
     assert len(set(dense)) == 1  # nothing of it is in other formats
 

@@ -33,7 +33,10 @@ MOVED = {
 
 
 def defaults(phase: str, architecture: str = "hopper") -> dict[str, float]:
-    return {name: constant.default(architecture) for name, constant in CONSTANTS[f"attention_{phase}"].items()}
+    return {
+        name: constant.default(architecture)
+        for name, constant in CONSTANTS[f"attention_{phase}"].items()
+    }
 
 
 def shapes(phase: str, rows: int, seed: int) -> AttentionFit:
@@ -45,12 +48,16 @@ def shapes(phase: str, rows: int, seed: int) -> AttentionFit:
     query = length if phase == "prefill" else np.ones(rows)
     size = np.full(rows, 128.0)
     geometry = Geometry(batch, query, length, heads, heads / group, size, warm=np.ones(rows))
-    return AttentionFit(AttentionCalls(phase, False, geometry, DEVICE, DEVICE.peak_flop_per_s), np.ones(rows))
+    return AttentionFit(
+        AttentionCalls(phase, False, geometry, DEVICE, DEVICE.peak_flop_per_s), np.ones(rows)
+    )
 
 
 def changed(c: AttentionFit, machine: Machine = DEVICE, **columns: np.ndarray) -> AttentionFit:
     """The same calls with other sizes, or on another machine."""
-    return replace(c, calls=replace(c.calls, geometry=replace(c.calls.geometry, **columns), machine=machine))
+    return replace(
+        c, calls=replace(c.calls, geometry=replace(c.calls.geometry, **columns), machine=machine)
+    )
 
 
 def timed(c: AttentionFit, truth: dict[str, float]) -> AttentionFit:
@@ -59,7 +66,9 @@ def timed(c: AttentionFit, truth: dict[str, float]) -> AttentionFit:
 
 def planted(phase: str, rows: int, seed: int, noise: float) -> AttentionFit:
     c = timed(shapes(phase, rows, seed), defaults(phase) | MOVED[phase])
-    return replace(c, seconds=c.seconds * np.exp(noise * np.random.default_rng(seed + 1).normal(size=rows)))
+    return replace(
+        c, seconds=c.seconds * np.exp(noise * np.random.default_rng(seed + 1).normal(size=rows))
+    )
 
 
 def shown(c: AttentionFit, fit: FittedPart, dtype: str = "bf16", **options: bool) -> np.ndarray:
@@ -72,19 +81,24 @@ def shown(c: AttentionFit, fit: FittedPart, dtype: str = "bf16", **options: bool
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_planted_constants_are_recovered_and_a_profile_predicts_what_the_fit_does(phase: str) -> None:
+def test_planted_constants_are_recovered_and_a_profile_predicts_what_the_fit_does(
+    phase: str,
+) -> None:
     c = planted(phase, 400, 11, 0.02)
     truth, fit = defaults(phase) | MOVED[phase], fit_attention(c, "hopper")
     for name in (*MOVED[phase], *(["sequence_s"] if phase == "decode" else [])):
         constant = fit.section.constants[name]
         assert constant.std_error is not None, fit.fixed
         assert constant.std_error < 0.2 * constant.value
-        if name == "e_tc":  # heads of one width do not tell products from exponentials: only their sum is known
+        # heads of one width do not tell products from exponentials: only their sum is known
+        if name == "e_tc":
             sums = [4 * 128 * DEVICE.sm_count / (v["e_tc"] * DEVICE.peak_flop_per_s) + 1 / v["exp_per_s"]
                     for v in (truth, fit.constants.values)]  # fmt: skip
             assert sums[1] == pytest.approx(sums[0], rel=0.01)
         else:
-            assert abs(constant.value - truth[name]) < max(4 * constant.std_error, 0.03 * truth[name])
+            assert abs(constant.value - truth[name]) < max(
+                4 * constant.std_error, 0.03 * truth[name]
+            )
     assert fit.section.accuracy["mape"] < 0.03
     assert fit.section.accuracy["core_mape"] < 0.03
     assert {pair for pair in fit.correlations if "t0_s" in pair}
@@ -99,7 +113,8 @@ def test_what_the_rows_cannot_tell_is_named_and_kept() -> None:
     c = planted("decode", 300, 5, 0.02)
     fit = fit_attention(c, "hopper")
     assert fit.fixed["rows"] == "structure"
-    assert fit.fixed["wide_s"] == "not identified by these rows"  # no KV head serves more than 64 heads here
+    # no KV head serves more than 64 heads here
+    assert fit.fixed["wide_s"] == "not identified by these rows"
     kept = fit.section.constants["wide_s"]
     assert (kept.value, kept.status) == (defaults("decode")["wide_s"], "fixed")
     # all but its fixed time: t0 can only end on its bound
@@ -120,7 +135,11 @@ def test_rows_that_no_device_reaches_are_not_usable() -> None:
 def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
     """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its rows, not with what
     is shown."""
-    columns = {"element_bytes": np.full(300, 4.0), "cache_bytes": np.full(300, 4.0), "warm": np.zeros(300)}
+    columns = {
+        "element_bytes": np.full(300, 4.0),
+        "cache_bytes": np.full(300, 4.0),
+        "warm": np.zeros(300),
+    }
     c = timed(changed(shapes(phase, 300, 4), Machine.of(HW, "tf32"), **columns), defaults(phase))
     times = shown(c, fit_attention(c, "hopper"), "tf32")
     assert np.median(np.abs(times / c.seconds - 1.0)) < 0.02
@@ -136,14 +155,19 @@ def test_grid_fit_follows_a_smooth_residual_between_its_points(rows: int) -> Non
     blank = ResidualGrid((0.0,) * 3, (1.0,) * 3, np.zeros((7, 7, 28)))
     noisy = truth(*position) + 0.01 * rng.normal(size=rows)
     noisy[::50] += 3.0  # outliers weigh little
-    grid = fit_grid(blank, position, noisy, Regularisation(0.02, (0.05, 0.05, 0.03), 0.02), rounds=4)
+    grid = fit_grid(
+        blank, position, noisy, Regularisation(0.02, (0.05, 0.05, 0.03), 0.02), rounds=4
+    )
     assert np.sqrt(np.mean((grid(other) - truth(*other)) ** 2)) < (0.012 if rows == 3000 else 0.02)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_intervals_on_the_same_stack_hold_nine_in_ten_held_out_rows(phase: str) -> None:
     c = planted(phase, 1200, 21, 0.05)
-    fit, rest = fit_attention(c.take(np.arange(600)), "hopper", fold_by=("heads",)), c.take(np.arange(600, 1200))
+    fit, rest = (
+        fit_attention(c.take(np.arange(600)), "hopper", fold_by=("heads",)),
+        c.take(np.arange(600, 1200)),
+    )
     section = replace(fit.section, stack=HW.stack)
     inside = []
     for same_stack in (True, False):
@@ -162,7 +186,10 @@ def kernels(rows: int) -> AttentionFit:
     c = changed(c, head_dim=size, window=window, cache_bytes=np.where(kind == 3, 1.0, 2.0))
     seconds = np.empty(len(c))
     for i in range(4):
-        truth = defaults("decode") | {"t0_s": (6e-6, 9e-6, 1.2e-5, 8e-6)[i], "e_d": (0.9, 0.7, 0.8, 0.6)[i]}
+        truth = defaults("decode") | {
+            "t0_s": (6e-6, 9e-6, 1.2e-5, 8e-6)[i],
+            "e_d": (0.9, 0.7, 0.8, 0.6)[i],
+        }
         seconds[kind == i] = timed(c.take(kind == i), truth).seconds
     return replace(c, seconds=seconds)
 
@@ -187,7 +214,8 @@ def test_one_section_holds_kernels_of_widths_windows_and_caches_each_with_its_ow
         rows = c.take((c.calls.geometry.cache_bytes == 1.0) == narrow)
         assert np.abs(timed_by(hw, rows, kv_dtype=cache).seconds / rows.seconds - 1.0).mean() < 0.02
     fitted, other = (decode_time(8, 4096, 32, 8, dim, hw) for dim in (128, 96))
-    assert other.upper / other.lower > fitted.upper / fitted.lower  # no kernel of 96 features was fitted
+    # no kernel of 96 features was fitted
+    assert other.upper / other.lower > fitted.upper / fitted.lower
     few = changed(c, cache_bytes=np.where(np.arange(1200) < 15, 1.0, 2.0))
     assert fit_attention(few, "hopper").rows < 1200  # fewer than 20 rows of their kernel
 
@@ -214,7 +242,11 @@ def test_kernel_times_of_a_running_model_read_a_cold_cache(shared_data: Path) ->
     """With a cache in L2 the fit errs by 12 % on unseen rows, and its share of the bandwidth is 1."""
     hw = datasheet("rtx_4090")
     rows = rtx_tables(shared_data, hw)
-    calls = calls_of(rows.select(rows.is_operator("attention_decode")), "attention_decode", Machine.of(hw, "bf16"))
+    calls = calls_of(
+        rows.select(rows.is_operator("attention_decode")),
+        "attention_decode",
+        Machine.of(hw, "bf16"),
+    )
     section = fit_attention(calls, hw.architecture).section
     assert section.accuracy["mape"] < 0.09
     assert 0.85 < section["e_d"] < 0.95
@@ -241,14 +273,20 @@ def latent_calls(rows: int, form: dict[str, float]) -> AttentionFit:
     length, one = np.round(2.0 ** rng.uniform(4, 15, rows)), np.ones(rows)
     shape = batch, one, length, heads, one, 576.0 * one
     geometry = Geometry(*shape, value_dim=512.0 * one, latent=True, warm=one)
-    calls = AttentionCalls("decode", True, geometry, Machine.of(A100), Machine.of(A100).peak_flop_per_s)
-    truth = {name: constant.default("ampere") for name, constant in CONSTANTS["mla_decode"].items()} | form
+    calls = AttentionCalls(
+        "decode", True, geometry, Machine.of(A100), Machine.of(A100).peak_flop_per_s
+    )
+    truth = {
+        name: constant.default("ampere") for name, constant in CONSTANTS["mla_decode"].items()
+    } | form
     return AttentionFit(calls, calls.seconds(truth) * np.exp(0.01 * rng.normal(size=rows)))
 
 
 @pytest.mark.parametrize(("rows", "split_keys"), [(64.0, 128.0), (16.0, 1e6)])
 def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float) -> None:
-    c = latent_calls(400, {"rows": rows, "split_keys": split_keys, "e_d": 0.7, "unit_bytes_per_s": 2e10})
+    c = latent_calls(
+        400, {"rows": rows, "split_keys": split_keys, "e_d": 0.7, "unit_bytes_per_s": 2e10}
+    )
     fit = fit_attention(c, "ampere", fold_by=("heads",))
     assert (fit.section["rows"], fit.section["split_keys"]) == (rows, split_keys)
     assert fit.section["e_d"] == pytest.approx(0.7, rel=0.05)
@@ -256,12 +294,24 @@ def test_whether_a_kernel_splits_a_cache_is_found(rows: float, split_keys: float
     assert fit.section.arrays["kinds"].tolist() == [[pytest.approx(np.log2(576)), 0, 0]]
     hw = A100.calibrated({("mla_decode", "bf16"): fit.section})
     g = c.calls.geometry
-    t = decode_time(g.batch, g.kv_len, g.heads, g.kv_heads, g.head_dim, hw, value_dim=512, latent=True, cold=False)
+    t = decode_time(
+        g.batch,
+        g.kv_len,
+        g.heads,
+        g.kv_heads,
+        g.head_dim,
+        hw,
+        value_dim=512,
+        latent=True,
+        cold=False,
+    )
     assert np.abs(t.seconds / c.seconds - 1.0).mean() < 0.02
 
 
 @pytest.mark.parametrize(("operator", "mape"), [("mla_prefill", 0.075), ("mla_decode", 0.05)])
-def test_latent_accuracy_on_unseen_lengths_of_the_shipped_tables(operator: str, mape: float) -> None:
+def test_latent_accuracy_on_unseen_lengths_of_the_shipped_tables(
+    operator: str, mape: float
+) -> None:
     result = evaluate_table(TableChoice(f"a100_sxm/{operator}/trtllm").load(), 400, 0, "lengths")
     assert result["mape"] < mape
     assert result["coverage"] > 0.85

@@ -20,7 +20,9 @@ from simulator.uncertainty.operators import gemm_time
 
 
 def test_throttled_rows_stay_out_and_flagged_ones_are_counted() -> None:
-    fit = fit_profile(HW, gemms(noise=0.01, rows=200).replace(flags=np.repeat([2, 1, 0], [10, 5, 185])))
+    fit = fit_profile(
+        HW, gemms(noise=0.01, rows=200).replace(flags=np.repeat([2, 1, 0], [10, 5, 185]))
+    )
     assert fit.parts[0].rows == 190
     assert any(note == "10 rows excluded: measured under throttling" for note in fit.notes)
     assert any(note.startswith("5 of 190 rows are flagged NOISY") for note in fit.notes)
@@ -30,16 +32,25 @@ def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
     rows = gemms(noise=0.01, rows=120).replace(purpose=np.repeat([3, 1], [7, 113]))
     save_hardware(fit_profile(HW, rows).profile, tmp_path / "p.yaml")
     arrays = load_hardware(tmp_path / "p.yaml").sections["gemm", "bf16"].arrays
-    kept = {(m, n, k): t for m, n, k, t in zip(*(arrays[f"exact_{x}"].tolist() for x in "mnks"), strict=True)}
+    kept = {
+        (m, n, k): t
+        for m, n, k, t in zip(*(arrays[f"exact_{x}"].tolist() for x in "mnks"), strict=True)
+    }
     for m, n, k, t in zip(rows.m[:7], rows.n[:7], rows.k[:7], rows.seconds[:7], strict=True):
-        assert kept[m, n, k] == pytest.approx(t, rel=0.1)  # a shape that is there twice has the median
+        # a shape that is there twice has the median
+        assert kept[m, n, k] == pytest.approx(t, rel=0.1)
 
 
 def test_sparse_kernels_lean_on_the_dense_fit() -> None:
     section = HW.section("gemm", "bf16")
     slow = {**section.constants, "sparse_step": Fitted(0.5, status="fixed")}
-    planted = replace(HW, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)}))
-    m, n, k = (a.ravel() for a in np.meshgrid([256, 1024, 4096, 8192], [4096, 8192], [4096, 8192], indexing="ij"))
+    planted = replace(
+        HW, sections=MappingProxyType({("gemm", "bf16"): replace(section, constants=slow)})
+    )
+    m, n, k = (
+        a.ravel()
+        for a in np.meshgrid([256, 1024, 4096, 8192], [4096, 8192], [4096, 8192], indexing="ij")
+    )
     seconds = gemm_time(m, n, k, planted, kernel="sparse24").seconds
     sparse = Records.from_columns([SOURCE], operator="gemm_2to4", m=m, n=n, k=k, seconds=seconds)
     dense = gemms(noise=0.005, rows=200)
@@ -64,6 +75,8 @@ def test_a_fit_brings_planted_times_closer_and_keeps_what_was_held_out_apart() -
     held = rows.n == 2048
     fit = fit_profile(HW, rows.replace(purpose=np.where(held, 2, 1)))
     assert fit.parts[0].rows == int((~held).sum())
-    before, after = (np.abs(validate(p, rows.select(held)).parts[0].error).mean() for p in (HW, fit.profile))
+    before, after = (
+        np.abs(validate(p, rows.select(held)).parts[0].error).mean() for p in (HW, fit.profile)
+    )
     assert after < 0.05 < before
     assert any("held out" in note for note in fit.notes)

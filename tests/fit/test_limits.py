@@ -42,7 +42,9 @@ def with_values(values: dict[str, float], **more: Any) -> HardwareProfile:
 
 
 @pytest.mark.parametrize("value", ODD)
-def test_every_constant_outside_its_range_is_set_to_its_end_and_stated(value: float, tmp_path: Path) -> None:
+def test_every_constant_outside_its_range_is_set_to_its_end_and_stated(
+    value: float, tmp_path: Path
+) -> None:
     names = {name for known in CONSTANTS.values() for name in known}
     kept, notes = within_ranges(with_values(dict.fromkeys(names, value)))
     save_hardware(kept, tmp_path / "odd.yaml")
@@ -53,16 +55,26 @@ def test_every_constant_outside_its_range_is_set_to_its_end_and_stated(value: fl
             end = min(max(value, known.low), known.high)
             assert section[name] == (end if math.isfinite(value) else known.default("hopper"))
             changed += section[name] != value
-        assert any(note.startswith(operator) and "outside the range" in note for note in notes) == any(
-            not known.low <= value <= known.high for known in CONSTANTS[operator].values()
-        ), (operator, dtype)
+        assert any(
+            note.startswith(operator) and "outside the range" in note for note in notes
+        ) == any(not known.low <= value <= known.high for known in CONSTANTS[operator].values()), (
+            operator,
+            dtype,
+        )
     assert changed
 
 
 @pytest.mark.quick
 @settings(max_examples=25, deadline=None)
-@given(st.floats(), st.floats(), st.floats(), st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_scales_errors_and_arrays_too(scale: float, error: float, std_error: float, log: float) -> None:
+@given(
+    st.floats(),
+    st.floats(),
+    st.floats(),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+def test_scales_errors_and_arrays_too(
+    scale: float, error: float, std_error: float, log: float
+) -> None:
     arrays = {"values": np.full((1, 1, 1), log), "start": np.zeros(3), "step": np.ones(3)}
     hw = with_values({}, section_scale=scale, accuracy={"mape": error})
     gemm = replace(hw.sections["gemm", "bf16"], arrays=arrays)
@@ -72,7 +84,10 @@ def test_scales_errors_and_arrays_too(scale: float, error: float, std_error: flo
     assert 0.01 <= section.section_scale <= 10.0
     assert all(abs(v) <= 1e9 for v in section.accuracy.values())
     assert np.abs(section.arrays["values"]).max() <= 5.0
-    assert section.constants["t0"].std_error is None or 0.0 <= section.constants["t0"].std_error <= 1e30
+    assert (
+        section.constants["t0"].std_error is None
+        or 0.0 <= section.constants["t0"].std_error <= 1e30
+    )
 
 
 PLANTED = Description("replay", "planted device", {"replay": "1"}, 8e9, 5e7)

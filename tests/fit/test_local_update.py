@@ -47,9 +47,17 @@ def gemms(rows: int, seed: int = 0) -> Records:
 def attention(rows: int, kind: str, seed: int = 0) -> Records:
     rng = np.random.default_rng(seed)
     length = 2 ** rng.integers(9, 14, rows)
-    shape = {"batch": 2 ** rng.integers(0, 4, rows), "heads": 32, "kv_heads": 8, "head_dim": 128, "kv_len": length}
+    shape = {
+        "batch": 2 ** rng.integers(0, 4, rows),
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "kv_len": length,
+    }
     q_len = length if kind == "prefill" else 1
-    return Records.from_columns([SOURCE], operator=f"attention_{kind}", q_len=q_len, seconds=1.0, **shape)
+    return Records.from_columns(
+        [SOURCE], operator=f"attention_{kind}", q_len=q_len, seconds=1.0, **shape
+    )
 
 
 def times(hw: HardwareProfile, r: Records) -> Any:
@@ -66,10 +74,14 @@ def planted(r: Records, noise: float = 0.02, seed: int = 0) -> Records:
     slower = {"e_tc": 1 / SLOWER, "tau": SLOWER, "b_e": 1 / SLOWER, "t0": LONGER, "t0_s": LONGER}
     sections = {}
     for key, section in HW.sections.items():
-        changed = {n: replace(c, value=c.value * slower.get(n, 1.0)) for n, c in section.constants.items()}
+        changed = {
+            n: replace(c, value=c.value * slower.get(n, 1.0)) for n, c in section.constants.items()
+        }
         sections[key] = replace(section, constants=MappingProxyType(changed))
     seconds = times(replace(HW, sections=MappingProxyType(sections)), r)[0]
-    return r.replace(seconds=seconds * np.exp(noise * np.random.default_rng(seed).normal(size=len(r))))
+    return r.replace(
+        seconds=seconds * np.exp(noise * np.random.default_rng(seed).normal(size=len(r)))
+    )
 
 
 def error(hw: HardwareProfile, r: Records) -> float:
@@ -98,7 +110,9 @@ def test_lower_clocks_and_longer_launches_are_found_and_said(updated: Updated) -
 def test_what_gemms_say_of_the_machine_carries_over(updated: Updated) -> None:
     for other in (planted(gemms(300, 1), seed=1), planted(attention(100, "prefill"), seed=2)):
         assert error(updated.profile, other) < 0.8 * error(HW, other)
-    both = update_profile(HW, Records.concat([planted(gemms(40)), planted(attention(20, "prefill", 5), seed=5)]))
+    both = update_profile(
+        HW, Records.concat([planted(gemms(40)), planted(attention(20, "prefill", 5), seed=5)])
+    )
     assert [f.name for f in both.fits] == ["gemm bf16", "attention_prefill bf16", "all"]
     other = planted(attention(100, "prefill"), seed=2)
     assert error(both.profile, other) < 0.5 * error(HW, other)
@@ -123,7 +137,9 @@ def test_intervals_after_a_local_update_cover(size: int) -> None:
     every = Uncertainty.joined(parts)
     systematic, coordinates = every.wide(), every.coordinates
     similar = correlation(coordinates, coordinates) * (kind[:, None] == kind)
-    root = np.linalg.cholesky(similar * np.outer(every.correlated, every.correlated) + 1e-9 * np.eye(len(r)))
+    root = np.linalg.cholesky(
+        similar * np.outer(every.correlated, every.correlated) + 1e-9 * np.eye(len(r))
+    )
     inside = []
     for seed in range(12):
         rng = np.random.default_rng(seed)
@@ -132,7 +148,9 @@ def test_intervals_after_a_local_update_cover(size: int) -> None:
         y = y + np.sqrt(every.independent) * normal[2, : len(r)]
         seen, others = np.split(rng.permutation(len(r)), [size])
         some = every.take(seen)
-        p = Posterior.of(some.wide(), some.correlated, some.independent, some.coordinates, kind[seen], y[seen])
+        p = Posterior.of(
+            some.wide(), some.correlated, some.independent, some.coordinates, kind[seen], y[seen]
+        )
         for code in np.unique(kind):
             rows = others[kind[others] == code]
             mean, variance = p.at(replace(every.take(rows), kind=int(code)))
@@ -142,9 +160,14 @@ def test_intervals_after_a_local_update_cover(size: int) -> None:
 
 def host_rows(launch_s: float, rows: int = 6, source: Source = SOURCE) -> Records:
     """Eager layers of a host that takes so long for a launch."""
-    kv_len, noise = 16 * np.arange(1, rows + 1), np.exp(0.02 * np.random.default_rng(0).normal(size=rows))
+    kv_len, noise = (
+        16 * np.arange(1, rows + 1),
+        np.exp(0.02 * np.random.default_rng(0).normal(size=rows)),
+    )
     seconds = LAYER_LAUNCHES * launch_s * noise
-    return Records.from_columns([source], operator="layer_eager", kv_len=kv_len, cold=False, seconds=seconds)
+    return Records.from_columns(
+        [source], operator="layer_eager", kv_len=kv_len, cold=False, seconds=seconds
+    )
 
 
 def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
@@ -162,7 +185,9 @@ def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
     w = lower(load_model("qwen2.5-0.5b"), phase="decode", seq=128, engine="hf")
     eager, was = workload_time(w, done.profile), workload_time(w, HW)
     each_pass = load_engine("hf").each_pass.value  # the engine's, not the machine's launches
-    assert (eager.host_s - each_pass) / (was.host_s - each_pass) == pytest.approx(now.launch_s / before.launch_s)
+    assert (eager.host_s - each_pass) / (was.host_s - each_pass) == pytest.approx(
+        now.launch_s / before.launch_s
+    )
     assert eager.total_upper_s / eager.total_lower_s < 0.5 * was.total_upper_s / was.total_lower_s
 
 
@@ -175,7 +200,9 @@ def test_a_cpus_host_is_taken_for_a_gpu_with_less_weight_and_its_kernels_are_not
     assert any("timed without a GPU" in note for note in there.notes)
     assert not any("without a GPU" in note for note in here.notes)
     mixed = Records.concat([host_rows(4e-6, source=cpu), gemms(3).replace(sources=(cpu,))])
-    with pytest.raises(InputError, match=r"measured on Some CPU .4 threads., but the profile is of NVIDIA H100"):
+    with pytest.raises(
+        InputError, match=r"measured on Some CPU .4 threads., but the profile is of NVIDIA H100"
+    ):
         update_profile(HW, mixed)
 
 
@@ -195,7 +222,10 @@ def bad(change: str) -> Records:
     [
         ("nothing", "expected at least 3 usable rows, repeats counted once, got 0"),
         ("two rows", "expected at least 3 usable rows, repeats counted once, got 2"),
-        ("another GPU", "were measured on NVIDIA A100-SXM4-80GB, but the profile is of NVIDIA H100"),
+        (
+            "another GPU",
+            "were measured on NVIDIA A100-SXM4-80GB, but the profile is of NVIDIA H100",
+        ),
         ("1000", "check the unit: they look 1000 times too large"),
         ("0.001", "check the unit: they look 1000 times too small"),
         ("3", "check that they are from this GPU and not launched one by one"),
@@ -211,8 +241,12 @@ def test_what_cannot_be_is_refused_in_a_line(change: str, reason: str) -> None:
 
 def test_what_is_odd_is_said() -> None:
     some = planted(gemms(40))
-    some = some.replace(seconds=np.where(np.arange(40) < 7, [np.nan, 0.0, -1.0, np.inf] * 10, some.seconds))
-    assert update_profile(HW, some).notes[0] == "7 rows excluded: the time is not positive and finite"
+    some = some.replace(
+        seconds=np.where(np.arange(40) < 7, [np.nan, 0.0, -1.0, np.inf] * 10, some.seconds)
+    )
+    assert (
+        update_profile(HW, some).notes[0] == "7 rows excluded: the time is not positive and finite"
+    )
     one = planted(gemms(1).select(np.zeros(5, dtype=int)))
     assert any(note.startswith("one shape: only") for note in update_profile(HW, one).notes)
     assert any(
@@ -222,8 +256,12 @@ def test_what_is_odd_is_said() -> None:
     many = update_profile(HW, planted(gemms(900)))
     assert (many.rows, len(many.profile.local_update.arrays["independent"])) == (400, 400)  # type: ignore[union-attr]
     slow = planted(gemms(60))
-    slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))  # less memory bandwidth than it has
-    assert any("times the usual difference between stacks" in note for note in update_profile(HW, slow).notes)
+    # less memory bandwidth than it has
+    slow = slow.replace(seconds=slow.seconds * np.where(slow.m <= 32, 1.6, 1.0))
+    assert any(
+        "times the usual difference between stacks" in note
+        for note in update_profile(HW, slow).notes
+    )
 
 
 def csv_of(path: Path, factors: dict[int, float], rows: int = 30) -> Records:
@@ -235,18 +273,26 @@ def csv_of(path: Path, factors: dict[int, float], rows: int = 30) -> Records:
     return load_rows([str(path)], HW, screened=False)[0]
 
 
-def test_a_row_that_takes_a_thousand_times_as_long_is_rejected_with_its_place(tmp_path: Path) -> None:
+def test_a_row_that_takes_a_thousand_times_as_long_is_rejected_with_its_place(
+    tmp_path: Path,
+) -> None:
     mine, others = tmp_path / "mine.csv", tmp_path / "others.csv"
     rows = Records.concat([csv_of(others, {}), csv_of(mine, {5: 1000.0})])
     with pytest.raises(InputError) as error:
         update_profile(HW, rows)
     row = f"m={rows.m[35]} n={rows.n[35]} k={rows.k[35]}"
-    assert str(error.value).startswith(f"local update: {mine}:8: gemm bf16 {row}: the time is 1")  # 1.05e+03 times
-    assert str(error.value).endswith("e+03 times the predicted one; measure it again, or remove the row")
+    # 1.05e+03 times
+    assert str(error.value).startswith(f"local update: {mine}:8: gemm bf16 {row}: the time is 1")
+    assert str(error.value).endswith(
+        "e+03 times the predicted one; measure it again, or remove the row"
+    )
     one = attention(1, "decode")
-    one = one.replace(seconds=1000.0 * times(HW, one)[0], line=4, sources=(Source("x", file="a.csv"),))
+    one = one.replace(
+        seconds=1000.0 * times(HW, one)[0], line=4, sources=(Source("x", file="a.csv"),)
+    )
     with pytest.raises(
-        InputError, match=r"1e\+03 times .* in the median, as in a\.csv:4: attention_decode bf16 batch="
+        InputError,
+        match=r"1e\+03 times .* in the median, as in a\.csv:4: attention_decode bf16 batch=",
     ):
         update_profile(HW, Records.concat([planted(gemms(30)), one]))
 
@@ -255,7 +301,11 @@ def test_rows_far_from_what_the_others_predict_are_flagged_with_their_place(tmp_
     def flagged(factors: dict[int, float]) -> list[str]:
         done = update_profile(HW, csv_of(tmp_path / "t.csv", factors))
         assert done.rows == 30
-        return [note for note in done.notes if "predicted from the other rows" in note or "such times" in note]
+        return [
+            note
+            for note in done.notes
+            if "predicted from the other rows" in note or "such times" in note
+        ]
 
     (note,) = flagged({5: 10.0})
     assert note.startswith(f"{tmp_path / 't.csv'}:8: gemm bf16 m=")
@@ -269,7 +319,9 @@ def test_rows_far_from_what_the_others_predict_are_flagged_with_their_place(tmp_
 
 
 def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> None:
-    dense, *pruned = target_workloads("llama-3.1-8b", ("depth", "width", "width_cross", "low_rank"), (0.25, 0.5), {})[0]
+    dense, *pruned = target_workloads(
+        "llama-3.1-8b", ("depth", "width", "width_cross", "low_rank"), (0.25, 0.5), {}
+    )[0]
     batch = batch_with(dense, pruned)
     p = forward_passes(batch, HW)
     shapes, _ = batch.shapes
@@ -283,7 +335,9 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     covariance = p.uncertainty.covariance(systematic, rows.correlated, coordinates, kind)
     targets = (covariance[batch.dense] - covariance)[1:]
     similar = correlation(coordinates, coordinates) * np.outer(rows.correlated, rows.correlated)
-    common = systematic @ systematic.T + similar * (kind[:, None] == kind) + np.diag(rows.independent)
+    common = (
+        systematic @ systematic.T + similar * (kind[:, None] == kind) + np.diag(rows.independent)
+    )
 
     def told(chosen: Any) -> float:
         """Variance of the speedups that a measurement of some rows removes."""
@@ -293,7 +347,9 @@ def test_rows_chosen_for_a_model_narrow_its_speedup_more_than_random_ones() -> N
     chosen = next_rows(rows, kind, targets, 20)
     assert len(set(chosen)) == 20
     every = told(np.arange(len(at)))
-    random = [told(np.random.default_rng(seed).choice(len(at), 20, replace=False)) for seed in range(20)]
+    random = [
+        told(np.random.default_rng(seed).choice(len(at), 20, replace=False)) for seed in range(20)
+    ]
     assert every - told(chosen) < 0.5 * (every - np.mean(random))
     assert told(chosen) > max(random)
     assert [list(found)[i] for i in chosen] == target_operators([[dense, *pruned]], HW)[:20]

@@ -17,13 +17,28 @@ import numpy.testing  # noqa: F401 (some versions start lscpu when they are impo
 LIMIT_S = 10.0
 """Processor time that one input may take: a busy machine does not stretch it."""
 ROOT = Path(__file__).resolve().parents[2]
-READABLE = ("/dev/null", "/proc", "/sys", "/usr/share/zoneinfo", sys.prefix, sys.base_prefix, Path(os.__file__).parent)
+READABLE = (
+    "/dev/null",
+    "/proc",
+    "/sys",
+    "/usr/share/zoneinfo",
+    sys.prefix,
+    sys.base_prefix,
+    Path(os.__file__).parent,
+)
 CHANGES = {
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
     **{"os.rename": (0, 1), "os.symlink": (1,), "os.link": (1,)},
 }
 """Audit events that change files, and which of their arguments are paths."""
-NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind")
+NEVER = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "socket.bind",
+)
 LISTENING: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -63,7 +78,9 @@ def guarded(folder: Path, may_read: tuple[Path, ...] = ()) -> Iterator[None]:
     def hear(event: str, args: tuple[Any, ...]) -> None:
         paths = [(args[at], (inside,)) for at in CHANGES.get(event, ())]
         if event == "open":
-            writes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            writes = isinstance(args[2], int) and args[2] & (
+                os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            )
             paths = [(args[0], (inside, "/dev/null") if writes else readable)]
         if event in NEVER or any(not _inside(path, folders) for path, folders in paths):
             found.append(f"{event} {args!r:.200}")
@@ -82,7 +99,8 @@ def guarded(folder: Path, may_read: tuple[Path, ...] = ()) -> Iterator[None]:
 def _inside(path: Any, folders: tuple[str, ...]) -> bool:
     try:
         real = os.path.realpath(os.fsdecode(path))
-    except (TypeError, ValueError, OSError):  # a number of an open file, or a path that the system refuses
+    # a number of an open file, or a path that the system refuses
+    except (TypeError, ValueError, OSError):
         return True
     return any(real == f or real.startswith(f"{f}/") for f in folders)
 
@@ -96,6 +114,9 @@ def _install() -> None:
 def profile_with(raw: bytes, file: str = "a.npz") -> str:
     """Return a profile that names these bytes as the arrays of its elementwise operators."""
     text = (ROOT / "tests/bad_profiles/good.yaml").read_text(encoding="utf-8")
-    section = text[text.index("      provenance:") : text.index("      constants:")] + "      constants: {}\n"
+    section = (
+        text[text.index("      provenance:") : text.index("      constants:")]
+        + "      constants: {}\n"
+    )
     section += f'      arrays: {{file: {file}, sha256: "{hashlib.sha256(raw).hexdigest()}", names: [start, values]}}\n'
     return text[: text.index("calibrated:")] + f"calibrated:\n  elementwise:\n    bf16:\n{section}"

@@ -58,7 +58,8 @@ PLAN = "prune: kv_cache 0.25\nlayers:\n  0-3: width mlp=0.3 attention=0.25\n  8:
 CHOICES = "attention: [dense, kv=4, none]\nmlp: [dense, 4096, linear, none]\nlayers:\n  0-1,15: {mlp: [dense]}\n"
 PRUNE = "width mlp=0.3 attention=0.25 align=64 layers=0-7 + depth 25% + low_rank 0.4 layers=8,9 + kv_cache .5"
 SCORES = "layer,attention,mlp,kl_div\n" + "".join(
-    f"{layer},dense,dense,0\n{layer},kv=4,4096,.2\n{layer},none,2048,.4\n" for layer in ("0-7", "8-14", "15")
+    f"{layer},dense,dense,0\n{layer},kv=4,4096,.2\n{layer},none,2048,.4\n"
+    for layer in ("0-7", "8-14", "15")
 )
 QUALITY = """\
 method,family,model,sparsity,metric,higher_is_better,dense,pruned,relative_loss,protocol,source,options,note
@@ -74,12 +75,24 @@ GEMMS = "m,n,k,time_us,dtype,operator,role\n" + "".join(
     f"{m},4096,4096,{20 + m / 10},bf16,gemm,qkv\n" for m in (1, 64, 300, 1024)
 )
 ATTENTION = "batch,q_len,kv_len,heads,kv_heads,head_dim,latency_us,operator\n" + "".join(
-    f"{b},1,{kv},32,8,128,{50 + b * kv / 100},attention_decode\n" for b in (1, 8) for kv in (128, 1024, 4096)
+    f"{b},1,{kv},32,8,128,{50 + b * kv / 100},attention_decode\n"
+    for b in (1, 8)
+    for kv in (128, 1024, 4096)
 )
 HARNESS = {
-    "results": {"arc_easy": {"alias": "a", "acc,none": 0.6, "acc_stderr,none": 0.01}, "piqa": {"acc,none": 0.7}},
-    **{"group_subtasks": {"arc_easy": [], "piqa": []}, "higher_is_better": {"arc_easy": {"acc": True}}},
-    **{"n-shot": {"arc_easy": 0, "piqa": 0}, "versions": {"arc_easy": 1.0, "piqa": 1.0}, "model_name": "x/Llama-2-7b"},
+    "results": {
+        "arc_easy": {"alias": "a", "acc,none": 0.6, "acc_stderr,none": 0.01},
+        "piqa": {"acc,none": 0.7},
+    },
+    **{
+        "group_subtasks": {"arc_easy": [], "piqa": []},
+        "higher_is_better": {"arc_easy": {"acc": True}},
+    },
+    **{
+        "n-shot": {"arc_easy": 0, "piqa": 0},
+        "versions": {"arc_easy": 1.0, "piqa": 1.0},
+        "model_name": "x/Llama-2-7b",
+    },
     "config": {"model": "hf", "model_args": "pretrained=meta-llama/Llama-2-7b", "limit": None},
 }
 FILES = ROOT / "tests/prediction/benchmarks"
@@ -96,21 +109,51 @@ BENCHES = dict(line.split(" ", 1) for line in _REQUESTS.splitlines())
 """Results of a benchmark of each tool, and the options of the request that it measured."""
 RESULTS = {name: json.loads(re.split("\n(?={)", (FILES / name).read_text())[0]) for name in BENCHES}
 GEMM = {"kind": "gemm", "n": 4096, "k": 4096, "dtype": "bf16", "cold": True}
-TIMING = {"median_s": 2e-5, "lower_s": 1.9e-5, "upper_s": 2.2e-5, "samples_s": [2e-5, 2.1e-5], "block": 0}
-TIMING |= {"type": "measurement", "purpose": "fit", "status": "ok", "method": "cuda graph", "drifted": False}
+TIMING = {
+    "median_s": 2e-5,
+    "lower_s": 1.9e-5,
+    "upper_s": 2.2e-5,
+    "samples_s": [2e-5, 2.1e-5],
+    "block": 0,
+}
+TIMING |= {
+    "type": "measurement",
+    "purpose": "fit",
+    "status": "ok",
+    "method": "cuda graph",
+    "drifted": False,
+}
 RUN = [
-    Header("NVIDIA H100", {"torch": "2.9"}, "bf16", "r", "2026-01-01T00:00:00+00:00", {"opened": "cuda"}).as_dict(),
+    Header(
+        "NVIDIA H100",
+        {"torch": "2.9"},
+        "bf16",
+        "r",
+        "2026-01-01T00:00:00+00:00",
+        {"opened": "cuda"},
+    ).as_dict(),
     *({**TIMING, "operator": {**GEMM, "m": m}, "key": f"gemm {m}"} for m in (1, 64, 4096)),
     {"key": "big", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"},
 ]
-CONFIGS = [json.loads(file.read_text()) for file in sorted((ROOT / "simulator/models").glob("*.json"))]
+CONFIGS = [
+    json.loads(file.read_text()) for file in sorted((ROOT / "simulator/models").glob("*.json"))
+]
 BLOCKS = [
     {"attention": {"num_key_value_heads": 4}, "ffn": {"intermediate_size": 512}},
     {"attention": {"n_heads_in_group": 4}, "ffn": {"no_op": True}},
-    {"attention": {"no_op": True, "num_key_value_heads": None}, "ffn": {"ffn_mult": 2.0, "moe": None}},
+    {
+        "attention": {"no_op": True, "num_key_value_heads": None},
+        "ffn": {"ffn_mult": 2.0, "moe": None},
+    },
 ]
 SMALL = {
-    **{"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 40},
+    **{
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "vocab_size": 40,
+    },
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 LAYERED = {**SMALL, "block_configs": BLOCKS}
@@ -123,7 +166,11 @@ def validation(layer: int) -> dict[str, Any]:
     """One of Puzzletron's validations of single replacements in :data:`SMALL`."""
     block = {"attention": {"no_op": True}, "ffn": {"no_op": True}}
     replaced = {"single_block_replacement": {"block_idx": layer, "block_config": block}}
-    return {"puzzle_solution": replaced, "kl_div": {"avg": 0.5, "per_sample": [0.4, 0.6]}, "args": {"a": 1}}
+    return {
+        "puzzle_solution": replaced,
+        "kl_div": {"avg": 0.5, "per_sample": [0.4, 0.6]},
+        "args": {"a": 1},
+    }
 
 
 _TENSORS = tensors_of(load_model(SMALL))
@@ -145,7 +192,9 @@ def safetensors(tensors: dict[str, Any]) -> bytes:
 
 
 SIZES = {"m": [1 << i for i in range(8)], "n": 4096, "k": 64, "seconds": np.linspace(1e-5, 1e-4, 8)}
-RECORDS = Records.from_columns([Source("NVIDIA H100", {"torch": "2.9"})], **SIZES, purpose=["fit", "holdout"] * 4)
+RECORDS = Records.from_columns(
+    [Source("NVIDIA H100", {"torch": "2.9"})], **SIZES, purpose=["fit", "holdout"] * 4
+)
 TABLES = [
     pq.read_table(io.BytesIO(write_records(RECORDS))),
     csv.read_csv(io.BytesIO(GEMMS.replace("time_us", "latency_us").encode())),
@@ -202,7 +251,9 @@ def texts(draw: Any, text: str) -> str:
     for _ in range(draw(st.integers(1, 3))):
         parts = re.split(draw(st.sampled_from((r"([\s,:=+{}\[\]\"-]+)", "(\n)"))), text)
         at, other = draw(st.integers(0, len(parts) - 1)), draw(st.integers(0, len(parts) - 1))
-        new = draw(st.sampled_from([[], [parts[at]] * 2, [parts[other]], [draw(st.sampled_from(WORDS))]]))
+        new = draw(
+            st.sampled_from([[], [parts[at]] * 2, [parts[other]], [draw(st.sampled_from(WORDS))]])
+        )
         text = "".join((*parts[:at], *new, *parts[at + 1 :]))
     return text
 
@@ -235,16 +286,25 @@ def parquet(draw: Any) -> bytes:
     """Draw a Parquet file: a column dropped, doubled, or of another type, or metadata edited."""
     table, out = draw(st.sampled_from(TABLES)), io.BytesIO()
     columns, metadata = list(zip(table.column_names, table.columns)), table.schema.metadata or {}
-    at, kind = draw(st.integers(0, len(columns) - 1)), draw(st.sampled_from(("same", "drop", "twice", "list", *KINDS)))
+    at, kind = (
+        draw(st.integers(0, len(columns) - 1)),
+        draw(st.sampled_from(("same", "drop", "twice", "list", *KINDS))),
+    )
     name, column = columns[at]
     if kind == "same":
-        metadata = {key: json.dumps(draw(trees(json.loads(text)))) for key, text in metadata.items()}
+        metadata = {
+            key: json.dumps(draw(trees(json.loads(text)))) for key, text in metadata.items()
+        }
     elif kind in KINDS:
         with contextlib.suppress(pa.ArrowException):
             columns[at] = (name, column.cast(kind))
     else:
-        columns[at : at + 1] = {"drop": [], "twice": columns[at : at + 1] * 2}.get(kind, [(name, [[1]] * len(column))])
-    pq.write_table(pa.table([c for _, c in columns], names=[n for n, _ in columns], metadata=metadata), out)
+        columns[at : at + 1] = {"drop": [], "twice": columns[at : at + 1] * 2}.get(
+            kind, [(name, [[1]] * len(column))]
+        )
+    pq.write_table(
+        pa.table([c for _, c in columns], names=[n for n, _ in columns], metadata=metadata), out
+    )
     return out.getvalue()
 
 
@@ -294,13 +354,17 @@ def answer(file: str, raw: bytes) -> int:
     with tempfile.TemporaryDirectory() as name, guarded(Path(name)):
         folder = Path(name)
         for other, content in BESIDE.get(file, {}).items():
-            (folder / other).write_bytes(content if isinstance(content, bytes) else content.encode())
+            (folder / other).write_bytes(
+                content if isinstance(content, bytes) else content.encode()
+            )
         (folder / file).write_bytes(raw)
         said = {"{}": f"{folder / file}", "TEXT": raw.decode("utf-8", "replace"), "DIR": name}
         words = [said.get(word, word.replace("DIR/", f"{name}/")) for word in command.split()]
         with in_time(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = run(words)
-    problems = [line for line in err.getvalue().splitlines() if not line.startswith(("note: ", "status: "))]
+    problems = [
+        line for line in err.getvalue().splitlines() if not line.startswith(("note: ", "status: "))
+    ]
     assert status in ((0, 1, 2) if words[0] == "validate" else (0, 2)), problems
     for line in problems:
         check_line(line)
@@ -314,9 +378,18 @@ def answer(file: str, raw: bytes) -> int:
 @pytest.mark.parametrize("file", READERS)
 def test_inputs_near_a_valid_one(file: str) -> None:
     seen, document = Counter[bool](), READERS[file][0]
-    drawn, near = isinstance(document, st.SearchStrategy), texts if isinstance(document, str) else trees
+    drawn, near = (
+        isinstance(document, st.SearchStrategy),
+        texts if isinstance(document, str) else trees,
+    )
     if not drawn:
-        assert answer(file, document.encode() if isinstance(document, str) else json.dumps(document).encode()) == 0
+        assert (
+            answer(
+                file,
+                document.encode() if isinstance(document, str) else json.dumps(document).encode(),
+            )
+            == 0
+        )
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(spoilt(document if drawn else near(document)))
@@ -337,9 +410,18 @@ def test_inputs_near_a_valid_one(file: str) -> None:
         ("gpu.yaml", PROFILE.replace("value: 132", "value: \u0661").encode()),
         ("quality.csv", QUALITY.replace("7.26", "1e-320").encode()),
         ("speedups.csv", SPEEDUPS.replace("1.1", f'"{"x" * 200_000}"').encode()),
-        *(("run.jsonl", lines([{**RUN[0], **odd}])) for odd in ({"stack": []}, {"dtype": "fp7"}, {"extra": 1})),
-        *(("run.jsonl", lines([RUN[0], {**RUN[1], "median_s": odd}])) for odd in ("x", 10**400, [1], 0.0)),
-        *(("table.csv", ATTENTION.replace("1,1,128", f"{odd},1,128").encode()) for odd in ("1e18", "nan", "x")),
+        *(
+            ("run.jsonl", lines([{**RUN[0], **odd}]))
+            for odd in ({"stack": []}, {"dtype": "fp7"}, {"extra": 1})
+        ),
+        *(
+            ("run.jsonl", lines([RUN[0], {**RUN[1], "median_s": odd}]))
+            for odd in ("x", 10**400, [1], 0.0)
+        ),
+        *(
+            ("table.csv", ATTENTION.replace("1,1,128", f"{odd},1,128").encode())
+            for odd in ("1e18", "nan", "x")
+        ),
     ],
 )
 def test_inputs_that_once_ended_in_a_traceback(file: str, raw: bytes) -> None:

@@ -21,7 +21,18 @@ from pathlib import Path
 from calibration.records.store import decode_line, encode_line
 
 BINARY = (".npz", ".png", ".gz")
-COMMON = {"root", "user", "ubuntu", "admin", "localhost", "runner", "docker", "jovyan", "nobody", ""}
+COMMON = {
+    "root",
+    "user",
+    "ubuntu",
+    "admin",
+    "localhost",
+    "runner",
+    "docker",
+    "jovyan",
+    "nobody",
+    "",
+}
 """Names that identify nobody."""
 LINES = re.compile(
     r"(?m)^(\s*(?:[\w ]*Serial Number|[\w ]*UUID|PDI|Process ID|Name|Board ID|Module Id|Bus Id|Minor Number)\s*:).*$"
@@ -55,7 +66,9 @@ def without_names(text: str, names: Sequence[tuple[str, str]]) -> str:
     ~/x on host; atlases; GPU UUID : 7
     """
     for name, to in names:
-        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", lambda _, to=to: to, text)
+        text = re.sub(
+            rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", lambda _, to=to: to, text
+        )
     for pattern, to in PATTERNS:
         text = pattern.sub(to, text)
     return text
@@ -67,14 +80,18 @@ def records_without_names(data: bytes, names: Sequence[tuple[str, str]]) -> byte
     for line in data.splitlines(keepends=True):
         fields = decode_line(line)
         changed = without_names(text := json.dumps(fields), names)
-        lines.append(line if fields is None or changed == text else encode_line(json.loads(changed)))
+        lines.append(
+            line if fields is None or changed == text else encode_line(json.loads(changed))
+        )
     return b"".join(lines)
 
 
 def pack(folder: Path, archive: Path, names: Sequence[tuple[str, str]]) -> int:
     """Write the archive and return the number of its files."""
     partial = archive.with_name(archive.name + ".part")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
+    )
     with tarfile.open(partial, "w:gz") as tar:
         for path in files:
             data = path.read_bytes()
@@ -82,7 +99,8 @@ def pack(folder: Path, archive: Path, names: Sequence[tuple[str, str]]) -> int:
                 data = records_without_names(data, names)
             elif path.suffix not in BINARY:
                 data = without_names(data.decode("utf-8", "replace"), names).encode()
-            entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")  # no owner
+            # no owner
+            entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
             entry.size, entry.mtime, entry.mode = len(data), int(path.stat().st_mtime), 0o644
             tar.addfile(entry, io.BytesIO(data))
     os.replace(partial, archive)

@@ -21,7 +21,9 @@ with open(Path(__file__).parent / "device_names.csv", encoding="utf-8") as file:
 
 def gpu_of(row: dict[str, str], **changes: Any) -> Gpu:
     major, minor = map(int, row["capability"].split("."))
-    gpu = Gpu(int(row["sm_count"]), (major, minor), float(row["memory_gib"]) * 2**30, row["mig"] == "1")
+    gpu = Gpu(
+        int(row["sm_count"]), (major, minor), float(row["memory_gib"]) * 2**30, row["mig"] == "1"
+    )
     return replace(gpu, **changes)
 
 
@@ -50,7 +52,12 @@ def test_the_facts_count_beside_the_name() -> None:
     """A slice, a part of the SMs, or another memory under the full name is not the GPU of the profile."""
     row = next(row for row in ROWS if row["profile"] == "h100_sxm")
     name, gpu = row["name"], gpu_of(row)
-    for changes in ({"mig": True}, {"sm_count": 60}, {"memory_bytes": 4e10}, {"capability": (8, 0)}):
+    for changes in (
+        {"mig": True},
+        {"sm_count": 60},
+        {"memory_bytes": 4e10},
+        {"capability": (8, 0)},
+    ):
         assert shipped_name(name, replace(gpu, **changes)) == ""
     assert shipped_name(f"{name} (60 SM)") == ""
     assert shipped_name(f"{name} (132 SM)") == shipped_name(name) == "h100_sxm"
@@ -67,7 +74,9 @@ def profile(name: str, **changes: Any) -> Any:
     row = next(row for row in ROWS if row["name"] == name)
     limits: dict[str, Any] = {"max_clock_hz": 2.565e9, "power_limit_w": 300.0}
     gpu = gpu_of(row, **{**limits, **changes})
-    about = Description("cuda:0", f"{name} ({gpu.sm_count} SM)", {"torch": "2.13"}, gpu.memory_bytes, 9.6e7, gpu)
+    about = Description(
+        "cuda:0", f"{name} ({gpu.sm_count} SM)", {"torch": "2.13"}, gpu.memory_bytes, 9.6e7, gpu
+    )
     return base_profile(Idle(roofline_timings(1e14, 8e11), description=about), "bf16")
 
 
@@ -83,7 +92,9 @@ def profile(name: str, **changes: Any) -> Any:
         ("NVIDIA TITAN V", "volta"),
     ],
 )
-def test_a_gpu_without_a_profile_has_its_limits_and_its_architecture(name: str, architecture: str) -> None:
+def test_a_gpu_without_a_profile_has_its_limits_and_its_architecture(
+    name: str, architecture: str
+) -> None:
     hw = profile(name)
     assert (hw.architecture, hw.vendor) == (architecture, "NVIDIA")
     assert (hw.boost_clock_hz, hw.max_clock_hz, hw.power_w) == (2.565e9, 2.565e9, 300.0)

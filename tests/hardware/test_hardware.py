@@ -34,7 +34,15 @@ from simulator.hardware.library import (
     reference,
     shipped_names,
 )
-from simulator.hardware.profile import ARCHITECTURES, STACKS, Fitted, HardwareProfile, LocalUpdate, Provenance, Section
+from simulator.hardware.profile import (
+    ARCHITECTURES,
+    STACKS,
+    Fitted,
+    HardwareProfile,
+    LocalUpdate,
+    Provenance,
+    Section,
+)
 from simulator.hardware.save import save_hardware, save_stack
 from simulator.hardware.schema import QUANTITIES, plain_name
 from simulator.operators import CONSTANTS
@@ -70,7 +78,8 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
     facts |= {"bridge.bandwidth", "bridge.latency"} if hw.bridge else set()
     if hw.architecture != "cpu":
         assert hw.sources.keys() == facts
-        assert all("https://" in source for source in hw.sources.values())  # where it can be looked up
+        # where it can be looked up
+        assert all("https://" in source for source in hw.sources.values())
     else:  # an example, measured or said by its system; its boost clock is the highest
         assert hw.sources.keys() == facts - {"max_clock"}
     assert hw.clock_headroom >= 1
@@ -79,8 +88,11 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
     for stack in STACKS:
         if (profiles_folder() / f"{name}.{stack}.yaml").exists():
             save_stack(hw, stack, tmp_path / f"{name}.{stack}.yaml")
-    shipped = profiles_folder().glob(f"{name}.*")  # saving a shipped profile again would change nothing
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in shipped}
+    # saving a shipped profile again would change nothing
+    shipped = profiles_folder().glob(f"{name}.*")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        p.name: p.read_bytes() for p in shipped
+    }
     for operator in CONSTANTS:
         section = hw.section(operator, "bf16" if "bf16" in hw.rates else "fp16")
         for constant, known in CONSTANTS[operator].items():
@@ -100,13 +112,31 @@ FLOP_PER_CLOCK = {
     "a6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "int8": 2048},
     "h20": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
     "l40s": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
-    "rtx_pro_6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048, "nvfp4": 4096},
-    "b200_sxm": {"fp32": 256, "tf32": 4096, "fp16": 8192, "bf16": 8192, "fp8": 16384, "int8": 16384, "nvfp4": 32768},
+    "rtx_pro_6000": {
+        "fp32": 256,
+        "tf32": 512,
+        "fp16": 1024,
+        "bf16": 1024,
+        "fp8": 2048,
+        "int8": 2048,
+        "nvfp4": 4096,
+    },
+    "b200_sxm": {
+        "fp32": 256,
+        "tf32": 4096,
+        "fp16": 8192,
+        "bf16": 8192,
+        "fp8": 16384,
+        "int8": 16384,
+        "nvfp4": 32768,
+    },
 }
 FLOP_PER_CLOCK["a100_sxm_40gb"] = FLOP_PER_CLOCK["a100_pcie_80gb"] = FLOP_PER_CLOCK["a100_sxm_80gb"]
 FLOP_PER_CLOCK["rtx_5090"] = FLOP_PER_CLOCK["rtx_4090"] | {"nvfp4": 4096}
 FLOP_PER_CLOCK["a10"] = FLOP_PER_CLOCK["a6000"]
-FLOP_PER_CLOCK |= dict.fromkeys(("gh200", "h100_pcie", "h200_sxm", "h800"), FLOP_PER_CLOCK["h100_sxm"])
+FLOP_PER_CLOCK |= dict.fromkeys(
+    ("gh200", "h100_pcie", "h200_sxm", "h800"), FLOP_PER_CLOCK["h100_sxm"]
+)
 FLOP_PER_CLOCK["l4"] = FLOP_PER_CLOCK["l40s"]
 
 
@@ -126,8 +156,12 @@ def test_rates_follow_from_clock_and_sm_count(name: str) -> None:
 def test_numbers_people_know() -> None:
     a100, h100, geforce = (load_hardware(name) for name in ("a100", "h100", "4090"))
     assert [hw.name for hw in (a100, h100, geforce)] == ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
-    assert [a100.peak_flop_per_s("bf16", sparse=sparse) for sparse in (False, True)] == [312e12, 624e12]
-    assert geforce.rate("bf16").flop_per_s == 165.2e12  # fp32 accumulate runs at half rate on GeForce
+    assert [a100.peak_flop_per_s("bf16", sparse=sparse) for sparse in (False, True)] == [
+        312e12,
+        624e12,
+    ]
+    # fp32 accumulate runs at half rate on GeForce
+    assert geforce.rate("bf16").flop_per_s == 165.2e12
     assert geforce.l2_bytes == 73728 * 1024
     assert a100.ridge_point("bf16") == pytest.approx(153.0, abs=0.1)
     assert geforce.clock_headroom == pytest.approx(3105 / 2520)
@@ -150,7 +184,16 @@ def test_names_aliases_and_changed_files(tmp_path: Path) -> None:
 
 
 def test_unknown_device_is_one_line_and_names_the_closest() -> None:
-    for name in ("", "p100", "../h100_sxm", "h100_sxm.yml", "/", "a\0b.yaml", "x" * 5000 + ".yaml", "\ud800.yaml"):
+    for name in (
+        "",
+        "p100",
+        "../h100_sxm",
+        "h100_sxm.yml",
+        "/",
+        "a\0b.yaml",
+        "x" * 5000 + ".yaml",
+        "\ud800.yaml",
+    ):
         with pytest.raises(InputError) as caught:
             load_hardware(name)
         assert "\n" not in str(caught.value)
@@ -170,7 +213,12 @@ def _bad_files() -> Iterator[tuple[str, str, str, str]]:
     for line in (BAD / "edits.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             name, old, new, says = re.split(r" ?\| ?", line)
-            yield name, codecs.decode(old, "unicode_escape"), codecs.decode(new, "unicode_escape"), says
+            yield (
+                name,
+                codecs.decode(old, "unicode_escape"),
+                codecs.decode(new, "unicode_escape"),
+                says,
+            )
     for key, (_, quantity) in QUANTITIES.items():
         line = re.search(rf"  {key}: {{value: ([^,]+),.*\n", GOOD)
         whole, value, unit = line[0], line[1], quantity.unit
@@ -178,12 +226,17 @@ def _bad_files() -> Iterator[tuple[str, str, str, str]]:
             "the unit is missing": ["12.5", "3.35e12"],
             "unknown": ["3 parsec"],
             "is a unit of": [next(EXAMPLES[u] for u in EXAMPLES if u != unit)],
-            "expected": [f"{number:g} {unit}" for number in (0, -1, quantity.low / 10, quantity.high * 10)],
+            "expected": [
+                f"{number:g} {unit}" for number in (0, -1, quantity.low / 10, quantity.high * 10)
+            ],
             "does not start with a number": [".nan", f"inf {unit}", "true", ""],
             "got a list": [f"[{value}]"],
         }
         for says, wrong in bad.items():
-            yield from ((f"{key} {text or 'empty'}", whole, whole.replace(value, text), says) for text in wrong)
+            yield from (
+                (f"{key} {text or 'empty'}", whole, whole.replace(value, text), says)
+                for text in wrong
+            )
         yield f"{key} bare", whole, f"  {key}: {value}\n", "expected {value: ..., source: ...}"
         yield f"{key} without source", whole, f"  {key}: {{value: {value}}}\n", "source: is missing"
         yield f"{key} twice", whole, whole + whole, "is given twice"
@@ -191,7 +244,9 @@ def _bad_files() -> Iterator[tuple[str, str, str, str]]:
             yield f"{key} missing", whole, "", f"{key}: is missing"
 
 
-@pytest.mark.parametrize(("old", "new", "says"), [pytest.param(*case, id=name) for name, *case in _bad_files()])
+@pytest.mark.parametrize(
+    ("old", "new", "says"), [pytest.param(*case, id=name) for name, *case in _bad_files()]
+)
 def test_bad_file(old: str, new: str, says: str, tmp_path: Path) -> None:
     assert old == "*" or old in GOOD
     text = new if old == "*" else GOOD.replace(old, new, 1)
@@ -205,7 +260,9 @@ def test_bad_file(old: str, new: str, says: str, tmp_path: Path) -> None:
 
 
 def test_position_is_that_of_the_mistake(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD.replace("value: 3.35 TB/s", "value: 3.35 TB").replace("hopper", "hoper"))
+    path = write(
+        tmp_path, GOOD.replace("value: 3.35 TB/s", "value: 3.35 TB").replace("hopper", "hoper")
+    )
     number = GOOD.splitlines().index("  bandwidth: {value: 3.35 TB/s, source: sheet}") + 1
     assert check_hardware(path) == [
         f"{path}:5:15: architecture: unknown value hoper; did you mean hopper? Known: {', '.join(ARCHITECTURES)}",
@@ -222,9 +279,13 @@ def test_what_is_no_file_and_files_that_take_too_much(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     assert "the pipe is empty" in check_hardware(tmp_path / "pipe.yaml")[0]
     assert "larger than 1 MB" in check_hardware(write(tmp_path, GOOD + "#" * 1_000_001))[0]
-    bomb = "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 4}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+    bomb = "a: &a [x, x, x]\n" + "".join(
+        f"{b}: &{b} [{f'*{a}, ' * 4}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+    )
     (problem,) = check_hardware(write(tmp_path, bomb))
-    assert problem.startswith(f"{tmp_path}/my_gpu.yaml:1:4: a: anchors (&) and aliases (*) are not allowed")
+    assert problem.startswith(
+        f"{tmp_path}/my_gpu.yaml:1:4: a: anchors (&) and aliases (*) are not allowed"
+    )
     assert len(check_hardware(write(tmp_path, "[" * 300_000))) == 1
 
 
@@ -241,10 +302,20 @@ def assert_same(a: HardwareProfile, b: HardwareProfile) -> None:
 
 def calibrated() -> HardwareProfile:
     rng = np.random.default_rng(0)
-    provenance = Provenance("tables: a, b", "sha256:12", "2026-11-25", "CUDA 12.9 # stack", "NVIDIA H100", "graph", 400)
+    provenance = Provenance(
+        "tables: a, b", "sha256:12", "2026-11-25", "CUDA 12.9 # stack", "NVIDIA H100", "graph", 400
+    )
     gemm = Section(
-        {"t0": Fitted(2.7e-6, 1.25e-8), "e_tc": Fitted(0.1 + 0.2, None, "fixed"), "e_d": Fitted(1.0, 0.0)},
-        {"lattice": rng.normal(size=(16, 13, 13)), "edges": np.arange(5), "small": np.float32([[1.5, 2.5]])},
+        {
+            "t0": Fitted(2.7e-6, 1.25e-8),
+            "e_tc": Fitted(0.1 + 0.2, None, "fixed"),
+            "e_d": Fitted(1.0, 0.0),
+        },
+        {
+            "lattice": rng.normal(size=(16, 13, 13)),
+            "edges": np.arange(5),
+            "small": np.float32([[1.5, 2.5]]),
+        },
         0.85,
         {"mape": 0.046, "speedup p95": 0.178},
         provenance,
@@ -278,7 +349,9 @@ def test_new_arrays_replace_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.npz")) == [bystander]
 
 
-def test_saving_stopped_in_between_leaves_a_readable_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_stopped_in_between_leaves_a_readable_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hw, path = saved(tmp_path)
     whole = save.write_whole
 
@@ -295,10 +368,16 @@ def test_saving_stopped_in_between_leaves_a_readable_profile(tmp_path: Path, mon
 
 
 CHARACTERS = st.characters(categories=["L", "N", "P", "Zs"])
-TEXT = st.text(CHARACTERS, min_size=1, max_size=40).map(str.strip).filter(lambda text: text and text.isprintable())
+TEXT = (
+    st.text(CHARACTERS, min_size=1, max_size=40)
+    .map(str.strip)
+    .filter(lambda text: text and text.isprintable())
+)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_what_is_saved_is_read_again(data: st.DataObject, tmp_path: Path) -> None:
     hw = calibrated()
@@ -306,12 +385,18 @@ def test_what_is_saved_is_read_again(data: st.DataObject, tmp_path: Path) -> Non
     facts["max_clock_hz"] = max(facts["max_clock_hz"], facts["boost_clock_hz"])
     texts = data.draw(st.lists(TEXT, min_size=9, max_size=9))
     constants = {
-        name: Fitted(data.draw(st.floats(c.low, c.high), name), data.draw(st.none() | st.floats(0, 1e30)))
+        name: Fitted(
+            data.draw(st.floats(c.low, c.high), name), data.draw(st.none() | st.floats(0, 1e30))
+        )
         for name, c in CONSTANTS["gemm"].items()
     }
-    gemm = replace(hw.sections["gemm", "bf16"], constants=constants, provenance=Provenance(*texts[:6], rows=3))
+    gemm = replace(
+        hw.sections["gemm", "bf16"], constants=constants, provenance=Provenance(*texts[:6], rows=3)
+    )
     sources = {**hw.sources, "power": texts[7]}  # sources get short names
-    hw = replace(hw, title=texts[6], references={}, sources=sources, notes={"sm_count": texts[8]}, **facts)
+    hw = replace(
+        hw, title=texts[6], references={}, sources=sources, notes={"sm_count": texts[8]}, **facts
+    )
     hw = replace(hw, sections={**hw.sections, ("gemm", "bf16"): gemm})
     save_hardware(hw, tmp_path / "my.yaml")
     assert check_hardware(tmp_path / "my.yaml") == []
@@ -336,7 +421,9 @@ def test_what_cannot_be_loaded_or_has_no_place_is_not_written(tmp_path: Path) ->
     for target in (tmp_path / "x.txt", tmp_path / "gone" / "x.yaml"):
         with pytest.raises(InputError):
             save_hardware(hw, target)
-    section = Section({"t0": Fitted(1e-6)}, {"lattice": np.array([1.0, np.nan])}, status="calibrated")
+    section = Section(
+        {"t0": Fitted(1e-6)}, {"lattice": np.array([1.0, np.nan])}, status="calibrated"
+    )
     with pytest.raises(ValueError, match="lattice holds values that are not finite"):
         save_hardware(replace(hw, sections={("gemm", "bf16"): section}), tmp_path / "x.yaml")
     assert list(tmp_path.iterdir()) == []
@@ -367,7 +454,10 @@ def _npy(array: object, **options: bool) -> bytes:
     return buffer.getvalue()
 
 
-_HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 999999999), }".ljust(117) + b"\n"
+_HUGE = (
+    b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 999999999), }".ljust(117)
+    + b"\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -417,14 +507,22 @@ def test_sections_are_defaults_or_inherited_between_the_16_bit_types_only(tmp_pa
     assert inherited.provenance.inherited_from == "my_gpu gemm bf16"
     assert own["e_d"] == 0.81  # not fitted: the default, and it says so
     assert own.constants["e_d"].status == "default"
-    assert hw.section("gemm", "fp8").status == hw.section("attention_decode", "bf16").status == "default"
+    assert (
+        hw.section("gemm", "fp8").status
+        == hw.section("attention_decode", "bf16").status
+        == "default"
+    )
     uneven = replace(hw, rates={**hw.rates, "fp16": replace(hw.rates["fp16"], flop_per_s=1e15)})
     assert uneven.section("gemm", "fp16").status == "default"
 
 
 def section(value: float, stack: str, **more: Any) -> Section:
-    about = Provenance("my records", "sha256:1", "2026-11-25", f"{stack} 1.0", "my GPU", "CUDA graph", 400)
-    return Section({"t0": Fitted(value)}, provenance=about, status="calibrated", stack=stack, **more)
+    about = Provenance(
+        "my records", "sha256:1", "2026-11-25", f"{stack} 1.0", "my GPU", "CUDA graph", 400
+    )
+    return Section(
+        {"t0": Fitted(value)}, provenance=about, status="calibrated", stack=stack, **more
+    )
 
 
 def stacked(folder: Path) -> Path:
@@ -434,7 +532,10 @@ def stacked(folder: Path) -> Path:
     hw = load_hardware(path)
     one = {("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}
     save_stack(hw.calibrated(one), "sglang", folder / "my_gpu.sglang.yaml")
-    both = {("gemm", "bf16"): section(2e-6, ""), ("gemm", "int4_wo"): section(3e-6, "", arrays={"x": np.zeros(3)})}
+    both = {
+        ("gemm", "bf16"): section(2e-6, ""),
+        ("gemm", "int4_wo"): section(3e-6, "", arrays={"x": np.zeros(3)}),
+    }
     save_stack(hw.calibrated(both), "trtllm", folder / "my_gpu.trtllm.yaml")
     return path
 
@@ -450,19 +551,33 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
     assert inherited.provenance is not None
     assert inherited.provenance.inherited_from == "my_gpu trtllm"
     assert other.section("gemm", "int4_wo").status == "calibrated"
-    assert hw.on("trtllm") is other is load_hardware(path, stack="trtllm") is load_hardware(f"{path}@ TRTLLM")
+    assert (
+        hw.on("trtllm")
+        is other
+        is load_hardware(path, stack="trtllm")
+        is load_hardware(f"{path}@ TRTLLM")
+    )
     pinned = hw.on("sglang")
     assert pinned is pinned.on("sglang") is hw.on("sglang")
     assert pinned.sections == hw.sections
     assert (hw.label, pinned.label, other.label) == ("my_gpu", "my_gpu@sglang", "my_gpu@trtllm")
     assert other.on("sglang").label == "my_gpu@sglang"
     # an engine chooses among the stacks, but not against a person
-    assert [h.serving(("torch", "trtllm")).stack for h in (hw, pinned, other)] == ["trtllm", "sglang", "trtllm"]
+    assert [h.serving(("torch", "trtllm")).stack for h in (hw, pinned, other)] == [
+        "trtllm",
+        "sglang",
+        "trtllm",
+    ]
     assert hw.serving(()) is hw
     assert reference(str(path)) == str(path)
-    assert [reference(name) for name in ("a100", "A100@trtllm")] == ["a100_sxm_80gb", "a100_sxm_80gb@trtllm"]
+    assert [reference(name) for name in ("a100", "A100@trtllm")] == [
+        "a100_sxm_80gb",
+        "a100_sxm_80gb@trtllm",
+    ]
     one = section(4e-6, "vllm")
-    save_stack(replace(hw, stacks={"vllm": {("gemm", "bf16"): one}}), "vllm", tmp_path / "my_gpu.vllm.yaml")
+    save_stack(
+        replace(hw, stacks={"vllm": {("gemm", "bf16"): one}}), "vllm", tmp_path / "my_gpu.vllm.yaml"
+    )
     assert list(load_hardware(path).stacks) == ["vllm", "sglang", "trtllm"]  # a new file is seen
     assert not any("." in name for name in list_hardware())
 
@@ -493,7 +608,9 @@ def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
         assert inherited.provenance.inherited_from.startswith("h100_sxm ")
     assert ("collective", "*") in sxm.sections
     assert ("collective", "*") not in pcie.sections  # another link
-    both = [load_hardware(f"{name}@trtllm").section("gemm", "bf16").status for name in ("h200", "gh200")]
+    both = [
+        load_hardware(f"{name}@trtllm").section("gemm", "bf16").status for name in ("h200", "gh200")
+    ]
     assert both == ["calibrated", "inherited"]  # its own tables, or its sibling's
     old = load_hardware(write(tmp_path, GOOD.replace("vendor:", "stacks_of: h100_sxm\nvendor:")))
     assert old.section("attention_decode", "bf16").status == "inherited"
@@ -504,18 +621,25 @@ def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stacks_of: profile 'h101_sxm' is unknown"):
         load_hardware(path)
     # a chain of related GPUs is followed, a circle is refused
-    (tmp_path / "first.yaml").write_text(GOOD.replace("name: my_gpu", "name: first\nstacks_of: h100_pcie"))
+    (tmp_path / "first.yaml").write_text(
+        GOOD.replace("name: my_gpu", "name: first\nstacks_of: h100_pcie")
+    )
     second = GOOD.replace("name: my_gpu", "name: second\nstacks_of: first")
     (tmp_path / "second.yaml").write_text(second)
     found = load_hardware(tmp_path / "second.yaml")
-    assert found.section("attention_decode", "bf16").constants is sxm.section("attention_decode", "bf16").constants
+    assert (
+        found.section("attention_decode", "bf16").constants
+        is sxm.section("attention_decode", "bf16").constants
+    )
     assert len(files_of(found)) > len(files_of(load_hardware(tmp_path / "first.yaml")))
     (tmp_path / "second.yaml").write_text(second.replace("stacks_of: first", "stacks_of: second"))
     with pytest.raises(InputError, match="second -> second is a circle"):
         load_hardware(tmp_path / "second.yaml")
     assert "is a circle" in check_hardware(tmp_path / "second.yaml")[0]
     for i in range(400):  # the end of the chain is missing
-        (tmp_path / f"g{i}.yaml").write_text(GOOD.replace("name: my_gpu", f"name: g{i}\nstacks_of: g{i + 1}"))
+        (tmp_path / f"g{i}.yaml").write_text(
+            GOOD.replace("name: my_gpu", f"name: g{i}\nstacks_of: g{i + 1}")
+        )
     with pytest.raises(InputError, match=r"g0 -> g1 .* has more than 8 steps"):
         load_hardware(tmp_path / "g0.yaml")
 
@@ -540,7 +664,11 @@ def test_unknown_stacks_are_one_line_and_name_those_there_are(tmp_path: Path) ->
     [
         ("hardware: my_gpu", "hardware: your_gpu", "hardware: unknown value your_gpu"),
         ("stack: trtllm", "stack: vllm", "stack: unknown value vllm"),
-        ("    int4_wo:", "    fp8:", "unknown dtype; expected one this device has a rate for: bf16, fp16, int8_wo"),
+        (
+            "    int4_wo:",
+            "    fp8:",
+            "unknown dtype; expected one this device has a rate for: bf16, fp16, int8_wo",
+        ),
         ("schema_version: 1", "schema_version: 2", "this prunesim reads no other version"),
         ("t0: {value: 2e-06", "t0: {value: 2", "from 1e-07"),
         ("stack: trtllm\n", "", "stack: is missing"),
@@ -563,7 +691,9 @@ def test_bad_stack_file(old: str, new: str, says: str, tmp_path: Path) -> None:
 def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
     path = stacked(tmp_path)
     (held,) = tmp_path.glob("my_gpu.trtllm.*.npz")
-    own = load_hardware(path).calibrated({("gemm", "bf16"): section(1e-6, "", arrays={"y": np.zeros(2)})})
+    own = load_hardware(path).calibrated(
+        {("gemm", "bf16"): section(1e-6, "", arrays={"y": np.zeros(2)})}
+    )
     save_hardware(own, path)
     save_hardware(replace(own, sections={}), path)
     save_stack(own, "sglang", tmp_path / "my_gpu.sglang.yaml")
@@ -574,10 +704,17 @@ def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
 
 def updated(rows: int = 5) -> LocalUpdate:
     rng = np.random.default_rng(1)
-    arrays = {name: rng.uniform(0.0, 1.0, rows) for name in ("independent", "correlated", "log_ratio")}
-    arrays |= {"systematic": rng.normal(size=(rows, 2)), "coordinates": rng.uniform(0, 12, (rows, 3))}
+    arrays = {
+        name: rng.uniform(0.0, 1.0, rows) for name in ("independent", "correlated", "log_ratio")
+    }
+    arrays |= {
+        "systematic": rng.normal(size=(rows, 2)),
+        "coordinates": rng.uniform(0, 12, (rows, 3)),
+    }
     arrays |= {"kind": np.arange(rows)}
-    provenance = Provenance("local rows", "sha256:7", "2026-11-25", "mine", "my GPU", "CUDA graph", rows)
+    provenance = Provenance(
+        "local rows", "sha256:7", "2026-11-25", "mine", "my GPU", "CUDA graph", rows
+    )
     return LocalUpdate(provenance, ("machine launch", "gemm compute"), arrays)
 
 
@@ -590,7 +727,9 @@ def test_a_local_update_is_kept(tmp_path: Path) -> None:
     for name, array in update.arrays.items():
         np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
     text = (tmp_path / "mine.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(text.replace('["machine launch", "gemm compute"]', "[machine launch]"))
+    (tmp_path / "mine.yaml").write_text(
+        text.replace('["machine launch", "gemm compute"]', "[machine launch]")
+    )
     wrong = "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
     assert wrong in check_hardware(tmp_path / "mine.yaml")[0]
 
@@ -627,8 +766,18 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
     text = text.replace('"FILL_IN"', '"its datasheet"')
     optional = "# (max_clock|link:|bridge:|  (?:kind|connection|max_devices|bandwidth|latency))"
     text = re.sub(optional, r"\1", text)
-    filled = {"sm_count": 40, "FILL_IN GHz": "1.5 GHz", "FILL_IN TFLOP/s": "60 TFLOP/s", "FILL_IN GB/s": "300 GB/s"}
-    filled |= {"FILL_IN GB": "16 GB", "FILL_IN MiB": "4 MiB", "FILL_IN W": "70 W", "FILL_IN us": "1.5 us"}
+    filled = {
+        "sm_count": 40,
+        "FILL_IN GHz": "1.5 GHz",
+        "FILL_IN TFLOP/s": "60 TFLOP/s",
+        "FILL_IN GB/s": "300 GB/s",
+    }
+    filled |= {
+        "FILL_IN GB": "16 GB",
+        "FILL_IN MiB": "4 MiB",
+        "FILL_IN W": "70 W",
+        "FILL_IN us": "1.5 us",
+    }
     for placeholder, value in filled.items():
         text = text.replace(f"{placeholder}: {{value: FILL_IN", f"{placeholder}: {{value: {value}")
         text = text.replace(placeholder, str(value)) if placeholder.startswith("FILL_IN") else text
@@ -649,13 +798,20 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
 def test_generic_defaults_say_how_far_they_are_off() -> None:
     """Calibrated GPUs with the defaults of their own architecture, and of one on which nothing was ever fitted: their
     coverage, and the root mean squares of log errors that docs/model.md shows."""
-    rows, lengths, widths = np.array([1, 8, 1, 4]), np.array([1024, 1024, 8192, 4096]), [1024, 4096, 14336]
-    gemms = [np.array(list(itertools.product(m, widths, widths))).T for m in ([1, 16], [128, 1024, 8192])]
+    rows, lengths, widths = (
+        np.array([1, 8, 1, 4]),
+        np.array([1024, 1024, 8192, 4096]),
+        [1024, 4096, 14336],
+    )
+    gemms = [
+        np.array(list(itertools.product(m, widths, widths))).T for m in ([1, 16], [128, 1024, 8192])
+    ]
     inside, off = [], []
     for name in ("a100", "h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200"):
         hw = load_hardware(name)
         own, stranger = (
-            replace(hw, sections={}, stacks={}, stack="", architecture=name) for name in (hw.architecture, "cdna3")
+            replace(hw, sections={}, stacks={}, stack="", architecture=name)
+            for name in (hw.architecture, "cdna3")
         )
         times = [
             [gemm_time(*sizes, one).seconds for sizes in gemms]
@@ -663,8 +819,15 @@ def test_generic_defaults_say_how_far_they_are_off() -> None:
             + [operator_time(decode(8 * rows, lengths, 32, 8, 128, one), one).seconds]
             for one in (hw, own, stranger)
         ]
-        off.append([[np.log(true / told).mean() for true, told in zip(times[0], t)] for t in times[1:]])
-        for phase, batch, seq in (("decode", 1, 1024), ("decode", 64, 1024), ("prefill", 1, 512), ("prefill", 4, 2048)):
+        off.append(
+            [[np.log(true / told).mean() for true, told in zip(times[0], t)] for t in times[1:]]
+        )
+        for phase, batch, seq in (
+            ("decode", 1, 1024),
+            ("decode", 64, 1024),
+            ("prefill", 1, 512),
+            ("prefill", 4, 2048),
+        ):
             w = lower(load_model("llama-3.1-8b"), phase=phase, batch=batch, seq=seq)
             told = workload_time(w, stranger)
             inside.append(told.total_lower_s <= workload_time(w, hw).total_s <= told.total_upper_s)

@@ -22,8 +22,16 @@ def rows(*sources: Source, gemms: bool = True) -> Records:
     """GEMMs (if wanted) and decode attention of an H100, slower than its roofline."""
     rng = np.random.default_rng(2)
     m, n, k = (rng.choice([64, 256, 1024, 4096], 40) for _ in range(3))
-    products = {"m": m, "n": n, "k": k, "seconds": 5e-6 + 2.0 * m * n * k / 5e14 + 2.0 * n * k / 2e12}
-    batch, kv = np.repeat([1, 4, 16, 64], 8), np.tile([128, 256, 512, 1024, 2048, 4096, 8192, 16384], 4)
+    products = {
+        "m": m,
+        "n": n,
+        "k": k,
+        "seconds": 5e-6 + 2.0 * m * n * k / 5e14 + 2.0 * n * k / 2e12,
+    }
+    batch, kv = (
+        np.repeat([1, 4, 16, 64], 8),
+        np.tile([128, 256, 512, 1024, 2048, 4096, 8192, 16384], 4),
+    )
     calls = {"batch": batch, "q_len": 1, "kv_len": kv, "heads": 32, "kv_heads": 8, "head_dim": 128}
     seconds = 8e-6 + 4096.0 * batch * kv / 2e12
     parts = [
@@ -38,7 +46,9 @@ def rows(*sources: Source, gemms: bool = True) -> Records:
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> HardwareProfile:
     """The profile that a calibration writes, read again."""
-    base = replace(load_hardware("h100"), sections=MappingProxyType({}), stacks=MappingProxyType({}), stack="")
+    base = replace(
+        load_hardware("h100"), sections=MappingProxyType({}), stacks=MappingProxyType({}), stack=""
+    )
     path = tmp_path_factory.mktemp("own") / "profile.yaml"
     save_hardware(fit_profile(base, rows(TORCH)).profile, path)
     return load_hardware(path)
@@ -47,12 +57,17 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, three_folds: None) -> H
 def test_sections_that_a_device_measured_are_of_torch(calibrated: HardwareProfile) -> None:
     assert (calibrated.own_stack, calibrated.stack, list(calibrated.stacks)) == ("torch", "", [""])
     for key in (("gemm", "bf16"), ("attention_decode", "bf16")):
-        assert (calibrated.sections[key].stack, calibrated.sections[key].status) == ("torch", "calibrated")
+        assert (calibrated.sections[key].stack, calibrated.sections[key].status) == (
+            "torch",
+            "calibrated",
+        )
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("sources", [(VLLM,), (TORCH, VLLM), (Source("GPU"),)])
-def test_tables_of_other_or_unknown_software_count_for_every_engine_as_before(sources: tuple[Source, ...]) -> None:
+def test_tables_of_other_or_unknown_software_count_for_every_engine_as_before(
+    sources: tuple[Source, ...],
+) -> None:
     base = replace(load_hardware("h100"), sections=MappingProxyType({}))
     fitted = fit_profile(base, rows(*sources, gemms=False)).profile
     section = fitted.sections["attention_decode", "bf16"]
@@ -60,7 +75,9 @@ def test_tables_of_other_or_unknown_software_count_for_every_engine_as_before(so
     assert fitted.serving(("vllm", "torch")).error_scales(section)[0] == SAME_STACK
 
 
-def test_only_engines_that_run_its_kernels_get_the_narrow_interval(calibrated: HardwareProfile) -> None:
+def test_only_engines_that_run_its_kernels_get_the_narrow_interval(
+    calibrated: HardwareProfile,
+) -> None:
     section = calibrated.sections["attention_decode", "bf16"]
     scales = {
         engine: calibrated.serving(stacks).error_scales(section)[0]
@@ -69,7 +86,9 @@ def test_only_engines_that_run_its_kernels_get_the_narrow_interval(calibrated: H
     assert scales == {"hf": SAME_STACK, "vllm": OTHER_STACK, "own": SAME_STACK}
 
     def half_width(engine: str, hw: HardwareProfile = calibrated) -> float:
-        found = predict("llama-3.1-8b", "width 0.25", hw, phase="decode", batch=64, seq=8192, engine=engine)
+        found = predict(
+            "llama-3.1-8b", "width 0.25", hw, phase="decode", batch=64, seq=8192, engine=engine
+        )
         return float(found.dense_upper / found.dense_lower)
 
     widths = {engine: half_width(engine) for engine in ("reference", "vllm")}

@@ -15,13 +15,20 @@ from calibration.measure.run import Outcome, run
 from calibration.measure.timing import Protocol
 
 RATES = Rates(1e14, 1.5e12, 3e-6)
-SHAPES = [(m, n, 512) for m in (1, 16, 128, 1024) for n in (256, 1024, 4096, 8192, 16384, 2048, 3072, 5120, 6144, 7168)]
+SHAPES = [
+    (m, n, 512)
+    for m in (1, 16, 128, 1024)
+    for n in (256, 1024, 4096, 8192, 16384, 2048, 3072, 5120, 6144, 7168)
+]
 PROTOCOL = Protocol(time_limit_s=0.5)
 
 
 def plan_of(shapes: list[tuple[int, int, int]] = SHAPES, **changes: Any) -> MeasurementPlan:
     """A plan of these shapes, some of its fields changed."""
-    gemms = [Operator("gemm", m=m, n=n, k=k) for m, n, k in np.random.default_rng(0).permutation(shapes).tolist()]
+    gemms = [
+        Operator("gemm", m=m, n=n, k=k)
+        for m, n, k in np.random.default_rng(0).permutation(shapes).tolist()
+    ]
     return replace(in_order(gemms, RATES, protocol=PROTOCOL), **changes)
 
 

@@ -73,7 +73,11 @@ def test_a_quiet_device_is_measured_in_full() -> None:
         assert record["median_s"] == pytest.approx(_truth(record), rel=0.01)
         assert record["lower_s"] <= record["median_s"] <= record["upper_s"]
         assert record["before"]["clock_hz"] == 1.98e9
-        assert (record["type"], record["status"], record["method"]) == ("measurement", "ok", "replayed")
+        assert (record["type"], record["status"], record["method"]) == (
+            "measurement",
+            "ok",
+            "replayed",
+        )
         assert Operator.from_record(record["operator"]).key == record["key"]
         assert record["samples_s"]
 
@@ -107,7 +111,9 @@ def test_throttling_that_does_not_end_is_flagged_and_the_run_goes_on() -> None:
         (Faults(out_of_memory_bytes=18e6), "skipped", 5, "out of memory"),
     ],
 )
-def test_faults_are_flagged_with_their_reason(faults: Faults, status: str, count: int, reason: str) -> None:
+def test_faults_are_flagged_with_their_reason(
+    faults: Faults, status: str, count: int, reason: str
+) -> None:
     outcome, kept = go(FaultyDevice(noise=0.001, faults=faults))
     flagged = [r for r in items(kept) if r["status"] == status]
     assert getattr(outcome.counts, status) == len(flagged) == count
@@ -116,7 +122,9 @@ def test_faults_are_flagged_with_their_reason(faults: Faults, status: str, count
 
 
 @pytest.mark.parametrize(("drift_per_s", "drifted"), [(0.02, 2), (1e-4, 0)])
-def test_clock_drift_above_the_limit_is_flagged_by_the_drift_check(drift_per_s: float, drifted: int) -> None:
+def test_clock_drift_above_the_limit_is_flagged_by_the_drift_check(
+    drift_per_s: float, drifted: int
+) -> None:
     outcome, kept = go(FaultyDevice(faults=Faults(drift_per_s=drift_per_s)))
     first, *later = [r["drift"] for r in kept if r["purpose"] == DRIFT_CHECK]
     assert first == 0.0 < min(later)
@@ -128,14 +136,16 @@ def test_clock_drift_above_the_limit_is_flagged_by_the_drift_check(drift_per_s: 
 def test_a_missing_nvml_is_unknown_and_not_fine() -> None:
     outcome, kept = go(FaultyDevice(faults=Faults(nvml=False, throttle={3})))
     assert all(set(r["before"].values()) == {UNKNOWN} for r in kept)
-    assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)  # throttled or not, nobody can tell
+    # throttled or not, nobody can tell
+    assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)
 
 
 def test_a_lost_device_stops_the_run_with_the_reason_and_keeps_the_rest() -> None:
     outcome, kept = go(FaultyDevice(faults=Faults(lost_at=8)))
     assert outcome.stopped == "device lost: planted: the device has fallen off the bus"
     assert not outcome.complete
-    assert [r["status"] for r in items(kept)] == ["ok"] * 7 + ["failed"]  # a later run does not begin with it
+    # a later run does not begin with it
+    assert [r["status"] for r in items(kept)] == ["ok"] * 7 + ["failed"]
     assert kept[-1]["reason"] == "device lost: planted: the device has fallen off the bus"
     assert (outcome.counts.failed, outcome.counts.left) == (1, ALL - 8)
     outcome, kept = go(FaultyDevice(faults=Faults(lost_at=0)))  # at the first drift check
@@ -157,9 +167,12 @@ class Capped(ReplayDevice):
 
 def test_a_power_cap_that_lowers_the_clock_of_some_operators_is_flagged() -> None:
     outcome, kept = go(Capped({3, 7}))
-    assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)  # a repeat would have the same clock
+    # a repeat would have the same clock
+    assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)
     (line,) = outcome.problems
-    assert line.startswith(f"2 of {ALL} timed operators ran at the power limit, at a clock over 3% below the highest")
+    assert line.startswith(
+        f"2 of {ALL} timed operators ran at the power limit, at a clock over 3% below the highest"
+    )
     records = records_of(kept, Header("planted"))
     assert int((records.flags & Flag.POWER_CAPPED > 0).sum()) == 2
     for slow in ((), range(1000)):  # a clock that does not change is that of the device under load

@@ -42,14 +42,16 @@ def test_a_rerun_measures_what_is_missing_and_keeps_the_reference() -> None:
     keys = [r["key"] for r in items(first) + items(second)]
     assert sorted(keys) == sorted(item.operator.key for item in plan_of().items)
     checks = [r for r in second if r["purpose"] == DRIFT_CHECK]
-    assert all(r["drift"] == pytest.approx(0.1) and r["drifted"] for r in checks)  # against the first run's check
+    # against the first run's check
+    assert all(r["drift"] == pytest.approx(0.1) and r["drifted"] for r in checks)
     assert checks[0]["block"] == max(r["block"] for r in first) + 1
 
 
 @pytest.mark.parametrize("faults", [Faults(), Faults(nan={2}, out_of_memory_bytes=1e7)])
 def test_a_finished_run_does_nothing_when_run_again(faults: Faults) -> None:
     _, first = go(FaultyDevice(faults=faults))
-    outcome, second = go(ReplayDevice(), previous=first)  # skipped and refused shapes are not tried again
+    # skipped and refused shapes are not tried again
+    outcome, second = go(ReplayDevice(), previous=first)
     assert second == []
     assert (outcome.counts.resumed, outcome.stopped) == (ALL, "")
 
@@ -110,7 +112,9 @@ def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_pat
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, *here.parents[:2])))}
     for last in [False] * 8 + [True]:
         command = [sys.executable, "-c", VICTIM, str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as victim:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment
+        ) as victim:
             assert victim.stdout is not None
             said = [victim.stdout.readline() for _ in range(rng.randrange(6))]
             if not last:
@@ -124,7 +128,9 @@ def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_pat
         assert len({r["key"] for r in items(list(rows))}) == len(items(list(rows)))
         assert all(r["samples_s"] for r in rows)
     assert (victim.returncode, read_store(path).dropped) == (0, 0)
-    assert {r["key"] for r in items(list(rows))} == {item.operator.key for item in plan_of(MANY).items}
+    assert {r["key"] for r in items(list(rows))} == {
+        item.operator.key for item in plan_of(MANY).items
+    }
 
 
 def test_the_probe_finds_planted_rates() -> None:

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from calibration.devices.protocol import OPERATORS, Operator
-from calibration.measure.plan import EXACT, FIT, HOLDOUT, SHARES, MeasurementPlan, Rates, base_plan, in_order
+from calibration.measure.plan import (
+    EXACT,
+    FIT,
+    HOLDOUT,
+    SHARES,
+    MeasurementPlan,
+    Rates,
+    base_plan,
+    in_order,
+)
 from calibration.measure.timing import Protocol
 from simulator.errors import InputError
 
@@ -34,23 +43,32 @@ def test_the_estimate_fits_the_budget_and_uses_it(rates: Rates, budget_s: float)
     assert 0.85 * budget_s <= made.estimated_s <= budget_s
 
 
-def test_a_plan_has_every_kind_of_operator_and_keeps_the_shares_of_the_budget(plan: MeasurementPlan) -> None:
+def test_a_plan_has_every_kind_of_operator_and_keeps_the_shares_of_the_budget(
+    plan: MeasurementPlan,
+) -> None:
     assert {item.operator.kind for item in plan.items} == set(OPERATORS)
     kinds = ("gemm", "elementwise", "attention_decode")
-    spent = {kind: sum(item.cost_s for item in plan.items if item.operator.kind == kind) for kind in kinds}
+    spent = {
+        kind: sum(item.cost_s for item in plan.items if item.operator.kind == kind)
+        for kind in kinds
+    }
     assert spent["gemm"] >= 0.9 * SHARES["gemm"] * 600.0
     for kind in ("elementwise", "attention_decode"):
         assert spent[kind] == pytest.approx(SHARES[kind] * 600.0, rel=0.2)
 
 
-@pytest.mark.parametrize(("rates", "budget_s"), [(SLOW, 12.0), (SLOW, 33.0), (CPU, 12.0), (GPU, 20.0)])
+@pytest.mark.parametrize(
+    ("rates", "budget_s"), [(SLOW, 12.0), (SLOW, 33.0), (CPU, 12.0), (GPU, 20.0)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plan_begins_with_each_kind_of_operator_even_on_a_slow_machine(
     rates: Rates, budget_s: float, seed: int
 ) -> None:
     """The share of an operator in a short budget can be shorter than one execution on a slow machine. Each operator is
     planned nevertheless."""
-    made = base_plan(rates, budget_s=budget_s, seed=seed, protocol=Protocol(time_limit_s=0.25 / 3.0))
+    made = base_plan(
+        rates, budget_s=budget_s, seed=seed, protocol=Protocol(time_limit_s=0.25 / 3.0)
+    )
     exact = in_order([Operator("gemm", m=m, n=48, k=48) for m in (1, 2)], rates).items
     both = replace(made, items=(*exact, *made.items), visits=3)
     orders = [both.order(visit) for visit in range(3)]
@@ -74,14 +92,17 @@ def test_gemms_are_spread_over_the_whole_space(plan: MeasurementPlan) -> None:
         assert counts.min() >= 0.04 * len(values), (name, counts)
 
 
-def test_groups_are_held_out_whole_and_a_fifth_of_them_and_have_several_m(plan: MeasurementPlan) -> None:
+def test_groups_are_held_out_whole_and_a_fifth_of_them_and_have_several_m(
+    plan: MeasurementPlan,
+) -> None:
     gemms = [item for item in plan.items if item.operator.kind == "gemm"]
     held = {item.operator.group for item in gemms if item.purpose == HOLDOUT}
     fitted = {item.operator.group for item in gemms if item.purpose == FIT}
     assert not held & fitted
     assert len(held) / len(held | fitted) == pytest.approx(0.2, abs=0.02)
     shapes = {(op.group, op.m) for op in _gemms(plan)}
-    assert np.median([*Counter(group for group, _ in shapes).values()]) >= 3  # values of m in a group
+    # values of m in a group
+    assert np.median([*Counter(group for group, _ in shapes).values()]) >= 3
 
 
 def test_a_short_plan_has_enough_attention_of_one_head_width_for_a_fit() -> None:
@@ -103,7 +124,9 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     first, again, other = (base_plan(CPU, budget_s=60.0, seed=seed) for seed in (3, 3, 4))
     assert first == again
     assert first != other
-    assert [item.operator.key for item in first.items] != sorted(item.operator.key for item in first.items)
+    assert [item.operator.key for item in first.items] != sorted(
+        item.operator.key for item in first.items
+    )
 
 
 def test_what_a_device_refuses_is_not_planned_and_its_time_goes_to_gemms() -> None:
@@ -127,7 +150,9 @@ def test_a_budget_for_not_one_gemm_is_refused() -> None:
 def test_in_order_takes_exactly_the_operators_given() -> None:
     shapes = [(2048, 14336, 4096), (1, 4096, 4096), (2048, 14336, 4096)]
     gemms = [Operator("gemm", "fp16", m=m, n=n, k=k) for m, n, k in shapes]
-    attention = Operator("attention_decode", "fp16", batch=1, q_len=1, kv_len=64, heads=2, kv_heads=1, head_dim=8)
+    attention = Operator(
+        "attention_decode", "fp16", batch=1, q_len=1, kv_len=64, heads=2, kv_heads=1, head_dim=8
+    )
     made = in_order([*gemms, attention], GPU)
     assert [item.operator for item in made.items] == [*gemms[:2], attention]
     assert [item.purpose for item in made.items] == [EXACT, EXACT, FIT]
@@ -135,7 +160,13 @@ def test_in_order_takes_exactly_the_operators_given() -> None:
         in_order([], GPU)
 
 
-SPARSE: dict[str, Any] = {"kind": "attention_block_sparse", "batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64}
+SPARSE: dict[str, Any] = {
+    "kind": "attention_block_sparse",
+    "batch": 1,
+    "heads": 8,
+    "kv_heads": 2,
+    "head_dim": 64,
+}
 
 
 def _sparse(block: int, length: int) -> Operator:

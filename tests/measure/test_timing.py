@@ -26,7 +26,12 @@ class Planted:
     """A kernel of 0.1 ms with planted noise, slow first samples and drift, in simulated seconds."""
 
     def __init__(
-        self, noise: float = 0.0, seed: int = 0, slow_first: int = 0, drift: float = 0.0, mean: float = 1e-4
+        self,
+        noise: float = 0.0,
+        seed: int = 0,
+        slow_first: int = 0,
+        drift: float = 0.0,
+        mean: float = 1e-4,
     ) -> None:
         self.mean, self.noise, self.slow_first, self.drift = mean, noise, slow_first, drift
         self.rng = np.random.default_rng(seed)
@@ -34,7 +39,11 @@ class Planted:
 
     def __call__(self, loops: int) -> float:
         self.calls += 1
-        value = self.mean * (1 + self.noise * self.rng.standard_normal()) * (1 + self.drift * self.calls)
+        value = (
+            self.mean
+            * (1 + self.noise * self.rng.standard_normal())
+            * (1 + self.drift * self.calls)
+        )
         if self.calls <= self.slow_first:
             value *= 3.0 - 2.0 * self.calls / (self.slow_first + 1)
         self.now += value * loops
@@ -60,7 +69,16 @@ def test_the_interval_covers_the_true_median_as_often_as_it_says() -> None:
 
 def test_ranks_are_those_of_the_sign_test() -> None:
     """l: the two-sided 5 % critical value plus one (Conover, "Practical Nonparametric Statistics", table A3)."""
-    assert [interval_rank(count) for count in (1, 5, 6, 9, 10, 12, 25, 100)] == [0, 0, 1, 2, 2, 3, 8, 40]
+    assert [interval_rank(count) for count in (1, 5, 6, 9, 10, 12, 25, 100)] == [
+        0,
+        0,
+        1,
+        2,
+        2,
+        3,
+        8,
+        40,
+    ]
     for count in range(6, 60):
         rank = interval_rank(count)
         tail = [sum(math.comb(count, i) for i in range(r)) / 2**count for r in (rank, rank + 1)]
@@ -98,7 +116,8 @@ def test_no_sample_is_trimmed() -> None:
 
     timing = measure(sample, Protocol(min_window_s=1e-4), clock=lambda: 0.0)
     assert 5e-3 in timing.samples_s
-    assert [*timing.warmup_s, *timing.samples_s] == seen[2:]  # after the first launch and the loop calibration
+    # after the first launch and the loop calibration
+    assert [*timing.warmup_s, *timing.samples_s] == seen[2:]
 
 
 @pytest.mark.parametrize("each", [1e-7, 3.3e-6, 1e-4, 1e-2])

@@ -21,13 +21,22 @@ from simulator.models.lower import lower
 from simulator.prediction.table import table
 
 LLAMA = load_model("llama-2-7b")
-MOE = replace(load_model("mistral-7b-v0.1"), windows=(0,) * 32, inner=0, experts=8, active=2.0, expert_inner=14336)
+MOE = replace(
+    load_model("mistral-7b-v0.1"),
+    windows=(0,) * 32,
+    inner=0,
+    experts=8,
+    active=2.0,
+    expert_inner=14336,
+)
 SMALL = replace(load_model("qwen3-8b"), architecture="x", qk_norm="", layers=4, windows=(0,) * 4)
 
 
 def shaped(model: ModelConfig, change: Callable[[int, Block], Block], **fields: Any) -> ModelConfig:
     """A model with its layers changed by number."""
-    return replace(model, blocks=tuple(change(i, block) for i, block in enumerate(model.layout)), **fields)
+    return replace(
+        model, blocks=tuple(change(i, block) for i, block in enumerate(model.layout)), **fields
+    )
 
 
 def held(tensors: Mapping[str, Tensor]) -> int:
@@ -46,12 +55,20 @@ def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> N
     whole = load_model(folder)
     (folder / "model.safetensors").unlink()
     save_shards(folder, tensors, 3)
-    save(folder / "left-over.safetensors", {"x.layers.0.weight": Tensor("F16", (1,))})  # not in the index
+    # not in the index
+    save(folder / "left-over.safetensors", {"x.layers.0.weight": Tensor("F16", (1,))})
     for model in (whole, load_model(str(folder))):
         assert model.layout == shaped(LLAMA, llm_pruner).layout
-        assert model.parameters == 5_709_025_280 == int(lower(model, phase="decode", engine="hf").parameters)
+        assert (
+            model.parameters
+            == 5_709_025_280
+            == int(lower(model, phase="decode", engine="hf").parameters)
+        )
         widths = "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of 11,008 "
-        assert widths + "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 in the" in model.found
+        assert (
+            widths + "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 in the"
+            in model.found
+        )
     assert load_model(folder / "config.json").parameters == 6_738_415_616  # asked for alone
     found = table([str(folder)], ["h100"], ["depth"], [0.25])
     assert found.notes[0] == whole.found
@@ -67,7 +84,9 @@ def test_a_checkpoint_that_is_what_its_config_says_is_that(name: str) -> None:
     assert found == replace(model, weight_dtype="")  # gpt-oss's tensors are 16 bits here
     assert (found.found, found.parameters) == (model.found, held(tensors))
     if model.tied:  # a head that is stored all the same counts once
-        again = from_tensors(model, tensors | {"lm_head.weight": Tensor("F16", (model.vocab, model.hidden))}, "x")
+        again = from_tensors(
+            model, tensors | {"lm_head.weight": Tensor("F16", (model.vocab, model.hidden))}, "x"
+        )
         assert again == model
 
 
@@ -79,7 +98,13 @@ DEEPSEEK = shaped(
     lambda i, b: b if i else replace(b, inner=512, experts=0, active=0.0, expert_inner=0),
 )  # fmt: skip
 QWEN = replace(
-    SMALL, architecture="qwen2_moe", experts=8, active=2.0, expert_inner=96, shared_gate=True, qk_norm="head"
+    SMALL,
+    architecture="qwen2_moe",
+    experts=8,
+    active=2.0,
+    expert_inner=96,
+    shared_gate=True,
+    qk_norm="head",
 )
 OSS = replace(
     SMALL, architecture="gpt_oss", inner=0, experts=8, active=2.0, expert_inner=96, sinks=True,
@@ -138,7 +163,9 @@ def test_packed_weights_are_read_by_their_tensors(layout: str, tmp_path: Path) -
     dtype, sparse24 = FORMATS[layout]
     folder = folder_of(tmp_path, "llama-2-7b")
     for inner in (11008, 8704):
-        save(folder / "model.safetensors", stored_as(layout, tensors_of(replace(LLAMA, inner=inner))))
+        save(
+            folder / "model.safetensors", stored_as(layout, tensors_of(replace(LLAMA, inner=inner)))
+        )
         model = load_model(folder)
         assert model == replace(LLAMA, inner=inner, weight_dtype=dtype, sparse24=sparse24)
         w = lower(model, engine="trtllm")
@@ -190,7 +217,9 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
         ({AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))}, "is in 16 bits or more, .*up_proj is in fp8"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_explained_is_refused_by_its_tensor(change: dict[str, Tensor | None], says: str) -> None:
+def test_what_cannot_be_explained_is_refused_by_its_tensor(
+    change: dict[str, Tensor | None], says: str
+) -> None:
     tensors = {name: t for name, t in {**tensors_of(LLAMA), **change}.items() if t is not None}
     with pytest.raises(InputError, match=says) as caught:
         from_tensors(LLAMA, tensors, "folder")
@@ -204,8 +233,14 @@ def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
         at, after = f"model.layers.{i}.", head if i == layers - 1 else hidden
         out |= {f"{at}self_attn.{name}_proj.weight": F16(4096, hidden) for name in "qkv"}
         out |= {f"{at}mlp.{name}_proj.weight": F16(11008, hidden) for name in ("gate", "up")}
-        out |= {at + "self_attn.o_proj.weight": F16(hidden, 4096), at + "mlp.down_proj.weight": F16(after, 11008)}
-        out |= {at + "attn_shortcut_Q": F16(hidden, hidden), at + "mlp_shortcut_Q": F16(hidden, after)}
+        out |= {
+            at + "self_attn.o_proj.weight": F16(hidden, 4096),
+            at + "mlp.down_proj.weight": F16(after, 11008),
+        }
+        out |= {
+            at + "attn_shortcut_Q": F16(hidden, hidden),
+            at + "mlp_shortcut_Q": F16(hidden, after),
+        }
     return out
 
 
@@ -214,11 +249,23 @@ def test_slicegpt_is_read_with_the_matrices_of_its_residual(head: int) -> None:
     tensors = sliced(3072, head)
     found = from_tensors(LLAMA, tensors, "x")
     assert found.parameters == held(tensors)
-    assert (found.hidden, found.head_hidden, found.norm, found.head_dim) == (3072, head, "none", 128)
+    assert (found.hidden, found.head_hidden, found.norm, found.head_dim) == (
+        3072,
+        head,
+        "none",
+        128,
+    )
     assert "width_cross: hidden 3,072 of 4,096, 64 residual projections" in found.found
     for phase in ("prefill", "decode", "generate"):
         for engine in ("vllm", "hf"):
-            w = lower(found, phase=phase, batch=2, seq=64, new_tokens=2 * (phase == "generate"), engine=engine)
+            w = lower(
+                found,
+                phase=phase,
+                batch=2,
+                seq=64,
+                new_tokens=2 * (phase == "generate"),
+                engine=engine,
+            )
             assert w.parameters == pytest.approx(found.parameters, rel=1e-12)
             added = w.take(w.is_role("residual_projection"))
             assert added.overhead.all()
@@ -231,7 +278,9 @@ def test_slicegpt_is_read_with_the_matrices_of_its_residual(head: int) -> None:
     assert record.family == "width_cross"
 
 
-def factored(tensors: dict[str, Tensor], rank: Callable[[str], int], style: str) -> dict[str, Tensor]:
+def factored(
+    tensors: dict[str, Tensor], rank: Callable[[str], int], style: str
+) -> dict[str, Tensor]:
     """Projections with a rank as their two factors, by the names of a method."""
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -240,25 +289,47 @@ def factored(tensors: dict[str, Tensor], rank: Callable[[str], int], style: str)
             out[name] = t
         elif style == "svd-llm":
             base = module.removesuffix("_proj")
-            out |= {base + "_u_proj.weight": F16(t.shape[0], r), base + "_v_proj.weight": F16(r, t.shape[1])}
+            out |= {
+                base + "_u_proj.weight": F16(t.shape[0], r),
+                base + "_v_proj.weight": F16(r, t.shape[1]),
+            }
         else:
-            out |= {module + ".ALinear.weight": F16(t.shape[0], r), module + ".BLinear.weight": F16(r, t.shape[1])}
+            out |= {
+                module + ".ALinear.weight": F16(t.shape[0], r),
+                module + ".BLinear.weight": F16(r, t.shape[1]),
+            }
     return out
 
 
 @pytest.mark.parametrize("style", ["svd-llm", "asvd"])
 def test_factors_of_a_projection_are_two_products(style: str) -> None:
     mistral = load_model("mistral-7b-v0.3")
-    ranks = {"q_proj": 1024, "k_proj": 409, "up_proj": 2000, "down_proj": 1800, "o_proj": 1024, "gate_proj": 2000}
-    tensors = factored(tensors_of(mistral), lambda module: ranks.get(module.rsplit(".", 1)[-1], 0), style)
+    ranks = {
+        "q_proj": 1024,
+        "k_proj": 409,
+        "up_proj": 2000,
+        "down_proj": 1800,
+        "o_proj": 1024,
+        "gate_proj": 2000,
+    }
+    tensors = factored(
+        tensors_of(mistral), lambda module: ranks.get(module.rsplit(".", 1)[-1], 0), style
+    )
     found = from_tensors(mistral, tensors, "x")
     assert found.parameters == held(tensors) < mistral.parameters
-    assert "low_rank in layers 0-31: ranks of 409 to 2,000 in down, gate, k, o, q, up (" in found.found
+    assert (
+        "low_rank in layers 0-31: ranks of 409 to 2,000 in down, gate, k, o, q, up (" in found.found
+    )
     for engine in ("vllm", "hf"):
         w = lower(found, batch=2, seq=64, engine=engine)
         assert w.parameters == found.parameters
         assert not w.is_role("qkv", "gate_up").any()
-        for role, n, k in (("q", 4096, 4096), ("k", 1024, 4096), ("down", 4096, 14336), ("up", 14336, 4096)):
+        for role, n, k in (
+            ("q", 4096, 4096),
+            ("k", 1024, 4096),
+            ("down", 4096, 14336),
+            ("up", 14336, 4096),
+        ):
             rank, rows = ranks[role + "_proj"], w.take(w.is_role(role))
             assert list(zip(rows.stage, rows.n, rows.k)) == [(1, rank, k), (2, n, rank)]
         assert w.stage[w.is_role("v")].tolist() == [0]
@@ -272,7 +343,9 @@ def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: P
     folder = folder_of(tmp_path, "llama-2-7b")
     assert load_model(folder) == LLAMA
     (folder / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(InputError, match=r"'pytorch_model-00001-of-00002.bin' is a pickle, .*save_model"):
+    with pytest.raises(
+        InputError, match=r"'pytorch_model-00001-of-00002.bin' is a pickle, .*save_model"
+    ):
         load_model(folder)
     (folder / "config.json").rename(folder / "adapter_config.json")
     with pytest.raises(InputError, match=r"no config\.json; it holds a PEFT adapter: merge it"):
@@ -288,7 +361,9 @@ def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: P
         ({"quant_method": ["gptq"], "bits": [4]}, "", ""),
     ],
 )
-def test_a_config_alone_states_the_format_of_its_weights(stored: Any, dtype: str, says: str, tmp_path: Path) -> None:
+def test_a_config_alone_states_the_format_of_its_weights(
+    stored: Any, dtype: str, says: str, tmp_path: Path
+) -> None:
     file = folder_of(tmp_path, "llama-2-7b") / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
     found = load_model(file)
@@ -306,10 +381,19 @@ def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:
     link.symlink_to("../../blobs/a")
     (folder / "config.json").symlink_to("../../blobs/b")
     assert load_model(folder) == LLAMA
-    for target in ("/etc/passwd", "/dev/zero", "/proc/self/environ", "model.safetensors", "/nowhere"):
+    for target in (
+        "/etc/passwd",
+        "/dev/zero",
+        "/proc/self/environ",
+        "model.safetensors",
+        "/nowhere",
+    ):
         link.unlink()
         link.symlink_to(target)
-        with pytest.raises(InputError, match=r"not a safetensors file: its header would not fit into it$|is missing"):
+        with pytest.raises(
+            InputError,
+            match=r"not a safetensors file: its header would not fit into it$|is missing",
+        ):
             load_model(folder)
 
 
@@ -326,7 +410,11 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
     [
         (b"", 2**60, "its header would not fit"),
         (b"version https://git-lfs.github.com/spec/v1", 0x206E6F6973726576, "Git LFS pointer"),
-        (b" " * (MAX_HEADER_BYTES + 1), None, "expected a header of at most 8,000,000 bytes, got 8,000,001"),
+        (
+            b" " * (MAX_HEADER_BYTES + 1),
+            None,
+            "expected a header of at most 8,000,000 bytes, got 8,000,001",
+        ),
         (b"[" * 1_000_000, None, "invalid JSON in header"),
         (b'{"a": [' + b"0," * 10**6 + b"0]}", None, "invalid JSON in header"),
         (entry(dtype="F17"), None, "unknown variant `F17`"),
@@ -335,11 +423,21 @@ TWO = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
         (entry(shape=[2**40, 2**40]), None, "overflow computing buffer size"),
         (entry(shape=[1] * 8 + [4]), None, "expected a shape"),
         (entry(data_offsets=[0, 2**50]), None, "invalid"),
-        (json.dumps({"a": TWO, "b": TWO | {"data_offsets": [2, 6]}}).encode(), None, "invalid offset for tensor `b`"),
-        (json.dumps({"a": TWO}).encode(), None, "is not a safetensors file: .*file not fully covered"),
+        (
+            json.dumps({"a": TWO, "b": TWO | {"data_offsets": [2, 6]}}).encode(),
+            None,
+            "invalid offset for tensor `b`",
+        ),
+        (
+            json.dumps({"a": TWO}).encode(),
+            None,
+            "is not a safetensors file: .*file not fully covered",
+        ),
     ],
 )
-def test_hostile_headers_are_refused_in_one_line(tmp_path: Path, header: bytes, length: int | None, says: str) -> None:
+def test_hostile_headers_are_refused_in_one_line(
+    tmp_path: Path, header: bytes, length: int | None, says: str
+) -> None:
     folder = folder_of(tmp_path, "llama-2-7b")
     write(folder / "model.safetensors", header, 8 if header.startswith(b"{") else 0, length)
     tracemalloc.start()

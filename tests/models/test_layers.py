@@ -23,24 +23,47 @@ BLOCKS = [
     {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}},
     {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.1}},
     {"attention": {"replace_with_linear": True}, "ffn": {"no_op": True, "ffn_mult": None}},
-    {"attention": {"n_heads_in_group": 8, "window_length": 64}, "ffn": {"replace_with_linear": True}},
+    {
+        "attention": {"n_heads_in_group": 8, "window_length": 64},
+        "ffn": {"replace_with_linear": True},
+    },
 ]
 PUZZLE: dict[str, Any] = {"model_type": "nemotron-nas", "block_configs": BLOCKS, **SHAPE}
 MOE = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, **LLAMA}
 QWEN3: dict[str, Any] = {"model_type": "qwen3_moe", **MOE}
 DEEPSEEK: dict[str, Any] = {
-    **{"model_type": "deepseek_v2", "intermediate_size": 1024, "n_routed_experts": 16, "num_experts_per_tok": 2},
-    **{"moe_intermediate_size": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16},
+    **{
+        "model_type": "deepseek_v2",
+        "intermediate_size": 1024,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 2,
+    },
+    **{
+        "moe_intermediate_size": 64,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+    },
     **{"v_head_dim": 24, **SHAPE},
 }
 
 GEMMA3_TEXT = {"hidden_size": 2560, "intermediate_size": 1, "num_hidden_layers": 1}
 GEMMA3 = {"model_type": "gemma3", "text_config": GEMMA3_TEXT}
 GLM: dict[str, Any] = {
-    **{"model_type": "glm4_moe", "attention_bias": True, "n_routed_experts": 16, "num_experts_per_tok": 2},
+    **{
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 2,
+    },
     **{"moe_intermediate_size": 64, **LLAMA},
 }
-LLAMA4: dict[str, Any] = {"model_type": "llama4_text", "num_local_experts": 16, "num_experts_per_tok": 2, **LLAMA}
+LLAMA4: dict[str, Any] = {
+    "model_type": "llama4_text",
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    **LLAMA,
+}
 NEXT: dict[str, Any] = {"model_type": "qwen3_next", "shared_expert_intermediate_size": 96, **MOE}
 
 
@@ -69,7 +92,9 @@ def test_experts_of_mixtral() -> None:
 def test_mixtral_on_eight(parallel: str) -> None:
     """Each device has an eighth of every expert, or a whole expert; router and norms are on every device."""
     model = load_model("mixtral-8x7b")
-    one, part = (lower(model, phase="prefill", batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8))
+    one, part = (
+        lower(model, phase="prefill", batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8)
+    )
     for kind in (Kind.EXPERTS, Kind.PREFILL_ATTENTION):
         assert part.flops[part.kind == kind].sum() * 8 == one.flops[one.kind == kind].sum()
     held = part.take(part.kind == Kind.EXPERTS)
@@ -92,14 +117,21 @@ def test_latent_attention_of_deepseek() -> None:
     first = w.take(w.layer == 0)
     shapes = {ROLES[r]: (int(n), int(k)) for r, n, k in zip(first.role, first.n, first.k) if k}
     latent = {"qkv_a": (1536 + 576, 7168), "q_b": (128 * 192, 1536), "absorb_k": (128 * 512, 128)}
-    rest = {"absorb_v": (128 * 128, 512), "o": (7168, 128 * 128), "gate_up": (2 * 18432, 7168), "down": (7168, 18432)}
+    rest = {
+        "absorb_v": (128 * 128, 512),
+        "o": (7168, 128 * 128),
+        "gate_up": (2 * 18432, 7168),
+        "down": (7168, 18432),
+    }
     assert shapes == latent | rest
     prompt = lower(model, phase="prefill", batch=batch, seq=seq)
     attention = prompt.take(prompt.is_attention)
     assert attention.flops.sum() == 61 * 2 * batch * 128 * (192 + 128) * seq * (seq + 1) / 2
     # Transformers caches the keys and values of every head
     eager = lower(model, phase="decode", batch=batch, seq=seq, engine="hf")
-    assert cache_bytes(WorkloadBatch.of([eager])).tolist() == [61 * 128 * (192 + 128) * 2 * (seq + 1) * batch]
+    assert cache_bytes(WorkloadBatch.of([eager])).tolist() == [
+        61 * 128 * (192 + 128) * 2 * (seq + 1) * batch
+    ]
     assert eager.is_role("kv_b").any()
     # every device keeps the latent whole
     part = lower(model, phase="decode", batch=batch, seq=seq, devices=8, parallel="expert")
@@ -116,7 +148,9 @@ def test_layers_of_a_search() -> None:
     h = 768
     attention = 2 * h * h + 2 * h * 2 * 96 + h, 0, h * h + h, 2 * h * h + 2 * h * 96 + h
     mlp = 3 * h * 512 + h, 3 * h * 768 + h, 0, h * h + h
-    assert [model.block_parameters(b) for b in model.layout] == [a + b for a, b in zip(attention, mlp)]
+    assert [model.block_parameters(b) for b in model.layout] == [
+        a + b for a, b in zip(attention, mlp)
+    ]
     for phase in ("prefill", "decode"):
         for engine in ("", "vllm", "hf"):
             w = lower(model, phase=phase, batch=2, seq=100, engine=engine)
@@ -139,18 +173,61 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
 @pytest.mark.parametrize(
     ("data", "fields"),
     [
-        ({"model_type": "olmo2", **LLAMA}, {"qk_norm": "width", "pre_norms": False, "post_norms": True, "tied": False}),
+        (
+            {"model_type": "olmo2", **LLAMA},
+            {"qk_norm": "width", "pre_norms": False, "post_norms": True, "tied": False},
+        ),
         ({"model_type": "granite", **LLAMA}, {"tied": False, "kv_heads": 2}),
-        ({"model_type": "nemotron", **LLAMA}, {"gated": False, "norm": "layer", "rotary_dim": 48, "head_dim": 96}),
+        (
+            {"model_type": "nemotron", **LLAMA},
+            {"gated": False, "norm": "layer", "rotary_dim": 48, "head_dim": 96},
+        ),
         ({"model_type": "nemotron", "head_dim": 128, **LLAMA}, {"rotary_dim": 64}),
-        ({"model_type": "gemma3_text", **LLAMA}, {"windows": (4096,) * 4, "qk_norm": "head", "logit_softcap": False}),
-        ({"model_type": "gemma3_text", "sliding_window_pattern": 2, **LLAMA}, {"windows": (4096, 0) * 2, "tied": True}),
-        (GEMMA3, {"heads": 8, "kv_heads": 4, "head_dim": 256, "vocab": 262208, "architecture": "gemma3_text"}),
-        ({"model_type": "smollm3", **LLAMA}, {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)}),
-        ({"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA}, {"blocks": (), "tied": True}),
-        (QWEN3, {"blocks": (), "experts": 16, "active": 2, "expert_inner": 64, "inner": 0, "qk_norm": "head"}),
-        (QWEN3 | {"mlp_only_layers": [0]}, {"blocks": (Block(8, 2, 1024), *[Block(8, 2, 0, 16, 2, 64)] * 3)}),
-        (QWEN3 | {"decoder_sparse_step": 2}, {"blocks": (Block(8, 2, 1024), Block(8, 2, 0, 16, 2, 64)) * 2}),
+        (
+            {"model_type": "gemma3_text", **LLAMA},
+            {"windows": (4096,) * 4, "qk_norm": "head", "logit_softcap": False},
+        ),
+        (
+            {"model_type": "gemma3_text", "sliding_window_pattern": 2, **LLAMA},
+            {"windows": (4096, 0) * 2, "tied": True},
+        ),
+        (
+            GEMMA3,
+            {
+                "heads": 8,
+                "kv_heads": 4,
+                "head_dim": 256,
+                "vocab": 262208,
+                "architecture": "gemma3_text",
+            },
+        ),
+        (
+            {"model_type": "smollm3", **LLAMA},
+            {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)},
+        ),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA},
+            {"blocks": (), "tied": True},
+        ),
+        (
+            QWEN3,
+            {
+                "blocks": (),
+                "experts": 16,
+                "active": 2,
+                "expert_inner": 64,
+                "inner": 0,
+                "qk_norm": "head",
+            },
+        ),
+        (
+            QWEN3 | {"mlp_only_layers": [0]},
+            {"blocks": (Block(8, 2, 1024), *[Block(8, 2, 0, 16, 2, 64)] * 3)},
+        ),
+        (
+            QWEN3 | {"decoder_sparse_step": 2},
+            {"blocks": (Block(8, 2, 1024), Block(8, 2, 0, 16, 2, 64)) * 2},
+        ),
         (QWEN3 | {"decoder_sparse_step": 9}, {"blocks": (), "experts": 0, "inner": 1024}),
         (QWEN3 | {"use_sliding_window": True, "sliding_window": 9}, {"windows": (9,) * 4}),
         (
@@ -159,22 +236,48 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
         ),
         (
             {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, **LLAMA},
-            {"windows": (128, 0) * 2, "head_dim": 64, "sinks": True, "o_bias": True, "expert_inner": 1024, "inner": 0},
+            {
+                "windows": (128, 0) * 2,
+                "head_dim": 64,
+                "sinks": True,
+                "o_bias": True,
+                "expert_inner": 1024,
+                "inner": 0,
+            },
         ),
         (
             DEEPSEEK,
-            {"latent": Latent(1536, 32, 8, 16, 24), "inner": 128, "head_dim": 24, "rotary_dim": 8, "kv_heads": 8},
+            {
+                "latent": Latent(1536, 32, 8, 16, 24),
+                "inner": 128,
+                "head_dim": 24,
+                "rotary_dim": 8,
+                "kv_heads": 8,
+            },
         ),
-        (DEEPSEEK | {"q_lora_rank": None, "n_shared_experts": None}, {"latent": Latent(0, 32, 8, 16, 24), "inner": 0}),
-        (DEEPSEEK | {"moe_layer_freq": 2}, {"blocks": (Block(8, 8, 128, 16, 2, 64), Block(8, 8, 1024)) * 2}),
+        (
+            DEEPSEEK | {"q_lora_rank": None, "n_shared_experts": None},
+            {"latent": Latent(0, 32, 8, 16, 24), "inner": 0},
+        ),
+        (
+            DEEPSEEK | {"moe_layer_freq": 2},
+            {"blocks": (Block(8, 8, 128, 16, 2, 64), Block(8, 8, 1024)) * 2},
+        ),
         (
             DEEPSEEK | {"model_type": "deepseek_v3"},
             {"blocks": (*[Block(8, 8, 1024)] * 3, Block(8, 8, 64, 16, 2, 64)), "router_bias": True},
         ),
-        (DEEPSEEK | {"model_type": "kimi_k2", "first_k_dense_replace": 1}, {"router_bias": True, "layers": 4}),
+        (
+            DEEPSEEK | {"model_type": "kimi_k2", "first_k_dense_replace": 1},
+            {"router_bias": True, "layers": 4},
+        ),
         (
             GLM,
-            {"blocks": (Block(8, 2, 1024), *[Block(8, 2, 64, 16, 2, 64)] * 3), "qkv_bias": True, "o_bias": False}
+            {
+                "blocks": (Block(8, 2, 1024), *[Block(8, 2, 64, 16, 2, 64)] * 3),
+                "qkv_bias": True,
+                "o_bias": False,
+            }
             | {"qk_norm": "", "rotary_dim": 48, "router_bias": True, "shared_gate": False},
         ),
         (
@@ -183,23 +286,59 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
         ),
         (
             LLAMA4,
-            {"blocks": (*[Block(8, 2, 1024, 16, 2, 1024)] * 3, Block(8, 2, 1024, 16, 2, 1024, rotary=False))}
-            | {"windows": (8192, 8192, 8192, 0), "qk_norm": "unit", "head_dim": 128, "expert_inner": 1024},
+            {
+                "blocks": (
+                    *[Block(8, 2, 1024, 16, 2, 1024)] * 3,
+                    Block(8, 2, 1024, 16, 2, 1024, rotary=False),
+                )
+            }
+            | {
+                "windows": (8192, 8192, 8192, 0),
+                "qk_norm": "unit",
+                "head_dim": 128,
+                "expert_inner": 1024,
+            },
         ),
         (
-            LLAMA4 | {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 2048, "no_rope_layers": [1] * 4},
-            {"blocks": (Block(8, 2, 2048), Block(8, 2, 1024, 16, 2, 1024)) * 2, "windows": (8192,) * 4},
+            LLAMA4
+            | {
+                "interleave_moe_layer_step": 2,
+                "intermediate_size_mlp": 2048,
+                "no_rope_layers": [1] * 4,
+            },
+            {
+                "blocks": (Block(8, 2, 2048), Block(8, 2, 1024, 16, 2, 1024)) * 2,
+                "windows": (8192,) * 4,
+            },
         ),
         (LLAMA4 | {"moe_layers": [], "intermediate_size_mlp": 512}, {"experts": 0, "inner": 512}),
-        (LLAMA4 | {"attention_chunk_size": None, "use_qk_norm": False}, {"windows": (0,) * 4, "qk_norm": ""}),
+        (
+            LLAMA4 | {"attention_chunk_size": None, "use_qk_norm": False},
+            {"windows": (0,) * 4, "qk_norm": ""},
+        ),
         (
             NEXT,
-            {"blocks": (*[Block(32, 16, 96, 16, 2, 64, delta=True)] * 3, Block(8, 2, 96, 16, 2, 64))}
-            | {"delta": DeltaNet(128, 128, 4), "output_gate": True, "heads": 8, "head_dim": 256, "rotary_dim": 64},
+            {
+                "blocks": (
+                    *[Block(32, 16, 96, 16, 2, 64, delta=True)] * 3,
+                    Block(8, 2, 96, 16, 2, 64),
+                )
+            }
+            | {
+                "delta": DeltaNet(128, 128, 4),
+                "output_gate": True,
+                "heads": 8,
+                "head_dim": 256,
+                "rotary_dim": 64,
+            },
         ),
         (NEXT | {"full_attention_interval": 1}, {"blocks": (), "delta": None, "inner": 96}),
         (
-            NEXT | {"layer_types": ["full_attention", "linear_attention"] * 2, "linear_num_value_heads": 16},
+            NEXT
+            | {
+                "layer_types": ["full_attention", "linear_attention"] * 2,
+                "linear_num_value_heads": 16,
+            },
             {"blocks": (Block(8, 2, 96, 16, 2, 64), Block(16, 16, 96, 16, 2, 64, delta=True)) * 2},
         ),
         ({"model_type": "seed_oss", **LLAMA}, {"qkv_bias": True, "o_bias": False, "head_dim": 128}),
@@ -218,16 +357,37 @@ def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (PUZZLE | {"block_configs": None}, "block_configs: missing; expected a list of 4 objects, one per layer"),
-        (PUZZLE | {"block_configs": BLOCKS[:3]}, "block_configs: expected a list of 4 objects, one per layer, got"),
+        (
+            PUZZLE | {"block_configs": None},
+            "block_configs: missing; expected a list of 4 objects, one per layer",
+        ),
+        (
+            PUZZLE | {"block_configs": BLOCKS[:3]},
+            "block_configs: expected a list of 4 objects, one per layer, got",
+        ),
         ({"model_type": "gemma3", "text_config": {}}, "text_config.hidden_size: missing"),
-        (QWEN3 | {"num_experts_per_tok": 17}, "num_experts_per_tok: expected an integer from 1 to 16, got 17"),
-        (QWEN3 | {"mlp_only_layers": [4]}, "mlp_only_layers: expected a list of layers from 0 to 3, got"),
+        (
+            QWEN3 | {"num_experts_per_tok": 17},
+            "num_experts_per_tok: expected an integer from 1 to 16, got 17",
+        ),
+        (
+            QWEN3 | {"mlp_only_layers": [4]},
+            "mlp_only_layers: expected a list of layers from 0 to 3, got",
+        ),
         (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
         (LLAMA4 | {"moe_layers": [0]}, "intermediate_size_mlp: missing"),
-        (LLAMA4 | {"layer_types": ["linear_attention"] * 4}, "layer_types: .* 4 of full_attention or chunked"),
-        (NEXT | {"layer_types": ["sliding_attention"] * 4}, "layer_types: .* 4 of full_attention or linear"),
-        (NEXT | {"linear_num_key_heads": 5}, "linear_num_key_heads: expected a divisor of linear_num_value_heads 32"),
+        (
+            LLAMA4 | {"layer_types": ["linear_attention"] * 4},
+            "layer_types: .* 4 of full_attention or chunked",
+        ),
+        (
+            NEXT | {"layer_types": ["sliding_attention"] * 4},
+            "layer_types: .* 4 of full_attention or linear",
+        ),
+        (
+            NEXT | {"linear_num_key_heads": 5},
+            "linear_num_key_heads: expected a divisor of linear_num_value_heads 32",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(data: dict[str, Any], reason: str) -> None:

@@ -13,7 +13,13 @@ from model_shapes import PUBLISHED, outer_tensors, parameters_of
 
 from simulator.codes import Kernel
 from simulator.errors import InputError
-from simulator.models.library import MAX_FILE_BYTES, from_hf_config, list_models, load_model, read_config
+from simulator.models.library import (
+    MAX_FILE_BYTES,
+    from_hf_config,
+    list_models,
+    load_model,
+    read_config,
+)
 from simulator.models.lower import SPARSE, lower
 from simulator.prediction.table import table
 
@@ -38,8 +44,18 @@ def test_parameters_equal_the_published_count_and_the_tensors(name: str) -> None
     assert in_layers + sum(math.prod(s) for s in outer_tensors(p)) == p.parameters
     assert model.parameters == p.parameters
     assert model.layer_parameters == in_layers
-    assert (model.hidden, model.layers, model.heads, model.kv_heads) == (p.hidden, p.layers, p.heads, p.kv_heads)
-    assert (model.head_dim, model.inner, model.vocab, model.tied) == (p.head_dim, p.inner, p.vocab, p.tied)
+    assert (model.hidden, model.layers, model.heads, model.kv_heads) == (
+        p.hidden,
+        p.layers,
+        p.heads,
+        p.kv_heads,
+    )
+    assert (model.head_dim, model.inner, model.vocab, model.tied) == (
+        p.head_dim,
+        p.inner,
+        p.vocab,
+        p.tied,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(name for name, p in PUBLISHED.items() if p.experts))
@@ -48,8 +64,13 @@ def test_active_parameters_equal_the_tensors_and_the_published_digits(name: str)
     exact = p.parameters - parameters_of(p, p.experts) + parameters_of(p, p.active)
     assert model.active_parameters == exact
     published, digit = p.active_parameters
-    assert abs(exact - (not p.embedded) * p.vocab * p.hidden - published * 1e9) < digit * 1e9  # rounded, or cut
-    assert (model.experts, model.active, model.expert_inner) == (p.experts, p.active, p.expert_inner)
+    # rounded, or cut
+    assert abs(exact - (not p.embedded) * p.vocab * p.hidden - published * 1e9) < digit * 1e9
+    assert (model.experts, model.active, model.expert_inner) == (
+        p.experts,
+        p.active,
+        p.expert_inner,
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,12 +95,21 @@ def test_names_and_ids(given_name: str, name: str) -> None:
     ("source", "reason"),
     [
         ("lama-2-7b", "model 'lama-2-7b' is unknown; did you mean llama-2-7b"),
-        ("nofolder", "model 'nofolder' is unknown. No folder or file has this path. Known: deepseek"),
+        (
+            "nofolder",
+            "model 'nofolder' is unknown. No folder or file has this path. Known: deepseek",
+        ),
         ("x" * 5000, "is unknown. No folder or file has this path"),
         *((name, "expected a name or a path") for name in ("", "  ", "a\0b")),
-        *((name, f"^{name}: no such file or folder") for name in ("no/such/folder", "/no/folder", "nothing.json")),
+        *(
+            (name, f"^{name}: no such file or folder")
+            for name in ("no/such/folder", "/no/folder", "nothing.json")
+        ),
         ("./" + "x" * 5000, "cannot be read"),
-        *((source, "expected a name, a path or a configuration") for source in (None, 3, ["llama-2-7b"], 1.5)),
+        *(
+            (source, "expected a name, a path or a configuration")
+            for source in (None, 3, ["llama-2-7b"], 1.5)
+        ),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(source: Any, reason: str) -> None:
@@ -89,14 +119,29 @@ def test_what_is_no_model_is_refused_in_one_line(source: Any, reason: str) -> No
 
 
 WIDE = LLAMA | {"num_attention_heads": 32, "hidden_size": 128}
-QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4, "sliding_window": 512, "max_window_layers": 1}
+QWEN = LLAMA | {
+    "model_type": "qwen2",
+    "num_key_value_heads": 4,
+    "sliding_window": 512,
+    "max_window_layers": 1,
+}
 SLIDING = QWEN | {"use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
     ("data", "fields"),
     [
-        (LLAMA, {"kv_heads": 4, "head_dim": 16, "tied": False, "qkv_bias": False, "mlp_bias": False, "rotary_dim": 16}),
+        (
+            LLAMA,
+            {
+                "kv_heads": 4,
+                "head_dim": 16,
+                "tied": False,
+                "qkv_bias": False,
+                "mlp_bias": False,
+                "rotary_dim": 16,
+            },
+        ),
         (LLAMA | {"num_key_value_heads": None}, {"kv_heads": 4}),
         (LLAMA | {"num_key_value_heads": 2}, {"kv_heads": 2}),
         (LLAMA | {"head_dim": 32}, {"head_dim": 32}),
@@ -104,14 +149,38 @@ SLIDING = QWEN | {"use_sliding_window": True}
         (WIDE | {"model_type": "mistral", "sliding_window": None}, {"windows": (0, 0)}),
         (WIDE | {"model_type": "qwen2"}, {"qkv_bias": True, "kv_heads": 32, "windows": (0, 0)}),
         (WIDE | {"model_type": "qwen3"}, {"head_dim": 128, "qk_norm": "head"}),
-        (WIDE | {"model_type": "gemma"}, {"tied": True, "kv_heads": 16, "head_dim": 256, "post_norms": False}),
-        (WIDE | {"model_type": "gemma2"}, {"kv_heads": 4, "windows": (4096, 0), "post_norms": True}),
+        (
+            WIDE | {"model_type": "gemma"},
+            {"tied": True, "kv_heads": 16, "head_dim": 256, "post_norms": False},
+        ),
+        (
+            WIDE | {"model_type": "gemma2"},
+            {"kv_heads": 4, "windows": (4096, 0), "post_norms": True},
+        ),
         (WIDE | {"model_type": "gemma2"}, {"logit_softcap": True, "attention_softcap": True}),
-        (WIDE | {"model_type": "gemma2", "final_logit_softcapping": None}, {"logit_softcap": False}),
-        (LLAMA | {"model_type": "phi3", "partial_rotary_factor": 0.5}, {"rotary_dim": 8, "windows": (0, 0)}),
-        (OPT, {"tied": True, "learned_positions": 2050, "gated": False, "norm": "layer", "rotary_dim": 0}),
+        (
+            WIDE | {"model_type": "gemma2", "final_logit_softcapping": None},
+            {"logit_softcap": False},
+        ),
+        (
+            LLAMA | {"model_type": "phi3", "partial_rotary_factor": 0.5},
+            {"rotary_dim": 8, "windows": (0, 0)},
+        ),
+        (
+            OPT,
+            {
+                "tied": True,
+                "learned_positions": 2050,
+                "gated": False,
+                "norm": "layer",
+                "rotary_dim": 0,
+            },
+        ),
         (OPT | {"do_layer_norm_before": False}, {"final_norm": False}),
-        (LLAMA | {"model_type": "gpt_neox"}, {"rotary_dim": 4, "parallel_residual": True, "gated": False}),
+        (
+            LLAMA | {"model_type": "gpt_neox"},
+            {"rotary_dim": 4, "parallel_residual": True, "gated": False},
+        ),
         (QWEN, {"windows": (0, 0)}),
         (SLIDING, {"windows": (0, 512)}),
         (SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}, {"windows": (512, 0)}),
@@ -124,7 +193,8 @@ def test_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("key", [k for k in LLAMA if k != "model_type"])
 @pytest.mark.parametrize(
-    "value", [None, 0, -1, 10**9, 10**400, 1.5, True, "64", [64], float("nan"), float("inf"), "x" * 10_000]
+    "value",
+    [None, 0, -1, 10**9, 10**400, 1.5, True, "64", [64], float("nan"), float("inf"), "x" * 10_000],
 )
 def test_bad_shape_is_named(key: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
@@ -141,12 +211,27 @@ def test_bad_shape_is_named(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (LLAMA | {"num_attention_heads": 5}, r"num_attention_heads: expected a divisor of hidden_size 64 \(no head"),
-        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads 4, got 3"),
+        (
+            LLAMA | {"num_attention_heads": 5},
+            r"num_attention_heads: expected a divisor of hidden_size 64 \(no head",
+        ),
+        (
+            LLAMA | {"num_key_value_heads": 3},
+            "num_key_value_heads: expected a divisor of num_attention_heads 4, got 3",
+        ),
         (LLAMA | {"attention_bias": 1}, "attention_bias: expected true or false, got 1"),
-        (LLAMA | {"num_hidden_layers": 100_000}, "num_hidden_layers: expected an integer from 1 to 10000"),
-        (LLAMA | {"model_type": "gpt_neox", "rotary_pct": 2}, "rotary_pct: expected a number from 0 to 1, got 2"),
-        (WIDE | {"model_type": "gemma2", "attn_logit_softcapping": -1}, "attn_logit_softcapping: expected a positive"),
+        (
+            LLAMA | {"num_hidden_layers": 100_000},
+            "num_hidden_layers: expected an integer from 1 to 10000",
+        ),
+        (
+            LLAMA | {"model_type": "gpt_neox", "rotary_pct": 2},
+            "rotary_pct: expected a number from 0 to 1, got 2",
+        ),
+        (
+            WIDE | {"model_type": "gemma2", "attn_logit_softcapping": -1},
+            "attn_logit_softcapping: expected a positive",
+        ),
         (OPT | {"word_embed_proj_dim": 32}, "word_embed_proj_dim: expected hidden_size 64"),
         (QWEN | {"layer_types": ["full_attention"]}, "layer_types: expected a list of 2"),
         (QWEN | {"layer_types": ["sliding_attention"] * 2}, "sliding_window: missing"),
@@ -168,9 +253,17 @@ def declaring(structure: Any, key: str = "quantization_config") -> dict[str, Any
 def test_declared_two_of_four_is_timed_where_there_are_kernels(key: str) -> None:
     dense, pruned = load_model(LLAMA), load_model(declaring("2:4", key))
     assert pruned.declared == "2:4"
-    assert "in engines with such kernels (compile, hf, reference, trtllm, vllm@v1), as dense" in pruned.found
+    assert (
+        "in engines with such kernels (compile, hf, reference, trtllm, vllm@v1), as dense"
+        in pruned.found
+    )
     projections = 2 * (4 * 64 * 64 + 3 * 64 * 176)
-    for engine, dtype, some in (("hf", "bf16", 1), ("trtllm", "fp8", 1), ("hf", "fp8", 0), ("vllm", "bf16", 0)):
+    for engine, dtype, some in (
+        ("hf", "bf16", 1),
+        ("trtllm", "fp8", 1),
+        ("hf", "fp8", 0),
+        ("vllm", "bf16", 0),
+    ):
         w, whole = (lower(model, seq=64, engine=engine, dtype=dtype) for model in (pruned, dense))
         assert (w.kernel == Kernel.SPARSE24).sum() == some * whole.is_role(*SPARSE).sum()
         assert whole.parameters - w.parameters == some * projections / 2
@@ -193,14 +286,28 @@ def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
         inside = text | {"num_key_value_heads": 4} | own
         model = load_model({"model_type": kind, "vision_config": {}, "text_config": inside})
         assert (model.architecture, model.hidden, model.layers) == (decoder, 64, 2)
-        assert model.found == f"{decoder}: only the text decoder is timed, not the other parts (vision)"
-    flat = load_model({**text, "model_type": "qwen2_5_vl", "num_key_value_heads": 4, "vision_config": {}})
+        assert (
+            model.found
+            == f"{decoder}: only the text decoder is timed, not the other parts (vision)"
+        )
+    flat = load_model(
+        {**text, "model_type": "qwen2_5_vl", "num_key_value_heads": 4, "vision_config": {}}
+    )
     assert (flat.architecture, flat.qkv_bias) == ("qwen2_5_vl_text", True)
     assert "vision" in flat.found
-    tied = {"model_type": "qwen3_vl", "tie_word_embeddings": True, "text_config": text | {"num_key_value_heads": 4}}
+    tied = {
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+        "text_config": text | {"num_key_value_heads": 4},
+    }
     assert load_model(tied).tied
     with pytest.raises(InputError, match=r"text_config\.vocab_size: missing"):
-        load_model({"model_type": "mistral3", "text_config": {k: v for k, v in text.items() if k != "vocab_size"}})
+        load_model(
+            {
+                "model_type": "mistral3",
+                "text_config": {k: v for k, v in text.items() if k != "vocab_size"},
+            }
+        )
 
 
 def test_an_unknown_hugging_face_id_reports_how_to_get_its_config() -> None:
@@ -209,7 +316,9 @@ def test_an_unknown_hugging_face_id_reports_how_to_get_its_config() -> None:
     for name in ("Qwen/Qwen9-8B", "some.one/A_new-model.v2"):
         with pytest.raises(InputError, match=way.format(re.escape(name))):
             load_model(name)
-    with pytest.raises(InputError, match=r"did you mean qwen3-8b .*No folder or file has this path.*curl"):
+    with pytest.raises(
+        InputError, match=r"did you mean qwen3-8b .*No folder or file has this path.*curl"
+    ):
         load_model("Qwen/Qwen4-8B")
     for name in ("qwen9", "a/b/c", "x y/z", "a/" + "b" * 200):
         with pytest.raises(InputError) as error:
@@ -223,9 +332,13 @@ def test_file_folder_path_and_dictionary_agree(tmp_path: Path) -> None:
     file.write_text(json.dumps(LLAMA))
     model = read_config(file)
     assert model.name == "my-model"
-    assert all(load_model(source) == model for source in (str(file), file, file.parent, f"{file.parent}/"))
+    assert all(
+        load_model(source) == model for source in (str(file), file, file.parent, f"{file.parent}/")
+    )
     assert load_model(LLAMA).parameters == model.parameters
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(LLAMA | {"_name_or_path": "someone/Nice-1B"}).encode())
+    file.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(LLAMA | {"_name_or_path": "someone/Nice-1B"}).encode()
+    )
     assert load_model(file).name == "Nice-1B"
 
 

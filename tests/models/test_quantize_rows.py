@@ -20,7 +20,10 @@ def conversions(w: Workload) -> dict[str, tuple[float, float]]:
     for name in CONVERTED:
         rows = w.is_role(name)
         if rows.any():
-            found[name] = float(w.count[rows].sum()), float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
+            found[name] = (
+                float(w.count[rows].sum()),
+                float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum()),
+            )
     return found
 
 
@@ -29,7 +32,9 @@ def test_an_engine_converts_what_it_does_not_fuse() -> None:
     every = {"quantize": (64, 2 * HIDDEN * each), "quantize_heads": (32, HIDDEN * each)}
     every["quantize_inner"] = (32, INNER * each)
     for engine in ("sglang", "hf", "reference", "", "vllm@v0"):
-        assert conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine=engine)) == every, engine
+        assert conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine=engine)) == every, (
+            engine
+        )
     found = conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine="vllm"))
     assert found == {"quantize_heads": every["quantize_heads"]}
     found = conversions(lower(MODEL, batch=7, seq=1, dtype="fp8", engine="trtllm"))
@@ -61,12 +66,19 @@ def test_conversions_shrink_with_what_they_convert(
     before, after = conversions(w), conversions(prune(w, family, sparsity))
     for name in CONVERTED:
         executions, bytes_ = left.get(name, (1.0, 1.0))
-        assert after[name] == pytest.approx((before[name][0] * executions, before[name][1] * bytes_)), name
+        assert after[name] == pytest.approx(
+            (before[name][0] * executions, before[name][1] * bytes_)
+        ), name
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-@pytest.mark.parametrize("name", ["h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200", "h20", "l4", "mi300x"])
+@pytest.mark.parametrize(
+    "name", ["h100", "h200", "l40s", "rtx_4090", "rtx_pro_6000", "b200", "h20", "l4", "mi300x"]
+)
 def test_fp8_is_faster_than_bf16_where_arithmetic_takes_the_time(name: str, engine: str) -> None:
     hw = load_hardware(name)
-    times = [workload_time(lower(MODEL, seq=2048, dtype=dtype, engine=engine), hw).total_s for dtype in ("bf16", "fp8")]
+    times = [
+        workload_time(lower(MODEL, seq=2048, dtype=dtype, engine=engine), hw).total_s
+        for dtype in ("bf16", "fp8")
+    ]
     assert times[1] < 0.95 * times[0]

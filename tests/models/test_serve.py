@@ -25,7 +25,9 @@ lower = partial(lowering.lower, phase="prefill", engine="")
 FULL = [name for name in list_models() if not any(load_model(name).windows)]
 
 
-def serve(name: str = "llama-3.1-8b", batch: int = 16, seq: int = 500, steps: int = 101, **options: Any) -> Workload:
+def serve(
+    name: str = "llama-3.1-8b", batch: int = 16, seq: int = 500, steps: int = 101, **options: Any
+) -> Workload:
     return lower(load_model(name), phase="serve", batch=batch, seq=seq, new_tokens=steps, **options)
 
 
@@ -53,15 +55,20 @@ def test_a_serve_is_a_prefill_of_each_and_decodes_of_all_at_mean_length(
     generate = lower(model, phase="generate", batch=batch, seq=seq, new_tokens=steps, engine=engine)
     rows, those = whole.phase == Phase.DECODE, generate.phase == Phase.DECODE
     for column in ("flops", "bytes"):
-        assert getattr(whole, column)[rows].sum() == pytest.approx(getattr(generate, column)[those].sum(), rel=1e-12)
+        assert getattr(whole, column)[rows].sum() == pytest.approx(
+            getattr(generate, column)[those].sum(), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "opt-13b", "mistral-7b-v0.1"])
 @pytest.mark.parametrize(("batch", "seq", "steps"), [(1, 64, 1), (32, 2000, 301), (64, 5000, 200)])
-def test_memory_is_a_generate_s_within_the_mean_length(name: str, batch: int, seq: int, steps: int) -> None:
+def test_memory_is_a_generate_s_within_the_mean_length(
+    name: str, batch: int, seq: int, steps: int
+) -> None:
     options: dict[str, Any] = {"batch": batch, "seq": seq, "new_tokens": steps}
     here, there = (
-        WorkloadBatch.of([lower(load_model(name), phase=phase, **options)]) for phase in ("serve", "generate")
+        WorkloadBatch.of([lower(load_model(name), phase=phase, **options)])
+        for phase in ("serve", "generate")
     )
     assert weights_bytes(here)[0] == pytest.approx(weights_bytes(there)[0], rel=1e-12)
     # caches are half grown on average; one prompt is computed at a time
@@ -75,8 +82,16 @@ def test_memory_is_a_generate_s_within_the_mean_length(name: str, batch: int, se
 def test_rows_of_a_serve() -> None:
     w = serve(batch=16, seq=500, steps=101)
     prefill, decode = w.kind == Kind.PREFILL_ATTENTION, w.kind == Kind.DECODE_ATTENTION
-    assert (w.batch[prefill].tolist(), w.kv_len[prefill].tolist(), w.count[prefill].tolist()) == ([1], [500], [32 * 16])
-    assert (w.batch[decode].tolist(), w.kv_len[decode].tolist(), w.count[decode].tolist()) == ([16], [551], [32 * 101])
+    assert (w.batch[prefill].tolist(), w.kv_len[prefill].tolist(), w.count[prefill].tolist()) == (
+        [1],
+        [500],
+        [32 * 16],
+    )
+    assert (w.batch[decode].tolist(), w.kv_len[decode].tolist(), w.count[decode].tolist()) == (
+        [16],
+        [551],
+        [32 * 101],
+    )
     assert w.m[w.is_role("q")].tolist() == [500, 16]
     assert w.m[w.is_role("lm_head")].tolist() == [1, 16]
     assert (w.meta.phase, w.meta.batch, w.meta.seq, w.meta.new_tokens) == ("serve", 16, 500, 101)
@@ -100,13 +115,32 @@ def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine:
     decode = prune(parts, family, 0.5)
     decode = decode.take(decode.phase == Phase.DECODE)
     longest = np.array([decode.kv_len[decode.layer == layer].max() for layer in decode.layer])
-    decode = decode.take((decode.kind != Kind.DECODE_ATTENTION) | (decode.kv_len == longest - steps // 2))
+    decode = decode.take(
+        (decode.kind != Kind.DECODE_ATTENTION) | (decode.kv_len == longest - steps // 2)
+    )
 
     def kernels(w: Workload, times: float) -> dict[tuple[Any, ...], float]:
-        names = ("kind", "role", "m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "kernel", "stage")
+        names = (
+            "kind",
+            "role",
+            "m",
+            "n",
+            "k",
+            "batch",
+            "q_len",
+            "kv_len",
+            "heads",
+            "kv_heads",
+            "kernel",
+            "stage",
+        )
         out: dict[tuple[Any, ...], float] = {}
         for i in range(len(w)):
-            key = *(int(getattr(w, name)[i]) for name in names), round(float(w.density[i]), 9), float(w.read_bytes[i])
+            key = (
+                *(int(getattr(w, name)[i]) for name in names),
+                round(float(w.density[i]), 9),
+                float(w.read_bytes[i]),
+            )
             out[key] = out.get(key, 0.0) + times * float(w.count[i])
         return out
 
@@ -117,18 +151,28 @@ def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine:
     found, wanted = counts(whole, Phase.DECODE), kernels(decode, 1.0)
     attention = int(Kind.DECODE_ATTENTION)
     others = {key: count for key, count in wanted.items() if key[0] != attention}
-    assert {key: count for key, count in found.items() if key[0] != attention} == pytest.approx(others, rel=1e-9)
+    assert {key: count for key, count in found.items() if key[0] != attention} == pytest.approx(
+        others, rel=1e-9
+    )
     of_attention = {key: steps * count for key, count in wanted.items() if key[0] == attention}
-    assert {key: count for key, count in found.items() if key[0] == attention} == pytest.approx(of_attention, rel=1e-9)
+    assert {key: count for key, count in found.items() if key[0] == attention} == pytest.approx(
+        of_attention, rel=1e-9
+    )
 
 
 def test_a_serve_takes_the_time_of_its_parts() -> None:
     hw, batch, steps = simulator.load_hardware("h100"), 24, 65
     for engine in ("", "reference", "compile"):  # without a host between passes
-        whole = forward_passes(WorkloadBatch.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw)
+        whole = forward_passes(
+            WorkloadBatch.of([serve(batch=batch, seq=700, steps=steps, engine=engine)]), hw
+        )
         model = load_model("llama-3.1-8b")
-        prefill = simulator.workload_time(lower(model, phase="prefill", seq=700, engine=engine), hw).total_s
-        decode = simulator.workload_time(lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw).total_s
+        prefill = simulator.workload_time(
+            lower(model, phase="prefill", seq=700, engine=engine), hw
+        ).total_s
+        decode = simulator.workload_time(
+            lower(model, phase="decode", batch=batch, seq=732, engine=engine), hw
+        ).total_s
         assert whole.phase_s[0] == pytest.approx([batch * prefill, steps * decode], rel=1e-9)
         assert whole.total_s[0] == pytest.approx(batch * prefill + steps * decode, rel=1e-9)
     assert np.isfinite(memory(serve(), hw).total_bytes)

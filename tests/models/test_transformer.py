@@ -44,7 +44,12 @@ def row(w: Workload, role: str) -> SimpleNamespace:
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_rows_own_exactly_the_models_parameters(name: str, phase: str) -> None:
-    options = {"phase": phase, "batch": 2, "seq": 100, "new_tokens": 3 * (phase in ("generate", "serve"))}
+    options = {
+        "phase": phase,
+        "batch": 2,
+        "seq": 100,
+        "new_tokens": 3 * (phase in ("generate", "serve")),
+    }
     for engine in ("", *list_engines()):
         w = lower(load_model(name), **options, engine=engine, weight_dtype="bf16")
         assert w.parameters == PUBLISHED[name].parameters
@@ -77,10 +82,14 @@ def test_flops_against_published_figures() -> None:
     assert ours < full < 424.02e9
     assert full - ours == 2 * 4096 * 32 * (64 * 64 - 64 * 65 // 2)
     # calflops (MrYxJ/calculate-flops.pytorch, its table of LLMs): llama-7b at (1, 128), 1700.06 GFLOP, counted likewise
-    assert pass_flops(p, 1, 128, causal=False, every_logit=True) == pytest.approx(1700.06e9, rel=1e-4)
+    assert pass_flops(p, 1, 128, causal=False, every_logit=True) == pytest.approx(
+        1700.06e9, rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("name", ["llama-2-70b", "gemma-2-9b", "opt-13b", "pythia-6.9b", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(
+    "name", ["llama-2-70b", "gemma-2-9b", "opt-13b", "pythia-6.9b", "qwen2.5-0.5b"]
+)
 def test_flops_and_minimum_bytes_of_a_decode(name: str) -> None:
     """Weights once, cache once, activations of each GEMM in and out."""
     p, batch, seq = PUBLISHED[name], 3, 700
@@ -104,13 +113,24 @@ def test_rows_of_a_llama_layer_in_order() -> None:
     inside = w.layers > 0
     assert set(zip(w.layer[inside], w.layers[inside], w.count[inside])) == {(0, 32, 32)}
     assert (w.layer[~inside] == -1).all()
-    assert [Part(p).name for p in dict.fromkeys(w.part.tolist())] == ["EMBEDDING", "ATTENTION", "MLP", "HEAD"]
+    assert [Part(p).name for p in dict.fromkeys(w.part.tolist())] == [
+        "EMBEDDING",
+        "ATTENTION",
+        "MLP",
+        "HEAD",
+    ]
     m, h = 256, 4096
     assert (row(w, "q").m, row(w, "q").n, row(w, "q").k) == (m, 4096, h)
     assert (row(w, "k").n, row(w, "down").k, row(w, "down").n) == (1024, 14336, h)
     assert (row(w, "lm_head").m, row(w, "lm_head").n) == (2, 128256)
-    assert (row(w, "attention_norm").read_bytes, row(w, "attention_norm").write_bytes) == (4 * m * h, 4 * m * h)
-    assert (row(w, "activation").read_bytes, row(w, "activation").write_bytes) == (4 * m * 14336, 2 * m * 14336)
+    assert (row(w, "attention_norm").read_bytes, row(w, "attention_norm").write_bytes) == (
+        4 * m * h,
+        4 * m * h,
+    )
+    assert (row(w, "activation").read_bytes, row(w, "activation").write_bytes) == (
+        4 * m * 14336,
+        2 * m * 14336,
+    )
     assert row(w, "rotary").read_bytes == row(w, "rotary").write_bytes == 2 * m * (4096 + 1024)
     assert row(w, "cache_write").read_bytes == row(w, "cache_write").write_bytes == 2 * m * 2 * 1024
     assert (row(w, "embedding").read_bytes, row(w, "embedding").params) == (2 * m * h, 128256 * h)
@@ -141,7 +161,9 @@ def test_what_is_special_to_an_architecture() -> None:
     assert row(opt, "embedding").read_bytes == 2 * 2 * 64 * 5120
     assert row(opt, "activation").read_bytes == 2 * 64 * 20480
     neox = lower(load_model("pythia-6.9b"), seq=64)
-    assert row(neox, "residual").read_bytes == 2 * row(neox, "residual").write_bytes == 4 * 64 * 4096
+    assert (
+        row(neox, "residual").read_bytes == 2 * row(neox, "residual").write_bytes == 4 * 64 * 4096
+    )
     assert row(neox, "mlp_norm").read_bytes == row(neox, "attention_norm").read_bytes / 2
     assert row(neox, "rotary").read_bytes == 2 * 64 * 2 * 32 * 32  # a quarter of each head of 128
 
@@ -162,9 +184,16 @@ def test_alternating_windows_of_gemma() -> None:
 
 
 @pytest.mark.parametrize(("name", "flops"), [("llama-3.1-8b", 0.0), ("gemma-2-9b", 1e-6)])
-def test_many_decodes_share_rows_and_change_nothing(name: str, flops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_decodes_share_rows_and_change_nothing(
+    name: str, flops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But FLOPs and bytes where a window fills up, and times a little."""
-    request: dict[str, Any] = {"phase": "generate", "seq": 3000, "new_tokens": 4000, "engine": "vllm"}
+    request: dict[str, Any] = {
+        "phase": "generate",
+        "seq": 3000,
+        "new_tokens": 4000,
+        "engine": "vllm",
+    }
     hw, few = load_hardware("h100"), lower(load_model(name), **request)
     lowering._lower.cache_clear()
     monkeypatch.setattr(lowering, "DECODE_LENGTHS", 1_000_000)
@@ -172,9 +201,13 @@ def test_many_decodes_share_rows_and_change_nothing(name: str, flops: float, mon
     assert len(few) < 0.4 * len(each)
     assert few.count.sum() == each.count.sum()
     for column in ("flops", "bytes"):
-        assert getattr(few, column).sum() == pytest.approx(getattr(each, column).sum(), rel=flops or 1e-12)
+        assert getattr(few, column).sum() == pytest.approx(
+            getattr(each, column).sum(), rel=flops or 1e-12
+        )
     assert memory(few, hw) == memory(each, hw)
-    assert workload_time(few, hw).total_s == pytest.approx(workload_time(each, hw).total_s, rel=1e-4)
+    assert workload_time(few, hw).total_s == pytest.approx(
+        workload_time(each, hw).total_s, rel=1e-4
+    )
     for family in ("depth", "kv_cache", "token"):
         ratios = [speedup(w, prune(w, family, 0.5), hw) for w in (few, each)]
         assert ratios[0].speedup == pytest.approx(ratios[1].speedup, rel=1e-4), family
@@ -187,7 +220,12 @@ def test_formats_apart() -> None:
     assert {DTYPES[c] for c in gemm.dtype} == {"fp8"}
     assert {DTYPES[c] for c in gemm.weight_dtype} == {"int4"}
     head, attention = w.take(w.is_role("lm_head")), w.take(w.is_role("attention"))
-    assert DTYPES[head.dtype[0]] == DTYPES[head.weight_dtype[0]] == DTYPES[attention.dtype[0]] == "bf16"
+    assert (
+        DTYPES[head.dtype[0]]
+        == DTYPES[head.weight_dtype[0]]
+        == DTYPES[attention.dtype[0]]
+        == "bf16"
+    )
     assert DTYPES[attention.weight_dtype[0]] == "int8"
     assert row(w, "cache_write").write_bytes == row(w, "cache_write").read_bytes / 2
     full = lower(load_model("llama-2-7b"), seq=64, dtype="fp32")
@@ -202,7 +240,9 @@ WIDE = ["llama-2-70b", "llama-3.1-70b", "qwen3-32b", "gemma-2-9b", "opt-66b", "p
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_tensor_parallel_shares_the_matrices_evenly(name: str, devices: int, phase: str) -> None:
-    one, part = (lower(load_model(name), phase=phase, batch=2, seq=64, devices=n) for n in (1, devices))
+    one, part = (
+        lower(load_model(name), phase=phase, batch=2, seq=64, devices=n) for n in (1, devices)
+    )
     for kind in Kind:
         assert part.flops[part.kind == kind].sum() * devices == one.flops[one.kind == kind].sum()
 
@@ -212,7 +252,12 @@ def test_shapes_of_llama_2_70b_on_eight() -> None:
     gemm = w.take(w.kind == Kind.GEMM)
     shapes = {ROLES[r]: (int(n), int(k)) for r, n, k in zip(gemm.role, gemm.n, gemm.k, strict=True)}
     expected = {"q": (1024, 8192), "k": (128, 8192), "v": (128, 8192), "o": (8192, 1024)}
-    expected |= {"gate": (3584, 8192), "up": (3584, 8192), "down": (8192, 3584), "lm_head": (4000, 8192)}
+    expected |= {
+        "gate": (3584, 8192),
+        "up": (3584, 8192),
+        "down": (8192, 3584),
+        "lm_head": (4000, 8192),
+    }
     assert shapes == expected
     reduce = w.take(w.is_role("all_reduce"))
     assert [Part(p) for p in reduce.part] == [Part.EMBEDDING, Part.ATTENTION, Part.MLP]
@@ -227,11 +272,17 @@ def test_shapes_of_llama_2_70b_on_eight() -> None:
     assert w.parameters == (PUBLISHED["llama-2-70b"].parameters - norms) / 8 + norms
     w = lower(load_model("llama-2-70b"), phase="decode", batch=1, seq=100, devices=16)
     attention = w.take(w.is_role("attention"))
-    assert (attention.heads.tolist(), attention.kv_heads.tolist()) == ([4], [1])  # few key/value heads are replicated
+    # few key/value heads are replicated
+    assert (attention.heads.tolist(), attention.kv_heads.tolist()) == ([4], [1])
     assert w.n[w.is_role("k")].tolist() == [128]
 
 
-SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 12}
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 12,
+}
 FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHAPE}
 
 
@@ -241,25 +292,41 @@ FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHA
         ("smollm2-135m", 2, "tensor", "smollm2-135m has 9 attention heads"),
         ("llama-2-13b", 16, "tensor", "40 attention heads; tensor parallel needs a multiple of 16"),
         ("qwen2.5-7b", 7, "tensor", "an MLP width of 18944"),
-        (FOUR, 6, "tensor", "llama has 4 key/value heads; tensor parallel needs a multiple or a divisor of 6"),
+        (
+            FOUR,
+            6,
+            "tensor",
+            "llama has 4 key/value heads; tensor parallel needs a multiple or a divisor of 6",
+        ),
         ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline has at most one device per layer"),
     ],
 )
-def test_what_does_not_divide_is_refused(model: Any, devices: int, parallel: str, reason: str) -> None:
+def test_what_does_not_divide_is_refused(
+    model: Any, devices: int, parallel: str, reason: str
+) -> None:
     with pytest.raises(InputError, match=f"devices {devices}: .*{reason}"):
         lower(load_model(model), devices=devices, parallel=parallel)
 
 
 def test_pipeline_sends_and_nothing_else() -> None:
     model = load_model("llama-2-70b")
-    one, four = lower(model, batch=2, seq=64), lower(model, batch=2, seq=64, devices=4, parallel="pipeline")
+    one, four = (
+        lower(model, batch=2, seq=64),
+        lower(model, batch=2, seq=64, devices=4, parallel="pipeline"),
+    )
     send = four.take(four.is_role("send"))
-    assert (send.count.tolist(), send.read_bytes.tolist(), send.batch.tolist()) == ([3], [128 * 8192 * 2], [2])
+    assert (send.count.tolist(), send.read_bytes.tolist(), send.batch.tolist()) == (
+        [3],
+        [128 * 8192 * 2],
+        [2],
+    )
     rest = four.take(~four.is_role("send"))
     assert rest.flops.tolist() == one.flops.tolist()
     assert rest.role.tolist() == one.role.tolist()
     assert (four.meta.devices, four.meta.parallel, one.meta.parallel) == (4, "pipeline", "none")
-    steps = lower(model, phase="generate", batch=2, seq=64, new_tokens=5, devices=4, parallel="pipeline")
+    steps = lower(
+        model, phase="generate", batch=2, seq=64, new_tokens=5, devices=4, parallel="pipeline"
+    )
     assert steps.count[steps.is_role("send")].tolist() == [3, 15]
 
 
@@ -272,7 +339,9 @@ names = st.sampled_from(list_models())
     batch=st.integers(1, 8),
     seq=st.integers(1, 9000),
     steps=st.integers(1, 6),
-    options=st.sampled_from([{}, FUSED, FUSED | {"devices": 2}, {"devices": 4, "parallel": "pipeline"}]),
+    options=st.sampled_from(
+        [{}, FUSED, FUSED | {"devices": 2}, {"devices": 4, "parallel": "pipeline"}]
+    ),
 )
 def test_generate_is_a_prefill_and_its_decodes(
     name: str, batch: int, seq: int, steps: int, options: dict[str, Any]
@@ -291,14 +360,20 @@ def test_generate_is_a_prefill_and_its_decodes(
 
 
 @settings(max_examples=40, deadline=None)
-@given(windows=st.lists(st.integers(0, 12), min_size=1, max_size=6), seq=st.integers(1, 15), steps=st.integers(1, 8))
+@given(
+    windows=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    seq=st.integers(1, 15),
+    steps=st.integers(1, 8),
+)
 def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, steps: int) -> None:
     model = ModelConfig("m", "llama", 8, len(windows), 2, 1, 4, 16, 10, 4, 99, tuple(windows))
     w = lower(model, phase="generate", seq=seq, new_tokens=steps)
     keys = {Phase.PREFILL: 0, Phase.DECODE: 0}
     for window in windows:
         for position in range(seq + steps):
-            keys[Phase.PREFILL if position < seq else Phase.DECODE] += min(position + 1, window or 10**9)
+            keys[Phase.PREFILL if position < seq else Phase.DECODE] += min(
+                position + 1, window or 10**9
+            )
     for phase, expected in keys.items():
         rows = w.is_role("attention") & (w.phase == phase)
         assert w.flops[rows].sum() == 4 * 2 * 4 * expected
@@ -311,7 +386,10 @@ def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, st
         ({"batch": 0}, "batch: expected a whole number from 1"),
         *(({"batch": batch}, f"got {batch!r}") for batch in (-3, 1.5, True, "8", None)),
         ({"seq": 0}, "seq: expected a whole number from 1"),
-        ({"batch": 2**30, "seq": 2**30, "phase": "prefill"}, "expected at most 2147483647 tokens in a pass"),
+        (
+            {"batch": 2**30, "seq": 2**30, "phase": "prefill"},
+            "expected at most 2147483647 tokens in a pass",
+        ),
         ({"batch": 10**30}, "batch: expected"),
         ({"phase": "prefil"}, "did you mean prefill"),
         ({"phase": ["prefill"]}, "phase"),
@@ -319,7 +397,10 @@ def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, st
         ({"weight_dtype": "int3"}, "weight_dtype 'int3' is unknown"),
         ({"kv_dtype": "fp7"}, "kv_dtype 'fp7' is unknown"),
         ({"engine": "vlm"}, "engine 'vlm' is unknown; did you mean vllm"),
-        ({"phase": "generate", "new_tokens": 0}, "new_tokens: expected at least 1 for phase generate, got 0"),
+        (
+            {"phase": "generate", "new_tokens": 0},
+            "new_tokens: expected at least 1 for phase generate, got 0",
+        ),
         ({"devices": 0}, "devices: expected a whole number from 1"),
         ({"parallel": "experts"}, "parallel 'experts' is unknown"),
     ],

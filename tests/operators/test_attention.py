@@ -53,18 +53,28 @@ def brute_force(q: int, kv: int, window: int) -> tuple[int, int, int]:
 @given(st.integers(1, 400), st.integers(0, 800), st.integers(0, 1300))
 @settings(max_examples=60, deadline=None)
 def test_geometry_equals_brute_force(q: int, history: int, window: int) -> None:
-    kv = 64 * (history // 64) + q  # after a history of whole blocks; of another, the form counts a block a tile off
+    # after a history of whole blocks; of another, the form counts a block a tile off
+    kv = 64 * (history // 64) + q
     pairs, blocks, longest = brute_force(q, kv, window)
     args = [np.array(float(x)) for x in (q, kv, window)]
     assert float(attention_pairs(*args)) == pairs
     tiles, counted, chain = (float(x) for x in causal_blocks(*args))
     assert tiles == -(-q // 64)
-    slack = 0 if not window else 1  # a window may start inside a block: at most one block a tile apart
+    # a window may start inside a block: at most one block a tile apart
+    slack = 0 if not window else 1
     assert abs(counted - blocks) <= slack * tiles
     assert abs(chain - longest) <= slack
 
 
-@given(NAMES, st.integers(1, 64), st.integers(1, 8192), st.integers(0, 8192), HEADS, DIMS, st.floats(0.05, 1.0))
+@given(
+    NAMES,
+    st.integers(1, 64),
+    st.integers(1, 8192),
+    st.integers(0, 8192),
+    HEADS,
+    DIMS,
+    st.floats(0.05, 1.0),
+)
 @settings(max_examples=150, deadline=None)
 def test_prefill_never_beats_the_roofline(
     name: str, batch: int, q: int, history: int, heads: tuple[int, int], dim: int, density: float
@@ -72,14 +82,35 @@ def test_prefill_never_beats_the_roofline(
     hw = load_hardware(name)
     t = prefill_time(batch, q, q + history, *heads, dim, hw, density=density, block=64)
     pairs = q * history + q * (q + 1) / 2
-    flop_s = 4.0 * batch * heads[0] * dim * pairs * density / (hw.peak_flop_per_s("bf16") * hw.clock_headroom)
-    bytes_s = 2.0 * batch * dim * (2 * heads[0] * q + 2 * heads[1] * (q + history)) / hw.bandwidth_bytes_per_s
+    flop_s = (
+        4.0
+        * batch
+        * heads[0]
+        * dim
+        * pairs
+        * density
+        / (hw.peak_flop_per_s("bf16") * hw.clock_headroom)
+    )
+    bytes_s = (
+        2.0
+        * batch
+        * dim
+        * (2 * heads[0] * q + 2 * heads[1] * (q + history))
+        / hw.bandwidth_bytes_per_s
+    )
     assert float(t.seconds) >= max(flop_s, bytes_s) * (1 - 1e-12)
     assert float(t.lower) <= float(t.seconds) <= float(t.upper)
     assert float(t.roofline_s) > 0
 
 
-@given(NAMES, st.integers(1, 512), st.integers(1, 131072), HEADS, DIMS, st.sampled_from(["bf16", "int8"]))
+@given(
+    NAMES,
+    st.integers(1, 512),
+    st.integers(1, 131072),
+    HEADS,
+    DIMS,
+    st.sampled_from(["bf16", "int8"]),
+)
 @settings(max_examples=150, deadline=None)
 def test_decode_reads_its_cache_cold(
     name: str, batch: int, kv: int, heads: tuple[int, int], dim: int, cache: str
@@ -125,7 +156,8 @@ def test_a_window_bounds_the_work() -> None:
     assert prefill[0] < 0.7 * prefill[1]
     decode = decode_time(8, [4096, 4096, 65536], 32, 8, 128, hw, window=[8192, 0, 4096]).seconds
     assert decode[0] == decode[2]
-    assert decode[1] == pytest.approx(decode[0], rel=0.2)  # a kernel of its own where the stack has one
+    # a kernel of its own where the stack has one
+    assert decode[1] == pytest.approx(decode[0], rel=0.2)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -141,7 +173,9 @@ def test_a_section_brings_constants_residual_and_intervals() -> None:
     base = load_hardware("h100_sxm")
     constants = {n: Fitted(k.default("hopper")) for n, k in DECODE_CONSTANTS.items()}
     residual_grid = ResidualGrid((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), np.full((3, 3, 2), np.log(1.5)))
-    plain = replace(base, sections={("attention_decode", "bf16"): Section(constants, status="calibrated")})
+    plain = replace(
+        base, sections={("attention_decode", "bf16"): Section(constants, status="calibrated")}
+    )
     wide = Section(constants, residual_grid.arrays(), 3.0, status="calibrated")
     fitted = replace(base, sections={("attention_decode", "bf16"): wide})
     a, b = (decode_time([1, 64], [100, 4096], 32, 8, 128, hw) for hw in (plain, fitted))
@@ -189,7 +223,9 @@ def test_flash_attention_3_pads_to_128_rows_on_an_h20(hw: HardwareProfile) -> No
     # SGLang's pull request 6151: 2.8 times slower than FlashInfer
     assert 2.5 < seconds / float(decode(1, 131072, 32, 8, 128, hw).time) < 3.3
     # later releases, and other engines, have tiles for few rows: the fit counts
-    times = [float(decode(*LONG, served(hw, engine)).time) for engine in ("sglang", "vllm", "trtllm")]
+    times = [
+        float(decode(*LONG, served(hw, engine)).time) for engine in ("sglang", "vllm", "trtllm")
+    ]
     assert times == pytest.approx([float(decode(*LONG, hw).time)] * 3)
 
 
@@ -216,17 +252,23 @@ def test_more_query_heads_are_free_within_a_tile() -> None:
     t = decode(64, 8192, 8 * group, 8, 128, BARE).time
     assert np.ptp(np.log(t[:4])) < 0.02  # FlashInfer: 16 rows; queries and outputs are moved too
     assert (t[4:] / t[3] > [1.1, 2.0]).all()
-    assert np.ptp(np.log(decode(64, 8192, 8 * group, 8, 128, served(BARE, "sglang@overlap")).time)) < 0.02
+    assert (
+        np.ptp(np.log(decode(64, 8192, 8 * group, 8, 128, served(BARE, "sglang@overlap")).time))
+        < 0.02
+    )
 
 
 def test_tiles_count_in_the_loadings_and_never_beat_physics() -> None:
     for hw in (BARE, served(BARE, "sglang@overlap"), H20.on("flashinfer")):
         e = decode([1, 64, 512], [128, 4096, 131072], 64, 8, 128, hw)
         assert (e.loadings["compute"][1:] > 0.2).all()
-        assert sum(e.loadings.values()) == pytest.approx(np.ones(3), abs=0.1)  # what is merged is fixed
+        # what is merged is fixed
+        assert sum(e.loadings.values()) == pytest.approx(np.ones(3), abs=0.1)
         t = decode_time([1, 64, 512], [128, 4096, 131072], 64, 8, 128, hw)
         flops = 4.0 * np.array([1, 64, 512]) * np.array([128, 4096, 131072]) * 64 * 128
-        assert (t.lower >= flops / (hw.peak_flop_per_s("bf16") * hw.clock_headroom) * (1 - 1e-12)).all()
+        assert (
+            t.lower >= flops / (hw.peak_flop_per_s("bf16") * hw.clock_headroom) * (1 - 1e-12)
+        ).all()
 
 
 # -- multi-head latent attention ---------------------------------------------------------------------------------------
@@ -242,10 +284,14 @@ def sizes(*values: float) -> list[Any]:
 
 def test_work_of_latent_attention_by_hand() -> None:
     known = {"value_dim": np.array(128.0)}
-    prompt = prefill_work(Geometry(*sizes(2, 128, 128, 16, 16, 192), **known), {"pads": 1.0, "packs": 0.0})
+    prompt = prefill_work(
+        Geometry(*sizes(2, 128, 128, 16, 16, 192), **known), {"pads": 1.0, "packs": 0.0}
+    )
     assert float(prompt.flops) == 2 * (192 + 128) * 2 * 16 * (128 * 129 // 2)
     assert float(prompt.moved_bytes) == pytest.approx(2 * 2 * 128 * 16 * 2 * (192 + 128))
-    decode = decode_work(Geometry(*sizes(8, 1, 4096, 128, 1, 576), value_dim=np.array(512.0), latent=True))
+    decode = decode_work(
+        Geometry(*sizes(8, 1, 4096, 128, 1, 576), value_dim=np.array(512.0), latent=True)
+    )
     assert float(decode.flops) == pytest.approx(2 * (576 + 512) * 8 * 128 * 4096)
     assert float(decode.cache_bytes) == 8 * 4096 * 576 * 2  # the latent once, whatever the heads
     assert float(decode.io_bytes) == pytest.approx(8 * 128 * (576 + 512) * 2)
@@ -275,20 +321,27 @@ def test_no_time_beats_arithmetic_or_a_cold_latent_cache(
 
 def test_latent_attention_has_sections_of_its_own_and_is_wide_where_nothing_was_fitted() -> None:
     hw = load_hardware("h100@sglang")
-    status = [hw.section(operator, "bf16").status for operator in ("mla_decode", "mla_prefill", "attention_decode")]
-    assert status == ["calibrated", "inherited", "calibrated"]  # SGLang's prompts are not in the tables
+    status = [
+        hw.section(operator, "bf16").status
+        for operator in ("mla_decode", "mla_prefill", "attention_decode")
+    ]
+    # SGLang's prompts are not in the tables
+    assert status == ["calibrated", "inherited", "calibrated"]
     widths = []
-    for name in ("h100@trtllm", "h20", "l40s", "a6000"):  # fitted; fitted, but other stacks differ; nothing there
+    # fitted; fitted, but other stacks differ; nothing there
+    for name in ("h100@trtllm", "h20", "l40s", "a6000"):
         t = decode_time(8, 8192, 128, hw=load_hardware(name), **DECODE)
         widths.append(float(t.upper / t.seconds))
     assert widths[0] < 1.4
     assert widths[2] > 4.0
     assert widths[3] > widths[2]
-    vllm = load_hardware("l40s").serving(("vllm", "sglang", "trtllm"))  # Triton runs there, as for SGLang
+    # Triton runs there, as for SGLang
+    vllm = load_hardware("l40s").serving(("vllm", "sglang", "trtllm"))
     t = decode_time(8, 8192, 128, hw=vllm, **DECODE)
     assert t.upper < 1.5 * t.seconds
     hopper = (load_hardware("h200").serving((stack, "sglang")) for stack in ("sglang", "vllm"))
     wide, other = (decode_time(8, 8192, 128, hw=hw, kv_dtype="fp8", **DECODE) for hw in hopper)
-    assert wide.upper / wide.seconds > 4.0 > other.upper / other.seconds  # SGLang converts fp8 caches there
+    # SGLang converts fp8 caches there
+    assert wide.upper / wide.seconds > 4.0 > other.upper / other.seconds
     generic = errors_of(decode, 8, 8192, 128, hw=load_hardware("t4"), dtype="fp16", **DECODE)
     assert "mla_decode generic" in generic.factors

@@ -34,12 +34,23 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {"m": THREE, "n": THREE, "k": 64, "hw": HW},
         {"m": [*SIZES, *SHAPED], "n": [*SIZES, *SHAPED], "k": [*SIZES, *SHAPED, 2**31]}
         | {"kernel": [7, 0.5, "2:4", True, ["dense", None], ["dense", "x", "dense"]]}
-        | {"dtype": [8, []], "weight_dtype": ["x", []], "hw": [3, None], "options": [3, {"level": 0.9}]},
+        | {
+            "dtype": [8, []],
+            "weight_dtype": ["x", []],
+            "hw": [3, None],
+            "options": [3, {"level": 0.9}],
+        },
     ),
     "GemmOptions": (
-        lambda **options: simulator.gemm_time(THREE, THREE, 64, HW, options=simulator.GemmOptions(**options)),
+        lambda **options: simulator.gemm_time(
+            THREE, THREE, 64, HW, options=simulator.GemmOptions(**options)
+        ),
         {},
-        {"copies": [0, -1, NAN, 1.5, True, "8", *SHAPED], "level": [0, 1, NAN, "0.9", True, None], "detail": ["no", 2]}
+        {
+            "copies": [0, -1, NAN, 1.5, True, "8", *SHAPED],
+            "level": [0, 1, NAN, "0.9", True, None],
+            "detail": ["no", 2],
+        }
         | {"density": [*NUMBERS[:-1], INF, 1.5]},
     ),
     "lower": (
@@ -66,8 +77,16 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {"dense": [None, 3], "pruned": ["depth"], "hw": [None], "level": [0, 1, NAN, "x"]}
         | {"dense_s": [NAN, INF, -1, 0, True, "1 ms", [1.0]]},
     ),
-    "speedups": (simulator.speedups, {"dense": DENSE, "pruned": [PRUNED], "hw": HW}, {"pruned": [3, ["depth"]]}),
-    "workload_time": (simulator.workload_time, {"w": DENSE, "hw": HW}, {"w": ["x"], "hw": [None], "level": [0, "x"]}),
+    "speedups": (
+        simulator.speedups,
+        {"dense": DENSE, "pruned": [PRUNED], "hw": HW},
+        {"pruned": [3, ["depth"]]},
+    ),
+    "workload_time": (
+        simulator.workload_time,
+        {"w": DENSE, "hw": HW},
+        {"w": ["x"], "hw": [None], "level": [0, "x"]},
+    ),
     "memory": (
         simulator.memory,
         {"workload": DENSE, "hw": HW},
@@ -75,9 +94,25 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
     ),
     "table": (
         simulator.table,
-        {"models": [MODEL], "hardware": [HW], "family": ["depth"], "sparsity": [0.25], "batch": [1], "seq": [64]},
-        {"models": [[3], None], "hardware": [None, [3]], "family": [3, [[]]], "sparsity": ["5", [NAN]]}
-        | {"batch": [None, [0], 2.5, [True], ["8"], [[]]], "seq": [{}, [NAN]], "phase": ["decoding", [3]]}
+        {
+            "models": [MODEL],
+            "hardware": [HW],
+            "family": ["depth"],
+            "sparsity": [0.25],
+            "batch": [1],
+            "seq": [64],
+        },
+        {
+            "models": [[3], None],
+            "hardware": [None, [3]],
+            "family": [3, [[]]],
+            "sparsity": ["5", [NAN]],
+        }
+        | {
+            "batch": [None, [0], 2.5, [True], ["8"], [[]]],
+            "seq": [{}, [NAN]],
+            "phase": ["decoding", [3]],
+        }
         | {"options": ["align", 3], "method": [3], "engine": [3], "pruned": [{}], "prune": [3]},
     ),
     "Request": (
@@ -95,26 +130,60 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
     "Workload": (
         simulator.Workload.from_columns,
         {"m": THREE, "n": 8, "k": 8},
-        {"n": [*SIZES[:-1], *SHAPED], "batch": [*SIZES[:-1], *SHAPED], "count": [*NUMBERS, INF, *SHAPED]}
-        | {"kind": [127, -1, 0.5], "role": ["query", 999], "layer": [-2], "density": [1.5, NAN], "overhead": [1, "no"]},
+        {
+            "n": [*SIZES[:-1], *SHAPED],
+            "batch": [*SIZES[:-1], *SHAPED],
+            "count": [*NUMBERS, INF, *SHAPED],
+        }
+        | {
+            "kind": [127, -1, 0.5],
+            "role": ["query", 999],
+            "layer": [-2],
+            "density": [1.5, NAN],
+            "overhead": [1, "no"],
+        },
     ),
-    "Workload.replace": (DENSE.replace, {}, {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [5]}),
+    "Workload.replace": (
+        DENSE.replace,
+        {},
+        {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [5]},
+    ),
     "ModelConfig": (
         partial(replace, MODEL),
         {},
-        {**dict.fromkeys(("hidden", "head_dim", "vocab"), SIZES), "layers": [-1, 2.5], "heads": [-1, "8", True]}
-        | {"windows": [(0,), None, (-1,) * 16], "active": [NAN, -1], "norm": ["batch"], "weight_dtype": ["x", None]},
+        {
+            **dict.fromkeys(("hidden", "head_dim", "vocab"), SIZES),
+            "layers": [-1, 2.5],
+            "heads": [-1, "8", True],
+        }
+        | {
+            "windows": [(0,), None, (-1,) * 16],
+            "active": [NAN, -1],
+            "norm": ["batch"],
+            "weight_dtype": ["x", None],
+        },
     ),
     "HardwareProfile": (
         partial(replace, HW),
         {},
-        {"sm_count": SIZES, "memory_bytes": [*NUMBERS, INF, 0], "bandwidth_bytes_per_s": [NAN, 0, "3.35 TB/s", True]},
+        {
+            "sm_count": SIZES,
+            "memory_bytes": [*NUMBERS, INF, 0],
+            "bandwidth_bytes_per_s": [NAN, 0, "3.35 TB/s", True],
+        },
     ),
 }
-CASES = [(call, name, value) for call, (_, _, bad) in CALLS.items() for name, values in bad.items() for value in values]
+CASES = [
+    (call, name, value)
+    for call, (_, _, bad) in CALLS.items()
+    for name, values in bad.items()
+    for value in values
+]
 
 
-@pytest.mark.parametrize(("call", "name"), list(dict.fromkeys((call, name) for call, name, _ in CASES)))
+@pytest.mark.parametrize(
+    ("call", "name"), list(dict.fromkeys((call, name) for call, name, _ in CASES))
+)
 def test_what_is_none_of_its_kind_is_refused_in_one_line(call: str, name: str) -> None:
     function, good, bad = CALLS[call]
     for value in bad[name]:
@@ -123,7 +192,10 @@ def test_what_is_none_of_its_kind_is_refused_in_one_line(call: str, name: str) -
         said, named = str(error.value), {"hw": "hw hardware", "models": "model"}.get(name, name)
         assert "\n" not in said
         words = [named] if named == name else named.split()
-        assert any(w.removesuffix("_bytes").replace("_", " ").split()[0] in said.replace("_", " ") for w in words), said
+        assert any(
+            w.removesuffix("_bytes").replace("_", " ").split()[0] in said.replace("_", " ")
+            for w in words
+        ), said
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -138,6 +210,10 @@ def test_large_shapes_keep_what_single_precision_would_lose() -> None:
     assert odd > 1.05 * even
     m = 10**9 + np.arange(3) * 256
     assert (np.diff(simulator.gemm_time(m, 4096, 4096, HW).seconds) > 0).all()
-    assert (np.diff(simulator.gemm_time(64, 2**30 + 1024 * np.arange(3), 4096, HW).seconds) > 0).all()
-    long = simulator.gemm_time(2**50, 2**31 - 1, 2**31 - 1, simulator.load_hardware("t4"), dtype="fp16")
+    assert (
+        np.diff(simulator.gemm_time(64, 2**30 + 1024 * np.arange(3), 4096, HW).seconds) > 0
+    ).all()
+    long = simulator.gemm_time(
+        2**50, 2**31 - 1, 2**31 - 1, simulator.load_hardware("t4"), dtype="fp16"
+    )
     assert np.isfinite(long.upper).all()

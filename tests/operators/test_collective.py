@@ -34,7 +34,9 @@ def bare(name: str) -> HardwareProfile:
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("kind", COLLECTIVES)
 @pytest.mark.parametrize("name", ["a100_sxm_80gb", "h100_sxm", "l40s"])
-def test_time_grows_with_payload_from_a_floor_to_the_link(name: str, kind: str, devices: int) -> None:
+def test_time_grows_with_payload_from_a_floor_to_the_link(
+    name: str, kind: str, devices: int
+) -> None:
     hw = bare(name)
     assert hw.link is not None
     t = collective_time(PAYLOAD, devices, hw, kind=kind)
@@ -77,7 +79,9 @@ def test_bad_input_is_named() -> None:
 
 def test_an_engine_s_own_all_reduce_is_used_where_it_is_faster_and_allowed() -> None:
     sizes = np.geomspace(1e3, 1e9, 50)
-    calls = Messages(np.zeros(50, dtype=np.intp), sizes, np.full(50, 8.0), Link("nvlink4", 450e9, 1e-6, 8))
+    calls = Messages(
+        np.zeros(50, dtype=np.intp), sizes, np.full(50, 8.0), Link("nvlink4", 450e9, 1e-6, 8)
+    )
     default = {name: constant.default("nvlink") for name, constant in CONSTANTS.items()}
     with_own, without = (calls.seconds({**default, "own_devices": n}) for n in (8.0, 4.0))
     assert np.all(with_own <= without)
@@ -90,12 +94,18 @@ def test_more_devices_than_a_pair_fall_to_pcie_over_bridges() -> None:
     hw = bare("a100_pcie_80gb")
     bridged, pcie, nvswitch = hw.over("bridge"), hw.over("pcie"), bare("a100_sxm_80gb")
     pair = collective_time(PAYLOAD, 2, bridged).seconds
-    np.testing.assert_allclose(pair[PAYLOAD > 1e6], collective_time(PAYLOAD, 2, nvswitch).seconds[PAYLOAD > 1e6])
+    np.testing.assert_allclose(
+        pair[PAYLOAD > 1e6], collective_time(PAYLOAD, 2, nvswitch).seconds[PAYLOAD > 1e6]
+    )
     assert collective_time(1e8, 2, pcie).seconds > 8 * collective_time(1e8, 2, bridged).seconds
     across = collective_time(1e8, [2, 4], bridged).seconds
     assert across[0] == collective_time(1e8, 2, bridged).seconds
     # a ring crosses PCIe once per pair, so pairs share less of an uplink than four devices without bridges
-    assert collective_time(1e8, 4, nvswitch).seconds * 5 < across[1] < collective_time(1e8, 4, pcie).seconds
+    assert (
+        collective_time(1e8, 4, nvswitch).seconds * 5
+        < across[1]
+        < collective_time(1e8, 4, pcie).seconds
+    )
     assert across[1] == collective_time(1e8, 4, bridged).seconds
     assert collective_time(1e8, 4, bridged).roofline_s == pytest.approx(1.5e8 / 32e9)
 
@@ -103,7 +113,8 @@ def test_more_devices_than_a_pair_fall_to_pcie_over_bridges() -> None:
 def test_without_peer_access_there_is_no_engine_s_all_reduce_and_less_bandwidth() -> None:
     hw = bare("l40s")
     peers, host, slot = (
-        collective_time([1e4, 1e9], 2, hw.over(name)).seconds for name in ("pcie", "pcie-host", "pcie4x8")
+        collective_time([1e4, 1e9], 2, hw.over(name)).seconds
+        for name in ("pcie", "pcie-host", "pcie4x8")
     )
     assert np.all(host > 1.2 * peers)
     assert host[0] > 1.8 * peers[0]
@@ -135,14 +146,23 @@ def test_a_connection_that_a_gpu_does_not_have_is_named(name: str, link: str, sa
 
 TRUTH = {
     **{name: constant.default("nvlink") for name, constant in CONSTANTS.items()},
-    **{"t0_s": 4e-6, "hop_s": 7e-7, "e_link": 0.8, "pipe_s": 3e-5, "own_t0_s": 2.5e-6, "own_e": 0.7},
+    **{
+        "t0_s": 4e-6,
+        "hop_s": 7e-7,
+        "e_link": 0.8,
+        "pipe_s": 3e-5,
+        "own_t0_s": 2.5e-6,
+        "own_e": 0.7,
+    },
     **{"own_step_s": 1e-5, "own_bytes": 2.0**23},
 }
 
 
 def planted(noise: float) -> CollectiveFit:
     rng = np.random.default_rng(7)
-    code, size, devices = (a.ravel() for a in np.meshgrid(np.arange(4), 2.0 ** np.arange(9, 30), [2.0, 4.0, 8.0]))
+    code, size, devices = (
+        a.ravel() for a in np.meshgrid(np.arange(4), 2.0 ** np.arange(9, 30), [2.0, 4.0, 8.0])
+    )
     calls = Messages(code, size, devices, Link("nvlink4", 450e9, 1e-6, 8))
     return CollectiveFit(calls, calls.seconds(TRUTH) * np.exp(noise * rng.normal(size=code.size)))
 

@@ -17,7 +17,8 @@ from simulator.workload import Workload
 
 pytestmark = pytest.mark.quick
 
-QWEN = (32, 16, 128, 128)  # Qwen3-Next: value heads, key heads, features of a key and of a value head
+# Qwen3-Next: value heads, key heads, features of a key and of a value head
+QWEN = (32, 16, 128, 128)
 CHANNELS = 2 * 16 * 128 + 32 * 128
 
 # alibaba/InferSim@f2293da (Apache-2.0), bench_data/gdn of an H20: sequences and us of convolution and recurrence of a
@@ -42,7 +43,9 @@ def test_work_and_bytes_by_hand() -> None:
         assert w.flops.sum() == 36 * 3 * 2 * tokens * 32 * 128 * 128
         moved = 2 * tokens * (CHANNELS + 32 * 128)
         assert w.bytes.sum() == 36 * (moved + times * batch * (state + tail))
-        assert w.each(lambda operator, rows: operator.state_bytes(rows)).tolist() == [batch * (state + tail)] * len(w)
+        assert w.each(lambda operator, rows: operator.state_bytes(rows)).tolist() == [
+            batch * (state + tail)
+        ] * len(w)
 
 
 @pytest.mark.parametrize("name", list_hardware())
@@ -87,14 +90,22 @@ def test_measured_rows_of_an_h20() -> None:
     assert error.max() < 0.14
     assert ((t.lower <= measured) & (measured <= t.upper))[kernels].all()
     assert (t.seconds < measured)[~kernels].all()  # a call takes longer than its kernels
-    assert (of_delta_net(1024, 1024, 64, 16, 128, 128, load_hardware("h20")).floor > 2073e-6).all()  # the repeated rows
+    # the repeated rows
+    assert (of_delta_net(1024, 1024, 64, 16, 128, 128, load_hardware("h20")).floor > 2073e-6).all()
 
 
 def test_a_whole_model_is_timed_and_pruned_in_every_phase() -> None:
     hw = load_hardware("h100")
     for phase in ("prefill", "decode", "generate", "serve"):
         steps = 8 * (phase in ("generate", "serve"))
-        dense = lower(load_model("qwen3-next-80b-a3b"), phase=phase, batch=2, seq=512, new_tokens=steps, engine="vllm")
+        dense = lower(
+            load_model("qwen3-next-80b-a3b"),
+            phase=phase,
+            batch=2,
+            seq=512,
+            new_tokens=steps,
+            engine="vllm",
+        )
         t = workload_time(dense, hw)
         assert 0.0 < t.total_lower_s < t.total_s < t.total_upper_s
         assert 1.0 < speedup(dense, prune(dense, "depth", 0.5), hw).speedup < 2.2

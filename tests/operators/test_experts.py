@@ -45,24 +45,36 @@ def test_touched_experts_and_tiles_are_those_of_tokens_that_choose_by_chance(
         sizes = (np.array([v], dtype=F8) for v in (m, experts, active, skew))
         load = drawn_load(*sizes)
         assert load.touched[0] == pytest.approx(touched)
-        ratio.append([tiles[0] / (experts * np.ceil(counts / rows).mean()) for rows, tiles in zip(TILES, load.tiles)])
+        ratio.append(
+            [
+                tiles[0] / (experts * np.ceil(counts / rows).mean())
+                for rows, tiles in zip(TILES, load.tiles)
+            ]
+        )
     # chance smooths the steps of whole tiles less than the form does, which is right on average
     assert np.abs(np.log(ratio)).max() < 0.35
-    assert np.exp(np.log(ratio).mean(axis=0)).tolist() == pytest.approx([1.0] * len(TILES), abs=0.08)
+    assert np.exp(np.log(ratio).mean(axis=0)).tolist() == pytest.approx(
+        [1.0] * len(TILES), abs=0.08
+    )
 
 
 @pytest.mark.quick
 def test_touched_by_hand() -> None:
     assert experts_touched([1, 2], 8, 2).tolist() == pytest.approx([2.0, 8 * (1 - 0.75**2)])
-    assert experts_touched(1, 8, 2, 1.0) == pytest.approx(2.0)  # a token uses two, however they are liked
+    # a token uses two, however they are liked
+    assert experts_touched(1, 8, 2, 1.0) == pytest.approx(2.0)
     many = experts_touched(TOKENS[:, None], 128, 8, [0.0, 0.5, 1.0])
     assert (np.diff(many, axis=0) > -1e-9).all()
     assert (np.diff(many[1:5], axis=1) < 0).all()  # skew leaves some idle
     assert many[-1] == pytest.approx(128, rel=1e-3)
 
 
-@pytest.mark.parametrize(("m", "devices", "skew"), [(1, 8, 0.0), (16, 8, 0.0), (16, 4, 0.8), (512, 8, 0.8)])
-def test_the_highest_load_of_devices_is_that_of_a_simulation(m: int, devices: int, skew: float) -> None:
+@pytest.mark.parametrize(
+    ("m", "devices", "skew"), [(1, 8, 0.0), (16, 8, 0.0), (16, 4, 0.8), (512, 8, 0.8)]
+)
+def test_the_highest_load_of_devices_is_that_of_a_simulation(
+    m: int, devices: int, skew: float
+) -> None:
     """128 experts, 8 per token, spread over the devices regardless of their use."""
     rng, few = np.random.default_rng(0), experts_chance(128, 8, skew)
     chance = np.repeat(few, 128 // len(few))
@@ -73,7 +85,9 @@ def test_the_highest_load_of_devices_is_that_of_a_simulation(m: int, devices: in
         counts = rng.permutation(np.bincount(chosen.ravel(), minlength=128)).reshape(devices, -1)
         touched.append((counts > 0).sum(axis=1).max())
         rows.append(counts.sum(axis=1).max())
-    load = drawn_load(*(np.array([v], dtype=F8) for v in (m, 128 / devices, 8 / devices, skew, devices)))
+    load = drawn_load(
+        *(np.array([v], dtype=F8) for v in (m, 128 / devices, 8 / devices, skew, devices))
+    )
     assert load.touched[0] == pytest.approx(np.mean(touched), rel=0.1)
     assert load.rows[0] == pytest.approx(np.mean(rows), rel=0.1)
 
@@ -96,7 +110,10 @@ def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
 def test_touched_experts_of_real_routers() -> None:
     """Qwen3-30B-A3B at batch 1 to 128, and without half of its experts (AndrewDeng1/vllm-inco, README, 3d)."""
     batch = 2.0 ** np.arange(8)
-    measured = [8, 14.5, 24.8, 40.7, 59.7, 78.1, 94.0, 104.7], [8, 14.0, 22.7, 34.7, 46.3, 54.7, 59.7, 61.6]
+    measured = (
+        [8, 14.5, 24.8, 40.7, 59.7, 78.1, 94.0, 104.7],
+        [8, 14.0, 22.7, 34.7, 46.3, 54.7, 59.7, 61.6],
+    )
     dense = simulator.lower("qwen3-30b-a3b", phase="decode")
     for w, touched in zip((dense, simulator.prune(dense, "experts", 0.5)), measured, strict=True):
         at = np.flatnonzero(w.kind == Kind.EXPERTS)[0]
@@ -109,14 +126,19 @@ def test_a_benchmark_deals_tokens_out() -> None:
     m, experts, active = (np.array(v, dtype=F8) for v in ([2, 16, 2048], [128] * 3, [8] * 3))
     even = dealt_load(m, experts, active, 0.0)
     assert even.touched.tolist() == [16, 128, 128]
-    assert even.tiles[TILES.index(128.0)].tolist() == [16, 128, 128]  # 128 tokens each: no row is padded
+    # 128 tokens each: no row is padded
+    assert even.tiles[TILES.index(128.0)].tolist() == [16, 128, 128]
     law = dealt_load(m, experts, active, 1.01)
-    assert law.touched[0] == pytest.approx(16, rel=0.05)  # all are rounded to none, and 16 are dealt out again
+    # all are rounded to none, and 16 are dealt out again
+    assert law.touched[0] == pytest.approx(16, rel=0.05)
     assert 55 < law.touched[1] < 80
-    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]  # the mean is 128 tokens, and some experts have 1200
+    # the mean is 128 tokens, and some experts have 1200
+    assert law.tiles[-1][2] > 1.2 * even.tiles[-1][2]
     near = dealt_load(m, experts, active, -0.3)
-    assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])  # 0.7 to 1.3 tokens are none or one
-    assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)  # 90 to 166 tokens are one tile or two
+    # 0.7 to 1.3 tokens are none or one
+    assert (near.touched / experts).tolist() == pytest.approx([0.0, 0.5, 1.0])
+    # 90 to 166 tokens are one tile or two
+    assert near.tiles[TILES.index(128.0)][2] == pytest.approx(1.5 * 128)
 
 
 @pytest.mark.quick
@@ -128,11 +150,19 @@ def test_never_faster_than_physics(name: str) -> None:
         t = experts_time(TOKENS, *QWEN, hw, skew=skew, dtype=dtype, level=0.99)
         flops = 6.0 * TOKENS * 8 * 768 * 2048 / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
         element = 4.0 if dtype == "fp32" else 2.0
-        moved = 3 * 768 * 2048 * element * experts_touched(TOKENS, 128, 8, skew) / hw.bandwidth_bytes_per_s
+        moved = (
+            3
+            * 768
+            * 2048
+            * element
+            * experts_touched(TOKENS, 128, 8, skew)
+            / hw.bandwidth_bytes_per_s
+        )
         assert (t.lower >= np.maximum(flops, moved) * (1 - 1e-12)).all()
         assert (t.lower <= t.seconds).all()
         assert (t.seconds <= t.upper).all()
-        assert (t.seconds[1:] > 0.98 * t.seconds[:-1]).all()  # where a kernel steps up it is flat afterwards
+        # where a kernel steps up it is flat afterwards
+        assert (t.seconds[1:] > 0.98 * t.seconds[:-1]).all()
 
 
 @pytest.mark.quick
@@ -157,7 +187,9 @@ def test_fewer_experts_save_what_they_no_longer_read() -> None:
     """A quarter of the experts is removed. A decode of one sequence reads as many experts as before, a decode of 256 a
     quarter fewer, and a long prefill computes as much. Narrower experts save time in all three."""
     hw = load_hardware("h100@vllm")
-    dense, fewer, narrow = (experts_time(TOKENS, n, 2048, e, 8, hw) for n, e in ((768, 128), (768, 96), (576, 128)))
+    dense, fewer, narrow = (
+        experts_time(TOKENS, n, 2048, e, 8, hw) for n, e in ((768, 128), (768, 96), (576, 128))
+    )
     ratio = fewer.seconds / dense.seconds
     assert ratio[0] == pytest.approx(1.0, abs=0.05)
     assert ratio[4] == pytest.approx(0.75, abs=0.05)
@@ -191,7 +223,9 @@ def planted(**values: float) -> ExpertsFit:
     ]
     calls = Layers(machine, *np.array(rows, dtype=F8).T)
     known = DEFAULTS | values
-    return ExpertsFit(calls, calls.seconds(known) * np.exp(rng.normal(0, 0.02, len(rows))), "hopper")
+    return ExpertsFit(
+        calls, calls.seconds(known) * np.exp(rng.normal(0, 0.02, len(rows))), "hopper"
+    )
 
 
 def test_planted_constants_are_recovered() -> None:

@@ -32,7 +32,9 @@ def defaults(architecture: str) -> dict[str, float]:
 
 
 def model_of(gpu: str, dtype: Any = np.float64) -> ReadyModel:
-    return ready_model(Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype)
+    return ready_model(
+        Machine.of(load_hardware(gpu)), defaults(load_hardware(gpu).architecture), dtype
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,8 +57,12 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) 
 
 
 @settings(max_examples=100, deadline=None)
-@given(m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS))
-def test_more_work_is_never_faster_by_more_than_a_tile_step(m: int, n: int, k: int, axis: int, gpu: str) -> None:
+@given(
+    m=st.integers(1, 8192), n=widths, k=widths, axis=st.integers(0, 2), gpu=st.sampled_from(GPUS)
+)
+def test_more_work_is_never_faster_by_more_than_a_tile_step(
+    m: int, n: int, k: int, axis: int, gpu: str
+) -> None:
     """In the analytical model, one more whole tile may be cheaper only by the difference in efficiency of two tiles."""
     model = model_of(gpu)
     shape = np.array([[m], [n], [k]], dtype=np.float64)
@@ -74,7 +80,9 @@ def test_a_cpu_has_no_tiles_and_reads_its_weights_twice_from_some_rows_on() -> N
     t = analytical_time(m, wide, wide, model)
     weights_us = 4e6 * 4096.0**2 / 3e10
     np.testing.assert_allclose(t.memory_us, weights_us * np.array([1, 1, 2, 2]), rtol=0.01)
-    np.testing.assert_allclose(np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9)
+    np.testing.assert_allclose(
+        np.cbrt(t.compute3), 2e6 * m * 4096.0**2 / (1e12 * constants["e_tc"]), rtol=1e-9
+    )
     np.testing.assert_allclose(t.total_us, t.memory_us + np.cbrt(t.compute3) + 0.1, rtol=1e-9)
 
 
@@ -85,16 +93,27 @@ def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
     slow = c | {name: 2 * c[name] for name in twice} | {name: c[name] / 2 for name in halved}
     rates = (machine.peak_flop_per_s / 2, machine.bandwidth_bytes_per_s / 2)
     half = replace(machine, peak_flop_per_s=rates[0], bandwidth_bytes_per_s=rates[1])
-    shapes = np.array([[1, 4096, 4096], [64, 11008, 4096], [2048, 4096, 11008], [8192, 8192, 512]], dtype=np.float64).T
-    fast, slowed = analytical_time(*shapes, ready_model(machine, c)), analytical_time(*shapes, ready_model(half, slow))
-    np.testing.assert_allclose(slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12)
+    shapes = np.array(
+        [[1, 4096, 4096], [64, 11008, 4096], [2048, 4096, 11008], [8192, 8192, 512]],
+        dtype=np.float64,
+    ).T
+    fast, slowed = (
+        analytical_time(*shapes, ready_model(machine, c)),
+        analytical_time(*shapes, ready_model(half, slow)),
+    )
+    np.testing.assert_allclose(
+        slowed.total_us - 1e6 * c["t0"], 2 * (fast.total_us - 1e6 * c["t0"]), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(("m", "least"), [(1, 1.02), (16, 1.02), (2048, 1.1)])
-def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, least: float) -> None:
+def test_odd_inner_width_is_slower_than_its_aligned_neighbour(
+    gpu: str, m: int, least: float
+) -> None:
     hw = load_hardware(gpu)
-    floor = hw.bandwidth_bytes_per_s / (2.0 * 8816 * 4096)  # a kernel that reads as fast as DRAM can shows nothing
+    # a kernel that reads as fast as DRAM can shows nothing
+    floor = hw.bandwidth_bytes_per_s / (2.0 * 8816 * 4096)
     for n, k in (([8810, 8816], 4096), (4096, [8810, 8816])):
         odd, aligned = gemm_time(m, n, k, hw).seconds
         assert odd > least * aligned or aligned * floor < 1.02
@@ -103,7 +122,8 @@ def test_odd_inner_width_is_slower_than_its_aligned_neighbour(gpu: str, m: int, 
 def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
     """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472 (NIRVANA, table 8)."""
     off, on = (
-        gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum() for w in (11468, 11472)
+        gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum()
+        for w in (11468, 11472)
     )
     assert 0.33 / (0.33 + 32 * (off - on)) == pytest.approx(0.33 / 0.45, abs=0.05)
 
@@ -111,7 +131,11 @@ def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
 @pytest.mark.parametrize(("size", "halvings"), [(2.0, [0, 1, 2, 3, 0]), (1.0, [1, 1, 1, 1, 0])])
 def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[int]) -> None:
     odd, even = np.array([8.0, 4.0, 2.0, 1.0, 16.0]), np.full(5, 16.0)
-    assert alignment_halvings(odd, even, size).tolist() == alignment_halvings(even, odd, size).tolist() == halvings
+    assert (
+        alignment_halvings(odd, even, size).tolist()
+        == alignment_halvings(even, odd, size).tolist()
+        == halvings
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +151,9 @@ def test_other_kernels_gain_where_their_saving_is_the_limit(
 ) -> None:
     """2:4 saves arithmetic in prefill and up to 7 of 16 bytes in decode. Narrow weights save time if reading them takes
     the time. Scattered zeros save nothing."""
-    plain, other = (gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options))
+    plain, other = (
+        gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options)
+    )
     for gain, (least, most) in zip(plain.seconds / other.seconds, (decode, prefill), strict=True):
         assert least <= gain <= most
 
@@ -135,7 +161,11 @@ def test_other_kernels_gain_where_their_saving_is_the_limit(
 @pytest.mark.parametrize("gpu", GPUS)
 def test_steps_end_in_the_time_and_start_at_the_roofline(gpu: str) -> None:
     hw = load_hardware(gpu)
-    m, n, k = np.array([1, 100, 2048, 2048]), np.array([4096, 11008, 8810, 4096]), np.array([4096, 4096, 4096, 8809])
+    m, n, k = (
+        np.array([1, 100, 2048, 2048]),
+        np.array([4096, 11008, 8810, 4096]),
+        np.array([4096, 4096, 4096, 8809]),
+    )
     steps = gemm_time(m, n, k, hw, options=GemmOptions(detail=True)).details
     time = gemm_time(m, n, k, hw)
     assert (steps["launch"] == time.seconds).all()
@@ -151,7 +181,9 @@ def test_steps_end_in_the_time_and_start_at_the_roofline(gpu: str) -> None:
 def test_bottlenecks_are_named_and_levels_nest() -> None:
     hw = load_hardware("h100")
     t, narrow, wide = (
-        gemm_time([1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, options=GemmOptions(level=v))
+        gemm_time(
+            [1, 1, 8192], [128, 16384, 8192], [128, 16384, 8192], hw, options=GemmOptions(level=v)
+        )
         for v in (0.9, 0.5, 0.99)
     )
     assert t.bottlenecks.tolist() == ["launch", "memory", "compute"]
@@ -162,7 +194,9 @@ def test_bottlenecks_are_named_and_levels_nest() -> None:
 
 def test_warm_weights_are_faster_and_many_copies_are_cold() -> None:
     hw = replace(load_hardware("a100"), sections={})  # a fit may find no difference
-    cold, warm = (gemm_time(1, 2048, 2048, hw, options=GemmOptions(copies=c)).seconds for c in (None, 1))
+    cold, warm = (
+        gemm_time(1, 2048, 2048, hw, options=GemmOptions(copies=c)).seconds for c in (None, 1)
+    )
     assert warm < 0.95 * cold
     assert gemm_time(1, 2048, 2048, hw, options=GemmOptions(copies=1000)).seconds == pytest.approx(
         float(cold), rel=1e-3
@@ -190,7 +224,9 @@ def test_whole_waves_are_whole() -> None:
         for dtype in (np.float64, np.float32):
             m = np.array([128 * sm, 128 * sm + 1, 128 * sm + 1024], dtype=dtype)
             n, k = np.full(3, 256, dtype=dtype), np.full(3, 8192, dtype=dtype)
-            whole, begun, filled = analytical_time(m, n, k, ready_model(machine, defaults("ampere"), dtype)).total_us
+            whole, begun, filled = analytical_time(
+                m, n, k, ready_model(machine, defaults("ampere"), dtype)
+            ).total_us
             assert begun > 1.3 * whole
             assert filled < 1.1 * begun
 
@@ -204,7 +240,9 @@ def bare(name: str) -> HardwareProfile:
 @pytest.mark.parametrize("name", ["a100", "h100", "l40s", "rtx_4090", "mi300x", "h20", "b200"])
 def test_weights_alone_save_no_arithmetic(name: str, weights: str) -> None:
     hw = load_hardware(name)
-    n, k = np.array([(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192)], dtype=float).T
+    n, k = np.array(
+        [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192)], dtype=float
+    ).T
     dense, narrow = (gemm_time(8192, n, k, hw, weight_dtype=w).seconds for w in (None, weights))
     assert (narrow > 0.93 * dense).all()
     few = [gemm_time(1, n, k, hw, weight_dtype=w).seconds for w in (None, weights)]
@@ -220,7 +258,10 @@ def test_the_clock_follows_the_power_per_flop() -> None:
     assert clocked(0.8, load_hardware("mi300x")) == 0.8
     # more power is never slower
     hw = bare("h20")
-    times = [gemm_time(4096, 4096, 4096, replace(hw, power_w=p), dtype="fp8").seconds for p in (25.0, 50.0, 400.0)]
+    times = [
+        gemm_time(4096, 4096, 4096, replace(hw, power_w=p), dtype="fp8").seconds
+        for p in (25.0, 50.0, 400.0)
+    ]
     assert times[0] > times[1] > times[2]
 
 
@@ -234,11 +275,15 @@ def grid(shape: tuple[int, ...], dtype: type = np.float64) -> ResidualGrid:
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_interpolation_equals_scipys_and_is_flat_beyond_the_edges(shape: tuple[int, ...], dtype: type) -> None:
+def test_interpolation_equals_scipys_and_is_flat_beyond_the_edges(
+    shape: tuple[int, ...], dtype: type
+) -> None:
     one = grid(shape, dtype)
     points = np.random.default_rng(0).uniform(-3.0, 18.0, (len(shape), 500))
     # scipy needs two nodes an axis: one that stands alone is there twice
-    nodes = [a + s * np.arange(max(n, 2)) for a, s, n in zip(one.start, one.step, shape, strict=True)]
+    nodes = [
+        a + s * np.arange(max(n, 2)) for a, s, n in zip(one.start, one.step, shape, strict=True)
+    ]
     values = one.values.astype(np.float64)
     for axis, count in enumerate(shape):
         values = np.repeat(values, 2, axis) if count == 1 else values

@@ -23,7 +23,9 @@ H100 = simulator.load_hardware("h100")
 SEGMENT = np.array([0, 1, 2, 3, 4, 5])  # a group in each place of both phases
 
 
-def lowered(engine: str, phase: str = "decode", batch: int = 1, seq: int = 256, **more: Any) -> Workload:
+def lowered(
+    engine: str, phase: str = "decode", batch: int = 1, seq: int = 256, **more: Any
+) -> Workload:
     steps = 5 if phase in ("generate", "serve") else 0
     options = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": steps, "engine": engine}
     return simulator.lower(simulator.load_model("llama-3.2-1b"), **{**options, **more})
@@ -33,11 +35,20 @@ def passed(*workloads: Workload, hw: simulator.HardwareProfile = H100) -> Forwar
     return forward_passes(WorkloadBatch.of(workloads), hw)
 
 
-def host_of(launch: list[float], each_pass: float = 0.0, each_sequence: float = 0.0, log_sd: float = 0.5) -> Host:
+def host_of(
+    launch: list[float], each_pass: float = 0.0, each_sequence: float = 0.0, log_sd: float = 0.5
+) -> Host:
     """A host that launches groups of :data:`SEGMENT` and waits alike in both phases."""
     both = partial(np.full, (1, 2))
-    times = {"launch": np.array([launch]), "layer": np.zeros(1), "each_pass": both(each_pass), "server": both(0.0)}
-    sds = dict.fromkeys(("launch_log_sd", "pass_log_sd", "sequence_log_sd", "server_log_sd"), log_sd)
+    times = {
+        "launch": np.array([launch]),
+        "layer": np.zeros(1),
+        "each_pass": both(each_pass),
+        "server": both(0.0),
+    }
+    sds = dict.fromkeys(
+        ("launch_log_sd", "pass_log_sd", "sequence_log_sd", "server_log_sd"), log_sd
+    )
     return Host(**times, **sds, each_sequence=both(each_sequence))
 
 
@@ -45,8 +56,10 @@ def host_of(launch: list[float], each_pass: float = 0.0, each_sequence: float = 
     ("device", "launch", "each_pass", "total", "shown"),
     [
         ([2, 10, 1], [0, 0, 0], 0, 13, 13),  # no host
-        ([2, 10, 1], [1, 3, 1], 0, 13, 13),  # all but nothing hidden: the device starts with the first launch
-        ([2, 10, 1], [5, 3, 2], 0, 16, 11),  # the layers wait for the launches of what precedes them
+        # all but nothing hidden: the device starts with the first launch
+        ([2, 10, 1], [1, 3, 1], 0, 13, 13),
+        # the layers wait for the launches of what precedes them
+        ([2, 10, 1], [5, 3, 2], 0, 16, 11),
         ([2, 10, 1], [1, 30, 4], 0, 35, 0),  # the host sets the pace, and ends last
         ([2, 10, 9], [1, 30, 1], 0, 40, 9),  # the last kernel is long: it ends after the host
         ([2, 10, 1], [1, 3, 1], 20, 25, 0),  # the scheduler goes on after the last launch
@@ -62,7 +75,9 @@ def test_the_slower_of_host_and_device_by_hand(
     assert (seconds[0, 0], part[0, 0]) == (total, shown)
     # decode behaves like prefill
     if any(launch):
-        seconds, part = host_of([0.0] * 3 + launch, each_pass).total(np.array([[0.0] * 3 + device]), SEGMENT, 0.0)
+        seconds, part = host_of([0.0] * 3 + launch, each_pass).total(
+            np.array([[0.0] * 3 + device]), SEGMENT, 0.0
+        )
         assert (seconds[0, 1], part[0, 1]) == (total, shown)
 
 
@@ -70,9 +85,17 @@ SIX = st.lists(st.floats(0.0, 50.0), min_size=6, max_size=6)
 
 
 @settings(max_examples=200, deadline=None)
-@given(SIX, SIX, st.floats(0, 20), st.floats(0, 20), st.floats(-2, 2), st.floats(0, 2), st.floats(1, 3))
+@given(
+    SIX, SIX, st.floats(0, 20), st.floats(0, 20), st.floats(-2, 2), st.floats(0, 2), st.floats(1, 3)
+)
 def test_bounds_of_any_host_and_that_more_time_is_never_faster(
-    device: list[float], launch: list[float], each_pass: float, each_sequence: float, z: float, by: float, more: float
+    device: list[float],
+    launch: list[float],
+    each_pass: float,
+    each_sequence: float,
+    z: float,
+    by: float,
+    more: float,
 ) -> None:
     host, spent = host_of(launch, each_pass, each_sequence), np.array([device])
     total, shown = host.total(spent, SEGMENT, z, z)
@@ -93,7 +116,8 @@ def test_bounds_of_any_host_and_that_more_time_is_never_faster(
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize(
-    ("phase", "prefills", "decodes"), [("prefill", 1, 0), ("decode", 0, 1), ("generate", 1, 5), ("serve", 0, 5)]
+    ("phase", "prefills", "decodes"),
+    [("prefill", 1, 0), ("decode", 0, 1), ("generate", 1, 5), ("serve", 0, 5)],
 )
 def test_a_scheduler_adds_its_time_to_each_pass_and_each_sequence(
     engine: str, phase: str, prefills: int, decodes: int
@@ -102,7 +126,11 @@ def test_a_scheduler_adds_its_time_to_each_pass_and_each_sequence(
     p = passed(lowered(engine, phase, batch=batch))
     assert not p.host.launch.any()
     server = e.each_request if phase == "serve" else NOTHING
-    wanted = (prefills + decodes) * e.each_pass.value + decodes * batch * e.each_sequence.value + server.value
+    wanted = (
+        (prefills + decodes) * e.each_pass.value
+        + decodes * batch * e.each_sequence.value
+        + server.value
+    )
     assert p.host_s[0] == pytest.approx(wanted, rel=1e-12)
     assert p.total_s[0] == pytest.approx(p.device_s[0] + wanted, rel=1e-12)
     slow = p.at(1.5, -0.5)[0][0] - p.device_s[0]
@@ -120,7 +148,9 @@ def test_the_host_of_a_workstation_is_slower_by_the_factor_of_its_engine() -> No
         server, workstation = passed(*workloads), passed(*workloads, hw=rtx)
         assert (server.host_s > 0).all()
         np.testing.assert_allclose(workstation.host_s, factor * server.host_s, rtol=1e-12)
-        np.testing.assert_allclose(workstation.total_s, workstation.device_s + workstation.host_s, rtol=1e-12)
+        np.testing.assert_allclose(
+            workstation.total_s, workstation.device_s + workstation.host_s, rtol=1e-12
+        )
     assert load_engine("vllm").each_pass.workstation > 1
 
 
@@ -160,7 +190,9 @@ def test_halving_the_layers_halves_their_launches_and_width_leaves_them() -> Non
     half, narrow = simulator.prune(dense, "depth", 0.5), simulator.prune(dense, "width", 0.5)
     p = passed(dense, half, narrow)
     layers = p.workloads.groups.segment == 4
-    assert p.host.launch[:, layers].sum(axis=1) == pytest.approx(p.host.launch[0, layers].sum() * np.array([1, 0.5, 1]))
+    assert p.host.launch[:, layers].sum(axis=1) == pytest.approx(
+        p.host.launch[0, layers].sum() * np.array([1, 0.5, 1])
+    )
     assert (p.host.launch[:, ~layers] == p.host.launch[0, ~layers]).all()
     assert (p.host.each_pass == p.host.each_pass[0]).all()
     assert p.host_bound.tolist() == [True] * 3
@@ -171,7 +203,10 @@ def test_halving_the_layers_halves_their_launches_and_width_leaves_them() -> Non
 
 def test_a_pass_on_a_slower_host_is_never_faster_and_follows_the_device_less() -> None:
     for engine in ("hf", "vllm", "sglang"):
-        workloads = [lowered(engine, "decode", batch=b, seq=s) for b, s in ((1, 64), (8, 512), (64, 4096), (256, 8192))]
+        workloads = [
+            lowered(engine, "decode", batch=b, seq=s)
+            for b, s in ((1, 64), (8, 512), (64, 4096), (256, 8192))
+        ]
         p = passed(*workloads)
         z = np.linspace(-3, 3, 25)
         seconds, shares = p.at(z, z)

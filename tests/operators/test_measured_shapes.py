@@ -22,13 +22,21 @@ from simulator.uncertainty.operators import GemmOptions, gemm_time
 pytestmark = pytest.mark.quick
 
 SIZE = st.integers(1, 2**21 - 1)
-SHAPES = st.lists(st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True)
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True
+)
 
 
 def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any]:
     m, n, k = np.array(shapes).T
     times = np.arange(1.0, len(m) + 1.0) if seconds is None else np.asarray(seconds)
-    return dict(zip(NAMES, (m, n, k, times, np.full(len(m), 0.01) if half is None else np.asarray(half)), strict=True))
+    return dict(
+        zip(
+            NAMES,
+            (m, n, k, times, np.full(len(m), 0.01) if half is None else np.asarray(half)),
+            strict=True,
+        )
+    )
 
 
 def _measured(shapes: Any) -> MeasuredShapes:
@@ -74,10 +82,25 @@ def _records(**columns: Any) -> Records:
 
 
 def test_only_clean_cold_exact_rows_of_the_format_are_taken() -> None:
-    others: tuple[dict[str, Any], ...] = ({"m": 3, "purpose": "fit"}, {"m": 9, "flags": int(Flag.NOISY)})
-    others += ({"dtype": "fp16"}, {"cold": False, "copies": 1}, {"flags": int(Flag.THROTTLED)}, {"copies": 6})
-    others += ({"seconds": float("nan")}, {"operator": "low_rank", "rank": 4}, {"weight_dtype": "int8"})
-    parts = [_records(m=[1, 2], seconds=[1e-6, 2e-6]), *(_records(**{"m": 5, "seconds": 3e-6, **o}) for o in others)]
+    others: tuple[dict[str, Any], ...] = (
+        {"m": 3, "purpose": "fit"},
+        {"m": 9, "flags": int(Flag.NOISY)},
+    )
+    others += (
+        {"dtype": "fp16"},
+        {"cold": False, "copies": 1},
+        {"flags": int(Flag.THROTTLED)},
+        {"copies": 6},
+    )
+    others += (
+        {"seconds": float("nan")},
+        {"operator": "low_rank", "rank": 4},
+        {"weight_dtype": "int8"},
+    )
+    parts = [
+        _records(m=[1, 2], seconds=[1e-6, 2e-6]),
+        *(_records(**{"m": 5, "seconds": 3e-6, **o}) for o in others),
+    ]
     assert sorted(exact_arrays(Records.concat(parts), "bf16")["exact_m"].tolist()) == [1, 2, 9]
     assert exact_arrays(Records.concat(parts), "fp32") == {}
 
@@ -88,7 +111,8 @@ def test_repeats_give_their_median_and_widen_the_interval() -> None:
     assert arrays["exact_log_half"][0] == pytest.approx(0.5 * np.log(1.2))
     alone = exact_arrays(_records(m=8, seconds=1e-6), "bf16")["exact_log_half"][0]
     assert alone == pytest.approx(1.6449 * np.hypot(0.01 / 1.96, UNKNOWN_REPEAT))
-    for spread in (float("nan"), float("inf")):  # an interval without an end counts as the limit of drift
+    # an interval without an end counts as the limit of drift
+    for spread in (float("nan"), float("inf")):
         half = exact_arrays(_records(m=8, seconds=1e-6, spread=spread), "bf16")["exact_log_half"][0]
         assert half == pytest.approx(1.6449 * np.hypot(UNKNOWN_REPEAT, UNKNOWN_REPEAT))
 
@@ -107,12 +131,16 @@ def test_a_profile_keeps_them_and_a_file_gives_them_back(tmp_path: Any) -> None:
     again = load_hardware(tmp_path / "mine.yaml").sections["gemm", "bf16"].arrays
     assert again["exact_s"].tolist() == [pytest.approx(2.0 * flop_s)]
     assert "exact_m" not in without_exact(profile).sections["gemm", "bf16"].arrays
-    assert set(without_exact(profile).sections["gemm", "bf16"].arrays) == set(hw.section("gemm", "bf16").arrays)
+    assert set(without_exact(profile).sections["gemm", "bf16"].arrays) == set(
+        hw.section("gemm", "bf16").arrays
+    )
     assert with_exact(hw, _records(m=1, seconds=1e-6, dtype="fp32")) is hw
 
 
 def _provenance() -> Provenance:
-    return Provenance("a test", "0" * 64, "2026-01-01", software="none", device="none", protocol="none", rows=1)
+    return Provenance(
+        "a test", "0" * 64, "2026-01-01", software="none", device="none", protocol="none", rows=1
+    )
 
 
 def _profile(shapes: list[tuple[int, int, int]], factor: float = 1.3) -> Any:
@@ -121,22 +149,33 @@ def _profile(shapes: list[tuple[int, int, int]], factor: float = 1.3) -> Any:
     section = hw.section("gemm", "bf16")
     m, n, k = np.array(shapes).T
     arrays = _arrays(shapes, factor * gemm_time(m, n, k, hw).seconds)
-    measured = replace(section, status="calibrated", provenance=_provenance(), arrays={**section.arrays, **arrays})
+    measured = replace(
+        section, status="calibrated", provenance=_provenance(), arrays={**section.arrays, **arrays}
+    )
     return hw, replace(hw, sections={**hw.sections, ("gemm", "bf16"): measured})
 
 
 def test_gemm_time_takes_measured_shapes_and_marks_them() -> None:
     hw, mine = _profile([(1, 4096, 4096), (2048, 14336, 4096)])
-    m, n, k = np.array([1, 2, 2048, 2048]), np.array([4096, 4096, 14336, 14336]), np.array([4096, 4096, 4096, 4097])
+    m, n, k = (
+        np.array([1, 2, 2048, 2048]),
+        np.array([4096, 4096, 14336, 14336]),
+        np.array([4096, 4096, 4096, 4097]),
+    )
     model, t = gemm_time(m, n, k, hw), gemm_time(m, n, k, mine)
     assert t.details["measured"].tolist() == [True, False, True, False]
     assert model.details["measured"].tolist() == [False] * 4
     assert t.seconds.tolist() == pytest.approx((model.seconds * [1.3, 1.0, 1.3, 1.0]).tolist())
-    assert (t.upper / t.seconds)[t.details["measured"]].tolist() == pytest.approx([np.exp(0.01)] * 2)
+    assert (t.upper / t.seconds)[t.details["measured"]].tolist() == pytest.approx(
+        [np.exp(0.01)] * 2
+    )
     assert t.lower[1] == model.lower[1]
     wide = gemm_time(m, n, k, mine, options=GemmOptions(level=0.99))
     assert wide.upper[0] > t.upper[0]
-    assert gemm_time(m, n, k, mine, options=GemmOptions(detail=True)).details["launch"].tolist() == t.seconds.tolist()
+    assert (
+        gemm_time(m, n, k, mine, options=GemmOptions(detail=True)).details["launch"].tolist()
+        == t.seconds.tolist()
+    )
     assert gemm_time(2048, 14336, 4096, mine).details["measured"].shape == ()
 
 

@@ -29,20 +29,28 @@ def test_rows_of_a_csv_are_variants_with_their_values(tmp_path: Path) -> None:
     library = read(tmp_path, ROWS)
     assert library.texts(0) == [("dense", "dense"), ("none", "dense"), ("dense", "768")]
     assert library.values["kl_div"][29].tolist() == [0.0, 0.5, 0.125]
-    sizes = read(tmp_path, "layer,kv_heads,ffn_intermediate_size,kl_div\nall,3,1536,0\nall,0,768,0.5\n")
+    sizes = read(
+        tmp_path, "layer,kv_heads,ffn_intermediate_size,kl_div\nall,3,1536,0\nall,0,768,0.5\n"
+    )
     assert sizes.texts(7) == [("dense", "dense"), ("none", "768")]
-    pandas = read(tmp_path, ",layer,mlp,kl_div\n0,all,dense,0\n1,all,none,0.5\n")  # row numbers without a name
+    # row numbers without a name
+    pandas = read(tmp_path, ",layer,mlp,kl_div\n0,all,dense,0\n1,all,none,0.5\n")
     assert list(pandas.values) == ["kl_div"]
 
 
 def test_shipped_scores_of_another_model_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^scores: expected those of llama-3\.1-8b, got those of smollm2-135m$"):
+    with pytest.raises(
+        InputError, match=r"^scores: expected those of llama-3\.1-8b, got those of smollm2-135m$"
+    ):
         read_library("smollm2-135m", load_model("llama-3.1-8b"))
 
 
 def test_a_layer_and_its_score_mean_its_removal_and_other_layers_stay_dense(tmp_path: Path) -> None:
     library = read(tmp_path, "layer,score\n10-19,0.5\n21,0.125\n")
-    assert [library.texts(i) for i in (9, 10)] == [[("dense", "dense")], [("dense", "dense"), ("none", "none")]]
+    assert [library.texts(i) for i in (9, 10)] == [
+        [("dense", "dense")],
+        [("dense", "dense"), ("none", "none")],
+    ]
     assert [library.values["score"][i].tolist() for i in (9, 21)] == [[0.0], [0.0, 0.125]]
     assert "a row is the removal of its layer" in library.notes[0]
     assert "layers 0-9, 20, 22-29 have no row; they stay dense" in library.notes[2]
@@ -50,7 +58,10 @@ def test_a_layer_and_its_score_mean_its_removal_and_other_layers_stay_dense(tmp_
     removed = [row.layer for row in plan.layers if row.mlp == "none"]
     assert 21 in removed
     assert set(removed) <= {*range(10, 20), 21}
-    with pytest.raises(InputError, match="accuracy: layer 0 has no value for attention dense, mlp dense; if it is 0"):
+    with pytest.raises(
+        InputError,
+        match="accuracy: layer 0 has no value for attention dense, mlp dense; if it is 0",
+    ):
         metric_of(read(tmp_path, "layer,accuracy\nall,0.5\n"), "")
 
 
@@ -65,7 +76,10 @@ def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer,mlp,kl_div\nall,768,0.1\n5,768,0.2\n", "layer 5 has attention dense, mlp 768 twice"),
+        (
+            "layer,mlp,kl_div\nall,768,0.1\n5,768,0.2\n",
+            "layer 5 has attention dense, mlp 768 twice",
+        ),
         ("layer,mlp,kl_div\nall,768,much\n", "kl_div: expected a number, got 'much'"),
         ("layer,mlp,kl_div\n30,768,1\n", "expected numbers from 0 to 29, got 30"),
         ("layer,mlp,kl_div\n0,4096,1\n", "expected a width up to 1536"),
@@ -82,10 +96,22 @@ def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("columns", "metric", "message"),
     [
-        ("kl_div,lm_loss", "", "metric: expected one of kl_div or lm_loss, got none; choose it with --metric"),
+        (
+            "kl_div,lm_loss",
+            "",
+            "metric: expected one of kl_div or lm_loss, got none; choose it with --metric",
+        ),
         ("kl_div", "kl", "metric 'kl' is unknown; did you mean kl_div?"),
-        ("num_params,kl_div", "num_params", "metric num_params: expected a score such as kl_div, got a time, size or"),
-        ("runtime_ms,memory_mib", "", "expected a column of scores, got only times, sizes or counts: runtime_ms or"),
+        (
+            "num_params,kl_div",
+            "num_params",
+            "metric num_params: expected a score such as kl_div, got a time, size or",
+        ),
+        (
+            "runtime_ms,memory_mib",
+            "",
+            "expected a column of scores, got only times, sizes or counts: runtime_ms or",
+        ),
         ("protocol", "", "the library has no scores"),
     ],
 )
@@ -102,13 +128,35 @@ def test_a_metric_that_is_none_or_one_of_several_is_named(
 @pytest.mark.parametrize(
     "other",
     [
-        *("num_params", "active_params", "parameters", "memory_mib", "kv_cache_memory_mib", "weights_bytes", "count"),
-        *("runtime_ms", "attention_runtime_ms", "time_ms", "latency", "decode_s", "attn_us", "seconds", "FLOPs"),
+        *(
+            "num_params",
+            "active_params",
+            "parameters",
+            "memory_mib",
+            "kv_cache_memory_mib",
+            "weights_bytes",
+            "count",
+        ),
+        *(
+            "runtime_ms",
+            "attention_runtime_ms",
+            "time_ms",
+            "latency",
+            "decode_s",
+            "attn_us",
+            "seconds",
+            "FLOPs",
+        ),
     ],
 )
 def test_times_sizes_memory_and_counts_are_no_metrics(tmp_path: Path, other: str) -> None:
     """In version 0.3 the parameters of Puzzle's library were its metric, and the plan was a model without a layer."""
-    for score in ("kl_div", "mmlu_high_school_us_history acc", "bits_per_byte", "mean acc of 5 tasks"):
+    for score in (
+        "kl_div",
+        "mmlu_high_school_us_history acc",
+        "bits_per_byte",
+        "mean acc of 5 tasks",
+    ):
         library = read(tmp_path, f"layer,mlp,{other},{score}\nall,dense,7,0\nall,768,3,0.5\n")
         name, column = metric_of(library, "")
         assert (name, column[0].tolist()) == (score, [0.0, 0.5])
@@ -132,7 +180,10 @@ def test_choices_are_all_combinations(tmp_path: Path) -> None:
         ("layers:\n  0-1: {mlp: [768]}\n  1: {mlp: [512]}\n", "layer 1 is listed twice"),
         ("layers: [1]\n", "yaml:1:9: layers: expected lists of variants by layers"),
         ("- 1\n", "expected the keys"),
-        (f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n", "layer 0: expected at most 4096 variants"),
+        (
+            f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n",
+            "layer 0: expected at most 4096 variants",
+        ),
     ],
 )
 def test_bad_choices_name_their_place(tmp_path: Path, text: str, message: str) -> None:
@@ -144,7 +195,11 @@ def test_bad_choices_name_their_place(tmp_path: Path, text: str, message: str) -
 
 def test_results_of_the_harness_are_losses(tmp_path: Path) -> None:
     for name, value in (("dense", 0.6), ("cut", 0.5)):
-        content = {"model_name": name, "results": {"arc_easy": {"acc,none": value}}, "n-shot": {"arc_easy": 0}}
+        content = {
+            "model_name": name,
+            "results": {"arc_easy": {"acc,none": value}},
+            "n-shot": {"arc_easy": 0},
+        }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     library = read(tmp_path, "layer,mlp,results\nall,dense,dense.json\nall,768,cut.json\n")
     (name,) = [name for name in library.values if "arc_easy" in name]
@@ -154,7 +209,12 @@ def test_results_of_the_harness_are_losses(tmp_path: Path) -> None:
 
 def test_single_replacements_are_combined_and_their_scores_added(tmp_path: Path) -> None:
     library = combined(read(tmp_path, ROWS))
-    assert library.texts(0) == [("dense", "dense"), ("none", "dense"), ("dense", "768"), ("none", "768")]
+    assert library.texts(0) == [
+        ("dense", "dense"),
+        ("none", "dense"),
+        ("dense", "768"),
+        ("none", "768"),
+    ]
     assert library.values["kl_div"][0].tolist() == [0.0, 0.5, 0.25, 0.75]
     with_both = combined(read(tmp_path, ROWS + "all,none,none,9\n"))
     assert len(with_both.layers[0]) == 4  # rows with both changed stay as they are
@@ -176,7 +236,9 @@ def test_other_groups_are_refused(text: object, message: str) -> None:
 
 def test_groups_cover_every_layer_once() -> None:
     for given in (None, 4, " 8 ", "2-5,9-10"):
-        assert np.concatenate([list(group) for group in groups_of(given, 30)]).tolist() == list(range(30))
+        assert np.concatenate([list(group) for group in groups_of(given, 30)]).tolist() == list(
+            range(30)
+        )
 
 
 def test_the_shipped_library_has_a_score_of_each_variant_of_each_layer() -> None:
@@ -185,7 +247,9 @@ def test_the_shipped_library_has_a_score_of_each_variant_of_each_layer() -> None
     for layer in range(30):
         texts = library.texts(layer)
         assert len(texts) == 11
-        assert {("dense", "dense"), ("kv=1", "dense"), ("none", "dense"), ("dense", "none")} < set(texts)
+        assert {("dense", "dense"), ("kv=1", "dense"), ("none", "dense"), ("dense", "none")} < set(
+            texts
+        )
         kl, perplexity = (metric_of(library, name)[1][layer] for name in ("kl_div", "perplexity"))
         assert kl[0] == pytest.approx(0.0, abs=1e-6)
         assert kl[1:].min() > 1e-4

@@ -26,11 +26,23 @@ puzzle = pytest.importorskip(
     exc_type=ImportError,
 )
 # ModelOpt's own use of PuLP and of torch
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 
 CONTENT: dict[str, Any] = {
-    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 300},
-    **{"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 100},
+    **{
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 300,
+    },
+    **{
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 100,
+    },
 }
 MODEL = from_hf_config(CONTENT)
 DENSE = MODEL.usual
@@ -43,15 +55,29 @@ NEW_TOKENS, BATCH = 64, 4
 def random_costs(rng: np.random.Generator) -> Costs:
     """Return costs that no shape explains: a plan then depends on each of them."""
     library = Library(MODEL, (VARIANTS,) * MODEL.layers)
-    found = costs(MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, new_tokens=NEW_TOKENS)
+    found = costs(
+        MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, new_tokens=NEW_TOKENS
+    )
     there = found.columns["variant"] != "none"
-    own = dict(zip(("prefill_s", "decode_s", "weights_bytes", "cache_bytes"), rng.integers(1, 1000, (4, len(found)))))
-    own = {name: values * there * (1e-6 if name.endswith("_s") else 1e3) for name, values in own.items()}
-    return replace(found, columns={**found.columns, **own, "seconds": own["prefill_s"] + own["decode_s"]})
+    own = dict(
+        zip(
+            ("prefill_s", "decode_s", "weights_bytes", "cache_bytes"),
+            rng.integers(1, 1000, (4, len(found))),
+        )
+    )
+    own = {
+        name: values * there * (1e-6 if name.endswith("_s") else 1e3)
+        for name, values in own.items()
+    }
+    return replace(
+        found, columns={**found.columns, **own, "seconds": own["prefill_s"] + own["decode_s"]}
+    )
 
 
 def dense_sum(found: Costs, *names: str) -> float:
-    return float(sum(found.columns[name][found.columns["variant"] == "dense"].sum() for name in names))
+    return float(
+        sum(found.columns[name][found.columns["variant"] == "dense"].sum() for name in names)
+    )
 
 
 def validations(path: Path, rng: np.random.Generator) -> dict[tuple[int, Block], float]:
@@ -66,13 +92,18 @@ def validations(path: Path, rng: np.random.Generator) -> dict[tuple[int, Block],
         rows[layer, block] = {
             "parent_layer_indices": [layer],
             "child_block_configs": [block_config(block, DENSE)],
-            "weight_paths": [str(checkpoint / "subblocks_safetensors" / f"block_{layer}_ffn.safetensors")],
+            "weight_paths": [
+                str(checkpoint / "subblocks_safetensors" / f"block_{layer}_ffn.safetensors")
+            ],
         }
     (path / "replacement_library.json").write_text(json.dumps(list(rows.values())))
     scores = {key: 0.0 if key[1] == DENSE else float(rng.integers(1, 1000)) / 1000 for key in rows}
     for i, key in enumerate(key for key in rows if key[1] != DENSE):
         solution = {"single_sequence_replacement": rows[key], "chosen_replacements": [rows[key]]}
-        own = {"kl_div": {"avg": scores[key], "per_sample": [scores[key]]}, "puzzle_solution": solution}
+        own = {
+            "kl_div": {"avg": scores[key], "per_sample": [scores[key]]},
+            "puzzle_solution": solution,
+        }
         (path / f"solution_{i}.json").write_text(json.dumps(own))
     args = {"teacher_dir": str(teacher), "descriptor": "llama"}
     args |= {"replacement_library_path": str(path / "replacement_library.json")}
@@ -85,10 +116,25 @@ def solved(path: Path, found: Costs, constraints: dict[str, float]) -> dict[str,
     stats = path / "subblock_stats.json"
     stats.write_text(stats_text(found))
     args = Namespace(
-        **{"puzzle_profile": None, "single_block_replacement_validation_dir": path, "gathered_metrics_path": None},
-        **{"subblock_stats_path": stats, "subblock_stats_args": [stats_args(MODEL, found.settings[0])]},
-        **{"objective": "metrics.kl_div", "mip_constraints": None, "human_constraints": constraints},
-        **{"report_additional_costs": [], "output_path": path / "out", "max_seconds_per_solution": 60.0},
+        **{
+            "puzzle_profile": None,
+            "single_block_replacement_validation_dir": path,
+            "gathered_metrics_path": None,
+        },
+        **{
+            "subblock_stats_path": stats,
+            "subblock_stats_args": [stats_args(MODEL, found.settings[0])],
+        },
+        **{
+            "objective": "metrics.kl_div",
+            "mip_constraints": None,
+            "human_constraints": constraints,
+        },
+        **{
+            "report_additional_costs": [],
+            "output_path": path / "out",
+            "max_seconds_per_solution": 60.0,
+        },
         **{"metric_overrides": None, "bigger_is_better": False},
     )
     (file,) = puzzle.run_puzzle(args)
@@ -105,7 +151,11 @@ def test_its_solver_finds_the_best_plan_at_a_latency(tmp_path: Path, seed: int) 
     cost = {(row["layer"], row["sublayer"], block): row["seconds"] for row, block in sublayers}
     plans = []
     for plan in itertools.product(VARIANTS, repeat=MODEL.layers):
-        parts = [cost[i, name, part_of(name, block)] for i, block in enumerate(plan) for name in SUBLAYERS]
+        parts = [
+            cost[i, name, part_of(name, block)]
+            for i, block in enumerate(plan)
+            for name in SUBLAYERS
+        ]
         if outside[0]["seconds"] + sum(parts) <= most:
             plans.append(sum(scores[i, block] for i, block in enumerate(plan)))
     theirs = solved(tmp_path, found, {"target_latency_seconds": most})
@@ -119,7 +169,11 @@ def test_its_other_targets_are_met(tmp_path: Path) -> None:
     first = 0.5 * dense_sum(found, "prefill_s")
     memory = 0.7 * dense_sum(found, "weights_bytes", "cache_bytes") / 2**20
     rate = 1.3 * BATCH * NEW_TOKENS / dense_sum(found, "seconds")
-    targets = {"target_time_to_first_token": first, "target_memory": memory, "target_throughput": rate}
+    targets = {
+        "target_time_to_first_token": first,
+        "target_memory": memory,
+        "target_throughput": rate,
+    }
     total = solved(tmp_path, found, targets)["total_costs"]
     assert total["stats.prefill_runtime_ms"] <= 1000 * first
     assert total["stats.memory_mib"] <= memory

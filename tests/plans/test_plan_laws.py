@@ -30,7 +30,9 @@ from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
 
 MANY = int(os.environ.get("PRUNESIM_LAWS", "8"))
-law = settings(max_examples=MANY, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+law = settings(
+    max_examples=MANY, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 LAYERS = 4  # of a shipped model: more of them repeat the same arithmetic
 
 STEPS = {"attention": 0.5, "mlp": 0.05, "experts": 0.25}
@@ -38,8 +40,23 @@ STEPS = {"attention": 0.5, "mlp": 0.05, "experts": 0.25}
 keys and values: 35 %; routed experts of few tokens: 9 %), or tiles that fill the device less well."""
 
 MODELS = (
-    *("llama-3.2-1b", "llama-3.1-8b", "llama-2-7b", "smollm2-135m", "qwen2.5-7b", "gemma-2-9b", "gemma-3-12b"),
-    *("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite", "qwen3-next-80b-a3b", "nemotron-super-49b"),
+    *(
+        "llama-3.2-1b",
+        "llama-3.1-8b",
+        "llama-2-7b",
+        "smollm2-135m",
+        "qwen2.5-7b",
+        "gemma-2-9b",
+        "gemma-3-12b",
+    ),
+    *(
+        "mixtral-8x7b",
+        "qwen3-30b-a3b",
+        "gpt-oss-20b",
+        "deepseek-v2-lite",
+        "qwen3-next-80b-a3b",
+        "nemotron-super-49b",
+    ),
 )
 HARDWARE = ("h100", "a100", "h200", "b200", "l40s", "rtx_4090", "rtx_3090", "h20", "mi300x")
 ENGINES = ("vllm", "hf", "trtllm", "sglang", "compile", "reference")
@@ -58,7 +75,8 @@ class Case:
         try:
             return search(self.model, self.hardware, targets, library, **self.request)
         except InputError as error:
-            assume("no plan of these variants" in str(error))  # else there is no such arithmetic or kernel
+            # else there is no such arithmetic or kernel
+            assume("no plan of these variants" in str(error))
             return None
 
 
@@ -88,7 +106,9 @@ def libraries(draw: st.DrawFn, model: ModelConfig) -> Library:
     library = whole.take(keep)
     scores = []
     for own, dense in zip(library.layers, model.layout):
-        removed = [1.0 - model.block_parameters(block) / model.block_parameters(dense) for block in own]
+        removed = [
+            1.0 - model.block_parameters(block) / model.block_parameters(dense) for block in own
+        ]
         scores.append(np.array([0.0, *(random.lognormal(0.0, 1.0) * r for r in removed[1:])]))
     return replace(library, values={"kl_div": tuple(scores)})
 
@@ -101,7 +121,9 @@ def test_dense_costs_add_up_and_narrower_variants_cost_no_more(case: Case) -> No
     except InputError:  # no such arithmetic or kernels there
         assume(False)
     c = found.columns
-    assert all(np.isfinite(c[name]).all() for name in ("seconds", "lower", "upper", "weights_bytes"))
+    assert all(
+        np.isfinite(c[name]).all() for name in ("seconds", "lower", "upper", "weights_bytes")
+    )
     whole = quantities([case.model], found.settings[0])["pruned_s"][0]
     dense = c["variant"] == "dense"
     assert c["seconds"][dense].sum() == pytest.approx(whole, rel=1e-9)
@@ -111,19 +133,33 @@ def test_dense_costs_add_up_and_narrower_variants_cost_no_more(case: Case) -> No
     assert (c["seconds"] <= c["upper"] + 1e-15).all()
     for layer in range(case.model.layers):
         for sublayer in ("attention", "mlp"):
-            own = np.flatnonzero((c["layer"] == layer) & (c["sublayer"] == sublayer))  # from wide to narrow
-            step = STEPS["experts" if sublayer == "mlp" and case.model.layout[layer].experts else sublayer]
+            # from wide to narrow
+            own = np.flatnonzero((c["layer"] == layer) & (c["sublayer"] == sublayer))
+            step = STEPS[
+                "experts" if sublayer == "mlp" and case.model.layout[layer].experts else sublayer
+            ]
             took = c["seconds"][own]
             most = np.minimum.accumulate(took)[:-1]
-            assert (took[1:] <= most * (1.0 + step) + 2e-6).all(), (case, layer, c["variant"][own], took)
+            assert (took[1:] <= most * (1.0 + step) + 2e-6).all(), (
+                case,
+                layer,
+                c["variant"][own],
+                took,
+            )
 
 
 @law
 @given(data=st.data(), case=cases())
-def test_more_speed_costs_more_score_and_more_variants_less(data: st.DataObject, case: Case) -> None:
+def test_more_speed_costs_more_score_and_more_variants_less(
+    data: st.DataObject, case: Case
+) -> None:
     """Up to the gap, where costs do not depend on the plan."""
     library = data.draw(libraries(case.model))
-    t1, t2 = sorted(data.draw(st.lists(st.sampled_from((1.02, 1.1, 1.2, 1.4, 1.7, 2.5)), min_size=2, max_size=2)))
+    t1, t2 = sorted(
+        data.draw(
+            st.lists(st.sampled_from((1.02, 1.1, 1.2, 1.4, 1.7, 2.5)), min_size=2, max_size=2)
+        )
+    )
     first, second = plans = [case.search(Targets(speedup=t), library) for t in (t1, t2)]
     for plan, target in zip(plans, (t1, t2)):
         if plan is not None:
@@ -134,10 +170,18 @@ def test_more_speed_costs_more_score_and_more_variants_less(data: st.DataObject,
     assert first is not None, "a plan reaches more speed but none reaches less"
     fewer = library.take([range(max(1, len(own) - 1)) for own in library.layers])
     more = Targets(speedup=t2, parameters=0.98 * second.pruned.parameters)
-    pairs = [(first, second), (second, case.search(Targets(speedup=t2), fewer)), (second, case.search(more, library))]
+    pairs = [
+        (first, second),
+        (second, case.search(Targets(speedup=t2), fewer)),
+        (second, case.search(more, library)),
+    ]
     for free, bound in pairs:
         if bound is not None:
-            assert free.score <= bound.score * (1.0 + 1e-6) + free.gap * abs(free.score) + 1e-9, (case, t1, t2)
+            assert free.score <= bound.score * (1.0 + 1e-6) + free.gap * abs(free.score) + 1e-9, (
+                case,
+                t1,
+                t2,
+            )
 
 
 @law
@@ -154,6 +198,8 @@ def test_a_written_plan_is_predicted_as_the_search_did(
     except InputError:  # then it is not written
         assume(False)
     at, own = plan.settings[0], plan.results[0]
-    (found,) = request_results([replace(at.request, model=plan.dense)], [Pruning.read(str(file))], [at.hw])
+    (found,) = request_results(
+        [replace(at.request, model=plan.dense)], [Pruning.read(str(file))], [at.hw]
+    )
     values = [(r.pruned_s, r.speedup, r.lower, r.upper) for r in (found, own)]
     assert values[0] == pytest.approx(values[1], rel=1e-9), (case, text)

@@ -66,9 +66,12 @@ def test_the_optimum_with_far_larger_scores(large: float) -> None:
 
 
 def test_the_nearest_choice_exceeds_limits_least() -> None:
-    program = Program(np.array([0, 0, 1, 1]), np.zeros(4), np.array([[4.0, 2.0, 6.0, 3.0], [1.0, 5.0, 1.0, 5.0]]))
+    program = Program(
+        np.array([0, 0, 1, 1]), np.zeros(4), np.array([[4.0, 2.0, 6.0, 3.0], [1.0, 5.0, 1.0, 5.0]])
+    )
     found = program.solve(np.array([4.0, 4.0]))
-    assert found.excess == pytest.approx(0.75)  # 4 + 3 of 4 at 1 + 5 of 4, or 2 + 6 of 4: the former exceeds less
+    # 4 + 3 of 4 at 1 + 5 of 4, or 2 + 6 of 4: the former exceeds less
+    assert found.excess == pytest.approx(0.75)
 
 
 @pytest.mark.quick
@@ -83,7 +86,9 @@ def test_the_hull_falls_in_cost_and_rises_in_score() -> None:
     assert costs[-1] == pytest.approx(least)
 
 
-def test_a_gap_bounds_what_a_better_choice_could_save_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_gap_bounds_what_a_better_choice_could_save_and_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     random = np.random.default_rng(1)
     group = np.repeat(np.arange(30), 12)
     score = np.sort(random.random((30, 12)), axis=1).ravel()

@@ -18,8 +18,15 @@ from simulator.plans.library import Entry, read_library, read_puzzle, read_valid
 
 pytestmark = pytest.mark.quick
 
-SIZES = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
-MODEL = from_hf_config({"model_type": "llama", "vocab_size": 100, "intermediate_size": 2048, **SIZES})
+SIZES = {
+    "hidden_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+MODEL = from_hf_config(
+    {"model_type": "llama", "vocab_size": 100, "intermediate_size": 2048, **SIZES}
+)
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512}
 ROUTED = from_hf_config({"model_type": "mixtral", "vocab_size": 100, **EXPERTS, **SIZES})
 DENSE = MODEL.usual
@@ -34,14 +41,23 @@ def plain(entries: list[Entry]) -> list[tuple[int, Block, dict[str, float]]]:
 
 
 def variant(groups: int, inner: int, ms: float, kl: float) -> dict[str, Any]:
-    stats = {"num_kv_heads": groups, "ffn_intermediate_size": inner, "memory_mib": 10.0, "runtime_ms": ms}
+    stats = {
+        "num_kv_heads": groups,
+        "ffn_intermediate_size": inner,
+        "memory_mib": 10.0,
+        "runtime_ms": ms,
+    }
     return {"stats": stats | {"num_params": 1000}, "metrics": {"kl_div": kl, "lm_loss": 2 + kl}}
 
 
 PUZZLE = {
     f"layer_{layer}": {
-        "attention = 4 kv heads (parent * 100%)\t&&\tffn = 2e3 (parent * 100%)": variant(4, 2048, 3.0, 0.0),
-        "attention = 1 kv heads (parent * 25%)\t&&\tffn = no_op (parent * 0%)": variant(1, 0, 1.0, 0.25),
+        "attention = 4 kv heads (parent * 100%)\t&&\tffn = 2e3 (parent * 100%)": variant(
+            4, 2048, 3.0, 0.0
+        ),
+        "attention = 1 kv heads (parent * 25%)\t&&\tffn = no_op (parent * 0%)": variant(
+            1, 0, 1.0, 0.25
+        ),
         "attention = no_op (parent * 0%)\t&&\tffn = 1e3 (parent * 50%)": variant(0, 1024, 1.5, 0.5),
     }
     for layer in range(2)
@@ -52,10 +68,16 @@ def test_the_library_of_puzzle_has_shapes_scores_and_times(tmp_path: Path) -> No
     found = read(PUZZLE)
     assert plain(found[3:]) == [
         (1, DENSE, {"runtime_ms": 3.0, "kl_div": 0.0, "lm_loss": 2.0}),
-        (1, replace(DENSE, kv_heads=1, inner=0), {"runtime_ms": 1.0, "kl_div": 0.25, "lm_loss": 2.25}),
+        (
+            1,
+            replace(DENSE, kv_heads=1, inner=0),
+            {"runtime_ms": 1.0, "kl_div": 0.25, "lm_loss": 2.25},
+        ),
         (1, Block(0, 0, 1024), {"runtime_ms": 1.5, "kl_div": 0.5, "lm_loss": 2.5}),
     ]
-    assert found[0].place.startswith("own.json: layer_0.attention = 4 kv heads (parent * 100%) && ffn")
+    assert found[0].place.startswith(
+        "own.json: layer_0.attention = 4 kv heads (parent * 100%) && ffn"
+    )
     (file := tmp_path / "block_library.json").write_text(json.dumps(PUZZLE))
     library = read_library(file, MODEL)
     assert [own.tolist() for own in library.values["kl_div"]] == [[0.0, 0.25, 0.5]] * 2
@@ -65,28 +87,50 @@ def test_the_library_of_puzzle_has_shapes_scores_and_times(tmp_path: Path) -> No
 def config(groups: int | str = 4, inner: int | str = 2048) -> dict[str, Any]:
     """Return a layer as ModelOpt writes it: with all keys."""
     attention, mlp = (
-        {"no_op": size == "none", "replace_with_linear": size == "linear", "sparsify": None} for size in (groups, inner)
+        {"no_op": size == "none", "replace_with_linear": size == "linear", "sparsify": None}
+        for size in (groups, inner)
     )
-    attention |= {"num_key_value_heads": {"none": None, "linear": 4}.get(str(groups), groups), "llama4": None}
+    attention |= {
+        "num_key_value_heads": {"none": None, "linear": 4}.get(str(groups), groups),
+        "llama4": None,
+    }
     mlp |= {"moe": None, "intermediate_size": {"none": None, "linear": 2048}.get(str(inner), inner)}
     return {"attention": attention, "ffn": mlp, "parallel_blocks": None}
 
 
 def validation(layer: int, child: dict[str, Any], kl: float) -> dict[str, Any]:
-    one = {"parent_layer_indices": [layer], "child_block_configs": [child], "weight_paths": ["/own"]}
-    scores = {"kl_div": {"avg": kl, "per_sample": [kl, kl]}, "token_accuracy_top_1": {"avg": 0.5, "per_sample": [0.5]}}
-    return {**scores, "i_solution": 3, "puzzle_solution": {"single_sequence_replacement": one}, "args": {"seed": 1}}
+    one = {
+        "parent_layer_indices": [layer],
+        "child_block_configs": [child],
+        "weight_paths": ["/own"],
+    }
+    scores = {
+        "kl_div": {"avg": kl, "per_sample": [kl, kl]},
+        "token_accuracy_top_1": {"avg": 0.5, "per_sample": [0.5]},
+    }
+    return {
+        **scores,
+        "i_solution": 3,
+        "puzzle_solution": {"single_sequence_replacement": one},
+        "args": {"seed": 1},
+    }
 
 
 def folder(path: Path, **changed: Any) -> Path:
     path.mkdir(exist_ok=True)
     single = validation(1, config(), 0.75)
-    single["puzzle_solution"] = {"single_block_replacement": {"block_idx": 1, "block_config": config(4, "none")}}
+    single["puzzle_solution"] = {
+        "single_block_replacement": {"block_idx": 1, "block_config": config(4, "none")}
+    }
     files = {
         "solution_0.json": validation(0, config(2, 1024), 0.5),
         "solution_1.json": validation(1, config("none", "linear"), 0.25),
         "solution_2.json": single,
-        "teacher.json": {"token_accuracy_top_1": {"avg": 0.75}, "lm_loss": {"avg": 2.0}, "args": {}},
+        "teacher.json": {
+            "token_accuracy_top_1": {"avg": 0.75},
+            "lm_loss": {"avg": 2.0},
+            "args": {},
+        },
         "other.json": [],
     }
     for name, content in (files | changed).items():
@@ -104,7 +148,10 @@ def test_a_folder_of_validations_has_the_scores_of_the_teacher_too(tmp_path: Pat
         (0, DENSE, {"one_minus_token_accuracy_top_1": 0.25, **teacher}),
         (1, DENSE, {"one_minus_token_accuracy_top_1": 0.25, **teacher}),
     ]
-    assert [own.tolist() for own in read_library(path, MODEL).values["kl_div"]] == [[0.0, 0.5], [0.0, 0.25, 0.75]]
+    assert [own.tolist() for own in read_library(path, MODEL).values["kl_div"]] == [
+        [0.0, 0.5],
+        [0.0, 0.25, 0.75],
+    ]
     # a dense layer that was validated as the others keeps its score
     (path / "solution_3.json").write_text(json.dumps(validation(0, config(), 0.125)))
     dense = [e for e in read_validations(path, MODEL) if e.block == DENSE]
@@ -113,20 +160,28 @@ def test_a_folder_of_validations_has_the_scores_of_the_teacher_too(tmp_path: Pat
 
 def test_keys_of_decilm_and_experts_are_read(tmp_path: Path) -> None:
     deci = {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}}
-    found = read_validations(folder(tmp_path / "deci", **{"solution_0.json": validation(0, deci, 0.5)}), MODEL)
+    found = read_validations(
+        folder(tmp_path / "deci", **{"solution_0.json": validation(0, deci, 0.5)}), MODEL
+    )
     assert found[0].block == replace(DENSE, kv_heads=2, inner=512)
     moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "expert_intermediate_dim": 512}
     file = tmp_path / "solution_0.json"
     file.write_text(json.dumps(validation(0, config() | {"ffn": {"moe": moe}}, 0.5)))
     assert read_validations(tmp_path, ROUTED)[0].block == replace(ROUTED.usual, experts=4)
-    file.write_text(json.dumps(validation(0, config() | {"ffn": {"moe": moe | {"num_local_experts": 9}}}, 0.5)))
-    with pytest.raises(InputError, match=r"child_block_configs\[0\]: experts: expected at most 8, got 9"):
+    file.write_text(
+        json.dumps(validation(0, config() | {"ffn": {"moe": moe | {"num_local_experts": 9}}}, 0.5))
+    )
+    with pytest.raises(
+        InputError, match=r"child_block_configs\[0\]: experts: expected at most 8, got 9"
+    ):
         read_validations(tmp_path, ROUTED)
 
 
 def test_folders_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path / "own")
-    with pytest.raises(InputError, match=r"has no files \*solution\*.json; expected the folder single_sequence"):
+    with pytest.raises(
+        InputError, match=r"has no files \*solution\*.json; expected the folder single_sequence"
+    ):
         read_validations(tmp_path, MODEL)
     for name, value, reason in (
         ("MOST_FOLDER_BYTES", 1000, "expected files of at most 1e-06 GB together"),
@@ -150,16 +205,30 @@ def _child(**change: Any) -> Callable[[Any], Any]:
     ("change", "reason"),
     [
         (lambda v: v.pop("puzzle_solution"), "puzzle_solution: missing; expected an object"),
-        (lambda v: v["kl_div"].update(avg=float("nan")), "kl_div.avg: expected a finite number, got"),
-        (_one(parent_layer_indices=[2]), r"parent_layer_indices\[0\]: expected an integer from 0 to 1, got 2"),
-        (_one(parent_layer_indices=[0, 1]), r"parent_layer_indices: expected a list of one layer, got \[0, 1\]"),
+        (
+            lambda v: v["kl_div"].update(avg=float("nan")),
+            "kl_div.avg: expected a finite number, got",
+        ),
+        (
+            _one(parent_layer_indices=[2]),
+            r"parent_layer_indices\[0\]: expected an integer from 0 to 1, got 2",
+        ),
+        (
+            _one(parent_layer_indices=[0, 1]),
+            r"parent_layer_indices: expected a list of one layer, got \[0, 1\]",
+        ),
         (_one(child_block_configs=[3]), "child_block_configs: expected a list of 1 objects"),
         (_child(ffn={}), r"child_block_configs\[0\].ffn.ffn_mult: missing"),
         (_child(ffn={"intermediate_size": 4096}), r"\[0\]: inner: expected at most 2048, got 4096"),
-        (_child(attention={"num_key_value_heads": 3}), "attention.num_key_value_heads: expected a divisor of 8 query"),
+        (
+            _child(attention={"num_key_value_heads": 3}),
+            "attention.num_key_value_heads: expected a divisor of 8 query",
+        ),
     ],
 )
-def test_wrong_validations_are_named(tmp_path: Path, change: Callable[[Any], Any], reason: str) -> None:
+def test_wrong_validations_are_named(
+    tmp_path: Path, change: Callable[[Any], Any], reason: str
+) -> None:
     content = validation(0, config(2, 1024), 0.5)
     change(content)
     path = folder(tmp_path / "own", **{"solution_0.json": content})
@@ -173,7 +242,9 @@ def _puzzle(**change: Any) -> dict[str, Any]:
     return {"layer_0": {"own": {part: own[part] | change.get(part, {}) for part in own}}}
 
 
-OTHER = "own.json: expected Puzzle's block_library.json .*, or the folder of Puzzletron's validations"
+OTHER = (
+    "own.json: expected Puzzle's block_library.json .*, or the folder of Puzzletron's validations"
+)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +255,22 @@ OTHER = "own.json: expected Puzzle's block_library.json .*, or the folder of Puz
         ({"replacement_0": {"metrics": {}}}, OTHER),
         ({"layer_2": {"own": {}}}, "own.json: layer_2: expected layer_0 to layer_1"),
         ({"layer_0": {"own": {}}}, "own.json: layer_0.own.stats: missing; expected an object"),
-        (_puzzle(stats={"num_kv_heads": 3}), "layer_0.own.stats.num_kv_heads: expected a divisor of 8 query heads"),
-        (_puzzle(stats={"runtime_ms": "1"}), "layer_0.own.stats.runtime_ms: expected a finite number, got '1'"),
-        (_puzzle(metrics={"kl_div": float("nan")}), "layer_0.own.metrics.kl_div: expected a finite number, got"),
-        (_puzzle(metrics={"kl_div": 10**4000}), "layer_0.own.metrics.kl_div: expected a finite number, got"),
+        (
+            _puzzle(stats={"num_kv_heads": 3}),
+            "layer_0.own.stats.num_kv_heads: expected a divisor of 8 query heads",
+        ),
+        (
+            _puzzle(stats={"runtime_ms": "1"}),
+            "layer_0.own.stats.runtime_ms: expected a finite number, got '1'",
+        ),
+        (
+            _puzzle(metrics={"kl_div": float("nan")}),
+            "layer_0.own.metrics.kl_div: expected a finite number, got",
+        ),
+        (
+            _puzzle(metrics={"kl_div": 10**4000}),
+            "layer_0.own.metrics.kl_div: expected a finite number, got",
+        ),
     ],
 )
 def test_other_content_is_named(content: Any, reason: str) -> None:
@@ -202,7 +285,10 @@ def test_other_content_is_named(content: Any, reason: str) -> None:
     [
         ('{"layer_0": {}, "layer_0": {}}', "own.json: key 'layer_0': expected once in an object"),
         ("[" * 50_000_000, "own.json: is larger than 20 MB"),
-        ('{"layer_0": {"own": {"stats": {"num_kv_heads": ' + '{"a":' * 900 + "1" + "}" * 904, "own.json: "),
+        (
+            '{"layer_0": {"own": {"stats": {"num_kv_heads": ' + '{"a":' * 900 + "1" + "}" * 904,
+            "own.json: ",
+        ),
     ],
 )
 def test_hostile_files_are_rejected(tmp_path: Path, text: str, reason: str) -> None:
@@ -215,7 +301,12 @@ def test_hostile_files_are_rejected(tmp_path: Path, text: str, reason: str) -> N
 
 def test_models_that_the_formats_cannot_state_are_named() -> None:
     for name in ("deepseek-v2-lite", "qwen3-next-80b-a3b"):
-        with pytest.raises(InputError, match=f"expected a model with key/value heads in all layers, got {name}"):
+        with pytest.raises(
+            InputError, match=f"expected a model with key/value heads in all layers, got {name}"
+        ):
             read(PUZZLE, load_model(name))
-    with pytest.raises(InputError, match=r"own.json: layer_0: expected a layer with an MLP, but mixtral has experts"):
+    with pytest.raises(
+        InputError,
+        match=r"own.json: layer_0: expected a layer with an MLP, but mixtral has experts",
+    ):
         read({"layer_0": {}}, ROUTED)

@@ -104,7 +104,11 @@ def test_several_targets_hold_in_every_setting(file: Path) -> None:
     assert len(plan.results) == 4
     assert len(plan.targets) == 16
     for row in plan.targets:
-        better = row.reached >= row.wanted if row.target == "tokens_per_s" else row.reached <= row.wanted * (1 + 1e-9)
+        better = (
+            row.reached >= row.wanted
+            if row.target == "tokens_per_s"
+            else row.reached <= row.wanted * (1 + 1e-9)
+        )
         assert better, row
 
 
@@ -147,7 +151,10 @@ def test_other_rules_choose_worse_plans(plan: Plan) -> None:
             assert other.point.score >= plan.score - 1e-9
         else:
             assert other.point.speedup < 1.5
-    assert {(a.chosen_by, a.budget) for a in plan.alternatives} >= {("parameters", "same"), ("FLOPs", "targets")}
+    assert {(a.chosen_by, a.budget) for a in plan.alternatives} >= {
+        ("parameters", "same"),
+        ("FLOPs", "targets"),
+    }
 
 
 def test_the_frontier_rises_in_score_and_speed(plan: Plan) -> None:
@@ -161,14 +168,22 @@ def test_a_higher_metric_can_be_better(file: Path, plan: Plan, tmp_path: Path) -
     first, *rows = file.read_text().splitlines()
     pairs = [row.rsplit(",", 1) for row in rows]
     up = tmp_path / "accuracy.csv"
-    up.write_text("\n".join([first.replace("kl_div", "accuracy"), *(f"{a},{1 - float(s)}" for a, s in pairs)]))
-    assert search(MODEL, "h100", 1.5, up, batch=8, maximise=True).score == pytest.approx(plan.score, abs=1e-4)
+    up.write_text(
+        "\n".join([first.replace("kl_div", "accuracy"), *(f"{a},{1 - float(s)}" for a, s in pairs)])
+    )
+    assert search(MODEL, "h100", 1.5, up, batch=8, maximise=True).score == pytest.approx(
+        plan.score, abs=1e-4
+    )
     assert "; use --maximise if" in " ".join(search(MODEL, "h100", 1.5, up, batch=8).notes)
-    assert "; omit --maximise if" in " ".join(search(MODEL, "h100", 1.5, file, batch=8, maximise=True).notes)
+    assert "; omit --maximise if" in " ".join(
+        search(MODEL, "h100", 1.5, file, batch=8, maximise=True).notes
+    )
 
 
 def test_unreachable_targets_name_the_nearest_plan(file: Path) -> None:
-    with pytest.raises(InputError, match=r"the nearest reaches speedup [\d.]+x of 100x on h100_sxm in vllm") as error:
+    with pytest.raises(
+        InputError, match=r"the nearest reaches speedup [\d.]+x of 100x on h100_sxm in vllm"
+    ) as error:
         search(MODEL, "h100", 100.0, file, batch=8)
     assert "\n" not in str(error.value)
 

@@ -9,7 +9,15 @@ import pytest
 from simulator.errors import InputError
 from simulator.models.config import Block
 from simulator.models.library import load_model
-from simulator.plans.variants import ALIGNMENT, generated, joined, part_of, text_of, variant, without
+from simulator.plans.variants import (
+    ALIGNMENT,
+    generated,
+    joined,
+    part_of,
+    text_of,
+    variant,
+    without,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -20,14 +28,21 @@ ROUTED = Block(32, 4, 0, experts=128, active=8.0, expert_inner=768)
 @pytest.mark.parametrize(
     ("sublayer", "dense", "text"),
     [
-        *(("attention", DENSE, text) for text in ("dense", "none", "linear", "kv=4", "heads=16", "heads=16 kv=4")),
+        *(
+            ("attention", DENSE, text)
+            for text in ("dense", "none", "linear", "kv=4", "heads=16", "heads=16 kv=4")
+        ),
         *(("mlp", DENSE, text) for text in ("dense", "none", "linear", "7168")),
-        *(("mlp", ROUTED, text) for text in ("dense", "none", "experts=64", "width=512", "experts=64 width=512")),
+        *(
+            ("mlp", ROUTED, text)
+            for text in ("dense", "none", "experts=64", "width=512", "experts=64 width=512")
+        ),
     ],
 )
 def test_texts_are_read_back(sublayer: str, dense: Block, text: str) -> None:
     assert text_of(sublayer, variant(sublayer, text, dense), dense) == text
-    assert variant("mlp", "experts=4", ROUTED).active == 4.0  # fewer experts than a token uses are all used
+    # fewer experts than a token uses are all used
+    assert variant("mlp", "experts=4", ROUTED).active == 4.0
 
 
 @pytest.mark.parametrize(
@@ -63,5 +78,8 @@ def test_generated_widths_are_aligned_and_shared_by_the_devices(devices: int) ->
     groups = [block.kv_heads for block in generated("attention", model, model.usual, devices)]
     assert all(many % devices == 0 for many in groups)
     latent = load_model("deepseek-v2-lite")
-    texts = [text_of("attention", b, latent.layout[1]) for b in generated("attention", latent, latent.layout[1])]
+    texts = [
+        text_of("attention", b, latent.layout[1])
+        for b in generated("attention", latent, latent.layout[1])
+    ]
     assert texts == ["dense", "none"]

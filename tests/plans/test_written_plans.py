@@ -35,7 +35,9 @@ def test_shapes_that_a_format_cannot_state_are_named() -> None:
     pruned = planned(MODEL, [variant("mlp", "linear", MODEL.usual), *MODEL.layout[1:]])
     with pytest.raises(InputError, match="no linear sublayers"):
         plan_text(MODEL, pruned)
-    library = Library(MODEL, tuple((own, variant("attention", "heads=16", own)) for own in MODEL.layout))
+    library = Library(
+        MODEL, tuple((own, variant("attention", "heads=16", own)) for own in MODEL.layout)
+    )
     with pytest.raises(InputError, match="expected 32 query heads in each layer, got 16"):
         stats_text(costs(MODEL, "h100", library, phase="generate"))
 
@@ -46,12 +48,26 @@ def test_costs_are_written_in_milliseconds_and_mebibytes() -> None:
     few = (dense, variant("mlp", "none", dense), variant("attention", "linear", dense))
     library = Library(MODEL, (few,) * MODEL.layers)
     found = costs(
-        MODEL, "h100", library, phase="generate", batch=8, seq=512, new_tokens=64, dtype="fp8", kv_dtype="bf16"
+        MODEL,
+        "h100",
+        library,
+        phase="generate",
+        batch=8,
+        seq=512,
+        new_tokens=64,
+        dtype="fp8",
+        kv_dtype="bf16",
     )
     (content,) = json.loads(stats_text(found))
     assert content["args"] == {
         **{"gpu": "h100_sxm", "batch_size": 8, "prefill_seq_len": 512, "generation_seq_len": 64},
-        **{"prefill_queue_size": 0, "n_embd": 2048, "n_head": 32, "vocab_size": 128256, "runtime_stats": True},
+        **{
+            "prefill_queue_size": 0,
+            "n_embd": 2048,
+            "n_head": 32,
+            "vocab_size": 128256,
+            "runtime_stats": True,
+        },
         **{"use_cuda_graph": True, "weights_dtype": "torch.float8_e4m3fn"},
         **{"activations_dtype": "torch.float8_e4m3fn", "kv_cache_dtype": "torch.bfloat16"},
     }
@@ -62,15 +78,27 @@ def test_costs_are_written_in_milliseconds_and_mebibytes() -> None:
         **{"subblock_config_class": "AttentionConfig", "parent_layer_index": 0},
         **{"runtime_ms": 1e3 * row["seconds"], "prefill_runtime_ms": 1e3 * row["prefill_s"]},
         **{"decode_runtime_ms": 1e3 * row["decode_s"], "num_params": round(row["parameters"])},
-        **{"active_params": round(row["parameters"]), "kv_cache_memory_mib": row["cache_bytes"] / 2**20},
+        **{
+            "active_params": round(row["parameters"]),
+            "kv_cache_memory_mib": row["cache_bytes"] / 2**20,
+        },
         "memory_mib": (row["weights_bytes"] + row["cache_bytes"]) / 2**20,
     }
-    assert linear["subblock_config"] == {"no_op": False, "replace_with_linear": True, "num_key_value_heads": 8}
-    assert mlp["subblock_config"] == {"no_op": False, "replace_with_linear": False, "intermediate_size": 8192}
+    assert linear["subblock_config"] == {
+        "no_op": False,
+        "replace_with_linear": True,
+        "num_key_value_heads": 8,
+    }
+    assert mlp["subblock_config"] == {
+        "no_op": False,
+        "replace_with_linear": False,
+        "intermediate_size": 8192,
+    }
     assert (mlp["subblock_config_class"], none["runtime_ms"]) == ("FFNConfig", 0.0)
     assert none["subblock_config"] == {"no_op": True, "replace_with_linear": False}
     assert content["subblocks"][4]["parent_layer_index"] == 1
-    assert len({frozenset(row) for row in content["subblocks"]}) == 1  # the solver adds attention and MLP key by key
+    # the solver adds attention and MLP key by key
+    assert len({frozenset(row) for row in content["subblocks"]}) == 1
     assert content["non_block"].keys() < attention.keys()
 
 
@@ -79,11 +107,15 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_uses() -> None:
     model = load_model("qwen3-30b-a3b")
     (content,) = json.loads(stats_text(costs(model, "h100", phase="generate")))
     mlp = next(row for row in content["subblocks"] if row["subblock_config"].get("moe"))
-    assert mlp["num_params"] - mlp["active_params"] == (128 - 8) * model.expert_parameters(model.usual)
+    assert mlp["num_params"] - mlp["active_params"] == (128 - 8) * model.expert_parameters(
+        model.usual
+    )
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_format_has_a_name(name: str) -> None:
     at = costs(MODEL, "h100", Library(MODEL, tuple((own,) for own in MODEL.layout))).settings[0]
-    assert stats_args(MODEL, replace(at, request=replace(at.request, kv_dtype=name)))["kv_cache_dtype"]
+    assert stats_args(MODEL, replace(at, request=replace(at.request, kv_dtype=name)))[
+        "kv_cache_dtype"
+    ]

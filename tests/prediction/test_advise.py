@@ -10,14 +10,24 @@ import pytest
 
 import simulator
 from simulator.errors import InputError
-from simulator.prediction.advise import BOTH, COARSE, FINE, LARGEST_SPARSITY, Advised, Target, advise
+from simulator.prediction.advise import (
+    BOTH,
+    COARSE,
+    FINE,
+    LARGEST_SPARSITY,
+    Advised,
+    Target,
+    advise,
+)
 from simulator.prediction.service import probability_of
 from simulator.pruning import general_families
 
 MODEL, HARDWARE = "llama-3.1-8b", "a100_sxm_80gb"
 
 
-def predicted(family: str, sparsity: float, phase: str, engine: str = "reference") -> tuple[float, float]:
+def predicted(
+    family: str, sparsity: float, phase: str, engine: str = "reference"
+) -> tuple[float, float]:
     """Speedup and its lower end, from a prediction of its own."""
     text = f"depth {sparsity} + width {sparsity}" if family == BOTH else f"{family} {sparsity}"
     r = simulator.predict(MODEL, text, HARDWARE, phase=phase, engine=engine)
@@ -39,7 +49,9 @@ def test_every_family_is_advised_once_and_the_least_comes_first(found: Advised) 
     reached = [a.result.realised_sparsity for a in found.advice if a.reached]
     assert 0 < len(reached) < len(found.advice)
     assert reached == sorted(reached)
-    assert [a.reached for a in found.advice] == sorted((a.reached for a in found.advice), reverse=True)
+    assert [a.reached for a in found.advice] == sorted(
+        (a.reached for a in found.advice), reverse=True
+    )
 
 
 def test_the_least_sparsity_reaches_the_target_and_less_does_not(found: Advised) -> None:
@@ -76,7 +88,8 @@ def test_the_required_probability_is_kept(probability: float) -> None:
 def test_the_probability_is_that_of_the_interval() -> None:
     for level in (0.5, 0.9, 0.99):
         z = NormalDist().inv_cdf(0.5 + level / 2)
-        lower, upper = 1.5 * np.exp(-0.1 * z), 1.5 * np.exp(0.2 * z)  # log deviations .1 below and .2 above
+        # log deviations .1 below and .2 above
+        lower, upper = 1.5 * np.exp(-0.1 * z), 1.5 * np.exp(0.2 * z)
         draws = np.random.default_rng(7).normal(size=200_000)
         truth = 1.5 * np.exp(np.where(draws < 0, 0.1, 0.2) * draws)
         for target in (1.2, 1.4, 1.5, 1.7, 2.2):
@@ -87,14 +100,19 @@ def test_the_probability_is_that_of_the_interval() -> None:
 
 def test_a_time_and_a_throughput_are_targets() -> None:
     latency = advise("llama-3.2-3b", ["a100", "l4"], Target(latency_s=15e-3), ["depth"], batch=4)
-    tokens = advise("llama-3.2-3b", ["a100", "l4"], Target(tokens_per_s=4 / 15e-3), ["depth"], batch=4)
+    tokens = advise(
+        "llama-3.2-3b", ["a100", "l4"], Target(tokens_per_s=4 / 15e-3), ["depth"], batch=4
+    )
     (of_time,), (of_rate,) = latency.advice, tokens.advice
     assert of_time.result == of_rate.result
     assert of_time.target == pytest.approx(of_time.result.dense_s / 15e-3)
     assert of_time.result.hardware == "l4"
     assert of_time.result.pruned_s <= 15e-3
     assert latency.dense == ("a100_sxm_80gb in vllm (decode, batch 4, seq 2048)",)
-    rate, request = Target(tokens_per_s=400.0), {"phase": "generate", "batch": 2, "seq": 64, "new_tokens": 16}
+    rate, request = (
+        Target(tokens_per_s=400.0),
+        {"phase": "generate", "batch": 2, "seq": 64, "new_tokens": 16},
+    )
     (a,) = advise("llama-3.2-1b", ["l4"], rate, ["depth"], **request).advice
     assert a.result.tokens_per_s is not None
     assert a.result.tokens_per_s / 400.0 == pytest.approx(a.result.speedup / a.target)

@@ -11,7 +11,9 @@ from simulator.prediction.sentences import break_even, of_speedups
 from simulator.prediction.table import predict
 
 
-def results(*speedups: tuple[float, float, float], axis: str = "batch", first: int = 1) -> list[Result]:
+def results(
+    *speedups: tuple[float, float, float], axis: str = "batch", first: int = 1
+) -> list[Result]:
     base = predict("llama-3.2-1b", "depth 0.25", "h100", phase="decode")
     values = [first * 2**i for i in range(len(speedups))]
     return [
@@ -26,14 +28,21 @@ GAIN, MAYBE, LOSS = (1.2, 1.1, 1.3), (1.02, 0.97, 1.06), (0.9, 0.85, 0.95)
 @pytest.mark.parametrize(
     ("speedups", "verdict"),
     [
-        ((GAIN, GAIN), "pays at every batch from 1 to 2 (1.20x, 1.10-1.30, at 1; 1.20x, 1.10-1.30, at 2)"),
+        (
+            (GAIN, GAIN),
+            "pays at every batch from 1 to 2 (1.20x, 1.10-1.30, at 1; 1.20x, 1.10-1.30, at 2)",
+        ),
         ((MAYBE, MAYBE, GAIN, GAIN), "pays from batch 4 (1.20x, 1.10-1.30); not at 2"),
         ((GAIN, GAIN, MAYBE, LOSS), "pays up to batch 2 (1.20x, 1.10-1.30); not at 4"),
         ((LOSS, LOSS), "is slower at any batch from 1 to 2; best 0.90x, 0.85-0.95 at 1"),
         ((LOSS, MAYBE), "has no certain gain at any batch from 1 to 2; best 1.02x, 0.97-1.06 at 2"),
         ((MAYBE, GAIN, LOSS), "pays at batch 2 (best 1.20x, 1.10-1.30 at 2); not at the others"),
-        ((GAIN, MAYBE, GAIN), "pays at batch 1 and 4 (best 1.20x, 1.10-1.30 at 1); not at the others"),
-        (((1.2, 1.004, 1.3), GAIN), "pays from batch 2 (1.20x, 1.10-1.30); not at 1"),  # 1.00 is not a gain
+        (
+            (GAIN, MAYBE, GAIN),
+            "pays at batch 1 and 4 (best 1.20x, 1.10-1.30 at 1); not at the others",
+        ),
+        # 1.00 is not a gain
+        (((1.2, 1.004, 1.3), GAIN), "pays from batch 2 (1.20x, 1.10-1.30); not at 1"),
     ],
 )
 def test_verdicts(speedups: tuple[tuple[float, float, float], ...], verdict: str) -> None:
@@ -51,10 +60,14 @@ def test_lengths_and_places() -> None:
     long = results(MAYBE, GAIN, axis="seq", first=1024)
     (found,) = break_even(long)
     assert found.axis == "seq"
-    assert found.sentence.startswith("depth at 25 % on h100_sxm in vllm (decode, batch 1) pays from seq 2,048 (1.20x")
+    assert found.sentence.startswith(
+        "depth at 25 % on h100_sxm in vllm (decode, batch 1) pays from seq 2,048 (1.20x"
+    )
     assert break_even(results(GAIN)) == []
     both = [replace(r, hardware=name) for name in ("a", "b") for r in results(GAIN, MAYBE)]
-    assert [b.where for b in break_even(both)] == [f"{name} in vllm (decode, seq 2048)" for name in ("a", "b")]
+    assert [b.where for b in break_even(both)] == [
+        f"{name} in vllm (decode, seq 2048)" for name in ("a", "b")
+    ]
     serve = [replace(r, phase="serve") for r in results(MAYBE, GAIN)]
     assert break_even(serve)[0].verdict.startswith("pays from concurrency 2")
 
@@ -69,7 +82,9 @@ def test_conclusions_of_many_and_few() -> None:
     assert "gives llama-3.2-1b no certain gain" in of_speedups(results(MAYBE))[0]
     many = [replace(one, prune=f"depth {i / 10}", sparsity=i / 10) for i in range(1, 6)] + [two]
     first, second = of_speedups(many)
-    assert first.startswith("On h100_sxm in vllm (decode, batch 1, seq 2048), the fastest is depth at 10 %: 1.20x")
+    assert first.startswith(
+        "On h100_sxm in vllm (decode, batch 1, seq 2048), the fastest is depth at 10 %: 1.20x"
+    )
     assert first.endswith("5 of 5 are faster with their whole interval.")
     assert second.endswith("0 of 1 are faster with their whole interval, 1 slower.")
     settings = [replace(r, hardware=name) for name in "abcde" for r in (one, two)]

@@ -11,7 +11,12 @@ import pytest
 import simulator
 from simulator.codes import Kind
 from simulator.prediction.explain import explanations
-from simulator.prediction.sentences import better_than_bound, beyond_measured, fallback, uncalibrated
+from simulator.prediction.sentences import (
+    better_than_bound,
+    beyond_measured,
+    fallback,
+    uncalibrated,
+)
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
@@ -21,14 +26,19 @@ pytestmark = pytest.mark.quick
 
 def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
     """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
-    (e,) = explanations("llama-3.1-8b", ["a100@sglang"], family="width", sparsity=0.25, batch=16, seq=16384)
+    (e,) = explanations(
+        "llama-3.1-8b", ["a100@sglang"], family="width", sparsity=0.25, batch=16, seq=16384
+    )
     assert e.result.speedup > 1.1 * e.result.roofline_bound
     found = re.search(
-        r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline", e.reason
+        r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline",
+        e.reason,
     )
     assert found
     assert int(found[1]) < int(found[2])
-    notes = table("llama-3.1-8b", "a100@sglang", ["depth", "width"], 0.25, batch=16, seq=16384).notes
+    notes = table(
+        "llama-3.1-8b", "a100@sglang", ["depth", "width"], 0.25, batch=16, seq=16384
+    ).notes
     assert sum(e.reason in note for note in notes) == 1
     (plain,) = explanations("llama-3.1-8b", ["h100"], family="width", sparsity=0.25)
     assert plain.reason == ""
@@ -47,8 +57,17 @@ def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> Non
         w = simulator.lower(simulator.load_model("llama-3.2-1b"), phase=phase, engine=engine)
         return fallback(simulator.load_hardware(gpu), w)
 
-    assert said("h100", "vllm") == said("h100", "trtllm") == said("rtx_3090", "vllm") == said("h100", "") == ""
-    assert said("rtx_4090", "trtllm") == "rtx_4090: trtllm kernels are not calibrated; vllm kernels are used instead"
+    assert (
+        said("h100", "vllm")
+        == said("h100", "trtllm")
+        == said("rtx_3090", "vllm")
+        == said("h100", "")
+        == ""
+    )
+    assert (
+        said("rtx_4090", "trtllm")
+        == "rtx_4090: trtllm kernels are not calibrated; vllm kernels are used instead"
+    )
     assert said("h100@trtllm", "vllm") == "", "asked for by name"
     part = "trtllm kernels are not calibrated for decode attention; vllm kernels are used instead"
     assert said("a100", "trtllm") == f"a100_sxm_80gb: {part}"
@@ -57,22 +76,36 @@ def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> Non
     other = "flashinfer's decode attention is not the default of sglang; if it is enabled, use h20@flashinfer"
     assert said("h20", "sglang@0.5.9") == f"h20: {other}"
     assert said("h20", "sglang@0.5.9", "prefill") == said("h20@flashinfer", "sglang@0.5.9") == ""
-    assert said("h20", "sglang") == "h20: sglang kernels are not calibrated; flashinfer kernels are used instead"
+    assert (
+        said("h20", "sglang")
+        == "h20: sglang kernels are not calibrated; flashinfer kernels are used instead"
+    )
 
 
 def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -> None:
     hw = simulator.load_hardware("h100")
     section = hw.section("gemm", "bf16")
-    few = replace(section, arrays={**section.arrays, "measured": np.array([[0.0, 7.0, 7.0], [6.0, 12.0, 12.0]])})
+    few = replace(
+        section,
+        arrays={**section.arrays, "measured": np.array([[0.0, 7.0, 7.0], [6.0, 12.0, 12.0]])},
+    )
     narrow = hw.calibrated({**hw.sections, ("gemm", "bf16"): few})
-    dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
+    dense = simulator.lower(
+        simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048
+    )
     assert beyond_measured(dense, hw) == ""
-    assert "octaves outside the measured sizes (2048 x 28672 x 4096)" in beyond_measured(dense, narrow)
-    wide, usual = (simulator.gemm_time(2048, 14336, 4096, h) for h in (narrow, hw.calibrated(hw.sections)))
+    assert "octaves outside the measured sizes (2048 x 28672 x 4096)" in beyond_measured(
+        dense, narrow
+    )
+    wide, usual = (
+        simulator.gemm_time(2048, 14336, 4096, h) for h in (narrow, hw.calibrated(hw.sections))
+    )
     assert wide.upper / wide.seconds > 1.1 * usual.upper / usual.seconds
 
 
-def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_named_with_their_share() -> None:
+def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_named_with_their_share() -> (
+    None
+):
     """A planted profile without elementwise section: GEMMs grow with the batch, elementwise operators hardly."""
     fitted = simulator.load_hardware("rtx_4090")
     sections = {key: s for key, s in fitted.sections.items() if key[0] != "elementwise"}
@@ -92,7 +125,10 @@ def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_nam
         assert r.uncalibrated == "elementwise"
         notes = uncalibrated([r, r])
         assert len(notes) == (not r.calibrated)
-        assert all(f"elementwise operators on planted ({100 * max(shares):.0f} % of the time)" in n for n in notes)
+        assert all(
+            f"elementwise operators on planted ({100 * max(shares):.0f} % of the time)" in n
+            for n in notes
+        )
         seen[r.calibrated] = max(shares)
     assert seen[True] < 0.05 < seen[False]
     whole = simulator.speedup(dense, pruned, fitted)
@@ -103,6 +139,9 @@ def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
     gpus = ["h100", "t4", "v100", "rtx_4090"]
     found = table("llama-3.1-8b", gpus, "depth", 0.25, phase="prefill", dtype="fp16")
     (note,) = uncalibrated(found)
-    assert "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm (" in note
+    assert (
+        "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm ("
+        in note
+    )
     assert "rtx_4090" not in note
     assert "prunesim calibrate" in note, "what to do"

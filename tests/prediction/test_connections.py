@@ -17,7 +17,9 @@ from simulator.prediction.sweep import read_grid, sweep_results
 pytestmark = pytest.mark.quick
 
 
-def dense(hardware: str | HardwareProfile, devices: int, link: str | None = None, phase: str = "prefill") -> Result:
+def dense(
+    hardware: str | HardwareProfile, devices: int, link: str | None = None, phase: str = "prefill"
+) -> Result:
     return predict("llama-3.1-70b", "depth 0.25", hardware, phase=phase, devices=devices, link=link)
 
 
@@ -26,7 +28,9 @@ def width(r: Result) -> float:
 
 
 def test_a_link_changes_the_time_of_a_pass_and_its_interval() -> None:
-    pair = {link: dense("a100_pcie_80gb", 2, link) for link in ("bridge", "pcie", "pcie-host", None)}
+    pair = {
+        link: dense("a100_pcie_80gb", 2, link) for link in ("bridge", "pcie", "pcie-host", None)
+    }
     assert pair["bridge"].dense_s < 0.8 * pair["pcie"].dense_s < 0.8 * pair["pcie-host"].dense_s
     assert pair[None].dense_s == pair["pcie"].dense_s
     assert width(pair["bridge"]) < width(pair["pcie"]) < width(pair[None])
@@ -47,7 +51,15 @@ def test_an_assumed_pcie_link_of_four_devices_is_uncertain_and_nvswitch_is_not(p
 
 def test_a_note_names_an_assumed_link_where_it_matters() -> None:
     def notes(hardware: str, devices: int, link: str | None = None, batch: int = 8) -> list[str]:
-        found = table("llama-3.1-8b", hardware, "depth", 0.25, batch=[batch, 2 * batch], devices=devices, link=link)
+        found = table(
+            "llama-3.1-8b",
+            hardware,
+            "depth",
+            0.25,
+            batch=[batch, 2 * batch],
+            devices=devices,
+            link=link,
+        )
         return [note for note in found.notes if "are assumed to have" in note]
 
     (one,) = notes("rtx_4090", 4)
@@ -55,7 +67,8 @@ def test_a_note_names_an_assumed_link_where_it_matters() -> None:
     assert one.endswith("use --link pcie")
     assert not notes("rtx_4090", 4, "pcie-host")
     assert not notes("rtx_4090", 1)
-    w = lower(load_model("llama-3.1-8b"), phase="decode", devices=2, engine="hf")  # collectives take little of it
+    # collectives take little of it
+    w = lower(load_model("llama-3.1-8b"), phase="decode", devices=2, engine="hf")
     assert not assumed_link(load_hardware("a100"), w)
 
 

@@ -32,11 +32,14 @@ def test_the_first_pass_of_a_draft_computes_what_the_target_accepted() -> None:
     for engine, first in (("vllm", 6), ("hf", 2)):
         settings: dict[str, Any] = {"phase": "decode", "batch": 64, "seq": 2048, "engine": engine}
         w, step = (
-            simulator.prune(simulator.lower("llama-3.1-8b", **settings, positions=p), "depth", 0.5) for p in (first, 1)
+            simulator.prune(simulator.lower("llama-3.1-8b", **settings, positions=p), "depth", 0.5)
+            for p in (first, 1)
         )
         head = w.is_role("lm_head")
         assert w.m[head] == first * step.m[head]
-        alone, both = (simulator.workload_time(one.take(~head[: len(one)]), HW).total_s for one in (step, w))
+        alone, both = (
+            simulator.workload_time(one.take(~head[: len(one)]), HW).total_s for one in (step, w)
+        )
         head_s = simulator.workload_time(step, HW).total_s - alone
         (found,) = drafts(drafted=4, acceptance=0.8, batch=64, engine=engine)
         assert found.draft_s == pytest.approx((3 * alone + both) / 4 + head_s, rel=0.06)
@@ -55,7 +58,8 @@ def test_a_draft_as_slow_as_the_target_never_pays_and_a_free_one_nearly_always()
     for row in drafts(prune="depth 0"):  # only the scheduler works once per round
         assert row.speedup < 1.06 * row.tokens / (row.drafted + 1)
         assert row.pays_from is None or row.pays_from > 0.93
-    (free,) = drafts(prune="depth 0.96875", drafted=1, acceptance=1.0)  # one of 32 layers; the head stays
+    # one of 32 layers; the head stays
+    (free,) = drafts(prune="depth 0.96875", drafted=1, acceptance=1.0)
     assert 1.6 < free.speedup < 2.0
     assert free.pays_from == pytest.approx(free.draft_s / free.dense_s, abs=0.05)
 
@@ -85,7 +89,9 @@ def test_a_check_attends_with_all_positions_and_computes_all_logits() -> None:
     assert (check.q_len[attention] == 5).all()
     assert (check.kv_len[attention] == 1005).all()
     pairs = 5 * 1003  # queries see 1,001 to 1,005 positions
-    assert check.flops[attention].sum() / step.flops[step.is_attention].sum() == pytest.approx(pairs / 1001)
+    assert check.flops[attention].sum() / step.flops[step.is_attention].sum() == pytest.approx(
+        pairs / 1001
+    )
     # keys and values are read once for all positions
     assert check.bytes[attention].sum() < 1.1 * step.bytes[step.is_attention].sum()
     touched = [w.weight_bytes_each[w.kind == Kind.EXPERTS].sum() for w in (step, check)]
@@ -102,11 +108,15 @@ def test_layers_of_the_target_share_its_memory() -> None:
     draft = memory(simulator.lower("llama-3.2-1b", batch=8), HW)
     assert own.memory_bytes == target.total_bytes
     assert narrow.memory_bytes > own.memory_bytes + 5e9
-    assert other.memory_bytes == pytest.approx(target.total_bytes + draft.weights_bytes + draft.cache_bytes)
+    assert other.memory_bytes == pytest.approx(
+        target.total_bytes + draft.weights_bytes + draft.cache_bytes
+    )
 
 
 def test_a_pruned_target_is_compared_with_the_dense_one() -> None:
-    plain, pruned = (drafts(target_prune=text, drafted=2, acceptance=0.8) for text in ("", "width mlp=0.5"))
+    plain, pruned = (
+        drafts(target_prune=text, drafted=2, acceptance=0.8) for text in ("", "width mlp=0.5")
+    )
     assert pruned.rows[0].dense_s == plain.rows[0].dense_s
     assert pruned.rows[0].speedup > 1.1 * plain.rows[0].speedup
 
@@ -118,13 +128,22 @@ def test_a_pruned_target_is_compared_with_the_dense_one() -> None:
         ({"acceptance": -0.1}, "acceptance: expected a number from 0 to 1, got -0.1"),
         ({"drafted": 0}, "drafted: expected a whole number from 1 to 64, got 0"),
         ({"drafted": 10**6}, "drafted: expected a whole number from 1 to 64, got 1000000"),
-        ({"prune": ""}, "draft: expected another model (--draft) or a pruning of the target (--prune), got neither"),
+        (
+            {"prune": ""},
+            "draft: expected another model (--draft) or a pruning of the target (--prune), got neither",
+        ),
         (
             {"draft": "llama-2-7b"},
             "draft llama-2-7b: expected the vocabulary of llama-3.1-8b (128,256 tokens), got 32,000",
         ),
-        ({"phase": "prefill"}, "phase: expected no such setting, because a draft is predicted in decode"),
-        ({"by_position": [0.5], "drafted": 3}, "by_position: expected an acceptance per drafted token, got 1"),
+        (
+            {"phase": "prefill"},
+            "phase: expected no such setting, because a draft is predicted in decode",
+        ),
+        (
+            {"by_position": [0.5], "drafted": 3},
+            "by_position: expected an acceptance per drafted token, got 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line(asked: dict[str, Any], words: str) -> None:

@@ -25,15 +25,21 @@ H100 = simulator.load_hardware("h100")
 
 
 def changed(change: Callable[[int, Block], Block] = lambda i, b: b, **fields: Any) -> ModelConfig:
-    blocks = tuple(change(i, b) for i, b in enumerate(DENSE.layout)) if "layers" not in fields else ()
+    blocks = (
+        tuple(change(i, b) for i, b in enumerate(DENSE.layout)) if "layers" not in fields else ()
+    )
     return replace(DENSE, name="pruned", blocks=blocks, **fields)
 
 
-LLM_PRUNER = changed(lambda i, b: replace(b, heads=26, kv_heads=26, inner=8810) if 4 <= i <= 29 else b)
+LLM_PRUNER = changed(
+    lambda i, b: replace(b, heads=26, kv_heads=26, inner=8810) if 4 <= i <= 29 else b
+)
 
 
 def lowered(model: ModelConfig, **options: Any) -> simulator.Workload:
-    return simulator.lower(model, **{"phase": "decode", "batch": 4, "seq": 1024, "engine": "vllm", **options})
+    return simulator.lower(
+        model, **{"phase": "decode", "batch": 4, "seq": 1024, "engine": "vllm", **options}
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,9 @@ def test_a_model_that_cannot_be_read_is_skipped_if_others_remain(tmp_path: Path)
     save(folder / "model.safetensors", tensors_of(LLM_PRUNER))
     bad.mkdir()
     reason = f"{bad}: the folder has no config.json; expected a Hugging Face model folder"
-    found = table([DENSE], ["h100"], pruned=[str(bad), str(folder), str(tmp_path / "none")], phase=["decode"])
+    found = table(
+        [DENSE], ["h100"], pruned=[str(bad), str(folder), str(tmp_path / "none")], phase=["decode"]
+    )
     assert [r.pruned for r in found] == ["llama-2-7b"]
     assert found.notes[0] == f"{reason}: this pruned model is skipped"
     assert "none' is unknown" in found.notes[1] or "none: " in found.notes[1]
@@ -78,7 +86,9 @@ def test_a_model_that_cannot_be_read_is_skipped_if_others_remain(tmp_path: Path)
 def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "llama-2-7b")
     save(folder / "model.safetensors", tensors_of(LLM_PRUNER))
-    found = table(["llama-2-7b"], ["h100", "a100"], pruned=[str(folder), LLM_PRUNER], phase=["decode"])
+    found = table(
+        ["llama-2-7b"], ["h100", "a100"], pruned=[str(folder), LLM_PRUNER], phase=["decode"]
+    )
     named = [(r.pruned, r.family, r.hardware) for r in found]
     assert named[::2] == [("llama-2-7b", "width", "h100_sxm"), ("pruned", "width", "h100_sxm")]
     assert [r.speedup for r in found][:2] == [r.speedup for r in found][2:]
@@ -95,8 +105,21 @@ def test_tables_and_explanations_say_what_was_pruned(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ALIKE)
 def test_unlike_settings_are_refused_in_one_line(name: str) -> None:
     same: dict[str, Any] = {"phase": "serve", "new_tokens": 8, "devices": 2}
-    other = {"engine": "sglang", "phase": "generate", "batch": 5, "seq": 5, "new_tokens": 9, "dtype": "fp16"}
-    other |= {"devices": 1, "parallel": "pipeline", "link": "pcie", "cached_prefix": 3, "token_budget": 64}
+    other = {
+        "engine": "sglang",
+        "phase": "generate",
+        "batch": 5,
+        "seq": 5,
+        "new_tokens": 9,
+        "dtype": "fp16",
+    }
+    other |= {
+        "devices": 1,
+        "parallel": "pipeline",
+        "link": "pcie",
+        "cached_prefix": 3,
+        "token_budget": 64,
+    }
     dense, pruned = lowered(DENSE, **same), lowered(LLM_PRUNER, **same | {name: other[name]})
     with pytest.raises(InputError, match=f"^{name}: the pruned model has .*; expected the same$"):
         simulator.speedup(dense, pruned, H100)
@@ -104,11 +127,22 @@ def test_unlike_settings_are_refused_in_one_line(name: str) -> None:
 
 def test_a_model_against_itself_is_no_faster() -> None:
     (r,) = table(["llama-2-7b"], ["h100"], pruned=["llama-2-7b"], phase=["decode"])
-    assert (r.pruned, r.family, r.sparsity, r.speedup, r.speedup_lower) == ("llama-2-7b", "none", 0.0, 1.0, 1.0)
+    assert (r.pruned, r.family, r.sparsity, r.speedup, r.speedup_lower) == (
+        "llama-2-7b",
+        "none",
+        0.0,
+        1.0,
+        1.0,
+    )
 
 
 def test_pruned_models_stand_alone() -> None:
-    for given in ({"family": ["depth"]}, {"method": ["shortgpt"]}, {"sparsity": [0.5]}, {"options": {"align": 8}}):
+    for given in (
+        {"family": ["depth"]},
+        {"method": ["shortgpt"]},
+        {"sparsity": [0.5]},
+        {"options": {"align": 8}},
+    ):
         with pytest.raises(InputError, match="a model sets its own pruning"):
             table(["llama-2-7b"], ["h100"], pruned=[LLM_PRUNER], **given)
     with pytest.raises(InputError, match="expected one dense model"):

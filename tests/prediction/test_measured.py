@@ -36,7 +36,16 @@ MODEL = "llama-3.1-8b"
 
 
 def _request(phase: str, batch: int, seq: int, new_tokens: int = 128, **more: Any) -> Request:
-    return Request(**{"model": MODEL, "phase": phase, "batch": batch, "seq": seq, "new_tokens": new_tokens, **more})
+    return Request(
+        **{
+            "model": MODEL,
+            "phase": phase,
+            "batch": batch,
+            "seq": seq,
+            "new_tokens": new_tokens,
+            **more,
+        }
+    )
 
 
 def _load(name: str) -> Any:
@@ -54,20 +63,52 @@ def _load(name: str) -> Any:
         # Little's law: requests in flight per requests/s
         ("vllm_serve.json", _request("serve", 16, 1024), lambda d: 16 / d["request_throughput"]),
         ("vllm_serve_detailed.json", _request("serve", 2, 64, 4), lambda d: 0.0605),
-        ("sglang.jsonl", _request("serve", 16, 1024, engine="sglang"), lambda d: 16 / d["request_throughput"]),
+        (
+            "sglang.jsonl",
+            _request("serve", 16, 1024, engine="sglang"),
+            lambda d: 16 / d["request_throughput"],
+        ),
         ("aiperf.json", _request("serve", 16, 1024), lambda d: 16 / d["request_throughput"]["avg"]),
-        ("genai_perf.json", _request("serve", 1, 550, 127), lambda d: 1 / d["request_throughput"]["avg"]),
+        (
+            "genai_perf.json",
+            _request("serve", 1, 550, 127),
+            lambda d: 1 / d["request_throughput"]["avg"],
+        ),
         # one token of 129 is within the tolerance
-        ("genai_perf.json", _request("serve", 1, 550, 128), lambda d: 1 / d["request_throughput"]["avg"]),
+        (
+            "genai_perf.json",
+            _request("serve", 1, 550, 128),
+            lambda d: 1 / d["request_throughput"]["avg"],
+        ),
         # one request in flight: prompt, steps and both
         ("trtllm_latency.json", _request("prefill", 1, 1024, engine="trtllm"), lambda d: 0.021),
-        ("trtllm_latency.json", _request("generate", 1, 1024, 127, engine="trtllm"), lambda d: 0.86),
-        ("genai_perf.json", _request("prefill", 1, 550), lambda d: d["time_to_first_token"]["avg"] / 1e3),
-        ("genai_perf.json", _request("decode", 1, 613), lambda d: d["inter_token_latency"]["avg"] / 1e3),
-        ("genai_perf.json", _request("generate", 1, 550, 127), lambda d: d["request_latency"]["avg"] / 1e3),
+        (
+            "trtllm_latency.json",
+            _request("generate", 1, 1024, 127, engine="trtllm"),
+            lambda d: 0.86,
+        ),
+        (
+            "genai_perf.json",
+            _request("prefill", 1, 550),
+            lambda d: d["time_to_first_token"]["avg"] / 1e3,
+        ),
+        (
+            "genai_perf.json",
+            _request("decode", 1, 613),
+            lambda d: d["inter_token_latency"]["avg"] / 1e3,
+        ),
+        (
+            "genai_perf.json",
+            _request("generate", 1, 550, 127),
+            lambda d: d["request_latency"]["avg"] / 1e3,
+        ),
         # the median time between tokens is a step without prompts
         ("vllm_serve.json", _request("decode", 16, 1088), lambda d: d["median_itl_ms"] / 1e3),
-        ("sglang.jsonl", _request("decode", 16, 1088, engine="sglang"), lambda d: d["median_itl_ms"] / 1e3),
+        (
+            "sglang.jsonl",
+            _request("decode", 16, 1088, engine="sglang"),
+            lambda d: d["median_itl_ms"] / 1e3,
+        ),
     ],
 )
 def test_the_time_of_each_phase(name: str, asked: Request, seconds: Callable[[Any], float]) -> None:
@@ -76,15 +117,20 @@ def test_the_time_of_each_phase(name: str, asked: Request, seconds: Callable[[An
 
 def test_of_several_runs_in_a_file_the_one_of_the_request_is_taken() -> None:
     runs = read_benches(FILES / "sglang.jsonl")
-    assert [(r.concurrency, r.source.rsplit(":", 1)[1]) for r in runs] == [(1, "1"), (4, "2"), (16, "3")]
+    assert [(r.concurrency, r.source.rsplit(":", 1)[1]) for r in runs] == [
+        (1, "1"),
+        (4, "2"),
+        (16, "3"),
+    ]
     found = measured(FILES / "sglang.jsonl", _request("serve", 4, 1024, engine="sglang"))
     assert found.run.concurrency == 4
     assert found.notes == ()
-    assert measured(FILES / "sglang.jsonl", _request("prefill", 1, 1024, engine="sglang")).seconds == pytest.approx(
-        0.024
-    )
+    assert measured(
+        FILES / "sglang.jsonl", _request("prefill", 1, 1024, engine="sglang")
+    ).seconds == pytest.approx(0.024)
     with pytest.raises(
-        InputError, match=r"expected a result of this request among 3; .*: concurrency: expected 8, got"
+        InputError,
+        match=r"expected a result of this request among 3; .*: concurrency: expected 8, got",
     ):
         measured(FILES / "sglang.jsonl", _request("serve", 8, 1024, engine="sglang"))
     with pytest.raises(InputError, match=r"sglang\.jsonl:2:1: is not JSON \(several results"):
@@ -98,8 +144,12 @@ def test_requests_that_start_together_are_a_batch(tmp_path: Path) -> None:
     file = tmp_path / "together.json"
     file.write_text(json.dumps(data), encoding="utf-8")
     request = {"engine": "trtllm", "dtype": "fp8"}
-    assert measured(file, _request("generate", 8, 1024, 127, **request)).seconds == pytest.approx(0.712)
-    with pytest.raises(InputError, match="requests: expected at least 16, twice those in flight, got 8"):
+    assert measured(file, _request("generate", 8, 1024, 127, **request)).seconds == pytest.approx(
+        0.712
+    )
+    with pytest.raises(
+        InputError, match="requests: expected at least 16, twice those in flight, got 8"
+    ):
         measured(file, _request("serve", 8, 1024, 127, **request))
 
 
@@ -111,23 +161,83 @@ GENAI, RATE = _request("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"r
 @pytest.mark.parametrize(
     ("name", "asked", "changes", "reason"),
     [
-        ("vllm_serve.json", VLLM, {"model_id": "Qwen/Qwen3-8B"}, "model: expected llama-3.1-8b, got Qwen/Qwen3-8B"),
-        ("vllm_serve.json", _request("serve", 16, 2048), {}, "input_tokens: expected 2048, got 1024"),
-        ("vllm_serve.json", _request("serve", 16, 1024, 256), {}, "expected 257, got 129; use --new-tokens 128"),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"model_id": "Qwen/Qwen3-8B"},
+            "model: expected llama-3.1-8b, got Qwen/Qwen3-8B",
+        ),
+        (
+            "vllm_serve.json",
+            _request("serve", 16, 2048),
+            {},
+            "input_tokens: expected 2048, got 1024",
+        ),
+        (
+            "vllm_serve.json",
+            _request("serve", 16, 1024, 256),
+            {},
+            "expected 257, got 129; use --new-tokens 128",
+        ),
         ("vllm_serve.json", _request("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
-        ("vllm_serve.json", _request("decode", 16, 1024), {}, "half of the output): expected 1024, got 1087.5"),
-        ("vllm_serve.json", _request("decode", 16, 1088), {"mean_itl_ms": 40.0}, "median time between tokens"),
+        (
+            "vllm_serve.json",
+            _request("decode", 16, 1024),
+            {},
+            "half of the output): expected 1024, got 1087.5",
+        ),
+        (
+            "vllm_serve.json",
+            _request("decode", 16, 1088),
+            {"mean_itl_ms": 40.0},
+            "median time between tokens",
+        ),
         ("vllm_serve.json", VLLM, {"request_rate": 4.0}, "request_rate: expected inf"),
         ("vllm_serve.json", VLLM, {"failed": 2}, "failed: expected 0 requests, got 2"),
-        ("vllm_serve.json", VLLM, {"max_concurrency": None}, "max_concurrency: expected a value, got null"),
-        ("vllm_serve.json", VLLM, {"spec_decode_num_drafts": 4}, "speculative decoding is unsupported"),
-        ("vllm_serve.json", VLLM, {"mean_tpot_ms": 2.0}, "in flight on average: expected 11.2 to 16.8, got 4.7"),
-        ("vllm_latency.json", _request("decode", 8, 1024), {}, "phase: expected generate or prefill for vllm bench"),
-        ("vllm_throughput.json", _request("generate", 32, 512), {}, "tokens per request: expected 641, got 576"),
-        ("vllm_throughput.json", _request("generate", 8, 512, 63), {}, "requests: expected 8, the batch, got 32"),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"max_concurrency": None},
+            "max_concurrency: expected a value, got null",
+        ),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"spec_decode_num_drafts": 4},
+            "speculative decoding is unsupported",
+        ),
+        (
+            "vllm_serve.json",
+            VLLM,
+            {"mean_tpot_ms": 2.0},
+            "in flight on average: expected 11.2 to 16.8, got 4.7",
+        ),
+        (
+            "vllm_latency.json",
+            _request("decode", 8, 1024),
+            {},
+            "phase: expected generate or prefill for vllm bench",
+        ),
+        (
+            "vllm_throughput.json",
+            _request("generate", 32, 512),
+            {},
+            "tokens per request: expected 641, got 576",
+        ),
+        (
+            "vllm_throughput.json",
+            _request("generate", 8, 512, 63),
+            {},
+            "requests: expected 8, the batch, got 32",
+        ),
         ("sglang.jsonl", VLLM, {"errors": ["", "timeout"]}, "errors: expected 0 requests, got 1"),
         ("sglang.jsonl", VLLM, {"server_info": {"tp_size": 4}}, "devices: expected 1, got 4"),
-        ("trtllm_throughput.json", TRTLLM, {"decoding_stats": {"mode": "Eagle"}}, "speculative decoding"),
+        (
+            "trtllm_throughput.json",
+            TRTLLM,
+            {"decoding_stats": {"mode": "Eagle"}},
+            "speculative decoding",
+        ),
         ("trtllm_throughput.json", VLLM, {}, "dtype: expected bf16, got fp8"),
         ("aiperf.json", VLLM, {"was_cancelled": True}, "was_cancelled: expected false, got true"),
         (
@@ -136,16 +246,36 @@ GENAI, RATE = _request("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"r
             {"request_latency": {"unit": "min", "avg": 0.03}},
             "latency.unit: expected one of ns, us",
         ),
-        ("genai_perf.json", GENAI, {"inter_token_latency": {"avg": 8.0}}, "latency.unit: expected one of ns, us"),
-        ("aiperf.json", VLLM, {"error_summary": [{"count": 3}]}, "error_summary: expected 0 requests, got 3"),
-        ("aiperf.json", VLLM, {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}}, "got poisson"),
+        (
+            "genai_perf.json",
+            GENAI,
+            {"inter_token_latency": {"avg": 8.0}},
+            "latency.unit: expected one of ns, us",
+        ),
+        (
+            "aiperf.json",
+            VLLM,
+            {"error_summary": [{"count": 3}]},
+            "error_summary: expected 0 requests, got 3",
+        ),
+        (
+            "aiperf.json",
+            VLLM,
+            {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}},
+            "got poisson",
+        ),
         (
             "aiperf.json",
             VLLM,
             {"input_config": {"loadgen": {"request_rate": 5.0}}},
             "loadgen.request_rate: expected inf",
         ),
-        ("genai_perf.json", GENAI, {"input_config": RATE}, "perf_analyzer.stimulus: expected concurrency, got request"),
+        (
+            "genai_perf.json",
+            GENAI,
+            {"input_config": RATE},
+            "perf_analyzer.stimulus: expected concurrency, got request",
+        ),
         (
             "genai_perf.json",
             _request("prefill", 1, 550),
@@ -174,11 +304,23 @@ def test_what_does_not_match_is_refused(
         ('{"avg_latency": 1.0}\n{"no": 1}', "run.json:1: latencies: expected a value"),
         ('{"performance": [], "request_info": {}}', "performance: expected an object, got []"),
         ('{"median_e2e_latency_ms": 5.0}', "max_concurrency: expected a value, got no such key"),
-        ('{"elapsed_time": NaN, "num_requests": 4}', "elapsed_time: expected a positive time in seconds"),
-        ('{"input_config": {}, "request_throughput": {"avg": 0.0}}', "request_throughput.avg: expected a positive"),
+        (
+            '{"elapsed_time": NaN, "num_requests": 4}',
+            "elapsed_time: expected a positive time in seconds",
+        ),
+        (
+            '{"input_config": {}, "request_throughput": {"avg": 0.0}}',
+            "request_throughput.avg: expected a positive",
+        ),
         (f'{{"avg_latency": {"9" * 5000}}}', "is not read (Exceeds the limit"),
-        (f'{{"no": 1}}\n{{"avg_latency": {"9" * 5000}}}', "run.json:2: is not read (Exceeds the limit"),
-        ('{"input_config": {"model": [5]}, "request_throughput": {"avg": 1.0}}', "model_names: expected names"),
+        (
+            f'{{"no": 1}}\n{{"avg_latency": {"9" * 5000}}}',
+            "run.json:2: is not read (Exceeds the limit",
+        ),
+        (
+            '{"input_config": {"model": [5]}, "request_throughput": {"avg": 1.0}}',
+            "model_names: expected names",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
@@ -199,12 +341,32 @@ FEW |= {"total_input_tokens": 48 * 1024, "total_output_tokens": 48 * 129}
     [
         ({}, VLLM, []),
         ({"model_id": "meta-llama/Meta-Llama-3.1-8B"}, VLLM, []),
-        ({"model_id": "/models/llama-70b"}, VLLM, ["model /models/llama-70b is not known by name; check that it is"]),
-        ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, VLLM, ["is quantised by its name, the prediction is for bf16"]),
+        (
+            {"model_id": "/models/llama-70b"},
+            VLLM,
+            ["model /models/llama-70b is not known by name; check that it is"],
+        ),
+        (
+            {"model_id": "nvidia/Llama-3.1-8B-FP8"},
+            VLLM,
+            ["is quantised by its name, the prediction is for bf16"],
+        ),
         ({"model_id": "nvidia/Llama-3.1-8B-FP8"}, _request("serve", 16, 1024, dtype="fp8"), []),
-        ({"backend": "sglang"}, VLLM, ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"]),
-        ({"num_prompts": 500}, VLLM, ["num_prompts: 500, but 160 completed and 0 failed; check the dataset"]),
-        (FEW, VLLM, ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"]),
+        (
+            {"backend": "sglang"},
+            VLLM,
+            ["vllm bench serve ran sglang, the prediction is for vllm; check --engine"],
+        ),
+        (
+            {"num_prompts": 500},
+            VLLM,
+            ["num_prompts: 500, but 160 completed and 0 failed; check the dataset"],
+        ),
+        (
+            FEW,
+            VLLM,
+            ["one sample, with ramp-up and ramp-down; use --save-detailed and --num-prompts 160"],
+        ),
     ],
 )
 def test_what_cannot_be_checked_is_a_note(
@@ -220,8 +382,16 @@ def test_what_cannot_be_checked_is_a_note(
 def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
     data = _load("genai_perf.json")
     file = tmp_path / "run.json"
-    arguments = {"model": ["llama-3.1-8b"], "concurrency": 1, "request_rate": None, "streaming": True}
-    loadgen = {"endpoint": {"model_names": ["llama-3.1-8b"]}, "loadgen": {"concurrency": 1, "request_count": 20}}
+    arguments = {
+        "model": ["llama-3.1-8b"],
+        "concurrency": 1,
+        "request_rate": None,
+        "streaming": True,
+    }
+    loadgen = {
+        "endpoint": {"model_names": ["llama-3.1-8b"]},
+        "loadgen": {"concurrency": 1, "request_count": 20},
+    }
     for given in (arguments, loadgen):
         file.write_text(json.dumps({**data, "input_config": given}), encoding="utf-8")
         found = measured(file, _request("generate", 1, 550, 127))
@@ -229,7 +399,10 @@ def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
         assert (found.run.model, found.notes) == ("llama-3.1-8b", ())
     seconds = {**data["request_latency"], "unit": "ns", "avg": data["request_latency"]["avg"] * 1e6}
     file.write_text(json.dumps({**data, "request_latency": seconds}), encoding="utf-8")
-    assert math.isclose(measured(file, _request("generate", 1, 550, 127)).seconds, data["request_latency"]["avg"] / 1e3)
+    assert math.isclose(
+        measured(file, _request("generate", 1, 550, 127)).seconds,
+        data["request_latency"]["avg"] / 1e3,
+    )
 
 
 WORDS = f"speedup {MODEL} --hardware h100 --prune depth@0.25 --json"

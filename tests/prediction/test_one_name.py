@@ -64,7 +64,9 @@ OF_MODELS: dict[str, Callable[[list[str]], Any]] = {
 def test_two_engines_of_one_name_are_rejected(engines: list[str], call: str) -> None:
     with pytest.raises(InputError) as error:
         OF_ENGINES[call](engines)
-    expected = f"engine: {engines[0]} and {engines[1]}: two engines are called hf; rename one of them"
+    expected = (
+        f"engine: {engines[0]} and {engines[1]}: two engines are called hf; rename one of them"
+    )
     assert str(error.value) == expected
 
 
@@ -72,16 +74,23 @@ def test_two_engines_of_one_name_are_rejected(engines: list[str], call: str) -> 
 def test_two_models_of_one_name_are_rejected(models: list[str], call: str) -> None:
     with pytest.raises(InputError) as error:
         OF_MODELS[call](models)
-    assert str(error.value) == f"model: {models[0]} and {models[1]}: two models are called tiny; rename one of them"
+    assert (
+        str(error.value)
+        == f"model: {models[0]} and {models[1]}: two models are called tiny; rename one of them"
+    )
 
 
 def test_pruned_models_of_one_name_are_named_after_their_folders(models: list[str]) -> None:
     found = simulator.table("llama-3.2-1b", "h100", pruned=models)
     assert [r.pruned for r in found] == ["a", "b"]
-    assert [r.pruned for r in simulator.table("llama-3.2-1b", "h100", pruned=models[:1])] == ["tiny"]
+    assert [r.pruned for r in simulator.table("llama-3.2-1b", "h100", pruned=models[:1])] == [
+        "tiny"
+    ]
 
 
-def test_one_engine_or_model_by_two_names_counts_once(engines: list[str], models: list[str]) -> None:
+def test_one_engine_or_model_by_two_names_counts_once(
+    engines: list[str], models: list[str]
+) -> None:
     Path(engines[1]).write_text(Path(engines[0]).read_text())
     config = str(Path(models[0]) / "config.json")
     found = simulator.table([models[0], config], "h100", engine=[*engines, "vllm"], **ONE)

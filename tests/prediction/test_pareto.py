@@ -19,7 +19,9 @@ from simulator.prediction.pareto import bands, frontier, fronts, marked, read_me
 from simulator.prediction.quality import QualityTable, choose_axis, load_quality
 
 few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
-planted = st.tuples(st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0))
+planted = st.tuples(
+    st.sampled_from(["depth", "width", "token"]), st.floats(-0.1, 2.0), st.floats(0.5, 3.0)
+)
 
 
 @given(st.lists(few, min_size=1, max_size=12))
@@ -53,9 +55,18 @@ def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) ->
 
 def test_bands_of_the_paper() -> None:
     """Points as the paper has its frontier give the bands as it states them."""
-    paper = [("depth", 0.0, 1.1), ("dynamic_depth", 0.05, 1.2), ("width", 0.17, 1.5), ("width", 0.26, 1.7)]
+    paper = [
+        ("depth", 0.0, 1.1),
+        ("dynamic_depth", 0.05, 1.2),
+        ("width", 0.17, 1.5),
+        ("width", 0.26, 1.7),
+    ]
     found = bands(marked([point(*p) for p in paper]))
-    assert [(b.family, b.low) for b in found] == [("depth", 0.0), ("dynamic_depth", 0.05), ("width", 0.17)]
+    assert [(b.family, b.low) for b in found] == [
+        ("depth", 0.0),
+        ("dynamic_depth", 0.05),
+        ("width", 0.17),
+    ]
 
 
 def test_sure_needs_intervals_apart() -> None:
@@ -69,13 +80,21 @@ def test_fronts_cite_and_do_not_mix() -> None:
     table = load_quality().of_model("llama-2-7b")
     axis = choose_axis(table, "zero-shot", "SLEB")
     found, _ = fronts(
-        "llama-2-7b", ["h100", "h100_sxm", "rtx_4090"], table, axis, phase=["prefill", "decode"], engine="reference"
+        "llama-2-7b",
+        ["h100", "h100_sxm", "rtx_4090"],
+        table,
+        axis,
+        phase=["prefill", "decode"],
+        engine="reference",
     )
     assert [(f.phase, f.hardware) for f in found] == [
         *itertools.product(("prefill", "decode"), ("h100_sxm", "rtx_4090"))
     ]
     for front in found:
-        assert all((p.metric, p.protocol) == (axis.metric, axis.protocol) and p.source for p in front.points)
+        assert all(
+            (p.metric, p.protocol) == (axis.metric, axis.protocol) and p.source
+            for p in front.points
+        )
         assert [p.loss for p in front.points] == sorted(p.loss for p in front.points)
         (sleb,) = [p for p in front.points if p.method == "SLEB" and p.sparsity == 0.2]
         assert sleb.speedup_lower <= sleb.speedup <= sleb.speedup_upper
@@ -102,13 +121,22 @@ def test_more_rows_than_can_be_compared_are_refused() -> None:
 def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
     header = "hardware,phase,family,sparsity,speedup,speedup_lower"
-    path.write_text(f"{header}\nh100_sxm,prefill,depth,0.25,1.29,1.28\n,,width,0.2,1.21,\n", encoding="utf-8")
+    path.write_text(
+        f"{header}\nh100_sxm,prefill,depth,0.25,1.29,1.28\n,,width,0.2,1.21,\n", encoding="utf-8"
+    )
     table = QualityTable((row("depth", 0.25, 7.0), row("width", 0.25, 7.5), row("width", 0.2, 7.1)))
     measured, axis = read_measured(path), table.axes()[0]
-    found, _ = fronts("llama-3.1-8b", ["h100"], table, axis, phase=["prefill", "decode"], measured=measured)
+    found, _ = fronts(
+        "llama-3.1-8b", ["h100"], table, axis, phase=["prefill", "decode"], measured=measured
+    )
     by = {(p.phase, p.family, p.sparsity): p for f in found for p in f.points}
     depth = by["prefill", "depth", 0.25]
-    assert (depth.measured, depth.speedup, depth.speedup_lower, depth.speedup_upper) == (True, 1.29, 1.28, 1.29)
+    assert (depth.measured, depth.speedup, depth.speedup_lower, depth.speedup_upper) == (
+        True,
+        1.29,
+        1.28,
+        1.29,
+    )
     assert not by["decode", "depth", 0.25].measured
     assert not by["prefill", "width", 0.25].measured
     assert by["decode", "width", 0.2].speedup == 1.21
@@ -123,7 +151,10 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
         ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
         ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
         ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
-        ("family,sparsity,speedup\ndepth,0.1,nan\n", ":2: speedup: expected a finite number, got nan"),
+        (
+            "family,sparsity,speedup\ndepth,0.1,nan\n",
+            ":2: speedup: expected a finite number, got nan",
+        ),
     ],
 )
 def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> None:
@@ -139,7 +170,9 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pareto", "llama-2-7b", "--hardware", "h100", *axis, "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)
     assert record["bands"][-1]["high"] is None
-    assert {"method", "family", "loss", "speedup", "speedup_lower", "optimal", "source"} <= record["points"][0].keys()
+    assert {"method", "family", "loss", "speedup", "speedup_lower", "optimal", "source"} <= record[
+        "points"
+    ][0].keys()
     assert run(["pareto", "llama-2-7b", "--hardware", "h100,rtx_4090"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.split("\n")[:12])) <= 120
@@ -147,8 +180,24 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("SLEB (arXiv 2402.09025)") >= 2
 
 
-def test_command_takes_the_quality_of_another_model_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["pareto", "llama-3.1-8b", "--hardware", "h100", "--quality-model", "llama-2-7b", "--csv", "-"]) == 0
+def test_command_takes_the_quality_of_another_model_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (
+        run(
+            [
+                "pareto",
+                "llama-3.1-8b",
+                "--hardware",
+                "h100",
+                "--quality-model",
+                "llama-2-7b",
+                "--csv",
+                "-",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out.startswith("model,hardware,phase")
     assert "quality: measured on llama-2-7b; speed: predicted for llama-3.1-8b" in err
@@ -165,7 +214,9 @@ def test_command_takes_the_quality_of_another_model_and_says_so(capsys: pytest.C
         (["--measured", "nothing.csv"], "cannot be read"),
     ],
 )
-def test_command_refuses(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["pareto", "llama-2-7b", "--hardware", "h100", *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

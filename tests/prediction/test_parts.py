@@ -59,9 +59,18 @@ def test_sizes_are_those_of_the_whole_model_on_several_devices() -> None:
 
 @pytest.mark.quick
 def test_shares_of_several_prunings_name_what_they_are_of() -> None:
-    texts = ["width 0.3", "width mlp=0.3 heads=0.2", "depth 0.26", "depth 0.25", "depth layers=20-27"]
+    texts = [
+        "width 0.3",
+        "width mlp=0.3 heads=0.2",
+        "depth 0.26",
+        "depth 0.25",
+        "depth layers=20-27",
+    ]
     both = "27.3 % requested, 27 % realised over all parts"
-    assert {pruning_text(r): parts_line(r).removeprefix(r.parts) for r in table(LLAMA, "h100", prune=texts)} == {
+    assert {
+        pruning_text(r): parts_line(r).removeprefix(r.parts)
+        for r in table(LLAMA, "h100", prune=texts)
+    } == {
         "width at 30 % (29 % realised)": "; 29 % realised over all parts",
         f"width mlp=0.3 heads=0.2 ({both})": f"; {both}",
         "depth at 26 % (25 % realised)": "",

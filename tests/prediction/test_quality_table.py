@@ -41,13 +41,21 @@ ROW = {
 
 
 def text(*rows: dict[str, str], leave_out: str = "") -> str:
-    names = [c for c in ROW if c != leave_out] + [c for c in (rows[0] if rows else {}) if c not in ROW]
-    return "\n".join([",".join(names), *(",".join((ROW | row).get(c, "") for c in names) for row in rows)]) + "\n"
+    names = [c for c in ROW if c != leave_out] + [
+        c for c in (rows[0] if rows else {}) if c not in ROW
+    ]
+    return (
+        "\n".join(
+            [",".join(names), *(",".join((ROW | row).get(c, "") for c in names) for row in rows)]
+        )
+        + "\n"
+    )
 
 
 @pytest.mark.parametrize("name", list_quality())
 def test_shipped_tables_are_consistent(name: str) -> None:
-    table = load_quality(name)  # the reader refuses dense values that differ on an axis, and repeated rows
+    # the reader refuses dense values that differ on an axis, and repeated rows
+    table = load_quality(name)
     assert len(table) > 0
     for row in table.rows:
         assert row.source
@@ -78,19 +86,30 @@ def test_published_values_spot_checked() -> None:
     (sleb,) = [r for r in rows if r.method == "SLEB" and r.sparsity == 0.2 and r.higher_is_better]
     assert (sleb.family, sleb.dense, sleb.pruned) == ("depth", 69.0, 56.8)
     assert sleb.relative_loss == pytest.approx(0.1768, abs=1e-4)
-    (sliced,) = [r for r in rows if r.source == "SliceGPT (arXiv 2401.15024) Table 1" and r.sparsity == 0.25]
+    (sliced,) = [
+        r for r in rows if r.source == "SliceGPT (arXiv 2401.15024) Table 1" and r.sparsity == 0.25
+    ]
     assert (sliced.family, sliced.dense, sliced.pruned) == ("width_cross", 5.47, 7.24)
     assert dict(sliced.options) == {"residual_projections": True}
 
 
 def test_losses_of_the_taxonomy_paper(shared_data: Path) -> None:
     """Every accuracy gap quoted with a sparsity is a loss of the table; perplexities without a dense value are not."""
-    source = read_csv((shared_data / "paper_tables.csv").read_bytes().split(b"\n", 1)[1], "paper", ("what", "family"))
-    quoted = [cells for cells in source.each(dict) if cells["accuracy_gap_percent"] and cells["sparsity"]]
+    source = read_csv(
+        (shared_data / "paper_tables.csv").read_bytes().split(b"\n", 1)[1],
+        "paper",
+        ("what", "family"),
+    )
+    quoted = [
+        cells for cells in source.each(dict) if cells["accuracy_gap_percent"] and cells["sparsity"]
+    ]
     table, seven = load_quality("taxonomy-paper").of_model("llama-3.1-8b"), []
     first = table.on_axis(choose_axis(table, "mean accuracy"))
     for cells in quoted:
-        what, gap = (cells["method"], float(cells["sparsity"])), float(cells["accuracy_gap_percent"])
+        what, gap = (
+            (cells["method"], float(cells["sparsity"])),
+            float(cells["accuracy_gap_percent"]),
+        )
         if cells["quality_metric"] == "accuracy_7_tasks":
             seven.append((*what, float(cells["quality"])))
             continue
@@ -128,7 +147,10 @@ def test_further_columns_and_blank_lines_are_ignored() -> None:
         (text({"higher_is_better": "maybe"}), ":2: higher_is_better"),
         (text({"relative_loss": "0.5"}), ":2: relative_loss: expected 0.2865"),
         (text({"options": "unit=layer;speed=3"}), ":2: options"),
-        (text({}, {"sparsity": "0.2", "dense": "5"}), ":3: dense: mixed metric or protocol: 5 here, 7.26 in line 2"),
+        (
+            text({}, {"sparsity": "0.2", "dense": "5"}),
+            ":3: dense: mixed metric or protocol: 5 here, 7.26 in line 2",
+        ),
         (text({}, {"pruned": "9.5"}), ":3: is a second value for SLEB at sparsity 0.1 (line 2)"),
         (text({}).replace("9.34", "9.34,1"), ":2: expected 10 cells"),
         (text({}).replace("SLEB", '"SLEB'), "is not CSV"),
@@ -176,7 +198,8 @@ DENSE = {"arc_easy": 0.8, "piqa": 0.75, "mmlu": 0.6}
 def results(acc: dict[str, float], perplexity: float, **change: Any) -> dict[str, Any]:
     """Results as lm-evaluation-harness 0.4 writes them: a group with its parts, standard errors, NaN."""
     found: dict[str, dict[str, Any]] = {
-        task: {"alias": task, "acc,none": value, "acc_stderr,none": 0.01} for task, value in acc.items()
+        task: {"alias": task, "acc,none": value, "acc_stderr,none": 0.01}
+        for task, value in acc.items()
     }
     found["mmlu_anatomy"] = {"alias": " - anatomy", "acc,none": 0.5, "acc_stderr,none": 0.04}
     found["wikitext"] = {
@@ -184,7 +207,11 @@ def results(acc: dict[str, float], perplexity: float, **change: Any) -> dict[str
         "word_perplexity_stderr,none": "N/A",
         "bits_per_byte,none": float("nan"),
     }
-    found["gsm8k"] = {"exact_match,strict-match": 0.3, "exact_match,flexible-extract": 0.35, "sample_len": 1319}
+    found["gsm8k"] = {
+        "exact_match,strict-match": 0.3,
+        "exact_match,flexible-extract": 0.35,
+        "sample_len": 1319,
+    }
     better = {task: {"acc": True} for task in acc} | {"wikitext": {"word_perplexity": False}}
     content = {
         "results": found,
@@ -213,7 +240,11 @@ def listed(tmp_path: Path) -> Path:
     pruned = {"arc_easy": 0.72, "piqa": 0.75, "mmlu": 0.48}
     write(tmp_path, "out/llama__pruned/results_2026-02-02T10-00-00.1.json", results(pruned, 8.0))
     write(tmp_path, "out/llama__pruned/results_2026-01-01T10-00-00.1.json", results(DENSE, 99.0))
-    write(tmp_path, "depth.json", results({"arc_easy": 0.4, "piqa": 0.5, "mmlu": 0.25}, 30.0, model_name="d"))
+    write(
+        tmp_path,
+        "depth.json",
+        results({"arc_easy": 0.4, "piqa": 0.5, "mmlu": 0.25}, 30.0, model_name="d"),
+    )
     path = tmp_path / "evals.csv"
     rows = "dense.json,dense,,,\nout,width,0.3,LLM-Pruner,\ndepth.json,depth,0.25,,unit=layer\n"
     path.write_text(LISTED + rows, encoding="utf-8")
@@ -229,7 +260,11 @@ def test_every_shared_metric_becomes_a_row(listed: Path) -> None:
     metrics = {metric for family, metric in rows if family == "width"}
     assert metrics == {
         *("arc_easy acc", "piqa acc", "mmlu acc", "mmlu_anatomy acc", "wikitext word_perplexity"),
-        *("gsm8k exact_match (strict-match)", "gsm8k exact_match (flexible-extract)", "mean acc of 3 tasks"),
+        *(
+            "gsm8k exact_match (strict-match)",
+            "gsm8k exact_match (flexible-extract)",
+            "mean acc of 3 tasks",
+        ),
     }
     perplexity = rows["width", "wikitext word_perplexity"]  # from the newer of two files
     assert (perplexity.dense, perplexity.pruned, perplexity.higher_is_better) == (6.0, 8.0, False)
@@ -237,7 +272,11 @@ def test_every_shared_metric_becomes_a_row(listed: Path) -> None:
     assert perplexity.protocol == "lm-evaluation-harness, 0-shot, task version 1.0"
     assert (perplexity.method, perplexity.sparsity) == ("LLM-Pruner", 0.3)
     accuracy = rows["depth", "arc_easy acc"]
-    assert (accuracy.model, accuracy.method, accuracy.options) == ("llama-2-7b", "depth", (("unit", "layer"),))
+    assert (accuracy.model, accuracy.method, accuracy.options) == (
+        "llama-2-7b",
+        "depth",
+        (("unit", "layer"),),
+    )
     assert accuracy.relative_loss == pytest.approx(0.5)
     assert accuracy.source == "lm-evaluation-harness: d"
 
@@ -264,8 +303,14 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
     (tmp_path / "q.csv").write_text("results,family,sparsity\na.json,dense,0\nb.json,width,0.5\n")
     rows = by_metric(tmp_path / "q.csv")
     losses = {metric: round(row.relative_loss, 9) for (_, metric), row in rows.items()}
-    assert losses == {"piqa acc": 0.25, "boolq acc": 0.25, "wikitext perplexity": 0.2, "mean acc of 2 tasks": 0.25}
-    write(tmp_path, "b.json", {"results": {"piqa": {"acc": 0.6}, "copa": {"acc": 0.5}}})  # no mean of the same tasks
+    assert losses == {
+        "piqa acc": 0.25,
+        "boolq acc": 0.25,
+        "wikitext perplexity": 0.2,
+        "mean acc of 2 tasks": 0.25,
+    }
+    # no mean of the same tasks
+    write(tmp_path, "b.json", {"results": {"piqa": {"acc": 0.6}, "copa": {"acc": 0.5}}})
     assert {metric for _, metric in by_metric(tmp_path / "q.csv")} == {"piqa acc"}
 
 
@@ -276,14 +321,23 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
         ("dense.json,dense,,,\n", "expected a row for a pruned model"),
         ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "none.json: cannot be read"),
         (f"{'x' * 300},dense,,,\n", "cannot be read: File name too long"),
-        ("dense.json,dense,,,\nempty,width,0.3,,\n", "'empty': expected metrics of one model, got 0 of []"),
+        (
+            "dense.json,dense,,,\nempty,width,0.3,,\n",
+            "'empty': expected metrics of one model, got 0 of []",
+        ),
         ("dense.json,dense,,,\nmixed,width,0.3,,\n", "of one model, got 7 of ['x', 'y']"),
         ("dense.json,dense,,,\nother.json,width,0.3,,\n", "shares no metric with the dense model"),
-        ("dense.json,dense,,,\nshots.json,width,0.3,,\n", "measured differently: dense: lm-evaluation-harness, 0-shot"),
+        (
+            "dense.json,dense,,,\nshots.json,width,0.3,,\n",
+            "measured differently: dense: lm-evaluation-harness, 0-shot",
+        ),
         ("dense.json,dense,,,\nlimited.json,width,0.3,,\n", "limited to 10.0 samples"),
         ("dense.json,dense,,,\nlist.json,width,0.3,,\n", "metrics of one model, got 0"),
         ("dense.json,dense,,,\nbroken.json,width,0.3,,\n", "broken.json:1:2: is not JSON"),
-        ("dense.json,dense,,,\nout,width,30,,\n", "evals.csv:3: sparsity: expected a fraction in [0, 1), got 30"),
+        (
+            "dense.json,dense,,,\nout,width,30,,\n",
+            "evals.csv:3: sparsity: expected a fraction in [0, 1), got 30",
+        ),
     ],
 )
 def test_bad_lists_of_results(rows: str, expected: str, listed: Path) -> None:

@@ -29,7 +29,9 @@ MODELS: dict[str, dict[str, Any]] = {"mixtral-8x7b": {}, "qwen3-30b-a3b": {}, "d
 
 def lowered(name: str, **options: Any) -> Workload:
     usual = {"phase": "decode", "batch": 16, "seq": 2048, "devices": 8, "engine": "vllm"}
-    return simulator.lower(simulator.load_model(name), **{**usual, **MODELS.get(name, {}), **options})
+    return simulator.lower(
+        simulator.load_model(name), **{**usual, **MODELS.get(name, {}), **options}
+    )
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "expert"])
@@ -51,9 +53,19 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
     options = MODELS[name]
     setting = {"devices": 8, **{k: v for k, v in options.items() if k != "engine"}}
     engine = [options.get("engine", "vllm")]
-    found = table([name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, **setting)
+    found = table(
+        [name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, **setting
+    )
     families = {r.family for r in found}
-    assert {"depth", "width", "width_cross", "experts", "kv_cache", "token", "dynamic_depth"} <= families
+    assert {
+        "depth",
+        "width",
+        "width_cross",
+        "experts",
+        "kv_cache",
+        "token",
+        "dynamic_depth",
+    } <= families
     assert not families & {"low_rank", "unstructured", "dynamic_width", "semi_structured"}
     assert sum("have no such kernels" in note for note in found.notes) == 4
     for r in found:
@@ -63,7 +75,8 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
 
 def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
     even, usual, uneven = (
-        workload_time(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s for s in (0, 0.8, 2)
+        workload_time(lowered("qwen3-30b-a3b", devices=1, skew=s), H200).total_s
+        for s in (0, 0.8, 2)
     )
     assert uneven < usual < even  # few tokens: what is read rules
     many = {"phase": "prefill", "batch": 8, "devices": 1}
@@ -76,7 +89,9 @@ def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
 
 
 def test_a_padded_batch_uses_the_experts_of_one_further_token() -> None:
-    seven, eight, nine = (lowered("qwen3-30b-a3b", devices=1, batch=b, engine="vllm") for b in (7, 8, 9))
+    seven, eight, nine = (
+        lowered("qwen3-30b-a3b", devices=1, batch=b, engine="vllm") for b in (7, 8, 9)
+    )
     tokens = [w.m[w.kind == Kind.EXPERTS][0] for w in (seven, eight, nine)]
     assert tokens == [8, 8, 10]  # graphs of vLLM have batches of 8 and 16
     assert (nine.m[nine.is_role("router")] == 9).all()
@@ -91,7 +106,9 @@ def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
     layer = 3 * 768 * 2048 * 2
     whole = dense.bytes.sum()
     router = 48 * 2 * 32 * (2048 + 64)  # 32 outputs fewer, and their weights
-    assert found.byte_bound == pytest.approx(whole / (whole - 48 * layer * (read[0] - read[1]) - router), rel=1e-9)
+    assert found.byte_bound == pytest.approx(
+        whole / (whole - 48 * layer * (read[0] - read[1]) - router), rel=1e-9
+    )
     assert 1.02 < found.lower < found.speedup < found.byte_bound < found.upper + 0.1
     one = lowered("qwen3-30b-a3b", devices=1, batch=1)
     # eight experts are read in both models
@@ -101,13 +118,23 @@ def test_fewer_experts_are_worth_what_is_no_longer_read() -> None:
 
 
 def test_transformers_launches_all_experts_those_in_use_or_groups_by_version() -> None:
-    looped = {"hf@4.51.3": 128.0, "hf@4.53": float(experts_touched(4, 128, 8)), "hf@5.0.0rc1": 1.0, "hf": 1.0}
+    looped = {
+        "hf@4.51.3": 128.0,
+        "hf@4.53": float(experts_touched(4, 128, 8)),
+        "hf@5.0.0rc1": 1.0,
+        "hf": 1.0,
+    }
     seconds = []
     for name, many in looped.items():
-        w, engine = lowered("qwen3-30b-a3b", devices=1, batch=4, engine=name, skew=0), load_engine(name)
+        w, engine = (
+            lowered("qwen3-30b-a3b", devices=1, batch=4, engine=name, skew=0),
+            load_engine(name),
+        )
         workloads = WorkloadBatch.of([w])
         row = np.flatnonzero(workloads.groups.kind == Kind.EXPERTS)
-        assert launches(workloads, engine)[0, row] == pytest.approx(48 * many * engine.launches["experts"])
+        assert launches(workloads, engine)[0, row] == pytest.approx(
+            48 * many * engine.launches["experts"]
+        )
         assert launches(workloads, load_engine("vllm"))[0, row] == 48
         assert workload_time(w, H200).host_bound
         seconds.append(workload_time(w, H200).total_s)
@@ -116,11 +143,19 @@ def test_transformers_launches_all_experts_those_in_use_or_groups_by_version() -
 
 
 def test_a_note_names_the_loop_over_experts_that_was_assumed() -> None:
-    for name, way in (("hf", "runs routed experts together"), ("hf@all", "loops over all routed experts")):
-        found = simulator.table(["mixtral-8x7b"], ["h200"], ["depth"], [0.25], phase=["decode"], engine=[name])
+    for name, way in (
+        ("hf", "runs routed experts together"),
+        ("hf@all", "loops over all routed experts"),
+    ):
+        found = simulator.table(
+            ["mixtral-8x7b"], ["h200"], ["depth"], [0.25], phase=["decode"], engine=[name]
+        )
         assert [way in note for note in found.notes].count(True) == 1, found.notes
-    for model, name in (("llama-3.1-8b", "hf"), ("mixtral-8x7b", "vllm")):  # no experts; one way in all generations
-        found = simulator.table([model], ["h200"], ["depth"], [0.25], phase=["decode"], engine=[name])
+    # no experts; one way in all generations
+    for model, name in (("llama-3.1-8b", "hf"), ("mixtral-8x7b", "vllm")):
+        found = simulator.table(
+            [model], ["h200"], ["depth"], [0.25], phase=["decode"], engine=[name]
+        )
         assert not any("routed experts" in note for note in found.notes)
 
 
@@ -133,12 +168,20 @@ def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
 
 def test_the_fixed_time_of_experts_is_launch_time() -> None:
     dense = simulator.lower(simulator.load_model("mixtral-8x7b"), phase="decode", batch=1, seq=512)
-    pruned, hw = simulator.prune(dense, "width", 0.5), simulator.load_hardware("h100").serving(("vllm",))
+    pruned, hw = (
+        simulator.prune(dense, "width", 0.5),
+        simulator.load_hardware("h100").serving(("vllm",)),
+    )
     section = hw.section("experts", "bf16")
     kernels, launches_of = [], []
     for scale in (1.0, 2.0):
-        constants = {**section.constants, "t0_s": replace(section.constants["t0_s"], value=scale * section["t0_s"])}
-        changed = replace(hw, sections={**hw.sections, ("experts", "bf16"): replace(section, constants=constants)})
+        constants = {
+            **section.constants,
+            "t0_s": replace(section.constants["t0_s"], value=scale * section["t0_s"]),
+        }
+        changed = replace(
+            hw, sections={**hw.sections, ("experts", "bf16"): replace(section, constants=constants)}
+        )
         steps = {step.name: step for step in simulator.waterfall(dense, pruned, changed)}
         kernels.append(steps["kernel efficiency"].speedup)
         launches_of.append(steps["launch"].factor)
@@ -153,8 +196,12 @@ def test_a_waterfall_tells_experts_that_stay_active_from_parts_that_are_not_prun
     share = float(dense.flops[experts].sum() / dense.flops.sum())
     pruned = simulator.prune(dense, "experts 0.5")
     steps = {step.name: step for step in simulator.waterfall(dense, pruned, H200)}
-    assert steps["parts not pruned"].speedup == pytest.approx(1 / (1 - share / 2), rel=0.01)  # the router shrinks too
-    active, bound = steps["active experts not pruned"], simulator.speedup(dense, pruned, H200).flop_bound
+    # the router shrinks too
+    assert steps["parts not pruned"].speedup == pytest.approx(1 / (1 - share / 2), rel=0.01)
+    active, bound = (
+        steps["active experts not pruned"],
+        simulator.speedup(dense, pruned, H200).flop_bound,
+    )
     assert active.speedup == pytest.approx(bound)
     assert bound == pytest.approx(1.0, abs=0.01)
     fewer = simulator.waterfall(dense, simulator.prune(dense, "experts 0.5 fewer=active"), H200)

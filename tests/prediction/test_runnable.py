@@ -32,7 +32,9 @@ STOCK = (*SERVERS, "hf", "compile")
 RAMP = [0.1 if layer < 16 else 0.3 for layer in range(32)]
 
 
-def asked(engine: str, pruning: Pruning, model: str | ModelConfig = LLAMA, **fields: Any) -> Runnable:
+def asked(
+    engine: str, pruning: Pruning, model: str | ModelConfig = LLAMA, **fields: Any
+) -> Runnable:
     return runnable(Request(model=model, engine=engine, phase="decode", **fields), pruning)
 
 
@@ -77,11 +79,15 @@ def existing(engine: str, model: ModelConfig, **fields: Any) -> Runnable:
 def test_which_stock_engine_loads_which_family(
     name: str, sparsity: Any, options: dict[str, Any], loading: tuple[str, ...]
 ) -> None:
-    found = {engine: asked(engine, family(name, sparsity, **options)) for engine in (*STOCK, "reference")}
+    found = {
+        engine: asked(engine, family(name, sparsity, **options)) for engine in (*STOCK, "reference")
+    }
     assert tuple(engine for engine in STOCK if found[engine].loadable) == loading
     assert found["reference"].loadable  # a benchmark's modules are built for the shapes
     for engine, one in found.items():
-        assert one.works == (one.loadable and one.kernels) or one.kernels_reason.endswith("save no time")
+        assert one.works == (one.loadable and one.kernels) or one.kernels_reason.endswith(
+            "save no time"
+        )
         if not one.loadable:
             assert one.sentence.startswith(f"No: stock {engine} does not load ")
 
@@ -89,29 +95,42 @@ def test_which_stock_engine_loads_which_family(
 def test_widths_by_layer_need_nemotron_nas_and_equal_heads() -> None:
     heads_too = per_layer("vllm")
     assert heads_too.loadable is False
-    assert heads_too.load_reason == "query heads that differ by layer: it reads one num_attention_heads for all layers"
+    assert (
+        heads_too.load_reason
+        == "query heads that differ by layer: it reads one num_attention_heads for all layers"
+    )
     dense = simulator.lower(LLAMA, phase="decode", engine="vllm")
     blocks = tuple(replace(b, inner=8192 if i < 16 else 10008) for i, b in enumerate(LLAMA.layout))
     found = {e: existing(e, shaped(blocks=blocks)) for e in STOCK}
     assert [e for e in STOCK if found[e].loadable] == ["vllm"]  # 10,008 is no multiple of 256
-    assert found["vllm"].load_reason == "with intermediate_size in block_configs (model_type nemotron-nas)"
+    assert (
+        found["vllm"].load_reason
+        == "with intermediate_size in block_configs (model_type nemotron-nas)"
+    )
     assert "multiples of 256, not 10,008" in found["sglang"].load_reason
-    assert found["hf"].load_reason.startswith("MLP widths that differ by layer: it builds equal layers")
+    assert found["hf"].load_reason.startswith(
+        "MLP widths that differ by layer: it builds equal layers"
+    )
     even = tuple(replace(b, inner=8192 if i < 16 else 9984) for i, b in enumerate(LLAMA.layout))
     assert all(existing(e, shaped(blocks=even)).loadable for e in SERVERS)
     qwen = simulator.load_model("qwen3-8b")
-    pruned = replace(qwen, blocks=tuple(replace(b, inner=8192 if i else 4096) for i, b in enumerate(qwen.layout)))
+    pruned = replace(
+        qwen, blocks=tuple(replace(b, inner=8192 if i else 4096) for i, b in enumerate(qwen.layout))
+    )
     other = asked("vllm", Pruning.of_model(qwen, pruned), qwen)
     assert other.load_reason.endswith("only for model_type llama and nemotron-nas, not for qwen3")
     assert will_run(dense).loadable
 
 
 def test_query_heads_alone_must_fill_equal_groups() -> None:
-    uneven, even = (asked("vllm", Pruning.read(f"width heads={s}"), "llama-3.1-8b") for s in (0.2, 0.25))
+    uneven, even = (
+        asked("vllm", Pruning.read(f"width heads={s}"), "llama-3.1-8b") for s in (0.2, 0.25)
+    )
     assert uneven.load_reason == (  # 26 heads on 8 KV heads
         "query heads that are not a multiple of the key/value heads: its attention asserts equal groups"
     )
-    assert even.load_reason == (  # 24 heads on 8 in a hidden size of 4,096; Transformers refuses them for Llama
+    # 24 heads on 8 in a hidden size of 4,096; Transformers refuses them for Llama
+    assert even.load_reason == (
         "with head_dim in config.json and with model_type mistral in config.json (sliding_window null), because the "
         "configuration of Llama requires heads that divide the hidden size"
     )
@@ -122,12 +141,15 @@ def test_query_heads_alone_must_fill_equal_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "loads"), [("", True), ("fewer=active", True), ("fewer=average", False), ("merged=true", False)]
+    ("options", "loads"),
+    [("", True), ("fewer=active", True), ("fewer=average", False), ("merged=true", False)],
 )
 def test_experts_of_a_fixed_number_are_loaded(options: str, loads: bool) -> None:
     found = asked("vllm", Pruning.read(f"experts 0.25 {options}"), "mixtral-8x7b")
     assert found.loadable is loads
-    assert loads or found.load_reason.startswith("experts that a map, or a number per token, selects after the router")
+    assert loads or found.load_reason.startswith(
+        "experts that a map, or a number per token, selects after the router"
+    )
 
 
 @pytest.mark.parametrize("name", simulator.list_models())
@@ -138,7 +160,10 @@ def test_every_dense_model_is_one_that_transformers_loads(name: str) -> None:
     if name == "nemotron-super-49b":
         assert found.load_reason == "with trust_remote_code"
     else:
-        assert found.load_reason in ("with its shapes in config.json", "with head_dim in config.json")
+        assert found.load_reason in (
+            "with its shapes in config.json",
+            "with head_dim in config.json",
+        )
 
 
 def test_what_an_aligned_width_gains_by_hand() -> None:
@@ -147,12 +172,18 @@ def test_what_an_aligned_width_gains_by_hand() -> None:
         request = Request(model=LLAMA, phase="prefill", engine=engine)
         found = runnable(request, Pruning.of_model(LLAMA, odd), H100)
         # 8,810 is 1,101.25 times the 8 elements of 16 bytes
-        assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == ("MLP width", 8810, 8816)
+        assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == (
+            "MLP width",
+            8810,
+            8816,
+        )
         assert not found.aligned
         assert found.works
         dense = simulator.lower(request)
         seconds = [
-            simulator.speedup(dense, simulator.lower(model, phase="prefill", engine=engine), H100).pruned_s
+            simulator.speedup(
+                dense, simulator.lower(model, phase="prefill", engine=engine), H100
+            ).pruned_s
             for model in (odd, even)
         ]
         assert found.aligned_gain == pytest.approx(seconds[0] / seconds[1], rel=1e-6)
@@ -160,30 +191,51 @@ def test_what_an_aligned_width_gains_by_hand() -> None:
         assert found.aligned_gain_lower
         assert found.aligned_gain_upper
         assert found.aligned_gain_lower < found.aligned_gain < found.aligned_gain_upper
-        assert found.sentence.startswith(f"Yes, but MLP width 8,810 is not aligned; 8,816 is {found.aligned_gain:.2f}x")
+        assert found.sentence.startswith(
+            f"Yes, but MLP width 8,810 is not aligned; 8,816 is {found.aligned_gain:.2f}x"
+        )
         assert runnable(request, Pruning.of_model(LLAMA, even), H100).aligned
     without = runnable(Request(model=LLAMA), Pruning.of_model(LLAMA, odd))
     assert without.aligned_gain is None
-    assert without.sentence == "Yes, but MLP width 8,810 is not aligned; the nearest aligned width is 8,816."
+    assert (
+        without.sentence
+        == "Yes, but MLP width 8,810 is not aligned; the nearest aligned width is 8,816."
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "dimension", "width", "aligned"),
     [
         ({"hidden": 3070, "head_dim": 128}, "hidden size", 3070, 3072),
-        ({"head_dim": 126, "rotary_dim": 126}, "", 0, 0),  # 32 heads of 126 are 504 times 8 elements
-        ({"heads": 31, "kv_heads": 31, "head_dim": 126, "rotary_dim": 126}, "query width", 3906, 3912),
+        # 32 heads of 126 are 504 times 8 elements
+        ({"head_dim": 126, "rotary_dim": 126}, "", 0, 0),
+        (
+            {"heads": 31, "kv_heads": 31, "head_dim": 126, "rotary_dim": 126},
+            "query width",
+            3906,
+            3912,
+        ),
     ],
 )
-def test_other_widths_that_are_not_aligned(model: dict[str, Any], dimension: str, width: int, aligned: int) -> None:
-    found = runnable(Request(model=LLAMA, engine="hf"), Pruning.of_model(LLAMA, shaped(**model)), H100)
-    assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == (dimension, width, aligned)
+def test_other_widths_that_are_not_aligned(
+    model: dict[str, Any], dimension: str, width: int, aligned: int
+) -> None:
+    found = runnable(
+        Request(model=LLAMA, engine="hf"), Pruning.of_model(LLAMA, shaped(**model)), H100
+    )
+    assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == (
+        dimension,
+        width,
+        aligned,
+    )
     assert (found.aligned_gain is None) == (dimension != "hidden size")  # heads are not padded
 
 
 def assert_alike(ours: simulator.Workload, theirs: simulator.Workload) -> None:
     for name in ours.SCHEMA:
-        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(ours, name), getattr(theirs, name), rtol=1e-12, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -199,7 +251,9 @@ def test_an_aligned_model_is_the_one_lowered_at_those_widths(
 ) -> None:
     model = replace(simulator.load_model(name), qkv_bias=True, o_bias=True)
     for engine in ("vllm", "hf"):
-        ours, theirs = (simulator.lower(replace(model, **x), phase=phase, engine=engine) for x in (odd, even))
+        ours, theirs = (
+            simulator.lower(replace(model, **x), phase=phase, engine=engine) for x in (odd, even)
+        )
         assert_alike(aligned_up(ours, np.full(len(ours), 8)), theirs)
 
 
@@ -220,15 +274,28 @@ def test_devices_divide_heads_and_widths_of_the_whole_model() -> None:
     assert eight.sentence == "No: it has 26 attention heads; tensor parallel needs a multiple of 8."
     # 8 KV groups become 6: the plan does not divide, though shares of one group each can be predicted
     plan = asked("vllm", family("width", 0.2), "llama-3.1-8b", devices=8)
-    assert plan.divisible_reason.startswith("6 key/value heads; tensor parallel needs a multiple or a divisor of 8")
+    assert plan.divisible_reason.startswith(
+        "6 key/value heads; tensor parallel needs a multiple or a divisor of 8"
+    )
     assert plan.divisible_reason.endswith("the prediction rounds per device")
-    assert asked("vllm", family("width", 0.5), "llama-3.1-8b", devices=8).tensor_parallel == (1, 2, 4, 8, 16)
+    assert asked("vllm", family("width", 0.5), "llama-3.1-8b", devices=8).tensor_parallel == (
+        1,
+        2,
+        4,
+        8,
+        16,
+    )
     long = asked("vllm", family("depth", 0.75), "llama-3.1-8b", devices=16, parallel="pipeline")
-    assert long.divisible_reason == "8 layers; a pipeline of 16 devices needs 16; the prediction rounds per device"
+    assert (
+        long.divisible_reason
+        == "8 layers; a pipeline of 16 devices needs 16; the prediction rounds per device"
+    )
     moe = asked("vllm", family("experts", 0.25), "mixtral-8x7b", devices=4, parallel="expert")
     assert not moe.divisible
     assert "6 experts; expert parallel needs a multiple of 4" in moe.divisible_reason
-    with pytest.raises(InputError, match="expected a model on one device, got a share of 2 devices"):
+    with pytest.raises(
+        InputError, match="expected a model on one device, got a share of 2 devices"
+    ):
         will_run(simulator.lower(LLAMA, devices=2))
 
 
@@ -250,13 +317,17 @@ def test_kernels_of_formats_and_families() -> None:
     zeros = asked("vllm", family("unstructured", 0.5))
     assert zeros.works
     assert not zeros.kernels
-    assert zeros.sentence == "Yes, but dense kernels compute its scattered zeros, so they save no time."
-    assert asked("vllm", family("unstructured", 0.5, kernel="spmv")).works is False
-    assert asked("hf", Pruning.of_model(LLAMA, LLAMA), weight_dtype="fp8").kernels_reason.startswith(
-        "hf has no kernels"
+    assert (
+        zeros.sentence
+        == "Yes, but dense kernels compute its scattered zeros, so they save no time."
     )
+    assert asked("vllm", family("unstructured", 0.5, kernel="spmv")).works is False
+    assert asked(
+        "hf", Pruning.of_model(LLAMA, LLAMA), weight_dtype="fp8"
+    ).kernels_reason.startswith("hf has no kernels")
     narrow = asked("vllm", family("width", 0.2), weight_dtype="int4")
-    assert (narrow.works, narrow.aligned, narrow.aligned_width) == (True, False, 8832)  # Marlin: 69 times 128
+    # Marlin: 69 times 128
+    assert (narrow.works, narrow.aligned, narrow.aligned_width) == (True, False, 8832)
     assert narrow.aligned_gain is None  # not modelled
     blocks = asked("vllm", family("width", 0.2), dtype="fp8", weight_dtype="fp8_block")
     assert blocks.works is False
@@ -299,7 +370,8 @@ def test_equal_layers_only_need_another_config(tmp_path: Path) -> None:
     stale = checkpoint(tmp_path / "stale", even)
     assert existing("vllm", stale).loadable is False
     assert existing("vllm", stale).load_reason.endswith("; write its shapes into config.json")
-    assert asked("vllm", family("depth", 0.25), stale).loadable  # what one prunes gets a new config.json
+    # what one prunes gets a new config.json
+    assert asked("vllm", family("depth", 0.25), stale).loadable
     right = checkpoint(tmp_path / "right", even, intermediate_size=8816)
     assert (right.mismatch, right.custom_code) == ("", "")
     assert all(existing(engine, right).loadable for engine in STOCK)
@@ -327,7 +399,8 @@ def test_a_file_of_ones_own_that_states_nothing_is_not_known(tmp_path: Path) -> 
         "Not known: the file of engine mine does not state whether it loads layers of equal shapes, fewer or narrower "
         "than in the dense model."
     )
-    assert asked(str(path), family("dynamic_depth", 0.25)).works is False  # it names no kernels for it
+    # it names no kernels for it
+    assert asked(str(path), family("dynamic_depth", 0.25)).works is False
 
 
 @pytest.mark.parametrize("name", simulator.list_engines())
@@ -341,12 +414,22 @@ def test_every_shipped_engine_states_all_features_with_a_source(name: str) -> No
 
 
 def test_kernels_of_a_dynamic_family_may_need_an_architecture() -> None:
-    pruning, request = Pruning.read("kv_cache 0.5"), Request(model=LLAMA, phase="decode", engine="trtllm")
-    hopper, blackwell = (runnable(request, pruning, simulator.load_hardware(name)) for name in ("h100", "b200"))
+    pruning, request = (
+        Pruning.read("kv_cache 0.5"),
+        Request(model=LLAMA, phase="decode", engine="trtllm"),
+    )
+    hopper, blackwell = (
+        runnable(request, pruning, simulator.load_hardware(name)) for name in ("h100", "b200")
+    )
     assert (hopper.works, blackwell.works) == (False, True)
-    assert "has kernels for kv_cache only on blackwell and blackwell_sm100 (algorithm rocket" in hopper.sentence
+    assert (
+        "has kernels for kv_cache only on blackwell and blackwell_sm100 (algorithm rocket"
+        in hopper.sentence
+    )
     assert "loads it with algorithm rocket in sparse_attention_config" in blackwell.sentence
-    found = simulator.table(LLAMA, ["b200", "h100"], prune="kv_cache 0.5", phase="decode", engine="trtllm")
+    found = simulator.table(
+        LLAMA, ["b200", "h100"], prune="kv_cache 0.5", phase="decode", engine="trtllm"
+    )
     hardware = [simulator.load_hardware(name) for name in ("b200", "h100")]
     assert [r.works for r in runnables(found, hardware)] == [True, False]
 

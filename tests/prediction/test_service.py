@@ -14,7 +14,15 @@ from simulator.capacity import memory
 from simulator.errors import InputError
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.requests import on
-from simulator.prediction.sentences import EQUAL, LIMITS, MEMORY, equal_memory, failing_text, of_service, ranked
+from simulator.prediction.sentences import (
+    EQUAL,
+    LIMITS,
+    MEMORY,
+    equal_memory,
+    failing_text,
+    of_service,
+    ranked,
+)
 from simulator.prediction.service import OperatingPoint, Service
 from simulator.prediction.table import table
 
@@ -22,7 +30,9 @@ pytestmark = pytest.mark.quick
 MODEL, NEW = "llama-3.1-8b", {"new_tokens": 256}
 
 
-def one(prune: Any = "depth 0.25", model: str = MODEL, hardware: str = "h100", **more: Any) -> Service:
+def one(
+    prune: Any = "depth 0.25", model: str = MODEL, hardware: str = "h100", **more: Any
+) -> Service:
     (service,) = serve(model, hardware, prune=prune, **{**NEW, **more}).services
     return service
 
@@ -62,9 +72,12 @@ def test_intervals_hold_their_values_and_first_tokens_are_less_certain_than_requ
         for name in ("request_s", "ttft_s", "tpot_s", "tokens_per_s"):
             stem = name if name == "tokens_per_s" else name.removesuffix("_s")
             assert getattr(p, f"{stem}_lower") < getattr(p, name) < getattr(p, f"{stem}_upper")
-        wide, narrow = (getattr(p, f"{n}_upper") / getattr(p, f"{n}_lower") for n in ("ttft", "request"))
+        wide, narrow = (
+            getattr(p, f"{n}_upper") / getattr(p, f"{n}_lower") for n in ("ttft", "request")
+        )
         assert wide > narrow
-    lonely = one(["depth 0.25"], concurrency=1, engine="compile")  # nothing to wait for, and no server
+    # nothing to wait for, and no server
+    lonely = one(["depth 0.25"], concurrency=1, engine="compile")
     for p in lonely.kinds[EQUAL]:
         assert close(p.ttft_upper / p.ttft_s, p.request_upper / p.request_s)
     surer = one(["depth 0.25"], concurrency=24, level=0.5)
@@ -81,7 +94,9 @@ def test_the_largest_concurrency_fits_and_one_more_does_not(devices: int) -> Non
         for c in (point.concurrency, point.concurrency + 1):
             (request,) = on([Request(model=MODEL, phase="serve", batch=c, seq=4096, **setting)], hw)
             w = simulator.lower(request)
-            fits.append(memory(w if i == 0 else Pruning.read(texts[i - 1]).apply(w, request), hw).fits)
+            fits.append(
+                memory(w if i == 0 else Pruning.read(texts[i - 1]).apply(w, request), hw).fits
+            )
         assert fits == [True, False], point
         assert point.limited_by == "memory"
         assert point.largest_concurrency == point.concurrency
@@ -116,8 +131,14 @@ def test_the_engine_limits_small_models() -> None:
     service = one("depth 0.5", model="llama-3.2-1b", seq=64)
     dense, pruned = service.kinds[MEMORY]
     assert (dense.concurrency, dense.limited_by, pruned.concurrency) == (1024, "engine", 1024)
-    assert "as many sequences run (1,024, the limit of the engine), and each request takes 0." in of_service(service)[1]
-    assert at(one("depth 0.5", model="llama-3.2-1b", seq=64, engine="hf"), MEMORY, 0).limited_by == "memory"
+    assert (
+        "as many sequences run (1,024, the limit of the engine), and each request takes 0."
+        in of_service(service)[1]
+    )
+    assert (
+        at(one("depth 0.5", model="llama-3.2-1b", seq=64, engine="hf"), MEMORY, 0).limited_by
+        == "memory"
+    )
 
 
 def test_tighter_limits_leave_fewer_requests_and_hold_where_they_are_said_to() -> None:
@@ -136,7 +157,9 @@ def test_tighter_limits_leave_fewer_requests_and_hold_where_they_are_said_to() -
 
 
 def test_both_limits_hold_together_and_confidence_costs_requests() -> None:
-    ttft, tpot = (one("depth 0.25", **{name: value}) for name, value in (("ttft_s", 0.3), ("tpot_s", 0.02)))
+    ttft, tpot = (
+        one("depth 0.25", **{name: value}) for name, value in (("ttft_s", 0.3), ("tpot_s", 0.02))
+    )
     both = one("depth 0.25", ttft_s=0.3, tpot_s=0.02)
     for i in (0, 1):
         alone = [at(s, LIMITS, i).concurrency for s in (ttft, tpot)]
@@ -163,12 +186,19 @@ def test_a_model_that_cannot_keep_the_limits_states_which_and_by_how_much() -> N
     assert pruned.concurrency > 0
     assert math.isnan(pruned.ratio)
     assert "; the dense model fails (time per output token 6.8" in of_service(service)[2]
-    assert one("depth 0.5", ttft_s=2e-3, tpot_s=1e-4).kinds[LIMITS][0].unmet == "tpot", "of two, that by more"
+    assert one("depth 0.5", ttft_s=2e-3, tpot_s=1e-4).kinds[LIMITS][0].unmet == "tpot", (
+        "of two, that by more"
+    )
     nothing = one("depth 0.5", ttft_s=0.001)
     assert [p.concurrency for p in nothing.kinds[LIMITS]] == [0, 0]
-    assert "no request can be served: the dense model fails (time to the first token" in of_service(nothing)[2]
+    assert (
+        "no request can be served: the dense model fails (time to the first token"
+        in of_service(nothing)[2]
+    )
     uncertain = one("depth 0.5", tpot_s=1.02 * alone.tpot_s, probability=0.9)
-    assert "below the limit with a probability of only" in failing_text(uncertain, uncertain.kinds[LIMITS][0])
+    assert "below the limit with a probability of only" in failing_text(
+        uncertain, uncertain.kinds[LIMITS][0]
+    )
 
 
 def test_costs_are_those_of_the_devices_time() -> None:
@@ -202,7 +232,8 @@ def test_a_dense_model_that_does_not_fit_has_no_point_and_a_pruned_one_that_does
     assert lines[1].endswith("; the dense model does not fit.")
     assert any("its times are hypothetical" in note for note in found.notes)
     with pytest.raises(
-        InputError, match=r"h100_sxm: no model fits: with one request, the smallest needs 1.* available"
+        InputError,
+        match=r"h100_sxm: no model fits: with one request, the smallest needs 1.* available",
     ):
         serve("llama-3.1-70b", "h100", prune="depth 0.1")
 
@@ -239,17 +270,28 @@ def test_a_budget_and_a_cached_prefix_reach_the_service() -> None:
 
 
 def test_what_cannot_be_predicted_is_a_note_beside_others_and_an_error_alone() -> None:
-    found = serve(MODEL, "h100", prune=["semi_structured 0.5", "depth 0.25"], engine=["vllm", "trtllm"], **NEW)
+    found = serve(
+        MODEL, "h100", prune=["semi_structured 0.5", "depth 0.25"], engine=["vllm", "trtllm"], **NEW
+    )
     assert [len(s.kinds[EQUAL]) for s in found.services] == [2, 3]
     assert any("vllm has no 2:4 kernels" in note for note in found.notes)
     for more, message in (
         ({"prune": "semi_structured 0.5"}, "vllm has no 2:4 kernels"),
         ({"prune": "depth 0.25", "concurrency": 0}, "concurrency: expected a whole number from 1"),
         ({"prune": "depth 0.25", "tpot_s": -1.0}, "tpot: expected a positive time in seconds"),
-        ({"prune": "depth 0.25", "price": 0.0}, "price: expected a positive price per GPU-hour, such as 2.5, got 0.0"),
-        ({"prune": "depth 0.25", "probability": 1.0}, "confidence 1: expected a number between 0 and 1"),
+        (
+            {"prune": "depth 0.25", "price": 0.0},
+            "price: expected a positive price per GPU-hour, such as 2.5, got 0.0",
+        ),
+        (
+            {"prune": "depth 0.25", "probability": 1.0},
+            "confidence 1: expected a number between 0 and 1",
+        ),
         ({"prune": "depth 0.25", "dense_s": 1.0}, "dense time: expected none"),
-        ({"prune": "depth 0.25", "concurrency": 10**9}, "expected at most 2147483647 tokens in a pass"),
+        (
+            {"prune": "depth 0.25", "concurrency": 10**9},
+            "expected at most 2147483647 tokens in a pass",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             serve(MODEL, "h100", **more)

@@ -26,7 +26,12 @@ FAMILIES = ["depth", "width", "token", "kv_cache", "dynamic_depth", "low_rank"]
 
 def table(**asked: Any) -> Results:
     """A table of some families, and what is asked."""
-    usual = {"models": ["llama-3.1-8b"], "hardware": ["h100"], "family": FAMILIES, "sparsity": [0.25]}
+    usual = {
+        "models": ["llama-3.1-8b"],
+        "hardware": ["h100"],
+        "family": FAMILIES,
+        "sparsity": [0.25],
+    }
     return simulator.table(**{**usual, "phase": ["decode"], **asked})
 
 
@@ -62,7 +67,9 @@ def test_first_and_further_tokens_make_up_the_whole(engine: str, dense_s: float 
                 (r.dense_ttft_s + 40 * r.dense_tpot_s, r.dense_s),
             ):
                 # a first token also waits for the server, which computes other requests at that time
-                assert close(whole, seconds) or (phase == "serve" and seconds < whole < seconds + 0.2)
+                assert close(whole, seconds) or (
+                    phase == "serve" and seconds < whole < seconds + 0.2
+                )
             assert close(r.tokens_per_s, 6 * 40 / r.pruned_s)
             assert close(r.dense_tokens_per_s / r.tokens_per_s, 1.0 / r.speedup)
         steps = {"new_tokens": 40}
@@ -72,21 +79,32 @@ def test_a_generate_is_one_prefill_and_then_decodes() -> None:
     for engine in ("", "vllm", "hf"):
         (r,) = table(family=["depth"], phase=["generate"], seq=[700], new_tokens=3, engine=[engine])
         (prefill,) = table(family=["depth"], phase=["prefill"], seq=[700], engine=[engine])
-        steps = [table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine])[0] for t in range(3)]
+        steps = [
+            table(family=["depth"], phase=["decode"], seq=[700 + t], engine=[engine])[0]
+            for t in range(3)
+        ]
         assert r.dense_ttft_s == pytest.approx(prefill.dense_s, rel=1e-6)
         assert r.dense_tpot_s == pytest.approx(np.mean([s.dense_s for s in steps]), rel=2e-3)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-def test_waiting_for_other_prompts_takes_time_from_the_further_tokens(engine: str, tmp_path: Path) -> None:
+def test_waiting_for_other_prompts_takes_time_from_the_further_tokens(
+    engine: str, tmp_path: Path
+) -> None:
     text = Path(simulator.__file__).parent.joinpath("engines", f"{engine}.yaml").read_text()
     found = []
     for wait in (0.0, 0.5, 1.0):
         path = tmp_path / f"{wait}.yaml"
         waits = ("prefill_wait", "first_wait")
         lines = [line for line in text.splitlines() if not line.startswith(waits)]
-        path.write_text("\n".join([*lines, *(f"{name}: {{value: {wait}, source: serving}}" for name in waits), ""]))
-        found += table(family=["depth"], phase=["serve"], batch=[32], engine=[str(path)], new_tokens=64)
+        path.write_text(
+            "\n".join(
+                [*lines, *(f"{name}: {{value: {wait}, source: serving}}" for name in waits), ""]
+            )
+        )
+        found += table(
+            family=["depth"], phase=["serve"], batch=[32], engine=[str(path)], new_tokens=64
+        )
     none, half, all_of_them = found
     assert none.dense_s == half.dense_s == all_of_them.dense_s
     assert none.tokens_per_s == all_of_them.tokens_per_s
@@ -99,14 +117,26 @@ def test_waiting_for_other_prompts_takes_time_from_the_further_tokens(engine: st
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-2-9b", "opt-13b"])
-@pytest.mark.parametrize("setting", [{}, {"weight_dtype": "int4", "kv_dtype": "fp8"}, {"devices": 2}])
-def test_the_largest_batch_fits_and_one_more_does_not(phase: str, model: str, setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "setting", [{}, {"weight_dtype": "int4", "kv_dtype": "fp8"}, {"devices": 2}]
+)
+def test_the_largest_batch_fits_and_one_more_does_not(
+    phase: str, model: str, setting: dict[str, Any]
+) -> None:
     setting, hw = {**setting, "new_tokens": 64}, simulator.load_hardware("h100")
-    for r in table(models=[model], family=["depth", "width", "unstructured"], phase=[phase], batch=[1, 9], **setting):
+    for r in table(
+        models=[model],
+        family=["depth", "width", "unstructured"],
+        phase=[phase],
+        batch=[1, 9],
+        **setting,
+    ):
         for largest, pruned in ((r.dense_largest_batch, False), (r.pruned_largest_batch, True)):
             assert largest >= 1
             fits = []
-            limit = load_engine("vllm").limit(hw.memory_bytes, hw.name) if phase != "prefill" else None
+            limit = (
+                load_engine("vllm").limit(hw.memory_bytes, hw.name) if phase != "prefill" else None
+            )
             bound = limit is not None and largest == limit.sequences  # by the engine, not by memory
             for batch in (largest, largest + 1 + 10**6 * bound):
                 w = simulator.lower(model, phase=phase, batch=batch, seq=r.seq, **setting)
@@ -124,7 +154,9 @@ def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
     order = [(r.batch, r.engine, r.family) for r in found]
     assert order == [(r.batch, r.engine, r.family) for r in sorted(found, key=_place)]
     for r in found:
-        dense = simulator.lower(simulator.load_model(r.model), phase="decode", batch=r.batch, seq=2048, engine=r.engine)
+        dense = simulator.lower(
+            simulator.load_model(r.model), phase="decode", batch=r.batch, seq=2048, engine=r.engine
+        )
         alone = speedup(dense, prune(dense, r.family, 0.5), simulator.load_hardware("h100"))
         assert r.speedup == pytest.approx(alone.speedup, rel=1e-12)
         assert (r.dense_s, r.tpot_s) == pytest.approx((alone.dense_s, alone.tpot_s), rel=1e-12)
@@ -134,7 +166,11 @@ def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
 
 
 def _place(r: Result) -> tuple[int, int, int]:
-    return ["hf", "reference", "trtllm"].index(r.engine), r.batch, ["depth", "semi_structured"].index(r.family)
+    return (
+        ["hf", "reference", "trtllm"].index(r.engine),
+        r.batch,
+        ["depth", "semi_structured"].index(r.family),
+    )
 
 
 # -- a measured time ---------------------------------------------------------------------------------------------------
@@ -152,8 +188,12 @@ def test_a_measured_time_reaches_every_answer() -> None:
     (a,) = advise("llama-3.1-8b", ["h100"], 1.2, ["depth"], dense_s=0.0074).advice
     dense = simulator.lower("llama-3.1-8b")
     pruned, hw = prune(dense, "depth", a.result.sparsity), simulator.load_hardware("h100")
-    assert a.result.speedup == pytest.approx(speedup(dense, pruned, hw, dense_s=0.0074).speedup, rel=1e-9)
-    assert waterfall(dense, pruned, hw, dense_s=0.0074)[-1].speedup == pytest.approx(a.result.speedup, rel=1e-9)
+    assert a.result.speedup == pytest.approx(
+        speedup(dense, pruned, hw, dense_s=0.0074).speedup, rel=1e-9
+    )
+    assert waterfall(dense, pruned, hw, dense_s=0.0074)[-1].speedup == pytest.approx(
+        a.result.speedup, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,13 +205,17 @@ def test_a_measured_time_reaches_every_answer() -> None:
     ids=lambda more: next(iter(more)),
 )  # fmt: skip
 def test_a_measured_time_is_of_one_setting(more: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"dense time: belongs to one request; expected one .*, got 2"):
+    with pytest.raises(
+        InputError, match=r"dense time: belongs to one request; expected one .*, got 2"
+    ):
         table(**more, dense_s=0.01)
 
 
 def test_tokens_a_second_are_a_time() -> None:
     def spent(rate: float | None, *request: Any) -> float:
-        return dense_seconds(rate, Request(**dict(zip(("phase", "batch", "seq", "new_tokens"), request))))
+        return dense_seconds(
+            rate, Request(**dict(zip(("phase", "batch", "seq", "new_tokens"), request)))
+        )
 
     assert spent(100.0, "decode", 8, 2048, 128) == 8 / 100
     assert spent(4096.0, "prefill", 2, 2048, 0) == 1.0

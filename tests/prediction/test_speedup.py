@@ -39,23 +39,35 @@ the rank falls below a tile). At the first step away from dense a family may pay
 product): that is not held to it.
 """
 
-FORMATS: tuple[dict[str, str], ...] = ({}, {"weight_dtype": "int4"}, {"dtype": "fp16", "kv_dtype": "int8"})
+FORMATS: tuple[dict[str, str], ...] = (
+    {},
+    {"weight_dtype": "int4"},
+    {"dtype": "fp16", "kv_dtype": "int8"},
+)
 
 
 @lru_cache
-def dense_of(model: str, phase: str, batch: int, seq: int, formats: int = 0, engine: str = "") -> Workload:
+def dense_of(
+    model: str, phase: str, batch: int, seq: int, formats: int = 0, engine: str = ""
+) -> Workload:
     options: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "engine": engine}
     options["new_tokens"] = 5 if phase in ("generate", "serve") else 0
     return simulator.lower(simulator.load_model(model), **options, **FORMATS[formats])
 
 
-def composed(w: Workload, families: Iterable[str], sparsities: Iterable[float], ideal: bool = False) -> Workload:
+def composed(
+    w: Workload, families: Iterable[str], sparsities: Iterable[float], ideal: bool = False
+) -> Workload:
     for family, sparsity in zip(families, sparsities, strict=True):
-        w = prune(w, family, 0.5 if family == "semi_structured" and sparsity else sparsity, ideal=ideal)
+        w = prune(
+            w, family, 0.5 if family == "semi_structured" and sparsity else sparsity, ideal=ideal
+        )
     return w
 
 
-def tried(w: Workload, families: Sequence[str], sparsities: Iterable[float], ideal: bool) -> Workload | None:
+def tried(
+    w: Workload, families: Sequence[str], sparsities: Iterable[float], ideal: bool
+) -> Workload | None:
     """Return the composition, or None if it is refused in one line; a single family must not be refused."""
     try:
         return composed(w, families, sparsities, ideal)
@@ -82,12 +94,23 @@ def least_s(w: Workload, hw: simulator.HardwareProfile) -> float:
             rate[rows] = hw.peak_flop_per_s(DTYPES[code], sparse=pair) * hw.clock_headroom
     weights_s = np.where(skips, 0.0, w.weight_bytes_each) / hw.bandwidth_bytes_per_s
     times = np.maximum(2.0 * w.m * w.n * w.k * np.where(skips, w.density, 1.0) / rate, weights_s)
-    return float((times * w.count)[gemm].sum() + w.bytes[decode].sum() / hw.bandwidth_bytes_per_s) * (1 - 1e-6)
+    return float(
+        (times * w.count)[gemm].sum() + w.bytes[decode].sum() / hw.bandwidth_bytes_per_s
+    ) * (1 - 1e-6)
 
 
 def check(dense: Workload, pruned: Workload, s: Result, hw: simulator.HardwareProfile) -> None:
     """One prediction: numbers, in order, and possible."""
-    numbers = (s.dense_s, s.pruned_s, s.speedup, s.lower, s.upper, s.flop_bound, s.byte_bound, s.roofline_bound)
+    numbers = (
+        s.dense_s,
+        s.pruned_s,
+        s.speedup,
+        s.lower,
+        s.upper,
+        s.flop_bound,
+        s.byte_bound,
+        s.roofline_bound,
+    )
     assert np.isfinite(numbers).all(), numbers
     assert min(numbers) > 0.0, numbers
     assert s.lower <= s.speedup <= s.upper
@@ -96,11 +119,17 @@ def check(dense: Workload, pruned: Workload, s: Result, hw: simulator.HardwarePr
     assert s.pruned_s >= least_s(pruned, hw)
 
 
-def check_combinations(model: str, phase: str, ideal: bool, combinations: list[tuple[str, ...]]) -> None:
+def check_combinations(
+    model: str, phase: str, ideal: bool, combinations: list[tuple[str, ...]]
+) -> None:
     """Prune one model by combinations of families at random sparsities, for a random request, GPU and engine."""
     rng = random.Random(f"{model} {phase} {ideal}")
     dense = dense_of(
-        model, phase, rng.choice((1, 3, 8, 33)), rng.choice((17, 130, 512, 1000)), engine=rng.choice(ENGINES)
+        model,
+        phase,
+        rng.choice((1, 3, 8, 33)),
+        rng.choice((17, 130, 512, 1000)),
+        engine=rng.choice(ENGINES),
     )
     sparsities = [[rng.uniform(0.05, 0.9) for _ in families] for families in combinations]
     tries = zip(combinations, sparsities, strict=True)
@@ -126,10 +155,16 @@ def test_every_family_and_some_pairs(model: str, phase: str, ideal: bool) -> Non
     check_combinations(model, phase, ideal, [(family,) for family in general_families()] + pairs)
 
 
-SETTING = {"model": st.sampled_from(MODELS), "phase": st.sampled_from(PHASES), "batch": st.integers(1, 80)}
+SETTING = {
+    "model": st.sampled_from(MODELS),
+    "phase": st.sampled_from(PHASES),
+    "batch": st.integers(1, 80),
+}
 SETTING |= {"seq": st.integers(1, 700), "formats": st.integers(0, len(FORMATS) - 1)}
 SETTING |= {"engine": st.sampled_from(ENGINES)}
-STEPS = st.lists(st.tuples(st.sampled_from(general_families()), st.floats(0.0, 0.95)), min_size=1, max_size=3)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(general_families()), st.floats(0.0, 0.95)), min_size=1, max_size=3
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -150,7 +185,9 @@ def test_any_composition_is_timed_and_taken_apart_exactly(
     check(dense, pruned, s, hw)
     found = waterfall(dense, pruned, hw)
     assert found[0].speedup == pytest.approx(1 / (1 - s.sparsity))
-    for step, product in zip(found, itertools.accumulate((r.factor for r in found), lambda a, b: a * b), strict=True):
+    for step, product in zip(
+        found, itertools.accumulate((r.factor for r in found), lambda a, b: a * b), strict=True
+    ):
         assert step.factor > 0.0
         assert step.speedup == pytest.approx(product, rel=1e-12)
     by_name = {step.name: step.speedup for step in found}
@@ -164,15 +201,20 @@ def test_any_composition_is_timed_and_taken_apart_exactly(
 def test_a_sparser_model_is_never_slower_by_more_than_a_step(family: str, phase: str) -> None:
     rng = random.Random(f"{family} {phase}")
     for ideal in (False, True):
-        dense = dense_of(rng.choice(MODELS), phase, rng.choice((1, 8, 64)), rng.choice((130, 512, 1024)))
+        dense = dense_of(
+            rng.choice(MODELS), phase, rng.choice((1, 8, 64)), rng.choice((130, 512, 1024))
+        )
         grid = [0.02 + 0.93 * i / 30 for i in range(31)]
         versions = [prune(dense, family, s, ideal=ideal) for s in grid]
         for device in DEVICES:
-            times = np.array([s.pruned_s for s in speedups(dense, versions, simulator.load_hardware(device))])
+            times = np.array(
+                [s.pruned_s for s in speedups(dense, versions, simulator.load_hardware(device))]
+            )
             slower = times[1:] / np.minimum.accumulate(times)[:-1]
             worst = int(np.argmax(slower))
             assert slower[worst] <= STEP, (device, ideal, grid[worst + 1])
-            if family in ("depth", "unstructured"):  # whole sublayers, or nothing: no tile can be left half empty
+            # whole sublayers, or nothing: no tile can be left half empty
+            if family in ("depth", "unstructured"):
                 assert (times[1:] <= times[:-1] * (1 + 1e-9)).all(), device
 
 
@@ -181,22 +223,33 @@ def test_a_sparser_model_is_never_slower_by_more_than_a_step(family: str, phase:
 @pytest.mark.parametrize("gpu", ["a100", "h100", "4090"])
 def test_pruning_nothing_changes_nothing(gpu: str, phase: str, engine: str) -> None:
     dense, hw = dense_of("llama-3.2-1b", phase, 3, 130, engine=engine), simulator.load_hardware(gpu)
-    twice = [composed(dense, pair, (0.0, 0.0)) for pair in itertools.product(general_families(), repeat=2)]
+    twice = [
+        composed(dense, pair, (0.0, 0.0))
+        for pair in itertools.product(general_families(), repeat=2)
+    ]
     for s in speedups(dense, twice, hw):
         numbers = [s.speedup, s.lower, s.upper, s.flop_bound, s.byte_bound, s.roofline_bound]
         assert numbers == pytest.approx([1.0] * 6, rel=1e-12), s.family
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("pair", ["depth width", "depth low_rank", "width semi_structured", "depth kv_cache"])
+@pytest.mark.parametrize(
+    "pair", ["depth width", "depth low_rank", "width semi_structured", "depth kv_cache"]
+)
 def test_independent_families_take_equal_time_in_either_order(pair: str, phase: str) -> None:
-    dense, hw, order = dense_of("llama-3.2-1b", phase, 4, 256), simulator.load_hardware("a100"), pair.split()
+    dense, hw, order = (
+        dense_of("llama-3.2-1b", phase, 4, 256),
+        simulator.load_hardware("a100"),
+        pair.split(),
+    )
     one, other = (composed(dense, families, (0.5, 0.5)) for families in (order, order[::-1]))
     both = speedup(dense, one, hw)
     assert both.pruned_s == pytest.approx(speedup(dense, other, hw).pruned_s, rel=1e-9)
     assert both.sparsity == pytest.approx(0.75)
     if pair == "depth width":
-        assert both.speedup > max(speedup(dense, composed(dense, [f], [0.5]), hw).speedup for f in order) * (1 - 1e-9)
+        assert both.speedup > max(
+            speedup(dense, composed(dense, [f], [0.5]), hw).speedup for f in order
+        ) * (1 - 1e-9)
 
 
 def test_few_zeros_are_not_worth_an_index() -> None:
@@ -218,17 +271,25 @@ def test_the_interval_is_tight_where_shapes_did_not_change_and_wide_at_a_high_le
     depth, width = (against_dense("h100", family) for family in ("depth", "width"))
     assert math.log(depth.upper / depth.lower) < 0.2 * math.log(width.upper / width.lower)
     dense, hw = dense_of("llama-3.1-8b", "prefill", 1, 512), simulator.load_hardware("a100")
-    narrow, wide = (speedup(dense, prune(dense, "width", 0.3), hw, level=level) for level in (0.5, 0.95))
+    narrow, wide = (
+        speedup(dense, prune(dense, "width", 0.3), hw, level=level) for level in (0.5, 0.95)
+    )
     assert wide.lower < narrow.lower < narrow.speedup == wide.speedup < narrow.upper < wide.upper
 
 
 @pytest.mark.parametrize("gpu", ["a100", "h100", "4090"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_an_odd_width_is_slower_than_its_aligned_neighbour_and_the_waterfall_says_so(gpu: str, phase: str) -> None:
+def test_an_odd_width_is_slower_than_its_aligned_neighbour_and_the_waterfall_says_so(
+    gpu: str, phase: str
+) -> None:
     hw, dense = simulator.load_hardware(gpu), dense_of("llama-2-7b", phase, 1, 2048)
-    odd, even = (prune(dense, "width", {"mlp": 1 - inner / 11008}, inner=inner) for inner in (8810, 8816))
+    odd, even = (
+        prune(dense, "width", {"mlp": 1 - inner / 11008}, inner=inner) for inner in (8810, 8816)
+    )
     assert speedup(dense, odd, hw).speedup < speedup(dense, even, hw).speedup
-    slow, fast = ({s.name: s.factor for s in waterfall(dense, w, hw)}["alignment"] for w in (odd, even))
+    slow, fast = (
+        {s.name: s.factor for s in waterfall(dense, w, hw)}["alignment"] for w in (odd, even)
+    )
     assert slow < 0.99
     assert fast == pytest.approx(1.0)
 

@@ -54,7 +54,10 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
     keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "engine", "devices")
     left = {key: i for i, key in enumerate(zip(*(columns[name].tolist() for name in keys)))}
     assert len(left) == len(columns["speedup"])
-    families, axes = [p.family for p in grid.families], {"phase": grid.phases, "batch": grid.batches, "seq": grid.seqs}
+    families, axes = (
+        [p.family for p in grid.families],
+        {"phase": grid.phases, "batch": grid.batches, "seq": grid.seqs},
+    )
     for engine, devices in itertools.product(grid.engines, grid.devices):
         where = {**axes, **vars(grid.dtypes[0]), "engine": engine, "devices": devices}
         asked = {**where, "new_tokens": grid.request.new_tokens}
@@ -90,8 +93,12 @@ WAYS = ("one process", "two processes", "Dask")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A Dask cluster of two workers."""
-    distributed = pytest.importorskip("distributed", reason="sweeps on a Dask cluster need the extra distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as found:
+    distributed = pytest.importorskip(
+        "distributed", reason="sweeps on a Dask cluster need the extra distributed"
+    )
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=":0"
+    ) as found:
         yield found
 
 
@@ -135,7 +142,9 @@ def test_a_sweep_that_is_interrupted_goes_on_to_equal_rows(
         write_sweep(PARTS, tmp_path / "rows", progress=stop, **options)
     assert not workers()
     assert len(list((tmp_path / "rows").iterdir())) == 1
-    done = write_sweep(PARTS, tmp_path / "rows", progress=lambda *step: steps.append(step), **options)
+    done = write_sweep(
+        PARTS, tmp_path / "rows", progress=lambda *step: steps.append(step), **options
+    )
     assert (done.parts, done.resumed_parts, steps[-1]) == (4, 1, (PARTS.size, PARTS.size))
     assert [n for n, _ in steps] == sorted({n for n, _ in steps})
     assert content(done) == clean
@@ -161,7 +170,9 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
 @pytest.mark.parametrize("way", WAYS)
-def test_kill_9_leaves_no_worker_and_loses_no_part(way: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_kill_9_leaves_no_worker_and_loses_no_part(
+    way: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     """After the first part; at any moment: tests/cli/test_kills.py."""
     psutil = pytest.importorskip("psutil")
     (tmp_path / "run.py").write_text(KILLED)
@@ -172,7 +183,9 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(way: str, options: dict[str, 
     words = [sys.executable, "run.py", str(options.get("jobs", 1)), options.get("scheduler", "")]
     environment = {**os.environ, "PYTHONPATH": str(Path(simulator.__file__).parents[1])}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, **pipes) as process:
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, **pipes
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         children = psutil.Process(process.pid).children(recursive=True)
@@ -188,15 +201,23 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(way: str, options: dict[str, 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_lost_workers_are_one_line_and_lose_no_part(
-    way: str, options: dict[str, Any], clean: dict[str, bytes], request: pytest.FixtureRequest, tmp_path: Path
+    way: str,
+    options: dict[str, Any],
+    clean: dict[str, bytes],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     def kill(done: int, of: int) -> None:
         # if one Dask worker is lost, another one takes its tasks
-        every = request.getfixturevalue("cluster").workers.values() if way == "Dask" else workers()[:1]
+        every = (
+            request.getfixturevalue("cluster").workers.values() if way == "Dask" else workers()[:1]
+        )
         for worker in every:
             os.kill(worker.pid, signal.SIGKILL)
 
-    with pytest.raises(OSError, match=r"finished parts are kept: run the same command again$") as error:
+    with pytest.raises(
+        OSError, match=r"finished parts are kept: run the same command again$"
+    ) as error:
         write_sweep(PARTS, tmp_path / "rows", progress=kill, **options)
     assert not isinstance(error.value, InputError)
     there = len(list((tmp_path / "rows").iterdir()))
@@ -240,7 +261,9 @@ def test_parts_of_another_grid_or_index_and_damaged_parts_are_computed_again(
     (out / ".part-00000001.parquet.abc.tmp").write_bytes(b"left by a kill")
     done = write_sweep(PARTS, out)
     assert (done.resumed_parts, content(done)) == (0 if change == "grid" else 3, clean)
-    assert done.notes[0].endswith(f"version or profile were replaced: {8 if change == 'grid' else 1}")
+    assert done.notes[0].endswith(
+        f"version or profile were replaced: {8 if change == 'grid' else 1}"
+    )
 
 
 def test_other_files_are_not_touched(tmp_path: Path) -> None:
@@ -261,7 +284,11 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
 def test_a_second_sweep_into_a_folder_waits_for_the_first(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         second: list[Future[Summary]] = []
-        write_sweep(PARTS, tmp_path, progress=lambda *_: second.append(pool.submit(write_sweep, PARTS, tmp_path)))
+        write_sweep(
+            PARTS,
+            tmp_path,
+            progress=lambda *_: second.append(pool.submit(write_sweep, PARTS, tmp_path)),
+        )
         assert [done.result().resumed_parts for done in second] == [4] * 4
 
 
@@ -275,17 +302,27 @@ def test_a_part_that_changes_during_the_sweep_is_an_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_loaded_profiles_and_models_reach_the_workers(way: str, options: dict[str, Any], tmp_path: Path) -> None:
-    own = replace(PARTS, hardware=(load_hardware("h100_sxm"),), models=(load_model("llama-3.2-1b"),))
+def test_loaded_profiles_and_models_reach_the_workers(
+    way: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    own = replace(
+        PARTS, hardware=(load_hardware("h100_sxm"),), models=(load_model("llama-3.2-1b"),)
+    )
     written, wanted = simulator.sweep(own, tmp_path / "rows", **options), simulator.sweep(PARTS)
     assert np.array_equal(written["pruned_s"], wanted["pruned_s"])
 
 
-@pytest.mark.parametrize("address", ["", "localhost", "tcp://127.0.0.1:1", "http://localhost:80", "a::b", "a b:1"])
-def test_schedulers_that_do_not_answer_are_refused(address: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "address", ["", "localhost", "tcp://127.0.0.1:1", "http://localhost:80", "a::b", "a b:1"]
+)
+def test_schedulers_that_do_not_answer_are_refused(
+    address: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     pytest.importorskip("distributed", reason="sweeps on a Dask cluster need the extra distributed")
     monkeypatch.setattr("simulator.prediction.sweep.REACH_S", 1.0)
-    with pytest.raises(InputError, match=r"^--scheduler .*: expected the address of a running Dask scheduler"):
+    with pytest.raises(
+        InputError, match=r"^--scheduler .*: expected the address of a running Dask scheduler"
+    ):
         write_sweep(ONE, tmp_path / "rows", scheduler=address)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r'^--scheduler needs the extra "distributed" '):
@@ -298,7 +335,9 @@ def test_workers_without_prunesim_are_refused(cluster: Any, tmp_path: Path) -> N
     with cluster.get_client() as client:
         client.run(exec, "import sys; sys.modules['simulator'] = None")
         try:
-            with pytest.raises(InputError, match=r"worker tcp://\S+: expected version \S+ of prunesim, got import"):
+            with pytest.raises(
+                InputError, match=r"worker tcp://\S+: expected version \S+ of prunesim, got import"
+            ):
                 write_sweep(ONE, tmp_path / "rows", scheduler=cluster.scheduler_address)
         finally:
             client.run(exec, "import sys; del sys.modules['simulator']")
@@ -342,14 +381,29 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
     assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
-    assert (grid.request.level, grid.request.ideal, grid.devices, grid.engines) == (0.8, True, (1, 2), ("hf",))
+    assert (grid.request.level, grid.request.ideal, grid.devices, grid.engines) == (
+        0.8,
+        True,
+        (1, 2),
+        ("hf",),
+    )
     assert grid.size == 2 * 2 * 5 * 4 * 2 * 2
 
 
 def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(grid_text(GOOD | {"methods": "[shortgpt, mod]"}))
-    assert [f.method for f in read_grid(tmp_path / "g.yaml").families] == ["", "", "shortgpt", "mod"]
-    grid = replace(ONE, families=(), methods=("shortgpt", "llm-pruner", "sheared-llama"), sparsities=(0.25, 0.9))
+    assert [f.method for f in read_grid(tmp_path / "g.yaml").families] == [
+        "",
+        "",
+        "shortgpt",
+        "mod",
+    ]
+    grid = replace(
+        ONE,
+        families=(),
+        methods=("shortgpt", "llm-pruner", "sheared-llama"),
+        sparsities=(0.25, 0.9),
+    )
     found = sweep_results(grid)
     assert [(r.method, r.family, r.sparsity) for r in found if r.method != "sheared-llama"] == [
         ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.9), ("llm-pruner", "width", 0.25),
@@ -365,26 +419,46 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("models", "[llama-3.1-9b]", r"models\.0: .*llama-3\.1-8b"),
         ("families", "[{width: {algin: 1}}]", r"algin: unknown option; did you mean align"),
         ("families", "[{width: {align: 0}}]", r"0\.width: option align: expected a whole number"),
-        ("sparsities", "[25]", r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25"),
+        (
+            "sparsities",
+            "[25]",
+            r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25",
+        ),
         ("batches", "[two]", r"batches\.0: expected a whole number, got two"),
         ("batches", "1:64", r"batches: expected \{from: 1, to: 64, times: 2\}, got 1:64"),
-        ("batches", "[1, 8:64:8]", r"batches\.1: expected \{from: 8, to: 64, step: 8\}, got 8:64:8"),
+        (
+            "batches",
+            "[1, 8:64:8]",
+            r"batches\.1: expected \{from: 8, to: 64, step: 8\}, got 8:64:8",
+        ),
         ("batches", "{from: 8, to: 1, times: 2}", r"batches\.to: expected at least the start"),
-        ("batches", "{from: 1, to: 8, times: 2, step: 1}", r"batches: expected either step or times"),
+        (
+            "batches",
+            "{from: 1, to: 8, times: 2, step: 1}",
+            r"batches: expected either step or times",
+        ),
         ("seqs", "{from: 1, to: 1000000, step: 1}", r"seqs\.step: makes more than 100000 values"),
         ("ideal", "yes", r"ideal: expected true or false"),
         ("seqs", "[2000000000]", r"seqs: batch 8 x seq 2000000000: expected at most"),
-        ("cached_prefix", "100000", r":13:16: cached_prefix: expected whole tokens below the \d+ of the prompt"),
+        (
+            "cached_prefix",
+            "100000",
+            r":13:16: cached_prefix: expected whole tokens below the \d+ of the prompt",
+        ),
     ],
 )
-def test_bad_grids_are_refused_with_their_place(tmp_path: Path, name: str, value: str, message: str) -> None:
+def test_bad_grids_are_refused_with_their_place(
+    tmp_path: Path, name: str, value: str, message: str
+) -> None:
     refuse_grid(tmp_path, grid_text({**GOOD, name: value}), message)
 
 
 def test_grids_without_an_axis_are_refused(tmp_path: Path) -> None:
     text = grid_text({name: value for name, value in GOOD.items() if name != "seqs"})
     refuse_grid(tmp_path, text, r"seqs: is missing")
-    refuse_grid(tmp_path, text + "seq: 1\n", r":12:1: seq: unknown key; did you mean seqs\? \(and 1 more\)")
+    refuse_grid(
+        tmp_path, text + "seq: 1\n", r":12:1: seq: unknown key; did you mean seqs\? \(and 1 more\)"
+    )
     refuse_grid(tmp_path, "- 1", r"expected a mapping")
     refuse_grid(tmp_path, "", r"is empty")
 
@@ -415,7 +489,10 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
     grid = read_grid(tmp_path / "grid.yaml")
     assert (grid.size, grid.families, grid.sparsities) == (6, (), ())
     found = sweep_results(grid)
-    assert plain(found.columns["prune"]).tolist() == ["width mlp=0.3 heads=0.25", "kv_cache budget=64", str(plan)] * 2
+    assert (
+        plain(found.columns["prune"]).tolist()
+        == ["width mlp=0.3 heads=0.25", "kv_cache budget=64", str(plan)] * 2
+    )
     before = grid.digest()
     plan.write_text("layers:\n  0-7: width mlp=0.25\n")
     assert read_grid(tmp_path / "grid.yaml").digest() != before  # the content of a plan counts

@@ -26,7 +26,13 @@ MODEL = ["llama-3.1-8b"]
 
 def table(**asked: Any) -> Results:
     """A table of one point, except for what is asked."""
-    usual = {"models": MODEL, "hardware": ["h100"], "family": ["depth"], "sparsity": [0.25], "phase": ["decode"]}
+    usual = {
+        "models": MODEL,
+        "hardware": ["h100"],
+        "family": ["depth"],
+        "sparsity": [0.25],
+        "phase": ["decode"],
+    }
     return simulator.table(**{**usual, **asked})
 
 
@@ -58,17 +64,28 @@ def test_records_are_the_single_predictions_in_order() -> None:
 @pytest.mark.quick
 def test_names_that_mean_the_same_count_once() -> None:
     twice = table(
-        hardware=["h100", "h100_sxm"], family=["depth"] * 2, sparsity=[0.25] * 2, phase=["decode"] * 2, batch=[1, 1]
+        hardware=["h100", "h100_sxm"],
+        family=["depth"] * 2,
+        sparsity=[0.25] * 2,
+        phase=["decode"] * 2,
+        batch=[1, 1],
     )
     assert len(twice) == 1
-    assert families(["width", "all"]) == ("width", *(name for name in general_families() if name != "width"))
+    assert families(["width", "all"]) == (
+        "width",
+        *(name for name in general_families() if name != "width"),
+    )
 
 
 @pytest.mark.quick
 def test_an_unsupported_combination_is_a_note_among_several_families_and_an_error_alone() -> None:
     reference = {"engine": ["reference"]}
     found = table(family=["depth", "semi_structured"], sparsity=[0.25, 0.5], **reference)
-    assert [(r.family, r.sparsity) for r in found] == [("depth", 0.25), ("depth", 0.5), ("semi_structured", 0.5)]
+    assert [(r.family, r.sparsity) for r in found] == [
+        ("depth", 0.25),
+        ("depth", 0.5),
+        ("semi_structured", 0.5),
+    ]
     (note,) = [note for note in found.notes if "excluded" in note]
     assert note.startswith("semi_structured")
     assert note.endswith("excluded at sparsity 0.25")
@@ -79,12 +96,17 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
     two = {"family": ["depth", "width"], "dtype": "fp8"}  # not even the dense model runs on an A100
     able = table(hardware=["h100", "a100"], **two)
     assert {r.hardware for r in able} == {"h100_sxm"}
-    assert any(note.startswith("a100_sxm_80gb is excluded: a100_sxm_80gb has no fp8") for note in able.notes)
+    assert any(
+        note.startswith("a100_sxm_80gb is excluded: a100_sxm_80gb has no fp8")
+        for note in able.notes
+    )
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):
         table(hardware=["a100"], **two)
     one: dict[str, Any] = {"prune": ["depth 0.25"], "dtype": "fp8"}
     excluded: dict[str, InputError] = {}
-    assert [e.hardware.name for e in explanations("llama-3.1-8b", ["h100", "a100"], excluded, **one)] == ["h100_sxm"]
+    assert [
+        e.hardware.name for e in explanations("llama-3.1-8b", ["h100", "a100"], excluded, **one)
+    ] == ["h100_sxm"]
     assert [note.partition(":")[0] for note in excluded] == ["a100_sxm_80gb in vllm is excluded"]
     for notes in (None, excluded):
         with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):
@@ -99,7 +121,9 @@ def test_memory_says_what_does_not_fit_and_pruning_may_help() -> None:
     assert not at["rtx_4090", 0.5].pruned_fits
     assert at["h200_sxm", 0.5].pruned_memory_bytes < 0.55 * at["h200_sxm", 0.5].dense_memory_bytes
     assert any("rtx_4090" in note and "devices" in note for note in found.notes)
-    assert [r.dense_fits for r in found] == [r.dense_memory_bytes <= r.capacity_bytes for r in found]
+    assert [r.dense_fits for r in found] == [
+        r.dense_memory_bytes <= r.capacity_bytes for r in found
+    ]
 
 
 @pytest.mark.quick
@@ -135,18 +159,27 @@ def test_settings_reach_the_prediction() -> None:
     [
         ("llama-3.2-1b", Request(new_tokens=5, engine="")),
         ("gemma-2-9b", Request(new_tokens=5, devices=2, engine="reference")),
-        ("mistral-7b-v0.1", Request(new_tokens=3, devices=4, parallel="pipeline", engine="compile")),
+        (
+            "mistral-7b-v0.1",
+            Request(new_tokens=3, devices=4, parallel="pipeline", engine="compile"),
+        ),
     ],
     ids=["plain", "windows-tensor-logits", "window-pipeline-fused"],
 )
-def test_pruning_together_equals_one_by_one(family: str, phase: str, model: str, setting: Request) -> None:
+def test_pruning_together_equals_one_by_one(
+    family: str, phase: str, model: str, setting: Request
+) -> None:
     """Whatever a family says of the requests that a call may prune together."""
     shapes = ((1, 7), (3, 7), (3, 300), (64, 300), (64, 8192))
-    requests = [replace(setting, model=model, phase=phase, batch=batch, seq=seq) for batch, seq in shapes]
+    requests = [
+        replace(setting, model=model, phase=phase, batch=batch, seq=seq) for batch, seq in shapes
+    ]
     for sparsity in (0.0, 0.3, 0.5, 0.9):
         refused: list[str] = []
 
-        def reject(_pruning: int | None, reason: str, _device: str, refused: list[str] = refused) -> None:
+        def reject(
+            _pruning: int | None, reason: str, _device: str, refused: list[str] = refused
+        ) -> None:
             refused.append(reason)
 
         batch = batch_of(requests, [Pruning.of(family, sparsity)], reject)

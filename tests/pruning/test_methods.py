@@ -22,7 +22,9 @@ def dense(model: str = "llama-2-7b", phase: str = "decode", seq: int = 2048) -> 
 
 
 def of_layer(w: Workload, layer: int, *roles: str) -> Workload:
-    return w.take(np.flatnonzero((w.layer <= layer) & (w.layer + w.layers > layer) & w.is_role(*roles)))
+    return w.take(
+        np.flatnonzero((w.layer <= layer) & (w.layer + w.layers > layer) & w.is_role(*roles))
+    )
 
 
 def layers_with(w: Workload, role: str) -> int:
@@ -32,11 +34,14 @@ def layers_with(w: Workload, role: str) -> int:
 def request(name: str, seq: int = 2048) -> Workload:
     """Return a dense request of a model and phase that the method prunes."""
     m = METHODS[name]
-    routed = "qwen3-30b-a3b" if max(m.sparsities, default=0.0) > 0.5 else "mixtral-8x7b"  # 2 of 8 experts per token
+    # 2 of 8 experts per token
+    routed = "qwen3-30b-a3b" if max(m.sparsities, default=0.0) > 0.5 else "mixtral-8x7b"
     model = simulator.load_model(routed if m.family == "experts" else "llama-2-7b")
     if m.family == "kv_cache":
         return simulator.lower(model, phase="generate", batch=1, seq=seq, new_tokens=2)
-    return simulator.lower(model, phase="prefill" if "prefill" in m.phases else "decode", batch=1, seq=seq)
+    return simulator.lower(
+        model, phase="prefill" if "prefill" in m.phases else "decode", batch=1, seq=seq
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -44,12 +49,16 @@ def test_every_method_names_families_options_and_paper(name: str) -> None:
     m = METHODS[name]
     families = m.family.split("+")
     assert set(families) <= FAMILIES.keys()
-    assert m.options.keys() <= {option for family in families for option in FAMILIES[family].options}
+    assert m.options.keys() <= {
+        option for family in families for option in FAMILIES[family].options
+    }
     assert re.fullmatch(r"\d{4}\.\d{5}", m.arxiv)
     assert bool(m.sparsities) == (m.budget is None)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.budget is None])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.budget is None]
+)
 def test_every_method_removes_what_is_asked_of_the_whole_model(name: str) -> None:
     m, whole = METHODS[name], request(name)
     families = m.family.split("+")
@@ -57,12 +66,17 @@ def test_every_method_removes_what_is_asked_of_the_whole_model(name: str) -> Non
     for sparsity in m.sparsities:
         steps = m.prune(whole, sparsity).meta.applied
         assert [step.family for step in steps] == families
-        asked, realised = (1.0 - np.prod([1.0 - getattr(s, key) for s in steps]) for key in ("sparsity", "realised"))
+        asked, realised = (
+            1.0 - np.prod([1.0 - getattr(s, key) for s in steps])
+            for key in ("sparsity", "realised")
+        )
         assert asked == pytest.approx(sparsity, abs=1e-9)
         assert realised == pytest.approx(sparsity, abs=0.02)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.budget is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.budget is not None]
+)
 def test_a_budget_sets_the_sparsity_of_each_length(name: str) -> None:
     m = METHODS[name]
     assert m.budget is not None
@@ -73,9 +87,12 @@ def test_a_budget_sets_the_sparsity_of_each_length(name: str) -> None:
         assert step.sparsity == step.realised
         found.append(step.realised)
         assert (m.prune(whole).bytes.sum() == whole.bytes.sum()) == (seq < m.budget)
-    share = {"kv_cache": [0, 1 / 2, 7 / 8]}.get(m.family, [0, 1 / 4, (7 / 8) ** 2])  # pairs are a triangle
+    # pairs are a triangle
+    share = {"kv_cache": [0, 1 / 2, 7 / 8]}.get(m.family, [0, 1 / 4, (7 / 8) ** 2])
     assert found == pytest.approx(share, abs=1e-3)
-    with pytest.raises(InputError, match=f"{name}: it keeps {m.budget} tokens.*expected no sparsity, got 0.5"):
+    with pytest.raises(
+        InputError, match=f"{name}: it keeps {m.budget} tokens.*expected no sparsity, got 0.5"
+    ):
         m.prune(whole, 0.5)
 
 
@@ -94,7 +111,8 @@ def test_llm_pruner_leaves_the_outer_layers_and_has_the_papers_parameters() -> N
 
 def test_depth_methods_remove_whole_layers_or_attention_alone() -> None:
     short = METHODS["shortgpt"].prune(dense(), 0.27)
-    assert [layers_with(short, role) for role in ("attention", "o", "down")] == [23] * 3  # Llama-2-7B loses 9 of 32
+    # Llama-2-7B loses 9 of 32
+    assert [layers_with(short, role) for role in ("attention", "o", "down")] == [23] * 3
     attention = METHODS["attention-drop"].prune(dense(), 0.5)
     assert [layers_with(attention, role) for role in ("attention", "o", "down")] == [16, 16, 32]
 
@@ -125,13 +143,23 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
 @pytest.mark.parametrize(
     ("method", "sparsity", "phase", "reason"),
     [
-        ("llm-pruner", 0.82, "decode", "0.82: expected less than 0.812, as it prunes 26 of 32 layers"),
+        (
+            "llm-pruner",
+            0.82,
+            "decode",
+            "0.82: expected less than 0.812, as it prunes 26 of 32 layers",
+        ),
         ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as its first stage is dense"),
         ("minference", 0.9, "decode", "minference: expected --phase prefill, got decode"),
         ("wanda-2:4", 0.25, "decode", "as 2:4 removes half"),
         ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
         ("flap", None, "decode", "expected a fraction"),
-        ("calm", 0.98, "decode", "expected at most 0.969, as every token computes the first of 32 layers"),
+        (
+            "calm",
+            0.98,
+            "decode",
+            "expected at most 0.969, as every token computes the first of 32 layers",
+        ),
     ],
 )
 def test_refusals(method: str, sparsity: Any, phase: str, reason: str) -> None:

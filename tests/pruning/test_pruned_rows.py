@@ -26,7 +26,11 @@ def counts(w: Workload) -> tuple[float, float]:
 
 OPTIONS = [
     *((family, {}) for family in general_families()),
-    *(("dynamic_depth", {"prune_kv": p, "kernel": k}) for p in (True, False) for k in ("reference", "gathered")),
+    *(
+        ("dynamic_depth", {"prune_kv": p, "kernel": k})
+        for p in (True, False)
+        for k in ("reference", "gathered")
+    ),
     *(("dynamic_depth", {"unit": "layer", "kernel": k}) for k in ("reference", "gathered")),
     *(("dynamic_width", {"kernel": kernel}) for kernel in ("gathered", "looped")),
     ("unstructured", {"kernel": "spmv"}),
@@ -39,7 +43,9 @@ OPTIONS = [
 @pytest.mark.parametrize(("family", "options"), OPTIONS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_flops_and_parameters(family: str, options: dict[str, object], phase: str, name: str) -> None:
+def test_flops_and_parameters(
+    family: str, options: dict[str, object], phase: str, name: str
+) -> None:
     d = SHAPES[name]
     for s in SPARSITIES if family != "semi_structured" else (0.5,):
         for batch in (1, 3, 40, 600):
@@ -72,7 +78,9 @@ def test_overhead_flops_are_those_of_router_and_projection() -> None:
             ("dynamic_width", {"channel_groups": 11}, 2 * tokens * (4 + 11) * 64),
             ("width_cross", {"residual_projections": True}, 2 * 2 * tokens * 48 * 48),
         ):
-            full, bound = (prune(dense, family, 0.25, ideal=ideal, **options) for ideal in (False, True))
+            full, bound = (
+                prune(dense, family, 0.25, ideal=ideal, **options) for ideal in (False, True)
+            )
             assert full.flops.sum() - bound.flops.sum() == pytest.approx(6 * extra)
             assert not bound.overhead.any()
             assert full.parameters - bound.parameters == pytest.approx(6 * extra / 2 / tokens)
@@ -93,7 +101,9 @@ def test_devices_prune_their_own_share() -> None:
     # tokens that skip a sublayer are not reduced over the devices either
     reduced = prune(dense, "dynamic_depth", 0.5)
     inside = reduced.is_role("all_reduce") & (reduced.layer >= 0)
-    assert float((reduced.read_bytes * reduced.count)[inside].sum()) == pytest.approx(2 * 32 * 2 * 4096 * 2)
+    assert float((reduced.read_bytes * reduced.count)[inside].sum()) == pytest.approx(
+        2 * 32 * 2 * 4096 * 2
+    )
 
 
 def shapes(w: Workload, *roles: str) -> dict[str, list[tuple[int, int, int]]]:
@@ -133,11 +143,25 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
 def test_width_keeps_the_query_heads_per_group_and_scales_bytes() -> None:
     w = workload(GQA)
     pruned = prune(w, "width", 0.3)  # 2.8 of 4 groups -> 3, 123.2 of 176 -> 128
-    assert shapes(pruned, "q", "k", "v") == {"q": [(96, 96, 64)], "k": [(96, 48, 64)], "v": [(96, 48, 64)]}
-    assert shapes(pruned, "o", "gate", "up") == {"o": [(96, 64, 96)], "gate": [(96, 128, 64)], "up": [(96, 128, 64)]}
+    assert shapes(pruned, "q", "k", "v") == {
+        "q": [(96, 96, 64)],
+        "k": [(96, 48, 64)],
+        "v": [(96, 48, 64)],
+    }
+    assert shapes(pruned, "o", "gate", "up") == {
+        "o": [(96, 64, 96)],
+        "gate": [(96, 128, 64)],
+        "up": [(96, 128, 64)],
+    }
     assert shapes(pruned, "down") == {"down": [(96, 64, 128)]}
     assert (only(pruned, "attention", "heads"), only(pruned, "attention", "kv_heads")) == (6, 3)
-    shares = {"rotary": 3 / 4, "cache_write": 3 / 4, "activation": 128 / 176, "attention_norm": 1, "mlp_norm": 1}
+    shares = {
+        "rotary": 3 / 4,
+        "cache_write": 3 / 4,
+        "activation": 128 / 176,
+        "attention_norm": 1,
+        "mlp_norm": 1,
+    }
     for role, share in shares.items():
         assert moved(pruned, role) == pytest.approx(share * moved(w, role))
     assert only(prune(w, "width", 0.95), "attention", "kv_heads") == 1
@@ -201,7 +225,11 @@ def test_dynamic_depth_at_batch_one_is_all_or_nothing() -> None:
     assert pruned.is_role("router").sum() == 2
     assert moved(pruned, "rotary") / moved(w, "rotary") == pytest.approx((8 * 0.75 + 4) / 12)
     skipped = prune(w, "dynamic_depth", 0.25, prune_kv=True, kernel="gathered")
-    assert only(skipped, "k", "count") == only(skipped, "attention_norm", "count") == pytest.approx(4.5)
+    assert (
+        only(skipped, "k", "count")
+        == only(skipped, "attention_norm", "count")
+        == pytest.approx(4.5)
+    )
     assert only(skipped, "attention", "kv_len") == 37  # 0.75 * 49 = 36.75
 
 
@@ -234,25 +262,34 @@ def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere(
         assert moved(pruned, role) == moved(w, role)
     # zeros under q, o, gate, up, down and the attention's result: 4 tokens, 2 bytes, 6 layers
     assert moved(pruned, "fill") == 6 * 4 * 2 * (2 * 128 + 64 + 2 * 176 + 64)
-    counted = {role: float(pruned.count[pruned.is_role(role)].sum()) for role in ("router", "select", "sort", "fill")}
+    counted = {
+        role: float(pruned.count[pruned.is_role(role)].sum())
+        for role in ("router", "select", "sort", "fill")
+    }
     assert counted == {"router": 12, "select": 24, "sort": 24, "fill": 36}
     assert not prune(workload(GQA, "decode", 1), "dynamic_depth", 0.25).is_role("sort").any()
     both = prune(prune(w, "dynamic_depth", 0.25), "semi_structured", 0.5)
     assert set(both.kernel[both.is_role("up")]) == {Kernel.SPARSE24}
-    assert prune(w, "dynamic_depth", 0.25, kernel="ideal") == prune(w, "dynamic_depth", 0.25, ideal=True)
+    assert prune(w, "dynamic_depth", 0.25, kernel="ideal") == prune(
+        w, "dynamic_depth", 0.25, ideal=True
+    )
 
 
 @pytest.mark.quick
 def test_kernels_of_dynamic_width_copy_once_or_per_group() -> None:
     w = workload(MHA, "prefill", 2)
-    tiles, gathered, looped = (prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped"))
+    tiles, gathered, looped = (
+        prune(w, "dynamic_width", 0.5, kernel=k) for k in ("reference", "gathered", "looped")
+    )
     assert set(tiles.kernel[tiles.is_role("up")]) == {Kernel.GROUPS_N}
     assert set(tiles.kernel[tiles.is_role("down")]) == {Kernel.GROUPS_K}
     assert set(tiles.block[tiles.is_role("up")]) == {384 // 32}
     assert not tiles.is_role("gather", "scatter").any()
     for role in ("gather", "scatter"):
         assert moved(looped, role) == pytest.approx(moved(gathered, role))
-    once, per_group = (float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for p in (gathered, looped))
+    once, per_group = (
+        float(p.count[p.is_role("scatter") & (p.part == 2)].sum()) for p in (gathered, looped)
+    )
     assert per_group == pytest.approx(32 * once)
     sorts = [float(p.count[p.is_role("sort")].sum()) for p in (tiles, gathered, looped)]
     assert sorts == [3 * 2 * 5, 2 * 5, 2 * 5]
@@ -275,7 +312,10 @@ def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
     used = 1 - s**batch
     width = -(-int(np.ceil(384 * used - 1e-9)) // 16) * 16
     tokens = int(np.ceil(batch * 0.25 / used - 1e-9))
-    assert shapes(pruned, "up", "down") == {"up": [(tokens, width, 96)], "down": [(tokens, 96, width)]}
+    assert shapes(pruned, "up", "down") == {
+        "up": [(tokens, width, 96)],
+        "down": [(tokens, 96, width)],
+    }
     assert only(pruned, "down", "density") <= 1
     assert shapes(pruned, "k", "v") == shapes(w, "k", "v")
     assert only(pruned, "attention", "density") == 0.25
@@ -291,14 +331,22 @@ def test_dynamic_width_reads_the_union_of_the_groups(batch: int) -> None:
 def test_sparse_attention_scores_blocks(block: int) -> None:
     w = workload(GQA, "prefill", 2, 256)
     pruned = prune(w, "sparse_attention", 0.4, block=block)
-    assert (only(pruned, "attention", "density"), only(pruned, "attention", "block")) == (0.6, block)
+    assert (only(pruned, "attention", "density"), only(pruned, "attention", "block")) == (
+        0.6,
+        block,
+    )
     assert only(pruned, "mask", "write_bytes") == 2 * 8 * (256 / block) ** 2 * 4
     assert only(pruned, "mask", "read_bytes") == 2 * 256 * (8 + 4) * 16 * 2
     assert only(pruned, "select", "read_bytes") == only(pruned, "mask", "write_bytes")
-    assert only(pruned, "select", "write_bytes") == pytest.approx(0.6 * only(pruned, "select", "read_bytes"))
+    assert only(pruned, "select", "write_bytes") == pytest.approx(
+        0.6 * only(pruned, "select", "read_bytes")
+    )
     decode = prune(workload(GQA, "decode", 2, 255), "sparse_attention", 0.4, block=block)
     assert only(decode, "mask", "read_bytes") == 2 * 16 * 2 * (8 + 4 * 2 * 256 / block)
-    query, full = 2 * 2 * 8 * 16 * 2 * 6, only(workload(GQA, "decode", 2, 255), "attention", "bytes")
+    query, full = (
+        2 * 2 * 8 * 16 * 2 * 6,
+        only(workload(GQA, "decode", 2, 255), "attention", "bytes"),
+    )
     assert only(decode, "attention", "bytes") - query == pytest.approx(0.6 * (full - query))
 
 
@@ -310,7 +358,10 @@ def test_token_drops_from_a_layer_on_and_from_the_cache() -> None:
         rows = pruned.is_role(role) & (pruned.phase == 0)
         assert (pruned.m[rows].tolist(), pruned.count[rows].tolist()) == ([96, 48], [2, 4])
     rows = pruned.kind == Kind.PREFILL_ATTENTION
-    assert list(zip(pruned.q_len[rows], pruned.kv_len[rows], pruned.count[rows])) == [(48, 48, 2), (24, 24, 4)]
+    assert list(zip(pruned.q_len[rows], pruned.kv_len[rows], pruned.count[rows])) == [
+        (48, 48, 2),
+        (24, 24, 4),
+    ]
     rows = pruned.kind == Kind.DECODE_ATTENTION
     lengths = [(25, 4), (26, 4), (27, 4), (49, 2), (50, 2), (51, 2)]
     assert sorted(zip(pruned.kv_len[rows], pruned.count[rows])) == lengths
@@ -319,7 +370,9 @@ def test_token_drops_from_a_layer_on_and_from_the_cache() -> None:
     assert only(pruned, "gather", "m") == 48
     assert only(pruned, "select", "read_bytes") == 2 * 48 * 8 * 4
     assert not prune(w, "token", 0.5, mode="static").is_role("select").any()
-    everywhere = prune(w.replace(m=np.where(w.is_role("lm_head") & (w.phase == 0), 96, w.m)), "token", 0.5)
+    everywhere = prune(
+        w.replace(m=np.where(w.is_role("lm_head") & (w.phase == 0), 96, w.m)), "token", 0.5
+    )
     assert everywhere.m[everywhere.is_role("lm_head")].tolist() == [48, 2]
 
 
@@ -335,7 +388,9 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
     assert only(pruned, "mask", "write_bytes") == scores
     assert only(pruned, "select", "read_bytes") == 4 * 2 * 4 * 48
     assert only(pruned, "select", "write_bytes") == 4 * 2 * 4 * 5
-    assert only(pruned, "gather", "read_bytes") == only(pruned, "gather", "write_bytes") == key * 2 * 5
+    assert (
+        only(pruned, "gather", "read_bytes") == only(pruned, "gather", "write_bytes") == key * 2 * 5
+    )
     dense = workload(GQA, "prefill")
     only_prefill = prune(dense, "kv_cache", 0.5)
     assert only_prefill.take(~only_prefill.overhead).replace(meta=dense.meta) == dense
@@ -343,7 +398,9 @@ def test_kv_cache_keeps_what_is_generated_and_pays_at_prefill() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")])
+@pytest.mark.parametrize(
+    ("family", "phase"), [("kv_cache", "decode"), ("kv_cache", "serve"), ("token", "generate")]
+)
 def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> None:
     more = {} if phase == "decode" else {"new_tokens": 16}
     dense = lower(load_model("llama-3.1-8b"), phase=phase, batch=4, seq=4096, engine="hf", **more)
@@ -357,12 +414,25 @@ def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> N
 @pytest.mark.parametrize("phase", ["decode", "generate"])
 @pytest.mark.parametrize(
     ("text", "heads", "kv_heads"),
-    [("width kv=0.5", 32, 4), ("width heads=0.5", 16, 8), ("width kv=0.75 heads=0.25", 24, 2), ("width 0", 32, 8)],
+    [
+        ("width kv=0.5", 32, 4),
+        ("width heads=0.5", 16, 8),
+        ("width kv=0.75 heads=0.25", 24, 2),
+        ("width 0", 32, 8),
+    ],
 )
-def test_a_copied_cache_is_repeated_for_each_query_head(text: str, phase: str, heads: int, kv_heads: int) -> None:
+def test_a_copied_cache_is_repeated_for_each_query_head(
+    text: str, phase: str, heads: int, kv_heads: int
+) -> None:
     """Transformers repeat keys and values for every query head: fewer KV heads are repeated more often."""
     model = load_model("llama-3.1-8b")
-    request = {"phase": phase, "batch": 2, "seq": 1000, "new_tokens": 7 if phase == "generate" else 0, "engine": "hf"}
+    request = {
+        "phase": phase,
+        "batch": 2,
+        "seq": 1000,
+        "new_tokens": 7 if phase == "generate" else 0,
+        "engine": "hf",
+    }
     pruned = prune(lower(model, **request), text)
     stored = lower(replace(model, heads=heads, kv_heads=kv_heads), **request)
     for name in ("read_bytes", "write_bytes", "bytes", "flops"):
@@ -396,7 +466,8 @@ def test_half_of_the_tokens_exit_and_all_leave_keys_and_values() -> None:
 @pytest.mark.quick
 def test_tokens_are_copied_once_per_layer_or_once_per_sublayer() -> None:
     w = workload(GQA, "decode", 2)
-    each = 1 * (2 * 64 * 2 + 4)  # one of two tokens on average: 64 features read and written, and an index
+    # one of two tokens on average: 64 features read and written, and an index
+    each = 1 * (2 * 64 * 2 + 4)
     for unit, times in (("layer", 3), ("sublayer", 6)):
         pruned = prune(w, "dynamic_depth", LEFT, **{**EXITS, "unit": unit})
         for role in ("gather", "scatter"):

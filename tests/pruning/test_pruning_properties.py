@@ -20,7 +20,11 @@ pytestmark = pytest.mark.quick
 def decoders(draw: st.DrawFn) -> Decoder:
     groups, repeat = draw(st.integers(1, 8)), draw(st.integers(1, 4))
     gated, bias = draw(st.booleans()), draw(st.booleans())
-    hidden, layers, head_dim = 8 * draw(st.integers(2, 30)), draw(st.integers(1, 9)), 8 * draw(st.integers(1, 4))
+    hidden, layers, head_dim = (
+        8 * draw(st.integers(2, 30)),
+        draw(st.integers(1, 9)),
+        8 * draw(st.integers(1, 4)),
+    )
     widths = hidden, layers, groups * repeat, groups, head_dim, draw(st.integers(8, 300))
     return Decoder(*widths, gated=gated, bias=bias, fused=gated and draw(st.booleans()))
 
@@ -55,7 +59,10 @@ def test_columns_stay_valid_and_work_never_grows(case: tuple[Workload, str, floa
     kernels = FAMILIES[family].dynamic and "kernel" in FAMILIES[family].options
     check(prune(w, family, s))
     # rows of other kernels are not equal to rows of dense kernels
-    full, bound = prune(w, family, s, **{"kernel": "gathered"} if kernels else {}), prune(w, family, s, ideal=True)
+    full, bound = (
+        prune(w, family, s, **{"kernel": "gathered"} if kernels else {}),
+        prune(w, family, s, ideal=True),
+    )
     check(full)
     check(bound)
     assert not bound.overhead.any()
@@ -70,28 +77,56 @@ def test_columns_stay_valid_and_work_never_grows(case: tuple[Workload, str, floa
     assert applied == bound.meta.applied[-1]
     assert applied.sparsity == s
     assert 0 <= applied.realised <= 1
-    if family in ("unstructured", "semi_structured", "dynamic_depth", "dynamic_width", "sparse_attention"):
+    if family in (
+        "unstructured",
+        "semi_structured",
+        "dynamic_depth",
+        "dynamic_width",
+        "sparse_attention",
+    ):
         assert applied.realised == pytest.approx(s, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.floats(0.0, 0.9))
-def test_a_higher_sparsity_never_costs_more_flops(case: tuple[Workload, str, float], share: float) -> None:
+def test_a_higher_sparsity_never_costs_more_flops(
+    case: tuple[Workload, str, float], share: float
+) -> None:
     w, family, s = case
     if family != "semi_structured":
         a, b = (prune(w, family, x, ideal=True).flops.sum() for x in (s * share, s))
-        if family != "low_rank" or s * share > 0:  # sparsity 0 is dense, the smallest other a pair of full rank
+        # sparsity 0 is dense, the smallest other a pair of full rank
+        if family != "low_rank" or s * share > 0:
             assert b <= a * (1 + 1e-12)
 
 
 def totals(w: Workload) -> tuple[float, float, float]:
     kept = ~w.overhead
-    return float(w.flops[kept].sum()), float((w.params * w.count)[kept].sum()), float(w.bytes[kept].sum())
+    return (
+        float(w.flops[kept].sum()),
+        float((w.params * w.count)[kept].sum()),
+        float(w.bytes[kept].sum()),
+    )
 
 
 COMMUTE = {
-    "depth": ("width", "width_cross", "semi_structured", "low_rank", "kv_cache", "dynamic_depth", "dynamic_width"),
-    "width": ("width_cross", "semi_structured", "unstructured", "dynamic_depth", "kv_cache", "token"),
+    "depth": (
+        "width",
+        "width_cross",
+        "semi_structured",
+        "low_rank",
+        "kv_cache",
+        "dynamic_depth",
+        "dynamic_width",
+    ),
+    "width": (
+        "width_cross",
+        "semi_structured",
+        "unstructured",
+        "dynamic_depth",
+        "kv_cache",
+        "token",
+    ),
     "width_cross": ("dynamic_depth",),
     "semi_structured": ("dynamic_depth", "token"),
     "sparse_attention": ("kv_cache", "dynamic_depth"),
@@ -99,7 +134,9 @@ COMMUTE = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), [(a, b) for a, others in COMMUTE.items() for b in others])
+@pytest.mark.parametrize(
+    ("first", "second"), [(a, b) for a, others in COMMUTE.items() for b in others]
+)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", DECODERS)
 def test_independent_families_commute(first: str, second: str, phase: str, name: str) -> None:
@@ -110,7 +147,11 @@ def test_independent_families_commute(first: str, second: str, phase: str, name:
     flops, parameters, moved = totals(a)
     assert (flops, moved) == pytest.approx(totals(b)[::2], rel=1e-12)
     # rows of a sublayer that a batch can skip carry more than their weights, and a bias then counts as weights
-    biases = d.bias * d.layers * sum(n for n, _ in projections(d).values()) if "dynamic_depth" in (first, second) else 0
+    biases = (
+        d.bias * d.layers * sum(n for n, _ in projections(d).values())
+        if "dynamic_depth" in (first, second)
+        else 0
+    )
     assert parameters == pytest.approx(totals(b)[1], rel=1e-12, abs=biases)
 
 
@@ -121,7 +162,9 @@ def test_independent_families_commute(first: str, second: str, phase: str, name:
     st.integers(1, 30),
     st.lists(st.sampled_from(list(FAMILIES)), min_size=2, max_size=4),
 )
-def test_any_composition_is_valid_or_refused(d: Decoder, phase: str, batch: int, families: list[str]) -> None:
+def test_any_composition_is_valid_or_refused(
+    d: Decoder, phase: str, batch: int, families: list[str]
+) -> None:
     w = workload(d, phase, batch)
     applied = []
     for family in families:
@@ -149,8 +192,14 @@ def test_compositions_multiply() -> None:
     assert (sparse.kernel[sparse.stage > 0] == Kernel.SPARSE24).all()
     # 3 of 6 layers have attention, all an MLP
     few = prune(prune(workload(GQA), "depth", 0.5, unit="attention"), "token", 0.5)
-    assert (few.m[few.is_role("q")].tolist(), few.count[few.is_role("q")].tolist()) == ([96, 48], [2, 1])
-    assert (few.m[few.is_role("up")].tolist(), few.count[few.is_role("up")].tolist()) == ([96, 48], [2, 4])
+    assert (few.m[few.is_role("q")].tolist(), few.count[few.is_role("q")].tolist()) == (
+        [96, 48],
+        [2, 1],
+    )
+    assert (few.m[few.is_role("up")].tolist(), few.count[few.is_role("up")].tolist()) == (
+        [96, 48],
+        [2, 4],
+    )
     cache = prune(prune(w, "token", 0.5), "kv_cache", 0.5)
     assert cache.kv_len[cache.is_role("attention")].tolist() == [25, 13]
 
@@ -164,7 +213,8 @@ def test_compositions_multiply() -> None:
         ("unstructured", "semi_structured", "got sparse ones \\(unstructured\\)"),
         ("dynamic_depth", "dynamic_depth", "tokens are routed already"),
         ("semi_structured", "dynamic_width", "no kernel skips both zeros and tiles"),
-        ("low_rank", "dynamic_depth", "choose an engine that does not fuse them"),  # queries cannot be computed alone
+        # queries cannot be computed alone
+        ("low_rank", "dynamic_depth", "choose an engine that does not fuse them"),
     ],
 )
 def test_impossible_compositions_are_refused(first: str, second: str, message: str) -> None:

@@ -33,7 +33,10 @@ def size(w: Workload, role: str, column: str) -> float:
         ("low_rank 0.4 layers=1-2,4", [PruningStep("low_rank", 0.4, (1, 2, 4))]),
         ("depth layers=3", [PruningStep("depth", None, (3,))]),
         ("semi_structured", [PruningStep("semi_structured", 0.5)]),
-        ("wanda-2:4 + width mlp=0.1", [PruningStep("wanda-2:4", 0.5), PruningStep("width", (("mlp", 0.1),))]),
+        (
+            "wanda-2:4 + width mlp=0.1",
+            [PruningStep("wanda-2:4", 0.5), PruningStep("width", (("mlp", 0.1),))],
+        ),
         ("2:4", [PruningStep("semi_structured", 0.5)]),
         ("depth 24", [PruningStep("depth", 24)]),
         ("width mlp=9216 heads=0.25", [PruningStep("width", (("mlp", 9216), ("heads", 0.25)))]),
@@ -51,12 +54,24 @@ def test_texts(text: str, steps: list[PruningStep]) -> None:
     [
         ("", "pruning '': expected a family or method"),
         ("widht 0.3", "column 1: family or method 'widht' is unknown; did you mean width"),
-        ("width mlp=0.3 heds=0.2", "column 15: part or option of width 'heds' is unknown; did you mean heads"),
-        ("width 30", "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3"),
-        ("low_rank 30", "column 10: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3"),
+        (
+            "width mlp=0.3 heds=0.2",
+            "column 15: part or option of width 'heds' is unknown; did you mean heads",
+        ),
+        (
+            "width 30",
+            "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3",
+        ),
+        (
+            "low_rank 30",
+            "column 10: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3",
+        ),
         ("depth 1", "column 7: fraction 1: expected a fraction"),
         ("depth", "column 6: expected a fraction, such as depth 0.25"),
-        ("width 0.3 mlp=0.2", "column 1: width: expected one fraction or fractions by part, got both"),
+        (
+            "width 0.3 mlp=0.2",
+            "column 1: width: expected one fraction or fractions by part, got both",
+        ),
         ("width 0.3 0.2", "column 11: expected NAME=VALUE or + after the fraction, got '0.2'"),
         ("width mlp=0.3 mlp=0.2", "column 15: mlp is given twice"),
         ("depth 0.2 + ", "column 13: expected a family or method"),
@@ -81,14 +96,20 @@ def test_parts_of_width(decoder: Decoder) -> None:
 
     heads = prune(w, "width heads=0.25")  # 8 -> 6 and 6 -> 4.5 -> 5 query heads; the cache stays
     kept = math.floor(0.75 * d.heads + 0.5)
-    assert (size(heads, "attention", "heads"), size(heads, "attention", "kv_heads")) == (kept, d.kv_heads)
+    assert (size(heads, "attention", "heads"), size(heads, "attention", "kv_heads")) == (
+        kept,
+        d.kv_heads,
+    )
     gone = (d.heads - kept) * d.head_dim * (2 * d.hidden + (1 if head else 0))
     assert dense - heads.parameters == pytest.approx(d.layers * gone, rel=1e-12)
     assert size(heads, "o", "k") == kept * d.head_dim
     assert size(heads, "cache_write", "write_bytes") == size(w, "cache_write", "write_bytes")
 
     groups = prune(w, "width kv=0.5")
-    assert (size(groups, "attention", "heads"), size(groups, "attention", "kv_heads")) == (d.heads, d.kv_heads // 2)
+    assert (size(groups, "attention", "heads"), size(groups, "attention", "kv_heads")) == (
+        d.heads,
+        d.kv_heads // 2,
+    )
     gone = 2 * (kv // 2) * (d.hidden + (1 if head else 0))
     assert dense - groups.parameters == pytest.approx(d.layers * gone, rel=1e-12)
     assert size(groups, "cache_write", "write_bytes") == size(w, "cache_write", "write_bytes") / 2
@@ -119,11 +140,15 @@ def test_a_whole_number_is_the_size_that_remains(devices: int) -> None:
     w = lower("llama-3.1-8b", phase="decode", devices=devices)
     out = prune(w, "width mlp=9216 heads=24 hidden=3072")
     assert [devices * size(out, "down", "k"), size(out, "down", "n")] == [9216, 3072]
-    assert [devices * size(out, "attention", "heads"), devices * size(out, "attention", "kv_heads")] == [24, 8]
+    assert [
+        devices * size(out, "attention", "heads"),
+        devices * size(out, "attention", "kv_heads"),
+    ] == [24, 8]
     equal = prune(w, "width", {"mlp": 9216, "heads": 24, "hidden": 3072})
     fractions = prune(w, "width", {"mlp": 1 - 9216 / 14336, "heads": 0.25, "hidden": 0.25})
     assert out == equal == fractions
-    assert size(prune(w, "width mlp=8810 layers=0-15"), "down", "k") == (8810 + 14336) / 2 / devices  # not rounded
+    # not rounded
+    assert size(prune(w, "width mlp=8810 layers=0-15"), "down", "k") == (8810 + 14336) / 2 / devices
     assert prune(w, "depth 24") == prune(w, "depth 0.25")
     assert prune(w, "width mlp=14336").meta.applied[0].realised == 0.0
 
@@ -131,13 +156,25 @@ def test_a_whole_number_is_the_size_that_remains(devices: int) -> None:
 @pytest.mark.parametrize(
     ("model", "text", "message"),
     [
-        ("llama-3.1-8b", "width mlp=20000", r"such as 0.25, or the remaining inner width, at most 14,336"),
+        (
+            "llama-3.1-8b",
+            "width mlp=20000",
+            r"such as 0.25, or the remaining inner width, at most 14,336",
+        ),
         ("llama-3.1-8b", "depth 40", r"or the remaining layers, at most 32; for 40 % write 0.4"),
         ("llama-3.1-8b", "depth 24 layers=4-29", "layers: expected a fraction of them, got 24"),
         ("llama-3.1-8b", "depth mlp=24 layers=4-29", "layers: expected a fraction of them, got 24"),
-        ("deepseek-v3", "width mlp=1024", "as deepseek-v3 has inner width 2,048, inner width 18,432, expert width"),
+        (
+            "deepseek-v3",
+            "width mlp=1024",
+            "as deepseek-v3 has inner width 2,048, inner width 18,432, expert width",
+        ),
         ("llama-3.1-8b", "experts 4", "llama-3.1-8b has no experts"),
-        ("qwen3-30b-a3b", "experts 4 fewer=active", "option fewer: expected a fraction with it, got 4"),
+        (
+            "qwen3-30b-a3b",
+            "experts 4 fewer=active",
+            "option fewer: expected a fraction with it, got 4",
+        ),
     ],
 )
 def test_sizes_that_a_model_does_not_have(model: str, text: str, message: str) -> None:
@@ -151,7 +188,12 @@ def test_listed_layers() -> None:
     each = prune(w, "width", {"mlp": [0, 0.5, 0.5, 0, 0, 0]})
     assert some.replace(meta=w.meta) == each.replace(meta=w.meta)
     assert some.meta.applied[0].sparsity == pytest.approx(each.meta.applied[0].sparsity)
-    ks = dict(zip(some.expand().layer[some.expand().is_role("down")], some.expand().k[some.expand().is_role("down")]))
+    ks = dict(
+        zip(
+            some.expand().layer[some.expand().is_role("down")],
+            some.expand().k[some.expand().is_role("down")],
+        )
+    )
     assert ks == {0: 176, 1: 96, 2: 96, 3: 176, 4: 176, 5: 176}
     assert prune(w, "depth 0.5 layers=0-3").meta.applied[0].realised == pytest.approx(2 / 6)
     assert prune(w, "depth layers=0,5").meta.applied[0].sparsity == pytest.approx(2 / 6)
@@ -177,7 +219,9 @@ def test_a_plan(tmp_path: Path) -> None:
     assert set(pruned.kv_len[attends]) == {49}
     assert [step.family for step in pruned.meta.applied] == ["kv_cache", "width", "depth", "depth"]
 
-    (tmp_path / "plan.json").write_text('{"prune": "kv_cache 0.25", "layers": {"1,3": "width mlp=0.25", "2": "depth"}}')
+    (tmp_path / "plan.json").write_text(
+        '{"prune": "kv_cache 0.25", "layers": {"1,3": "width mlp=0.25", "2": "depth"}}'
+    )
     found = read_steps(str(tmp_path / "plan.json"))
     assert list(map(str, found)) == ["kv_cache 0.25", "width mlp=0.25 layers=1,3", "depth layers=2"]
 
@@ -188,8 +232,14 @@ def test_a_plan(tmp_path: Path) -> None:
         ("", "1:1: file: expected the keys layers or prune"),
         ("layers:\n  4-: depth\n", "2:3: layers.4-: expected layer numbers such as 4-29"),
         ("layers:\n  4: depth\n  3-5: depth\n", "3:3: layers.3-5: layer 4 is listed twice"),
-        ("layers:\n  4: width mpl=0.3\n", "2:12: layers.4: part or option of width 'mpl' is unknown; did you mean mlp"),
-        ("layers:\n  4: width mlp=0.3 layers=4\n", "2:20: layers.4: expected no layers, as the key"),
+        (
+            "layers:\n  4: width mpl=0.3\n",
+            "2:12: layers.4: part or option of width 'mpl' is unknown; did you mean mlp",
+        ),
+        (
+            "layers:\n  4: width mlp=0.3 layers=4\n",
+            "2:20: layers.4: expected no layers, as the key",
+        ),
         ("layers:\n  4: shortgpt 0.25\n", "2:6: layers.4: method shortgpt selects its own layers"),
         ("layer:\n  4: depth\n", "1:1: layer: is unknown; expected layers or prune"),
     ],

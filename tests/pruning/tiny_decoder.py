@@ -34,10 +34,14 @@ FUSED = Decoder(fused=True)
 DECODERS = {"gqa": GQA, "mha": MHA, "fused": FUSED}
 
 
-def workload(d: Decoder, phase: str = "prefill", batch: int = 2, seq: int = 48, new_tokens: int = 3) -> Workload:
+def workload(
+    d: Decoder, phase: str = "prefill", batch: int = 2, seq: int = 48, new_tokens: int = 3
+) -> Workload:
     widths = d.hidden, d.layers, d.heads, d.kv_heads, d.head_dim, d.inner, d.vocab
     biases = {"qkv_bias": d.bias, "o_bias": d.bias, "mlp_bias": d.bias}
-    model = ModelConfig("tiny", "llama", *widths, d.head_dim, 4096, (0,) * d.layers, gated=d.gated, **biases)
+    model = ModelConfig(
+        "tiny", "llama", *widths, d.head_dim, 4096, (0,) * d.layers, gated=d.gated, **biases
+    )
     steps = new_tokens if phase in ("generate", "serve") else 0
     engine = "vllm" if d.fused else ""
     return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=steps, engine=engine)
@@ -46,7 +50,11 @@ def workload(d: Decoder, phase: str = "prefill", batch: int = 2, seq: int = 48, 
 def projections(d: Decoder) -> dict[str, tuple[int, int]]:
     """Name -> (N, K) of one dense layer."""
     q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    out = {"qkv": (q + 2 * kv, d.hidden)} if d.fused else {"q": (q, d.hidden), "k": (kv, d.hidden), "v": (kv, d.hidden)}
+    out = (
+        {"qkv": (q + 2 * kv, d.hidden)}
+        if d.fused
+        else {"q": (q, d.hidden), "k": (kv, d.hidden), "v": (kv, d.hidden)}
+    )
     out["o"] = (d.hidden, q)
     if d.fused:
         out["gate_up"] = (2 * d.inner, d.hidden)
@@ -83,7 +91,13 @@ def passes(phase: str, batch: int, seq: int, new_tokens: int) -> list[tuple[int,
 
 
 def layer_flops(
-    d: Decoder, tokens: float, pairs: float, sequences: float, less: float = 1.0, *, dense_kv: bool = False
+    d: Decoder,
+    tokens: float,
+    pairs: float,
+    sequences: float,
+    less: float = 1.0,
+    *,
+    dense_kv: bool = False,
 ) -> float:
     """FLOPs of a layer: GEMMs over ``less`` of the tokens (k and v over all if ``dense_kv``), attention over pairs."""
     total = 4 * sequences * d.heads * d.head_dim * pairs
@@ -94,7 +108,14 @@ def layer_flops(
 
 
 def expected(
-    d: Decoder, phase: str, batch: int, seq: int, new_tokens: int, family: str, s: float, **options: int
+    d: Decoder,
+    phase: str,
+    batch: int,
+    seq: int,
+    new_tokens: int,
+    family: str,
+    s: float,
+    **options: int,
 ) -> tuple[float, float]:
     """FLOPs and parameters of the pruned decoder, without overheads."""
     keep, layers, thin = 1 - s, d.layers, d
@@ -116,24 +137,34 @@ def expected(
         cached = keys - (seq - left)
         each = [layer_flops(thin, tokens, pairs, several, share)] * layers
         if family == "low_rank":
-            pair_of = sum(2 * tokens * rank_of(s, n, k) * (n + k) for n, k in projections(d).values())
+            pair_of = sum(
+                2 * tokens * rank_of(s, n, k) * (n + k) for n, k in projections(d).values()
+            )
             each = [pair_of + 4 * several * d.heads * d.head_dim * pairs] * layers
         elif family == "dynamic_depth" and options.get("prune_kv"):
-            seen = causal(max(nearest(keep * queries), 1)) if prefill else max(nearest(keep * keys), 1)
-            each = [layer_flops(d, tokens, seen, several if prefill else several * keep, keep)] * layers
+            seen = (
+                causal(max(nearest(keep * queries), 1)) if prefill else max(nearest(keep * keys), 1)
+            )
+            each = [
+                layer_flops(d, tokens, seen, several if prefill else several * keep, keep)
+            ] * layers
         elif family in ("dynamic_depth", "dynamic_width"):
             each = [layer_flops(d, tokens, pairs, several * keep, keep, dense_kv=True)] * layers
         elif family == "sparse_attention":
             each = [layer_flops(d, tokens, pairs * keep, several)] * layers
         elif family == "token":
             start = options.get("start", 2)
-            few = layer_flops(d, several * (left if prefill else 1), causal(left) if prefill else cached, several)
+            few = layer_flops(
+                d, several * (left if prefill else 1), causal(left) if prefill else cached, several
+            )
             each = each[:start] + [few] * (layers - start)
         elif family == "kv_cache":
             each = [layer_flops(d, tokens, pairs if prefill else cached, several)] * layers
         total += times * (sum(each) + 2 * several * thin.vocab * thin.hidden)
     weights = 0.0
     for n, k in projections(thin).values():
-        weights += (rank_of(s, n, k) * (n + k) if family == "low_rank" else n * k * share) + d.bias * n
+        weights += (
+            rank_of(s, n, k) * (n + k) if family == "low_rank" else n * k * share
+        ) + d.bias * n
     outside = 2 * thin.vocab * thin.hidden + thin.hidden
     return total, layers * (weights + 2 * thin.hidden) + outside

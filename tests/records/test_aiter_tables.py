@@ -31,7 +31,8 @@ def test_only_the_best_kernel_of_a_shape_counts(tmp_path: Path) -> None:
     records, _, refused = read_table("mi355x/gemm/aiter", tmp_path)
     assert refused == {
         "a kind with under 400 rows": [8],
-        "over 1.3 times the time of a product of more work": [1, 2, 3],  # 15 us with more features, 65 with more tokens
+        # 15 us with more features, 65 with more tokens
+        "over 1.3 times the time of a product of more work": [1, 2, 3],
         "weights rearranged for the kernel": [5],
         "timed again, and slower": [6],
     }
@@ -41,16 +42,24 @@ def test_only_the_best_kernel_of_a_shape_counts(tmp_path: Path) -> None:
     assert len(read_table("mi300x/gemm/aiter", tmp_path)[0]) == 1
 
 
-@pytest.mark.parametrize(("name", "formats"), [("mi300x", ["fp8_block"]), ("mi355x", ["bf16", "fp8", "fp8_block"])])
-def test_fitted_products_serve_engines_and_never_beat_the_datasheet(name: str, formats: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "formats"), [("mi300x", ["fp8_block"]), ("mi355x", ["bf16", "fp8", "fp8_block"])]
+)
+def test_fitted_products_serve_engines_and_never_beat_the_datasheet(
+    name: str, formats: list[str]
+) -> None:
     hw = load_hardware(name)
     assert list(hw.stacks) == ["aiter"]
     assert sorted(dtype for _, dtype in hw.sections) == formats
-    m, n, k = (2.0 ** x.ravel() for x in np.meshgrid(np.arange(0, 17), np.arange(7, 17), np.arange(7, 17)))
+    m, n, k = (
+        2.0 ** x.ravel() for x in np.meshgrid(np.arange(0, 17), np.arange(7, 17), np.arange(7, 17))
+    )
     for label in formats:
         dtype, weight = ("fp8", label) if label == "fp8_block" else (label, label)
         time = gemm_time(m, n, k, hw, dtype=dtype, weight_dtype=weight)
         assert (time.seconds >= 2.0 * m * n * k / hw.peak_flop_per_s(dtype)).all()
-        assert (time.seconds >= n * k * (2.0 if label == "bf16" else 1.0) / hw.bandwidth_bytes_per_s).all()
+        assert (
+            time.seconds >= n * k * (2.0 if label == "bf16" else 1.0) / hw.bandwidth_bytes_per_s
+        ).all()
     dense = lower("qwen3-8b", phase="prefill", dtype="fp8", weight_dtype="fp8_block", engine="vllm")
     assert 1.5 < speedup(dense, prune(dense, "width", 0.5), name).speedup < 2.0

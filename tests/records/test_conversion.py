@@ -16,12 +16,21 @@ LAUNCH, KERNEL, RATE, CHAIN = 2.5e-6, 3e-6, 1.2e12, 1e-9
 
 def planted() -> tuple[np.ndarray, ...]:
     """Sizes, whether in 16 bits, time, and the conversion of a table whose narrow kernel has a long main loop."""
-    sizes = np.array(list(itertools.product((1, 8, 64, 1024, 16384), (64, 128, 256, 4096), (512, 1024, 8192)))).T
+    sizes = np.array(
+        list(itertools.product((1, 8, 64, 1024, 16384), (64, 128, 256, 4096), (512, 1024, 8192)))
+    ).T
     m, n, k = np.concatenate([sizes, sizes], axis=1).astype(np.float64)
     wide = np.arange(len(m)) < sizes.shape[1]
     bytes_ = np.where(wide, 2.0, 1.0) * (n * k + m * (n + k))
     conversion = np.where(wide, 0.0, KERNEL + 3.0 * m * k / RATE)
-    return m, n, k, wide, LAUNCH + bytes_ / 3e12 + np.where(wide, 0.0, CHAIN * k) + conversion, conversion
+    return (
+        m,
+        n,
+        k,
+        wide,
+        LAUNCH + bytes_ / 3e12 + np.where(wide, 0.0, CHAIN * k) + conversion,
+        conversion,
+    )
 
 
 def test_conversion_is_found_by_tokens_and_features() -> None:
@@ -48,9 +57,18 @@ def test_an_import_keeps_products_alone(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     m, n, k, wide, seconds, conversion = planted()
     size = len(m)
-    shared = {"framework": "TRTLLM", "version": "1", "op_name": "gemm", "kernel_source": "k", "device": "H100"}
+    shared = {
+        "framework": "TRTLLM",
+        "version": "1",
+        "op_name": "gemm",
+        "kernel_source": "k",
+        "device": "H100",
+    }
     columns = {name: [value] * size for name, value in shared.items()}
-    columns |= {"gemm_dtype": np.where(wide, "bfloat16", "fp8").tolist(), "latency": (1e3 * seconds).tolist()}
+    columns |= {
+        "gemm_dtype": np.where(wide, "bfloat16", "fp8").tolist(),
+        "latency": (1e3 * seconds).tolist(),
+    }
     columns |= {name: x.astype(int).tolist() for name, x in (("m", m), ("n", n), ("k", k))}
     pq.write_table(pa.table(columns), path := tmp_path / "gemm_perf.parquet")
     result = import_table(path, hw=load_hardware("h100"))
@@ -58,6 +76,10 @@ def test_an_import_keeps_products_alone(tmp_path: Path) -> None:
     refused = result.refusals["over 65 % of the time is the conversion of activations"]
     assert len(refused) == pytest.approx(most.sum(), abs=3)
     r = result.records.of_dtype("fp8")
-    full = {(a, b, c): t - v for a, b, c, w, t, v in zip(m, n, k, wide, seconds, conversion, strict=True) if not w}
+    full = {
+        (a, b, c): t - v
+        for a, b, c, w, t, v in zip(m, n, k, wide, seconds, conversion, strict=True)
+        if not w
+    }
     alone = np.array([full[shape] for shape in zip(r.m, r.n, r.k, strict=True)])
     assert r.seconds == pytest.approx(alone - CHAIN * 768, abs=0.4e-6)

@@ -15,7 +15,14 @@ from calibration.measurements.wheel import datasheet
 from calibration.records.importers import ImportResult, import_table
 from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, refusal_lines, too_fast
 from calibration.records.store import Header, Store
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Flag, Records, Source, write_records
+from calibration.records.timing_table import (
+    LAUNCHES,
+    OPERATORS,
+    Flag,
+    Records,
+    Source,
+    write_records,
+)
 from simulator.codes import DTYPES, ROLES
 from simulator.errors import InputError
 
@@ -51,7 +58,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_time_column_names_its_unit(path: Path) -> None:
-    scales = {"seconds": 1.0, "latency_s": 1.0, "latency_ms": 1e3, "latency_us": 1e6, "latency_ns": 1e9}
+    scales = {
+        "seconds": 1.0,
+        "latency_s": 1.0,
+        "latency_ms": 1e3,
+        "latency_us": 1e6,
+        "latency_ns": 1e9,
+    }
     for name, scale in scales.items():
         csv(path, f"M;x,N,K,time\n8,64,64,{3e-5 * scale!r}\n")
         result = import_table(path, column_map={"m": "M;x", "n": "N", "k": "K", name: "time"})
@@ -82,23 +95,41 @@ def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: 
 
 def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
     csv(path, "m,n,k,latency_us\n1,64,64,0\n2,64,64,-1\n3,64,64,0\n")
-    reasons = r"no usable row: 2 rows: time is zero \(rows 1, 3\); 1 row: time is negative \(row 2\)"
+    reasons = (
+        r"no usable row: 2 rows: time is zero \(rows 1, 3\); 1 row: time is negative \(row 2\)"
+    )
     refused(reasons, import_table, path)
 
 
 @pytest.mark.parametrize(
     ("text", "columns", "reason"),
     [
-        ("m,n,latency_us\n1,2,3\n", None, "gemm needs the columns k; the file has m, n, latency_us"),
-        ("m,n,k,time\n1,2,3,4\n", None, "expected one column of times, named or mapped to one of seconds"),
-        ("m,n,k,latency_us,latency_ms\n1,2,3,4,5\n", None, "one column of times.*; found latency_ms, latency_us"),
+        (
+            "m,n,latency_us\n1,2,3\n",
+            None,
+            "gemm needs the columns k; the file has m, n, latency_us",
+        ),
+        (
+            "m,n,k,time\n1,2,3,4\n",
+            None,
+            "expected one column of times, named or mapped to one of seconds",
+        ),
+        (
+            "m,n,k,latency_us,latency_ms\n1,2,3,4,5\n",
+            None,
+            "one column of times.*; found latency_ms, latency_us",
+        ),
         ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
         ("m,n,k,latency_us\n1,2,3,4\n", {"q": "m"}, "column map: column 'q' is unknown"),
         ("m,n,k,latency_us\n", None, "has a header but no rows"),
         ("", None, "is empty; expected a header, and rows"),
         ("m,n,k,latency_us\n1,2,3\n", None, ":2: expected 4 cells, as the header has, got 3"),
         ("m,m,k,latency_us\n1,2,3,4\n", None, "column 'm' appears twice"),
-        ("batch,q_len,kv_len,heads,latency_us\n1,2,3,4,5\n", None, "attention needs the columns kv_heads, head_dim"),
+        (
+            "batch,q_len,kv_len,heads,latency_us\n1,2,3,4,5\n",
+            None,
+            "attention needs the columns kv_heads, head_dim",
+        ),
         ("m,n,k,dtype,latency_us\n1,2,3,fp5,4\n", None, "dtype 'fp5' is unknown"),
         ('m,n,k,latency_us\n"1,2,3,4\n', None, ":2: is not CSV"),
     ],
@@ -133,7 +164,9 @@ def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Pat
     assert result.notes == (note,)
 
 
-def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_not(tmp_path: Path) -> None:
+def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_not(
+    tmp_path: Path,
+) -> None:
     table, run = tmp_path / "t.csv", tmp_path / "records.jsonl"
     table.write_text("m,n,k,seconds\n\n1,64,64,1\n2,64,64,-1\n3,64,64,1\n")
     csv = import_table(table).records
@@ -145,7 +178,8 @@ def test_rows_keep_the_place_that_they_were_read_from_and_files_and_digests_do_n
             store.append({"operator": {"kind": "gemm", "m": m, "n": 8, "k": 8}, "median_s": 1.0})
     assert import_table(run).records.place(1) == f"{run}:3: gemm bf16 m=2 n=8 k=8"
     both = Records.concat([csv, csv.replace(sources=(replace(csv.sources[0], file="other.csv"),))])
-    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")  # two files have it: none is named
+    # two files have it: none is named
+    assert (len(both.sources), both.place(0)) == (1, "gemm bf16 m=1 n=64 k=64")
     moved = csv.replace(line=0, sources=(replace(csv.sources[0], file=""),))
     assert moved.digest() == csv.digest()
     assert write_records(moved) == write_records(csv)
@@ -177,8 +211,16 @@ def test_attention_and_other_operators_from_csv(path: Path) -> None:
         "gemm,,,,,,,128,4096,,q,30",
     ]
     result = import_table(csv(path, header + "\n".join(rows)))
-    assert [OPERATORS[o] for o in result.records.operator] == ["attention_decode", "elementwise", "gemm"]
-    assert [int(r) for r in result.records.role] == [-1, ROLES.index("activation"), ROLES.index("q")]
+    assert [OPERATORS[o] for o in result.records.operator] == [
+        "attention_decode",
+        "elementwise",
+        "gemm",
+    ]
+    assert [int(r) for r in result.records.role] == [
+        -1,
+        ROLES.index("activation"),
+        ROLES.index("q"),
+    ]
     heads = ["heads is not a multiple of kv_heads", "q_len exceeds kv_len"]
     reasons = ["operator 'conv' is unknown", "k is missing or not a number", *heads]
     assert counts(result) == dict.fromkeys(reasons, 1)
@@ -190,7 +232,9 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     with Store(path, Header("H100", {"driver": "1"})) as store:
         for m in range(1, 31):
             operator = {"kind": "gemm", "m": m, "n": 4096, "k": 4096, "dtype": "bf16"}
-            store.append({"operator": operator, "median_s": 1e-9 if m == 30 else 3e-5, "status": "ok"})
+            store.append(
+                {"operator": operator, "median_s": 1e-9 if m == 30 else 3e-5, "status": "ok"}
+            )
         store.append({"operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory"})
     path.write_bytes(path.read_bytes() + b'{"half a')
     result = import_table(path, hw=H100)
@@ -204,37 +248,75 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     refused("no usable row: 29 rows: m is below 1", import_table, tmp_path / "records.parquet")
 
 
-def aic(path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm") -> Path:
+def aic(
+    path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm"
+) -> Path:
     """A table as the package has them, with these columns."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     size = len(columns["latency"])
     shared = {"framework": framework, "version": "1.0.0", "op_name": op, "kernel_source": "k"}
     shared["device"] = "NVIDIA A100-SXM4-80GB"
-    pq.write_table(pa.table({**{name: [value] * size for name, value in shared.items()}, **columns}), path)
+    pq.write_table(
+        pa.table({**{name: [value] * size for name, value in shared.items()}, **columns}), path
+    )
     return path
 
 
 def attention_columns(size: int, **more: Any) -> dict[str, Any]:
-    columns: dict[str, Any] = {"batch_size": 1, "isl": 1, "num_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    columns |= {"step": 1023, "beam_width": 1, "attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+    columns: dict[str, Any] = {
+        "batch_size": 1,
+        "isl": 1,
+        "num_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    columns |= {
+        "step": 1023,
+        "beam_width": 1,
+        "attn_dtype": "bfloat16",
+        "kv_cache_dtype": "bfloat16",
+    }
     return {**{name: [value] * size for name, value in columns.items()}, **more}
 
 
 def test_aiconfigurator_gemms(tmp_path: Path) -> None:
-    formats = ["bfloat16", "int8_wo", "int4_wo", "sq", "mxfp6", "bfloat16", "bfloat16", "fp8_block", "nvfp4"]
-    columns = {"gemm_dtype": formats, "m": [1] * 9, "n": [4096] * 9, "k": [4096] * 6 + [65536] + [4096] * 2}
+    formats = [
+        "bfloat16",
+        "int8_wo",
+        "int4_wo",
+        "sq",
+        "mxfp6",
+        "bfloat16",
+        "bfloat16",
+        "fp8_block",
+        "nvfp4",
+    ]
+    columns = {
+        "gemm_dtype": formats,
+        "m": [1] * 9,
+        "n": [4096] * 9,
+        "k": [4096] * 6 + [65536] + [4096] * 2,
+    }
     columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7, 0.03, 0.02]
     path = aic(tmp_path / "gemm_perf.parquet", columns)
     result = import_table(path, hw=A100)
     unknown = "the time includes a conversion of activations that no narrow row tells"
-    assert counts(result) == {"number format mxfp6 is not modelled": 1, unknown: 3, "time is zero": 1}
+    assert counts(result) == {
+        "number format mxfp6 is not modelled": 1,
+        unknown: 3,
+        "time is zero": 1,
+    }
     assert result.records.labels().tolist() == ["bf16", "int8_wo", "int4_wo", "bf16"]
     # weights alone without the 4.7 us of a profiler
     assert result.records.seconds == pytest.approx(np.array([0.05, 0.0253, 0.0153, 0.7]) / 1e3)
     assert result.records.copies.tolist() == [2, 3, 5, 1]  # ceil(40 MiB / weight bytes), at most 6
     assert {LAUNCHES[c] for c in result.records.launch} == {"graph"}
     (source,) = result.records.sources
-    assert (source.device, source.software, source.kernel) == ("NVIDIA A100-SXM4-80GB", "TRTLLM 1.0.0", "k")
+    assert (source.device, source.software, source.kernel) == (
+        "NVIDIA A100-SXM4-80GB",
+        "TRTLLM 1.0.0",
+        "k",
+    )
     assert source.licence == "Apache-2.0"
     assert source.digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -250,8 +332,18 @@ def test_products_of_no_random_numbers_are_taken_where_memory_bounds_them(tmp_pa
 
 
 def mla_columns(**more: Any) -> dict[str, Any]:
-    columns = {"batch_size": [2, 2], "isl": [1, 1], "num_heads": [16, 128], "step": [1023, 1023], "tp_size": [8, 1]}
-    columns |= {"mla_dtype": ["bfloat16"] * 2, "kv_cache_dtype": ["bfloat16", "fp8"], "latency": [0.5] * 2}
+    columns = {
+        "batch_size": [2, 2],
+        "isl": [1, 1],
+        "num_heads": [16, 128],
+        "step": [1023, 1023],
+        "tp_size": [8, 1],
+    }
+    columns |= {
+        "mla_dtype": ["bfloat16"] * 2,
+        "kv_cache_dtype": ["bfloat16", "fp8"],
+        "latency": [0.5] * 2,
+    }
     return columns | more
 
 
@@ -259,7 +351,8 @@ def test_aiconfigurator_latent_attention(tmp_path: Path) -> None:
     path = aic(tmp_path / "t.parquet", mla_columns(), "SGLang", "mla_generation")
     decode = import_table(path, hw=A100).records
     assert decode.is_operator("mla_decode").all()
-    assert (decode.heads.tolist(), decode.kv_heads.tolist()) == ([16, 128], [1, 1])  # heads of this device, one latent
+    # heads of this device, one latent
+    assert (decode.heads.tolist(), decode.kv_heads.tolist()) == ([16, 128], [1, 1])
     assert (decode.head_dim.tolist(), decode.n.tolist()) == ([576] * 2, [512] * 2)
     assert (decode.kv_len.tolist(), decode.labels().tolist()) == ([1024] * 2, ["bf16", "fp8_wo"])
     prompt = mla_columns(isl=[512, 512], step=[0, 0])
@@ -267,23 +360,40 @@ def test_aiconfigurator_latent_attention(tmp_path: Path) -> None:
     records = import_table(path, hw=A100).records
     assert (records.kv_heads.tolist(), records.head_dim.tolist()) == ([16, 128], [192] * 2)
     assert records.n.tolist() == [128] * 2
-    path = aic(tmp_path / "v.parquet", prompt, "SGLang", "mla_context")  # kernel "k": not that of prompts
+    # kernel "k": not that of prompts
+    path = aic(tmp_path / "v.parquet", prompt, "SGLang", "mla_context")
     refused("2 rows: a prompt on the path of a decode", import_table, path, hw=A100)
 
 
 def test_latent_attention_is_held_against_physics() -> None:
-    shape = {"operator": "mla_decode", "batch": 64, "q_len": 1, "kv_len": 8192, "heads": 128, "kv_heads": 1}
+    shape = {
+        "operator": "mla_decode",
+        "batch": 64,
+        "q_len": 1,
+        "kv_len": 8192,
+        "heads": 128,
+        "kv_heads": 1,
+    }
     shape |= {"head_dim": 576, "n": 512, "copies": 1, "cold": False, "seconds": 1e-3}
     r = Records.from_columns([Source("H100")], **shape, weight_dtype=["bf16", "fp8"])
     compute, memory = least_seconds(r, H100)
-    flop, peaks = 2.0 * 1088 * 64 * 128 * 8192, [H100.peak_flop_per_s(dtype) for dtype in ("bf16", "fp8")]
-    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])  # in the cache's format
-    moved = 64 * 8192 * 576 * 2 + 64 * 128 * 1088 * 2 - H100.l2_bytes  # the cache, queries and outputs, but for the L2
+    flop, peaks = (
+        2.0 * 1088 * 64 * 128 * 8192,
+        [H100.peak_flop_per_s(dtype) for dtype in ("bf16", "fp8")],
+    )
+    # in the cache's format
+    assert compute == pytest.approx([flop / peak / H100.clock_headroom for peak in peaks])
+    # the cache, queries and outputs, but for the L2
+    moved = 64 * 8192 * 576 * 2 + 64 * 128 * 1088 * 2 - H100.l2_bytes
     assert memory[0] == pytest.approx(moved / H100.bandwidth_bytes_per_s)
 
 
 def test_aiconfigurator_collectives(tmp_path: Path) -> None:
-    columns = {"nccl_dtype": ["half", "int8", "half"], "num_gpus": [2, 8, 8], "message_size": [256, 512, 1 << 28]}
+    columns = {
+        "nccl_dtype": ["half", "int8", "half"],
+        "num_gpus": [2, 8, 8],
+        "message_size": [256, 512, 1 << 28],
+    }
     path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.01, 0.02, 0.9]}, op="alltoall")
     result = import_table(path, hw=A100)
     records = result.records
@@ -293,7 +403,12 @@ def test_aiconfigurator_collectives(tmp_path: Path) -> None:
     assert [ROLES[code] for code in records.role] == ["all_to_all"] * 2
     assert (records.n.tolist(), records.batch.tolist()) == ([512, 512], [2, 8])  # bytes, devices
     assert [DTYPES[code] for code in records.dtype] == ["fp16", "int8"]
-    columns = {"allreduce_dtype": ["bfloat16"], "num_gpus": [4], "message_size": [128], "latency": [0.005]}
+    columns = {
+        "allreduce_dtype": ["bfloat16"],
+        "num_gpus": [4],
+        "message_size": [128],
+        "latency": [0.005],
+    }
     columns |= {"kernel_source": ["vLLM_custom_eager"]}
     own = import_table(aic(tmp_path / "u.parquet", columns, "vLLM", "all_reduce")).records
     assert (LAUNCHES[own.launch[0]], int(own.n[0])) == ("eager", 256)
@@ -319,7 +434,11 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
     }  # fmt: skip
     result = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     r = result.records
-    assert (r.m.tolist(), r.n.tolist(), r.skew.tolist()) == ([1, 64, 64], [768, 384, 768], [0.0, 1.2, 0.0])
+    assert (r.m.tolist(), r.n.tolist(), r.skew.tolist()) == (
+        [1, 64, 64],
+        [768, 384, 768],
+        [0.0, 1.2, 0.0],
+    )
     assert (r.experts.tolist(), r.active.tolist(), r.cold.any()) == ([128] * 3, [8.0] * 3, False)
     assert r.labels().tolist() == ["bf16", "bf16", "mxfp4_wo"]
     assert [name.split(":")[0] for name in result.refusals] == [
@@ -330,13 +449,22 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
     again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     assert counts(again)["faster than memory, L2 or link allow"] == 1
     texts = {**columns, "latency": ["x"] * 7, "topk": ["8"] * 7}
-    refused("time is missing or not a number", import_table, aic(tmp_path / "t.parquet", texts, "VLLM", "moe"), hw=A100)
+    refused(
+        "time is missing or not a number",
+        import_table,
+        aic(tmp_path / "t.parquet", texts, "VLLM", "moe"),
+        hw=A100,
+    )
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
-    columns = attention_columns(4, latency=[0.02] * 4, window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1])
+    columns = attention_columns(
+        4, latency=[0.02] * 4, window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1]
+    )
     columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
-    result = import_table(aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100)
+    result = import_table(
+        aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100
+    )
     records = result.records
     assert counts(result) == {"beam search": 1}
     assert (records.kv_len.tolist(), records.q_len.tolist()) == ([1024] * 3, [1] * 3)
@@ -344,7 +472,9 @@ def test_aiconfigurator_attention(tmp_path: Path) -> None:
     assert records.labels().tolist() == ["bf16", "bf16", "fp8_wo"]
     assert (records.cold.any(), records.copies.tolist()) == (False, [1, 1, 1])
     columns = attention_columns(1, latency=[0.5], isl=[512], step=[100])
-    context = import_table(aic(tmp_path / "u.parquet", columns, "SGLang", "context_attention"), hw=A100).records
+    context = import_table(
+        aic(tmp_path / "u.parquet", columns, "SGLang", "context_attention"), hw=A100
+    ).records
     assert (context.q_len.tolist(), context.kv_len.tolist()) == ([512], [612])
     assert context.is_operator("attention_prefill").all()
 
@@ -364,7 +494,8 @@ def test_the_rtx_4090_tables(shared_data: Path) -> None:
     }
     assert (len(attention.records), counts(attention)) == (97, refused)
     decode = attention.records.is_operator("attention_decode")
-    assert attention.records.cold.tolist() == decode.tolist()  # a running model's cache comes from memory
+    # a running model's cache comes from memory
+    assert attention.records.cold.tolist() == decode.tolist()
     others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
     roles = "activation embedding attention_norm final_norm rotary"
     assert {ROLES[r] for r in others.records.role} == set(roles.split())
@@ -379,16 +510,25 @@ def test_what_no_run_can_beat() -> None:
     assert compute[0] == pytest.approx(2 * 4096**3 / (989.4e12 * 1.98 / 1.83), rel=1e-3)
     cold = least_seconds(one(m=1, n=16384, k=16384), H100)[1][0]
     assert cold == pytest.approx(2 * 16384**2 / 3.35e12, rel=1e-3)
-    warm = least_seconds(one(m=1, n=4096, k=4096, copies=1, cold=False), H100)[1][0]  # 32 MiB stay in the L2
-    assert warm == pytest.approx((2 * 4096**2 + 2 * 8192) / (L2_BYTES_PER_CLOCK * 132 * 1.98e9), rel=1e-3)
-    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]  # at most one stays in the L2
+    # 32 MiB stay in the L2
+    warm = least_seconds(one(m=1, n=4096, k=4096, copies=1, cold=False), H100)[1][0]
+    assert warm == pytest.approx(
+        (2 * 4096**2 + 2 * 8192) / (L2_BYTES_PER_CLOCK * 132 * 1.98e9), rel=1e-3
+    )
+    # at most one stays in the L2
+    rotated = least_seconds(one(m=1, n=4096, k=4096, copies=2), H100)[1][0]
     assert rotated == pytest.approx((2 * 4096**2 - 25 * 2**20) / 3.35e12, rel=1e-3)
-    sparse = least_seconds(one(m=4096, n=4096, k=4096, operator=np.array(["gemm_2to4"])), H100)[0][0]
+    sparse = least_seconds(one(m=4096, n=4096, k=4096, operator=np.array(["gemm_2to4"])), H100)[0][
+        0
+    ]
     assert sparse == pytest.approx(compute[0] / 2)
-    assert least_seconds(one(m=64, n=64, k=64, dtype=np.array(["int4"])), H100)[0][0] == 0  # no rate, no check
+    # no rate, no check
+    assert least_seconds(one(m=64, n=64, k=64, dtype=np.array(["int4"])), H100)[0][0] == 0
     shape = {"batch": 2, "q_len": 1024, "kv_len": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128}
     prefill = least_seconds(one(operator=np.array(["attention_prefill"]), **shape), H100)[0][0]
-    assert prefill * 989.4e12 * 1.98 / 1.83 == pytest.approx(4 * 2 * 8 * 128 * 1024 * 1025 / 2, rel=1e-3)
+    assert prefill * 989.4e12 * 1.98 / 1.83 == pytest.approx(
+        4 * 2 * 8 * 128 * 1024 * 1025 / 2, rel=1e-3
+    )
 
 
 def test_a_time_on_the_limit_passes_and_one_well_below_does_not() -> None:

@@ -21,15 +21,21 @@ def decode(folder: Path, *rows: str) -> Path:
 
 def test_times_of_calls_and_disturbed_rows_are_refused(tmp_path: Path) -> None:
     timed_calls = [
-        f"32,4,128,bf16,bf16,{b},8192,{t}" for b, t in ((1.0, 28.1), (16.0, 100.4), (32.0, 188.0), (8.0, 130.0))
+        f"32,4,128,bf16,bf16,{b},8192,{t}"
+        for b, t in ((1.0, 28.1), (16.0, 100.4), (32.0, 188.0), (8.0, 130.0))
     ]
-    kernels = [f"32,8,128,bf16,{kv},1,{n},{t}" for kv in ("bf16", "fp8") for n, t in ((1024, 9.9), (16384, 33.9))]
+    kernels = [
+        f"32,8,128,bf16,{kv},1,{n},{t}"
+        for kv in ("bf16", "fp8")
+        for n, t in ((1024, 9.9), (16384, 33.9))
+    ]
     records, _, refused = read_table(
         "h20/attention_decode/flashinfer", decode(tmp_path, *timed_calls, *kernels, "64,2,128,,,,,")
     )
     assert {reason: len(rows) for reason, rows in refused.items()} == {
         "the file has no time": 1,
-        "shorter than 40 us, where calls take the host that long": 1,  # not of the layout that has 9.9 us
+        # not of the layout that has 9.9 us
+        "shorter than 40 us, where calls take the host that long": 1,
         "over 1.15 times the time of a call of more work": 1,  # 8 sequences in 130 us, 16 in 100
     }
     assert sorted(1e6 * records.seconds) == pytest.approx([9.9, 9.9, 33.9, 33.9, 100.4, 188.0])
@@ -42,5 +48,6 @@ def test_products_have_scales_by_block_and_cold_weights(tmp_path: Path) -> None:
     (tmp_path / "gemm_fp8.csv").write_text("\n".join(rows) + "\n")
     records, _, refused = read_table("h20/gemm/sglang", tmp_path)
     assert (records.labels().tolist(), len(refused)) == (["fp8_block"] * 2, 0)
-    assert records.seconds.tolist() == pytest.approx([10.63e-6, 51e-6])  # a repeated shape has its median
+    # a repeated shape has its median
+    assert records.seconds.tolist() == pytest.approx([10.63e-6, 51e-6])
     assert records.cold.all()

@@ -11,11 +11,25 @@ import numpy as np
 import pytest
 
 import calibration.measurements as shipped
-from calibration.measurements import FOLDER, INDEX, file_name, list_measurements, load_measurements, provenance
+from calibration.measurements import (
+    FOLDER,
+    INDEX,
+    file_name,
+    list_measurements,
+    load_measurements,
+    provenance,
+)
 from calibration.measurements import aiter as aiter_tables
 from calibration.measurements import infersim as infersim_tables
 from calibration.measurements.infersim import SOURCES
-from calibration.measurements.wheel import CHOICES, HEAD_DIMS, PACKAGE, choose, datasheet, shipped_part
+from calibration.measurements.wheel import (
+    CHOICES,
+    HEAD_DIMS,
+    PACKAGE,
+    choose,
+    datasheet,
+    shipped_part,
+)
 from calibration.records.screening import too_fast
 from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source, write_records
 from simulator.codes import ROLES
@@ -32,7 +46,10 @@ def test_what_is_promised_is_there_and_small() -> None:
     assert set(sizes) == {file_name(name) for name in tables}
     assert sum(sizes.values()) < 3e6
     # rows of fp8 whose time is mostly the conversion of activations are left out
-    assert [len(load_measurements("h100_sxm/gemm/trtllm", dtype=d)) for d in ("bf16", "fp8")] == [35700, 23356]
+    assert [len(load_measurements("h100_sxm/gemm/trtllm", dtype=d)) for d in ("bf16", "fp8")] == [
+        35700,
+        23356,
+    ]
     notice = (FOLDER / "NOTICE").read_text(encoding="utf-8")
     assert PACKAGE in notice
     assert build.COPYRIGHT in notice
@@ -46,7 +63,9 @@ def test_what_is_promised_is_there_and_small() -> None:
 def test_a_table_is_what_its_provenance_says(name: str) -> None:
     records, entry = load_measurements(name), provenance(name)
     labels = records.labels()
-    assert {str(d): int((labels == d).sum()) for d in np.unique(labels.astype(str))} == entry["rows"]
+    assert {str(d): int((labels == d).sum()) for d in np.unique(labels.astype(str))} == entry[
+        "rows"
+    ]
     assert {OPERATORS[o] for o in records.operator} == {name.split("/")[1]}
     assert {s.device for s in records.sources} == {entry["device"]}
     assert {s.licence for s in records.sources} == {entry["licence"]}
@@ -73,7 +92,9 @@ def test_a_table_is_what_its_provenance_says(name: str) -> None:
         assert set(np.unique(records.batch)) == {2, 4, 8}
         kinds = {ROLES[code] for code in records.role}
         assert kinds == (
-            {"all_reduce", "all_gather", "all_to_all", "reduce_scatter"} if "nccl" in name else {"all_reduce"}
+            {"all_reduce", "all_gather", "all_to_all", "reduce_scatter"}
+            if "nccl" in name
+            else {"all_reduce"}
         )
     elif name in CHOICES:
         assert set(np.unique(records.copies)) <= set(range(1, 7))
@@ -91,7 +112,9 @@ def test_the_files_are_written_the_same_again() -> None:
         assert write_records(records, extra=extra, single=True) == path.read_bytes()
 
 
-def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_and_unknown_names_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="measurement 'h100/gemm' is unknown; did you mean"):
         load_measurements("h100/gemm")
     with pytest.raises(InputError, match="dtype 'fp8' is unknown"):
@@ -118,12 +141,29 @@ def test_changed_files_and_unknown_names_are_refused(tmp_path: Path, monkeypatch
 
 def test_a_choice_takes_one_kernel_and_counts_what_it_leaves() -> None:
     sources = [Source("B200", {"SGLang": "0.5.14"}, kernel) for kernel in ("trtllm_mha", "triton")]
-    columns = {"operator": "attention_decode", "batch": 1, "q_len": 1, "kv_len": 64, "heads": 8, "kv_heads": 8}
-    columns |= {"head_dim": [64, 128, 128, 512], "window": [0, 128, 0, 0], "source": [0, 0, 1, 0], "seconds": 1e-5}
-    records = Records.from_columns(sources, **columns, dtype="bf16", weight_dtype=["bf16", "bf16", "bf16", "fp8"])
+    columns = {
+        "operator": "attention_decode",
+        "batch": 1,
+        "q_len": 1,
+        "kv_len": 64,
+        "heads": 8,
+        "kv_heads": 8,
+    }
+    columns |= {
+        "head_dim": [64, 128, 128, 512],
+        "window": [0, 128, 0, 0],
+        "source": [0, 0, 1, 0],
+        "seconds": 1e-5,
+    }
+    records = Records.from_columns(
+        sources, **columns, dtype="bf16", weight_dtype=["bf16", "bf16", "bf16", "fp8"]
+    )
     choice = CHOICES["b200_sxm/attention_decode/sglang"]
     taken, left = choose(records, choice)
-    assert left == {"kernel other than trtllm_mha": 1, "features per head not among 64, 128, 256": 1}
+    assert left == {
+        "kernel other than trtllm_mha": 1,
+        "features per head not among 64, 128, 256": 1,
+    }
     assert taken.window.tolist() == [0, 128]
     ships, more = shipped_part(taken, choice)
     assert (len(ships), more) == (1, {"in the wheel only: sliding window": 1})

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.quick
 Row = dict[str, str]
 
 ENGINES = {"reference", "hf", "compile", "vllm", "sglang", "trtllm"}
-DENSE, SPEEDUPS, SERVING, PAPER = (published(name) for name in ("dense", "speedups", "serving", "paper"))
+DENSE, SPEEDUPS, SERVING, PAPER = (
+    published(name) for name in ("dense", "speedups", "serving", "paper")
+)
 
 
 def used(rows: list[Row]) -> list[Row]:
@@ -61,12 +63,18 @@ def test_unknown_tables_are_refused() -> None:
         published("dens")
 
 
-@pytest.mark.parametrize("row", used(SPEEDUPS), ids=lambda r: f"{r['method']}-{r['gpu']}-{r['seq']}-{r['sparsity']}")
+@pytest.mark.parametrize(
+    "row", used(SPEEDUPS), ids=lambda r: f"{r['method']}-{r['gpu']}-{r['seq']}-{r['sparsity']}"
+)
 def test_a_speedup_can_be_pruned_as_it_says(row: Row) -> None:
     dense = lower(load_model(row["model"]), phase="prefill", seq=32)
-    pruned = prune(dense, row["family"], asked(row), **dict(parse_options(row["options"], row["family"])))
+    pruned = prune(
+        dense, row["family"], asked(row), **dict(parse_options(row["options"], row["family"]))
+    )
     outputs, inner = pruned.is_role("o"), re.search(r"inner=(\d+)", row["options"])
-    heads, blocks = (re.search(rf"(\d+) of \d+ {part}", row["assumed"]) for part in ("heads", "blocks"))
+    heads, blocks = (
+        re.search(rf"(\d+) of \d+ {part}", row["assumed"]) for part in ("heads", "blocks")
+    )
     assert not inner or int(inner[1]) in pruned.k[pruned.is_role("down")]
     assert not heads or int(heads[1]) * load_model(row["model"]).head_dim in pruned.k[outputs]
     assert not blocks or int(blocks[1]) == pruned.count[outputs].sum()
@@ -80,7 +88,10 @@ def test_a_source_is_fitted_on_or_judged_on_never_both() -> None:
     assert not fit & judge
     assert {r["split"] for r in rows} == {"fit", "judge"}
     # sglang's only source determined a default for Hopper; its serving runs judge it
-    assert {split(r["engine"])[0] for r in used(DENSE) if r["split"] == "judge"} == ENGINES - {"reference", "sglang"}
+    assert {split(r["engine"])[0] for r in used(DENSE) if r["split"] == "judge"} == ENGINES - {
+        "reference",
+        "sglang",
+    }
 
 
 def test_serving_rows_are_what_the_provenance_says() -> None:
@@ -89,7 +100,11 @@ def test_serving_rows_are_what_the_provenance_says() -> None:
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
     assert content == csv_text(SERVING).encode()
     assert len(SERVING) == entry["rows"] == 1237
-    assert made.why_left_out(SERVING) == entry["left_out"] == {made.CACHED: 74, made.QUEUED: 6, made.SEVERAL: 1}
+    assert (
+        made.why_left_out(SERVING)
+        == entry["left_out"]
+        == {made.CACHED: 74, made.QUEUED: 6, made.SEVERAL: 1}
+    )
     for r in SERVING:
         assert r["engine"] in made.ENGINES
         assert r["hardware"] in made.HARDWARE
@@ -101,12 +116,17 @@ def test_serving_rows_are_what_the_provenance_says() -> None:
     assert Counter(r["engine"] for r in SERVING) == {"trtllm": 699, "vllm": 384, "sglang": 154}
 
 
-def test_a_serving_row_is_read_from_the_packages_list(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_serving_row_is_read_from_the_packages_list(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     header = "silicon_data_source,backend,backend_version,model_path,system,precision,mode,isl,osl,gemm_quant_mode,"
     header += "batch_size,tp_size,pp_size,silicon_ttft_ms,silicon_tpot_ms"
     dense = "Qwen/Qwen3-32B,h100_sxm"
     lines = [
-        *[f"source_file=/a/data/h100/v.csv; silicon_concurrency=8,vllm,0.1,{dense},,agg,9,5,,8,2.0,1,9.5,2"] * 2,
+        *[
+            f"source_file=/a/data/h100/v.csv; silicon_concurrency=8,vllm,0.1,{dense},,agg,9,5,,8,2.0,1,9.5,2"
+        ]
+        * 2,
         f"source_file=x.csv; measured=2025-01-02T00,sglang,,{dense},fp8,agg,9,5,fp8_block,4,1,1,9,2",
         f"source_file=x.csv,sglang,,{dense},fp8,disagg,9,5,fp8_block,4,1,1,9,2",
         "source_file=x.csv,sglang,,Some/MoE,h100_sxm,fp8,agg,9,5,fp8_block,4,1,1,9,2",
@@ -117,7 +137,14 @@ def test_a_serving_row_is_read_from_the_packages_list(tmp_path_factory: pytest.T
     with zipfile.ZipFile(path) as archive:
         first, second = made.serving_table(archive)
     names = ("weight_dtype", "concurrency", "devices", "ttft_s", "tpot_s", "source")
-    expected = ("fp8_block", "4", "1", "0.009", "0.002", "silicon_sample.csv: x.csv, measured 2025-01-02")
+    expected = (
+        "fp8_block",
+        "4",
+        "1",
+        "0.009",
+        "0.002",
+        "silicon_sample.csv: x.csv, measured 2025-01-02",
+    )
     assert tuple(first[name] for name in names) == expected
     expected = ("bf16", "8", "2", "0.0095", "0.002", "silicon_sample.csv: h100/v.csv")
     assert tuple(second[name] for name in names) == expected
@@ -127,8 +154,14 @@ def test_the_papers_figure_adds_up_and_its_table_is_whole() -> None:
     for phase in ("prefill", "decode"):
         shares = [float(r["value"]) for r in PAPER if (r["phase"], r["metric"]) == (phase, "share")]
         assert sum(shares) == pytest.approx(1.0, abs=0.002)
-    table = {(r["family"], r["sparsity"], r["phase"]): float(r["value"]) for r in PAPER if r["what"] == "table 2"}
+    table = {
+        (r["family"], r["sparsity"], r["phase"]): float(r["value"])
+        for r in PAPER
+        if r["what"] == "table 2"
+    }
     assert len(table) == 20
     assert table["dynamic_depth", "0.25", "decode"] == 0.91
     assert {family for family, _, _ in table} <= set(FAMILIES)
-    assert {(r["model"], r["hardware"], r["engine"]) for r in PAPER} == {("llama-3.1-8b", "rtx_pro_6000", "reference")}
+    assert {(r["model"], r["hardware"], r["engine"]) for r in PAPER} == {
+        ("llama-3.1-8b", "rtx_pro_6000", "reference")
+    }

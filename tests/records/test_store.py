@@ -14,8 +14,24 @@ import pytest
 
 from calibration.devices.protocol import OPERATORS as KINDS
 from calibration.devices.protocol import Operator
-from calibration.records.store import Header, Store, encode_line, parse, read_store, records_of, shape_of, untimed
-from calibration.records.timing_table import OPERATORS, Flag, Records, Source, read_records, write_records
+from calibration.records.store import (
+    Header,
+    Store,
+    encode_line,
+    parse,
+    read_store,
+    records_of,
+    shape_of,
+    untimed,
+)
+from calibration.records.timing_table import (
+    OPERATORS,
+    Flag,
+    Records,
+    Source,
+    read_records,
+    write_records,
+)
 from simulator.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +87,10 @@ def test_another_device_driver_or_dtype_is_refused(path: Path) -> None:
     before = path.read_bytes()
     for other, word in (
         (Header("NVIDIA H100", STACK), "device 'NVIDIA A100', not of 'NVIDIA H100'"),
-        (Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}), "driver '580.65', not of '590.1'"),
+        (
+            Header(HEADER.device, {"torch": "2.9", "driver": "590.1"}),
+            "driver '580.65', not of '590.1'",
+        ),
         (Header(HEADER.device, {"torch": "2.9"}), "driver '580.65', not of 'none'"),
         (Header(HEADER.device, STACK, "fp16"), "dtype 'bf16', not of 'fp16'"),
     ):
@@ -159,11 +178,19 @@ def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place
         ({"visit": []}, "visit: expected a whole number from 0, got \\[\\]"),
         ({"lower_s": "x"}, "lower_s: expected a time or null, got 'x'"),
         ({"type": "engine", "seconds": 1.0}, "kernels: expected names and times, got None"),
-        ({"type": "decoder", "reason": "", "phase": "decode", "runtime": ""}, "dense_s: expected times, got None"),
-        ({"dense_s": [1.0, 2.0], "pruned_s": [1.0]}, "pruned_s: expected as many times as in dense_s"),
+        (
+            {"type": "decoder", "reason": "", "phase": "decode", "runtime": ""},
+            "dense_s: expected times, got None",
+        ),
+        (
+            {"dense_s": [1.0, 2.0], "pruned_s": [1.0]},
+            "pruned_s: expected as many times as in dense_s",
+        ),
     ],
 )
-def test_records_that_a_run_cannot_resume_from_are_refused(wrong: dict[str, Any], says: str, path: Path) -> None:
+def test_records_that_a_run_cannot_resume_from_are_refused(
+    wrong: dict[str, Any], says: str, path: Path
+) -> None:
     with Store(path, HEADER) as store:
         store.append({**row(0), "version": "1", **wrong})
     refused(f":2: {says}", read_store, path)
@@ -173,7 +200,10 @@ def test_other_files_and_folders_are_refused_and_left_alone(path: Path) -> None:
     for content, reason in (
         (b"m,n,k\n1,2,3\n", "not a store"),
         (b"hello", "not a store"),
-        (encode_line({"prunesim": "records", "schema": 1}), "expected schema 2, got 1; .*: measure again"),
+        (
+            encode_line({"prunesim": "records", "schema": 1}),
+            "expected schema 2, got 1; .*: measure again",
+        ),
         (encode_line({"prunesim": "records", "schema": 2}), "header lacks device"),
     ):
         path.write_bytes(content)
@@ -189,9 +219,13 @@ def test_a_second_writer_stops_at_once(path: Path) -> None:
     with Store(path, HEADER) as store:
         store.append(row(0))
         before = path.read_bytes()
-        code = f"from calibration.records.store import *; Store({str(path)!r}, Header('NVIDIA A100'))"
+        code = (
+            f"from calibration.records.store import *; Store({str(path)!r}, Header('NVIDIA A100'))"
+        )
         command = [sys.executable, "-c", code]
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=10)
+        second = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=10
+        )
         assert "InputError" in second.stderr
         assert "another process is writing to this file" in second.stderr
         refused("another process", Store, path, HEADER)
@@ -247,11 +281,24 @@ def test_flags_purposes_and_spread_of_measured_rows() -> None:
         row(3, block=2, method="perf_counter_ns around a loop"),
         row(0, purpose="drift_check", block=3, drifted=False),
         row(4, block=3),
-        {"key": "gemm", "operator": {"kind": "gemm"}, "status": "skipped", "reason": "out of memory: 9 GB"},
+        {
+            "key": "gemm",
+            "operator": {"kind": "gemm"},
+            "status": "skipped",
+            "reason": "out of memory: 9 GB",
+        },
     ]
     records = records_of(rows, HEADER)
     drift = Flag.DRIFT
-    assert records.flags.tolist() == [0, Flag.NOISY | drift, Flag.THROTTLED | drift, drift, drift, 0, 0]
+    assert records.flags.tolist() == [
+        0,
+        Flag.NOISY | drift,
+        Flag.THROTTLED | drift,
+        drift,
+        drift,
+        0,
+        0,
+    ]
     assert records.purpose.tolist() == [4, 1, 2, 4, 1, 4, 1]
     assert records.spread[1] == pytest.approx(0.5)
     assert np.isnan(records.spread[0])
@@ -286,8 +333,19 @@ def table() -> Records:
     sources = [Source("A", {"torch": "2"}, kernel="x"), Source("B", run="r")]
     names = {"operator": ["gemm", "gemm", "elementwise"], "dtype": ["bf16", "fp8", "bf16"]}
     names["weight_dtype"] = ["int8", "fp8", "bf16"]
-    sizes = {"m": [1, 300, 70_000], "n": 8, "k": [4, 4, 0], "role": [0, 0, 17], "cold": [True, False, True]}
-    times = {"seconds": [1e-6, 2e-6, 1 / 3], "spread": [np.nan, 0.01, 0.02], "source": [0, 0, 1], "flags": [0, 1, 0]}
+    sizes = {
+        "m": [1, 300, 70_000],
+        "n": 8,
+        "k": [4, 4, 0],
+        "role": [0, 0, 17],
+        "cold": [True, False, True],
+    }
+    times = {
+        "seconds": [1e-6, 2e-6, 1 / 3],
+        "spread": [np.nan, 0.01, 0.02],
+        "source": [0, 0, 1],
+        "flags": [0, 1, 0],
+    }
     return Records.from_columns(sources, **names, **sizes, **times)
 
 
@@ -304,12 +362,16 @@ def test_records_survive_parquet() -> None:
     assert len(read_records(write_records(records.select(records.m < 0)))) == 0
 
 
-def test_a_cpu_that_waited_and_a_gpu_at_its_power_limit_differ_also_in_files_of_version_0_3() -> None:
+def test_a_cpu_that_waited_and_a_gpu_at_its_power_limit_differ_also_in_files_of_version_0_3() -> (
+    None
+):
     pytest.importorskip("pyarrow")
     assert len({flag.value for flag in Flag}) == len(Flag.__members__)
     sources = [Source("A GPU", {"driver": "580"}), Source("A CPU (2 threads)", {"threads": "2"})]
     both = Flag.NOISY | Flag.POWER_CAPPED  # 17 in either version
-    records = Records.from_columns(sources, m=[1, 2, 3], n=8, k=8, seconds=1e-6, source=[0, 1, 1], flags=[17, 17, 32])
+    records = Records.from_columns(
+        sources, m=[1, 2, 3], n=8, k=8, seconds=1e-6, source=[0, 1, 1], flags=[17, 17, 32]
+    )
     read = read_records(write_records(records))
     assert read.flags.tolist() == [both, Flag.NOISY | Flag.WAITED, Flag.WAITED]
     assert read_records(write_records(read)).flags.tolist() == read.flags.tolist()

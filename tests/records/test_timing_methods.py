@@ -16,15 +16,30 @@ pytestmark = pytest.mark.quick
 
 GPU = Header("NVIDIA A100", {"torch": "2.13", "cuda": "13.0", "protocol": "2"}, run="new")
 OLD = replace(GPU, stack={"torch": "2.13", "cuda": "13.0"}, run="old")
-GRAPH, SINGLE = "events around a graph of 20 launches over 3 rotated copies", "events around single launches"
+GRAPH, SINGLE = (
+    "events around a graph of 20 launches over 3 rotated copies",
+    "events around single launches",
+)
 
 
 def _rows(method: str, count: int, kind: str = "gemm", start: int = 1) -> list[dict[str, Any]]:
     shape = {"batch": 1, "q_len": 1, "kv_len": 64, "heads": 2, "kv_heads": 1, "head_dim": 64}
     found = []
     for m in range(start, start + count):
-        op = Operator(kind, m=m, n=64, k=64) if kind == "gemm" else Operator(kind, **{**shape, "kv_len": 64 * m})
-        found.append({"operator": vars(op), "method": method, "median_s": 1e-6 * m, "status": "ok", "purpose": "fit"})
+        op = (
+            Operator(kind, m=m, n=64, k=64)
+            if kind == "gemm"
+            else Operator(kind, **{**shape, "kv_len": 64 * m})
+        )
+        found.append(
+            {
+                "operator": vars(op),
+                "method": method,
+                "median_s": 1e-6 * m,
+                "status": "ok",
+                "purpose": "fit",
+            }
+        )
     return found
 
 
@@ -47,14 +62,22 @@ def test_kernel_names_in_a_method_do_not_change_how_launches_count() -> None:
 def test_runs_of_two_protocols_are_not_mixed() -> None:
     old, new = records_of(_rows(GRAPH, 3), OLD), records_of(_rows(GRAPH, 3, start=10), GPU)
     kept, notes = one_method(Records.concat([old, new]))
-    assert [source.run for source in kept.tidy().sources] == ["new"]  # as many rows: the newest protocol is kept
-    assert "3 gemm bf16 rows excluded: timed by graph replays, the other 3 by graph replays (protocol 2)" in notes[0]
+    # as many rows: the newest protocol is kept
+    assert [source.run for source in kept.tidy().sources] == ["new"]
+    assert (
+        "3 gemm bf16 rows excluded: timed by graph replays, the other 3 by graph replays (protocol 2)"
+        in notes[0]
+    )
     assert one_method(old)[1] == ()
 
 
 def test_tables_of_others_and_of_a_cpu_are_not_changed() -> None:
-    table = Records.from_columns([Source("A100")], m=[1, 2, 3], n=8, k=8, launch=["graph", "eager", "excluded"])
-    cpu = records_of(_rows("perf_counter_ns around a loop", 3), Header("CPU", {"torch": "2.13", "threads": "2"}))
+    table = Records.from_columns(
+        [Source("A100")], m=[1, 2, 3], n=8, k=8, launch=["graph", "eager", "excluded"]
+    )
+    cpu = records_of(
+        _rows("perf_counter_ns around a loop", 3), Header("CPU", {"torch": "2.13", "threads": "2"})
+    )
     for records in (table, cpu, Records.from_columns([])):
         kept, notes = one_method(records)
         assert (kept.digest(), notes) == (records.digest(), ())

@@ -52,9 +52,13 @@ def _cases(**settings: Any) -> list[Case]:
     return cases_of(CONFIG, {**usual, **settings})[0]
 
 
-def _compare(folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any) -> ComparedCases:
+def _compare(
+    folder: Path, cases: list[Case], device: ReplayDevice | None = None, **options: Any
+) -> ComparedCases:
     budget_s = options.pop("budget_s", 5.0)
-    return comparing.compare(folder / "run", device or _device(), ModelRun(CONFIG, **options), cases, budget_s)
+    return comparing.compare(
+        folder / "run", device or _device(), ModelRun(CONFIG, **options), cases, budget_s
+    )
 
 
 @pytest.fixture
@@ -63,10 +67,16 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
-        seen.append(f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}")
+        seen.append(
+            f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}"
+        )
         noise = (1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.0)
         pruned_s = (float(len(second.layers)),) * len(noise)
-        return {"loops": 1, "dense_s": tuple(len(first.layers) * x for x in noise), "pruned_s": pruned_s}
+        return {
+            "loops": 1,
+            "dense_s": tuple(len(first.layers) * x for x in noise),
+            "pruned_s": pruned_s,
+        }
 
     monkeypatch.setattr(timing, "time_pair", timed)
     return seen
@@ -95,7 +105,8 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = sampler(2.0), sampler(1.0)
     times = alternate(first, second, 5.0)
     assert len(times["dense_s"]) == len(times["pruned_s"]) == 5  # a tick per pair
-    assert order[:8] == [2, 1] * 4  # passes that may compile and record, then those that set the number of loops
+    # passes that may compile and record, then those that set the number of loops
+    assert order[:8] == [2, 1] * 4
     assert order[8:16] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
         assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
@@ -107,7 +118,11 @@ def test_every_family_really_runs(tmp_path: Path) -> None:
     by_name = {r["key"]: r for r in found.records}
     assert len(by_name) == len(cases)
     assert {r["status"] for r in found.records if r["family"] != "semi_structured"} == {"ok"}
-    assert all("sparse tensor cores" in r["reason"] for r in found.records if r["family"] == "semi_structured")
+    assert all(
+        "sparse tensor cores" in r["reason"]
+        for r in found.records
+        if r["family"] == "semi_structured"
+    )
     assert found.left == 0
     rows = rows_of(cases, found.records, HW, device="some CPU", dtype="fp32")
     assert len(rows) == len(cases) - 2
@@ -115,31 +130,45 @@ def test_every_family_really_runs(tmp_path: Path) -> None:
     assert {(r.device, r.runtime) for r in rows} == {("some CPU", "eager")}
 
 
-def test_rows_hold_what_was_measured_and_what_is_predicted(tmp_path: Path, planted: list[str]) -> None:
+def test_rows_hold_what_was_measured_and_what_is_predicted(
+    tmp_path: Path, planted: list[str]
+) -> None:
     cases = _cases(family=["depth", "width"], sparsity=[0.25, 0.5])
     found = _compare(tmp_path, cases)
     assert sorted(planted)[:2] == ["2 decode eager", "2 prefill eager"]
     by_name = {(c.family, c.sparsity, c.phase): c for c in cases}
     known = [1.9 if name == ("depth", 0.5, "decode") else math.nan for name in by_name]
-    rows = {(r.family, r.sparsity, r.phase): r for r in rows_of(cases, found.records, HW, measured_bounds=known)}
+    rows = {
+        (r.family, r.sparsity, r.phase): r
+        for r in rows_of(cases, found.records, HW, measured_bounds=known)
+    }
     half, case = (of["depth", 0.5, "decode"] for of in (rows, by_name))
     launched = case.run_in("hf")
     eager = speedup(launched.dense, launched.pruned, HW)
     assert (half.measured, half.dense_s, half.pruned_s) == (2.0, 4.0, 2.0)
     assert half.measured_lower < 2.0 < half.measured_upper
-    assert (half.predicted, half.predicted_dense_s, half.flop_bound) == (eager.speedup, eager.dense_s, eager.flop_bound)
+    assert (half.predicted, half.predicted_dense_s, half.flop_bound) == (
+        eager.speedup,
+        eager.dense_s,
+        eager.flop_bound,
+    )
     assert half.error == pytest.approx(eager.speedup / 2.0 - 1.0)
     assert half.measured_bound == 1.9
     assert math.isnan(rows["width", 0.5, "decode"].measured_bound)
     prefill = by_name["depth", 0.5, "prefill"]
-    assert rows["depth", 0.5, "prefill"].predicted == speedup(prefill.dense, prefill.pruned, HW).speedup
+    assert (
+        rows["depth", 0.5, "prefill"].predicted
+        == speedup(prefill.dense, prefill.pruned, HW).speedup
+    )
     assert repeatability(found.records) == pytest.approx(0.0, abs=0.03)
 
 
 TEXTS = ("width mlp=0.3 heads=0.5", "depth 0.25 + width mlp=0.5 layers=1-2", "depth layers=1")
 
 
-def test_records_tell_texts_apart_and_a_rerun_does_new_ones(tmp_path: Path, planted: list[str]) -> None:
+def test_records_tell_texts_apart_and_a_rerun_does_new_ones(
+    tmp_path: Path, planted: list[str]
+) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("layers:\n  1: depth\n")
     cases = _cases(sparsity=None, prune=[*TEXTS, str(plan)], phase="decode")
@@ -149,18 +178,24 @@ def test_records_tell_texts_apart_and_a_rerun_does_new_ones(tmp_path: Path, plan
     assert {r["prune"]: r["family"] for r in found.records} == dict(
         zip(TEXTS, ("width", "depth+width", "depth"), strict=True)
     )
-    assert sorted(planted) == ["3 decode eager", "3 decode eager", "4 decode eager"]  # layers of each
+    # layers of each
+    assert sorted(planted) == ["3 decode eager", "3 decode eager", "4 decode eager"]
     plan.write_text("layers:\n  1-2: depth\n")  # the same path, another plan
     _compare(tmp_path, _cases(sparsity=None, prune=[*TEXTS, str(plan)], phase="decode"))
     assert planted[3:] == ["2 decode eager"]
 
 
-def test_texts_that_a_decoder_cannot_run_are_named_before_it_is_made(tmp_path: Path, planted: list[str]) -> None:
+def test_texts_that_a_decoder_cannot_run_are_named_before_it_is_made(
+    tmp_path: Path, planted: list[str]
+) -> None:
     cannot = {
         "slicegpt 0.25": "no option 'residual_projections'",
         "dynamic_depth 0.5 layers=1": "expected one fraction",
     }
-    cannot |= {"token 0.5 + width 0.25": "one dynamic family", "kv_cache budget=8": "no option 'budget'"}
+    cannot |= {
+        "token 0.5 + width 0.25": "one dynamic family",
+        "kv_cache budget=8": "no option 'budget'",
+    }
     cases = _cases(sparsity=None, prune=["depth 0.5", *cannot], phase="decode")
     found = _compare(tmp_path, cases)
     assert len(found.records) == len(planted) == 1
@@ -187,7 +222,8 @@ def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: li
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")]
+    ("error", "status"),
+    [(RuntimeError("CUDA out of memory"), "skipped"), (ValueError("odd"), "failed")],
 )
 def test_a_case_that_breaks_is_kept_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
@@ -238,16 +274,32 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 
 def test_rank_correlation_by_hand() -> None:
     # ranks 1.5, 1.5, 3 and 1, 3, 2; then opposite ones; then too few values, and one side that never changes
-    pairs = [([1, 1, 2], [3, 5, 4]), ([1, 2, 2, 9], [8, 3, 3, 1]), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])]
+    pairs = [
+        ([1, 1, 2], [3, 5, 4]),
+        ([1, 2, 2, 9], [8, 3, 3, 1]),
+        ([1, 2], [1, 2]),
+        ([1, 1, 1], [1, 2, 3]),
+    ]
     found = [spearman(*np.array(pair, dtype=float)) for pair in pairs]
     assert found == pytest.approx([0.0, -1.0, math.nan, math.nan], abs=1e-12, nan_ok=True)
 
 
 def _row(predicted: float, measured: float, **changes: Any) -> ComparedSpeedup:
-    base: dict[str, Any] = dict.fromkeys(ComparedSpeedup.__dataclass_fields__.keys() - {"prune"}, 1.0)
+    base: dict[str, Any] = dict.fromkeys(
+        ComparedSpeedup.__dataclass_fields__.keys() - {"prune"}, 1.0
+    )
     base |= dict.fromkeys(("model", "device", "hardware", "dtype", "runtime"), "x")
-    base |= {"predicted_lower": 0.9 * predicted, "predicted_upper": 1.1 * predicted, "predicted_dense_s": 1.2}
-    base |= {"measured_lower": 0.98 * measured, "measured_upper": 1.02 * measured, "family": "depth", "phase": "decode"}
+    base |= {
+        "predicted_lower": 0.9 * predicted,
+        "predicted_upper": 1.1 * predicted,
+        "predicted_dense_s": 1.2,
+    }
+    base |= {
+        "measured_lower": 0.98 * measured,
+        "measured_upper": 1.02 * measured,
+        "family": "depth",
+        "phase": "decode",
+    }
     values = {**base, "predicted": predicted, "measured": measured, **changes}
     return ComparedSpeedup(**{"prune": f"{values['family']} {values['sparsity']:g}", **values})
 
@@ -255,32 +307,61 @@ def _row(predicted: float, measured: float, **changes: Any) -> ComparedSpeedup:
 def test_agreement_by_hand() -> None:
     rows = [_row(1.1, 1.0), _row(2.0, 2.0), _row(3.0, 4.0), _row(1.5, 1.5, phase="prefill")]
     # one of four measured speedups is outside: 4 > 1.1 x 3
-    wanted = {"count": 4, "spearman": 1.0, "median": 0.05, "bias": 0.0, "inside": 0.75, "dense_time": 0.2}
-    assert {name: value for name, value in summary(rows).items() if name in wanted} == pytest.approx(wanted, abs=1e-9)
-    assert {name: b["count"] for name, b in by_phase(rows).items()} == {"decode": 3, "prefill": 1, "all": 4}
+    wanted = {
+        "count": 4,
+        "spearman": 1.0,
+        "median": 0.05,
+        "bias": 0.0,
+        "inside": 0.75,
+        "dense_time": 0.2,
+    }
+    assert {
+        name: value for name, value in summary(rows).items() if name in wanted
+    } == pytest.approx(wanted, abs=1e-9)
+    assert {name: b["count"] for name, b in by_phase(rows).items()} == {
+        "decode": 3,
+        "prefill": 1,
+        "all": 4,
+    }
 
 
 def test_a_comparison_states_whether_predictions_hold_and_its_worst_case() -> None:
     def row(family: str, measured: float, predicted: float) -> ComparedSpeedup:
-        about = {"model": "m", "hardware": "planted", "device": "planted GPU", "sparsity": 0.5, "roofline_bound": 2.0}
+        about = {
+            "model": "m",
+            "hardware": "planted",
+            "device": "planted GPU",
+            "sparsity": 0.5,
+            "roofline_bound": 2.0,
+        }
         return _row(predicted, measured, family=family, error=predicted / measured - 1.0, **about)
 
     first, worst = conclusions([row("depth", 1.5, 1.52), row("width", 1.3, 1.4)] * 5)
-    assert first.startswith("The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof")
+    assert first.startswith(
+        "The predictions of planted for m hold on planted GPU: median error 4.5 % (datasheet roof"
+    )
     assert worst == "Worst: width 50 % in decode, measured 1.30x, predicted 1.40x (1.26-1.54)."
     assert "do not hold" in conclusions([row("depth", 1.0, 1.9), row("width", 1.0, 2.1)] * 5)[0]
-    assert conclusions([row("depth", 1.0, 1.9)])[0].endswith("1 measured speedup; a verdict needs 10.")
+    assert conclusions([row("depth", 1.0, 1.9)])[0].endswith(
+        "1 measured speedup; a verdict needs 10."
+    )
 
 
 def test_noise_in_measured_speedups_is_stated() -> None:
-    quiet, shifted = [1.0, 1.01, 0.99, 1.02, 1.0, 0.98, 1.01, 1.0], [1.0, 1.3, 1.01, 1.31, 0.99, 1.3, 1.0, 1.29]
+    quiet, shifted = (
+        [1.0, 1.01, 0.99, 1.02, 1.0, 0.98, 1.01, 1.0],
+        [1.0, 1.3, 1.01, 1.31, 0.99, 1.3, 1.0, 1.29],
+    )
     assert (two_groups(quiet), two_groups(shifted[:5])) == (None, None)
     assert two_groups(shifted) == pytest.approx((1.0, 1.3))
     wide = np.random.default_rng(0).normal(1.0, 0.2, (200, 40))
     assert sum(two_groups(x.tolist()) is not None for x in wide) == 0
     rows = [_row(1.2, 1.4, flop_bound=1.3), _row(1.2, 1.31, flop_bound=1.3)]
     (above,) = doubts(rows, [])
-    assert "measured 1.40x is above 1.30x, the bound of its FLOPs, bytes and number of operators: noise" in above
+    assert (
+        "measured 1.40x is above 1.30x, the bound of its FLOPs, bytes and number of operators: noise"
+        in above
+    )
     record = {
         "status": "ok",
         "prune": "depth 0.25",
@@ -296,27 +377,48 @@ def test_noise_in_measured_speedups_is_stated() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("model") / "config.json"
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 211}
-    heads = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "vocab_size": 211,
+    }
+    heads = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+    }
     file.write_text(json.dumps({**config, **heads, "hidden_size": 96, "intermediate_size": 160}))
     return file
 
 
 def test_the_command_compares_on_the_cpu(tiny: Path, tmp_path: Path, cli: Any) -> None:
     folder = tmp_path / "run"
-    line = f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder} --family"
+    line = (
+        f"compare {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {folder} --family"
+    )
     out, err = cli(f"{line} depth,semi_structured --budget 15s")
     assert "median error" in out
     assert "sparse tensor cores" in err
-    assert {p.name for p in folder.iterdir()} == {"decoder.jsonl", "comparison.csv", "comparison.md", "comparison.png"}
+    assert {p.name for p in folder.iterdir()} == {
+        "decoder.jsonl",
+        "comparison.csv",
+        "comparison.md",
+        "comparison.png",
+    }
     page = (folder / "comparison.md").read_text()
     assert page.count("\n| depth") == 2
     assert len((folder / "comparison.csv").read_text().splitlines()) == 1 + 2
-    assert [list(row) for row in cli.json(f"{line} depth")] == [list(ComparedSpeedup.__dataclass_fields__)] * 2
+    assert [list(row) for row in cli.json(f"{line} depth")] == [
+        list(ComparedSpeedup.__dataclass_fields__)
+    ] * 2
 
 
 def test_the_command_runs_texts(tiny: Path, tmp_path: Path, planted: list[str], cli: Any) -> None:
-    command = f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}"
+    command = (
+        f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}"
+    )
     command += "".join(f" --prune '{text}'" for text in TEXTS)
     out, err = cli(f"{command} --prune 'width heads=0.2'")
     assert [line for text in TEXTS for line in out.splitlines() if line.startswith(f"{text} ")]
@@ -350,13 +452,17 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["compare", "upper-bound"])
 @pytest.mark.parametrize("change", BAD)
-def test_bad_input_is_one_line(tiny: Path, tmp_path: Path, command: str, change: str, cli: Any) -> None:
+def test_bad_input_is_one_line(
+    tiny: Path, tmp_path: Path, command: str, change: str, cli: Any
+) -> None:
     line = f"{command} {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {tmp_path / 'run'} {change}"
     assert BAD[change] in cli.refused(line)
     assert not (tmp_path / "run").exists()
 
 
-def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = random_decoder(CONFIG, dtype="fp32")
     monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: True)
     executor = timing.Executor(_device(), ModelRun(CONFIG, "fp32"))
@@ -365,5 +471,9 @@ def test_both_phases_are_captured_on_a_gpu_unless_the_host_decides(monkeypatch: 
         assert executor._runtime(pruned) == "eager"
         assert executor._runtime(replace(pruned, device="cuda:0")) == "cuda_graph"
     monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: None)
-    runtimes = {f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC}
-    assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {f for f in DYNAMIC if DYNAMIC[f].skips}
+    runtimes = {
+        f: executor._runtime(replace(prune_decoder(made, f, 0.5), device="cuda:0")) for f in DYNAMIC
+    }
+    assert {f for f, runtime in runtimes.items() if runtime == "eager"} == {
+        f for f in DYNAMIC if DYNAMIC[f].skips
+    }

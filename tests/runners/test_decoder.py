@@ -12,7 +12,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from decoder_reference import ALL, BATCH, CONFIG, LAYERS, PROMPT, TOKENS, Masks, check, layout_mask, reference, run  # noqa: E402
+from decoder_reference import (  # noqa: E402
+    ALL,
+    BATCH,
+    CONFIG,
+    LAYERS,
+    PROMPT,
+    TOKENS,
+    Masks,
+    check,
+    layout_mask,
+    reference,
+    run,
+)
 from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
 from torch.nn.attention import flex_attention  # noqa: E402, F401 (torch 2.7 computes with tensors of the host to import it)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -30,7 +42,14 @@ from calibration.runners.decoder.families import (  # noqa: E402
     prune_decoder,
     two_of_four,
 )
-from calibration.runners.decoder.model import Decoder, Rule, decode, from_weights, prefill, random_decoder  # noqa: E402
+from calibration.runners.decoder.model import (  # noqa: E402
+    Decoder,
+    Rule,
+    decode,
+    from_weights,
+    prefill,
+    random_decoder,
+)
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.config import Block, Latent  # noqa: E402
@@ -49,7 +68,8 @@ def _one_thread() -> Iterator[None]:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),  # in rows that are undefined and unread
+    # in rows that are undefined and unread
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),
 ]
 
 
@@ -64,7 +84,9 @@ def routed(request: pytest.FixtureRequest) -> Decoder:
     if request.param != "cpu" or request.param is CPU:
         kernels()
     few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
-    made = random_decoder(fewer_layers(replace(CONFIG, qkv_bias=True, qk_norm="head"), few), dtype="fp32", seed=1)
+    made = random_decoder(
+        fewer_layers(replace(CONFIG, qkv_bias=True, qk_norm="head"), few), dtype="fp32", seed=1
+    )
     return replace(_moved(made, request.param), device=request.param)
 
 
@@ -74,7 +96,10 @@ def _ran(pruned: Decoder) -> Any:
 
 
 def _noted(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, decision: Any = lambda result, *_: result
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    decision: Any = lambda result, *_: result,
 ) -> list[Any]:
     """Return a list that receives the decisions of a function, from its result and arguments."""
     found, given = list[Any](), getattr(owner, name)
@@ -99,10 +124,15 @@ def test_a_checkpoint_s_names(dense: Decoder) -> None:
     weights = {"model.embed_tokens.weight": dense.embedding, "model.norm.weight": dense.final_norm}
     weights["lm_head.weight"] = dense.head
     for number, layer in enumerate(dense.layers):
-        for at, norm, part in (("self_attn", "input", layer.attention), ("mlp", "post_attention", layer.mlp)):
+        for at, norm, part in (
+            ("self_attn", "input", layer.attention),
+            ("mlp", "post_attention", layer.mlp),
+        ):
             weights[f"model.layers.{number}.{norm}_layernorm.weight"] = part.norm
             for role in part.roles:
-                weights[f"model.layers.{number}.{at}.{role}_proj.weight"] = getattr(part, role).weight
+                weights[f"model.layers.{number}.{at}.{role}_proj.weight"] = getattr(
+                    part, role
+                ).weight
     loaded = from_weights("tiny", weights, head_dim=CONFIG.head_dim)
     assert torch.equal(run(loaded), run(dense))
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -110,7 +140,9 @@ def test_a_checkpoint_s_names(dense: Decoder) -> None:
         from_weights("tiny", weights, head_dim=CONFIG.head_dim)
 
 
-def _zeroed(decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL) -> Decoder:
+def _zeroed(
+    decoder: Decoder, number: int, role: str, rows: Any = ALL, columns: Any = ALL
+) -> Decoder:
     """The decoder with part of one weight set to zero."""
 
     def change(i: int, name: str, p: Any) -> Any:
@@ -153,26 +185,40 @@ def test_width(dense: Decoder, sparsity: float) -> None:
         assert after.attention.kv_heads == {0.25: 3, 0.6: 2}[sparsity]
         heads = _missing(after.attention.q.weight, before.attention.q.weight)
         channels = _missing(after.mlp.up.weight, before.mlp.up.weight)
-        masked = _zeroed(_zeroed(masked, number, "o", columns=heads), number, "down", columns=channels)
+        masked = _zeroed(
+            _zeroed(masked, number, "o", columns=heads), number, "down", columns=channels
+        )
     check(run(pruned), reference(masked, TOKENS))
 
 
-@pytest.mark.parametrize(("text", "heads"), [("heads=0.5", (4, 4)), ("attention=0.5 heads=0.5", (2, 2))])
-def test_query_heads_alone_keep_their_key_and_value(dense: Decoder, text: str, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("text", "heads"), [("heads=0.5", (4, 4)), ("attention=0.5 heads=0.5", (2, 2))]
+)
+def test_query_heads_alone_keep_their_key_and_value(
+    dense: Decoder, text: str, heads: tuple[int, int]
+) -> None:
     pruned, masked = prune_by_steps(dense, read_steps(f"width {text} layers=1-3")), dense
     first, *others = pruned.layers
     assert torch.equal(first.attention.q.weight, dense.layers[0].attention.q.weight)
     for number, (after, before) in enumerate(zip(others, dense.layers[1:]), start=1):
         assert (after.attention.heads, after.attention.kv_heads) == heads
         assert torch.equal(after.mlp.up.weight, before.mlp.up.weight)
-        masked = _zeroed(masked, number, "o", columns=_missing(after.attention.q.weight, before.attention.q.weight))
+        masked = _zeroed(
+            masked,
+            number,
+            "o",
+            columns=_missing(after.attention.q.weight, before.attention.q.weight),
+        )
     check(run(pruned), reference(masked, TOKENS))
 
 
 def _texts(many: int) -> Iterator[str]:
     """Random texts of static families at parts, layers and units."""
     rng = np.random.default_rng(7)
-    parts = {"width": ("attention", "heads", "kv", "mlp"), "low_rank": ("q", "qkv", "o", "attention", "mlp", "down")}
+    parts = {
+        "width": ("attention", "heads", "kv", "mlp"),
+        "low_rank": ("q", "qkv", "o", "attention", "mlp", "down"),
+    }
 
     def step() -> str:
         family = str(rng.choice([*parts, "depth", "width_cross", "unstructured"]))
@@ -226,7 +272,8 @@ def test_low_rank(dense: Decoder) -> None:
         first, second = projection.factors
         assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
     check(run(pruned), reference(pruned, TOKENS))
-    config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)  # square weights
+    # square weights
+    config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)
     made = random_decoder(config, dtype="fp32")
     whole = prune_decoder(made, "low_rank", 0.4, align=96)  # full rank changes nothing
     check(run(whole), reference(made, TOKENS))
@@ -234,7 +281,9 @@ def test_low_rank(dense: Decoder) -> None:
 
 def test_unstructured(dense: Decoder) -> None:
     pruned = prune_decoder(dense, "unstructured", 0.5)
-    for (_, _, after), (_, _, before) in zip(pruned.projections(), dense.projections(), strict=True):
+    for (_, _, after), (_, _, before) in zip(
+        pruned.projections(), dense.projections(), strict=True
+    ):
         zero = after.weight == 0
         assert float(zero.float().mean()) == pytest.approx(0.5, abs=1e-3)
         assert torch.equal(after.weight[~zero], before.weight[~zero])
@@ -273,10 +322,13 @@ def _rows(places: Any, length: int) -> Any:
 def test_dynamic_depth(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune_decoder(routed, "dynamic_depth", sparsity, seed=3)
     positions = _noted(monkeypatch, families.TokenRouting, "_chosen", lambda result, *_: result[1])
-    active = _noted(monkeypatch, families.TokenRouting, "_drawn", lambda result, *_: result[2])  # decode on a device
+    # decode on a device
+    active = _noted(monkeypatch, families.TokenRouting, "_drawn", lambda result, *_: result[2])
     logits = _ran(pruned)
     masks, length = Masks(), TOKENS.shape[1]
-    for at, (number, what) in enumerate(itertools.product(range(len(routed.layers)), ("attention", "mlp"))):
+    for at, (number, what) in enumerate(
+        itertools.product(range(len(routed.layers)), ("attention", "mlp"))
+    ):
         first, *steps = (positions + active)[at :: 2 * len(routed.layers)]
         assert first.shape == (BATCH, round((1 - sparsity) * PROMPT + 1e-9))
         ran = _rows(first, length)
@@ -321,7 +373,9 @@ def test_dynamic_width(routed: Decoder, sparsity: float, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6])
-def test_sparse_attention(routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_attention(
+    routed: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = 16
     pruned = prune_decoder(routed, "sparse_attention", sparsity, block=block)
     tables = _noted(monkeypatch, families.BlockAttention, "_table")
@@ -333,12 +387,16 @@ def test_sparse_attention(routed: Decoder, sparsity: float, monkeypatch: pytest.
         seen[:, :, :PROMPT, :PROMPT] = layout_mask(tables[number], PROMPT, PROMPT, block)
         for step, index in enumerate(chosen[number :: len(routed.layers)]):
             assert index.shape[-1] == round((1 - sparsity) * whole + 1e-9)
-            blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(-1, index, True)
+            blocks = torch.zeros(BATCH, CONFIG.kv_heads, whole, dtype=torch.bool).scatter_(
+                -1, index, True
+            )
             seen[:, :, PROMPT + step, : whole * block] = blocks.repeat_interleave(block, -1)
             seen[:, :, PROMPT + step, whole * block :] = True
         masks["seen", number] = seen
         kept = tables[number].sum(1).tolist()
-        assert kept == [max(1, -int(-(1 - sparsity) * (row + 1) // 1)) for row in range(-(-PROMPT // block))]
+        assert kept == [
+            max(1, -int(-(1 - sparsity) * (row + 1) // 1)) for row in range(-(-PROMPT // block))
+        ]
     check(logits, reference(_moved(routed, "cpu"), TOKENS, masks))
 
 
@@ -362,7 +420,9 @@ class Launched:
         return x.new_empty(len(x), len(weight)) if out is None else out
 
     @staticmethod
-    def grouped_columns(x: Any, weight: Any, tiles: Any, bias: Any = None, gated: bool = False) -> Any:
+    def grouped_columns(
+        x: Any, weight: Any, tiles: Any, bias: Any = None, gated: bool = False
+    ) -> Any:
         return x.new_empty(len(x), len(weight) // (1 + gated))
 
     @staticmethod
@@ -373,9 +433,13 @@ class Launched:
 class OnDevice(TorchDispatchMode):  # type: ignore[misc]
     """Refuses operators on tensors of the host, because a graph cannot capture a copy from the host."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         given = tree_leaves((args, kwargs))
-        assert all(x.is_meta for x in given if isinstance(x, torch.Tensor)), f"{function} of a tensor of the host"
+        assert all(x.is_meta for x in given if isinstance(x, torch.Tensor)), (
+            f"{function} of a tensor of the host"
+        )
         return function(*args, **(kwargs or {}))
 
 
@@ -384,7 +448,9 @@ def test_passes_on_a_gpu_read_no_data(family: str, monkeypatch: pytest.MonkeyPat
     """Passes in a CUDA graph must not depend on data; meta tensors have no data."""
     monkeypatch.setattr("calibration.devices.operators.kernels", lambda: Launched)
     monkeypatch.setattr("calibration.devices.operators.find_spec", lambda name: True)
-    monkeypatch.setattr("calibration.devices.attention._attend", lambda q, *_, **__: torch.empty_like(q))
+    monkeypatch.setattr(
+        "calibration.devices.attention._attend", lambda q, *_, **__: torch.empty_like(q)
+    )
     made = random_decoder(CONFIG, dtype="fp32")
     pruned = prune_decoder(made, family, 0.5) if family else made
     assert pruned.rule is None or not pruned.rule.on_host(META)
@@ -407,7 +473,10 @@ def _moved(value: Any, place: str) -> Any:
     if isinstance(value, dict):
         return {name: _moved(part, place) for name, part in value.items()}
     if is_dataclass(value) and not isinstance(value, Rule):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), place) for f in fields(value) if f.init})
+        return replace(
+            value,
+            **{f.name: _moved(getattr(value, f.name), place) for f in fields(value) if f.init},
+        )
     return value
 
 
@@ -416,13 +485,18 @@ def test_token(dense: Decoder, start: int, monkeypatch: pytest.MonkeyPatch) -> N
     pruned = prune_decoder(dense, "token", 0.4, start=start)
     found = _noted(monkeypatch, families, "best")
     logits = run(pruned)
-    places = found[0] if start else torch.linspace(0, PROMPT - 1, 42).round().long().expand(BATCH, -1)
+    places = (
+        found[0] if start else torch.linspace(0, PROMPT - 1, 42).round().long().expand(BATCH, -1)
+    )
     assert places.shape == (BATCH, 42)
     assert torch.equal(places[:, -1], torch.full((BATCH,), PROMPT - 1))
     there = _rows(places, TOKENS.shape[1])
     there[:, PROMPT:] = True
     seen = there[:, None, None, :] | torch.eye(there.shape[1], dtype=torch.bool)
-    masks: Masks = {("seen", number): seen.expand(-1, CONFIG.kv_heads, -1, -1) for number in range(start, LAYERS)}
+    masks: Masks = {
+        ("seen", number): seen.expand(-1, CONFIG.kv_heads, -1, -1)
+        for number in range(start, LAYERS)
+    }
     check(logits, reference(dense, TOKENS, masks))
     if start:
         assert not torch.equal(places[0], places[1])  # chosen by what is attended to, not by place
@@ -440,7 +514,9 @@ def test_kv_cache(dense: Decoder, sparsity: float, monkeypatch: pytest.MonkeyPat
         places = chosen[number]
         assert places.shape[-1] == int((1 - sparsity) * PROMPT + 0.5)
         seen = torch.ones(BATCH, CONFIG.kv_heads, length, length, dtype=torch.bool)
-        kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(-1, places, True)
+        kept = torch.zeros(BATCH, CONFIG.kv_heads, PROMPT, dtype=torch.bool).scatter_(
+            -1, places, True
+        )
         seen[:, :, PROMPT:, :PROMPT] = kept[:, :, None]
         masks["seen", number] = seen
     check(logits, reference(dense, TOKENS, masks))
@@ -455,7 +531,9 @@ def test_families_compose(dense: Decoder) -> None:
         prune_decoder(prune_decoder(dense, "low_rank", 0.5), "width", 0.5)
 
 
-def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(dense: Decoder) -> None:
+def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_decoder(
+    dense: Decoder,
+) -> None:
     assert {*STATIC, *DYNAMIC} == set(general_families())
     assert all(prune_decoder(dense, family, 0.0) is dense for family in general_families())
 
@@ -471,9 +549,14 @@ def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_
         ({"logit_softcap": True}, "soft-caps"),
         ({"experts": 4, "active": 2.0, "expert_inner": 16}, "experts"),
         ({"latent": Latent(0, 16, 8, 8, 8)}, "latent"),
-        ({"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64, linear=("attention",)))}, "linear product"),
+        (
+            {"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64, linear=("attention",)))},
+            "linear product",
+        ),
     ],
 )
-def test_other_architectures_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+def test_other_architectures_are_refused_with_the_reason(
+    changes: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(InputError, match=reason):
         random_decoder(replace(CONFIG, **changes))

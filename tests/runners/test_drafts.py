@@ -23,8 +23,12 @@ def compared() -> list[dict[str, Any]]:
     """Measured speedups over plain decoding with predictions, at the tokens per round that were measured."""
     hw, out = simulator.load_hardware(CPU / "vllm" / "bf16.1.yaml"), []
     for row in csv.DictReader((CPU / "drafts.csv").read_text().splitlines()):
-        how: dict[str, Any] = {name: int(row[name]) for name in ("batch", "seq", "drafted")} | {"engine": row["engine"]}
-        (found,) = simulator.draft(row["model"], row["draft"], hw, dtype="bf16", acceptance=1.0, **how)
+        how: dict[str, Any] = {name: int(row[name]) for name in ("batch", "seq", "drafted")} | {
+            "engine": row["engine"]
+        }
+        (found,) = simulator.draft(
+            row["model"], row["draft"], hw, dtype="bf16", acceptance=1.0, **how
+        )
         tokens, step_s, round_s = (float(row[name]) for name in ("tokens", "step_s", "round_s"))
         ends = (found.speedup, found.speedup_lower, found.speedup_upper)
         values = [s * tokens / found.tokens / (tokens * step_s / round_s) for s in ends]
@@ -34,7 +38,9 @@ def compared() -> list[dict[str, Any]]:
 
 def test_predictions_hold_on_the_records(compared: list[dict[str, Any]]) -> None:
     assert len(compared) >= 40
-    ratio, lower, upper = (np.array([row[name] for row in compared]) for name in ("ratio", "lower", "upper"))
+    ratio, lower, upper = (
+        np.array([row[name] for row in compared]) for name in ("ratio", "lower", "upper")
+    )
     assert np.median(np.abs(ratio - 1.0)) < 0.05
     assert 0.85 <= np.mean((lower <= 1.0) & (upper >= 1.0)) <= 0.97
     assert np.median(np.sqrt(upper / lower)) < 1.14
@@ -59,8 +65,19 @@ def test_acceptance_is_planted() -> None:
     for which, acceptance in enumerate(ACCEPTANCES):
         right = (next_tokens(3000, True) == next_tokens(3000, False))[which::3]
         assert float(right.float().mean()) == pytest.approx(acceptance, abs=0.04)
-    shapes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 300, "head_dim": 16}
-    content = {**content_of("llama-3.1-8b"), **shapes, "num_attention_heads": 8, "num_key_value_heads": 4}
+    shapes = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "vocab_size": 300,
+        "head_dim": 16,
+    }
+    content = {
+        **content_of("llama-3.1-8b"),
+        **shapes,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     run = ModelRun(simulator.load_model(content), "fp32", "hf", content)
     target, draft = planted(run, ""), planted(run, "depth 0.5")
     times, tokens = hf_sample(target, 1, 2, draft, 3)

@@ -15,7 +15,14 @@ from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
 from calibration.runners import engine as measuring
 from calibration.runners.cases import ModelRun
-from calibration.runners.engine import Pass, calibrated, depths, engine_times, operator_of, workload_of
+from calibration.runners.engine import (
+    Pass,
+    calibrated,
+    depths,
+    engine_times,
+    operator_of,
+    workload_of,
+)
 from calibration.runners.vllm.worker import steps_of
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -92,17 +99,27 @@ def test_a_calibration_corrects_dense_times_and_narrows_speedups() -> None:
     assert best.speedup == pytest.approx(true.speedup, rel=0.01)
     assert abs(math.log(best.speedup / true.speedup)) < abs(math.log(plain.speedup / true.speedup))
     same = predict("smollm2-135m", "width mlp=0.5", found.profile, engine="vllm@0.30", **given)
-    assert (same.speedup, same.dense_s) == (best.speedup, best.dense_s)  # a release of the same generation
+    # a release of the same generation
+    assert (same.speedup, same.dense_s) == (best.speedup, best.dense_s)
     # another generation, another engine: as before
     for other in ("vllm@0.10", "hf"):
-        one, two = (predict("smollm2-135m", "depth 0.25", h, engine=other, **given) for h in (found.profile, hw))
+        one, two = (
+            predict("smollm2-135m", "depth 0.25", h, engine=other, **given)
+            for h in (found.profile, hw)
+        )
         assert (one.dense_s, one.lower) == (two.dense_s, two.lower)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize(
     ("gemm", "attention", "each_pass"),
-    [(0.75, 1.0, 6.3e-4), (1.35, 1.0, 6.3e-4), (1.0, 1.0, 4e-3), (1.0, 1.6, 6.3e-4), (0.75, 1.3, 2e-3)],
+    [
+        (0.75, 1.0, 6.3e-4),
+        (1.35, 1.0, 6.3e-4),
+        (1.0, 1.0, 4e-3),
+        (1.0, 1.6, 6.3e-4),
+        (0.75, 1.3, 2e-3),
+    ],
     ids=["faster products", "slower products", "slower host", "slower attention", "all"],
 )
 def test_a_dense_time_finds_a_common_cause_or_widens(
@@ -111,10 +128,29 @@ def test_a_dense_time_finds_a_common_cause_or_widens(
     """The measured time of a planted machine never makes the speedups of its pruned models worse than noise does."""
     kernels = {"gemm": gemm, "prefill_attention": attention, "decode_attention": attention}
     operators = {name: Correction((factor,), 0.02) for name, factor in kernels.items()}
-    machine = replace(PLANTED, tokens=(1,), operators=operators, each_pass=each_pass, each_layer=0.0, each_sequence=0.0)
-    given: dict[str, Any] = {"phase": phase, "batch": 4, "seq": 128, "dtype": "fp32", "engine": "vllm"}
+    machine = replace(
+        PLANTED,
+        tokens=(1,),
+        operators=operators,
+        each_pass=each_pass,
+        each_layer=0.0,
+        each_sequence=0.0,
+    )
+    given: dict[str, Any] = {
+        "phase": phase,
+        "batch": 4,
+        "seq": 128,
+        "dtype": "fp32",
+        "engine": "vllm",
+    }
     without, knowing, inside = [], [], []
-    for text in ("depth 0.25", "depth 0.5", "width mlp=0.5", "width hidden=0.34", "width attention=0.34"):
+    for text in (
+        "depth 0.25",
+        "depth 0.5",
+        "width mlp=0.5",
+        "width hidden=0.34",
+        "width attention=0.34",
+    ):
         true = predict("smollm2-135m", text, _hw(vllm=machine), **given)
         plain = predict("smollm2-135m", text, _hw(), **given)
         told = predict("smollm2-135m", text, _hw(), **given, dense_s=true.dense_s)
@@ -131,7 +167,11 @@ def test_the_section_is_written_and_read_again(tmp_path: Path) -> None:
     assert load_hardware(file).engines == {"vllm": PLANTED}
     text = file.read_text()
     for old, new, reason in (
-        ("tokens: [1, 4, 16, 128, 512]", "tokens: [1, 4]", "expected 2 numbers, one per number of tokens"),
+        (
+            "tokens: [1, 4, 16, 128, 512]",
+            "tokens: [1, 4]",
+            "expected 2 numbers, one per number of tokens",
+        ),
         ("tokens: [1, 4, 16, 128, 512]", "tokens: [4, 1, 16, 128, 512]", "expected rising numbers"),
         ("each_pass: 2 ms", "each_pass: -2 ms", "each_pass"),
         ("decode_attention:", "attention:", "operator"),
@@ -152,7 +192,9 @@ def test_the_launches_of_an_eager_host_are_not_counted_twice() -> None:
         assert one.after_s == pytest.approx(one.seconds, rel=0.03)
 
 
-def test_an_interrupt_ends_with_the_passes_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupt_ends_with_the_passes_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class Asked:
         requested = True
 

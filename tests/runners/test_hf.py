@@ -12,7 +12,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 if find_spec("transformers") is None:  # not imported, which takes time
-    pytest.skip("transformers is not installed; it comes with the extra transformers", allow_module_level=True)
+    pytest.skip(
+        "transformers is not installed; it comes with the extra transformers",
+        allow_module_level=True,
+    )
 
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
@@ -35,7 +38,13 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
 LLAMA = {**content_of("llama-3.1-8b"), **SMALL, **HEADS}
 QWEN = {**content_of("qwen2.5-0.5b"), **SMALL, **HEADS}
 QWEN3 = {**content_of("qwen3-8b"), **SMALL, **HEADS}
-MOE = {**content_of("qwen1.5-moe-a2.7b"), **SMALL, **HEADS, "num_experts": 8, "num_experts_per_tok": 2}
+MOE = {
+    **content_of("qwen1.5-moe-a2.7b"),
+    **SMALL,
+    **HEADS,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 MOE |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 
 
@@ -49,7 +58,10 @@ def _built(content: dict[str, Any], text: str, dtype: str = "fp32") -> Any:
 def _shapes(built: Any, layer: int) -> dict[str, tuple[int, ...]]:
     modules = built.model.model.layers[layer].named_modules()
     linear = {name: m for name, m in modules if isinstance(m, torch.nn.Linear)}
-    return {name.split(".", 1)[1].replace("_proj", ""): (m.out_features, m.in_features) for name, m in linear.items()}
+    return {
+        name.split(".", 1)[1].replace("_proj", ""): (m.out_features, m.in_features)
+        for name, m in linear.items()
+    }
 
 
 @pytest.mark.parametrize("content", [LLAMA, QWEN, QWEN3], ids=["llama", "qwen2", "qwen3"])
@@ -58,13 +70,38 @@ def _shapes(built: Any, layer: int) -> dict[str, tuple[int, ...]]:
     [
         ("", 4, {"q": (128, 64), "k": (64, 64), "down": (64, 96)}, ""),
         ("depth 0.25", 3, {"q": (128, 64), "k": (64, 64), "down": (64, 96)}, ""),
-        ("width mlp=0.5", 4, {"q": (128, 64), "k": (64, 64), "gate": (48, 64), "down": (64, 48)}, ""),
-        ("width attention=0.5", 4, {"q": (64, 64), "k": (32, 64), "o": (64, 64), "down": (64, 96)}, ""),
+        (
+            "width mlp=0.5",
+            4,
+            {"q": (128, 64), "k": (64, 64), "gate": (48, 64), "down": (64, 48)},
+            "",
+        ),
+        (
+            "width attention=0.5",
+            4,
+            {"q": (64, 64), "k": (32, 64), "o": (64, 64), "down": (64, 96)},
+            "",
+        ),
         ("width heads=0.5", 4, {"q": (64, 64), "k": (64, 64), "o": (64, 64)}, ""),
         ("width hidden=0.25", 4, {"q": (128, 48), "o": (48, 128), "down": (48, 96)}, ""),
-        ("low_rank 0.5", 4, {"q.0": (32, 64), "q.1": (128, 32), "down.1": (64, 32)}, "low rank in 4"),
-        ("width mlp=0.5 layers=0", 4, {"q": (128, 64), "down": (64, 48)}, "other widths of the MLP in 1 layers"),
-        ("depth layers=0 unit=attention", 4, {"gate": (96, 64), "down": (64, 96)}, "no attention in 1 layers"),
+        (
+            "low_rank 0.5",
+            4,
+            {"q.0": (32, 64), "q.1": (128, 32), "down.1": (64, 32)},
+            "low rank in 4",
+        ),
+        (
+            "width mlp=0.5 layers=0",
+            4,
+            {"q": (128, 64), "down": (64, 48)},
+            "other widths of the MLP in 1 layers",
+        ),
+        (
+            "depth layers=0 unit=attention",
+            4,
+            {"gate": (96, 64), "down": (64, 96)},
+            "no attention in 1 layers",
+        ),
         ("depth layers=0 unit=mlp", 4, {"q": (128, 64), "k": (64, 64)}, "no MLP in 1 layers"),
         ("unstructured 0.5", 4, {"q": (128, 64), "down": (64, 96)}, ""),
     ],
@@ -74,7 +111,8 @@ def test_a_pruned_model_has_the_predicted_shapes_and_runs(
 ) -> None:
     built = _built(content, text)
     assert len(built.model.model.layers) == layers
-    found = _shapes(built, -1 if "unit" in text else 0)  # a workload counts attention and MLPs, each from 0
+    # a workload counts attention and MLPs, each from 0
+    found = _shapes(built, -1 if "unit" in text else 0)
     assert found.items() >= first.items()
     assert ("q" in found or "q.0" in found) == ("no attention" not in patched)
     assert built.patched.startswith(patched)
@@ -90,7 +128,11 @@ def test_a_pruned_model_has_the_predicted_shapes_and_runs(
 def test_fewer_and_narrower_experts_are_configured() -> None:
     assert _built(MOE, "experts 0.5").model.config.num_experts == 4
     narrow = _built(MOE, "width mlp=0.5").model.config
-    assert (narrow.moe_intermediate_size, narrow.shared_expert_intermediate_size, narrow.num_experts) == (16, 32, 8)
+    assert (
+        narrow.moe_intermediate_size,
+        narrow.shared_expert_intermediate_size,
+        narrow.num_experts,
+    ) == (16, 32, 8)
     with pytest.raises(InputError, match="experts differ by layer"):
         _built(MOE, "experts 0.5 layers=0-1")
 
@@ -104,7 +146,12 @@ def test_heads_that_do_not_divide_the_hidden_size_are_built_as_mistral() -> None
 
 
 def test_what_transformers_cannot_build_is_refused_by_name() -> None:
-    phi = {**content_of("phi-3-mini-4k"), **SMALL, "num_attention_heads": 4, "num_key_value_heads": 4}
+    phi = {
+        **content_of("phi-3-mini-4k"),
+        **SMALL,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     with pytest.raises(InputError, match="Phi3DecoderLayer of Transformers has no"):
         _built(phi, "low_rank 0.5")
     with pytest.raises(Unsupported, match="sparse tensor cores"):
@@ -114,7 +161,12 @@ def test_what_transformers_cannot_build_is_refused_by_name() -> None:
         check(ModelRun(config), lower(config, engine="hf"))
 
 
-TINY: dict[str, Any] = {"model_type": "llama", **SMALL, "num_hidden_layers": 6, "tie_word_embeddings": True}
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    **SMALL,
+    "num_hidden_layers": 6,
+    "tie_word_embeddings": True,
+}
 TINY |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 CONFIG = load_model(TINY)
 COMPILED = {**TINY, "num_hidden_layers": 1}  # a compiler takes seconds for each kernel
@@ -165,23 +217,30 @@ def test_decode_counts_the_steps_between_tokens_and_leaves_the_cache_as_it_was()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside torch's own compiler
+# inside torch's own compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_pass_is_taken_apart(phase: str) -> None:
     config = load_model(LLAMA)
     w = lower(config, phase=phase, batch=2, seq=16, engine="hf", dtype="fp32")
     device = ReplayDevice(description=Description("cpu", "some CPU"))
-    seen = HfRunner(device, ModelRun(config, "fp32", "hf", LLAMA)).observe(Case(Pruning(()), (), w, w))
+    seen = HfRunner(device, ModelRun(config, "fp32", "hf", LLAMA)).observe(
+        Case(Pruning(()), (), w, w)
+    )
     named = {operator_of(kernel) for kernel, seconds in seen.kernels.items() if seconds > 0.0}
     assert {"gemm", "attention", "elementwise"} <= named
-    assert 0.0 < sum(s for kernel, s in seen.kernels.items() if operator_of(kernel) == "gemm") < 10.0
+    assert (
+        0.0 < sum(s for kernel, s in seen.kernels.items() if operator_of(kernel) == "gemm") < 10.0
+    )
     assert seen.version == version("transformers")
 
 
 def test_the_head_gets_the_last_position_as_an_array_of_its_own() -> None:
     """Else torch copies the head's weight on a CPU."""
     model, strides = _built(LLAMA, "").model, []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: strides.append(inputs[0].stride()))
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: strides.append(inputs[0].stride())
+    )
     with torch.inference_mode():
         model(torch.zeros((2, 16), dtype=torch.int64), logits_to_keep=1)
     assert strides == [(64, 64, 1)]
@@ -189,9 +248,12 @@ def test_the_head_gets_the_last_position_as_an_array_of_its_own() -> None:
 
 @pytest.mark.parametrize("phase", comparing.ENGINES["compile"].phases)
 def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if phase != "generate":  # it has the passes of the others: they need not be compiled again, only captured
+    # it has the passes of the others: they need not be compiled again, only captured
+    if phase != "generate":
         given = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, mode, **options: given(f, backend="aot_eager", **options))
+        monkeypatch.setattr(
+            torch, "compile", lambda f, mode, **options: given(f, backend="aot_eager", **options)
+        )
     (case,) = _cases("compile", load_model(COMPILED), phase=phase, family=["width"])
     runner = _runner(COMPILED, "compile")
     runner.prepare(case)
@@ -203,7 +265,9 @@ def test_compiled_phases_are_timed_in_turns(phase: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("counts", [True, False], ids=["from 5.5 on", "before 5.5"])
-def test_a_static_cache_is_rewound_in_releases_without_a_crop(counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_static_cache_is_rewound_in_releases_without_a_crop(
+    counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
@@ -216,15 +280,26 @@ def test_a_static_cache_is_rewound_in_releases_without_a_crop(counts: bool, monk
             vars(layer).pop("cumulative_length", None)
         hf._rewind(cache, 8)
     first = cache.layers[0]
-    assert int(first.cumulative_length if hasattr(first, "cumulative_length") else first.keys[0, 0].any(-1).sum()) == 8
+    assert (
+        int(
+            first.cumulative_length
+            if hasattr(first, "cumulative_length")
+            else first.keys[0, 0].any(-1).sum()
+        )
+        == 8
+    )
 
 
 def test_what_transformers_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     cases = _cases("hf", family=["depth", "dynamic_depth", "token"], phase="prefill")
-    found = comparing.compare(tmp_path / "run", _device(), ModelRun(CONFIG, "fp32", "hf", TINY), cases, 3.0)
+    found = comparing.compare(
+        tmp_path / "run", _device(), ModelRun(CONFIG, "fp32", "hf", TINY), cases, 3.0
+    )
     assert [r["prune"] for r in found.records] == ["depth 0.5"]
     (note,) = found.notes
-    assert note.startswith("dynamic_depth 0.5, token 0.5: not executed: it decides during a pass"), note
+    assert note.startswith(
+        "dynamic_depth 0.5, token 0.5: not executed: it decides during a pass"
+    ), note
     header = read_store(tmp_path / "run" / "decoder.hf.jsonl").header
     assert header.stack["transformers"] == version("transformers")
 
@@ -248,10 +323,15 @@ def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     assert "measured speedups; a verdict needs 10.\nWorst: " in out
     assert out.count("generate") >= 2
     files = {p.name for p in folder.iterdir()}
-    assert files == {"decoder.hf.jsonl", *(f"comparison.hf.{kind}" for kind in ("csv", "md", "png"))}
+    assert files == {
+        "decoder.hf.jsonl",
+        *(f"comparison.hf.{kind}" for kind in ("csv", "md", "png")),
+    }
     rows = read_store(folder / "decoder.hf.jsonl").rows
     assert {row["patched"] for row in rows} == {"", "other widths of the MLP in 2 layers"}
-    assert {(row["phase"], row["runtime"]) for row in rows} == {(p, "eager") for p in comparing.ENGINES["hf"].phases}
+    assert {(row["phase"], row["runtime"]) for row in rows} == {
+        (p, "eager") for p in comparing.ENGINES["hf"].phases
+    }
     assert all(len(row["dense_s"]) == len(row["pruned_s"]) >= 3 for row in rows)
     assert min(second for row in rows for second in (*row["dense_s"], *row["pruned_s"])) > 0
 
@@ -262,7 +342,12 @@ def chosen(tmp_path: Path) -> Path:
     dense = {**TINY, "num_hidden_layers": 4, "intermediate_size": 512}
     attention, mlp = {"n_heads_in_group": 8}, {"ffn_mult": 4.0}
     none = {"no_op": True}
-    configs = [(attention, mlp), (none, {"ffn_mult": 12.0}), ({"n_heads_in_group": 2}, none), (none, none)]
+    configs = [
+        (attention, mlp),
+        (none, {"ffn_mult": 12.0}),
+        ({"n_heads_in_group": 2}, none),
+        (none, none),
+    ]
     pruned = {k: v for k, v in dense.items() if k != "intermediate_size"} | {
         "model_type": "nemotron-nas",
         "block_configs": [{"attention": a, "ffn": m} for a, m in configs],

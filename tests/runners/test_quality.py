@@ -17,15 +17,38 @@ import decoder_reference  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
-from calibration.runners.decoder.model import Attention, Decoder, Layer, Mlp, random_decoder, window_logits  # noqa: E402
-from calibration.runners.quality import DENSE, changes_of, decoder_of, fewer_heads, logits_of, measure_layers, score  # noqa: E402
+from calibration.runners.decoder.model import (  # noqa: E402
+    Attention,
+    Decoder,
+    Layer,
+    Mlp,
+    random_decoder,
+    window_logits,
+)
+from calibration.runners.quality import (  # noqa: E402
+    DENSE,
+    changes_of,
+    decoder_of,
+    fewer_heads,
+    logits_of,
+    measure_layers,
+    score,
+)
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.library import load_model  # noqa: E402
 from simulator.plans.library import Library, generated_library, read_library  # noqa: E402
 from simulator.plans.variants import variant  # noqa: E402
 from simulator.prediction.quality import load_quality  # noqa: E402
 
-_SHAPE = {"hidden": 64, "inner": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "rotary_dim": 16, "vocab": 97}
+_SHAPE = {
+    "hidden": 64,
+    "inner": 128,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "rotary_dim": 16,
+    "vocab": 97,
+}
 CONFIG = replace(decoder_reference.CONFIG, layers=5, windows=(0,) * 5, **_SHAPE)
 
 
@@ -38,8 +61,12 @@ def test_scores_by_hand() -> None:
     """Two tokens are predicted in each window: probabilities 1/2 and 1/4 of three tokens become 1/4 and 1/2."""
     before = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3)
     after = torch.tensor([[0.25, 0.5, 0.25]]).log().expand(3, 3)
-    found = score(lambda ids: before, lambda ids: after, [torch.tensor([2, 0, 1]), torch.tensor([2, 0, 0])])
-    assert found.dense_perplexity == pytest.approx(math.exp(-(3 * math.log(0.5) + math.log(0.25)) / 4))
+    found = score(
+        lambda ids: before, lambda ids: after, [torch.tensor([2, 0, 1]), torch.tensor([2, 0, 0])]
+    )
+    assert found.dense_perplexity == pytest.approx(
+        math.exp(-(3 * math.log(0.5) + math.log(0.25)) / 4)
+    )
     assert found.perplexity == pytest.approx(math.exp(-(3 * math.log(0.25) + math.log(0.5)) / 4))
     assert found.kl_nats == pytest.approx(0.25 * math.log(2))
     assert found.sampled_acceptance == pytest.approx(0.75)  # min(1/2, 1/4) + 2 min(1/4, ...)
@@ -53,8 +80,11 @@ def test_acceptance_is_the_share_that_speculative_sampling_accepts() -> None:
     found = score(lambda ids: dense, lambda ids: draft, [torch.tensor([0, 1, 2])])
     p, q = dense[:2].softmax(-1), draft[:2].softmax(-1)
     drawn = q.multinomial(200_000, replacement=True, generator=generator)
-    accepted = torch.rand(drawn.shape, generator=generator) < p.gather(1, drawn) / q.gather(1, drawn)
-    assert found.sampled_acceptance == pytest.approx(float(accepted.double().mean()), abs=0.004)  # five standard errors
+    accepted = torch.rand(drawn.shape, generator=generator) < p.gather(1, drawn) / q.gather(
+        1, drawn
+    )
+    # five standard errors
+    assert found.sampled_acceptance == pytest.approx(float(accepted.double().mean()), abs=0.004)
     assert 0.1 < found.sampled_acceptance < 0.9
 
 
@@ -80,14 +110,20 @@ def test_pass_equals_transformers_own_code() -> None:
     model = random_llama()
     ours = decoder_of(model, "tiny")
     ids = torch.arange(64) % CONFIG.vocab
-    torch.testing.assert_close(window_logits(ours, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        window_logits(ours, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3
+    )
     with torch.no_grad():
         model.model.rotary_emb.inv_freq.mul_(1.5)
         told = decoder_of(model, "tiny")  # the frequencies are read from the model
-        torch.testing.assert_close(window_logits(told, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            window_logits(told, ids), logits_of(model)(ids), rtol=1e-3, atol=1e-3
+        )
         for layer in model.model.layers:
             layer.input_layernorm.variance_epsilon = 100.0
-    with pytest.raises(InputError, match="expected a plain Llama-style decoder: its own code gives a loss of"):
+    with pytest.raises(
+        InputError, match="expected a plain Llama-style decoder: its own code gives a loss of"
+    ):
         decoder_of(model, "tiny")
 
 
@@ -110,12 +146,17 @@ def folders(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(quality, "load_model", lambda folder: models[Path(folder).name])
     monkeypatch.setattr(quality, "decoder_of", lambda model, name: model)
     monkeypatch.setattr(quality, "logits_of", decoders_logits)
-    (tmp_path / "text.txt").write_text("\n".join(f"line {i} says {i * i}" for i in range(200)), encoding="utf-8")
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"line {i} says {i * i}" for i in range(200)), encoding="utf-8"
+    )
     return tmp_path
 
 
 def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cli: Any) -> None:
-    table, chosen = folders / "q.csv", "--family depth,width,low_rank,unstructured,width_cross --sparsity 0.3,0.6"
+    table, chosen = (
+        folders / "q.csv",
+        "--family depth,width,low_rank,unstructured,width_cross --sparsity 0.3,0.6",
+    )
     where = f"{folders / 'Tiny-Llama'} --text {folders / 'text.txt'} --windows 3 --length 64"
     rows = cli.json(f"quality {where} {chosen} -o {table}")
     assert len(rows) == 10
@@ -128,7 +169,9 @@ def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cl
         if row["family"] == "unstructured":
             assert row["realised_sparsity"] == pytest.approx(row["sparsity"], abs=1e-3)
     by = {(r["family"], r["sparsity"]): r["kl_nats"] for r in rows}
-    assert all(by[family, 0.3] < by[family, 0.6] for family in ("width", "unstructured", "width_cross"))
+    assert all(
+        by[family, 0.3] < by[family, 0.6] for family in ("width", "unstructured", "width_cross")
+    )
     read = load_quality(table)
     assert read.models == ("tiny-llama",)
     assert [r.pruned for r in read.rows] == [pytest.approx(r["perplexity"]) for r in rows]
@@ -166,10 +209,14 @@ def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
     model.save_pretrained(tmp_path / "pruned")
     (tmp_path / "text.txt").write_text(TEXT)
     line = f"quality {dense} --text {tmp_path / 'text.txt'} --windows 2 --length 100"
-    for more in ("--family width --sparsity 0.2", f"--pruned {tmp_path / 'pruned'} --family depth --sparsity 0.33"):
+    for more in (
+        "--family width --sparsity 0.2",
+        f"--pruned {tmp_path / 'pruned'} --family depth --sparsity 0.33",
+    ):
         (row,) = cli.json(f"{line} {more}")
         assert row["kl_nats"] > 0.0
-    (row,) = cli.json(f"{line} --pruned {dense} --family depth --sparsity 0.33")  # the dense model as its own draft
+    # the dense model as its own draft
+    (row,) = cli.json(f"{line} --pruned {dense} --family depth --sparsity 0.33")
     assert row["sampled_acceptance"] == pytest.approx(1.0, abs=1e-5)
     assert row["greedy_acceptance"] == 1.0
     printed = cli.out(f"{line} --family width --sparsity 0.2").splitlines()
@@ -178,8 +225,18 @@ def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
 
 # -- single layers
 
-SMALL = replace(decoder_reference.CONFIG, heads=8, kv_heads=4, inner=64, layers=3, windows=(0,) * 3, qkv_bias=True)
-SCORED, CALIBRATION = torch.randint(SMALL.vocab, (2, 2, 20), generator=torch.Generator().manual_seed(0))
+SMALL = replace(
+    decoder_reference.CONFIG,
+    heads=8,
+    kv_heads=4,
+    inner=64,
+    layers=3,
+    windows=(0,) * 3,
+    qkv_bias=True,
+)
+SCORED, CALIBRATION = torch.randint(
+    SMALL.vocab, (2, 2, 20), generator=torch.Generator().manual_seed(0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -210,15 +267,25 @@ def _at(decoder: Decoder, number: int, layer: Layer) -> Decoder:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_scores_are_those_of_whole_passes(small: Decoder, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_whole_passes(
+    small: Decoder, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quality, "MOST_LOGIT_BYTES", 2e9 if keep else 0)
     found = _measured(small, attention=["kv=2", "none"], mlp=["none"])
-    assert list(found)[:4] == [DENSE, ("0", "kv=2", "dense"), ("0", "none", "dense"), ("0", "dense", "none")]
+    assert list(found)[:4] == [
+        DENSE,
+        ("0", "kv=2", "dense"),
+        ("0", "none", "dense"),
+        ("0", "dense", "none"),
+    ]
     assert found[DENSE] == pytest.approx(0.0, abs=1e-6)
     for number, layer in enumerate(small.layers):
         attention, _ = _parts(layer)
         for key, changed in (
-            (("kv=2", "dense"), replace(layer, attention=fewer_heads(attention, 8, 2, small.head_dim))),
+            (
+                ("kv=2", "dense"),
+                replace(layer, attention=fewer_heads(attention, 8, 2, small.head_dim)),
+            ),
             (("none", "dense"), replace(layer, attention=None)),
             (("dense", "none"), replace(layer, mlp=None)),
         ):
@@ -233,7 +300,9 @@ def test_channels_that_are_silent_on_the_text_go_first(small: Decoder) -> None:
     gate = mlp.gate.weight.clone()
     gate[::2] = 0.0  # an activation of 0, whatever the output weights
     loud = mlp.down.weight * torch.where(torch.arange(64) % 2 == 0, 10.0, 1.0)
-    planted = replace(mlp, gate=replace(mlp.gate, factors=(gate,)), down=replace(mlp.down, factors=(loud,)))
+    planted = replace(
+        mlp, gate=replace(mlp.gate, factors=(gate,)), down=replace(mlp.down, factors=(loud,))
+    )
     found = _measured(_at(small, 1, Layer(attention, planted)), mlp=["32", "16"])
     assert found["1", "dense", "32"] == pytest.approx(0.0, abs=1e-6)
     assert found["1", "dense", "16"] > 1e-3
@@ -279,7 +348,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("models")
     write_checkpoint(path / "tiny")
     (path / "text.txt").write_text(TEXT)
-    (path / "choices.yaml").write_text("attention: [dense, kv=1, none]\nmlp: [64, none]\nlayers: {1: {mlp: [dense]}}\n")
+    (path / "choices.yaml").write_text(
+        "attention: [dense, kv=1, none]\nmlp: [64, none]\nlayers: {1: {mlp: [dense]}}\n"
+    )
     return path
 
 
@@ -309,7 +380,9 @@ def test_the_command_writes_a_library(command: str, folder: Path, tmp_path: Path
     assert len(changes_of(generated_library(model))) > len(rows)  # the default
 
 
-def test_a_killed_run_is_resumed(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+def test_a_killed_run_is_resumed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
     cli(f"{command} -o {tmp_path / 'whole.csv'}")
     scored, passes = quality.score_logits, list[Any]()
 

@@ -6,7 +6,15 @@ import pytest
 
 pytest.importorskip("torch")
 
-from calibration.runners.recorded import FOLDERS, KNOWN, RecordedRow, overview, recorded_rows, scores, tables
+from calibration.runners.recorded import (
+    FOLDERS,
+    KNOWN,
+    RecordedRow,
+    overview,
+    recorded_rows,
+    scores,
+    tables,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +27,9 @@ def rows() -> list[RecordedRow]:
     return recorded_rows("transformers")
 
 
-def test_at_least_120_speedups_of_two_models_two_engines_and_two_formats(rows: list[RecordedRow]) -> None:
+def test_at_least_120_speedups_of_two_models_two_engines_and_two_formats(
+    rows: list[RecordedRow],
+) -> None:
     assert len(rows) >= 120
     assert {r.compared.model for r in rows} == {"smollm2-135m", "qwen2.5-0.5b"}
     assert {r.engine for r in rows} == {"hf", "compile"}
@@ -28,13 +38,17 @@ def test_at_least_120_speedups_of_two_models_two_engines_and_two_formats(rows: l
     assert {r.compared.batch for r in rows} == {1, 8}
 
 
-def test_predictions_hold_in_the_format_that_the_machine_computes_in(rows: list[RecordedRow]) -> None:
+def test_predictions_hold_in_the_format_that_the_machine_computes_in(
+    rows: list[RecordedRow],
+) -> None:
     found = scores([r for r in rows if r.compared.dtype == "fp32" and r.threads == "1"])
     assert found["median"] < 0.035
     assert found["spearman"] > 0.97
     assert 0.85 < found["inside"] < 0.95
     assert found["half_width"] < 0.12
-    other = scores([r for r in rows if r.compared.model == "qwen2.5-0.5b" and r.compared.dtype == "fp32"])
+    other = scores(
+        [r for r in rows if r.compared.model == "qwen2.5-0.5b" and r.compared.dtype == "fp32"]
+    )
     assert other["median"] < 0.04
     assert other["inside"] > 0.85
 

@@ -40,18 +40,30 @@ def _cases(model: str = MODEL, **settings: Any) -> list[Case]:
 
 def _flops(w: Workload, kind: str) -> float:
     found = plain_kernels(w).items()
-    return sum(count * operator_of(shape, "bf16").flops for shape, count in found if shape[0] == kind)
+    return sum(
+        count * operator_of(shape, "bf16").flops for shape, count in found if shape[0] == kind
+    )
 
 
 def test_counts_are_those_of_the_workload() -> None:
-    kinds = {"gemm": Kind.GEMM, "attention_prefill": Kind.PREFILL_ATTENTION, "attention_decode": Kind.DECODE_ATTENTION}
+    kinds = {
+        "gemm": Kind.GEMM,
+        "attention_prefill": Kind.PREFILL_ATTENTION,
+        "attention_decode": Kind.DECODE_ATTENTION,
+    }
     for case in _cases():  # work that pruning adds is excluded
         for w in (case.dense, case.pruned):
             for kind, code in kinds.items():
-                if kind == "gemm" and case.family in ("semi_structured", "unstructured", "dynamic_width"):
+                if kind == "gemm" and case.family in (
+                    "semi_structured",
+                    "unstructured",
+                    "dynamic_width",
+                ):
                     continue  # widths are rounded
                 flops = float(w.flops[(w.kind == code) & ~w.overhead].sum())
-                assert _flops(w, kind) == pytest.approx(flops, rel=1e-2 if "decode" in kind else 1e-9), case.family
+                assert _flops(w, kind) == pytest.approx(
+                    flops, rel=1e-2 if "decode" in kind else 1e-9
+                ), case.family
 
 
 @pytest.mark.parametrize(
@@ -66,7 +78,9 @@ def test_counts_are_those_of_the_workload() -> None:
         ("depth", "decode", {}),
     ],
 )
-def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: str, change: dict[int, int]) -> None:
+def test_attention_is_plain_and_dense_at_the_pruned_shape(
+    family: str, phase: str, change: dict[int, int]
+) -> None:
     (case,) = _cases("llama-3.2-1b", family=[family], phase=phase)
     dense, pruned = (
         {sizes: n for (kind, sizes), n in plain_kernels(w).items() if kind.startswith("attention")}
@@ -78,7 +92,9 @@ def test_attention_is_plain_and_dense_at_the_pruned_shape(family: str, phase: st
     assert set(pruned) <= {sizes, wanted}
 
 
-def _measure(folder: Path, cases: list[Case], device: ReplayDevice | None = None, budget_s: float = 600.0) -> Any:
+def _measure(
+    folder: Path, cases: list[Case], device: ReplayDevice | None = None, budget_s: float = 600.0
+) -> Any:
     return measure_bounds(folder / "run", device or ReplayDevice(), cases, RunOptions(budget_s))
 
 
@@ -141,7 +157,9 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(tmp_path: Path, cl
     out = cli.out(f"{line} --sparsity 0.5 --family depth,width --budget 1min")
     table = out.partition("\n\n")[2].splitlines()
     assert [line.split()[:4] for line in table if line.startswith(("depth", "width"))] == [
-        [family, "50", "%", phase] for phase in ("prefill", "decode") for family in ("depth", "width")
+        [family, "50", "%", phase]
+        for phase in ("prefill", "decode")
+        for family in ("depth", "width")
     ]
     assert all(len(line) <= 120 for line in out.splitlines() if str(tmp_path) not in line)
     header = next(line for line in out.splitlines() if line.startswith("pruning")).split()
@@ -149,7 +167,9 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(tmp_path: Path, cl
     above = next(line for line in out.splitlines() if "roofline" in line).split()
     assert above[:5] == ["FLOP", "byte", "roofline", "measured", "predicted"]
     first = " ".join(out.partition("\n\n")[0].split())
-    assert first.startswith("The largest measured bounds of smollm2-135m on planted device: prefill ")
+    assert first.startswith(
+        "The largest measured bounds of smollm2-135m on planted device: prefill "
+    )
     assert "a100_sxm_80gb predicts the bounds with a median error of " in first
     with open(tmp_path / "run" / "upper_bound.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -21,18 +21,39 @@ from simulator.prediction.prunings import Pruning
 
 pytestmark = pytest.mark.quick
 
-LATENCY = {"avg_latency": 0.5, "latencies": [0.52, 0.48, 0.5], "percentiles": {"10": 0.484, "50": 0.5, "99": 0.5196}}
+LATENCY = {
+    "avg_latency": 0.5,
+    "latencies": [0.52, 0.48, 0.5],
+    "percentiles": {"10": 0.484, "50": 0.5, "99": 0.5196},
+}
 MANY, REQUESTS, TOKENS, OUTPUT = 4, 24, 512, 65
 
 
 def _serve(each_s: float = 2.0, **changes: Any) -> dict[str, Any]:
     """Return a detailed result of a closed loop: the first and last requests are slower, as in a ramp."""
-    times = [each_s * (3.0 if i < MANY or i >= REQUESTS - MANY else 1.0 + 0.01 * (i // MANY)) for i in range(REQUESTS)]
+    times = [
+        each_s * (3.0 if i < MANY or i >= REQUESTS - MANY else 1.0 + 0.01 * (i // MANY))
+        for i in range(REQUESTS)
+    ]
     duration = sum(times) / MANY
-    found: dict[str, Any] = {"backend": "vllm", "model_id": "dense", "num_prompts": REQUESTS, "max_concurrency": MANY}
-    found |= {"duration": duration, "completed": REQUESTS, "request_throughput": REQUESTS / duration}
+    found: dict[str, Any] = {
+        "backend": "vllm",
+        "model_id": "dense",
+        "num_prompts": REQUESTS,
+        "max_concurrency": MANY,
+    }
+    found |= {
+        "duration": duration,
+        "completed": REQUESTS,
+        "request_throughput": REQUESTS / duration,
+    }
     found |= {"total_input_tokens": REQUESTS * TOKENS, "total_output_tokens": REQUESTS * OUTPUT}
-    found |= {"request_rate": "inf", "mean_ttft_ms": 500.0, "p99_ttft_ms": 1500.0, "std_ttft_ms": 100.0}
+    found |= {
+        "request_rate": "inf",
+        "mean_ttft_ms": 500.0,
+        "p99_ttft_ms": 1500.0,
+        "std_ttft_ms": 100.0,
+    }
     found["ttfts"] = [0.25 * t for t in times]
     found["itls"] = [[0.75 * t / (OUTPUT - 1)] * (OUTPUT - 1) for t in times]
     return {key: value for key, value in {**found, **changes}.items() if value != "absent"}
@@ -44,7 +65,13 @@ def _file(tmp_path: Path, content: Any, name: str = "run.json") -> Path:
     return file
 
 
-def _case(phase: str, batch: int = MANY, seq: int = TOKENS, steps: int = OUTPUT - 1, text: str = "depth 0.5") -> Case:
+def _case(
+    phase: str,
+    batch: int = MANY,
+    seq: int = TOKENS,
+    steps: int = OUTPUT - 1,
+    text: str = "depth 0.5",
+) -> Case:
     dense = lower("llama-3.2-1b", phase=phase, batch=batch, seq=seq, new_tokens=max(steps, 1))
     return Case.of(dense, Pruning.read(text))
 
@@ -58,25 +85,43 @@ def test_a_file_that_vllm_wrote() -> None:
 
 def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
     run = read_bench(_file(tmp_path, _serve()))
-    assert (run.kind, run.concurrency, run.input_tokens, run.output_tokens) == ("serve", MANY, TOKENS, OUTPUT)
+    assert (run.kind, run.concurrency, run.input_tokens, run.output_tokens) == (
+        "serve",
+        MANY,
+        TOKENS,
+        OUTPUT,
+    )
     assert run.samples_s == pytest.approx([2.02, 2.04, 2.06, 2.08])
     assert (run.model, run.note) == ("dense", "")
     assert run.percentiles_s == {"mean_ttft": 0.5, "p99_ttft": 1.5}
     times = [t + sum(gaps) for t, gaps in zip(_serve()["ttfts"], _serve()["itls"])]
-    newer = read_bench(_file(tmp_path, _serve(latencies=times, ttfts="absent", itls="absent", failed=0)))
+    newer = read_bench(
+        _file(tmp_path, _serve(latencies=times, ttfts="absent", itls="absent", failed=0))
+    )
     assert newer.samples_s == pytest.approx(run.samples_s)
 
 
 def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
-    latency, serve = read_bench(_file(tmp_path, LATENCY)), read_bench(_file(tmp_path, _serve(), "serve.json"))
+    latency, serve = (
+        read_bench(_file(tmp_path, LATENCY)),
+        read_bench(_file(tmp_path, _serve(), "serve.json")),
+    )
     assert request_of(latency, batch=8, seq=1024, output=129) == ("generate", 8, 1024, 128)
     assert request_of(latency, batch=8, seq=1024, output=1) == ("prefill", 8, 1024, 0)
-    assert request_of(serve) == request_of(serve, batch=4, seq=512) == ("serve", MANY, TOKENS, OUTPUT - 1)
-    with pytest.raises(InputError, match="seq: expected to be stated, as the file does not have it"):
+    assert (
+        request_of(serve)
+        == request_of(serve, batch=4, seq=512)
+        == ("serve", MANY, TOKENS, OUTPUT - 1)
+    )
+    with pytest.raises(
+        InputError, match="seq: expected to be stated, as the file does not have it"
+    ):
         request_of(latency, batch=8, output=1)
     with pytest.raises(InputError, match="batch: expected 4, as in the file, got 8"):
         request_of(serve, batch=8)
-    with pytest.raises(InputError, match="total_output_tokens: expected at least 2 per request, got 1"):
+    with pytest.raises(
+        InputError, match="total_output_tokens: expected at least 2 per request, got 1"
+    ):
         request_of(replace(serve, output_tokens=1.0))
 
 
@@ -103,7 +148,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     serve = read_bench(_file(tmp_path, _serve()))
     latency = BenchRun("b.json", "batch", (1.0,), tool="vllm bench latency")
     with pytest.raises(
-        InputError, match=r"b\.json: tool: expected vllm bench serve, as in .*run\.json, got vllm bench latency"
+        InputError,
+        match=r"b\.json: tool: expected vllm bench serve, as in .*run\.json, got vllm bench latency",
     ):
         bench_record(_case("serve"), serve, latency)
     with pytest.raises(InputError, match=r"concurrency: expected 4, as in .*, got 8"):
@@ -112,14 +158,18 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         bench_record(_case("serve"), serve, replace(serve, input_tokens=600.0))
     with pytest.raises(InputError, match="phase: expected serve for vllm bench serve, got decode"):
         bench_record(_case("decode"), serve, serve)
-    with pytest.raises(InputError, match="phase: expected prefill or generate for vllm bench latency, got serve"):
+    with pytest.raises(
+        InputError, match="phase: expected prefill or generate for vllm bench latency, got serve"
+    ):
         bench_record(_case("serve"), latency, latency)
 
 
 def _latency(folder: Path, name: str, seconds: float) -> str:
     file = folder / name
     samples = [seconds * x for x in (1.0, 1.02, 0.98, 1.01)]
-    file.write_text(json.dumps({"avg_latency": seconds, "latencies": samples, "percentiles": {"50": seconds}}))
+    file.write_text(
+        json.dumps({"avg_latency": seconds, "latencies": samples, "percentiles": {"50": seconds}})
+    )
     return str(file)
 
 
@@ -132,7 +182,12 @@ def _command(folder: Path, pruned_s: float) -> str:
 def test_two_files_give_a_measured_speedup_next_to_the_prediction(tmp_path: Path, cli: Any) -> None:
     command = f"{_command(tmp_path, 0.96)} --prune 'depth 0.25'"
     (row,) = cli.json(command)
-    assert (row["phase"], row["batch"], row["seq"], row["prune"]) == ("generate", 8, 1024, "depth 0.25")
+    assert (row["phase"], row["batch"], row["seq"], row["prune"]) == (
+        "generate",
+        8,
+        1024,
+        "depth 0.25",
+    )
     assert row["measured"] == pytest.approx(1.25)
     assert row["dense_s"] / row["pruned_s"] == pytest.approx(row["measured"])
     assert 1.1 < row["predicted"] < 1.4
@@ -144,7 +199,10 @@ def test_two_files_give_a_measured_speedup_next_to_the_prediction(tmp_path: Path
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ("--prune 'depth 0.25' --prune 'width 0.25'", "--bench: expected 3 files, of the dense model"),
+        (
+            "--prune 'depth 0.25' --prune 'width 0.25'",
+            "--bench: expected 3 files, of the dense model",
+        ),
         ("--prune 'depth 0.25' --batch 1,8", "--bench: expected one --batch and one --seq"),
         ("--prune 'depth 0.25' --engine hf", "--bench: expected --engine vllm"),
         ("--prune 'semi_structured 0.25'", "expected 0.5"),

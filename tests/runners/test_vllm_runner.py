@@ -53,23 +53,33 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     """Install the fake as package ``vllm`` of child processes, with a fault."""
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("from fake_vllm import *\nfrom fake_vllm import __version__\n")
+    (package / "__init__.py").write_text(
+        "from fake_vllm import *\nfrom fake_vllm import __version__\n"
+    )
     (package / "sampling_params.py").write_text("from fake_vllm import RequestOutputKind\n")
     (package.parent / "torch.py").write_text("__version__ = '2.14.0'\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(package.parent), str(TESTS))))
 
     def planted(fault: str = "", **plan: str) -> None:
-        monkeypatch.setenv("FAKE_VLLM", json.dumps({"release": RELEASES[1], "fault": fault, **plan}))
+        monkeypatch.setenv(
+            "FAKE_VLLM", json.dumps({"release": RELEASES[1], "fault": fault, **plan})
+        )
 
     planted()
     return planted
 
 
 def _runner(
-    cases: list[Case], *, memory: float = 1e11, python: str = sys.executable, patience_s: float = 900.0
+    cases: list[Case],
+    *,
+    memory: float = 1e11,
+    python: str = sys.executable,
+    patience_s: float = 900.0,
 ) -> VllmRunner:
     device = ReplayDevice(description=Description("cpu", "some CPU", memory_bytes=memory))
-    runner = VllmRunner(device, ModelRun(MODEL, "bf16", "vllm", content_of(MODEL), python), patience_s)
+    runner = VllmRunner(
+        device, ModelRun(MODEL, "bf16", "vllm", content_of(MODEL), python), patience_s
+    )
     for case in cases:
         runner.check(case)
     return runner
@@ -91,8 +101,12 @@ def _planted_s(config: dict[str, Any], case: Case) -> float:
     }[case.phase]
 
 
-@pytest.mark.parametrize(("release", "text"), [(RELEASES[0], "depth 0.25"), (RELEASES[1], "width mlp=0.5")])
-def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], release: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("release", "text"), [(RELEASES[0], "depth 0.25"), (RELEASES[1], "width mlp=0.5")]
+)
+def test_planted_times_come_back_in_every_phase(
+    plant: Callable[..., None], release: str, text: str
+) -> None:
     plant(release=release)
     cases = _cases(text, phases=PHASES)
     dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
@@ -102,7 +116,9 @@ def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], rele
             assert (record["status"], record["reason"], record["runtime"]) == ("ok", "", "vllm")
             assert record["versions"] == {"vllm": release, "torch": "2.14.0"}
             assert len(record["dense_s"]) == len(record["pruned_s"]) >= running.LEAST
-            assert record["dense_s"] == pytest.approx([_planted_s(dense, case)] * len(record["dense_s"]), rel=1e-5)
+            assert record["dense_s"] == pytest.approx(
+                [_planted_s(dense, case)] * len(record["dense_s"]), rel=1e-5
+            )
             expected = [_planted_s(_config(case), case)] * len(record["pruned_s"])
             assert record["pruned_s"] == pytest.approx(expected, rel=1e-5)
             assert record["settings"]["in_turns"] == "samples"
@@ -112,10 +128,18 @@ def test_planted_times_come_back_in_every_phase(plant: Callable[..., None], rele
 def test_rounds_are_steps_in_which_all_sequences_run(plant: Callable[..., None]) -> None:
     (case,) = _cases("depth 0.5", phases=("decode",))
     with closing(_runner([case])) as runner:
-        ask = {"batch": case.batch, "tokens": 8, "output": 6, "vocab": MODEL.vocab, "seed": 1, "which": 2}
+        ask = {
+            "batch": case.batch,
+            "tokens": 8,
+            "output": 6,
+            "vocab": MODEL.vocab,
+            "seed": 1,
+            "which": 2,
+        }
         found = runner._engine((runner.models.dense, False)).ask("rounds", **ask)
     step_s = pass_s(Models(MODEL, content_of(MODEL)).config_of(MODEL), case.batch)
-    assert found == {"seconds": pytest.approx([step_s] * 4), "tokens": 1.0}  # without the first and the last
+    # without the first and the last
+    assert found == {"seconds": pytest.approx([step_s] * 4), "tokens": 1.0}
 
 
 def test_waits_for_first_tokens_are_part_of_a_steady_state(plant: Callable[..., None]) -> None:
@@ -125,7 +149,9 @@ def test_waits_for_first_tokens_are_part_of_a_steady_state(plant: Callable[..., 
     # one prefill, and the decode step in which it is scheduled
     dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
     wait = pass_s(dense, case.seq) + pass_s(dense, case.batch)
-    assert record["dense_first_token_s"] == pytest.approx([wait] * len(record["dense_first_token_s"]), rel=1e-5)
+    assert record["dense_first_token_s"] == pytest.approx(
+        [wait] * len(record["dense_first_token_s"]), rel=1e-5
+    )
     assert len(record["dense_first_token_s"]) >= case.batch
 
 
@@ -172,15 +198,22 @@ def test_an_engine_ends_with_a_killed_comparison(plant: Callable[..., None]) -> 
     if not (child := os.fork()):
         runner = _runner([case])
         runner.record(case, 0.0)
-        os.write(writing, json.dumps([engine.process.pid for engine in runner.engines.values()]).encode())
+        os.write(
+            writing, json.dumps([engine.process.pid for engine in runner.engines.values()]).encode()
+        )
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in json.loads(os.read(reading, 1000))], timeout=10)
+    _, alive = psutil.wait_procs(
+        [psutil.Process(pid) for pid in json.loads(os.read(reading, 1000))], timeout=10
+    )
     assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
-def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(plant: Callable[..., None]) -> None:
-    cases = _cases("depth 0.25", phases=("prefill", "serve"), batch=16)  # 4,096 tokens; a CPU's server takes 2,048
+def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(
+    plant: Callable[..., None],
+) -> None:
+    # 4,096 tokens; a CPU's server takes 2,048
+    cases = _cases("depth 0.25", phases=("prefill", "serve"), batch=16)
     with closing(_runner(cases)) as runner:
         assert runner.apart == ("serve",)
         budgets = [runner.record(case, 0.0)["settings"]["max_num_batched_tokens"] for case in cases]
@@ -191,13 +224,23 @@ def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(plant: Ca
     ("fault", "status", "reason"),
     [
         ("memory", "skipped", "OutOfMemoryError: CUDA out of memory"),
-        ("crash", "failed", "the vLLM process ended with status 3: CUDA error: an illegal memory access"),
+        (
+            "crash",
+            "failed",
+            "the vLLM process ended with status 3: CUDA error: an illegal memory access",
+        ),
         ("short", "failed", "expected 4 requests with 33 new tokens each, got 4 with {32}"),
         ("noise", "failed", "a decode step of -"),
-        ("argument", "unsupported", "unexpected keyword argument 'kv_cache_memory_bytes'; supported releases of vLLM:"),
+        (
+            "argument",
+            "unsupported",
+            "unexpected keyword argument 'kv_cache_memory_bytes'; supported releases of vLLM:",
+        ),
     ],
 )
-def test_faults_are_recorded_with_their_cause(plant: Callable[..., None], fault: str, status: str, reason: str) -> None:
+def test_faults_are_recorded_with_their_cause(
+    plant: Callable[..., None], fault: str, status: str, reason: str
+) -> None:
     plant(fault)
     (case,) = _cases("depth 0.25")
     with closing(_runner([case])) as runner:
@@ -251,7 +294,15 @@ def test_an_engine_is_calibrated_on_copies_of_a_model(
     assert (found.version, found.tokens) == (RELEASES[1], (1, 4, 16, 128, 512))
     assert set(found.operators) == {"gemm", "prefill_attention", "decode_attention"}
     dense = Models(MODEL, content_of(MODEL)).config_of(MODEL)
-    after = predict("smollm2-135m", "depth 0.5", "run/profile.yaml", engine="vllm", batch=4, seq=128, dtype="fp32")
+    after = predict(
+        "smollm2-135m",
+        "depth 0.5",
+        "run/profile.yaml",
+        engine="vllm",
+        batch=4,
+        seq=128,
+        dtype="fp32",
+    )
     assert after.dense_s == pytest.approx(30.0 * pass_s(dense, 4), rel=0.25)  # the fake has no head
     records = read_store(Path("run/engine.vllm.jsonl")).rows
     (row,) = cli.json(line)  # nothing runs again
@@ -263,7 +314,9 @@ def test_vllm_must_be_installed() -> None:
     (case,) = _cases("depth 0.25")
     with pytest.raises(InputError, match=r"vLLM is not installed .* pip install vllm"):
         _runner([case])
-    with pytest.raises(InputError, match=r"cannot be run .* expected a Python interpreter with vLLM"):
+    with pytest.raises(
+        InputError, match=r"cannot be run .* expected a Python interpreter with vLLM"
+    ):
         _runner([case], python="/nowhere/python")
 
 
@@ -288,7 +341,9 @@ def test_models_that_vllm_does_not_build_are_refused_before_they_run(
 
 
 def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> None:
-    with pytest.raises(InputError, match="expected at most 8192 positions, got 8209 with new tokens"):
+    with pytest.raises(
+        InputError, match="expected at most 8192 positions, got 8209 with new tokens"
+    ):
         _runner(_cases("depth 0.25", batch=1, seq=8192))
     with pytest.raises(InputError, match="expected weights, cache and arithmetic in bf16"):
         _runner(_cases("depth 0.25", weight_dtype="int8"))
@@ -300,12 +355,15 @@ def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> No
 
 @pytest.mark.quick
 @pytest.mark.parametrize("text", ["depth 0.25", "width mlp=0.25", "width 0.5", "width_cross 0.25"])
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "mistral-7b-v0.3", "phi-3-mini-4k"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "mistral-7b-v0.3", "phi-3-mini-4k"]
+)
 def test_configurations_state_the_predicted_shapes(name: str, text: str) -> None:
     model = load_model(name)
     (case,) = _cases(text, model=model)
     if name == "qwen2.5-7b" and text in ("width 0.5", "width_cross 0.25"):
-        with pytest.raises(InputError, match="not for qwen2"):  # vLLM's class has no key for the width of a head
+        # vLLM's class has no key for the width of a head
+        with pytest.raises(InputError, match="not for qwen2"):
             _config(case, model)
         return
     config = _config(case, model)
@@ -325,7 +383,9 @@ def test_every_class_is_in_the_registry_of_the_releases() -> None:
 @pytest.mark.quick
 def test_a_child_sees_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    first, second, cpu = (SimpleNamespace(name=name, cpus=(2, 3)) for name in ("cuda", "cuda:1", "cpu"))
+    first, second, cpu = (
+        SimpleNamespace(name=name, cpus=(2, 3)) for name in ("cuda", "cuda:1", "cpu")
+    )
     assert environment(second)["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert environment(second)["CUDA_VISIBLE_DEVICES"] == "6"
@@ -338,7 +398,17 @@ def test_a_child_sees_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_installed_vllm_has_the_interface() -> None:
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
-    engine = {"model", "load_format", "max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching"}
+    engine = {
+        "model",
+        "load_format",
+        "max_num_batched_tokens",
+        "kv_cache_memory_bytes",
+        "enable_prefix_caching",
+    }
     assert engine <= set(inspect.signature(vllm.EngineArgs).parameters)
-    assert {"prompts", "sampling_params", "use_tqdm"} <= set(inspect.signature(vllm.LLM.generate).parameters)
-    assert {"request_id", "prompt", "params"} <= set(inspect.signature(vllm.LLMEngine.add_request).parameters)
+    assert {"prompts", "sampling_params", "use_tqdm"} <= set(
+        inspect.signature(vllm.LLM.generate).parameters
+    )
+    assert {"request_id", "prompt", "params"} <= set(
+        inspect.signature(vllm.LLMEngine.add_request).parameters
+    )

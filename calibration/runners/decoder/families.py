@@ -45,7 +45,8 @@ from simulator.pruning import FAMILIES, _rows, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS
 from simulator.pruning._steps import PruningStep
 
-ALIGN = 16  # default multiple to which widths and ranks are rounded up, as in the simulator's families
+# default multiple to which widths and ranks are rounded up, as in the simulator's families
+ALIGN = 16
 _ROWS = 128  # queries per block of :func:`routed_attention`
 
 
@@ -67,7 +68,9 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
         some = positions[:, block]
         seen = int(some[:, -1].max()) + 1
         mask = torch.arange(seen, device=q.device)[None, None, :] <= some[:, :, None]
-        out[:, :, block] = masked_attention(q[:, :, block], k[:, :, :seen], v[:, :, :seen], mask[:, None])
+        out[:, :, block] = masked_attention(
+            q[:, :, block], k[:, :, :seen], v[:, :, :seen], mask[:, None]
+        )
     return out
 
 
@@ -93,7 +96,9 @@ class TokenRouting(Rule):
         k, v = s.keys_values(a, h)
         if self._in_place(s):
             index, count, runs = self._drawn(a.router, x)
-            q = s.turned(split_heads(a.q.of_rows(h[:, 0], index, count)[:, None], a.heads), a.q_norm)
+            q = s.turned(
+                split_heads(a.q.of_rows(h[:, 0], index, count)[:, None], a.heads), a.q_norm
+            )
             out = attention.running(q, k, v, runs[:, None].expand(-1, a.kv_heads))
             return a.o.of_rows(joined(out)[:, 0], index, count, x[:, 0])[:, None]
         rows, positions = self._chosen(s, a.router, x)
@@ -102,13 +107,18 @@ class TokenRouting(Rule):
         if not s.decoding:
             some = h.flatten(0, 1).index_select(0, rows).view(len(x), -1, x.shape[2])
             q = s.queries(a, some, s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1))
-            attend = attention.at_positions if skipping.in_triton(s.decoder.device) else routed_attention
+            attend = (
+                attention.at_positions if skipping.in_triton(s.decoder.device) else routed_attention
+            )
             out = attend(q, k, v, positions)
         elif len(rows) == len(x):
             out = decode_attention(s.queries(a, h), k, v)
         else:  # each sequence reads its cache in place
             q = s.queries(a, h.index_select(0, rows))
-            one = [decode_attention(q[i : i + 1], k[b : b + 1], v[b : b + 1]) for i, b in enumerate(rows.tolist())]
+            one = [
+                decode_attention(q[i : i + 1], k[b : b + 1], v[b : b + 1])
+                for i, b in enumerate(rows.tolist())
+            ]
             out = torch.cat(one)
         return _scattered(x, rows, a.o(joined(out)).flatten(0, 1))
 
@@ -141,10 +151,14 @@ class TokenRouting(Rule):
         if s.decoding:
             if "generator" not in s.kept:
                 s.kept["generator"] = np.random.default_rng(self.seed)
-            positions = rows = best(scores[:, 0], int(s.kept["generator"].binomial(len(x), self.keep)))
+            positions = rows = best(
+                scores[:, 0], int(s.kept["generator"].binomial(len(x), self.keep))
+            )
         else:
             positions = best(scores, at_least_one(self.keep, x.shape[1]))
-            rows = (positions + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
+            rows = (
+                positions + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+            ).flatten()
         return rows, positions
 
 
@@ -172,7 +186,11 @@ class BlockAttention(Rule):
             return decode_attention(q, *self._chosen(s, q, k, v))
         table, q_len = self._table(q, k), q.shape[2]
         s.kept["means", s.layer] = block_means(k, self.block)
-        by_blocks = attention.fused_block_sparse if skipping.in_triton(s.decoder.device) else block_sparse_attention
+        by_blocks = (
+            attention.fused_block_sparse
+            if skipping.in_triton(s.decoder.device)
+            else block_sparse_attention
+        )
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
     def _table(self, q: Tensor, k: Tensor) -> Tensor:
@@ -182,13 +200,21 @@ class BlockAttention(Rule):
         whole = len(scores)
         number = torch.arange(rows, device=q.device)
         if rows > whole:  # an incomplete last block uses the scores of the block before it
-            scores = F.pad(scores[number.clamp(max=whole - 1)], (0, 1)) if whole else scores.new_zeros(1, 1)
+            scores = (
+                F.pad(scores[number.clamp(max=whole - 1)], (0, 1))
+                if whole
+                else scores.new_zeros(1, 1)
+            )
         earlier = number < number[:, None]
         many = torch.ceil(self.keep * (number + 1.0).double() - 1e-9).clamp(min=1) - 1
-        rank = scores.masked_fill(~earlier, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+        rank = (
+            scores.masked_fill(~earlier, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+        )
         return (earlier & (rank < many[:, None])) | (number == number[:, None])
 
-    def _chosen(self, s: PassState, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(
+        self, s: PassState, q: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return keys and values of a share of the prompt's blocks, by KV head, and of all later positions."""
         means = s.kept["means", s.layer]
         batch, kv_heads, blocks, head_dim = means.shape
@@ -196,7 +222,10 @@ class BlockAttention(Rule):
             return keys, values
         pooled = q.view(batch, kv_heads, -1, head_dim).mean(2)
         index = best((means @ pooled.unsqueeze(-1)).squeeze(-1), at_least_one(self.keep, blocks))
-        wide, edge = index[..., None, None].expand(*index.shape, self.block, head_dim), blocks * self.block
+        wide, edge = (
+            index[..., None, None].expand(*index.shape, self.block, head_dim),
+            blocks * self.block,
+        )
 
         def picked(t: Tensor) -> Tensor:
             some = t[:, :, :edge].unflatten(2, (blocks, -1)).gather(2, wide).flatten(2, 3)
@@ -226,7 +255,9 @@ class TokenDropping(Rule):
 
     def enter(self, s: PassState, x: Tensor) -> Tensor:
         if not 0 <= self.start < len(s.decoder.layers):
-            raise InputError(f"token: start: expected a layer from 0 to {len(s.decoder.layers) - 1}, got {self.start}")
+            raise InputError(
+                f"token: start: expected a layer from 0 to {len(s.decoder.layers) - 1}, got {self.start}"
+            )
         if s.decoding or s.layer != self.start:
             return x
         batch, seq, hidden = x.shape
@@ -236,7 +267,13 @@ class TokenDropping(Rule):
             scores[:, -1] = torch.inf
             positions = best(scores, many)
         else:
-            positions = torch.linspace(seq - 1, 0, many, device=x.device).round().long().flip(0).expand(batch, many)
+            positions = (
+                torch.linspace(seq - 1, 0, many, device=x.device)
+                .round()
+                .long()
+                .flip(0)
+                .expand(batch, many)
+            )
         s.cos, s.sin = s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1)
         return x.gather(1, positions[..., None].expand(batch, many, hidden))
 
@@ -288,7 +325,9 @@ def _sliced(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], rows: i
 def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
     """Multiply features (groups, width) by their rows of the transposed weight; return (1, hidden)."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
-    return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(0, keepdim=True)
+    return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(
+        0, keepdim=True
+    )
 
 
 @dataclass(frozen=True)
@@ -340,9 +379,13 @@ class GroupRouting(Rule):
             y = _channels(h.flatten(0, 1), blocks, self._mask(s, index, counts, blocks.groups))
         return x + y.view_as(x)
 
-    def _choice(self, s: PassState, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
+    def _choice(
+        self, s: PassState, sublayer: Sublayer, x: Tensor
+    ) -> tuple[Tensor, NDArray[np.int64]]:
         """Return the best groups of each token, as many as any token uses, and the number that each token uses."""
-        counts = group_counts(self.keep, len(sublayer.router), self._turn(s), x.shape[0] * x.shape[1])
+        counts = group_counts(
+            self.keep, len(sublayer.router), self._turn(s), x.shape[0] * x.shape[1]
+        )
         index = F.linear(x.flatten(0, 1), sublayer.router).topk(int(counts.max()), dim=-1).indices
         return index, counts
 
@@ -356,17 +399,26 @@ class GroupRouting(Rule):
             return mask.scatter_(1, index, True)
         # the counts are computed again on the device, because a graph cannot capture a copy from the host
         turn = torch.arange(first, first + tokens + 1, dtype=torch.float64, device=device)
-        used = torch.arange(most, device=device) < torch.floor(self.keep * groups * turn + 1e-6).diff()[:, None]
+        used = (
+            torch.arange(most, device=device)
+            < torch.floor(self.keep * groups * turn + 1e-6).diff()[:, None]
+        )
         return mask.scatter_(1, index, used)
 
 
-def _heads_in_tiles(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _heads_in_tiles(
+    s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+) -> Tensor:
     kernels, blocks, (batch, tokens) = skipping.kernels(), a.blocks, h.shape[:2]
     assert blocks is not None
     tiles = kernels.tiles_of(mask)
     q = kernels.grouped_columns(h.flatten(0, 1), blocks.inner, tiles, a.q.bias)
     q = s.turned(split_heads(q.view(batch, tokens, -1), a.heads), a.q_norm)
-    out = attention.running(q, keys, values, mask) if s.decoding else _chosen_attention(q, keys, values, mask)
+    out = (
+        attention.running(q, keys, values, mask)
+        if s.decoding
+        else _chosen_attention(q, keys, values, mask)
+    )
     return kernels.grouped_features(joined(out).flatten(0, 1), blocks.outer, tiles)
 
 
@@ -374,17 +426,24 @@ def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     """Causal attention of the queries in a mask (batch * tokens, kv_heads), gathered by group; other queries give 0."""
     batch, heads, tokens, _ = q.shape
     groups = mask.shape[1]
-    chosen = mask.view(batch, tokens, groups).transpose(1, 2).flatten(0, 1)  # (batch * groups, tokens)
+    # (batch * groups, tokens)
+    chosen = mask.view(batch, tokens, groups).transpose(1, 2).flatten(0, 1)
     order = chosen.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     there = torch.arange(tokens, device=q.device) < chosen.sum(1, keepdim=True)
     grouped = q.reshape(batch * groups, heads // groups, tokens, -1)
     wide = order[:, None, :, None].expand_as(grouped)
     k, v = (t.flatten(0, 1).unsqueeze(1) for t in (keys, values))
     out = attention.at_positions(grouped.gather(2, wide), k, v, order.where(there, -1))
-    return torch.zeros_like(grouped).scatter_(2, wide, out.masked_fill(~there[:, None, :, None], 0.0)).view_as(q)
+    return (
+        torch.zeros_like(grouped)
+        .scatter_(2, wide, out.masked_fill(~there[:, None, :, None], 0.0))
+        .view_as(q)
+    )
 
 
-def _heads_of_one(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+def _heads_of_one(
+    s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, chosen: Tensor
+) -> Tensor:
     blocks, spans, share = a.blocks, _spans(chosen.tolist()), a.heads // a.kv_heads
     assert blocks is not None
     q = _sliced(h.flatten(), blocks.inner, spans, blocks.width)
@@ -392,11 +451,16 @@ def _heads_of_one(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: T
         q = q + a.q.bias.view(a.kv_heads, -1).index_select(0, chosen).flatten()
     q = s.turned(q.view(1, len(chosen) * share, 1, -1), a.q_norm)
     some = q.split([(stop - start) * share for start, stop in spans], 1)
-    outs = [decode_attention(q, keys[:, i:j], values[:, i:j]) for q, (i, j) in zip(some, spans, strict=True)]
+    outs = [
+        decode_attention(q, keys[:, i:j], values[:, i:j])
+        for q, (i, j) in zip(some, spans, strict=True)
+    ]
     return _returned(torch.cat(outs, 1).view(len(chosen), -1), chosen, blocks)
 
 
-def _heads(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _heads(
+    s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+) -> Tensor:
     """Compute queries, attention and output of each KV group for the tokens in a mask (batch * tokens, kv_heads)."""
     blocks, (batch, tokens) = a.blocks, h.shape[:2]
     assert blocks is not None
@@ -408,17 +472,31 @@ def _heads(s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, 
         if a.q.bias is not None:
             q = q + a.q.bias.view(a.kv_heads, -1)[group]
         q = q.unflatten(-1, (a.heads // a.kv_heads, -1))  # (rows, heads of a group, d)
-        if s.decoding:  # one launch per sequence, because a single launch would need a copy of the caches
+        # one launch per sequence, because a single launch would need a copy of the caches
+        if s.decoding:
             q = s.turned(q, a.q_norm)
-            caches = [(keys[b, group][None, None], values[b, group][None, None]) for b in rows.tolist()]
-            parts = [decode_attention(q[i][None, :, None], k, v)[0, :, 0][None] for i, (k, v) in enumerate(caches)]
+            caches = [
+                (keys[b, group][None, None], values[b, group][None, None]) for b in rows.tolist()
+            ]
+            parts = [
+                decode_attention(q[i][None, :, None], k, v)[0, :, 0][None]
+                for i, (k, v) in enumerate(caches)
+            ]
         else:
             positions = rows.remainder(tokens)
             q = s.turned(q, a.q_norm, s.cos[positions].unsqueeze(1), s.sin[positions].unsqueeze(1))
             counts = mask[:, group].view(batch, tokens).sum(1).tolist()
-            sequences = zip(q.split(counts), positions.split(counts), keys[:, group], values[:, group], strict=True)
+            sequences = zip(
+                q.split(counts),
+                positions.split(counts),
+                keys[:, group],
+                values[:, group],
+                strict=True,
+            )
             parts = [
-                routed_attention(some.transpose(0, 1)[None], k[None, None], v[None, None], at[None])[0].transpose(0, 1)
+                routed_attention(
+                    some.transpose(0, 1)[None], k[None, None], v[None, None], at[None]
+                )[0].transpose(0, 1)
                 for some, at, k, v in sequences
                 if len(some)
             ]
@@ -438,14 +516,17 @@ def _channels(h: Tensor, blocks: Blocks, mask: Tensor) -> Tensor:
 
 # Families that decide during a pass
 DYNAMIC: Mapping[str, Callable[..., Rule]] = {
-    rule.family: rule for rule in (TokenRouting, GroupRouting, BlockAttention, TokenDropping, CacheCut)
+    rule.family: rule
+    for rule in (TokenRouting, GroupRouting, BlockAttention, TokenDropping, CacheCut)
 }
 
 
 @dataclass(frozen=True)
 class Removed:
-    table: Mapping[str, FloatArray]  # part (attention, mlp, heads) or projection (q, down) -> fraction of every layer
-    by_part: bool = False  # whether parts were named; else attention and mlp have the same fractions
+    # part (attention, mlp, heads) or projection (q, down) -> fraction of every layer
+    table: Mapping[str, FloatArray]
+    # whether parts were named; else attention and mlp have the same fractions
+    by_part: bool = False
     layers: tuple[int, ...] | None = None  # candidates for the removal of whole layers; None: all
 
     def of(self, layer: int, *names: str) -> float:
@@ -457,7 +538,12 @@ class Removed:
 
 
 def prune_decoder(
-    decoder: Decoder, family: str, sparsity: Any = None, *, layers: Sequence[int] | None = None, **options: Any
+    decoder: Decoder,
+    family: str,
+    sparsity: Any = None,
+    *,
+    layers: Sequence[int] | None = None,
+    **options: Any,
 ) -> Decoder:
     """Prune a decoder by a family, with the arguments of :func:`simulator.prune` or fields of the family's rule."""
     options = _different(family, options)
@@ -474,7 +560,9 @@ def prune_decoder(
 
 def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
     for step in steps:
-        decoder = prune_decoder(decoder, step.name, step.argument, layers=step.layers, **dict(step.options))
+        decoder = prune_decoder(
+            decoder, step.name, step.argument, layers=step.layers, **dict(step.options)
+        )
     return decoder
 
 
@@ -482,7 +570,9 @@ def check_steps(steps: Sequence[PruningStep]) -> None:
     dynamic = ""
     for step in steps:
         if dynamic and step.name != "depth":
-            raise InputError(f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic} before")
+            raise InputError(
+                f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic} before"
+            )
         dynamic = step.name if step.name in DYNAMIC else dynamic
         if reason := _lacking(step):
             raise InputError(f"{step}: {reason}" if len(steps) > 1 else reason)
@@ -493,10 +583,16 @@ def _lacking(step: PruningStep) -> str:
     family, known, argument = step.name, {**STATIC, **DYNAMIC}, step.argument
     if family not in known:
         return str(unknown("pruning family", family, known))
-    names = [name for name in signature(known[family]).parameters if name not in ("decoder", "removed", "keep")]
+    names = [
+        name
+        for name in signature(known[family]).parameters
+        if name not in ("decoder", "removed", "keep")
+    ]
     if bad := sorted(set(_different(family, dict(step.options))) - set(names)):
         return f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}"
-    if family in DYNAMIC and (step.layers is not None or isinstance(argument, Mapping) or np.ndim(argument)):
+    if family in DYNAMIC and (
+        step.layers is not None or isinstance(argument, Mapping) or np.ndim(argument)
+    ):
         return f"family {family}: this decoder runs it equally in all layers and parts; expected one fraction"
     return ""
 
@@ -504,14 +600,19 @@ def _lacking(step: PruningStep) -> str:
 def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options without those that a family lacks here and that have the simulator's defaults."""
     own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options
-    dropped = {name for name, value in usual.items() if name not in own and options.get(name) == value}
+    dropped = {
+        name for name, value in usual.items() if name not in own and options.get(name) == value
+    }
     dropped |= {"kernel"} if family in DYNAMIC else set()
     return {name: value for name, value in options.items() if name not in dropped}
 
 
 def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int) -> Removed:
     """Return the fractions of all layers; ``layers`` are pruned, or a fraction of these layers is removed."""
-    by_part, listed = isinstance(sparsity, Mapping), None if layers is None else listed_layers(layers, many)
+    by_part, listed = (
+        isinstance(sparsity, Mapping),
+        None if layers is None else listed_layers(layers, many),
+    )
     from_list = FAMILIES[family].layers == "some"
     if sparsity is None and from_list and listed is not None:
         return Removed(dict.fromkeys(SUBLAYERS, np.ones(many)), layers=tuple(listed.tolist()))
@@ -520,7 +621,9 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
         table[name] = np.broadcast_to(np.asarray(fractions, dtype=np.float64), many).copy()
         if listed is not None and not from_list:
             table[name][~np.isin(np.arange(many), listed)] = 0.0
-    return Removed(table, by_part, tuple(listed.tolist()) if from_list and listed is not None else None)
+    return Removed(
+        table, by_part, tuple(listed.tolist()) if from_list and listed is not None else None
+    )
 
 
 def whole_share(share: float, of: int) -> int:
@@ -531,13 +634,23 @@ def aligned(width: int, keep: float, align: int = ALIGN) -> int:
     return int(_rows.aligned(np.array(width), np.array(keep), align))
 
 
-def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False) -> Decoder:
+def depth(
+    decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False
+) -> Decoder:
     """Remove layers or sublayers: the deepest ones, except the last one unless tokens exit early."""
-    kinds = [("attention", "mlp")] if unit == "layer" and not removed.by_part else [("attention",), ("mlp",)]
+    kinds = (
+        [("attention", "mlp")]
+        if unit == "layer" and not removed.by_part
+        else [("attention",), ("mlp",)]
+    )
     layers = list(decoder.layers)
     for kind in kinds if unit in ("layer", "both") else [(unit,)]:
         fraction = max(removed.of(0, part) for part in kind)
-        there = [i for i, layer in enumerate(layers) if any(getattr(layer, part) is not None for part in kind)]
+        there = [
+            i
+            for i, layer in enumerate(layers)
+            if any(getattr(layer, part) is not None for part in kind)
+        ]
         some = there if removed.layers is None else [i for i in there if i in removed.layers]
         count = whole_share(fraction, len(some))
         spared = not early_exit and 0 < count < len(some) and some[-1] == there[-1]
@@ -547,10 +660,14 @@ def depth(decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit
     rule = decoder.rule
     if isinstance(rule, TokenDropping):
         rule = replace(rule, start=sum(stays[: rule.start]))
-    return replace(decoder, layers=tuple(layer for layer, there in zip(layers, stays) if there), rule=rule)
+    return replace(
+        decoder, layers=tuple(layer for layer, there in zip(layers, stays) if there), rule=rule
+    )
 
 
-def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int | None = None) -> Decoder:
+def width(
+    decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int | None = None
+) -> Decoder:
     """Remove heads, MLP channels and hidden features. ``inner`` is the width of all MLPs that are pruned."""
 
     def change(number: int, part: Any) -> Any:
@@ -559,7 +676,9 @@ def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int 
             share = removed.of(number, "mlp")
             if not share:
                 return part
-            return part.channels(best(size, aligned(len(size), 1.0 - share, align) if inner is None else inner))
+            return part.channels(
+                best(size, aligned(len(size), 1.0 - share, align) if inner is None else inner)
+            )
         shares = [removed.of(number, name) for name in ("attention", "heads", "kv")]
         return _fewer_heads(part, decoder.head_dim, size, *shares) if any(shares) else part
 
@@ -568,7 +687,9 @@ def width(decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int 
     return _fewer_features(narrower, hidden, align) if hidden else narrower
 
 
-def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float) -> Attention:
+def _fewer_heads(
+    a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float
+) -> Attention:
     """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is the size of each feature."""
 
     def left(many: int, share: float) -> int:
@@ -578,7 +699,9 @@ def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: 
     heads = left(ratio * groups, alone)
     kv_heads = left(groups, kv)
     if heads % kv_heads:
-        raise InputError(f"{heads} query heads on {kv_heads} KV heads: expected a multiple of {kv_heads}")
+        raise InputError(
+            f"{heads} query heads on {kv_heads} KV heads: expected a multiple of {kv_heads}"
+        )
     by_head = size.view(a.kv_heads, ratio, -1).sum(2)
     kept = best(by_head.sum(1), groups)
     number = kept[:, None] * ratio + torch.arange(ratio, device=kept.device)
@@ -589,9 +712,18 @@ def _fewer_heads(a: Attention, head_dim: int, size: Tensor, both: float, alone: 
         queries = number.flatten()[best(by_head[kept].flatten(), heads)]
         keys = kept[best(by_head[kept].sum(1), kv_heads)]
     q, k = (
-        (which[:, None] * head_dim + torch.arange(head_dim, device=which.device)).flatten() for which in (queries, keys)
+        (which[:, None] * head_dim + torch.arange(head_dim, device=which.device)).flatten()
+        for which in (queries, keys)
     )
-    return replace(a, q=a.q.rows(q), k=a.k.rows(k), v=a.v.rows(k), o=a.o.columns(q), heads=heads, kv_heads=kv_heads)
+    return replace(
+        a,
+        q=a.q.rows(q),
+        k=a.k.rows(k),
+        v=a.v.rows(k),
+        o=a.o.columns(q),
+        heads=heads,
+        kv_heads=kv_heads,
+    )
 
 
 def width_cross(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
@@ -603,7 +735,8 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
     before = decoder.hidden
     kept = aligned(before, 1.0 - sparsity, align)
     index = best(decoder.embedding.float().pow(2).sum(0), kept)
-    scale = math.sqrt(before / kept)  # the mean square over fewer features is larger by the square of this
+    # the mean square over fewer features is larger by the square of this
+    scale = math.sqrt(before / kept)
 
     def change(number: int, part: Any) -> Any:
         *readers, writer = part.roles
@@ -615,7 +748,9 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
     return replace(
         decoder.changed(change),
         embedding=embedding,
-        head=embedding if decoder.head is decoder.embedding else decoder.head.index_select(1, index).contiguous(),
+        head=embedding
+        if decoder.head is decoder.embedding
+        else decoder.head.index_select(1, index).contiguous(),
         final_norm=decoder.final_norm.index_select(0, index) * scale,
         epsilon=decoder.epsilon * before / kept,
     )
@@ -629,10 +764,15 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
     def factorise(p: Projection, sparsity: float) -> Projection:
         weight = p.weight.float()
         n, k = weight.shape
-        exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)  # two factors have the rest of the parameters
+        # two factors have the rest of the parameters
+        exact = math.floor((1.0 - sparsity) * n * k / (n + k) + 1e-9)
         rank = min(max(math.ceil(exact / align), 1) * align, n, k)
-        basis = torch.linalg.qr(weight.t() @ torch.randn(n, rank, generator=generator, device=decoder.device)).Q
-        return Projection(tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias)
+        basis = torch.linalg.qr(
+            weight.t() @ torch.randn(n, rank, generator=generator, device=decoder.device)
+        ).Q
+        return Projection(
+            tuple(f.to(p.weight.dtype).contiguous() for f in (basis.t(), weight @ basis)), p.bias
+        )
 
     return _each_pruned(decoder, removed, factorise)
 
@@ -640,7 +780,9 @@ def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decod
 def semi_structured(decoder: Decoder, removed: Removed) -> Decoder:
     """Make projections 2:4 sparse; Unsupported on a device without sparse tensor cores."""
     if not decoder.device.startswith("cuda"):
-        raise Unsupported(f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none")
+        raise Unsupported(
+            f"semi_structured (2:4) needs sparse tensor cores; device {decoder.device!r} has none"
+        )
     algorithms: dict[tuple[int, int], Any] = {}  # one search per shape of weights
 
     def pack(p: Projection, sparsity: float) -> Projection:
@@ -663,20 +805,30 @@ def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
 
 def two_of_four(weight: Tensor) -> Tensor:
     if weight.shape[1] % 4:
-        raise InputError(f"semi_structured: input features: expected a multiple of 4, got {weight.shape[1]}")
+        raise InputError(
+            f"semi_structured: input features: expected a multiple of 4, got {weight.shape[1]}"
+        )
     fours = weight.abs().view(len(weight), -1, 4)
-    keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.topk(2, dim=-1).indices, True)
+    keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(
+        -1, fours.topk(2, dim=-1).indices, True
+    )
     return weight.where(keep.view_as(weight), 0.0)
 
 
-def each_projection(decoder: Decoder, change: Callable[[int, str, Projection], Projection]) -> Decoder:
+def each_projection(
+    decoder: Decoder, change: Callable[[int, str, Projection], Projection]
+) -> Decoder:
     """Apply a function of layer, role and projection to every projection."""
     return decoder.changed(
-        lambda i, part: replace(part, **{role: change(i, role, getattr(part, role)) for role in part.roles})
+        lambda i, part: replace(
+            part, **{role: change(i, role, getattr(part, role)) for role in part.roles}
+        )
     )
 
 
-def _each_pruned(decoder: Decoder, removed: Removed, change: Callable[[Projection, float], Projection]) -> Decoder:
+def _each_pruned(
+    decoder: Decoder, removed: Removed, change: Callable[[Projection, float], Projection]
+) -> Decoder:
     def changed(number: int, role: str, p: Projection) -> Projection:
         sparsity = removed.of_projection(number, role)
         return change(p, sparsity) if sparsity else p
@@ -686,7 +838,8 @@ def _each_pruned(decoder: Decoder, removed: Removed, change: Callable[[Projectio
 
 # Families that change the weights
 STATIC: Mapping[str, Callable[..., Decoder]] = {
-    function.__name__: function for function in (depth, width, width_cross, semi_structured, low_rank, unstructured)
+    function.__name__: function
+    for function in (depth, width, width_cross, semi_structured, low_rank, unstructured)
 }
 
 
@@ -694,7 +847,9 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
     """Set the rule of a decoder, with random routers if the rule needs routers."""
 
     def router(outputs: int, generator: torch.Generator) -> Tensor:
-        weight = torch.randn(outputs, decoder.hidden, generator=generator) / math.sqrt(decoder.hidden)
+        weight = torch.randn(outputs, decoder.hidden, generator=generator) / math.sqrt(
+            decoder.hidden
+        )
         return weight.to(device=decoder.device, dtype=decoder.embedding.dtype)
 
     def routed(layer: Layer) -> Iterator[Any]:
@@ -723,4 +878,8 @@ def _channel_blocks(m: Mlp, groups: int) -> Blocks:
         F.pad(weight, (0, 0, 0, groups * width - channels)).view(groups, width, -1)
         for weight in (m.gate.weight, m.up.weight, m.down.weight.t())
     )
-    return Blocks(torch.cat((gate, up), 1).flatten(0, 1).contiguous(), outer.flatten(0, 1).contiguous(), groups)
+    return Blocks(
+        torch.cat((gate, up), 1).flatten(0, 1).contiguous(),
+        outer.flatten(0, 1).contiguous(),
+        groups,
+    )

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 
 from calibration.devices import operators as skipping
 from calibration.devices.attention import decode_attention, prefill_attention
-from calibration.devices.operators import TORCH_DTYPE, gated, linear, rms_norm, rotary, rotary_tables
+from calibration.devices.operators import (
+    TORCH_DTYPE,
+    gated,
+    linear,
+    rms_norm,
+    rotary,
+    rotary_tables,
+)
 from simulator.errors import InputError
 from simulator.models.config import ModelConfig
 
@@ -42,16 +49,24 @@ class Projection:
         if type(self.factors[-1]) not in _PLAIN:  # sparse weights have no kernel that skips rows
             y = self(x)
             rest = torch.arange(len(index), device=x.device) >= count
-            return y if add_to is None else add_to.index_add_(0, index, y[index].masked_fill(rest[:, None], 0.0))
+            return (
+                y
+                if add_to is None
+                else add_to.index_add_(0, index, y[index].masked_fill(rest[:, None], 0.0))
+            )
         for weight in self.factors[:-1]:
             x = skipping.kernels().gather_gemm(x, weight, index, count)
         last, added = self.factors[-1], add_to is not None
-        return skipping.kernels().gather_gemm(x, last, index, count, self.bias, out=add_to, add=added)
+        return skipping.kernels().gather_gemm(
+            x, last, index, count, self.bias, out=add_to, add=added
+        )
 
     @property
     def weight(self) -> Tensor:
         if len(self.factors) != 1 or type(self.factors[0]) not in _PLAIN:
-            raise InputError("decoder: the projection is factorised or sparse already; prune in another order")
+            raise InputError(
+                "decoder: the projection is factorised or sparse already; prune in another order"
+            )
         return self.factors[0]
 
     def rows(self, index: Tensor) -> Projection:
@@ -66,7 +81,8 @@ class Projection:
 class Blocks:
     """A copy of a sublayer's weights, ordered by groups of equal width: a token uses neighbouring rows."""
 
-    inner: Tensor  # (rows, hidden): rows that compute a group's features (MLP: gate, then up), by group
+    # (rows, hidden): rows that compute a group's features (MLP: gate, then up), by group
+    inner: Tensor
     outer: Tensor  # (features, hidden): transposed weight from the features to the hidden state
     groups: int
 
@@ -80,10 +96,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Sublayer:
-    roles: ClassVar[tuple[str, ...]] = ()  # projections: the last one writes the hidden state, the others read it
+    # projections: the last one writes the hidden state, the others read it
+    roles: ClassVar[tuple[str, ...]] = ()
     norm: Tensor
     router: Tensor = None  # for dynamic depth and width
-    blocks: Blocks | None = None  # for dynamic width: q and o by KV group, or the MLP by groups of channels
+    # for dynamic width: q and o by KV group, or the MLP by groups of channels
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +125,9 @@ class Mlp(Sublayer):
     down: Projection
 
     def channels(self, index: Tensor) -> Mlp:
-        return replace(self, gate=self.gate.rows(index), up=self.up.rows(index), down=self.down.columns(index))
+        return replace(
+            self, gate=self.gate.rows(index), up=self.up.rows(index), down=self.down.columns(index)
+        )
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,9 @@ class Decoder:
         """Apply a function of layer and sublayer to every sublayer."""
         layers = []
         for number, layer in enumerate(self.layers):
-            parts: list[Any] = [part and change(number, part) for part in (layer.attention, layer.mlp)]
+            parts: list[Any] = [
+                part and change(number, part) for part in (layer.attention, layer.mlp)
+            ]
             layers.append(Layer(*parts))
         return replace(self, layers=tuple(layers))
 
@@ -160,21 +182,27 @@ def check_model(config: ModelConfig) -> None:
         "it has gated delta nets": any(block.delta for block in config.layout),
         "its MLP is not gated": not config.gated,
         f"its norms are {config.norm!r}, not RMS norms": config.norm != "rms",
-        "it has no rotary positions over whole heads": not (whole_heads and all(b.rotary for b in config.layout)),
+        "it has no rotary positions over whole heads": not (
+            whole_heads and all(b.rotary for b in config.layout)
+        ),
         "attention and MLP run in parallel": config.parallel_residual,
         "it has norms after its sublayers": config.post_norms,
         "it soft-caps its logits": config.logit_softcap or config.attention_softcap,
         "some layers attend to a window": any(config.windows),
         "its attention has a gate": config.output_gate,
         "its queries and keys have norms without weights": config.qk_norm == "unit",
-        "its projections are factors": any(block.ranks or block.shortcuts or block.out for block in config.layout),
+        "its projections are factors": any(
+            block.ranks or block.shortcuts or block.out for block in config.layout
+        ),
         "its output projections have biases": config.o_bias or config.mlp_bias,
     }
     if found := [reason for reason, true in reasons.items() if true]:
         raise InputError(f"decoder: {config.name} is not a Llama-style model: {'; '.join(found)}")
 
 
-def random_decoder(config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", seed: int = 0) -> Decoder:
+def random_decoder(
+    config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", seed: int = 0
+) -> Decoder:
     """Return a decoder with random weights that keep activations near one."""
     check_model(config)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -193,11 +221,19 @@ def random_decoder(config: ModelConfig, *, dtype: str = "bf16", device: str = "c
     weights: dict[str, Tensor] = {}
     for number, block in enumerate(config.layout):
         # the order of these lines determines the random weights
-        at, q, kv, inner = f"model.layers.{number}", block.heads * d, block.kv_heads * d, block.inner
+        at, q, kv, inner = (
+            f"model.layers.{number}",
+            block.heads * d,
+            block.kv_heads * d,
+            block.inner,
+        )
         weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
         attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)} if q else {}
         mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)} if inner else {}
-        for norm, part, shapes in (("input", "self_attn", attention), ("post_attention", "mlp", mlp)):
+        for norm, part, shapes in (
+            ("input", "self_attn", attention),
+            ("post_attention", "mlp", mlp),
+        ):
             if shapes:
                 weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
             for role, shape in shapes.items():
@@ -233,14 +269,20 @@ def from_weights(
 
     def projections(at: str, roles: tuple[str, ...]) -> dict[str, Any]:
         keys = {role: f"{at}.{role}_proj" for role in roles}
-        return {role: Projection((get(f"{key}.weight"),), maybe(f"{key}.bias")) for role, key in keys.items()}
+        return {
+            role: Projection((get(f"{key}.weight"),), maybe(f"{key}.bias"))
+            for role, key in keys.items()
+        }
 
     embedding, made = get("model.embed_tokens.weight"), []
     numbers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
     for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
         attention, mlp = None, None
         if f"{at}.input_layernorm.weight" in weights:
-            own = {"norm": get(f"{at}.input_layernorm.weight"), **projections(f"{at}.self_attn", Attention.roles)}
+            own = {
+                "norm": get(f"{at}.input_layernorm.weight"),
+                **projections(f"{at}.self_attn", Attention.roles),
+            }
             if f"{at}.self_attn.q_norm.weight" in weights:
                 own |= {f"{role}_norm": get(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
             heads, kv_heads = (len(own[role].weight) // head_dim for role in "qk")
@@ -276,7 +318,8 @@ class PassState:
     decoder: Decoder
     prompt: int  # tokens of the prompt
     room: int = 0  # cache positions after the prompt
-    position: int = 0  # position of the first token of the pass; after the pass, position of the next token
+    # position of the first token of the pass; after the pass, position of the next token
+    position: int = 0
     decoding: bool = False  # whether this is a decode step
     layer: int = 0  # current layer
     cos: Tensor = None  # rotary tables of the current tokens, (tokens, head_dim)
@@ -307,7 +350,11 @@ class PassState:
             and of_token.is_contiguous()
             and len(heads) * heads.shape[2] == len(self.angles[0])
         ):
-            return self.fused.rotary(of_token.flatten(0, 1), *self.angles).view_as(of_token).transpose(1, 2)
+            return (
+                self.fused.rotary(of_token.flatten(0, 1), *self.angles)
+                .view_as(of_token)
+                .transpose(1, 2)
+            )
         return rotary(heads, *(tables or (self.cos, self.sin)))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -398,9 +445,16 @@ def embedded(s: PassState, tokens: Tensor) -> Tensor:
     x = F.embedding(tokens, decoder.embedding)
     positions = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
     tables = rotary_tables(positions, decoder.head_dim, x.dtype, decoder.frequencies)
-    s.cos, s.sin = (table * decoder.rotary_scale for table in tables) if decoder.rotary_scale != 1.0 else tables
+    s.cos, s.sin = (
+        (table * decoder.rotary_scale for table in tables)
+        if decoder.rotary_scale != 1.0
+        else tables
+    )
     if skipping.in_triton(decoder.device):
-        s.fused, s.angles = skipping.kernels(), tuple(table.repeat(len(tokens), 1) for table in (s.cos, s.sin))
+        s.fused, s.angles = (
+            skipping.kernels(),
+            tuple(table.repeat(len(tokens), 1) for table in (s.cos, s.sin)),
+        )
     return x
 
 

@@ -10,7 +10,15 @@ import torch
 
 from calibration.devices.operators import is_out_of_memory
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.runners.cases import Case, ModelRun, PairRunner, Sampler, alternate, counted, looped
+from calibration.runners.cases import (
+    Case,
+    ModelRun,
+    PairRunner,
+    Sampler,
+    alternate,
+    counted,
+    looped,
+)
 from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
 from simulator.codes import ROLES, Kind
@@ -19,14 +27,18 @@ from simulator.models.config import ModelConfig
 from simulator.workload import Workload
 
 
-def time_pair(dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float) -> dict[str, Any]:
+def time_pair(
+    dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float
+) -> dict[str, Any]:
     return alternate(sampler(dense, case, runtime), sampler(pruned, case, runtime), limit_s)
 
 
 def sampler(decoder: Decoder, case: Case, runtime: str) -> Sampler:
     """Return the sampler of a case; decode repeats one step at the same position."""
     shape = (case.batch, case.seq)
-    tokens = torch.randint(len(decoder.embedding), shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        len(decoder.embedding), shape, generator=torch.Generator().manual_seed(0)
+    )
     tokens = tokens.to(decoder.embedding.device)
     if case.phase == "decode":
         _, state = prefill(decoder, tokens, room=2)
@@ -68,7 +80,9 @@ def check_shapes(decoder: Decoder, workload: Workload) -> None:
             found[ROLES.index(role), stage if len(projection.factors) > 1 else 0, n, k] += 1
     if different := sorted((expected - found) + (found - expected)):
         code, _, n, k = different[0]
-        raise InputError(f"decoder: its shapes are not as predicted, such as {ROLES[code]} with n={n}, k={k}")
+        raise InputError(
+            f"decoder: its shapes are not as predicted, such as {ROLES[code]} with n={n}, k={k}"
+        )
 
 
 class Executor(PairRunner):
@@ -86,24 +100,36 @@ class Executor(PairRunner):
         self.dense = self._random(self.model.config)
 
     def _random(self, config: ModelConfig) -> Decoder:
-        return random_decoder(config, dtype=self.model.dtype, device=self.device.name, seed=self.model.seed)
+        return random_decoder(
+            config, dtype=self.model.dtype, device=self.device.name, seed=self.model.seed
+        )
 
     def timed(self, case: Case, end: float) -> dict[str, Any]:
         if case.prune not in self.kept:
-            self.kept.clear()  # before the next decoder is made: memory may hold two large models, not three
+            # before the next decoder is made: memory may hold two large models, not three
+            self.kept.clear()
             config = case.pruning.model
-            self.kept[case.prune] = self._random(config) if config else prune_by_steps(self.dense, case.steps)
+            self.kept[case.prune] = (
+                self._random(config) if config else prune_by_steps(self.dense, case.steps)
+            )
         pruned = self.kept[case.prune]
         check_shapes(pruned, case.pruned)
         runtime = self._runtime(pruned)
         try:
-            return {"runtime": runtime, **time_pair(self.dense, pruned, case, runtime, self.limit_s(end))}
+            return {
+                "runtime": runtime,
+                **time_pair(self.dense, pruned, case, runtime, self.limit_s(end)),
+            }
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error) or "captur" not in str(error):
                 raise  # all messages of failed captures have this word
             # torch's allocator may stay in capture, so nothing that this process times after it counts
-            raise CaptureFailed(f"not captured: {type(error).__name__}: {error}".splitlines()[0]) from error
+            raise CaptureFailed(
+                f"not captured: {type(error).__name__}: {error}".splitlines()[0]
+            ) from error
 
     def _runtime(self, pruned: Decoder) -> str:
-        graph = pruned.device.startswith("cuda") and not (pruned.rule and pruned.rule.on_host(pruned.device))
+        graph = pruned.device.startswith("cuda") and not (
+            pruned.rule and pruned.rule.on_host(pruned.device)
+        )
         return "cuda_graph" if graph else "eager"

@@ -36,7 +36,16 @@ from typing import Any
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED, Interrupted
 from calibration.measure.timing import OK, InvalidTiming
-from calibration.runners.cases import ENOUGH, LEAST, Case, ModelRun, Observation, Runner, counted, in_turns
+from calibration.runners.cases import (
+    ENOUGH,
+    LEAST,
+    Case,
+    ModelRun,
+    Observation,
+    Runner,
+    counted,
+    in_turns,
+)
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import ROLES, Kind
 from simulator.engines.engine import numbers
@@ -76,11 +85,14 @@ class LargestRequest:
         return self.with_sizes(LargestRequest(case.batch, sum(lengths(case)), batched))
 
     def with_sizes(self, other: LargestRequest) -> LargestRequest:
-        return LargestRequest(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return LargestRequest(
+            *(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        )
 
 
 Served = tuple[ModelConfig, bool]  # model, and whether its process is that of serve alone
-Samples = tuple[Sequence[float], Sequence[float]]  # s per pass (per request in serve), waits for first tokens in serve
+# s per pass (per request in serve), waits for first tokens in serve
+Samples = tuple[Sequence[float], Sequence[float]]
 
 
 _TRACE, _TRACED_STEPS = "trace", 8  # folder of a profile, and its number of decode steps
@@ -127,11 +139,15 @@ class VllmRunner(Runner):
     def check(self, case: Case) -> None:
         formats = {case.dense.meta.dtype, self.dtype}
         if len(formats) > 1 or (case.dense.weight_dtype != case.dense.dtype).any():
-            raise InputError(f"formats: expected weights, cache and arithmetic in {self.dtype} in vLLM")
+            raise InputError(
+                f"formats: expected weights, cache and arithmetic in {self.dtype} in vLLM"
+            )
         serving = case.phase == "serve"
         sizes, positions = self.sizes[serving].with_case(case), self.models.dense.max_positions
         if sizes.tokens > positions:
-            raise InputError(f"seq: expected at most {positions} positions, got {sum(lengths(case))} with new tokens")
+            raise InputError(
+                f"seq: expected at most {positions} positions, got {sum(lengths(case))} with new tokens"
+            )
         self.models.pruned(case)
         self.sizes[serving] = sizes
 
@@ -144,7 +160,10 @@ class VllmRunner(Runner):
             return {"status": FAILED, "reason": str(error)}
         except (OutOfMemory, EngineFailed) as error:
             self._keep(())
-            return {"status": SKIPPED if isinstance(error, OutOfMemory) else FAILED, "reason": str(error)}
+            return {
+                "status": SKIPPED if isinstance(error, OutOfMemory) else FAILED,
+                "reason": str(error),
+            }
 
     def observe(self, case: Case) -> Observation:
         self.traced = True
@@ -160,27 +179,41 @@ class VllmRunner(Runner):
         steps = engine.ask("profile", folder=str(engine.log.with_name(_TRACE)), **given)["steps"]
         prefill = case.phase == "prefill"
         prompts, decodes = (case.batch * tokens, 0) if prefill else (0, case.batch)
-        found = [step["kernels"] for step in steps if _tokens_of(step["name"]) == (prompts, decodes)]
+        found = [
+            step["kernels"] for step in steps if _tokens_of(step["name"]) == (prompts, decodes)
+        ]
         if not found:
-            raise Unsupported(f"vLLM's profile has no step of {prompts} prompt tokens and {decodes} decodes")
-        kernels = {name: sum(step.get(name, 0.0) for step in found) / len(found) for name in found[0]}
+            raise Unsupported(
+                f"vLLM's profile has no step of {prompts} prompt tokens and {decodes} decodes"
+            )
+        kernels = {
+            name: sum(step.get(name, 0.0) for step in found) / len(found) for name in found[0]
+        }
         return Observation(statistics.median(samples[1:]), kernels, engine.versions["vllm"])
 
     def _timed(self, case: Case, seconds: float) -> dict[str, Any]:
         serving = case.phase == "serve"
-        pair = [(model, case.phase in self.apart) for model in (self.models.dense, self.models.pruned(case))]
+        pair = [
+            (model, case.phase in self.apart)
+            for model in (self.models.dense, self.models.pruned(case))
+        ]
         limit = min(0.8 * seconds, LONGEST_S)
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
             self._keep(pair)
             engines = [self._engine(one) for one in pair]
-            for engine in () if serving else engines:  # a sample of serve begins with an untimed ramp-up
+            # a sample of serve begins with an untimed ramp-up
+            for engine in () if serving else engines:
                 self._sample(case, engine)
             clock = self.device.clock
-            found = in_turns(lambda i: self._sample(case, engines[i]), lambda x: x[0], limit, clock, MOST)
+            found = in_turns(
+                lambda i: self._sample(case, engines[i]), lambda x: x[0], limit, clock, MOST
+            )
         else:
             found = self._in_turn(case, pair, limit)
-        dense_s, pruned_s = ([round(s, 9) for seconds, _ in samples for s in seconds] for samples in found)
+        dense_s, pruned_s = (
+            [round(s, 9) for seconds, _ in samples for s in seconds] for samples in found
+        )
         count = min(len(dense_s), len(pruned_s))
         first = ([round(s, 9) for _, waits in samples for s in waits] for samples in found)
         waits = dict(zip(("dense_first_token_s", "pruned_first_token_s"), first))
@@ -193,10 +226,15 @@ class VllmRunner(Runner):
             "pruned_s": pruned_s[:count],
             **(waits if serving else {}),
             "versions": versions,
-            "settings": {**self._settings(pair[0]), "in_turns": "samples" if together else "models"},
+            "settings": {
+                **self._settings(pair[0]),
+                "in_turns": "samples" if together else "models",
+            },
         }
 
-    def _in_turn(self, case: Case, pair: Sequence[Served], limit: float) -> tuple[list[Samples], list[Samples]]:
+    def _in_turn(
+        self, case: Case, pair: Sequence[Served], limit: float
+    ) -> tuple[list[Samples], list[Samples]]:
         """Return samples of one model, then of the other, because the memory holds only one."""
         found: tuple[list[Samples], list[Samples]] = ([], [])
         for one, samples in zip(pair, found):
@@ -204,7 +242,9 @@ class VllmRunner(Runner):
             engine = self._engine(one)
             self._sample(case, engine)
             start = self.device.clock()
-            while len(samples) < LEAST or (len(samples) < ENOUGH and self.device.clock() - start < limit / 2.0):
+            while len(samples) < LEAST or (
+                len(samples) < ENOUGH and self.device.clock() - start < limit / 2.0
+            ):
                 samples.append(self._sample(case, engine))
         return found
 
@@ -213,16 +253,27 @@ class VllmRunner(Runner):
         tokens, output = lengths(case)
         vocab, batch = self.models.dense.vocab, case.batch
         if case.phase == "serve":
-            found = engine.ask("serve", concurrency=batch, tokens=tokens, output=output, vocab=vocab, windows=WINDOWS)
+            found = engine.ask(
+                "serve",
+                concurrency=batch,
+                tokens=tokens,
+                output=output,
+                vocab=vocab,
+                windows=WINDOWS,
+            )
             return found["seconds"], found["first_token_s"]
 
         def latency(output: int) -> float:
             found = engine.ask("latency", batch=batch, tokens=tokens, output=output, vocab=vocab)
             return float(found["seconds"])
 
-        seconds = (latency(output) - latency(1)) / STEPS if case.phase == "decode" else latency(output)
+        seconds = (
+            (latency(output) - latency(1)) / STEPS if case.phase == "decode" else latency(output)
+        )
         if not seconds > 0.0:
-            raise InvalidTiming(f"a decode step of {seconds:g} s: noise exceeds the time of {STEPS} steps")
+            raise InvalidTiming(
+                f"a decode step of {seconds:g} s: noise exceeds the time of {STEPS} steps"
+            )
         return [seconds], []
 
     def _keep(self, needed: Sequence[Served]) -> None:
@@ -233,7 +284,9 @@ class VllmRunner(Runner):
         if one not in self.engines:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
             folder = Path(self._folder.name)
-            file = write_config(folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(one[0]))
+            file = write_config(
+                folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(one[0])
+            )
             folders: dict[str, Any] = {"model": str(file.parent)}
             if self.traced:
                 trace = file.with_name(_TRACE)
@@ -283,18 +336,29 @@ class VllmRunner(Runner):
         return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
 
     def _bytes(self, one: Served) -> float:
-        w = WorkloadBatch.of([lower(one[0], phase="prefill", seq=self._sizes(one).batched, dtype=self.dtype)])
-        return float(weights_bytes(w)[0] + activation_bytes(w)[0]) + self._cache_bytes(one) + _OWN_BYTES
+        w = WorkloadBatch.of(
+            [lower(one[0], phase="prefill", seq=self._sizes(one).batched, dtype=self.dtype)]
+        )
+        return (
+            float(weights_bytes(w)[0] + activation_bytes(w)[0])
+            + self._cache_bytes(one)
+            + _OWN_BYTES
+        )
 
 
 def release_note(version: str) -> str:
     first, own, last = ((numbers(text) or ())[:2] for text in (RELEASES[0], version, RELEASES[1]))
     known = first <= own <= last
-    return "" if known else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
+    return (
+        ""
+        if known
+        else f"vLLM {version}: not one of the releases that were compared, {' to '.join(RELEASES)}"
+    )
 
 
 WORKER = Path(__file__).with_name("worker.py")
-RELEASES = ("0.11.0", "0.33.0")  # first and last release of vLLM that were compared with the worker's calls
+# first and last release of vLLM that were compared with the worker's calls
+RELEASES = ("0.11.0", "0.33.0")
 _LOG_BYTES = 200_000
 _CLOSING_S = 20.0
 _ERROR = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.*)")
@@ -305,7 +369,9 @@ _MEMORY = re.compile(
 )
 _ARGUMENT = re.compile(r"unexpected keyword argument|Unexpected keyword argument")
 _QUIET = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d ")
-_GENERIC = re.compile(r"Engine core initialization failed|EngineCore encountered an issue|EngineDeadError|WorkerProc")
+_GENERIC = re.compile(
+    r"Engine core initialization failed|EngineCore encountered an issue|EngineDeadError|WorkerProc"
+)
 
 
 class EngineFailed(RuntimeError):
@@ -321,7 +387,9 @@ def environment(device: Device | None = None, cache_bytes: int = 0) -> dict[str,
     if device.name.startswith("cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         index = int(device.name.partition(":")[2] or 0)
-        env["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[0] else str(index)
+        env["CUDA_VISIBLE_DEVICES"] = (
+            visible[index] if index < len(visible) and visible[0] else str(index)
+        )
         return env
     own = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
     own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-cache_bytes // 2**30))
@@ -334,9 +402,13 @@ def environment(device: Device | None = None, cache_bytes: int = 0) -> dict[str,
 def check_installed(python: str) -> None:
     code = "import importlib.util; print(importlib.util.find_spec('vllm') is not None)"
     try:
-        found = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+        found = subprocess.run(
+            [python, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{python}: cannot be run ({error}); expected a Python interpreter with vLLM") from None
+        raise InputError(
+            f"{python}: cannot be run ({error}); expected a Python interpreter with vLLM"
+        ) from None
     if found.stdout.strip() != "True":
         raise InputError(
             f"vLLM is not installed for {python}; install it with: {python} -m pip install vllm "
@@ -402,7 +474,9 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.0 if self.interrupted() or self.process.poll() is not None else _CLOSING_S)
+            self.process.wait(
+                0.0 if self.interrupted() or self.process.poll() is not None else _CLOSING_S
+            )
         self._signal(signal.SIGKILL)
         self.process.wait()
         os.close(self._answers)
@@ -411,14 +485,17 @@ class EngineProcess:
     def _answer(self) -> dict[str, Any]:
         end = time.monotonic() + self.patience_s
         while b"\n" not in self._rest:
-            over = self.process.poll() is not None  # polled before the read: the last answer may still come
+            # polled before the read: the last answer may still come
+            over = self.process.poll() is not None
             ready, _, _ = select.select([self._answers], [], [], 0.0 if over else 0.2)
             part = os.read(self._answers, 1 << 16) if ready else b""
             self._rest += part
             if not part and (ready or over):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(5.0)
-                raise self._failure(f"the vLLM process ended with status {self.process.returncode or 0}")
+                raise self._failure(
+                    f"the vLLM process ended with status {self.process.returncode or 0}"
+                )
             if not part and self.interrupted():
                 self._signal(signal.SIGKILL)
                 raise Interrupted
@@ -493,23 +570,37 @@ class Models:
     def __post_init__(self) -> None:
         name, kind = self.dense.name, self.dense.architecture
         if not self.content:
-            raise InputError(f"{name}: vLLM needs a config.json to start from; expected a name or a file")
+            raise InputError(
+                f"{name}: vLLM needs a config.json to start from; expected a name or a file"
+            )
         if kind not in CLASSES:
-            raise InputError(f"{name}: model_type {kind!r}: expected one of {', '.join(CLASSES)} to run in vLLM")
+            raise InputError(
+                f"{name}: model_type {kind!r}: expected one of {', '.join(CLASSES)} to run in vLLM"
+            )
         if self.dense.weight_dtype:
-            raise InputError(f"{name}: its weights are stored in {self.dense.weight_dtype}; expected 16 or 32 bits")
+            raise InputError(
+                f"{name}: its weights are stored in {self.dense.weight_dtype}; expected 16 or 32 bits"
+            )
         self.config_of(self.dense)
 
     def config_of(self, model: ModelConfig) -> dict[str, Any]:
         text = self.content.get("text_config")
         own = {**self.content, **(text if isinstance(text, Mapping) else {})}
-        own = {key: value for key, value in own.items() if key not in _DROPPED and not key.startswith("_")}
+        own = {
+            key: value
+            for key, value in own.items()
+            if key not in _DROPPED and not key.startswith("_")
+        }
         own["model_type"] = self.dense.architecture
         if model.experts:
             key = next(key for key in _EXPERTS if key in own)
             own |= {key: model.experts, "num_experts_per_tok": int(model.active)}
         given = from_hf_config(own, name=model.name)
-        return {**own, **changed_keys(given, model, own), "architectures": [CLASSES[model.architecture]]}
+        return {
+            **own,
+            **changed_keys(given, model, own),
+            "architectures": [CLASSES[model.architecture]],
+        }
 
     def pruned(self, case: Case) -> ModelConfig:
         """Return the pruned model of a case; InputError if vLLM cannot load it, or would build other shapes."""
@@ -524,10 +615,15 @@ class Models:
         same = ("phase", "batch", "seq", "new_tokens", "dtype", "engine")
         built = lower(model, **{name: getattr(meta, name) for name in same})
         names = ("kind", "role", "n", "k", "heads", "kv_heads", "experts", "window")
-        timed = (w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE)) for w in (case.pruned, built))
+        timed = (
+            w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
+            for w in (case.pruned, built)
+        )
         expected, found = (counted(w, *names) for w in timed)
         if different := sorted((expected - found) + (found - expected)):
             _, role, n, k, heads, *_ = different[0]
             where = f"{heads} heads" if heads else f"n={n}, k={k}"
-            raise InputError(f"vLLM would not build the predicted shapes, such as {ROLES[role]} with {where}")
+            raise InputError(
+                f"vLLM would not build the predicted shapes, such as {ROLES[role]} with {where}"
+            )
         return model

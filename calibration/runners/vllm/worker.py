@@ -28,27 +28,38 @@ PR_SET_PDEATHSIG = 1  # in linux/prctl.h
 
 def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> list[Any]:
     choose = random.Random(seed)
-    return [vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens)) for _ in range(batch)]
+    return [
+        vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens))
+        for _ in range(batch)
+    ]
 
 
 def by_step(vllm: Any, output: int) -> Any:
     delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
-    return vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=delta)
+    return vllm.SamplingParams(
+        temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=delta
+    )
 
 
 def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
-    params = vllm.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
+    params = vllm.SamplingParams(
+        temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False
+    )
     sent = prompts(vllm, batch, tokens, vocab)
     start = time.perf_counter()
     finished = llm.generate(sent, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     made = {len(one.outputs[0].token_ids) for one in finished}
     if len(finished) != batch or made != {output}:
-        raise RuntimeError(f"expected {batch} requests with {output} new tokens each, got {len(finished)} with {made}")
+        raise RuntimeError(
+            f"expected {batch} requests with {output} new tokens each, got {len(finished)} with {made}"
+        )
     return {"seconds": seconds}
 
 
-def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vocab: int, windows: int) -> Answer:
+def serve(
+    vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vocab: int, windows: int
+) -> Answer:
     """Return times of windows in the steady state of a closed loop, and waits for first tokens.
 
     ``concurrency`` requests are in flight; a finished request is replaced at once. The first requests ask for fewer
@@ -84,10 +95,15 @@ def serve(vllm: Any, llm: Any, *, concurrency: int, tokens: int, output: int, vo
     engine.abort_request(sorted(in_flight))
     while engine.has_unfinished_requests():
         engine.step()
-    return {"seconds": [late - early for early, late in itertools.pairwise(marks)], "first_token_s": waits}
+    return {
+        "seconds": [late - early for early, late in itertools.pairwise(marks)],
+        "first_token_s": waits,
+    }
 
 
-def rounds(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int) -> Answer:
+def rounds(
+    vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int
+) -> Answer:
     """Return the times of steps in which all sequences run, and the mean number of tokens that each makes per step.
     Divided by three, the last token of a prompt leaves ``which``."""
     engine = llm.llm_engine
@@ -117,7 +133,12 @@ def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
     latency(vllm, llm, **request)
     llm.stop_profile()
     texts = [gzip.decompress(file.read_bytes()) for file in sorted(Path(folder).glob("*.json.gz"))]
-    events = [event for text in texts for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
+    events = [
+        event
+        for text in texts
+        for event in json.loads(text)["traceEvents"]
+        if event.get("ph") == "X"
+    ]
     return {"steps": steps_of(events)}
 
 
@@ -126,13 +147,17 @@ def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
     torch, without the operators that they call."""
     gpu = [event for event in events if event.get("cat") == "kernel"]
     spans = [
-        e for e in events if e["name"].startswith("execute_") and (e.get("cat", "").startswith("gpu") == bool(gpu))
+        e
+        for e in events
+        if e["name"].startswith("execute_") and (e.get("cat", "").startswith("gpu") == bool(gpu))
     ]
     inside = gpu or [event for event in events if event.get("cat") == "cpu_op"]
     out = []
     for span in sorted(spans, key=lambda e: float(e["ts"])):
         start, end = float(span["ts"]), float(span["ts"]) + float(span["dur"])
-        own = [e for e in inside if start <= float(e["ts"]) < end and (gpu or e["tid"] == span["tid"])]
+        own = [
+            e for e in inside if start <= float(e["ts"]) < end and (gpu or e["tid"] == span["tid"])
+        ]
         kernels, open_until = dict[str, float](), list[tuple[float, str]]()
         for e in sorted(own, key=lambda e: (float(e["ts"]), -float(e["dur"]))):
             while open_until and open_until[-1][0] <= float(e["ts"]):
@@ -145,13 +170,20 @@ def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
     return out
 
 
-TIMED: dict[str, Callable[..., Answer]] = {"latency": latency, "profile": profile, "rounds": rounds, "serve": serve}
+TIMED: dict[str, Callable[..., Answer]] = {
+    "latency": latency,
+    "profile": profile,
+    "rounds": rounds,
+    "serve": serve,
+}
 
 
 def main(descriptor: int, settings: Answer) -> None:
     """Start the model, then answer requests until the input ends; an error is answered and ends the process."""
-    os.set_inheritable(descriptor, False)  # the reader must see the end of this process, not of vLLM's processes
-    if sys.platform == "linux":  # a killed reader leaves this process stopped: it continues and sees its input's end
+    # the reader must see the end of this process, not of vLLM's processes
+    os.set_inheritable(descriptor, False)
+    # a killed reader leaves this process stopped: it continues and sees its input's end
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     with os.fdopen(descriptor, "w", buffering=1) as answers:
 
@@ -160,7 +192,9 @@ def main(descriptor: int, settings: Answer) -> None:
 
         try:
             vllm = importlib.import_module("vllm")
-            versions = {name: importlib.import_module(name).__version__ for name in ("vllm", "torch")}
+            versions = {
+                name: importlib.import_module(name).__version__ for name in ("vllm", "torch")
+            }
             llm = vllm.LLM(**settings)
             answer(versions=versions)
             for line in sys.stdin:
