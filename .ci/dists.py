@@ -1,8 +1,9 @@
-"""Check a source archive and the wheels made of it: ``python .ci/dists.py SDIST WHEEL WHEEL_OF_THE_TREE``.
+"""Check a source archive and the wheels made of it: ``python .ci/dists.py SDIST WHEEL
+WHEEL_OF_THE_TREE``.
 
-Run in the tree that they were built from. The archive must hold every file of the tree; the wheel must hold every file
-of the packages and nothing else; the wheel built from the archive must equal the one built from the tree; and both must
-stay small.
+Run in the tree that they were built from. The archive must hold every file of the tree; the wheel
+must hold every file of the packages and nothing else; the wheel built from the archive must equal
+the one built from the tree; and both must stay small.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def faults(tree: Path, sdist: Path, wheel: Path, wheel_of_tree: Path) -> list[st
         and wheel.name == wheel_of_tree.name == f"prunesim-{version}-py3-none-any.whl"
     ):
         found.append(
-            f"{sdist.name}, {wheel.name}, {wheel_of_tree.name}: expected names with version {version}"
+            f"{sdist.name}, {wheel.name}, {wheel_of_tree.name}: expected names with version"
+            f" {version}"
         )
     return found
 

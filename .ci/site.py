@@ -1,7 +1,9 @@
-"""The pages that lie beside docs/ join the site: MkDocs reads one folder, and GitHub shows the README of the root.
+"""The pages that lie beside docs/ join the site: MkDocs reads one folder, and GitHub shows the
+README of the root.
 
-``mkdocs.yml`` names this file as its hook. Links keep the form that GitHub follows; here they are turned to the place
-that a page has in the site. What the site does not hold (code, notebooks) is shown as text.
+``mkdocs.yml`` names this file as its hook. Links keep the form that GitHub follows; here they are
+turned to the place that a page has in the site. What the site does not hold (code, notebooks) is
+shown as text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Somebody else's program with the installed package: ``mypy --strict`` must see its types and the mistake below."""
+"""Somebody else's program with the installed package: ``mypy --strict`` must see its types and the
+mistake below."""
 
 from __future__ import annotations
 

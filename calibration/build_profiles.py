@@ -1,9 +1,11 @@
-"""Build the fitted part of the shipped profiles, one file per device and stack, from the measurements:
-``python -m calibration.build_profiles [NAME.STACK ...] [--operator LIST] [--wheel FILE]``.
+"""Build the fitted part of the shipped profiles, one file per device and stack, from the
+measurements: ``python -m calibration.build_profiles [NAME.STACK ...] [--operator LIST] [--wheel
+FILE]``.
 
-Values are rounded, because the same tables must give the same file. Tables that do not ship are read from the wheel in
-which they were published, the tables of the RTX 4090 from a folder (``--shared-data``, or ``PRUNESIM_SHARED_DATA``).
-Without the wheel or folder, their sections are kept, and a line reports it.
+Values are rounded, because the same tables must give the same file. Tables that do not ship are
+read from the wheel in which they were published, the tables of the RTX 4090 from a folder
+(``--shared-data``, or ``PRUNESIM_SHARED_DATA``). Without the wheel or folder, their sections are
+kept, and a line reports it.
 """
 
 from __future__ import annotations
@@ -57,14 +59,15 @@ class Recipe:
         )
 
 
-# Stacks without NCCL's rows. Their all-reduce was timed on a machine with peer access between GPUs (20 GB/s per GPU for
-# any number of GPUs), NCCL on a machine without peer access (1.3 GB/s per GPU among eight).
+# Stacks without NCCL's rows. Their all-reduce was timed on a machine with peer access between GPUs
+# (20 GB/s per GPU for any number of GPUs), NCCL on a machine without peer access (1.3 GB/s per GPU
+# among eight).
 _OTHER_HOST = ("l40s.sglang",)
 
 
 def _recipes() -> dict[str, Recipe]:
-    """Return a recipe per device and stack; NCCL's collectives belong to every stack. vLLM's tables lack the
-    compute-bound GEMMs, so SGLang's section is their prior."""
+    """Return a recipe per device and stack; NCCL's collectives belong to every stack. vLLM's tables
+    lack the compute-bound GEMMs, so SGLang's section is their prior."""
     recipes: dict[str, Recipe] = {}
     for hardware, stack in dict.fromkeys(
         (c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"
@@ -83,7 +86,8 @@ RECIPES: Mapping[str, Recipe] = _recipes()
 
 
 def shared_folder(folder: str | None = None) -> Path | None:
-    """Return the folder of the RTX 4090 tables (else ``PRUNESIM_SHARED_DATA``, or ``../shared/data``), or None."""
+    """Return the folder of the RTX 4090 tables (else ``PRUNESIM_SHARED_DATA``, or
+    ``../shared/data``), or None."""
     checkout = Path(__file__).resolve().parents[2] / "shared" / "data"
     path = Path(folder or os.environ.get("PRUNESIM_SHARED_DATA") or checkout)
     return path if all((path / name).is_file() for name in RTX_FILES) else None
@@ -101,7 +105,8 @@ def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
 
 
 def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:
-    """Return the RTX 4090's rows; sources name the file and its licence, not the folder, which is private."""
+    """Return the RTX 4090's rows; sources name the file and its licence, not the folder, which is
+    private."""
     parts = []
     for name in RTX_FILES:
         records = import_table(folder / name, hw=hw).records
@@ -122,8 +127,9 @@ def build(
     shared: Path | None = None,
     operators: tuple[str, ...] = (),
 ) -> ProfileFit:
-    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet saved. ``operators``
-    selects operators whose fit needs no other operator. InputError if no table is available."""
+    """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet
+    saved. ``operators`` selects operators whose fit needs no other operator. InputError if no table
+    is available."""
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
@@ -160,7 +166,8 @@ def build(
 
 
 def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile with the gap between kernels of a graph: the related GPU's t0 less the profile's."""
+    """Return a profile with the gap between kernels of a graph: the related GPU's t0 less the
+    profile's."""
     section = profile.sections[_GEMM]
     gap = related.sections[_GEMM]["t0"] - section["t0"]
     if gap <= 0.0 or section.provenance is None:
@@ -207,8 +214,8 @@ def make(
     shared: Path | None = None,
     operators: tuple[str, ...] = (),
 ) -> list[str]:
-    """Write a stack file and return one line of text per section. Sections are kept if their tables are in a wheel that
-    is not given, or if their operator is not selected."""
+    """Write a stack file and return one line of text per section. Sections are kept if their tables
+    are in a wheel that is not given, or if their operator is not selected."""
     recipe, fit = RECIPES[name], build(name, wheel, shared, operators)
     kept: Mapping[tuple[str, str], Section] = {}
     lines = []
@@ -265,7 +272,8 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
         names = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel, shared)]
         for name in (name for name in RECIPES if name not in names):
             report(
-                f"{name}: kept; its tables do not ship (use --wheel; for the RTX 4090 --shared-data)"
+                f"{name}: kept; its tables do not ship (use --wheel; for the RTX 4090"
+                " --shared-data)"
             )
     try:
         if wrong := [name for name in names if name not in RECIPES]:

@@ -71,14 +71,45 @@ _MODULES = {
 # name -> module; imported on first use, so that ``import simulator`` stays fast
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-# fmt: off
 __all__ = [
-    "Costs", "FAMILIES", "GemmOptions", "HardwareProfile", "InputError", "METHODS", "ModelConfig", "Plan", "Request",
-    "Result", "Results", "Step", "Targets", "Workload", "__version__", "costs", "draft", "gemm_time", "list_engines",
-    "list_hardware", "list_models", "load_engine", "load_hardware", "load_model", "lower", "memory", "predict", "prune",
-    "save_hardware", "search", "serve", "speedup", "speedups", "sweep", "table", "waterfall", "workload_time",
+    "Costs",
+    "FAMILIES",
+    "GemmOptions",
+    "HardwareProfile",
+    "InputError",
+    "METHODS",
+    "ModelConfig",
+    "Plan",
+    "Request",
+    "Result",
+    "Results",
+    "Step",
+    "Targets",
+    "Workload",
+    "__version__",
+    "costs",
+    "draft",
+    "gemm_time",
+    "list_engines",
+    "list_hardware",
+    "list_models",
+    "load_engine",
+    "load_hardware",
+    "load_model",
+    "lower",
+    "memory",
+    "predict",
+    "prune",
+    "save_hardware",
+    "search",
+    "serve",
+    "speedup",
+    "speedups",
+    "sweep",
+    "table",
+    "waterfall",
+    "workload_time",
 ]
-# fmt: on
 
 
 def __getattr__(name: str) -> Any:

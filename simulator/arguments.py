@@ -1,4 +1,5 @@
-"""Check arguments of the Python interface; an error is one line: argument, expected value, given value."""
+"""Check arguments of the Python interface; an error is one line: argument, expected value, given
+value."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def whole(value: Any) -> int | None:
 
 
 def _is_truth(value: Any) -> bool:
-    """Return whether a value is a truth value of Python or NumPy; importing NumPy here would take 0.1 s."""
+    """Return whether a value is a truth value of Python or NumPy; importing NumPy here would take
+    0.1 s."""
     return isinstance(value, bool) or (
         type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool"
     )

@@ -24,7 +24,8 @@ BoolArray = NDArray[np.bool_]
 
 
 def array(name: str, value: Any, right: Range) -> FloatArray:
-    """Return numbers as float64 with their shape; truth values, text and complex numbers are rejected."""
+    """Return numbers as float64 with their shape; truth values, text and complex numbers are
+    rejected."""
     given = plain(value)
     if given.dtype.kind not in "iuf":
         raise wrong(name, right, value)

@@ -1,12 +1,15 @@
 """Compute the memory of workloads on the fullest device, and whether they fit:
 
-- weights: parameters x bytes of their format; 2:4 weights are compressed, with indices. Scattered zeros are stored, as
-  dense kernels need. Scales of quantised weights are excluded (a 16-bit scale per 128 weights adds 3 % to 4 bits).
-- cache: keys and values of the longest length of each layer, at most its sliding window; states of delta nets have one
-  size. In a steady state (serve), sequences have the length of their decode steps, after eviction; only prompts of the
-  current prefill hold all positions. A cached prefix is stored once, unless positions are evicted.
-- activations: two tensors of the residual stream, and the largest of three sets of tensors: attention (q, k, v,
-  output), MLP (gate, up, product; routed experts also gathered tokens), and logits.
+- weights: parameters x bytes of their format; 2:4 weights are compressed, with indices. Scattered
+  zeros are stored, as dense kernels need. Scales of quantised weights are excluded (a 16-bit scale
+  per 128 weights adds 3 % to 4 bits).
+- cache: keys and values of the longest length of each layer, at most its sliding window; states of
+  delta nets have one size. In a steady state (serve), sequences have the length of their decode
+  steps, after eviction; only prompts of the current prefill hold all positions. A cached prefix is
+  stored once, unless positions are evicted.
+- activations: two tensors of the residual stream, and the largest of three sets of tensors:
+  attention (q, k, v, output), MLP (gate, up, product; routed experts also gathered tokens), and
+  logits.
 - a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
 """
 
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 RESERVE_BYTES = 1e9
-"""Memory of CUDA context, library workspaces and framework: an assumed default, not a measurement."""
+"""Memory of CUDA context, library workspaces and framework: an assumed default, not a
+measurement."""
 
 MOST_DEVICES = 1024
 """Largest number of devices to try."""
@@ -80,12 +84,14 @@ def memory(
     reserve_bytes : float
         Memory that other uses take, bytes.
     share : float, optional
-        Share of the device's memory that may be used, in [0, 1]. Default: in serve that of the engine, else 1.
+        Share of the device's memory that may be used, in [0, 1]. Default: in serve that of the
+        engine, else 1.
 
     Returns
     -------
     Memory
-        Bytes by use on the fullest device, and whether they fit; a model that is too large raises no error.
+        Bytes by use on the fullest device, and whether they fit; a model that is too large raises
+        no error.
 
     Raises
     ------
@@ -133,7 +139,8 @@ def memory(
 
 
 def memory_share(w: Workload) -> float:
-    """Return the share of a device's memory that a workload may use; servers leave some to other processes."""
+    """Return the share of a device's memory that a workload may use; servers leave some to other
+    processes."""
     return load_engine(w.meta.engine).memory.value if w.meta.phase == "serve" else 1.0
 
 
@@ -155,14 +162,15 @@ def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
 
 
 def cache_bytes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the bytes of keys, values and states of each workload at the longest length of each layer."""
+    """Return the bytes of keys, values and states of each workload at the longest length of each
+    layer."""
     each, prompts = cache_parts(workloads)
     return each * workloads.sequences + prompts
 
 
 def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
-    """Return the bytes of the cache per sequence of each workload, and the further bytes of prompts that are computed,
-    which do not depend on the number of sequences."""
+    """Return the bytes of the cache per sequence of each workload, and the further bytes of prompts
+    that are computed, which do not depend on the number of sequences."""
     w = workloads.rows
     every = w.is_cached
     if w.meta.phase != "serve":
@@ -182,7 +190,8 @@ def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
 
 
 def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
-    """Return the positions of a prompt of each workload, and how many of them the prefix cache holds."""
+    """Return the positions of a prompt of each workload, and how many of them the prefix cache
+    holds."""
     w = workloads.rows
     prefill = w.phase == Phase.PREFILL
     prompt = workloads.largest(np.where(w.is_attention & prefill, w.kv_len, 0)).astype(np.float64)
@@ -200,8 +209,8 @@ def _longest(
     prompt: Any = None,
     shared: Any = None,
 ) -> FloatArray:
-    """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,). Layers that keep the whole
-    ``prompt`` (W,) exclude ``shared`` positions (W,)."""
+    """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,). Layers
+    that keep the whole ``prompt`` (W,) exclude ``shared`` positions (W,)."""
     w, at = workloads.rows, rows.nonzero()[0]
     if not len(at):
         return np.zeros(len(workloads))
@@ -249,7 +258,8 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
     tokens, cell = w.m.astype(np.float64), workloads.owner * len(ROLES) + w.role
 
     def widest(width: Any, stage: int) -> FloatArray:
-        """Return the largest tensor of each workload and role, except inner tensors of low-rank pairs."""
+        """Return the largest tensor of each workload and role, except inner tensors of low-rank
+        pairs."""
         most = np.zeros(size * len(ROLES))
         np.maximum.at(most, cell, np.where(gemm & (w.stage != stage), tokens * width, 0.0))
         return most.reshape(size, len(ROLES))
@@ -277,7 +287,8 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
 
 
 def _stage_share(workloads: WorkloadBatch) -> FloatArray:
-    """Return the share of a workload's layers on the fullest stage of a pipeline; 1 without layers."""
+    """Return the share of a workload's layers on the fullest stage of a pipeline; 1 without
+    layers."""
     w = workloads.rows
     layers = np.maximum(workloads.largest(np.where(w.layers > 0, w.layer + w.layers, 0)), 0).astype(
         np.float64

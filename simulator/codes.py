@@ -65,34 +65,83 @@ GEMM, ELEMENTWISE, COLLECTIVE, EXPERTS = map(
 DTYPE_BYTES: NDArray[np.float64] = np.array(
     [4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125]
 )
-"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per 32."""
+"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per
+32."""
 
-# fmt: off
 ROLES: tuple[str, ...] = (
     # GEMMs of a decoder layer
-    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "o",
+    "gate",
+    "up",
+    "gate_up",
+    "down",
     # GEMMs outside the layers, and those that pruning adds
-    "lm_head", "router", "residual_projection",
+    "lm_head",
+    "router",
+    "residual_projection",
     # attention
     "attention",
     # elementwise
-    "embedding", "attention_norm", "mlp_norm", "qk_norm", "post_norm", "final_norm", "rotary", "activation", "residual",
-    "cache_write", "softcap", "sampling", "gather", "scatter", "mask", "select", "sort", "quantize",
+    "embedding",
+    "attention_norm",
+    "mlp_norm",
+    "qk_norm",
+    "post_norm",
+    "final_norm",
+    "rotary",
+    "activation",
+    "residual",
+    "cache_write",
+    "softcap",
+    "sampling",
+    "gather",
+    "scatter",
+    "mask",
+    "select",
+    "sort",
+    "quantize",
     # collectives
-    "all_reduce", "send", "all_gather", "reduce_scatter", "all_to_all",
-    # latent attention: projections to the ranks, from the query rank, from the latent vector (whole and halves)
-    "q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v", "latent_norm",
-    # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared experts
-    "linear", "experts", "shared_gate",
+    "all_reduce",
+    "send",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    # latent attention: projections to the ranks, from the query rank, from the latent vector (whole
+    # and halves)
+    "q_a",
+    "kv_a",
+    "qkv_a",
+    "q_b",
+    "kv_b",
+    "absorb_k",
+    "absorb_v",
+    "latent_norm",
+    # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared
+    # experts
+    "linear",
+    "experts",
+    "shared_gate",
     # zeros for skipped tokens; gate times up if a GEMM includes the activation
-    "fill", "product",
-    # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm; gate after attention
-    "delta_in", "delta_ba", "delta_net", "gated_norm", "output_gate",
-    # conversion of activations for narrow products (quantize: residual stream): outputs of heads, inner features
-    "quantize_heads", "quantize_inner",
+    "fill",
+    "product",
+    # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm;
+    # gate after attention
+    "delta_in",
+    "delta_ba",
+    "delta_net",
+    "gated_norm",
+    "output_gate",
+    # conversion of activations for narrow products (quantize: residual stream): outputs of heads,
+    # inner features
+    "quantize_heads",
+    "quantize_inner",
 )
-# fmt: on
-"""Names of operator roles; the index is the code in the column ``role`` and in files, so new names go to the end."""
+"""Names of operator roles; the index is the code in the column ``role`` and in files, so new names
+go to the end."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
 _DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})
@@ -112,8 +161,8 @@ LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: ("bf16", "fp16") for name in ("int8_wo", "int4_wo", "mxfp4_wo")}
     | {"fp8_block": ("fp8",)}
 )
-"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs: 8- and 4-bit weights
-with 16-bit activations, and fp8 with a scale per block of weights."""
+"""Number format of a section that is not an arithmetic format -> the arithmetic that it needs: 8-
+and 4-bit weights with 16-bit activations, and fp8 with a scale per block of weights."""
 
 
 def labels(rates: Iterable[str]) -> tuple[str, ...]:
@@ -125,7 +174,8 @@ def labels(rates: Iterable[str]) -> tuple[str, ...]:
 
 
 def label_of(dtype: str, weight: str) -> str:
-    """Return the number format of the section for activations and weights; the inverse of :func:`formats_of`."""
+    """Return the number format of the section for activations and weights; the inverse of
+    :func:`formats_of`."""
     return weight if weight == dtype or weight in LABELS else f"{weight}_wo"
 
 

@@ -1,7 +1,8 @@
 """Define a frozen table of equal-length columns, the base of workloads and measured records.
 
-A subclass is a frozen dataclass (``eq=False``) whose first fields are ``name: Array = column(dtype, default)``; other
-fields apply to all rows. Columns of names are stored as codes, indices into ``CODES[column]``.
+A subclass is a frozen dataclass (``eq=False``) whose first fields are ``name: Array = column(dtype,
+default)``; other fields apply to all rows. Columns of names are stored as codes, indices into
+``CODES[column]``.
 """
 
 from __future__ import annotations
@@ -82,18 +83,20 @@ class Table(Displayed):
             return NotImplemented
         mine, theirs = vars(self), vars(other)
         return all(
-            np.array_equal(
-                mine[f.name], theirs[f.name], equal_nan=self.SCHEMA[f.name][0] is np.float64
+            (
+                np.array_equal(
+                    mine[f.name], theirs[f.name], equal_nan=self.SCHEMA[f.name][0] is np.float64
+                )
+                if f.name in self.SCHEMA
+                else mine[f.name] == theirs[f.name]
             )
-            if f.name in self.SCHEMA
-            else mine[f.name] == theirs[f.name]
             for f in fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
         )
 
     @classmethod
     def _of(cls: type[T], values: Mapping[str, Any], new: Iterable[str] | None = None) -> T:
-        """Return a table of all field values without checks. ``new`` names the columns that no other table shares, by
-        default all."""
+        """Return a table of all field values without checks. ``new`` names the columns that no
+        other table shares, by default all."""
         for name in cls.SCHEMA if new is None else new:
             values[name].setflags(write=False)
         out = object.__new__(cls)
@@ -102,7 +105,8 @@ class Table(Displayed):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Return ``values`` of the column ``name`` as numbers or codes; subclasses may check their range."""
+        """Return ``values`` of the column ``name`` as numbers or codes; subclasses may check their
+        range."""
         given = plain(values)
         return encode(name, given, cls.CODES) if given.dtype.kind in "UOT" else given
 
@@ -113,8 +117,9 @@ class Table(Displayed):
 
     @classmethod
     def from_columns(cls: type[T], *others: Any, size: int | None = None, **columns: Any) -> T:
-        """Return a table of columns; scalars broadcast, missing columns have their default. ``others`` are fields of
-        all rows. ``size`` is the number of rows, by default that of the longest column."""
+        """Return a table of columns; scalars broadcast, missing columns have their default.
+        ``others`` are fields of all rows. ``size`` is the number of rows, by default that of the
+        longest column."""
         cls._known(columns)
         if size is None:
             size = max((plain(values).size for values in columns.values()), default=0)
@@ -130,7 +135,8 @@ class Table(Displayed):
 
     @classmethod
     def filled(cls: type[T], *others: Any, size: int, **columns: Any) -> T:
-        """Return a table of ``size`` rows of computed columns, without checks; ``others`` are fields of all rows."""
+        """Return a table of ``size`` rows of computed columns, without checks; ``others`` are
+        fields of all rows."""
         values: dict[str, Any] = {}
         for name, (dtype, default) in cls.SCHEMA.items():
             whole: Array = np.empty(size, dtype)
@@ -144,8 +150,8 @@ class Table(Displayed):
 
     @classmethod
     def from_rows(cls: type[T], rows: Iterable[Mapping[str, Any]], *others: Any) -> T:
-        """Return a table of ``rows``, mappings from column to value; columns with codes accept names. ``others`` are
-        fields of all rows."""
+        """Return a table of ``rows``, mappings from column to value; columns with codes accept
+        names. ``others`` are fields of all rows."""
         rows = list(rows)
         names = {name: None for row in rows for name in row}
         cls._known(names)
@@ -157,8 +163,9 @@ class Table(Displayed):
 
     @classmethod
     def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
-        """Return the table of :meth:`from_rows` for ``rows`` that this package computed; ``others`` are fields of all
-        rows. Values are checked, which takes longer, only if some are too large to be exact."""
+        """Return the table of :meth:`from_rows` for ``rows`` that this package computed; ``others``
+        are fields of all rows. Values are checked, which takes longer, only if some are too large
+        to be exact."""
         columns: dict[str, list[Any]] = {}
         for i, row in enumerate(rows):
             for name, value in row.items():
@@ -173,7 +180,8 @@ class Table(Displayed):
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:
-        """Return the rows of the tables ``parts`` in order; fields of all rows are ``others`` or those of the first."""
+        """Return the rows of the tables ``parts`` in order; fields of all rows are ``others`` or
+        those of the first."""
         tables = [vars(part) for part in parts]
         columns = {name: np.concatenate([table[name] for table in tables]) for name in cls.SCHEMA}
         return cls._of({**tables[0], **columns, **others})
@@ -184,7 +192,8 @@ class Table(Displayed):
         return self._of({**values, **{name: values[name][index] for name in self.SCHEMA}})
 
     def replace(self: T, **changes: Any) -> T:
-        """Return a copy with ``changes``: of columns (scalars broadcast) or of fields of all rows."""
+        """Return a copy with ``changes``: of columns (scalars broadcast) or of fields of all
+        rows."""
         shape, new = (len(self),), changes.keys() & self.SCHEMA.keys()
         for name in new:
             given = changes[name]
@@ -193,7 +202,8 @@ class Table(Displayed):
             values: Array = np.asarray(given, dtype=self.SCHEMA[name][0])
             if values.shape not in ((), (1,), shape):
                 raise InputError(
-                    f"{self.TITLE}column {name}: expected {shape[0]} values, got shape {values.shape}"
+                    f"{self.TITLE}column {name}: expected {shape[0]} values, got shape"
+                    f" {values.shape}"
                 )
             # a view: the caller's array stays writable
             changes[name] = (

@@ -1,7 +1,7 @@
 """Display returned objects: as plain values, as a data frame, and in three lines at a prompt.
 
-A class derives from :class:`Displayed` and describes itself in ``_title``; its fields define the rest. A dataclass must
-be declared with ``repr=False``.
+A class derives from :class:`Displayed` and describes itself in ``_title``; its fields define the
+rest. A dataclass must be declared with ``repr=False``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class Displayed:
         return {name: [value] for name, value in self.to_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain Python values: numbers in SI units, arrays as lists, None for NaN and infinity."""
+        """Return the fields as plain Python values: numbers in SI units, arrays as lists, None for
+        NaN and infinity."""
         return dict(as_plain(self))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of a table. Raises
-        InputError if pandas is not installed."""
+        """Return a ``pandas.DataFrame`` with numbers in SI units: one row, or one row per entry of
+        a table. Raises InputError if pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -50,8 +51,8 @@ class Displayed:
 
 
 def as_plain(value: Any) -> Any:
-    """Return a value as nested dictionaries, lists, finite numbers and texts; NaN and infinity become None. A dataclass
-    becomes a dictionary of its fields with ``repr``."""
+    """Return a value as nested dictionaries, lists, finite numbers and texts; NaN and infinity
+    become None. A dataclass becomes a dictionary of its fields with ``repr``."""
     # NumPy values have tolist; NumPy is not imported here, since simple commands do not need it
     if hasattr(value, "tolist") or isinstance(value, str | int | float | None):
         return finite(value)

@@ -29,8 +29,8 @@ class InputError(ValueError):
 
 
 def one_line(text: str, most: int = 4000) -> str:
-    """Return a text as one printable line of at most ``most`` characters. Blanks replace line ends and tabs, escapes
-    replace other unprintable characters. The middle of a long text is omitted."""
+    """Return a text as one printable line of at most ``most`` characters. Blanks replace line ends
+    and tabs, escapes replace other unprintable characters. The middle of a long text is omitted."""
     text = _cut(text, most)
     if text.isprintable():
         return text
@@ -50,8 +50,9 @@ def _cut(text: str, most: int) -> str:
 def unknown(
     kind: str, name: str, choices: Iterable[str], listed: Iterable[str] = (), way: str = ""
 ) -> InputError:
-    """Return the error for a name that is not one of ``choices``, with the closest names. ``listed`` replaces
-    ``choices`` in the list of known names, if choices contain aliases. ``way`` is a sentence that states what to do."""
+    """Return the error for a name that is not one of ``choices``, with the closest names.
+    ``listed`` replaces ``choices`` in the list of known names, if choices contain aliases. ``way``
+    is a sentence that states what to do."""
     known, given = sorted(choices), one_line(str(name), 80)
     # an id can begin with its owner
     parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))
@@ -67,8 +68,10 @@ def unknown(
 
 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:
-    """Return the error for a missing package of an optional extra; extras are installed from a checkout."""
+    """Return the error for a missing package of an optional extra; extras are installed from a
+    checkout."""
     install = f'pip install -e ".[{extra}]"{more}'
     return InputError(
-        f'{what} needs the extra "{extra}" ({package} is not installed): in the checkout of prunesim, {install}'
+        f'{what} needs the extra "{extra}" ({package} is not installed): in the checkout of'
+        f" prunesim, {install}"
     )

@@ -1,13 +1,15 @@
-"""A forward pass: from the times of operators to the time of a workload in the engine of its request.
+"""A forward pass: from the times of operators to the time of a workload in the engine of its
+request.
 
-The host schedules and launches kernels, before the device or in parallel with it. Under a CUDA graph, a pass waits for
-the scheduler, then its kernels run in sequence. In eager mode, the host launches every kernel while the device runs
-earlier kernels; only fewer launches, not smaller kernels, make a host-bound model faster.
+The host schedules and launches kernels, before the device or in parallel with it. Under a CUDA
+graph, a pass waits for the scheduler, then its kernels run in sequence. In eager mode, the host
+launches every kernel while the device runs earlier kernels; only fewer launches, not smaller
+kernels, make a host-bound model faster.
 
-Two numbers describe how slow a host is, in standard deviations of logs: ``passes`` for its time per pass and around a
-request, and ``work`` for its time per launch and per sequence. 0 is the typical (median) host, positive numbers are
-slower. Over hosts, they are correlated but not equal. A measured time of a whole pass determines their sum, not the two
-numbers.
+Two numbers describe how slow a host is, in standard deviations of logs: ``passes`` for its time per
+pass and around a request, and ``work`` for its time per launch and per sequence. 0 is the typical
+(median) host, positive numbers are slower. Over hosts, they are correlated but not equal. A
+measured time of a whole pass determines their sum, not the two numbers.
 
 W are workloads, G groups of rows with the same phase, place in the pass, kind and role.
 """
@@ -74,8 +76,9 @@ class Host:
         launch_s: float,
         launch_log_sd: float,
     ) -> Host:
-        """Return the host of a pass with ``launched`` kernels (:func:`launches`), each of ``launch_s``; other times are
-        those of the engine. A CPU is its own host: it launches within its kernels' times and gaps."""
+        """Return the host of a pass with ``launched`` kernels (:func:`launches`), each of
+        ``launch_s``; other times are those of the engine. A CPU is its own host: it launches within
+        its kernels' times and gaps."""
         groups, rows = workloads.groups, workloads.rows
         none = np.zeros((len(workloads), 2))
         if hw.architecture == "cpu":
@@ -118,42 +121,46 @@ class Host:
 
     @cached_property
     def unknowns(self) -> int:
-        """Number of independent speeds of the host: 0 without host time, 1 with one kind of host time."""
+        """Number of independent speeds of the host: 0 without host time, 1 with one kind of host
+        time."""
         parts = self.each_pass, self.server, self.launch, self.each_sequence
         each_pass, server, launched, sequences = map(np.count_nonzero, parts)
         passes, work = each_pass + server, launched + sequences
         return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
 
     def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
-        """Return ``work`` and ``passes`` from two independent standard normals; ``first`` is ``passes``, and ``second``
-        the part of ``work`` that does not depend on it."""
+        """Return ``work`` and ``passes`` from two independent standard normals; ``first`` is
+        ``passes``, and ``second`` the part of ``work`` that does not depend on it."""
         first = np.asarray(first, dtype=np.float64)
         if self.unknowns < 2:
             return first, first
-        return self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(
-            second
-        ), first
+        return (
+            self.correlation * first + np.sqrt(1.0 - self.correlation**2) * np.asarray(second),
+            first,
+        )
 
     def take(self, rows: Any) -> Host:
         names = ("launch", "layer", "each_pass", "each_sequence", "server")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def spent(self, work: Any = 0.0, passes: Any = 0.0) -> tuple[FloatArray, FloatArray]:
-        """Return the host's time (..., W), hidden time included: per pass and request, and for launches and
-        sequences."""
+        """Return the host's time (..., W), hidden time included: per pass and request, and for
+        launches and sequences."""
         work, passes = (np.asarray(z, dtype=np.float64)[..., None] for z in (work, passes))
         launches = self.launch.sum(axis=1) * np.exp(self.launch_log_sd * work)
         sequences = self.each_sequence.sum(axis=1) * np.exp(self.sequence_log_sd * work)
         scheduled = self.each_pass.sum(axis=1) * np.exp(self.pass_log_sd * passes)
-        return scheduled + self.server.sum(axis=1) * np.exp(
-            self.server_log_sd * passes
-        ), launches + sequences
+        return (
+            scheduled + self.server.sum(axis=1) * np.exp(self.server_log_sd * passes),
+            launches + sequences,
+        )
 
     def total(
         self, device: FloatArray, segment: NDArray[Any], work: Any = 0.0, passes: Any = 0.0
     ) -> tuple[FloatArray, FloatArray]:
-        """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and the time that follows
-        the device. ``device`` (W, G) is the time of groups in segments (G,), see ``segment_of``."""
+        """Return the time of the passes by phase (..., W, 2) on hosts of some speeds (...), and the
+        time that follows the device. ``device`` (W, G) is the time of groups in segments (G,), see
+        ``segment_of``."""
         work, passes = (np.asarray(z, dtype=np.float64)[..., None, None] for z in (work, passes))
         in_segment = (segment[:, None] == np.arange(6)).astype(np.float64)
         busy = (device @ in_segment).reshape(-1, 2, 3)
@@ -175,8 +182,8 @@ class Host:
 
 
 def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
-    """Return the number of kernels of each workload and group. An engine may launch the kernels of routed experts once,
-    per expert in use, or per expert."""
+    """Return the number of kernels of each workload and group. An engine may launch the kernels of
+    routed experts once, per expert in use, or per expert."""
     groups, w = workloads.groups, workloads.rows
     times = groups.count
     if engine.experts != "grouped" and (routed := w.kind == EXPERTS).any():
@@ -192,10 +199,11 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
 def _beside(
     left: FloatArray, device: FloatArray, launch: FloatArray, after: FloatArray
 ) -> tuple[Any, Any]:
-    """Return the time of one phase, and the device's part of it: the longest path, first along the host to a launch,
-    then along the device. The last axis of ``device`` and ``launch`` are the three segments of a phase: before the
-    layers, in the layers, after the layers. The device starts a segment after its launch and ends no earlier than the
-    host, which works ``after`` the last launch. ``left`` is the time of all segments on the device."""
+    """Return the time of one phase, and the device's part of it: the longest path, first along the
+    host to a launch, then along the device. The last axis of ``device`` and ``launch`` are the
+    three segments of a phase: before the layers, in the layers, after the layers. The device starts
+    a segment after its launch and ends no earlier than the host, which works ``after`` the last
+    launch. ``left`` is the time of all segments on the device."""
     launched: Any = 0.0
     longest, shown = left, left
     for part in range(3):
@@ -234,8 +242,8 @@ def estimates(
 
 
 def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, EngineTimes | None]:
-    """Return an engine with the host times that were measured on a device, and all its measured times; None if this
-    release was not measured there."""
+    """Return an engine with the host times that were measured on a device, and all its measured
+    times; None if this release was not measured there."""
     name = engine.name.partition("@")[0]  # a name with a version selects a generation
     own = hw.engines.get(name)
     if own is None:
@@ -248,9 +256,10 @@ def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, Engine
     each_pass, each_layer, each_sequence = (
         HostTime(t, own.host_log_sd, "") for t in (own.each_pass, own.each_layer, own.each_sequence)
     )
-    return replace(
-        engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence
-    ), own
+    return (
+        replace(engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence),
+        own,
+    )
 
 
 def tokens_of(w: Workload) -> FloatArray:
@@ -268,9 +277,9 @@ def engine_factors(
     roofline_s: FloatArray,
     codes: NDArray[Any],
 ) -> FloatArray:
-    """Return the factor on each row's time by which an engine's kernels differ from measured kernels. If the engine was
-    measured on this machine, its factors apply; else clocks fall under load, and GEMMs of one token may have a separate
-    kernel. ``codes`` are bottlenecks."""
+    """Return the factor on each row's time by which an engine's kernels differ from measured
+    kernels. If the engine was measured on this machine, its factors apply; else clocks fall under
+    load, and GEMMs of one token may have a separate kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
     if (own := measured_engine(engine, hw)[1]) is not None:
         tokens = tokens_of(w)
@@ -294,8 +303,8 @@ def engine_factors(
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Forward passes of a batch of workloads on a device in an engine, s. Times of rows and groups include all
-    executions, and all kernels of an operator that is not fused."""
+    """Forward passes of a batch of workloads on a device in an engine, s. Times of rows and groups
+    include all executions, and all kernels of an operator that is not fused."""
 
     workloads: WorkloadBatch
     hw: HardwareProfile  # as the engine uses it
@@ -318,8 +327,9 @@ class ForwardPass:
         return np.asarray(self.group_s.sum(axis=1))
 
     def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
-        """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard deviations slower than the
-        typical host, and the share of the time that follows the device."""
+        """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard
+        deviations slower than the typical host, and the share of the time that follows the
+        device."""
         total, shown = self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
         total = total.sum(axis=-1)
         return total, shown.sum(axis=-1) / np.maximum(total, 1e-300)
@@ -350,7 +360,8 @@ class ForwardPass:
 
     @property
     def ideal_s(self) -> FloatArray:
-        """Datasheet roofline of each row if its kernel used every zero; for a collective, that of its link."""
+        """Datasheet roofline of each row if its kernel used every zero; for a collective, that of
+        its link."""
         w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
         # formats that the device does not compute in have no arithmetic time
         compute_s = self.workloads.flops * hw.flop_s[w.dtype]
@@ -385,9 +396,10 @@ class ForwardPass:
 
 
 def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> FloatArray:
-    """Return how many kernels stream the data of each row. Cache writes stream keys and values once; each kernel of
-    another unfused elementwise operator streams all the data. On a CPU, calibration times the same composites of torch
-    that eager engines run, so one stream has all their kernels."""
+    """Return how many kernels stream the data of each row. Cache writes stream keys and values
+    once; each kernel of another unfused elementwise operator streams all the data. On a CPU,
+    calibration times the same composites of torch that eager engines run, so one stream has all
+    their kernels."""
     groups = workloads.groups
     kernels = engine.kernels[groups.role]
     every = (
@@ -399,8 +411,9 @@ def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> Fl
 def gaps(
     workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile, launched: FloatArray
 ) -> FloatArray:
-    """Return the time (W, G) between the ``launched`` kernels of each group, s: idle time in a graph. A CPU is its own
-    host: it waits after every kernel, and launches the further kernels of an operator."""
+    """Return the time (W, G) between the ``launched`` kernels of each group, s: idle time in a
+    graph. A CPU is its own host: it waits after every kernel, and launches the further kernels of
+    an operator."""
     groups, runtime = workloads.groups, hw.section("runtime", "*")
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[
@@ -424,11 +437,17 @@ def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
             have = ", ".join(sparse24_engines(dtype, weight, architecture))
             formats = f"{weight} " if engine.sparse24 else ""
             place = f" on {architecture}" if engine.sparse24_kernels(dtype, weight) else ""
-            return f"{engine.name} has no {formats}2:4 kernels{place}; these engines have: {have or 'none'}"
+            return (
+                f"{engine.name} has no {formats}2:4 kernels{place}; these engines have:"
+                f" {have or 'none'}"
+            )
     narrow = gemm & (DTYPE_BYTES[w.dtype] >= 2.0) & (DTYPE_BYTES[w.weight_dtype] < 2.0)
     for code in sorted(set(w.weight_dtype[narrow].tolist())):
         if DTYPES[code] not in engine.weight_only:
             have = ", ".join(engine.weight_only) or "none"
             hint = "; dtype fp8 computes in them" if DTYPES[code] in ("fp8_block", "nvfp4") else ""
-            return f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has: {have}{hint}"
+            return (
+                f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has:"
+                f" {have}{hint}"
+            )
     return ""

@@ -1,8 +1,9 @@
-"""Declare the request of a prediction: each setting once, with its type, default, check, unit, help and option.
+"""Declare the request of a prediction: each setting once, with its type, default, check, unit, help
+and option.
 
-The command line, functions with ``**settings``, grids, the page, records and workloads derive their settings from
-:class:`Request`. Its constructor checks all settings except the names of models, engines and links, which their loaders
-check.
+The command line, functions with ``**settings``, grids, the page, records and workloads derive their
+settings from :class:`Request`. Its constructor checks all settings except the names of models,
+engines and links, which their loaders check.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1
 
 
 class Value(Scalar):
-    """Type of a setting: ``check`` accepts a value of Python, ``parse`` reads a text, ``value`` a node of YAML."""
+    """Type of a setting: ``check`` accepts a value of Python, ``parse`` reads a text, ``value`` a
+    node of YAML."""
 
     def check(self, name: str, value: Any) -> Any:
         raise NotImplementedError
@@ -78,7 +80,8 @@ class Whole(Value):
         found = whole(value)
         if found is None or not self.low <= found <= self.high:
             raise InputError(
-                f"{name}: expected a whole number from {self.low} to {self.high}, got {shown(value)}"
+                f"{name}: expected a whole number from {self.low} to {self.high}, got"
+                f" {shown(value)}"
             )
         return found
 
@@ -132,7 +135,8 @@ class Setting(Scalar):
         return self.accepts.value(node)
 
     def check(self, value: Any, name: str = "") -> Any:
-        """Return a value, or None if it is the default; InputError names the setting, or ``name``."""
+        """Return a value, or None if it is the default; InputError names the setting, or
+        ``name``."""
         return (
             None
             if value is None and self.default is None
@@ -164,50 +168,51 @@ def _seconds(given: str) -> float:
 _TOKENS, _FORMAT = Whole(MAX_TOKENS, "64"), Name(DTYPES)
 
 
-# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Settings of a prediction: model, engine, phase, batch, length, number formats and devices.
 
-    Functions such as :func:`simulator.predict` and :func:`simulator.table` take its fields as keywords; those with axes
-    take one value or a list for each.
+    Functions such as :func:`simulator.predict` and :func:`simulator.table` take its fields as
+    keywords; those with axes take one value or a list for each.
 
     Parameters
     ----------
     model : str or ModelConfig
         Name, path or shapes of the model.
     engine : str
-        Name or path of the engine, with a version or generation if needed (``vllm@0.19``, ``vllm@v1``).
+        Name or path of the engine, with a version or generation if needed (``vllm@0.19``,
+        ``vllm@v1``).
     phase : {"prefill", "decode", "generate", "serve"}
-        Phase of inference. ``generate`` is a prefill and ``new_tokens`` decode steps; ``serve`` is the work during one
-        request if ``batch`` requests are in flight.
+        Phase of inference. ``generate`` is a prefill and ``new_tokens`` decode steps; ``serve`` is
+        the work during one request if ``batch`` requests are in flight.
     batch : int
         Sequences, or requests in flight; at least 1.
     seq : int
-        Prompt tokens of each sequence, or cached positions in ``decode``; at least 1. It may exceed the length that the
-        model was trained for.
+        Prompt tokens of each sequence, or cached positions in ``decode``; at least 1. It may exceed
+        the length that the model was trained for.
     new_tokens : int
         Tokens that ``generate`` and ``serve`` decode, 1 to 1,000,000; no effect in other phases.
     cached_prefix : float
-        Tokens of each prompt that the prefix cache holds, below ``seq``, or a share of the prompt in [0, 1); no effect
-        in ``decode``.
+        Tokens of each prompt that the prefix cache holds, below ``seq``, or a share of the prompt
+        in [0, 1); no effect in ``decode``.
     token_budget : int, optional
         Most prompt and decode tokens of one step. Default: the engine's on the GPU.
     dtype : str
         Number format of activations and arithmetic, of :data:`simulator.codes.DTYPES`.
     weight_dtype, kv_dtype : str, optional
-        Number formats of weights (default: those of the checkpoint, else ``dtype``) and of the K/V cache (default:
-        ``dtype``, or bf16 if ``dtype`` has fewer than 16 bits).
+        Number formats of weights (default: those of the checkpoint, else ``dtype``) and of the K/V
+        cache (default: ``dtype``, or bf16 if ``dtype`` has fewer than 16 bits).
     devices : int
         Number of devices, 1 to 100,000.
     link : str, optional
-        Connection of the devices: nvswitch, xgmi, bridge, pcie or pcie-host, also with a generation and lanes
-        (pcie4x8). Default: the usual connection of the hardware.
+        Connection of the devices: nvswitch, xgmi, bridge, pcie or pcie-host, also with a generation
+        and lanes (pcie4x8). Default: the usual connection of the hardware.
     parallel : {"tensor", "expert", "pipeline"}
         How devices share the model.
     skew : float, optional
-        Load of routed experts, 0 to 2: 0 is uniform; 1 gives the busiest expert 200 times the load of the least busy.
-        Default: that of measured routers (:data:`simulator.operators.experts.EXPERT_SKEW`).
+        Load of routed experts, 0 to 2: 0 is uniform; 1 gives the busiest expert 200 times the load
+        of the least busy. Default: that of measured routers
+        (:data:`simulator.operators.experts.EXPERT_SKEW`).
     ideal : bool
         Exclude the work that pruning adds.
     level : float
@@ -215,7 +220,8 @@ class Request:
     dense_s : float, optional
         Measured time of the dense model's pass, s.
     positions : int
-        Tokens of each sequence that a decode step computes together; more than 1 when it checks drafted tokens.
+        Tokens of each sequence that a decode step computes together; more than 1 when it checks
+        drafted tokens.
 
     Raises
     ------
@@ -229,45 +235,139 @@ class Request:
     """
 
     model: Annotated[Any, None] = ""
-    engine: Annotated[str, Setting(Name(), "LIST",
-        "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or YAML files; a comma list.",
-        several=True)] = DEFAULT_ENGINE
-    phase: Annotated[str, Setting(Name(PHASES), "LIST",
-        "prefill, decode, generate, serve; a comma list for several.", several=True)] = "decode"
-    batch: Annotated[int, Setting(_TOKENS, "LIST",
-        "Sequences in a batch: a list, or a range such as 1:64 (powers of two).", several=True)] = 1
-    seq: Annotated[int, Setting(_TOKENS, "LIST",
-        "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).", several=True,
-        label="Sequence")] = 2048
-    new_tokens: Annotated[int, Setting(Whole(1_000_000, "128", low=0), "N",
-        "Tokens decoded after the prompt, in generate and serve.")] = 128
-    cached_prefix: Annotated[float, Setting(Real(PREFIX, "512", _prefix), "N",
-        "Tokens of each prompt in the prefix cache, or a share of the prompt (25%).")] = 0.0
-    token_budget: Annotated[int | None, Setting(Whole(MAX_TOKENS, "8192"), "N",
-        "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).")] = None
-    dtype: Annotated[str, Setting(_FORMAT, "NAME",
-        "Number format of activations and arithmetic.", label="Arithmetic")] = "bf16"
-    weight_dtype: Annotated[str | None, Setting(_FORMAT, "NAME",
-        "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype.",
-        label="Weights")] = None
-    kv_dtype: Annotated[str | None, Setting(_FORMAT, "NAME",
-        "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.", label="K/V cache")] = None
-    devices: Annotated[int, Setting(Whole(100_000, "2"), "N",
-        "Number of devices that share the model.", "--devices --tp")] = 1
-    link: Annotated[str | None, Setting(Name(CONNECTIONS, PCIE), "NAME",
-        "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on. Default: the "
-        "hardware's.")] = None
-    parallel: Annotated[str, Setting(Name(PARALLEL), "NAME",
-        "How devices share the model: tensor, expert or pipeline.")] = "tensor"
-    skew: Annotated[float | None, Setting(Real(SKEW, "0.8", parse_number), "X",
-        "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the least busy.")] = None
-    ideal: Annotated[bool, Setting(Flag(), None,
-        "Exclude the work that pruning adds (routers, gathers): an upper bound.")] = False
-    level: Annotated[float, Setting(Real(LEVEL, "0.9", parse_fraction), "P", "Level of the intervals.")] = 0.9
-    dense_s: Annotated[float | None, Setting(Real(SECONDS, "0.02", _seconds), "TIME",
-        "Measured time of the dense model in this request, such as 18.6ms.", "--dense-time",
-        "Measured dense time")] = None
-    # fmt: on
+    engine: Annotated[
+        str,
+        Setting(
+            Name(),
+            "LIST",
+            "Engines (see prunesim engines list), with @VERSION for older ones (vllm@0.10), or YAML"
+            " files; a comma list.",
+            several=True,
+        ),
+    ] = DEFAULT_ENGINE
+    phase: Annotated[
+        str,
+        Setting(
+            Name(PHASES),
+            "LIST",
+            "prefill, decode, generate, serve; a comma list for several.",
+            several=True,
+        ),
+    ] = "decode"
+    batch: Annotated[
+        int,
+        Setting(
+            _TOKENS,
+            "LIST",
+            "Sequences in a batch: a list, or a range such as 1:64 (powers of two).",
+            several=True,
+        ),
+    ] = 1
+    seq: Annotated[
+        int,
+        Setting(
+            _TOKENS,
+            "LIST",
+            "Prompt tokens (prefill) or cached positions (decode): a list, or a range (512:32k).",
+            several=True,
+            label="Sequence",
+        ),
+    ] = 2048
+    new_tokens: Annotated[
+        int,
+        Setting(
+            Whole(1_000_000, "128", low=0),
+            "N",
+            "Tokens decoded after the prompt, in generate and serve.",
+        ),
+    ] = 128
+    cached_prefix: Annotated[
+        float,
+        Setting(
+            Real(PREFIX, "512", _prefix),
+            "N",
+            "Tokens of each prompt in the prefix cache, or a share of the prompt (25%).",
+        ),
+    ] = 0.0
+    token_budget: Annotated[
+        int | None,
+        Setting(
+            Whole(MAX_TOKENS, "8192"),
+            "N",
+            "Most tokens of a step. Default: the engine's on the GPU (8192 in vLLM).",
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        Setting(
+            _FORMAT, "NAME", "Number format of activations and arithmetic.", label="Arithmetic"
+        ),
+    ] = "bf16"
+    weight_dtype: Annotated[
+        str | None,
+        Setting(
+            _FORMAT,
+            "NAME",
+            "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype.",
+            label="Weights",
+        ),
+    ] = None
+    kv_dtype: Annotated[
+        str | None,
+        Setting(
+            _FORMAT,
+            "NAME",
+            "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.",
+            label="K/V cache",
+        ),
+    ] = None
+    devices: Annotated[
+        int,
+        Setting(
+            Whole(100_000, "2"), "N", "Number of devices that share the model.", "--devices --tp"
+        ),
+    ] = 1
+    link: Annotated[
+        str | None,
+        Setting(
+            Name(CONNECTIONS, PCIE),
+            "NAME",
+            "What joins the devices: nvswitch, xgmi, bridge, pcie, pcie-host; pcie4x8 and so on."
+            " Default: the hardware's.",
+        ),
+    ] = None
+    parallel: Annotated[
+        str,
+        Setting(Name(PARALLEL), "NAME", "How devices share the model: tensor, expert or pipeline."),
+    ] = "tensor"
+    skew: Annotated[
+        float | None,
+        Setting(
+            Real(SKEW, "0.8", parse_number),
+            "X",
+            "Load of routed experts. 0: uniform; 1: busiest expert has 200 times the load of the"
+            " least busy.",
+        ),
+    ] = None
+    ideal: Annotated[
+        bool,
+        Setting(
+            Flag(), None, "Exclude the work that pruning adds (routers, gathers): an upper bound."
+        ),
+    ] = False
+    level: Annotated[
+        float, Setting(Real(LEVEL, "0.9", parse_fraction), "P", "Level of the intervals.")
+    ] = 0.9
+    dense_s: Annotated[
+        float | None,
+        Setting(
+            Real(SECONDS, "0.02", _seconds),
+            "TIME",
+            "Measured time of the dense model in this request, such as 18.6ms.",
+            "--dense-time",
+            "Measured dense time",
+        ),
+    ] = None
     positions: Annotated[int, None] = 1
 
     def __post_init__(self) -> None:
@@ -276,12 +376,20 @@ class Request:
         if not self.new_tokens and self.phase in ("generate", "serve"):
             raise InputError(f"new_tokens: expected at least 1 for phase {self.phase}, got 0")
         if self.batch * self.seq > MAX_TOKENS and self.phase != "decode":
-            raise InputError(f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a pass")
+            raise InputError(
+                f"batch {self.batch} x seq {self.seq}: expected at most {MAX_TOKENS} tokens in a"
+                " pass"
+            )
 
     @property
     def given(self) -> dict[str, Any]:
-        """Settings other than defaults, without the model, as keywords of functions with ``**settings``."""
-        return {name: value for name, s in SETTINGS.items() if (value := getattr(self, name)) != s.default}
+        """Settings other than defaults, without the model, as keywords of functions with
+        ``**settings``."""
+        return {
+            name: value
+            for name, s in SETTINGS.items()
+            if (value := getattr(self, name)) != s.default
+        }
 
 
 def _settings() -> dict[str, Setting]:
@@ -305,10 +413,11 @@ class Applied:
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered(Request):
-    """The request of a workload, with values that follow from model and engine, and with the pruning steps.
+    """The request of a workload, with values that follow from model and engine, and with the
+    pruning steps.
 
-    Prefix and token budget are numbers of tokens (0: none, or no limit), ``parallel`` is "none" on one device, and
-    ``new_tokens`` is 0 where none are decoded.
+    Prefix and token budget are numbers of tokens (0: none, or no limit), ``parallel`` is "none" on
+    one device, and ``new_tokens`` is 0 where none are decoded.
     """
 
     engine: str = ""  # "": bare kernels

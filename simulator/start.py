@@ -14,7 +14,8 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def start(program: str) -> None:
-    """Import a module with a function ``run``, run the command line, and exit with the returned status."""
+    """Import a module with a function ``run``, run the command line, and exit with the returned
+    status."""
     atexit.register(_ignore_signals)  # the first one that is registered runs last
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the stream was closed at the start
@@ -36,14 +37,16 @@ def start(program: str) -> None:
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
-    """Raise SystemExit, so workers end and partial files are removed; a second signal kills the process."""
+    """Raise SystemExit, so workers end and partial files are removed; a second signal kills the
+    process."""
     signal.signal(number, signal.SIG_DFL)
     os.write(2, b"prunesim: terminated\n")
     raise SystemExit(TERMINATED)
 
 
 def _end_if_signalled(found: Any) -> None:
-    """End the program after a signal whose exception Python ignores: in a destructor, or between two imports."""
+    """End the program after a signal whose exception Python ignores: in a destructor, or between
+    two imports."""
     if isinstance(found.exc_value, SystemExit):
         os._exit(TERMINATED)
     if isinstance(found.exc_value, KeyboardInterrupt):
@@ -53,6 +56,7 @@ def _end_if_signalled(found: Any) -> None:
 
 
 def _ignore_signals() -> None:
-    """Let a program that is done end with its status: Python restores the default actions before it ends."""
+    """Let a program that is done end with its status: Python restores the default actions before it
+    ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

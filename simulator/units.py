@@ -1,8 +1,8 @@
 """Convert text with a unit to an SI number and back.
 
-Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50 MiB"`` 52,428,800.
-Arithmetic is decimal and rounds once, so :func:`parse_quantity` reads the text of :func:`format_quantity` back to the
-same float.
+Decimal prefixes mean powers of ten, binary ones powers of two: ``"50 MB"`` is 50e6 bytes, ``"50
+MiB"`` 52,428,800. Arithmetic is decimal and rounds once, so :func:`parse_quantity` reads the text
+of :func:`format_quantity` back to the same float.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _LARGE = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _SMALL = {"": 0, "m": -3, "u": -6, "n": -9, "p": -12}
 _BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5}
 
-# fmt: off
-_DIMENSIONS = {  # SI unit -> powers of ten by prefix, whether it has binary prefixes, meaning, example
+# SI unit -> powers of ten by prefix, whether it has binary prefixes, meaning, example
+_DIMENSIONS = {
     "B": (_LARGE, True, "an amount of bytes", "50 MiB"),
     "B/s": (_LARGE, True, "a bandwidth", "3.35 TB/s"),
     "FLOP/s": (_LARGE, False, "a compute rate", "989.4 TFLOP/s"),
@@ -33,7 +33,6 @@ _DIMENSIONS = {  # SI unit -> powers of ten by prefix, whether it has binary pre
     "W": ({**_LARGE, **_SMALL}, False, "a power", "700 W"),
     "s": (_SMALL, False, "a time", "3.0 us"),
 }
-# fmt: on
 
 
 def _sizes(unit: str) -> dict[str, Decimal]:
@@ -66,7 +65,8 @@ _HINTS = {
 
 
 def parse_quantity(text: str, unit: str) -> float:
-    """Convert a text such as ``"25 ns"`` to an SI number; ``unit`` is the expected unit, a key of :data:`UNITS`."""
+    """Convert a text such as ``"25 ns"`` to an SI number; ``unit`` is the expected unit, a key of
+    :data:`UNITS`."""
     body = text.strip(" ")
     match = _NUMBER.match(body)
     symbol = (
@@ -98,7 +98,8 @@ def parse_number(text: str) -> float:
 
 
 def parse_count(text: str) -> int:
-    """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths of contexts."""
+    """Convert a text such as ``64``, ``32k`` or ``1M`` to a whole number; k is 1024, as in lengths
+    of contexts."""
     what = "a whole number such as 64 or 32k"
     value = _parsed(text, {"k": Decimal(1024), "K": Decimal(1024), "M": Decimal(1024**2)}, what)
     if value != value.to_integral_value() or abs(value) > 10**15:
@@ -107,7 +108,8 @@ def parse_count(text: str) -> int:
 
 
 def parse_parameters(text: str) -> float:
-    """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are powers of 1000."""
+    """Convert a number of parameters such as ``49B`` or ``350M`` to a number; K, M, B and T are
+    powers of 1000."""
     sizes = {
         letter: Decimal(1000) ** power
         for power, both in enumerate(("kK", "mM", "bB", "tT"), 1)
@@ -159,7 +161,8 @@ def _unit_problem(symbol: str, unit: str) -> str:
 
 
 def format_quantity(value: float, unit: str) -> str:
-    """Return an SI number as exact text with a suitable prefix: :func:`parse_quantity` returns the same float."""
+    """Return an SI number as exact text with a suitable prefix: :func:`parse_quantity` returns the
+    same float."""
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {value!r}")
     if unit == "B" and value.is_integer():
@@ -176,7 +179,8 @@ def format_quantity(value: float, unit: str) -> str:
 
 
 def _plain(number: Decimal) -> str:
-    """Return the shortest text of a decimal: no trailing zeros, and an exponent only if the plain form is long."""
+    """Return the shortest text of a decimal: no trailing zeros, and an exponent only if the plain
+    form is long."""
     exponent = number.normalize().adjusted() if number else 0
     if -7 <= exponent <= 15:
         text = f"{number:f}"
@@ -189,8 +193,8 @@ def seconds(value: float) -> str:
 
 
 def seconds_between(value: float, lower: float, upper: float, *, short: bool = False) -> str:
-    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, with ends rounded
-    outwards."""
+    """Return a time and its interval as text in one unit; ``short``: at most 16 characters, with
+    ends rounded outwards."""
     text = seconds(value)
     unit_s = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[text.split()[1]]
     digits = len(text.split()[0].partition(".")[2])
@@ -239,7 +243,8 @@ def _prefixed(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return a value for JSON: infinite numbers and NaN become null at any depth, NumPy values become plain ones."""
+    """Return a value for JSON: infinite numbers and NaN become null at any depth, NumPy values
+    become plain ones."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -1,7 +1,8 @@
-"""Define a workload, the operators of one forward pass as a frozen table of columns, and batches of workloads.
+"""Define a workload, the operators of one forward pass as a frozen table of columns, and batches of
+workloads.
 
-A row is one operator shape. Its ``count`` is the number of executions: identical layers share a row, and counts of
-dynamic methods can be fractional.
+A row is one operator shape. Its ``count`` is the number of executions: identical layers share a
+row, and counts of dynamic methods can be fractional.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from simulator.units import percent, size
 
 @lru_cache(maxsize=512)
 def _role_table(names: tuple[str, ...]) -> Array:
-    """Return whether each role is one of the names; a lookup is faster than a search in short tables."""
+    """Return whether each role is one of the names; a lookup is faster than a search in short
+    tables."""
     table = np.zeros(len(ROLES), dtype=bool)
     table[role_code(*names)] = True
     return table
@@ -52,33 +54,36 @@ _RANGES = {
 class Workload(Table):
     """Operators of a pass as equal-length columns, one row per operator shape.
 
-    :func:`simulator.lower` makes a workload, ``Workload.from_rows`` and ``Workload.from_columns`` make one of rows or
-    columns. Columns of roles, number formats and other names accept names or codes.
+    :func:`simulator.lower` makes a workload, ``Workload.from_rows`` and ``Workload.from_columns``
+    make one of rows or columns. Columns of roles, number formats and other names accept names or
+    codes.
 
     Parameters
     ----------
     kind, role, part, phase : array of int, shape (rows,)
-        Codes of the operator (:data:`simulator.operators.OPERATORS`), its role (:data:`simulator.codes.ROLES`), part of
-        the decoder and phase.
+        Codes of the operator (:data:`simulator.operators.OPERATORS`), its role
+        (:data:`simulator.codes.ROLES`), part of the decoder and phase.
     layer, layers : array of int, shape (rows,)
-        First layer of the row, -1 outside the layers, and number of consecutive layers, 0 outside the layers.
+        First layer of the row, -1 outside the layers, and number of consecutive layers, 0 outside
+        the layers.
     count : array of float, shape (rows,)
         Executions in the pass, over all layers of the row; the expected number for dynamic methods.
     m, n, k : array of int, shape (rows,)
-        GEMM: tokens, output features and input features. Experts: tokens, inner width of one expert, hidden size. Delta
-        net: tokens of all sequences, features of all values.
+        GEMM: tokens, output features and input features. Experts: tokens, inner width of one
+        expert, hidden size. Delta net: tokens of all sequences, features of all values.
     experts, active, skew : array, shape (rows,)
         Routed experts of the device, experts per token on average, and imbalance
         (:func:`simulator.operators.experts.experts_chance`).
     stage : array of int, shape (rows,)
         GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
     batch, q_len, kv_len : array of int, shape (rows,)
-        Attention: sequences, query positions and key positions per sequence; queries have the last ``q_len`` positions.
-        Delta net: ``batch`` sequences. Collective: ``batch`` devices. Experts: ``batch`` devices that
-        share them, or 0. Copied cache: ``kv_len`` positions.
+        Attention: sequences, query positions and key positions per sequence; queries have the last
+        ``q_len`` positions. Delta net: ``batch`` sequences. Collective: ``batch`` devices. Experts:
+        ``batch`` devices that share them, or 0. Copied cache: ``kv_len`` positions.
     heads, kv_heads, head_dim, value_dim : array of int, shape (rows,)
-        Attention: query heads, key/value heads, features of a query or key head, and features of a value head (0: as
-        of a key head). Delta net: value heads, key heads, features of a key head and of a value head.
+        Attention: query heads, key/value heads, features of a query or key head, and features of a
+        value head (0: as of a key head). Delta net: value heads, key heads, features of a key head
+        and of a value head.
     latent : array of int, shape (rows,)
         Attention: elements per position in the cache of latent attention; else 0.
     window : array of int, shape (rows,)
@@ -90,10 +95,11 @@ class Workload(Table):
     kernel : array of int, shape (rows,)
         Code of the kernel (:class:`simulator.codes.Kernel`).
     dtype, weight_dtype : array of int, shape (rows,)
-        Codes (:data:`simulator.codes.DTYPES`) of activations and arithmetic, and of the second operand: weights, the
-        K/V cache, or the state of a delta net.
+        Codes (:data:`simulator.codes.DTYPES`) of activations and arithmetic, and of the second
+        operand: weights, the K/V cache, or the state of a delta net.
     read_bytes, write_bytes : array of float, shape (rows,)
-        Elementwise: bytes read and written per execution. Collective: ``read_bytes`` is the payload.
+        Elementwise: bytes read and written per execution. Collective: ``read_bytes`` is the
+        payload.
     params : array of float, shape (rows,)
         Parameters of the row, 0 if tied or shared with another row.
     overhead : array of bool, shape (rows,)
@@ -152,7 +158,8 @@ class Workload(Table):
 
     @classmethod
     def coerced(cls, name: str, values: Any) -> Array:
-        """Return ``values`` of the column ``name``; raise InputError for values outside its range."""
+        """Return ``values`` of the column ``name``; raise InputError for values outside its
+        range."""
         given, kind = super().coerced(name, values), cls.SCHEMA[name][0]
         if kind is np.bool_:
             return truths(f"column {name}", given)
@@ -179,8 +186,14 @@ class Workload(Table):
             self.meta,
             "".join(f", {a.family} {percent(a.sparsity)}" for a in self.meta.applied),
         )
-        request = f"{about.model} {about.phase}, batch {about.batch}, seq {about.seq}, {about.dtype}{applied}"
-        return f"{request}: {len(self)} rows, {self.flops.sum():.3g} FLOP, {size(float(self.bytes.sum()))}"
+        request = (
+            f"{about.model} {about.phase}, batch {about.batch}, seq {about.seq},"
+            f" {about.dtype}{applied}"
+        )
+        return (
+            f"{request}: {len(self)} rows, {self.flops.sum():.3g} FLOP,"
+            f" {size(float(self.bytes.sum()))}"
+        )
 
     def _columns(self) -> Mapping[str, Any]:
         """Return columns with names instead of codes, and FLOPs and bytes."""
@@ -214,7 +227,8 @@ class Workload(Table):
         return mask
 
     def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
-        """Yield the rows of each operator and pair of number formats, those of latent attention separately."""
+        """Yield the rows of each operator and pair of number formats, those of latent attention
+        separately."""
         codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(
             DTYPES
         ) + self.weight_dtype
@@ -226,12 +240,14 @@ class Workload(Table):
             yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
 
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
-        """Return ``value`` of each row, for one execution; it is called once per operator and pair of formats."""
+        """Return ``value`` of each row, for one execution; it is called once per operator and pair
+        of formats."""
         return _values(self.operators(), value, len(self))
 
     @property
     def pairs(self) -> Array:
-        """Query-key pairs per sequence and head of attention rows, causal and windowed; 0 for other rows."""
+        """Query-key pairs per sequence and head of attention rows, causal and windowed; 0 for other
+        rows."""
         return attention_pairs(self.q_len, self.kv_len, self.window)
 
     @property
@@ -248,7 +264,8 @@ class Workload(Table):
 
     @property
     def weight_bytes_each(self) -> Array:
-        """Bytes of weights that one execution reads, compressed if the kernel stores no zeros; experts in use only."""
+        """Bytes of weights that one execution reads, compressed if the kernel stores no zeros;
+        experts in use only."""
         return self.each(lambda operator, rows: operator.weight_bytes(rows))
 
     @property
@@ -261,7 +278,8 @@ class Workload(Table):
 
     @property
     def bytes(self) -> Array:
-        """Minimum bytes of all executions of each row: operands are read once, results are written once."""
+        """Minimum bytes of all executions of each row: operands are read once, results are written
+        once."""
         out: Array = self.each(lambda operator, rows: operator.bytes(rows)) * self.count
         return out
 
@@ -307,7 +325,8 @@ _SEGMENT[Part.HEAD] = 2
 
 
 def segment_of(w: Workload) -> NDArray[np.int64]:
-    """Return the segment of each row: phase x 3 + 0 before the layers, 1 in the layers, 2 after the layers."""
+    """Return the segment of each row: phase x 3 + 0 before the layers, 1 in the layers, 2 after the
+    layers."""
     return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
 
 
@@ -441,7 +460,8 @@ class WorkloadBatch:
         return np.asarray(self.each(lambda operator, rows: operator.bytes(rows)) * self.rows.count)
 
     def bound(self, column: FloatArray) -> FloatArray:
-        """Return the ratio of sums of a column, dense over pruned, by workload, without overhead operators."""
+        """Return the ratio of sums of a column, dense over pruned, by workload, without overhead
+        operators."""
         totals = self.total(np.where(self.rows.overhead, 0.0, column))
         return np.asarray(totals[self.dense] / totals)
 
@@ -466,7 +486,8 @@ class WorkloadBatch:
 
     @cached_property
     def shapes(self) -> tuple[Workload, IndexArray]:
-        """Operators with different times, and the operator of each row; a table of few rows stays as it is."""
+        """Operators with different times, and the operator of each row; a table of few rows stays
+        as it is."""
         w, every = self.rows, np.arange(len(self.rows))
         if len(w) < FEW_ROWS:
             return w, every

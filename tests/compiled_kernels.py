@@ -1,8 +1,10 @@
-"""Compile the Triton kernels for GPUs that are not here, with every tile that their wrappers can choose.
+"""Compile the Triton kernels for GPUs that are not here, with every tile that their wrappers can
+choose.
 
-Triton lowers a kernel to a cubin without a GPU; its wheel brings ptxas and cuobjdump. :func:`cases` enumerates what
-the functions of :mod:`calibration.devices.tile_shapes` return. :func:`figures` compiles cases in a child process,
-because tests interpret kernels in theirs, and caches results by kernel source, Triton's version and case.
+Triton lowers a kernel to a cubin without a GPU; its wheel brings ptxas and cuobjdump. :func:`cases`
+enumerates what the functions of :mod:`calibration.devices.tile_shapes` return. :func:`figures`
+compiles cases in a child process, because tests interpret kernels in theirs, and caches results by
+kernel source, Triton's version and case.
 
 ``python tests/compiled_kernels.py`` compiles all cases and prints their figures.
 """
@@ -34,13 +36,13 @@ from calibration.devices import tile_shapes  # noqa: E402
 from calibration.devices.tile_shapes import TileShape  # noqa: E402
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Maximum shared memory per thread block by compute capability, KiB (CUDA C++ Programming Guide, appendix "Compute
-Capabilities", table of technical specifications)."""
+"""Maximum shared memory per thread block by compute capability, KiB (CUDA C++ Programming Guide,
+appendix "Compute Capabilities", table of technical specifications)."""
 REGISTERS = 255
 """Maximum 32-bit registers per thread, all compute capabilities (the same table)."""
 STACK = 32
-"""Maximum bytes of stack per thread: ptxas may keep 8 registers there, in cases far below their limit, to run more
-warps."""
+"""Maximum bytes of stack per thread: ptxas may keep 8 registers there, in cases far below their
+limit, to run more warps."""
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = dict.fromkeys(("x", "weight", "bias", "y", "gate", "up", "cos", "sin"), "")
 POINTERS |= dict.fromkeys(("index", "order", "users"), "*i64") | dict.fromkeys(
@@ -71,15 +73,15 @@ class Case:
 
     @property
     def prefetched(self) -> bool:
-        """Whether tiles can be copied to shared memory in the background: ``cp.async`` copies at least 4 bytes (PTX
-        ISA), so not the 2-byte elements of rows without alignment."""
+        """Whether tiles can be copied to shared memory in the background: ``cp.async`` copies at
+        least 4 bytes (PTX ISA), so not the 2-byte elements of rows without alignment."""
         return bool(self.operands) and (self.aligned != "none" or self.dtype == "fp32")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Results of the compiler for a case: bytes of shared memory, registers per thread, bytes of stack (spilled
-    registers), and buffers per operand in shared memory."""
+    """Results of the compiler for a case: bytes of shared memory, registers per thread, bytes of
+    stack (spilled registers), and buffers per operand in shared memory."""
 
     shared: int
     registers: int
@@ -149,7 +151,8 @@ def _path(cache: Path, case: Case, capability: int) -> Path:
 
 
 def figures(wanted: Sequence[tuple[int, Case]], cache: Path) -> list[Figures]:
-    """Return the figures of pairs (compute capability, case), compiled in one child process if not in the cache.
+    """Return the figures of pairs (compute capability, case), compiled in one child process if not
+    in the cache.
 
     The child stores each result at once, so what is done survives an interruption.
     """
@@ -235,7 +238,8 @@ def _compiled(case: Case, capability: int) -> Figures:
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    # operands copied in the background lie in buffers, buffers x rows x columns, allocated empty before the loop
+    # operands copied in the background lie in buffers, buffers x rows x columns, allocated empty
+    # before the loop
     element = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[case.dtype]
     empty = re.findall(
         rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x{element},", made.asm["ttgir"]

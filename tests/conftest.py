@@ -19,7 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# a hundred programs are started, and two workers read the tests: each would compile every module again
+# a hundred programs are started, and two workers read the tests: each would compile every module
+# again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # the same examples in every run; --hypothesis-profile=thorough draws others, and many
@@ -30,7 +31,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """Replace ``fsync``: it protects records from a loss of power, which no test simulates, and takes long."""
+    """Replace ``fsync``: it protects records from a loss of power, which no test simulates, and
+    takes long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -38,7 +40,8 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the measured tables that may not be committed (``PRUNESIM_SHARED_DATA``, or ``../shared/data``)."""
+    """Folder with the measured tables that may not be committed (``PRUNESIM_SHARED_DATA``, or
+    ``../shared/data``)."""
     folder = Path(os.environ.get("PRUNESIM_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "rtx4090_gemm.csv").is_file():
         pytest.skip("the RTX 4090 tables are not at hand; set PRUNESIM_SHARED_DATA to their folder")
@@ -47,8 +50,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def three_folds() -> Iterator[None]:
-    """Cross-validate fits of GEMMs to few rows in three folds instead of ten, for tests of other parts of a
-    calibration."""
+    """Cross-validate fits of GEMMs to few rows in three folds instead of ten, for tests of other
+    parts of a calibration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.fit.gemm.FEW_FOLDS", 3)
         yield
@@ -56,7 +59,8 @@ def three_folds() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no figures in reports, which take half the time of a calibration, for tests of other parts."""
+    """Draw no figures in reports, which take half the time of a calibration, for tests of other
+    parts."""
     monkeypatch.setattr("calibration.evidence.validate.ENOUGH_TO_DRAW", float("inf"))
 
 
@@ -71,7 +75,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, give each worker a contiguous part of the tests; an idle worker takes half of the rest of another.
+    """With ``-n``, give each worker a contiguous part of the tests; an idle worker takes half of
+    the rest of another.
 
     Fixtures of a module are then made once, and not by every worker.
     """

@@ -1,4 +1,5 @@
-"""A dense decoder in float64 without a cache whose removed parts are masked: pruned passes must equal its results."""
+"""A dense decoder in float64 without a cache whose removed parts are masked: pruned passes must
+equal its results."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ ALL = slice(None)
 Masks = dict[tuple[str, int], Any]
 """Parts that a dense pass omits to equal a pruned one, by name and layer.
 
-"seen" (batch, kv_heads, queries, keys); "groups" (batch, tokens, kv_heads) and "channels" (batch, tokens, inner) used;
-"attention" and "mlp" (batch, tokens) computed.
+"seen" (batch, kv_heads, queries, keys); "groups" (batch, tokens, kv_heads) and "channels" (batch,
+tokens, inner) used; "attention" and "mlp" (batch, tokens) computed.
 """
 
 
@@ -108,7 +109,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
 
 
 def run(decoder: Decoder, tokens: Any = TOKENS, prompt: int = PROMPT) -> Any:
-    """Return the logits of the last prompt position and of each decode step, (batch, 1 + steps, vocab)."""
+    """Return the logits of the last prompt position and of each decode step, (batch, 1 + steps,
+    vocab)."""
     logits, state = prefill(decoder, tokens[:, :prompt], room=tokens.shape[1] - prompt)
     out = [logits, *(decode(decoder, one[:, None], state) for one in tokens[:, prompt:].unbind(1))]
     assert state.position == tokens.shape[1]
@@ -126,7 +128,8 @@ def check(logits: Any, expected: Any, prompt: int = PROMPT, tolerance: float = 2
 
 
 def layout_mask(table: Any, q_len: int, kv_len: int, block: int) -> Any:
-    """Return the boolean mask (q_len, kv_len) of a layout; dense attention with it gives the same result."""
+    """Return the boolean mask (q_len, kv_len) of a layout; dense attention with it gives the same
+    result."""
     mask = table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:q_len, :kv_len]
     return mask & torch.ones(q_len, kv_len, dtype=torch.bool, device=table.device).tril(
         kv_len - q_len

@@ -1,8 +1,9 @@
 """vLLM as its public interface: the calls of one release, planted times, and planted faults.
 
-Installed by the fixture of ``tests/runners/test_vllm_runner.py`` as the package ``vllm`` of a child process. It accepts
-only the parameters that ``tests/runners/vllm_signatures.json`` lists for the release, and its passes take the time of
-:func:`pass_s` on a clock of its own. The environment variable FAKE_VLLM has the release and the fault.
+Installed by the fixture of ``tests/runners/test_vllm_runner.py`` as the package ``vllm`` of a child
+process. It accepts only the parameters that ``tests/runners/vllm_signatures.json`` lists for the
+release, and its passes take the time of :func:`pass_s` on a clock of its own. The environment
+variable FAKE_VLLM has the release and the fault.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ class LLM:
         print("INFO 11-28 12:00:00 [llm.py:1] planted vLLM; WARNING: ValueError: of no importance")
         if FAULT == "memory":
             print(
-                "(EngineCore pid=7) ERROR 11-28 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+                "(EngineCore pid=7) ERROR 11-28 [core.py:9] torch.OutOfMemoryError: CUDA out of"
+                " memory. Tried 2 GiB"
             )
             raise RuntimeError(
                 "Engine core initialization failed. See root cause above. Failed core proc(s): {}"

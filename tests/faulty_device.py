@@ -16,7 +16,8 @@ _SLOWDOWN = 1.6  # factor on times under throttling
 
 @dataclass(frozen=True)
 class Faults:
-    """Faults to plant. Numbers count the calls of ``prepare`` from 0, including drift checks and repeats."""
+    """Faults to plant. Numbers count the calls of ``prepare`` from 0, including drift checks and
+    repeats."""
 
     # preparations with thermal throttling: slower, and reported by the telemetry
     throttle: Collection[int] = ()

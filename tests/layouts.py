@@ -1,4 +1,5 @@
-"""Names and shapes of the tensors of a model in its architecture, and in the layouts of quantisers."""
+"""Names and shapes of the tensors of a model in its architecture, and in the layouts of
+quantisers."""
 
 from __future__ import annotations
 
@@ -186,8 +187,10 @@ def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
     if m.shared_gate:
         yield from _linear(inside + "shared_expert_gate", (1, h))
     for number in range(b.experts):
-        for name, shape in zip(("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj"),
-                               ((e, h), (e, h), (h, e))):  # fmt: skip
+        for name, shape in zip(
+            ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj"),
+            ((e, h), (e, h), (h, e)),
+        ):
             yield f"{inside}experts.{number}.{name}.weight", shape
 
 
@@ -202,27 +205,65 @@ def stored_as(layout: str, tensors: Mapping[str, Tensor]) -> Tensors:
         n, k = tensor.shape
         groups = -(-k // 128)
         parts = {
-            "gptq": {"qweight": ("I32", (k // 8, n)), "qzeros": ("I32", (groups, n // 8)),
-                     "scales": ("F16", (groups, n)), "g_idx": ("I32", (k,))},
-            "gptq8": {"qweight": ("I32", (k // 4, n)), "qzeros": ("I32", (groups, n // 4)),
-                      "scales": ("F16", (groups, n))},
-            "awq": {"qweight": ("I32", (k, n // 8)), "qzeros": ("I32", (groups, n // 8)),
-                    "scales": ("F16", (groups, n))},
-            "packed": {"weight_packed": ("I32", (n, -(-k // 8))), "weight_scale": ("BF16", (n, groups)),
-                       "weight_shape": ("I64", (2,))},
+            "gptq": {
+                "qweight": ("I32", (k // 8, n)),
+                "qzeros": ("I32", (groups, n // 8)),
+                "scales": ("F16", (groups, n)),
+                "g_idx": ("I32", (k,)),
+            },
+            "gptq8": {
+                "qweight": ("I32", (k // 4, n)),
+                "qzeros": ("I32", (groups, n // 4)),
+                "scales": ("F16", (groups, n)),
+            },
+            "awq": {
+                "qweight": ("I32", (k, n // 8)),
+                "qzeros": ("I32", (groups, n // 8)),
+                "scales": ("F16", (groups, n)),
+            },
+            "packed": {
+                "weight_packed": ("I32", (n, -(-k // 8))),
+                "weight_scale": ("BF16", (n, groups)),
+                "weight_shape": ("I64", (2,)),
+            },
             "int8": {"weight": ("I8", (n, k)), "weight_scale": ("BF16", (n, 1))},
-            "fp8": {"weight": ("F8_E4M3", (n, k)), "weight_scale": ("F32", ()), "input_scale": ("F32", ())},
-            "fp8_block": {"weight": ("F8_E4M3", (n, k)), "weight_scale_inv": ("F32", (-(-n // 128), groups))},
-            "bnb": {"weight": ("U8", (n * k // 2, 1)), "weight.absmax": ("U8", (n * k // 64,)),
-                    "weight.quant_map": ("F32", (16,)), "weight.quant_state.bitsandbytes__nf4": ("U8", (96,))},
-            "nvfp4": {"weight_packed": ("U8", (n, k // 2)), "weight_scale": ("F8_E4M3", (n, k // 16)),
-                      "weight_global_scale": ("F32", (1,)), "input_global_scale": ("F32", (1,))},
-            "bitmask": {"compressed": ("BF16", (n, k // 2)), "bitmask": ("U8", (n, k // 8)), "shape": ("I64", (2,))},
-            "bitmask8": {"compressed": ("F8_E4M3", (n, k // 2)), "bitmask": ("U8", (n, k // 8)),
-                         "weight_scale": ("BF16", (n, 1))},
-            "marlin24": {"weight_packed": ("I32", (k // 32, n * 2)), "meta": ("I16", (k // 32, n * 2)),
-                         "scale_packed": ("F16", (groups, n))},
-        }[layout]  # fmt: skip
+            "fp8": {
+                "weight": ("F8_E4M3", (n, k)),
+                "weight_scale": ("F32", ()),
+                "input_scale": ("F32", ()),
+            },
+            "fp8_block": {
+                "weight": ("F8_E4M3", (n, k)),
+                "weight_scale_inv": ("F32", (-(-n // 128), groups)),
+            },
+            "bnb": {
+                "weight": ("U8", (n * k // 2, 1)),
+                "weight.absmax": ("U8", (n * k // 64,)),
+                "weight.quant_map": ("F32", (16,)),
+                "weight.quant_state.bitsandbytes__nf4": ("U8", (96,)),
+            },
+            "nvfp4": {
+                "weight_packed": ("U8", (n, k // 2)),
+                "weight_scale": ("F8_E4M3", (n, k // 16)),
+                "weight_global_scale": ("F32", (1,)),
+                "input_global_scale": ("F32", (1,)),
+            },
+            "bitmask": {
+                "compressed": ("BF16", (n, k // 2)),
+                "bitmask": ("U8", (n, k // 8)),
+                "shape": ("I64", (2,)),
+            },
+            "bitmask8": {
+                "compressed": ("F8_E4M3", (n, k // 2)),
+                "bitmask": ("U8", (n, k // 8)),
+                "weight_scale": ("BF16", (n, 1)),
+            },
+            "marlin24": {
+                "weight_packed": ("I32", (k // 32, n * 2)),
+                "meta": ("I16", (k // 32, n * 2)),
+                "scale_packed": ("F16", (groups, n)),
+            },
+        }[layout]
         out |= {f"{module}.{part}": Tensor(dtype, shape) for part, (dtype, shape) in parts.items()}
     return out
 

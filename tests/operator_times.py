@@ -14,18 +14,36 @@ from simulator.uncertainty.operators import OperatorTimes, operator_time, predic
 
 
 def prefill(
-    batch: Any, q_len: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Any, *,
-    dtype: str = "bf16", kv_dtype: str | None = None, **options: Any,
-) -> Estimate:  # fmt: skip
+    batch: Any,
+    q_len: Any,
+    kv_len: Any,
+    heads: Any,
+    kv_heads: Any,
+    head_dim: Any,
+    hw: Any,
+    *,
+    dtype: str = "bf16",
+    kv_dtype: str | None = None,
+    **options: Any,
+) -> Estimate:
     """Return the cost of prefill attention."""
     calls = attention.Geometry.of(batch, q_len, kv_len, heads, kv_heads, head_dim, **options)
     return attention.prefill(calls, hw, dtype, kv_dtype)
 
 
 def decode(
-    batch: Any, kv_len: Any, heads: Any, kv_heads: Any, head_dim: Any, hw: Any, *,
-    dtype: str = "bf16", kv_dtype: str | None = None, cold: bool = True, **options: Any,
-) -> Estimate:  # fmt: skip
+    batch: Any,
+    kv_len: Any,
+    heads: Any,
+    kv_heads: Any,
+    head_dim: Any,
+    hw: Any,
+    *,
+    dtype: str = "bf16",
+    kv_dtype: str | None = None,
+    cold: bool = True,
+    **options: Any,
+) -> Estimate:
     """Return the cost of decode attention."""
     calls = attention.Geometry.of(
         batch, 1, kv_len, heads, kv_heads, head_dim, warm=not cold, **options

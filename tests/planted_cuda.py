@@ -1,8 +1,8 @@
 """Install a planted GPU as the CUDA device of this process, so that whole commands run on it.
 
-Within :func:`installed`, tensors on ``cuda`` have shapes and no data (torch's device ``meta``), each call of torch on
-them is a kernel of planted duration, and the clocks of this process are those of the planted host. Commands run
-unchanged, and a GEMM of any size costs microseconds of real time.
+Within :func:`installed`, tensors on ``cuda`` have shapes and no data (torch's device ``meta``),
+each call of torch on them is a kernel of planted duration, and the clocks of this process are those
+of the planted host. Commands run unchanged, and a GEMM of any size costs microseconds of real time.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ SETUP_S, CHILD_S = 0.01, 1.0
 SKIPPING = ("_gathered", "_columns", "_features")
 """Kernels of Triton that multiply matrices."""
 BY_SHAPE = ("gather_gemm", "grouped_gemm", "attention_block_sparse")
-"""Operators whose kernels (Triton, flex attention) need a GPU; their durations follow from their shapes."""
+"""Operators whose kernels (Triton, flex attention) need a GPU; their durations follow from their
+shapes."""
 
 
 def planted_build(cuda: PlantedCuda) -> Callable[..., Launches]:
@@ -231,7 +232,8 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
 
 
 def planted_triton(cuda: PlantedCuda) -> Callable[..., None]:
-    """Return the launch of a Triton kernel: all of its products, without skips, and each tensor once."""
+    """Return the launch of a Triton kernel: all of its products, without skips, and each tensor
+    once."""
 
     def run(kernel: Any, *args: Any, **options: Any) -> None:
         given = {id(t): t for t in _tensors(args)}.values()
@@ -247,7 +249,8 @@ def planted_triton(cuda: PlantedCuda) -> Callable[..., None]:
 
 
 def planted_sparse(cuda: PlantedCuda) -> Callable[..., Any]:
-    """Return the product of a 2:4 sparse weight (n, k) and activations (k, m), twice as fast as a dense one."""
+    """Return the product of a 2:4 sparse weight (n, k) and activations (k, m), twice as fast as a
+    dense one."""
 
     def multiply(packed: Any, dense: Any, *_: Any) -> Any:
         out = dense.new_empty(dense.shape[1], len(packed))

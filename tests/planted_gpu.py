@@ -1,7 +1,9 @@
-"""Planted GPUs in simulated time: a host with a clock, a stream of kernels, graphs, NVML, and faults.
+"""Planted GPUs in simulated time: a host with a clock, a stream of kernels, graphs, NVML, and
+faults.
 
-A kernel takes ``floor + ((arithmetic / clock)^3 + memory^3)^(1/3)`` with the constants of a :class:`Gpu`, so the result
-of a calibration can be compared with the truth. :mod:`planted_cuda` installs a planted GPU as torch's.
+A kernel takes ``floor + ((arithmetic / clock)^3 + memory^3)^(1/3)`` with the constants of a
+:class:`Gpu`, so the result of a calibration can be compared with the truth. :mod:`planted_cuda`
+installs a planted GPU as torch's.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ CAPTURING = (
     "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
 )
 UNDERWAY = (
-    'captures_underway.empty() INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":2873, '
-    "please report a bug to PyTorch."
+    "captures_underway.empty() INTERNAL ASSERT FAILED at"
+    ' "/pytorch/c10/cuda/CUDACachingAllocator.cpp":2873, please report a bug to PyTorch.'
 )
-REFUSED = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, opa, opb, m, n, k, ...)`"
+REFUSED = (
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, opa, opb, m, n,"
+    " k, ...)`"
+)
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,25 @@ class Gpu:
 
 
 L2_BYTES = 4 * 2**20
-"""L2 of all planted GPUs: operands are rotated past it, so a small one needs few copies and little real time."""
+"""L2 of all planted GPUs: operands are rotated past it, so a small one needs few copies and little
+real time."""
 
-# fmt: off
 GPUS: Mapping[str, Gpu] = {
     "H100": Gpu("NVIDIA H100 80GB HBM3", 132, (9, 0), 85e9, 1.98e9, 700.0, 690e12, 3.0e12),
     "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", 128, (8, 9), 25e9, 3.1e9, 450.0, 150e12, 0.93e12),
-    "A100 3g.40gb": Gpu("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 42, (8, 0), 42e9, 1.41e9, 400.0, 100e12,
-                        0.87e12, mig=True),
+    "A100 3g.40gb": Gpu(
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+        42,
+        (8, 0),
+        42e9,
+        1.41e9,
+        400.0,
+        100e12,
+        0.87e12,
+        mig=True,
+    ),
     "B200": Gpu("NVIDIA B200", 148, (10, 0), 190e9, 1.965e9, 1000.0, 1700e12, 7.0e12),
 }
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,8 @@ def _bound(kind: type, cuda: PlantedCuda) -> type:
 
 
 class PlantedCuda:
-    """``torch.cuda`` of one planted GPU: a host clock ``now``, and the time ``free`` when the stream will be idle."""
+    """``torch.cuda`` of one planted GPU: a host clock ``now``, and the time ``free`` when the
+    stream will be idle."""
 
     AHEAD_S = 5e-3  # the host waits when the queue is longer
 
@@ -312,7 +326,8 @@ class PlantedCuda:
 
 
 def planted_nvml(cuda: PlantedCuda) -> ModuleType:
-    """Return a module ``pynvml`` for a planted GPU. It reads the GPU of the moment; a MIG slice has no readings."""
+    """Return a module ``pynvml`` for a planted GPU. It reads the GPU of the moment; a MIG slice has
+    no readings."""
     gpu = cuda.gpu
 
     def reading(value: Callable[[], Any]) -> Callable[..., Any]:

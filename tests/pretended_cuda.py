@@ -1,6 +1,8 @@
-"""Run code for a GPU without one: CPU tensors on a device that is named CUDA, and interpreted Triton kernels.
+"""Run code for a GPU without one: CPU tensors on a device that is named CUDA, and interpreted
+Triton kernels.
 
-Tests import this module before anything imports Triton, which reads the choice of its interpreter once.
+Tests import this module before anything imports Triton, which reads the choice of its interpreter
+once.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ PLACE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def kernels(interpreted: bool = False) -> Any:
-    """Return the module of Triton's kernels; skip if they cannot run, and with ``interpreted`` also if they are
-    compiled."""
+    """Return the module of Triton's kernels; skip if they cannot run, and with ``interpreted`` also
+    if they are compiled."""
     if interpreted and PLACE == "cuda":
         pytest.skip("Triton compiles its kernels for the GPU here")
     pytest.importorskip("triton", reason="Triton is not installed; it comes with the extra kernels")
@@ -46,7 +48,8 @@ def kernels(interpreted: bool = False) -> Any:
 
 
 def _convert_bf16() -> None:
-    """Triton's interpreter (3.9) multiplies the bits of bf16 as whole numbers; here it converts them first."""
+    """Triton's interpreter (3.9) multiplies the bits of bf16 as whole numbers; here it converts
+    them first."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 

@@ -1,4 +1,5 @@
-"""Additions of docs/adding.md: an operator is one file and one entry, a field of the request is one declaration."""
+"""Additions of docs/adding.md: an operator is one file and one entry, a field of the request is one
+declaration."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ assert abs(np.log(launch(1e-4))) > 2.0 * abs(np.log(launch(1e-6)))
 
 
 def followed(heading: str, following: str, folder: Path) -> list[Block]:
-    """Copy the packages, write and change files as a section of docs/adding.md shows, and return its blocks."""
+    """Copy the packages, write and change files as a section of docs/adding.md shows, and return
+    its blocks."""
     page = ROOT / "docs" / "adding.md"
     text = page.read_text(encoding="utf-8")
     first, last = (

@@ -1,4 +1,5 @@
-"""Stack files: every device and stack has a recipe, sections are round, and shipped files follow from their tables."""
+"""Stack files: every device and stack has a recipe, sections are round, and shipped files follow
+from their tables."""
 
 from __future__ import annotations
 
@@ -153,8 +154,9 @@ def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
 
 
 def same_times(made: HardwareProfile, shipped: HardwareProfile) -> None:
-    """Two fits to the same rows give the same times. Their constants may differ along a ridge of the error: between two
-    kernels of OpenBLAS, exp_per_s of latent prefill differs by 3.7 %, b_hit of int8_wo by 0.15 %."""
+    """Two fits to the same rows give the same times. Their constants may differ along a ridge of
+    the error: between two kernels of OpenBLAS, exp_per_s of latent prefill differs by 3.7 %, b_hit
+    of int8_wo by 0.15 %."""
     batch, seq, heads, groups = (
         a.ravel()
         for a in np.meshgrid(

@@ -1,4 +1,5 @@
-"""The documentation is correct: equations and examples run, printed text and generated pages are current."""
+"""The documentation is correct: equations and examples run, printed text and generated pages are
+current."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ SETS_UP = re.compile(r"\bpip\b|\bvenv\b|\bpytest\b|\bpre-commit\b")
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: its language, text and first line, and the file that the page writes it to."""
+    """A fenced block of a page: its language, text and first line, and the file that the page
+    writes it to."""
 
     language: str
     text: str
@@ -96,20 +98,25 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(arguments: list[str], folder: Path) -> str:
-    """Standard output of this interpreter, run in a folder with the packages of the tree it belongs to."""
+    """Standard output of this interpreter, run in a folder with the packages of the tree it belongs
+    to."""
     home = folder if (folder / "simulator").is_dir() else ROOT
     environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg"}
     command = [sys.executable, "-W", "error", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
-    said = f"{' '.join(arguments)[:300]}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    said = (
+        f"{' '.join(arguments)[:300]}: status"
+        f" {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    )
     assert done.returncode == 0, said
     return done.stdout
 
 
 def prunesim(words: list[str], folder: Path) -> str:
-    """Run the program in this process in a folder without packages, and return its standard output."""
+    """Run the program in this process in a folder without packages, and return its standard
+    output."""
     out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
     os.chdir(folder)
     try:
@@ -124,8 +131,8 @@ def prunesim(words: list[str], folder: Path) -> str:
 
 
 def commands_of(shell: str) -> Iterator[list[str]]:
-    """Yield the ``prunesim`` and ``python -m calibration...`` commands of a shell block; `.ci/run` runs commands that
-    set up an environment."""
+    """Yield the ``prunesim`` and ``python -m calibration...`` commands of a shell block; `.ci/run`
+    runs commands that set up an environment."""
     for line in shell.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -161,14 +168,16 @@ PRINTED: dict[tuple[Path, str], str] = {}
 
 
 def printed_by(path: Path, command: str, folder: Path) -> str:
-    """Return the output of a command shown on a page; it runs once, in the folder of the first test that needs it."""
+    """Return the output of a command shown on a page; it runs once, in the folder of the first test
+    that needs it."""
     if (path, command) not in PRINTED:
         PRINTED[path, command] = run_shell(command, folder)
     return PRINTED[path, command]
 
 
 def assert_printed(shown: str, printed: str, where: str) -> None:
-    """Assert that the lines of a page were printed in this order; a line ``...`` stands for omitted lines."""
+    """Assert that the lines of a page were printed in this order; a line ``...`` stands for omitted
+    lines."""
     have, *parts = (
         [line.rstrip() for line in text.strip("\n").splitlines()]
         for text in (printed, *re.split(r"^\.\.\.\n", shown.strip("\n") + "\n", flags=re.MULTILINE))
@@ -187,10 +196,11 @@ def assert_printed(shown: str, printed: str, where: str) -> None:
 
 
 def follow(path: Path, folder: Path) -> Counter[str]:
-    """Follow a page: write its files, run its commands and its Python, compare the shown output, and count the blocks.
+    """Follow a page: write its files, run its commands and its Python, compare the shown output,
+    and count the blocks.
 
-    A block of text shows the output of the previous command or, if it begins with ``$``, of its own command. A block
-    that begins with ``prunesim`` is a command for another machine.
+    A block of text shows the output of the previous command or, if it begins with ``$``, of its own
+    command. A block that begins with ``prunesim`` is a command for another machine.
     """
     done: Counter[str] = Counter()
     printed = ""
@@ -284,7 +294,10 @@ QUESTIONS: list[tuple[str, str, str]] = re.findall(
 ANSWERS = ("On ", "No ", "Of ", "The least ", "The fastest ")
 """Beginnings of answers, besides the model, pruning, method or device that a command names."""
 
-ENDS = r"x(, \d\.\d+-\d\.\d+| \(\d\.\d+-\d\.\d+\)| faster \(\d\.\d+-\d\.\d+\))|\d+ % in their 90 % interval"
+ENDS = (
+    r"x(, \d\.\d+-\d\.\d+| \(\d\.\d+-\d\.\d+\)| faster \(\d\.\d+-\d\.\d+\))|\d+ % in their 90 %"
+    r" interval"
+)
 """A speedup with its interval, or the coverage of intervals."""
 
 
@@ -409,7 +422,8 @@ def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
 
 @pytest.mark.quick
 def test_lists_of_what_is_known_are_complete() -> None:
-    """The README counts families, methods, engines and devices; the help and the guide list families."""
+    """The README counts families, methods, engines and devices; the help and the guide list
+    families."""
     words = [
         "zero",
         "one",
@@ -455,10 +469,11 @@ def test_every_gpu_with_a_table_has_its_accuracy_report() -> None:
         assert (ROOT / command.split("--markdown ")[1]).is_file(), command
 
 
-# -- names and files that pages refer to -------------------------------------------------------------------------------
+# -- names and files that pages refer to -----------------------------------------------------------
 
 OPTIONAL = {"torch", "triton", "pynvml", "streamlit", "pandas", "pyarrow"}
-"""Packages without which some modules cannot be imported; references in and to those are then not checked."""
+"""Packages without which some modules cannot be imported; references in and to those are then not
+checked."""
 
 DOTTED = re.compile(r"\b((?:simulator|calibration)(?:\.\w+)+)")
 QUOTED = re.compile(r"(?<!`)`([\w./-]+)`(?!`)")
@@ -489,7 +504,8 @@ def follows(held: Any, names: list[str]) -> bool:
 
 
 def resolves(target: str, home: ModuleType | None = None) -> bool:
-    """Return whether a name is a module or an attribute of one; ``home`` and its classes are searched first."""
+    """Return whether a name is a module or an attribute of one; ``home`` and its classes are
+    searched first."""
     names = target.split(".")
     if home is not None:
         classes = [held for held in vars(home).values() if isinstance(held, type)]

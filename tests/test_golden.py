@@ -1,8 +1,8 @@
 """Every moved prediction shows in the diff of ``golden/predictions.txt``.
 
-The file holds whole models and single operators, one prediction per line, rounded to six significant digits. If a
-change is meant to move predictions, ``PRUNESIM_GOLDEN=write python -m pytest tests/test_golden.py`` rewrites the moved
-lines.
+The file holds whole models and single operators, one prediction per line, rounded to six
+significant digits. If a change is meant to move predictions, ``PRUNESIM_GOLDEN=write python -m
+pytest tests/test_golden.py`` rewrites the moved lines.
 """
 
 from __future__ import annotations

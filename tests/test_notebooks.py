@@ -1,4 +1,5 @@
-"""Notebooks: committed notebooks have outputs, and the comparison with an execution notices changes."""
+"""Notebooks: committed notebooks have outputs, and the comparison with an execution notices
+changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Public names are documented, their examples type-checked, and public objects are shown in the same ways."""
+"""Public names are documented, their examples type-checked, and public objects are shown in the
+same ways."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def documented() -> Iterator[tuple[str, Any]]:
-    """Public functions and classes, and the public methods and properties of the classes, by name."""
+    """Public functions and classes, and the public methods and properties of the classes, by
+    name."""
     for name in simulator.__all__:
         public = getattr(simulator, name)
         if callable(public):
@@ -48,7 +50,8 @@ def documented() -> Iterator[tuple[str, Any]]:
 
 
 NOT_FITTING = ("ES01", "SA01")
-"""Checks of numpydoc that this project does not apply: an extended summary, and a section See Also."""
+"""Checks of numpydoc that this project does not apply: an extended summary, and a section See
+Also."""
 
 DATA = ("FAMILIES", "METHODS", "__version__")
 

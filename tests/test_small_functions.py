@@ -1,4 +1,5 @@
-"""Small functions by example: texts of numbers and names, quantities with units, checked arguments, counts of work."""
+"""Small functions by example: texts of numbers and names, quantities with units, checked arguments,
+counts of work."""
 
 from __future__ import annotations
 
@@ -92,13 +93,23 @@ UNIT = st.sampled_from(sorted(UNITS))
 @pytest.mark.parametrize(
     ("text", "unit", "value"),
     [
-        ("3.35 TB/s", "B/s", 3.35e12), ("2039 GB/s", "B/s", 2.039e12), ("1e3 GB/s", "B/s", 1e12),
-        ("50 MiB", "B", 50 * 2**20), ("50 MB", "B", 50e6), ("80GiB", "B", 80 * 2**30),
-        ("989.4 TFLOP/s", "FLOP/s", 989.4e12), ("1.755 GHz", "Hz", 1.755e9), ("1410 MHz", "Hz", 1.41e9),
-        ("700 W", "W", 700.0), (" 7  W ", "W", 7.0), ("-1 s", "s", -1.0), ("25 ns", "s", 25e-9),
-        ("3.0 us", "s", 3e-6), ("3.0 \u00b5s", "s", 3e-6),
+        ("3.35 TB/s", "B/s", 3.35e12),
+        ("2039 GB/s", "B/s", 2.039e12),
+        ("1e3 GB/s", "B/s", 1e12),
+        ("50 MiB", "B", 50 * 2**20),
+        ("50 MB", "B", 50e6),
+        ("80GiB", "B", 80 * 2**30),
+        ("989.4 TFLOP/s", "FLOP/s", 989.4e12),
+        ("1.755 GHz", "Hz", 1.755e9),
+        ("1410 MHz", "Hz", 1.41e9),
+        ("700 W", "W", 700.0),
+        (" 7  W ", "W", 7.0),
+        ("-1 s", "s", -1.0),
+        ("25 ns", "s", 25e-9),
+        ("3.0 us", "s", 3e-6),
+        ("3.0 \u00b5s", "s", 3e-6),
     ],
-)  # fmt: skip
+)
 def test_quantities_are_read(text: str, unit: str, value: float) -> None:
     assert parse_quantity(text, unit) == value  # exactly: one rounding, in decimal
 
@@ -142,10 +153,17 @@ def test_quantities_written_are_read_again(unit: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (3.35e12, "B/s", "3.35 TB/s"), (1e9, "Hz", "1 GHz"), (999.0, "W", "999 W"), (0.0, "s", "0 s"),
-        (1e-15, "s", "0.001 ps"), (85899345920.0, "B", "80 GiB"), (80e9, "B", "80 GB"), (100.0, "B", "100 B"),
-        (143771 * 2.0**20, "B", "143771 MiB"), (-2048.0, "B", "-2.048 kB"),
+        (3.35e12, "B/s", "3.35 TB/s"),
+        (1e9, "Hz", "1 GHz"),
+        (999.0, "W", "999 W"),
+        (0.0, "s", "0 s"),
+        (1e-15, "s", "0.001 ps"),
+        (85899345920.0, "B", "80 GiB"),
+        (80e9, "B", "80 GB"),
+        (100.0, "B", "100 B"),
+        (143771 * 2.0**20, "B", "143771 MiB"),
+        (-2048.0, "B", "-2.048 kB"),
     ],
-)  # fmt: skip
+)
 def test_quantities_are_written(value: float, unit: str, text: str) -> None:
     assert format_quantity(value, unit) == text

@@ -75,7 +75,8 @@ def test_llama_2_70b_does_not_fit_one_gpu_of_80_gb_but_half_of_it_does() -> None
     assert got.total_bytes == needed
     assert (
         got.verdict
-        == f"does not fit: needs {needed / 2**30:.1f} GiB, 74.5 GiB available (1.7x); fits on 2 devices"
+        == f"does not fit: needs {needed / 2**30:.1f} GiB, 74.5 GiB available (1.7x); fits on 2"
+        " devices"
     )
     wide = dense.expand()
     half = memory(wide.take((wide.layer < 0) | (wide.layer % 2 == 0)), GPU)

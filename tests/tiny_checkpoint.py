@@ -12,7 +12,8 @@ TEXT = " ".join(f"w{i * i % WORDS}" for i in range(1200))
 
 
 def random_llama(**changes: int) -> Any:
-    """A random model of transformers with biases in attention, three layers, four heads and two KV heads."""
+    """A random model of transformers with biases in attention, three layers, four heads and two KV
+    heads."""
     import transformers
 
     shape = {
@@ -33,7 +34,8 @@ def random_llama(**changes: int) -> Any:
 
 
 def write_checkpoint(folder: Path, **changes: int) -> Any:
-    """Write a random model and its tokenizer, which has a token per word, into a folder; return the model."""
+    """Write a random model and its tokenizer, which has a token per word, into a folder; return the
+    model."""
     import tokenizers
     import transformers
 

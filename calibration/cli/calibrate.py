@@ -1,5 +1,5 @@
-"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes; and functions for all
-commands that measure."""
+"""``prunesim calibrate``: measure a device, fit a profile and validate it on held-out shapes; and
+functions for all commands that measure."""
 
 from __future__ import annotations
 
@@ -32,17 +32,32 @@ if TYPE_CHECKING:
 RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
-# fmt: off
-Folder = Annotated[str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")]
+Folder = Annotated[
+    str, opt("--output -o", "RUN", "Folder of the run; a run in an existing folder resumes.")
+]
 
 
 @dataclass(frozen=True)
 class Measuring:
-    budget: Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")] = "10min"
-    hardware: Annotated[str, opt(
-        "--hardware", "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.")] = ""
-    threads: Annotated[int | None, opt(
-        "--threads", "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.")] = None
+    budget: Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")] = (
+        "10min"
+    )
+    hardware: Annotated[
+        str,
+        opt(
+            "--hardware",
+            "NAME",
+            "Profile with the datasheet. Default: found by the device's name, or measured.",
+        ),
+    ] = ""
+    threads: Annotated[
+        int | None,
+        opt(
+            "--threads",
+            "N",
+            "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.",
+        ),
+    ] = None
     seed: Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")] = 0
 
     def __post_init__(self) -> None:
@@ -51,47 +66,68 @@ class Measuring:
 
 @dataclass(frozen=True)
 class EngineRun:
-    engine: Annotated[str, opt("--engine", "NAME", "With DEVICE engine: vllm or hf (Transformers).")] = "vllm"
-    vllm_python: Annotated[str, opt(
-        "--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")] = ""
+    engine: Annotated[
+        str, opt("--engine", "NAME", "With DEVICE engine: vllm or hf (Transformers).")
+    ] = "vllm"
+    vllm_python: Annotated[
+        str,
+        opt(
+            "--vllm-python",
+            "PATH",
+            "Python that has vLLM. Default: the one that runs this command.",
+        ),
+    ] = ""
 
 
 @dataclass(frozen=True)
 class Target:
-    model: Annotated[str | None, opt(
-        "--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.")] = None
-    family: Annotated[str, opt(
-        "--family", "LIST", "With --for: pruning families.")] = "depth,width,width_cross,low_rank"
-    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = "0.25,0.5"
+    model: Annotated[
+        str | None,
+        opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first."),
+    ] = None
+    family: Annotated[str, opt("--family", "LIST", "With --for: pruning families.")] = (
+        "depth,width,width_cross,low_rank"
+    )
+    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = (
+        "0.25,0.5"
+    )
 
 
-REQUESTS: options.Run = options.run_options("phase", "batch", "seq", "dtype", phase="prefill,decode")
+REQUESTS: options.Run = options.run_options(
+    "phase", "batch", "seq", "dtype", phase="prefill,decode"
+)
 
 
 @options.expanded("csv", "figure")
 def command(
-    device: Annotated[str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; engine measures an engine.")],
+    device: Annotated[
+        str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; engine measures an engine.")
+    ],
     output: Folder,
     measuring: Measuring = Measuring(),
     target: Target = Target(),
     runner: EngineRun = EngineRun(),
     run: options.Run = REQUESTS,
-    quick: Annotated[bool, opt(
-        "--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit.")] = False,
-    measure_only: Annotated[bool, opt(
-        "--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")] = False,
+    quick: Annotated[
+        bool,
+        opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit."),
+    ] = False,
+    measure_only: Annotated[
+        bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")
+    ] = False,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Calibrate a device in one step.
 
-    Begins with whether to use the profile: its errors on held-out shapes next to those of a datasheet roofline. The
-    exit status is 1 if its errors are larger, if there are too few held-out shapes, or if the machine was busy. Writes
-    RUN/records.jsonl, RUN/profile.yaml for --hardware of other commands, and RUN/report.md with plots. Run the command
-    again to resume a stopped run; a folder of another device, driver, number format or number of threads is an error.
+    Begins with whether to use the profile: its errors on held-out shapes next to those of a
+    datasheet roofline. The exit status is 1 if its errors are larger, if there are too few held-out
+    shapes, or if the machine was busy. Writes RUN/records.jsonl, RUN/profile.yaml for --hardware of
+    other commands, and RUN/report.md with plots. Run the command again to resume a stopped run; a
+    folder of another device, driver, number format or number of threads is an error.
 
-    DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device of RUN/profile.yaml
-    or of --hardware, and adds the engine's host times and a factor per operator to RUN/profile.yaml.
+    DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device
+    of RUN/profile.yaml or of --hardware, and adds the engine's host times and a factor per operator
+    to RUN/profile.yaml.
     """
     from calibration.evidence.validate import (
         DO_NOT_USE,
@@ -116,17 +152,26 @@ def command(
     )
     if device == "engine":
         if measure_only or quick:
-            raise InputError("--measure-only, --quick: expected none of them to calibrate an engine")
+            raise InputError(
+                "--measure-only, --quick: expected none of them to calibrate an engine"
+            )
         _engine(output, how, target.model or "", runner, measuring.threads, out)
         return
     if measure_only and quick:
         raise InputError("--measure-only: expected no --quick with it")
     targets: TargetModels = ()
     if target.model:
-        families, fractions = parsing.names("--family", target.family), parsing.fractions("--sparsity", target.sparsity)
+        families, fractions = (
+            parsing.names("--family", target.family),
+            parsing.fractions("--sparsity", target.sparsity),
+        )
         engine = "" if device == "cpu" else DEFAULT_ENGINE  # no engine fuses projections on a CPU
-        targets = target_workloads(target.model, families, fractions, {**run.asked().settings, "engine": engine})
-    found = measured(device, output, partial(measure_into, targets=targets, quick=quick), how, measuring.threads)
+        targets = target_workloads(
+            target.model, families, fractions, {**run.asked().settings, "engine": engine}
+        )
+    found = measured(
+        device, output, partial(measure_into, targets=targets, quick=quick), how, measuring.threads
+    )
     if measure_only:
         if render.Output(out.json).write([outcome_row(found)]):
             print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
@@ -142,10 +187,20 @@ def command(
     except InputError as error:  # too few or useless rows
         text = f"There is no profile to use in {output}: {error}. {remedy[:1].upper()}{remedy[1:]}."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-        conclude(judged, [{"measured": outcome_row(found)}], tuple, stopped, out, found.outcome.problems, status)
+        conclude(
+            judged,
+            [{"measured": outcome_row(found)}],
+            tuple,
+            stopped,
+            out,
+            found.outcome.problems,
+            status,
+        )
         return
     update = done.fit if isinstance(done.fit, Updated) else None
-    judged = of_calibration(done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, remedy)
+    judged = of_calibration(
+        done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, remedy
+    )
     record_verdict(judged, Path(output) / PROFILE)
     row = {
         "measured": outcome_row(found),
@@ -159,7 +214,12 @@ def command(
 
 
 def _engine(
-    output: str, how: RunOptions, model: str, runner: EngineRun, threads: int | None, out: options.Output
+    output: str,
+    how: RunOptions,
+    model: str,
+    runner: EngineRun,
+    threads: int | None,
+    out: options.Output,
 ) -> None:
     from calibration.devices import open_device
     from calibration.evidence.validate import Judgement
@@ -172,16 +232,24 @@ def _engine(
     from simulator.models.library import load_model
     from simulator.request import Name
 
-    file, name = check_folder(output) / PROFILE, Name(measuring.MEASURED).check("--engine", runner.engine)
+    file, name = (
+        check_folder(output) / PROFILE,
+        Name(measuring.MEASURED).check("--engine", runner.engine),
+    )
     if not (how.hardware or file.is_file()):
-        raise InputError(f"{file} does not exist; expected --hardware, or the folder of a calibration of this device")
+        raise InputError(
+            f"{file} does not exist; expected --hardware, or the folder of a calibration of this"
+            " device"
+        )
     hw = load_hardware(how.hardware or file)
     on_cpu = hw.architecture == "cpu"
     chosen = model or ("smollm2-135m" if on_cpu else "llama-3.1-8b")
     python = runner.vllm_python or sys.executable
     run = ModelRun(load_model(chosen), how.dtype, name, content_of(chosen), python, how.seed)
     with closing(open_device("cpu" if on_cpu else "cuda", threads=threads)) as opened:
-        render.status(f"{opened.describe().device}; {how.dtype}; {name}; copies of {run.config.name}")
+        render.status(
+            f"{opened.describe().device}; {how.dtype}; {name}; copies of {run.config.name}"
+        )
         with render.progress("running") as report:
             passes = measuring.observe(file.parent, opened, run, report)
     found = measuring.calibrated(passes, run, hw)
@@ -212,7 +280,10 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
 
     print(f"measured: {measured}\n")
     lines = show_fitted(done.fit)
-    about = {"on held-out shapes": done.held_out, "cost model alone, on the shapes measured exactly": done.exact}
+    about = {
+        "on held-out shapes": done.held_out,
+        "cost model alone, on the shapes measured exactly": done.exact,
+    }
     for title, report in about.items():
         if report is not None:
             print()
@@ -223,13 +294,20 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
 
 
 def measured(
-    device: str, output: str, measure: Callable[..., MeasuredRun], how: RunOptions, threads: int | None = None
+    device: str,
+    output: str,
+    measure: Callable[..., MeasuredRun],
+    how: RunOptions,
+    threads: int | None = None,
 ) -> MeasuredRun:
     from calibration.devices import open_device
     from calibration.runners.runs import check_folder
 
     check_folder(output)
-    with closing(open_device(device, threads=threads)) as opened, render.progress("measuring") as report:
+    with (
+        closing(open_device(device, threads=threads)) as opened,
+        render.progress("measuring") as report,
+    ):
         found = measure(output, opened, how, progress=report, note=render.status)
     restart_if_needed(found.outcome, render.status)
     return found
@@ -237,7 +315,10 @@ def measured(
 
 def describe(outcome: Outcome) -> str:
     c = outcome.counts
-    parts = [f"{c.timed + c.resumed} operators timed", f"{c.resumed} of them earlier" if c.resumed else ""]
+    parts = [
+        f"{c.timed + c.resumed} operators timed",
+        f"{c.resumed} of them earlier" if c.resumed else "",
+    ]
     for name in ("noisy", "throttled", "skipped", "unsupported", "refused", "failed", "left"):
         if count := getattr(c, name):
             parts.append(f"{count} {name}")
@@ -246,7 +327,11 @@ def describe(outcome: Outcome) -> str:
 
 def outcome_row(found: MeasuredRun) -> dict[str, Any]:
     outcome = found.outcome
-    row = {"planned": len(found.plan.items), "elapsed_s": outcome.elapsed_s, "stopped": outcome.stopped}
+    row = {
+        "planned": len(found.plan.items),
+        "elapsed_s": outcome.elapsed_s,
+        "stopped": outcome.stopped,
+    }
     return {**row, **asdict(outcome.counts), "problems": list(outcome.problems)}
 
 
@@ -259,7 +344,8 @@ def ended(outcome: Outcome) -> tuple[tuple[str, ...], int]:
 
 
 def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -> None:
-    """Print why a run stopped early, ``notes``, and the problems of the run; exit with its status if it stopped."""
+    """Print why a run stopped early, ``notes``, and the problems of the run; exit with its status
+    if it stopped."""
     stopped, status = ended(outcome)
     render.notes((*stopped, *notes, *outcome.problems), verbose)
     if status:
@@ -267,8 +353,9 @@ def finish(outcome: Outcome, notes: Sequence[str] = (), verbose: bool = False) -
 
 
 def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], None]) -> None:
-    """Restart this program, which resumes from its records, if a run needs a new process: a failed capture of a CUDA
-    graph spoils its process, and so do most errors of CUDA. Another program, such as a notebook, is not restarted."""
+    """Restart this program, which resumes from its records, if a run needs a new process: a failed
+    capture of a CUDA graph spoils its process, and so do most errors of CUDA. Another program, such
+    as a notebook, is not restarted."""
     script, done = Path(sys.argv[0]), os.environ.get(RESTARTS, "0")
     ours = script.stem == "prunesim" or script.parts[-3:] == ("simulator", "cli", "__main__.py")
     count = int(done) if done.isdecimal() else MOST_RESTARTS
@@ -282,9 +369,12 @@ def restart_if_needed(outcome: Outcome | ComparedCases, note: Callable[[str], No
 
 
 def seconds(option: str, text: str) -> float:
-    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in seconds."""
+    """Return the seconds of a time such as "2min", "90s" or "0.5h"; a number without unit is in
+    seconds."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     value = float(match[1]) * _SECONDS.get(match[2] or "s", 0.0) if match else 0.0
     if value <= 0.0:
-        raise InputError(f"{option}: expected a time above zero such as 2min, 90s or 1h, got {text!r}")
+        raise InputError(
+            f"{option}: expected a time above zero such as 2min, 90s or 1h, got {text!r}"
+        )
     return value

@@ -1,4 +1,5 @@
-"""``python -m calibration.cli.commands_page`` makes ``docs/generated/commands.md``: the help of every command."""
+"""``python -m calibration.cli.commands_page`` makes ``docs/generated/commands.md``: the help of
+every command."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from simulator.files.write import write_whole
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Yield the path of every command ("speedup", "hardware list", ...) and its parser, in the order of ``--help``."""
+    """Yield the path of every command ("speedup", "hardware list", ...) and its parser, in the
+    order of ``--help``."""
     import typer
 
     from simulator.cli.program import program

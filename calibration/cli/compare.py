@@ -1,4 +1,5 @@
-"""``prunesim compare``: run a dense and a pruned decoder on a device and compare their times with predictions."""
+"""``prunesim compare``: run a dense and a pruned decoder on a device and compare their times with
+predictions."""
 
 from __future__ import annotations
 
@@ -30,38 +31,55 @@ if TYPE_CHECKING:
 REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode")
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Runner:
-    engine: Annotated[str, opt(
-        "--engine", "NAME", "What runs the model: reference (our decoder), hf or compile (Transformers), vllm."
-    )] = "reference"
-    bench: Annotated[list[str] | None, opt(
-        "--bench", "FILE", "With --engine vllm: results of vllm bench, of the dense model, then of each --prune."
-    )] = None
-    vllm_python: Annotated[str, opt(
-        "--vllm-python", "PATH", "Python that has vLLM. Default: the one that runs this command.")] = ""
+    engine: Annotated[
+        str,
+        opt(
+            "--engine",
+            "NAME",
+            "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.",
+        ),
+    ] = "reference"
+    bench: Annotated[
+        list[str] | None,
+        opt(
+            "--bench",
+            "FILE",
+            "With --engine vllm: results of vllm bench, of the dense model, then of each --prune.",
+        ),
+    ] = None
+    vllm_python: Annotated[
+        str,
+        opt(
+            "--vllm-python",
+            "PATH",
+            "Python that has vLLM. Default: the one that runs this command.",
+        ),
+    ] = ""
 
 
 @options.expanded("csv", "figure")
 def command(
     model: options.Model,
     output: Folder,
-    device: Annotated[str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")] = "",
+    device: Annotated[
+        str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")
+    ] = "",
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
     runner: Runner = Runner(),
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Compare predicted with measured speedups.
 
-    Begins with whether the predictions hold, next to the roofline bound as prediction, and the worst case. Runs a
-    model with random weights, dense and pruned: our own decoder, which has the families that decide during a pass, the
-    model of Transformers, eagerly (hf) or under torch.compile (compile), or that of vLLM. With --bench it reads result
-    files of vllm bench instead, and --hardware names the GPU that wrote them. The profile is --hardware, else
-    RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and comparison.png, for a
-    library with the name of its engine. Run the command again to resume.
+    Begins with whether the predictions hold, next to the roofline bound as prediction, and the
+    worst case. Runs a model with random weights, dense and pruned: our own decoder, which has the
+    families that decide during a pass, the model of Transformers, eagerly (hf) or under
+    torch.compile (compile), or that of vLLM. With --bench it reads result files of vllm bench
+    instead, and --hardware names the GPU that wrote them. The profile is --hardware, else
+    RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
+    comparison.png, for a library with the name of its engine. Run the command again to resume.
     """
     from calibration.runners.cases import ModelRun
     from calibration.runners.compare import (
@@ -82,26 +100,44 @@ def command(
     runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
     if runner.bench:
         if engine != "vllm":
-            raise InputError(f"--bench: expected --engine vllm, which wrote the files, got {engine}")
+            raise InputError(
+                f"--bench: expected --engine vllm, which wrote the files, got {engine}"
+            )
         name, hw, cases, notes, found = _of_files(runner.bench, model, run, selection)
         folder.mkdir(exist_ok=True)
     else:
         if not device:
-            raise InputError("--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need none")
+            raise InputError(
+                "--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need"
+                " none"
+            )
         settings = {**run.asked().settings, "engine": runs.lowered}
         config, cases, notes = selection.cases(model, settings, kernels_on(device), runs.phases)
-        with selection.opened(device, folder, dtype) as (opened, hw, left), render.progress("running") as report:
+        with (
+            selection.opened(device, folder, dtype) as (opened, hw, left),
+            render.progress("running") as report,
+        ):
             name = opened.describe().device
-            render.status(f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases")
+            render.status(
+                f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases"
+            )
             python = runner.vllm_python or sys.executable
             how = ModelRun(config, dtype, engine, content_of(model), python, selection.seed)
             found = compare(folder, opened, how, cases, left, report)
         restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
-    rows = rows_of(cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds)
-    table, agreement, title = [asdict(row) for row in rows], _agreement(rows, list(found.records)), ""
+    rows = rows_of(
+        cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds
+    )
+    table, agreement, title = (
+        [asdict(row) for row in rows],
+        _agreement(rows, list(found.records)),
+        "",
+    )
     if rows:
-        title = f"{rows[0].model} on {name}, {dtype}: predicted ({rows[0].hardware}) against measured"
+        title = (
+            f"{rows[0].model} on {name}, {dtype}: predicted ({rows[0].hardware}) against measured"
+        )
         write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
         _write(folder, engine, rows, title, agreement)
     if render.Output(out.json).write(table) and rows:
@@ -110,7 +146,9 @@ def command(
         print("\n" + "\n".join(agreement))
         print(f"\n{folder / file_name('comparison.md', engine)}")
     why = f" ({found.stopped})" if found.stopped else ""
-    left_over = (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
+    left_over = (
+        (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
+    )
     render.notes((*left_over, *found.notes, *doubts(rows, found.records), *notes), out.verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
@@ -119,15 +157,19 @@ def command(
 def _of_files(
     files: list[str], model: str, run: options.Run, selection: CaseOptions
 ) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
-    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options supply batch, length
-    and new tokens (none for a prefill) if the files do not state them."""
+    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options
+    supply batch, length and new tokens (none for a prefill) if the files do not state them."""
     from calibration.runners.compare import ENGINES, compare_files
     from simulator.hardware.library import load_hardware
     from simulator.prediction.benchmarks import read_bench, request_of
 
     if not selection.hardware:
         raise InputError("--bench: expected --hardware with the GPU that wrote the files")
-    hw, runs, asked = load_hardware(selection.hardware), [read_bench(file) for file in files], run.asked().settings
+    hw, runs, asked = (
+        load_hardware(selection.hardware),
+        [read_bench(file) for file in files],
+        run.asked().settings,
+    )
     for one in runs:
         if one.engine not in ("vllm", ""):
             raise InputError(f"{one.source}: engine: expected vllm, got {one.engine}")
@@ -156,9 +198,15 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
         ("pruned", lambda r: render.seconds(r.pruned_s)),
         ("measured\nspeedup", ratio_of("measured")),
         ("predicted", ratio_of("predicted")),
-        ("interval", lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}"),
+        (
+            "interval",
+            lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}",
+        ),
         ("error\n%", lambda r: f"{100 * r.error:+.1f}"),
-        *((f"{name}\nbound", ratio_of(f"{name.lower()}_bound")) for name in (*measured, "roofline", "FLOP")),
+        *(
+            (f"{name}\nbound", ratio_of(f"{name.lower()}_bound"))
+            for name in (*measured, "roofline", "FLOP")
+        ),
     )
 
 
@@ -168,7 +216,10 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
     lines = []
     for phase, a in by_phase(rows).items():
         rank = "" if math.isnan(a["spearman"]) else f"Spearman {a['spearman']:.3f}, "
-        errors = f"median error {100 * a['median']:.1f} %, p95 {100 * a['p95']:.1f} %, bias {100 * a['bias']:+.1f} %"
+        errors = (
+            f"median error {100 * a['median']:.1f} %, p95 {100 * a['p95']:.1f} %, bias"
+            f" {100 * a['bias']:+.1f} %"
+        )
         inside = f"{100 * a['inside']:.0f} % of {a['count']} in their 90 % interval"
         dense = f"median error of dense times {100 * a['dense_time']:.1f} %"
         lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
@@ -177,7 +228,9 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
     return lines
 
 
-def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]) -> None:
+def _write(
+    folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]
+) -> None:
     from calibration.evidence.scoring import table
     from calibration.runners.compare import file_name
     from simulator.display import markdown_text
@@ -187,23 +240,42 @@ def _write(folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, a
     columns, figure = _columns(rows), folder / file_name("comparison.png", engine)
     cells = [[markdown_text(c.cells[i]) for c in columns] for i in range(len(rows))]
     left = [at for at, c in enumerate(columns) if not c.right]
-    lines = [f"# {markdown_text(title)}", "", *(f"- {line}" for line in agreement), "", f"![]({figure.name})", ""]
+    lines = [
+        f"# {markdown_text(title)}",
+        "",
+        *(f"- {line}" for line in agreement),
+        "",
+        f"![]({figure.name})",
+        "",
+    ]
     lines.append(table([c.title.replace("\n", " ") for c in columns], cells, left))
     write_whole(folder / file_name("comparison.md", engine), ("\n".join(lines) + "\n").encode())
     save_figure(comparison_figure(rows), figure)
 
 
 def comparison_figure(rows: list[ComparedSpeedup]) -> Figure:
-    """Draw measured next to predicted speedups: a panel per phase and sparsity; with texts of --prune, per phase."""
+    """Draw measured next to predicted speedups: a panel per phase and sparsity; with texts of
+    --prune, per phase."""
     from simulator.figures.measured import Beside, published_figure
 
     simple = all(r.simple for r in rows)
-    names = {r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False) for r in rows}
-    labels, fields = [*dict.fromkeys(names.values())], ("measured", "predicted", "predicted_lower", "predicted_upper")
+    names = {
+        r.prune: r.family if simple else textwrap.fill(r.pruning, 24, break_on_hyphens=False)
+        for r in rows
+    }
+    labels, fields = (
+        [*dict.fromkeys(names.values())],
+        ("measured", "predicted", "predicted_lower", "predicted_upper"),
+    )
     panels = []
     for phase, sparsity in dict.fromkeys((r.phase, r.sparsity if simple else None) for r in rows):
-        at = {names[r.prune]: r for r in rows if r.phase == phase and sparsity in (None, r.sparsity)}
-        values = [[getattr(at[name], field) if name in at else math.nan for name in labels] for field in fields]
+        at = {
+            names[r.prune]: r for r in rows if r.phase == phase and sparsity in (None, r.sparsity)
+        }
+        values = [
+            [getattr(at[name], field) if name in at else math.nan for name in labels]
+            for field in fields
+        ]
         title = phase if sparsity is None else f"{phase}, {render.percent(sparsity)} removed"
         panels.append(Beside(title, labels, *values))
     return published_figure(panels, observed="measured")

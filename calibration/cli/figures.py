@@ -1,4 +1,5 @@
-"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of captions."""
+"""``prunesim figures``: every figure of a paper about a model, into one folder, with a list of
+captions."""
 
 from __future__ import annotations
 
@@ -26,32 +27,42 @@ HARDWARE, FORMATS = "a100_sxm_80gb,h100_sxm,rtx_4090", "pdf,png"
 REQUEST: options.Run = options.run_options("seq", "engine", "dtype")
 
 
-# fmt: off
 @options.expanded("csv", "figure")
 def command(
     model: options.Model,
-    output: Annotated[str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")],
-    hardware: Annotated[str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files.")] = HARDWARE,
+    output: Annotated[
+        str, opt("-o --output", "DIR", "Folder to write to; made if it does not exist.")
+    ],
+    hardware: Annotated[
+        str, opt("--hardware", "LIST", "Devices: names, aliases or YAML files.")
+    ] = HARDWARE,
     only: Annotated[str | None, opt("--only", "LIST", "Draw these figures alone.")] = None,
     formats: Annotated[str, opt("--format", "LIST", "pdf, png, svg.")] = FORMATS,
     run: options.Run = REQUEST,
-    measured: Annotated[list[str] | None, opt(
-        "--measured", "DEVICE=FILE", "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable."
-    )] = None,
+    measured: Annotated[
+        list[str] | None,
+        opt(
+            "--measured",
+            "DEVICE=FILE",
+            "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable.",
+        ),
+    ] = None,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Draw the figures of a paper about a model.
 
-    Each figure is written in every format, and captions.md lists them with their captions. A figure without data
-    (measured GEMMs, quality of the model) is omitted with a note, or refused when --only names it.
+    Each figure is written in every format, and captions.md lists them with their captions. A figure
+    without data (measured GEMMs, quality of the model) is omitted with a note, or refused when
+    --only names it.
     """
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, save_figure
 
     known, chosen = Name(tuple(suffix[1:] for suffix in SUFFIXES)), list(FIGURES)
     if only:
-        chosen = [Name(tuple(FIGURES)).check("figure", name) for name in parsing.names("--only", only)]
+        chosen = [
+            Name(tuple(FIGURES)).check("figure", name) for name in parsing.names("--only", only)
+        ]
     suffixes = [f".{known.check('format', name)}" for name in parsing.names("--format", formats)]
     asked = single(run.asked().settings)
     about = paper(model, parsing.names("--hardware", hardware), **asked)
@@ -77,13 +88,17 @@ def command(
                 missing.append(str(error))
             report(i + 1, len(chosen))
     given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
-    changed = [part for name, (value, usual) in given.items() if value != usual for part in (name, value)]
+    changed = [
+        part for name, (value, usual) in given.items() if value != usual for part in (name, value)
+    ]
     changed += [part for name, text in run.given.items() for part in (f"--{name}", text)]
     shown = ".png" if ".png" in suffixes else suffixes[0]
     _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
     if out.json:
         paths = [[str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn]
-        render.show_json([{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)])
+        render.show_json(
+            [{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)]
+        )
     else:
         for d in drawn:
             print(f"{folder / d.name}{'|'.join(suffixes)}")
@@ -91,9 +106,11 @@ def command(
     render.notes((*missing, *(line for d in drawn for line in d.notes)), out.verbose)
 
 
-def _with_measured(about: Paper, files: list[str], dtype: str, notes: list[str], needed: bool) -> Paper:
-    """Return the paper with the measured GEMMs of its devices, and append notes on excluded rows. A shipped table that
-    cannot be read is a note too, unless it is needed."""
+def _with_measured(
+    about: Paper, files: list[str], dtype: str, notes: list[str], needed: bool
+) -> Paper:
+    """Return the paper with the measured GEMMs of its devices, and append notes on excluded rows. A
+    shipped table that cannot be read is a note too, unless it is needed."""
     from simulator.hardware.library import load_hardware
 
     found: dict[str, MeasuredGemms] = {}
@@ -122,7 +139,12 @@ def _with_measured(about: Paper, files: list[str], dtype: str, notes: list[str],
 
 
 def _write_captions(
-    drawn: list[Drawn], folder: Path, shown: str, first: list[str], changed: list[str], measured: list[str]
+    drawn: list[Drawn],
+    folder: Path,
+    shown: str,
+    first: list[str],
+    changed: list[str],
+    measured: list[str],
 ) -> None:
     from simulator.display import markdown_text
     from simulator.figures.paper import MEASURED
@@ -131,19 +153,44 @@ def _write_captions(
     files = [part for text in measured for part in ("--measured", text)]
     lines = ["# Figures", ""]
     for d in drawn:
-        words = ["prunesim", "figures", *first, "--only", d.name, *changed, *(files if d.name in MEASURED else ())]
+        words = [
+            "prunesim",
+            "figures",
+            *first,
+            "--only",
+            d.name,
+            *changed,
+            *(files if d.name in MEASURED else ()),
+        ]
         picture = f"![{d.name}]({d.name}{shown})"
-        lines += [f"## {d.name}", "", picture, "", markdown_text(d.caption), "", f"`{shlex.join(words)}`", ""]
+        lines += [
+            f"## {d.name}",
+            "",
+            picture,
+            "",
+            markdown_text(d.caption),
+            "",
+            f"`{shlex.join(words)}`",
+            "",
+        ]
     write_whole(folder / "captions.md", "\n".join(lines).encode())
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
-    """Return the first shipped table that a stack of a device was fitted on; None without rows of the number format."""
+    """Return the first shipped table that a stack of a device was fitted on; None without rows of
+    the number format."""
     from calibration.build_profiles import RECIPES
     from calibration.measurements import list_measurements, load_measurements, provenance
 
-    recipes = {stack: RECIPES.get(f"{hw.name}.{stack}") for stack in ([hw.stack] if hw.pinned else hw.stacks)}
-    tables = ((stack, name) for stack, recipe in recipes.items() for name in (recipe.tables if recipe else ()))
+    recipes = {
+        stack: RECIPES.get(f"{hw.name}.{stack}")
+        for stack in ([hw.stack] if hw.pinned else hw.stacks)
+    }
+    tables = (
+        (stack, name)
+        for stack, recipe in recipes.items()
+        for name in (recipe.tables if recipe else ())
+    )
     for stack, name in tables:
         if "/gemm/" in name and name in list_measurements():
             about = provenance(name)
@@ -152,9 +199,13 @@ def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
     return None
 
 
-def gemms_of_format(rows: Records, dtype: str, source: str, stack: str = "") -> MeasuredGemms | None:
+def gemms_of_format(
+    rows: Records, dtype: str, source: str, stack: str = ""
+) -> MeasuredGemms | None:
     from calibration.fit.gemm import weight_copies
     from simulator.figures.measured import MeasuredGemms
 
     r = rows.select(rows.is_operator("gemm") & (rows.labels() == dtype))
-    return MeasuredGemms(source, r.m, r.n, r.k, r.seconds, weight_copies(r), stack) if len(r) else None
+    return (
+        MeasuredGemms(source, r.m, r.n, r.k, r.seconds, weight_copies(r), stack) if len(r) else None
+    )

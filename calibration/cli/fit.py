@@ -1,4 +1,5 @@
-"""``prunesim fit``: fit a profile to records and a datasheet, or update one with local rows; read records."""
+"""``prunesim fit``: fit a profile to records and a datasheet, or update one with local rows; read
+records."""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from calibration.records.timing_table import Records
     from simulator.hardware.profile import HardwareProfile
 
-# fmt: off
-Map = Annotated[list[str] | None, opt(
-    "--map", "NAME=COLUMN", "For a CSV: name here = name in the file (latency_us=time).")]
+Map = Annotated[
+    list[str] | None,
+    opt("--map", "NAME=COLUMN", "For a CSV: name here = name in the file (latency_us=time)."),
+]
 
 
 @dataclass(frozen=True)
@@ -35,26 +37,44 @@ class Csv:
 
 @options.expanded("csv", "figure")
 def command(
-    records: Annotated[list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")],
-    output: Annotated[str, opt(
-        "--output -o", "PROFILE.yaml", "Profile to write; its arrays go to an .npz file in the same folder.")],
-    hardware: Annotated[str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")],
+    records: Annotated[
+        list[str], arg("RECORDS...", "Files, run folders or names of shipped measurements.")
+    ],
+    output: Annotated[
+        str,
+        opt(
+            "--output -o",
+            "PROFILE.yaml",
+            "Profile to write; its arrays go to an .npz file in the same folder.",
+        ),
+    ],
+    hardware: Annotated[
+        str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")
+    ],
     table: Csv = Csv(),
-    dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")] = None,
-    prior: Annotated[str | None, opt(
-        "--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior.")] = None,
-    anchor: Annotated[bool, opt(
-        "--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.")] = False,
+    dtype: Annotated[
+        str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")
+    ] = None,
+    prior: Annotated[
+        str | None,
+        opt(
+            "--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior."
+        ),
+    ] = None,
+    anchor: Annotated[
+        bool,
+        opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine."),
+    ] = False,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Calibrate a profile on records.
 
-    Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before and after the update.
-    The exit status is 1 if its errors are larger than a datasheet roofline's, if there are too few rows, or if the
-    machine was busy. Each operator and number format is fitted separately; operators without records keep their section
-    of --hardware. RECORDS are run folders and tables: .parquet of aiconfigurator or of this program, .jsonl, .csv. Rows
-    without a time, or faster than the datasheet allows, are refused and counted by reason. With --anchor nothing is
+    Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before
+    and after the update. The exit status is 1 if its errors are larger than a datasheet roofline's,
+    if there are too few rows, or if the machine was busy. Each operator and number format is fitted
+    separately; operators without records keep their section of --hardware. RECORDS are run folders
+    and tables: .parquet of aiconfigurator or of this program, .jsonl, .csv. Rows without a time, or
+    faster than the datasheet allows, are refused and counted by reason. With --anchor nothing is
     fitted: the rows, of any operators, shift all predictions together and narrow their intervals.
     """
     from calibration.evidence.validate import disturbed_share, of_fit, of_update, validate
@@ -69,7 +89,10 @@ def command(
         raise InputError(f"{output}: expected a file name that ends in .yaml")
     check_target(output)
     if anchor and prior:
-        raise InputError("--anchor and --prior: expected one of the two; name the profile to update by --hardware")
+        raise InputError(
+            "--anchor and --prior: expected one of the two; name the profile to update by"
+            " --hardware"
+        )
     base = load_hardware(hardware)
     rows, notes = load_rows(records, base, **vars(table), screened=not anchor)
     try:
@@ -86,7 +109,9 @@ def command(
     if isinstance(fit, Updated):
         judged, found = of_update(fit, output, base.name), [as_row(fit)]
     else:
-        judged = of_fit(fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows))
+        judged = of_fit(
+            fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows)
+        )
         found = [part_row(part) for part in fit.parts]
     record_verdict(judged, output)
     conclude(judged, found, lambda: show_fitted(fit), notes + fit.notes, out)
@@ -111,8 +136,8 @@ def conclude(
     problems: Sequence[str] = (),
     status: int = 0,
 ) -> None:
-    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit with ``status``, else
-    with that of the judgement."""
+    """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit
+    with ``status``, else with that of the judgement."""
     if render.Output(out.json).write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
         notes += show()
@@ -126,7 +151,9 @@ def single(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, list) and len(value) > 1:
             raise InputError(f"{SETTINGS[name].flags[0]}: expected one value, got {len(value)}")
-    return {name: value[0] if isinstance(value, list) else value for name, value in settings.items()}
+    return {
+        name: value[0] if isinstance(value, list) else value for name, value in settings.items()
+    }
 
 
 def load_rows(
@@ -137,8 +164,8 @@ def load_rows(
     device: str = "",
     screened: bool = True,
 ) -> tuple[Records, tuple[str, ...]]:
-    """Return the records of files, run folders and shipped measurements, with notes on the refused rows of each file;
-    ``column_map`` are texts NAME=COLUMN."""
+    """Return the records of files, run folders and shipped measurements, with notes on the refused
+    rows of each file; ``column_map`` are texts NAME=COLUMN."""
     from calibration.measurements import list_measurements, load_measurements
     from calibration.records.importers import import_table
     from calibration.records.screening import refusal_lines
@@ -154,7 +181,10 @@ def load_rows(
             parts.append(load_measurements(name))
             continue
         if not path.exists() and not path.suffix:
-            known = f"no file, folder or shipped measurement has this name; shipped measurements: {', '.join(shipped)}"
+            known = (
+                "no file, folder or shipped measurement has this name; shipped measurements:"
+                f" {', '.join(shipped)}"
+            )
             raise InputError(f"records {name!r}: {known}")
         found = import_table(path, hw=hw, column_map=mapping, device=device, screened=screened)
         parts.append(found.records)
@@ -181,7 +211,8 @@ def part_row(part: FittedPart) -> dict[str, Any]:
 
 
 def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
-    """Print a fit or an update; return a note on the constants of each section that were not fitted."""
+    """Print a fit or an update; return a note on the constants of each section that were not
+    fitted."""
     from calibration.fit.local_update import Updated
 
     if isinstance(fit, Updated):
@@ -189,7 +220,9 @@ def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
         return ()
 
     def accuracy(name: str) -> Callable[[FittedPart], str]:
-        return lambda p: f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
+        return lambda p: (
+            f"{100 * p.section.accuracy[name]:.2f} %" if name in p.section.accuracy else "-"
+        )
 
     columns = render.columns(
         fit.parts,
@@ -201,9 +234,14 @@ def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
         ("p95", accuracy("p95")),
     )
     render.show(columns, fit.profile.title)
-    fixed = [(p, [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"]) for p in fit.parts]
+    fixed = [
+        (p, [f"{name} ({why})" for name, why in p.fixed.items() if why != "structure"])
+        for p in fit.parts
+    ]
     kept = ((f"{p.operator} {p.dtype}", ", ".join(names)) for p, names in fixed if names)
-    return tuple(f"{part}: constants kept, not fitted: {names}; measure more shapes" for part, names in kept)
+    return tuple(
+        f"{part}: constants kept, not fitted: {names}; measure more shapes" for part, names in kept
+    )
 
 
 def _show_update(done: Updated) -> None:
@@ -217,10 +255,19 @@ def _show_update(done: Updated) -> None:
         done.effects,
         ("<error factor", lambda e: e.name),
         ("before", lambda e: f"{percent(-e.prior_sd, '+')} to {percent(e.prior_sd, '+')}"),
-        ("after", lambda e: f"{percent(e.mean, '+')} ({percent(e.mean - e.sd, '+')} to {percent(e.mean + e.sd, '+')})"),
+        (
+            "after",
+            lambda e: (
+                f"{percent(e.mean, '+')} ({percent(e.mean - e.sd, '+')} to"
+                f" {percent(e.mean + e.sd, '+')})"
+            ),
+        ),
         ("<meaning", lambda e: e.meaning),
     )
-    render.show(effects, f"Effects of {done.rows} rows from this machine and its software, one standard deviation")
+    render.show(
+        effects,
+        f"Effects of {done.rows} rows from this machine and its software, one standard deviation",
+    )
     print()
     fits = render.columns(
         done.fits,
@@ -234,4 +281,7 @@ def _show_update(done: Updated) -> None:
         ("\nafter", lambda f: percent(f.inside_after)),
         ("\nz", lambda f: f"{f.z:.2f}"),
     )
-    render.show(fits, "Mean error of the rows, before the update and after it (each predicted from the others)")
+    render.show(
+        fits,
+        "Mean error of the rows, before the update and after it (each predicted from the others)",
+    )

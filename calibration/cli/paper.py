@@ -1,4 +1,5 @@
-"""``prunesim paper``: predictions of the taxonomy paper's benchmark next to its published values."""
+"""``prunesim paper``: predictions of the taxonomy paper's benchmark next to its published
+values."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
 MARGIN = (
-    "margin: the difference compared, divided by its interval's half-width on the side towards 0. A claim has the "
-    "margin of the comparison that decides it: from +1 up it holds, from -1 down it does not."
+    "margin: the difference compared, divided by its interval's half-width on the side towards 0. A"
+    " claim has the margin of the comparison that decides it: from +1 up it holds, from -1 down it"
+    " does not."
 )
 
 Column = tuple[str, Callable[[Any], object]]
@@ -50,11 +52,12 @@ def command(
 ) -> None:
     """Predict the table of the taxonomy paper.
 
-    Begins with the number of published values that lie in their interval. Then come predicted and published values
-    (Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens; arXiv 2606.09080, Table 2, as quoted in a public reading
-    note), predictions for other GPUs and engines, and the paper's Figure 2. --claims tests two claims: (a) in
-    memory-bound inference static depth is the strongest baseline; (b) along the prefill frontier come static depth,
-    dynamic depth, static width.
+    Begins with the number of published values that lie in their interval. Then come predicted and
+    published values (Llama-3.1-8B, mean over batch 1, 8, 16, 32 at 1024 tokens; arXiv 2606.09080,
+    Table 2, as quoted in a public reading note), predictions for other GPUs and engines, and the
+    paper's Figure 2. --claims tests two claims: (a) in memory-bound inference static depth is the
+    strongest baseline; (b) along the prefill frontier come static depth, dynamic depth, static
+    width.
     """
     from calibration.evidence import paper
 
@@ -121,7 +124,10 @@ def _conclusion(cells: Sequence[Cell]) -> str:
     )
     where = f"{worst.family} {render.percent(worst.sparsity)} in {worst.phase}"
     half = 100 * median(abs(c.error) for c in cells)
-    return f"{about}; the median error is {half:.1f} %, the largest {100 * abs(worst.error):.1f} % ({where})."
+    return (
+        f"{about}; the median error is {half:.1f} %, the largest {100 * abs(worst.error):.1f} %"
+        f" ({where})."
+    )
 
 
 def _rows(cells: Sequence[Cell]) -> list[tuple[str, float]]:

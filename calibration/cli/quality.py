@@ -1,4 +1,5 @@
-"""``prunesim quality``: perplexity, KL divergence and acceptance of pruned models against their dense model."""
+"""``prunesim quality``: perplexity, KL divergence and acceptance of pruned models against their
+dense model."""
 
 from __future__ import annotations
 
@@ -14,55 +15,85 @@ if TYPE_CHECKING:
     from calibration.runners.quality import LayerScore, Score
 
 
-# fmt: off
 @dataclass(frozen=True)
 class PrunedModels:
-    pruned: Annotated[str | None, opt(
-        "--pruned", "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed.")] = None
-    family: Annotated[str, opt(
-        "--family", "LIST", "Pruning families: the smallest weights are removed.")] = "depth,width"
+    pruned: Annotated[
+        str | None,
+        opt(
+            "--pruned",
+            "FOLDER",
+            "Pruned checkpoint to score; --family and --sparsity name what was removed.",
+        ),
+    ] = None
+    family: Annotated[
+        str, opt("--family", "LIST", "Pruning families: the smallest weights are removed.")
+    ] = "depth,width"
     sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")] = "0.1,0.2"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    text: Annotated[str | None, opt(
-        "--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts.")] = None
+    text: Annotated[
+        str | None,
+        opt("--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts."),
+    ] = None
     windows: Annotated[int, opt("--windows", "N", "Windows of text.")] = 8
     length: Annotated[int, opt("--length", "N", "Tokens per window.")] = 512
 
     def read(self, folder: str, times: int = 1) -> tuple[Any, str, str]:
-        """Return tokens of ``times`` x ``windows`` windows, the name of the text, and the protocol."""
+        """Return tokens of ``times`` x ``windows`` windows, the name of the text, and the
+        protocol."""
         from calibration.runners import quality
 
         content, name = quality.read_text(self.text)
         protocol = f"{self.windows} windows of {self.length} tokens, {name}, no fine-tuning"
-        return quality.load_windows(folder, content, times * self.windows, self.length), name, protocol
+        return (
+            quality.load_windows(folder, content, times * self.windows, self.length),
+            name,
+            protocol,
+        )
 
 
 @options.expanded()
 def command(
     model: Annotated[str, arg("MODEL", "Hugging Face folder of the dense model.", "FOLDER")],
     models: PrunedModels = PrunedModels(),
-    output: Annotated[str | None, opt(
-        "-o --output", "FILE", "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer."
-    )] = None,
-    per_layer: Annotated[bool, opt(
-        "--per-layer", None, "Score each variant of each layer's attention and MLP alone, into --output.")] = False,
-    choices: Annotated[str | None, opt(
-        "--choices", "FILE", "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones.")] = None,
+    output: Annotated[
+        str | None,
+        opt(
+            "-o --output",
+            "FILE",
+            "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer.",
+        ),
+    ] = None,
+    per_layer: Annotated[
+        bool,
+        opt(
+            "--per-layer",
+            None,
+            "Score each variant of each layer's attention and MLP alone, into --output.",
+        ),
+    ] = False,
+    choices: Annotated[
+        str | None,
+        opt(
+            "--choices",
+            "FILE",
+            "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones.",
+        ),
+    ] = None,
     corpus: Corpus = Corpus(),
     json: options.Json = False,
 ) -> None:
-    # fmt: on
     """Measure the quality of a small pruned model.
 
-    Quality is perplexity, KL divergence to the dense model, and the share of tokens that the dense model accepts from
-    the pruned one as a draft, sampled and greedy: a value for prunesim draft --acceptance. The model is pruned here,
-    without fine-tuning, or read with --pruned. With --per-layer, one sublayer at a time is replaced by each of its
-    variants: attention with fewer KV heads (means of joined heads), an MLP with fewer channels (those with the largest
-    mean output on other text), or none; run the command again to resume. Needs torch and transformers. For accuracy on
-    tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
+    Quality is perplexity, KL divergence to the dense model, and the share of tokens that the dense
+    model accepts from the pruned one as a draft, sampled and greedy: a value for prunesim draft
+    --acceptance. The model is pruned here, without fine-tuning, or read with --pruned. With
+    --per-layer, one sublayer at a time is replaced by each of its variants: attention with fewer KV
+    heads (means of joined heads), an MLP with fewer channels (those with the largest mean output on
+    other text), or none; run the command again to resume. Needs torch and transformers. For
+    accuracy on tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
     """
     from simulator.files.write import check_target, write_whole
 
@@ -70,15 +101,24 @@ def command(
         check_target(output)
     if per_layer:
         if models != PrunedModels():
-            raise InputError("--per-layer: expected no --pruned, --family or --sparsity; --choices lists variants")
+            raise InputError(
+                "--per-layer: expected no --pruned, --family or --sparsity; --choices lists"
+                " variants"
+            )
         if not output:
             raise InputError("--per-layer: expected --output with the file of the scores")
     elif choices:
         raise InputError("--choices: expected --per-layer with it")
     fractions = parsing.fractions("--sparsity", models.sparsity)
-    cases = [(name, fraction) for name in parsing.names("--family", models.family) for fraction in fractions]
+    cases = [
+        (name, fraction)
+        for name in parsing.names("--family", models.family)
+        for fraction in fractions
+    ]
     if models.pruned and len(cases) != 1:
-        raise InputError("--pruned: expected one --family and one --sparsity, those of the checkpoint")
+        raise InputError(
+            "--pruned: expected one --family and one --sparsity, those of the checkpoint"
+        )
     try:
         from calibration.runners import quality
     except ModuleNotFoundError as error:
@@ -98,7 +138,9 @@ def command(
         from simulator.prediction.quality import table_text
 
         source = f"prunesim quality on {Path(models.pruned).name if models.pruned else name}"
-        write_whole(output, table_text(s.row(name.lower(), protocol, source) for s in found).encode())
+        write_whole(
+            output, table_text(s.row(name.lower(), protocol, source) for s in found).encode()
+        )
     if render.Output(json).write([{"model": name, **asdict(s)} for s in found]):
         columns = render.columns(
             found,
@@ -109,10 +151,14 @@ def command(
             ("accepted\nsampled", lambda s: f"{s.sampled_acceptance:.3f}"),
             ("accepted\ngreedy", lambda s: f"{s.greedy_acceptance:.3f}"),
         )
-        render.show(columns, f"{name}: dense perplexity {found[0].dense_perplexity:.4g}, {text_name}")
+        render.show(
+            columns, f"{name}: dense perplexity {found[0].dense_perplexity:.4g}, {text_name}"
+        )
 
 
-def _per_layer(folder: str, choices: str | None, file: str, corpus: Corpus, output: render.Output) -> None:
+def _per_layer(
+    folder: str, choices: str | None, file: str, corpus: Corpus, output: render.Output
+) -> None:
     from calibration.runners import quality
     from simulator.models.library import load_model
     from simulator.plans.library import generated_library, read_library
@@ -136,7 +182,10 @@ def _per_layer(folder: str, choices: str | None, file: str, corpus: Corpus, outp
             report(i, todo)
     if output.write([asdict(row) for row in rows]):
         dense = next(row for row in rows if row.key == quality.DENSE)
-        title = f"{name}: KL divergence (nats/token) of one changed sublayer; dense perplexity {dense.perplexity:.4g}"
+        title = (
+            f"{name}: KL divergence (nats/token) of one changed sublayer; dense perplexity"
+            f" {dense.perplexity:.4g}"
+        )
         render.show(_by_layer(rows), f"{title}, {text_name}")
 
 
@@ -148,4 +197,6 @@ def _by_layer(rows: list[LayerScore]) -> list[render.Column]:
         found.setdefault(title, {})[int(row.layer)] = f"{row.kl_div:.3g}"
     titles = sorted(found, key=lambda title: title.startswith("MLP"))
     columns = ((title, lambda layer, at=found[title]: at.get(layer, "-")) for title in titles)
-    return render.columns(sorted({layer for at in found.values() for layer in at}), ("layer", str), *columns)
+    return render.columns(
+        sorted({layer for at in found.values() for layer in at}), ("layer", str), *columns
+    )

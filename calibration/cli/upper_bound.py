@@ -1,4 +1,5 @@
-"""``prunesim upper-bound``: measure the upper bound of the speedup from pruning a model on a device."""
+"""``prunesim upper-bound``: measure the upper bound of the speedup from pruning a model on a
+device."""
 
 from __future__ import annotations
 
@@ -31,17 +32,20 @@ if TYPE_CHECKING:
     from simulator.models.config import ModelConfig
 
 
-# fmt: off
 @dataclass(frozen=True)
 class CaseOptions(Measuring):
-    family: Annotated[str | None, opt(
-        "--family", "LIST", "Pruning families, or all. Default: all, or none with --prune.")] = None
-    sparsity: Annotated[str | None, opt(
-        "--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")] = None
+    family: Annotated[
+        str | None,
+        opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune."),
+    ] = None
+    sparsity: Annotated[
+        str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")
+    ] = None
     prune: options.Prune = None
     pruned: options.Pruned = None
-    layers: Annotated[int | None, opt("--layers", "N", "Use only the first N layers of the model.")] = None
-    # fmt: on
+    layers: Annotated[
+        int | None, opt("--layers", "N", "Use only the first N layers of the model.")
+    ] = None
 
     def cases(
         self,
@@ -50,20 +54,24 @@ class CaseOptions(Measuring):
         kernels: Mapping[str, str] = MappingProxyType({}),
         phases: Sequence[str] = ("prefill", "decode"),
     ) -> tuple[ModelConfig, list[Case], list[str]]:
-        """Return the model, its cases and notes on excluded cases; ``kernels`` are those of the device by family,
-        ``phases`` those that can run."""
+        """Return the model, its cases and notes on excluded cases; ``kernels`` are those of the
+        device by family, ``phases`` those that can run."""
         from calibration.runners.cases import cases_of, fewer_layers
         from simulator.models.library import load_model
 
         if self.pruned and self.layers is not None:
             raise InputError("--layers: expected none with --pruned, as it compares whole models")
         config = fewer_layers(load_model(model), self.layers)
-        chosen = options.Prunings(self.family, None, self.pruned, self.prune, self.sparsity).parsed()
+        chosen = options.Prunings(
+            self.family, None, self.pruned, self.prune, self.sparsity
+        ).parsed()
         cases, notes = cases_of(config, {**settings, **chosen}, kernels, phases)
         return config, cases, notes
 
     @contextlib.contextmanager
-    def opened(self, device: str, folder: Path, dtype: str) -> Iterator[tuple[Device, HardwareProfile, float]]:
+    def opened(
+        self, device: str, folder: Path, dtype: str
+    ) -> Iterator[tuple[Device, HardwareProfile, float]]:
         """Yield the open device, its profile and the remaining seconds of the budget."""
         from calibration.devices import open_device
         from calibration.fit.base_profile import thread_notes
@@ -78,7 +86,9 @@ class CaseOptions(Measuring):
 
 
 SETTINGS = ("phase", "batch", "seq", "new_tokens", "dtype")
-REQUESTS: options.Run = options.run_options(*SETTINGS, "engine", phase="prefill,decode", engine="reference")
+REQUESTS: options.Run = options.run_options(
+    *SETTINGS, "engine", phase="prefill,decode", engine="reference"
+)
 
 
 @options.expanded("csv", "figure")
@@ -92,9 +102,10 @@ def command(
 ) -> None:
     """Measure the upper bound of pruning a model.
 
-    Begins with the largest measured bound and the error of the predicted bounds. Times plain GEMMs and attention at the
-    dense and the pruned shapes; the ratio of the times is the best possible speedup on the device. Writes
-    RUN/records.jsonl and RUN/upper_bound.csv. Run the command again to resume.
+    Begins with the largest measured bound and the error of the predicted bounds. Times plain GEMMs
+    and attention at the dense and the pruned shapes; the ratio of the times is the best possible
+    speedup on the device. Writes RUN/records.jsonl and RUN/upper_bound.csv. Run the command again
+    to resume.
     """
     from calibration.runners.runs import RunOptions, check_folder
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
@@ -103,7 +114,10 @@ def command(
     dtype = run.text("dtype")
     _, cases, notes = selection.cases(model, run.asked().settings)
     folder = check_folder(output)
-    with selection.opened(device, folder, dtype) as (opened, hw, left), render.progress("measuring") as report:
+    with (
+        selection.opened(device, folder, dtype) as (opened, hw, left),
+        render.progress("measuring") as report,
+    ):
         how = RunOptions(left, dtype, seed=selection.seed)
         found = measure_bounds(folder, opened, cases, how, progress=report, note=render.status)
     restart_if_needed(found.outcome, render.status)
@@ -118,13 +132,28 @@ def command(
             rows,
             *case_columns(rows),
             ("FLOP\nbound", ratio_of("flop_bound")),
-            *((f"{name}\nbound", ratio_of(f"{name}_bound")) for name in ("byte", "roofline", "measured")),
+            *(
+                (f"{name}\nbound", ratio_of(f"{name}_bound"))
+                for name in ("byte", "roofline", "measured")
+            ),
             ("predicted\nspeedup", ratio_of("predicted")),
             ("bound as\npredicted", ratio_of("predicted_bound")),
-            ("dense\nkernels", lambda r: "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)),
+            (
+                "dense\nkernels",
+                lambda r: (
+                    "-" if math.isnan(r.dense_kernels_s) else render.seconds(r.dense_kernels_s)
+                ),
+            ),
         )
-        where = "" if len({(r.batch, r.seq) for r in rows}) > 1 else f", batch {first.batch}, seq {first.seq}"
-        render.show(columns, f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}")
+        where = (
+            ""
+            if len({(r.batch, r.seq) for r in rows}) > 1
+            else f", batch {first.batch}, seq {first.seq}"
+        )
+        render.show(
+            columns,
+            f"{first.model} on {first.device}, {first.dtype}{where}; predicted by {first.hardware}",
+        )
         print(f"\n{file}: {len(found.plan.items)} shapes; {describe(found.outcome)}")
     lines = list(notes)
     if missing := sum(1 for row in rows if row.missing):
@@ -140,8 +169,12 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
         return [f"No bound of {first.model} was measured on {first.device}: shapes have no time."]
     for phase in dict.fromkeys(r.phase for r in measured):
         r = max((r for r in measured if r.phase == phase), key=lambda r: r.measured_bound)
-        bound = f"{render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)})"
-        parts.append(f"{phase} {bound} by {r.pruning}, predicted speedup {render.ratio(r.predicted)}x")
+        bound = (
+            f"{render.ratio(r.measured_bound)}x ({render.ratio(r.lower)}-{render.ratio(r.upper)})"
+        )
+        parts.append(
+            f"{phase} {bound} by {r.pruning}, predicted speedup {render.ratio(r.predicted)}x"
+        )
     error, bare = render.percent(errors["predicted"]), render.percent(errors["model"])
     without = f" (without measured shapes {bare})" if errors["predicted"] != errors["model"] else ""
     return [
@@ -152,7 +185,9 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
 
 def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
     """Return the columns of a case: its pruning and phase, and its shape if that varies."""
-    columns: list[tuple[str, Callable[[Any], object]]] = [("<pruning", lambda r: one_line(r.pruning, 40))]
+    columns: list[tuple[str, Callable[[Any], object]]] = [
+        ("<pruning", lambda r: one_line(r.pruning, 40))
+    ]
     columns += [("<phase", lambda r: r.phase), ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}")]
     return columns if len({(r.batch, r.seq) for r in rows}) > 1 else columns[:2]
 

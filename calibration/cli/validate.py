@@ -1,4 +1,5 @@
-"""``prunesim validate``: a profile next to measurements, or predictions next to result files of serving benchmarks."""
+"""``prunesim validate``: a profile next to measurements, or predictions next to result files of
+serving benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from simulator.names import BENCHMARKS
 if TYPE_CHECKING:
     from calibration.evidence.validate import Report
 
-# fmt: off
 # conditions of result files: settings of a request, with the meaning of their options here
 CONDITIONS = {
     "engine": ("NAME", "With --runs: engine. Default: that of the tool."),
@@ -24,53 +24,98 @@ CONDITIONS = {
     "devices": ("N", "With --runs: GPUs that share the model. Default: 1."),
     "batch": ("N", "With --runs: batch of files that do not state it."),
     "seq": ("N", "With --runs: prompt tokens of files that do not state them."),
-    "new_tokens": ("N", "With --runs: decode steps of files that do not state them; 0 is a prefill."),
+    "new_tokens": (
+        "N",
+        "With --runs: decode steps of files that do not state them; 0 is a prefill.",
+    ),
 }
-GIVEN: Any = make_dataclass("Given", [
-    ("model", Annotated[str | None, opt(
-        "--model", "MODEL", "With --runs: model of files that do not name a known one.")], None),
-    ("hardware", Annotated[str | None, opt(
-        "--hardware", "NAME", "With --runs: GPU. Default: that of the file.")], None),
-    *((name, options.setting_option(name, *texts), None) for name, texts in CONDITIONS.items()),
-], bases=(options.Run,), frozen=True)()
+GIVEN: Any = make_dataclass(
+    "Given",
+    [
+        (
+            "model",
+            Annotated[
+                str | None,
+                opt(
+                    "--model", "MODEL", "With --runs: model of files that do not name a known one."
+                ),
+            ],
+            None,
+        ),
+        (
+            "hardware",
+            Annotated[
+                str | None,
+                opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file."),
+            ],
+            None,
+        ),
+        *((name, options.setting_option(name, *texts), None) for name, texts in CONDITIONS.items()),
+    ],
+    bases=(options.Run,),
+    frozen=True,
+)()
 
 
 @options.expanded("csv", "figure")
 def command(
-    profile: Annotated[str | None, arg(
-        "PROFILE", "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.")] = None,
-    tables: Annotated[list[str] | None, arg(
-        "TABLE...", "Tables, run folders, or names of shipped measurements.")] = None,
+    profile: Annotated[
+        str | None,
+        arg(
+            "PROFILE",
+            "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.",
+        ),
+    ] = None,
+    tables: Annotated[
+        list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")
+    ] = None,
     column_map: Map = None,
-    dtype: Annotated[str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")] = None,
-    markdown: Annotated[str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")] = None,
-    runs: Annotated[str | None, opt(
-        "--runs", "FOLDER", f"Results of {BENCHMARKS}, instead of PROFILE.")] = None,
+    dtype: Annotated[
+        str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")
+    ] = None,
+    markdown: Annotated[
+        str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")
+    ] = None,
+    runs: Annotated[
+        str | None, opt("--runs", "FOLDER", f"Results of {BENCHMARKS}, instead of PROFILE.")
+    ] = None,
     given: options.Run = GIVEN,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Evaluate a profile on measurements.
 
-    Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the intervals. The exit
-    status is 1 if it holds for no operator. A table has the errors of times and of speedups, and those of two rooflines
-    without a fit. With a folder of result files of serving benchmarks instead, predicts each result under its own
-    conditions; the other options state conditions that the files lack.
+    Begins with whether the profile holds: errors next to a datasheet roofline, and coverage of the
+    intervals. The exit status is 1 if it holds for no operator. A table has the errors of times and
+    of speedups, and those of two rooflines without a fit. With a folder of result files of serving
+    benchmarks instead, predicts each result under its own conditions; the other options state
+    conditions that the files lack.
     """
     if runs is None and profile and not tables and Path(profile).is_dir():
         profile, runs = None, profile
     if runs is not None:
         if profile or tables or column_map or markdown:
-            raise InputError("--runs: evaluates result files; expected no PROFILE, TABLE, --map or --markdown with it")
+            raise InputError(
+                "--runs: evaluates result files; expected no PROFILE, TABLE, --map or --markdown"
+                " with it"
+            )
         names = {"model": given.text("model"), "hardware": given.text("hardware"), "dtype": dtype}
-        _runs(runs, {name: text for name, text in names.items() if text} | single(given.asked().settings), out)
+        _runs(
+            runs,
+            {name: text for name, text in names.items() if text} | single(given.asked().settings),
+            out,
+        )
         return
     if given != GIVEN:
         got = f"{profile}, which is not a folder" if profile else "none"
-        raise InputError(f"--model, --hardware and other conditions: expected a FOLDER of result files, got {got}")
+        raise InputError(
+            "--model, --hardware and other conditions: expected a FOLDER of result files, got"
+            f" {got}"
+        )
     if not profile or not tables:
         example = "prunesim validate a100 a100_sxm/gemm/trtllm"
-        raise InputError(f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files")
+        raise InputError(
+            f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files"
+        )
     from calibration.evidence.validate import of_validation, summary, validate, write_markdown
     from calibration.fit.base_profile import thread_notes
     from simulator.files.write import check_target
@@ -90,7 +135,13 @@ def command(
             print(f"\n{markdown}")
         return excluded
 
-    conclude(of_validation(report), [summary(report)], show, (*thread_notes(hw, report.device), *notes), out)
+    conclude(
+        of_validation(report),
+        [summary(report)],
+        show,
+        (*thread_notes(hw, report.device), *notes),
+        out,
+    )
 
 
 def show_report(report: Report, title: str = "") -> tuple[str, ...]:
@@ -101,9 +152,15 @@ def show_report(report: Report, title: str = "") -> tuple[str, ...]:
     scores = ("MAPE", "median", "p95", "bias")
     columns = render.columns(
         parts,
-        ("<operator", lambda p: f"{p['operator']} {p['dtype']}{' *' if p['fitted_on_these_rows'] else ''}"),
+        (
+            "<operator",
+            lambda p: f"{p['operator']} {p['dtype']}{' *' if p['fitted_on_these_rows'] else ''}",
+        ),
         ("rows", lambda p: f"{p['rows']:,}"),
-        *((f"{name}\n%", lambda p, name=name: number(p["errors"][name.lower()], 2)) for name in scores),
+        *(
+            (f"{name}\n%", lambda p, name=name: number(p["errors"][name.lower()], 2))
+            for name in scores
+        ),
         ("speedup\nmedian %", lambda p: number(p["speedup"].get("median"), 2)),
         ("speedup\np95 %", lambda p: number(p["speedup"].get("p95"), 2)),
         ("coverage\n%", lambda p: number(p["coverage"][0]["coverage"], 2)),
@@ -139,9 +196,15 @@ def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
             ("<engine", lambda rc: rc[1].engine),
             ("<request", lambda rc: rc[0].request),
             ("measured", lambda rc: render.seconds(rc[1].measured)),
-            ("predicted", lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper)),
+            (
+                "predicted",
+                lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper),
+            ),
             ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
             ("inside", lambda rc: "yes" if rc[1].inside else "no"),
         )
-        render.show(render.narrowed(columns, 6), "Measured and predicted times per pass (serve: per request)")
+        render.show(
+            render.narrowed(columns, 6),
+            "Measured and predicted times per pass (serve: per request)",
+        )
     render.notes([*skipped, *(note for r in results for note in r.notes)], out.verbose)

@@ -29,9 +29,9 @@ __all__ = [
 
 
 def open_device(name: str, threads: int | None = None, **options: Any) -> Device:
-    """Open the device ``NAME:REST``, which calls ``open_named(REST, **options)`` of the module NAME: ``cpu``,
-    ``cuda:INDEX``, ``replay:planted``. ``threads`` is the number of threads of a CPU (default: ``OMP_NUM_THREADS``,
-    else all CPUs of this process)."""
+    """Open the device ``NAME:REST``, which calls ``open_named(REST, **options)`` of the module
+    NAME: ``cpu``, ``cuda:INDEX``, ``replay:planted``. ``threads`` is the number of threads of a CPU
+    (default: ``OMP_NUM_THREADS``, else all CPUs of this process)."""
     if threads is not None:
         if name != "cpu":
             raise InputError(f"threads: expected device cpu with a number of threads, got {name}")

@@ -1,7 +1,9 @@
-"""Attention in torch, in a fused kernel that skips blocks (flex attention), and in FlashInfer and flash-attn.
+"""Attention in torch, in a fused kernel that skips blocks (flex attention), and in FlashInfer and
+flash-attn.
 
-Queries have the shape (batch, heads, positions, head_dim), the cache (batch, kv_heads, positions, head_dim). Masks and
-indices depend only on the shape and are made once: timed functions only launch kernels, and copy nothing from the host.
+Queries have the shape (batch, heads, positions, head_dim), the cache (batch, kv_heads, positions,
+head_dim). Masks and indices depend only on the shape and are made once: timed functions only launch
+kernels, and copy nothing from the host.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys and values 
 EDGE = 128  # default edge of the blocks that flex attention skips
 LEAST = 16  # edges are multiples of the smallest tile of a tensor core
 _RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
-# library -> positions per page of a decode's cache: vLLM's default, and the smallest that flash-attn 2 supports
+# library -> positions per page of a decode's cache: vLLM's default, and the smallest that
+# flash-attn 2 supports
 PAGES: Mapping[str, int] = {"flashinfer": 16, "flash_attn": 256}
 _WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of the last q_len of kv_len positions; ``mask`` is from :func:`causal_mask` if they differ."""
+    """Causal attention of the last q_len of kv_len positions; ``mask`` is from :func:`causal_mask`
+    if they differ."""
     shared = q.shape[1] != k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
@@ -43,8 +47,9 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention with a boolean mask (..., queries, keys) for all heads. Query heads of a key/value head become query
-    rows: fused kernels support no mask with shared heads (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``)."""
+    """Attention with a boolean mask (..., queries, keys) for all heads. Query heads of a key/value
+    head become query rows: fused kernels support no mask with shared heads
+    (``can_use_flash_attention`` in ATen's ``sdp_utils.cpp``)."""
     share = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (k.shape[1], share)).flatten(2, 3)
     rows = torch.cat([mask] * share, dim=-2)
@@ -64,14 +69,16 @@ def causal_mask(q_len: int, kv_len: int, device: str) -> Tensor | None:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query per sequence, (batch, heads, 1, d), over a whole cache, which is read once."""
+    """Attention of one query per sequence, (batch, heads, 1, d), over a whole cache, which is read
+    once."""
     batch, heads, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
     return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, head_dim)
 
 
 def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], Tensor]]:
-    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that backend only."""
+    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that
+    backend only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -97,7 +104,8 @@ def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], 
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
-    """Return which key blocks each query block sees: its diagonal block and, by the density, some earlier ones."""
+    """Return which key blocks each query block sees: its diagonal block and, by the density, some
+    earlier ones."""
     offset = kv_len - q_len
     table = torch.zeros(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     for row, start in enumerate(range(0, q_len, block)):
@@ -108,8 +116,9 @@ def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
 
 
 def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -> Attend:
-    """Return causal attention over the blocks of a layout, in plain torch: per block of queries a gather of key and
-    value blocks, and a dense attention. ``kv_len - q_len`` is a multiple of ``block``."""
+    """Return causal attention over the blocks of a layout, in plain torch: per block of queries a
+    gather of key and value blocks, and a dense attention. ``kv_len - q_len`` is a multiple of
+    ``block``."""
     # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
     rows = []
     for number, kept in enumerate(table):
@@ -139,7 +148,8 @@ def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -
 
 @lru_cache(maxsize=2)
 def compiled(dynamic: bool, backend: Any = "inductor") -> Callable[..., Tensor]:
-    """Compile flex attention as a fused kernel, once for all lengths (``dynamic``) or once per shape."""
+    """Compile flex attention as a fused kernel, once for all lengths (``dynamic``) or once per
+    shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
     config = torch._dynamo.config
@@ -152,7 +162,8 @@ def _attend(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # compiled it needs Triton and a C compiler; uncompiled it computes densely with the same mask, for tests of masks
+    # compiled it needs Triton and a C compiler; uncompiled it computes densely with the same mask,
+    # for tests of masks
     flex: Any = compiled(dynamic) if q.is_cuda else flex_attention
     return flex(
         q,
@@ -165,7 +176,8 @@ def _attend(
 
 
 def tile_options(edge: int) -> dict[str, Any]:
-    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge, or raise Unsupported."""
+    """Return kernel options with tiles (at most 128 wide) that divide blocks of an edge, or raise
+    Unsupported."""
     if edge % LEAST:
         raise Unsupported(
             f"flex attention: block: expected a multiple of its smallest tile, {LEAST}, got {edge}"
@@ -213,8 +225,9 @@ def fused_block_sparse(table: Tensor, q_len: int, kv_len: int, edge: int) -> Att
 
 
 def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
-    Results at positions of -1, which are last and have no query, are finite and meaningless."""
+    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch,
+    chosen) over all keys. Results at positions of -1, which are last and have no query, are finite
+    and meaningless."""
     length, chosen = k.shape[2], q.shape[2]
     columns = -(-length // EDGE)
     tiles = F.pad(positions, (0, -chosen % EDGE), value=-1).unflatten(1, (-1, EDGE))
@@ -230,8 +243,9 @@ def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
 
 
 def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
-    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads) is true, else 0. Each
-    shape is compiled: flex attention splits a cache among processors only for fixed sequences and heads."""
+    """Attention of one query per sequence, (batch, heads, 1, d), where ``runs`` (batch, kv_heads)
+    is true, else 0. Each shape is compiled: flex attention splits a cache among processors only for
+    fixed sequences and heads."""
     batch, heads, _, width = q.shape
     length, kv_heads = k.shape[2], k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -253,9 +267,9 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLibrary:
-    """Queries have the shape (batch, positions, heads, head_dim). Decode reads a paged cache with pages in random
-    order, as after some time of serving. Signatures: docs.flashinfer.ai, and ``flash_attn_interface.py`` of
-    flash-attention 2."""
+    """Queries have the shape (batch, positions, heads, head_dim). Decode reads a paged cache with
+    pages in random order, as after some time of serving. Signatures: docs.flashinfer.ai, and
+    ``flash_attn_interface.py`` of flash-attention 2."""
 
     name: str
     module: Any

@@ -1,8 +1,9 @@
 """The CPU as a device: torch operators, pinned threads, operands rotated past the last-level cache.
 
-Two settings of the process matter as much as the hardware; the stack of a run names them. Each thread is pinned to one
-CPU: OpenMP does so when it is loaded (``OMP_PROC_BIND``), so the setting comes before the import of torch. The
-allocator keeps large blocks, so the time of a GEMM does not include the page faults of its result.
+Two settings of the process matter as much as the hardware; the stack of a run names them. Each
+thread is pinned to one CPU: OpenMP does so when it is loaded (``OMP_PROC_BIND``), so the setting
+comes before the import of torch. The allocator keeps large blocks, so the time of a GEMM does not
+include the page faults of its result.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ import torch  # noqa: E402
 if _BOUND:  # undo a side effect of the import: OpenMP has bound this thread to the first CPU
     _set_affinity(_ALLOWED)
 
-from calibration.devices.operators import TorchDevice, build, host_loop, is_out_of_memory  # noqa: E402
+from calibration.devices.operators import (  # noqa: E402
+    TorchDevice,
+    build,
+    host_loop,
+    is_out_of_memory,
+)
 from calibration.devices.protocol import (  # noqa: E402
     HOST_KINDS,
     Description,
@@ -69,7 +75,8 @@ def _read_text(path: str | Path) -> str:
 
 
 def last_level_cache_bytes() -> float:
-    """Return the size of the largest cache of the first CPU in bytes; 32 MiB if Linux does not report it."""
+    """Return the size of the largest cache of the first CPU in bytes; 32 MiB if Linux does not
+    report it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = _read_text(path)
@@ -89,7 +96,8 @@ def available_memory_bytes() -> float:
 
 
 def keep_blocks() -> bool:
-    """Make glibc take large blocks from the heap and never shrink it; return False without glibc."""
+    """Make glibc take large blocks from the heap and never shrink it; return False without
+    glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
@@ -110,9 +118,9 @@ def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
 
 
 class CpuDevice(TorchDevice):
-    """CPUs of this process's affinity mask, with one pinned torch thread each. Operands take at most
-    ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed ``cache_bytes`` twice
-    (default: the size that Linux reports)."""
+    """CPUs of this process's affinity mask, with one pinned torch thread each. Operands take at
+    most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
+    ``cache_bytes`` twice (default: the size that Linux reports)."""
 
     name = "cpu"
 
@@ -130,7 +138,8 @@ class CpuDevice(TorchDevice):
             )
         self._restore = (torch.get_num_threads(), allowed)
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
-        # OpenMP binds its workers, but not the calling thread, which takes the first CPU; else all share one mask
+        # OpenMP binds its workers, but not the calling thread, which takes the first CPU; else all
+        # share one mask
         self._pinned = _set_affinity(self.cpus[:1] if _BOUND else self.cpus)
         torch.set_num_threads(self.threads)
         self._kept = keep_blocks()
@@ -151,9 +160,9 @@ class CpuDevice(TorchDevice):
             "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",
             "isa": str(torch.backends.cpu.get_cpu_capability()),
             "threads": str(self.threads),
-            "pinned": f"to cpus {' '.join(map(str, self.cpus))}, {pinning}"
-            if self._pinned
-            else "no",
+            "pinned": (
+                f"to cpus {' '.join(map(str, self.cpus))}, {pinning}" if self._pinned else "no"
+            ),
             "allocator": "keeps blocks" if self._kept else "default",
             "system": f"{platform.system()} {platform.release()}",
         }
@@ -169,7 +178,10 @@ class CpuDevice(TorchDevice):
         if operator.kind == "launch_graph":
             return "launch_graph needs recorded graphs; torch has none on a CPU"
         if operator.dtype not in self.dtypes():
-            return f"dtype {operator.dtype} has no GEMM on this CPU; supported: {', '.join(self.dtypes())}"
+            return (
+                f"dtype {operator.dtype} has no GEMM on this CPU; supported:"
+                f" {', '.join(self.dtypes())}"
+            )
         return super().refuses(operator)
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:

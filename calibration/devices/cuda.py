@@ -1,17 +1,22 @@
-"""An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph with many launches over rotated operands.
+"""An NVIDIA GPU as a device: CUDA events around replays of a CUDA graph with many launches over
+rotated operands.
 
-A graph excludes host time. Rotated weights exceed L2 four times, so each weight comes from memory: L2 replaces its
-lines almost at random, and a fifth of weights of twice its size would still be found there. If a kind of operator
-cannot be captured, each launch is timed between two events, after a buffer of four times L2 was overwritten. The device
-waits until the host has prepared the launch: a 2:4 launch takes the host longer than the device. The record names the
-method and the attention backend.
+A graph excludes host time. Rotated weights exceed L2 four times, so each weight comes from memory:
+L2 replaces its lines almost at random, and a fifth of weights of twice its size would still be
+found there. If a kind of operator cannot be captured, each launch is timed between two events,
+after a buffer of four times L2 was overwritten. The device waits until the host has prepared the
+launch: a 2:4 launch takes the host longer than the device. The record names the method and the
+attention backend.
 
-- Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are steady.
-- A replay is queued before the start event: an idle GPU would record the event while the host still launches.
+- Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are
+  steady.
+- A replay is queued before the start event: an idle GPU would record the event while the host still
+  launches.
 - Clocks, power and throttle reasons are read while launches run, never between them.
-- A failed capture may spoil the process: before torch 2.12 ``CUDAGraph::capture_end`` skips its cleanup after an error,
-  and every later capture fails. Therefore a child process (:class:`CaptureProbe`) attempts the capture first. It starts
-  in about ten seconds and answers in less than one; it keeps a CUDA context (about 0.5 GB) but no operands.
+- A failed capture may spoil the process: before torch 2.12 ``CUDAGraph::capture_end`` skips its
+  cleanup after an error, and every later capture fails. Therefore a child process
+  (:class:`CaptureProbe`) attempts the capture first. It starts in about ten seconds and answers in
+  less than one; it keeps a CUDA context (about 0.5 GB) but no operands.
 """
 
 from __future__ import annotations
@@ -47,8 +52,9 @@ from calibration.devices.protocol import (
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot, under_load
 from simulator.errors import InputError
 
-# Version of the measuring protocol. It is part of the stack, so a run has one version. Version 1 (not recorded) rotated
-# over twice L2, without load before a measurement, with torch's choice of attention backend and slow fp8 sums.
+# Version of the measuring protocol. It is part of the stack, so a run has one version. Version 1
+# (not recorded) rotated over twice L2, without load before a measurement, with torch's choice of
+# attention backend and slow fp8 sums.
 PROTOCOL = "2"
 _REFUSED = ("CUDA error", "CUBLAS_STATUS", "CUSPARSE_STATUS", "CUDNN_STATUS")
 PREHEAT_S = 0.3  # load before the first measurement and after a pause
@@ -67,7 +73,8 @@ _ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child, which compiles 
 
 
 class NotCapturable(Unsupported):
-    """The operator cannot be captured in a graph; this process can still capture other operators."""
+    """The operator cannot be captured in a graph; this process can still capture other
+    operators."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ class Graph:
 
 
 class GpuTimer:
-    """Timer of launches through ``torch.cuda``, with telemetry by ``read``; a flush writes ``flush_bytes`` bytes."""
+    """Timer of launches through ``torch.cuda``, with telemetry by ``read``; a flush writes
+    ``flush_bytes`` bytes."""
 
     def __init__(
         self, cuda: Any, device: str, flush_bytes: float, read: Callable[[], Snapshot]
@@ -112,7 +120,8 @@ class GpuTimer:
             busy_s += each * loops
 
     def capture(self, launches: Launches) -> Graph:
-        """Capture a graph of whole rounds over the copies that is long enough to hide the gap between replays."""
+        """Capture a graph of whole rounds over the copies that is long enough to hide the gap
+        between replays."""
         once = self.single(launches, 3, flush=False)
         fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
         wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
@@ -166,7 +175,8 @@ class GpuTimer:
         return float(start.elapsed_time(stop)) * 1e-3 / (replays * graph.length)
 
     def _take_reading(self, more: Callable[[], Any], each_s: float) -> None:
-        """Read the telemetry if the last reading is old, while queued work runs; ``more`` queues further work."""
+        """Read the telemetry if the last reading is old, while queued work runs; ``more`` queues
+        further work."""
         now = time.monotonic()
         if now - self._last_reading_s >= _READ_EVERY_S:
             for _ in range(min(_EVENTS, int(_READING_S / max(each_s, 1e-7)))):
@@ -175,7 +185,8 @@ class GpuTimer:
             self._last_reading_s = now
 
     def hold(self, launches: Launches) -> int:
-        """Return the cycles that the device must wait before a launch: twice the host's time for a launch."""
+        """Return the cycles that the device must wait before a launch: twice the host's time for a
+        launch."""
         took = []
         for i in range(3):
             self._cuda.synchronize()
@@ -185,7 +196,8 @@ class GpuTimer:
         return int(min(2.0 * min(took), _LONGEST_HOLD_S) * _CYCLES_PER_S)
 
     def single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
-        """Return the seconds per launch, each between two events, after a flush of the cache if ``flush``."""
+        """Return the seconds per launch, each between two events, after a flush of the cache if
+        ``flush``."""
         if flush and self._flush is None:
             self._flush = torch.empty(self._flush_bytes, dtype=torch.int8, device=self._device)
         total_ms = 0.0
@@ -218,7 +230,8 @@ class Probed:
 
 
 class CaptureProbe:
-    """A child process that captures operators on one GPU. It reads operators and writes answers as JSON lines."""
+    """A child process that captures operators on one GPU. It reads operators and writes answers as
+    JSON lines."""
 
     def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
         self._command, self._limit_s = tuple(command), limit_s
@@ -261,7 +274,8 @@ class CaptureProbe:
                 pass
 
     def _started(self) -> subprocess.Popen[str] | None:
-        """Return the running child; None if it cannot open the GPU, as in the exclusive compute mode."""
+        """Return the running child; None if it cannot open the GPU, as in the exclusive compute
+        mode."""
         if self._child is None and self._usable:
             path = os.pathsep.join(filter(None, sys.path))
             self._child = subprocess.Popen(
@@ -291,10 +305,11 @@ class CaptureProbe:
 
 
 class CudaDevice(TorchDevice):
-    """``attention`` is the library of prefill and decode attention: torch, flashinfer or flash_attn. Operands take at
-    most ``memory_limit_bytes`` (default: 90 % of the free memory). ``probe`` finds out what can be captured ("child":
-    in a child process; None: no probe, a failed capture ends the process). ``backend`` (``torch.cuda``),
-    ``torch_device`` (of tensors) and ``nvml`` (the module) are arguments for tests without a GPU."""
+    """``attention`` is the library of prefill and decode attention: torch, flashinfer or
+    flash_attn. Operands take at most ``memory_limit_bytes`` (default: 90 % of the free memory).
+    ``probe`` finds out what can be captured ("child": in a child process; None: no probe, a failed
+    capture ends the process). ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and
+    ``nvml`` (the module) are arguments for tests without a GPU."""
 
     rotation = 4.0
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
@@ -317,7 +332,8 @@ class CudaDevice(TorchDevice):
         if index >= self._cuda.device_count():
             last = self._cuda.device_count() - 1
             raise InputError(
-                f"device: expected cuda:0 to cuda:{last}, the CUDA GPUs of this machine, got {self.name}"
+                f"device: expected cuda:0 to cuda:{last}, the CUDA GPUs of this machine, got"
+                f" {self.name}"
             )
         self._cuda.set_device(index)
         self._torch_device = torch_device or self.name
@@ -352,9 +368,9 @@ class CudaDevice(TorchDevice):
         stack = {
             "cuda": str(torch.version.cuda or UNKNOWN),
             "cudnn": str(torch.backends.cudnn.version() or UNKNOWN),
-            "cusparselt": str(sparse.version())
-            if sparse is not None and sparse.is_available()
-            else "none",
+            "cusparselt": (
+                str(sparse.version()) if sparse is not None and sparse.is_available() else "none"
+            ),
             "driver": reader.driver(),
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph",
@@ -377,7 +393,8 @@ class CudaDevice(TorchDevice):
         return ("fp32", "fp16", *ampere, *(("fp8",) if self.capability >= (8, 9) else ()))
 
     def refuses(self, operator: Operator) -> str:
-        """Return why this GPU cannot run an operator, by the rules of cublasLt, cuSPARSELt and torch, or ""."""
+        """Return why this GPU cannot run an operator, by the rules of cublasLt, cuSPARSELt and
+        torch, or ""."""
         op = operator
         if op.dtype not in self.dtypes():
             capability = ".".join(map(str, self.capability))
@@ -392,7 +409,10 @@ class CudaDevice(TorchDevice):
         if op.kind == "gemm" and op.dtype == "fp8" and (op.n % 16 or op.k % 16):
             return f"gemm in fp8 needs n and k to be multiples of 16, got n={op.n} k={op.k}"
         if op.kind == "gemm" and op.dtype == "int8" and (op.m <= 16 or op.n % 8 or op.k % 8):
-            return f"gemm in int8 needs m above 16 and n and k multiples of 8, got m={op.m} n={op.n} k={op.k}"
+            return (
+                f"gemm in int8 needs m above 16 and n and k multiples of 8, got m={op.m} n={op.n}"
+                f" k={op.k}"
+            )
         return super().refuses(op)
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
@@ -427,8 +447,9 @@ class CudaDevice(TorchDevice):
         return method, timed
 
     def _capturable(self, operator: Operator) -> Probed:
-        """Return whether operators of this kind and number format can be captured, by a probe of the first operator.
-        Methods must not differ within a kind: launches that are timed one by one take 8 to 12 % longer."""
+        """Return whether operators of this kind and number format can be captured, by a probe of
+        the first operator. Methods must not differ within a kind: launches that are timed one by
+        one take 8 to 12 % longer."""
         if self._probe is None:
             return Probed()
         key = operator.kind, operator.dtype

@@ -1,8 +1,10 @@
-"""Operators in torch for the CUDA device, the CPU device and the executed decoder; and the common code of both devices.
+"""Operators in torch for the CUDA device, the CPU device and the executed decoder; and the common
+code of both devices.
 
-:func:`build` binds an :class:`Operator` to operands. Rotated operands are views into one :class:`Arena` of random data
-that exceeds the last-level cache, so a round over them evicts the first one, without allocations. The data is normal,
-because values change the power and so the clock. Activations stay in the cache, as the previous kernel leaves them.
+:func:`build` binds an :class:`Operator` to operands. Rotated operands are views into one
+:class:`Arena` of random data that exceeds the last-level cache, so a round over them evicts the
+first one, without allocations. The data is normal, because values change the power and so the
+clock. Activations stay in the cache, as the previous kernel leaves them.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ from simulator.codes import DTYPE_BYTES, dtype_code
 
 Tensor = Any  # torch.Tensor; torch is optional, so its types are not relied upon
 
-# fmt: off
 TORCH_DTYPE: dict[str, Any] = {
-    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn, "int8": torch.int8,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
 }
-# fmt: on
 MAX_COPIES = 1 << 13  # a CUDA graph has a launch of each
 PATTERNS = 8  # distinct masks of the tokens of a grouped GEMM
 # 2:4 weights are packed one by one, so copies of small ones take time to make
@@ -68,7 +72,8 @@ class Launches:
 
 
 class Arena:
-    """Random data for rotated operands: a round over them exceeds the cache ``rotation`` times, if memory allows."""
+    """Random data for rotated operands: a round over them exceeds the cache ``rotation`` times, if
+    memory allows."""
 
     def __init__(
         self, device: str, cache_bytes: float, limit_bytes: float, rotation: float = 2.0
@@ -79,7 +84,8 @@ class Arena:
         self._data: dict[str, Tensor] = {}
 
     def cut(self, elements: int, dtype: str, cold: bool) -> tuple[Callable[[int], Tensor], int]:
-        """Return a function ``view(i)`` of flat views with ``elements`` each, and their number; ``i`` wraps around."""
+        """Return a function ``view(i)`` of flat views with ``elements`` each, and their number;
+        ``i`` wraps around."""
         size = float(DTYPE_BYTES[dtype_code(dtype)])
         each = math.ceil(elements * size / _ALIGN) * _ALIGN  # bytes
         if each > self.limit_bytes:
@@ -87,7 +93,8 @@ class Arena:
         copies = min(MAX_COPIES, max(1, math.ceil(self.round_bytes / each))) if cold else 1
         copies = min(copies, int(self.limit_bytes // each))
         data = self._get(dtype, int(copies * each / size))
-        # small copies are spread over the arena, because neighbours would share DRAM pages and be prefetched
+        # small copies are spread over the arena, because neighbours would share DRAM pages and be
+        # prefetched
         stride = int(data.numel() // copies * size // _ALIGN * _ALIGN / size) if copies > 1 else 0
         views = [data[i * stride : i * stride + elements] for i in range(copies)]
         return (lambda i: views[i % copies]), copies
@@ -107,7 +114,8 @@ class Arena:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: str, device: str, seed: int = 0) -> Tensor:
-    """Return normal data (int8: integers); large shapes repeat a block, because generation is slow."""
+    """Return normal data (int8: integers); large shapes repeat a block, because generation is
+    slow."""
     total = math.prod(shape)
     block = min(total, 1 << 22)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -137,7 +145,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 def rotary_tables(
     positions: Tensor, head_dim: int, dtype: Any, frequency: Tensor = None
 ) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the rotary embedding, (positions, head_dim) each; Llama's frequencies by default."""
+    """Return cosines and sines of the rotary embedding, (positions, head_dim) each; Llama's
+    frequencies by default."""
     if frequency is None:
         frequency = 10000.0 ** (
             -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
@@ -165,9 +174,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse tensor cores. The
-    library searches the fastest algorithm at the first call with a number of rows. The search waits for the device, so
-    it must precede the capture of a CUDA graph. (torch's tensor class always uses algorithm 0, and its dispatcher.)"""
+    """A compressed weight (n, k) in which two of four neighbours in a row are zero, for sparse
+    tensor cores. The library searches the fastest algorithm at the first call with a number of
+    rows. The search waits for the device, so it must precede the capture of a CUDA graph. (torch's
+    tensor class always uses algorithm 0, and its dispatcher.)"""
 
     packed: Tensor
     shape: tuple[int, int]
@@ -200,7 +210,8 @@ def sparse_weight(
 
 
 def _fastest(packed: Tensor, dense: Tensor, bias: Tensor | None) -> Algorithm:
-    """Return the last arguments of ``_cslt_sparse_mm``: the algorithm and, if torch searches for it, the split of K."""
+    """Return the last arguments of ``_cslt_sparse_mm``: the algorithm and, if torch searches for
+    it, the split of K."""
     both = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if both is not None:
         return tuple(both(packed, dense, bias, None, None, True)[:3])
@@ -225,7 +236,8 @@ class EagerNorm(nn.Module):  # type: ignore[misc]
 
 
 class EagerCache:
-    """Keys and values of earlier positions; an update returns them with the new ones and does not store these."""
+    """Keys and values of earlier positions; an update returns them with the new ones and does not
+    store these."""
 
     def __init__(self, kv_len: int, **options: Any) -> None:
         self.keys, self.values = torch.randn((2, 1, KV_HEADS, kv_len - 1, HEAD_DIM), **options)
@@ -286,9 +298,9 @@ class EagerMlp(nn.Module):  # type: ignore[misc]
 
 
 class EagerLayer(nn.Module):  # type: ignore[misc]
-    """One decoder layer with the operations of Transformers' ``LlamaDecoderLayer`` ("sdpa" attention), in their order,
-    for one token of one sequence and a cache of ``kv_len`` positions, including the new one. The layer is so small that
-    every device is faster than its host."""
+    """One decoder layer with the operations of Transformers' ``LlamaDecoderLayer`` ("sdpa"
+    attention), in their order, for one token of one sequence and a cache of ``kv_len`` positions,
+    including the new one. The layer is so small that every device is faster than its host."""
 
     def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
@@ -307,7 +319,8 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
 
 
 def triton_needs() -> str:
-    """Return what this machine lacks to run Triton kernels on a GPU, or "". Triton compiles a launcher in C."""
+    """Return what this machine lacks to run Triton kernels on a GPU, or "". Triton compiles a
+    launcher in C."""
     if find_spec("triton") is None:
         return "Triton (extra kernels)"
     if (
@@ -329,7 +342,8 @@ def kernels() -> Any:
 
 
 def grouped_by_loops(x: Tensor, mask: Tensor, n: int, outer: bool) -> Callable[[Tensor], Tensor]:
-    """Return x (m, k) times the groups of a weight that each token uses, by a gather, a GEMM and a scatter."""
+    """Return x (m, k) times the groups of a weight that each token uses, by a gather, a GEMM and a
+    scatter."""
     rows = [used.nonzero().squeeze(1) for used in mask.t()]
     groups = len(rows)
 
@@ -360,7 +374,8 @@ def build(
 
 
 def _rotated(arena: Arena, op: Operator, *shape: int) -> tuple[list[Tensor], int]:
-    """Return the copies of the rotated operand as a list, which adds no call to the timed code, and their number."""
+    """Return the copies of the rotated operand as a list, which adds no call to the timed code, and
+    their number."""
     flat, copies = arena.cut(math.prod(shape), op.dtype, op.cold)
     return [flat(i).view(shape) for i in range(copies)], copies
 
@@ -440,7 +455,8 @@ def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def group_masks(op: Operator) -> Tensor:
-    """Return the groups of each token of a grouped GEMM; a trained router chooses similarly for similar tokens."""
+    """Return the groups of each token of a grouped GEMM; a trained router chooses similarly for
+    similar tokens."""
     generator, groups = torch.Generator().manual_seed(op.m), op.grouped // op.block
     used = max(1, round(op.density * groups))
     choices = torch.rand(PATTERNS, groups, generator=generator).topk(used, dim=1).indices
@@ -511,7 +527,8 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
 
 
 def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
-    """Return launches of torch's attention, on a GPU with one backend for all shapes and versions."""
+    """Return launches of torch's attention, on a GPU with one backend for all shapes and
+    versions."""
     if not device.startswith("cuda"):
         return Launches(attend, copies)
     name, launch = attention.with_backend(attend)
@@ -586,15 +603,21 @@ def _layer(op: Operator, device: str, arena: Arena) -> Launches:
     return Launches(lambda i: layers[i % LAYERS](hidden, angles), LAYERS)
 
 
-# fmt: off
 _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
-    "gemm": _gemm, "gemm_2to4": _gemm_2to4, "low_rank": _low_rank, "gather_gemm": _gather_gemm,
+    "gemm": _gemm,
+    "gemm_2to4": _gemm_2to4,
+    "low_rank": _low_rank,
+    "gather_gemm": _gather_gemm,
     "grouped_gemm": _grouped_gemm,
-    "attention_prefill": _attention, "attention_decode": _attention, "attention_block_sparse": _attention,
-    "elementwise": _elementwise, "copy": _copy, "launch_eager": _launch, "launch_graph": _launch,
+    "attention_prefill": _attention,
+    "attention_decode": _attention,
+    "attention_block_sparse": _attention,
+    "elementwise": _elementwise,
+    "copy": _copy,
+    "launch_eager": _launch,
+    "launch_graph": _launch,
     "layer_eager": _layer,
 }
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -651,10 +674,16 @@ class TorchDevice:
 
     def refuses(self, operator: Operator) -> str:
         if operator.dtype in ("fp8", "int8") and operator.kind not in self.eight_bit:
-            return f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and copy are"
+            return (
+                f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and"
+                " copy are"
+            )
         if operator.kind == "attention_block_sparse":
             if (operator.kv_len - operator.q_len) % operator.block:
-                return f"attention_block_sparse needs kv_len - q_len to be a multiple of the block {operator.block}"
+                return (
+                    "attention_block_sparse needs kv_len - q_len to be a multiple of the block"
+                    f" {operator.block}"
+                )
             if self.name.startswith("cuda") and (needs := triton_needs()):
                 return f"attention_block_sparse: flex attention needs {needs}"
         return ""
@@ -678,7 +707,8 @@ class TorchDevice:
             raise known from error
 
     def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
-        """Return the timing method, and a function from a number of launches to seconds per launch."""
+        """Return the timing method, and a function from a number of launches to seconds per
+        launch."""
         raise NotImplementedError
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:

@@ -1,4 +1,5 @@
-"""The interface of a device: it converts an :class:`Operator` to a :class:`Prepared`, whose samples are timed."""
+"""The interface of a device: it converts an :class:`Operator` to a :class:`Prepared`, whose samples
+are timed."""
 
 from __future__ import annotations
 
@@ -14,28 +15,32 @@ _GEMM = ("m", "n", "k")
 _ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 # kinds of operators and their required dimensions
-# fmt: off
 OPERATORS: Mapping[str, tuple[str, ...]] = {
     "gemm": _GEMM,  # y[m,n] = x[m,k] w[n,k]^T
     "gemm_2to4": _GEMM,  # GEMM with 2:4 sparse weights on sparse tensor cores
     "low_rank": (*_GEMM, "rank"),  # two GEMMs through rank `rank`: k -> rank -> n
-    "gather_gemm": (*_GEMM, "rows"),  # gather `rows` of m tokens, multiply them, scatter the results
-    # each of m tokens uses a share `density` of the groups of `block` output (role `up`) or input features (`down`)
+    # gather `rows` of m tokens, multiply them, scatter the results
+    "gather_gemm": (*_GEMM, "rows"),
+    # each of m tokens uses a share `density` of the groups of `block` output (role `up`) or input
+    # features (`down`)
     "grouped_gemm": (*_GEMM, "block"),
     "attention_prefill": _ATTENTION,  # causal attention of q_len new queries over kv_len positions
-    "attention_decode": _ATTENTION,  # attention of one query per sequence over a cache of kv_len positions
-    "attention_block_sparse": (*_ATTENTION, "block"),  # causal, with a `density` share of its blocks of edge `block`
+    # attention of one query per sequence over a cache of kv_len positions
+    "attention_decode": _ATTENTION,
+    # causal, with a `density` share of its blocks of edge `block`
+    "attention_block_sparse": (*_ATTENTION, "block"),
     "elementwise": ("m", "n"),  # the operator `role` on m tokens of n features
     "copy": ("n",),  # copy of n bytes within memory
-    "launch_eager": (),  # single launches of an empty kernel (role `gemm`: a tiny GEMM): host time per launch
+    # single launches of an empty kernel (role `gemm`: a tiny GEMM): host time per launch
+    "launch_eager": (),
     "launch_graph": (),  # empty kernels in a recorded graph: gap between kernels
-    "layer_eager": ("kv_len",),  # a tiny decoder layer as in Transformers, for one token: host time per layer
+    # a tiny decoder layer as in Transformers, for one token: host time per layer
+    "layer_eager": ("kv_len",),
 }
-# fmt: on
 
 HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kernel
-# kernels of a layer_eager: two norms of 8, q, k, v, two rotations of 5, two cache updates, two repeats of KV heads,
-# attention, o, gate, up, silu, product, down, two residual sums
+# kernels of a layer_eager: two norms of 8, q, k, v, two rotations of 5, two cache updates, two
+# repeats of KV heads, attention, o, gate, up, silu, product, down, two residual sums
 LAYER_LAUNCHES = 42
 NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
 _OTHERS = (
@@ -65,7 +70,8 @@ class DeviceLost(RuntimeError):
 
 
 class CaptureFailed(DeviceLost):
-    """A failed capture of a CUDA graph spoiled this process: only a new process can capture again."""
+    """A failed capture of a CUDA graph spoiled this process: only a new process can capture
+    again."""
 
 
 def unknown_device(name: str) -> InputError:
@@ -73,7 +79,8 @@ def unknown_device(name: str) -> InputError:
 
 
 def elementwise_bytes(role: str, m: int, n: int, element_bytes: float) -> tuple[float, float]:
-    """Return the bytes read and written on m tokens of n features; ``select`` writes indices of half the features."""
+    """Return the bytes read and written on m tokens of n features; ``select`` writes indices of
+    half the features."""
     moved = element_bytes * m * n
     if role == "select":
         return moved, INDEX_BYTES * m * selected(n)
@@ -86,7 +93,8 @@ def selected(n: int) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator to time. ``kind`` determines the relevant fields; the others keep their defaults."""
+    """An operator to time. ``kind`` determines the relevant fields; the others keep their
+    defaults."""
 
     kind: str  # one of OPERATORS
     dtype: str = "bf16"  # one of simulator.codes.DTYPES
@@ -115,7 +123,8 @@ class Operator:
         for name, known in (("kind", OPERATORS), ("dtype", DTYPES), ("role", roles)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(
-                    f"operator {name}: expected one of {', '.join(filter(None, known))}, got {value!r}"
+                    f"operator {name}: expected one of {', '.join(filter(None, known))}, got"
+                    f" {value!r}"
                 )
         for name in OPERATORS[self.kind]:
             if getattr(self, name) < 1:
@@ -126,7 +135,8 @@ class Operator:
             raise ValueError(f"operator density: expected a share in (0, 1], got {self.density}")
         if self.attention and self.heads % self.kv_heads:
             raise ValueError(
-                f"operator {self.kind}: heads: expected a multiple of {self.kv_heads}, got {self.heads}"
+                f"operator {self.kind}: heads: expected a multiple of {self.kv_heads}, got"
+                f" {self.heads}"
             )
         if self.attention and self.q_len > self.kv_len:
             raise ValueError(
@@ -134,11 +144,13 @@ class Operator:
             )
         if self.kind == "gather_gemm" and self.rows > self.m:
             raise ValueError(
-                f"operator gather_gemm: rows: expected at most {self.m}, the tokens, got {self.rows}"
+                f"operator gather_gemm: rows: expected at most {self.m}, the tokens, got"
+                f" {self.rows}"
             )
         if self.kind == "grouped_gemm" and self.grouped % self.block:
             raise ValueError(
-                f"operator grouped_gemm: block: {self.block} does not divide {self.grouped} features"
+                f"operator grouped_gemm: block: {self.block} does not divide {self.grouped}"
+                " features"
             )
 
     @property
@@ -147,7 +159,8 @@ class Operator:
 
     @property
     def grouped(self) -> int:
-        """Features of a grouped GEMM that form groups: output features for role up, input features for role down."""
+        """Features of a grouped GEMM that form groups: output features for role up, input features
+        for role down."""
         return self.n if self.role == "up" else self.k
 
     @property
@@ -162,7 +175,8 @@ class Operator:
 
     @property
     def group(self) -> tuple[int, int]:
-        """(n, k) of a GEMM; shapes of one group are held out together, because they share a weight matrix."""
+        """(n, k) of a GEMM; shapes of one group are held out together, because they share a weight
+        matrix."""
         return self.n, self.k
 
     @property
@@ -171,7 +185,8 @@ class Operator:
 
     @property
     def flops(self) -> float:
-        """FLOPs, two per multiply-add; causal attention counts pairs within the mask, 2:4 the dense product."""
+        """FLOPs, two per multiply-add; causal attention counts pairs within the mask, 2:4 the dense
+        product."""
         if self.kind == "low_rank":
             return 2.0 * self.m * self.rank * (self.n + self.k)
         if self.kind == "gather_gemm":
@@ -254,7 +269,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Description:
-    """Hardware and software of a device; times of the same hardware differ by 5-15 % between stacks."""
+    """Hardware and software of a device; times of the same hardware differ by 5-15 % between
+    stacks."""
 
     name: str  # name of the opened device (cpu, cuda:0)
     device: str  # the name that the hardware reports
@@ -282,12 +298,16 @@ class Device(Protocol):
 
     def describe(self) -> Description: ...
     def dtypes(self) -> tuple[str, ...]: ...  # number formats of its GEMMs
+
     # the reason why it cannot run an operator, or ""
     def refuses(self, operator: Operator) -> str: ...
+
     # may raise Unsupported, OutOfMemory or DeviceLost
     def prepare(self, operator: Operator) -> Prepared: ...
+
     # under load since the last call, if it reads while launches run; else now
     def snapshot(self) -> Snapshot: ...
+
     # monotonic seconds, the time of budgets (simulated on the planted device)
     def clock(self) -> float: ...
     def rest(self, seconds: float) -> None: ...  # cools down

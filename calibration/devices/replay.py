@@ -1,7 +1,7 @@
 """A device with planted times of known noise, to try a calibration without hardware.
 
-It runs in simulated time: a sample of L launches of t seconds advances its clock by L t, so a plan of ten minutes runs
-in milliseconds.
+It runs in simulated time: a sample of L launches of t seconds advances its clock by L t, so a plan
+of ten minutes runs in milliseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
 def roofline_timings(
     flop_per_s: float = 100e12, bytes_per_s: float = 1.5e12, floor_s: float = 3e-6
 ) -> Seconds:
-    """Return the times of a simple device: a floor per launch, plus the 3-norm of arithmetic and memory time."""
+    """Return the times of a simple device: a floor per launch, plus the 3-norm of arithmetic and
+    memory time."""
 
     def seconds(op: Operator) -> float:
         return floor_s * op.launches + float(
@@ -103,7 +104,8 @@ class ReplayDevice:
 def open_named(rest: str, **options: Any) -> ReplayDevice:
     if rest != "planted":
         raise InputError(
-            f"device: expected replay:planted, got 'replay:{rest}'; to fit recorded times, use prunesim fit"
+            f"device: expected replay:planted, got 'replay:{rest}'; to fit recorded times, use"
+            " prunesim fit"
         )
     return ReplayDevice(
         refused={"gemm_2to4": "a planted device has no sparse tensor cores"}, **options

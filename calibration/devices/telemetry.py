@@ -1,6 +1,7 @@
 """State of the device during a measurement: clocks, power, temperature, throttle reasons.
 
-An unavailable reading (no NVML, a virtual machine, a driver that refuses) is the string ``"unknown"``, never 0.
+An unavailable reading (no NVML, a virtual machine, a driver that refuses) is the string
+``"unknown"``, never 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Unknown = Literal["unknown"]
 UNKNOWN: Unknown = "unknown"
 Reading = float | Unknown
 
-# bits of nvmlClocksEventReasons from the lowest (NVIDIA, "NVML API Reference Guide", group nvmlClocksEventReasons)
+# bits of nvmlClocksEventReasons from the lowest (NVIDIA, "NVML API Reference Guide", group
+# nvmlClocksEventReasons)
 NVML_REASONS = (
     "gpu_idle",
     "applications_clocks_setting",
@@ -32,8 +34,8 @@ NVML_REASONS = (
 
 POWER_CAP = "sw_power_cap"
 
-# Reasons to repeat a sample. The power cap is not among them: a data-centre GPU is at its power limit in every long
-# GEMM, also in a repeat. Rows that the cap slowed down have a flag.
+# Reasons to repeat a sample. The power cap is not among them: a data-centre GPU is at its power
+# limit in every long GEMM, also in a repeat. Rows that the cap slowed down have a flag.
 THROTTLING: frozenset[str] = frozenset(
     {
         "hw_slowdown",
@@ -74,7 +76,8 @@ def throttle_reasons(bits: int) -> tuple[str, ...]:
 
 
 def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
-    """Return the reasons to repeat a measurement between two snapshots; "unknown" if neither has a reading."""
+    """Return the reasons to repeat a measurement between two snapshots; "unknown" if neither has a
+    reading."""
     states = [
         snapshot.throttle for snapshot in (before, after) if not isinstance(snapshot.throttle, str)
     ]
@@ -87,14 +90,16 @@ def throttled(before: Snapshot, after: Snapshot) -> tuple[str, ...] | Unknown:
 
 
 def waited(before: Snapshot, after: Snapshot, elapsed_s: float, threads: int = 1) -> Reading:
-    """Return the share of time that threads waited for a CPU, 0..1; "unknown" if the system does not count it."""
+    """Return the share of time that threads waited for a CPU, 0..1; "unknown" if the system does
+    not count it."""
     if isinstance(before.waited_s, str) or isinstance(after.waited_s, str) or elapsed_s <= 0:
         return UNKNOWN
     return max(0.0, after.waited_s - before.waited_s) / (elapsed_s * max(threads, 1))
 
 
 def under_load(readings: Sequence[Snapshot]) -> Snapshot:
-    """Return several readings as one: the median of each number, and the throttle reasons of all readings."""
+    """Return several readings as one: the median of each number, and the throttle reasons of all
+    readings."""
     numbers: dict[str, Any] = {}
     for name in (field.name for field in fields(Snapshot) if field.name != "throttle"):
         known = _known(getattr(reading, name) for reading in readings)
@@ -113,8 +118,9 @@ def _read(reader: Callable[[], Any], scale: float = 1.0) -> Reading:
 
 
 class NvmlReader:
-    """Snapshots of one NVIDIA GPU by the ``pynvml`` module; without it (None) every reading is "unknown". The UUID
-    identifies the GPU, because NVML's numbers ignore ``CUDA_VISIBLE_DEVICES``."""
+    """Snapshots of one NVIDIA GPU by the ``pynvml`` module; without it (None) every reading is
+    "unknown". The UUID identifies the GPU, because NVML's numbers ignore
+    ``CUDA_VISIBLE_DEVICES``."""
 
     def __init__(self, nvml: Any, uuid: str = "", index: int = 0) -> None:
         self._nvml = nvml
@@ -185,7 +191,8 @@ class NvmlReader:
 
 
 class CpuReader:
-    """Snapshots of CPUs by number, from Linux's ``/proc`` and ``/sys`` under ``root``; "unknown" on other systems."""
+    """Snapshots of CPUs by number, from Linux's ``/proc`` and ``/sys`` under ``root``; "unknown" on
+    other systems."""
 
     def __init__(self, cpus: Iterable[int], root: Path = Path("/")) -> None:
         self.cpus = tuple(sorted(cpus))
@@ -200,7 +207,8 @@ class CpuReader:
         )
         zones = (self._root / "sys/class/thermal").glob("thermal_zone*/temp")
         temperatures = _known(self._read(zone, scale=1e-3) for zone in zones)
-        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst) of live threads
+        # second field: nanoseconds on a run queue (Linux, Documentation/scheduler/sched-stats.rst)
+        # of live threads
         tasks = (self._root / "proc/self/task").glob("*/schedstat")
         waits = _known(self._read(task, field=1, scale=1e-9) for task in tasks)
         return Snapshot(

@@ -1,7 +1,8 @@
-"""Tile shapes of the Triton kernels, as pure functions of sizes: a test compiles every shape that they can return.
+"""Tile shapes of the Triton kernels, as pure functions of sizes: a test compiles every shape that
+they can return.
 
-The shapes are not tuned on a device. A product of few rows is bound by reading its weight: its tiles are narrow, to use
-more processors, and read longer parts of each row.
+The shapes are not tuned on a device. A product of few rows is bound by reading its weight: its
+tiles are narrow, to use more processors, and read longer parts of each row.
 """
 
 from __future__ import annotations
@@ -30,20 +31,22 @@ def power_of_two(size: int, least: int, most: int) -> int:
 
 
 def alignment(rows: int, columns: int) -> str:
-    """Return which sizes are multiples of 16, for which Triton loads and stores 16 bytes at once: "all", "rows" (of the
-    operands, not the columns of the result) or "none"."""
+    """Return which sizes are multiples of 16, for which Triton loads and stores 16 bytes at once:
+    "all", "rows" (of the operands, not the columns of the result) or "none"."""
     return "none" if rows % 16 else "rows" if columns % 16 else "all"
 
 
 def _most_columns(rows: int, element_bytes: int, aligned: str) -> int:
-    """An element that is loaded alone has its own address in a register, and fp32 takes twice the space."""
+    """An element that is loaded alone has its own address in a register, and fp32 takes twice the
+    space."""
     if rows <= FEW_ROWS or aligned == "none":
         return 32
     return (256 if aligned == "all" else 128) // element_bytes
 
 
 def _most_features(rows: int, element_bytes: int, aligned: str) -> int:
-    """Return the maximum features per step: 256 bytes of few rows, 128 of many, 64 if each element is loaded alone."""
+    """Return the maximum features per step: 256 bytes of few rows, 128 of many, 64 if each element
+    is loaded alone."""
     return (64 if aligned == "none" else 128 if rows > FEW_ROWS else 256) // element_bytes
 
 
@@ -60,7 +63,8 @@ def tokens_per_tile(tokens: int) -> int:
 def grouped_columns(
     tokens: int, width: int, element_bytes: int, aligned: str, gated: bool
 ) -> TileShape:
-    """Return the tile of a grouped GEMM that prunes columns in groups of ``width``; a gated group has two halves."""
+    """Return the tile of a grouped GEMM that prunes columns in groups of ``width``; a gated group
+    has two halves."""
     form = tokens, element_bytes, aligned
     most = _most_columns(*form) // (2 if gated and tokens > FEW_ROWS else 1)
     return TileShape(
@@ -78,7 +82,8 @@ def grouped_features(tokens: int, width: int, element_bytes: int, aligned: str) 
 
 
 def normalised(features: int) -> TileShape:
-    """Return the rows and features per program of a norm: whole rows, and several if they are short."""
+    """Return the rows and features per program of a norm: whole rows, and several if they are
+    short."""
     n = power_of_two(features, 128, MOST_FEATURES)
     return TileShape(max(1, VECTOR_ELEMENTS // n), n, 1, warps=min(max(4, n // 512), 16))
 

@@ -1,8 +1,10 @@
-"""Triton kernels: GEMMs that skip rows or groups of channels, and fused elementwise operators. All compute in fp32.
+"""Triton kernels: GEMMs that skip rows or groups of channels, and fused elementwise operators. All
+compute in fp32.
 
-The GEMMs read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and grids depend only
-on shapes: no launch waits for the host, and a CUDA graph can contain all launches. Elementwise kernels read their
-inputs once and write their result once, as in serving engines.
+The GEMMs read the choice from tensors on the device (an index and a count, or :class:`Tiles`), and
+grids depend only on shapes: no launch waits for the host, and a CUDA graph can contain all
+launches. Elementwise kernels read their inputs once and write their result once, as in serving
+engines.
 """
 
 from __future__ import annotations
@@ -21,15 +23,29 @@ Tensor = Any
 
 
 def precision(x: Tensor) -> str:
-    """Return the precision of fp32 products in torch's current setting: exact, or tf32 on tensor cores."""
+    """Return the precision of fp32 products in torch's current setting: exact, or tf32 on tensor
+    cores."""
     rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if rounded else "ieee"
 
 
 @triton.jit
-def _gathered(x, weight, bias, index, count, y, n, k, BIASED: tl.constexpr, ADD: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def _gathered(
+    x,
+    weight,
+    bias,
+    index,
+    count,
+    y,
+    n,
+    k,
+    BIASED: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     many = tl.load(count)
     start = tl.program_id(1) * BLOCK_M
     if start < many:
@@ -69,17 +85,31 @@ def gather_gemm(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r of ``index``. x (m,
-    k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the products (``add``: their sum with it) and
-    keeps its other rows. By default y is new, and its other rows are undefined."""
+    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r
+    of ``index``. x (m, k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the
+    products (``add``: their sum with it) and keeps its other rows. By default y is new, and its
+    other rows are undefined."""
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out is None else out
     many = len(index)
     tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
     _gathered[triton.cdiv(n, tile.n), triton.cdiv(many, tile.m)](
-        x, weight, weight if bias is None else bias, index, count, y, n, k, bias is not None, add,
-        tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
-    )  # fmt: skip
+        x,
+        weight,
+        weight if bias is None else bias,
+        index,
+        count,
+        y,
+        n,
+        k,
+        bias is not None,
+        add,
+        tile.m,
+        tile.n,
+        tile.k,
+        precision(x),
+        num_warps=tile.warps,
+    )
     return y
 
 
@@ -112,11 +142,27 @@ def tiles_of(mask: Tensor) -> Tiles:
     return Tiles(users, many, order, ranked.int(), used.sum(1, dtype=torch.int32), edge)
 
 
-# the values 1 and multiples of 16 of these sizes need no kernels of their own: no read has them as stride or length
+# the values 1 and multiples of 16 of these sizes need no kernels of their own: no read has them as
+# stride or length
 @triton.jit(do_not_specialize=["tokens", "groups"])
-def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED: tl.constexpr, GATED: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-             PRECISION: tl.constexpr):  # fmt: skip
+def _columns(
+    x,
+    weight,
+    bias,
+    users,
+    count,
+    y,
+    tokens,
+    groups,
+    width,
+    k,
+    BIASED: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     group = tl.program_id(1).to(tl.int64)
     start, many = tl.program_id(2) * BLOCK_M, tl.load(count + group)
     if start < many:
@@ -162,26 +208,54 @@ def _columns(x, weight, bias, users, count, y, tokens, groups, width, k, BIASED:
 def grouped_columns(
     x: Tensor, weight: Tensor, tiles: Tiles, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0 elsewhere. The rows of
-    ``weight`` (n, k) are in groups of equal width; x and weight are contiguous. ``gated``: a group has the rows of its
-    gate, then of its up projection; y is silu(gate) up, half as wide."""
+    """Compute y = x weight^T + bias where a token uses a column's group (N pruned), and 0
+    elsewhere. The rows of ``weight`` (n, k) are in groups of equal width; x and weight are
+    contiguous. ``gated``: a group has the rows of its gate, then of its up projection; y is
+    silu(gate) up, half as wide."""
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
     y, aligned = x.new_zeros(tokens, n), tile_shapes.alignment(k, width)
     tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), aligned, gated)
     _columns[triton.cdiv(width, tile.n), groups, triton.cdiv(tokens, tile.m)](
-        x, weight, weight if bias is None else bias, tiles.users, tiles.many, y,
-        tokens, groups, width, k, bias is not None, gated,
-        tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
-    )  # fmt: skip
+        x,
+        weight,
+        weight if bias is None else bias,
+        tiles.users,
+        tiles.many,
+        y,
+        tokens,
+        groups,
+        width,
+        k,
+        bias is not None,
+        gated,
+        tile.m,
+        tile.n,
+        tile.k,
+        precision(x),
+        num_warps=tile.warps,
+    )
     return y
 
 
 @triton.jit(do_not_specialize=["tokens", "groups"])
-def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def _features(
+    x,
+    weight,
+    order,
+    chosen,
+    used,
+    y,
+    tokens,
+    groups,
+    width,
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tile = tl.program_id(1)
     positions, columns = (
         tile * BLOCK_M + tl.arange(0, BLOCK_M),
@@ -192,7 +266,8 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(width, BLOCK_K)
     last = tl.load(used + tile) * steps
-    # the next group's number is read a step ahead: Triton double-buffers no copy that waits for a read in its step
+    # the next group's number is read a step ahead: Triton double-buffers no copy that waits for a
+    # read in its step
     group = tl.load(chosen + tile * groups)
     for step in range(0, last):
         features = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -215,18 +290,31 @@ def _features(x, weight, order, chosen, used, y, tokens, groups, width, n,
 
 
 def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
-    """Compute y = x weight over the features of the groups that a tile uses (K pruned). ``x`` (tokens, k) is 0 where a
-    token does not use a feature's group, as after :func:`grouped_columns`; ``weight`` is (k, n) with rows in groups of
-    equal width; both are contiguous."""
+    """Compute y = x weight over the features of the groups that a tile uses (K pruned). ``x``
+    (tokens, k) is 0 where a token does not use a feature's group, as after :func:`grouped_columns`;
+    ``weight`` is (k, n) with rows in groups of equal width; both are contiguous."""
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
     # both are lengths of rows
     y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)
     tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
     _features[triton.cdiv(n, tile.n), len(tiles.groups)](
-        x, weight, tiles.order, tiles.groups, tiles.used, y, tokens, groups, width, n,
-        tile.m, tile.n, tile.k, precision(x), num_warps=tile.warps,
-    )  # fmt: skip
+        x,
+        weight,
+        tiles.order,
+        tiles.groups,
+        tiles.used,
+        y,
+        tokens,
+        groups,
+        width,
+        n,
+        tile.m,
+        tile.n,
+        tile.k,
+        precision(x),
+        num_warps=tile.warps,
+    )
     return y
 
 
@@ -245,7 +333,8 @@ def _rms_norm(x, weight, y, rows, n, epsilon, BLOCK_M: tl.constexpr, BLOCK_N: tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Normalise the last axis by its root mean square; x is contiguous, its last axis at most MOST_FEATURES long."""
+    """Normalise the last axis by its root mean square; x is contiguous, its last axis at most
+    MOST_FEATURES long."""
     n = x.shape[-1]
     y, rows, tile = x.new_empty(x.shape), x.numel() // n, tile_shapes.normalised(n)
     _rms_norm[(triton.cdiv(rows, tile.m),)](
@@ -283,7 +372,8 @@ def _rotary(x, cos, sin, y, heads, half, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens, head_dim), contiguous."""
+    """Rotate the halves of the last axis of x (tokens, heads, head_dim) by angles (tokens,
+    head_dim), contiguous."""
     (tokens, heads, width), y = x.shape, x.new_empty(x.shape)
     tile = tile_shapes.rotated(width // 2)
     grid = tokens, triton.cdiv(heads, tile.m)

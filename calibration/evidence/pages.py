@@ -1,8 +1,9 @@
-"""Evaluate on data that no fit saw: ``python -m calibration.evidence [SET ...]``, or make a generated page of it.
+"""Evaluate on data that no fit saw: ``python -m calibration.evidence [SET ...]``, or make a
+generated page of it.
 
-Prints the tables of sets (default: all) and their targets; *accuracy* and *engines* print a page of ``docs/generated``,
-or write it (``-o FILE``); *hosts* prints the fitted host times of engines. The accuracy page takes ten minutes on two
-cores.
+Prints the tables of sets (default: all) and their targets; *accuracy* and *engines* print a page of
+``docs/generated``, or write it (``-o FILE``); *hosts* prints the fitted host times of engines. The
+accuracy page takes ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -44,20 +45,34 @@ from simulator.operators import CONSTANTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
-# fmt: off
-# Title, score and digits of the columns of a table, and of a table of held-out stacks. Empty columns are omitted.
+# Title, score and digits of the columns of a table, and of a table of held-out stacks. Empty
+# columns are omitted.
 COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2), ("median", "median", 2), ("p95", "p95", 1), ("bias", "bias", 2), ("m<=16", "mape m <= 16", 1),
-    ("17-256", "mape m 17-256", 1), (">256", "mape m > 256", 1),
-    ("speedup median", "speedup median", 2), ("speedup p95", "speedup p95", 1), ("Spearman", "speedup spearman", 3),
-    ("coverage", "coverage", 1), ("lowest", "lowest coverage", 1), ("width", "width", 1),
-    ("ratios in", "ratio coverage", 1), ("ratio width", "ratio width", 1),
+    ("MAPE", "mape", 2),
+    ("median", "median", 2),
+    ("p95", "p95", 1),
+    ("bias", "bias", 2),
+    ("m<=16", "mape m <= 16", 1),
+    ("17-256", "mape m 17-256", 1),
+    (">256", "mape m > 256", 1),
+    ("speedup median", "speedup median", 2),
+    ("speedup p95", "speedup p95", 1),
+    ("Spearman", "speedup spearman", 3),
+    ("coverage", "coverage", 1),
+    ("lowest", "lowest coverage", 1),
+    ("width", "width", 1),
+    ("ratios in", "ratio coverage", 1),
+    ("ratio width", "ratio width", 1),
 )
 STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2), ("p95", "p95", 1), ("in", "coverage", 1), ("width", "width", 0),
-    ("ratio p95", "speedup p95", 1), ("ratio in", "ratio coverage", 1), ("ratio width", "ratio width", 0),
+    ("MAPE", "mape", 2),
+    ("p95", "p95", 1),
+    ("in", "coverage", 1),
+    ("width", "width", 0),
+    ("ratio p95", "speedup p95", 1),
+    ("ratio in", "ratio coverage", 1),
+    ("ratio width", "ratio width", 0),
 )
-# fmt: on
 KINDS: Mapping[str, str] = {
     "dense": "times of dense models",
     "measured": "of them on GPUs with kernel tables",
@@ -67,14 +82,23 @@ KINDS: Mapping[str, str] = {
 }
 # prompt lengths of the serving runs -> ends of their range
 PROMPTS: Mapping[str, tuple[float, float]] = {
-    "128": (0, 200), "256": (200, 400), "512": (400, 600), "1,000 to 1,024": (600, 1500),
-    "2,000 to 2,048": (1500, 3000), "4,000 to 4,096": (3000, 6000), "8,000 to 8,192": (6000, np.inf),
-}  # fmt: skip
+    "128": (0, 200),
+    "256": (200, 400),
+    "512": (400, 600),
+    "1,000 to 1,024": (600, 1500),
+    "2,000 to 2,048": (1500, 3000),
+    "4,000 to 4,096": (3000, 6000),
+    "8,000 to 8,192": (6000, np.inf),
+}
 # requests in flight per new token: prompts that arrive per decode step
 LOADS: Mapping[str, tuple[float, float]] = {
-    "below 0.03": (0, 0.03), "0.03 to 0.1": (0.03, 0.1), "0.1 to 0.3": (0.1, 0.3), "0.3 to 0.75": (0.3, 0.75),
-    "0.75 to 1.5": (0.75, 1.5), "above 1.5": (1.5, np.inf),
-}  # fmt: skip
+    "below 0.03": (0, 0.03),
+    "0.03 to 0.1": (0.03, 0.1),
+    "0.1 to 0.3": (0.1, 0.3),
+    "0.3 to 0.75": (0.3, 0.75),
+    "0.75 to 1.5": (0.75, 1.5),
+    "above 1.5": (1.5, np.inf),
+}
 
 
 def head(page: str) -> str:
@@ -95,13 +119,15 @@ def filled(page: str, tables: Sequence[str]) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """Return ``docs/generated/accuracy.md``: shipped fits, targets and measured accuracy, and every set of kernels."""
+    """Return ``docs/generated/accuracy.md``: shipped fits, targets and measured accuracy, and every
+    set of kernels."""
     kernels = accuracy_text(rows, [r for r in rows if not SETS[r["set"]].whole])
     return f"{head('accuracy')}## Shipped fits\n\n{sections_table()}\n\n{kernels}"
 
 
 def sections_table() -> str:
-    """Return the held-out error, %, and rows of each shipped section: the errors of ``prunesim hardware show``."""
+    """Return the held-out error, %, and rows of each shipped section: the errors of ``prunesim
+    hardware show``."""
     errors: dict[tuple[str, str, str], dict[str, str]] = {}
     for name in list_hardware():
         for stack, sections in load_hardware(name).stacks.items():
@@ -140,8 +166,8 @@ def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
 
 
 def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[str]]]:
-    """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line per stack and number
-    of its rows (0: as shipped), and their means at the end."""
+    """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line
+    per stack and number of its rows (0: as shipped), and their means at the end."""
     lines, scores = means(rows, title), COLUMNS
     groups = [[r] for r in lines]
     columns = [
@@ -170,8 +196,9 @@ def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[st
 
 
 def engine_tables() -> list[str]:
-    """Return the tables of ``docs/generated/engines.md`` in their order. Engine parameters were fitted on the sources
-    of split "fit", by hand where rows are few, and not on those of split "judge"."""
+    """Return the tables of ``docs/generated/engines.md`` in their order. Engine parameters were
+    fitted on the sources of split "fit", by hand where rows are few, and not on those of split
+    "judge"."""
     given = compare_speedups(given=True)
     found = {
         "dense": compare_dense(),
@@ -249,7 +276,8 @@ def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def loads_table() -> str:
-    """Return which features of a checkpoint each stock engine loads; the benchmark's engine is no server."""
+    """Return which features of a checkpoint each stock engine loads; the benchmark's engine is no
+    server."""
     engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
 
     def cell(found: Loading) -> str:

@@ -1,15 +1,18 @@
-"""The taxonomy paper "Beyond FLOPs" (arXiv 2606.09080): its benchmark, predicted, and its two claims, tested.
+"""The taxonomy paper "Beyond FLOPs" (arXiv 2606.09080): its benchmark, predicted, and its two
+claims, tested.
 
-The published numbers (``calibration/measurements/published_paper.csv``) are quoted from a reading note of the paper.
-The conditions are those of its code (github.com/EIT-NLP/LLM-Pruning, PruningInferSim): batch 1, 8, 16, 32 at 1024
-tokens, logits of all positions, a CUDA graph. No constant is fitted to the table. Functions that return rows return
-what ``prunesim paper --json`` prints.
+The published numbers (``calibration/measurements/published_paper.csv``) are quoted from a reading
+note of the paper. The conditions are those of its code (github.com/EIT-NLP/LLM-Pruning,
+PruningInferSim): batch 1, 8, 16, 32 at 1024 tokens, logits of all positions, a CUDA graph. No
+constant is fitted to the table. Functions that return rows return what ``prunesim paper --json``
+prints.
 
-A claim consists of comparisons of two pruned models. Each comparison has a *margin*: a difference divided by the
-half-width of its interval on the side towards 0. Errors that two models share cancel in the interval. Where all of
-several differences must be positive, the smallest margin decides; where one is enough, the largest. A claim *holds* if
-the margin that decides is at least 1, it *does not hold* if the margin is at most -1, else it is *undecided*. Claim (a)
-*does not apply* where memory is not the bottleneck.
+A claim consists of comparisons of two pruned models. Each comparison has a *margin*: a difference
+divided by the half-width of its interval on the side towards 0. Errors that two models share cancel
+in the interval. Where all of several differences must be positive, the smallest margin decides;
+where one is enough, the largest. A claim *holds* if the margin that decides is at least 1, it *does
+not hold* if the margin is at most -1, else it is *undecided*. Claim (a) *does not apply* where
+memory is not the bottleneck.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ MODEL, HARDWARE, ENGINE = "llama-3.1-8b", "rtx_pro_6000", "reference"
 BATCHES, SEQ, PHASES = (1, 8, 16, 32), 1024, ("prefill", "decode")
 PRINTED = 0.005  # half a unit of the last printed digit of a published speedup
 
-# Part of Figure 2 -> roles; "elementwise" are all other kernels, "graph execution" the gaps between kernels
+# Part of Figure 2 -> roles; "elementwise" are all other kernels, "graph execution" the gaps between
+# kernels
 PARTS: Mapping[str, tuple[str, ...]] = {
     "gate/up/down": ("gate", "up", "down"),
     "attention": ("attention",),
@@ -85,7 +89,8 @@ class Cell:
 
 
 def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGINE,)) -> list[Cell]:
-    """Return the paper's Table 2 on devices in engines; published values are those of the paper's device and engine."""
+    """Return the paper's Table 2 on devices in engines; published values are those of the paper's
+    device and engine."""
     known = {
         (r["family"], float(r["sparsity"]), r["phase"]): float(r["value"])
         for r in _published("table 2")
@@ -114,8 +119,9 @@ def _published(what: str) -> list[Mapping[str, str]]:
 def figure_2() -> list[Row]:
     """Return the times of prefill and decode by part, and their sums.
 
-    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head. Its code computes logits of all
-    positions, which take as long as the graph's part, so graph and head are compared together.
+    In prefill the paper attributes 4.5 % to the graph and under 0.1 % to the head. Its code
+    computes logits of all positions, which take as long as the graph's part, so graph and head are
+    compared together.
     """
     rows, out = _published("figure 2"), list[Row]()
     for phase in dict.fromkeys(r["phase"] for r in rows):
@@ -149,10 +155,14 @@ def figure_2() -> list[Row]:
 
 HOLDS, FAILS, UNDECIDED, NOT_APPLICABLE = "holds", "does not hold", "undecided", "does not apply"
 CLAIMS: Mapping[str, str] = {
-    "bound": "in memory-bound inference static depth is the strongest baseline and stays closest to its theoretical "
-    "bound",
-    "order": "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %), static width "
-    "(17-26 %)",
+    "bound": (
+        "in memory-bound inference static depth is the strongest baseline and stays closest to its"
+        " theoretical bound"
+    ),
+    "order": (
+        "along the prefill frontier come static depth (0-4 % quality loss), dynamic depth (5-16 %),"
+        " static width (17-26 %)"
+    ),
 }
 QUALITY = "taxonomy-paper"  # the quality table of the paper's own models
 BATCH, CLAIM_SEQ, LEVEL = 1, 2048, 0.9
@@ -190,8 +200,9 @@ class ClaimOutcome:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """One family against n pruned models of one device and request. Arrays (2, n) have two measures: the log ratio of
-    speedups, and the difference of shares (speedup - 1) / (roofline bound - 1), each at most 1."""
+    """One family against n pruned models of one device and request. Arrays (2, n) have two
+    measures: the log ratio of speedups, and the difference of shares (speedup - 1) / (roofline
+    bound - 1), each at most 1."""
 
     models: tuple[tuple[str, float], ...]  # family and sparsity
     speedups: tuple[simulator.Result, ...]
@@ -245,7 +256,8 @@ def claim_outcomes(
 def bound_outcome(
     dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile
 ) -> ClaimOutcome:
-    """Test claim (a): at each sparsity depth is as fast as every other family and as close to its bound."""
+    """Test claim (a): at each sparsity depth is as fast as every other family and as close to its
+    bound."""
     c = compare_family("depth", dense, pruned, hw)
     depth = [found for (family, _), found in zip(c.models, c.speedups) if family == "depth"]
     of = np.array([sparsity for _, sparsity in c.models])
@@ -285,7 +297,8 @@ def bound_outcome(
 
 
 def _needed(difference: float, half_width: float, shares: bool = False) -> str:
-    """Return how far the interval of a difference reaches beyond 0, and how narrow it must be to decide."""
+    """Return how far the interval of a difference reaches beyond 0, and how narrow it must be to
+    decide."""
     unit, reach = "points" if shares else "%", difference - math.copysign(half_width, difference)
     end, enough = (100.0 * (v if shares else math.expm1(v)) for v in (reach, abs(difference)))
     within = f"measure both models within {enough:.2g} {unit} to decide"
@@ -293,7 +306,8 @@ def _needed(difference: float, half_width: float, shares: bool = False) -> str:
 
 
 def order_outcome(front: Front) -> ClaimOutcome:
-    """Test claim (b) on the dense model and the families that it orders, up to the largest claimed loss."""
+    """Test claim (b) on the dense model and the families that it orders, up to the largest claimed
+    loss."""
     reached = [i for i, p in enumerate(front.points) if round(100.0 * p.loss) <= LAST_LOSS[-1]]
     own = [i for i in reached if front.points[i].family in GROUPS]
     points = [front.points[i] for i in own]
@@ -327,7 +341,9 @@ def order_outcome(front: Front) -> ClaimOutcome:
         calibrated=front.calibrated,
         uncalibrated=front.uncalibrated,
         uncalibrated_share=front.uncalibrated_share,
-        decided_by=f"{names[at]} against {names[competitor]}: {math.exp(difference):.3f} times as fast",
+        decided_by=(
+            f"{names[at]} against {names[competitor]}: {math.exp(difference):.3f} times as fast"
+        ),
         needed=_needed(difference, half_width) if verdict == UNDECIDED else "",
         elsewhere=tuple(f"{named(p)} ({percent(p.loss)} loss)" for p in others),
     )
@@ -336,8 +352,8 @@ def order_outcome(front: Front) -> ClaimOutcome:
 def compare_family(
     family: str, dense: Workload, pruned: Sequence[tuple[str, float, Workload]], hw: HardwareProfile
 ) -> Comparisons:
-    """Compare a family with every other at the same sparsity. ``pruned`` are families, sparsities and workloads; those
-    that the device cannot run are excluded."""
+    """Compare a family with every other at the same sparsity. ``pruned`` are families, sparsities
+    and workloads; those that the device cannot run are excluded."""
 
     def runs(w: Workload) -> bool:
         try:
@@ -353,7 +369,8 @@ def compare_family(
         found = simulator.speedups(dense, [w for _, _, w in pruned], hw)
     at = {sparsity: i for i, (name, sparsity, _) in enumerate(pruned) if name == family}
     own = np.array([at.get(sparsity, i) for i, (_, sparsity, _) in enumerate(pruned)])
-    # log ratio of each speedup to the family's; the interval of the inverse has the same widths, exchanged
+    # log ratio of each speedup to the family's; the interval of the inverse has the same widths,
+    # exchanged
     stacked = WorkloadBatch.of([dense, *(w for _, _, w in pruned)])
     behind, high, low = (part[0, 1:] for part in against(stacked, hw, [np.r_[0, 1 + own]], LEVEL))
     s, lower, upper, bound = np.array(
@@ -393,13 +410,14 @@ def _towards(difference: FloatArray, low: FloatArray, high: FloatArray) -> Float
 def in_order(
     loss: ArrayLike, group: Sequence[int], speedup: ArrayLike, below: ArrayLike
 ) -> tuple[float, int, int, float, float]:
-    """Decide whether every group has a point on the frontier, and the groups come in their order. Return the margin,
-    the two points that decide, the log ratio of their speedups, and its half-width towards 0.
+    """Decide whether every group has a point on the frontier, and the groups come in their order.
+    Return the margin, the two points that decide, the log ratio of their speedups, and its
+    half-width towards 0.
 
-    ``loss`` (n,) is the loss of quality; ``group`` (n,) the place in the claimed order, -1 for a point that only
-    competes; ``speedup`` (n,) and ``below`` (n, n) are arguments of :func:`simulator.prediction.pareto.margins`. A
-    point is on the frontier if it is faster than all points with no more loss. If two points are in the wrong order,
-    one of them must not be on it.
+    ``loss`` (n,) is the loss of quality; ``group`` (n,) the place in the claimed order, -1 for a
+    point that only competes; ``speedup`` (n,) and ``below`` (n, n) are arguments of
+    :func:`simulator.prediction.pareto.margins`. A point is on the frontier if it is faster than all
+    points with no more loss. If two points are in the wrong order, one of them must not be on it.
     """
     x, g, log = (
         np.asarray(loss, dtype=float),

@@ -1,15 +1,18 @@
-"""Published measurements predicted under their conditions, and the host times of engines that are fitted to them.
+"""Published measurements predicted under their conditions, and the host times of engines that are
+fitted to them.
 
-The measured values ship as ``calibration/measurements/``. Each row has its source, its split (engines are fitted or
-judged on it), and assumptions about conditions that the source does not state.
+The measured values ship as ``calibration/measurements/``. Each row has its source, its split
+(engines are fitted or judged on it), and assumptions about conditions that the source does not
+state.
 
-Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes E = P + o (t_d + h0 + hs c)
-+ R. P is the time of the prefills of all c requests; prompts that arrive during one decode step share a pass. o is the
-number of decode steps, t_d the device time of a step, R the time of the server around the passes, which is fitted to
-times to the first token. h0 and hs are fitted to E, which does not depend on how the load generator spaces requests.
-Then phi, the share of the other requests' prefills before the first token, is fitted to the time per output token. Each
-group of runs (a model on a GPU) has an offset: a common error is attributed to its kernels. Times to the first token
-are those of the request's own pass, a share of the other prefills, and R.
+Host times (``simulator/engines/*.yaml``): a request that is served with c - 1 others takes E = P +
+o (t_d + h0 + hs c) + R. P is the time of the prefills of all c requests; prompts that arrive during
+one decode step share a pass. o is the number of decode steps, t_d the device time of a step, R the
+time of the server around the passes, which is fitted to times to the first token. h0 and hs are
+fitted to E, which does not depend on how the load generator spaces requests. Then phi, the share of
+the other requests' prefills before the first token, is fitted to the time per output token. Each
+group of runs (a model on a GPU) has an offset: a common error is attributed to its kernels. Times
+to the first token are those of the request's own pass, a share of the other prefills, and R.
 """
 
 from __future__ import annotations
@@ -63,8 +66,8 @@ def compare_dense() -> list[Comparison]:
 
 
 def compare_speedups(given: bool = False) -> list[Comparison]:
-    """Return published speedups of pruned models in their engines; ``given``: of whole models, predicted from the
-    measured dense time."""
+    """Return published speedups of pruned models in their engines; ``given``: of whole models,
+    predicted from the measured dense time."""
     rows = [
         r
         for r in published("speedups")
@@ -74,20 +77,22 @@ def compare_speedups(given: bool = False) -> list[Comparison]:
 
 
 def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
-    """Return times per output token, s, of the serving runs of one engine, or of all engines. Runs whose caches do not
-    fit are excluded; so are models with routed experts, unless ``experts``."""
+    """Return times per output token, s, of the serving runs of one engine, or of all engines. Runs
+    whose caches do not fit are excluded; so are models with routed experts, unless ``experts``."""
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
     rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:
-    """Return published ratios of a dense GEMM's time to the time of its "2:4" or its "narrower" version."""
+    """Return published ratios of a dense GEMM's time to the time of its "2:4" or its "narrower"
+    version."""
     return [_gemm_ratio(row) for row in published("gemm_ratios") if row["what"] == what]
 
 
 def _comparison(row: Mapping[str, str], what: str, where: str, *values: Any) -> Comparison:
-    """Return a comparison with the facts of a published row; ``values``: measured, predicted, lower, upper."""
+    """Return a comparison with the facts of a published row; ``values``: measured, predicted,
+    lower, upper."""
     about: dict[str, Any] = {name: row.get(name, "") for name in ("source", "assumed", "reason")}
     about |= {"engine": split(row["engine"])[0] if "engine" in row else "", "gpu": row["hardware"]}
     about |= {"split": row.get("split") or "fit", "own_code": row.get("own_code") == "true"}
@@ -104,7 +109,10 @@ def _workload(row: Mapping[str, str], engine: str, **others: Any) -> Workload:
 def _where(row: Mapping[str, str], scope: str = "") -> str:
     new = f" + {row['new_tokens']}" if row["new_tokens"] not in ("", "0") else ""
     devices = f" x {row['devices']}" if row["devices"] not in ("", "1") else ""
-    return f"{row['gpu']}{devices}, {scope or row['phase']}, batch {row['batch']}, seq {row['seq']}{new}"
+    return (
+        f"{row['gpu']}{devices}, {scope or row['phase']}, batch {row['batch']}, seq"
+        f" {row['seq']}{new}"
+    )
 
 
 def _dense(row: Mapping[str, str]) -> Comparison:
@@ -189,7 +197,8 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
 
 
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
-    """Return workload and hardware of a row of the serving table; None where its caches do not fit."""
+    """Return workload and hardware of a row of the serving table; None where its caches do not
+    fit."""
     weight, hw, engine = (
         row["weight_dtype"],
         load_hardware(row["hardware"]),
@@ -242,11 +251,12 @@ PRIOR, PRIOR_LOG_SD = (5e-4, 3e-5), 0.5  # h0 and hs, s, of a scheduler in Pytho
 OFFSET_LOG_SD, NOISE_LOG_SD = 0.08, 0.06
 # most rows of a group that count as independent, and rows that a group needs
 INDEPENDENT_ROWS, FEWEST = 20.0, 10
-# Engines that overlap the host with the device. What is left, s per pass and per sequence, is less than what a server
-# adds to a request, and a fit without one model finds 0 to 0.5 ms. These values are assumed; short steps need them.
+# Engines that overlap the host with the device. What is left, s per pass and per sequence, is less
+# than what a server adds to a request, and a fit without one model finds 0 to 0.5 ms. These values
+# are assumed; short steps need them.
 OVERLAPPED: Mapping[str, tuple[float, float]] = {"trtllm": (1e-4, 3e-6)}
-# Engines that compute all waiting prompts before they resume decoding: a request waits for half of the prompts that
-# arrive with it, on average. Not fitted.
+# Engines that compute all waiting prompts before they resume decoding: a request waits for half of
+# the prompts that arrive with it, on average. Not fitted.
 PROMPTS_FIRST: Mapping[str, float] = {"sglang": 0.5}
 
 
@@ -306,7 +316,8 @@ class HeldOut:
 
 
 def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[str, float]:
-    """Return the scores of the times per token of groups, or of some rows of each, and the number of rows ("runs")."""
+    """Return the scores of the times per token of groups, or of some rows of each, and the number
+    of rows ("runs")."""
     ratio = np.concatenate(
         [x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)]
     )
@@ -315,8 +326,8 @@ def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[st
 
 @lru_cache(maxsize=1)
 def groups() -> Mapping[tuple[str, ...], Group]:
-    """Return the serving runs that fit their memory, with predicted device times, by engine, version, model, hardware
-    and format of the weights."""
+    """Return the serving runs that fit their memory, with predicted device times, by engine,
+    version, model, hardware and format of the weights."""
     runs: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
     for row in published("serving"):
         served = None if row["left_out"] else serving_workload(row)
@@ -342,7 +353,8 @@ def groups() -> Mapping[tuple[str, ...], Group]:
 
 
 def fit_engine(engine: str, without: str = "") -> HostParameters:
-    """Return the parameters of an engine, fitted to its dense models except one: experts are less certain."""
+    """Return the parameters of an engine, fitted to its dense models except one: experts are less
+    certain."""
     runs = [
         g
         for k, g in groups().items()

@@ -1,5 +1,5 @@
-"""The user's own result files of serving benchmarks (:mod:`simulator.prediction.benchmarks`), each predicted under its
-own conditions. A result with unknown conditions is skipped with the reason."""
+"""The user's own result files of serving benchmarks (:mod:`simulator.prediction.benchmarks`), each
+predicted under its own conditions. A result with unknown conditions is skipped with the reason."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ class RunResult:
 
 
 def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
-    """Return each result in the JSON files of a folder and of folders inside it, next to its prediction.
+    """Return each result in the JSON files of a folder and of folders inside it, next to its
+    prediction.
 
-    ``given`` are conditions that the user states: model, hardware and settings of a request (``new_tokens`` 0: a
-    prefill). ``model``, ``batch``, ``seq`` and ``new_tokens`` apply to results that do not state them, the others
-    replace those of files.
+    ``given`` are conditions that the user states: model, hardware and settings of a request
+    (``new_tokens`` 0: a prefill). ``model``, ``batch``, ``seq`` and ``new_tokens`` apply to results
+    that do not state them, the others replace those of files.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -71,7 +72,8 @@ def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not 0 < len(files) <= MOST_FILES:
         raise InputError(
-            f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got {len(files):,}"
+            f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got"
+            f" {len(files):,}"
         )
 
     def skipped(
@@ -100,7 +102,8 @@ def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
 
 
 def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
-    """Return one result next to its prediction. InputError: a condition is neither in the file nor given."""
+    """Return one result next to its prediction. InputError: a condition is neither in the file nor
+    given."""
     new_tokens = given.get("new_tokens")
     stated = run.output_tokens or (run.total_tokens and given.get("seq")) or new_tokens is None
     phase, batch, seq, steps = request_of(
@@ -155,9 +158,9 @@ def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
     )
     where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
     sentences = [
-        f"Predicted times of {len(compared)} run{'s' if len(compared) > 1 else ''} in {folder} ({where}): median error "
-        f"{percent(s['median'])}, bias {100 * s['median bias']:+.1f} %, {sum(c.inside for c in compared)} of "
-        f"{len(compared)} in their {percent(LEVEL)} interval."
+        f"Predicted times of {len(compared)} run{'s' if len(compared) > 1 else ''} in {folder}"
+        f" ({where}): median error {percent(s['median'])}, bias {100 * s['median bias']:+.1f} %,"
+        f" {sum(c.inside for c in compared)} of {len(compared)} in their {percent(LEVEL)} interval."
     ]
     if len(compared) > 1:
         sentences.append(f"Worst: {worst.source} with {100 * worst.error:+.1f} %.")

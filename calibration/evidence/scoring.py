@@ -1,4 +1,5 @@
-"""The scores of predictions next to measurements: errors, speedups of pairs, coverage of intervals, as fractions."""
+"""The scores of predictions next to measurements: errors, speedups of pairs, coverage of intervals,
+as fractions."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def errors(predicted: FloatArray, measured: FloatArray) -> dict[str, float]:
 
 
 def spearman(a: FloatArray, b: FloatArray) -> float:
-    """Return the rank correlation; NaN with fewer than three values, or where one side is constant."""
+    """Return the rank correlation; NaN with fewer than three values, or where one side is
+    constant."""
     from scipy.stats import spearmanr
 
     return (
@@ -76,7 +78,8 @@ def spearman(a: FloatArray, b: FloatArray) -> float:
 
 
 def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> dict[str, float]:
-    """Return the errors of the ratio of the larger to the smaller row of each pair, and the number of pairs."""
+    """Return the errors of the ratio of the larger to the smaller row of each pair, and the number
+    of pairs."""
     if not len(pairs):
         return {"pairs": 0}
     small, large = pairs.T
@@ -87,8 +90,8 @@ def speedups(predicted: FloatArray, measured: FloatArray, pairs: IndexArray) -> 
 
 
 def score(p: ScoredRows) -> dict[str, float]:
-    """Return every score that the rows allow; ``width`` is the median distance of the upper end from the prediction,
-    ``half-width`` the geometric half-width."""
+    """Return every score that the rows allow; ``width`` is the median distance of the upper end
+    from the prediction, ``half-width`` the geometric half-width."""
     error = p.predicted / p.measured - 1.0
     ranges = [] if p.m is None else [(f" {name}", rows) for name, rows in m_ranges(p.m)]
     out = {**accuracy_of(error), "median bias": np.median(error)}

@@ -1,4 +1,5 @@
-"""The sets of evidence: their rows, what was held out, how the rows are predicted and scored, and their targets."""
+"""The sets of evidence: their rows, what was held out, how the rows are predicted and scored, and
+their targets."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ from simulator.uncertainty.forward import ratio_half
 
 Row = dict[str, Any]
 
-# Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths (decode)
+# Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths
+# (decode)
 GROUPINGS: tuple[str, ...] = ("heads", "lengths")
 TEST_SHARE = 0.3
 SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
@@ -65,8 +67,9 @@ class MeasuredRows:
     dtype: str = "bf16"
 
     def pairs(self, by: str = "") -> IndexArray:
-        """Return pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): for GEMMs any size, for
-        experts their width or number, for attention the KV groups with their query heads ("heads") or the length."""
+        """Return pairs (smaller, larger) that differ in one size, by a ratio in [0.25, 1): for
+        GEMMs any size, for experts their width or number, for attention the KV groups with their
+        query heads ("heads") or the length."""
         c = self.data.calls
         if isinstance(c, Products):
             return neighbours((c.m, c.n, c.k))
@@ -92,8 +95,9 @@ class MeasuredRows:
     def train_test(
         self, size: int | None, seed: int, by: str = ""
     ) -> tuple[MeasuredRows, MeasuredRows]:
-        """Hold out 30 % of the groups: (n, k) of GEMMs, models of experts, "heads" or "lengths" of attention. Return
-        ``size`` rows of the other groups at random (None: all), and every row of the held-out groups."""
+        """Hold out 30 % of the groups: (n, k) of GEMMs, models of experts, "heads" or "lengths" of
+        attention. Return ``size`` rows of the other groups at random (None: all), and every row of
+        the held-out groups."""
         groups = self.data.groups(by)
         count = int(groups.max()) + 1
         order = np.random.default_rng(seed).permutation(count)
@@ -135,7 +139,8 @@ class MeasuredRows:
         return Records.from_columns([Source("")], **columns)
 
     def fit(self, *, seed: int = 0, prior: Section | None = None, by: str = "") -> Section:
-        """Return the section fitted to all rows; ``prior`` applies to GEMMs, groups to fold ``by`` to attention."""
+        """Return the section fitted to all rows; ``prior`` applies to GEMMs, groups to fold ``by``
+        to attention."""
         if isinstance(self.data, GemmFit):
             return fit_gemm(self.data, self.hw, dtype=self.dtype, seed=seed, prior=prior).section
         if isinstance(self.data, AttentionFit):
@@ -146,7 +151,8 @@ class MeasuredRows:
         return fit_section(self.data, seed=seed).section
 
     def profile(self, section: Section, same_stack: bool = True) -> HardwareProfile:
-        """Return the device with one section, for use on the stack of the fit or (``same_stack`` false) another."""
+        """Return the device with one section, for use on the stack of the fit or (``same_stack``
+        false) another."""
         return replace(
             self.hw.calibrated({(self.data.calls.operator, self.dtype): section}),
             same_stack=same_stack,
@@ -161,8 +167,8 @@ class MeasuredRows:
     def predictions(
         self, hw: HardwareProfile, pairs: IndexArray, ratios: bool = False
     ) -> ScoredRows:
-        """Return the rows next to times by a profile, under the rows' protocol (warm or cold weights); ``ratios``: with
-        intervals of the ratios of pairs."""
+        """Return the rows next to times by a profile, under the rows' protocol (warm or cold
+        weights); ``ratios``: with intervals of the ratios of pairs."""
         found, half = predict(self.records(), hw), None
         if ratios and len(pairs) and found.uncertainty is not None:
             smaller, larger = (found.uncertainty.take(side) for side in pairs.T)
@@ -174,13 +180,15 @@ class MeasuredRows:
 
 
 def row(method: str, seed: int, scores: Mapping[str, float], rows: int = 0, **names: str) -> Row:
-    """Return the scores of one method on one split of a table; ``rows`` are those of the fit (0: all)."""
+    """Return the scores of one method on one split of a table; ``rows`` are those of the fit (0:
+    all)."""
     return {"method": method, "rows": rows, "seed": seed, **names, **scores}
 
 
 def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
-    """Return the scores of a section on rows of its stack. GEMMs have also bias and coverage with cold weights, as in a
-    decoder, for rows with few tokens whose rotated weights take :data:`COLD_L2` times the L2 or more."""
+    """Return the scores of a section on rows of its stack. GEMMs have also bias and coverage with
+    cold weights, as in a decoder, for rows with few tokens whose rotated weights take
+    :data:`COLD_L2` times the L2 or more."""
     hw, calls = table.profile(section), table.data.calls
     out = score(table.predictions(hw, table.pairs(by), isinstance(calls, Layers)))
     if isinstance(calls, Products):
@@ -200,7 +208,8 @@ def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, f
 def evaluate_table(
     table: MeasuredRows, size: int | None, seed: int, by: str = "", prior: Section | None = None
 ) -> Row:
-    """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test groups."""
+    """Fit to ``size`` rows (None: all) of the training groups and evaluate on every row of the test
+    groups."""
     train, test = table.train_test(size, seed, by)
     section = train.fit(seed=seed, prior=prior, by=by)
     return row("prunesim + prior" if prior else "prunesim", seed, evaluate(section, test, by))
@@ -224,7 +233,8 @@ def evaluate_baselines(table: MeasuredRows, seed: int) -> list[Row]:
 def evaluate_updates(
     hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int
 ) -> list[Row]:
-    """Evaluate a profile on the test groups of a table: as shipped, and updated with some of its training rows."""
+    """Evaluate a profile on the test groups of a table: as shipped, and updated with some of its
+    training rows."""
     rng, unseen = np.random.default_rng(seed + 50), table.train_test(None, seed)[1]
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
     pairs = test.pairs()
@@ -252,7 +262,8 @@ class EvidenceSet:
 
 @dataclass(frozen=True)
 class AccuracyTarget:
-    """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only reported."""
+    """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only
+    reported."""
 
     kind: str
     name: str  # name of a group of rows, formatted with their keys
@@ -276,8 +287,9 @@ def evaluate_sets(
     jobs: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0: all; of a held-out
-    stack: none), "seed", and those of :func:`calibration.evidence.scoring.score`."""
+    """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0:
+    all; of a held-out stack: none), "seed", and those of
+    :func:`calibration.evidence.scoring.score`."""
     for name in names:
         if name not in SETS:
             raise unknown("set", name, SETS)
@@ -396,7 +408,8 @@ class TableChoice:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def formats(self) -> frozenset[str]:
-        """Return the number formats that are evaluated; for a shipped table, those that it was chosen for."""
+        """Return the number formats that are evaluated; for a shipped table, those that it was
+        chosen for."""
         found = frozenset(_records(self.measurement, self.wheel).labels().astype(str))
         return found if self.wheel else found & set(provenance(self.measurement)["rows"])
 
@@ -433,8 +446,8 @@ FEWEST = 40
 
 
 def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
-    """Return the tables of an operator, ordered by device. The wheel has all formats of experts, also of a table that
-    ships in part."""
+    """Return the tables of an operator, ordered by device. The wheel has all formats of experts,
+    also of a table that ships in part."""
     shipped, out = list_measurements(), dict[str, list[TableChoice]]()
     for name in shipped if wheel is None else SOURCES:
         table = TableChoice(
@@ -448,8 +461,9 @@ def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
 def stack_pairs(
     wheel: Path | None, operators: Sequence[str]
 ) -> list[tuple[TableChoice, TableChoice]]:
-    """Return pairs of the table of a held-out stack and the table that predicts it, for every device and operator with
-    two or more stacks: the default stack among the others. vLLM's tables, which lack large GEMMs, predict no stack."""
+    """Return pairs of the table of a held-out stack and the table that predicts it, for every
+    device and operator with two or more stacks: the default stack among the others. vLLM's tables,
+    which lack large GEMMs, predict no stack."""
     tables, out = {t.parts: t for operator in operators for t in _tables(operator, wheel)}, []
     for (device, operator, stack), table in tables.items():
         others = [
@@ -519,9 +533,10 @@ def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
 
 
 def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
-    """Yield the scores of every shipped table as on a GPU without a calibration: by its datasheet, and by the fits of
-    the first other GPU of its architecture that has this operator and format, else by defaults. Defaults of an
-    architecture come from its tables: they show the error of constants without a residual."""
+    """Yield the scores of every shipped table as on a GPU without a calibration: by its datasheet,
+    and by the fits of the first other GPU of its architecture that has this operator and format,
+    else by defaults. Defaults of an architecture come from its tables: they show the error of
+    constants without a residual."""
     known = [
         load_hardware(name)
         for name in dict.fromkeys(choice.hardware for choice in SOURCES.values())
@@ -555,8 +570,8 @@ def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
 
 # collectives, and published measurements of whole models
 
-# System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same generation of link,
-# else of the same family
+# System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same
+# generation of link, else of the same family
 LINKS: Mapping[str, tuple[str, ...]] = {
     "a100_sxm": ("a100_sxm_80gb", "h100_sxm", "h200_sxm", "b200_sxm"),
     "h100_sxm": ("h100_sxm", "h200_sxm"),
@@ -570,8 +585,8 @@ LEAST_BYTES = 1.6e7
 
 
 def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
-    """Yield the scores of systems with tables, and of two systems whose rows another laboratory published, which the
-    defaults predict: no default was set by these rows."""
+    """Yield the scores of systems with tables, and of two systems whose rows another laboratory
+    published, which the defaults predict: no default was set by these rows."""
     for system, (name, *others) in LINKS.items():
         hw, rows = load_hardware(name), []
         for table in (
@@ -614,7 +629,8 @@ def _link(
 
 
 def _mean_section(names: Sequence[str]) -> Section:
-    """Return the mean of the fitted constants of some profiles over all stacks, geometric where all are above 0."""
+    """Return the mean of the fitted constants of some profiles over all stacks, geometric where all
+    are above 0."""
     sections = [
         stack.get(("collective", "*"))
         for name in names
@@ -631,7 +647,8 @@ def _mean_section(names: Sequence[str]) -> Section:
 def _published(
     title: str, compare: Callable[[], Sequence[Comparison]], seed: int, wheel: Path | None
 ) -> Iterator[Row]:
-    """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no custom code."""
+    """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no
+    custom code."""
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
         some = [c for c in rows if engine in ("", c.engine)]
@@ -662,10 +679,18 @@ def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
 
 
 ERRORS = {  # median or mean errors, %
-    "GEMM, a100,": 5.0, "GEMM, h100,": 4.0, "GEMM, mi3": 10.0, "gemm, held-out stack, 0": 8.0,
-    "gemm, held-out stack, 100": 5.5, "gemm, held-out stack, 400": 4.8, "published dense": 8.0,
-    "published speedups": 5.0, "serving, vllm": 6.0, "serving, sglang": 7.0, "serving, trtllm": 7.0,
-}  # fmt: skip
+    "GEMM, a100,": 5.0,
+    "GEMM, h100,": 4.0,
+    "GEMM, mi3": 10.0,
+    "gemm, held-out stack, 0": 8.0,
+    "gemm, held-out stack, 100": 5.5,
+    "gemm, held-out stack, 400": 4.8,
+    "published dense": 8.0,
+    "published speedups": 5.0,
+    "serving, vllm": 6.0,
+    "serving, sglang": 7.0,
+    "serving, trtllm": 7.0,
+}
 LOW, HIGH = COVERAGE
 _SERVING = "serving, {method} ({rows})"
 TARGETS = (

@@ -1,4 +1,5 @@
-"""A profile next to measurements: predictions of every record, their scores, and the verdict whether to use it."""
+"""A profile next to measurements: predictions of every record, their scores, and the verdict
+whether to use it."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ class Report:
 
 
 def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Report:
-    """Predict every record, or those of one number format (a label); InputError if no row can be predicted."""
+    """Predict every record, or those of one number format (a label); InputError if no row can be
+    predicted."""
     skipped: dict[str, int] = {}
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
@@ -96,7 +98,8 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
     if not parts:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
         raise InputError(
-            f"nothing to validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}"
+            "nothing to"
+            f" validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}"
         )
     device = ", ".join(dict.fromkeys(s.device for s in records.sources if s.device)) or "unknown"
     software = (
@@ -144,7 +147,8 @@ def part_speedups(part: ReportPart) -> dict[str, float]:
 
 
 def coverage(part: ReportPart) -> list[dict[str, Any]]:
-    """Return coverage and geometric half-width of the intervals (a factor less 1), of all rows, then by bottleneck."""
+    """Return coverage and geometric half-width of the intervals (a factor less 1), of all rows,
+    then by bottleneck."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
     half, out = 0.5 * np.log(part.upper_s / part.lower_s), []
     for bottleneck in ["all", *sorted(set(part.bottleneck.tolist()))]:
@@ -222,7 +226,8 @@ def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Report, figures: Mapping[str, str] | None = None, title: str = "") -> str:
-    """Return the report as Markdown; ``figures`` are the addresses of images by name of the part."""
+    """Return the report as Markdown; ``figures`` are the addresses of images by name of the
+    part."""
 
     def errors(values: Mapping[str, Any]) -> list[str]:
         return [number(values.get(name), 2) for name in ERRORS]
@@ -266,7 +271,8 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
 
 
 def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[Path, ...]:
-    """Write FILE.md and figures of its larger parts (PNG) in the same folder; return all files, the text last."""
+    """Write FILE.md and figures of its larger parts (PNG) in the same folder; return all files, the
+    text last."""
     from simulator.figures.measured import Cloud, scatter_figure
     from simulator.figures.style import save_figure
 
@@ -301,7 +307,8 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Absolute relative errors of predictions, and of datasheet rooflines on the same measurements."""
+    """Absolute relative errors of predictions, and of datasheet rooflines on the same
+    measurements."""
 
     name: str
     rows: int
@@ -317,7 +324,8 @@ class Verdict:
 
     @property
     def covered(self) -> bool:
-        """Whether the coverage reaches its target, within two standard errors for this number of rows."""
+        """Whether the coverage reaches its target, within two standard errors for this number of
+        rows."""
         deviation = math.sqrt(LEVEL * (1.0 - LEVEL) / self.rows)
         return self.coverage >= min(COVERAGE[0] / 100.0, LEVEL - 2.0 * deviation)
 
@@ -327,21 +335,32 @@ class Verdict:
 
     @property
     def errors(self) -> str:
-        """The median error in words, or the mean error if only the mean exceeds that of a roofline."""
+        """The median error in words, or the mean error if only the mean exceeds that of a
+        roofline."""
         if self.median < self.roofline_median and not self.better:
-            return f"mean error {percent(self.mean)} (datasheet roofline {percent(self.roofline_mean)})"
-        return f"median error {percent(self.median)} (datasheet roofline {percent(self.roofline_median)})"
+            return (
+                f"mean error {percent(self.mean)} (datasheet roofline"
+                f" {percent(self.roofline_mean)})"
+            )
+        return (
+            f"median error {percent(self.median)} (datasheet roofline"
+            f" {percent(self.roofline_median)})"
+        )
 
     @property
     def text(self) -> str:
         target = "" if self.covered else f", target {COVERAGE[0]:.0f} %"
-        return f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(LEVEL)} interval{target}"
+        return (
+            f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(LEVEL)}"
+            f" interval{target}"
+        )
 
 
 def verdict_of(
     name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any
 ) -> Verdict:
-    """Return the verdict on predictions with intervals; all values are arrays or sequences of one length."""
+    """Return the verdict on predictions with intervals; all values are arrays or sequences of one
+    length."""
     true, found, low, high, bound = np.array(
         [measured, predicted, lower, upper, roofline], dtype=np.float64
     )
@@ -366,14 +385,15 @@ def verdicts(report: Report) -> list[Verdict]:
 
 
 def _whole(report: Report) -> Verdict:
-    """Return the verdict on operators that have a fit; a few rows of others must not decide on a profile."""
+    """Return the verdict on operators that have a fit; a few rows of others must not decide on a
+    profile."""
     own = [part for part in report.parts if part.operator not in _COMPOSED]
     return _of_parts("all", own or report.parts)
 
 
 def disturbed_share(records: Records) -> float:
-    """Return the share of measured times, without drift checks, during which the process waited for a CPU or the device
-    throttled, or whose interval is wide."""
+    """Return the share of measured times, without drift checks, during which the process waited for
+    a CPU or the device throttled, or whose interval is wide."""
     kept = records.timed & (records.purpose != PURPOSES.index("drift_check"))
     if not kept.any():
         return 0.0
@@ -388,14 +408,16 @@ def of_validation(report: Report) -> Judgement:
     some = f" for {few(v.name for v in failed)}" if len(failed) < len(found) else ""
     holds = f"does not hold{some}" if failed else "holds"
     out = [
-        f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}: {every.text}."
+        f"{report.hardware} {holds} on {every.rows:,} measurements of {report.device}:"
+        f" {every.text}."
     ]
     if len(found) > 1:
         worst = max(failed or found, key=lambda v: v.median)
         out.append(f"Worst: {worst.name}, {worst.text}.")
     if fitted := [part.name for part in report.parts if part.in_fit]:
         out.append(
-            f"The fit of {few(fitted)} used these rows; the errors on held-out shapes are below the table."
+            f"The fit of {few(fitted)} used these rows; the errors on held-out shapes are below the"
+            " table."
         )
     worse, narrow = (
         [v.name for v in failed if not v.better],
@@ -442,7 +464,8 @@ def of_calibration(
     disturbed: float = 0.0,
     remedy: str = LONGER,
 ) -> Judgement:
-    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the profile before it."""
+    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the
+    profile before it."""
     profile = folder / "profile.yaml"
     if fit is not None and fit.fits:
         update = of_update(fit, profile, hardware, remedy)
@@ -478,19 +501,24 @@ def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judg
 def of_update(
     fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows"
 ) -> Judgement:
-    """Judge a local update by the errors of its rows, each predicted from the other rows, before and after it."""
+    """Judge a local update by the errors of its rows, each predicted from the other rows, before
+    and after it."""
     whole = fit.fits[-1]  # all rows, or the only operator
     errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
     based = f"of {whole.rows} rows, each predicted from the others"
     if whole.error_after >= whole.error_before:
-        text = f"Do not use {profile}: the rows do not improve {hardware} ({errors} {based}); {remedy}."
+        text = (
+            f"Do not use {profile}: the rows do not improve {hardware} ({errors} {based});"
+            f" {remedy}."
+        )
         return Judgement(DO_NOT_USE, (text,), ("the rows do not improve the profile",))
     inside = f"{percent(whole.inside_after)} in their 90 % interval"
     return Judgement(USE, (f"Use {profile} as --hardware: {errors} {based}; {inside}.",))
 
 
 def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0) -> Judgement:
-    """Judge a fit by the errors of its sections on held-out shapes; ``report`` has those of datasheet rooflines."""
+    """Judge a fit by the errors of its sections on held-out shapes; ``report`` has those of
+    datasheet rooflines."""
     rows, many = (
         sum(part.rows for part in fit.parts),
         f"{len(fit.parts)} section{'s' if len(fit.parts) > 1 else ''}",

@@ -1,5 +1,5 @@
-"""Calibration of one phase of attention of one stack. Each kernel (head width, window, format of the cache) has
-separate constants and a separate residual."""
+"""Calibration of one phase of attention of one stack. Each kernel (head width, window, format of
+the cache) has separate constants and a separate residual."""
 
 from __future__ import annotations
 
@@ -33,31 +33,33 @@ from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncert
 # operators of records and sections that are fitted here
 OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 
-# constants by phase that choose the form of the model rather than scale it: never fitted, taken from the registry
+# constants by phase that choose the form of the model rather than scale it: never fitted, taken
+# from the registry
 _STRUCTURE = {
     "prefill": ("packs", "pads", "sparse_block"),
     "decode": ("rows", "units_per_sm", "split_keys", "tile_rows"),
 }
 
 _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
-# Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and in whether they
-# split a cache. On the A100 the analytical model errs by 27 % with the registry's structure, by 4 % with the best.
+# Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and
+# in whether they split a cache. On the A100 the analytical model errs by 27 % with the registry's
+# structure, by 4 % with the best.
 FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
     "mla_decode": [
         dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS
     ]
 }
 
-# Rows per tile of plain decode to compare on devices with little compute for their bandwidth: there products of padded
-# rows change the time. They count as visible if, in the median row and with the smallest tiles, they take at least
-# SEEN of the time of reading the cache.
+# Rows per tile of plain decode to compare on devices with little compute for their bandwidth: there
+# products of padded rows change the time. They count as visible if, in the median row and with the
+# smallest tiles, they take at least SEEN of the time of reading the cache.
 TILE_ROWS: Sequence[Mapping[str, float]] = tuple(
     {"tile_rows": rows} for rows in (16.0, 64.0, 128.0)
 )
 SEEN = 0.25
 
-# Latent decode on Hopper where all rows have one number of heads, which do not identify the structure: FlashMLA has
-# tiles of 64 heads (docs/20250422-new-kernel-deep-dive.md).
+# Latent decode on Hopper where all rows have one number of heads, which do not identify the
+# structure: FlashMLA has tiles of 64 heads (docs/20250422-new-kernel-deep-dive.md).
 LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
 
 # with fewer rows the residual is kept only if it improves the prediction of held-out rows
@@ -66,7 +68,8 @@ INFORMING_ROWS = 8  # a constant that changes the times of fewer rows is not fit
 # the form with a term per sequence is kept if its error is below this share of the error without
 SIMPLER = 0.9
 
-# constants by phase that rows of a single head configuration do not identify; they keep the architecture's value
+# constants by phase that rows of a single head configuration do not identify; they keep the
+# architecture's value
 _LONE = {
     "prefill": ("exp_per_s", "sequence_s", "e_io", "l2_gain", "l2_share"),
     "decode": ("wide_s", "l2_gain", "l2_share", "merge_s"),
@@ -82,7 +85,8 @@ SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head
 class AttentionFit(Fit):
     calls: AttentionCalls
 
-    # along (group, units, length); chosen on seeds 10 and 11 (A100 and H100, both phases, 400 and all rows)
+    # along (group, units, length); chosen on seeds 10 and 11 (A100 and H100, both phases, 400 and
+    # all rows)
     REGULARISATION = Regularisation(0.02, (0.03, 0.05, 0.05), 0.02)
     ROUNDS = 4
 
@@ -108,7 +112,8 @@ class AttentionFit(Fit):
         return bool(np.median(least["compute"] / least["memory"]) >= SEEN)
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the group of each row by "lengths" (of the cache in decode, else of the queries) or "heads"."""
+        """Return the group of each row by "lengths" (of the cache in decode, else of the queries)
+        or "heads"."""
         g = self.calls.geometry
         if by == "lengths":
             return solver.numbered(g.kv_len if self.decodes else g.q_len)
@@ -116,16 +121,18 @@ class AttentionFit(Fit):
 
     @property
     def kinds(self) -> FloatArray:
-        """Properties that distinguish kernels, (rows, 3), as in :class:`simulator.operators.attention.Kernels`."""
+        """Properties that distinguish kernels, (rows, 3), as in
+        :class:`simulator.operators.attention.Kernels`."""
         g = self.calls.geometry
         narrow = np.asarray(g.cache_bytes) < np.asarray(g.element_bytes)
         columns = np.log2(g.head_dim), np.asarray(g.window) > 0, narrow
         return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
 
     def usable(self) -> AttentionFit:
-        """Return the rows that are not faster than the device can be. A time below bytes / bandwidth is valid if the
-        bytes fit the L2. FLOP / peak has a tolerance of 5 % for boost clocks, and of 2x for a latent cache, which may
-        be computed in its narrower format. Decode kernels compute a chunk of one query."""
+        """Return the rows that are not faster than the device can be. A time below bytes /
+        bandwidth is valid if the bytes fit the L2. FLOP / peak has a tolerance of 5 % for boost
+        clocks, and of 2x for a latent cache, which may be computed in its narrower format. Decode
+        kernels compute a chunk of one query."""
         g, machine, seconds = self.calls.geometry, self.calls.machine, self.seconds
         if self.decodes:
             read = decode_work(g)
@@ -143,7 +150,8 @@ class AttentionFit(Fit):
     def constants(
         self, start: Mapping[str, float] | None = None, fixed: Mapping[str, str] | None = None
     ) -> ConstantsFit:
-        """Return the constants; ``fixed`` maps constants that keep the values of ``start`` to the reason."""
+        """Return the constants; ``fixed`` maps constants that keep the values of ``start`` to the
+        reason."""
         start, known = start or self.defaults, self.registry
         fixed = {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
         for name in [name for name in known if name not in fixed]:
@@ -200,9 +208,10 @@ def fit_attention(
     seed: int = 0,
     start: Mapping[str, float] | None = None,
 ) -> FittedPart:
-    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none has 20 rows. The
-    search begins at ``start`` (the constants of a related GPU), else at the architecture's defaults. Folds, chosen by
-    ``seed``, hold out groups by each size of ``fold_by`` and fit the rest again; the errors of all folds are pooled."""
+    """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none
+    has 20 rows. The search begins at ``start`` (the constants of a related GPU), else at the
+    architecture's defaults. Folds, chosen by ``seed``, hold out groups by each size of ``fold_by``
+    and fit the rest again; the errors of all folds are pooled."""
     c = calls.usable()
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
     kind = kind.reshape(-1)
@@ -258,8 +267,8 @@ class _KernelFit:
 def _fit_form(
     c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
-    """Return constants and residual of one kernel, from the best of the starts. The term per sequence is dropped if the
-    error stays about the same: it would only fit noise."""
+    """Return constants and residual of one kernel, from the best of the starts. The term per
+    sequence is dropped if the error stays about the same: it would only fit noise."""
     if c.groups("heads").max() == 0:
         keep = {
             **keep,
@@ -303,7 +312,8 @@ def _best_form(
     keep: Mapping[str, str],
     forms: Sequence[Mapping[str, float]],
 ) -> Mapping[str, float]:
-    """Return the fitted constants with the smallest error of the analytical model, among starts with each structure."""
+    """Return the fitted constants with the smallest error of the analytical model, among starts
+    with each structure."""
     found = [c.constants({**start, **form}, keep).values for start in starts for form in forms]
     return min(found, key=lambda values: float(np.abs(c.log_residual(values)).mean()))
 
@@ -322,7 +332,8 @@ def _fit_kernel(
         if group.max() == 0:
             group = np.arange(len(c))  # a single group: hold out rows
         for train, test in solver.folds(group, FOLDS, rng):
-            # the search starts at the solution: it moves little, but this is part of the error of a held-out shape
+            # the search starts at the solution: it moves little, but this is part of the error of a
+            # held-out shape
             rest, left, values = c.take(train), c.take(test), dict(constants.values)
             if constants.std_errors:
                 free = {name: c.registry[name] for name in constants.std_errors}
@@ -342,7 +353,8 @@ def _fit_kernel(
 
 
 def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:
-    """Return the residuals of several kernels as one grid: one box of octaves per kernel, along the first axis."""
+    """Return the residuals of several kernels as one grid: one box of octaves per kernel, along the
+    first axis."""
     given = [grid for grid in grids if grid is not None]
     if not given:
         return {}

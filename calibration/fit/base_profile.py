@@ -1,6 +1,7 @@
-"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else facts measured quickly
-before a plan; :func:`raised` then keeps measured peaks above all measured rates. Slices (MIG), laptops and slower
-editions have names that contain the name of a faster GPU: whole names are compared, and the other facts must agree."""
+"""Find the datasheet part of a measured device's profile: the shipped profile of the GPU, else
+facts measured quickly before a plan; :func:`raised` then keeps measured peaks above all measured
+rates. Slices (MIG), laptops and slower editions have names that contain the name of a faster GPU:
+whole names are compared, and the other facts must agree."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 
 def device_names() -> dict[str, str]:
-    """Return the names that NVIDIA's driver prints, without vendor and brand -> profile: aliases with "nvidia_"."""
+    """Return the names that NVIDIA's driver prints, without vendor and brand -> profile: aliases
+    with "nvidia_"."""
     own = ((plain, name) for plain, name in shipped_names().items() if plain.startswith("nvidia_"))
     return {_without_brand(plain): name for plain, name in own}
 
@@ -62,7 +64,8 @@ def _without_brand(device: str) -> str:
 
 
 def shipped_name(device: str, gpu: Gpu | None = None) -> str:
-    """Return the shipped profile of a GPU by its reported name (and number of SMs) and its known facts, or ""."""
+    """Return the shipped profile of a GPU by its reported name (and number of SMs) and its known
+    facts, or ""."""
     counted = _SMS.search(device)
     found = device_names().get(_without_brand(_SMS.sub("", device.strip())), "")
     if not found:
@@ -91,13 +94,16 @@ def thread_notes(hw: HardwareProfile, device: str) -> list[str]:
     if not known or found <= known:
         return []
     has, other = (" or ".join(map(str, sorted(numbers))) for numbers in (known, found - known))
-    about = f"{hw.name} is calibrated with {has} threads, but {device} has {other}; its times do not hold there"
+    about = (
+        f"{hw.name} is calibrated with {has} threads, but {device} has {other}; its times do not"
+        " hold there"
+    )
     return [f"{about}; use --threads {has}, or a profile that is calibrated with --threads {other}"]
 
 
 def base_profile(device: Device, dtype: str, hardware: str = "") -> HardwareProfile:
-    """Return the facts of ``hardware`` (default: the shipped profile of the GPU), else measured ones, with a rate for
-    ``dtype``."""
+    """Return the facts of ``hardware`` (default: the shipped profile of the GPU), else measured
+    ones, with a rate for ``dtype``."""
     description = device.describe()
     if dtype not in device.dtypes():
         known = ", ".join(device.dtypes())
@@ -179,8 +185,9 @@ def _plausible(key: str, reading: Reading) -> float:
 
 
 def _gemm_rate(device: Device, dtype: str) -> Rate:
-    """Return the best arithmetic rate of square GEMMs up to one that takes 50 ms, plus a margin. Sparse tensor cores
-    have twice the dense rate (NVIDIA, "A100 Tensor Core GPU Architecture", 2020)."""
+    """Return the best arithmetic rate of square GEMMs up to one that takes 50 ms, plus a margin.
+    Sparse tensor cores have twice the dense rate (NVIDIA, "A100 Tensor Core GPU Architecture",
+    2020)."""
     best = 0.0
     for size in (512, 1024, 2048, 3072, 4096, 8192):
         op = Operator("gemm", dtype, m=size, n=size, k=size)
@@ -198,7 +205,8 @@ def _gemm_rate(device: Device, dtype: str) -> Rate:
 
 
 def _bandwidth(device: Device, dtype: str) -> float:
-    """Return the better rate, bytes/s, of a copy and of a product of one row, which mostly reads weights."""
+    """Return the better rate, bytes/s, of a copy and of a product of one row, which mostly reads
+    weights."""
     best = 0.0
     for op in (Operator("copy", dtype, n=1 << 27), Operator("gemm", dtype, m=1, n=8192, k=4096)):
         if not device.refuses(op):
@@ -213,7 +221,8 @@ def _bandwidth(device: Device, dtype: str) -> float:
 
 
 def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
-    """Return the base with measured peaks raised to the rates of the records; datasheet peaks do not change."""
+    """Return the base with measured peaks raised to the rates of the records; datasheet peaks do
+    not change."""
     timed = records.select(np.isfinite(records.seconds) & (records.seconds > 0))
     flops, weights, others = work(timed)
     gemm = timed.is_operator("gemm")

@@ -1,5 +1,5 @@
-"""Calibration of GEMMs of one number format. A ``prior`` is the section of a related GPU or of another stack; with it a
-small sample is enough."""
+"""Calibration of GEMMs of one number format. A ``prior`` is the section of a related GPU or of
+another stack; with it a small sample is enough."""
 
 from __future__ import annotations
 
@@ -66,12 +66,13 @@ class GemmFit(Fit):
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return the best of several searches: one from ``start``, which has all constants, :data:`STARTS` around
-        it."""
+        """Return the best of several searches: one from ``start``, which has all constants,
+        :data:`STARTS` around it."""
         start, c, machine = start or self.start, self.calls, self.calls.machine
         prior = WEAK if self.prior is None else CLOSE
         few = self.sample(ROWS, self.seed)
-        # constants that a dense table identifies on this machine; the random starts below depend on their order
+        # constants that a dense table identifies on this machine; the random starts below depend on
+        # their order
         names: tuple[str, ...] = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
         if machine.packs:
             names = ("t0", "e_tc", "e_d", "b_hit", "pack")
@@ -145,7 +146,8 @@ class GemmFit(Fit):
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
 
     def held_out(self, blocks: list[ResidualBlock], target: FloatArray) -> FloatArray:
-        """Return log predicted over measured by fits to the other folds; on few rows they fit the constants again."""
+        """Return log predicted over measured by fits to the other folds; on few rows they fit the
+        constants again."""
         out = np.full(len(self), np.nan)
         few = ridge.FewRows.of(blocks) if len(self) <= ridge.FEW_ROWS else None
         for train, test in folds(
@@ -165,9 +167,9 @@ class GemmFit(Fit):
         return out
 
     def limited(self, grid: ResidualGrid, values: Mapping[str, float]) -> ResidualGrid:
-        """Return a residual of another table without steps that these rows do not show. More tokens do not take less
-        time (on the RTX 4090, 128 tokens took 0.68 of the time of 64), and cold weights are not read faster than in
-        any of these rows."""
+        """Return a residual of another table without steps that these rows do not show. More tokens
+        do not take less time (on the RTX 4090, 128 tokens took 0.68 of the time of 64), and cold
+        weights are not read faster than in any of these rows."""
         axes = [
             start + step * np.arange(n)
             for start, step, n in zip(grid.start, grid.step, grid.values.shape)
@@ -219,7 +221,8 @@ def _weights_s(c: Products) -> FloatArray:
 
 
 def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any = None) -> GemmFit:
-    """``copies`` is the number of rotated weights, ``inf`` for cold weights (by default as in the published tables)."""
+    """``copies`` is the number of rotated weights, ``inf`` for cold weights (by default as in the
+    published tables)."""
     m, n, k, seconds = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (m, n, k, seconds))
     if copies is None:
         copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
@@ -260,7 +263,8 @@ def fit_gemm(
     prior: Section | None = None,
     seed: int = 0,
 ) -> FittedPart:
-    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo"). ValueError for few rows."""
+    """Fit measured GEMMs of one number format (a label of a section: "bf16", "int4_wo"). ValueError
+    for few rows."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
         raise ValueError(

@@ -1,7 +1,9 @@
-"""Local update: adapt a whole profile to this machine and software with measured times of any operators.
+"""Local update: adapt a whole profile to this machine and software with measured times of any
+operators.
 
-The method is the posterior of the error model (:mod:`simulator.uncertainty.factors`): the profile keeps its constants
-and stores the log errors of the rows with their loadings. A local update replaces an earlier one.
+The method is the posterior of the error model (:mod:`simulator.uncertainty.factors`): the profile
+keeps its constants and stores the log errors of the rows with their loadings. A local update
+replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ MOST_ROW_FACTOR = 100.0  # the same for a single row
 MOST_TOO_FAST = 0.1
 # standard deviations of an effect or error that is flagged; rows that notes name
 MOST_SDS, MOST_NAMED = 4.0, 3
-# an effect is reported if its mean or its standard deviation has changed by this share of the prior sd
+# an effect is reported if its mean or its standard deviation has changed by this share of the prior
+# sd
 REPORTED = 0.2
 
 
@@ -61,7 +64,8 @@ class Effect:
 
 @dataclass(frozen=True)
 class UpdateErrors:
-    """Errors of the rows of one operator before the update, and after it with each row predicted from the others."""
+    """Errors of the rows of one operator before the update, and after it with each row predicted
+    from the others."""
 
     name: str
     rows: int
@@ -84,9 +88,10 @@ class Updated:
 
 
 def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None = None) -> Updated:
-    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators (at least 3). Notes
-    count the excluded rows by reason, and name rows whose time is far from the time that the other rows predict.
-    InputError for too few rows, and for times that no difference between software stacks explains."""
+    """Adapt a profile to this machine and software with 20 to 400 measured rows of any operators
+    (at least 3). Notes count the excluded rows by reason, and name rows whose time is far from the
+    time that the other rows predict. InputError for too few rows, and for times that no difference
+    between software stacks explains."""
     base = replace(hw, local_update=None, same_stack=False)
     notes = (
         ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
@@ -99,7 +104,8 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     if len(rows) < LEAST_ROWS:
         why = f"{len(rows)} ({'; '.join(excluded)})" if excluded else f"{len(rows)}"
         raise InputError(
-            f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got {why}"
+            f"local update: expected at least {LEAST_ROWS} usable rows, repeats counted once, got"
+            f" {why}"
         )
     _reject_other_device(hw, rows, notes)
     rows, of_part, names, arrays = _compared(base, rows, notes, excluded)
@@ -160,7 +166,8 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
         if not records.select(away).is_operator(*HOST_KINDS).all():
             taken = "from a CPU, only rows that time launches apply to a GPU's host"
             raise InputError(
-                f"local update: rows were measured on {cpu}, but the profile is of {hw.title}; {taken}"
+                f"local update: rows were measured on {cpu}, but the profile is of {hw.title};"
+                f" {taken}"
             )
         driver = "whose driver adds to each launch; intervals are wider; measure with the GPU"
         notes.append(f"the host {cpu} was timed without a GPU, {driver}")
@@ -179,7 +186,8 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
 def _compared(
     base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]
 ) -> tuple[Records, NDArray[np.intp], list[str], dict[str, NDArray[Any]]]:
-    """Return the plausible rows that are predicted, their parts, the names of parts, and the arrays of an update."""
+    """Return the plausible rows that are predicted, their parts, the names of parts, and the arrays
+    of an update."""
     skipped: dict[str, int] = {}
     names: list[str] = []
     index, ratios, errors = list[NDArray[np.intp]](), list[FloatArray](), list[Uncertainty]()
@@ -241,7 +249,8 @@ def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> lis
     far = far[np.argsort(-np.abs(rest[far]), kind="stable")]
     advice = "the row counts less; measure it again, or remove it"
     notes = [
-        f"{rows.place(i)}: the time is {math.exp(rest[i]):.3g} times that predicted from the other rows; {advice}"
+        f"{rows.place(i)}: the time is {math.exp(rest[i]):.3g} times that predicted from the other"
+        f" rows; {advice}"
         for i in far[:MOST_NAMED].tolist()
     ]
     return notes + [f"{len(far) - MOST_NAMED} more rows have such times"] * (len(far) > MOST_NAMED)
@@ -257,10 +266,19 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
         return
     thousands = round(median / math.log(1000.0))
     unit = thousands and abs(median - thousands * math.log(1000.0)) <= math.log(MOST_FACTOR)
-    hint = "check that they are from this GPU and not launched one by one; a fit without --anchor accepts any"
+    hint = (
+        "check that they are from this GPU and not launched one by one; a fit without --anchor"
+        " accepts any"
+    )
     if unit:
-        hint = f"check the unit: they look {1000 ** abs(thousands)} times too {'large' if median > 0 else 'small'}"
-    fact = f"{what}: measured times are {math.exp(median):.3g} times the predicted ones in the median, as in {place}"
+        hint = (
+            f"check the unit: they look {1000 ** abs(thousands)} times too"
+            f" {'large' if median > 0 else 'small'}"
+        )
+    fact = (
+        f"{what}: measured times are {math.exp(median):.3g} times the predicted ones in the median,"
+        f" as in {place}"
+    )
     raise InputError(f"local update: {fact}; {hint}")
 
 
@@ -288,8 +306,8 @@ def _fit(
 
 
 def effects(posterior: Posterior) -> tuple[Effect, ...]:
-    """Return the error factors that a posterior shifts or narrows. Rows of one operator identify only the sum of its
-    factor and the machine's factor: the operator is reported with this sum."""
+    """Return the error factors that a posterior shifts or narrows. Rows of one operator identify
+    only the sum of its factor and the machine's factor: the operator is reported with this sum."""
     names = [name for name in ERROR_FACTORS if name != "machine"]
     weight = np.zeros((len(names), len(ERROR_FACTORS)))
     for row, name in zip(weight, names, strict=True):

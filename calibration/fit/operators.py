@@ -1,4 +1,5 @@
-"""Calibration of operators by the common method: elementwise operators, collectives and routed experts."""
+"""Calibration of operators by the common method: elementwise operators, collectives and routed
+experts."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ PRIOR = 1.5
 ELEMENTWISE_PRIOR = 0.7
 FACTORS = ("t0", "e", "l2", "l2_share")  # kinds of constants, by the beginning of their names
 OCTAVES = 2.0  # octaves of bytes between nodes: 1 is worse on held-out sizes
-# points between two nodes at which the analytical model is evaluated; with them no time falls by over 1e-5
+# points between two nodes at which the analytical model is evaluated; with them no time falls by
+# over 1e-5
 WITHIN = 32
 # largest payloads of an engine's all-reduce to compare
 OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)
@@ -55,7 +57,8 @@ class ElementwiseFit(Fit):
         return self.take(known & (seconds > bytes_ / (20.0 * self.calls.bandwidth)))
 
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
-        """Return constants of the classes with rows, around factors that all classes have in common."""
+        """Return constants of the classes with rows, around factors that all classes have in
+        common."""
         default = {
             name: constant.default(self.calls.architecture)
             for name, constant in ELEMENTWISE_CONSTANTS.items()
@@ -111,7 +114,8 @@ class ElementwiseFit(Fit):
 class CollectiveFit(Fit):
     calls: Messages
 
-    # along (kind, log2 devices, log2 bytes); kinds are independent; the best of 12 on held-out rows of six GPUs
+    # along (kind, log2 devices, log2 bytes); kinds are independent; the best of 12 on held-out rows
+    # of six GPUs
     REGULARISATION = Regularisation((0.0, 0.1, 0.0), (0.0, 0.0, 0.1), 0.05)
 
     def groups(self, by: str = "") -> IndexArray:
@@ -123,7 +127,8 @@ class CollectiveFit(Fit):
         return self.take(known & (self.seconds > 0.5 * m.payload / link.bandwidth_bytes_per_s))
 
     def _variants(self) -> Iterator[dict[str, float]]:
-        """Yield where the engine's all-reduce applies: nowhere, or up to a size on two devices (NVLink: on all)."""
+        """Yield where the engine's all-reduce applies: nowhere, or up to a size on two devices
+        (NVLink: on all)."""
         yield {"own_devices": 0.0}
         if (self.calls.code == 0).any():
             most = float(self.calls.link.max_devices) if self.calls.link.family == "nvlink" else 2.0
@@ -197,20 +202,22 @@ class CollectiveFit(Fit):
 
 @dataclass(frozen=True)
 class ExpertsFit(Fit):
-    """Measured expert layers of one device, or their single products, with tokens distributed by a rule."""
+    """Measured expert layers of one device, or their single products, with tokens distributed by a
+    rule."""
 
     calls: Layers
     architecture: str
 
     FEWEST = 300  # about two models
-    # along (tokens per expert, width, experts); the best of 21 on held-out models (seeds 10-12) of eight tables: an
-    # error of 6.5 %, against 9.0 % without a residual
+    # along (tokens per expert, width, experts); the best of 21 on held-out models (seeds 10-12) of
+    # eight tables: an error of 6.5 %, against 9.0 % without a residual
     REGULARISATION = Regularisation(0.1, 0.3, 0.1)
     ROUNDS = 4
 
     def groups(self, by: str = "") -> IndexArray:
-        """Return the model of each row: hidden size, experts, and experts per token. Single products are timed for
-        several numbers of devices that share the experts: the ratio of experts to experts per token identifies them."""
+        """Return the model of each row: hidden size, experts, and experts per token. Single
+        products are timed for several numbers of devices that share the experts: the ratio of
+        experts to experts per token identifies them."""
         c, whole = self.calls, self.calls.whole
         return solver.numbered(
             c.k, c.experts / np.where(whole, 1.0, c.active), np.where(whole, c.active, 0.0)

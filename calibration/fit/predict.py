@@ -1,4 +1,5 @@
-"""Predict records with a profile: :func:`parts_of` splits them by cost model, :func:`predict` predicts a part."""
+"""Predict records with a profile: :func:`parts_of` splits them by cost model, :func:`predict`
+predicts a part."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ class Predicted:
 def parts_of(
     records: Records, hw: HardwareProfile, skipped: dict[str, int]
 ) -> Iterator[tuple[str, str, IndexArray]]:
-    """Yield operator, number format and rows that the cost models can predict; count the others in ``skipped``."""
+    """Yield operator, number format and rows that the cost models can predict; count the others in
+    ``skipped``."""
     timed = records.timed
     if count := int((~timed).sum()):
         skipped[UNTIMED] = count
@@ -95,7 +97,8 @@ def parts_of(
 
 
 def predict(r: Records, hw: HardwareProfile) -> Predicted:
-    """Return the times of the rows of one part as they were measured: warm or cold, with the same rotated weights."""
+    """Return the times of the rows of one part as they were measured: warm or cold, with the same
+    rotated weights."""
     options = Options(
         DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], copies=weight_copies(r)
     )
@@ -103,7 +106,8 @@ def predict(r: Records, hw: HardwareProfile) -> Predicted:
 
 
 def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
-    """Return the sums of operators, each with its count: fully correlated errors, the bottleneck of the longest."""
+    """Return the sums of operators, each with its count: fully correlated errors, the bottleneck of
+    the longest."""
     longest = np.argmax([count * t.seconds for count, t in parts], axis=0)
     total = {name: sum(count * getattr(t, name) for count, t in parts) for name in TIMES}
     return OperatorTimes(
@@ -124,15 +128,16 @@ def _pair(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
 
 
 def _gathered(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
-    """Predict a product of some tokens: one kernel, or a dense product between a gather and a scatter."""
+    """Predict a product of some tokens: one kernel, or a dense product between a gather and a
+    scatter."""
     options = replace(options, kernel=np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE))
     time = _fused_or_copied(r, (r.rows, r.n, r.k), 1.0, hw, options)
     return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rows": r.rows})
 
 
 def _grouped(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
-    """Predict a product of each token with some groups of features: one kernel, or per group a gather, a dense product
-    of its tokens and a scatter."""
+    """Predict a product of each token with some groups of features: one kernel, or per group a
+    gather, a dense product of its tokens and a scatter."""
     outer = r.role == ROLES.index("up")
     kernel = np.where(r.fused, np.where(outer, Kernel.GROUPS_N, Kernel.GROUPS_K), Kernel.DENSE)
     tokens = np.maximum(np.round(r.m * r.density), 1.0)
@@ -147,7 +152,8 @@ def _grouped(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
 def _fused_or_copied(
     r: Records, shape: tuple[Any, Any, Any], count: Any, hw: HardwareProfile, options: Options
 ) -> OperatorTimes:
-    """Return ``count`` products of some tokens, each with a gather and a scatter where it is not a single kernel."""
+    """Return ``count`` products of some tokens, each with a gather and a scatter where it is not a
+    single kernel."""
     tokens, n, k = shape
     parts = [(count, gemm_predicted(*shape, hw, options)[0])]
     for role, width in (("gather", k), ("scatter", n)):
@@ -263,7 +269,8 @@ class LaunchTime:
 
 
 def without_gpu(r: Records, hw: HardwareProfile) -> NDArray[np.bool_]:
-    """Return a mask of the rows that were measured on a CPU (their sources name threads) for a GPU's profile."""
+    """Return a mask of the rows that were measured on a CPU (their sources name threads) for a
+    GPU's profile."""
     on_cpu = np.array(["threads" in source.stack for source in r.sources], dtype=bool)
     return np.asarray(on_cpu[r.source] & (hw.architecture != "cpu"))
 

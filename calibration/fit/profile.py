@@ -1,8 +1,9 @@
-"""Fit a calibrated profile to records and a datasheet, one section per operator and number format. Times of a busy
-machine can lead a fit to values that no device has: :func:`within_ranges` sets them to the ranges of a profile.
+"""Fit a calibrated profile to records and a datasheet, one section per operator and number format.
+Times of a busy machine can lead a fit to values that no device has: :func:`within_ranges` sets them
+to the ranges of a profile.
 
-Published ratios of 2:4 to dense times are comparable within one benchmark; times of different benchmarks are not. A fit
-of a kernel that skips work does not change the dense section.
+Published ratios of 2:4 to dense times are comparable within one benchmark; times of different
+benchmarks are not. A fit of a kernel that skips work does not change the dense section.
 """
 
 from __future__ import annotations
@@ -63,19 +64,22 @@ _APART: Mapping[str, str] = {
 
 ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
-# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit needs. A gathered GEMM
-# counts if it is one kernel: a gather, a GEMM and a scatter have no constants of this kind.
+# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit
+# needs. A gathered GEMM counts if it is one kernel: a gather, a GEMM and a scatter have no
+# constants of this kind.
 SKIPPING: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
 }
-# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive faster than dense ones
+# values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive
+# faster than dense ones
 STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
 LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
 # up to this number of tokens reading weights takes most of the time, so ratios show sparse_load
 FEW_TOKENS = 64
-# keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no log then
+# keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no
+# log then
 EDGE = 64.0
 
 
@@ -95,18 +99,21 @@ def fit_profile(
     date: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> ProfileFit:
-    """Fit all operators and number formats of the records; InputError, with the reasons, when nothing can be fitted.
-    ``base`` has the datasheet facts; its sections without records are kept. ``exact`` rows are stored with the GEMM
-    section. ``prior``, a related GPU or another stack, supports a small sample. ``date`` (ISO 8601) is the date of the
-    provenance, by default the newest in the records. ``progress`` is called with (fits done, number of fits). If torch
-    measured all rows, the stack of the sections is torch: engines with other kernels have wider intervals."""
+    """Fit all operators and number formats of the records; InputError, with the reasons, when
+    nothing can be fitted. ``base`` has the datasheet facts; its sections without records are kept.
+    ``exact`` rows are stored with the GEMM section. ``prior``, a related GPU or another stack,
+    supports a small sample. ``date`` (ISO 8601) is the date of the provenance, by default the
+    newest in the records. ``progress`` is called with (fits done, number of fits). If torch
+    measured all rows, the stack of the sections is torch: engines with other kernels have wider
+    intervals."""
     records, methods = one_method(records)
     notes = list(methods)
     usable, excluded = usable_rows(records, tuple(_APART))
     for flag, remedy in REMEDIES.items():
         if count := int(((usable.flags & int(flag)) != 0).sum()):
             notes += [
-                f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them; {remedy}"
+                f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them;"
+                f" {remedy}"
             ]
     if dtype is not None:
         usable = usable.select(np.char.startswith(np.array(DTYPES)[usable.dtype], dtype))
@@ -130,7 +137,8 @@ def fit_profile(
         else:
             origin = part.section.provenance or provenance_of(rows, date)
             sections[key] = replace(part.section, stack=own_stack, provenance=origin)
-            # a section is reported once: by its dense fit, with the fixed constants of all its kernels
+            # a section is reported once: by its dense fit, with the fixed constants of all its
+            # kernels
             first = parts.setdefault(key, replace(part, operator=operator, dtype=label))
             fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
             known = replace(first.constants, fixed={**fixed, **part.fixed})
@@ -147,8 +155,9 @@ def fit_profile(
 
 
 def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
-    """Return a profile whose fitted sections can be read again, and a note per section that had to change. Values
-    outside their range are set to its end, values that are not finite to the architecture's default."""
+    """Return a profile whose fitted sections can be read again, and a note per section that had to
+    change. Values outside their range are set to its end, values that are not finite to the
+    architecture's default."""
     sections, notes = dict(profile.sections), []
     for (operator, dtype), section in profile.sections.items():
         sections[operator, dtype], outside = _section_within(
@@ -167,7 +176,8 @@ def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]
 def _section_within(
     operator: str, section: Section, architecture: str
 ) -> tuple[Section, list[str]]:
-    """Return a section within its ranges (the same object if it is), and the constants that were not."""
+    """Return a section within its ranges (the same object if it is), and the constants that were
+    not."""
     constants, outside = {}, []
     for name, fitted in section.constants.items():
         known, kept = CONSTANTS[operator][name], fitted
@@ -193,13 +203,17 @@ def _section_within(
     same = constants == dict(section.constants) and accuracy == dict(section.accuracy)
     if same and scale == section.section_scale and arrays is section.arrays:
         return section, outside
-    return replace(
-        section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays
-    ), outside
+    return (
+        replace(
+            section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays
+        ),
+        outside,
+    )
 
 
 def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
-    """Return the rows with a valid time, without throttling and the purposes ``apart``, and a note per reason."""
+    """Return the rows with a valid time, without throttling and the purposes ``apart``, and a note
+    per reason."""
     bad = {
         UNTIMED: ~records.timed,
         "measured under throttling": (records.flags & int(Flag.THROTTLED)) != 0,
@@ -214,7 +228,8 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
 def _tasks(
     base: HardwareProfile, records: Records, notes: list[str]
 ) -> list[tuple[str, str, Records]]:
-    """Return operator, format and rows of the fits with enough rows, dense GEMMs first: other fits need them."""
+    """Return operator, format and rows of the fits with enough rows, dense GEMMs first: other fits
+    need them."""
     same, is_ = records.dtype == records.weight_dtype, records.is_operator
     formats, gemms, every = (
         np.array(DTYPES)[records.dtype],
@@ -329,8 +344,9 @@ def _fit(
 
 
 def _fit_runtime(r: Records, hw: HardwareProfile) -> FittedPart:
-    """Fit the host time of an eager launch: the median over launches of a decoder layer. Without a timed layer, it is
-    the median over launches of a kernel that is too small to take time itself."""
+    """Fit the host time of an eager launch: the median over launches of a decoder layer. Without a
+    timed layer, it is the median over launches of a kernel that is too small to take time
+    itself."""
     constants = dict(hw.section("runtime", "*").constants)
     bare = r.is_operator("launch_eager")
     small = bare & (r.m == 0)  # the others launch a tiny GEMM
@@ -356,7 +372,8 @@ def _with_constants(
 
 
 def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Return the dense section with the constants of a kernel fitted to rows of one kind (:data:`SKIPPING`)."""
+    """Return the dense section with the constants of a kernel fitted to rows of one kind
+    (:data:`SKIPPING`)."""
     kind = OPERATORS[int(r.operator[0])]
     operator, (name, constants, _) = SECTIONS[kind], SKIPPING[kind]
     section = hw.section(operator, dtype)
@@ -394,7 +411,8 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
 
 
 def _searched(constants: Mapping[str, float]) -> dict[str, float]:
-    """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of :data:`EDGE` keys."""
+    """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of
+    :data:`EDGE` keys."""
     return {
         n: 1.0 + value / EDGE if n == "sparse_block" else value for n, value in constants.items()
     }
@@ -407,10 +425,11 @@ def _known(searched: Mapping[str, float]) -> dict[str, float]:
 
 
 def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
-    """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios by least absolute log error,
-    also ``sparse_load`` if some ratios have few tokens; unchanged with fewer than :data:`ENOUGH_RATIOS` of this device.
-    bf16 and fp16 count as one format, since they run at one rate. "median_2to4" in the accuracy is the median log error
-    of rows held out one at a time."""
+    """Return the GEMM section of a format with ``sparse_step`` fitted to published ratios by least
+    absolute log error, also ``sparse_load`` if some ratios have few tokens; unchanged with fewer
+    than :data:`ENOUGH_RATIOS` of this device. bf16 and fp16 count as one format, since they run at
+    one rate. "median_2to4" in the accuracy is the median log error of rows held out one at a
+    time."""
     section = hw.sections["gemm", dtype]
     dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
     rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]

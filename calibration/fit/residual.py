@@ -1,6 +1,7 @@
-"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and second-difference penalties. Many
-rows: grids are fitted in turn, each to the residuals of the others (block Gauss-Seidel on one convex problem). Few
-rows: all grids are fitted at once in the dual form of the problem."""
+"""Fit residuals: multilinear grids on log residuals, by robust ridge with first- and
+second-difference penalties. Many rows: grids are fitted in turn, each to the residuals of the
+others (block Gauss-Seidel on one convex problem). Few rows: all grids are fitted at once in the
+dual form of the problem."""
 
 from __future__ import annotations
 
@@ -106,8 +107,9 @@ class ResidualBlock:
         return total.tocsr()
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
-        """Return the matrix in the eigenvectors of the penalty, scaled so that the penalty is the identity, and the
-        scale. Eigenvectors are products over coordinates, since the penalty is a sum over coordinates."""
+        """Return the matrix in the eigenvectors of the penalty, scaled so that the penalty is the
+        identity, and the scale. Eigenvectors are products over coordinates, since the penalty is a
+        sum over coordinates."""
         rows = self.cells.shape[1]
         total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
         for cell, inside, along in zip(self.cells, self.inside, self.along, strict=True):
@@ -121,7 +123,8 @@ class ResidualBlock:
 
     @cached_property
     def order(self) -> NDArray[np.intp]:
-        """Nodes in an order that keeps neighbours near each other: the longest coordinate changes last."""
+        """Nodes in an order that keeps neighbours near each other: the longest coordinate changes
+        last."""
         shape = self.grid.values.shape
         axes = np.argsort([-size for size in shape], kind="stable")
         return np.asarray(
@@ -129,7 +132,8 @@ class ResidualBlock:
         )
 
     def factor(self, normal: sparse.csr_matrix) -> FloatArray:
-        """Return the Cholesky factor of normal equations, as bands: nodes are coupled up to two steps away."""
+        """Return the Cholesky factor of normal equations, as bands: nodes are coupled up to two
+        steps away."""
         place = np.argsort(self.order)
         found = normal.tocoo()
         row, column = place[found.row], place[found.col]
@@ -158,7 +162,8 @@ class ResidualBlock:
 def gemm_blocks(
     position: Any, by_rows: bool, regularisation: Regularisation = ALONE
 ) -> list[ResidualBlock]:
-    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU a value per measured m."""
+    """Return the blank residual of GEMMs at log2 m, n, k: a grid, and on a CPU a value per measured
+    m."""
     start, step, shape = zip(*SMOOTH, strict=True)
     grid = ResidualGrid(tuple(map(float, start)), tuple(map(float, step)), np.zeros(shape), EDGE)
     out = [ResidualBlock.of(grid, position, regularisation)]
@@ -179,8 +184,9 @@ def solve(
     rows: NDArray[np.intp] | None = None,
     rounds: int | None = None,
 ) -> list[FloatArray]:
-    """Return node values of every grid, fitted to a log target of ``rows`` or all, in ``rounds`` sweeps with robust
-    weights renewed between them; by default in 8, with weights renewed before the first, second and fourth."""
+    """Return node values of every grid, fitted to a log target of ``rows`` or all, in ``rounds``
+    sweeps with robust weights renewed between them; by default in 8, with weights renewed before
+    the first, second and fourth."""
     if rows is not None:
         parts, target = [b.take(rows) for b in parts], target[rows]
     rest = np.array(target)
@@ -206,7 +212,8 @@ def solve(
 
 @dataclass(frozen=True)
 class FewRows:
-    """The ridge problem with one unknown per row instead of per node: exact, and faster with fewer rows than nodes."""
+    """The ridge problem with one unknown per row instead of per node: exact, and faster with fewer
+    rows than nodes."""
 
     parts: tuple[ResidualBlock, ...]
     common: FloatArray  # (rows, rows): prior covariance of the rows by the penalties

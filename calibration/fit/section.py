@@ -1,5 +1,5 @@
-"""Fit a section of a profile by the common method: constants, residual, held-out errors and section scale. The fit of
-an operator is a subclass of :class:`Fit`."""
+"""Fit a section of a profile by the common method: constants, residual, held-out errors and section
+scale. The fit of an operator is a subclass of :class:`Fit`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ FitT = TypeVar("FitT", bound="Fit")
 
 @dataclass(frozen=True)
 class Fit(ABC):
-    """Measured rows of one operator of one device and stack, the search for constants, and the blank residual."""
+    """Measured rows of one operator of one device and stack, the search for constants, and the
+    blank residual."""
 
     calls: Calls
     seconds: FloatArray
@@ -108,7 +109,8 @@ class Fit(ABC):
         return accuracy_of(np.expm1(errors))
 
     def scale(self, errors: FloatArray, values: Mapping[str, float]) -> float:
-        """Return the section scale: the factor on correlated and independent errors that covers held-out rows."""
+        """Return the section scale: the factor on correlated and independent errors that covers
+        held-out rows."""
         e = self.calls.estimate(values)
         return section_scale(errors, uncertainty_of(e, same_stack_scales(e.operator)))
 
@@ -138,7 +140,8 @@ def fit_section(fit: Fit, *, seed: int = 0) -> FittedPart:
 
 
 def accuracy_of(error: FloatArray) -> dict[str, float]:
-    """Return the mean ("mape"), "median" and "p95" of absolute relative errors, and their signed mean "bias"."""
+    """Return the mean ("mape"), "median" and "p95" of absolute relative errors, and their signed
+    mean "bias"."""
     size = np.abs(error)
     scores = {
         "mape": size.mean(),
@@ -150,15 +153,17 @@ def accuracy_of(error: FloatArray) -> dict[str, float]:
 
 
 def few_groups(count: int) -> float:
-    """Return the factor that widens intervals fitted on few (n, k) pairs, since errors within a pair are similar:
-    Student's quantile with one degree of freedom per pair, over the normal quantile."""
+    """Return the factor that widens intervals fitted on few (n, k) pairs, since errors within a
+    pair are similar: Student's quantile with one degree of freedom per pair, over the normal
+    quantile."""
     tail = 0.5 + 0.5 * LEVEL
     return float(student.ppf(tail, max(count, 1)) / student.ppf(tail, np.inf))
 
 
 def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
-    """Return the factor in [0.2, 5] on correlated and independent errors at which 90 % intervals cover nine in ten
-    held-out rows. ``log_ratio`` is log predicted over measured; ``uncertainty`` has a section scale of 1."""
+    """Return the factor in [0.2, 5] on correlated and independent errors at which 90 % intervals
+    cover nine in ten held-out rows. ``log_ratio`` is log predicted over measured; ``uncertainty``
+    has a section scale of 1."""
     systematic = np.einsum("cn,cn->n", uncertainty.systematic, uncertainty.systematic)
     scaled = np.maximum(uncertainty.variance - systematic, 1e-12)
     needed = ((log_ratio / COVERAGE_FACTOR) ** 2 - systematic) / scaled
@@ -166,14 +171,16 @@ def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
 
 
 def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
-    """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a ratio in [0.25, 1)."""
+    """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a
+    ratio in [0.25, 1)."""
     return np.concatenate(
         [pairs_along(s, [*sizes[:i], *sizes[i + 1 :]]) for i, s in enumerate(sizes)]
     )
 
 
 def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:
-    """Return pairs of rows that differ in ``size`` by a ratio in [0.25, 1) and are equal in ``others``."""
+    """Return pairs of rows that differ in ``size`` by a ratio in [0.25, 1) and are equal in
+    ``others``."""
     key = solver.numbered(*others) if len(others) else np.zeros(len(size), dtype=np.intp)
     order = np.lexsort((size, key))
     key, size = key[order], size[order]

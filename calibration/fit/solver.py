@@ -1,4 +1,5 @@
-"""Solve for constants: robust least squares of log time in the logarithms of constants, with standard errors."""
+"""Solve for constants: robust least squares of log time in the logarithms of constants, with
+standard errors."""
 
 from __future__ import annotations
 
@@ -109,11 +110,12 @@ def minimise(
     together: Callable[[Sequence[Mapping[str, float]]], FloatArray] | None = None,
     **search: Any,
 ) -> Minimum:
-    """Search the constants of ``ranges`` with the soft-L1 loss; the other constants keep the values of ``start``.
-    ``prior`` is the log standard deviation of a prior around ``center`` (by default the start): one residual per
-    constant. With ``data_only`` the loss applies only to the data. ``step`` is the log step of derivatives where
-    residuals have single precision. ``together`` returns the residuals of several sets of constants, (sets, rows).
-    ``search`` has further options of :func:`scipy.optimize.least_squares`."""
+    """Search the constants of ``ranges`` with the soft-L1 loss; the other constants keep the values
+    of ``start``. ``prior`` is the log standard deviation of a prior around ``center`` (by default
+    the start): one residual per constant. With ``data_only`` the loss applies only to the data.
+    ``step`` is the log step of derivatives where residuals have single precision. ``together``
+    returns the residuals of several sets of constants, (sets, rows). ``search`` has further options
+    of :func:`scipy.optimize.least_squares`."""
     names = list(ranges)
     low = np.log([ends.low or 1e-9 for ends in ranges.values()])
     high = np.log([ends.high for ends in ranges.values()])
@@ -172,10 +174,11 @@ def fit_logs(
     moot: Mapping[str, tuple[str, str]] | None = None,
     **search: Any,
 ) -> ConstantsFit:
-    """Repeat the search (:func:`minimise`) until no free constant is on its bound and the data identify every constant.
-    ``fixed`` maps constants that are not free to the reason. A constant with a log standard error above ``weak``
-    returns to ``center``; a constant on its bound stays there. ``moot`` maps a constant to a second constant with a
-    reason: the second is fixed when the first is on its lower bound."""
+    """Repeat the search (:func:`minimise`) until no free constant is on its bound and the data
+    identify every constant. ``fixed`` maps constants that are not free to the reason. A constant
+    with a log standard error above ``weak`` returns to ``center``; a constant on its bound stays
+    there. ``moot`` maps a constant to a second constant with a reason: the second is fixed when the
+    first is on its lower bound."""
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
     while free := {name: ends for name, ends in ranges.items() if name not in kept}:

@@ -1,8 +1,8 @@
 """Choose the operators to measure in a given time, by the rates of a device.
 
-:func:`base_plan` takes candidates, best first, until the time is used: sizes of language models and odd sizes between
-them, spread over logarithmic space. It holds out groups (n, k) before the measurement, so no fit sees them.
-:func:`in_order` measures given operators.
+:func:`base_plan` takes candidates, best first, until the time is used: sizes of language models and
+odd sizes between them, spread over logarithmic space. It holds out groups (n, k) before the
+measurement, so no fit sees them. :func:`in_order` measures given operators.
 """
 
 from __future__ import annotations
@@ -46,28 +46,135 @@ SHARES: Mapping[str, float] = {
     "pruned": 0.04,
     "runtime": 0.02,
 }
-# part of the share of GEMMs that the first operators of other kinds may use, if their own shares are too short
+# part of the share of GEMMs that the first operators of other kinds may use, if their own shares
+# are too short
 SPARE = 0.5
 
-# fmt: off
 TOKENS = (
-    1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 48, 64, 65, 96, 100, 127, 128, 160, 192, 256, 257, 320, 384, 512, 513,
-    640, 768, 1000, 1024, 1536, 2048, 3000, 3072, 4096, 6144, 8192, 16384,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    12,
+    16,
+    17,
+    24,
+    31,
+    32,
+    48,
+    64,
+    65,
+    96,
+    100,
+    127,
+    128,
+    160,
+    192,
+    256,
+    257,
+    320,
+    384,
+    512,
+    513,
+    640,
+    768,
+    1000,
+    1024,
+    1536,
+    2048,
+    3000,
+    3072,
+    4096,
+    6144,
+    8192,
+    16384,
 )
 SIZES = (
-    64, 128, 192, 256, 320, 512, 576, 640, 768, 896, 960, 1024, 1280, 1536, 1792, 2048, 2304, 2560, 3072, 3584, 4096,
-    4864, 5120, 5632, 6144, 7168, 8192, 8960, 9216, 11008, 12288, 13824, 14336, 16384, 18944, 24576, 28672,
+    64,
+    128,
+    192,
+    256,
+    320,
+    512,
+    576,
+    640,
+    768,
+    896,
+    960,
+    1024,
+    1280,
+    1536,
+    1792,
+    2048,
+    2304,
+    2560,
+    3072,
+    3584,
+    4096,
+    4864,
+    5120,
+    5632,
+    6144,
+    7168,
+    8192,
+    8960,
+    9216,
+    11008,
+    12288,
+    13824,
+    14336,
+    16384,
+    18944,
+    24576,
+    28672,
 )
 ODD_SIZES = (100, 321, 500, 1001, 1365, 2050, 2731, 3001, 4099, 5461, 7500, 11003)
 VOCABULARIES = (32000, 49152, 50257, 128256, 151936)
 HEADS = (  # heads, kv_heads, head_dim
-    (9, 3, 64), (14, 2, 64), (12, 12, 64), (16, 8, 128), (32, 32, 128), (32, 8, 128), (28, 4, 128), (40, 8, 128),
-    (64, 8, 128), (24, 8, 96),
+    (9, 3, 64),
+    (14, 2, 64),
+    (12, 12, 64),
+    (16, 8, 128),
+    (32, 32, 128),
+    (32, 8, 128),
+    (28, 4, 128),
+    (40, 8, 128),
+    (64, 8, 128),
+    (24, 8, 96),
 )
-LENGTHS = (64, 128, 200, 256, 384, 512, 768, 1000, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+LENGTHS = (
+    64,
+    128,
+    200,
+    256,
+    384,
+    512,
+    768,
+    1000,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    6144,
+    8192,
+    16384,
+    32768,
+)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-ELEMENTWISE = (NORMS[0], "activation", "residual", "rotary", "gather", "scatter", "cache_write", "select")
-# fmt: on
+ELEMENTWISE = (
+    NORMS[0],
+    "activation",
+    "residual",
+    "rotary",
+    "gather",
+    "scatter",
+    "cache_write",
+    "select",
+)
 # caches so short that a copy takes no longer than a launch
 LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)
 # numbers of scores of a selection: groups, blocks, positions
@@ -97,9 +204,9 @@ class Rates:
         )
 
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
-        """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the protocol's limit.
-        ``compiled`` are the :func:`compilation` of earlier operators. The median of n samples has an interval of about
-        1.25 * 1.96 * noise / sqrt(n) to either side."""
+        """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the
+        protocol's limit. ``compiled`` are the :func:`compilation` of earlier operators. The median
+        of n samples has an interval of about 1.25 * 1.96 * noise / sqrt(n) to either side."""
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
         windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
@@ -110,20 +217,23 @@ class Rates:
 
 
 def compilation(op: Operator) -> tuple[Any, ...] | None:
-    """Return what flex attention is compiled for, once for all lengths; None for other operators."""
+    """Return what flex attention is compiled for, once for all lengths; None for other
+    operators."""
     if op.kind != "attention_block_sparse":
         return None
     return op.dtype, op.head_dim, op.heads, op.kv_heads, op.block
 
 
-# time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a CPU
+# time to compile flex attention for a GPU, s: an upper estimate from lowering and compiling it on a
+# CPU
 FLEX_COMPILE_S = 15.0
 
 
 def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates:
-    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one second. A square GEMM
-    grows until it takes 5 ms, since a slow number format would need minutes. A copy of 64 MiB, an empty launch and a
-    thin GEMM follow. The thin GEMM matters on a CPU, which rearranges weights before a product."""
+    """Measure arithmetic rate, bandwidth and launch time of a device for a plan, in about one
+    second. A square GEMM grows until it takes 5 ms, since a slow number format would need minutes.
+    A copy of 64 MiB, an empty launch and a thin GEMM follow. The thin GEMM matters on a CPU, which
+    rearranges weights before a product."""
     window_s = protocol.min_window_s if protocol else 1e-3
     quick = Protocol(window_s, precision=0.05, min_samples=6, max_samples=8, time_limit_s=0.2)
     setups: list[float] = []
@@ -167,7 +277,8 @@ def probe(device: Device, dtype: str, protocol: Protocol | None = None) -> Rates
         bytes_per_s = min(
             bytes_per_s, thin.bytes / max(seconds - thin.flops / flop_per_s, 0.25 * seconds)
         )
-    # the median, because the first preparation in a number format also fills memory with random data
+    # the median, because the first preparation in a number format also fills memory with random
+    # data
     setup = max(1e-3, 1.5 * statistics.median(setups))
     memory_bytes = device.describe().memory_bytes or float("inf")
     compile_s = FLEX_COMPILE_S if device.name.startswith("cuda") else 0.0
@@ -190,8 +301,8 @@ class MeasurementPlan:
     drift_check: Operator
     seed: int = 0
     budget_s: float = math.inf
-    # Rounds over the items, each in another order. Other work on a shared machine slows a measurement down for seconds
-    # and never speeds it up, so the fastest visit of an item counts.
+    # Rounds over the items, each in another order. Other work on a shared machine slows a
+    # measurement down for seconds and never speeds it up, so the fastest visit of an item counts.
     visits: int = 1
 
     def order(self, visit: int) -> tuple[Item, ...]:
@@ -263,9 +374,9 @@ def base_plan(
     shares: Mapping[str, float] = SHARES,
     kernels_apart: bool = True,
 ) -> MeasurementPlan:
-    """Plan measurements of an unknown device; ``shares`` are shares of the budget. The order begins with one operator
-    per kind, so a run that ends early has a time of each. With ``kernels_apart``, enough attention calls of one head
-    width for a fit come before the next width."""
+    """Plan measurements of an unknown device; ``shares`` are shares of the budget. The order begins
+    with one operator per kind, so a run that ends early has a time of each. With ``kernels_apart``,
+    enough attention calls of one head width for a fit come before the next width."""
     protocol = protocol or Protocol()
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
@@ -288,7 +399,8 @@ def base_plan(
 
 
 def drift_check_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operator:
-    """Return a compute-bound GEMM with a precise time: the largest that takes less than half a window."""
+    """Return a compute-bound GEMM with a precise time: the largest that takes less than half a
+    window."""
     candidates = [
         Operator("gemm", dtype, m=size // 2, n=size, k=size) for size in (4096, 2048, 1024, 512)
     ]
@@ -297,7 +409,8 @@ def drift_check_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operat
 
 
 def split_holdout(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
-    """Hold out random (n, k) groups of GEMMs and random single items of other kinds; return items with purposes."""
+    """Hold out random (n, k) groups of GEMMs and random single items of other kinds; return items
+    with purposes."""
     groups = sorted({item.operator.group for item in items if item.operator.kind == "gemm"})
     apart = ("gemm", "copy", "launch_graph", *HOST_KINDS)
     others = sorted(item.operator.key for item in items if item.operator.kind not in apart)
@@ -338,9 +451,10 @@ def in_order(
 
 
 def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: int) -> list[int]:
-    """Return the ``count`` of n rows that reduce the variance of the targets most, each given the rows before it.
-    ``rows`` are the errors of the rows, ``kind`` (n,) the kinds of their operators; ``targets`` (t, n) is the
-    covariance of each target with each row (``PassUncertainty.covariance``)."""
+    """Return the ``count`` of n rows that reduce the variance of the targets most, each given the
+    rows before it. ``rows`` are the errors of the rows, ``kind`` (n,) the kinds of their operators;
+    ``targets`` (t, n) is the covariance of each target with each row
+    (``PassUncertainty.covariance``)."""
     systematic, sd = rows.wide(), rows.correlated
     common = systematic @ systematic.T
     common += (
@@ -359,7 +473,8 @@ def next_rows(rows: Uncertainty, kind: IndexArray, targets: FloatArray, count: i
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    """Shuffle items by seed. Since time may run out, exact shapes come first, then one item per kind of operator."""
+    """Shuffle items by seed. Since time may run out, exact shapes come first, then one item per
+    kind of operator."""
     ordered = sorted(items, key=lambda item: item.operator.key)
     mixed = [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
     first = {
@@ -372,7 +487,8 @@ def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
 
 
 def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
-    """Return indices of points in an order in which every prefix is spread widely (farthest point first)."""
+    """Return indices of points in an order in which every prefix is spread widely (farthest point
+    first)."""
     order = [first]
     nearest = np.linalg.norm(points - points[first], axis=1)
     nearest[first] = -1.0
@@ -387,7 +503,8 @@ def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> lis
 def gemm_stream(
     dtype: str, rng: np.random.Generator, fits: Callable[[Operator], bool]
 ) -> Iterable[Operator]:
-    """Yield GEMMs of widely spread groups (n, k) of a few m, one group in eight misaligned, until nothing more fits."""
+    """Yield GEMMs of widely spread groups (n, k) of a few m, one group in eight misaligned, until
+    nothing more fits."""
     regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
@@ -414,7 +531,8 @@ def gemm_stream(
 
 
 def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Return up to :data:`_MOST_ORDERED` members of a pool in a spread order, from a random one on."""
+    """Return up to :data:`_MOST_ORDERED` members of a pool in a spread order, from a random one
+    on."""
     if not pool:
         return []
     order = spread_order(
@@ -464,7 +582,8 @@ def other_streams(
 
 
 def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
-    """Return shapes of attention calls. With ``apart``, head widths take turns that have enough calls for a fit."""
+    """Return shapes of attention calls. With ``apart``, head widths take turns that have enough
+    calls for a fit."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
     pools = [
         [call for call in every if call[-1] == width]

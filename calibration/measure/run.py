@@ -1,29 +1,31 @@
 """Run a measurement plan on a device, with one record per operator.
 
-A measurement is repeated if the device throttles or other processes use the CPU. A lost device, a failed graph capture
-or an interrupt ends the run with a reason, and all earlier records are kept. A resumed run does not repeat the operator
-that lost the device (recorded as failed) or whose capture failed (unsupported).
+A measurement is repeated if the device throttles or other processes use the CPU. A lost device, a
+failed graph capture or an interrupt ends the run with a reason, and all earlier records are kept. A
+resumed run does not repeat the operator that lost the device (recorded as failed) or whose capture
+failed (unsupported).
 
 A record is a JSON-ready mapping:
 
-===================  ===================================================================================================
-``type``             ``"measurement"``
-``key``              the operator as text; equal operators have equal keys
-``operator``         the operator's fields
-``purpose``          ``fit``, ``holdout``, ``exact`` or ``drift_check``
-``status``           ``ok``, ``noisy``, ``throttled`` (also when repeated); without a time ``skipped`` (out of memory),
-                     ``unsupported``, ``refused`` (invalid time), ``failed`` (the kernel raised an exception)
-``reason``           why it is not ``ok``
-``median_s`` ...     ``lower_s``, ``upper_s`` (95 % interval of the median; null where samples are too few for one),
-                     ``samples_s`` and ``warmup_s`` (raw, untrimmed), ``loops``
-``method``           how launches were timed and kept cold
-``before, after``    telemetry; a GPU's is read under load, ``after`` during the samples
-``visit``            round of the plan, from 0; the fastest counts (``calibration.records.store``)
-``attempts``         number of measurements; ``throttled_samples`` were discarded because of throttling
-``waited``           share of the time in which this process waited for a CPU, where the system counts it
-``block``            number of the last drift check before this record
-``drift``            drift checks: change from the first; ``drifted`` if it exceeds the limit and intervals are disjoint
-===================  ===================================================================================================
+- ``type``: ``"measurement"``
+- ``key``: the operator as text; equal operators have equal keys
+- ``operator``: the operator's fields
+- ``purpose``: ``fit``, ``holdout``, ``exact`` or ``drift_check``
+- ``status``: ``ok``, ``noisy``, ``throttled`` (also when repeated); without a time ``skipped`` (out
+  of memory), ``unsupported``, ``refused`` (invalid time), ``failed`` (the kernel raised an
+  exception)
+- ``reason``: why it is not ``ok``
+- ``median_s``, ``lower_s``, ``upper_s``: median and its 95 % interval, null where samples are too
+  few for an interval
+- ``samples_s``, ``warmup_s``: raw, untrimmed times; ``loops``
+- ``method``: how launches were timed and kept cold
+- ``before``, ``after``: telemetry; a GPU's is read under load, ``after`` during the samples
+- ``visit``: round of the plan, from 0; the fastest counts (``calibration.records.store``)
+- ``attempts``: number of measurements; ``throttled_samples`` were discarded because of throttling
+- ``waited``: share of the time in which this process waited for a CPU, where the system counts it
+- ``block``: number of the last drift check before this record
+- ``drift``: drift checks: change from the first; ``drifted`` if it exceeds the limit and intervals
+  are disjoint
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the program as usual."""
+    """Turn the first Ctrl-C into a flag that is read between samples; a second Ctrl-C ends the
+    program as usual."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -103,7 +106,8 @@ class Interrupt:
 
 @dataclass
 class Counts:
-    """Number of operators per status; ``drifted`` counts drift checks, ``repeated`` and ``revisited`` measurements."""
+    """Number of operators per status; ``drifted`` counts drift checks, ``repeated`` and
+    ``revisited`` measurements."""
 
     ok: int = 0
     noisy: int = 0
@@ -132,7 +136,8 @@ class Counts:
 class Outcome:
     counts: Counts
     elapsed_s: float  # on the device's clock
-    # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...", or ""
+    # reason of an early end: "budget", "interrupted", "device lost: ..." or "capture failed: ...",
+    # or ""
     stopped: str
     problems: tuple[str, ...]  # one line per operator without a time, and one for drift
 
@@ -142,7 +147,8 @@ class Outcome:
 
     @property
     def needs_new_process(self) -> bool:
-        """Return whether this process can measure nothing more, but a new process may: errors of CUDA stay with it."""
+        """Return whether this process can measure nothing more, but a new process may: errors of
+        CUDA stay with it."""
         return self.stopped.startswith((CAPTURE_FAILED, LOST))
 
 
@@ -167,7 +173,8 @@ class _Run:
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
-        """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted is raised."""
+        """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted
+        is raised."""
         op = item.operator
         record = {"type": "measurement", "key": op.key, "operator": dict(vars(op))}
         record |= {"purpose": item.purpose, "status": OK, "reason": ""}
@@ -220,7 +227,8 @@ class _Run:
                 self.waits.append(share)
                 if share <= WAIT_LIMIT:
                     return
-                # on a machine that is always shared, a repeat does not help: repeat once if the share is unusual
+                # on a machine that is always shared, a repeat does not help: repeat once if the
+                # share is unusual
                 if attempt > 1 or share < 2.0 * statistics.median(self.waits):
                     break
                 pause = 0.0
@@ -287,10 +295,11 @@ def run(
     protocol: Protocol | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Measure the items of a plan; an item is omitted if it is not expected to end within the plan's budget. ``append``
-    stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs in the same store:
-    their operators are not measured again, and their first drift check stays the reference. ``progress`` is called
-    after every visit with the seconds that have passed and the expected total."""
+    """Measure the items of a plan; an item is omitted if it is not expected to end within the
+    plan's budget. ``append`` stores one record before it returns (``Store.append``). ``previous``
+    are records of earlier runs in the same store: their operators are not measured again, and their
+    first drift check stays the reference. ``progress`` is called after every visit with the seconds
+    that have passed and the expected total."""
     budget, protocol = plan.budget_s, protocol or Protocol()
     earlier = list(previous)
     done = {
@@ -330,7 +339,8 @@ def run(
                     # an operator without a time in the first visit has none in later visits
                     continue
                 elapsed = device.clock() - start
-                # estimates are rough at first and accurate after about 20 items, so both are combined
+                # estimates are rough at first and accurate after about 20 items, so both are
+                # combined
                 pace = (spent_s + 5.0 * protocol.time_limit_s) / (
                     expected_s + 5.0 * protocol.time_limit_s
                 )
@@ -375,7 +385,10 @@ def run(
     if state.drifts:
         low, high = min(state.drifts), max(state.drifts)
         change = f"{low:+.1%}" if low == high else f"{low:+.1%} to {high:+.1%}"
-        drifted = f"{counts.drifted} of {counts.drift_checks} drift checks differ from the first by {change}"
+        drifted = (
+            f"{counts.drifted} of {counts.drift_checks} drift checks differ from the first by"
+            f" {change}"
+        )
         state.problems.append(drifted)
     if capped := sum(power_capped(state.telemetry)):
         slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
@@ -386,8 +399,9 @@ def run(
 
 
 def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
-    """Return a record with the time of a compute-bound GEMM under load over its time in a measurement, because clocks
-    fall at the power limit; None if it cannot run, or at an interrupt."""
+    """Return a record with the time of a compute-bound GEMM under load over its time in a
+    measurement, because clocks fall at the power limit; None if it cannot run, or at an
+    interrupt."""
     with Interrupt() as flag:
         try:
             prepared = device.prepare(

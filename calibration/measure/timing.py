@@ -1,8 +1,10 @@
-"""Timing as pure functions of number series: warm-up, loop count, interval of the median, stopping rule.
+"""Timing as pure functions of number series: warm-up, loop count, interval of the median, stopping
+rule.
 
-The interval of the median is distribution-free. For n independent samples, the order statistics x(l), x(n+1-l) enclose
-the median with probability 1 - 2 P(Binomial(n, 1/2) < l) for any noise (H. A. David, H. N. Nagaraja, "Order
-Statistics", 3rd edition, section 7.1). Samples are never trimmed, because an outlier is real behaviour of the machine.
+The interval of the median is distribution-free. For n independent samples, the order statistics
+x(l), x(n+1-l) enclose the median with probability 1 - 2 P(Binomial(n, 1/2) < l) for any noise (H.
+A. David, H. N. Nagaraja, "Order Statistics", 3rd edition, section 7.1). Samples are never trimmed,
+because an outlier is real behaviour of the machine.
 """
 
 from __future__ import annotations
@@ -40,13 +42,15 @@ class Protocol:
 
 
 def default_protocol(description: Description, budget_s: float) -> Protocol:
-    """Return the protocol for a device; a short budget gives each shape less time, to measure enough for a fit."""
+    """Return the protocol for a device; a short budget gives each shape less time, to measure
+    enough for a fit."""
     limit = min(2.0, max(0.25, budget_s / 400.0))
     return Protocol(time_limit_s=limit / default_visits(description))
 
 
 def default_visits(description: Description) -> int:
-    """Return the number of visits per item: CPUs are often shared with other processes, GPUs are not."""
+    """Return the number of visits per item: CPUs are often shared with other processes, GPUs are
+    not."""
     return 3 if description.name == "cpu" else 1
 
 
@@ -65,7 +69,8 @@ class Timing:
 
 @lru_cache(maxsize=4096)
 def interval_rank(count: int) -> int:
-    """Return the rank l (from 1) at which x(l), x(count+1-l) enclose the median at 95 %; 0 if none does."""
+    """Return the rank l (from 1) at which x(l), x(count+1-l) enclose the median at 95 %; 0 if none
+    does."""
     tail = 0
     for rank in range(count // 2):
         tail += math.comb(count, rank)
@@ -88,14 +93,16 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _noise(values: NDArray[np.float64]) -> float:
-    """Return the standard deviation of a series about its trend: with the trend as noise, drift would seem steady."""
+    """Return the standard deviation of a series about its trend: with the trend as noise, drift
+    would seem steady."""
     return float(np.std(np.diff(values))) / math.sqrt(2.0)
 
 
 def is_warm(values: Sequence[float], tolerance: float) -> bool:
-    """Return whether a stretch of samples is steady. Its first value is no outlier: its distance from the median of the
-    others is below five standard deviations or ``tolerance``. The medians of its halves differ by less than three
-    standard errors or ``tolerance``. A quiet clock may repeat one number exactly, hence the tolerance."""
+    """Return whether a stretch of samples is steady. Its first value is no outlier: its distance
+    from the median of the others is below five standard deviations or ``tolerance``. The medians of
+    its halves differ by less than three standard errors or ``tolerance``. A quiet clock may repeat
+    one number exactly, hence the tolerance."""
     series = np.asarray(values, dtype=np.float64)
     first, rest = series[0], series[1:]
     middle = float(np.median(rest))
@@ -104,7 +111,8 @@ def is_warm(values: Sequence[float], tolerance: float) -> bool:
         return False
     half = series.size // 2
     early, late = series[:half], series[-half:]
-    # the median's standard error is 1.2533 s / sqrt(count) for normal noise; the difference of two has sqrt(2) of it
+    # the median's standard error is 1.2533 s / sqrt(count) for normal noise; the difference of two
+    # has sqrt(2) of it
     error = 1.2533 * _noise(series) * math.sqrt(2.0 / half)
     return abs(float(np.median(early)) - float(np.median(late))) <= max(3.0 * error, slack)
 
@@ -119,8 +127,8 @@ def checked(seconds: float) -> float:
 
 
 def calibrate_loops(sample: Sample, min_window_s: float) -> int:
-    """Return the launches per sample that cover ``min_window_s``. The count grows at most tenfold per step: the first
-    launches are slower, so a count from them alone is too small."""
+    """Return the launches per sample that cover ``min_window_s``. The count grows at most tenfold
+    per step: the first launches are slower, so a count from them alone is too small."""
     loops = 1
     while True:
         each = checked(sample(loops))
@@ -134,9 +142,10 @@ def calibrate_loops(sample: Sample, min_window_s: float) -> int:
 
 
 def measure(sample: Sample, protocol: Protocol, clock: Callable[[], float]) -> Timing:
-    """Time a launch: warm up, find the loop count, sample until the median is precise or the time is up.
-    ``sample(loops)`` launches ``loops`` times and returns seconds per launch. The first steady stretch begins the
-    samples; a series that is not steady in half of the time limit is marked noisy."""
+    """Time a launch: warm up, find the loop count, sample until the median is precise or the time
+    is up. ``sample(loops)`` launches ``loops`` times and returns seconds per launch. The first
+    steady stretch begins the samples; a series that is not steady in half of the time limit is
+    marked noisy."""
     p, start = protocol, clock()
     checked(sample(1))  # loads libraries, selects kernels, touches memory: not part of any series
     loops = calibrate_loops(sample, p.min_window_s)

@@ -1,5 +1,6 @@
-"""Shipped measured tables (``device/operator/stack``), each with its provenance, and published measurements of whole
-models. ``build.py`` makes the files from a published Apache-2.0 package; NOTICE names its authors."""
+"""Shipped measured tables (``device/operator/stack``), each with its provenance, and published
+measurements of whole models. ``build.py`` makes the files from a published Apache-2.0 package;
+NOTICE names its authors."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from simulator.errors import InputError, unknown
 FOLDER = Path(__file__).resolve().parent
 INDEX = "PROVENANCE.yaml"
 
-# files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single GEMMs and
-# collectives
+# files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single
+# GEMMs and collectives
 PUBLISHED: Mapping[str, str] = {
     "dense": "published_dense.csv",
     "speedups": "published_speedups.csv",
@@ -39,7 +40,8 @@ def list_measurements() -> tuple[str, ...]:
 
 
 def provenance(name: str) -> Mapping[str, Any]:
-    """Return the origin of a table: package, path, device, software, kept and refused rows, digest, licence."""
+    """Return the origin of a table: package, path, device, software, kept and refused rows, digest,
+    licence."""
     index = read_tables(INDEX)
     if name not in index:
         raise unknown("measurement", name, index)
@@ -75,12 +77,13 @@ def _parsed(text: str) -> dict[str, dict[str, Any]]:
 def published(name: str) -> list[dict[str, str]]:
     """Return the rows of a table of :data:`PUBLISHED` as text, each with its source.
 
-    Values are SI unless the row has a ``unit``. ``assumed`` lists facts that the source does not state, ``reason`` the
-    likely reason of a large error, ``left_out`` why a row cannot be predicted (empty: it can). Parameters of an engine
-    are fitted on rows with ``split`` "fit" and evaluated on rows with "judge"; no source is in both. ``metric`` is
-    time_s (of a prefill or a step), tokens_per_s (new tokens of all sequences over the total time, or over a decode
-    step) or all_tokens_per_s (prompt and new tokens). ``own_code`` marks a pruned model that ran other modelling code
-    than the dense model; it prunes the layers ``first_layer`` to ``last_layer``.
+    Values are SI unless the row has a ``unit``. ``assumed`` lists facts that the source does not
+    state, ``reason`` the likely reason of a large error, ``left_out`` why a row cannot be predicted
+    (empty: it can). Parameters of an engine are fitted on rows with ``split`` "fit" and evaluated
+    on rows with "judge"; no source is in both. ``metric`` is time_s (of a prefill or a step),
+    tokens_per_s (new tokens of all sequences over the total time, or over a decode step) or
+    all_tokens_per_s (prompt and new tokens). ``own_code`` marks a pruned model that ran other
+    modelling code than the dense model; it prunes the layers ``first_layer`` to ``last_layer``.
     """
     if name not in PUBLISHED:
         raise unknown("published table", name, PUBLISHED)

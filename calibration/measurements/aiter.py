@@ -1,9 +1,11 @@
-"""Read the GEMM times of AMD's tuner (:data:`TABLES`): ``aiter/configs`` of ROCm/aiter, collected in one CSV file.
+"""Read the GEMM times of AMD's tuner (:data:`TABLES`): ``aiter/configs`` of ROCm/aiter, collected
+in one CSV file.
 
-The tuner times every kernel of its libraries and keeps the fastest per shape, so the times are a lower bound for stacks
-without tuning. It calls a kernel 101 times, each time with the next of 101 copies of all operands
-(``aiter/test_common.py``, ``perftest``). Weights above 2.6 MB therefore come from DRAM and not from the Infinity Cache
-of 256 MiB: no row is faster than DRAM, and 100 MB are read at the rate of 900 MB.
+The tuner times every kernel of its libraries and keeps the fastest per shape, so the times are a
+lower bound for stacks without tuning. It calls a kernel 101 times, each time with the next of 101
+copies of all operands (``aiter/test_common.py``, ``perftest``). Weights above 2.6 MB therefore come
+from DRAM and not from the Infinity Cache of 256 MiB: no row is faster than DRAM, and 100 MB are
+read at the rate of 900 MB.
 """
 
 from __future__ import annotations
@@ -31,19 +33,24 @@ LICENCE = "MIT"
 FILE = "aiter_gemm.csv.gz"
 
 COPIES = 101.0
-# A row that takes this many times the time of a product of more work is no best kernel: the tuner had none with
-# split-K, which costs 40 to 160 %. Weights rearranged for a kernel (bpreshuffle) save 12 %, the median of 726 shapes.
+# A row that takes this many times the time of a product of more work is no best kernel: the tuner
+# had none with split-K, which costs 40 to 160 %. Weights rearranged for a kernel (bpreshuffle) save
+# 12 %, the median of 726 shapes.
 MISSED = 1.3
 PER_OCTAVE = 16.0  # kept numbers of tokens per doubling: some (n, k) have 15 of them, one has 4,112
 _SIZES = ("m", "n", "k")
-_METHOD = "aiter tuner: mean kernel time of a profiler, 101 calls on rotated operands; fastest kernel per shape"
+_METHOD = (
+    "aiter tuner: mean kernel time of a profiler, 101 calls on rotated operands; fastest kernel per"
+    " shape"
+)
 # profile -> target of its compiler, and the GPUs that have it; the file does not distinguish them
 _GPUS = {
     "mi300x": ("gfx942", "AMD Instinct MI300X or MI325X"),
     "mi355x": ("gfx950", "AMD Instinct MI350X or MI355X"),
 }
 _REARRANGED = "a8w8_blockscale_bpreshuffle"
-# kind and format of the weights -> number format; kinds of fewer than 400 rows per GPU (int8, a8w8 in fp8) are excluded
+# kind and format of the weights -> number format; kinds of fewer than 400 rows per GPU (int8, a8w8
+# in fp8) are excluded
 _FORMATS: Mapping[tuple[str, str], str] = {
     ("a8w8_blockscale", ""): "fp8_block",
     (_REARRANGED, ""): "fp8_block",

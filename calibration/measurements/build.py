@@ -1,8 +1,9 @@
-"""Make the shipped tables from the wheel (``wheel``) and from a folder with InferSim's files in ``h20`` (``infersim``)
-and the file of aiter's times (``aiter``): ``python -m calibration.measurements.build WHEEL FOLDER``.
+"""Make the shipped tables from the wheel (``wheel``) and from a folder with InferSim's files in
+``h20`` (``infersim``) and the file of aiter's times (``aiter``): ``python -m
+calibration.measurements.build WHEEL FOLDER``.
 
-The same sources give the same bytes. PROVENANCE.yaml counts excluded rows by reason. It names the version of pyarrow,
-because another version may encode differently.
+The same sources give the same bytes. PROVENANCE.yaml counts excluded rows by reason. It names the
+version of pyarrow, because another version may encode differently.
 """
 
 from __future__ import annotations
@@ -54,14 +55,17 @@ CACHE_ASSUMED = (
 HARDWARE = ("h100_sxm", "h200_sxm", "b200_sxm")
 ENGINES = ("trtllm", "sglang", "vllm")
 
-CACHED = "prompts were cached: rows of this group are over in under 0.75 of the time that their prefills take"
+CACHED = (
+    "prompts were cached: rows of this group are over in under 0.75 of the time that their prefills"
+    " take"
+)
 QUEUED = "requests queued for seconds before their first token"
 SEVERAL = "its requests went to several replicas"
 
 
 def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the tables that ship and their index into a folder; return the index. ``others`` is the folder of the files
-    that are not in the wheel."""
+    """Write the tables that ship and their index into a folder; return the index. ``others`` is the
+    folder of the files that are not in the wheel."""
     import pyarrow
 
     tables: dict[str, dict[str, Any]] = {}
@@ -120,27 +124,40 @@ def build(wheel: Path, others: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
         "wheel": wheel.name,
         "wheel_sha256": WHEEL_SHA256,
-        "protocol": "CUDA graph replay, weights rotated over at most 6 copies, latency of one launch with its gap",
-        "changes": "rows selected as said under each table; milliseconds to seconds in float32; GEMMs below 16 bits "
-        "without the conversion of activations, weights alone without the time of a profiler; column names and order; "
-        "copies added; sizes of collectives in bytes",
+        "protocol": (
+            "CUDA graph replay, weights rotated over at most 6 copies, latency of one launch with"
+            " its gap"
+        ),
+        "changes": (
+            "rows selected as said under each table; milliseconds to seconds in float32; GEMMs"
+            " below 16 bits without the conversion of activations, weights alone without the time"
+            " of a profiler; column names and order; copies added; sizes of collectives in bytes"
+        ),
         "pyarrow": pyarrow.__version__,
         "serving": serving | _origin_of(content, MEMBER, COPYRIGHT, LICENCE),
         "infersim": {
             "package": infersim.REPOSITORY,
             "url": infersim.URL,
             "protocol": "as said in each table's source",
-            "unknown": "versions of the libraries; how MLA was timed; whether the GPU was otherwise idle",
-            "changes": "rows selected as said under each table; microseconds to seconds in float32; "
-            "column names and order",
+            "unknown": (
+                "versions of the libraries; how MLA was timed; whether the GPU was otherwise idle"
+            ),
+            "changes": (
+                "rows selected as said under each table; microseconds to seconds in float32; "
+                "column names and order"
+            ),
         },
         "aiter": {
             "package": aiter.REPOSITORY,
             "url": aiter.URL,
             "protocol": "as said in each table's source",
-            "unknown": "which GPU of a compiler target was timed; versions of the libraries; split-K",
-            "changes": "rows selected as said under each table; microseconds to seconds in float32; "
-            "column names and order; copies added",
+            "unknown": (
+                "which GPU of a compiler target was timed; versions of the libraries; split-K"
+            ),
+            "changes": (
+                "rows selected as said under each table; microseconds to seconds in float32; "
+                "column names and order; copies added"
+            ),
         },
         "tables": tables,
     }
@@ -179,9 +196,10 @@ def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
 
 
 def _served(run: Mapping[str, str]) -> dict[str, str]:
-    """Return the row of a run in SI units; {} for a run that is not selected. Selected are runs on one node in one pool
-    (mode agg), where one engine runs the prefill and decode of a request, of dense models and of Qwen3-235B-A22B. Rows
-    that a steady-state model cannot explain have the reason in ``left_out``."""
+    """Return the row of a run in SI units; {} for a run that is not selected. Selected are runs on
+    one node in one pool (mode agg), where one engine runs the prefill and decode of a request, of
+    dense models and of Qwen3-235B-A22B. Rows that a steady-state model cannot explain have the
+    reason in ``left_out``."""
     path, engine, version, source = (
         run[name] for name in ("model_path", "backend", "backend_version", "silicon_data_source")
     )
@@ -236,7 +254,10 @@ def why_left_out(rows: list[dict[str, str]]) -> Counter[str]:
 
 
 def main() -> None:
-    about = f"Make the shipped measurement tables from {PACKAGE}, {infersim.REPOSITORY} and {aiter.REPOSITORY}"
+    about = (
+        f"Make the shipped measurement tables from {PACKAGE}, {infersim.REPOSITORY} and"
+        f" {aiter.REPOSITORY}"
+    )
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("wheel", type=Path)
     parser.add_argument(

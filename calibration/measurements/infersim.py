@@ -1,11 +1,13 @@
 """Read the measured kernels of alibaba/InferSim on an H20 (:data:`TABLES`).
 
-The CSV files are the repository's ``bench_data/*/h20``. Its benchmark scripts (``kernel_benchmark``) show how each was
-measured, and therefore which rows are the time of a kernel. SGLang runs these kernels (stack ``sglang``), except in
-decode attention: the table's kernel is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on
-Hopper is FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request 6151).
-Gated delta nets have no table: their files hold nine different rows (``tests/operators/test_delta_net.py``).
-``infersim.yaml`` states the file, kernel and timing method of each table.
+The CSV files are the repository's ``bench_data/*/h20``. Its benchmark scripts
+(``kernel_benchmark``) show how each was measured, and therefore which rows are the time of a
+kernel. SGLang runs these kernels (stack ``sglang``), except in decode attention: the table's kernel
+is FlashInfer's (stack ``flashinfer``), an option of SGLang. SGLang's default on Hopper is
+FlashAttention-3, which is 2.2 to 2.8 times slower on an H20 (SGLang, issue 5630 and pull request
+6151). Gated delta nets have no table: their files hold nine different rows
+(``tests/operators/test_delta_net.py``). ``infersim.yaml`` states the file, kernel and timing method
+of each table.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ COPYRIGHT = f"Copyright (c) {_OWNERS}, as the repository's README names them"
 LICENCE = "Apache-2.0"
 DEVICE = "NVIDIA H20"
 
-# a call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows are the host's time
+# a call of FlashInfer from Python takes the host 26 to 39 us, whatever it computes: shorter rows
+# are the host's time
 CALL_S = 40e-6
 STALL = 1.15  # a row with this many times the time of a row of more work was disturbed: 2 of 375
 # skew of the rule that distributes tokens to experts (simulator.operators.experts.dealt_load)
 AROUND_MEAN = -0.3
-# experts from which the number of tokens is known within 9 %, the standard deviation of what was drawn
+# experts from which the number of tokens is known within 9 %, the standard deviation of what was
+# drawn
 FEWEST = 4
 _HEADS = ("heads", "kv_heads", "head_dim")
 
@@ -97,7 +101,8 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
 def _columns(
     operator: str, cells: Mapping[str, Array], named: Mapping[str, str | float]
 ) -> tuple[dict[str, Array], Screen]:
-    """Return columns of records and refused rows; ``named``: a column of the file, or a value, per column."""
+    """Return columns of records and refused rows; ``named``: a column of the file, or a value, per
+    column."""
     size, gemm = len(cells["latency_us"]), operator == "gemm"
     columns: dict[str, Array] = {
         ours: _numbers(cells[theirs]) if isinstance(theirs, str) else np.full(size, theirs)
@@ -129,8 +134,9 @@ def _numbers(cells: Array) -> Array:
 
 
 def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Return masks of decode rows with the host's time of a call instead of a kernel's, and of disturbed rows. A layout
-    of heads is one run; runs whose shortest time is above half of :data:`CALL_S` timed calls."""
+    """Return masks of decode rows with the host's time of a call instead of a kernel's, and of
+    disturbed rows. A layout of heads is one run; runs whose shortest time is above half of
+    :data:`CALL_S` timed calls."""
     calls, stalled = (np.zeros(len(columns["seconds"]), dtype=np.bool_) for _ in range(2))
     layouts = np.stack([columns[name] for name in _HEADS], axis=1)
     for layout in np.unique(layouts, axis=0):
@@ -145,9 +151,9 @@ def _disturbed(columns: Mapping[str, Array]) -> tuple[Array, Array]:
 
 
 def _experts(cells: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
-    """Return the columns of the products of gate and up, then of down, of a layer's experts. DeepGEMM timed each alone
-    (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of each expert drawn from 0.7 to 1.3 times their
-    mean."""
+    """Return the columns of the products of gate and up, then of down, of a layer's experts.
+    DeepGEMM timed each alone (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of
+    each expert drawn from 0.7 to 1.3 times their mean."""
     given = {name: _numbers(values) for name, values in cells.items()}
     every, experts, top = given["num_experts"], given["num_local_experts"], given["topk"]
     once = {"m": np.rint(given["tokens_per_expert"] * every / top), "n": given["intermediate_size"]}

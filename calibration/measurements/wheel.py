@@ -1,6 +1,8 @@
-"""Read the tables of the wheel aiconfigurator-core that ``selection.yaml`` selects (:data:`CHOICES`).
+"""Read the tables of the wheel aiconfigurator-core that ``selection.yaml`` selects
+(:data:`CHOICES`).
 
-    pip download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 \\
+    pip download --no-deps --only-binary :all: --python-version 3.11 --platform
+    manylinux_2_28_x86_64 \\
         aiconfigurator-core==0.12.0
 """
 
@@ -28,7 +30,8 @@ from simulator.hardware.schema import profile_from_text
 PACKAGE = "aiconfigurator-core 0.12.0"
 WHEEL_SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
 HEAD_DIMS = (64, 128, 256)  # features per head of the selected attention
-# a call of latent attention that takes over this many times the time of a call of more work was delayed
+# a call of latent attention that takes over this many times the time of a call of more work was
+# delayed
 STALL = 5.0
 
 
@@ -63,7 +66,8 @@ CHOICES: Mapping[str, SelectedTable] = _choices()
 
 
 def datasheet(name: str) -> HardwareProfile:
-    """Return the facts of a shipped profile without its fitted sections, which may hold outdated constants."""
+    """Return the facts of a shipped profile without its fitted sections, which may hold outdated
+    constants."""
     path = profiles_folder() / f"{name}.yaml"
     problems = Problems(str(path))
     profile = profile_from_text(path.read_text(encoding="utf-8"), path, problems, lambda *_: {})
@@ -87,7 +91,8 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
 def read_choice(
     archive: zipfile.ZipFile, choice: SelectedTable
 ) -> tuple[Records, dict[str, int], Refusals]:
-    """Return a table's rows, sorted, with times in single precision; excluded and refused rows by reason."""
+    """Return a table's rows, sorted, with times in single precision; excluded and refused rows by
+    reason."""
     hw = datasheet(choice.hardware)
     content = archive.read(choice.member)
     result = import_table(choice.member, content=content, hw=hw)
@@ -97,7 +102,8 @@ def read_choice(
 
 
 def in_order(records: Records, columns: Sequence[str]) -> Records:
-    """Return the rows with times in single precision, sorted by format, ``columns`` (the last first) and size."""
+    """Return the rows with times in single precision, sorted by format, ``columns`` (the last
+    first) and size."""
     by = ("m", "kv_len", "q_len", "batch", "k", "n", *columns)
     records = records.select(np.lexsort([getattr(records, name) for name in by]))
     records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()
@@ -126,7 +132,8 @@ def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, 
 
 
 def stalled(records: Records) -> Array:
-    """Return a mask of the rows of latent attention that were delayed, because a call of more work was faster."""
+    """Return a mask of the rows of latent attention that were delayed, because a call of more work
+    was faster."""
     out, labels = np.zeros(len(records), dtype=np.bool_), records.labels().astype(str)
     for label in np.unique(labels):
         rows = np.flatnonzero(records.is_operator(*LATENT) & (labels == label))
@@ -136,7 +143,8 @@ def stalled(records: Records) -> Array:
 
 
 def beaten(sizes: Sequence[Array], seconds: Array, factor: float) -> Array:
-    """Return a mask of the rows that took over ``factor`` times the time of a row of no smaller size."""
+    """Return a mask of the rows that took over ``factor`` times the time of a row of no smaller
+    size."""
     out = np.zeros(len(seconds), dtype=np.bool_)
     for row, time in enumerate(seconds):
         more = np.logical_and.reduce([size >= size[row] for size in sizes])

@@ -1,4 +1,5 @@
-"""Import published tables as records: convert the columns of each format; refuse invalid rows, counted by reason."""
+"""Import published tables as records: convert the columns of each format; refuse invalid rows,
+counted by reason."""
 
 from __future__ import annotations
 
@@ -80,10 +81,11 @@ def import_table(
     device: str = "",
     screened: bool = True,
 ) -> ImportResult:
-    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this program; ``content`` is a
-    file's content in an archive. Rows faster than the datasheet of ``hw`` allows are refused, if ``screened``. For a
-    CSV, ``column_map`` maps names here to names in the file (``{"m": "M", "latency_us": "time"}``), and ``device`` is
-    the measured device. InputError without a usable row."""
+    """Read a table of aiconfigurator-core (Parquet), a CSV file, or a table or store of this
+    program; ``content`` is a file's content in an archive. Rows faster than the datasheet of ``hw``
+    allows are refused, if ``screened``. For a CSV, ``column_map`` maps names here to names in the
+    file (``{"m": "M", "latency_us": "time"}``), and ``device`` is the measured device. InputError
+    without a usable row."""
     raw = read_bounded(path) if content is None else content
     # rows with NaN or infinity are refused later
     with np.errstate(invalid="ignore", over="ignore"):
@@ -174,7 +176,8 @@ def finish(
 
 
 def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
-    """Refuse rows with an invalid time or shape; correct columns (float64, or names) where that is possible."""
+    """Refuse rows with an invalid time or shape; correct columns (float64, or names) where that is
+    possible."""
     operator = np.broadcast_to(columns.get("operator", np.array("gemm")), screen.kept.shape)
     with np.errstate(invalid="ignore"):
         seconds = columns["seconds"]
@@ -233,38 +236,59 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
 AICONFIGURATOR_METHOD = (
     "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
 )
-# fmt: off
 _AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
-    "bfloat16": ("bf16", "bf16"), "float16": ("fp16", "fp16"), "half": ("fp16", "fp16"), "fp8": ("fp8", "fp8"),
-    "fp8_block": ("fp8", "fp8_block"), "nvfp4": ("nvfp4", "nvfp4"), "int8": ("int8", "int8"),
-    "sq": ("int8", "int8"), "int8_wo": ("bf16", "int8"), "int4_wo": ("bf16", "int4"), "w4a16_mxfp4": ("bf16", "mxfp4"),
+    "bfloat16": ("bf16", "bf16"),
+    "float16": ("fp16", "fp16"),
+    "half": ("fp16", "fp16"),
+    "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8_block"),
+    "nvfp4": ("nvfp4", "nvfp4"),
+    "int8": ("int8", "int8"),
+    "sq": ("int8", "int8"),
+    "int8_wo": ("bf16", "int8"),
+    "int4_wo": ("bf16", "int4"),
+    "w4a16_mxfp4": ("bf16", "mxfp4"),
 }
-_AIC_SIZES = {"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+_AIC_SIZES = {
+    "batch_size": "batch",
+    "num_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+}
 _AIC_COLLECTIVES = {
-    "all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
     "alltoall": "all_to_all",
 }
 _AIC_OPERATORS: Mapping[str, str] = {
-    "gemm": "gemm", "context_attention": "attention_prefill", "generation_attention": "attention_decode",
-    **dict.fromkeys(_AIC_COLLECTIVES, "collective"), "moe": "experts",
-    "mla_context": "mla_prefill", "mla_generation": "mla_decode",
+    "gemm": "gemm",
+    "context_attention": "attention_prefill",
+    "generation_attention": "attention_decode",
+    **dict.fromkeys(_AIC_COLLECTIVES, "collective"),
+    "moe": "experts",
+    "mla_context": "mla_prefill",
+    "mla_generation": "mla_decode",
 }
-# features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated part, and the latent
+# features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated
+# part, and the latent
 _AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
-# fmt: on
-# device, framework and version of a collection, its formats whose times are those of TensorRT's profiler of layers, and
-# the time that it adds: the smallest int8 products (sq) take 7.2 to 8.2 us, in bf16 2.6 to 3.3 us
+# device, framework and version of a collection, its formats whose times are those of TensorRT's
+# profiler of layers, and the time that it adds: the smallest int8 products (sq) take 7.2 to 8.2 us,
+# in bf16 2.6 to 3.3 us
 _AIC_PROFILED_BY = ("NVIDIA A100-SXM4-80GB", "TRTLLM", "1.0.0")
 _AIC_PROFILED, _AIC_PROFILER_S = ("int8_wo", "int4_wo"), 4.7e-6
-# the collector of vLLM times these formats on one weight (collector/vllm/collect_gemm.py: outside_loop_count)
+# the collector of vLLM times these formats on one weight (collector/vllm/collect_gemm.py:
+# outside_loop_count)
 _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
-    """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms. A context row has ``isl``
-    new positions over ``step`` cached ones, a generation row has one new position over ``step``. SGLang's collector
-    passes keys of one head to its MLA kernels. A collective's ``message_size`` counts the elements of a device: before
-    an all-reduce, reduce-scatter or all-to-all, after an all-gather."""
+    """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms. A
+    context row has ``isl`` new positions over ``step`` cached ones, a generation row has one new
+    position over ``step``. SGLang's collector passes keys of one head to its MLA kernels. A
+    collective's ``message_size`` counts the elements of a device: before an all-reduce,
+    reduce-scatter or all-to-all, after an all-gather."""
     operator = _texts(table["op_name"])
     for name in np.unique(operator):
         if name not in _AIC_OPERATORS:
@@ -352,8 +376,9 @@ def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
     return Draft(columns, sources, screen, rotated=kind == "gemm", still=still)
 
 
-# (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's tables mark them
-# (``nongated``); other tables do not, and their times would need 1.5 times the memory's bandwidth
+# (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's
+# tables mark them (``nongated``); other tables do not, and their times would need 1.5 times the
+# memory's bandwidth
 _NO_GATE = ((5120, 22), (2688, 22), (1856, 6))
 # largest plausible factor between a time and the times of the same experts at other widths or loads
 SLOW = 2.0
@@ -361,9 +386,10 @@ MANY = 0.3  # share of slow times above which a whole configuration counts as an
 
 
 def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Array]:
-    """Return columns of experts, timed together on one device with the movement of tokens, without the router. Rows
-    that are implausibly slow are refused, with all rows of a configuration that has many of them: a wider expert takes
-    at least as long, a narrower one at least its share of that time, or half of it, since its weights may fit in L2."""
+    """Return columns of experts, timed together on one device with the movement of tokens, without
+    the router. Rows that are implausibly slow are refused, with all rows of a configuration that
+    has many of them: a wider expert takes at least as long, a narrower one at least its share of
+    that time, or half of it, since its weights may fit in L2."""
     names = (
         "num_tokens",
         "hidden_size",
@@ -396,7 +422,8 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
         slow[at] |= slow[at].mean() > MANY
     screen.refuse(
         slow,
-        f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned kernel",
+        f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned"
+        " kernel",
     )
     return {"m": m, "n": n, "k": k, "experts": experts, "active": active, "skew": skew}
 
@@ -408,10 +435,11 @@ def _grouped(rows: Array, *keys: Any) -> list[Array]:
     return [np.array(group) for group in groups.values()]
 
 
-# The collectors of aiconfigurator-core time a layer as an engine runs it: below 16 bits, kernels convert the 16-bit
-# activations first (collector/*/collect_gemm.py). Engines fuse this conversion or not, so a profile needs the product
-# alone. Products of few outputs in 16 bits and in the narrow format differ by the conversion, by m and k.
-# output features up to which a product takes less time than the conversion of its activations
+# The collectors of aiconfigurator-core time a layer as an engine runs it: below 16 bits, kernels
+# convert the 16-bit activations first (collector/*/collect_gemm.py). Engines fuse this conversion
+# or not, so a profile needs the product alone. Products of few outputs in 16 bits and in the narrow
+# format differ by the conversion, by m and k. output features up to which a product takes less time
+# than the conversion of its activations
 NARROW = 256
 # tokens and input features up to which the time of a conversion is that of its launches
 FEW, SHORT = 16, 1024
@@ -421,9 +449,10 @@ MOST = 0.65  # share of a row's time above which the conversion leaves too littl
 def conversion_s(
     m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float
 ) -> FloatArray:
-    """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no row determines it.
-    Without conversion, a narrow product takes a ``share`` of the time of the product in 16 bits, after the same launch.
-    The additional time of few tokens at large k is the main loop of one tile, not the conversion."""
+    """Return the time of the conversion in each row that is not ``wide`` (16 bits), s; NaN where no
+    row determines it. Without conversion, a narrow product takes a ``share`` of the time of the
+    product in 16 bits, after the same launch. The additional time of few tokens at large k is the
+    main loop of one tile, not the conversion."""
     out = np.full(len(seconds), np.nan)
     few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
     in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
@@ -490,11 +519,13 @@ MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")
 
 # hidden size, width of the MLP, and width of k and v of the model of the elementwise rows
 _HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
-# fmt: off
-_KERNELS: Mapping[str, tuple[str, str, float, float]] = {  # op -> operator, role, features read and written per token
-    "qkv_proj": ("gemm", "qkv", 0.0, 0.0), "down_proj": ("gemm", "down", 0.0, 0.0),
+# op -> operator, role, features read and written per token
+_KERNELS: Mapping[str, tuple[str, str, float, float]] = {
+    "qkv_proj": ("gemm", "qkv", 0.0, 0.0),
+    "down_proj": ("gemm", "down", 0.0, 0.0),
     "lm_head": ("gemm", "lm_head", 0.0, 0.0),
-    "attn_prefill_causal": ("attention_prefill", "", 0.0, 0.0), "attn_decode": ("attention_decode", "", 0.0, 0.0),
+    "attn_prefill_causal": ("attention_prefill", "", 0.0, 0.0),
+    "attn_decode": ("attention_decode", "", 0.0, 0.0),
     "act_fn": ("elementwise", "activation", 2.0 * _INNER, _INNER),
     "embedding": ("elementwise", "embedding", _HIDDEN, _HIDDEN),
     # vLLM adds the residual in the same kernel
@@ -502,11 +533,11 @@ _KERNELS: Mapping[str, tuple[str, str, float, float]] = {  # op -> operator, rol
     "final_layernorm": ("elementwise", "final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
     "rotary_emb": ("elementwise", "rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
 }
-# fmt: on
 
 
 def read_measured(table: RawColumns, digest: str) -> Draft:
-    """Read a table of measured GEMMs, attention and elementwise operators of the RTX 4090; each row has a source."""
+    """Read a table of measured GEMMs, attention and elementwise operators of the RTX 4090; each row
+    has a source."""
     op = table["op"].astype(str)
     size = len(op)
     screen = Screen(size)
@@ -529,7 +560,8 @@ def read_measured(table: RawColumns, digest: str) -> Draft:
     }
     kernel_time = np.array(["kernel time" in note for note in table["note"]])
     columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
-    # kernel times are from a running model, whose weights and cache come from memory; others are loops over one shape
+    # kernel times are from a running model, whose weights and cache come from memory; others are
+    # loops over one shape
     columns["cold"] = kernel_time & np.isin(columns["operator"], ("gemm", "attention_decode"))
     columns["dtype"] = _chosen(screen, "dtype", table["dtype"], DTYPES, "bf16")
     keys = np.stack([table[name] for name in ("gpu", "source", "note")], axis=1).astype(str)
@@ -554,7 +586,8 @@ _SPELT = {
 def read_csv(
     table: RawColumns, digest: str, column_map: Mapping[str, str], device: str = ""
 ) -> Draft:
-    """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time contains its unit."""
+    """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time
+    contains its unit."""
     path = table.path
     known = [
         name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")

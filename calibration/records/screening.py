@@ -1,5 +1,5 @@
-"""Check rows: refuse them by reason, check physical limits, join repeats, keep one method; add exact shapes to
-profiles."""
+"""Check rows: refuse them by reason, check physical limits, join repeats, keep one method; add
+exact shapes to profiles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from simulator.operators.gemm import EXACT_NAMES
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict
 ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to the megahertz
-# most bytes per clock that an SM reads from L2 (A100: 5120 for 108 SMs; NVIDIA, "A100 Tensor Core GPU Architecture")
+# most bytes per clock that an SM reads from L2 (A100: 5120 for 108 SMs; NVIDIA, "A100 Tensor Core
+# GPU Architecture")
 L2_BYTES_PER_CLOCK = 64.0
 # assumed standard deviation of a repeated measurement: smaller drift is not flagged
 UNKNOWN_REPEAT = 0.02
@@ -69,8 +70,9 @@ def rotated_copies(weight_bytes: Array, l2_bytes: float) -> Array:
 
 
 def work(records: Records) -> tuple[Array, Array, Array]:
-    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row. Attention counts the
-    pairs within its mask and window, 2:4 the computed half, a grouped product one token's groups."""
+    """Return FLOPs, weight (or cache) bytes and activation bytes of one execution of each row.
+    Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product
+    one token's groups."""
     r = records
     act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
     m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
@@ -114,7 +116,8 @@ def work(records: Records) -> tuple[Array, Array, Array]:
 
 
 def peaks(records: Records, hw: HardwareProfile) -> Array:
-    """Return the datasheet FLOP/s of each row's number format (2:4: computed FLOPs); infinite where there is none."""
+    """Return the datasheet FLOP/s of each row's number format (2:4: computed FLOPs); infinite where
+    there is none."""
     dense, sparse = np.full(len(DTYPES), np.inf), np.full(len(DTYPES), np.inf)
     latent = records.is_operator(*LATENT)  # may compute in the format of the cache
     for code in np.unique(np.append(records.dtype, records.weight_dtype)).tolist():
@@ -152,13 +155,15 @@ def least_seconds(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 
 
 def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
-    """Return masks of the rows below the two limits of :func:`least_seconds` by more than rounding."""
+    """Return masks of the rows below the two limits of :func:`least_seconds` by more than
+    rounding."""
     compute, memory = least_seconds(records, hw)
     return records.seconds * ROUNDING < compute, records.seconds * ROUNDING < memory
 
 
 def join_repeats(records: Records) -> tuple[Records, int, int]:
-    """Return the median time of each shape and source, and the number of joined rows and of conflicts."""
+    """Return the median time of each shape and source, and the number of joined rows and of
+    conflicts."""
     timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
     rows_of = defaultdict(list)
     for row, shape in enumerate(
@@ -183,8 +188,9 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
-    """Return the rows without those whose method (launches, CUDA protocol) differs from most rows of their operator and
-    format, with notes: methods differ by 8 to 12 % for short kernels. Imported tables are not changed."""
+    """Return the rows without those whose method (launches, CUDA protocol) differs from most rows
+    of their operator and format, with notes: methods differ by 8 to 12 % for short kernels.
+    Imported tables are not changed."""
     r, notes, kept = records, [], np.ones(len(records), dtype=bool)
     protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[
         r.source
@@ -216,7 +222,8 @@ def _method(protocol: str, launch: int) -> str:
 
 
 def repeatability(records: Records) -> float:
-    """Return the standard deviation of the log time of a repeated measurement, from three or more drift checks."""
+    """Return the standard deviation of the log time of a repeated measurement, from three or more
+    drift checks."""
     checks = records.select((records.purpose == PURPOSES.index("drift_check")) & records.timed)
     group, times = checks.groups(), np.log(checks.seconds)
     same_shape = [times[group == g] for g in np.unique(group)]
@@ -228,8 +235,9 @@ def repeatability(records: Records) -> float:
 
 
 def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
-    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a section. A shape
-    that was measured several times has the median, and an interval that contains its times."""
+    """Return measured cold dense GEMMs of one number format, without throttled rows, as arrays of a
+    section. A shape that was measured several times has the median, and an interval that contains
+    its times."""
     r, code = records, DTYPES.index(dtype)
     cold_gemm = (
         r.is_operator("gemm")
@@ -285,7 +293,8 @@ def without_exact(profile: HardwareProfile) -> HardwareProfile:
 
 
 def _allowed(arrays: dict[str, Array], profile: HardwareProfile, dtype: str) -> dict[str, Array]:
-    """Exclude times below the datasheet's arithmetic limit at the highest clock, because they are invalid."""
+    """Exclude times below the datasheet's arithmetic limit at the highest clock, because they are
+    invalid."""
     if not arrays or dtype not in profile.rates:
         return {}
     flops = 2.0 * arrays["exact_m"] * arrays["exact_n"] * arrays["exact_k"]

@@ -1,6 +1,7 @@
-"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second writer. The first line
-is the :class:`Header`; every line ends with a CRC-32 of its other fields. An incomplete last line is dropped and
-counted. A damaged, repeated or misplaced line is an error, because no kill causes it."""
+"""Records on disk during a measurement: JSON lines that survive a kill, a full disk and a second
+writer. The first line is the :class:`Header`; every line ends with a CRC-32 of its other fields. An
+incomplete last line is dropped and counted. A damaged, repeated or misplaced line is an error,
+because no kill causes it."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ class Header:
         for name, (mine, theirs) in pairs.items():
             if mine != theirs:
                 raise InputError(
-                    f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another file"
+                    f"{label}: holds records of {name} {mine!r}, not of {theirs!r}; use another"
+                    " file"
                 )
 
     def source(self) -> Source:
@@ -176,7 +178,8 @@ def _wrong(row: Mapping[str, Any]) -> str:
 
 
 def parse(content: bytes, label: str) -> Content | None:
-    """Read a store's bytes; None if the file is empty or its header is incomplete; InputError for other damage."""
+    """Read a store's bytes; None if the file is empty or its header is incomplete; InputError for
+    other damage."""
     if not content.startswith(MARK) and not MARK.startswith(content[: len(MARK)]):
         raise InputError(f"{label}: not a store of records (its first line is not a header)")
     lines = content.rstrip(b"\n").split(b"\n") if content else []
@@ -199,7 +202,8 @@ def parse(content: bytes, label: str) -> Content | None:
             header = Header.from_dict(row, label)
         elif "prunesim" in row:
             raise InputError(
-                f"{place}: second header; keep the runs in separate files: prunesim fit reads several"
+                f"{place}: second header; keep the runs in separate files: prunesim fit reads"
+                " several"
             )
         elif (own := row.pop("line", None)) != number:
             order = "lines are missing, repeated or in another order; restore the file from a copy"
@@ -222,8 +226,9 @@ def read_store(path: str | Path) -> Content:
 
 
 class Store:
-    """The only writer of a file of records; it resumes the run of an existing file. InputError if another process
-    writes to the file, or if it has records of another device, software or number format."""
+    """The only writer of a file of records; it resumes the run of an existing file. InputError if
+    another process writes to the file, or if it has records of another device, software or number
+    format."""
 
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = check_target(path)
@@ -255,8 +260,8 @@ class Store:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError (the disk is full)
-        earlier records stay valid, and the store can be used again."""
+        """Write one JSON-ready record, with ``run`` and ``time``, to the disk. After an OSError
+        (the disk is full) earlier records stay valid, and the store can be used again."""
         row = {"run": self.header.run, "time": _now(), **record}
         self._put(encode_line({"line": len(self._rows) + 2, **row}))
         self._rows.append(row)
@@ -317,9 +322,10 @@ def content_records(content: Content) -> Records:
 
 
 def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "") -> Records:
-    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that have no time. If an
-    operator was visited several times, the fastest visit counts. Rows around a drift check that differs from the first
-    one of the run (after several visits: from the fastest quarter) get ``DRIFT``."""
+    """Convert rows of :mod:`calibration.measure.run` to a table with flags, without the rows that
+    have no time. If an operator was visited several times, the fastest visit counts. Rows around a
+    drift check that differs from the first one of the run (after several visits: from the fastest
+    quarter) get ``DRIFT``."""
     timed = {
         number: row
         for number, row in enumerate(rows, 1)
@@ -411,8 +417,9 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
-        "fused": row["operator"]["kind"] in ("gather_gemm", "grouped_gemm")
-        and "one kernel" in method,
+        "fused": (
+            row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method
+        ),
         "launch": launch,
         "flags": flags,
         "purpose": purpose if purpose in PURPOSES else "",

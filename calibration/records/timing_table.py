@@ -1,5 +1,6 @@
-"""Measured times as a table: one row per timing, and the sources of the rows. In a Parquet file, constant columns
-become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take 150 kB."""
+"""Measured times as a table: one row per timing, and the sources of the rows. In a Parquet file,
+constant columns become metadata, and integers have the smallest sufficient type: 36,000 GEMMs take
+150 kB."""
 
 from __future__ import annotations
 
@@ -29,13 +30,16 @@ _MLA = {
     for name in ("attention_prefill", "attention_decode")
 }
 _IMPORTED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts"), **_MLA}
-# Required dimensions of each operator. Collectives (the role is their kind), routed experts and latent attention
-# (mla_: a prompt has separate keys and values, a decode has the latent as both) are imported, never measured here.
+# Required dimensions of each operator. Collectives (the role is their kind), routed experts and
+# latent attention (mla_: a prompt has separate keys and values, a decode has the latent as both)
+# are imported, never measured here.
 NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
 _LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
-# names of timed operators; the index is the code in the operator column and in files, so new names come last
+# names of timed operators; the index is the code in the operator column and in files, so new names
+# come last
 OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
-# how the launch counts in a time: excluded (kernel times of a profiler), as a gap in a graph, or as host time (eager)
+# how the launch counts in a time: excluded (kernel times of a profiler), as a gap in a graph, or as
+# host time (eager)
 LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
 PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # imports: unknown
 
@@ -80,7 +84,8 @@ class Source:
 
 
 def check_texts(data: Mapping[str, Any], place: str = "") -> None:
-    """Check that values are text, except ``stack``, a mapping of text, and ``extra``, a mapping of any values."""
+    """Check that values are text, except ``stack``, a mapping of text, and ``extra``, a mapping of
+    any values."""
     for name, value in data.items():
         expected: Any = Mapping if name in ("stack", "extra") else str
         if not isinstance(value, expected):
@@ -99,7 +104,8 @@ class Records(Table):
     # weights, or the K/V cache; dtype by default
     weight_dtype: Array = column(np.int8, DTYPES.index("bf16"))
     m: Array = column(np.int64, 0)  # GEMM, elementwise, experts: tokens
-    # GEMM: output features; elementwise: features; copy, collective: bytes; experts, mla: width of an expert, a value
+    # GEMM: output features; elementwise: features; copy, collective: bytes; experts, mla: width of
+    # an expert, a value
     n: Array = column(np.int64, 0)
     k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
     rank: Array = column(np.int64, 0)  # low_rank: width between the factors
@@ -121,8 +127,8 @@ class Records(Table):
     copies: Array = column(np.int32, 0)
     experts: Array = column(np.int64, 0)  # experts on the device
     active: Array = column(np.float64, 0.0)  # experts on the device that a token uses, on average
-    # experts: exponent of the power law of their tokens; 0: uniform; negative: minus the largest relative deviation
-    # from the mean
+    # experts: exponent of the power law of their tokens; 0: uniform; negative: minus the largest
+    # relative deviation from the mean
     skew: Array = column(np.float64, 0.0)
     # gather_gemm, grouped_gemm: one kernel, not a gather, a GEMM and a scatter
     fused: Array = column(np.bool_, False)
@@ -212,7 +218,8 @@ class Records(Table):
         return f"{file}{f':{line}' if line else ''}: {shape}" if file else shape
 
     def labels(self) -> Array:
-        """Return each row's number format as profiles name it; ``int8_wo`` has int8 weights only."""
+        """Return each row's number format as profiles name it; ``int8_wo`` has int8 weights
+        only."""
         names = np.array(DTYPES, dtype=object)
         mixed, suffix = (
             self.dtype != self.weight_dtype,
@@ -227,7 +234,8 @@ class Records(Table):
         return self.select(labels == label)
 
     def groups(self, *names: str) -> Array:
-        """Return the number of each row's group: equal where these columns are equal (default: :data:`SHAPE`)."""
+        """Return the number of each row's group: equal where these columns are equal (default:
+        :data:`SHAPE`)."""
         table = np.stack(
             [getattr(self, name).astype(np.float64) for name in names or SHAPE], axis=1
         )
@@ -246,7 +254,8 @@ class Records(Table):
         return sha.hexdigest()
 
 
-# columns that files and digests omit if they are all zero, because older tables must keep their digests
+# columns that files and digests omit if they are all zero, because older tables must keep their
+# digests
 LATER = ("experts", "active", "skew", "fused")
 
 # columns that are equal in two timings of one shape
@@ -263,8 +272,8 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 def write_records(
     records: Records, *, extra: Mapping[str, Any] | None = None, single: bool = False
 ) -> bytes:
-    """Return a table as the bytes of a Parquet file. ``extra`` is JSON-ready metadata; ``single`` stores times as
-    float32, whose rounding is below the noise of clocks."""
+    """Return a table as the bytes of a Parquet file. ``extra`` is JSON-ready metadata; ``single``
+    stores times as float32, whose rounding is below the noise of clocks."""
     pa, pq = load_pyarrow()
     constant: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -330,7 +339,8 @@ def records_of_parquet(table: Any, label: str) -> Records | None:
         raise InputError(
             f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}"
         ) from error
-    # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count waiting
+    # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count
+    # waiting
     of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[
         found.source
     ]

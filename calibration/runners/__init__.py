@@ -1,1 +1,2 @@
-"""Runs of dense and pruned models on a device: upper bounds, comparisons with predictions, quality."""
+"""Runs of dense and pruned models on a device: upper bounds, comparisons with predictions,
+quality."""

@@ -1,6 +1,8 @@
-"""The cases of a comparison or of upper bounds, their predicted speedups, and the runners that time them.
+"""The cases of a comparison or of upper bounds, their predicted speedups, and the runners that time
+them.
 
-A runner times a dense and a pruned model in alternating passes: disturbances affect both, so the ratio is stable.
+A runner times a dense and a pruned model in alternating passes: disturbances affect both, so the
+ratio is stable.
 """
 
 from __future__ import annotations
@@ -102,7 +104,10 @@ class Case:
         ours, theirs = dense.meta.config, pruning.model
         for name in ("vocab", "head_dim") if ours is not None and theirs is not None else ():
             if getattr(theirs, name) != getattr(ours, name):
-                expected = f"expected {getattr(ours, name)}, as the dense model has, got {getattr(theirs, name)}"
+                expected = (
+                    f"expected {getattr(ours, name)}, as the dense model has, got"
+                    f" {getattr(theirs, name)}"
+                )
                 raise InputError(f"{pruning.title}: {name}: {expected}")
         pruned = pruning.apply(dense, request)
         _check_heads(pruned)
@@ -130,7 +135,8 @@ class Case:
 
     @property
     def prune(self) -> str:
-        """The steps as text, or the name of an existing model with a digest, because its file can change."""
+        """The steps as text, or the name of an existing model with a digest, because its file can
+        change."""
         model = self.pruning.model
         if model is not None:
             shapes = repr((model.hidden, model.layout))
@@ -152,8 +158,9 @@ class Case:
     def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
         return {
             **self.identity,
-            "realised_sparsity": 1.0
-            - math.prod(1.0 - step.realised for step in self.pruned.meta.applied),
+            "realised_sparsity": (
+                1.0 - math.prod(1.0 - step.realised for step in self.pruned.meta.applied)
+            ),
             "hardware": hw.name,
             "flop_bound": s.flop_bound,
             "byte_bound": s.byte_bound,
@@ -172,8 +179,9 @@ def cases_of(
 ) -> tuple[list[Case], list[str]]:
     """Return every combination as a case, and a line for each that cannot run.
 
-    The settings are those of :func:`simulator.table`, but texts of ``--prune``, existing pruned models and families may
-    come together. ``kernels`` are those of the device by family, ``phases`` those that can run.
+    The settings are those of :func:`simulator.table`, but texts of ``--prune``, existing pruned
+    models and families may come together. ``kernels`` are those of the device by family, ``phases``
+    those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
     given = {
@@ -253,7 +261,8 @@ def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
 
 
 def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
-    """Return the predicted speedup of a case; time and speedup are NaN if the device cannot run it."""
+    """Return the predicted speedup of a case; time and speedup are NaN if the device cannot run
+    it."""
     try:
         return speedup(case.dense, case.pruned, hw)
     except InputError:
@@ -273,7 +282,8 @@ def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
 def profile_of(
     folder: str | Path, device: Device, dtype: str, hardware: str = ""
 ) -> HardwareProfile:
-    """Return the named profile, else the folder's, else the shipped one, else measured facts with default constants."""
+    """Return the named profile, else the folder's, else the shipped one, else measured facts with
+    default constants."""
     path = check_folder(folder)
     kept = next((path / name for name in (PROFILE, DATASHEET) if (path / name).is_file()), None)
     if hardware or kept:
@@ -300,8 +310,8 @@ Sampler = Callable[[int], float]  # runs some passes and returns the seconds per
 
 
 def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> dict[str, Any]:
-    """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile kernels and warm caches;
-    "loops": passes per sample."""
+    """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile
+    kernels and warm caches; "loops": passes per sample."""
     samplers = (dense, pruned)
     for _ in range(UNTIMED):
         for sample in samplers:
@@ -322,7 +332,8 @@ def in_turns(
     clock: Callable[[], float],
     most: int = MOST,
 ) -> tuple[list[T], list[T]]:
-    """Return samples of the models 0 and 1 in turns, until their ratio is precise or the time is over."""
+    """Return samples of the models 0 and 1 in turns, until their ratio is precise or the time is
+    over."""
     found: tuple[list[T], list[T]] = ([], [])
     start = clock()
     for turn in range(1, most + 1):
@@ -384,14 +395,15 @@ class Runner:
         return ()
 
     def check(self, case: Case) -> None:
-        """Raise InputError if this runner cannot run the pruned model of a case; all cases are checked first."""
+        """Raise InputError if this runner cannot run the pruned model of a case; all cases are
+        checked first."""
 
     def prepare(self, case: Case) -> None:
         """Make the dense model, which all cases share; ``case`` is any of them."""
 
     def record(self, case: Case, seconds: float) -> dict[str, Any]:
-        """Return status, reason and raw times of a case; CaptureFailed: this process can time nothing any more;
-        Interrupted: the user requested an end during a long wait."""
+        """Return status, reason and raw times of a case; CaptureFailed: this process can time
+        nothing any more; Interrupted: the user requested an end during a long wait."""
         raise NotImplementedError
 
     def observe(self, case: Case) -> Observation:
@@ -422,5 +434,6 @@ class PairRunner(Runner):
             return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def limit_s(self, end: float) -> float:
-        """Return the time limit of the pairs of a case that ends at ``end``; first passes get the rest."""
+        """Return the time limit of the pairs of a case that ends at ``end``; first passes get the
+        rest."""
         return min(max(0.6 * (end - self.device.clock()), 0.0), LONGEST_S)

@@ -1,9 +1,10 @@
 """Run a model, dense and pruned, and compare its times with predictions.
 
-:func:`compare` times each pruned model in alternation with the dense model, so a slower machine slows both, and keeps
-every result in a run folder; :func:`compare_files` reads result files of ``vllm bench`` instead. :func:`rows_of` adds
-predictions and bounds to the records, :func:`conclusions` states how measured and predicted speedups agree. torch and
-the libraries are imported only to run a model.
+:func:`compare` times each pruned model in alternation with the dense model, so a slower machine
+slows both, and keeps every result in a run folder; :func:`compare_files` reads result files of
+``vllm bench`` instead. :func:`rows_of` adds predictions and bounds to the records,
+:func:`conclusions` states how measured and predicted speedups agree. torch and the libraries are
+imported only to run a model.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
 
 def kernels_on(device: str) -> dict[str, str]:
-    """Return the kernels of dynamic families in the decoder: Triton's, which skip tiles, else gathers and loops."""
+    """Return the kernels of dynamic families in the decoder: Triton's, which skip tiles, else
+    gathers and loops."""
     skips = device.startswith("cuda") and find_spec("triton") is not None
     kernels = ("reference", "reference") if skips else ("gathered", "looped")
     return dict(zip(("dynamic_depth", "dynamic_width"), kernels))
@@ -99,8 +101,8 @@ def compare(
     budget_s: float,
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
-    """Time every case into a run folder, new or of an earlier run of the same device. The cases share the budget
-    equally; the next run measures the cases that remain."""
+    """Time every case into a run folder, new or of an earlier run of the same device. The cases
+    share the budget equally; the next run measures the cases that remain."""
     dtype, engine = model.dtype, model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
@@ -171,9 +173,11 @@ def compare(
             progress(round(device.clock() - start), round(budget_s))
         found = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
     notes = dict.fromkeys(
-        r["reason"]
-        if r["status"] == OK
-        else f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
+        (
+            r["reason"]
+            if r["status"] == OK
+            else f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
+        )
         for r in found.values()
         if r["reason"] or r["status"] != OK
     )
@@ -213,7 +217,8 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
     kinds = ("serve",) if dense.kind == "serve" else ("prefill", "generate")
     if case.phase not in kinds:
         raise InputError(
-            f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got {case.phase}"
+            f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got"
+            f" {case.phase}"
         )
     for run in (dense, pruned):
         pass_seconds(run, case.dense.meta)
@@ -278,8 +283,8 @@ def name_of(case: Case, dtype: str, engine: str = "reference") -> str:
 
 
 def _shuffled(cases: Mapping[str, Case], seed: int, apart: Sequence[str]) -> list[tuple[str, Case]]:
-    """Return the cases with pruned models in random order, which spreads drift. Cases of one model stay together, and
-    phases with processes of their own come last."""
+    """Return the cases with pruned models in random order, which spreads drift. Cases of one model
+    stay together, and phases with processes of their own come last."""
     models = list(dict.fromkeys(case.prune for case in cases.values()))
     order = [models[i] for i in np.random.default_rng(seed).permutation(len(models))]
     return sorted(
@@ -320,7 +325,8 @@ def rows_of(
     engine: str = "reference",
     measured_bounds: Sequence[float] = (),
 ) -> list[ComparedSpeedup]:
-    """Return the cases that have a measured time and a prediction; ``measured_bounds`` are NaN if unknown."""
+    """Return the cases that have a measured time and a prediction; ``measured_bounds`` are NaN if
+    unknown."""
     found = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
     for case, bound in zip(cases, measured_bounds or [math.nan] * len(cases), strict=True):
@@ -359,8 +365,8 @@ def rows_of(
 
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
-    """Return a case with the launches of the library's version. Our decoder has those of eager Transformers in a decode
-    step without a CUDA graph on a GPU, else the sum of its operators."""
+    """Return a case with the launches of the library's version. Our decoder has those of eager
+    Transformers in a decode step without a CUDA graph on a GPU, else the sum of its operators."""
     if not case.dense.meta.engine:
         host_bound = (
             record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
@@ -374,8 +380,9 @@ def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> 
 
 
 def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
-    """Return number, rank correlation and errors of speedups, their median deviation ("bias"), the coverage of their
-    intervals ("inside"), and the median error of the dense times ("dense_time")."""
+    """Return number, rank correlation and errors of speedups, their median deviation ("bias"), the
+    coverage of their intervals ("inside"), and the median error of the dense times
+    ("dense_time")."""
     if not rows:
         raise InputError("comparison: expected at least one measured case, got none")
     names = (
@@ -408,7 +415,8 @@ def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
 
 
 def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
-    """Return whether the predicted speedups hold, next to roofline bounds as predictions, and the worst case."""
+    """Return whether the predicted speedups hold, next to roofline bounds as predictions, and the
+    worst case."""
     names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
     measured, predicted, lower, upper, roofline = (
         [getattr(r, name) for r in rows] for name in names
@@ -423,32 +431,39 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
     ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
     worst_case = f"Worst: {case}, {values} {ends}."
     if every.rows < DECIDE:
-        few_rows = f"{first.model} on {first.device}, predicted with {first.hardware}: {every.errors}, {one}"
+        few_rows = (
+            f"{first.model} on {first.device}, predicted with {first.hardware}: {every.errors},"
+            f" {one}"
+        )
         return [f"{few_rows}; a verdict needs {DECIDE}.", worst_case]
     return [f"{about}: {every.text}, {one}.", worst_case]
 
 
 def doubts(rows: Sequence[ComparedSpeedup], records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return notes on measured speedups that noise made: those above what FLOPs, bytes and the number of operators
-    allow, and samples of one model that fall into two groups."""
+    """Return notes on measured speedups that noise made: those above what FLOPs, bytes and the
+    number of operators allow, and samples of one model that fall into two groups."""
     bounds = [max(r.flop_bound, r.byte_bound, r.operator_bound) for r in rows]
     found = [
-        f"{r.pruning} in {r.phase}, batch {r.batch}: measured {ratio(r.measured)}x is above {ratio(bound)}x, the bound "
-        "of its FLOPs, bytes and number of operators: noise"
+        f"{r.pruning} in {r.phase}, batch {r.batch}: measured {ratio(r.measured)}x is above"
+        f" {ratio(bound)}x, the bound of its FLOPs, bytes and number of operators: noise"
         for r, bound in zip(rows, bounds)
         if r.measured_lower > (1.0 + REPEATS) * bound
     ]
     for r in records:
         for model in ("dense", "pruned") if r.get("status") == OK else ():
             if (two := two_groups(r[f"{model}_s"])) is not None:
-                times = f"times of the {model} model fall into two groups, {' and '.join(map(seconds, two))}"
+                times = (
+                    f"times of the {model} model fall into two groups,"
+                    f" {' and '.join(map(seconds, two))}"
+                )
                 found.append(f"{r['prune']} in {r['phase']}, batch {r['batch']}: {times}")
     return found
 
 
 def two_groups(samples: Sequence[float]) -> tuple[float, float] | None:
-    """Return the medians of two groups of samples, or None if they are one group: the best split of the sorted samples
-    explains under nine tenths of their variance (two halves of a normal distribution: 64 %), or moves under 5 %."""
+    """Return the medians of two groups of samples, or None if they are one group: the best split of
+    the sorted samples explains under nine tenths of their variance (two halves of a normal
+    distribution: 64 %), or moves under 5 %."""
     x = np.sort(np.asarray(samples, dtype=np.float64))
     if len(x) < ENOUGH:
         return None
@@ -461,7 +476,8 @@ def two_groups(samples: Sequence[float]) -> tuple[float, float] | None:
 
 
 def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
-    """Return the median difference of speedups between the first and the last half of their pairs; NaN if few."""
+    """Return the median difference of speedups between the first and the last half of their pairs;
+    NaN if few."""
     off: list[float] = []
     for r in records:
         if r.get("status") == OK and len(r["dense_s"]) >= 6:

@@ -1,11 +1,13 @@
-"""Time speculative decoding in Transformers or vLLM on a CPU, with planted acceptance, next to plain decoding.
+"""Time speculative decoding in Transformers or vLLM on a CPU, with planted acceptance, next to
+plain decoding.
 
     python -m calibration.runners.drafts smollm2-135m vllm "depth 0.5" 4 1,4,16 ~/vllm/bin/python
 
-prints rows of ``docs/cpu/drafts.csv``: a model, its draft, four drafted tokens, by batch. Weights are random, and a
-table states the next token: the rows of the head are those of the embedding, permuted, and layers add little to the
-residual stream. The draft has another next token for a share of tokens, by class of the token, and the last token of a
-prompt selects the class. So the engine drafts, checks and rejects as with trained weights.
+prints rows of ``docs/cpu/drafts.csv``: a model, its draft, four drafted tokens, by batch. Weights
+are random, and a table states the next token: the rows of the head are those of the embedding,
+permuted, and layers add little to the residual stream. The draft has another next token for a share
+of tokens, by class of the token, and the last token of a prompt selects the class. So the engine
+drafts, checks and rejects as with trained weights.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ Sample = tuple[list[float], float]  # times of steps or rounds, s; tokens of eac
 
 
 def next_tokens(vocab: int, drafts: bool) -> torch.Tensor:
-    """Return the token after each token, one cycle per class; a draft has wrong ones by the class's acceptance."""
+    """Return the token after each token, one cycle per class; a draft has wrong ones by the class's
+    acceptance."""
     choose, found = torch.Generator().manual_seed(0), torch.empty(vocab, dtype=torch.long)
     for which, acceptance in enumerate(ACCEPTANCES):
         own = torch.arange(which, vocab, len(ACCEPTANCES))

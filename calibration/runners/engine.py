@@ -1,9 +1,10 @@
-"""Calibrate an engine: run smaller dense copies of a model in it, and infer its host times and a factor per operator.
+"""Calibrate an engine: run smaller dense copies of a model in it, and infer its host times and a
+factor per operator.
 
-The engine's own profiler gives the time of every kernel of a pass, whose names say which operator they compute. The
-factor of an operator is its measured over its predicted time, by tokens of a pass. What remains of a pass without the
-profiler is the time of the host: per pass, per layer and per sequence of a decode step. The results are the section
-``engines`` of a profile.
+The engine's own profiler gives the time of every kernel of a pass, whose names say which operator
+they compute. The factor of an operator is its measured over its predicted time, by tokens of a
+pass. What remains of a pass without the profiler is the time of the host: per pass, per layer and
+per sequence of a decode step. The results are the section ``engines`` of a profile.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def observe(
     model: ModelRun,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Pass]:
-    """Run the copies of a model that ``folder`` does not hold yet, and return all passes. InputError if a copy cannot
-    run; KeyboardInterrupt at the user's request, after the finished passes are kept."""
+    """Run the copies of a model that ``folder`` does not hold yet, and return all passes.
+    InputError if a copy cannot run; KeyboardInterrupt at the user's request, after the finished
+    passes are kept."""
     name = ENGINE_RECORDS.format(model.engine)
     file, header = begin(folder, device, model.dtype, 1.0, name, model=model.config.name)
     copies = {
@@ -159,7 +161,10 @@ def _case_of(model: ModelRun, *setting: Any) -> Case:
 
 
 def _key(model: ModelRun, layers: int, phase: str, batch: int, seq: int) -> str:
-    return f"{model.engine} {model.config.name} {model.dtype} {phase} batch={batch} seq={seq} layers={layers}"
+    return (
+        f"{model.engine} {model.config.name} {model.dtype} {phase} batch={batch} seq={seq}"
+        f" layers={layers}"
+    )
 
 
 def _pass_of(one: tuple[int, str, int, int], row: Mapping[str, Any]) -> Pass:
@@ -179,7 +184,8 @@ def workload_of(model: ModelRun, layers: int, phase: str, batch: int, seq: int) 
 def engine_times(
     passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile, source: str
 ) -> EngineTimes:
-    """Return host times and factors from passes of copies of a model; InputError for passes of one depth."""
+    """Return host times and factors from passes of copies of a model; InputError for passes of one
+    depth."""
     if len({one.layers for one in passes}) < 2:
         raise InputError(
             "engine: expected passes of copies with two numbers of layers; run the command again"
@@ -196,7 +202,8 @@ def engine_times(
             name = "attention" if operator.name.endswith("attention") else operator.name
             measured, own = one.operators.get(name, 0.0), rows & (tokens == one.tokens)
             if measured > 0.0 and own.any():
-                # the head of a prefill computes fewer tokens, whose factor a pass of fewer tokens has given
+                # the head of a prefill computes fewer tokens, whose factor a pass of fewer tokens
+                # has given
                 known, fewer = ratios.setdefault(operator.name, {}), rows & ~own
                 at = [math.log2(t) for t in known] or [0.0]
                 mean = [float(np.mean(found)) for found in known.values()] or [0.0]
@@ -204,7 +211,8 @@ def engine_times(
                 ratio = max(measured - less, 0.1 * measured) / float(p.row_s[own].sum())
                 known.setdefault(one.tokens, []).append(math.log(ratio))
         if one.phase == "decode":
-            # an eager host launches while the device works: the slower of the two is already in the prediction
+            # an eager host launches while the device works: the slower of the two is already in the
+            # prediction
             busy = max(sum(one.operators.values()) + float(p.gap_s[0]), float(p.host.launch.sum()))
             rest.append(max(one.seconds - busy, 0.0))
             host.append((1.0, one.layers, one.batch))
@@ -256,9 +264,9 @@ class CalibratedEngine:
             for name in ("before_s", "after_s")
         )
         return (
-            f"Use {file} as --hardware: it predicts the measured passes within {percent(after)} (median; before: "
-            f"{percent(before)}), and the interval of a speedup is +-{percent(self.half_after)} (before: "
-            f"+-{percent(self.half_before)})."
+            f"Use {file} as --hardware: it predicts the measured passes within {percent(after)}"
+            f" (median; before: {percent(before)}), and the interval of a speedup is"
+            f" +-{percent(self.half_after)} (before: +-{percent(self.half_before)})."
         )
 
 
@@ -298,8 +306,9 @@ def calibrated(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile) -> 
 
 
 def _correction(found: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Correction:
-    """Return the factor of an operator at each number of tokens. Its scatter has two parts: how copies of two depths
-    differ, and a quarter of the step between two neighbours, because shapes between them are interpolated."""
+    """Return the factor of an operator at each number of tokens. Its scatter has two parts: how
+    copies of two depths differ, and a quarter of the step between two neighbours, because shapes
+    between them are interpolated."""
     at = sorted(found)
     mean: FloatArray = np.array([np.mean(found[t]) for t in at])
     apart = np.concatenate([np.asarray(found[t]) - np.mean(found[t]) for t in at])

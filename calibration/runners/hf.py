@@ -1,11 +1,13 @@
-"""Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with random weights.
+"""Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with
+random weights.
 
-The library makes the model from a ``config.json`` that states the usual shapes. Layers that differ, low-rank factors
-and missing sublayers are patched into its modules.
+The library makes the model from a ``config.json`` that states the usual shapes. Layers that differ,
+low-rank factors and missing sublayers are patched into its modules.
 
-A prefill is a forward pass over the prompt that fills the cache and computes the last logits. Eager decode is the time
-per token inside the library's ``generate`` after ``seq`` cached positions; generate is a whole request. A compiled
-model runs its forward pass under ``torch.compile`` with a static cache, with CUDA graphs on a GPU.
+A prefill is a forward pass over the prompt that fills the cache and computes the last logits. Eager
+decode is the time per token inside the library's ``generate`` after ``seq`` cached positions;
+generate is a whole request. A compiled model runs its forward pass under ``torch.compile`` with a
+static cache, with CUDA graphs on a GPU.
 """
 
 from __future__ import annotations
@@ -163,7 +165,8 @@ class HfModel:
 
 
 def build(given: ModelRun, w: Workload, device: str) -> HfModel:
-    """Return the model of a workload, with random weights; InputError if the library cannot build it."""
+    """Return the model of a workload, with random weights; InputError if the library cannot build
+    it."""
     from transformers import AutoModelForCausalLM
 
     layout, config = check(given, w)
@@ -177,7 +180,8 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
     made.eval()
     patched = _patch(made, layout)
     _sparsify(made, w)
-    # on a CPU, torch copies the whole weight of a head whose input is a slice, as the last position of a prompt is
+    # on a CPU, torch copies the whole weight of a head whose input is a slice, as the last position
+    # of a prompt is
     fresh = partial(torch.clone, memory_format=torch.contiguous_format)
     made.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (fresh(inputs[0]),))
     made.requires_grad_(False)
@@ -263,7 +267,8 @@ def _projection(old: Any, n: int, k: int, rank: int) -> nn.Module:
 
 
 def _sparsify(made: Any, w: Workload) -> None:
-    """Pack the projections that are 2:4 sparse; set scattered weights of unstructured projections to zero."""
+    """Pack the projections that are 2:4 sparse; set scattered weights of unstructured projections
+    to zero."""
     if not (w.kernel != Kernel.DENSE).any():
         return
     from calibration.runners.decoder.families import two_of_four
@@ -301,8 +306,9 @@ def _check_weights(made: Any, w: Workload) -> None:
 TOKENS = 4  # decode steps per sample of eager decode
 MOST_COMPILED = 1024  # compiled passes of one process
 MASKED = (
-    "compiled Transformers masks its static cache, so torch attends without flash attention, in prefill over keys and "
-    "values repeated for every query head; the prediction has flash attention"
+    "compiled Transformers masks its static cache, so torch attends without flash attention, in"
+    " prefill over keys and values repeated for every query head; the prediction has flash"
+    " attention"
 )
 
 
@@ -319,7 +325,8 @@ class HfRunner(PairRunner):
         )
         if not pruned <= dense:
             raise InputError(
-                "its cache or its tokens are fewer, but Transformers would run those of the dense model"
+                "its cache or its tokens are fewer, but Transformers would run those of the dense"
+                " model"
             )
 
     def prepare(self, case: Case) -> None:
@@ -408,8 +415,8 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
 
 
 def _rewind(cache: Any, length: int) -> None:
-    """Set the length of a static cache in two launches: its layers have no ``crop`` before Transformers 5.24. Before
-    5.5, the keys of the first layer that are not zero are its length."""
+    """Set the length of a static cache in two launches: its layers have no ``crop`` before
+    Transformers 5.24. Before 5.5, the keys of the first layer that are not zero are its length."""
     layers = [layer for layer in cache.layers if layer.is_initialized]
     lengths = [
         layer.cumulative_length

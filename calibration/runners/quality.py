@@ -1,13 +1,15 @@
-"""Quality of a pruned language model: its perplexity, and how far its predictions are from the dense model's.
+"""Quality of a pruned language model: its perplexity, and how far its predictions are from the
+dense model's.
 
-The distance is a KL divergence, and the acceptance of the pruned model as a draft of the dense one. Sampled:
-speculative sampling accepts a drafted token with probability sum(min(p_dense, p_pruned)) over the vocabulary (arXiv
-2211.17192). Greedy: both models rank the same token first. Each token is predicted after the text before it, not after
-other drafted tokens, so an acceptance does not depend on the position in a draft.
+The distance is a KL divergence, and the acceptance of the pruned model as a draft of the dense one.
+Sampled: speculative sampling accepts a drafted token with probability sum(min(p_dense, p_pruned))
+over the vocabulary (arXiv 2211.17192). Greedy: both models rank the same token first. Each token is
+predicted after the text before it, not after other drafted tokens, so an acceptance does not depend
+on the position in a draft.
 
-:func:`measure_quality` scores a Hugging Face model that is pruned by families, without fine-tuning, or one of its
-pruned checkpoints. :func:`measure_layers` scores variants of single layers, for a library of variants
-(:mod:`simulator.plans.library`).
+:func:`measure_quality` scores a Hugging Face model that is pruned by families, without fine-tuning,
+or one of its pruned checkpoints. :func:`measure_layers` scores variants of single layers, for a
+library of variants (:mod:`simulator.plans.library`).
 """
 
 from __future__ import annotations
@@ -90,7 +92,8 @@ class Score:
 
 
 def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
-    """Score one model against another on windows of tokens; each token after the first of a window counts."""
+    """Score one model against another on windows of tokens; each token after the first of a window
+    counts."""
     return score_logits((dense(ids), pruned(ids), ids) for ids in windows)
 
 
@@ -114,7 +117,8 @@ def measure_quality(
     cases: Sequence[tuple[str, float]],
     pruned: str | Path | None = None,
 ) -> Iterator[Score]:
-    """Score a model that is pruned in each case of family and fraction, or a pruned checkpoint (one case)."""
+    """Score a model that is pruned in each case of family and fraction, or a pruned checkpoint (one
+    case)."""
     for family, sparsity in cases:
         Name(tuple(FAMILIES)).check("family", family)
         if not 0.0 < sparsity < 1.0:
@@ -140,7 +144,8 @@ def _weights(decoder: Decoder) -> int:
 
 
 def load_model(folder: str | Path) -> Any:
-    """Return the model of a folder in float32; nothing is downloaded and no code of the folder runs."""
+    """Return the model of a folder in float32; nothing is downloaded and no code of the folder
+    runs."""
     return _from_folder(
         "AutoModelForCausalLM", folder, dtype=torch.float32, use_safetensors=True
     ).eval()
@@ -187,7 +192,8 @@ def logits_of(model: Any) -> Logits:
 
 
 def decoder_of(model: Any, name: str) -> Decoder:
-    """Return our decoder with the weights of a transformers model; InputError if the model gives another loss."""
+    """Return our decoder with the weights of a transformers model; InputError if the model gives
+    another loss."""
     try:
         config, rotary = model.config, model.model.rotary_emb
         decoder = from_weights(
@@ -214,7 +220,8 @@ def decoder_of(model: Any, name: str) -> Decoder:
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Return a text and its name: a UTF-8 file, or the English ``pydoc_data.topics`` that Python ships."""
+    """Return a text and its name: a UTF-8 file, or the English ``pydoc_data.topics`` that Python
+    ships."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -281,11 +288,12 @@ def measure_layers(
     changes: Iterable[Change],
     done: Collection[tuple[str, str, str]] = (),
 ) -> Iterator[LayerScore]:
-    """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer, except keys in ``done``.
+    """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer,
+    except keys in ``done``.
 
-    Fewer KV heads are means of joined heads (arXiv 2305.13245), as in Puzzle. A narrower MLP keeps the channels with
-    the largest mean output on windows of ``calibration``. Only the layers after a change are computed again. All
-    windows are equally long.
+    Fewer KV heads are means of joined heads (arXiv 2305.13245), as in Puzzle. A narrower MLP keeps
+    the channels with the largest mean output on windows of ``calibration``. Only the layers after a
+    change are computed again. All windows are equally long.
     """
     todo: dict[tuple[int, str], list[Change]] = {}
     for change in changes:
@@ -345,8 +353,8 @@ def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
 
 
 def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Attention:
-    """Keep the query heads of the largest output weights, and means of their KV heads. Whole groups stay if the group
-    size stays, else equally many heads of each group if possible."""
+    """Keep the query heads of the largest output weights, and means of their KV heads. Whole groups
+    stay if the group size stays, else equally many heads of each group if possible."""
     ratio = a.heads // a.kv_heads
     size = a.o.weight.float().pow(2).sum(0).view(a.kv_heads, ratio, head_dim).sum(2)
     number = torch.arange(a.heads, device=size.device).view(a.kv_heads, ratio)

@@ -1,10 +1,12 @@
-"""Recorded runs of vLLM and Transformers compared with predictions, and the first picture of the README.
+"""Recorded runs of vLLM and Transformers compared with predictions, and the first picture of the
+README.
 
-``python -m calibration.runners.recorded`` makes ``docs/generated/transformers.md``, ``docs/generated/vllm.md`` and
-``docs/measured.png`` again. A folder has one file of records per run of ``prunesim compare``
-(``DTYPE.THREADS.MODEL.ENGINE.jsonl``, with raw samples and versions), the profile that was calibrated on the same
-machine (``DTYPE.THREADS.yaml``; with engines that were calibrated on a model: ``DTYPE.THREADS.MODEL.yaml``), records of
-engines' calibrations, and config.json files of models that no library has.
+``python -m calibration.runners.recorded`` makes ``docs/generated/transformers.md``,
+``docs/generated/vllm.md`` and ``docs/measured.png`` again. A folder has one file of records per run
+of ``prunesim compare`` (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, with raw samples and versions), the
+profile that was calibrated on the same machine (``DTYPE.THREADS.yaml``; with engines that were
+calibrated on a model: ``DTYPE.THREADS.MODEL.yaml``), records of engines' calibrations, and
+config.json files of models that no library has.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
 
 
 def tables(rows: Sequence[RecordedRow]) -> list[str]:
-    """Return the tables of a page: scores by model, engine and phase, family and run, and the worst ten rows."""
+    """Return the tables of a page: scores by model, engine and phase, family and run, and the worst
+    ten rows."""
     by: Mapping[str, Callable[[RecordedRow], str]] = {
         "model": lambda r: f"{r.engine}, {r.compared.model}",
         "engine and phase": lambda r: f"{r.engine}, {r.compared.phase}",
@@ -152,8 +155,8 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
 
 
 def scores(rows: Sequence[RecordedRow], known: str = KNOWN[0]) -> dict[str, float]:
-    """Return the errors of predictions that know something: median and rank correlation of speedups, share inside their
-    interval, median half-width, and median error of dense times."""
+    """Return the errors of predictions that know something: median and rank correlation of
+    speedups, share inside their interval, median half-width, and median error of dense times."""
     measured, dense = (
         np.array([getattr(r.compared, name) for r in rows]) for name in ("measured", "dense_s")
     )

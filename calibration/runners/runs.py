@@ -1,8 +1,9 @@
 """A calibration run in a folder: plan, measure, fit, validate on held-out shapes.
 
-The folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its arrays, and
-``report.md`` with figures. :func:`measure_into` writes the first two files and resumes an earlier call; :func:`fit_run`
-writes the others. :func:`target_operators` selects the operators to measure for a model.
+The folder holds ``datasheet.yaml`` (the base profile), ``records.jsonl``, ``profile.yaml`` with its
+arrays, and ``report.md`` with figures. :func:`measure_into` writes the first two files and resumes
+an earlier call; :func:`fit_run` writes the others. :func:`target_operators` selects the operators
+to measure for a model.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def begin(
     software: Mapping[str, str] = MappingProxyType({}),
     **extra: Any,
 ) -> tuple[Path, Header]:
-    """Return the file of a run's records and its header, with versions of ``software`` beside those of the device."""
+    """Return the file of a run's records and its header, with versions of ``software`` beside those
+    of the device."""
     file = check_folder(folder) / name
     if not (isinstance(budget_s, int | float) and budget_s > 0):
         raise InputError(f"budget: expected a time above zero, got {budget_s!r}")
@@ -197,8 +199,9 @@ def measure_into(
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device.
 
-    The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are measured exactly and
-    first, in the order of how much they narrow the speedups. ``progress`` gets seconds: passed, and in total.
+    The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are
+    measured exactly and first, in the order of how much they narrow the speedups. ``progress`` gets
+    seconds: passed, and in total.
     """
     dtype, budget_s, description = options.dtype, options.budget_s, device.describe()
     file, header = _begun(folder, device, options, note)
@@ -243,7 +246,8 @@ def measure_into(
 
 
 def keep_apart(records: Records) -> Records:
-    """Hold out fit rows with an (n, k) of held-out rows, which a folder of two plans may contain."""
+    """Hold out fit rows with an (n, k) of held-out rows, which a folder of two plans may
+    contain."""
     purpose = np.array(records.purpose)
     held, fit = PURPOSES.index("holdout"), PURPOSES.index("fit")
     gemm = records.is_operator("gemm")
@@ -264,7 +268,8 @@ class Calibrated:
 def fit_run(
     folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
-    """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write profile and report."""
+    """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write
+    profile and report."""
     from calibration.evidence.validate import write_markdown
 
     path = Path(folder)
@@ -314,7 +319,8 @@ def target_workloads(
 def target_operators(
     targets: TargetModels, hw: HardwareProfile, every: bool = True
 ) -> list[Operator]:
-    """Return the dense GEMMs (``every``: all measurable operators) of workloads, each once, best first."""
+    """Return the dense GEMMs (``every``: all measurable operators) of workloads, each once, best
+    first."""
     batch = WorkloadBatch.of([w for workloads in targets for w in workloads])
     lengths = np.array([len(workloads) for workloads in targets])
     dense = np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,7 +1,9 @@
-"""Measured upper bound of pruning: times of GEMMs and attention at a model's dense and pruned shapes.
+"""Measured upper bound of pruning: times of GEMMs and attention at a model's dense and pruned
+shapes.
 
-``measured_bound`` is the time of the dense model's GEMMs and attention over the time of dense kernels at the pruned
-shapes, on the device: the best possible speedup, without sparse kernels, routers or gathers.
+``measured_bound`` is the time of the dense model's GEMMs and attention over the time of dense
+kernels at the pruned shapes, on the device: the best possible speedup, without sparse kernels,
+routers or gathers.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from simulator.operators.base import Estimate
 from simulator.uncertainty.operators import OperatorTimes, gemm_time, operator_time
 from simulator.workload import Workload
 
-# features that remain after unstructured pruning are rounded to a multiple, as in structured families
+# features that remain after unstructured pruning are rounded to a multiple, as in structured
+# families
 ALIGN = 16
 # Plain kernels and the dimensions of their shapes
 DIMENSIONS: Mapping[str, tuple[str, ...]] = {
@@ -68,10 +71,11 @@ class Bound(CaseRow):
 def plain_kernels(w: Workload) -> dict[Shape, float]:
     """Return a workload's GEMMs and attention as plain dense kernels: the count of each shape.
 
-    Work that pruning adds is excluded, and so are routed experts and latent attention, which have no plain kernel. A
-    GEMM with zeros in its weights (2:4 or unstructured) becomes a dense GEMM with fewer input features, in multiples of
-    :data:`ALIGN`. A decode that skips blocks becomes a decode with the remaining keys. A prefill that skips blocks, or
-    has a sliding window, becomes a share of a dense prefill, because its queries need all keys.
+    Work that pruning adds is excluded, and so are routed experts and latent attention, which have
+    no plain kernel. A GEMM with zeros in its weights (2:4 or unstructured) becomes a dense GEMM
+    with fewer input features, in multiples of :data:`ALIGN`. A decode that skips blocks becomes a
+    decode with the remaining keys. A prefill that skips blocks, or has a sliding window, becomes a
+    share of a dense prefill, because its queries need all keys.
     """
     runs = ~w.overhead & (w.count > 0)
     plain = runs & (w.latent == 0) & ((w.value_dim == 0) | (w.value_dim == w.head_dim))
@@ -123,7 +127,8 @@ def operator_of(shape: Shape, dtype: str) -> Operator:
 
 
 def shapes_of(cases: Sequence[Case], seed: int = 0) -> list[Shape]:
-    """Return every shape of some cases once, case by case in random order: short runs complete some cases."""
+    """Return every shape of some cases once, case by case in random order: short runs complete some
+    cases."""
     rng = np.random.default_rng(seed)
     found: dict[Shape, None] = {}
     for i in rng.permutation(len(cases)):
@@ -141,7 +146,8 @@ def measure_bounds(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Time the plain kernels of cases into a run folder, new or of an earlier run of the same device."""
+    """Time the plain kernels of cases into a run folder, new or of an earlier run of the same
+    device."""
     dtype, budget_s, seed = options.dtype, options.budget_s, options.seed
     start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
@@ -160,7 +166,8 @@ def measure_bounds(
 
 
 def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, float]]:
-    """Return time and relative half-width (95 %) of plain kernels by shape, as medians over repeats."""
+    """Return time and relative half-width (95 %) of plain kernels by shape, as medians over
+    repeats."""
     usable = (
         records.timed
         & (records.labels() == dtype)

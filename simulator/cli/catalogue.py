@@ -1,4 +1,5 @@
-"""``prunesim hardware``, ``models``, ``engines``, ``methods``: list what is known by name, show one, check a file."""
+"""``prunesim hardware``, ``models``, ``engines``, ``methods``: list what is known by name, show
+one, check a file."""
 
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ def _show_devices(
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
-    Prints datasheet facts with their sources, and per operator and engine the software stack whose fit is used, with
-    its mean error on held-out rows. "datasheet": no fit is used, only defaults.
+    Prints datasheet facts with their sources, and per operator and engine the software stack whose
+    fit is used, with its mean error on held-out rows. "datasheet": no fit is used, only defaults.
     """
     from simulator.hardware.library import load_hardware
     from simulator.hardware.profile import link_choices
@@ -93,11 +94,17 @@ def _show_devices(
         ("power", f"{hw.power_w:.0f} W"),
     ]
     if hw.link is not None:
-        speed = f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.link.latency_s)}"
+        speed = (
+            f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way,"
+            f" {render.seconds(hw.link.latency_s)}"
+        )
         others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
         facts.append(("link", f"{hw.link.text}, {speed}; others with --link: {others}"))
     if hw.bridge is not None:
-        speed = f"{render.rate(hw.bridge.bandwidth_bytes_per_s, 'B/s')} one way, {render.seconds(hw.bridge.latency_s)}"
+        speed = (
+            f"{render.rate(hw.bridge.bandwidth_bytes_per_s, 'B/s')} one way,"
+            f" {render.seconds(hw.bridge.latency_s)}"
+        )
         facts.append(("bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"))
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
     print(f"{hw.title}: {hw.label}{also}\n")
@@ -131,7 +138,8 @@ def _show_devices(
             f"{render.seconds(getattr(own, f'each_{part}'))} per {part}" for part in HOST_PARTS
         )
         print(
-            f"engine {engine} {own.version}, {own.source}: host {host}; measured over predicted time by tokens:"
+            f"engine {engine} {own.version}, {own.source}: host {host}; measured over predicted"
+            " time by tokens:"
         )
         render.show(
             render.columns(
@@ -259,7 +267,8 @@ def _tflops(value: float | None) -> str:
 
 
 def _stacks(hw: HardwareProfile) -> str:
-    """Return the stacks that a device was fitted on, the default first; or the related GPU of inherited sections."""
+    """Return the stacks that a device was fitted on, the default first; or the related GPU of
+    inherited sections."""
     names = [stack or "own" for stack in hw.stacks]
     sibling = f"as {hw.stacks_of}" if hw.stacks_of else ""
     if sibling and all(
@@ -302,16 +311,25 @@ def _shapes(model: ModelConfig) -> str:
     layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
     heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
     if model.latent is not None:
-        heads = f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} + {model.latent.rotary}"
+        heads = (
+            f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} +"
+            f" {model.latent.rotary}"
+        )
     nets = [block for block in model.layout if block.delta]
     if nets and model.delta is not None:
-        own = f"{nets[0].heads} value heads of {model.delta.value} on {nets[0].kv_heads} key heads of {model.delta.key}"
+        own = (
+            f"{nets[0].heads} value heads of {model.delta.value} on {nets[0].kv_heads} key heads of"
+            f" {model.delta.key}"
+        )
         heads = f"{len(nets)} with a gated delta net of {own}, the others with {heads}"
     mlps = [f"{'gated' if model.gated else 'plain'} MLP of {model.inner}"] if model.inner else []
     if model.experts:
         mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} per token")
     mostly = "mostly " if kinds > 1 and not nets else ""
-    return f"{layers}, hidden {model.hidden}, {mostly}{heads}, {' and '.join(mlps)}, vocabulary {model.vocab:,}"
+    return (
+        f"{layers}, hidden {model.hidden}, {mostly}{heads}, {' and '.join(mlps)}, vocabulary"
+        f" {model.vocab:,}"
+    )
 
 
 @models.command("show")
@@ -348,7 +366,8 @@ def _show_models(
     active = f", {model.active_parameters:,} of them active" if model.experts else ""
     size = render.size(2.0 * model.parameters)
     print(
-        f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in 16 bits"
+        f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in"
+        " 16 bits"
     )
     print(f"{_shapes(model)}\n")
     columns = render.columns(
@@ -419,7 +438,8 @@ def _show_engines(
     for one in engine.generations:
         current = " (these values)" if one.name == engine.generation else ""
         print(
-            f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}"
+            f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title}"
+            f" [{one.source}]{current}"
         )
     if engine.generations:
         print()
@@ -563,8 +583,8 @@ def methods(
 ) -> None:
     """List published pruning methods.
 
-    Each has its family, removed work and paper. Use their names with --method of speedup and explain, and as methods:
-    in the grid of a sweep.
+    Each has its family, removed work and paper. Use their names with --method of speedup and
+    explain, and as methods: in the grid of a sweep.
     """
     from simulator.pruning._methods import METHODS, load_method
 

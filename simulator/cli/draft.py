@@ -15,21 +15,37 @@ if TYPE_CHECKING:
     from simulator.prediction.draft import Draft, Drafts
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Drafting:
-    draft: Annotated[str | None, opt(
-        "--draft", "MODEL", "Model of the draft, with the vocabulary of the target. Default: the target.")] = None
+    draft: Annotated[
+        str | None,
+        opt(
+            "--draft",
+            "MODEL",
+            "Model of the draft, with the vocabulary of the target. Default: the target.",
+        ),
+    ] = None
     prune: Annotated[str, opt("--prune", "TEXT", "Pruning of the draft, such as 'depth 0.5'.")] = ""
     target_prune: Annotated[str, opt("--target-prune", "TEXT", "Pruning of the target.")] = ""
-    drafted: Annotated[str, opt("--drafted", "LIST", "Tokens that the draft adds per round.")] = "1:8:1"
-    acceptance: Annotated[str, opt(
-        "--acceptance", "LIST", "Probabilities with which the target accepts a drafted token.")] = "0.6:0.9"
-    by_position: Annotated[str | None, opt(
-        "--by-position", "LIST", "Measured acceptances of the first, second, ... drafted token instead.")] = None
+    drafted: Annotated[str, opt("--drafted", "LIST", "Tokens that the draft adds per round.")] = (
+        "1:8:1"
+    )
+    acceptance: Annotated[
+        str,
+        opt("--acceptance", "LIST", "Probabilities with which the target accepts a drafted token."),
+    ] = "0.6:0.9"
+    by_position: Annotated[
+        str | None,
+        opt(
+            "--by-position",
+            "LIST",
+            "Measured acceptances of the first, second, ... drafted token instead.",
+        ),
+    ] = None
 
 
-_OTHERS = ("phase", "new_tokens", "cached_prefix", "token_budget", "ideal", "dense_s")  # decode has none
+# decode has none
+_OTHERS = ("phase", "new_tokens", "cached_prefix", "token_budget", "ideal", "dense_s")
 STEP: options.Run = options.run_options(*(name for name in SETTINGS if name not in _OTHERS))
 
 
@@ -41,21 +57,25 @@ def command(
     run: options.Run = STEP,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Predict speculative decoding with a pruned model as the draft.
 
-    The target checks the tokens of the draft, so the output stays that of the target. Prints by batch the speedup
-    over plain decoding of the dense target at the best number of drafted tokens, and the acceptance from which this is
-    a gain. --json and --csv have all numbers of drafted tokens.
+    The target checks the tokens of the draft, so the output stays that of the target. Prints by
+    batch the speedup over plain decoding of the dense target at the best number of drafted tokens,
+    and the acceptance from which this is a gain. --json and --csv have all numbers of drafted
+    tokens.
     """
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.draft import draft
 
     settings = run.asked().settings
-    several = [name for name, value in settings.items() if name != "batch" and isinstance(value, list)]
+    several = [
+        name for name, value in settings.items() if name != "batch" and isinstance(value, list)
+    ]
     for name in several:
         if len(settings[name]) != 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected one value, got {len(settings[name])}")
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected one value, got {len(settings[name])}"
+            )
         settings[name] = settings[name][0]
     if len(profiles := devices.profiles) != 1:
         raise InputError(f"--hardware: expected one device, got {len(profiles)}")
@@ -83,7 +103,8 @@ def command(
 
 
 def sentences(found: Drafts) -> list[str]:
-    """Return the conclusion: the speedup at the smallest batch, and from which acceptance the draft pays."""
+    """Return the conclusion: the speedup at the smallest batch, and from which acceptance the draft
+    pays."""
     from simulator.prediction.requests import device_text
     from simulator.prediction.sentences import gain_text
 
@@ -94,14 +115,22 @@ def sentences(found: Drafts) -> list[str]:
     where = f"on {device_text(found)} in {found.engine} (batch {row.batch}, seq {found.seq})"
     at = f"an acceptance of {row.acceptance:.3g}"
     at += f" ({render.ratio(least.speedup)}x at {least.acceptance:.3g})" if least is not row else ""
-    first = f"{found.draft} as a draft {speed} {where}, with {row.drafted} tokens drafted per round at {at}"
+    first = (
+        f"{found.draft} as a draft {speed} {where}, with {row.drafted} tokens drafted per round at"
+        f" {at}"
+    )
     pruned = " pruned by " in found.target  # then the gain is over the dense target
     first += ", compared with the dense target" if pruned else ""
-    first += "" if row.fits else f"; they need {render.size(row.memory_bytes)} per device, more than it has"
+    first += (
+        ""
+        if row.fits
+        else f"; they need {render.size(row.memory_bytes)} per device, more than it has"
+    )
     who, pay = ("both together", "pay") if pruned else ("it", "pays")
     pays = {batch: _pays(found, batch) for batch in (batches[0], batches[-1])}
     second = "; ".join(
-        f"at batch {batch} {who} " + (f"never {pay}" if row is None else f"{pay} from an acceptance of {_from(row)}")
+        f"at batch {batch} {who} "
+        + (f"never {pay}" if row is None else f"{pay} from an acceptance of {_from(row)}")
         for batch, row in pays.items()
     )
     return [f"{first}. {second[0].upper()}{second[1:]}."]
@@ -115,7 +144,9 @@ def _pays(found: Drafts, batch: int) -> Draft | None:
 
 def _from(row: Draft) -> str:
     ends = (row.pays_from_lower, row.pays_from_upper)
-    low, high = (fallback if end is None else end for end, fallback in zip(ends, (0.0, 1.0), strict=True))
+    low, high = (
+        fallback if end is None else end for end, fallback in zip(ends, (0.0, 1.0), strict=True)
+    )
     return f"{row.pays_from:.2f} ({low:.2f}-{high:.2f})"
 
 
@@ -138,15 +169,23 @@ def _print(found: Drafts, verbose: bool) -> None:
         cells = [f"{_speedup(r[i])} {r[i].drafted}" for r in every]
         columns.append(render.Column(title, cells))
     paying = [_pays(found, batch) for batch in rows]
-    columns.append(render.Column("pays from\nacceptance", ["never" if r is None else _from(r) for r in paying]))
+    columns.append(
+        render.Column("pays from\nacceptance", ["never" if r is None else _from(r) for r in paying])
+    )
     columns += render.columns(
         every,
         ("dense\nstep", lambda r: render.seconds(r[0].dense_s)),
         ("pass of\nthe draft", lambda r: render.seconds(r[0].draft_s)),
-        ("memory\nof both", lambda r: render.size(r[0].memory_bytes) + ("" if r[0].fits else " too large")),
+        (
+            "memory\nof both",
+            lambda r: render.size(r[0].memory_bytes) + ("" if r[0].fits else " too large"),
+        ),
     )
     render.show(render.narrowed(columns, 2 + len(every[0])))
-    print(f"\nintervals of {render.percent(found.level)}; tokens: the number drafted per round that is fastest")
+    print(
+        f"\nintervals of {render.percent(found.level)}; tokens: the number drafted per round that"
+        " is fastest"
+    )
 
 
 def _print_all(rows: Sequence[Draft]) -> None:

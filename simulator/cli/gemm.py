@@ -23,15 +23,17 @@ _MEANING = {
 }
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Product:
     dtype: options.setting_option("dtype") = "bf16"  # type: ignore[valid-type]
     weight_dtype: options.setting_option("weight_dtype") = None  # type: ignore[valid-type]
-    semi_structured: Annotated[bool, opt(
-        "--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")] = False
-    warm: Annotated[bool, opt(
-        "--warm", None, "Weights already in the L2 cache; by default they come from memory.")] = False
+    semi_structured: Annotated[
+        bool, opt("--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")
+    ] = False
+    warm: Annotated[
+        bool,
+        opt("--warm", None, "Weights already in the L2 cache; by default they come from memory."),
+    ] = False
 
 
 @options.expanded("csv", "verbose")
@@ -41,15 +43,16 @@ def gemm(
     k: Annotated[str, arg("K", "Input features; a comma list for several.")],
     devices: options.Devices = options.DEVICES,
     product: Product = Product(),
-    explain: Annotated[bool, opt(
-        "--explain", None, "Show the steps from the roofline to the predicted time.")] = False,
+    explain: Annotated[
+        bool, opt("--explain", None, "Show the steps from the roofline to the predicted time.")
+    ] = False,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Predict the time of a matrix product.
 
-    The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written. "kernels" names the
-    software stack whose kernels were fitted: vllm's, or the next that was; --hardware GPU@STACK selects another.
+    The product is y[M,N] = x[M,K] w[K,N]. Weights w are in memory; activations x were just written.
+    "kernels" names the software stack whose kernels were fitted: vllm's, or the next that was;
+    --hardware GPU@STACK selects another.
     """
     sizes = parsing.integers("M", m), parsing.integers("N", n), parsing.integers("K", k)
     output = render.Output(out.json, figures=[out.figure])
@@ -95,4 +98,6 @@ def _print_steps(row: GemmRecord) -> None:
         render.Column("time", [render.seconds(value) for value in values]),
         render.Column("meaning", [_MEANING.get(name, "") for name in names], right=False),
     ]
-    render.show(columns, f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: {row.bottleneck}-bound")
+    render.show(
+        columns, f"{row.m} x {row.n} x {row.k}, {row.dtype}, {row.hardware}: {row.bottleneck}-bound"
+    )

@@ -1,7 +1,7 @@
 """Define the options that several commands share; :mod:`simulator.cli.parsing` parses their texts.
 
-Options that belong together are a dataclass (:data:`RUN`: the settings of a request); :func:`expanded` adds its fields
-to the options of a command.
+Options that belong together are a dataclass (:data:`RUN`: the settings of a request);
+:func:`expanded` adds its fields to the options of a command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ NAMES: Mapping[str, str] = {
 
 
 def completing(where: str) -> Callable[[str], list[str]] | None:
-    """Return the shell completion of names from a place, for the last entry of a comma list; it imports them late."""
+    """Return the shell completion of names from a place, for the last entry of a comma list; it
+    imports them late."""
 
     def complete(incomplete: str) -> list[str]:
         module, _, name = where.rpartition(".")
@@ -51,7 +52,8 @@ def completing(where: str) -> Callable[[str], list[str]] | None:
 
 
 def opt(flags: str, metavar: str | None, text: str) -> Any:
-    """Declare an option; ``flags`` are its names, separated by blanks. An empty value is an error."""
+    """Declare an option; ``flags`` are its names, separated by blanks. An empty value is an
+    error."""
     names = completing(NAMES.get(flags, ""))
     return typer.Option(
         *flags.split(), metavar=metavar, help=text, autocompletion=names, callback=_not_empty
@@ -59,7 +61,8 @@ def opt(flags: str, metavar: str | None, text: str) -> Any:
 
 
 def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Reject an empty value on the command line, which a shell makes of a variable that is not set."""
+    """Reject an empty value on the command line, which a shell makes of a variable that is not
+    set."""
     given = context.get_parameter_source(option.name or "")
     if (
         given is not None
@@ -71,61 +74,106 @@ def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) 
         )
     if isinstance(value, str) and value.startswith("--"):
         raise InputError(
-            f"{option.opts[0]}: its value is missing; expected {option.metavar}, got the option {value}"
+            f"{option.opts[0]}: its value is missing; expected {option.metavar}, got the option"
+            f" {value}"
         )
     return value
 
 
 def arg(metavar: str, text: str, like: str = "") -> Any:
-    """Declare an argument; shell completion uses the entry ``like`` of :data:`NAMES`, else that of ``metavar``."""
+    """Declare an argument; shell completion uses the entry ``like`` of :data:`NAMES`, else that of
+    ``metavar``."""
     return typer.Argument(
         metavar=metavar, help=text, autocompletion=completing(NAMES.get(like or metavar, ""))
     )
 
 
-# fmt: off
-Model = Annotated[str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")]
+Model = Annotated[
+    str, arg("MODEL", "Name of a model, or its Hugging Face config.json (file or folder).")
+]
 Json = Annotated[bool, opt("--json", None, "Print JSON instead of a table.")]
-Verbose = Annotated[bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")]
-Pruned = Annotated[str | None, opt(
-    "--pruned", "LIST", "Existing pruned models instead of families: checkpoints or config.json.")]
-Prune = Annotated[list[str] | None, opt(
-    "--prune", "TEXT", "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', sizes that remain: "
-    "'width mlp=9216 + depth 24', or a plan.yaml; may be repeated. Parts of width: attention, heads, kv, mlp, hidden. "
-    "Families: depth, width, width_cross, low_rank, semi_structured (2:4), unstructured, "
-    "dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.")]
+Verbose = Annotated[
+    bool, opt("--verbose", None, "Print all tables and notes, not only the most important.")
+]
+Pruned = Annotated[
+    str | None,
+    opt(
+        "--pruned",
+        "LIST",
+        "Existing pruned models instead of families: checkpoints or config.json.",
+    ),
+]
+Prune = Annotated[
+    list[str] | None,
+    opt(
+        "--prune",
+        "TEXT",
+        "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', sizes that remain: 'width mlp=9216 +"
+        " depth 24', or a plan.yaml; may be repeated. Parts of width: attention, heads, kv, mlp,"
+        " hidden. Families: depth, width, width_cross, low_rank, semi_structured (2:4),"
+        " unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.",
+    ),
+]
 REQUIRED = "<required>"  # default of an option in a group that has none
 
 
 @dataclass(frozen=True)
 class Devices:
-    hardware: Annotated[str, opt(
-        "--hardware", "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.")] = REQUIRED
-    same_stack: Annotated[bool, opt(
-        "--same-stack", None, "Your stack is the one the profile was fitted on; narrows the intervals.")] = False
+    hardware: Annotated[
+        str,
+        opt(
+            "--hardware",
+            "LIST",
+            "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.",
+        ),
+    ] = REQUIRED
+    same_stack: Annotated[
+        bool,
+        opt(
+            "--same-stack",
+            None,
+            "Your stack is the one the profile was fitted on; narrows the intervals.",
+        ),
+    ] = False
 
     @cached_property
     def profiles(self) -> list[Any]:
         from simulator.hardware.library import load_hardware
 
-        found = [load_hardware(name, same_stack=self.same_stack) for name in names("--hardware", self.hardware)]
+        found = [
+            load_hardware(name, same_stack=self.same_stack)
+            for name in names("--hardware", self.hardware)
+        ]
         advised = "its calibration advised against this profile"
-        render.notes(f"{hw.label}: {advised} ({hw.verdict}); calibrate the device again" for hw in found if hw.verdict)
+        render.notes(
+            f"{hw.label}: {advised} ({hw.verdict}); calibrate the device again"
+            for hw in found
+            if hw.verdict
+        )
         return found
 
 
 @dataclass(frozen=True)
 class Prunings:
     family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None
-    method: Annotated[str | None, opt(
-        "--method", "LIST", "Published methods instead of families: see prunesim methods.")] = None
+    method: Annotated[
+        str | None,
+        opt("--method", "LIST", "Published methods instead of families: see prunesim methods."),
+    ] = None
     pruned: Pruned = None
     prune: Prune = None
-    sparsity: Annotated[str | None, opt(
-        "--sparsity", "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's "
-        "paper.")] = None
-    option: Annotated[list[str] | None, opt(
-        "--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated.")] = None
+    sparsity: Annotated[
+        str | None,
+        opt(
+            "--sparsity",
+            "LIST",
+            "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper.",
+        ),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated."),
+    ] = None
 
     @property
     def named(self) -> bool:
@@ -133,9 +181,13 @@ class Prunings:
 
     def parsed(self) -> dict[str, Any]:
         texts = {"family": self.family, "method": self.method, "pruned": self.pruned}
-        given: dict[str, Any] = {name: names(f"--{name}", text) for name, text in texts.items() if text is not None}
+        given: dict[str, Any] = {
+            name: names(f"--{name}", text) for name, text in texts.items() if text is not None
+        }
         given |= {"prune": self.prune} if self.prune else {}
-        given |= {} if self.sparsity is None else {"sparsity": fractions("--sparsity", self.sparsity)}
+        given |= (
+            {} if self.sparsity is None else {"sparsity": fractions("--sparsity", self.sparsity)}
+        )
         if self.option:
             families = given.get("family", ["all"])
             if not self.method and (len(families) > 1 or families == ["all"]):
@@ -147,8 +199,12 @@ class Prunings:
 @dataclass(frozen=True)
 class Output:
     json: Json = False
-    csv: Annotated[str | None, opt("--csv", "FILE", "Also write CSV with exact numbers; - is standard output.")] = None
-    figure: Annotated[str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")] = None
+    csv: Annotated[
+        str | None, opt("--csv", "FILE", "Also write CSV with exact numbers; - is standard output.")
+    ] = None
+    figure: Annotated[
+        str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")
+    ] = None
     verbose: Verbose = False
 
 
@@ -161,18 +217,30 @@ class Asked(NamedTuple):
 
 # other ways to state the batch and a measured time
 _OTHERS: Mapping[str, Any] = {
-    "concurrency": Annotated[str | None, opt(
-        "--concurrency", "LIST", "Requests in flight for --phase serve (replaces --batch).")],
-    "dense_tokens_per_s": Annotated[float | None, opt(
-        "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences.")],
-    "dense_from": Annotated[str | None, opt(
-        "--dense-from", "FILE", f"Instead of --dense-time: result of {BENCHMARKS} for this request.")],
+    "concurrency": Annotated[
+        str | None,
+        opt("--concurrency", "LIST", "Requests in flight for --phase serve (replaces --batch)."),
+    ],
+    "dense_tokens_per_s": Annotated[
+        float | None,
+        opt(
+            "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences."
+        ),
+    ],
+    "dense_from": Annotated[
+        str | None,
+        opt(
+            "--dense-from",
+            "FILE",
+            f"Instead of --dense-time: result of {BENCHMARKS} for this request.",
+        ),
+    ],
 }
-# fmt: on
 
 
 class Run:
-    """Settings of a request as texts of the command line: attributes with the names of the settings, and others."""
+    """Settings of a request as texts of the command line: attributes with the names of the
+    settings, and others."""
 
     def text(self, name: str) -> Any:
         """Return the text of a setting; None if the command has no such option."""
@@ -192,7 +260,8 @@ class Run:
     def asked(
         self, model: str = "", devices: Devices | None = None, prunings: Prunings | None = None
     ) -> Asked:
-        """Parse the options, with a measured time of the dense ``model``, without engines that cannot run it."""
+        """Parse the options, with a measured time of the dense ``model``, without engines that
+        cannot run it."""
         found: dict[str, Any] = {}
         for name, setting in SETTINGS.items():
             if (given := self.text(name)) is not None:
@@ -269,11 +338,12 @@ DEVICES, PRUNINGS, OUTPUT = Devices(), Prunings(), Output()
 
 
 def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator of commands that replaces parameters which default to a dataclass of options (as :data:`RUN`)
-    by these options and defaults; omitted options keep their defaults."""
+    """Return a decorator of commands that replaces parameters which default to a dataclass of
+    options (as :data:`RUN`) by these options and defaults; omitted options keep their defaults."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        # not get_type_hints: in Python 3.10 it hides the Annotated of parameters that default to None
+        # not get_type_hints: in Python 3.10 it hides the Annotated of parameters that default to
+        # None
         types, parameters = inspect.get_annotations(command, eval_str=True), []
         groups: dict[str, tuple[Any, list[str]]] = {}
         for p in inspect.signature(command).parameters.values():

@@ -1,4 +1,5 @@
-"""``prunesim pareto``: find the frontier of speedup and quality loss, and the fastest family at each quality budget."""
+"""``prunesim pareto``: find the frontier of speedup and quality loss, and the fastest family at
+each quality budget."""
 
 from __future__ import annotations
 
@@ -16,35 +17,42 @@ if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Quality:
-    quality: Annotated[str | None, opt(
-        "--quality", "FILE", "Quality table, or list of lm-evaluation-harness results.")] = None
+    quality: Annotated[
+        str | None,
+        opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results."),
+    ] = None
     metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = ""
     protocol: Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")] = ""
-    quality_model: Annotated[str | None, opt(
-        "--quality-model", "NAME", "Use the quality rows of this model instead.")] = None
+    quality_model: Annotated[
+        str | None, opt("--quality-model", "NAME", "Use the quality rows of this model instead.")
+    ] = None
 
 
-@options.expanded("weight_dtype", "kv_dtype", "dense_s", "dense_tokens_per_s", "dense_from", "ideal")
+@options.expanded(
+    "weight_dtype", "kv_dtype", "dense_s", "dense_tokens_per_s", "dense_from", "ideal"
+)
 def pareto(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     rows: Quality = Quality(),
-    measured: Annotated[str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")] = None,
-    max_loss: Annotated[str | None, opt(
-        "--max-loss", "FRACTION", "Name the fastest model with at most this loss.")] = None,
+    measured: Annotated[
+        str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")
+    ] = None,
+    max_loss: Annotated[
+        str | None, opt("--max-loss", "FRACTION", "Name the fastest model with at most this loss.")
+    ] = None,
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Show the frontier of speed and quality.
 
-    No other model beats those on the frontier in both. Begins with them and the best trade, the most speedup per loss,
-    or with the fastest model within --max-loss. Quality is measured, on one metric under one protocol: by papers (the
-    shipped tables, the default), in your table, or by lm-evaluation-harness (a CSV with the columns results, family,
-    sparsity). Speed is predicted, unless --measured has a value.
+    No other model beats those on the frontier in both. Begins with them and the best trade, the
+    most speedup per loss, or with the fastest model within --max-loss. Quality is measured, on one
+    metric under one protocol: by papers (the shipped tables, the default), in your table, or by
+    lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted,
+    unless --measured has a value.
     """
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.models.library import load_model
@@ -65,7 +73,10 @@ def pareto(
         if out.verbose or len(found) <= MOST_SENTENCES:
             for front in found:
                 print(_front_text(front), end="\n\n")
-            print("optimal: no other point is as fast at no more loss (*: with the whole interval over other families)")
+            print(
+                "optimal: no other point is as fast at no more loss (*: with the whole interval"
+                " over other families)"
+            )
         else:
             _show_trades(found)
     if out.figure:
@@ -103,13 +114,18 @@ def _show_trades(found: Sequence[Front]) -> None:
 
 def _front_text(front: Front) -> str:
     columns = render.first_fitting(_layouts(front), render.width())
-    where = f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq}, {front.engine}"
+    where = (
+        f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq},"
+        f" {front.engine}"
+    )
     table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())
     sentences = "; ".join(_band_text(b) for b in front.bands)
     sources = "; ".join(dict.fromkeys(p.source for p in front.points))
     named = any(c.title == "source" for c in columns)
     cited = "" if named else "\n" + textwrap.fill(f"source: {sources}", render.width())
-    bands = textwrap.fill(f"fastest family by quality budget: {sentences}", render.width(), break_on_hyphens=False)
+    bands = textwrap.fill(
+        f"fastest family by quality budget: {sentences}", render.width(), break_on_hyphens=False
+    )
     return f"{table}{cited}\n\n{bands}"
 
 
@@ -138,7 +154,11 @@ def _layouts(front: Front) -> Iterator[list[render.Column]]:
             ("<beaten by", lambda p: p.beaten_by),
             ("<source", lambda p: p.source),
         )
-        omitted = {"speed": not any(p.measured for p in points), "beaten by": not beaten, "source": not source}
+        omitted = {
+            "speed": not any(p.measured for p in points),
+            "beaten by": not beaten,
+            "source": not source,
+        }
         dense = {"method": "dense", "loss": "0 %", "speedup": "1.00"}
         return [
             render.Column(c.title, [dense.get(c.title, ""), *c.cells], c.right)

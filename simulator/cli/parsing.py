@@ -21,7 +21,8 @@ def names(option: str, text: str) -> list[str]:
 
 
 def integers(option: str, text: str) -> list[int]:
-    """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``, ``1:64:8``."""
+    """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``,
+    ``1:64:8``."""
     out: list[int] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_count) for end in part.split(":")]
@@ -46,7 +47,8 @@ def integers(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
-    """Parse a comma list of fractions and ranges; the step of a range is 0.1 unless it is stated."""
+    """Parse a comma list of fractions and ranges; the step of a range is 0.1 unless it is
+    stated."""
     out: list[float] = []
     for part in names(option, text):
         ends = [checked(option, end, parse_fraction) for end in part.split(":")]
@@ -71,7 +73,8 @@ def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
 
 
 def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
-    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of these, or a word."""
+    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of
+    these, or a word."""
     out: dict[str, Any] = {}
     for text in texts or ():
         name, value = pair(option, text)

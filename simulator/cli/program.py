@@ -1,8 +1,8 @@
 """Find a command by name, run it, and convert errors to one line and an exit status.
 
-A command is a function or a ``typer.Typer`` with subcommands. Commands of the simulator are in :data:`COMMANDS`; other
-packages register commands as entry points of the group :data:`GROUP`. Only the requested command is imported; help and
-completion of the program import all commands.
+A command is a function or a ``typer.Typer`` with subcommands. Commands of the simulator are in
+:data:`COMMANDS`; other packages register commands as entry points of the group :data:`GROUP`. Only
+the requested command is imported; help and completion of the program import all commands.
 """
 
 from __future__ import annotations
@@ -42,11 +42,17 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("report", "report:report"),
 )
 
-EVIDENCE = "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving benchmarks"
+EVIDENCE = (
+    "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving"
+    " benchmarks"
+)
 
 # what replaces commands and options ("COMMAND --option") of version 0.3; one release names them
 REMOVED: Mapping[str, str] = {
-    "import": "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map NAME=COLUMN",
+    "import": (
+        "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map"
+        " NAME=COLUMN"
+    ),
     "measure": "use prunesim calibrate DEVICE -o RUN --measure-only",
     "advise --prune": "use prunesim speedup --prune TEXT",
     "explore --hardware": "type the path of a profile on the page",
@@ -74,7 +80,10 @@ def program(only: str = "") -> typer.Typer:
     """Return the program with one command, or with all if the command does not exist."""
     app = typer.Typer(
         name="prunesim",
-        help="How much faster will a pruned LLM really be? Predict it before implementing the pruning.",
+        help=(
+            "How much faster will a pruned LLM really be? Predict it before implementing the"
+            " pruning."
+        ),
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -157,7 +166,8 @@ def run(arguments: Sequence[str]) -> int:
     except MemoryError:
         return _fail("not enough memory; request fewer combinations at once", 1)
     except Exception as error:
-        # usage errors of the option parser: their class is not public in every version of typer, this method is
+        # usage errors of the option parser: their class is not public in every version of typer,
+        # this method is
         if hasattr(error, "format_message"):
             context = getattr(error, "ctx", None)
             path, option = (
@@ -178,7 +188,8 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
         return _fail(
-            f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1 shows where)",
+            f"program error, please report it: {type(error).__name__}: {error} (PRUNESIM_DEBUG=1"
+            " shows where)",
             1,
         )
     finally:

@@ -1,7 +1,8 @@
-"""Print conclusions, tables that fit the width, JSON, CSV, notes, and a progress bar of long commands.
+"""Print conclusions, tables that fit the width, JSON, CSV, notes, and a progress bar of long
+commands.
 
-A table has several layouts, the most detailed first; the first that fits the width is printed, so no cell is wrapped.
-Pipes and files have 120 columns.
+A table has several layouts, the most detailed first; the first that fits the width is printed, so
+no cell is wrapped. Pipes and files have 120 columns.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ PROGRESS_AFTER_S = 2.0  # run time after which a progress bar appears, s
 MOST_NOTES = 3  # notes that a run prints without --verbose
 
 # names of bottlenecks for narrow tables
-# fmt: off
 BOTTLENECKS_SHORT: Mapping[str, str] = {
-    "compute": "comp", "memory": "mem", "l2": "L2", "latency": "lat", "launch": "lnch", "host": "host", "link": "link",
+    "compute": "comp",
+    "memory": "mem",
+    "l2": "L2",
+    "latency": "lat",
+    "launch": "lnch",
+    "host": "host",
+    "link": "link",
 }
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -124,22 +129,25 @@ def show(columns: Sequence[Column], title: str = "") -> None:
 
 
 def colored() -> bool:
-    """Return whether to colour: not with NO_COLOR, else with FORCE_COLOR or on a terminal whose TERM is not dumb."""
+    """Return whether to colour: not with NO_COLOR, else with FORCE_COLOR or on a terminal whose
+    TERM is not dumb."""
     variable = os.environ.get
     terminal = sys.stdout.isatty() and variable("TERM") != "dumb"
     return not variable("NO_COLOR") and bool(variable("FORCE_COLOR") or terminal)
 
 
 def conclude(*paragraphs: str) -> None:
-    """Print the conclusion of a run, one to three sentences, then an empty line; the tables come after it."""
+    """Print the conclusion of a run, one to three sentences, then an empty line; the tables come
+    after it."""
     for text in filter(None, paragraphs):
         print(textwrap.fill(text, width(), break_on_hyphens=False, break_long_words=False))
     print()
 
 
 def notes(lines: Iterable[str], verbose: bool = False) -> None:
-    """Print notes to standard error, the most important first: with ``verbose`` all, else :data:`MOST_NOTES`. Notes
-    that state the same of several subjects ("A: text", "B: text") become one. A run calls this once."""
+    """Print notes to standard error, the most important first: with ``verbose`` all, else
+    :data:`MOST_NOTES`. Notes that state the same of several subjects ("A: text", "B: text") become
+    one. A run calls this once."""
     found = same_together(lines)
     shown = found if verbose else found[:MOST_NOTES]
     more = f" ({len(found) - len(shown)} more with --verbose)" if len(found) > len(shown) else ""
@@ -179,7 +187,8 @@ def interval(found: Any) -> str:
 
 
 def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Print a record, or a list with one record per line, as JSON: exact numbers, null for NaN and infinity."""
+    """Print a record, or a list with one record per line, as JSON: exact numbers, null for NaN and
+    infinity."""
     rows = [value] if isinstance(value, Mapping) else value
     text = ",\n".join(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) for row in rows)
     print(text if isinstance(value, Mapping) else f"[\n{text}\n]" if rows else "[]", flush=True)
@@ -221,8 +230,8 @@ class Output:
     def write(
         self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None
     ) -> bool:
-        """Write rows (CSV: ``for_csv``, if given); return whether to print the answer too. After CSV on standard
-        output, it goes to standard error."""
+        """Write rows (CSV: ``for_csv``, if given); return whether to print the answer too. After
+        CSV on standard output, it goes to standard error."""
         if self.json:
             show_json(rows)
         elif self.csv:
@@ -241,7 +250,8 @@ class Output:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of steps done and their number that draws a bar on a terminal after some seconds."""
+    """Yield a function of steps done and their number that draws a bar on a terminal after some
+    seconds."""
     start = time.monotonic()
     shown = False
     usable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -255,7 +265,8 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         filled = round(30 * done / max(total, 1))
         left = elapsed / max(done, 1) * (total - done)
         sys.stderr.write(
-            f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left:.0f} s left \x1b[K"
+            f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left:.0f} s left"
+            " \x1b[K"
         )
         sys.stderr.flush()
 

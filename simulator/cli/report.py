@@ -1,5 +1,5 @@
-"""``prunesim sweep``, ``report`` and ``explore``: write a grid of predictions as Parquet files, or predictions as one
-HTML file; serve the page on this machine."""
+"""``prunesim sweep``, ``report`` and ``explore``: write a grid of predictions as Parquet files, or
+predictions as one HTML file; serve the page on this machine."""
 
 from __future__ import annotations
 
@@ -30,32 +30,49 @@ SERVER = {
 }
 
 
-# fmt: off
 def sweep(
-    grid: Annotated[str, arg("GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ...")],
+    grid: Annotated[
+        str,
+        arg(
+            "GRID.yaml", "Axes: models, hardware, families, sparsities, phases, batches, seqs, ..."
+        ),
+    ],
     output: Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")],
-    jobs: Annotated[int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")] = None,
-    scheduler: Annotated[str | None, opt(
-        "--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")] = None,
-    most: Annotated[int, opt("--max", "N", "Largest number of configurations to accept.")] = 100_000_000,
+    jobs: Annotated[
+        int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, opt("--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")
+    ] = None,
+    most: Annotated[
+        int, opt("--max", "N", "Largest number of configurations to accept.")
+    ] = 100_000_000,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    # fmt: on
     """Predict every combination of a grid.
 
-    Run the command again to resume a sweep that was stopped or killed. Prints the number of rows of the dataset.
+    Run the command again to resume a sweep that was stopped or killed. Prints the number of rows of
+    the dataset.
     """
     from simulator.prediction.sweep import write_sweep
 
     if scheduler is not None and jobs is not None:
         raise InputError("--jobs and --scheduler: expected one of them")
     if jobs is None:
-        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     with render.progress("predicting") as report:
         done = write_sweep(grid, output, jobs=jobs, scheduler=scheduler, progress=report, most=most)
     if render.Output(json).write([vars(done)]):
-        again = f", {done.resumed_parts} of {done.parts} parts from an earlier run" if done.resumed_parts else ""
+        again = (
+            f", {done.resumed_parts} of {done.parts} parts from an earlier run"
+            if done.resumed_parts
+            else ""
+        )
         counts = f"{done.rows:,} rows of {done.configurations:,} configurations"
         print(f"{done.folder}: {counts} in {render.seconds(done.seconds)}{again}")
         render.notes(done.notes, verbose)
@@ -72,8 +89,9 @@ def report(
 ) -> None:
     """Write predictions as one HTML file.
 
-    The file begins with the answer, then has figures, the table of prunesim speedup, where the fastest pruning loses
-    its nominal speedup, notes, and the commands that print the same numbers. It has no scripts and loads nothing.
+    The file begins with the answer, then has figures, the table of prunesim speedup, where the
+    fastest pruning loses its nominal speedup, notes, and the commands that print the same numbers.
+    It has no scripts and loads nothing.
     """
     from simulator.files.write import check_target, write_whole
 
@@ -84,7 +102,9 @@ def report(
     from simulator.explore.content import commands, content, report_html
 
     asked = run.asked(model, devices, prunings)
-    found = content({"models": model, "hardware": devices.profiles, **prunings.parsed(), **asked.settings})
+    found = content(
+        {"models": model, "hardware": devices.profiles, **prunings.parsed(), **asked.settings}
+    )
     given = {**asdict(devices), **asdict(prunings), **run.given}
     lines = [*commands(model, given, found), line("report", model, {**given, "output": output})]
     text = report_html(found, lines).encode()
@@ -96,11 +116,13 @@ def report(
     render.notes(asked.notes)
 
 
-def explore(port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8501) -> None:
+def explore(
+    port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8501,
+) -> None:
     """Explore predictions in the browser.
 
-    Prints the address of a page, which is served on 127.0.0.1 only and loads nothing from other hosts. Its address
-    contains its settings. Needs the extra "explore". Ctrl-C stops it.
+    Prints the address of a page, which is served on 127.0.0.1 only and loads nothing from other
+    hosts. Its address contains its settings. Needs the extra "explore". Ctrl-C stops it.
     """
     if importlib.util.find_spec("streamlit") is None:
         raise needs_extra("the page", "explore", "streamlit")
@@ -111,9 +133,15 @@ def explore(port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 select
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise InputError(f"--port {port}: {error.strerror}; expected a free port, such as --port 0") from None
+            raise InputError(
+                f"--port {port}: {error.strerror}; expected a free port, such as --port 0"
+            ) from None
         port = probe.getsockname()[1]
     page = Path(__file__).parents[1] / "explore" / "app.py"
-    settings = [part for name, value in {**SERVER, "server.port": port}.items() for part in (f"--{name}", str(value))]
+    settings = [
+        part
+        for name, value in {**SERVER, "server.port": port}.items()
+        for part in (f"--{name}", str(value))
+    ]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *settings])

@@ -1,5 +1,5 @@
-"""``prunesim advise``, ``search`` and ``costs``: find the least pruning that reaches a target, choose a variant of each
-layer under targets, price every variant."""
+"""``prunesim advise``, ``search`` and ``costs``: find the least pruning that reaches a target,
+choose a variant of each layer under targets, price every variant."""
 
 from __future__ import annotations
 
@@ -25,18 +25,36 @@ MOST_POINTS = 8  # plans of the frontier in the table without --verbose
 MOST_ROWS = 24  # rows of the table of costs without --verbose
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Scored:
-    scores: Annotated[str | None, opt(
-        "--scores", "FILE", "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of Puzzletron's "
-        "validations, or smollm2-135m, which ships. Default: whole layers, with published losses of a model.")] = None
-    metric: Annotated[str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")] = ""
-    maximise: Annotated[bool, opt("--maximise", None, "A higher value of the metric is better.")] = False
-    uniform: Annotated[bool, opt(
-        "--uniform", None, "One shape for all remaining layers, which stock engines load.")] = False
-    groups: Annotated[str | None, opt(
-        "--groups", "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.")] = None
+    scores: Annotated[
+        str | None,
+        opt(
+            "--scores",
+            "FILE",
+            "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of"
+            " Puzzletron's validations, or smollm2-135m, which ships. Default: whole layers, with"
+            " published losses of a model.",
+        ),
+    ] = None
+    metric: Annotated[
+        str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")
+    ] = ""
+    maximise: Annotated[
+        bool, opt("--maximise", None, "A higher value of the metric is better.")
+    ] = False
+    uniform: Annotated[
+        bool,
+        opt("--uniform", None, "One shape for all remaining layers, which stock engines load."),
+    ] = False
+    groups: Annotated[
+        str | None,
+        opt(
+            "--groups",
+            "N",
+            "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.",
+        ),
+    ] = None
 
 
 _seconds = partial(parse_quantity, unit="s")
@@ -53,24 +71,42 @@ PARSERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
 
 @dataclass(frozen=True)
 class Aim:
-    target: Annotated[str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")] = None
-    latency: Annotated[str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")] = None
-    tokens_per_s: Annotated[float | None, opt(
-        "--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")] = None
-    confidence: Annotated[float, opt("--confidence", "P", "Least probability of reaching each target on time.")] = 0.5
+    target: Annotated[
+        str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")
+    ] = None
+    latency: Annotated[
+        str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")
+    ] = None
+    tokens_per_s: Annotated[
+        float | None, opt("--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")
+    ] = None
+    confidence: Annotated[
+        float, opt("--confidence", "P", "Least probability of reaching each target on time.")
+    ] = 0.5
 
     def parsed(self) -> dict[str, float]:
         """Return the targets by their names in Python."""
-        texts = {option: text for option in PARSERS if (text := getattr(self, option, None)) is not None}
-        found = {PARSERS[n][0]: parsing.checked(f"--{n}", text, PARSERS[n][1]) for n, text in texts.items()}
+        texts = {
+            option: text for option in PARSERS if (text := getattr(self, option, None)) is not None
+        }
+        found = {
+            PARSERS[n][0]: parsing.checked(f"--{n}", text, PARSERS[n][1])
+            for n, text in texts.items()
+        }
         return found if self.tokens_per_s is None else found | {"tokens_per_s": self.tokens_per_s}
 
 
 @dataclass(frozen=True)
 class Wanted(Aim):
-    ttft: Annotated[str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")] = None
-    tpot: Annotated[str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")] = None
-    memory: Annotated[str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")] = None
+    ttft: Annotated[
+        str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")
+    ] = None
+    tpot: Annotated[
+        str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")
+    ] = None
+    memory: Annotated[
+        str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")
+    ] = None
     params: Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")] = None
 
 
@@ -79,18 +115,25 @@ def advise(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     aim: Aim = Aim(),
-    family: Annotated[str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")] = None,
-    write: Annotated[str | None, opt(
-        "--write", "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.")] = None,
+    family: Annotated[
+        str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")
+    ] = None,
+    write: Annotated[
+        str | None,
+        opt(
+            "--write",
+            "FOLDER",
+            "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.",
+        ),
+    ] = None,
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Find the least sparsity of each family, and of depth with width, that reaches a target.
 
-    Begins with the least pruning and its probability, or with the closest pruning. The table has the best families of
-    one device, engine and request, or the best family of each of several; --verbose prints every family. For a plan
-    per layer use prunesim search.
+    Begins with the least pruning and its probability, or with the closest pruning. The table has
+    the best families of one device, engine and request, or the best family of each of several;
+    --verbose prints every family. For a plan per layer use prunesim search.
     """
     from simulator.prediction.advise import Target
     from simulator.prediction.advise import advise as advised
@@ -101,7 +144,9 @@ def advise(
         raise InputError("--target, --latency, --tokens-per-s: expected one of them")
     target = Target(**given)
     names = None if family is None else parsing.names("--family", family)
-    found = advised(model, devices.profiles, target, names, probability=aim.confidence, **asked.settings)
+    found = advised(
+        model, devices.profiles, target, names, probability=aim.confidence, **asked.settings
+    )
     written = _configurations(write, model, found) if write else []
     if not render.Output(out.json).write(found.rows()):
         return
@@ -116,7 +161,11 @@ def _families(found: Advised, verbose: bool) -> None:
 
     groups = settings_of(found.advice)
     one = len(groups) == 1
-    shown = [a for a in found.advice if a.reached][:MOST_FAMILIES] if one else [group[0] for group in groups.values()]
+    shown = (
+        [a for a in found.advice if a.reached][:MOST_FAMILIES]
+        if one
+        else [group[0] for group in groups.values()]
+    )
     rows = found.advice if verbose else shown or found.advice[:1]
     if not rows:
         return
@@ -129,14 +178,18 @@ def _families(found: Advised, verbose: bool) -> None:
         ("speedup", lambda a: render.interval(a.result)),
         ("probability", lambda a: probability_text(a.probability)),
         ("time", lambda a: render.seconds(a.result.pruned_s)),
-        ("<runs in stock", lambda a: {True: a.result.engine, False: "no", None: "not known"}[a.runs]),
+        (
+            "<runs in stock",
+            lambda a: {True: a.result.engine, False: "no", None: "not known"}[a.runs],
+        ),
         ("<bottleneck", lambda a: a.result.bottleneck),
     )
     render.show(render.narrowed(columns[1:] if one else columns, 5))
 
 
 def _configurations(folder: str, model: str, found: Advised) -> list[str]:
-    """Write the configurations of the families that reach the target in the one setting; return notes on the files."""
+    """Write the configurations of the families that reach the target in the one setting; return
+    notes on the files."""
     from simulator.models.changes import write_config
     from simulator.prediction.runnable import config_of
     from simulator.prediction.sentences import settings_of
@@ -155,33 +208,38 @@ def _configurations(folder: str, model: str, found: Advised) -> list[str]:
             continue
         write_config(Path(folder) / r.family, content)
         written.append(r.family)
-    first = f"written: {folder}/{{{','.join(written)}}}/config.json" if written else f"{folder}: nothing is written"
+    first = (
+        f"written: {folder}/{{{','.join(written)}}}/config.json"
+        if written
+        else f"{folder}: nothing is written"
+    )
     return [first, *notes]
 
 
-# fmt: off
 @options.expanded("csv", "ideal")
 def search(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     wanted: Wanted = Wanted(),
     scored: Scored = Scored(),
-    write: Annotated[str | None, opt(
-        "--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json.")] = None,
+    write: Annotated[
+        str | None,
+        opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json."),
+    ] = None,
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Choose a variant of each layer that meets targets.
 
-    The plan loses the least quality that meets them. Scores of single replacements are added over the layers; the
-    chosen model is predicted whole, and the costs are corrected until the model itself meets the targets (with
-    --confidence, the end of its interval). Targets hold on every device, engine and request, several at once. Begins
-    with the plan's speed, score and parameters, then the layers, what the same budget in parameters or FLOPs would have
-    chosen, and the frontier of score against time.
+    The plan loses the least quality that meets them. Scores of single replacements are added over
+    the layers; the chosen model is predicted whole, and the costs are corrected until the model
+    itself meets the targets (with --confidence, the end of its interval). Targets hold on every
+    device, engine and request, several at once. Begins with the plan's speed, score and parameters,
+    then the layers, what the same budget in parameters or FLOPs would have chosen, and the frontier
+    of score against time.
 
-    Scores as CSV. These rows are removals of layers; columns attention and mlp name other variants. Layers that are
-    not listed stay dense.
+    Scores as CSV. These rows are removals of layers; columns attention and mlp name other variants.
+    Layers that are not listed stay dense.
 
     \b
     layer,score
@@ -229,7 +287,10 @@ def _conclusion(plan: Plan) -> list[str]:
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
     changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
     speed = f"{speedup_text(first)} faster than {dense}"
-    text = f"The plan changes {changed} of {len(plan.layers)} layers: {speed} on {first.request}, {plan.metric} "
+    text = (
+        f"The plan changes {changed} of {len(plan.layers)} layers: {speed} on {first.request},"
+        f" {plan.metric} "
+    )
     text += f"{plan.score:.4g}, {render.percent(kept)} of the parameters."
     by, lost = {(a.chosen_by, a.budget): a.point for a in plan.alternatives}, []
     if (same := by.get(("parameters", "same"))) and same.speedup < 0.995 * first.speedup:
@@ -255,7 +316,9 @@ def _layers(plan: Plan) -> None:
     )
     off = f"; the whole model's time differs from that sum by {render.percent(abs(plan.sum_error))}"
     proof = "the best" if plan.gap == 0.0 else f"within {render.percent(plan.gap)} of the best"
-    render.show(columns, f"plan: {proof} by the sum of its layers' costs{off if plan.steps else ''}")
+    render.show(
+        columns, f"plan: {proof} by the sum of its layers' costs{off if plan.steps else ''}"
+    )
 
 
 def _targets(plan: Plan) -> None:
@@ -296,7 +359,9 @@ def _frontier(plan: Plan, verbose: bool) -> None:
     points = list(plan.frontier)
     if len(points) > MOST_POINTS and not verbose:
         step = (len(points) - 1) / (MOST_POINTS - 1)
-        keep = {round(i * step) for i in range(MOST_POINTS)} | {i for i, p in enumerate(points) if p.chosen}
+        keep = {round(i * step) for i in range(MOST_POINTS)} | {
+            i for i, p in enumerate(points) if p.chosen
+        }
         points = [points[i] for i in sorted(keep)]
     columns = render.columns(
         points,
@@ -308,30 +373,44 @@ def _frontier(plan: Plan, verbose: bool) -> None:
     )
     hidden = len(plan.frontier) - len(points)
     print()
-    render.show(columns, f"frontier of score against time{f'; {hidden} more rows with --verbose' if hidden else ''}")
+    render.show(
+        columns,
+        f"frontier of score against time{f'; {hidden} more rows with --verbose' if hidden else ''}",
+    )
 
 
-# fmt: off
 @options.expanded("csv", "figure", "ideal", "dense_s", "dense_tokens_per_s", "dense_from")
 def costs(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
-    choices: Annotated[str | None, opt(
-        "--choices", "FILE", "Variants: YAML, or a file as --scores of search. Default: the usual ones.")] = None,
-    output: Annotated[str | None, opt(
-        "-o --output", "FILE", "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
-        "(with --phase generate).")] = None,
+    choices: Annotated[
+        str | None,
+        opt(
+            "--choices",
+            "FILE",
+            "Variants: YAML, or a file as --scores of search. Default: the usual ones.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        opt(
+            "-o --output",
+            "FILE",
+            "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
+            "(with --phase generate).",
+        ),
+    ] = None,
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Price every variant of every layer, for a search.
 
-    A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer experts, a linear product,
-    or none. Its cost is the difference of a pass with it and a pass without that attention or MLP, in the engine, with
-    host time that is not hidden, and with its interval. Layers with equal shapes cost the same and share a row. -o
-    writes a row per layer. As subblock_stats.json, with --phase generate, it has the prefill and decode times that
-    ModelOpt's Puzzletron needs for its latency targets.
+    A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer
+    experts, a linear product, or none. Its cost is the difference of a pass with it and a pass
+    without that attention or MLP, in the engine, with host time that is not hidden, and with its
+    interval. Layers with equal shapes cost the same and share a row. -o writes a row per layer. As
+    subblock_stats.json, with --phase generate, it has the prefill and decode times that ModelOpt's
+    Puzzletron needs for its latency targets.
     """
     asked = run.asked(model, devices)
     if output is not None:
@@ -360,13 +439,23 @@ def costs(
         ("<layers", lambda row: row["layers"]),
         ("<part", lambda row: row["sublayer"]),
         ("<variant", lambda row: row["variant"]),
-        ("time of a layer", lambda row: render.seconds_between(row["seconds"], row["lower"], row["upper"], short=True)),
+        (
+            "time of a layer",
+            lambda row: render.seconds_between(
+                row["seconds"], row["lower"], row["upper"], short=True
+            ),
+        ),
         ("of dense", lambda row: render.percent(row["share"])),
         ("parameters", lambda row: f"{row['parameters']:,.0f}"),
         ("cache", lambda row: render.size(row["cache_bytes"])),
     )
-    hidden = f"; {len(groups) - len(rows)} more rows with --verbose" if len(groups) > len(rows) else ""
-    title = f"{found.model.name}{'' if several else f' on {found.settings[0]}'}: costs with {found.level:.0%} intervals"
+    hidden = (
+        f"; {len(groups) - len(rows)} more rows with --verbose" if len(groups) > len(rows) else ""
+    )
+    title = (
+        f"{found.model.name}{'' if several else f' on {found.settings[0]}'}: costs with"
+        f" {found.level:.0%} intervals"
+    )
     render.show(render.narrowed(columns, 5 + 3 * several), title + hidden)
     render.notes(lines, out.verbose)
 
@@ -393,7 +482,9 @@ def _write(found: Costs, output: str) -> None:
 
         pa, pq = load_pyarrow()
         out = io.BytesIO()
-        pq.write_table(pa.table({name: column.tolist() for name, column in found.columns.items()}), out)
+        pq.write_table(
+            pa.table({name: column.tolist() for name, column in found.columns.items()}), out
+        )
         content = out.getvalue()
     elif kind == ".json":
         from simulator.plans.write import stats_text
@@ -407,24 +498,36 @@ def _write(found: Costs, output: str) -> None:
 
 
 def _together(found: Costs) -> list[dict[str, Any]]:
-    """Return the costs with equal layers in one row, and each as a share of its dense sublayer, which comes first."""
+    """Return the costs with equal layers in one row, and each as a share of its dense sublayer,
+    which comes first."""
     from simulator.display import runs
 
-    layers, rows, dense = dict[tuple[object, ...], list[int]](), dict[tuple[object, ...], dict[str, Any]](), 0.0
+    layers, rows, dense = (
+        dict[tuple[object, ...], list[int]](),
+        dict[tuple[object, ...], dict[str, Any]](),
+        0.0,
+    )
     for row in found.rows:
         dense = row["seconds"] if row["variant"] == "dense" else dense
         values = tuple(value for name, value in row.items() if name != "layer")
         layers.setdefault(values, []).append(row["layer"])
         rows.setdefault(values, row | {"share": row["seconds"] / dense if dense else 0.0})
-    together = [row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-"} for key, row in rows.items()]
+    together = [
+        row | {"layers": runs(layers[key]) if row["layer"] >= 0 else "-"}
+        for key, row in rows.items()
+    ]
     return [row for row in together if row["variant"] != "none"]  # a removed part costs nothing
 
 
 def _shares(found: Costs) -> str:
-    first = [row for row in found.rows[: len(found) // len(found.settings)] if row["variant"] == "dense"]
+    first = [
+        row for row in found.rows[: len(found) // len(found.settings)] if row["variant"] == "dense"
+    ]
     whole = sum(row["seconds"] for row in first)
     names = ("attention", "mlp", "outside")
-    parts = [sum(row["seconds"] for row in first if row["sublayer"] == name) / whole for name in names]
+    parts = [
+        sum(row["seconds"] for row in first if row["sublayer"] == name) / whole for name in names
+    ]
     attention, mlp, rest = map(render.percent, parts)
     text = f"attention takes {attention}, MLPs {mlp} and what is outside the layers {rest}"
     return f"{found.model.name} takes {render.seconds(whole)} on {found.settings[0]}: {text}."

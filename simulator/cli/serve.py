@@ -24,21 +24,35 @@ MOST_SERVICES = 3
 MOST_PRUNINGS = 6
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Server:
-    concurrency: Annotated[str | None, opt(
-        "--concurrency", "LIST", "Requests in flight of the comparison at equal concurrency, such as 1,16,64. "
-        "Default: the most that fit the dense model.")] = None
-    ttft: Annotated[str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")] = None
-    tpot: Annotated[str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")] = None
-    confidence: Annotated[float, opt("--confidence", "P", "Probability with which the limits must hold.")] = 0.5
-    price: Annotated[float | None, opt(
-        "--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")] = None
+    concurrency: Annotated[
+        str | None,
+        opt(
+            "--concurrency",
+            "LIST",
+            "Requests in flight of the comparison at equal concurrency, such as 1,16,64. "
+            "Default: the most that fit the dense model.",
+        ),
+    ] = None
+    ttft: Annotated[
+        str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")
+    ] = None
+    tpot: Annotated[
+        str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")
+    ] = None
+    confidence: Annotated[
+        float, opt("--confidence", "P", "Probability with which the limits must hold.")
+    ] = 0.5
+    price: Annotated[
+        float | None, opt("--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")
+    ] = None
 
 
 # a server has its own concurrency
-LOAD: options.Run = options.run_options(*(name for name in SETTINGS if name not in ("phase", "batch", "dense_s")))
+LOAD: options.Run = options.run_options(
+    *(name for name in SETTINGS if name not in ("phase", "batch", "dense_s"))
+)
 
 
 @options.expanded()
@@ -50,14 +64,14 @@ def command(
     run: options.Run = LOAD,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Compare dense and pruned models in a server.
 
-    A pruned model leaves memory for more sequences, and keeps limits of latency at a higher load. Begins with the
-    answers for the pruning that serves most. The table has the dense and each pruned model with equally many requests
-    in flight, each with as many as its weights and caches leave memory for (at most the engine's limit), and with
-    --ttft or --tpot each with as many as keep these limits. A request takes the steady state of continuous batching.
-    With --price it shows the cost of a million tokens: of output that pays for all, and of prompt and output alike
+    A pruned model leaves memory for more sequences, and keeps limits of latency at a higher load.
+    Begins with the answers for the pruning that serves most. The table has the dense and each
+    pruned model with equally many requests in flight, each with as many as its weights and caches
+    leave memory for (at most the engine's limit), and with --ttft or --tpot each with as many as
+    keep these limits. A request takes the steady state of continuous batching. With --price it
+    shows the cost of a million tokens: of output that pays for all, and of prompt and output alike
     (--verbose: of prompt and of new tokens, by their share of the device time).
     """
     output = render.Output(out.json, out.csv, [out.figure])
@@ -67,11 +81,15 @@ def command(
     if len(asked.settings["seq"]) != 1:
         raise InputError(f"--seq {run.text('seq')!r}: expected one length")
     seconds, texts = partial(parse_quantity, unit="s"), {"ttft": server.ttft, "tpot": server.tpot}
-    limits = {n: parsing.checked(f"--{n}", text, seconds) for n, text in texts.items() if text is not None}
+    limits = {
+        n: parsing.checked(f"--{n}", text, seconds) for n, text in texts.items() if text is not None
+    }
     found = serve(
         model,
         devices.profiles,
-        concurrency=parsing.integers("--concurrency", server.concurrency) if server.concurrency else None,
+        concurrency=(
+            parsing.integers("--concurrency", server.concurrency) if server.concurrency else None
+        ),
         **{f"{n}_s": limit for n, limit in limits.items()},
         probability=server.confidence,
         price=server.price,
@@ -94,7 +112,9 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
     from simulator.prediction.sentences import best_point, of_service
 
     if len(services) > MOST_SERVICES and not verbose:
-        most = [0.0 if math.isnan(ratio) else ratio for ratio in (best_point(s).ratio for s in services)]
+        most = [
+            0.0 if math.isnan(ratio) else ratio for ratio in (best_point(s).ratio for s in services)
+        ]
         render.conclude(*of_service(services[most.index(max(most))]))
         _print_rows(services)
         return
@@ -106,7 +126,8 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 
 
 def _print_one(service: Service, verbose: bool) -> None:
-    """Print the operating points of a service, and sentences on the models that are not in the conclusion."""
+    """Print the operating points of a service, and sentences on the models that are not in the
+    conclusion."""
     from simulator.prediction.sentences import (
         EQUAL,
         LIMITS,
@@ -123,11 +144,21 @@ def _print_one(service: Service, verbose: bool) -> None:
         rows.append(kind if kind == LIMITS else f"at {kind}")
         rows += [some[i] for some in (service.equal if kind == EQUAL else [points]) for i in shown]
     first, hidden = service.points[0], len(order) + 1 - len(shown)
-    title = f"{first.model} on {first.setting}" + (f"; {hidden} more prunings with --verbose" if hidden else "")
+    title = f"{first.model} on {first.setting}" + (
+        f"; {hidden} more prunings with --verbose" if hidden else ""
+    )
     render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
-    print(f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense model")
-    print("time to first token includes the server's time and depends on how requests arrive; its interval covers both")
-    lines = [equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])]
+    print(
+        f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense"
+        " model"
+    )
+    print(
+        "time to first token includes the server's time and depends on how requests arrive; its"
+        " interval covers both"
+    )
+    lines = [
+        equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])
+    ]
     lines += [
         f"{point.name} in {point.engine}: will it run? {answer.sentence}"
         for point, answer in zip(service.points[1:], service.runs)
@@ -141,7 +172,8 @@ def _print_one(service: Service, verbose: bool) -> None:
     if verbose:
         print()
         render.show(
-            render.first_fitting(_layouts(service.curve, True, named=True), render.width()), "every concurrency"
+            render.first_fitting(_layouts(service.curve, True, named=True), render.width()),
+            "every concurrency",
         )
 
 
@@ -161,18 +193,25 @@ def _print_rows(services: Sequence[Service]) -> None:
         ("in flight\nwithin limits", lambda row: f"{row[1].concurrency:,}"),
         ("ratio\nwithin limits", lambda row: _ratio(row[1])),
     )
-    render.show(render.narrowed(columns[: len(columns) if limited == LIMITS else -2], 4), "at equal memory")
+    render.show(
+        render.narrowed(columns[: len(columns) if limited == LIMITS else -2], 4), "at equal memory"
+    )
 
 
-def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False) -> Iterator[list[render.Column]]:
-    """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below it."""
+def _layouts(
+    rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = False
+) -> Iterator[list[render.Column]]:
+    """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below
+    it."""
     from simulator.prediction.sentences import money, probability_text
     from simulator.prediction.service import OperatingPoint
 
     points = [row for row in rows if isinstance(row, OperatingPoint)]
 
     def column(title: str, cell: Callable[[OperatingPoint], str]) -> render.Column:
-        return render.Column(title, [cell(row) if isinstance(row, OperatingPoint) else "" for row in rows])
+        return render.Column(
+            title, [cell(row) if isinstance(row, OperatingPoint) else "" for row in rows]
+        )
 
     def cost(name: str) -> Callable[[OperatingPoint], str]:
         return lambda p: money(getattr(p, name)) if p.concurrency else "-"
@@ -181,7 +220,9 @@ def _layouts(rows: Sequence[OperatingPoint | str], verbose: bool, named: bool = 
         return "-" if math.isnan(p.probability) else probability_text(p.probability)
 
     def layout(request: bool, detail: int) -> Iterator[render.Column]:
-        names = [row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows]
+        names = [
+            row if isinstance(row, str) else f"{'' if named else '  '}{row.name}" for row in rows
+        ]
         yield render.Column("model", names, right=False)
         yield column("in\nflight", lambda p: f"{p.concurrency:,}")
         yield column("tokens/s\nper GPU", _rate)
@@ -218,8 +259,13 @@ def _ratio(p: OperatingPoint) -> str:
 
 
 def _time(p: OperatingPoint, name: str, detail: int) -> str:
-    """Return a time: with its interval (2), with its interval in few characters (1), or alone (0)."""
+    """Return a time: with its interval (2), with its interval in few characters (1), or alone
+    (0)."""
     if not p.concurrency:
         return "-"
     value, lower, upper = (getattr(p, f"{name}_{end}") for end in ("s", "lower", "upper"))
-    return render.seconds_between(value, lower, upper, short=detail == 1) if detail else render.seconds(value)
+    return (
+        render.seconds_between(value, lower, upper, short=detail == 1)
+        if detail
+        else render.seconds(value)
+    )

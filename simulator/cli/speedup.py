@@ -1,4 +1,5 @@
-"""``prunesim speedup`` and ``explain``: print predicted speedups, and the steps from a nominal to a predicted one."""
+"""``prunesim speedup`` and ``explain``: print predicted speedups, and the steps from a nominal to a
+predicted one."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ MOST_SENTENCES = 8
 
 MOST_COLUMNS = 3  # from so many batches or lengths on, they are rows of one table
 
-# characters of the first two columns of a table over batches or lengths, and of the column of a pruning
+# characters of the first two columns of a table over batches or lengths, and of the column of a
+# pruning
 AXIS_COLUMNS, PRUNING_COLUMNS = 30, 19
 
 
@@ -40,10 +42,10 @@ def speedup(
 ) -> None:
     """Predict how much faster a pruned model is.
 
-    Begins with the answer. Every combination of the lists is predicted. Over a range of batches or lengths (--batch
-    1:64) it states from which value each pruning pays. A combination that a family does not support (2:4 at 0.25) is
-    excluded with a note, or an error if it is the only one. With --pruned, existing models are compared with the dense
-    one.
+    Begins with the answer. Every combination of the lists is predicted. Over a range of batches or
+    lengths (--batch 1:64) it states from which value each pruning pays. A combination that a family
+    does not support (2:4 at 0.25) is excluded with a note, or an error if it is the only one. With
+    --pruned, existing models are compared with the dense one.
     """
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.sentences import uncalibrated
@@ -109,7 +111,8 @@ def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
 
 
 def _print_over(even: Sequence[BreakEven]) -> None:
-    """Print speedups over batches or lengths: a table per device, engine and phase, a column per pruning."""
+    """Print speedups over batches or lengths: a table per device, engine and phase, a column per
+    pruning."""
     from simulator.prediction.requests import batch_name, by_key
 
     groups = by_key(even, lambda b: b.where)
@@ -144,7 +147,8 @@ def _print_over(even: Sequence[BreakEven]) -> None:
 
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
-    """Print once per pruning what it removes of each part, and once per engine whether the engine runs it."""
+    """Print once per pruning what it removes of each part, and once per engine whether the engine
+    runs it."""
     from simulator.prediction.sentences import parts_line
 
     lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
@@ -182,7 +186,8 @@ def _print_tables(results: Sequence[Result], memory: bool) -> None:
 
 
 def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:
-    """Split results into tables of as many devices as fit in the narrowest layout with intervals, equally many each."""
+    """Split results into tables of as many devices as fit in the narrowest layout with intervals,
+    equally many each."""
     names = list(dict.fromkeys(r.hardware for r in results))
     for tables in range(1, len(names) + 1):
         count = -(-len(names) // tables)
@@ -198,7 +203,8 @@ def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]
 
 
 def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
-    """Yield layouts of a speedup table from the most detailed to the narrowest; the first row is the dense model."""
+    """Yield layouts of a speedup table from the most detailed to the narrowest; the first row is
+    the dense model."""
     hardware, rows, at = _crossed(results)
     any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
     dense = {h: next(r for r in results if r.hardware == h) for h in hardware}
@@ -343,10 +349,11 @@ def _print_memory(results: Sequence[Result]) -> None:
     render.show(render.narrowed(columns, 4), f"memory{per_device}: weights, cache, activations")
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Explained(options.Prunings):
-    family: Annotated[str | None, opt("--family", "NAME", "One pruning family, with one --sparsity.")] = None
+    family: Annotated[
+        str | None, opt("--family", "NAME", "One pruning family, with one --sparsity.")
+    ] = None
 
 
 @options.expanded("csv")
@@ -355,16 +362,20 @@ def explain(
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = Explained(),
     run: options.Run = options.RUN,
-    roofline: Annotated[str | None, opt(
-        "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline.")] = None,
+    roofline: Annotated[
+        str | None,
+        opt(
+            "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline."
+        ),
+    ] = None,
     out: options.Output = options.OUTPUT,
 ) -> None:
-    # fmt: on
     """Explain where a nominal speedup is lost.
 
-    Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps lead from the nominal
-    speedup 1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side by side. With
-    more than three predictions only the sentences are printed, and the steps with --verbose.
+    Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps
+    lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly.
+    Several engines are shown side by side. With more than three predictions only the sentences are
+    printed, and the steps with --verbose.
     """
     output = render.Output(out.json, figures=[out.figure, roofline])
     if prunings.family is not None and "," in prunings.family:
@@ -379,7 +390,11 @@ def explain(
     excluded: dict[str, InputError] = {}
     found = explanations(model, devices.profiles, excluded, **given, **asked.settings)
     rows = [
-        {**e.result.to_dict(), "waterfall": [asdict(step) for step in e.steps], "conclusion": conclusion(e)}
+        {
+            **e.result.to_dict(),
+            "waterfall": [asdict(step) for step in e.steps],
+            "conclusion": conclusion(e),
+        }
         for e in found
     ]
     if output.write(rows):
@@ -387,9 +402,13 @@ def explain(
         many = len(found) > MOST_SENTENCES
         if many:
             for e in found:
-                print(textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n")
+                print(
+                    textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n"
+                )
         # engines side by side
-        same = attrgetter(*(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning")))
+        same = attrgetter(
+            *(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning"))
+        )
         groups = by_key(found if out.verbose or not many else (), same)
         for i, together in enumerate(groups.values()):
             if i:
@@ -421,9 +440,15 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
         if e.inferred is not None and e.dense_s is not None:
             lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
     lines += uncalibrated(e.result for e in found)
-    assumed = (note for e in found for note in (assumed_link(e.hardware, e.dense), experts_assumed(e.dense)))
+    assumed = (
+        note
+        for e in found
+        for note in (assumed_link(e.hardware, e.dense), experts_assumed(e.dense))
+    )
     lines += dict.fromkeys(filter(None, assumed))
-    return lines + [line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)]
+    return lines + [
+        line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)
+    ]
 
 
 def _print_waterfalls(together: Sequence[Explanation]) -> None:
@@ -436,9 +461,14 @@ def _print_waterfalls(together: Sequence[Explanation]) -> None:
     for e in together:
         above = f"{e.result.engine}\n" if several else ""
         factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
-        colors = ["red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else "" for s in e.steps[1:]]
+        colors = [
+            "red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else ""
+            for s in e.steps[1:]
+        ]
         columns.append(render.Column(f"{above}factor", factors, styles=["", *colors]))
-        columns.append(render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps]))
+        columns.append(
+            render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps])
+        )
     shown, room = columns, available - render.table_width(columns) - 2
     if room >= 20:
         notes = [step.note for step in first.steps]
@@ -450,11 +480,20 @@ def _print_waterfalls(together: Sequence[Explanation]) -> None:
     render.show(shown, f"{name}, {r.hardware}: {title}")
     if r.parts:
         print()
-        print(textwrap.fill(f"removed: {parts_line(r)}", available, subsequent_indent="  ", break_on_hyphens=False))
+        print(
+            textwrap.fill(
+                f"removed: {parts_line(r)}",
+                available,
+                subsequent_indent="  ",
+                break_on_hyphens=False,
+            )
+        )
     print()
     for e in together:
         r = e.result
         dense = render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)
         pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
         print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
-    print(f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}")
+    print(
+        f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
+    )

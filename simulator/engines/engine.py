@@ -1,8 +1,10 @@
-"""Engines as data: what a serving stack fuses, launches and spends on the host, each value with its source.
+"""Engines as data: what a serving stack fuses, launches and spends on the host, each value with its
+source.
 
-Use :func:`load_engine` with a name, an alias or the path of your own YAML file; :func:`check_engine` lists all problems
-of a file. An engine describes no GPU. It names the software stacks whose kernels it runs, and a hardware profile has
-the fitted sections of these stacks (``HardwareProfile.serving``). Releases that differ are generations of one engine
+Use :func:`load_engine` with a name, an alias or the path of your own YAML file;
+:func:`check_engine` lists all problems of a file. An engine describes no GPU. It names the software
+stacks whose kernels it runs, and a hardware profile has the fitted sections of these stacks
+(``HardwareProfile.serving``). Releases that differ are generations of one engine
 (:class:`Generation`): ``load_engine("vllm@0.19")``.
 
 The annotations of the dataclasses are the schema of the file.
@@ -71,7 +73,8 @@ class Generation:
 
 
 def split(text: str) -> tuple[str, str]:
-    """Return the name or path of an engine, and the version or generation after it ("" without one).
+    """Return the name or path of an engine, and the version or generation after it ("" without
+    one).
 
     >>> split("vllm@0.19"), split("vllm"), split("engines@home/mine.yaml"), split("mine.yaml@0.2")
     (('vllm', '0.19'), ('vllm', ''), ('engines@home/mine.yaml', ''), ('mine.yaml', '0.2'))
@@ -83,8 +86,8 @@ def split(text: str) -> tuple[str, str]:
 
 
 def numbers(version: str) -> tuple[int, ...] | None:
-    """Return the numbers of a version, or None for other text. Suffixes are ignored: release candidates and
-    post-releases have the features of their release.
+    """Return the numbers of a version, or None for other text. Suffixes are ignored: release
+    candidates and post-releases have the features of their release.
 
     >>> numbers("0.5.6.post2"), numbers("1.0.0rc3"), numbers("0.19.1+cu129"), numbers("next")
     ((0, 5, 6), (1, 0, 0), (0, 19, 1), None)
@@ -94,7 +97,8 @@ def numbers(version: str) -> tuple[int, ...] | None:
 
 
 def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Generation:
-    """Return the generation with a name, or the newest generation up to a version; InputError for other text."""
+    """Return the generation with a name, or the newest generation up to a version; InputError for
+    other text."""
     if not generations:
         raise InputError(
             f"engine '{engine}@{wanted}': {engine} has no generations; expected {engine}"
@@ -167,7 +171,8 @@ class Loading:
 
 @dataclass(frozen=True)
 class Width:
-    """Alignment of the kernels of a weight format: widths must be a multiple of a number of elements."""
+    """Alignment of the kernels of a weight format: widths must be a multiple of a number of
+    elements."""
 
     multiple: Annotated[int, _MULTIPLE]
     source: SourceName
@@ -176,8 +181,8 @@ class Width:
 
 
 LIBRARIES: tuple[str, ...] = ("cusparselt", "cutlass", "tensorrt", "marlin")
-"""Libraries of 2:4 kernels. Marlin reads weights with fewer bits than activations, the others compute in the weights'
-format."""
+"""Libraries of 2:4 kernels. Marlin reads weights with fewer bits than activations, the others
+compute in the weights' format."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,8 @@ class DynamicKernels:
 
 @dataclass(frozen=True)
 class TallTiles:
-    """Kernels of early releases that compute one token as many rows, which fitted kernels do not."""
+    """Kernels of early releases that compute one token as many rows, which fitted kernels do
+    not."""
 
     on: String  # architecture
     # rows of the smallest tile of a GEMM that was not fitted
@@ -287,14 +293,15 @@ class StepLimit:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a server fills its steps: prompts that arrive while others decode are computed in the next step, up to a
-    budget of tokens."""
+    """How a server fills its steps: prompts that arrive while others decode are computed in the
+    next step, up to a budget of tokens."""
 
     source: SourceName
     limits: tuple[StepLimit, ...]  # by rising memory; the last that applies counts
     chunked: Flag = False  # a prompt longer than the budget is computed in chunks
     decodes_count: Flag = False  # each decoding sequence takes one token of the budget
-    # prompts that arrive in neighbouring steps are computed in one step while they have at most this many tokens
+    # prompts that arrive in neighbouring steps are computed in one step while they have at most
+    # this many tokens
     clustered: Annotated[int, Number(0, _COUNT, "1024", whole=True)] = 0
     note: String = ""  # on ``clustered``
 
@@ -312,10 +319,11 @@ class Behaviour:
     # passes that run as a CUDA graph, so no launch waits for the host
     graph: tuple[Annotated[str, Text(PASSES)], ...] = PASSES
     captured: Captured | None = None  # None: no batch is padded
-    # "paged": a decode step writes only its own keys and values; "joined": it copies the cache; "copied": it also
-    # repeats the cache for every query head
+    # "paged": a decode step writes only its own keys and values; "joined": it copies the cache;
+    # "copied": it also repeats the cache for every query head
     cache: Annotated[str, Text(("paged", "joined", "copied"))] = "paged"
-    # routed experts run together ("grouped"), or one by one: only the experts that tokens use, or all
+    # routed experts run together ("grouped"), or one by one: only the experts that tokens use, or
+    # all
     experts: Annotated[str, Text(("grouped", "touched", "all"))] = "grouped"
     # kernels per operator, by role; 0: fused into another
     launches: Annotated[
@@ -412,7 +420,8 @@ class Engine(Behaviour, Displayed):
         return np.array([self.launches.get(role, 1) for role in ROLES], dtype=np.float64)
 
     def serving(self, hw: Any, measured: bool = False) -> Any:
-        """Return a device (``HardwareProfile``) with the kernels of the engine; ``measured``: on this machine."""
+        """Return a device (``HardwareProfile``) with the kernels of the engine; ``measured``: on
+        this machine."""
         tall = self.tall_tiles
         rows = (
             (tall.gemm, tall.decode, tall.decode_rate)
@@ -424,10 +433,11 @@ class Engine(Behaviour, Displayed):
     def sparse24_kernels(
         self, dtype: str, weight_dtype: str, architecture: str = ""
     ) -> Sparse24 | None:
-        """Return the 2:4 kernels for a format of activations and one of weights, on an architecture or ("") on any;
-        None without such kernels.
+        """Return the 2:4 kernels for a format of activations and one of weights, on an architecture
+        or ("") on any; None without such kernels.
 
-        >>> load_engine("compile").sparse24_kernels("bf16", "int4") is load_engine("compile").sparse24["marlin"]
+        >>> compiled = load_engine("compile")
+        >>> compiled.sparse24_kernels("bf16", "int4") is compiled.sparse24["marlin"]
         True
         """
         alone = DTYPE_BYTES[dtype_code(weight_dtype)] < DTYPE_BYTES[dtype_code(dtype)]
@@ -444,7 +454,8 @@ class Engine(Behaviour, Displayed):
     def limit(self, memory_bytes: float, device: str) -> StepLimit | None:
         """Return the most tokens and sequences of a step on a device; None without a limit.
 
-        >>> [load_engine("vllm").limit(8e10, device).tokens for device in ("a100_sxm_80gb", "h100_sxm")]
+        >>> vllm = load_engine("vllm")
+        >>> [vllm.limit(8e10, device).tokens for device in ("a100_sxm_80gb", "h100_sxm")]
         [2048, 8192]
         """
         every = self.schedule.limits if self.schedule else ()
@@ -482,9 +493,10 @@ def load_engine(name_or_path: str) -> Engine:
     Parameters
     ----------
     name_or_path : str
-        Name or alias of a shipped engine (case, blanks, dashes, dots and underscores do not matter), path of a YAML
-        file, or "" for bare kernels in a CUDA graph. ``@`` and a version, or the name of a generation, select a
-        generation: ``vllm@0.6``, ``vllm@v1``. Without it the engine is its newest generation.
+        Name or alias of a shipped engine (case, blanks, dashes, dots and underscores do not
+        matter), path of a YAML file, or "" for bare kernels in a CUDA graph. ``@`` and a version,
+        or the name of a generation, select a generation: ``vllm@0.6``, ``vllm@v1``. Without it the
+        engine is its newest generation.
 
     Returns
     -------
@@ -494,8 +506,9 @@ def load_engine(name_or_path: str) -> Engine:
     Raises
     ------
     InputError
-        If the name is unknown (the error lists the closest names), the engine has no such generation, or the file is
-        invalid (the error is its first problem, ``file:line:column: key: reason``).
+        If the name is unknown (the error lists the closest names), the engine has no such
+        generation, or the file is invalid (the error is its first problem, ``file:line:column: key:
+        reason``).
 
     Examples
     --------
@@ -521,15 +534,17 @@ def load_engine(name_or_path: str) -> Engine:
 
 
 def check_engine(path: str) -> list[str]:
-    """Return all problems of an engine file, one line each: ``file:line:column: key: reason, what would be right``."""
+    """Return all problems of an engine file, one line each: ``file:line:column: key: reason, what
+    would be right``."""
     return _read(Path(path))[1].lines
 
 
 def sparse24_engines(
     dtype: str = "bf16", weight_dtype: str = "", architecture: str = ""
 ) -> tuple[str, ...]:
-    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`. An engine whose newest
-    releases have no such kernels is replaced by its last generation with them."""
+    """Return the shipped engines that have 2:4 kernels, see :meth:`Engine.sparse24_kernels`. An
+    engine whose newest releases have no such kernels is replaced by its last generation with
+    them."""
 
     def has(name: str) -> bool:
         return (
@@ -547,8 +562,14 @@ def sparse24_engines(
 def sparsity_note(declared: str) -> str:
     """Return the pruning family of declared sparsity, and how weights with it are timed."""
     if declared == "unstructured":
-        return "unstructured: the declared zeros have no pattern that kernels use: timed as dense, without a speedup"
-    own = f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in others"
+        return (
+            "unstructured: the declared zeros have no pattern that kernels use: timed as dense,"
+            " without a speedup"
+        )
+    own = (
+        f"timed as 2:4 in engines with such kernels ({', '.join(sparse24_engines())}), as dense in"
+        " others"
+    )
     return f"semi_structured: 2:4 is declared for plain weights: {own}"
 
 

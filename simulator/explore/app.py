@@ -1,6 +1,8 @@
-"""The page in the browser, which Streamlit runs: widgets make a request, and the page shows its content.
+"""The page in the browser, which Streamlit runs: widgets make a request, and the page shows its
+content.
 
-The settings are in the address. A path in the address fills its field; no file is opened before a click on a button.
+The settings are in the address. A path in the address fills its field; no file is opened before a
+click on a button.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ from simulator.pruning._steps import is_plan
 from simulator.request import SETTINGS, Name, Request, Whole
 from simulator.units import parse_fraction
 
-# Comments, because Streamlit shows strings: values of one field, and predictions of a request; commands take more.
+# Comments, because Streamlit shows strings: values of one field, and predictions of a request;
+# commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000
 MOST_LETTERS = 2000  # letters of a setting in the address
 FAMILY, TEXT, CHECKPOINT = "families", "text", "checkpoint"  # what states the pruning
 
 
 class Field(NamedTuple):
-    """A setting: its label, its default (a tuple: several values), its choices, and the parser of a text."""
+    """A setting: its label, its default (a tuple: several values), its choices, and the parser of a
+    text."""
 
     label: str
     default: str | tuple[str, ...]
@@ -58,14 +62,16 @@ def fractions(text: str) -> list[float]:
 
 
 def prunings(text: str) -> list[str]:
-    """Return the prunings of a text, one per line; plans are files, which the page does not open."""
+    """Return the prunings of a text, one per line; plans are files, which the page does not
+    open."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not 1 <= len(lines) <= MOST_VALUES:
         raise InputError(f"expected 1 to {MOST_VALUES} lines, got {len(lines)}")
     for line in lines:
         if is_plan(line):
             raise InputError(
-                f"{line}: expected no plan, because it is a file; use prunesim speedup --prune {line}"
+                f"{line}: expected no plan, because it is a file; use prunesim speedup --prune"
+                f" {line}"
             )
         Pruning.read(line)
     return lines
@@ -102,14 +108,16 @@ def of_setting(name: str) -> Field:
     )
 
 
-# fmt: off
-# Settings of the request with one value; the first is shown in two phases, others are under "Formats and devices".
+# Settings of the request with one value; the first is shown in two phases, others are under
+# "Formats and devices".
 SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_s")
 
 FIELDS: dict[str, Field] = {
     "model": Field("Model", "llama-3.1-8b", list_models()),
     "hardware": Field("Hardware", ("h100_sxm",), list_hardware()),
-    "engine": Field("Engine", (Request.engine,), list_engines(), engine, "Type vllm@0.10 for an older release."),
+    "engine": Field(
+        "Engine", (Request.engine,), list_engines(), engine, "Type vllm@0.10 for an older release."
+    ),
     "by": Field("Pruning by", FAMILY, (FAMILY, TEXT, CHECKPOINT)),
     "family": Field("Families", ("depth", "width", "low_rank", "dynamic_depth"), tuple(FAMILIES)),
     "sparsity": Field("Removed", "10%, 20%, 30%, 40%, 50%, 60%, 70%", (), fractions),
@@ -120,7 +128,6 @@ FIELDS: dict[str, Field] = {
     "profile_path": Field("Hardware profile: YAML file", ""),
     "detail": Field("Explain", ""),
 }
-# fmt: on
 
 OPENED: dict[str, Callable[[Path], Any]] = {
     "model_path": load_model,
@@ -168,7 +175,8 @@ def start() -> list[str]:
 
 
 def accepted(field: Field, given: Sequence[str]) -> Any:
-    """Return a setting of the address as its widget holds it; InputError for one that it cannot hold."""
+    """Return a setting of the address as its widget holds it; InputError for one that it cannot
+    hold."""
     several = isinstance(field.default, tuple)
     if (len(given) != 1 and not several) or any(
         len(text) > MOST_LETTERS or "\0" in text for text in given
@@ -271,7 +279,8 @@ def parsed(name: str) -> Any:
 
 
 def request() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings as arguments of :func:`simulator.table`, and as texts of the command line."""
+    """Return the settings as arguments of :func:`simulator.table`, and as texts of the command
+    line."""
     state = st.session_state
     model, profile = opened("model_path") or (state.model,) * 2, opened("profile_path")
     texts: dict[str, Any] = {
@@ -309,7 +318,8 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     if many > MOST_PREDICTIONS:
         raise InputError(
-            f"request: expected at most {MOST_PREDICTIONS:,} predictions, got {many:,}; see prunesim sweep"
+            f"request: expected at most {MOST_PREDICTIONS:,} predictions, got {many:,}; see"
+            " prunesim sweep"
         )
     return asked, texts
 
@@ -356,9 +366,10 @@ def figure(drawing: Drawing) -> str:
         f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px",
     )
     return (
-        f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0; max-width: 100%">'
-        f'<figcaption style="font-weight: 600">{title}</figcaption><div style="overflow-x: auto; background: #fff">'
-        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}" style="width: 100%; {sizes}"></div></figure>'
+        f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0;'
+        f' max-width: 100%"><figcaption style="font-weight: 600">{title}</figcaption><div'
+        f' style="overflow-x: auto; background: #fff"><img alt="{title}"'
+        f' src="data:image/svg+xml;base64,{data}" style="width: 100%; {sizes}"></div></figure>'
     )
 
 

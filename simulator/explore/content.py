@@ -1,5 +1,5 @@
-"""Predict what the page and the report show of one request: the answer, figures, a table, notes and commands; write the
-report, one HTML file without scripts, which loads nothing."""
+"""Predict what the page and the report show of one request: the answer, figures, a table, notes and
+commands; write the report, one HTML file without scripts, which loads nothing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ class PageContent:
     def drawings(self) -> tuple[Drawing, ...]:
         """The figures; drawing them takes longer than everything else."""
         several = len({(r.phase, r.batch, r.seq) for r in self.rows}) > 1
-        where = f" ({self.detail.phase}, {batch_name(self.detail.phase)} {self.detail.batch}, seq {self.detail.seq})"
+        where = (
+            f" ({self.detail.phase}, {batch_name(self.detail.phase)} {self.detail.batch}, seq"
+            f" {self.detail.seq})"
+        )
         name = f"{self.detail.pruning}{where if several else ''}"
         with _DRAWING:
             figures = {
@@ -88,7 +91,8 @@ class PageContent:
 
     @property
     def table(self) -> dict[str, list[Any]]:
-        """Columns of the table: settings in which rows differ, then predictions. Times are in ms, memory in GiB."""
+        """Columns of the table: settings in which rows differ, then predictions. Times are in ms,
+        memory in GiB."""
         columns: dict[str, list[Any]] = {
             name: [getattr(r, name) for r in self.rows]
             for name in ("hardware", "engine", "phase", "batch", "seq")
@@ -116,8 +120,8 @@ class PageContent:
 
 
 def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
-    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called ``detail``. The
-    fastest pruning is explained if none is called so."""
+    """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called
+    ``detail``. The fastest pruning is explained if none is called so."""
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())
@@ -145,7 +149,8 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
 
 
 def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:
-    """Return the explanations of one pruning on each device and engine, for the request that it accelerates most."""
+    """Return the explanations of one pruning on each device and engine, for the request that it
+    accelerates most."""
     best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
     devices = {hw.label: hw for hw in profiles(asked["hardware"])}
     engines = {load_engine(r.engine).name: r.engine for r in found.requests}
@@ -241,7 +246,8 @@ def report_html(found: PageContent, commands: Sequence[str]) -> str:
             left -= len(drawing.svg.encode())
         else:
             notes.append(
-                f"figure {drawing.title}: omitted, too large; request fewer predictions, or use --figure FILE"
+                f"figure {drawing.title}: omitted, too large; request fewer predictions, or use"
+                " --figure FILE"
             )
     return _rendered(found, commands, drawings, notes)
 

@@ -1,4 +1,5 @@
-"""Draw speculative decoding: the speedup by batch at some acceptances, and the acceptance from which a draft pays."""
+"""Draw speculative decoding: the speedup by batch at some acceptances, and the acceptance from
+which a draft pays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Draw GEMMs: their rates on the roofline of a device, and staircases: their time rises in steps of tiles and waves."""
+"""Draw GEMMs: their rates on the roofline of a device, and staircases: their time rises in steps of
+tiles and waves."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ class Roof:
         return x, y / 1e12, np.asarray(self.pruned, dtype=bool)
 
     def ranges(self) -> Limits:
-        """Return ranges with all points, and with the ridge of the roof unless it is far from the points."""
+        """Return ranges with all points, and with the ridge of the roof unless it is far from the
+        points."""
         x, y, _ = self.columns()
         peak, bandwidth = self.peaks
         ridge = peak / bandwidth
@@ -83,15 +85,15 @@ class Roof:
         return low, high, bottom, min(peak * self.headroom, high * bandwidth) * 2.0
 
     def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
-        """Return corners of the roof between two intensities, at the highest clock with the headroom: FLOP/byte and
-        TFLOP/s."""
+        """Return corners of the roof between two intensities, at the highest clock with the
+        headroom: FLOP/byte and TFLOP/s."""
         peak, bandwidth = headroom * self.peaks[0], self.peaks[1]
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
 
     def drawn(self) -> list[tuple[str, int, int | None]]:
-        """Return name and index of every drawn point, and for a pruned point the index of the nearest dense point.
-        GEMMs whose points coincide have a joint name."""
+        """Return name and index of every drawn point, and for a pruned point the index of the
+        nearest dense point. GEMMs whose points coincide have a joint name."""
         x, y, pruned = self.columns()
         logs = np.log(np.stack([x, y], axis=1))
         points: dict[str, list[int]] = {}
@@ -120,7 +122,8 @@ class Roof:
 def roofline_figure(
     roofs: Sequence[Roof], *, columns: int | None = None, names: str = ""
 ) -> Figure:
-    """Draw devices side by side on common axes, ``columns`` per row; ``names`` is the legend's title."""
+    """Draw devices side by side on common axes, ``columns`` per row; ``names`` is the legend's
+    title."""
     columns = columns or layout.in_a_row(len(roofs))
     width = layout.width_of(columns)
     with style.paper_style():
@@ -171,7 +174,8 @@ def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
 
 
 def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
-    """Write the rates of a roof above it, where no point can be, and the names of the GEMMs next to their points."""
+    """Write the rates of a roof above it, where no point can be, and the names of the GEMMs next to
+    their points."""
     low, high, _, top = limits
     text: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
     peak, bandwidth = roof.peaks
@@ -214,7 +218,8 @@ def rooflines_of(found: Sequence[Explanation]) -> Figure:
 
 
 def roof_of(e: Explanation, title: str) -> Roof:
-    """Return a panel of the dense and pruned GEMMs of an explanation's layers; the head is far from other points."""
+    """Return a panel of the dense and pruned GEMMs of an explanation's layers; the head is far from
+    other points."""
     models = [w.take(w.layer >= 0) for w in (e.dense, e.pruned)]
     points = [gemm_points(w, e.hardware) for w in models]
     names = [name.replace("_", " ") for p in points for name in p.role]
@@ -255,7 +260,8 @@ class Stairs:
 
 
 def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
-    """Draw staircases, a column per device and a row per kind, in the order in which their labels first occur."""
+    """Draw staircases, a column per device and a row per kind, in the order in which their labels
+    first occur."""
     where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
     width = layout.width_of(len(set(where["column"])))
     with style.paper_style():

@@ -1,4 +1,5 @@
-"""Lay out figures: panels, round numbers on logarithmic axes, one legend, and names next to points."""
+"""Lay out figures: panels, round numbers on logarithmic axes, one legend, and names next to
+points."""
 
 from __future__ import annotations
 
@@ -23,7 +24,6 @@ Panels = Mapping[tuple[str, str], Axes]  # by the labels of their row and column
 # columns of figures that show speedups, and the attributes of a result
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 
-# fmt: off
 _MANTISSAS: tuple[tuple[float, ...], ...] = (
     (1, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 9, 9.5),
     (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 8, 9),
@@ -34,7 +34,6 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
     (1, 3),
     (1,),
 )
-# fmt: on
 
 MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
@@ -79,7 +78,8 @@ def of_panel(data: FigurePoints, row: str, column: str) -> FigurePoints:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most ``most`` round numbers of a logarithmic axis, far enough from each other for their texts."""
+    """Return at most ``most`` round numbers of a logarithmic axis, far enough from each other for
+    their texts."""
     ticks: list[float] = []
     closest = (high / low) ** (0.7 / most)
     for mantissas in _MANTISSAS:
@@ -127,9 +127,10 @@ def panel_grid(
     names: Mapping[str, str] | None = None,
     **look: Any,
 ) -> tuple[Figure, Panels]:
-    """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order of their first
-    occurrence. Their names, or the ``names`` of rows, are above and right of the panels. ``around_in`` is the height
-    above and below the panels without the legend; ``look`` as for :func:`_subplots`."""
+    """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order of
+    their first occurrence. Their names, or the ``names`` of rows, are above and right of the
+    panels. ``around_in`` is the height above and below the panels without the legend; ``look`` as
+    for :func:`_subplots`."""
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
@@ -151,7 +152,8 @@ def panel_grid(
 def panel_list(
     count: int, panel_in: float, around_in: float, columns: int | None = None, **look: Any
 ) -> tuple[Figure, list[Axes], int]:
-    """Return a figure with panels in sequence, and the number of panels per row; one column wide for one panel."""
+    """Return a figure with panels in sequence, and the number of panels per row; one column wide
+    for one panel."""
     columns = columns or in_a_row(count)
     rows = -(-count // columns)
     figure, grid = _subplots(rows, columns, panel_in, around_in, width_of(columns), **look)
@@ -163,7 +165,8 @@ def panel_list(
 def _subplots(
     rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any
 ) -> Any:
-    """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend, options of subplots."""
+    """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend,
+    options of subplots."""
     handles, legend = look.pop("handles", ()), look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
     figure = Figure(
@@ -177,7 +180,8 @@ def _subplots(
 
 
 def wrapped(title: str, room_in: float) -> str:
-    """Return a panel's title with lines that fit a width in inches, broken after commas, then at blanks."""
+    """Return a panel's title with lines that fit a width in inches, broken after commas, then at
+    blanks."""
     most, lines = max(8, int(room_in / 0.075)), list[str]()
     for line in title.split("\n"):
         parts = [line] if len(line) <= most else line.replace(", ", ",\n").split("\n")
@@ -186,7 +190,8 @@ def wrapped(title: str, room_in: float) -> str:
 
 
 def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
-    """Make tables of panels, with the names of cells below the last row and left of the first column."""
+    """Make tables of panels, with the names of cells below the last row and left of the first
+    column."""
     (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
     for (r, c), ax in panels.items():
         ax.set_yticks(range(len(down)), down if c == first else [])
@@ -203,7 +208,8 @@ def legend_lines(handles: Sequence[Any], width_in: float) -> int:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
-    """Draw one legend for the figure below its panels; its title is the label that the x axes share."""
+    """Draw one legend for the figure below its panels; its title is the label that the x axes
+    share."""
     across = -(-len(handles) // lines)
     legend: Any = figure.legend(
         handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2
@@ -213,8 +219,9 @@ def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: st
 
 
 def laid_out(figure: Figure, y_label: str = "") -> Figure:
-    """Lay out a figure and fix its layout, because each further pass would move it by a fraction of a pixel. The shared
-    label of the y axes is at the middle of the panels, not of the figure with its legend."""
+    """Lay out a figure and fix its layout, because each further pass would move it by a fraction of
+    a pixel. The shared label of the y axes is at the middle of the panels, not of the figure with
+    its legend."""
     text = figure.supylabel(y_label, fontsize=7) if y_label else None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -241,14 +248,15 @@ def setting_label(r: Any) -> str:
 
 
 def across(devices: int, engines: int = 1) -> int | None:
-    """Return the number of panels per row: the devices, or the engines of one device, if they are two or three."""
+    """Return the number of panels per row: the devices, or the engines of one device, if they are
+    two or three."""
     panels = devices if devices > 1 else engines
     return panels if panels in (2, 3) else None
 
 
 def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
-    """Return row and column labels of results: devices with their engines are columns if they are few; else the more
-    numerous of devices and engines are columns, the others rows."""
+    """Return row and column labels of results: devices with their engines are columns if they are
+    few; else the more numerous of devices and engines are columns, the others rows."""
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
     devices, engines = (
@@ -265,8 +273,8 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
 
 
 def titled(found: Sequence[Any]) -> tuple[list[str], int | None]:
-    """Return the titles of the panels of explanations, device and engine with the fields of the request that vary, and
-    the number of panels per row as :func:`across`."""
+    """Return the titles of the panels of explanations, device and engine with the fields of the
+    request that vary, and the number of panels per row as :func:`across`."""
     results = [e.result for e in found]
     several, lengths = (
         len({get(r) for r in results}) > 1 for get in (setting_label, lambda r: r.seq)
@@ -288,9 +296,10 @@ def write_labels(
     reach_pt: float = 125.0,
     color: str = BLACK,
 ) -> None:
-    """Write a name next to each point, as near as there is room, at most ``reach_pt`` typographic points away, with a
-    line to the point if it is far. Points whose markers overlap have a joint name. Names cover neither the texts of the
-    axes nor the points (x, y) ``clear_of``. The layout must be final."""
+    """Write a name next to each point, as near as there is room, at most ``reach_pt`` typographic
+    points away, with a line to the point if it is far. Points whose markers overlap have a joint
+    name. Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout
+    must be final."""
     figure: Any = ax.figure
     scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point
     places = ax.transData.transform(np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1))
@@ -351,8 +360,8 @@ def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
 def _candidates(
     point: FloatArray, size: FloatArray, scale: float, reach_pt: float
 ) -> Iterator[Any]:
-    """Yield centres of a text around a point, the nearest first, whether the text needs a line to the point, and
-    whether this line must not cross names, which it may if no centre is free."""
+    """Yield centres of a text around a point, the nearest first, whether the text needs a line to
+    the point, and whether this line must not cross names, which it may if no centre is free."""
     for strict in (True, False):
         for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
             for direction in np.array(_DIRECTIONS):

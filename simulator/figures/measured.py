@@ -51,7 +51,8 @@ class MeasuredGemms:
     stack: str = ""  # software stack that was measured; "": that of the device's profile
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
-        """Return predicted times of all rows, s, for the stack and the rotation of weights that were measured."""
+        """Return predicted times of all rows, s, for the stack and the rotation of weights that
+        were measured."""
         hw = hw.on(self.stack) if self.stack else hw
         return gemm_time(
             self.m, self.n, self.k, hw, dtype=dtype, options=GemmOptions(copies=self.copies)
@@ -68,7 +69,8 @@ class Cloud:
 
 
 def agreement(measured_s: ArrayLike, predicted_s: ArrayLike) -> tuple[float, float, float, float]:
-    """Return mean, median and 95th percentile of abs(predicted / measured - 1), and the median of the signed error."""
+    """Return mean, median and 95th percentile of abs(predicted / measured - 1), and the median of
+    the signed error."""
     error = np.asarray(predicted_s, dtype=float) / np.asarray(measured_s, dtype=float) - 1.0
     size = np.abs(error)
     return (
@@ -130,7 +132,8 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
 
 
 def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
-    """Draw ratios within :data:`RATIO`, and arrows with their count and farthest value for ratios beyond it."""
+    """Draw ratios within :data:`RATIO`, and arrows with their count and farthest value for ratios
+    beyond it."""
     above, below = ratio > RATIO, ratio < 1 / RATIO
     inside = ~(above | below)
     _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
@@ -167,7 +170,8 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Put at most four powers of ten of a microsecond on an axis, or other round numbers if it has fewer than two."""
+    """Put at most four powers of ten of a microsecond on an axis, or other round numbers if it has
+    fewer than two."""
     powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
     ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
     fixed_ticks(
@@ -187,7 +191,8 @@ def time_text(microseconds: float) -> str:
 def _points(
     ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float], up: tuple[float, float]
 ) -> None:
-    """Draw dots, or a density as pixels if they are too many: a file of 40,000 dots opens slowly."""
+    """Draw dots, or a density as pixels if they are too many: a file of 40,000 dots opens
+    slowly."""
     if len(x) <= MOST_DOTS:
         size = 1.8 if len(x) > 100 else 2.8
         ax.plot(
@@ -221,7 +226,8 @@ class Beside:
 
 
 def published_figure(panels: Sequence[Beside], *, observed: str = "published") -> Figure:
-    """Draw predicted speedups with intervals, and published or measured ones (``observed``) as bars; NaN: no bar."""
+    """Draw predicted speedups with intervals, and published or measured ones (``observed``) as
+    bars; NaN: no bar."""
     with paper_style():
         columns, names = in_a_row(len(panels)), panels[0].family
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)

@@ -51,19 +51,26 @@ MAP_SPARSITY = 0.5
 ROOFLINE_FAMILY, ROOFLINE_SPARSITY = "width", 0.3
 ROOFLINE_CASES = (("prefill", 1), ("decode", 64))
 
-# family, sparsity, phase and batch of each row of waterfalls: they show rounding, kernels and routers
+# family, sparsity, phase and batch of each row of waterfalls: they show rounding, kernels and
+# routers
 WATERFALL_CASES = (
     ("width", 0.3, "prefill", 1),
     ("semi_structured", 0.5, "decode", 1),
     ("dynamic_depth", 0.5, "decode", 8),
 )
 
-# fmt: off
-OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType({  # columns of the taxonomy and their roles
-    "q": ("q",), "k, v": ("k", "v"), "q · kᵀ": ("attention",), "o": ("o",), "gate, up": ("gate", "up"),
-    "down": ("down",), "lm_head": ("lm_head",),
-})
-# fmt: on
+# columns of the taxonomy and their roles
+OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "q": ("q",),
+        "k, v": ("k", "v"),
+        "q · kᵀ": ("attention",),
+        "o": ("o",),
+        "gate, up": ("gate", "up"),
+        "down": ("down",),
+        "lm_head": ("lm_head",),
+    }
+)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -96,7 +103,10 @@ class Paper:
 
     @property
     def setting(self) -> str:
-        return f"{self.title}, {self.request.dtype}, {engine_title(load_engine(self.request.engine).name)}"
+        return (
+            f"{self.title}, {self.request.dtype},"
+            f" {engine_title(load_engine(self.request.engine).name)}"
+        )
 
     def settings(self, **changed: Any) -> dict[str, Any]:
         """Return the settings of the request with changes: keywords of :func:`simulator.table`."""
@@ -110,7 +120,8 @@ class Paper:
 def paper(
     model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any
 ) -> Paper:
-    """Return a paper about a model on some devices; the settings are fields of :class:`simulator.Request`."""
+    """Return a paper about a model on some devices; the settings are fields of
+    :class:`simulator.Request`."""
     return Paper(load_model(model), tuple(profiles(hardware)), Request(**settings))
 
 
@@ -130,7 +141,8 @@ def draw(name: str, about: Paper) -> Drawn:
 
 
 def _has_sparse24(p: Paper, engine: str) -> bool:
-    """Return whether an engine has 2:4 kernels for the paper's number format; without an engine (""), always."""
+    """Return whether an engine has 2:4 kernels for the paper's number format; without an engine
+    (""), always."""
     dtype = p.request.dtype
     return (
         not engine
@@ -143,14 +155,18 @@ def _without_sparse24(p: Paper) -> str:
     return (
         ""
         if has
-        else f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels for it."
+        else (
+            f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels"
+            " for it."
+        )
     )
 
 
 def _taxonomy(p: Paper) -> Made:
     if p.model.experts or p.model.latent:
         raise NothingToDraw(
-            f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent attention"
+            f"taxonomy: needs plain projections; {p.model.name} has routed experts or latent"
+            " attention"
         )
     general = {name: FAMILIES[name] for name in general_families()}
     kept = np.full((len(general), len(OPERATORS), 3), np.nan)
@@ -171,11 +187,12 @@ def _taxonomy(p: Paper) -> Made:
     axes = [family.axis.replace("->", "→") for family in general.values()]
     figure = taxonomy_figure(list(general), axes, list(OPERATORS), kept, adds)
     caption = (
-        "Share of the logical M (tokens over all layers), N (output features) and K (input features) that each pruning "
-        f"family keeps in the GEMMs of {p.title} (projections as in the checkpoint, outside any engine) at "
-        f"{100 * MAP_SPARSITY:.0f} % sparsity, in per cent if below 100, and the operators that it adds. Prefill of "
-        f"{p.request.seq} tokens; KV cache: decode. In q · kᵀ, M is queries, N keys and K the features of all heads. "
-        "Hollow markers: selected per token at inference."
+        "Share of the logical M (tokens over all layers), N (output features) and K (input"
+        f" features) that each pruning family keeps in the GEMMs of {p.title} (projections as in"
+        f" the checkpoint, outside any engine) at {100 * MAP_SPARSITY:.0f} % sparsity, in per cent"
+        f" if below 100, and the operators that it adds. Prefill of {p.request.seq} tokens; KV"
+        " cache: decode. In q · kᵀ, M is queries, N keys and K the features of all heads. Hollow"
+        " markers: selected per token at inference."
     )
     return figure, caption, ()
 
@@ -189,9 +206,10 @@ def _roofline(p: Paper) -> Made:
         )
         roofs += [roof_of(e, f"{device(e.result)}\n{phase}, batch {batch}") for e in found]
     caption = (
-        f"GEMMs of the layers on the roofline, dense (circles) and with {100 * ROOFLINE_SPARSITY:.0f} % of the width "
-        f"pruned (squares), at their predicted rates: {p.setting}, {p.request.seq} tokens. Solid: the datasheet's "
-        "rate; dashed: at the device's highest clock. Pruning the width moves every point to less work per byte."
+        "GEMMs of the layers on the roofline, dense (circles) and with"
+        f" {100 * ROOFLINE_SPARSITY:.0f} % of the width pruned (squares), at their predicted rates:"
+        f" {p.setting}, {p.request.seq} tokens. Solid: the datasheet's rate; dashed: at the"
+        " device's highest clock. Pruning the width moves every point to less work per byte."
     )
     return roofline_figure(roofs, columns=across(len(p.devices))), caption, ()
 
@@ -209,8 +227,9 @@ def _speedup(p: Paper) -> Made:
         ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
     )
     caption = (
-        f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its bounds: "
-        f"{p.setting}, prompt or cache of {p.request.seq} tokens. Dots left of 1: slower than the dense model."
+        f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its"
+        f" bounds: {p.setting}, prompt or cache of {p.request.seq} tokens. Dots left of 1: slower"
+        " than the dense model."
     )
     return figure, caption + _without_sparse24(p), found.notes
 
@@ -230,10 +249,11 @@ def _efficiency(p: Paper) -> Made:
     )
     figure = efficiency_figure(cells | {"efficiency": shares})
     caption = (
-        "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at "
-        f"{100 * MAP_SPARSITY:.0f} % sparsity: {p.setting}, {p.request.seq} tokens per sequence. 1: the whole gain of "
-        "the datasheet roofline; 0: as fast as dense; negative: slower; above 1: the rest runs closer to its roofline "
-        f"than the removed work; dash: the bound allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
+        "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at"
+        f" {100 * MAP_SPARSITY:.0f} % sparsity: {p.setting}, {p.request.seq} tokens per sequence."
+        " 1: the whole gain of the datasheet roofline; 0: as fast as dense; negative: slower;"
+        " above 1: the rest runs closer to its roofline than the removed work; dash: the bound"
+        f" allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
     return figure, caption + _without_sparse24(p), ()
 
@@ -252,8 +272,9 @@ def _waterfall(p: Paper) -> Made:
         title = f"{label(family)}, {100 * sparsity:.0f} %\n{phase}, batch {batch}"
         panels += [steps_of(e, f"{device(e.result)}\n{title}") for e in found]
     caption = (
-        f"From the nominal speedup 1/(1 - s) to the prediction: {p.setting}, {p.request.seq} tokens. Each step "
-        f"multiplies the speedup; orange: loss, hatched green: gain. The last bar: prediction with its {p.interval}."
+        f"From the nominal speedup 1/(1 - s) to the prediction: {p.setting}, {p.request.seq}"
+        " tokens. Each step multiplies the speedup; orange: loss, hatched green: gain. The last"
+        f" bar: prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
         caption += (
@@ -280,25 +301,27 @@ def _crossover(p: Paper) -> Made:
     cells |= placed(best, [r.phase for r in best])
     figure = crossover_figure(cells | {"winner": winner, "certain": certain})
     caption = (
-        f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its speedup: "
-        f"{p.setting}. Equal sparsity is not equal quality. Pale: the winner is uncertain, because the "
-        f"{p.interval} of its ratio to the second fastest family, or to the dense model, includes 1. Blank: the dense "
-        "model does not fit the device's memory."
+        f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its"
+        f" speedup: {p.setting}. Equal sparsity is not equal quality. Pale: the winner is"
+        f" uncertain, because the {p.interval} of its ratio to the second fastest family, or to the"
+        " dense model, includes 1. Blank: the dense model does not fit the device's memory."
     )
     return figure, caption + _without_sparse24(p), ()
 
 
 def _staircase(p: Paper) -> Made:
-    """Draw time and rate of the fused projection over the tokens, and time of the gate projection over its width."""
+    """Draw time and rate of the fused projection over the tokens, and time of the gate projection
+    over its width."""
     panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
     panels += [_over_width(p, hw) for hw in p.devices]
     used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
     caption = (
-        f"Staircases of tile and wave quantisation, {p.request.dtype}, single GEMMs outside any engine. Top: time of "
-        f"the fused q, k, v projection of {p.title} over the tokens; middle: its rate; bottom: time of the gate "
-        "projection as width pruning narrows it, cold weights. Line: prediction; band: "
-        f"{p.interval}; dashed: datasheet roofline; dotted: roofline at the highest clock, if above the datasheet's"
+        f"Staircases of tile and wave quantisation, {p.request.dtype}, single GEMMs outside any"
+        f" engine. Top: time of the fused q, k, v projection of {p.title} over the tokens; middle:"
+        " its rate; bottom: time of the gate projection as width pruning narrows it, cold weights."
+        f" Line: prediction; band: {p.interval}; dashed: datasheet roofline; dotted: roofline at"
+        " the highest clock, if above the datasheet's"
     )
     caption += f"; circles: measured ({named})." if named else "."
     return staircase_figure(panels, interval=p.interval), caption, ()
@@ -328,7 +351,8 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
 
 
 def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
-    """Return the panel of the gate projection as its output narrows in steps of 16, down to half."""
+    """Return the panel of the gate projection as its output narrows in steps of 16, down to
+    half."""
     inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
     columns = {
@@ -341,7 +365,8 @@ def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
 def _times(
     p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None
 ) -> dict[str, FloatArray]:
-    """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the highest clock, s."""
+    """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the
+    highest clock, s."""
     dtype, size = p.request.dtype, ELEMENT_BYTES[p.request.dtype]
     t = gemm_time(
         m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level)
@@ -371,8 +396,8 @@ def _scatter(p: Paper) -> Made:
         )
     fitted = "some of these rows may have been used to fit the profiles"
     caption = (
-        f"Predicted against measured times of single {p.request.dtype} GEMMs, and their ratio (dashed: 10 %); colour "
-        f"is the density of rows; {fitted}. {'; '.join(errors)}."
+        f"Predicted against measured times of single {p.request.dtype} GEMMs, and their ratio"
+        f" (dashed: 10 %); colour is the density of rows; {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()
 
@@ -393,10 +418,10 @@ def _pareto(p: Paper) -> Made:
     figure = fronts_of(found)
     sources = "; ".join(dict.fromkeys(q.source for f in found for q in f.points))
     caption = (
-        f"Predicted speedup against measured quality loss with its frontier: {replace(p, model=model).setting}, "
-        f"{p.request.seq} tokens. Quality: {axis.metric}, {axis.protocol} ({sources}). Numbers: removed, %. Faint: "
-        "another point is better in both. The strip shows the fastest family within each quality budget, hatched if "
-        "dynamic."
+        "Predicted speedup against measured quality loss with its frontier:"
+        f" {replace(p, model=model).setting}, {p.request.seq} tokens. Quality: {axis.metric},"
+        f" {axis.protocol} ({sources}). Numbers: removed, %. Faint: another point is better in"
+        " both. The strip shows the fastest family within each quality budget, hatched if dynamic."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

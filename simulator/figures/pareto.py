@@ -1,6 +1,8 @@
-"""Draw speedup against quality loss with the frontier; points that are not on the frontier are faint.
+"""Draw speedup against quality loss with the frontier; points that are not on the frontier are
+faint.
 
-A strip below each panel shows the fastest family within each quality budget, hatched if it is dynamic.
+A strip below each panel shows the fastest family within each quality budget, hatched if it is
+dynamic.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ STRIP = 0.045  # height of the strip of fastest families, as a share of a panel'
 
 
 def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
-    """Draw frontiers on one metric under one protocol; ``rows`` are labels, by default phase, batch and length."""
+    """Draw frontiers on one metric under one protocol; ``rows`` are labels, by default phase, batch
+    and length."""
     length = ", seq {}" if len({f.seq for f in fronts}) > 1 else ""
     rows = rows or [
         f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts
@@ -60,7 +63,10 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
         handles = _handles(only, layout.interval(fronts[0].level))
         bends = float(data["loss"].max()) > LINEAR_UP_TO
         scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-        title = f"quality loss (%): {axis.metric}{scale}\n{textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))}".rstrip()
+        title = (
+            "quality loss (%):"
+            f" {axis.metric}{scale}\n{textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))}".rstrip()
+        )
         look: dict[str, Any] = {"handles": handles, "legend": title, "sharex": True, "sharey": True}
         figure, panels = layout.panel_grid(data, 1.9, 0.66, **look)
         low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))

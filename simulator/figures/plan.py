@@ -1,4 +1,5 @@
-"""Draw the plan of a search: the share of each layer that stays, its quality loss, and the frontier.
+"""Draw the plan of a search: the share of each layer that stays, its quality loss, and the
+frontier.
 
 The frontier is that of the first setting of the search, with the plans of other rules.
 """
@@ -118,7 +119,8 @@ def plan_figure(plan: Plan) -> Figure:
 
 
 def kept(sublayer: str, block: Block, dense: Block) -> float:
-    """Return the kept share of an MLP's or of all experts' width, or the smaller share of heads and KV heads."""
+    """Return the kept share of an MLP's or of all experts' width, or the smaller share of heads and
+    KV heads."""
     if sublayer == "attention":
         return min(block.heads / dense.heads, block.kv_heads / dense.kv_heads)
     if dense.experts:
@@ -178,13 +180,17 @@ def _losses(ax: Axes, plan: Plan) -> None:
 
 
 def _frontier(ax: Axes, plan: Plan) -> list[Any]:
-    """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the entries of a legend."""
+    """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the
+    entries of a legend."""
     chosen = next(point for point in plan.frontier if point.chosen)
     others = {f"by {a.chosen_by}, {BUDGETS[a.budget]}": a for a in plan.alternatives}
     end = max([NEARBY * abs(chosen.score), *(1.25 * a.point.score for a in others.values())])
     near = [p for p in plan.frontier if p.score <= end or end == 0.0]
     hidden = len(plan.frontier) - len(near)
-    more = f" ({hidden} more, up to a loss of {max(p.score for p in plan.frontier):.3g}, are not shown)"
+    more = (
+        f" ({hidden} more, up to a loss of {max(p.score for p in plan.frontier):.3g}, are not"
+        " shown)"
+    )
 
     def drawn(points: list[PlanPoint], label: str, z: float, **look: Any) -> Any:
         ends = [[getattr(p, f"speedup_{end}") for p in points] for end in ("lower", "upper")]
@@ -228,7 +234,10 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
     many = f"{first.devices} × " if first.devices > 1 else ""
-    title = f"{many}{layout.device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq {first.seq}"
+    title = (
+        f"{many}{layout.device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq"
+        f" {first.seq}"
+    )
     several = f"\n(first of {len(plan.results)} settings)" if len(plan.results) > 1 else ""
     ax.set_title(textwrap.fill(title, 52) + several, pad=5)
     ax.set_xlabel(

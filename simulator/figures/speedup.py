@@ -1,8 +1,10 @@
-"""Draw speedup over batch, length or sparsity, and throughput of services over their time per token.
+"""Draw speedup over batch, length or sparsity, and throughput of services over their time per
+token.
 
-A few candidates are curves with interval bands, and with bounds if they are one or two: a row of panels per setting, a
-column per device and engine, and a ring at the first value from which a candidate pays. More candidates, or single
-values, are dots: a panel per setting, a line of text per candidate and value, and on it a dot per device.
+A few candidates are curves with interval bands, and with bounds if they are one or two: a row of
+panels per setting, a column per device and engine, and a ring at the first value from which a
+candidate pays. More candidates, or single values, are dots: a panel per setting, a line of text per
+candidate and value, and on it a dot per device.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ MOST_ACROSS = 4  # panels of dots per row
 MOST_VALUES = 5  # values of a field other than the axis: each has a row of panels
 LINE = 0.055  # height of a name next to a curve of throughput, as a share of a panel's height
 
-# minimum height of a line of text and of a dot, inches; on a page with less, dots become curves without bands
+# minimum height of a line of text and of a dot, inches; on a page with less, dots become curves
+# without bands
 LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
 
 # upper bounds: attribute of a result, line of curves, colour of ticks
@@ -73,9 +76,11 @@ _LIMIT_RING: dict[str, Any] = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 
 
 def speedups_of(results: Sequence[Result]) -> Figure:
-    """Draw speedups over the field of :func:`varying`; each setting of other fields has its panels."""
+    """Draw speedups over the field of :func:`varying`; each setting of other fields has its
+    panels."""
     axis = varying(results)
-    # a pruning has several sparsities in one scenario only if these were asked for: a budget's follows from the length
+    # a pruning has several sparsities in one scenario only if these were asked for: a budget's
+    # follows from the length
     scenarios = [
         (_name(r), r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens)
         for r in results
@@ -116,7 +121,8 @@ def speedups_of(results: Sequence[Result]) -> Figure:
 
 
 def varying(results: Sequence[Result]) -> str:
-    """Return the field with most values for a pruning, batch, seq or sparsity; sparsity if none varies."""
+    """Return the field with most values for a pruning, batch, seq or sparsity; sparsity if none
+    varies."""
     counts = {axis: len(_values(results, axis)) for axis in ("batch", "seq", "sparsity")}
     return max(counts, key=counts.__getitem__) if max(counts.values()) > 1 else "sparsity"
 
@@ -140,7 +146,8 @@ def _name(r: Result) -> str:
 
 
 def _names(results: Sequence[Result], axis: str, removed: bool) -> list[str]:
-    """Return the titles of curves, with the sparsity unless it is the axis, names the panel, or varies."""
+    """Return the titles of curves, with the sparsity unless it is the axis, names the panel, or
+    varies."""
     names = [_name(r) for r in results]
     if axis == "sparsity" or removed:
         return names
@@ -166,7 +173,8 @@ def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> 
 def _of_few_settings(
     results: Sequence[Result], others: Sequence[str]
 ) -> tuple[Sequence[Result], str]:
-    """Return the results of at most :data:`MOST_VALUES` values per field, and a note on omitted values."""
+    """Return the results of at most :data:`MOST_VALUES` values per field, and a note on omitted
+    values."""
     notes = []
     for other in others:
         values = _values(results, other)
@@ -179,7 +187,8 @@ def _of_few_settings(
 
 
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
-    """Return the index of the first value from which the whole interval is above 1 at every value; None without one."""
+    """Return the index of the first value from which the whole interval is above 1 at every value;
+    None without one."""
     x, low = np.asarray(at, dtype=float), np.asarray(lower, dtype=float)
     order = np.argsort(x, kind="stable")
     pays = np.logical_and.accumulate(low[order][::-1] >= GAIN)[::-1]
@@ -296,7 +305,8 @@ def _dots(
 def _curves(
     data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, interval: str, x_label: str
 ) -> Figure:
-    """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without bounds, more as lines."""
+    """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without
+    bounds, more as lines."""
     few = len(styles) <= MOST_CURVES
     bounds, band = (
         (BOUNDS, _BAND) if len(styles) <= MOST_BOUNDED else ({}, {**_BAND, "alpha": 0.08})
@@ -386,7 +396,8 @@ def _curves(
 def _value_axes(
     panels: layout.Panels, values: NDArray[np.float64], axis: str, room_in: float
 ) -> None:
-    """Put ticks at the values of the x axes, as many as there is room for: in per cent, or on a logarithmic axis."""
+    """Put ticks at the values of the x axes, as many as there is room for: in per cent, or on a
+    logarithmic axis."""
     low, high = float(values[0]), float(values[-1])
     ticks = values[:: -(-len(values) // max(2, int(room_in / 0.26)))]
 
@@ -406,8 +417,8 @@ def _value_axes(
 
 
 def services_of(services: Sequence[Service]) -> Figure:
-    """Draw the throughput of services over their time per output token, one panel each, from a single request (bottom
-    left) to as many as fit, which the name of a curve states."""
+    """Draw the throughput of services over their time per output token, one panel each, from a
+    single request (bottom left) to as many as fit, which the name of a curve states."""
     engines, devices = (
         len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware")
     )
@@ -451,7 +462,8 @@ def services_of(services: Sequence[Service]) -> Figure:
 
 
 def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Return time per output token, ms, and tokens/s per GPU of each model: prediction, lower and upper end (3, n)."""
+    """Return time per output token, ms, and tokens/s per GPU of each model: prediction, lower and
+    upper end (3, n)."""
     columns = (
         "tpot_s",
         "tpot_lower",

@@ -1,8 +1,10 @@
-"""Define the look of figures: style sheet, page widths, families, titles of devices and engines, and files.
+"""Define the look of figures: style sheet, page widths, families, titles of devices and engines,
+and files.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers can distinguish. There
-are more families than colours, so marker and fill identify a family too: static families have filled markers and solid
-lines, dynamic families hollow markers and dashed lines. Both forms of an idea share a colour.
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind readers can
+distinguish. There are more families than colours, so marker and fill identify a family too: static
+families have filled markers and solid lines, dynamic families hollow markers and dashed lines. Both
+forms of an idea share a colour.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def style_of(name: str, index: int = 0) -> Style:
 
 
 def label(name: str) -> str:
-    """Return the title of a family, or of several joined by "+"; another name is returned unchanged."""
+    """Return the title of a family, or of several joined by "+"; another name is returned
+    unchanged."""
     parts = name.split("+")
     if not all(part in STYLES for part in parts):
         return name
@@ -86,14 +89,15 @@ def label(name: str) -> str:
 
 
 def in_order(names: Any) -> list[str]:
-    """Return names without repeats: families in the order of legends, then the other names in the given order."""
+    """Return names without repeats: families in the order of legends, then the other names in the
+    given order."""
     once, known = list(dict.fromkeys(names)), list(STYLES)
     return sorted(once, key=lambda name: known.index(name) if name in STYLES else len(known))
 
 
 def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
-    """Return styles of candidates, given the family of each: the first candidate of a family has the family's style,
-    others have colours and markers that no candidate has."""
+    """Return styles of candidates, given the family of each: the first candidate of a family has
+    the family's style, others have colours and markers that no candidate has."""
     first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
     styles = {name: STYLES[family] for family, name in first.items()}
     used = {(style.color, style.marker) for style in styles.values()}
@@ -105,8 +109,9 @@ def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
 
 @lru_cache(maxsize=256)
 def device_title(label: str) -> str:
-    """Return the title of a device ("A100 80GB SXM") from the label of its profile: the words of the vendor's title
-    that are in its name, and a software stack that was selected by name. An unknown label is its own title."""
+    """Return the title of a device ("A100 80GB SXM") from the label of its profile: the words of
+    the vendor's title that are in its name, and a software stack that was selected by name. An
+    unknown label is its own title."""
     found = re.fullmatch(r"(?P<name>[^@ ]+)(?:@(?P<stack>\S+))?(?P<more>.*)", label)
     if found is None or found["name"] not in list_hardware():
         return label
@@ -122,8 +127,8 @@ def engine_title(name: str) -> str:
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Give figures the style sheet only, whatever the user's settings are. A character that the font lacks is a box,
-    without a warning."""
+    """Give figures the style sheet only, whatever the user's settings are. A character that the
+    font lacks is a box, without a warning."""
     from matplotlib import style
 
     with warnings.catch_warnings(), style.context(["default", STYLE_FILE]):
@@ -137,7 +142,8 @@ _METADATA = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
 
 
 def check_figure(path: str | Path) -> Path:
-    """Return a path to which a figure can be written; InputError for another suffix or a bad folder."""
+    """Return a path to which a figure can be written; InputError for another suffix or a bad
+    folder."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: expected a name that ends in .pdf, .svg or .png")
     return check_target(path)

@@ -1,4 +1,5 @@
-"""Draw tables of families: taxonomy, fastest family over batch and sequence, and efficiency to the bound."""
+"""Draw tables of families: taxonomy, fastest family over batch and sequence, and efficiency to the
+bound."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ from simulator.figures.style import (
 )
 from simulator.workload import Workload
 
-# axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped heads are K
+# axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped
+# heads are K
 SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
 
 AXES = ("M", "N", "K")
@@ -67,8 +69,9 @@ _NUMBER: dict[str, Any] = {
 def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     """Draw the fastest family with its colour, marker and speedup in each cell.
 
-    Columns: ``row`` and ``column`` (labels of phase and device), ``batch``, ``seq``, ``winner`` (empty: no family is
-    faster than dense), ``speedup``, ``certain`` (else pale), ``fits`` (else blank: the dense model exceeds the memory).
+    Columns: ``row`` and ``column`` (labels of phase and device), ``batch``, ``seq``, ``winner``
+    (empty: no family is faster than dense), ``speedup``, ``certain`` (else pale), ``fits`` (else
+    blank: the dense model exceeds the memory).
     """
     data = arrays(cells)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
@@ -131,8 +134,9 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
 
 
 def efficiency_figure(points: Mapping[str, Any]) -> Figure:
-    """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase; cells with NaN have a dash.
-    Columns: ``row`` and ``column`` (labels of the setting and the device), ``family``, ``batch``, ``efficiency``."""
+    """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase; cells with
+    NaN have a dash. Columns: ``row`` and ``column`` (labels of the setting and the device),
+    ``family``, ``batch``, ``efficiency``."""
     data = arrays(points)
     families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
     with paper_style():
@@ -176,7 +180,8 @@ def number(value: float) -> str:
 
 
 def _color(value: float) -> tuple[tuple[float, ...], str]:
-    """Return blue for a gain, darker closer to the bound, or red for a loss, and a readable colour of text on it."""
+    """Return blue for a gain, darker closer to the bound, or red for a loss, and a readable colour
+    of text on it."""
     if not np.isfinite(value):
         return (1.0, 1.0, 1.0), GREY
     depth = min(value / CLOSE if value >= 0 else value / LOSS, 1.0)
@@ -189,12 +194,13 @@ def _color(value: float) -> tuple[tuple[float, ...], str]:
 def kept_axes(
     dense: Workload, pruned: Workload, roles: Sequence[str], attention: str = "N"
 ) -> tuple[float, float, float]:
-    """Return the shares of the logical M, N and K of some operators that pruning keeps, over a whole pass.
+    """Return the shares of the logical M, N and K of some operators that pruning keeps, over a
+    whole pass.
 
-    M is the tokens of all layers together, N the outputs per token, K the multiply-adds per output. A removed layer
-    reduces M; a low-rank pair, or zeros, reduce K; tiles skipped by groups of features reduce N, or K if the features
-    are inputs. For attention M is queries, N keys and K the features of all heads; skipped query-key pairs reduce the
-    axis ``attention``.
+    M is the tokens of all layers together, N the outputs per token, K the multiply-adds per output.
+    A removed layer reduces M; a low-rank pair, or zeros, reduce K; tiles skipped by groups of
+    features reduce N, or K if the features are inputs. For attention M is queries, N keys and K the
+    features of all heads; skipped query-key pairs reduce the axis ``attention``.
     """
     before, after = (w.take(w.is_role(*roles) & ~w.overhead) for w in (dense, pruned))
     if not len(before):
@@ -214,7 +220,8 @@ def kept_axes(
 
 
 def _rows_and_width(w: Workload, attention: bool) -> tuple[float, float]:
-    """Return queries and features of attention in a pass, or tokens and outputs of GEMMs (second low-rank factors)."""
+    """Return queries and features of attention in a pass, or tokens and outputs of GEMMs (second
+    low-rank factors)."""
     rows, width = w.batch * w.q_len * w.count, w.heads * w.head_dim
     if not attention:
         rows, width = (w.m * w.count)[w.stage != 1], w.n[w.stage != 1]
@@ -228,8 +235,9 @@ def taxonomy_figure(
     kept: ArrayLike,
     adds: Sequence[str],
 ) -> Figure:
-    """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an operator that the model
-    lacks. A row is a family with the axis that it changes and the operators that it adds."""
+    """Draw the shares ``kept`` (families, operators, 3) of the logical M, N and K, NaN for an
+    operator that the model lacks. A row is a family with the axis that it changes and the operators
+    that it adds."""
     values = np.asarray(kept, dtype=float)
     wide, left, right, top, bottom = width_of(len(operators)), 1.38, 1.04, 0.30, 0.05
     with paper_style():
@@ -285,7 +293,8 @@ def taxonomy_figure(
 
 
 def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color: str) -> None:
-    """Draw three bars, each after the letter of its axis and before the kept per cent; an unchanged axis is a line."""
+    """Draw three bars, each after the letter of its axis and before the kept per cent; an unchanged
+    axis is a line."""
     start, full = x + 0.13, width - 0.13 - 0.19
     for b, share in enumerate(kept):
         if not np.isfinite(share):

@@ -42,8 +42,8 @@ class Steps:
 
 
 def folded(panels: Sequence[Steps]) -> list[Steps]:
-    """Replace the steps whose factors are within :data:`FOLDED` of 1 in every panel by one step with the product of
-    their factors, if there are two or more."""
+    """Replace the steps whose factors are within :data:`FOLDED` of 1 in every panel by one step
+    with the product of their factors, if there are two or more."""
     factors = np.array([p.factors for p in panels])
     small = np.asarray((np.abs(factors - 1.0) <= FOLDED).all(axis=0))
     if (count := int(small.sum())) < 2:
@@ -72,7 +72,8 @@ def waterfalls_of(found: Sequence[Explanation]) -> Figure:
 
 
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
-    """Draw waterfalls with the same steps in rows of ``columns`` panels, each row :func:`folded`."""
+    """Draw waterfalls with the same steps in rows of ``columns`` panels, each row
+    :func:`folded`."""
     columns = columns or in_a_row(len(panels))
     room_in = (width_of(columns) - 1.3) / columns  # next to the names of the steps
     panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]

@@ -23,7 +23,8 @@ MOST_CELLS = 12_000_000
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Rows with as many cells as the header; a cell is a printable line without surrounding blanks."""
+    """Rows with as many cells as the header; a cell is a printable line without surrounding
+    blanks."""
 
     label: str  # name of the file in messages
     header: tuple[str, ...]
@@ -35,7 +36,8 @@ class CsvTable:
         return [row[at] for row in self.rows]
 
     def each(self, read: Callable[[dict[str, str]], T]) -> list[T]:
-        """Return the result of a function for every row; errors of the function get the place of the row."""
+        """Return the result of a function for every row; errors of the function get the place of
+        the row."""
         out = []
         for place, cells in self.records():
             try:
@@ -50,7 +52,8 @@ class CsvTable:
 
 
 def read_csv(content: bytes | str, label: str, required: Sequence[str] = ()) -> CsvTable:
-    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines are skipped."""
+    """Return the rows of a CSV (UTF-8) with a header that has the ``required`` columns; blank lines
+    are skipped."""
     if len(content) > MOST_BYTES:
         large = f"expected at most {MOST_BYTES / 1e6:g} MB of CSV, got more"
         raise InputError(f"{label}: {large}; split it or write Parquet")
@@ -109,7 +112,8 @@ def _cell(cell: str) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
-    """Return a CSV table of the columns (default: of the first row); numbers that are not finite are empty."""
+    """Return a CSV table of the columns (default: of the first row); numbers that are not finite
+    are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = tuple(columns or rows[0])
@@ -120,7 +124,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> 
 
 
 def _written(value: Any) -> Any:
-    """Return a value as its cell; a spreadsheet would compute texts that begin as a formula, which get a quote."""
+    """Return a value as its cell; a spreadsheet would compute texts that begin as a formula, which
+    get a quote."""
     if isinstance(value, str):
         formula = value[1:] and value[0] in "=+-@\t\r" and not _NUMBER.fullmatch(value)
         return f"'{value}" if formula else value

@@ -1,9 +1,10 @@
-"""Read and write YAML by dataclasses, whose annotations declare the check, unit and message of each value::
+"""Read and write YAML by dataclasses, whose annotations declare the check, unit and message of each
+value::
 
     rows: Annotated[int, Number(0, 1e12, "400", whole=True)] = 0
 
-:func:`read` finds all problems of a tree at once. The subclasses of :class:`Scalar` convert the text of a node.
-:func:`lines_of` writes the dataclass again.
+:func:`read` finds all problems of a tree at once. The subclasses of :class:`Scalar` convert the
+text of a node. :func:`lines_of` writes the dataclass again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[.-][A-Za-z0-9_]+)*")
 
 
 class Scalar:
-    """A type of scalars: ``value`` converts a node or raises ValueError with the reason, ``text`` writes the value."""
+    """A type of scalars: ``value`` converts a node or raises ValueError with the reason, ``text``
+    writes the value."""
 
     def value(self, node: Node) -> Any:
         raise NotImplementedError
@@ -52,7 +54,8 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Text(Scalar):
-    """Text of 1 to 2000 printable characters: one of ``choices``, or of a ``pattern``, which ``right`` describes."""
+    """Text of 1 to 2000 printable characters: one of ``choices``, or of a ``pattern``, which
+    ``right`` describes."""
 
     choices: tuple[str, ...] = ()
     pattern: str = ""
@@ -124,7 +127,8 @@ class Number(Scalar):
         return f"write {self.example}"
 
     def text(self, value: float) -> str:
-        """Return the shortest text that reads back to the same number; whole numbers have no point."""
+        """Return the shortest text that reads back to the same number; whole numbers have no
+        point."""
         whole = isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15)
         return str(int(value)) if whole else repr(float(value))
 
@@ -138,7 +142,8 @@ class Quantity(Scalar):
     def value(self, node: Node) -> float:
         if node.kind != "scalar":
             raise ValueError(
-                f'expected a quantity with a unit such as "{EXAMPLES[self.unit]}", got a {node.kind}'
+                f'expected a quantity with a unit such as "{EXAMPLES[self.unit]}", got a'
+                f" {node.kind}"
             )
         value = parse_quantity(node.text, self.unit)
         if not self.low <= value <= self.high:
@@ -194,7 +199,8 @@ Map = Mapping[str, T]
 
 
 def read(cls: type[T], root: Node, problems: Problems, **context: Any) -> T | None:
-    """Return the dataclass of a tree, or None with all problems; ``context``: values for readers of some kinds."""
+    """Return the dataclass of a tree, or None with all problems; ``context``: values for readers of
+    some kinds."""
     found = TreeReader(problems, tuple(root.at("sources").entries), context).read(cls, root, ())
     return None if len(problems) else found
 
@@ -220,7 +226,8 @@ class TreeReader:
 
 @lru_cache(maxsize=256)
 def kind_of(hint: Any) -> Any:
-    """Return the reader and writer of a type: its annotation, or a list, a mapping or an object of kinds."""
+    """Return the reader and writer of a type: its annotation, or a list, a mapping or an object of
+    kinds."""
     keys = None
     if get_origin(hint) is Annotated:
         hint, *about = get_args(hint)
@@ -270,7 +277,10 @@ class MapOf:
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         if self.keys is None or key in self.keys.names:
             return ""
-        hint = f"{did_you_mean(key.lower(), self.keys.names)} Known: {', '.join(self.keys.names) or 'none'}"
+        hint = (
+            f"{did_you_mean(key.lower(), self.keys.names)} Known:"
+            f" {', '.join(self.keys.names) or 'none'}"
+        )
         return f"unknown {self.keys.kind}; {hint.strip()}"
 
     def text(self, value: Any) -> str:
@@ -337,7 +347,8 @@ class Object:
         if "value" not in self.members:
             return ""
         parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in self.members.items())
-        return f"{{{', '.join(f'{k}: {kind.text(v)}' for k, v, kind in parts if v is not None and v != '')}}}"
+        stated = ((key, value, kind) for key, value, kind in parts if value not in (None, ""))
+        return f"{{{', '.join(f'{key}: {kind.text(value)}' for key, value, kind in stated)}}}"
 
     def lines(self, value: Any, indent: str) -> Iterator[str]:
         for key, (name, kind, default) in self.members.items():

@@ -1,4 +1,5 @@
-"""Read files, JSON and Parquet with limits: larger files, devices and endless streams do not fill the memory."""
+"""Read files, JSON and Parquet with limits: larger files, devices and endless streams do not fill
+the memory."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _MOST = f"{MOST_TABLE_BYTES / 1e6:g} MB"
 def read_bounded(
     path: str | Path, most_bytes: int = MOST_TABLE_BYTES, place: str | None = None
 ) -> bytes:
-    """Return all bytes of a file or pipe. InputError, which starts with ``place`` (default: the path), for a missing or
-    larger file, a folder or a device."""
+    """Return all bytes of a file or pipe. InputError, which starts with ``place`` (default: the
+    path), for a missing or larger file, a folder or a device."""
     place, raw = f"{path}: " if place is None else place, b""
     try:
         status = os.stat(path)
@@ -53,8 +54,8 @@ def read_bounded(
 
 
 def parse_json(content: str | bytes, label: str) -> Any:
-    """Return parsed JSON. JSONDecodeError for other text; InputError for too many levels or digits, and for an object
-    with equal keys, of which ``json.loads`` takes the last."""
+    """Return parsed JSON. JSONDecodeError for other text; InputError for too many levels or digits,
+    and for an object with equal keys, of which ``json.loads`` takes the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -79,7 +80,8 @@ def parse_json(content: str | bytes, label: str) -> Any:
 
 
 def parse_bounded(content: bytes, label: str, most_bytes: int) -> Any:
-    """Return the value of a JSON text in UTF-8, also with NaN and infinity; limits are checked first."""
+    """Return the value of a JSON text in UTF-8, also with NaN and infinity; limits are checked
+    first."""
     if len(content) > most_bytes:
         raise InputError(
             f"{label}: is larger than {most_bytes / 1e6:g} MB; expected a smaller file"
@@ -130,7 +132,8 @@ def read_parquet(content: bytes, label: str) -> Any:
 
 
 def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
-    """Return the fields to read; InputError if they need much memory: a file stores repeated values only once."""
+    """Return the fields to read; InputError if they need much memory: a file stores repeated values
+    only once."""
     about = file.metadata
     cells = about.num_rows * max(about.num_columns, 1)
     size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
@@ -147,13 +150,15 @@ def _accepted(file: Any, label: str, pa: Any) -> list[Any]:
         fixed = field.type.byte_width if pa.types.is_fixed_size_binary(field.type) else 0
         if fixed * about.num_rows > MOST_TABLE_BYTES:
             raise InputError(
-                f"{label}: column {field.name!r:.60}: expected at most {_MOST}, got more; shorten it"
+                f"{label}: column {field.name!r:.60}: expected at most {_MOST}, got more;"
+                " shorten it"
             )
     return flat
 
 
 def _decoded(column: Any, label: str, pa: Any) -> Any:
-    """Return a column of texts without its dictionary of equal texts; the decoded size is checked first."""
+    """Return a column of texts without its dictionary of equal texts; the decoded size is checked
+    first."""
     import pyarrow.compute as compute
 
     longest = [
@@ -162,7 +167,8 @@ def _decoded(column: Any, label: str, pa: Any) -> Any:
     size = sum(len(chunk) * most for chunk, most in zip(column.chunks, longest))
     if size > MOST_TABLE_BYTES:
         raise InputError(
-            f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten them"
+            f"{label}: expected texts of at most {_MOST}, got up to {size / 1e6:.3g} MB; shorten"
+            " them"
         )
     return pa.chunked_array(
         [chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type

@@ -14,7 +14,8 @@ from simulator.errors import InputError
 
 
 def check_target(path: str | Path) -> Path:
-    """Return a path that a file can probably be written to; raise InputError for a folder or a missing folder."""
+    """Return a path that a file can probably be written to; raise InputError for a folder or a
+    missing folder."""
     target = Path(path)
     try:
         is_folder, in_folder = target.is_dir(), target.parent.is_dir()
@@ -30,7 +31,8 @@ def check_target(path: str | Path) -> Path:
 
 
 def refuse_links(folder: Path, name: str = "*") -> None:
-    """Raise InputError for a link in an output folder, through which a file elsewhere would be written."""
+    """Raise InputError for a link in an output folder, through which a file elsewhere would be
+    written."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.match(name) and path.is_symlink() and not path.is_dir():
             raise InputError(
@@ -39,7 +41,8 @@ def refuse_links(folder: Path, name: str = "*") -> None:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file through a temporary file, which is synced and renamed; devices and pipes are written directly."""
+    """Write a file through a temporary file, which is synced and renamed; devices and pipes are
+    written directly."""
     target = check_target(path)
     try:
         if target.exists() and not target.is_file():
@@ -77,7 +80,8 @@ def _temporary(target: Path) -> BinaryIO:
 
 
 def remove_left(folder: Path, names: str) -> None:
-    """Remove the temporary files, of targets whose names match a pattern, that no process writes."""
+    """Remove the temporary files, of targets whose names match a pattern, that no process
+    writes."""
     for path in folder.glob(f".{names}.*.tmp"):
         with contextlib.suppress(OSError), open(path, "rb+") as file:
             if _lock(file.fileno()):
@@ -85,7 +89,8 @@ def remove_left(folder: Path, names: str) -> None:
 
 
 def _lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file or folder until it is closed; False if it is locked, or without locks (Windows, some disks)."""
+    """Lock an open file or folder until it is closed; False if it is locked, or without locks
+    (Windows, some disks)."""
     try:
         import fcntl
 

@@ -1,8 +1,9 @@
 """Parse YAML text to a tree of nodes with their places, without guessing types.
 
-PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes True. Here a scalar
-stays text, and :mod:`simulator.files.fields` converts it. Anchors, tags, several documents and duplicate keys are
-rejected; depth and size are limited, so a file can neither run code nor fill the memory.
+PyYAML converts scalars by surprising rules: ``010`` becomes 8, ``1:30`` becomes 90, ``yes`` becomes
+True. Here a scalar stays text, and :mod:`simulator.files.fields` converts it. Anchors, tags,
+several documents and duplicate keys are rejected; depth and size are limited, so a file can neither
+run code nor fill the memory.
 """
 
 from __future__ import annotations
@@ -72,24 +73,28 @@ class Problems:
         ]
 
     def error(self, command: str = "hardware") -> InputError:
-        """Return the first problem, with the number of further problems, which ``prunesim COMMAND check`` lists."""
+        """Return the first problem, with the number of further problems, which ``prunesim COMMAND
+        check`` lists."""
         return first_of(self.lines, f": prunesim {command} check {self.file}")
 
 
 def first_of(lines: Sequence[str], way: str = "") -> InputError:
-    """Return the first problem, with the number of further problems; ``way`` states how to list them."""
+    """Return the first problem, with the number of further problems; ``way`` states how to list
+    them."""
     first, *rest = lines
     return InputError(first + (f" (and {len(rest)} more{way})" if rest else ""))
 
 
 def path_of(keys: Iterable[Any]) -> str:
-    """Return keys and positions as the path of a node; long keys are shortened, unprintable keys quoted."""
+    """Return keys and positions as the path of a node; long keys are shortened, unprintable keys
+    quoted."""
     short = (key if len(key) <= 40 else key[:40] + "..." for key in map(str, keys))
     return ".".join(key if key.strip() and key.isprintable() else repr(key) for key in short)
 
 
 def read_text(path: Path, problems: Problems) -> str | None:
-    """Return the text of a file, or None with a problem if the file cannot be read or is not UTF-8."""
+    """Return the text of a file, or None with a problem if the file cannot be read or is not
+    UTF-8."""
     raw = b""
     try:
         raw = read_bounded(path, MAX_BYTES, "")
@@ -106,14 +111,16 @@ def read_text(path: Path, problems: Problems) -> str | None:
 
 
 def aliases_of(path: Path) -> list[str]:
-    """Return the names in the line "aliases: [...]" of a shipped file, as parsing every file takes too long."""
+    """Return the names in the line "aliases: [...]" of a shipped file, as parsing every file takes
+    too long."""
     line = re.search(r"^aliases: *\[(.*)\] *$", path.read_text(encoding="utf-8"), re.MULTILINE)
     names = (name.strip().strip("\"'") for name in line.group(1).split(",")) if line else ()
     return [name for name in names if name]
 
 
 def parse_yaml(text: str, problems: Problems) -> Node | None:
-    """Return the tree of a YAML text; None if it is empty, and None with a problem if it is rejected."""
+    """Return the tree of a YAML text; None if it is empty, and None with a problem if it is
+    rejected."""
     import yaml  # here, as the import takes 25 ms
 
     parser = _Parser(

@@ -1,7 +1,8 @@
 """Read, check and pack the arrays of a profile, an ``.npz`` whose bytes depend only on its content.
 
-A profile can come from an untrusted source, so pickles are never read and sizes are checked first. Arrays that pass
-:func:`check_arrays` cannot fail in a cost model, and cannot make a time that is zero, infinite or NaN.
+A profile can come from an untrusted source, so pickles are never read and sizes are checked first.
+Arrays that pass :func:`check_arrays` cannot fail in a cost model, and cannot make a time that is
+zero, infinite or NaN.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ MOST_FACTOR = 30.0
 
 _FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
     dict.fromkeys(("values", "row_values", "log_ratio"), (-MOST_LOG, MOST_LOG))
-    | {"factors": (-MOST_FACTOR, MOST_FACTOR), "exact_log_half": (0.0, MOST_LOG)}
+    | {
+        "factors": (-MOST_FACTOR, MOST_FACTOR),
+        "exact_log_half": (0.0, MOST_LOG),
+    }
 )
 """Array that a fit computes from times -> lowest and highest value."""
 
@@ -52,7 +56,8 @@ _LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = Mapping
         "kind": ((), "(rows,)", 0.0, float(MOST_CODES - 1)),
     }
 )
-"""Array of a local update -> axes after the rows (0: any length), shape in words, lowest and highest value."""
+"""Array of a local update -> axes after the rows (0: any length), shape in words, lowest and
+highest value."""
 
 _MOST_COORDINATE = 1e6  # coordinates are logarithms, indices and shares
 _LEAST_STEP = 1e-3
@@ -62,7 +67,8 @@ ARRAY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 # only the header that NumPy writes is accepted: no expression of a file is ever evaluated
 _HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00[\s\S]{2}\{'descr': '([<>=|]?[A-Za-z][0-9]{0,8})', 'fortran_order': (True|False), "
+    rb"\x93NUMPY\x01\x00[\s\S]{2}\{'descr': '([<>=|]?[A-Za-z][0-9]{0,8})', 'fortran_order':"
+    rb" (True|False), "
     rb"'shape': \(((?:[0-9]{1,9},? ?){0,8})\), \} *\n"
 )
 # the first date of a zip file: equal arrays give equal bytes on any day
@@ -79,7 +85,8 @@ _DAMAGED = (
 
 
 def pack_arrays(arrays: Arrays) -> bytes:
-    """Return the bytes of an ``.npz``: sorted, uncompressed and dated 1980, so equal arrays give equal bytes."""
+    """Return the bytes of an ``.npz``: sorted, uncompressed and dated 1980, so equal arrays give
+    equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):
@@ -100,7 +107,8 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(
-                f"{path.name} is not a regular file; expected the .npz that was saved with the profile"
+                f"{path.name} is not a regular file; expected the .npz that was saved with the"
+                " profile"
             )
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -131,8 +139,8 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
 
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
-    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError for invalid arrays. The prefix is
-    ``operator.dtype`` or ``local_update``."""
+    """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError for invalid
+    arrays. The prefix is ``operator.dtype`` or ``local_update``."""
     arrays = MappingProxyType(
         {name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names}
     )
@@ -177,7 +185,8 @@ def _check_numbers(name: str, array: NDArray[Any]) -> None:
 
 
 def check_arrays(operator: str, arrays: Arrays) -> None:
-    """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore unknown names."""
+    """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore
+    unknown names."""
     if operator == "gemm":
         if "exact_m" in arrays:
             check_exact(arrays)
@@ -207,7 +216,8 @@ def clipped(arrays: Arrays) -> Arrays:
 
 
 def _check_values(operator: str, arrays: Arrays) -> None:
-    """Check a residual grid over three coordinates, or the grids of the elementwise classes over one coordinate."""
+    """Check a residual grid over three coordinates, or the grids of the elementwise classes over
+    one coordinate."""
     shape = arrays["values"].shape
     place = (-_MOST_COORDINATE, _MOST_COORDINATE)
     if operator == "elementwise":
@@ -242,7 +252,8 @@ def _check_values(operator: str, arrays: Arrays) -> None:
 
 
 def _check_update(arrays: Arrays) -> None:
-    """Check rows measured on the user's machine: log errors, and their inputs to the error model."""
+    """Check rows measured on the user's machine: log errors, and their inputs to the error
+    model."""
     _need(arrays, "log_ratio", *_LOCAL_UPDATE)
     count = arrays["log_ratio"].shape[:1]
     for name, (more, expected, low, high) in _LOCAL_UPDATE.items():
@@ -265,7 +276,8 @@ def _need(arrays: Arrays, first: str, *others: str) -> None:
 
 
 def _check(arrays: Arrays, name: str, good: bool, expected: str, *limits: float) -> None:
-    """Check the shape and the values of an array; the limits of a fitted array are in ``_FITTED``."""
+    """Check the shape and the values of an array; the limits of a fitted array are in
+    ``_FITTED``."""
     array = np.asarray(arrays[name], dtype=np.float64)
     low, high = limits or _FITTED[name]
     if not good:

@@ -35,8 +35,9 @@ _STACK_FILE = re.compile(rf"\.({'|'.join(STACKS)})\.ya?ml$")
 
 MOST_RELATED = 8  # related profiles that a chain of stacks_of may have
 NEARLY = 0.2
-"""Largest log of the ratio of SM counts at which fits of a related GPU count as fits of the device. H100 and H200
-predict each other with 92 to 100 % inside, an H100 an H20 with 43 to 84 % (the set ``gpus`` of the evidence)."""
+"""Largest log of the ratio of SM counts at which fits of a related GPU count as fits of the device.
+H100 and H200 predict each other with 92 to 100 % inside, an H100 an H20 with 43 to 84 % (the set
+``gpus`` of the evidence)."""
 
 
 def profiles_folder() -> Path:
@@ -70,7 +71,8 @@ def list_hardware() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def shipped_names() -> Mapping[str, str]:
-    """Return the names and aliases of the shipped profiles -> profile name; only one line of each file is read."""
+    """Return the names and aliases of the shipped profiles -> profile name; only one line of each
+    file is read."""
     found: dict[str, str] = {}
     for name in list_hardware():
         for alias in (name, *aliases_of(profiles_folder() / f"{name}.yaml")):
@@ -94,10 +96,12 @@ def load_hardware(
     Parameters
     ----------
     name_or_path : str, path-like or HardwareProfile
-        Name or alias of a shipped profile (case, blanks, dashes and underscores do not matter), or path of a YAML file.
-        "NAME@STACK" also selects a software stack. A loaded profile is accepted too.
+        Name or alias of a shipped profile (case, blanks, dashes and underscores do not matter), or
+        path of a YAML file. "NAME@STACK" also selects a software stack. A loaded profile is
+        accepted too.
     stack : str, optional
-        Software stack whose fitted sections are preferred, whatever engine runs. Default: the engine selects it.
+        Software stack whose fitted sections are preferred, whatever engine runs. Default: the
+        engine selects it.
     same_stack : bool, optional
         Whether the stack is the user's own, which narrows the intervals.
 
@@ -109,8 +113,8 @@ def load_hardware(
     Raises
     ------
     InputError
-        If the name or stack is unknown (the error lists the closest names), or the file is invalid (the error is its
-        first problem, ``file:line:column: key: reason``).
+        If the name or stack is unknown (the error lists the closest names), or the file is invalid
+        (the error is its first problem, ``file:line:column: key: reason``).
 
     Examples
     --------
@@ -140,7 +144,8 @@ def load_hardware(
 
 
 def reference(name: str) -> str:
-    """Return the shortest text that :func:`load_hardware` accepts: a shipped device's label, else the path."""
+    """Return the shortest text that :func:`load_hardware` accepts: a shipped device's label, else
+    the path."""
     found = load_hardware(name).label
     plain = plain_name(found.partition("@")[0])
     return (
@@ -149,7 +154,8 @@ def reference(name: str) -> str:
 
 
 def files_of(profile: HardwareProfile) -> list[Path]:
-    """Return every file that a profile can be read from: its own files and those of its related GPU."""
+    """Return every file that a profile can be read from: its own files and those of its related
+    GPU."""
     paths, of = [profile.path] if profile.path else [], profile.stacks_of
     while of and paths:
         paths.append(_related(paths[-1], of))
@@ -158,7 +164,8 @@ def files_of(profile: HardwareProfile) -> list[Path]:
 
 
 def _with_stacks(path: Path, before: tuple[str, ...] = ()) -> HardwareProfile:
-    """Return the profile of a file with the stacks of its related GPU, which may inherit them in turn."""
+    """Return the profile of a file with the stacks of its related GPU, which may inherit them in
+    turn."""
     profile = _load(_stamps(str(path)))
     if not profile.stacks_of:
         return profile
@@ -173,8 +180,8 @@ def _with_stacks(path: Path, before: tuple[str, ...] = ()) -> HardwareProfile:
 
 @lru_cache(maxsize=64)
 def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile that inherits the sections it lacks from a related GPU: those of its own number formats, and
-    collectives only over a link of the same kind."""
+    """Return a profile that inherits the sections it lacks from a related GPU: those of its own
+    number formats, and collectives only over a link of the same kind."""
     alike = profile.architecture == related.architecture
     sibling = alike and abs(math.log(profile.sm_count / related.sm_count)) < NEARLY
     same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
@@ -194,7 +201,8 @@ def _on_same_stack(profile: HardwareProfile) -> HardwareProfile:
 
 
 def _related(path: Path, name: str) -> Path:
-    """Return the profile whose stacks another profile inherits: in its folder, else the shipped profile."""
+    """Return the profile whose stacks another profile inherits: in its folder, else the shipped
+    profile."""
     neighbour = path.parent / f"{name}.yaml"
     if not neighbour.is_file() and name not in list_hardware():
         raise unknown(f"{path}: stacks_of: profile", name, list_hardware())
@@ -232,7 +240,8 @@ def _load(stamps: tuple[tuple[str, int, int], ...]) -> HardwareProfile:
 def _read(
     path: Path, stacks: Mapping[str, str] | None = None
 ) -> tuple[HardwareProfile | None, list[Problems]]:
-    """Return the profile of a file with its stack files, None if it has problems, and the problems of each file."""
+    """Return the profile of a file with its stack files, None if it has problems, and the problems
+    of each file."""
     found = [Problems(str(path))]
     archive = lru_cache(read_archive)
 
@@ -263,13 +272,14 @@ def forget() -> None:
 
 
 def taken(path: Path) -> Mapping[str, str]:
-    """Return names that a file's aliases must not be; :func:`shipped_names` checks the shipped files themselves."""
+    """Return names that a file's aliases must not be; :func:`shipped_names` checks the shipped
+    files themselves."""
     return {} if path.parent.absolute() == profiles_folder().absolute() else shipped_names()
 
 
 def check_hardware(path: str | os.PathLike[str]) -> list[str]:
-    """Return all problems of a profile file and its stack files, or of one stack file, as ``file:line:column: key:
-    reason``."""
+    """Return all problems of a profile file and its stack files, or of one stack file, as
+    ``file:line:column: key: reason``."""
     path = Path(path)
     lines = []
     named = _STACK_FILE.search(path.name)
@@ -287,8 +297,9 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
 
 
 def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
-    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and return its path. Raises
-    InputError if the name is invalid or a shipped GPU's, or if the file exists."""
+    """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and
+    return its path. Raises InputError if the name is invalid or a shipped GPU's, or if the file
+    exists."""
     from simulator.files.write import write_whole  # late: loading a profile writes nothing
 
     named = plain_name(name)

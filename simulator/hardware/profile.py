@@ -1,4 +1,5 @@
-"""Describe a device as data: datasheet facts with their sources, fitted sections, and links to other devices."""
+"""Describe a device as data: datasheet facts with their sources, fitted sections, and links to
+other devices."""
 
 from __future__ import annotations
 
@@ -32,12 +33,14 @@ ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
 SECTION_OF: Mapping[tuple[str, str], str] = MappingProxyType(
     {("gemm", "vllm"): "sglang", ("experts", "vllm"): "trtllm", ("experts", "sglang"): "trtllm"}
 )
-"""Operator and stack whose section runs of engines contradict -> stack whose section is used instead.
+"""Operator and stack whose section runs of engines contradict -> stack whose section is used
+instead.
 
-vLLM's GEMMs were timed on inputs that are not random, which take less power, so large products are 5 to 16 % too fast;
-SGLang calls the same libraries. Servers do not use the settings with which experts of vLLM and SGLang were timed:
-Qwen3-235B in SGLang is predicted 20 % too fast with SGLang's experts, 7 % with TensorRT-LLM's
-(calibration/measurements/serving.csv, H200). Experts on other architectures than :data:`EXPERTS_ON` stay."""
+vLLM's GEMMs were timed on inputs that are not random, which take less power, so large products are
+5 to 16 % too fast; SGLang calls the same libraries. Servers do not use the settings with which
+experts of vLLM and SGLang were timed: Qwen3-235B in SGLang is predicted 20 % too fast with SGLang's
+experts, 7 % with TensorRT-LLM's (calibration/measurements/serving.csv, H200). Experts on other
+architectures than :data:`EXPERTS_ON` stay."""
 EXPERTS_ON = ("ampere", "hopper")
 
 _ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
@@ -92,12 +95,14 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Section(Displayed):
-    """Fitted values of one operator and number format; ``section["name"]`` is the value of a constant."""
+    """Fitted values of one operator and number format; ``section["name"]`` is the value of a
+    constant."""
 
     constants: Mapping[str, Fitted]
     # read-only, such as a residual grid
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
-    # factor on correlated and independent errors with which intervals cover 90 % of the held-out rows of its table
+    # factor on correlated and independent errors with which intervals cover 90 % of the held-out
+    # rows of its table
     section_scale: float = 1.0
     accuracy: Mapping[str, float] = field(default_factory=dict)  # errors on held-out shapes
     provenance: Provenance | None = None
@@ -108,7 +113,10 @@ class Section(Displayed):
         return self.constants[name].value
 
     def _title(self) -> str:
-        return f"{len(self.constants)} constants, {self.status}{f' for {self.stack}' if self.stack else ''}"
+        return (
+            f"{len(self.constants)} constants,"
+            f" {self.status}{f' for {self.stack}' if self.stack else ''}"
+        )
 
     def _columns(self) -> Mapping[str, Any]:
         return by_column(
@@ -122,8 +130,8 @@ class LocalUpdate:
 
     provenance: Provenance
     factors: tuple[str, ...]  # names of the error factors, the columns of ``systematic``
-    # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape (rows,), systematic
-    # has (rows, factors), coordinates has (rows, 3)
+    # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape
+    # (rows,), systematic has (rows, factors), coordinates has (rows, 3)
     arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
 
@@ -159,11 +167,13 @@ class EngineTimes:
         for name, one in self.operators.items():
             if len(one.factors) != len(self.tokens):
                 raise InputError(
-                    f"operators.{name}.factors: expected {len(self.tokens)} numbers, one per number of tokens"
+                    f"operators.{name}.factors: expected {len(self.tokens)} numbers, one per number"
+                    " of tokens"
                 )
 
     def factor(self, operator: str, tokens: FloatArray) -> FloatArray:
-        """Return the factor on the time of an operator, between the measured numbers of tokens on a log scale."""
+        """Return the factor on the time of an operator, between the measured numbers of tokens on a
+        log scale."""
         at, known = np.log2(np.maximum(tokens, 1.0)), np.log2(self.tokens)
         return np.exp(np.interp(at, known, np.log(self.operators[operator].factors)))
 
@@ -250,7 +260,8 @@ _QUANTITIES = (
 class HardwareProfile(Displayed):
     """A device: datasheet facts in SI units with their sources, and fitted sections.
 
-    Make one with :func:`simulator.load_hardware`. ``dataclasses.replace`` returns a copy with other facts.
+    Make one with :func:`simulator.load_hardware`. ``dataclasses.replace`` returns a copy with other
+    facts.
 
     Parameters
     ----------
@@ -273,7 +284,8 @@ class HardwareProfile(Displayed):
     bridge : Link, optional
         NVLink bridge between two devices, if the GPU has connectors for one.
     sources, notes : mapping of str to str
-        Source of each fact, and remarks, by datasheet key ("sm_count", "rates.bf16", "link.latency").
+        Source of each fact, and remarks, by datasheet key ("sm_count", "rates.bf16",
+        "link.latency").
     references : mapping of str to str
         Short names that the profile's file uses for its sources.
     sections : mapping of (str, str) to Section
@@ -281,7 +293,8 @@ class HardwareProfile(Displayed):
     stacks : mapping of str to mapping
         Sections of each software stack, the default stack first.
     stack : str
-        Preferred stack, whose sections come first; "" for the user's own calibration, or if nothing was fitted.
+        Preferred stack, whose sections come first; "" for the user's own calibration, or if nothing
+        was fitted.
     pinned : bool
         Whether the stack was selected by name, so engines do not change it.
     own_stack : str
@@ -289,12 +302,13 @@ class HardwareProfile(Displayed):
     engine_stack : str
         Stack whose kernels the engine runs, see :meth:`serving`.
     tall_tiles : tuple of float
-        Rows of GEMMs, rows and rate of decode attention, if the engine's release computes more rows than fitted
-        kernels.
+        Rows of GEMMs, rows and rate of decode attention, if the engine's release computes more rows
+        than fitted kernels.
     stacks_of : str
         Profile of a related GPU from which this profile inherits stacks.
     sibling : bool
-        Whether that GPU has the same architecture and nearly as many SMs, so its fits count as fits of the device.
+        Whether that GPU has the same architecture and nearly as many SMs, so its fits count as fits
+        of the device.
     same_stack : bool
         Whether the preferred stack is the user's own, which narrows the intervals.
     local_update : LocalUpdate, optional
@@ -361,7 +375,8 @@ class HardwareProfile(Displayed):
 
     @property
     def label(self) -> str:
-        """Name, with "@stack" if the stack was selected by name; :func:`simulator.load_hardware` accepts that.
+        """Name, with "@stack" if the stack was selected by name; :func:`simulator.load_hardware`
+        accepts that.
 
         A profile with a local update is marked "(anchored)".
         """
@@ -376,7 +391,10 @@ class HardwareProfile(Displayed):
         )
         memory = f"{size(self.memory_bytes)} at {rate(self.bandwidth_bytes_per_s, 'B/s')}"
         stacks = ", ".join(stack or "itself" for stack in self.stacks) or "no stack"
-        return f"{self.label}: {self.title}, {self.architecture}, {memory}, {', '.join(rates)}; fitted for {stacks}"
+        return (
+            f"{self.label}: {self.title}, {self.architecture}, {memory}, {', '.join(rates)}; fitted"
+            f" for {stacks}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return facts in SI units, their sources, and each fitted section without its arrays."""
@@ -421,28 +439,33 @@ class HardwareProfile(Displayed):
         }
 
     def on(self, stack: str) -> HardwareProfile:
-        """Return the device with one stack selected for all engines; InputError for a stack that it does not have."""
+        """Return the device with one stack selected for all engines; InputError for a stack that it
+        does not have."""
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
     def serving(
         self, stacks: tuple[str, ...], measured: bool = False, tall: tuple[float, ...] = ()
     ) -> HardwareProfile:
-        """Return the device with the sections of the first of an engine's ``stacks`` that the profile has.
+        """Return the device with the sections of the first of an engine's ``stacks`` that the
+        profile has.
 
-        A stack that was selected by name, or the user's own calibration, stays. ``measured``: the engine was measured
-        on this machine. ``tall``: see ``tall_tiles``.
+        A stack that was selected by name, or the user's own calibration, stays. ``measured``: the
+        engine was measured on this machine. ``tall``: see ``tall_tiles``.
         """
         return _serving(self, stacks, measured, tall) if stacks and not self.engine_stack else self
 
     def over(self, link: str) -> HardwareProfile:
-        """Return the device joined to others by a ``link``, one of :data:`simulator.names.CONNECTIONS`.
+        """Return the device joined to others by a ``link``, one of
+        :data:`simulator.names.CONNECTIONS`.
 
-        Fitted collectives of the usual connection are not used over another one. "" returns the profile itself.
+        Fitted collectives of the usual connection are not used over another one. "" returns the
+        profile itself.
         """
         return _over(self, link) if link else self
 
     def calibrated(self, sections: Sections, own_stack: str = "") -> HardwareProfile:
-        """Return the device with the sections of the user's own calibration of ``own_stack``, or ("") of any."""
+        """Return the device with the sections of the user's own calibration of ``own_stack``, or
+        ("") of any."""
         sections = MappingProxyType(dict(sections))
         stacks = MappingProxyType({"": sections})
         same = not own_stack
@@ -451,9 +474,11 @@ class HardwareProfile(Displayed):
         )
 
     def error_scales(self, section: FittedValues) -> tuple[float, float]:
-        """Return two scales of a section's prior: of systematic errors, and of correlated and independent errors."""
+        """Return two scales of a section's prior: of systematic errors, and of correlated and
+        independent errors."""
         fitted = section.status == "calibrated" and section.stack == (self.stack or self.own_stack)
-        # the user's own calibration of a stack is valid for engines that run the kernels of this stack
+        # the user's own calibration of a stack is valid for engines that run the kernels of this
+        # stack
         own = bool(self.own_stack) and not self.stack and self.engine_stack in ("", self.own_stack)
         if fitted and (self.same_stack or own) and self.local_update is None:
             return SAME_STACK, section.section_scale
@@ -466,7 +491,8 @@ class HardwareProfile(Displayed):
 
     @property
     def is_workstation(self) -> bool:
-        """Whether the GPU is one of workstations and personal computers, whose hosts are other than a server's."""
+        """Whether the GPU is one of workstations and personal computers, whose hosts are other than
+        a server's."""
         return "RTX" in self.title
 
     @property
@@ -477,11 +503,13 @@ class HardwareProfile(Displayed):
 
     @property
     def clock_headroom(self) -> float:
-        """Highest clock over boost clock, at least 1: the largest ratio of a rate to its datasheet rate."""
+        """Highest clock over boost clock, at least 1: the largest ratio of a rate to its datasheet
+        rate."""
         return self.max_clock_hz / self.boost_clock_hz
 
     def rate(self, dtype: str) -> Rate:
-        """Return the datasheet rate of the number format ``dtype``; InputError if the device has no such arithmetic."""
+        """Return the datasheet rate of the number format ``dtype``; InputError if the device has no
+        such arithmetic."""
         if dtype not in self.rates:
             raise InputError(
                 f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}"
@@ -489,7 +517,8 @@ class HardwareProfile(Displayed):
         return self.rates[dtype]
 
     def peak_flop_per_s(self, dtype: str, sparse: bool = False) -> float:
-        """Return the datasheet rate of ``dtype`` at boost clock, FLOP/s; ``sparse``: with 2:4 operands.
+        """Return the datasheet rate of ``dtype`` at boost clock, FLOP/s; ``sparse``: with 2:4
+        operands.
 
         This rate times ``clock_headroom`` is a physical limit.
         """
@@ -498,20 +527,24 @@ class HardwareProfile(Displayed):
 
     @cached_property
     def flop_s(self) -> FloatArray:
-        """Time of a FLOP at the datasheet rate by code of the number format, s; 0 for formats without arithmetic."""
+        """Time of a FLOP at the datasheet rate by code of the number format, s; 0 for formats
+        without arithmetic."""
         return np.array(
             [1.0 / self.rates[name].flop_per_s if name in self.rates else 0.0 for name in DTYPES]
         )
 
     def ridge_point(self, dtype: str) -> float:
-        """Return the intensity, FLOP/byte, above which a datasheet roofline of ``dtype`` is compute-bound."""
+        """Return the intensity, FLOP/byte, above which a datasheet roofline of ``dtype`` is
+        compute-bound."""
         return self.peak_flop_per_s(dtype) / self.bandwidth_bytes_per_s
 
     def section(self, operator: str, dtype: str) -> Section:
-        """Return the fitted values of one ``operator`` in the number format ``dtype``, else defaults.
+        """Return the fitted values of one ``operator`` in the number format ``dtype``, else
+        defaults.
 
-        Without a fitted section, bf16 and fp16 are used for each other. A fit of a decode kernel with visible tiles
-        (``tile_rows``) is not used for a release of an engine whose kernel is known to differ (``tall_tiles``).
+        Without a fitted section, bf16 and fp16 are used for each other. A fit of a decode kernel
+        with visible tiles (``tile_rows``) is not used for a release of an engine whose kernel is
+        known to differ (``tall_tiles``).
         """
         kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)
@@ -545,10 +578,10 @@ class HardwareProfile(Displayed):
 def preferring(
     profile: HardwareProfile, stacks: Mapping[str, Sections], *first: str
 ) -> HardwareProfile:
-    """Return a profile with ``stacks``, one of which is preferred. The preferred stack is the first of ``first`` that
-    exists, else the user's own calibration, else the first of :data:`STACKS`. Sections that it lacks are inherited from
-    the other stacks, in that order. :data:`SECTION_OF` replaces some sections, unless the user selected the
-    stack."""
+    """Return a profile with ``stacks``, one of which is preferred. The preferred stack is the first
+    of ``first`` that exists, else the user's own calibration, else the first of :data:`STACKS`.
+    Sections that it lacks are inherited from the other stacks, in that order. :data:`SECTION_OF`
+    replaces some sections, unless the user selected the stack."""
     stacks = {name: stacks[name] for name in ("", *STACKS) if stacks.get(name)}
     if not stacks:
         return profile
@@ -627,15 +660,17 @@ GENERATIONS: Mapping[str, int] = MappingProxyType({"volta": 3, "turing": 3, "amp
 """PCIe generation of GPUs by architecture; 5 for all others."""
 
 PEER_LATENCY_S, HOST_LATENCY_S = 1.6e-6, 3e-6
-"""Time of a message step over PCIe, s. With peer access: an L40S (NCCL table of aiconfigurator-core 0.12.0). Without:
-a small all-reduce of 42 us and 14 ring steps on eight RTX 4090 (https://github.com/NVIDIA/nccl/issues/1530)."""
+"""Time of a message step over PCIe, s. With peer access: an L40S (NCCL table of aiconfigurator-core
+0.12.0). Without: a small all-reduce of 42 us and 14 ring steps on eight RTX 4090
+(https://github.com/NVIDIA/nccl/issues/1530)."""
 
 
 def named_link(
     name: str, link: Link | None, bridge: Link | None, architecture: str, device: str
 ) -> Link:
-    """Return the connection of a GPU that ``--link`` names (see docs/model.md, Collectives); InputError for NVLink that
-    the GPU does not have. A PCIe name without a generation means the GPU's own, without lanes 16."""
+    """Return the connection of a GPU that ``--link`` names (see docs/model.md, Collectives);
+    InputError for NVLink that the GPU does not have. A PCIe name without a generation means the
+    GPU's own, without lanes 16."""
     if link is not None and name in (link.connection, link.name):
         return replace(link, stated=True)
     if bridge is not None and name == "bridge":
@@ -649,7 +684,8 @@ def named_link(
 
 
 def link_choices(link: Link | None, bridge: Link | None) -> tuple[str, ...]:
-    """Return the names of connections that :func:`named_link` accepts for a GPU, the usual one first."""
+    """Return the names of connections that :func:`named_link` accepts for a GPU, the usual one
+    first."""
     found = [
         *([link.connection] if link else []),
         *(["bridge"] if bridge else []),

@@ -1,4 +1,5 @@
-"""Write profiles to files, by the declarations in :mod:`simulator.hardware.schema`. Equal profiles give equal bytes."""
+"""Write profiles to files, by the declarations in :mod:`simulator.hardware.schema`. Equal profiles
+give equal bytes."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ from simulator.operators.base import Link
 def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
     """Write a profile with its facts, sources, notes and sections.
 
-    Arrays are written to an ``.npz`` whose name has their digest, then the YAML next to it. The same profile gives the
-    same bytes. Comments of an older file are lost.
+    Arrays are written to an ``.npz`` whose name has their digest, then the YAML next to it. The
+    same profile gives the same bytes. Comments of an older file are lost.
 
     Parameters
     ----------
@@ -38,7 +39,8 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     Raises
     ------
     InputError
-        If the name does not end in .yaml or .yml, the folder does not exist, or the profile would not load again.
+        If the name does not end in .yaml or .yml, the folder does not exist, or the profile would
+        not load again.
 
     Examples
     --------
@@ -72,7 +74,8 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
 
 
 def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str]) -> None:
-    """Write the sections that a profile has for one stack, or the user's own calibration, to NAME.STACK.yaml."""
+    """Write the sections that a profile has for one stack, or the user's own calibration, to
+    NAME.STACK.yaml."""
     path = _target(path)
     if stack not in STACKS:
         raise unknown("stack", stack, STACKS)
@@ -89,7 +92,10 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
         path, {key: replace(section, stack="") for key, section in own.items()}
     )
     facts = path.name.removesuffix(f".{stack}{path.suffix}")
-    head = f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in {facts}.yaml."
+    head = (
+        f"# {' '.join(profile.title.split())}: what was fitted for {stack}; facts are in"
+        f" {facts}.yaml."
+    )
     whole = schema.StackFile(schema.SCHEMA_VERSION, profile.name, stack, calibrated)
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
@@ -98,7 +104,8 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
 
 
 def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
-    """Replace the reader of arrays while a text is checked: :func:`_calibrated` has checked the arrays."""
+    """Replace the reader of arrays while a text is checked: :func:`_calibrated` has checked the
+    arrays."""
     return dict.fromkeys(names)
 
 
@@ -112,8 +119,9 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def _calibrated(
     path: Path, sections: Sections, update: Arrays | None = None
 ) -> tuple[str, bytes, dict[str, dict[str, schema.SectionEntry]]]:
-    """Return the name and the bytes of the array file, and the sections as the YAML names them. The name contains the
-    digest, so the old pair of files stays readable until the new YAML is in place."""
+    """Return the name and the bytes of the array file, and the sections as the YAML names them. The
+    name contains the digest, so the old pair of files stays readable until the new YAML is in
+    place."""
     arrays = {}
     held = {
         f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()

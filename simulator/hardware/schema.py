@@ -61,13 +61,15 @@ QUANTITIES: Mapping[str, tuple[str, Quantity]] = MappingProxyType(
         "power": ("power_w", Quantity("W", 0.1, 1e5)),
     }
 )
-"""Key of the file -> attribute of the profile, and unit with a range that is wide enough to catch only wrong units."""
+"""Key of the file -> attribute of the profile, and unit with a range that is wide enough to catch
+only wrong units."""
 
 RATE = Quantity("FLOP/s", 1e8, 1e18)
 """Arithmetic rate of a number format."""
 
 Fetch = Callable[[Path, str, str, tuple[str, ...]], Mapping[str, Any]]
-"""Function that reads arrays from a file with a digest, by prefix and names; it raises ValueError."""
+"""Function that reads arrays from a file with a digest, by prefix and names; it raises
+ValueError."""
 
 NAME = Text(
     (), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64"
@@ -259,7 +261,8 @@ class StackFile:
 
 
 def plain_name(name: str) -> str:
-    """Return a name as it is compared: in lower case, with underscores instead of blanks and dashes."""
+    """Return a name as it is compared: in lower case, with underscores instead of blanks and
+    dashes."""
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
@@ -270,8 +273,8 @@ def profile_from_text(
     fetch: Fetch,
     taken: Mapping[str, str] = MappingProxyType({}),
 ) -> HardwareProfile | None:
-    """Return the profile of a YAML text, or None with problems. ``fetch`` reads the arrays of a section; ``taken`` maps
-    plain names that other profiles have to these profiles."""
+    """Return the profile of a YAML text, or None with problems. ``fetch`` reads the arrays of a
+    section; ``taken`` maps plain names that other profiles have to these profiles."""
     root = _root(text, problems)
     if root is None:
         return None
@@ -289,7 +292,8 @@ def profile_from_text(
 def stack_from_text(
     text: str, path: Path, problems: Problems, fetch: Fetch, profile: HardwareProfile, stack: str
 ) -> Sections | None:
-    """Return the sections of a stack file's text, or None with problems; ``profile`` has the rates of their formats."""
+    """Return the sections of a stack file's text, or None with problems; ``profile`` has the rates
+    of their formats."""
     root = _root(text, problems)
     if root is None:
         return None

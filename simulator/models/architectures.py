@@ -1,13 +1,14 @@
 """Read the keys of a model's ``config.json`` (:class:`Reader`) by the rules of its ``model_type``
 (:data:`ARCHITECTURES`).
 
-An architecture is an entry of the table. Rules that do not fit into the table are functions of the reader and of the
-fields found so far.
+An architecture is an entry of the table. Rules that do not fit into the table are functions of the
+reader and of the fields found so far.
 
-Architecture searches state single layers as ``block_configs`` (:func:`read_block`). DeciLM (model type
-``nemotron-nas``) writes query heads per key/value head, ``n_heads_in_group``, and the MLP's width as a multiple of the
-hidden size, ``ffn_mult``, which is rounded up to a multiple of 256. NVIDIA ModelOpt (Puzzletron) writes
-``num_key_value_heads``, ``intermediate_size``, and ``moe`` for routed experts.
+Architecture searches state single layers as ``block_configs`` (:func:`read_block`). DeciLM (model
+type ``nemotron-nas``) writes query heads per key/value head, ``n_heads_in_group``, and the MLP's
+width as a multiple of the hidden size, ``ffn_mult``, which is rounded up to a multiple of 256.
+NVIDIA ModelOpt (Puzzletron) writes ``num_key_value_heads``, ``intermediate_size``, and ``moe`` for
+routed experts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Reader:
         return InputError(f"{self.source}: {self.place}{key}: {reason}")
 
     def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
-        """Return a checked value; for null or a missing key the default, or an error without a default."""
+        """Return a checked value; for null or a missing key the default, or an error without a
+        default."""
         value = self.data.get(key)
         value = default if value is None else value
         if value is None:
@@ -111,7 +113,8 @@ class Reader:
         return set(self.value(key, default, f"a list of layers from 0 to {layers - 1}", right))
 
     def rotary(self, key: str, default: float) -> float:
-        """Return the rotated share of a head: from the key, or from ``rope_parameters`` (transformers 5)."""
+        """Return the rotated share of a head: from the key, or from ``rope_parameters``
+        (transformers 5)."""
         inside = self.data.get("rope_parameters")
         if key not in self.data and isinstance(inside, Mapping):
             return Reader(inside, self.source, f"{self.place}rope_parameters.").number(
@@ -120,7 +123,8 @@ class Reader:
         return self.number(key, default, high=1)
 
     def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
-        """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the key."""
+        """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the
+        key."""
         types = self.data.get("layer_types")
         if types is None:
             return []
@@ -138,10 +142,11 @@ class Reader:
     def windows(
         self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True
     ) -> tuple[int, ...]:
-        """Return the window of each layer: from the list ``layer_types``, else by the rule ``windowed``.
+        """Return the window of each layer: from the list ``layer_types``, else by the rule
+        ``windowed``.
 
-        A ``sliding_window`` of null means no window; if the key is missing, the default is used. The key is ignored
-        unless ``used``."""
+        A ``sliding_window`` of null means no window; if the key is missing, the default is used.
+        The key is ignored unless ``used``."""
         window = self.or_none("sliding_window", default) if used else 0
         types = self.layer_types(layers, ("full_attention", "sliding_attention"))
         if not types:
@@ -156,7 +161,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Keys of one architecture, with the defaults of its configuration class in transformers 4.57."""
+    """Keys of one architecture, with the defaults of its configuration class in transformers
+    4.57."""
 
     positions: int  # max_position_embeddings
     flags: Mapping[str, tuple[str, bool]]  # field -> key and default
@@ -201,9 +207,11 @@ class Architecture:
             "layers": layers,
             "vocab": read.integer("vocab_size", self.absent.get("vocab")),
             "rotary_dim": int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
-            "windows": (0,) * layers
-            if self.window is None
-            else read.windows(layers, self.window, self.windowed),
+            "windows": (
+                (0,) * layers
+                if self.window is None
+                else read.windows(layers, self.window, self.windowed)
+            ),
             **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
             "max_positions": read.integer(
                 "max_position_embeddings", self.positions, high=MAX_POSITIONS
@@ -222,7 +230,8 @@ class Architecture:
 
 
 def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
-    """Return each layer, from the fields that :func:`layer_fields` returns or from those of a layer without experts."""
+    """Return each layer, from the fields that :func:`layer_fields` returns or from those of a layer
+    without experts."""
     names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
     return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in names)),) * layers
 
@@ -235,8 +244,8 @@ def _routed(
     shared: int,
     dense: Callable[[int], bool],
 ) -> ConfigFields:
-    """Return the fields of layers with experts, whose number is the key ``count``; layers that are ``dense`` have an
-    MLP."""
+    """Return the fields of layers with experts, whose number is the key ``count``; layers that are
+    ``dense`` have an MLP."""
     experts = read.integer(count)
     active, heads = (
         float(read.integer("num_experts_per_tok", high=experts)),
@@ -288,7 +297,8 @@ def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
-    """Return layers with a gated delta net, and layers with attention whose query projection also makes a gate."""
+    """Return layers with a gated delta net, and layers with attention whose query projection also
+    makes a gate."""
     key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
     own = DeltaNet(key, value, conv=read.integer("linear_conv_kernel_dim", 4))
     many, groups = (
@@ -314,9 +324,11 @@ def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
-    """Return layers with experts or an MLP; their attention has rotary positions and chunks, or neither.
+    """Return layers with experts or an MLP; their attention has rotary positions and chunks, or
+    neither.
 
-    A chunk of positions is timed as a sliding window, which is exact up to its length and computes more beyond."""
+    A chunk of positions is timed as a sliding window, which is exact up to its length and computes
+    more beyond."""
     layers, step = values["layers"], read.integer("interleave_moe_layer_step", 1)
     routed = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
     inner = read.integer("intermediate_size_mlp") if len(routed) < layers else 0
@@ -342,7 +354,8 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], ConfigFields]:
-    """Return the rule for latent attention and experts, with defaults of shared experts and first dense layers."""
+    """Return the rule for latent attention and experts, with defaults of shared experts and first
+    dense layers."""
 
     def more(read: Reader, values: ConfigFields) -> ConfigFields:
         if read.flag("attention_bias"):
@@ -388,7 +401,8 @@ _UNSUPPORTED = {
 
 
 def read_block(of: Reader, dense: Block, hidden: int) -> Block:
-    """Return a layer of ``block_configs`` (objects ``attention`` and ``ffn``): ``dense`` with other sizes."""
+    """Return a layer of ``block_configs`` (objects ``attention`` and ``ffn``): ``dense`` with other
+    sizes."""
     attention, mlp = of.part("attention"), of.part("ffn")
     for part in (of, attention, mlp):
         for key, why in _UNSUPPORTED.items():
@@ -398,7 +412,8 @@ def read_block(of: Reader, dense: Block, hidden: int) -> Block:
 
 
 def _read_attention(of: Reader, dense: Block) -> Block:
-    """Return the layer ``dense`` with the attention of an object: its KV heads, a linear product, or none."""
+    """Return the layer ``dense`` with the attention of an object: its KV heads, a linear product,
+    or none."""
     other = tuple(name for name in dense.linear if name != "attention")
     gone = replace(dense, heads=0, kv_heads=0, delta=False, linear=other)
     if of.flag("no_op"):
@@ -439,7 +454,8 @@ def _read_attention(of: Reader, dense: Block) -> Block:
 
 
 def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
-    """Return the layer ``dense`` with the MLP of an object: its width, routed experts, a linear product, or none."""
+    """Return the layer ``dense`` with the MLP of an object: its width, routed experts, a linear
+    product, or none."""
     other = tuple(name for name in dense.linear if name != "mlp")
     gone = replace(dense, inner=0, experts=0, active=0.0, expert_inner=0, linear=other)
     if of.flag("no_op"):
@@ -482,9 +498,11 @@ def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
 
 
 def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
-    """Return layers with the changes in ``block_configs``, by an architecture search (Puzzle, arXiv 2411.19146).
+    """Return layers with the changes in ``block_configs``, by an architecture search (Puzzle, arXiv
+    2411.19146).
 
-    Any architecture may have them; ``nemotron-nas`` states the widths of its layers nowhere else."""
+    Any architecture may have them; ``nemotron-nas`` states the widths of its layers nowhere
+    else."""
     layers = values["layers"]
     if values.get("latent") or values.get("delta"):
         raise read.fail(
@@ -561,80 +579,171 @@ _TIED, _UNTIED = {"tied": ("tie_word_embeddings", True)}, {"tied": ("tie_word_em
 _BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
 _MLP_BIAS = {"mlp_bias": ("mlp_bias", False)}
 
-# fmt: off
 _TABLE: Mapping[str, Architecture] = {
     "llama": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}),
     "mistral": Architecture(131072, _UNTIED, kv_heads=8, window=4096),
     "qwen2": Architecture(32768, _UNTIED, {"qkv_bias": True}, kv_heads=32, more=_qwen),
-    "qwen3": Architecture(32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head"}, kv_heads=32, head_dim=128, more=_qwen),
+    "qwen3": Architecture(
+        32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head"}, kv_heads=32, head_dim=128, more=_qwen
+    ),
     "gemma": Architecture(8192, {**_BIAS, **_TIED}, kv_heads=16, head_dim=256),
-    "gemma2": Architecture(8192, {**_BIAS, **_TIED}, {"post_norms": True}, kv_heads=4, head_dim=256,
-                           window=4096, windowed=lambda layer: layer % 2 == 0, more=_gemma),
+    "gemma2": Architecture(
+        8192,
+        {**_BIAS, **_TIED},
+        {"post_norms": True},
+        kv_heads=4,
+        head_dim=256,
+        window=4096,
+        windowed=lambda layer: layer % 2 == 0,
+        more=_gemma,
+    ),
     "gemma3_text": Architecture(
-        131072, {**_BIAS, **_TIED}, {"post_norms": True, "qk_norm": "head"}, kv_heads=4, head_dim=256,
-        absent={"heads": 8, "vocab": 262208}, more=_gemma3),
+        131072,
+        {**_BIAS, **_TIED},
+        {"post_norms": True, "qk_norm": "head"},
+        kv_heads=4,
+        head_dim=256,
+        absent={"heads": 8, "vocab": 262208},
+        more=_gemma3,
+    ),
     "phi3": Architecture(4096, _UNTIED, window=0, rotary=("partial_rotary_factor", 1.0)),
     "opt": Architecture(
         2048,
-        {**dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("enable_bias", True)), **_TIED,
-         "final_norm": ("do_layer_norm_before", True)},
-        {"gated": False, "rotary_dim": 0}, grouped=False, inner="ffn_dim", more=_opt),
+        {
+            **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("enable_bias", True)),
+            **_TIED,
+            "final_norm": ("do_layer_norm_before", True),
+        },
+        {"gated": False, "rotary_dim": 0},
+        grouped=False,
+        inner="ffn_dim",
+        more=_opt,
+    ),
     "gpt_neox": Architecture(
         2048,
-        {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED,
-         "parallel_residual": ("use_parallel_residual", True)},
-        {"gated": False, "mlp_bias": True, "norm": "layer"}, grouped=False, rotary=("rotary_pct", 0.25)),
-    "olmo2": Architecture(2048, {**_BIAS, **_UNTIED}, {"qk_norm": "width", "pre_norms": False, "post_norms": True}),
+        {
+            **dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)),
+            **_UNTIED,
+            "parallel_residual": ("use_parallel_residual", True),
+        },
+        {"gated": False, "mlp_bias": True, "norm": "layer"},
+        grouped=False,
+        rotary=("rotary_pct", 0.25),
+    ),
+    "olmo2": Architecture(
+        2048, {**_BIAS, **_UNTIED}, {"qk_norm": "width", "pre_norms": False, "post_norms": True}
+    ),
     "granite": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}),
     "smollm3": Architecture(32768, {**_BIAS, **_TIED, **_MLP_BIAS}, kv_heads=4, more=_smollm3),
-    "nemotron": Architecture(4096, {**_BIAS, **_UNTIED, **_MLP_BIAS}, {"gated": False, "norm": "layer"},
-                             rotary=("partial_rotary_factor", 0.5)),
-    "nemotron-nas": Architecture(2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}, grouped=False, inner="", more=_per_layer),
+    "nemotron": Architecture(
+        4096,
+        {**_BIAS, **_UNTIED, **_MLP_BIAS},
+        {"gated": False, "norm": "layer"},
+        rotary=("partial_rotary_factor", 0.5),
+    ),
+    "nemotron-nas": Architecture(
+        2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}, grouped=False, inner="", more=_per_layer
+    ),
     "mixtral": Architecture(131072, _UNTIED, kv_heads=8, window=0, more=_local_experts),
-    "qwen2_moe": Architecture(32768, {**_UNTIED, "qkv_bias": ("qkv_bias", True)}, {"shared_gate": True}, kv_heads=16,
-                              more=_qwen_experts),
-    "qwen3_moe": Architecture(32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head"}, kv_heads=4, more=_qwen_experts),
+    "qwen2_moe": Architecture(
+        32768,
+        {**_UNTIED, "qkv_bias": ("qkv_bias", True)},
+        {"shared_gate": True},
+        kv_heads=16,
+        more=_qwen_experts,
+    ),
+    "qwen3_moe": Architecture(
+        32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head"}, kv_heads=4, more=_qwen_experts
+    ),
     "gpt_oss": Architecture(
-        131072, {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED},
-        {"sinks": True, "router_bias": True, "expert_bias": True}, kv_heads=8, head_dim=64,
-        window=128, windowed=lambda layer: layer % 2 == 0, more=_gpt_oss),
+        131072,
+        {**dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)), **_UNTIED},
+        {"sinks": True, "router_bias": True, "expert_bias": True},
+        kv_heads=8,
+        head_dim=64,
+        window=128,
+        windowed=lambda layer: layer % 2 == 0,
+        more=_gpt_oss,
+    ),
     # latent attention does not use the keys of grouped heads
-    "deepseek_v2": Architecture(2048, _UNTIED, grouped=False, head_dim=64, more=_deepseek(shared=2, first=0)),
-    "deepseek_v3": Architecture(4096, _UNTIED, {"router_bias": True}, grouped=False, head_dim=64,
-                                more=_deepseek(shared=1, first=3)),
-    "glm4_moe": Architecture(131072, {"qkv_bias": ("attention_bias", False), **_UNTIED}, {"router_bias": True},
-                             kv_heads=8, rotary=("partial_rotary_factor", 0.5), more=_glm4_moe),
-    "llama4_text": Architecture(131072, {**_BIAS, **_UNTIED}, kv_heads=8, head_dim=128, more=_llama4),
+    "deepseek_v2": Architecture(
+        2048, _UNTIED, grouped=False, head_dim=64, more=_deepseek(shared=2, first=0)
+    ),
+    "deepseek_v3": Architecture(
+        4096,
+        _UNTIED,
+        {"router_bias": True},
+        grouped=False,
+        head_dim=64,
+        more=_deepseek(shared=1, first=3),
+    ),
+    "glm4_moe": Architecture(
+        131072,
+        {"qkv_bias": ("attention_bias", False), **_UNTIED},
+        {"router_bias": True},
+        kv_heads=8,
+        rotary=("partial_rotary_factor", 0.5),
+        more=_glm4_moe,
+    ),
+    "llama4_text": Architecture(
+        131072, {**_BIAS, **_UNTIED}, kv_heads=8, head_dim=128, more=_llama4
+    ),
     "qwen3_next": Architecture(
-        32768, {**_BIAS, **_UNTIED}, {"qk_norm": "head", "shared_gate": True, "output_gate": True}, kv_heads=2,
-        head_dim=256, rotary=("partial_rotary_factor", 0.25), more=_qwen3_next),
+        32768,
+        {**_BIAS, **_UNTIED},
+        {"qk_norm": "head", "shared_gate": True, "output_gate": True},
+        kv_heads=2,
+        head_dim=256,
+        rotary=("partial_rotary_factor", 0.25),
+        more=_qwen3_next,
+    ),
     "seed_oss": Architecture(
-        524288, {"qkv_bias": ("attention_bias", True), "o_bias": ("attention_out_bias", False), **_UNTIED, **_MLP_BIAS},
-        kv_heads=8, head_dim=128),
+        524288,
+        {
+            "qkv_bias": ("attention_bias", True),
+            "o_bias": ("attention_out_bias", False),
+            **_UNTIED,
+            **_MLP_BIAS,
+        },
+        kv_heads=8,
+        head_dim=128,
+    ),
 }
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
-    **_TABLE,
-    # the same keys and shapes, with other defaults
-    "glm4v_moe_text": replace(
-        _TABLE["glm4_moe"], positions=65536, flags={"qkv_bias": ("attention_bias", True), **_UNTIED}),
-    "kimi_k2": _TABLE["deepseek_v3"],
-    "ministral": _TABLE["mistral"],
-    "ministral3": replace(_TABLE["mistral"], positions=262144, window=0),
-    "olmo3": replace(_TABLE["olmo2"], positions=65536, window=4096, windowed=lambda layer: (layer + 1) % 4 > 0),
-    "qwen2_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
-    "qwen2_5_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
-    "qwen3_vl_text": replace(_TABLE["qwen3"], positions=128000),
-    "qwen3_vl_moe_text": replace(_TABLE["qwen3_moe"], positions=128000, flags={**_BIAS, **_TIED}, kv_heads=16),
-})
-# fmt: on
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        **_TABLE,
+        # the same keys and shapes, with other defaults
+        "glm4v_moe_text": replace(
+            _TABLE["glm4_moe"],
+            positions=65536,
+            flags={"qkv_bias": ("attention_bias", True), **_UNTIED},
+        ),
+        "kimi_k2": _TABLE["deepseek_v3"],
+        "ministral": _TABLE["mistral"],
+        "ministral3": replace(_TABLE["mistral"], positions=262144, window=0),
+        "olmo3": replace(
+            _TABLE["olmo2"],
+            positions=65536,
+            window=4096,
+            windowed=lambda layer: (layer + 1) % 4 > 0,
+        ),
+        "qwen2_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
+        "qwen2_5_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
+        "qwen3_vl_text": replace(_TABLE["qwen3"], positions=128000),
+        "qwen3_vl_moe_text": replace(
+            _TABLE["qwen3_moe"], positions=128000, flags={**_BIAS, **_TIED}, kv_heads=16
+        ),
+    }
+)
 """Supported architectures by the ``model_type`` of their decoder."""
 
 _TEXTS = ("gemma3", "glm4v_moe", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 NESTED: Mapping[str, str] = MappingProxyType(
     {"mistral3": "mistral"} | {name: f"{name}_text" for name in _TEXTS}
 )
-"""``model_type`` of models with further parts (vision) -> default architecture of their decoder, ``text_config``."""
+"""``model_type`` of models with further parts (vision) -> default architecture of their decoder,
+``text_config``."""
 
 # models whose older files have the decoder's keys at the top
 FLAT: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl")

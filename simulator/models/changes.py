@@ -1,8 +1,8 @@
 """Write the shapes of a pruned model to a ``config.json``.
 
-Use :func:`changed_keys` for the keys that change, :func:`config_of` for a model whose layers differ, and
-:func:`write_config` for a folder that :func:`simulator.load_model` reads. :mod:`simulator.models.architectures`
-describes ``block_configs``.
+Use :func:`changed_keys` for the keys that change, :func:`config_of` for a model whose layers
+differ, and :func:`write_config` for a folder that :func:`simulator.load_model` reads.
+:mod:`simulator.models.architectures` describes ``block_configs``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)
 def changed_keys(
     model: ModelConfig, new: ModelConfig, content: Mapping[str, Any] = NONE
 ) -> dict[str, Any]:
-    """Return the keys that change ``content``, the ``config.json`` of a model, into that of ``new``. InputError if the
-    architecture cannot state the shapes of ``new``."""
+    """Return the keys that change ``content``, the ``config.json`` of a model, into that of
+    ``new``. InputError if the architecture cannot state the shapes of ``new``."""
     kind, text = ARCHITECTURES[model.architecture], content.get("text_config")
     inside = text if isinstance(text, Mapping) else content
     names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
@@ -48,7 +48,8 @@ def changed_keys(
     if kind.grouped and (new.hidden, new.heads) != (model.hidden, model.heads):
         keys["head_dim"] = new.head_dim  # else readers compute it from the other two keys
     if model.architecture == "llama" and new.hidden % new.heads and inside is content:
-        # LlamaConfig of Transformers from 5.5 refuses such heads; Mistral without windows computes the same
+        # LlamaConfig of Transformers from 5.5 refuses such heads; Mistral without windows computes
+        # the same
         keys |= {
             "model_type": "mistral",
             "architectures": ["MistralForCausalLM"],
@@ -120,12 +121,14 @@ def _deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int
 def config_of(
     dense_content: Mapping[str, Any], dense: ModelConfig, pruned: ModelConfig
 ) -> dict[str, Any]:
-    """Return the content of a ``config.json`` with ``block_configs``, for a model whose layers differ.
+    """Return the content of a ``config.json`` with ``block_configs``, for a model whose layers
+    differ.
 
-    The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state all widths:
-    multiples of 256 and unchanged query heads. Otherwise they are those of ModelOpt in the dense model's architecture.
-    If all layers are equal and complete, the content needs no ``block_configs`` and has none. ``dense_content`` is the
-    dense model's ``config.json`` (:func:`content_of`). Raises InputError if no content states these shapes."""
+    The keys are those of DeciLM, which vLLM loads, if the dense model is a Llama and they can state
+    all widths: multiples of 256 and unchanged query heads. Otherwise they are those of ModelOpt in
+    the dense model's architecture. If all layers are equal and complete, the content needs no
+    ``block_configs`` and has none. ``dense_content`` is the dense model's ``config.json``
+    (:func:`content_of`). Raises InputError if no content states these shapes."""
     if not dense_content:
         raise InputError(
             f"{dense.name}: has no config.json; expected a named model, a folder or a file"
@@ -167,7 +170,8 @@ def config_of(
     found = {**content, **changed_keys(dense, stated, dense_content), "block_configs": configs}
     if not _states(found, pruned):
         raise InputError(
-            f"{dense.name}: a config.json of {dense.architecture} cannot state the widths of its layers"
+            f"{dense.name}: a config.json of {dense.architecture} cannot state the widths of its"
+            " layers"
         )
     return found
 
@@ -188,8 +192,8 @@ def content_of(
     source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig,
     model: ModelConfig | None = None,
 ) -> Mapping[str, Any]:
-    """Return the content of the ``config.json`` of a model source, which is loaded as ``model``. A named model has only
-    its shape keys; a model that was made in Python has no content."""
+    """Return the content of the ``config.json`` of a model source, which is loaded as ``model``. A
+    named model has only its shape keys; a model that was made in Python has no content."""
     model = model or load_model(source)
     if isinstance(source, Mapping):
         return source
@@ -207,7 +211,8 @@ def content_of(
 
 
 def write_config(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
-    """Write a ``config.json`` into a folder, which is created; never replace a file with different content."""
+    """Write a ``config.json`` into a folder, which is created; never replace a file with different
+    content."""
     file = Path(folder).expanduser() / "config.json"
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -1,15 +1,18 @@
-"""Read a model from the headers of its ``*.safetensors``, names, dtypes and shapes, not weights: :func:`read_headers`,
-then :func:`from_tensors`.
+"""Read a model from the headers of its ``*.safetensors``, names, dtypes and shapes, not weights:
+:func:`read_headers`, then :func:`from_tensors`.
 
-:func:`read_headers` limits every size that a file states before it reads on, and pickles are rejected, since they can
-run code. The axes of each named tensor (:func:`axes_of`) are widths of its layer. Tensors must agree on each width, and
-the resulting model must have exactly the number of parameters in the headers.
+:func:`read_headers` limits every size that a file states before it reads on, and pickles are
+rejected, since they can run code. The axes of each named tensor (:func:`axes_of`) are widths of its
+layer. Tensors must agree on each width, and the resulting model must have exactly the number of
+parameters in the headers.
 
-Names are those in Transformers, except for two methods: a low-rank projection is stored as its two factors (SVD-LLM's
-``q_u_proj`` and ``q_v_proj``, ASVD's ``q_proj.ALinear`` and ``q_proj.BLinear``), and SliceGPT stores the matrices that
-rotate its residual stream (``attn_shortcut_Q``, ``mlp_shortcut_Q``). :func:`logical` finds shape and format of a packed
-projection: GPTQ and AWQ (``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or
-``meta``), 8-bit floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss (``blocks``).
+Names are those in Transformers, except for two methods: a low-rank projection is stored as its two
+factors (SVD-LLM's ``q_u_proj`` and ``q_v_proj``, ASVD's ``q_proj.ALinear`` and ``q_proj.BLinear``),
+and SliceGPT stores the matrices that rotate its residual stream (``attn_shortcut_Q``,
+``mlp_shortcut_Q``). :func:`logical` finds shape and format of a packed projection: GPTQ and AWQ
+(``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or
+``meta``), 8-bit floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss
+(``blocks``).
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class Tensor:
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder by name, from the files in its index or else all its ``*.safetensors``."""
+    """Return the tensors of a folder by name, from the files in its index or else all its
+    ``*.safetensors``."""
     found: dict[str, Tensor] = {}
     room = MAX_HEADERS_BYTES
     for path in _files(folder):
@@ -88,7 +92,10 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{folder}: it holds a PEFT adapter: merge it into its base model first")
     pickles = sorted(p.name for p in folder.iterdir() if _PICKLE.fullmatch(p.name))
     if pickles and not found:
-        right = "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give only config.json"
+        right = (
+            "save the model as safetensors (save_pretrained, safetensors.torch.save_model) or give"
+            " only config.json"
+        )
         raise InputError(
             f"{folder}: {_short(pickles[0])} is a pickle, which is never opened: {right}"
         )
@@ -119,13 +126,15 @@ def _files(folder: Path) -> list[Path]:
         )
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
         raise InputError(
-            f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are missing)"
+            f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are"
+            " missing)"
         )
     return [folder / name for name in names]
 
 
 def _header_bytes(path: Path) -> int:
-    """Return the length of a file's header; links are followed, as the Hugging Face cache uses them."""
+    """Return the length of a file's header; links are followed, as the Hugging Face cache uses
+    them."""
     try:
         with open(path, "rb") as file:
             size, first = os.fstat(file.fileno()).st_size, file.read(8)
@@ -176,10 +185,11 @@ NAME = re.compile(
 )
 BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
 
-# Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output projection, i and e inner
-# widths of MLP and experts, E experts, V vocabulary, P positions; 2i is twice i. A bias has the first axis. "out" are
-# the outputs of an MLP, and H the inputs of the head: both are h except in the last layer of SliceGPT. A gated delta
-# net has values, channels of its convolution, conv positions, delta heads, and features of a value head.
+# Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output
+# projection, i and e inner widths of MLP and experts, E experts, V vocabulary, P positions; 2i is
+# twice i. A bias has the first axis. "out" are the outputs of an MLP, and H the inputs of the head:
+# both are h except in the last layer of SliceGPT. A gated delta net has values, channels of its
+# convolution, conv positions, delta heads, and features of a value head.
 ATTENTION, MLP = (
     r"(?:self_attn|attention|attn)\.",
     r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?",
@@ -187,50 +197,58 @@ ATTENTION, MLP = (
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT, EXPERTS = ROUTED + r"experts\.\d{1,5}\.", ROUTED + r"experts\."
 _DELTA = r"linear_attn\."
-# fmt: off
-LAYER = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
-    ATTENTION + "q_proj": "q h",
-    ATTENTION + "[kv]_proj": "kv h",
-    ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
-    ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
-    ATTENTION + "q_(?:norm|layernorm)": "q_norm",
-    ATTENTION + "k_(?:norm|layernorm)": "k_norm",
-    ATTENTION + "sinks": "heads",
-    ATTENTION + "q_a_proj": "q_rank h",
-    ATTENTION + "q_a_layernorm": "q_rank",
-    ATTENTION + "q_b_proj": "q q_rank",
-    ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
-    ATTENTION + "kv_a_layernorm": "rank",
-    ATTENTION + "kv_b_proj": "kv_b rank",
-    ATTENTION + "linear_attn": "h h",
-    _DELTA + "in_proj_qkvz": "delta_in h",
-    _DELTA + "in_proj_ba": "2delta h",
-    _DELTA + "conv1d": "channels 1 conv",
-    _DELTA + "(?:dt_bias|A_log)": "delta",
-    _DELTA + "norm": "value",
-    _DELTA + "out_proj": "h values",
-    MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
-    MLP + "gate_up_proj": "2i h",
-    MLP + "(?:down_proj|fc2|dense_4h_to_h)": "out i",
-    "attn_shortcut_Q": "h h",
-    "mlp_shortcut_Q": "h out",
-    "mlp.linear_mlp": "h h",
-    ROUTED + "(?:gate|router)": "E h",
-    "mlp.gate.e_score_correction_bias": "E",
-    "mlp.shared_expert_gate": "1 h",
-    EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
-    EXPERT + "(?:w2|down_proj)": "h e",
-    EXPERTS + "gate_up_proj": "E h 2e",
-    EXPERTS + "down_proj": "E e h",
-    EXPERTS + "gate_up_proj_bias": "E 2e",
-    EXPERTS + "down_proj_bias": "E h",
-    "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": "h",
-}.items())
-OUTSIDE = tuple((re.compile(pattern), tuple(axes.split())) for pattern, axes in {
-    "embed_tokens|embed_in": "V h", "lm_head|embed_out": "V H", "embed_positions": "P h",
-    "norm|final_layer_?norm": "H",
-}.items())
-# fmt: on
+LAYER = tuple(
+    (re.compile(pattern), tuple(axes.split()))
+    for pattern, axes in {
+        ATTENTION + "q_proj": "q h",
+        ATTENTION + "[kv]_proj": "kv h",
+        ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
+        ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
+        ATTENTION + "q_(?:norm|layernorm)": "q_norm",
+        ATTENTION + "k_(?:norm|layernorm)": "k_norm",
+        ATTENTION + "sinks": "heads",
+        ATTENTION + "q_a_proj": "q_rank h",
+        ATTENTION + "q_a_layernorm": "q_rank",
+        ATTENTION + "q_b_proj": "q q_rank",
+        ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
+        ATTENTION + "kv_a_layernorm": "rank",
+        ATTENTION + "kv_b_proj": "kv_b rank",
+        ATTENTION + "linear_attn": "h h",
+        _DELTA + "in_proj_qkvz": "delta_in h",
+        _DELTA + "in_proj_ba": "2delta h",
+        _DELTA + "conv1d": "channels 1 conv",
+        _DELTA + "(?:dt_bias|A_log)": "delta",
+        _DELTA + "norm": "value",
+        _DELTA + "out_proj": "h values",
+        MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
+        MLP + "gate_up_proj": "2i h",
+        MLP + "(?:down_proj|fc2|dense_4h_to_h)": "out i",
+        "attn_shortcut_Q": "h h",
+        "mlp_shortcut_Q": "h out",
+        "mlp.linear_mlp": "h h",
+        ROUTED + "(?:gate|router)": "E h",
+        "mlp.gate.e_score_correction_bias": "E",
+        "mlp.shared_expert_gate": "1 h",
+        EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
+        EXPERT + "(?:w2|down_proj)": "h e",
+        EXPERTS + "gate_up_proj": "E h 2e",
+        EXPERTS + "down_proj": "E e h",
+        EXPERTS + "gate_up_proj_bias": "E 2e",
+        EXPERTS + "down_proj_bias": "E h",
+        "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": (
+            "h"
+        ),
+    }.items()
+)
+OUTSIDE = tuple(
+    (re.compile(pattern), tuple(axes.split()))
+    for pattern, axes in {
+        "embed_tokens|embed_in": "V h",
+        "lm_head|embed_out": "V H",
+        "embed_positions": "P h",
+        "norm|final_layer_?norm": "H",
+    }.items()
+)
 WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_proj_ba|conv1d|A_log)")
 """Weights in the format of the residual stream."""
 
@@ -250,7 +268,8 @@ _ROLES = {
 
 
 def factor_of(module: str) -> tuple[str, str, bool]:
-    """Return the projection of a factor, its role ("" for no factor), and whether it makes the projection's outputs."""
+    """Return the projection of a factor, its role ("" for no factor), and whether it makes the
+    projection's outputs."""
     match = _FACTOR.fullmatch(module) if module.endswith(("_u_proj", "_v_proj", "Linear")) else None
     if match is None:
         return module, "", False
@@ -263,7 +282,8 @@ def factor_of(module: str) -> tuple[str, str, bool]:
 def axes_of(
     module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]
 ) -> tuple[str, ...]:
-    """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank " and its role."""
+    """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank
+    " and its role."""
     base, role, makes = factor_of(module)
     axes = next((axes for pattern, axes in table if pattern.fullmatch(base)), ())
     if not role:
@@ -288,10 +308,12 @@ class Weight:
 def logical(
     parts: Mapping[str, Tensor], inputs: int = 0, outputs: int = 0, bits: int = 0
 ) -> Weight:
-    """Return the weight of a projection, given its parts by the last part of their names; ValueError if unknown.
+    """Return the weight of a projection, given its parts by the last part of their names;
+    ValueError if unknown.
 
-    ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed integers: headers do not
-    contain the padding of packed rows, the shape in bitsandbytes, and the bits in compressed-tensors."""
+    ``inputs`` and ``outputs`` are its widths, 0 if unknown, and ``bits`` the bits of packed
+    integers: headers do not contain the padding of packed rows, the shape in bitsandbytes, and the
+    bits in compressed-tensors."""
     name = next((name for name in WEIGHTS if name in parts), "")
     if not name:
         raise ValueError("has no weight")
@@ -429,7 +451,8 @@ class _Part:
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
         if count and not fused:
             self.put("E", count, f"{self.where}: layer {self.number}")
-        # weights whose inputs are the hidden size come first: some packed layouts need the widths of these weights
+        # weights whose inputs are the hidden size come first: some packed layouts need the widths
+        # of these weights
         for module, axes in sorted(
             found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"
         ):
@@ -438,7 +461,8 @@ class _Part:
                 if not (parts.keys() & {*WEIGHTS, "bias"}):
                     continue  # scales of a cache
                 raise InputError(
-                    f"{name}: belongs to no known layer; expected a merged model without further weights"
+                    f"{name}: belongs to no known layer; expected a merged model without further"
+                    " weights"
                 )
             try:
                 weight = logical(
@@ -483,8 +507,8 @@ class _Part:
 def from_tensors(
     model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path
 ) -> ModelConfig:
-    """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of its configuration.
-    :attr:`ModelConfig.found` reports the differences."""
+    """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of
+    its configuration. :attr:`ModelConfig.found` reports the differences."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -494,7 +518,8 @@ def from_tensors(
         )
     if not layers:
         raise InputError(
-            f"{folder}: expected layers with known names, such as model.layers.0.self_attn.q_proj.weight"
+            f"{folder}: expected layers with known names, such as"
+            " model.layers.0.self_attn.q_proj.weight"
         )
     hidden = table.shape[1]
     for part in (outside, *layers):
@@ -504,7 +529,8 @@ def from_tensors(
     if last != (wide := layers[-1].widths.get("out", hidden)):
         where = outside.names.get("H", str(folder))
         raise InputError(
-            f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got {last:,}"
+            f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got"
+            f" {last:,}"
         )
     heads = [name for name in ("lm_head", "embed_out") if name in outside.modules]
     if not heads and not model.tied:
@@ -565,7 +591,8 @@ def from_tensors(
 def _sorted(
     model: ModelConfig, tensors: Mapping[str, Tensor], where: str
 ) -> tuple[_Part, list[_Part], int]:
-    """Return tensors outside the layers, tensors per layer, and the number of parameters outside the decoder."""
+    """Return tensors outside the layers, tensors per layer, and the number of parameters outside
+    the decoder."""
     outside, layers, ignored = _Part(where, -1), dict[int, _Part](), 0
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
@@ -596,7 +623,8 @@ def _sorted(
 
 
 def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight that reads the residual stream, or 0."""
+    """Return the bits of packed integers in compressed-tensors, from a weight that reads the
+    residual stream, or 0."""
     for module, parts in part.modules.items():
         packed = parts.get("weight_packed")
         if (
@@ -613,7 +641,8 @@ def _bits(part: _Part, hidden: int) -> int:
 
 
 def _latent(part: _Part) -> Latent | None:
-    """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o - kv_b is rotated."""
+    """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o -
+    kv_b is rotated."""
     width = part.widths
     if missing := [name for name in ("q", "kv_a", "kv_b", "o") if name not in width]:
         raise InputError(
@@ -653,7 +682,8 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
         heads, kv_heads = width["q"] // d, width["kv"] // d
         if heads and (not kv_heads or heads % kv_heads):
             raise InputError(
-                f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got {heads} heads"
+                f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got {heads}"
+                " heads"
             )
     own = {"heads": heads, "q_norm": d if model.qk_norm == "head" else heads * d}
     own["k_norm"] = d if model.qk_norm == "head" else kv_heads * d
@@ -671,7 +701,8 @@ def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
     out = width.get("out", width["h"])
     if out != width["h"] and "mlp" not in shortcuts:
         raise InputError(
-            f"{part.names['out']}: expected a width of {width['h']:,}, as in the embedding, got {out:,}"
+            f"{part.names['out']}: expected a width of {width['h']:,}, as in the embedding, got"
+            f" {out:,}"
         )
     return replace(
         old,
@@ -737,9 +768,11 @@ def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
         shared_gate=some("mlp.shared_expert_gate", modules),
         sinks=some(ATTENTION + "sinks", modules),
         qk_norm=("head" if norms == {model.head_dim} else "width") if norms else unit,
-        norm="none"
-        if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
-        else model.norm,
+        norm=(
+            "none"
+            if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
+            else model.norm
+        ),
         gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
     )
 

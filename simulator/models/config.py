@@ -1,18 +1,21 @@
-"""Describe the shapes of a decoder-only transformer: one layer (:class:`Block`), the model (:class:`ModelConfig`) with
-its parameters, and the shapes that each of several devices computes (:func:`shard`).
+"""Describe the shapes of a decoder-only transformer: one layer (:class:`Block`), the model
+(:class:`ModelConfig`) with its parameters, and the shapes that each of several devices computes
+(:func:`shard`).
 
-*Tensor* parallel splits every layer: each device gets an equal part of the query heads, key/value heads, inner width of
-the MLP and vocabulary. The residual stream is complete on each device. The row-parallel projections (o, down) and the
-split embedding end in an all-reduce, the logits in an all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053).
-Key/value heads are replicated if there are more devices. Rows and their parameters then describe one device.
+*Tensor* parallel splits every layer: each device gets an equal part of the query heads, key/value
+heads, inner width of the MLP and vocabulary. The residual stream is complete on each device. The
+row-parallel projections (o, down) and the split embedding end in an all-reduce, the logits in an
+all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Key/value heads are replicated if
+there are more devices. Rows and their parameters then describe one device.
 
-*Expert* parallel is tensor parallel except for routed experts. Each device has an equal number of complete experts and
-computes all tokens that use them; the others wait for the device with the highest load. The same all-reduce sums the
-outputs. Attention is not split by sequences, so every device has all tokens and nothing is sent before the experts.
+*Expert* parallel is tensor parallel except for routed experts. Each device has an equal number of
+complete experts and computes all tokens that use them; the others wait for the device with the
+highest load. The same all-reduce sums the outputs. Attention is not split by sequences, so every
+device has all tokens and nothing is sent before the experts.
 
-*Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one after the other, so its
-latency is that of one device plus ``devices - 1`` sends. Rows then describe the whole model; only memory is counted per
-device (:func:`simulator.memory`).
+*Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one
+after the other, so its latency is that of one device plus ``devices - 1`` sends. Rows then describe
+the whole model; only memory is counted per device (:func:`simulator.memory`).
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ class Block:
         )
 
     def weights(self, role: str, n: int, k: int) -> int:
-        """Return the number of weights in a projection of n outputs and k inputs, possibly stored as two factors."""
+        """Return the number of weights in a projection of n outputs and k inputs, possibly stored
+        as two factors."""
         rank = self.rank(role)
         return rank * (n + k) if rank else n * k
 
@@ -66,8 +70,8 @@ class Block:
         return dict(self.ranks).get(role, 0)
 
     def roles(self, fused: str, parts: Mapping[str, int], fuses: bool = False) -> Mapping[str, int]:
-        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as ``fused``. Factors are
-        stored as they are, also in an engine that ``fuses`` projections."""
+        """Return the projections (role -> outputs) that compute ``parts``: each part, or all as
+        ``fused``. Factors are stored as they are, also in an engine that ``fuses`` projections."""
         stored = {role for role, _ in self.ranks}
         if fused in stored or (fuses and not stored & parts.keys()):
             return {fused: sum(parts.values())}
@@ -76,7 +80,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one vector per position gives keys and values."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one vector per position gives
+    keys and values."""
 
     query_rank: int  # rank of the queries; 0: one projection makes them
     rank: int  # rank of the cached vector
@@ -91,7 +96,8 @@ class Latent:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Gated delta net (arXiv 2412.06464): a state of key x value features per value head instead of a cache."""
+    """Gated delta net (arXiv 2412.06464): a state of key x value features per value head instead of
+    a cache."""
 
     key: int  # features of a query or key head
     value: int  # features of a value head
@@ -124,7 +130,8 @@ _CHOICES = {
 
 
 def layer_fields(blocks: Sequence[Block]) -> dict[str, Any]:
-    """Return the widths of the most frequent complete layer as fields of a model, and ``blocks`` if layers differ."""
+    """Return the widths of the most frequent complete layer as fields of a model, and ``blocks`` if
+    layers differ."""
     complete = [
         b for b in blocks if b.heads and (b.inner or b.experts) and not (b.linear or b.delta)
     ] or blocks
@@ -137,8 +144,8 @@ def layer_fields(blocks: Sequence[Block]) -> dict[str, Any]:
 class ModelConfig(Displayed):
     """The shapes of a decoder-only transformer.
 
-    Make one with :func:`simulator.load_model`. If layers differ, the widths below are those of the most frequent
-    complete layer, and ``blocks`` has the widths of each layer.
+    Make one with :func:`simulator.load_model`. If layers differ, the widths below are those of the
+    most frequent complete layer, and ``blocks`` has the widths of each layer.
 
     Parameters
     ----------
@@ -167,8 +174,8 @@ class ModelConfig(Displayed):
     qkv_bias, o_bias, mlp_bias, down_bias : bool
         Which projections have biases; ``down_bias`` is for an MLP without other biases.
     qk_norm : {"", "head", "width", "unit"}
-        RMS norm of queries and keys: none, per head, over all heads together, or per head without weights and only in
-        layers with rotary positions.
+        RMS norm of queries and keys: none, per head, over all heads together, or per head without
+        weights and only in layers with rotary positions.
     norm : {"rms", "layer", "none"}
         Norm with a weight, with a weight and a bias, or a layer norm without parameters.
     pre_norms, post_norms : bool
@@ -206,14 +213,17 @@ class ModelConfig(Displayed):
     sparse24 : bool
         Whether the projections are stored as 2:4.
     declared : {"", "2:4", "unstructured"}
-        Sparsity that the configuration declares for weights that are stored plainly. Declared 2:4 is timed as 2:4 in
-        engines with kernels for it, and as dense in others; unstructured sparsity is timed as dense.
+        Sparsity that the configuration declares for weights that are stored plainly. Declared 2:4
+        is timed as 2:4 in engines with kernels for it, and as dense in others; unstructured
+        sparsity is timed as dense.
     numbers : tuple of int
         Numbers of the layers in a checkpoint.
     found : str
-        Parts of the model that are not timed, and differences of a checkpoint from its configuration, in one line.
+        Parts of the model that are not timed, and differences of a checkpoint from its
+        configuration, in one line.
     mismatch : str
-        Shapes of the tensors of a checkpoint that its configuration does not state; "" if it states all.
+        Shapes of the tensors of a checkpoint that its configuration does not state; "" if it states
+        all.
     custom_code : str
         Class of modelling code in the repository of the model (``auto_map``), else "".
 
@@ -295,7 +305,10 @@ class ModelConfig(Displayed):
                 raise unknown(name, getattr(self, name), choices)
 
     def _title(self) -> str:
-        shapes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads}, MLP {self.inner}"
+        shapes = (
+            f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads on {self.kv_heads},"
+            f" MLP {self.inner}"
+        )
         experts = f", {self.experts} experts" if self.experts else ""
         return (
             f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
@@ -351,7 +364,8 @@ class ModelConfig(Displayed):
         return {"rms": 1, "layer": 2, "none": 0}[self.norm]
 
     def attention_parameters(self, block: Block) -> int:
-        """Return the parameters of the attention of a ``block``, without norms of the residual stream."""
+        """Return the parameters of the attention of a ``block``, without norms of the residual
+        stream."""
         h, d, own = self.hidden, self.head_dim, self.latent
         if "attention" in block.linear:
             return h * h
@@ -474,5 +488,8 @@ def indivisible(block: Block, devices: int, parallel: str) -> str:
             return f"{what.format(size)}; {parallel} parallel needs a multiple of {devices}"
     few, many = sorted((block.kv_heads, devices))
     if few and many % few:
-        return f"{block.kv_heads} key/value heads; {parallel} parallel needs a multiple or a divisor of {devices}"
+        return (
+            f"{block.kv_heads} key/value heads; {parallel} parallel needs a multiple or a divisor"
+            f" of {devices}"
+        )
     return ""

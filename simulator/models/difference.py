@@ -21,7 +21,8 @@ _WIDTHS = {
 
 
 def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
-    """Return the pruning families found in a model; layers are matched by numbers in a checkpoint, or in order."""
+    """Return the pruning families found in a model; layers are matched by numbers in a checkpoint,
+    or in order."""
     numbers, news = pruned.numbers or tuple(range(pruned.layers)), pruned.layout
     at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
     if at.keys() >= set(numbers):
@@ -31,7 +32,8 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
     remaining = tuple(map(_without, olds, news))
     changes = tuple(zip(numbers, remaining, news))
     heads = {"latent": pruned.latent, "head_dim": pruned.head_dim}
-    # each step turns the model before it into one that is closer to the pruned model, from the dense model on
+    # each step turns the model before it into one that is closer to the pruned model, from the
+    # dense model on
     steps: tuple[tuple[str, Iterable[Block], dict[str, Any]], ...] = (
         (_depth(at, numbers, olds, news), remaining, {}),
         (
@@ -70,7 +72,8 @@ def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
         last = now
     if more := pruned.parameters - last.parameters:
         found.append(
-            f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the head"
+            f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the"
+            " head"
         )
     if pruned.sparse24 and not dense.sparse24:
         found.append("semi_structured: 2:4 in the projections")
@@ -123,7 +126,8 @@ def _depth(
 
 
 def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
-    """Yield a text such as "4 to 26 of 32 heads" for each field that changed, and the numbers of its layers."""
+    """Yield a text such as "4 to 26 of 32 heads" for each field that changed, and the numbers of
+    its layers."""
     for name, words in fields.items():
         pairs = {i: (getattr(old, name), getattr(new, name)) for i, old, new in changes}
         cut = {i: pair for i, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,9 +1,10 @@
 """Load a model by its name, or from a Hugging Face ``config.json`` or folder.
 
 Use :func:`from_hf_config` with parsed content, :func:`read_config` with a file or folder, and
-:func:`simulator.load_model` with any of these or a name. Only JSON is read: code of a model's repository is never run.
-Missing keys have the defaults of the configuration classes of ``transformers``; the shapes themselves must be in the
-file. The file of a shipped model has the shape keys of its ``config.json``, and its ``_source``.
+:func:`simulator.load_model` with any of these or a name. Only JSON is read: code of a model's
+repository is never run. Missing keys have the defaults of the configuration classes of
+``transformers``; the shapes themselves must be in the file. The file of a shipped model has the
+shape keys of its ``config.json``, and its ``_source``.
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ _SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "
 
 
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
-    """Return the shapes in the content of a Hugging Face ``config.json``, of multimodal models those of the decoder.
+    """Return the shapes in the content of a Hugging Face ``config.json``, of multimodal models
+    those of the decoder.
 
-    ``source`` names the content in errors. ``name`` is used for a model without a ``_name_or_path``."""
+    ``source`` names the content in errors. ``name`` is used for a model without a
+    ``_name_or_path``."""
     if not isinstance(data, Mapping):
         raise InputError(
-            f"{source}: expected a JSON object (a config.json), got {type(data).__name__} {shown(data)}"
+            f"{source}: expected a JSON object (a config.json), got {type(data).__name__}"
+            f" {shown(data)}"
         )
     kind, read = _decoder(Reader(data, source))
     own = data.get("_name_or_path")
@@ -102,7 +106,8 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Return the shapes in a ``config.json``, or in a folder, where headers of ``*.safetensors`` take precedence."""
+    """Return the shapes in a ``config.json``, or in a folder, where headers of ``*.safetensors``
+    take precedence."""
     file = Path(os.path.expanduser(path))
     try:
         whole = file.is_dir()
@@ -203,7 +208,8 @@ def model_title(name: str) -> str:
 
 
 def shipped_model(name: str) -> ModelConfig | None:
-    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version, else None."""
+    """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version,
+    else None."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         return None
     last = name.rsplit("/", 1)[-1]
@@ -221,9 +227,10 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
     Parameters
     ----------
     source : str, path-like, mapping or ModelConfig
-        Name of a shipped model or its Hugging Face id (case, ``-``, ``_``, ``.`` and spaces do not matter), path of a
-        ``config.json``, folder with a ``config.json`` (shapes are then read from the headers of its ``*.safetensors``),
-        or parsed content of a ``config.json``. A loaded model is accepted too.
+        Name of a shipped model or its Hugging Face id (case, ``-``, ``_``, ``.`` and spaces do not
+        matter), path of a ``config.json``, folder with a ``config.json`` (shapes are then read from
+        the headers of its ``*.safetensors``), or parsed content of a ``config.json``. A loaded
+        model is accepted too.
 
     Returns
     -------
@@ -233,7 +240,8 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
     Raises
     ------
     InputError
-        If the name is unknown (the error lists the closest names), or the configuration or checkpoint is invalid.
+        If the name is unknown (the error lists the closest names), or the configuration or
+        checkpoint is invalid.
 
     Examples
     --------
@@ -252,7 +260,8 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
         return read_config(source)
     if "\0" in source or not source.strip():
         raise InputError(
-            f"model: expected a name or a path, got {source!r}; known names: {', '.join(list_models())}"
+            f"model: expected a name or a path, got {source!r}; known names:"
+            f" {', '.join(list_models())}"
         )
     name = _aliases().get(_key(source.rsplit("/", 1)[-1]))
     explicit = source.startswith((".", "/", "~")) or source.endswith((".json", "/", os.sep))

@@ -1,34 +1,44 @@
-"""Lower a decoder and a request to the table of operators that an inference engine runs: :func:`lower`.
+"""Lower a decoder and a request to the table of operators that an inference engine runs:
+:func:`lower`.
 
-The engine determines which projections are one GEMM, and which positions the head computes. Assumptions:
+The engine determines which projections are one GEMM, and which positions the head computes.
+Assumptions:
 
-- Norms add the residual: ``attention_norm`` and ``mlp_norm`` read the residual stream and the output of the previous
-  sublayer, and write their sum and its norm (2 + 2 tensors). The norm of the first layer counts the same.
-- If attention and MLP read the same input (GPT-NeoX), ``mlp_norm`` only normalises, and a row ``residual`` adds both
-  outputs.
+- Norms add the residual: ``attention_norm`` and ``mlp_norm`` read the residual stream and the
+  output of the previous sublayer, and write their sum and its norm (2 + 2 tensors). The norm of the
+  first layer counts the same.
+- If attention and MLP read the same input (GPT-NeoX), ``mlp_norm`` only normalises, and a row
+  ``residual`` adds both outputs.
 - Scaling of the embedding, soft-capping of attention and biases are fused: no rows, no bytes.
-- Bytes of token ids, norm weights and rotary tables are excluded (below 0.1 % of any pass), and so is sampling.
-- ``dtype`` is the format of the GEMMs of the layers. With 8 or 4 bits, the residual stream, attention, embedding and
-  head stay in bf16.
-- ``weight_dtype`` applies only to the projections of the layers: quantised checkpoints keep embedding and head in 16
-  bits.
-- Products below 16 bits read activations in their format. As the engine's file states, the kernel before a product
-  writes this format, or a further kernel converts to it (``quantize``). Latent vectors are converted with their norm.
-- A copied cache (Transformers) is read and written in each decode step, and once more for every query head if query
-  heads share keys. Attention reads this copy; the row ``cache_write`` has these bytes.
-- Routed experts are one row per layer, with all their kernels except the router. Shared experts are an MLP.
-- Latent attention: a prefill computes keys and values of every head. A decode step attends to the latent vector; the
-  halves of one weight transform queries and outputs (``absorb_k``, ``absorb_v``), unless the cache is copied.
-- Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``. A step that checks
-  drafted tokens adds several ``positions``, and the head computes them all.
-- Generate: one attention row per decode step; of thousands of steps, neighbours share one row of their middle length.
-- Token budget: a prefill pass computes as many whole prompts as fit, at least one. If the engine has chunks, a longer
-  prompt is computed in chunks, each of which attends to the earlier chunks.
-- Prefix caching: the first tokens of each prompt are in the cache; a prefill computes and writes only the others.
-- Serve is the steady state of continuous batching. During one request, every request in flight gets one prefill and
-  ``new_tokens`` decode steps, with caches half grown on average. Prompts that arrive during one decode step
-  (``batch / new_tokens``) are computed in one pass within the budget, and so are short prompts of neighbouring steps
-  (``Schedule.clustered``).
+- Bytes of token ids, norm weights and rotary tables are excluded (below 0.1 % of any pass), and so
+  is sampling.
+- ``dtype`` is the format of the GEMMs of the layers. With 8 or 4 bits, the residual stream,
+  attention, embedding and head stay in bf16.
+- ``weight_dtype`` applies only to the projections of the layers: quantised checkpoints keep
+  embedding and head in 16 bits.
+- Products below 16 bits read activations in their format. As the engine's file states, the kernel
+  before a product writes this format, or a further kernel converts to it (``quantize``). Latent
+  vectors are converted with their norm.
+- A copied cache (Transformers) is read and written in each decode step, and once more for every
+  query head if query heads share keys. Attention reads this copy; the row ``cache_write`` has these
+  bytes.
+- Routed experts are one row per layer, with all their kernels except the router. Shared experts are
+  an MLP.
+- Latent attention: a prefill computes keys and values of every head. A decode step attends to the
+  latent vector; the halves of one weight transform queries and outputs (``absorb_k``,
+  ``absorb_v``), unless the cache is copied.
+- Decode: each sequence adds one token to ``seq`` cached positions and attends to ``seq + 1``. A
+  step that checks drafted tokens adds several ``positions``, and the head computes them all.
+- Generate: one attention row per decode step; of thousands of steps, neighbours share one row of
+  their middle length.
+- Token budget: a prefill pass computes as many whole prompts as fit, at least one. If the engine
+  has chunks, a longer prompt is computed in chunks, each of which attends to the earlier chunks.
+- Prefix caching: the first tokens of each prompt are in the cache; a prefill computes and writes
+  only the others.
+- Serve is the steady state of continuous batching. During one request, every request in flight gets
+  one prefill and ``new_tokens`` decode steps, with caches half grown on average. Prompts that
+  arrive during one decode step (``batch / new_tokens``) are computed in one pass within the budget,
+  and so are short prompts of neighbouring steps (``Schedule.clustered``).
 """
 
 from __future__ import annotations
@@ -51,10 +61,12 @@ from simulator.operators.experts import EXPERT_SKEW
 from simulator.request import SETTINGS, Lowered, Request
 from simulator.workload import Workload
 
-# prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of decoding sequences
+# prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of
+# decoding sequences
 LEAST_PROMPTS = 4
-# Up to twice this number of decode steps, each step has an attention row. Beyond, neighbours share a row: FLOPs and
-# bytes stay exact except where a window fills up, and times change by less than 1e-4.
+# Up to twice this number of decode steps, each step has an attention row. Beyond, neighbours share
+# a row: FLOPs and bytes stay exact except where a window fills up, and times change by less than
+# 1e-4.
 DECODE_LENGTHS = 1024
 
 SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
@@ -75,23 +87,26 @@ OperatorRow = dict[str, Any]
 
 
 def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
-    """Return the operators of one decoder pass, one row per shape; equal requests return the same object.
+    """Return the operators of one decoder pass, one row per shape.
+
+    Equal requests return the same object.
 
     Parameters
     ----------
     model : str or ModelConfig
-        Model: a name or a path, or shapes from :func:`simulator.load_model`. A :class:`simulator.Request` states the
-        settings too.
+        Model: a name or a path, or shapes from :func:`simulator.load_model`. A
+        :class:`simulator.Request` states the settings too.
     **settings
-        Fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine`` ("": bare kernels
-        without fusion). Without a ``token_budget``, that of the engine on GPUs of much memory counts
-        (:class:`simulator.engines.engine.Schedule`); engines without a schedule compute all prompts in one pass.
+        Fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine``
+        ("": bare kernels without fusion). Without a ``token_budget``, that of the engine on GPUs of
+        much memory counts (:class:`simulator.engines.engine.Schedule`); engines without a schedule
+        compute all prompts in one pass.
 
     Returns
     -------
     Workload
-        Operators of the pass on one device, or of all stages of a pipeline. Parameters are counted in the prefill rows
-        only.
+        Operators of the pass on one device, or of all stages of a pipeline. Parameters are counted
+        in the prefill rows only.
 
     Raises
     ------
@@ -118,12 +133,14 @@ def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
 
 
 def stream_of(dtype: str) -> str:
-    """Return the format of the residual stream, and the default of the cache, if layers compute in ``dtype``."""
+    """Return the format of the residual stream, and the default of the cache, if layers compute in
+    ``dtype``."""
     return dtype if DTYPE_BYTES[dtype_code(dtype)] >= 2 else "bf16"
 
 
 def cached_tokens(request: Request) -> int:
-    """Return the tokens of each prompt that the prefix cache holds; InputError if no token is left to compute."""
+    """Return the tokens of each prompt that the prefix cache holds; InputError if no token is left
+    to compute."""
     prefix, seq = request.cached_prefix, request.seq
     if request.phase == "decode":
         return 0
@@ -214,7 +231,8 @@ def _lower(request: Request, engine: Engine) -> Workload:
 
 
 def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int, int, int, float]]:
-    """Yield kinds of prefill passes: prompts, tokens per prompt, positions before them, chunks, executions."""
+    """Yield kinds of prefill passes: prompts, tokens per prompt, positions before them, chunks,
+    executions."""
     cached, limit = int(r.cached_prefix), r.token_budget or 0
     tokens = r.seq - cached
     budget = limit or r.batch * tokens
@@ -239,8 +257,9 @@ def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int,
 
 
 def _steps(steps: int) -> tuple[Array, Array]:
-    """Return the numbers of steps (decode steps or chunks of a prompt) done after representative steps, and how many
-    steps each represents. The first steps, on which pruning depends, and the last represent only themselves."""
+    """Return the numbers of steps (decode steps or chunks of a prompt) done after representative
+    steps, and how many steps each represents. The first steps, on which pruning depends, and the
+    last represent only themselves."""
     size = steps // (2 * DECODE_LENGTHS) * 2 + 1  # odd, so the middle step represents all
     shared = max(steps - 2, 0) // size
     alone = steps - 1 - size * shared
@@ -250,10 +269,11 @@ def _steps(steps: int) -> tuple[Array, Array]:
 
 
 def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
-    """Return attention of consecutive layers from ``first`` at rising cache lengths, with ``times`` executions each.
+    """Return attention of consecutive layers from ``first`` at rising cache lengths, with ``times``
+    executions each.
 
-    Each column is a length and a run of equal layers; rows are first layer, layers, window, length and executions.
-    Layers are equal while their windows are longer than the cache."""
+    Each column is a length and a run of equal layers; rows are first layer, layers, window, length
+    and executions. Layers are equal while their windows are longer than the cache."""
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):
@@ -295,7 +315,8 @@ class Lowering:
 
 @dataclass(frozen=True)
 class PassRows:
-    """Rows of equal prefill passes, or of the decode steps of a request; one attention row per run of equal layers."""
+    """Rows of equal prefill passes, or of the decode steps of a request; one attention row per run
+    of equal layers."""
 
     lowering: Lowering
     part: ModelConfig  # the shapes of one device
@@ -422,8 +443,8 @@ class PassRows:
         yield self.gemm("o", part, h, values, False)
 
     def latent_attention(self, block: Block) -> Iterator[OperatorRow]:
-        """Yield the rows of latent attention; a copied cache has keys and values of every head, and a decode step
-        computes those of its token."""
+        """Yield the rows of latent attention; a copied cache has keys and values of every head, and
+        a decode step computes those of its token."""
         own, whole = self.part.latent, self.lowering.engine.cache != "paged"
         part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
         assert own is not None
@@ -467,8 +488,8 @@ class PassRows:
             yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
 
     def cache_write(self, block: Block, elements: int) -> OperatorRow:
-        """Return the row that writes the cache; a joined cache is extended, a copied one is then repeated for every
-        query head."""
+        """Return the row that writes the cache; a joined cache is extended, a copied one is then
+        repeated for every query head."""
         r, part = self.lowering, Part.ATTENTION
         read, write = (
             float(elements),
@@ -569,25 +590,29 @@ class PassRows:
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
     def shortcut(self, block: Block, part: Part, n: int) -> Iterator[OperatorRow]:
-        """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT) adds."""
+        """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
+        adds."""
         if part.name.lower() in block.shortcuts:
             row = self.gemm("residual_projection", part, n, self.part.hidden, False)
             yield row | self.wide | {"overhead": True}
 
     def linear(self, part: Part) -> OperatorRow:
-        """Return the product that replaces a sublayer; devices that share layers split its inputs."""
+        """Return the product that replaces a sublayer; devices that share layers split its
+        inputs."""
         h, devices = self.part.hidden, self.request.devices if self.lowering.split else 1
         return self.gemm("linear", part, h, -(-h // devices), False)
 
     def norm_before(self, role: str, part: Part) -> Iterator[OperatorRow]:
-        """Yield the norm before a sublayer; it adds the residual, unless both sublayers read the same input."""
+        """Yield the norm before a sublayer; it adds the residual, unless both sublayers read the
+        same input."""
         model, h = self.part, self.part.hidden
         moved = h if model.parallel_residual and part == Part.MLP else 2 * h
         if model.pre_norms:
             yield self.move(role, part, h, moved, moved, model.norm_parameters)
 
     def norm_after(self, part: Part) -> Iterator[OperatorRow]:
-        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next sublayer."""
+        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next
+        sublayer."""
         model, h = self.part, self.part.hidden
         if model.post_norms:
             yield self.move(
@@ -627,7 +652,8 @@ class PassRows:
         params: int = 0,
         tokens: int = 0,
     ) -> OperatorRow:
-        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes are in elements."""
+        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
+        are in elements."""
         stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
         row = {
@@ -664,7 +690,8 @@ class PassRows:
         ]
 
     def sends(self) -> list[OperatorRow]:
-        """Return a pipeline's sends of the residual stream, each between two devices; layer pruning keeps them."""
+        """Return a pipeline's sends of the residual stream, each between two devices; layer pruning
+        keeps them."""
         if self.request.devices == 1 or self.lowering.split:
             return []
         tokens, hidden = self.tokens, self.request.config.hidden

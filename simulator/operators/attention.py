@@ -1,12 +1,15 @@
-"""Attention: prompts (causal FlashAttention) and decode (one query against a KV cache), plain and latent.
+"""Attention: prompts (causal FlashAttention) and decode (one query against a KV cache), plain and
+latent.
 
-*Prefill*: each tile of 64 queries reads the key blocks inside the causal mask and window. All tiles share the SMs. The
-longest tile is a chain that no number of SMs shortens. Queries, keys, values and outputs come from memory, or from L2
-if they fit. The error on all rows is 4.1 % (A100) and 6.5 % (H100) with a 4/3-norm, 6.1 and 6.8 % with a 2-norm.
+*Prefill*: each tile of 64 queries reads the key blocks inside the causal mask and window. All tiles
+share the SMs. The longest tile is a chain that no number of SMs shortens. Queries, keys, values and
+outputs come from memory, or from L2 if they fit. The error on all rows is 4.1 % (A100) and 6.5 %
+(H100) with a 4/3-norm, 6.1 and 6.8 % with a 2-norm.
 
-*Decode*: the work units are (sequence, KV head, some query rows). With fewer units than SMs, the cache of a unit is
-split and the parts are merged; with more, units run in waves. The whole cache is also read from memory. The start of a
-unit, the scheduling of a sequence and whole waves reduce the error on all rows from 19 to 4.2 (H100) and 4.9 % (A100).
+*Decode*: the work units are (sequence, KV head, some query rows). With fewer units than SMs, the
+cache of a unit is split and the parts are merged; with more, units run in waves. The whole cache is
+also read from memory. The start of a unit, the scheduling of a sequence and whole waves reduce the
+error on all rows from 19 to 4.2 (H100) and 4.9 % (A100).
 """
 
 from __future__ import annotations
@@ -46,127 +49,408 @@ from simulator.operators.base import (
     unfitted,
 )
 
-# fmt: off
 # sources of the defaults of constants
-_CONTEXT = (f"fits on the context tables of {AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3); bf16, "
-    "head_dim 128")
-_RIDGE = ("; tables of one GPU determine only the sum of the two times. Hopper: products at the datasheet rate leave "
-    "2.3e10 exponentials/s of the 2.9e10 of 16 special functions per clock, with equal errors on H100 and H200, and "
-    "7 % on the H20 (InferSim), whose SMs compute a quarter of the H100's products")
-_GENERATION = (f"fits on the generation tables of {AIC} (sglang: FlashAttention on A100 and H100, FlashInfer on L40S; "
-    "bf16)")
-_TILES = ("0: from 1 to 16 query heads per KV head, tables of seven GPUs have one bandwidth; fits compare other values "
-    "where the products of 16 rows take a quarter of the time of reading or more (H20)")
-_MMA = f"0.43 to 0.54, fits of kernels with mma.sync on the context and MLA tables of {AIC} (A100, L40S, RTX PRO 6000)"
-_MLA = (f"fits on the MLA tables of {AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200, decode on Hopper "
-    "SGLang's; bf16)")
+_CONTEXT = (
+    f"fits on the context tables of {AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3);"
+    " bf16, head_dim 128"
+)
+_RIDGE = (
+    "; tables of one GPU determine only the sum of the two times. Hopper: products at the datasheet"
+    " rate leave 2.3e10 exponentials/s of the 2.9e10 of 16 special functions per clock, with equal"
+    " errors on H100 and H200, and 7 % on the H20 (InferSim), whose SMs compute a quarter of the"
+    " H100's products"
+)
+_GENERATION = (
+    f"fits on the generation tables of {AIC} (sglang: FlashAttention on A100 and H100, FlashInfer"
+    " on L40S; bf16)"
+)
+_TILES = (
+    "0: from 1 to 16 query heads per KV head, tables of seven GPUs have one bandwidth; fits compare"
+    " other values where the products of 16 rows take a quarter of the time of reading or more"
+    " (H20)"
+)
+_MMA = (
+    f"0.43 to 0.54, fits of kernels with mma.sync on the context and MLA tables of {AIC} (A100,"
+    " L40S, RTX PRO 6000)"
+)
+_MLA = (
+    f"fits on the MLA tables of {AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200,"
+    " decode on Hopper SGLang's; bf16)"
+)
 
 # unit, range, source, meaning, default by architecture
 
-PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": row("s", 1e-6, 4e-5, _CONTEXT, "fixed time of the kernel and of further launches of its library",
-        ampere=9.25e-6, ada=7.3e-6, hopper=1.1e-5, other=9e-6),
-    "e_tc": row("1", 0.1, 1.1, _CONTEXT + _RIDGE, "share of the datasheet tensor rate that the two products achieve",
-        ampere=0.505, ada=0.426, hopper=1.0, other=0.5),
-    "exp_per_s": row("1/s", 1e9, 1e13, _CONTEXT + _RIDGE, "exponentials/s of an SM, in addition to its products",
-        ampere=3.7e10, ada=3.7e10, hopper=2.3e10, other=3.7e10),
-    "tile_s": row("s", 1e-10, 2e-5, _CONTEXT, "start and end of one query tile on an SM", ampere=9.6e-7, other=1e-9),
-    "sequence_s": row("s", 1e-11, 1e-6, _CONTEXT, "scheduling one sequence of the batch", hopper=2.5e-8, other=1e-10),
-    "kappa": row("1", 0.05, 6.0, _CONTEXT, "time of the longest tile alone, in units of its share of a full SM",
-        ampere=1.56, ada=1.18, hopper=0.88, other=1.2),
-    "e_io": row("1", 0.05, 1.0, _CONTEXT,
-        "share of the datasheet bandwidth at which queries, keys, values and outputs move",
-        ampere=0.305, ada=0.38, hopper=0.48, other=0.35),
-    "l2_gain": row("1", 1.0, 10.0, _CONTEXT, "rate of these operands from L2 over the rate from DRAM",
-        ampere=1.09, ada=3.35, hopper=1.98, other=1.3),
-    "l2_share": row("1", 0.1, 4.0, _CONTEXT, "bytes over L2 size at which half are in L2",
-        ampere=0.64, ada=1.07, hopper=0.53, other=0.7),
-    "packs": row("1", 0.0, 1.0, "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
-        "1: a tile combines the query heads of a KV head if that fills it better; 0: never",
-        hopper=1.0, other=0.0),
-    "pads": row("1", 0.0, 1.0, "tiles of tensor cores are padded, loops of a CPU are not",
-        "1: a tile of few queries takes the time of a full tile; 0: the time of its queries", cpu=0.0, other=1.0),
-    "sparse_block": row("1", 0.0, 256.0,
-        "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
-        "edge of skipped blocks at which the remaining blocks cost twice their dense share", other=16.0),
-})
+PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": row(
+            "s",
+            1e-6,
+            4e-5,
+            _CONTEXT,
+            "fixed time of the kernel and of further launches of its library",
+            ampere=9.25e-6,
+            ada=7.3e-6,
+            hopper=1.1e-5,
+            other=9e-6,
+        ),
+        "e_tc": row(
+            "1",
+            0.1,
+            1.1,
+            _CONTEXT + _RIDGE,
+            "share of the datasheet tensor rate that the two products achieve",
+            ampere=0.505,
+            ada=0.426,
+            hopper=1.0,
+            other=0.5,
+        ),
+        "exp_per_s": row(
+            "1/s",
+            1e9,
+            1e13,
+            _CONTEXT + _RIDGE,
+            "exponentials/s of an SM, in addition to its products",
+            ampere=3.7e10,
+            ada=3.7e10,
+            hopper=2.3e10,
+            other=3.7e10,
+        ),
+        "tile_s": row(
+            "s",
+            1e-10,
+            2e-5,
+            _CONTEXT,
+            "start and end of one query tile on an SM",
+            ampere=9.6e-7,
+            other=1e-9,
+        ),
+        "sequence_s": row(
+            "s",
+            1e-11,
+            1e-6,
+            _CONTEXT,
+            "scheduling one sequence of the batch",
+            hopper=2.5e-8,
+            other=1e-10,
+        ),
+        "kappa": row(
+            "1",
+            0.05,
+            6.0,
+            _CONTEXT,
+            "time of the longest tile alone, in units of its share of a full SM",
+            ampere=1.56,
+            ada=1.18,
+            hopper=0.88,
+            other=1.2,
+        ),
+        "e_io": row(
+            "1",
+            0.05,
+            1.0,
+            _CONTEXT,
+            "share of the datasheet bandwidth at which queries, keys, values and outputs move",
+            ampere=0.305,
+            ada=0.38,
+            hopper=0.48,
+            other=0.35,
+        ),
+        "l2_gain": row(
+            "1",
+            1.0,
+            10.0,
+            _CONTEXT,
+            "rate of these operands from L2 over the rate from DRAM",
+            ampere=1.09,
+            ada=3.35,
+            hopper=1.98,
+            other=1.3,
+        ),
+        "l2_share": row(
+            "1",
+            0.1,
+            4.0,
+            _CONTEXT,
+            "bytes over L2 size at which half are in L2",
+            ampere=0.64,
+            ada=1.07,
+            hopper=0.53,
+            other=0.7,
+        ),
+        "packs": row(
+            "1",
+            0.0,
+            1.0,
+            "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
+            "1: a tile combines the query heads of a KV head if that fills it better; 0: never",
+            hopper=1.0,
+            other=0.0,
+        ),
+        "pads": row(
+            "1",
+            0.0,
+            1.0,
+            "tiles of tensor cores are padded, loops of a CPU are not",
+            "1: a tile of few queries takes the time of a full tile; 0: the time of its queries",
+            cpu=0.0,
+            other=1.0,
+        ),
+        "sparse_block": row(
+            "1",
+            0.0,
+            256.0,
+            "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
+            "edge of skipped blocks at which the remaining blocks cost twice their dense share",
+            other=16.0,
+        ),
+    }
+)
 
-DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": row("s", 1e-6, 4e-5, _GENERATION, "fixed time of the kernel and of further launches of its library",
-        ampere=1.05e-5, ada=4.1e-6, hopper=6.65e-6, other=8e-6),
-    "unit_s": row("s", 1e-9, 2e-5, _GENERATION, "start and end of a work unit on an SM",
-        ampere=1.5e-6, ada=6.5e-7, hopper=2.3e-6, other=2e-6),
-    "wide_s": row("s", 1e-10, 2e-5, _GENERATION,
-        "further fixed time if a KV head serves more than 64 query heads (a larger tile)",
-        ampere=4e-7, hopper=1.7e-6, other=5e-7),
-    "sequence_s": row("s", 1e-11, 1e-6, _GENERATION, "scheduling one sequence of the batch",
-        ampere=1.2e-8, ada=2.6e-9, hopper=1.1e-8, other=5e-9),
-    "unit_bytes_per_s": row("B/s", 1e9, 1e12, _GENERATION, "rate at which one work unit reads its cache",
-        ampere=1.4e10, ada=4e10, hopper=7.2e10, other=4e10),
-    "e_d": row("1", 0.2, 1.0, _GENERATION, "share of the datasheet bandwidth that a long cache achieves",
-        ampere=0.95, ada=0.83, hopper=0.93, other=0.85),
-    "split_s": row("s", 1e-9, 2e-5, _GENERATION, "a second kernel that merges the parts of split caches",
-        ampere=1e-8, ada=2.2e-6, hopper=1.65e-6, other=1.5e-6),
-    "merge_s": row("s", 1e-9, 2e-5, _GENERATION, "further time of that kernel for 16 times the splits",
-        ampere=4.6e-6, ada=1.1e-6, hopper=1.9e-6, other=2e-6),
-    "l2_gain": row("1", 1.0, 10.0, _GENERATION, "rate of a cache in L2 over the rate from DRAM",
-        ampere=1.0, ada=7.0, hopper=3.0, other=2.0),
-    "l2_share": row("1", 0.1, 4.0, _GENERATION,
-        "cache bytes over L2 size at which half are in L2", ada=1.01, other=0.71),
-    "rows": row("1", 1.0, 128.0, "96 and 128 rows start no second unit in the A100 and H100 tables",
-        "largest number of query rows of one KV head per unit", other=128.0),
-    "units_per_sm": row("1", 0.25, 8.0, _GENERATION, "units per SM for which the splits are chosen",
-        ada=2.0, other=1.0),
-    "split_keys": row("1", 16.0, 4096.0, "64 to 256 fit the tables alike", "keys per split, at least", other=128.0),
-    "regroup": row("1", 0.0, 4.0, "fp32 attention measured by prunesim on two cores of a Xeon",
-        "further time of a cache whose KV heads serve several query heads, as a CPU packs it", cpu=1.0, other=0.0),
-    "e_tc": row("1", 0.05, 1.1, _MMA, "share of the datasheet rate that the products of padded rows achieve",
-        other=0.5),
-    "tile_rows": row("1", 0.0, 128.0, _TILES,
-        "rows that the query heads of a KV head are padded to a multiple of; 0: reading the cache hides all products",
-        other=0.0),
-})
+DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": row(
+            "s",
+            1e-6,
+            4e-5,
+            _GENERATION,
+            "fixed time of the kernel and of further launches of its library",
+            ampere=1.05e-5,
+            ada=4.1e-6,
+            hopper=6.65e-6,
+            other=8e-6,
+        ),
+        "unit_s": row(
+            "s",
+            1e-9,
+            2e-5,
+            _GENERATION,
+            "start and end of a work unit on an SM",
+            ampere=1.5e-6,
+            ada=6.5e-7,
+            hopper=2.3e-6,
+            other=2e-6,
+        ),
+        "wide_s": row(
+            "s",
+            1e-10,
+            2e-5,
+            _GENERATION,
+            "further fixed time if a KV head serves more than 64 query heads (a larger tile)",
+            ampere=4e-7,
+            hopper=1.7e-6,
+            other=5e-7,
+        ),
+        "sequence_s": row(
+            "s",
+            1e-11,
+            1e-6,
+            _GENERATION,
+            "scheduling one sequence of the batch",
+            ampere=1.2e-8,
+            ada=2.6e-9,
+            hopper=1.1e-8,
+            other=5e-9,
+        ),
+        "unit_bytes_per_s": row(
+            "B/s",
+            1e9,
+            1e12,
+            _GENERATION,
+            "rate at which one work unit reads its cache",
+            ampere=1.4e10,
+            ada=4e10,
+            hopper=7.2e10,
+            other=4e10,
+        ),
+        "e_d": row(
+            "1",
+            0.2,
+            1.0,
+            _GENERATION,
+            "share of the datasheet bandwidth that a long cache achieves",
+            ampere=0.95,
+            ada=0.83,
+            hopper=0.93,
+            other=0.85,
+        ),
+        "split_s": row(
+            "s",
+            1e-9,
+            2e-5,
+            _GENERATION,
+            "a second kernel that merges the parts of split caches",
+            ampere=1e-8,
+            ada=2.2e-6,
+            hopper=1.65e-6,
+            other=1.5e-6,
+        ),
+        "merge_s": row(
+            "s",
+            1e-9,
+            2e-5,
+            _GENERATION,
+            "further time of that kernel for 16 times the splits",
+            ampere=4.6e-6,
+            ada=1.1e-6,
+            hopper=1.9e-6,
+            other=2e-6,
+        ),
+        "l2_gain": row(
+            "1",
+            1.0,
+            10.0,
+            _GENERATION,
+            "rate of a cache in L2 over the rate from DRAM",
+            ampere=1.0,
+            ada=7.0,
+            hopper=3.0,
+            other=2.0,
+        ),
+        "l2_share": row(
+            "1",
+            0.1,
+            4.0,
+            _GENERATION,
+            "cache bytes over L2 size at which half are in L2",
+            ada=1.01,
+            other=0.71,
+        ),
+        "rows": row(
+            "1",
+            1.0,
+            128.0,
+            "96 and 128 rows start no second unit in the A100 and H100 tables",
+            "largest number of query rows of one KV head per unit",
+            other=128.0,
+        ),
+        "units_per_sm": row(
+            "1",
+            0.25,
+            8.0,
+            _GENERATION,
+            "units per SM for which the splits are chosen",
+            ada=2.0,
+            other=1.0,
+        ),
+        "split_keys": row(
+            "1",
+            16.0,
+            4096.0,
+            "64 to 256 fit the tables alike",
+            "keys per split, at least",
+            other=128.0,
+        ),
+        "regroup": row(
+            "1",
+            0.0,
+            4.0,
+            "fp32 attention measured by prunesim on two cores of a Xeon",
+            "further time of a cache whose KV heads serve several query heads, as a CPU packs it",
+            cpu=1.0,
+            other=0.0,
+        ),
+        "e_tc": row(
+            "1",
+            0.05,
+            1.1,
+            _MMA,
+            "share of the datasheet rate that the products of padded rows achieve",
+            other=0.5,
+        ),
+        "tile_rows": row(
+            "1",
+            0.0,
+            128.0,
+            _TILES,
+            "rows that the query heads of a KV head are padded to a multiple of; 0: reading the"
+            " cache hides all products",
+            other=0.0,
+        ),
+    }
+)
 
-DECODE_KERNELS: Mapping[str, Mapping[str, float]] = MappingProxyType({
-    "hopper": {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
-})
-"""Constants of the decode kernel that is assumed on an architecture without a fit, where they differ from the defaults.
-FlashInfer computes with mma.sync on tiles of 16 rows (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ) and has two
-units per SM, as in its fit on the L40S."""
+DECODE_KERNELS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "hopper": {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
+    }
+)
+"""Constants of the decode kernel that is assumed on an architecture without a fit, where they
+differ from the defaults. FlashInfer computes with mma.sync on tiles of 16 rows
+(include/flashinfer/utils.cuh: FA2DetermineCtaTileQ) and has two units per SM, as in its fit on the
+L40S."""
 
 _LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
 
 
 def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
-    """Return constants of attention with the ``fitted`` defaults of latent attention, by _LATENT_ON."""
+    """Return constants of attention with the ``fitted`` defaults of latent attention, by
+    _LATENT_ON."""
     own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
-    return {**registry, **{n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA) for n, d in own.items()}}
+    return {
+        **registry,
+        **{
+            n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA)
+            for n, d in own.items()
+        },
+    }
 
 
-_PROMPT = _latent(PREFILL_CONSTANTS,
-    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6), e_tc=(0.54, 0.49, 1.0, 0.58, 0.78, 0.55),
-    exp_per_s=(5.1e10, 6.1e10, 2.2e10, 5.3e10, 8.3e10, 5.5e10), kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
-    tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6), sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
-    e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8), l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5))
-_DECODE = _latent(DECODE_CONSTANTS,
-    t0_s=(7.2e-6, 3e-6, 8.3e-6, 5.6e-6, 1e-5, 7e-6), unit_s=(1e-9, 1.6e-6, 2.3e-6, 1e-9, 1e-9, 1e-9),
-    wide_s=(1e-10,) * 6, sequence_s=(5e-8, 3e-8, 2.4e-8, 1.9e-8, 3.4e-8, 3e-8),
-    unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10), e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
-    split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6), merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
-    l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8), rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
-    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0), split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6), tile_rows=(1.0,) * 6)
-MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_PROMPT, "e_tc": replace(_PROMPT["e_tc"], high=2.2),
-})
-MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_DECODE, "split_keys": replace(_DECODE["split_keys"], high=1e6), "e_d": replace(_DECODE["e_d"], low=0.02),
-    "e_tc": row("1", 0.05, 2.2, _MLA + "; hopper: FlashMLA, 660 TFLOP/s on an H800 (README of deepseek-ai/FlashMLA): "
-        "tables of H100 and H200 do not determine it",
-        "share of the datasheet rate of the activations' format that the two products achieve; above 1 if they run in "
-        "the format of a narrower cache, or if the time of work units includes them",
-        ampere=0.54, ada=0.53, hopper=0.7, blackwell=0.56, blackwell_sm100=2.2, other=0.55),
-})
-# fmt: on
+_PROMPT = _latent(
+    PREFILL_CONSTANTS,
+    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6),
+    e_tc=(0.54, 0.49, 1.0, 0.58, 0.78, 0.55),
+    exp_per_s=(5.1e10, 6.1e10, 2.2e10, 5.3e10, 8.3e10, 5.5e10),
+    kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
+    tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6),
+    sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
+    e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8),
+    l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5),
+)
+_DECODE = _latent(
+    DECODE_CONSTANTS,
+    t0_s=(7.2e-6, 3e-6, 8.3e-6, 5.6e-6, 1e-5, 7e-6),
+    unit_s=(1e-9, 1.6e-6, 2.3e-6, 1e-9, 1e-9, 1e-9),
+    wide_s=(1e-10,) * 6,
+    sequence_s=(5e-8, 3e-8, 2.4e-8, 1.9e-8, 3.4e-8, 3e-8),
+    unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10),
+    e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
+    split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6),
+    merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
+    l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8),
+    rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
+    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0),
+    split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6),
+    tile_rows=(1.0,) * 6,
+)
+MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        **_PROMPT,
+        "e_tc": replace(_PROMPT["e_tc"], high=2.2),
+    }
+)
+MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        **_DECODE,
+        "split_keys": replace(_DECODE["split_keys"], high=1e6),
+        "e_d": replace(_DECODE["e_d"], low=0.02),
+        "e_tc": row(
+            "1",
+            0.05,
+            2.2,
+            _MLA + "; hopper: FlashMLA, 660 TFLOP/s on an H800 (README of deepseek-ai/FlashMLA): "
+            "tables of H100 and H200 do not determine it",
+            "share of the datasheet rate of the activations' format that the two products achieve;"
+            " above 1 if they run in the format of a narrower cache, or if the time of work units"
+            " includes them",
+            ampere=0.54,
+            ada=0.53,
+            hopper=0.7,
+            blackwell=0.56,
+            blackwell_sm100=2.2,
+            other=0.55,
+        ),
+    }
+)
 _PREFILLS = MappingProxyType(
     {"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS}
 )
@@ -176,8 +460,9 @@ _DECODES = MappingProxyType(
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
-    """Return the query-key pairs of one sequence and head under a causal mask. Query i of q_len (from 0) has position
-    p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no limit)."""
+    """Return the query-key pairs of one sequence and head under a causal mask. Query i of q_len
+    (from 0) has position p = kv_len - q_len + i and sees min(p + 1, window) keys (window 0: no
+    limit)."""
     q, kv, w = (np.asarray(x, dtype=np.float64) for x in (q_len, kv_len, window))
     first, last = kv - q + 1, kv  # keys seen by the first and the last query
     full: Array = q * (first + last) / 2
@@ -275,7 +560,8 @@ class PrefillWork(NamedTuple):
 def causal_blocks(
     q: FloatArray, kv: FloatArray, window: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return the query tiles of a head, the key blocks of all tiles, and the key blocks of the longest tile."""
+    """Return the query tiles of a head, the key blocks of all tiles, and the key blocks of the
+    longest tile."""
     tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.count_nonzero(window):
@@ -294,7 +580,8 @@ def causal_blocks(
 
 
 def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
-    """Return the work of prefill attention; it depends only on the constants ``pads``, ``packs``, ``sparse_block``."""
+    """Return the work of prefill attention; it depends only on the constants ``pads``, ``packs``,
+    ``sparse_block``."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
     if c["pads"] <= 0.0:
@@ -318,12 +605,13 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: FloatArray | float = 1.0
     if np.count_nonzero(density < 1.0):
-        # a block-sparse kernel computes fewer blocks, and small blocks cost more each; the dense kernel is used when
-        # it is faster
+        # a block-sparse kernel computes fewer blocks, and small blocks cost more each; the dense
+        # kernel is used when it is faster
         edge = np.asarray(a.block, dtype=np.float64)
         block_cost = 1.0 + c["sparse_block"] / np.maximum(edge, 1.0)
         cost = np.where((density < 1.0) & (edge > 0), np.minimum(density * block_cost, 1.0), 1.0)
-        # if whole queries are skipped, there are fewer tiles; the last tile reads as many keys as before
+        # if whole queries are skipped, there are fewer tiles; the last tile reads as many keys as
+        # before
         left = np.where(edge > 0, 1.0, density)
         all_tiles, all_blocks = all_tiles * left, all_blocks * left
         flops = flops * density
@@ -333,7 +621,8 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
 
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Return the time of prefill attention: a 4/3-norm joins throughput, longest chain and memory."""
+    """Return the time of prefill attention: a 4/3-norm joins throughput, longest chain and
+    memory."""
     per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
     block_s = (
         TILE * TILE * per_pair * work.calls.head_dim + TILE * TILE / c["exp_per_s"]
@@ -388,7 +677,8 @@ def decode_work(a: Geometry) -> DecodeWork:
 
 
 def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
-    """Return the time of decode attention: a 2-norm joins memory and work units; fixed times are added."""
+    """Return the time of decode attention: a 2-norm joins memory and work units; fixed times are
+    added."""
     slots = c["units_per_sm"] * device.sm_count
     # 1e-4: rounding error of a factor on the rows
     units = work.pairs * np.ceil(work.group / c["rows"] - 1e-4)
@@ -428,13 +718,14 @@ def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Pa
 _TRITON = ("sglang", "vllm")
 
 OTHER_KERNEL = 1.0
-"""Distance of a kernel with a window, or with another cache format, from a fitted kernel: octaves of head width."""
+"""Distance of a kernel with a window, or with another cache format, from a fitted kernel: octaves
+of head width."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The v kernels of one section, each fitted separately: by head width, sliding window, and whether the cache is
-    narrower than the arithmetic."""
+    """The v kernels of one section, each fitted separately: by head width, sliding window, and
+    whether the cache is narrower than the arithmetic."""
 
     # (v, 3): log2 of the features per head, 1 with a window, 1 with a narrower cache
     kinds: FloatArray
@@ -443,7 +734,8 @@ class Kernels:
 
     @classmethod
     def of(cls, section: FittedValues) -> Kernels:
-        """Return the kernels of a section; a section without these arrays has one kernel for 128 features per head."""
+        """Return the kernels of a section; a section without these arrays has one kernel for 128
+        features per head."""
         kinds = np.asarray(section.arrays.get("kinds", [[7.0, 0.0, 0.0]]), dtype=np.float64)
         factors = np.asarray(
             section.arrays.get("factors", np.zeros((len(kinds), 0))), dtype=np.float64
@@ -451,7 +743,8 @@ class Kernels:
         return cls(kinds, factors, ResidualGrid.from_arrays(section.arrays))
 
     def which(self, width: Any, windowed: Any, narrow: bool) -> tuple[Any, Any]:
-        """Return the kernel nearest to each call and its distance in octaves; ``width`` is features per head."""
+        """Return the kernel nearest to each call and its distance in octaves; ``width`` is features
+        per head."""
         log_width, of_window, narrower = self.kinds.T
         apart = np.abs(np.log2(width)[..., None] - log_width) + OTHER_KERNEL * (
             windowed[..., None] != of_window
@@ -575,9 +868,11 @@ def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Read
 
 
 def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
-    """Return whether decode over a latent cache may run an entirely different kernel than the fitted one."""
+    """Return whether decode over a latent cache may run an entirely different kernel than the
+    fitted one."""
     if hw.architecture in ("hopper", "blackwell_sm100"):
-        # on Hopper, SGLang converts a whole fp8 cache, so the time does not depend on the calls alone
+        # on Hopper, SGLang converts a whole fp8 cache, so the time does not depend on the calls
+        # alone
         own = section.stack == "sglang" == (hw.engine_stack or section.stack)
         return own and narrow and hw.architecture == "hopper"
     similar = not narrow and section.stack in _TRITON and hw.engine_stack in _TRITON
@@ -617,10 +912,11 @@ def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | N
 def prefill(
     calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None
 ) -> Estimate:
-    """Return the cost of causal attention of ``q_len`` new positions, the last of ``kv_len``. Small skipped blocks save
-    less than their share; this is uncalibrated, so the interval is wider. In multi-head latent attention a query or key
-    has ``head_dim`` features and a value ``value_dim``. DeepSeek-V3's prompts have 192 and 128 features; its decode,
-    whose queries absorb the weights, has 576 and 512 of one latent KV head."""
+    """Return the cost of causal attention of ``q_len`` new positions, the last of ``kv_len``. Small
+    skipped blocks save less than their share; this is uncalibrated, so the interval is wider. In
+    multi-head latent attention a query or key has ``head_dim`` features and a value ``value_dim``.
+    DeepSeek-V3's prompts have 192 and 128 features; its decode, whose queries absorb the weights,
+    has 576 and 512 of one latent KV head."""
     if np.count_nonzero(longer := calls.q_len > calls.kv_len):
         raise InputError(f"q_len: expected at most kv_len, got more in {int(longer.sum())} calls")
     return _estimate("prefill", calls, hw, dtype, kv_dtype)
@@ -629,13 +925,14 @@ def prefill(
 def decode(
     calls: Geometry, hw: Device, dtype: str = "bf16", kv_dtype: str | None = None
 ) -> Estimate:
-    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len`` positions. The cache
-    comes from DRAM, as in a model with several layers; a ``warm`` cache comes from L2 if it fits, as in a benchmark."""
+    """Return the cost of attention of one new position per sequence over a KV cache of ``kv_len``
+    positions. The cache comes from DRAM, as in a model with several layers; a ``warm`` cache comes
+    from L2 if it fits, as in a benchmark."""
     return _estimate("decode", calls, hw, dtype, kv_dtype)
 
 
-# attention differs by 10 to 100 % between stacks, by 2 to 6 % from its own fit, and by 11 % in the median between two
-# releases of one kernel (vLLM's Triton kernel on a B200, 0.22 and 0.24)
+# attention differs by 10 to 100 % between stacks, by 2 to 6 % from its own fit, and by 11 % in the
+# median between two releases of one kernel (vLLM's Triton kernel on a B200, 0.22 and 0.24)
 _SAME_KERNELS = {SAME_STACK: 0.1, ENGINE_STACK: 0.45}
 
 
@@ -666,7 +963,8 @@ class Attention(Operator):
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype]
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        """Keys and values of all heads, or the latent vector, at the positions inside the window."""
+        """Keys and values of all heads, or the latent vector, at the positions inside the
+        window."""
         elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
         seen = np.where(w.window > 0, np.minimum(positions, w.window), positions)
         return sequences * elements * seen * DTYPE_BYTES[w.weight_dtype]
@@ -688,12 +986,28 @@ class PrefillAttention(Attention):
     sizes = (*Attention.sizes, "q_len")
     constants = _PREFILLS
     titles = ("prefill attention", "latent prefill attention")
-    # fmt: off
-    errors = MappingProxyType({"prefill": ErrorSize(0.10, 0.03, {"launch": 0.014}, _SAME_KERNELS, 0.6, {
-        "launch": 0.42, "compute": 0.19, "memory": 0.44, "latency": 0.48, "occupancy": 0.5, "sparse": 0.15,
-        "default": 0.12, "generic": 0.20, "kernel": 0.12,
-    })})
-    # fmt: on
+    errors = MappingProxyType(
+        {
+            "prefill": ErrorSize(
+                0.10,
+                0.03,
+                {"launch": 0.014},
+                _SAME_KERNELS,
+                0.6,
+                {
+                    "launch": 0.42,
+                    "compute": 0.19,
+                    "memory": 0.44,
+                    "latency": 0.48,
+                    "occupancy": 0.5,
+                    "sparse": 0.15,
+                    "default": 0.12,
+                    "generic": 0.20,
+                    "kernel": 0.12,
+                },
+            )
+        }
+    )
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         yield slice(None), prefill(self._calls(w, block=w.block), hw, formats.dtype, formats.second)
@@ -703,18 +1017,46 @@ class DecodeAttention(Attention):
     code, name = int(Kind.DECODE_ATTENTION), "decode_attention"
     constants = _DECODES
     titles = ("decode attention", "latent decode attention")
-    # fmt: off
-    errors = MappingProxyType({
-        "decode": ErrorSize(0.16, 0.045, {"launch": 0.017}, _SAME_KERNELS, 0.6, {
-            "launch": 0.21, "memory": 0.12, "latency": 0.3, "merge": 0.5, "sparse": 0.10, "compute": 0.12,
-            "default": 0.12, "generic": 0.20, "kernel": 0.12,
-        }),
-        "mla_decode": ErrorSize(0.05, 0.045, {"launch": 0.017}, _SAME_KERNELS, 0.6, {
-            "launch": 0.08, "memory": 0.03, "latency": 0.12, "compute": 0.08, "merge": 0.2, "sparse": 0.10,
-            "default": 0.20, "generic": 0.20, "kernel": 0.12,
-        }),
-    })
-    # fmt: on
+    errors = MappingProxyType(
+        {
+            "decode": ErrorSize(
+                0.16,
+                0.045,
+                {"launch": 0.017},
+                _SAME_KERNELS,
+                0.6,
+                {
+                    "launch": 0.21,
+                    "memory": 0.12,
+                    "latency": 0.3,
+                    "merge": 0.5,
+                    "sparse": 0.10,
+                    "compute": 0.12,
+                    "default": 0.12,
+                    "generic": 0.20,
+                    "kernel": 0.12,
+                },
+            ),
+            "mla_decode": ErrorSize(
+                0.05,
+                0.045,
+                {"launch": 0.017},
+                _SAME_KERNELS,
+                0.6,
+                {
+                    "launch": 0.08,
+                    "memory": 0.03,
+                    "latency": 0.12,
+                    "compute": 0.08,
+                    "merge": 0.2,
+                    "sparse": 0.10,
+                    "default": 0.20,
+                    "generic": 0.20,
+                    "kernel": 0.12,
+                },
+            ),
+        }
+    )
 
     def cache_bytes_read(self, w: Rows) -> Any:
         """Bytes that are read of keys and values of all heads, or of the latent vector."""

@@ -1,9 +1,11 @@
-"""The parts of an operator: sizes, work, constants, residual, time and errors. Each operator has a file of its own.
+"""The parts of an operator: sizes, work, constants, residual, time and errors. Each operator has a
+file of its own.
 
-An operator is a subclass of :class:`Operator` and an entry of :data:`simulator.operators.OPERATORS`. Its cost model is
-a subclass of :class:`Calls`: equal-length arrays of sizes with the datasheet facts they need. Its method
-:meth:`Calls.estimate` turns constants into an :class:`Estimate`, from which prediction intervals, fits, held-out errors
-and local updates follow. docs/adding.md adds an operator as an example.
+An operator is a subclass of :class:`Operator` and an entry of
+:data:`simulator.operators.OPERATORS`. Its cost model is a subclass of :class:`Calls`: equal-length
+arrays of sizes with the datasheet facts they need. Its method :meth:`Calls.estimate` turns
+constants into an :class:`Estimate`, from which prediction intervals, fits, held-out errors and
+local updates follow. docs/adding.md adds an operator as an example.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from simulator.codes import DTYPE_BYTES, DTYPES, formats_of, label_of
 from simulator.errors import InputError
 
 OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
-"""Scale of the prior of systematic errors: for a section fitted on another stack than the user's (evaluated on held-out
-stacks and labs), on another version of the stack that the engine runs, and on the user's own stack."""
+"""Scale of the prior of systematic errors: for a section fitted on another stack than the user's
+(evaluated on held-out stacks and labs), on another version of the stack that the engine runs, and
+on the user's own stack."""
 
 AIC = "aiconfigurator-core 0.12.0"
 """Package with the tables that most defaults were fitted on."""
@@ -102,7 +105,8 @@ class Link:
         return self.beyond.most_devices if self.beyond else self.max_devices
 
     def between(self, devices: int) -> Link:
-        """Return the link that bounds a collective: this one, or :attr:`beyond` for more devices than it joins."""
+        """Return the link that bounds a collective: this one, or :attr:`beyond` for more devices
+        than it joins."""
         return self.beyond if self.beyond and devices > self.max_devices else self
 
     @property
@@ -125,7 +129,8 @@ class Link:
 
 
 class FittedValues(Protocol):
-    """Fitted values of one operator and number format, as :class:`simulator.hardware.profile.Section` has them."""
+    """Fitted values of one operator and number format, as
+    :class:`simulator.hardware.profile.Section` has them."""
 
     @property
     def constants(self) -> Mapping[str, Any]: ...
@@ -200,7 +205,8 @@ class Machine:
 
     @classmethod
     def of(cls, hw: Device, label: str = "bf16") -> Machine:
-        """Return the facts for a section's number format; InputError for arithmetic that the device lacks."""
+        """Return the facts for a section's number format; InputError for arithmetic that the device
+        lacks."""
         dtype, weight = formats_of(label, hw.rates)
         return cls(
             peak_flop_per_s=hw.rate(dtype).flop_per_s,
@@ -216,8 +222,9 @@ class Machine:
 
 
 def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float]) -> FloatArray:
-    """Return the time to move bytes over the time from DRAM. L2 holds a share 1 / (1 + (bytes / (l2_share L2))^8). The
-    power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with powers 4, 8, 16."""
+    """Return the time to move bytes over the time from DRAM. L2 holds a share 1 / (1 + (bytes /
+    (l2_share L2))^8). The power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with
+    powers 4, 8, 16."""
     ratio = footprint_bytes / (c["l2_share"] * machine.l2_bytes)
     for _ in range(3):  # to the eighth power
         ratio = ratio * ratio
@@ -242,7 +249,8 @@ class Estimate:
     floor: Any  # least time that physics allows
     roofline: Array  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
     bottleneck: NDArray[Any]  # int8: index into BOTTLENECKS
-    # error factor -> loading: derivative of the log of the time by the log of the part that the factor changes
+    # error factor -> loading: derivative of the log of the time by the log of the part that the
+    # factor changes
     loadings: Mapping[str, Any]
     coordinates: Array  # (n, 3) log2 of sizes, octaves; errors at close coordinates are similar
     position: tuple[Any, ...] = ()  # the same sizes as axes of the residual grid
@@ -259,7 +267,8 @@ class Estimate:
     details: Mapping[str, Array] = field(default_factory=dict)
 
     def with_residual(self, log_factor: Any, section: FittedValues) -> Estimate:
-        """Return the estimate with the residual of a section; ``log_factor`` is None for a section without residual."""
+        """Return the estimate with the residual of a section; ``log_factor`` is None for a section
+        without residual."""
         time = self.time if log_factor is None else self.time * np.exp(log_factor)
         return Estimate(**{**vars(self), "time": time, "section": section})
 
@@ -302,14 +311,16 @@ class Calls(Sizes, ABC):
 
 
 def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
-    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over the axes."""
+    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over
+    the axes."""
     return np.asarray(
         (np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1)
     )
 
 
 def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
-    """Return the octaves outside the sizes of a section's fit; None for a section without these sizes."""
+    """Return the octaves outside the sizes of a section's fit; None for a section without these
+    sizes."""
     if section is None or "measured" not in section.arrays:
         return None
     low, high = np.asarray(section.arrays["measured"], dtype=coordinates.dtype)
@@ -318,8 +329,9 @@ def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any
 
 @dataclass(frozen=True)
 class ResidualGrid:
-    """Log(measured / analytical) at the nodes of a regular grid over coordinates: linear between nodes, constant beyond
-    the edges. The precision of the values, float32 or float64, is that of the evaluation."""
+    """Log(measured / analytical) at the nodes of a regular grid over coordinates: linear between
+    nodes, constant beyond the edges. The precision of the values, float32 or float64, is that of
+    the evaluation."""
 
     start: tuple[float, ...]  # first node of each coordinate
     step: tuple[float, ...]  # from one node to the next
@@ -328,7 +340,8 @@ class ResidualGrid:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
-        """Return the grid of a section ("start", "step", "values"; axes from the last to the first); None without."""
+        """Return the grid of a section ("start", "step", "values"; axes from the last to the
+        first); None without."""
         if "values" not in arrays:
             return None
         start, step = (tuple(map(float, arrays[name][::-1])) for name in ("start", "step"))
@@ -349,8 +362,9 @@ class ResidualGrid:
 
     @cached_property
     def _corners(self) -> tuple[Array, NDArray[np.int32]]:
-        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), and strides of the nodes.
-        The second half of the corners is the far side of the first coordinate; beyond an edge it is not used."""
+        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), and
+        strides of the nodes. The second half of the corners is the far side of the first
+        coordinate; beyond an edge it is not used."""
         strides = [math.prod(self.values.shape[i + 1 :]) for i in range(self.values.ndim)]
         offsets = [0]
         for stride in reversed(strides):
@@ -362,7 +376,8 @@ class ResidualGrid:
         return corners, np.array(strides, dtype=np.int32)[:, None]
 
     def cells(self, coordinates: Any) -> tuple[NDArray[np.int32], Array]:
-        """Return the cell of each point and its position in [0, 1] in the cell, arrays (coordinates, points)."""
+        """Return the cell of each point and its position in [0, 1] in the cell, arrays
+        (coordinates, points)."""
         start, per_unit, last, last_cell = self._ends
         inside = np.empty((len(start), *np.broadcast(*coordinates).shape), dtype=start.dtype)
         for i, coordinate in enumerate(coordinates):
@@ -396,8 +411,8 @@ class ResidualGrid:
 
 @dataclass(frozen=True)
 class RowResidual:
-    """Log factors by the number of rows m, linear in log2 m between the measured m: libraries of CPUs have separate
-    kernels for some numbers of rows."""
+    """Log factors by the number of rows m, linear in log2 m between the measured m: libraries of
+    CPUs have separate kernels for some numbers of rows."""
 
     m: Array  # measured numbers of rows, ascending
     values: Array
@@ -436,7 +451,8 @@ class Constant:
 def unfitted(
     section: FittedValues, constants: Mapping[str, Constant], architecture: str
 ) -> tuple[str, ...]:
-    """Return the error factors of a section of defaults: "generic" too if no GPU of its architecture was fitted."""
+    """Return the error factors of a section of defaults: "generic" too if no GPU of its
+    architecture was fitted."""
     if section.status != "default":
         return ()
     known = any(architecture in constant.defaults for constant in constants.values())
@@ -453,38 +469,66 @@ def row(
     other: float,
     **defaults: float,
 ) -> Constant:
-    """Return a constant with defaults by architecture; ``other`` is the default of all other architectures."""
+    """Return a constant with defaults by architecture; ``other`` is the default of all other
+    architectures."""
     return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
 
 
 def joined(
     unit: str, low: float, high: float, source: str, meaning: str, **defaults: float
 ) -> Constant:
-    """Return a constant with defaults by kind of link; the default of PCIe applies to each kind of PCIe."""
+    """Return a constant with defaults by kind of link; the default of PCIe applies to each kind of
+    PCIe."""
     kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
     return row(unit, low, high, source, meaning, **{**kinds, **defaults})
 
 
-# fmt: off
 # sources of the defaults of constants
-_GRAPH = ("0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare kernel times "
-    "sets it")
-_EAGER = ("geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which published_dense.csv has eager "
-    "Transformers at batch 1 among the rows fitted on")
-_LOADED = ("ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
-    "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)")
+_GRAPH = (
+    "0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare"
+    " kernel times sets it"
+)
+_EAGER = (
+    "geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which published_dense.csv has"
+    " eager Transformers at batch 1 among the rows fitted on"
+)
+_LOADED = (
+    "ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
+    "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)"
+)
 
-RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "graph_gap_s": row("s", 0.0, 2e-5, _GRAPH,
-        "idle time between two kernels of a CUDA graph that the times of kernels exclude", other=0.0),
-    "host_op_s": row("s", 1e-7, 1e-3, _EAGER,
-        "host time to launch one kernel in an eager framework (interpreter, dispatcher, driver)",
-        other=16.5e-6, cpu=5e-6),
-    "sustained": row("1", 1.0, 2.0, _LOADED,
-        "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks drop under load",
-        other=1.0, ampere=1.12),
-})
-# fmt: on
+RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "graph_gap_s": row(
+            "s",
+            0.0,
+            2e-5,
+            _GRAPH,
+            "idle time between two kernels of a CUDA graph that the times of kernels exclude",
+            other=0.0,
+        ),
+        "host_op_s": row(
+            "s",
+            1e-7,
+            1e-3,
+            _EAGER,
+            "host time to launch one kernel in an eager framework (interpreter, dispatcher,"
+            " driver)",
+            other=16.5e-6,
+            cpu=5e-6,
+        ),
+        "sustained": row(
+            "1",
+            1.0,
+            2.0,
+            _LOADED,
+            "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks"
+            " drop under load",
+            other=1.0,
+            ampere=1.12,
+        ),
+    }
+)
 """Constants of launches, gaps and clocks of a device and its software, section "runtime"."""
 
 
@@ -500,7 +544,8 @@ class ErrorSize:
     scales: Mapping[float, float] = field(default_factory=dict)
     # factor on correlated and independent errors, if the engine's own kernels were fitted
     engine_scale: float = 1.0
-    # error factor (a loading of the estimate) -> prior standard deviation of the part that it changes
+    # error factor (a loading of the estimate) -> prior standard deviation of the part that it
+    # changes
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -509,7 +554,8 @@ class Formats(NamedTuple):
 
     dtype: str  # format of activations and arithmetic
     second: str  # format of weights, cache or state
-    # 2:4: whether the library times its plans and takes the fastest for a shape; else all shapes have one plan
+    # 2:4: whether the library times its plans and takes the fastest for a shape; else all shapes
+    # have one plan
     searched: bool = True
 
 
@@ -525,7 +571,8 @@ class Rows:
 
 
 class Operator(ABC):
-    """An operator. Methods get rows of this operator alone and return a value for one execution of each."""
+    """An operator. Methods get rows of this operator alone and return a value for one execution of
+    each."""
 
     code: ClassVar[int]  # in the column ``kind`` and in saved profiles
     name: ClassVar[str]
@@ -574,9 +621,11 @@ class Operator(ABC):
         """Yield some of the rows and their cost on a device."""
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> Estimate | FloatArray | float:
-        """Time without any work, s; an estimate where measured times of the user's machine correct it."""
+        """Time without any work, s; an estimate where measured times of the user's machine correct
+        it."""
         return 0.0
 
     def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        """Yield rows whose kernels have steps of the waterfall between roofline and kernel, in ``Estimate.details``."""
+        """Yield rows whose kernels have steps of the waterfall between roofline and kernel, in
+        ``Estimate.details``."""
         return iter(())

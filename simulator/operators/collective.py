@@ -1,11 +1,13 @@
 """Collectives between devices: alpha-beta over the link that joins them.
 
-The time of the library's algorithm (NCCL's ring) has four parts: a start, a hop for each synchronising step, the
-transfer, and a ramp, because a payload in chunks fills and drains a pipeline. The ramp is at best twice the root of
-step time times transfer time. Within one host, NCCL's tree is a chain with as many steps (NCCL, src/graph/tuning.cc),
-so it is not modelled. Where devices see each other's memory, engines have their own all-reduce for small payloads:
-one-shot (each device reads the payloads of all others) or two-shot (reduce-scatter, then all-gather). The fastest is
-used. A ring over NVLink bridges crosses PCIe once per pair and direction, at the rate of PCIe.
+The time of the library's algorithm (NCCL's ring) has four parts: a start, a hop for each
+synchronising step, the transfer, and a ramp, because a payload in chunks fills and drains a
+pipeline. The ramp is at best twice the root of step time times transfer time. Within one host,
+NCCL's tree is a chain with as many steps (NCCL, src/graph/tuning.cc), so it is not modelled. Where
+devices see each other's memory, engines have their own all-reduce for small payloads: one-shot
+(each device reads the payloads of all others) or two-shot (reduce-scatter, then all-gather). The
+fastest is used. A ring over NVLink bridges crosses PCIe once per pair and direction, at the rate of
+PCIe.
 """
 
 from __future__ import annotations
@@ -39,42 +41,151 @@ from simulator.operators.base import (
     joined,
 )
 
-# fmt: off
 # sources of the defaults of constants
-_NCCL = (f"NCCL and engine all-reduce tables of {AIC} (a100_sxm, h100_sxm, h200_sxm, b200_sxm, l40s, "
-    "rtx_pro_6000_server; 2, 4 and 8 devices)")
-_HOST_MEMORY = ("NVIDIA/nccl issue 1639, https://github.com/NVIDIA/nccl/issues/1639 (RTX 5090 over PCIe 5 on two Xeon "
-    "8480+: 35 GB/s with 4 devices, 28 GB/s with 8)")
-_PEERS = ("vLLM's all-reduce needs peer access, vllm/distributed/device_communicators/custom_all_reduce.py")
+_NCCL = (
+    f"NCCL and engine all-reduce tables of {AIC} (a100_sxm, h100_sxm, h200_sxm, b200_sxm, l40s, "
+    "rtx_pro_6000_server; 2, 4 and 8 devices)"
+)
+_HOST_MEMORY = (
+    "NVIDIA/nccl issue 1639, https://github.com/NVIDIA/nccl/issues/1639 (RTX 5090 over PCIe 5 on"
+    " two Xeon 8480+: 35 GB/s with 4 devices, 28 GB/s with 8)"
+)
+_PEERS = (
+    "vLLM's all-reduce needs peer access,"
+    " vllm/distributed/device_communicators/custom_all_reduce.py"
+)
 
-COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": joined("s", 1e-7, 1e-4, _NCCL, "start of a library's collective in a CUDA graph",
-        pcie=4.0e-6, nvlink3=8.6e-6, nvlink4=4.5e-6, nvlink5=7.4e-6, other=5.5e-6),
-    "hop_s": joined("s", 0.0, 1e-4, _NCCL, "one of its synchronising steps; without a fit, the latency of the link",
-        pcie=1.4e-6, other=9e-7),
-    "e_link": joined("1", 0.01, 1.0, f"{_NCCL}; pcie3 and pcie4: the L40S; pcie_host: {_HOST_MEMORY}",
-        "share of the link's bandwidth in one direction of a large payload",
-        pcie=0.57, pcie3=0.65, pcie4=0.65, pcie_host=0.5, nvlink3=0.75, nvlink4=0.78, nvlink5=0.74, other=0.77),
-    "sharing": joined("1", 0.0, 3.0, f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
-        "power of 2 / devices by which bandwidth drops, as devices share it", pcie=0.5, other=0.0),
-    "pipe_s": joined("s", 1e-8, 1e-3, _NCCL, "times the transfer time, the square of the time to fill the pipeline",
-        pcie=5.5e-6, nvlink3=3.2e-5, nvlink4=1.27e-5, nvlink5=2.1e-5, other=1.5e-5),
-    "own_devices": joined("1", 0.0, 1e5, f"{_NCCL}: two over PCIe, all over NVLink; pcie_host: {_PEERS}",
-        "devices up to which the engine has its own all-reduce; 0: it has none", pcie=2.0, pcie_host=0.0, other=8.0),
-    "own_bytes": joined("B", 0.0, 1e12, _NCCL, "largest payload of the engine's all-reduce",
-        pcie=6.7e7, nvlink3=8.39e6, other=1.68e7),
-    "own_t0_s": joined("s", 1e-7, 1e-4, _NCCL, "start of the engine's all-reduce",
-        pcie=5.5e-6, nvlink3=4.6e-6, nvlink4=3e-6, nvlink5=5.1e-6, other=3.5e-6),
-    "own_hop_s": joined("s", 0.0, 1e-5, _NCCL, "further start time per device",
-        pcie=0.0, nvlink3=1.25e-7, nvlink4=9.2e-8, nvlink5=1.06e-7, other=1.2e-7),
-    "own_e": joined("1", 0.01, 1.0, _NCCL, "share of the link's bandwidth that its reads achieve",
-        pcie=0.59, nvlink3=0.56, nvlink4=0.65, nvlink5=0.5, other=0.65),
-    "own_step_s": joined("s", 1e-8, 1e-4, _NCCL, "its second synchronising step, if it needs two",
-        pcie=6e-6, nvlink3=9e-6, nvlink4=5.8e-6, nvlink5=9.1e-6, other=6e-6),
-})
-# fmt: on
-"""Constants with defaults by kind of link (:attr:`~simulator.operators.base.Link.defaults`), instead of the
-architecture."""
+COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": joined(
+            "s",
+            1e-7,
+            1e-4,
+            _NCCL,
+            "start of a library's collective in a CUDA graph",
+            pcie=4.0e-6,
+            nvlink3=8.6e-6,
+            nvlink4=4.5e-6,
+            nvlink5=7.4e-6,
+            other=5.5e-6,
+        ),
+        "hop_s": joined(
+            "s",
+            0.0,
+            1e-4,
+            _NCCL,
+            "one of its synchronising steps; without a fit, the latency of the link",
+            pcie=1.4e-6,
+            other=9e-7,
+        ),
+        "e_link": joined(
+            "1",
+            0.01,
+            1.0,
+            f"{_NCCL}; pcie3 and pcie4: the L40S; pcie_host: {_HOST_MEMORY}",
+            "share of the link's bandwidth in one direction of a large payload",
+            pcie=0.57,
+            pcie3=0.65,
+            pcie4=0.65,
+            pcie_host=0.5,
+            nvlink3=0.75,
+            nvlink4=0.78,
+            nvlink5=0.74,
+            other=0.77,
+        ),
+        "sharing": joined(
+            "1",
+            0.0,
+            3.0,
+            f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
+            "power of 2 / devices by which bandwidth drops, as devices share it",
+            pcie=0.5,
+            other=0.0,
+        ),
+        "pipe_s": joined(
+            "s",
+            1e-8,
+            1e-3,
+            _NCCL,
+            "times the transfer time, the square of the time to fill the pipeline",
+            pcie=5.5e-6,
+            nvlink3=3.2e-5,
+            nvlink4=1.27e-5,
+            nvlink5=2.1e-5,
+            other=1.5e-5,
+        ),
+        "own_devices": joined(
+            "1",
+            0.0,
+            1e5,
+            f"{_NCCL}: two over PCIe, all over NVLink; pcie_host: {_PEERS}",
+            "devices up to which the engine has its own all-reduce; 0: it has none",
+            pcie=2.0,
+            pcie_host=0.0,
+            other=8.0,
+        ),
+        "own_bytes": joined(
+            "B",
+            0.0,
+            1e12,
+            _NCCL,
+            "largest payload of the engine's all-reduce",
+            pcie=6.7e7,
+            nvlink3=8.39e6,
+            other=1.68e7,
+        ),
+        "own_t0_s": joined(
+            "s",
+            1e-7,
+            1e-4,
+            _NCCL,
+            "start of the engine's all-reduce",
+            pcie=5.5e-6,
+            nvlink3=4.6e-6,
+            nvlink4=3e-6,
+            nvlink5=5.1e-6,
+            other=3.5e-6,
+        ),
+        "own_hop_s": joined(
+            "s",
+            0.0,
+            1e-5,
+            _NCCL,
+            "further start time per device",
+            pcie=0.0,
+            nvlink3=1.25e-7,
+            nvlink4=9.2e-8,
+            nvlink5=1.06e-7,
+            other=1.2e-7,
+        ),
+        "own_e": joined(
+            "1",
+            0.01,
+            1.0,
+            _NCCL,
+            "share of the link's bandwidth that its reads achieve",
+            pcie=0.59,
+            nvlink3=0.56,
+            nvlink4=0.65,
+            nvlink5=0.5,
+            other=0.65,
+        ),
+        "own_step_s": joined(
+            "s",
+            1e-8,
+            1e-4,
+            _NCCL,
+            "its second synchronising step, if it needs two",
+            pcie=6e-6,
+            nvlink3=9e-6,
+            nvlink4=5.8e-6,
+            nvlink5=9.1e-6,
+            other=6e-6,
+        ),
+    }
+)
+"""Constants with defaults by kind of link (:attr:`~simulator.operators.base.Link.defaults`),
+instead of the architecture."""
 
 COLLECTIVES: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 """Roles of collectives; the index is the code, also in the residual grid of a profile."""
@@ -90,7 +201,8 @@ _LINK, _LAUNCH = map(BOTTLENECKS.index, ("link", "launch"))
 
 @dataclass(frozen=True)
 class Messages(Calls):
-    """Collectives over one link: index into :data:`COLLECTIVES`, payload (bytes), devices (at least 2)."""
+    """Collectives over one link: index into :data:`COLLECTIVES`, payload (bytes), devices (at least
+    2)."""
 
     operator = "collective"
     code: IndexArray
@@ -137,15 +249,17 @@ class Messages(Calls):
 
     @property
     def bandwidth_bytes_per_s(self) -> Any:
-        """Bandwidth of a device in one direction; in a mesh, that of its links to the other devices."""
+        """Bandwidth of a device in one direction; in a mesh, that of its links to the other
+        devices."""
         full = self.link.bandwidth_bytes_per_s
         if self.link.connection != "xgmi":
             return full
         return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie"), devices may share one uplink ("topology"),
-        and the connection may differ from the usual one unless the user named it ("unstated")."""
+        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie"), devices may share one
+        uplink ("topology"), and the connection may differ from the usual one unless the user named
+        it ("unstated")."""
         launch, link, step = self.parts(c)
         total = launch + link + step
         loadings = {"launch": launch / total, "link": link / total, "step": step / total}
@@ -184,8 +298,8 @@ class Messages(Calls):
 
 
 def least_wire(code: NDArray[Any], devices: FloatArray, link: Link) -> FloatArray:
-    """Return the least number of payloads over a device's link. Switches of NVLink 4 and later compute sums, so an
-    all-reduce sends and receives each payload once."""
+    """Return the least number of payloads over a device's link. Switches of NVLink 4 and later
+    compute sums, so an all-reduce sends and receives each payload once."""
     share = 1.0 - 1.0 / devices
     adds = link.connection == "nvswitch" and not link.kind.lower().startswith(
         ("nvlink1", "nvlink2", "nvlink3")
@@ -222,9 +336,10 @@ def collective(
 ) -> Estimate:
     """Return the cost of a collective of :data:`COLLECTIVES` among ``devices`` (1: 0 s).
 
-    The payload is the input of each device (all_reduce, reduce_scatter, all_to_all), the output of each device
-    (all_gather), or the message (send). The roofline is the least traffic over the link's datasheet bandwidth.
-    InputError for a device without a link, or more devices than the link connects."""
+    The payload is the input of each device (all_reduce, reduce_scatter, all_to_all), the output of
+    each device (all_gather), or the message (send). The roofline is the least traffic over the
+    link's datasheet bandwidth. InputError for a device without a link, or more devices than the
+    link connects."""
     if kind not in COLLECTIVES:
         raise unknown("collective", kind, COLLECTIVES)
     arrays = np.broadcast_arrays(payload_bytes, devices)
@@ -259,15 +374,28 @@ def _over(link: Link, hw: Device, payload: FloatArray, count: FloatArray, code: 
 
 
 class Collective(Operator):
-    """Exchanges between the devices that share a model; ``batch`` is their number, ``read_bytes`` the payload."""
+    """Exchanges between the devices that share a model; ``batch`` is their number, ``read_bytes``
+    the payload."""
 
     code, name, sizes = int(Kind.COLLECTIVE), "collective", ("batch",)
     constants = MappingProxyType({"collective": COLLECTIVE_CONSTANTS})
-    # fmt: off
-    errors = MappingProxyType({"collective": ErrorSize(0.10, 0.08, factors={
-        "launch": 0.24, "link": 0.08, "step": 0.33, "pcie": 0.4, "topology": 0.6, "unstated": 0.35, "default": 0.3,
-    })})
-    # fmt: on
+    errors = MappingProxyType(
+        {
+            "collective": ErrorSize(
+                0.10,
+                0.08,
+                factors={
+                    "launch": 0.24,
+                    "link": 0.08,
+                    "step": 0.33,
+                    "pcie": 0.4,
+                    "topology": 0.6,
+                    "unstated": 0.35,
+                    "default": 0.3,
+                },
+            )
+        }
+    )
 
     def bytes(self, w: Rows) -> Any:
         return w.read_bytes + w.write_bytes

@@ -1,11 +1,14 @@
-"""Gated delta net (arXiv 2412.06464): causal convolution, gates and recurrence of one layer, without its projections.
+"""Gated delta net (arXiv 2412.06464): causal convolution, gates and recurrence of one layer,
+without its projections.
 
-A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt is computed in
-chunks of 64 tokens (arXiv 2406.06484) by five kernels of small products, whose intermediate results cross memory. One
-of the kernels computes the chunks in sequence, because each needs the state of the previous chunk.
+A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt
+is computed in chunks of 64 tokens (arXiv 2406.06484) by five kernels of small products, whose
+intermediate results cross memory. One of the kernels computes the chunks in sequence, because each
+needs the state of the previous chunk.
 
-One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim, Apache-2.0; 32 value
-heads). The others were chosen from similar kernels: docs/model.md has the errors of nine rows.
+One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim,
+Apache-2.0; 32 value heads). The others were chosen from similar kernels: docs/model.md has the
+errors of nine rows.
 """
 
 from __future__ import annotations
@@ -35,26 +38,72 @@ from simulator.operators.base import (
     row,
 )
 
-# fmt: off
 # sources of the defaults of constants
-_DELTA = "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in docs/model.md"
-_STEPS = "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2 MB of each"
+_DELTA = (
+    "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in"
+    " docs/model.md"
+)
+_STEPS = (
+    "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2"
+    " MB of each"
+)
 
-DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0_s": row("s", 1e-6, 1e-4, _DELTA, "fixed time of convolution and recurrence of a decode step: two kernels in a "
-        "CUDA graph", other=8e-6),
-    "prompt_s": row("s", 1e-6, 2e-4, _DELTA, "fixed time of convolution and the five kernels of a prompt",
-        other=2.4e-5),
-    "chunk_s": row("s", 1e-8, 1e-4, _DELTA, "time of one step of the chain of chunks: a load from DRAM, and two "
-        "products that depend on each other", other=1.5e-6),
-    "e_tc": row("1", 0.02, 1.0, _DELTA, "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
-        "attention, whose tiles are larger", other=0.4),
-    "e_d": row("1", 0.05, 1.0, _STEPS, "share of the datasheet bandwidth at which states and intermediate results "
-        "move", other=0.57),
-    "e_conv": row("1", 0.02, 1.0, _DELTA, "share of that bandwidth in the convolution, whose state of a channel has "
-        "three positions, 6 bytes of a sector of 32", other=0.3),
-})
-# fmt: on
+DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": row(
+            "s",
+            1e-6,
+            1e-4,
+            _DELTA,
+            "fixed time of convolution and recurrence of a decode step: two kernels in a "
+            "CUDA graph",
+            other=8e-6,
+        ),
+        "prompt_s": row(
+            "s",
+            1e-6,
+            2e-4,
+            _DELTA,
+            "fixed time of convolution and the five kernels of a prompt",
+            other=2.4e-5,
+        ),
+        "chunk_s": row(
+            "s",
+            1e-8,
+            1e-4,
+            _DELTA,
+            "time of one step of the chain of chunks: a load from DRAM, and two "
+            "products that depend on each other",
+            other=1.5e-6,
+        ),
+        "e_tc": row(
+            "1",
+            0.02,
+            1.0,
+            _DELTA,
+            "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
+            "attention, whose tiles are larger",
+            other=0.4,
+        ),
+        "e_d": row(
+            "1",
+            0.05,
+            1.0,
+            _STEPS,
+            "share of the datasheet bandwidth at which states and intermediate results move",
+            other=0.57,
+        ),
+        "e_conv": row(
+            "1",
+            0.02,
+            1.0,
+            _DELTA,
+            "share of that bandwidth in the convolution, whose state of a channel has "
+            "three positions, 6 bytes of a sector of 32",
+            other=0.3,
+        ),
+    }
+)
 
 
 CHUNK = 64.0
@@ -82,8 +131,8 @@ class DeltaSizes(NamedTuple):
 def delta_net(
     sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32"
 ) -> Estimate:
-    """Return the cost of gated delta nets: arithmetic and bytes overlap in part; the chain of chunks and the fixed time
-    are added."""
+    """Return the cost of gated delta nets: arithmetic and bytes overlap in part; the chain of
+    chunks and the fixed time are added."""
     machine, section, c = _ready(hw, dtype, state_dtype)
     arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
     tokens, batch, heads, key_heads, key, value, conv = arrays
@@ -96,7 +145,8 @@ def delta_net(
     tail = act * batch * np.maximum(conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
     chunks = np.ceil(each / CHUNK)
     padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
-    # per token and head: scores of keys and their inverse, two transformed products, new values, states of chunks
+    # per token and head: scores of keys and their inverse, two transformed products, new values,
+    # states of chunks
     between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
     between = between + 2.0 * act * key * value / CHUNK
     products = CHUNK * (3.0 * key + 2.0 * value) + 3.0 * key * value
@@ -134,18 +184,28 @@ def delta_net(
 
 
 class DeltaNet(Operator):
-    """Gated delta nets: ``m`` tokens of ``batch`` sequences; ``weight_dtype`` is the format of the state."""
+    """Gated delta nets: ``m`` tokens of ``batch`` sequences; ``weight_dtype`` is the format of the
+    state."""
 
     code, name = int(Kind.DELTA_NET), "delta_net"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
     constants = MappingProxyType({"delta_net": DELTA_NET_CONSTANTS})
     titles = ("gated delta nets",)
     # one GPU and stack was measured, so priors are as wide as those of a prompt's attention
-    # fmt: off
-    errors = MappingProxyType({"delta_net": ErrorSize(0.10, 0.05, factors={
-        "launch": 0.4, "compute": 0.35, "memory": 0.22, "latency": 0.5,
-    })})
-    # fmt: on
+    errors = MappingProxyType(
+        {
+            "delta_net": ErrorSize(
+                0.10,
+                0.05,
+                factors={
+                    "launch": 0.4,
+                    "compute": 0.35,
+                    "memory": 0.22,
+                    "latency": 0.5,
+                },
+            )
+        }
+    )
     cached = True
 
     def flops(self, w: Rows) -> Any:
@@ -164,7 +224,8 @@ class DeltaNet(Operator):
         return w.params * DTYPE_BYTES[w.dtype]
 
     def state_bytes(self, w: Rows) -> Any:
-        """Recurrent states of value heads (key x value), and the last positions of the channels of the convolution."""
+        """Recurrent states of value heads (key x value), and the last positions of the channels of
+        the convolution."""
         channels = 2.0 * w.kv_heads * w.head_dim + 1.0 * w.heads * w.value_dim
         states = 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
         return w.batch * (states + np.maximum(w.window - 1, 0) * channels * DTYPE_BYTES[w.dtype])

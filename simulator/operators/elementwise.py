@@ -1,7 +1,8 @@
-"""Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth, with a floor.
+"""Elementwise operators (norms, rotary, activation, copies, sorts): bytes over achieved bandwidth,
+with a floor.
 
-Activations that were just written are in L2 if they fit, so a small operator may run above the DRAM bandwidth. A 2-norm
-joins the floor and the time of the bytes.
+Activations that were just written are in L2 if they fit, so a small operator may run above the DRAM
+bandwidth. A 2-norm joins the floor and the time of the bytes.
 """
 
 from __future__ import annotations
@@ -34,18 +35,30 @@ from simulator.operators.base import (
     row,
 )
 
-# fmt: off
-_STUDY = ("study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
-    "uncalibrated on this device")
+_STUDY = (
+    "study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
+    "uncalibrated on this device"
+)
 _RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
-_SCALED = (f"fits on the quantisation tables of {AIC}, scale_matrix of vLLM (static_scaled_fp8_quant) and "
-    "TensorRT-LLM (L40S, H100, H200, RTX PRO 6000, B200); geometric mean over stacks, median error 4 to 15 %")
+_SCALED = (
+    f"fits on the quantisation tables of {AIC}, scale_matrix of vLLM (static_scaled_fp8_quant) and"
+    " TensorRT-LLM (L40S, H100, H200, RTX PRO 6000, B200); geometric mean over stacks, median"
+    " error 4 to 15 %"
+)
 
 CLASSES: tuple[str, ...] = (
-    "norm", "final_norm", "rotary", "activation", "embedding", "copy", "select", "scatter", "quantize",
+    "norm",
+    "final_norm",
+    "rotary",
+    "activation",
+    "embedding",
+    "copy",
+    "select",
+    "scatter",
+    "quantize",
 )
-# fmt: on
-"""Classes of elementwise operators, each with its own bandwidth and floor, in the order of rows of the residual."""
+"""Classes of elementwise operators, each with its own bandwidth and floor, in the order of rows of
+the residual."""
 
 
 def _elementwise() -> dict[str, Constant]:
@@ -63,20 +76,55 @@ def _elementwise() -> dict[str, Constant]:
     return rates
 
 
-# fmt: off
-ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    **_elementwise(),
-    "t0_quantize_s": row("s", 5e-7, 5e-5, _SCALED, "floor of a kernel that converts activations",
-        ada=2.35e-6, hopper=1.85e-6, blackwell=1.8e-6, blackwell_sm100=2.3e-6, other=2e-6),
-    "e_quantize": row("1", 0.001, 1.0, _SCALED,
-        "share of the DRAM bandwidth that the conversion of many activations achieves",
-        ada=0.83, hopper=0.85, blackwell=0.86, blackwell_sm100=0.72, other=0.83),
-    "l2_quantize": row("1", 1.0, 10.0, _SCALED, "rate of a conversion with data in L2 over its DRAM rate",
-        ada=7.0, hopper=1.1, blackwell=3.3, blackwell_sm100=1.0, other=1.5),
-    "l2_share": row("1", 0.05, 4.0, _RTX,
-        "bytes of an operator over L2 size at which half are in L2", other=0.8),
-})
-# fmt: on
+ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        **_elementwise(),
+        "t0_quantize_s": row(
+            "s",
+            5e-7,
+            5e-5,
+            _SCALED,
+            "floor of a kernel that converts activations",
+            ada=2.35e-6,
+            hopper=1.85e-6,
+            blackwell=1.8e-6,
+            blackwell_sm100=2.3e-6,
+            other=2e-6,
+        ),
+        "e_quantize": row(
+            "1",
+            0.001,
+            1.0,
+            _SCALED,
+            "share of the DRAM bandwidth that the conversion of many activations achieves",
+            ada=0.83,
+            hopper=0.85,
+            blackwell=0.86,
+            blackwell_sm100=0.72,
+            other=0.83,
+        ),
+        "l2_quantize": row(
+            "1",
+            1.0,
+            10.0,
+            _SCALED,
+            "rate of a conversion with data in L2 over its DRAM rate",
+            ada=7.0,
+            hopper=1.1,
+            blackwell=3.3,
+            blackwell_sm100=1.0,
+            other=1.5,
+        ),
+        "l2_share": row(
+            "1",
+            0.05,
+            4.0,
+            _RTX,
+            "bytes of an operator over L2 size at which half are in L2",
+            other=0.8,
+        ),
+    }
+)
 
 _ROLES = {
     "embedding": "embedding gather",
@@ -118,7 +166,8 @@ class Moves(Calls):
     fitted: bool = True  # whether the constants come from measurements
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        """Return the cost. L2 holds 1 / (1 + ratio^4) of the bytes; the data do not distinguish powers from 3 to 6."""
+        """Return the cost. L2 holds 1 / (1 + ratio^4) of the bytes; the data do not distinguish
+        powers from 3 to 6."""
         floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[
             :, self.code
         ]
@@ -154,11 +203,13 @@ class Moves(Calls):
 
 
 def class_residual(arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
-    """Return log(measured / analytical) over (class, log2 bytes), nodes an octave apart; None if a section has none."""
+    """Return log(measured / analytical) over (class, log2 bytes), nodes an octave apart; None if a
+    section has none."""
     if "values" not in arrays:
         return None
     values = np.asarray(arrays["values"], dtype=np.float64)
-    # classes newer than the profile have no residual; one more row makes each class the near side of a cell
+    # classes newer than the profile have no residual; one more row makes each class the near side
+    # of a cell
     later = np.zeros((len(CLASSES) + 1 - len(values), values.shape[1]))
     return ResidualGrid((0.0, float(arrays["start"])), (1.0, 1.0), np.concatenate([values, later]))
 
@@ -194,10 +245,11 @@ def elementwise(
     added: Any = False,
     dtype: str = "bf16",
 ) -> Estimate:
-    """Return the cost of elementwise operators from the bytes that one execution reads and writes. A time may lie below
-    the roofline if the data are in L2. Operators that pruning ``added`` run at DRAM speed: gathers and scatters on an
-    RTX 5090 move 33 to 50 MB at 1.2 to 1.7 TB/s (EIT-NLP/LLM-Pruning, DynamicPruningKernels). Their interval is wider,
-    because implementations differ."""
+    """Return the cost of elementwise operators from the bytes that one execution reads and writes.
+    A time may lie below the roofline if the data are in L2. Operators that pruning ``added`` run at
+    DRAM speed: gathers and scatters on an RTX 5090 move 33 to 50 MB at 1.2 to 1.7 TB/s
+    (EIT-NLP/LLM-Pruning, DynamicPruningKernels). Their interval is wider, because implementations
+    differ."""
     section, constants, residual = _ready(hw, dtype)
     given = [np.asarray(a) for a in (read_bytes, write_bytes, class_code(role), added)]
     # a broadcast takes longer than timing a few operators
@@ -217,11 +269,21 @@ class Elementwise(Operator):
     code, name, sizes = int(Kind.ELEMENTWISE), "elementwise", ()
     constants = MappingProxyType({"elementwise": ELEMENTWISE_CONSTANTS})
     titles = ("elementwise operators",)
-    # fmt: off
-    errors = MappingProxyType({"elementwise": ErrorSize(0.08, 0.08, factors={
-        "launch": 0.15, "memory": 0.10, "l2": 0.20, "default": 0.28, "added": 0.30,
-    })})
-    # fmt: on
+    errors = MappingProxyType(
+        {
+            "elementwise": ErrorSize(
+                0.08,
+                0.08,
+                factors={
+                    "launch": 0.15,
+                    "memory": 0.10,
+                    "l2": 0.20,
+                    "default": 0.28,
+                    "added": 0.30,
+                },
+            )
+        }
+    )
 
     def bytes(self, w: Rows) -> Any:
         return w.read_bytes + w.write_bytes

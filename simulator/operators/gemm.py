@@ -1,8 +1,10 @@
-"""GEMM: y[m, n] = x[m, k] w[k, n], timed by the analytical model (:mod:`simulator.operators.gemm_model`) of a profile.
+"""GEMM: y[m, n] = x[m, k] w[k, n], timed by the analytical model
+(:mod:`simulator.operators.gemm_model`) of a profile.
 
-A kernel that skips work, reads narrower weights or has 2:4 weights is the dense kernel with changed constants. A GPU
-without a fit has the constants of its architecture (:func:`clocked`). The residual is a grid over log2 of m, n, k.
-A measured time of the same shape replaces the prediction. No prediction exceeds the datasheet at the highest clock.
+A kernel that skips work, reads narrower weights or has 2:4 weights is the dense kernel with changed
+constants. A GPU without a fit has the constants of its architecture (:func:`clocked`). The residual
+is a grid over log2 of m, n, k. A measured time of the same shape replaces the prediction. No
+prediction exceeds the datasheet at the highest clock.
 """
 
 from __future__ import annotations
@@ -53,88 +55,314 @@ from simulator.operators.gemm_model import (
     weight_only_constants,
 )
 
-# fmt: off
 # sources of the defaults of constants
 _TABLES = f"fit to the bf16 GEMM tables of {AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
-_NARROW = (f"fp8 and bf16 sections fitted to {AIC} (H100, H200, L40S, RTX PRO 6000, B200; TensorRT-LLM and SGLang): "
-    "geometric mean of ten ratios")
-_GUIDE = ("uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide, section on "
-    "alignment; size assumed")
-_OFF_16 = ("ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s with an inner width of 11468, 0.33 s "
-    "with 11472; the MLP's GEMMs are 0.14 s of that, so 0.12 s more is 0.85 of them for one halving); blackwell: up to "
-    "35 % of the gain lost (arXiv 2606.09080, appendix C, RTX PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the "
-    "time, 0.35 more for three halvings); others: least squares of the log times of both, half to twice it")
-_OFF_16_NARROW = "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
-_SPARSE = ("ratios of 2:4 to dense times; ampere: least squares, A100 (SliceGPT, arXiv 2401.15024, table 12; PyTorch "
-    "pull requests 90119 and 96147) and RTX 3060 (torchao issue 174); hopper: between fp8 of torchao's CUTLASS kernels "
-    "(arXiv 2503.16672) and one fp16 GEMM (PyTorch pull request 177866); blackwell: least squares, RTX 5090 from 4,096 "
-    "tokens on (ZhuYe0729/fake); others: assumed, the geometric mean of these")
-_COMPRESSED = ("blackwell: RTX 5090 to 64 tokens (ZhuYe0729/fake); others: assumed, the geometric mean share of the "
-    "saved bytes that two kernels gain at few tokens: 0.50 (RTX 5090: 0.7x to 1.1x of 1.78x) and 0.87 (fp8 on Hopper: "
-    "1.39x of 1.6x)")
-_PLAN = ("blackwell: RTX 5090 (ZhuYe0729/fake), least squares to 64 tokens, whatever n; others: assumed, the geometric "
-    "mean of that and of a dense step")
-_PACKING = ("the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), "
-    "2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon")
+_NARROW = (
+    f"fp8 and bf16 sections fitted to {AIC} (H100, H200, L40S, RTX PRO 6000, B200; TensorRT-LLM and"
+    " SGLang): geometric mean of ten ratios"
+)
+_GUIDE = (
+    "uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide,"
+    " section on alignment; size assumed"
+)
+_OFF_16 = (
+    "ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s with an inner width of"
+    " 11468, 0.33 s with 11472; the MLP's GEMMs are 0.14 s of that, so 0.12 s more is 0.85 of them"
+    " for one halving); blackwell: up to 35 % of the gain lost (arXiv 2606.09080, appendix C, RTX"
+    " PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the time, 0.35 more for three halvings);"
+    " others: least squares of the log times of both, half to twice it"
+)
+_OFF_16_NARROW = (
+    "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
+)
+_SPARSE = (
+    "ratios of 2:4 to dense times; ampere: least squares, A100 (SliceGPT, arXiv 2401.15024, table"
+    " 12; PyTorch pull requests 90119 and 96147) and RTX 3060 (torchao issue 174); hopper: between"
+    " fp8 of torchao's CUTLASS kernels (arXiv 2503.16672) and one fp16 GEMM (PyTorch pull request"
+    " 177866); blackwell: least squares, RTX 5090 from 4,096 tokens on (ZhuYe0729/fake); others:"
+    " assumed, the geometric mean of these"
+)
+_COMPRESSED = (
+    "blackwell: RTX 5090 to 64 tokens (ZhuYe0729/fake); others: assumed, the geometric mean share"
+    " of the saved bytes that two kernels gain at few tokens: 0.50 (RTX 5090: 0.7x to 1.1x of"
+    " 1.78x) and 0.87 (fp8 on Hopper: 1.39x of 1.6x)"
+)
+_PLAN = (
+    "blackwell: RTX 5090 (ZhuYe0729/fake), least squares to 64 tokens, whatever n; others: assumed,"
+    " the geometric mean of that and of a dense step"
+)
+_PACKING = (
+    "the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS"
+    " 34(3), 2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon"
+)
 _ASSUMED = "uncalibrated: assumed"
-_QUANTISED = (f"where a profile has no section int8_wo or int4_wo: fit to those rows of {AIC}, a100_sxm trtllm, with "
-    "the dense constants as they are, tau and b_l2 by bytes (m <= 16: 17-20 %, no bias); of the 9.5 us they start "
-    "later, 4.7 are TensorRT's layer profiler, which its int8 kernels show too")
+_QUANTISED = (
+    f"where a profile has no section int8_wo or int4_wo: fit to those rows of {AIC}, a100_sxm"
+    " trtllm, with the dense constants as they are, tau and b_l2 by bytes (m <= 16: 17-20 %, no"
+    " bias); of the 9.5 us they start later, 4.7 are TensorRT's layer profiler, which its int8"
+    " kernels show too"
+)
 
-GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType({
-    "t0": row("s", 1e-7, 5e-5, _TABLES,
-        "fixed time of a kernel in a CUDA graph",
-        ampere=3.0e-6, ada=1.95e-6, hopper=2.7e-6, blackwell=1.95e-6, cpu=5e-6, other=2.7e-6),
-    "e_tc": row("1", 0.05, 1.3, _TABLES, "share of the datasheet rate that the main loop achieves",
-        ampere=1.0, ada=0.64, hopper=0.81, blackwell=0.97, blackwell_sm100=0.7, cpu=0.8, other=0.8),
-    "tau": row("s", 1e-9, 5e-6, _TABLES, "shortest main-loop step (128 bytes of k)",
-        ampere=3.0e-7, ada=2.23e-7, hopper=8.6e-8, blackwell=2.0e-7, cpu=1e-8, other=2e-7),
-    "b_e": row("B/s", 1e8, 1e13, _TABLES, "rate at which one SM stores its finished tile",
-        ampere=3.0e10, ada=3.0e10, hopper=3.0e10, blackwell=3.0e10, cpu=1e10, other=3.0e10),
-    "b_l2": row("B/s", 1e10, 1e15, _TABLES, "rate at which L2 feeds operands to all SMs",
-        ampere=5.6e12, ada=7.1e12, hopper=5.0e13, blackwell=1.0e13, cpu=1e12, other=7e12),
-    "e_d": row("1", 0.1, 1.0, _TABLES, "share of the datasheet bandwidth that DRAM achieves",
-        ampere=0.76, ada=0.78, hopper=0.81, blackwell=0.8, cpu=0.7, other=0.78),
-    "b_hit": row("B/s", 1e10, 1e15, _TABLES, "rate of operands in L2",
-        ampere=2.0e12, ada=3.0e12, hopper=6.0e12, blackwell=5.0e12, cpu=2e11, other=4e12),
-    "c_l2": row("1", 0.05, 1.0, _TABLES, "footprint, as a share of L2, of which half stays in L2",
-        ampere=0.8, ada=1.0, hopper=0.75, blackwell=0.8, cpu=0.8, other=0.8),
-    "l2_power": row("1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0),
-    "t_s": row("s", 0.0, 1e-4, _TABLES, "fixed time of summing the parts of a split-K",
-        ampere=2.5e-6, ada=2.6e-6, hopper=2.9e-6, blackwell=2.6e-6, cpu=2e-6, other=2.6e-6),
-    "b_s": row("B/s", 1e9, 1e15, _TABLES, "rate at which these parts are written and read",
-        ampere=2.0e12, ada=2.0e12, hopper=3.0e12, blackwell=2.0e12, cpu=1e11, other=2e12),
-    "narrow_step": row("1", 0.05, 1.3, _NARROW,
-        "e_tc of formats below 16 bits without their own fit over that of 16 bits", cpu=0.6, other=0.93),
-    "align_step": row("1", 0.0, 3.0, _OFF_16,
-        "main-loop time added if the alignment of n or k is half of 16 bytes; sqrt(2) and sqrt(3) times that at a "
-        "quarter and an eighth",
-        ampere=0.85, blackwell=0.20, cpu=0.02, other=0.38),
-    "align_step_8bit": row("1", 0.0, 30.0, _OFF_16_NARROW,
-        "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes", cpu=0.02, other=8.1),
-    "align_load": row("1", 0.0, 3.0, _GUIDE, "weight-load time added per halving of that alignment",
-        ampere=0.06, ada=0.06, hopper=0.08, blackwell=0.06, cpu=0.02, other=0.06),
-    "sparse_step": row("1", 0.1, 1.2, _SPARSE,
-        "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
-        ampere=0.9, hopper=0.65, blackwell=1.05, cpu=0.5, other=0.85),
-    "sparse_load": row("1", 0.1, 1.2, _COMPRESSED, "e_d of 2:4 kernels over that of dense kernels",
-        blackwell=1.0, other=0.66),
-    "sparse_time": row("s", 0.0, 1e-4, "uncalibrated: order of the launch of cuSPARSELt kernels",
-        "further fixed time of a 2:4 kernel over a dense kernel", other=2e-6),
-    "sparse_tau": row("s", 1e-9, 5e-6, _PLAN,
-        "main-loop step (128 bytes of k) of a 2:4 kernel with one plan for all shapes: a block walks the whole k",
-        blackwell=6.4e-7, other=3.6e-7),
-    "quant_time": row("s", 0.0, 1e-4, _QUANTISED,
-        "further fixed time of a weight-only quantised kernel over a dense kernel", other=5e-6),
-    "quant_step": row("1", 0.05, 1.2, _QUANTISED,
-        "e_tc of weight-only quantised kernels over that of dense kernels", other=0.73),
-    "block_step": row("1", 0.1, 1.2, _ASSUMED,
-        "e_tc of kernels that skip blocks of rows over that of dense kernels", other=0.85),
-    "pack": row("1", 0.01, 10.0, _PACKING,
-        "time to rearrange the weights before a GEMM on a CPU, over the time to read them", other=0.85),
-    "pack_m": row("1", 1.0, 64.0, _PACKING, "rows from which a GEMM on a CPU rearranges its weights", other=4.0),
-})
-# fmt: on
+GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0": row(
+            "s",
+            1e-7,
+            5e-5,
+            _TABLES,
+            "fixed time of a kernel in a CUDA graph",
+            ampere=3.0e-6,
+            ada=1.95e-6,
+            hopper=2.7e-6,
+            blackwell=1.95e-6,
+            cpu=5e-6,
+            other=2.7e-6,
+        ),
+        "e_tc": row(
+            "1",
+            0.05,
+            1.3,
+            _TABLES,
+            "share of the datasheet rate that the main loop achieves",
+            ampere=1.0,
+            ada=0.64,
+            hopper=0.81,
+            blackwell=0.97,
+            blackwell_sm100=0.7,
+            cpu=0.8,
+            other=0.8,
+        ),
+        "tau": row(
+            "s",
+            1e-9,
+            5e-6,
+            _TABLES,
+            "shortest main-loop step (128 bytes of k)",
+            ampere=3.0e-7,
+            ada=2.23e-7,
+            hopper=8.6e-8,
+            blackwell=2.0e-7,
+            cpu=1e-8,
+            other=2e-7,
+        ),
+        "b_e": row(
+            "B/s",
+            1e8,
+            1e13,
+            _TABLES,
+            "rate at which one SM stores its finished tile",
+            ampere=3.0e10,
+            ada=3.0e10,
+            hopper=3.0e10,
+            blackwell=3.0e10,
+            cpu=1e10,
+            other=3.0e10,
+        ),
+        "b_l2": row(
+            "B/s",
+            1e10,
+            1e15,
+            _TABLES,
+            "rate at which L2 feeds operands to all SMs",
+            ampere=5.6e12,
+            ada=7.1e12,
+            hopper=5.0e13,
+            blackwell=1.0e13,
+            cpu=1e12,
+            other=7e12,
+        ),
+        "e_d": row(
+            "1",
+            0.1,
+            1.0,
+            _TABLES,
+            "share of the datasheet bandwidth that DRAM achieves",
+            ampere=0.76,
+            ada=0.78,
+            hopper=0.81,
+            blackwell=0.8,
+            cpu=0.7,
+            other=0.78,
+        ),
+        "b_hit": row(
+            "B/s",
+            1e10,
+            1e15,
+            _TABLES,
+            "rate of operands in L2",
+            ampere=2.0e12,
+            ada=3.0e12,
+            hopper=6.0e12,
+            blackwell=5.0e12,
+            cpu=2e11,
+            other=4e12,
+        ),
+        "c_l2": row(
+            "1",
+            0.05,
+            1.0,
+            _TABLES,
+            "footprint, as a share of L2, of which half stays in L2",
+            ampere=0.8,
+            ada=1.0,
+            hopper=0.75,
+            blackwell=0.8,
+            cpu=0.8,
+            other=0.8,
+        ),
+        "l2_power": row(
+            "1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0
+        ),
+        "t_s": row(
+            "s",
+            0.0,
+            1e-4,
+            _TABLES,
+            "fixed time of summing the parts of a split-K",
+            ampere=2.5e-6,
+            ada=2.6e-6,
+            hopper=2.9e-6,
+            blackwell=2.6e-6,
+            cpu=2e-6,
+            other=2.6e-6,
+        ),
+        "b_s": row(
+            "B/s",
+            1e9,
+            1e15,
+            _TABLES,
+            "rate at which these parts are written and read",
+            ampere=2.0e12,
+            ada=2.0e12,
+            hopper=3.0e12,
+            blackwell=2.0e12,
+            cpu=1e11,
+            other=2e12,
+        ),
+        "narrow_step": row(
+            "1",
+            0.05,
+            1.3,
+            _NARROW,
+            "e_tc of formats below 16 bits without their own fit over that of 16 bits",
+            cpu=0.6,
+            other=0.93,
+        ),
+        "align_step": row(
+            "1",
+            0.0,
+            3.0,
+            _OFF_16,
+            "main-loop time added if the alignment of n or k is half of 16 bytes; sqrt(2) and"
+            " sqrt(3) times that at a quarter and an eighth",
+            ampere=0.85,
+            blackwell=0.20,
+            cpu=0.02,
+            other=0.38,
+        ),
+        "align_step_8bit": row(
+            "1",
+            0.0,
+            30.0,
+            _OFF_16_NARROW,
+            "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes",
+            cpu=0.02,
+            other=8.1,
+        ),
+        "align_load": row(
+            "1",
+            0.0,
+            3.0,
+            _GUIDE,
+            "weight-load time added per halving of that alignment",
+            ampere=0.06,
+            ada=0.06,
+            hopper=0.08,
+            blackwell=0.06,
+            cpu=0.02,
+            other=0.06,
+        ),
+        "sparse_step": row(
+            "1",
+            0.1,
+            1.2,
+            _SPARSE,
+            "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
+            ampere=0.9,
+            hopper=0.65,
+            blackwell=1.05,
+            cpu=0.5,
+            other=0.85,
+        ),
+        "sparse_load": row(
+            "1",
+            0.1,
+            1.2,
+            _COMPRESSED,
+            "e_d of 2:4 kernels over that of dense kernels",
+            blackwell=1.0,
+            other=0.66,
+        ),
+        "sparse_time": row(
+            "s",
+            0.0,
+            1e-4,
+            "uncalibrated: order of the launch of cuSPARSELt kernels",
+            "further fixed time of a 2:4 kernel over a dense kernel",
+            other=2e-6,
+        ),
+        "sparse_tau": row(
+            "s",
+            1e-9,
+            5e-6,
+            _PLAN,
+            "main-loop step (128 bytes of k) of a 2:4 kernel with one plan for all shapes: a block"
+            " walks the whole k",
+            blackwell=6.4e-7,
+            other=3.6e-7,
+        ),
+        "quant_time": row(
+            "s",
+            0.0,
+            1e-4,
+            _QUANTISED,
+            "further fixed time of a weight-only quantised kernel over a dense kernel",
+            other=5e-6,
+        ),
+        "quant_step": row(
+            "1",
+            0.05,
+            1.2,
+            _QUANTISED,
+            "e_tc of weight-only quantised kernels over that of dense kernels",
+            other=0.73,
+        ),
+        "block_step": row(
+            "1",
+            0.1,
+            1.2,
+            _ASSUMED,
+            "e_tc of kernels that skip blocks of rows over that of dense kernels",
+            other=0.85,
+        ),
+        "pack": row(
+            "1",
+            0.01,
+            10.0,
+            _PACKING,
+            "time to rearrange the weights before a GEMM on a CPU, over the time to read them",
+            other=0.85,
+        ),
+        "pack_m": row(
+            "1",
+            1.0,
+            64.0,
+            _PACKING,
+            "rows from which a GEMM on a CPU rearranges its weights",
+            other=4.0,
+        ),
+    }
+)
 
 EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
 """Arrays of measured shapes, of equal length; a profile has all of them or none."""
@@ -160,8 +388,9 @@ class MeasuredShapes:
 
 
 def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:
-    """Return the measured shapes of a section, None without any; ValueError as for :func:`check_exact`. ``exact_s`` are
-    seconds of the dense kernel with cold weights. ``calibration.records.screening`` makes the arrays from records."""
+    """Return the measured shapes of a section, None without any; ValueError as for
+    :func:`check_exact`. ``exact_s`` are seconds of the dense kernel with cold weights.
+    ``calibration.records.screening`` makes the arrays from records."""
     if "exact_m" not in arrays:
         return None
     check_exact(arrays)
@@ -183,7 +412,8 @@ def pack(m: FloatArray, n: FloatArray, k: FloatArray) -> NDArray[np.uint64]:
 
 
 def check_exact(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths, or bad values."""
+    """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths,
+    or bad values."""
     if missing := [name for name in EXACT_NAMES if name not in arrays]:
         raise ValueError(f"exact shapes: array {missing[0]} is missing")
     *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
@@ -210,8 +440,9 @@ CHUNK = 4096
 """Shapes per call: few enough for the second-level cache, many enough to hide the cost of calls."""
 
 EXACT, MOST_PRODUCT = 2.0**24, 1e16
-"""Largest size, and largest product of sizes, of a shape in :data:`PRECISION`. Above, whole numbers are rounded or the
-cube of a slow device's microseconds overflows, so such shapes are timed in float64."""
+"""Largest size, and largest product of sizes, of a shape in :data:`PRECISION`. Above, whole numbers
+are rounded or the cube of a slow device's microseconds overflows, so such shapes are timed in
+float64."""
 
 # alignment is computed in 32 bits
 _WIDTH = Range(1.0, 2.0**31 - 1.0, "whole numbers from 1 to 2147483647", whole=True)
@@ -233,7 +464,8 @@ class Options:
 
 
 def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8], dict[str, Array]]:
-    """Return kernel codes, and m, n, k, with copies and block if given, of one shape; InputError for bad arguments."""
+    """Return kernel codes, and m, n, k, with copies and block if given, of one shape; InputError
+    for bad arguments."""
     text("dtype", path.dtype)
     if path.weight_dtype is not None:
         text("weight_dtype", path.weight_dtype)
@@ -261,7 +493,8 @@ def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
 
 
 def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
-    """Return n; for SpMV kernels, n of the dense product with equal weight bytes, a multiple of eight."""
+    """Return n; for SpMV kernels, n of the dense product with equal weight bytes, a multiple of
+    eight."""
     density = array("density", path.density, SHARE)
     if not np.count_nonzero(codes == _SPMV):
         return n
@@ -273,7 +506,8 @@ def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
 
 
 def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
-    """Return a mask of the shapes beyond :data:`EXACT` or :data:`MOST_PRODUCT`, None without any."""
+    """Return a mask of the shapes beyond :data:`EXACT` or :data:`MOST_PRODUCT`, None without
+    any."""
 
     def large(m: Any, n: Any, k: Any) -> Any:
         return (np.maximum(m, np.maximum(n, k)) > EXACT) | (m * n * k > MOST_PRODUCT)
@@ -301,9 +535,10 @@ def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tu
 
 
 def spmv_bytes(density: Any, value_bytes: Any) -> Array:
-    """Return the stored bytes per weight, zeros included, of a kernel for scattered zeros. Each value has four bits for
-    its distance to the previous value; after 16 empty places a zero is stored. This gives 1 / (1 - zeros^16) stored
-    values per nonzero value (MACKO, github.com/vlejd/macko_spmv)."""
+    """Return the stored bytes per weight, zeros included, of a kernel for scattered zeros. Each
+    value has four bits for its distance to the previous value; after 16 empty places a zero is
+    stored. This gives 1 / (1 - zeros^16) stored values per nonzero value (MACKO,
+    github.com/vlejd/macko_spmv)."""
     kept = np.clip(np.asarray(density, dtype=np.float64), 1e-6, 1.0)
     return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
 
@@ -317,19 +552,22 @@ CLOCKED: Mapping[str, float] = MappingProxyType(
         "blackwell_sm100": 2.25e12,
     }
 )
-"""FLOP per joule (16-bit datasheet rate over power limit) of the GPUs from which the defaults of ``e_tc`` come: A100,
-L40S, H100, RTX PRO 6000, B200 (SXM). GPUs with fewer keep a higher clock (:func:`clocked`)."""
+"""FLOP per joule (16-bit datasheet rate over power limit) of the GPUs from which the defaults of
+``e_tc`` come: A100, L40S, H100, RTX PRO 6000, B200 (SXM). GPUs with fewer keep a higher clock
+(:func:`clocked`)."""
 UNLIMITED = 0.9
-"""Share of the datasheet rate if power does not limit the clock. An H20 reaches 0.93 in fp8 (InferSim) and less in the
-16-bit steps of SGLang, which take 6 % longer than with 0.81 and 16 % longer than with 1; the RTX 4090 reaches 1.02."""
+"""Share of the datasheet rate if power does not limit the clock. An H20 reaches 0.93 in fp8
+(InferSim) and less in the 16-bit steps of SGLang, which take 6 % longer than with 0.81 and 16 %
+longer than with 1; the RTX 4090 reaches 1.02."""
 
 EDGE = 1e-4
 """Steps before the last node at which a coordinate of the residual stops."""
 
 GROUPS = {Kernel.GROUPS_N: 20.0, Kernel.GROUPS_K: 52.0}
-"""Size G of groups at which the main loop takes twice the time of wide groups; groups of size g take 1 + (G / g)^1.5.
-Source: kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where groups of 128 outputs are 7 % slower than
-whole tokens, and groups of 32 inputs three times as slow (EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
+"""Size G of groups at which the main loop takes twice the time of wide groups; groups of size g
+take 1 + (G / g)^1.5. Source: kernels of the taxonomy's authors at 4096^3 on an RTX 5090, where
+groups of 128 outputs are 7 % slower than whole tokens, and groups of 32 inputs three times as slow
+(EIT-NLP/LLM-Pruning, DynamicPruningKernels)."""
 GROUPS_STEP = 0.9
 """e_tc of kernels that skip groups over that of dense kernels (same source)."""
 
@@ -343,8 +581,9 @@ SPARSE24_PARTS: Mapping[str, str] = {
 
 
 FEW_TOKENS_SEARCHED = ("hopper",)
-"""Architectures with measured times of the fastest 2:4 plan for few tokens (torchao's CUTLASS kernels in fp8). On
-others, the tables of few tokens have the default plan, which takes 1.05 to 1.4 times the dense time."""
+"""Architectures with measured times of the fastest 2:4 plan for few tokens (torchao's CUTLASS
+kernels in fp8). On others, the tables of few tokens have the default plan, which takes 1.05 to 1.4
+times the dense time."""
 
 
 class GemmKernel(NamedTuple):
@@ -371,7 +610,8 @@ class GemmKernel(NamedTuple):
 def gemm_kernel(
     hw: Device, dtype: str, weight_dtype: str | None, kernel: Kernel, searched: bool = True
 ) -> GemmKernel:
-    """Return the kernel of a profile; InputError for a number format that the device lacks or that is unknown."""
+    """Return the kernel of a profile; InputError for a number format that the device lacks or that
+    is unknown."""
     rate, weight = hw.rate(dtype), weight_dtype or dtype
     element, weight_bytes, peak = (
         ELEMENT_BYTES[dtype],
@@ -396,7 +636,8 @@ def gemm_kernel(
         c |= known
         peak *= rate.sparse_factor
         c["e_tc"] *= c["sparse_step"]
-        # half the values, each with two bits of index; L2 feeds the compressed weights and the activations
+        # half the values, each with two bits of index; L2 feeds the compressed weights and the
+        # activations
         weight_bytes = 0.5 * weight_bytes + 0.125
         if compressed:
             pad_m, serial = 8.0, not searched
@@ -404,7 +645,8 @@ def gemm_kernel(
             load_scale /= c["sparse_load"]
             if searched and hw.architecture not in FEW_TOKENS_SEARCHED:
                 assumed = (*assumed, "searched")
-        # like the dense weight-only kernel (Sparse-Marlin): a step waits for the bytes of its weights
+        # like the dense weight-only kernel (Sparse-Marlin): a step waits for the bytes of its
+        # weights
         else:
             assumed = tuple(part for part in assumed if part == "compute")
             c["tau"] *= weight_bytes / ELEMENT_BYTES[weight]
@@ -445,17 +687,18 @@ def gemm_kernel(
         pad_m=pad_m,
         group=GROUPS.get(kernel, 0.0),
         unfitted=tuple(factors),
-        dense=gemm_kernel(hw, dtype, None, kernel)
-        if weight_only and kernel == Kernel.DENSE
-        else None,
+        dense=(
+            gemm_kernel(hw, dtype, None, kernel) if weight_only and kernel == Kernel.DENSE else None
+        ),
         assumed=assumed,
     )
 
 
 def clocked(e_tc: float, hw: Device) -> float:
-    """Return the default share of the datasheet rate for the power limit of a device. Under a limit, the clock falls as
-    the square root of the power per FLOP: the L40S and the RTX 4090 (0.62 and 1.02 of rates that need 1.03 and 0.37
-    TFLOP/J) differ by a power of 0.48. Without a limit, kernels reach :data:`UNLIMITED` of the rate."""
+    """Return the default share of the datasheet rate for the power limit of a device. Under a
+    limit, the clock falls as the square root of the power per FLOP: the L40S and the RTX 4090 (0.62
+    and 1.02 of rates that need 1.03 and 0.37 TFLOP/J) differ by a power of 0.48. Without a limit,
+    kernels reach :data:`UNLIMITED` of the rate."""
     rates = [hw.rates[name].flop_per_s for name in ("bf16", "fp16") if name in hw.rates]
     if hw.architecture not in CLOCKED or not rates:
         return e_tc
@@ -467,8 +710,9 @@ def clocked(e_tc: float, hw: Device) -> float:
 def sparse24_constants(
     section: FittedValues, architecture: str
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Return the constants of 2:4 kernels, and the parts of the time that no table of the architecture covers. Defaults
-    are those of the device's architecture, which may differ from the architecture of an inherited section."""
+    """Return the constants of 2:4 kernels, and the parts of the time that no table of the
+    architecture covers. Defaults are those of the device's architecture, which may differ from the
+    architecture of an inherited section."""
     values, assumed = {}, []
     for name, part in SPARSE24_PARTS.items():
         constant, own = GEMM_CONSTANTS[name], section.constants[name]
@@ -479,7 +723,8 @@ def sparse24_constants(
 
 
 TILES: tuple[tuple[int, int], ...] = ((128, 256), (128, 128), (64, 128))
-"""Tiles among which stacks may choose; the number of idle SMs in the last wave depends on the choice."""
+"""Tiles among which stacks may choose; the number of idle SMs in the last wave depends on the
+choice."""
 
 _IDLE = [f"idle {tile_m}x{tile_n}" for tile_m, tile_n in TILES]
 _COMPUTE, _MEMORY, _L2, _LATENCY, _LAUNCH = map(
@@ -513,8 +758,8 @@ class Products(Calls):
         )
 
     def seconds_of(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
-        """Return the analytical time (sets, rows) with several sets of constants; few rows take little longer than one
-        set."""
+        """Return the analytical time (sets, rows) with several sets of constants; few rows take
+        little longer than one set."""
         sets, rows = len(many), len(self.m)
         columns = {name: np.array([c[name] for c in many]) for name in many[0]}
         varied = {name: column for name, column in columns.items() if np.ptp(column)}
@@ -532,8 +777,8 @@ class Products(Calls):
 def estimates(
     m: Any, n: Any, k: Any, hw: Device, options: Options, *, steps: bool = False
 ) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
-    """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and their estimate.
-    ``steps`` fills ``details`` of the estimate."""
+    """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and
+    their estimate. ``steps`` fills ``details`` of the estimate."""
     codes, given = read_shapes(m, n, k, options)
     flat = {name: np.ascontiguousarray(a).reshape(-1) for name, a in given.items()}
     return codes.shape, _estimates(codes, flat, hw, options, steps)
@@ -561,7 +806,8 @@ def _estimates(
 def estimate(
     kernel: GemmKernel, given: Mapping[str, Array], precision: Any = np.float64, steps: bool = False
 ) -> Estimate:
-    """Return the cost of GEMMs of one kernel, us, from arrays m, n, k, and copies and block if given."""
+    """Return the cost of GEMMs of one kernel, us, from arrays m, n, k, and copies and block if
+    given."""
     model, machine = kernel.model, kernel.model.machine
     m, n, k = (given[name].astype(precision) for name in "mnk")
     # inf: cold
@@ -623,9 +869,11 @@ def estimate(
         section=kernel.section,
         noise={"idle": idle},
         outside=octaves_outside_fit(coordinates, kernel.section),
-        measured=None
-        if kernel.shapes is None or copies is not None
-        else kernel.shapes.at(*(given[x] for x in "mnk")),
+        measured=(
+            None
+            if kernel.shapes is None or copies is not None
+            else kernel.shapes.at(*(given[x] for x in "mnk"))
+        ),
         unit_s=1e-6,
     )
     return (
@@ -638,9 +886,9 @@ def estimate(
 def _loadings(
     a: Analytical, model: ReadyModel, m: Array, n: Array, k: Array, step_scale: Any, load_scale: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Return the loadings of the error factors, and the share of the time in which SMs of the last wave idle. The parts
-    are the fixed time, arithmetic (with shares of step latency, L2's feed and idle SMs) and memory (with a share of
-    L2)."""
+    """Return the loadings of the error factors, and the share of the time in which SMs of the last
+    wave idle. The parts are the fixed time, arithmetic (with shares of step latency, L2's feed and
+    idle SMs) and memory (with a share of L2)."""
     c = a.compute3
     launch = model.t0_us / a.total_us
     memory = cube(a.memory_us)
@@ -678,7 +926,8 @@ def _loadings(
 
 
 def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
-    """Return the largest part of each shape; the main loop may wait for a step's latency or for L2's feed."""
+    """Return the largest part of each shape; the main loop may wait for a step's latency or for
+    L2's feed."""
     waits = np.where(model.step_us > 1.5 * model.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
     out: NDArray[np.int8] = waits[a.tile, 0]
     if not model.machine.persistent:
@@ -694,7 +943,8 @@ def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
 def _details(
     kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
 ) -> dict[str, Array]:
-    """Return choices of the model, and times of the steps between the roofline and the kernel, s."""
+    """Return choices of the model, and times of the steps between the roofline and the kernel,
+    s."""
     model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
     tile_m, tile_n, split = (
         model.tile_m[a.tile, 0] * one,
@@ -730,8 +980,8 @@ def _details(
 
 
 def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
-    """Return log2 of 16 bytes over the alignment of rows of n or k elements, at least 0. Formats of 8 bits and fewer
-    have no kernels for other alignments: 1 for all of these."""
+    """Return log2 of 16 bytes over the alignment of rows of n or k elements, at least 0. Formats of
+    8 bits and fewer have no kernels for other alignments: 1 for all of these."""
     kind = np.int32 if n.dtype == np.float32 else np.int64
     low, whole = n.astype(kind) | k.astype(kind), aligned_elements(element_bytes)
     out = np.zeros(n.shape, dtype=n.dtype)
@@ -744,7 +994,8 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
 
 
 def aligned_elements(element_bytes: float) -> int:
-    """Return the elements in 16 bytes, a power of two; kernels are fastest for multiples of this."""
+    """Return the elements in 16 bytes, a power of two; kernels are fastest for multiples of
+    this."""
     return int(2 ** round(math.log2(16 / element_bytes)))
 
 
@@ -753,14 +1004,35 @@ class Gemm(Operator):
     sizes = ("m", "n", "k")
     constants = MappingProxyType({"gemm": GEMM_CONSTANTS})
     titles = ("GEMMs",)
-    # fmt: off
-    errors = MappingProxyType({"gemm": ErrorSize(0.045, 0.065, {"launch": 0.08, "idle": 0.12}, factors={
-        "launch": 0.17, "compute": 0.045, "memory": 0.03, "l2": 0.60, "latency": 0.10, "feed": 0.09,
-        "idle 128x256": 0.10, "idle 128x128": 0.10, "idle 64x128": 0.10, "alignment": 0.25, "sparse24": 0.10,
-        "sparse24 default": 0.28, "serial": 0.35, "blocks": 0.10, "quantised": 0.25, "spmv": 0.04,
-        "default": 0.12, "generic": 0.30,
-    })})
-    # fmt: on
+    errors = MappingProxyType(
+        {
+            "gemm": ErrorSize(
+                0.045,
+                0.065,
+                {"launch": 0.08, "idle": 0.12},
+                factors={
+                    "launch": 0.17,
+                    "compute": 0.045,
+                    "memory": 0.03,
+                    "l2": 0.60,
+                    "latency": 0.10,
+                    "feed": 0.09,
+                    "idle 128x256": 0.10,
+                    "idle 128x128": 0.10,
+                    "idle 64x128": 0.10,
+                    "alignment": 0.25,
+                    "sparse24": 0.10,
+                    "sparse24 default": 0.28,
+                    "serial": 0.35,
+                    "blocks": 0.10,
+                    "quantised": 0.25,
+                    "spmv": 0.04,
+                    "default": 0.12,
+                    "generic": 0.30,
+                },
+            )
+        }
+    )
     weighted = True
 
     def flops(self, w: Rows) -> Any:
@@ -773,7 +1045,8 @@ class Gemm(Operator):
         stored: Array = DTYPE_BYTES[w.weight_dtype]
         if np.count_nonzero(w.kernel):
             pairs, scattered = w.kernel == Kernel.SPARSE24, w.kernel == Kernel.UNSTRUCTURED
-            # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per position
+            # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per
+            # position
             index = np.where(pairs, 0.25 * w.density, 0.125)
             # with few zeros, dense storage takes fewer bytes than an index
             kept = np.where(

@@ -1,7 +1,8 @@
-"""The analytical GEMM model (docs/model.md): tiles, waves, split-K, memory, fixed time; without residual.
+"""The analytical GEMM model (docs/model.md): tiles, waves, split-K, memory, fixed time; without
+residual.
 
-Times are microseconds, so their cubes are near one. The arithmetic has the precision of the shapes: float64 in fits,
-float32 in predictions.
+Times are microseconds, so their cubes are near one. The arithmetic has the precision of the shapes:
+float64 in fits, float32 in predictions.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
         "packing": ((1, 1),),
     }
 )
-"""Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of kernels whose
-blocks stay and compute several tiles (Hopper, the B200), and of products on a CPU, whose times show no padding."""
+"""Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of
+kernels whose blocks stay and compute several tiles (Hopper, the B200), and of products on a CPU,
+whose times show no padding."""
 
 WGMMA_ROWS = 64.0
-"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). DeepGEMM's fp8 products have no tile with
-fewer rows; kernels of other formats may use n instead of m. This matters on devices with low arithmetic rate and high
-bandwidth."""
+"""Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). DeepGEMM's fp8 products
+have no tile with fewer rows; kernels of other formats may use n instead of m. This matters on
+devices with low arithmetic rate and high bandwidth."""
 
 
 @dataclass(frozen=True)
 class ReadyModel:
-    """A machine and its constants (SI), ready to time shapes; arrays have one row per tile of the menu."""
+    """A machine and its constants (SI), ready to time shapes; arrays have one row per tile of the
+    menu."""
 
     machine: Machine
     constants: Mapping[str, float]
@@ -56,7 +59,8 @@ class ReadyModel:
     serial_us: float  # shortest step of a block that computes the whole k; 0 where k is split
 
     def for_each(self, count: int) -> ReadyModel:
-        """Return the model of ``count`` shapes with the first values of its constants, then the second, and so on."""
+        """Return the model of ``count`` shapes with the first values of its constants, then the
+        second, and so on."""
 
         def wide(value: Any) -> Any:
             return (
@@ -129,8 +133,8 @@ def ready_model(
 
 
 def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, float]:
-    """Return the constants of a weight-only kernel from those of the dense kernel. A main-loop step waits for a
-    ``share`` of the bytes, which L2 feeds."""
+    """Return the constants of a weight-only kernel from those of the dense kernel. A main-loop step
+    waits for a ``share`` of the bytes, which L2 feeds."""
     return {
         "t0": c["t0"] + c["quant_time"],
         "e_tc": c["e_tc"] * c["quant_step"],
@@ -157,9 +161,9 @@ def residency(footprint_bytes: Array, model: ReadyModel) -> Array:
 def memory_time(
     m: Array, n: Array, k: Array, model: ReadyModel, copies: Factor | None, load_scale: Factor
 ) -> tuple[Array, Array]:
-    """Return the time of moving the operands and the result, microseconds, and the bytes that DRAM moves. ``copies``
-    weights used in turn compete for L2; None for cold weights. The activations, ``m (n + k)``, are in L2 if they fit.
-    ``load_scale`` multiplies the time of the weights."""
+    """Return the time of moving the operands and the result, microseconds, and the bytes that DRAM
+    moves. ``copies`` weights used in turn compete for L2; None for cold weights. The activations,
+    ``m (n + k)``, are in L2 if they fit. ``load_scale`` multiplies the time of the weights."""
     machine, c = model.machine, model.constants
     weights, acts = n * k * machine.weight_bytes, (n + k) * m * machine.element_bytes
     warm = residency(acts, model) * acts
@@ -178,8 +182,9 @@ def analytical_time(
     step_scale: Factor = 1.0,
     load_scale: Factor = 1.0,
 ) -> Analytical:
-    """Return the parts of the time of GEMMs y[m, n] = x[m, k] w[k, n]; m, n, k are at least 1, of one shape (x,).
-    ``copies`` and ``load_scale`` are those of :func:`memory_time`; ``step_scale`` multiplies the main-loop step."""
+    """Return the parts of the time of GEMMs y[m, n] = x[m, k] w[k, n]; m, n, k are at least 1, of
+    one shape (x,). ``copies`` and ``load_scale`` are those of :func:`memory_time`; ``step_scale``
+    multiplies the main-loop step."""
     machine, c = model.machine, model.constants
     if machine.packs:
         return _packed_time(m, n, k, model, copies, step_scale, load_scale)
@@ -227,8 +232,8 @@ def _packed_time(
     step_scale: Factor,
     load_scale: Factor,
 ) -> Analytical:
-    """Return the parts of a product on a CPU, without overlap: fixed time, operands, arithmetic. From ``pack_m`` rows
-    on, weights are rearranged."""
+    """Return the parts of a product on a CPU, without overlap: fixed time, operands, arithmetic.
+    From ``pack_m`` rows on, weights are rearranged."""
     c = model.constants
     packing = np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype)
     memory, dram = memory_time(m, n, k, model, copies, load_scale * packing)

@@ -1,9 +1,10 @@
 """Costs of the variants of a library, with intervals: :func:`costs`.
 
-The cost of a variant of a sublayer is the difference of two passes of the model: with the variant, and without the
-sublayer. It has kernels, gaps, and host time that is not hidden. The costs of the dense layers and of the part outside
-the layers add up to the dense pass; those of other plans to first order (:mod:`simulator.plans.solve` corrects them).
-:class:`Probes` has the passes: layers with equal shapes cost the same, so a few passes price a library.
+The cost of a variant of a sublayer is the difference of two passes of the model: with the variant,
+and without the sublayer. It has kernels, gaps, and host time that is not hidden. The costs of the
+dense layers and of the part outside the layers add up to the dense pass; those of other plans to
+first order (:mod:`simulator.plans.solve` corrects them). :class:`Probes` has the passes: layers
+with equal shapes cost the same, so a few passes price a library.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def planned(
 
 
 def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, FloatArray]:
-    """Return predictions of models (W,) in a setting by the names of :class:`simulator.Result`, with ``parameters`` and
-    ``flops``; the first is the dense model."""
+    """Return predictions of models (W,) in a setting by the names of :class:`simulator.Result`,
+    with ``parameters`` and ``flops``; the first is the dense model."""
     workloads = [at.lower(model, models[0]) for model in models]
     batch = batch_with(workloads[0], workloads[1:])
     columns, _ = compare(batch, at.hw, at.request.level, at.request.dense_s)
@@ -104,7 +105,8 @@ def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, Fl
 
 
 def grouped(model: ModelConfig, blocks: Sequence[Block]) -> ModelConfig:
-    """Return a model with equal layers next to each other, which costs the same and has fewer rows."""
+    """Return a model with equal layers next to each other, which costs the same and has fewer
+    rows."""
     order = sorted(range(len(blocks)), key=lambda i: (model.windows[i], repr(blocks[i])))
     return planned(model, [blocks[i] for i in order], [model.windows[i] for i in order])
 
@@ -162,13 +164,15 @@ class Probes:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Costs(Displayed):
-    """Costs of variants, one row per setting, layer, sublayer and variant; the last row of a setting is outside layers.
+    """Costs of variants, one row per setting, layer, sublayer and variant.
+
+    The last row of a setting is outside layers.
 
     Parameters
     ----------
     columns : mapping of str to array
-        Columns by name (:data:`COLUMNS`): times in s, of a pass (of a request in serve), memory in bytes on the fullest
-        device.
+        Columns by name (:data:`COLUMNS`): times in s, of a pass (of a request in serve), memory in
+        bytes on the fullest device.
     settings : tuple of PricedRequest
         Devices and requests, in the order of the rows.
     blocks : tuple of Block
@@ -229,8 +233,8 @@ def costs(
         Variants (:func:`simulator.plans.library.read_library`). Default: the usual ones
         (:func:`simulator.plans.library.generated_library`).
     **settings
-        Fields of :class:`simulator.Request`, each one value or a list. The phase ``generate`` gives the time of prompt
-        and new tokens apart.
+        Fields of :class:`simulator.Request`, each one value or a list. The phase ``generate`` gives
+        the time of prompt and new tokens apart.
 
     Returns
     -------
@@ -314,9 +318,10 @@ def _intervals(
     there: IndexArray,
     gone: IndexArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of the intervals of differences of passes, by first layer, sublayer and variant. Errors of the
-    device are those of the sublayer's own operators, as the others cancel in the difference. The host differs at the
-    ends of its speeds. Both are combined as a root of sum of squares."""
+    """Return the ends of the intervals of differences of passes, by first layer, sublayer and
+    variant. Errors of the device are those of the sublayer's own operators, as the others cancel in
+    the difference. The host differs at the ends of its speeds. Both are combined as a root of sum
+    of squares."""
     level, half = at.request.level, np.zeros(len(kinds))
     own = [_operators(at, model, *kind) for kind in kinds]
     if some := [i for i, w in enumerate(own) if len(w)]:

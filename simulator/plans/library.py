@@ -1,20 +1,22 @@
-"""Libraries: the variants of each layer of a model, and values that were measured of them, such as scores.
+"""Libraries: the variants of each layer of a model, and values that were measured of them, such as
+scores.
 
-:func:`read_library` reads files of these formats, told apart by their content. The first variant of every layer is the
-dense one.
+:func:`read_library` reads files of these formats, told apart by their content. The first variant of
+every layer is the dense one.
 
 - CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention`` and ``mlp`` (texts of
-  :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense sublayer) and any columns of numbers:
-  scores and times. ``kv_heads`` and ``ffn_intermediate_size`` are accepted instead of ``attention`` and ``mlp``; 0 is
-  none. Without columns of variants, a row is the removal of its layer (``layer,score``). Layers without rows stay
-  dense. A column ``results`` names results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are
-  ignored.
+  :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense sublayer) and any
+  columns of numbers: scores and times. ``kv_heads`` and ``ffn_intermediate_size`` are accepted
+  instead of ``attention`` and ``mlp``; 0 is none. Without columns of variants, a row is the removal
+  of its layer (``layer,score``). Layers without rows stay dense. A column ``results`` names results
+  files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are ignored.
 - YAML with lists of choices, of all layers (``mlp: [dense, 7168, none]``) and of some
   (``layers: {0-1: {mlp: [dense]}}``).
-- What NVIDIA's architecture searches measured: Puzzle's ``block_library.json`` (arXiv 2411.19146), an object
-  ``layer_0``, ``layer_1``, ... of variants with ``stats`` and ``metrics``; and the folder of ModelOpt's Puzzletron with
-  its validations of single replacements, ``*solution*.json``, and ``teacher.json``, the scores of the dense model.
-  Lower scores are better: an accuracy ``x`` becomes ``one_minus_x``.
+- What NVIDIA's architecture searches measured: Puzzle's ``block_library.json`` (arXiv 2411.19146),
+  an object ``layer_0``, ``layer_1``, ... of variants with ``stats`` and ``metrics``; and the folder
+  of ModelOpt's Puzzletron with its validations of single replacements, ``*solution*.json``, and
+  ``teacher.json``, the scores of the dense model. Lower scores are better: an accuracy ``x``
+  becomes ``one_minus_x``.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ _DERIVED = "one_minus_"
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a library, whatever its format: a variant of a layer with its values, and its place in the file."""
+    """A row of a library, whatever its format: a variant of a layer with its values, and its place
+    in the file."""
 
     place: str
     layer: int
@@ -66,11 +69,15 @@ class Entry:
 
 
 def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entry]:
-    """Yield the variants in Puzzle's library with scores and times; names round widths, so the sizes count."""
+    """Yield the variants in Puzzle's library with scores and times; names round widths, so the
+    sizes count."""
     root = parse_bounded(content, label, MOST_BYTES)
     names = {} if not isinstance(root, Mapping) else {name: _LAYER.fullmatch(name) for name in root}
     if not names or None in names.values():
-        wanted = "Puzzle's block_library.json (layer_0, layer_1, ...), or the folder of Puzzletron's validations"
+        wanted = (
+            "Puzzle's block_library.json (layer_0, layer_1, ...), or the folder of Puzzletron's"
+            " validations"
+        )
         raise InputError(f"{label}: expected {wanted}")
     _check(model, label)
     for name, found in names.items():
@@ -99,8 +106,8 @@ def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entr
 
 
 def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
-    """Return the variants in a folder of Puzzletron's validations of single replacements. The dense layers have the
-    scores in ``teacher.json``; distances from the dense model are 0 for them."""
+    """Return the variants in a folder of Puzzletron's validations of single replacements. The dense
+    layers have the scores in ``teacher.json``; distances from the dense model are 0 for them."""
     found, left = [], MOST_FOLDER_BYTES
     names = _names(folder)
     _check(model, str(folder))
@@ -124,7 +131,8 @@ def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the sorted names of the validations in a folder; the file of the teacher is the last."""
+    """Return the sorted names of the validations in a folder; the file of the teacher is the
+    last."""
     names: list[str] = []
     try:
         with os.scandir(folder) as listed:
@@ -148,7 +156,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _validation(of: Reader, model: ModelConfig) -> Entry:
-    """Return the replacement that a validation measured: of a block, or of a sequence of one layer."""
+    """Return the replacement that a validation measured: of a block, or of a sequence of one
+    layer."""
     solution, values = of.part("puzzle_solution"), _averages(of)
     if "single_block_replacement" in solution.data:
         one = solution.part("single_block_replacement")
@@ -207,7 +216,8 @@ def _reading(of: Reader, key: str) -> float:
 
 
 def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return scores whose lower values are better; scores that the file derives are derived again."""
+    """Return scores whose lower values are better; scores that the file derives are derived
+    again."""
     found = {}
     for name, value in numbers:
         if not name.startswith(_DERIVED):
@@ -237,7 +247,10 @@ ZERO_METRICS: tuple[str, ...] = (
 TIME = re.compile(
     r"runtime|latency|^times?[ _]|(^|[ _./-])(times?|ns|us|ms|s|sec|seconds)$", re.IGNORECASE
 )
-_SIZES = r"memory|bytes|params?|parameters|flops|macs|num|number|count|size|kib|mib|gib|kb|mb|gb|heads|width"
+_SIZES = (
+    r"memory|bytes|params?|parameters|flops|macs|num|number|count|size|kib|mib|gib|kb|mb|gb|heads"
+    r"|width"
+)
 SIZE = re.compile(rf"memory|^(num|number|count)[ _]|(^|[ _./-])({_SIZES})$", re.IGNORECASE)
 """Names of columns that hold times; sizes, memory or counts."""
 
@@ -283,7 +296,8 @@ class Library:
 
 
 def read_library(source: str | Path, model: ModelConfig) -> Library:
-    """Return the library of a file, of a folder of Puzzletron's validations, or of a name that ships (smollm2-135m)."""
+    """Return the library of a file, of a folder of Puzzletron's validations, or of a name that
+    ships (smollm2-135m)."""
     path = Path(source).expanduser()
     if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
@@ -311,9 +325,10 @@ def without_layer(dense: Block) -> Block:
 
 
 def importance(model: ModelConfig) -> Library:
-    """Return the library of whole layers of a model, with published losses of depth pruning as score. The shipped
-    tables have the loss of a model by the fraction of its layers that was removed (ShortGPT, SLEB, LaCo), not by layer.
-    So these scores decide how many layers go. These papers remove deep layers first, except the last."""
+    """Return the library of whole layers of a model, with published losses of depth pruning as
+    score. The shipped tables have the loss of a model by the fraction of its layers that was
+    removed (ShortGPT, SLEB, LaCo), not by layer. So these scores decide how many layers go. These
+    papers remove deep layers first, except the last."""
     from simulator.prediction.quality import QualityRow, load_quality
 
     found: dict[tuple[str, str, str], dict[float, QualityRow]] = {}
@@ -339,8 +354,9 @@ def importance(model: ModelConfig) -> Library:
     scores = tuple(np.array([0.0, values[i]]) for i in range(many))
     first = rows[0]
     note = (
-        f"scores: published losses of {first.method} on {first.model} ({first.metric}, {first.source}) by number of "
-        f"removed layers, extrapolated beyond {percent(rows[-1].sparsity)}; deep layers go first, except the last"
+        f"scores: published losses of {first.method} on {first.model} ({first.metric},"
+        f" {first.source}) by number of removed layers, extrapolated beyond"
+        f" {percent(rows[-1].sparsity)}; deep layers go first, except the last"
     )
     return Library(model, layers, {"relative loss": scores}, (note,))
 
@@ -348,19 +364,22 @@ def importance(model: ModelConfig) -> Library:
 def _product(
     model: ModelConfig, dense: Block, given: Mapping[str, Sequence[Block]], devices: int = 1
 ) -> tuple[Block, ...]:
-    """Return all combinations of the given, else the usual, variants of both sublayers; the dense one first."""
+    """Return all combinations of the given, else the usual, variants of both sublayers; the dense
+    one first."""
     own = [given.get(name) or tuple(generated(name, model, dense, devices)) for name in SUBLAYERS]
     return tuple(dict.fromkeys([dense, *(joined(a, m) for a, m in itertools.product(*own))]))
 
 
 def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...]]:
-    """Return the name and the values of a library's scores: those of ``metric``, or "" for the only column that can be.
-    Times, sizes, memory and counts are never scores. InputError if several columns could be, or a value is missing."""
+    """Return the name and the values of a library's scores: those of ``metric``, or "" for the only
+    column that can be. Times, sizes, memory and counts are never scores. InputError if several
+    columns could be, or a value is missing."""
     where = f"{library.source}: " if library.source else ""
     known = [name for name in library.values if not TIME.search(name) and not SIZE.search(name)]
     if not library.values:
         raise InputError(
-            f"{where or 'scores: '}the library has no scores; expected a column of numbers such as kl_div"
+            f"{where or 'scores: '}the library has no scores; expected a column of numbers such as"
+            " kl_div"
         )
     if not known:
         names = _listed_names(library.values)
@@ -369,7 +388,8 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
         )
     if not metric and len(known) > 1:
         raise InputError(
-            f"{where}metric: expected one of {_listed_names(known)}, got none; choose it with --metric"
+            f"{where}metric: expected one of {_listed_names(known)}, got none; choose it with"
+            " --metric"
         )
     name = metric or known[0]
     if name in library.values and name not in known:
@@ -386,7 +406,8 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
                 else ""
             )
             raise InputError(
-                f"{where}{name}: layer {layer} has no value for attention {attention}, mlp {mlp}{dense}"
+                f"{where}{name}: layer {layer} has no value for attention {attention}, mlp"
+                f" {mlp}{dense}"
             )
     return name, library.values[name]
 
@@ -591,7 +612,8 @@ def _listed(
 
 
 def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...]:
-    """Return groups of layers that share one variant: of a number of consecutive layers, or as listed; others alone."""
+    """Return groups of layers that share one variant: of a number of consecutive layers, or as
+    listed; others alone."""
     if text is None:
         return tuple((i,) for i in range(layers))
     if isinstance(text, bool) or not isinstance(text, int | str):
@@ -620,9 +642,10 @@ def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...
 
 
 def combined(library: Library) -> Library:
-    """Return the library with variants of both sublayers of a layer, where it has them of either alone. The value of
-    both together is the sum of both changes: scores of single replacements are added here as they are over layers.
-    Layers that have a row with both changed stay as they are."""
+    """Return the library with variants of both sublayers of a layer, where it has them of either
+    alone. The value of both together is the sum of both changes: scores of single replacements are
+    added here as they are over layers. Layers that have a row with both changed stay as they
+    are."""
     layers, values = [], {name: list[FloatArray]() for name in library.values}
     for layer, own in enumerate(library.layers):
         texts = library.texts(layer)

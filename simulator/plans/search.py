@@ -1,7 +1,9 @@
-"""Search: choose a variant of each layer of a model so that targets are met and scores rise least: :func:`search`.
+"""Search: choose a variant of each layer of a model so that targets are met and scores rise least:
+:func:`search`.
 
-Scores of single replacements are added over layers, as in Puzzle (arXiv 2411.19146). Times are not added: the whole
-plan is predicted (:mod:`simulator.plans.solve`), and so are the plans that other rules choose.
+Scores of single replacements are added over layers, as in Puzzle (arXiv 2411.19146). Times are not
+added: the whole plan is predicted (:mod:`simulator.plans.solve`), and so are the plans that other
+rules choose.
 """
 
 from __future__ import annotations
@@ -91,7 +93,10 @@ class AlternativePlan:
 
     @property
     def rule(self) -> str:
-        return f"{self.chosen_by}, {'as many' if self.budget == 'same' else 'until the targets are met'}"
+        return (
+            f"{self.chosen_by},"
+            f" {'as many' if self.budget == 'same' else 'until the targets are met'}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,8 +108,8 @@ class Plan(Displayed):
     model, metric : str
         Names of the dense model, and of the column of the scores; lower scores are better.
     score, gap : float
-        Sum of the rises of the score over the layers (0 is the dense model), and the share of it that a better plan
-        could save at most, by added costs.
+        Sum of the rises of the score over the layers (0 is the dense model), and the share of it
+        that a better plan could save at most, by added costs.
     confidence : float
         Probability with which times had to be reached.
     layers : tuple of LayerPlan
@@ -114,7 +119,8 @@ class Plan(Displayed):
     results : tuple of Result
         Prediction of the plan in each setting.
     sum_error, steps : float, int
-        Predicted time of the first plan over its added costs, less 1; number of plans that were predicted whole.
+        Predicted time of the first plan over its added costs, less 1; number of plans that were
+        predicted whole.
     alternatives : tuple of AlternativePlan
         Plans by parameters, FLOPs and the library's own times.
     frontier : tuple of PlanPoint
@@ -160,7 +166,10 @@ class Plan(Displayed):
             self.results[0],
             sum((row.attention, row.mlp) != ("dense", "dense") for row in self.layers),
         )
-        reached = f"{ratio(first.speedup)}x ({ratio(first.lower)}-{ratio(first.upper)}) on {first.request}"
+        reached = (
+            f"{ratio(first.speedup)}x ({ratio(first.lower)}-{ratio(first.upper)}) on"
+            f" {first.request}"
+        )
         title = f"plan of {self.model}: {changed} of {len(self.layers)} layers changed"
         return f"{title}, {reached}, {self.metric} {self.score:.4g}"
 
@@ -195,8 +204,8 @@ def search(
     targets : Targets or float
         What to reach, or a speedup.
     scores : str, Path or Library, optional
-        Variants of each layer with their scores (:func:`simulator.plans.library.read_library`). Default: whole layers,
-        with the published quality losses of depth pruning of this model.
+        Variants of each layer with their scores (:func:`simulator.plans.library.read_library`).
+        Default: whole layers, with the published quality losses of depth pruning of this model.
     metric : str
         Column of the scores; "": the only column that is no time, size, memory or count.
     maximise : bool
@@ -204,9 +213,11 @@ def search(
     uniform : bool
         Give all remaining layers one shape, which stock engines load; whole layers may be removed.
     groups : int or str, optional
-        Layers that share one variant: a number of consecutive layers, or ranges such as ``"0-3,4-7"``.
+        Layers that share one variant: a number of consecutive layers, or ranges such as
+        ``"0-3,4-7"``.
     **settings
-        Fields of :class:`simulator.Request`, each one value or a list; the targets hold in every combination.
+        Fields of :class:`simulator.Request`, each one value or a list; the targets hold in every
+        combination.
 
     Returns
     -------
@@ -216,11 +227,13 @@ def search(
     Raises
     ------
     InputError
-        If no plan meets the targets (the message has the nearest plan), or for missing scores and wrong arguments.
+        If no plan meets the targets (the message has the nearest plan), or for missing scores and
+        wrong arguments.
 
     Examples
     --------
-    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", metric="kl_div", phase="prefill", batch=8)
+    >>> settings = {"metric": "kl_div", "phase": "prefill", "batch": 8}
+    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", **settings)
     >>> plan.results[0].speedup >= 1.3, len(plan.layers)
     (True, 30)
     """
@@ -238,7 +251,8 @@ def search(
     families = variants.uniform() if uniform else []
     if uniform and not families:
         raise InputError(
-            "uniform: no variant is available in all layers; expected one row per layer with equal shapes"
+            "uniform: no variant is available in all layers; expected one row per layer with equal"
+            " shapes"
         )
     if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
         way = (
@@ -337,8 +351,8 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
 def alternatives(
     solver: Solver, found: Found, times: Sequence[FloatArray] | None
 ) -> tuple[AlternativePlan, ...]:
-    """Return the plans of least score by other measures of cost: with as much cost as the found plan, and with the most
-    cost that meets the targets."""
+    """Return the plans of least score by other measures of cost: with as much cost as the found
+    plan, and with the most cost that meets the targets."""
     variants, model = solver.variants, solver.model
     probes = Probes.of(variants.library, model.layout)
     flops = probes.prices(quantities(probes.models, solver.settings[0])["flops"])
@@ -383,7 +397,8 @@ def _until(solver: Solver, cost: FloatArray) -> Found | None:
 
 
 def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
-    """Return the plans from least score to least cost, for each set of variants that a plan is chosen from."""
+    """Return the plans from least score to least cost, for each set of variants that a plan is
+    chosen from."""
     out = []
     for some in solver.families or [np.arange(len(solver.score))]:
         program = Program(solver.variants.group[some], solver.score[some], cost[:, some])
@@ -392,7 +407,8 @@ def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
 
 
 def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
-    """Return plans of rising score and speed that no other plan of the series beats, the found plan among them."""
+    """Return plans of rising score and speed that no other plan of the series beats, the found plan
+    among them."""
     cost = solver.costs(found.choice)[0][:1]
     series = _hulls(solver, cost)
     each = max(2, MOST_POINTS // len(series))

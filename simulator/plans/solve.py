@@ -1,18 +1,22 @@
-"""Find the plan of least score that meets all targets, as the model is predicted, not as its costs are added.
+"""Find the plan of least score that meets all targets, as the model is predicted, not as its costs
+are added.
 
 :class:`Targets` are limits on quantities of the pruned model.
 
-:class:`Program` is the choice of one variant per group of layers, a multiple-choice knapsack, solved exactly by HiGHS:
-minimise the sum of scores so that each sum of costs is at most its limit. The linear relaxation gives a lower bound and
-a price per unit of each cost. A variant whose score, costs at these prices included, exceeds the best one of its group
-by more than the gap between a known solution and the bound is in no better solution (reduced-cost fixing), so the
-integer program is solved with few variants: a hundred instead of thousands.
+:class:`Program` is the choice of one variant per group of layers, a multiple-choice knapsack,
+solved exactly by HiGHS: minimise the sum of scores so that each sum of costs is at most its limit.
+The linear relaxation gives a lower bound and a price per unit of each cost. A variant whose score,
+costs at these prices included, exceeds the best one of its group by more than the gap between a
+known solution and the bound is in no better solution (reduced-cost fixing), so the integer program
+is solved with few variants: a hundred instead of thousands.
 
-:class:`Solver` repeats it. Costs of variants are exact next to one plan only: where the host or a shared limit hides
-time, they change with the rest of the model. So the program is solved with costs next to the dense model, its plan is
-predicted whole, and costs and limits are set again next to that plan, until the plan stays and meets the targets.
+:class:`Solver` repeats it. Costs of variants are exact next to one plan only: where the host or a
+shared limit hides time, they change with the rest of the model. So the program is solved with costs
+next to the dense model, its plan is predicted whole, and costs and limits are set again next to
+that plan, until the plan stays and meets the targets.
 
-Shapes of arrays: G groups of layers; V variants over all groups, those of a group next to each other; R limited costs.
+Shapes of arrays: G groups of layers; V variants over all groups, those of a group next to each
+other; R limited costs.
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ class Targets:
     parameters : float, optional
         Most parameters.
     confidence : float
-        Least probability of reaching each target on time, in [0.5, 1), from the prediction interval.
+        Least probability of reaching each target on time, in [0.5, 1), from the prediction
+        interval.
 
     Examples
     --------
@@ -85,7 +90,8 @@ class Targets:
     def __post_init__(self) -> None:
         if not self.given:
             raise InputError(
-                f"targets: expected at least one, such as speedup=1.3, of {', '.join(NAMES.values())}"
+                "targets: expected at least one, such as speedup=1.3, of"
+                f" {', '.join(NAMES.values())}"
             )
         for name, value in self.given.items():
             if not 0.0 < value < 1e18:
@@ -96,7 +102,8 @@ class Targets:
             )
         if not 0.5 <= self.confidence < 1.0:
             raise InputError(
-                f"confidence {self.confidence:g}: expected a probability from 0.5 to below 1, such as 0.9"
+                f"confidence {self.confidence:g}: expected a probability from 0.5 to below 1, such"
+                " as 0.9"
             )
 
     @property
@@ -106,7 +113,8 @@ class Targets:
         return {name: value for name, value in found.items() if value is not None}
 
     def limits(self, at: PricedRequest, dense: Mapping[str, FloatArray]) -> list[Limit]:
-        """Return the limits of a setting ``at``; ``dense`` are quantities whose first model is the dense one."""
+        """Return the limits of a setting ``at``; ``dense`` are quantities whose first model is the
+        dense one."""
         found = []
         for name, value in self.given.items():
             quantity, most = _QUANTITIES.get(name, name), value
@@ -150,7 +158,8 @@ class Limit:
     most: float  # largest value of the quantity
 
     def reached(self, found: Mapping[str, FloatArray], confidence: float) -> FloatArray:
-        """Return the quantity (W,) of models at the end of their interval that has the requested probability."""
+        """Return the quantity (W,) of models at the end of their interval that has the requested
+        probability."""
         value = np.asarray(found[self.quantity], dtype=np.float64)
         if confidence <= 0.5 or self.ends is None:
             return value
@@ -197,8 +206,8 @@ class Program:
     cost: FloatArray  # (R, V)
 
     def solve(self, limit: FloatArray, gap: float = 0.0) -> Solution:
-        """Return the choice of least score, up to a relative ``gap``, whose costs are at most ``limit`` (R,). If no
-        choice keeps all limits, return the choice that exceeds them least."""
+        """Return the choice of least score, up to a relative ``gap``, whose costs are at most
+        ``limit`` (R,). If no choice keeps all limits, return the choice that exceeds them least."""
         every = self._undominated()
         scale = np.maximum(np.abs(limit), 1e-6 * np.abs(self.cost).max(axis=1, initial=1e-300))
         cost, bound = self.cost / scale[:, None], limit / scale
@@ -221,7 +230,8 @@ class Program:
     def _solved(
         self, every: IndexArray, cost: FloatArray, bound: FloatArray, gap: float
     ) -> Solution:
-        """Return the solution with some variants, whose costs and limits are in units of the limits."""
+        """Return the solution with some variants, whose costs and limits are in units of the
+        limits."""
         found = self._relaxed(every, cost, bound)
         if found is None:
             return self._least_excess(every, cost, bound)
@@ -249,7 +259,8 @@ class Program:
                 delta = max(4.0 * delta, float(np.sort(extra)[min(len(extra) - 1, 2 * len(some))]))
 
     def hull(self) -> list[IndexArray]:
-        """Return choices from the least score to the least first cost, each the best at some price of that cost."""
+        """Return choices from the least score to the least first cost, each the best at some price
+        of that cost."""
         cost, steps, begin = self.cost[0], list[tuple[float, int, int]](), []
         for g, own in enumerate(self._members()):
             at = int(own[np.lexsort((cost[own], self.score[own]))[0]])
@@ -271,7 +282,8 @@ class Program:
         return np.split(np.arange(len(self.group)), _firsts(self.group)[1:])
 
     def _undominated(self) -> IndexArray:
-        """Return the variants that no other one of their group equals or beats in score and every cost."""
+        """Return the variants that no other one of their group equals or beats in score and every
+        cost."""
         keep = []
         for own in self._members():
             values = np.vstack([self.score[own], self.cost[:, own]])
@@ -286,8 +298,8 @@ class Program:
     def _relaxed(
         self, some: IndexArray, cost: FloatArray, bound: FloatArray
     ) -> tuple[float, FloatArray] | None:
-        """Return the bound of the linear relaxation, and how far each variant exceeds the best one of its group at the
-        prices of the relaxation; None if no mixture keeps the limits."""
+        """Return the bound of the linear relaxation, and how far each variant exceeds the best one
+        of its group at the prices of the relaxation; None if no mixture keeps the limits."""
         from scipy.optimize import linprog
 
         rise = self._rises(some)
@@ -312,7 +324,8 @@ class Program:
     def _integer(
         self, some: IndexArray, cost: FloatArray, bound: FloatArray, gap: float
     ) -> tuple[IndexArray | None, bool]:
-        """Return the best choice of some variants, if any keeps the limits, and whether it is proved up to the gap."""
+        """Return the best choice of some variants, if any keeps the limits, and whether it is
+        proved up to the gap."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         rise = self._rises(some)
@@ -397,7 +410,8 @@ class Variants:
 
     @classmethod
     def of(cls, library: Library, groups: Sequence[tuple[int, ...]]) -> Variants:
-        """Return the variants that all layers of each group have; the first of each group is the dense one."""
+        """Return the variants that all layers of each group have; the first of each group is the
+        dense one."""
         place, owner = [], []
         for g, layers in enumerate(groups):
             texts = [{text: i for i, text in enumerate(library.texts(layer))} for layer in layers]
@@ -420,8 +434,8 @@ class Variants:
         return tuple(found[i] for i in range(len(found)))
 
     def uniform(self) -> list[IndexArray]:
-        """Return the variants (indices into V) of each plan family in which all remaining layers have one shape; whole
-        layers may be removed."""
+        """Return the variants (indices into V) of each plan family in which all remaining layers
+        have one shape; whole layers may be removed."""
         every = [self.library.texts(layers[0]) for layers in self.groups]
         texts, found = [every[g][own[0]] for own, g in zip(self.place, self.group.tolist())], []
         for shape in dict.fromkeys(text for text in texts if text != ("none", "none")):
@@ -470,8 +484,9 @@ class Solver:
         ]
 
     def costs(self, choice: IndexArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return the costs (R, V) of the variants next to a plan, the part of each limited quantity outside the
-        variants (R,), and the factor (R,) from the quantity to the end of its interval that counts."""
+        """Return the costs (R, V) of the variants next to a plan, the part of each limited quantity
+        outside the variants (R,), and the factor (R,) from the quantity to the end of its interval
+        that counts."""
         base, library = self.variants.blocks(choice), self.variants.library
         probes = Probes.of(library, base)
         found = {id(at): quantities(probes.models, at) for at in self.settings}
@@ -510,8 +525,8 @@ class Solver:
     def choose(
         self, cost: FloatArray, limit: FloatArray, gap: float = 0.0
     ) -> tuple[IndexArray, float, float]:
-        """Return the choice of least score within limits of added costs, the share by which it exceeds them, and the
-        share of its score that a better choice could save at most."""
+        """Return the choice of least score within limits of added costs, the share by which it
+        exceeds them, and the share of its score that a better choice could save at most."""
         best: tuple[float, float, IndexArray, float] | None = None
         for some in self.families or [np.arange(len(self.score))]:
             own = Program(self.variants.group[some], self.score[some], cost[:, some]).solve(
@@ -523,7 +538,8 @@ class Solver:
         return best[2], best[0], best[3]
 
     def solve(self) -> Found:
-        """Return the plan of least score that meets the targets; InputError with the nearest plan if none does."""
+        """Return the plan of least score that meets the targets; InputError with the nearest plan
+        if none does."""
         base = self.predict(_firsts(self.variants.group))  # the dense variants
         if base.meets:
             return base
@@ -566,4 +582,7 @@ class Solver:
             else:
                 kept[NAMES[limit.target]] = None
         also = f", keeping {' and '.join(kept)}" if kept else ""
-        return f"target: no plan of these variants meets it; the nearest reaches {'; '.join(missed)}{also}"
+        return (
+            "target: no plan of these variants meets it; the nearest reaches"
+            f" {'; '.join(missed)}{also}"
+        )

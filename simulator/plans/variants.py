@@ -6,8 +6,8 @@ Attention and MLP each have a text, which files and tables show:
 - ``none``: the sublayer is removed, with its norm and residual.
 - ``linear``: one hidden x hidden product replaces it.
 - attention ``kv=4`` (key/value heads), ``heads=16`` (query heads), or both: ``heads=16 kv=4``.
-- an MLP its inner width, ``7168``; with routed experts ``experts=64`` (per layer), ``width=512`` (inner width of an
-  expert), or both.
+- an MLP its inner width, ``7168``; with routed experts ``experts=64`` (per layer), ``width=512``
+  (inner width of an expert), or both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def text_of(sublayer: str, block: Block, dense: Block) -> str:
 
 
 def variant(sublayer: str, text: str, dense: Block) -> Block:
-    """Return the layer ``dense`` with one sublayer as a text states; InputError for texts that do not fit the layer."""
+    """Return the layer ``dense`` with one sublayer as a text states; InputError for texts that do
+    not fit the layer."""
     words = text.strip().lower()
     if words in ("", "dense"):
         return dense
@@ -96,7 +97,8 @@ def _attention(text: str, dense: Block) -> Block:
         )
     if heads % groups:
         raise InputError(
-            f"attention {text!r}: expected a number of KV heads that divides the {heads} query heads"
+            f"attention {text!r}: expected a number of KV heads that divides the {heads} query"
+            " heads"
         )
     return replace(dense, heads=heads, kv_heads=groups)
 
@@ -140,16 +142,18 @@ def part_of(sublayer: str, block: Block) -> Block:
 
 
 def joined(attention: Block, mlp: Block) -> Block:
-    """Return the layer with the attention of one variant and the MLP of another, of one dense layer."""
+    """Return the layer with the attention of one variant and the MLP of another, of one dense
+    layer."""
     linear = tuple(s for s, b in (("attention", attention), ("mlp", mlp)) if s in b.linear)
     own = {name: getattr(attention, name) for name in ("heads", "kv_heads", "delta", "rotary")}
     return replace(mlp, **own, linear=linear)
 
 
 def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1) -> Iterator[Block]:
-    """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share, and none. Attention
-    keeps its query heads and halves its KV heads, as far as the devices can share them. An MLP has widths of
-    :data:`WIDTHS`, routed experts have these shares of their number."""
+    """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share,
+    and none. Attention keeps its query heads and halves its KV heads, as far as the devices can
+    share them. An MLP has widths of :data:`WIDTHS`, routed experts have these shares of their
+    number."""
     yield dense
     if not has(sublayer, dense):
         return

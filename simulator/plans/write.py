@@ -1,5 +1,6 @@
-"""Write plans and costs: ``plan.yaml`` for ``--prune``, ``config.json`` with ``block_configs``, and the costs that
-ModelOpt's Puzzletron reads, ``subblock_stats.json``, for its targets on latency, throughput, first token and memory.
+"""Write plans and costs: ``plan.yaml`` for ``--prune``, ``config.json`` with ``block_configs``, and
+the costs that ModelOpt's Puzzletron reads, ``subblock_stats.json``, for its targets on latency,
+throughput, first token and memory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNCo
 
 
 def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
-    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no family has."""
+    """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no
+    family has."""
     texts = [_text(old, new) for old, new in zip(dense.layout, pruned.layout)]
     lines = ["layers:"]
     for text, some in groupby(range(len(texts)), key=lambda i: texts[i]):
@@ -82,9 +84,10 @@ def _removed(now: int, was: int) -> str:
 
 
 def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
-    """Write a plan to a folder, which is created; return a line per file, or why one is missing. ``source`` is the
-    dense model as it was given: its ``config.json`` is the start of that of the plan. InputError if the folder has the
-    ``config.json`` of another plan; nothing is written then."""
+    """Write a plan to a folder, which is created; return a line per file, or why one is missing.
+    ``source`` is the dense model as it was given: its ``config.json`` is the start of that of the
+    plan. InputError if the folder has the ``config.json`` of another plan; nothing is written
+    then."""
     target = Path(folder).expanduser()
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,8 @@ def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
 
 
 def stats_text(found: Costs) -> str:
-    """Return ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and MiB."""
+    """Return ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and
+    MiB."""
     model, pairs, out = found.model, list(zip(found.rows, found.blocks)), []
     each = len(pairs) // len(found.settings)
     for i, at in enumerate(found.settings):
@@ -147,7 +151,8 @@ def stats_text(found: Costs) -> str:
 
 
 def stats_args(model: ModelConfig, at: PricedRequest) -> dict[str, Any]:
-    """Return a setting in ModelOpt's keys, by which Puzzletron selects prices (``subblock_stats_args``)."""
+    """Return a setting in ModelOpt's keys, by which Puzzletron selects prices
+    (``subblock_stats_args``)."""
     request = at.request
     formats = {"weights": request.weight_dtype or request.dtype, "activations": request.dtype}
     formats["kv_cache"] = request.kv_dtype or stream_of(request.dtype)

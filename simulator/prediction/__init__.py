@@ -1,1 +1,2 @@
-"""Predict results for requests, prunings and devices, and derive advice, frontiers and sweeps from them."""
+"""Predict results for requests, prunings and devices, and derive advice, frontiers and sweeps from
+them."""

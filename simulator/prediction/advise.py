@@ -1,7 +1,8 @@
-"""Find the least sparsity of each family, and of depth with width, that reaches a target: :func:`advise`.
+"""Find the least sparsity of each family, and of depth with width, that reaches a target:
+:func:`advise`.
 
-Per device, a coarse grid of sparsities is tried first, then a fine grid between the last sparsity that misses the
-target and the first that reaches it.
+Per device, a coarse grid of sparsities is tried first, then a fine grid between the last sparsity
+that misses the target and the first that reaches it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Target:
         )
 
     def over(self, dense_s: float, request: Request) -> float:
-        """Return the required speedup over a dense time; at most 1 if the dense model reaches the target."""
+        """Return the required speedup over a dense time; at most 1 if the dense model reaches the
+        target."""
         if self.speedup is not None:
             return self.speedup
         if self.latency_s is not None:
@@ -86,7 +88,8 @@ class Target:
 
 @dataclass(frozen=True, repr=False)
 class Advice(HasResult):
-    """A family on one device and request: at the least sparsity that reaches the target, else at the fastest."""
+    """A family on one device and request: at the least sparsity that reaches the target, else at
+    the fastest."""
 
     result: Result
     target: float  # required speedup
@@ -96,12 +99,16 @@ class Advice(HasResult):
 
     def _title(self) -> str:
         r, verb = self.result, "reaches" if self.reached else "misses"
-        return f"{r.model} on {r.request}: {r.pruning} {verb} {ratio(self.target)}x with {ratio(r.speedup)}x"
+        return (
+            f"{r.model} on {r.request}: {r.pruning} {verb} {ratio(self.target)}x with"
+            f" {ratio(r.speedup)}x"
+        )
 
 
 @dataclass(frozen=True, repr=False)
 class Advised(Displayed):
-    """Advice per family, best first for each device and request; notes; settings where the dense model reaches it."""
+    """Advice per family, best first for each device and request; notes; settings where the dense
+    model reaches it."""
 
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]
@@ -127,9 +134,10 @@ def advise(
     probability: float = 0.5,
     **settings: Any,
 ) -> Advised:
-    """Find the least sparsity of families (None: all) that reaches a target: a :class:`Target`, or a speedup above 1.
-    The settings are fields of :class:`simulator.Request`, each one value or a list. ``probability`` is the least
-    probability of reaching the target, from the speedup's interval; 0.5: the prediction reaches it."""
+    """Find the least sparsity of families (None: all) that reaches a target: a :class:`Target`, or
+    a speedup above 1. The settings are fields of :class:`simulator.Request`, each one value or a
+    list. ``probability`` is the least probability of reaching the target, from the speedup's
+    interval; 0.5: the prediction reaches it."""
     check_probability(probability)
     aim, config = target if isinstance(target, Target) else Target(target), load_model(model)
     names, devices = (
@@ -187,8 +195,8 @@ class _Search:
         return points, batch
 
     def on(self, hw: HardwareProfile, target: float) -> list[Advice]:
-        """Return the advice for every family on a device: by realised sparsity, then those that miss the target by
-        speedup."""
+        """Return the advice for every family on a device: by realised sparsity, then those that
+        miss the target by speedup."""
         coarse = _Timed(self, hw, *self.coarse)
         first = coarse.first(target)
         fine = []
@@ -230,7 +238,8 @@ class _Timed:
         prunings = [_pruning(*point) for point in points]
         self.results: Results = results_of(batch, prunings, [hw], [search.request], _reject)
         self.points = [points[i] for i in self.results.pruning.tolist()]
-        # speedups that are reached with at least the required probability: the inverse of probability_of
+        # speedups that are reached with at least the required probability: the inverse of
+        # probability_of
         columns, quantile = self.results.columns, NormalDist().inv_cdf
         share = quantile(search.probability) / quantile(0.5 + 0.5 * search.request.level)
         speedup: Array = columns["speedup"]
@@ -258,6 +267,7 @@ def _pruning(name: str, sparsity: float) -> Pruning:
 
 
 def _reject(_pruning: int | None, reason: str, device: str) -> None:
-    """Ignore prunings that a family does not support; raise InputError if a device cannot run one."""
+    """Ignore prunings that a family does not support; raise InputError if a device cannot run
+    one."""
     if device:
         raise InputError(reason)

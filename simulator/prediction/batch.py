@@ -1,7 +1,9 @@
-"""Prune requests that differ only in shape by every pruning, into one batch of workloads: :func:`batch_of`.
+"""Prune requests that differ only in shape by every pruning, into one batch of workloads:
+:func:`batch_of`.
 
-Most families depend only on widths, heads and layers, which all requests of a model share. One call of such a family
-prunes the rows of many requests; ``Family.together`` states which requests it accepts together.
+Most families depend only on widths, heads and layers, which all requests of a model share. One call
+of such a family prunes the rows of many requests; ``Family.together`` states which requests it
+accepts together.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Together = Mapping[str, Sequence[tuple[RequestGroup, Workload]]]
 """``Family.together`` -> the requests of each call, and their rows as one workload."""
 
 Reject = Callable[[int | None, str, str], None]
-"""Receives an exclusion: index of the pruning (None: the dense model), reason, and device ("": all). It may raise."""
+"""Receives an exclusion: index of the pruning (None: the dense model), reason, and device ("":
+all). It may raise."""
 
 
 def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
@@ -43,8 +46,8 @@ def rejecting(_pruning: int | None, reason: str, _device: str = "") -> None:
 def batch_of(
     requests: Sequence[Request], prunings: Sequence[Pruning], reject: Reject
 ) -> WorkloadBatch:
-    """Return the dense workloads of requests that differ only in shape, then their pruned versions by pruning. Versions
-    that a family or the engine does not support go to ``reject``."""
+    """Return the dense workloads of requests that differ only in shape, then their pruned versions
+    by pruning. Versions that a family or the engine does not support go to ``reject``."""
     workloads = [lower(request) for request in requests]
     dense = WorkloadBatch.of(workloads)
     if unable := refusal(dense):
@@ -67,7 +70,8 @@ def batch_of(
 
 
 def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
-    """Return a dense workload and its pruned versions, of one request; pruning ``i`` is the i-th version."""
+    """Return a dense workload and its pruned versions, of one request; pruning ``i`` is the i-th
+    version."""
     versions = listed("pruned", pruned)
     instance("dense", dense, Workload, "simulator.lower")
     for w in versions:
@@ -165,7 +169,8 @@ def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
 
 
 def _lengths(pruned: Workload, passes: Sequence[int]) -> IndexArray | None:
-    """Return the number of rows of each request, whose ``passes`` begin with an embedding; else None."""
+    """Return the number of rows of each request, whose ``passes`` begin with an embedding; else
+    None."""
     if len(passes) == 1:
         return np.array([len(pruned)])
     begins = np.flatnonzero(pruned.role == _EMBEDDING)

@@ -1,22 +1,27 @@
-"""Read result files of serving benchmarks, and turn a result into the measured time of the dense model.
+"""Read result files of serving benchmarks, and turn a result into the measured time of the dense
+model.
 
-:func:`read_bench` reads one result, :func:`read_benches` several. Every tool counts the token of the prefill as output:
-o output tokens are a prefill and o - 1 decode steps. Each reader names the file that writes its format.
+:func:`read_bench` reads one result, :func:`read_benches` several. Every tool counts the token of
+the prefill as output: o output tokens are a prefill and o - 1 decode steps. Each reader names the
+file that writes its format.
 
-:func:`measured` returns the time of a pass. What a file must match, and which of its numbers is the time of a phase
-(:func:`pass_seconds`):
+:func:`measured` returns the time of a pass. What a file must match, and which of its numbers is the
+time of a phase (:func:`pass_seconds`):
 
-- **prefill**: the time of a batch with one output token (``vllm bench latency``, ``throughput``), or the mean time to
-  the first token with one request in flight. With more, the time to the first token depends on how requests arrive.
-- **decode**: the mean time per further token with one request in flight. With more, it includes the prompts of other
-  requests; the median time between tokens does not while fewer than half of the steps have a prompt. ``seq`` is the
-  mean number of cached positions, the prompt and half of the output.
-- **generate**: the time of a batch; with one request in flight, the mean time of a request; where all requests of a
-  run start together, the time of the run.
-- **serve**: the mean time of a request in a closed loop: requests in flight per requests/s (Little's law).
+- **prefill**: the time of a batch with one output token (``vllm bench latency``, ``throughput``),
+  or the mean time to the first token with one request in flight. With more, the time to the first
+  token depends on how requests arrive.
+- **decode**: the mean time per further token with one request in flight. With more, it includes the
+  prompts of other requests; the median time between tokens does not while fewer than half of the
+  steps have a prompt. ``seq`` is the mean number of cached positions, the prompt and half of the
+  output.
+- **generate**: the time of a batch; with one request in flight, the mean time of a request; where
+  all requests of a run start together, the time of the run.
+- **serve**: the mean time of a request in a closed loop: requests in flight per requests/s
+  (Little's law).
 
-``new_tokens`` decode steps are measured with ``new_tokens`` + 1 output tokens. Times over HTTP (``serve``, SGLang,
-genai-perf, AIPerf) include the network, tokenisation and the client.
+``new_tokens`` decode steps are measured with ``new_tokens`` + 1 output tokens. Times over HTTP
+(``serve``, SGLang, genai-perf, AIPerf) include the network, tokenisation and the client.
 """
 
 from __future__ import annotations
@@ -41,7 +46,10 @@ from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, shipped_model
 from simulator.request import Request
 
-TOOLS = "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or AIPerf"
+TOOLS = (
+    "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or"
+    " AIPerf"
+)
 MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50 MB
 # with so many requests per request in flight, ramp-up and ramp-down hardly change the mean time
 ENOUGH_ROUNDS = 10
@@ -50,14 +58,18 @@ _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "se
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
 """Engine by backend of ``vllm bench serve``; the other backends (openai) fit any server."""
 _TRTLLM_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# fmt: off
 _TRTLLM_QUANTISED: Mapping[str, tuple[str, str]] = {
-    "FP8": ("fp8", "fp8"), "FP8_BLOCK_SCALES": ("fp8", "fp8_block"), "NVFP4": ("nvfp4", "nvfp4"),
-    "W4A16_AWQ": ("", "int4"), "W4A16_GPTQ": ("", "int4"), "W4A16": ("", "int4"), "W8A16": ("", "int8"),
+    "FP8": ("fp8", "fp8"),
+    "FP8_BLOCK_SCALES": ("fp8", "fp8_block"),
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "W4A16_AWQ": ("", "int4"),
+    "W4A16_GPTQ": ("", "int4"),
+    "W4A16": ("", "int4"),
+    "W8A16": ("", "int8"),
     "W4A16_MXFP4": ("", "mxfp4"),
 }
-# fmt: on
-"""Formats of arithmetic ("": that of the activations) and of weights by ``quantization`` of trtllm-bench."""
+"""Formats of arithmetic ("": that of the activations) and of weights by ``quantization`` of
+trtllm-bench."""
 
 Floats = NDArray[np.float64]
 
@@ -67,7 +79,8 @@ class BenchRun:
     """One result of a serving benchmark; numbers that the file does not state are 0, texts ""."""
 
     source: str  # path of the file, with the line if it has several results
-    # "batch": requests that start together; "serve": a closed loop, a request starts when another finishes
+    # "batch": requests that start together; "serve": a closed loop, a request starts when another
+    # finishes
     kind: str
     # times of a whole batch (batch), or mean times of a request (serve)
     samples_s: tuple[float, ...]
@@ -101,7 +114,8 @@ class BenchRun:
 class Fields:
     """One JSON object of a file; errors name the file and the key.
 
-    >>> Fields("run.json", {"performance": {"total_latency_ms": 250.0}}).part("performance").time("total_latency_ms")
+    >>> run = Fields("run.json", {"performance": {"total_latency_ms": 250.0}})
+    >>> run.part("performance").time("total_latency_ms")
     0.25
     """
 
@@ -187,7 +201,8 @@ class Fields:
 
 
 def request_times(fields: Fields) -> Floats:
-    """Return the time of each request in the order of their starts; none if the file does not have them."""
+    """Return the time of each request in the order of their starts; none if the file does not have
+    them."""
     if "latencies" in fields.data:
         return fields.times("latencies")
     if "ttfts" not in fields.data or "itls" not in fields.data:
@@ -218,8 +233,9 @@ def check_failed(fields: Fields, failed: int, key: str = "failed") -> None:
 
 
 def vllm_latency(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench latency --output-json FILE``: times of ``LLM.generate`` for one batch, whose size
-    and lengths the file does not state (github.com/vllm-project/vllm, vllm/benchmarks/latency.py, 00cae07)."""
+    """Return a result of ``vllm bench latency --output-json FILE``: times of ``LLM.generate`` for
+    one batch, whose size and lengths the file does not state (github.com/vllm-project/vllm,
+    vllm/benchmarks/latency.py, 00cae07)."""
     percentiles = fields.part("percentiles").data
     return BenchRun(
         fields.source,
@@ -235,9 +251,10 @@ def vllm_latency(fields: Fields) -> BenchRun:
 
 
 def vllm_throughput(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench throughput --output-json FILE`` (vllm/benchmarks/throughput.py, 1a91bc2). All
-    requests are submitted together: ``elapsed_time`` is the time of one batch, if the engine holds them all
-    (``--max-num-seqs``). The file does not state the backend (``--backend vllm`` or ``hf``)."""
+    """Return a result of ``vllm bench throughput --output-json FILE``
+    (vllm/benchmarks/throughput.py, 1a91bc2). All requests are submitted together: ``elapsed_time``
+    is the time of one batch, if the engine holds them all (``--max-num-seqs``). The file does not
+    state the backend (``--backend vllm`` or ``hf``)."""
     requests, seconds = fields.count("num_requests"), fields.seconds("elapsed_time")
     return BenchRun(
         fields.source,
@@ -252,9 +269,10 @@ def vllm_throughput(fields: Fields) -> BenchRun:
 
 
 def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
-    """Return what vLLM and SGLang write alike. With the times of all requests (``option``), samples are means over as
-    many requests in a row as are in flight, without ramp-up and ramp-down. Else the only sample follows from the
-    duration. The median time between chunks is that of a step only if each chunk has one token, else the step is 0."""
+    """Return what vLLM and SGLang write alike. With the times of all requests (``option``), samples
+    are means over as many requests in a row as are in flight, without ramp-up and ramp-down. Else
+    the only sample follows from the duration. The median time between chunks is that of a step only
+    if each chunk has one token, else the step is 0."""
     check_failed(fields, failed, key)
     if fields.has(speculative):
         raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
@@ -268,7 +286,10 @@ def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option
         samples = times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1)
     else:
         samples = np.array([many * duration / completed])
-        short = f"{fields.source}: one sample, with ramp-up and ramp-down; use {option} and --num-prompts {enough}"
+        short = (
+            f"{fields.source}: one sample, with ramp-up and ramp-down; use {option} and"
+            f" --num-prompts {enough}"
+        )
         note = "" if completed >= enough else short
     tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
     one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
@@ -289,11 +310,11 @@ def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option
 
 
 def vllm_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over HTTP
-    (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0). The mean time of a request
-    is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a request per further token,
-    ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics`` omits ``mean_e2el_ms``,
-    the time of a request, by default."""
+    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over
+    HTTP (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0). The
+    mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is
+    the rest of a request per further token, ``median_itl_ms`` the median time between chunks of all
+    streams. ``--percentile-metrics`` omits ``mean_e2el_ms``, the time of a request, by default."""
     check_closed_loop(fields)
     missing = "failed" not in fields.data
     failed = (
@@ -303,7 +324,10 @@ def vllm_serve(fields: Fields) -> BenchRun:
     )
     run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
     asked = fields.count("num_prompts") if fields.has("num_prompts") else run.requests
-    short = f"{fields.source}: num_prompts: {asked}, but {run.requests} completed and 0 failed; check the dataset"
+    short = (
+        f"{fields.source}: num_prompts: {asked}, but {run.requests} completed and 0 failed; check"
+        " the dataset"
+    )
     whole = (
         run.ttft_s + run.tpot_s * max(run.output_tokens - 1.0, 0.0)
         if run.ttft_s and run.tpot_s
@@ -328,10 +352,10 @@ def vllm_serve(fields: Fields) -> BenchRun:
 
 
 def sglang_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over HTTP
-    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4). Keys are as in ``vllm bench serve``,
-    from which the script is derived; ``concurrency`` is the mean number of requests in flight. ``--output-details``
-    adds the time and the error of each request."""
+    """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over
+    HTTP (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4). Keys are as
+    in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
+    requests in flight. ``--output-details`` adds the time and the error of each request."""
     check_closed_loop(fields)
     errors, backend, server = (
         fields.data.get("errors"),
@@ -354,20 +378,22 @@ def sglang_serve(fields: Fields) -> BenchRun:
         model=server.text("model_path"),
         mean_concurrency=fields.amount("concurrency") if fields.has("concurrency") else 0.0,
         request_s=fields.time("mean_e2e_latency_ms"),
-        engine="sglang"
-        if backend.startswith("sglang")
-        else {"vllm": "vllm", "trt": "trtllm"}.get(backend, ""),
+        engine=(
+            "sglang"
+            if backend.startswith("sglang")
+            else {"vllm": "vllm", "trt": "trtllm"}.get(backend, "")
+        ),
         devices=server.count("tp_size") if server.has("tp_size") else 0,
         note=note,
     )
 
 
 def trtllm_report(fields: Fields) -> BenchRun:
-    """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without HTTP
-    (github.com/NVIDIA/TensorRT-LLM, tensorrt_llm/bench/dataclasses/reporting.py, 0249976).
-    ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run: close to
-    ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start together, and it is far
-    above the number that the engine serves at once."""
+    """Return a report of ``trtllm-bench latency`` or ``throughput --report_json FILE``, without
+    HTTP (github.com/NVIDIA/TensorRT-LLM, tensorrt_llm/bench/dataclasses/reporting.py, 0249976).
+    ``avg_num_concurrent_requests`` is the sum of the times of all requests per time of the run:
+    close to ``--concurrency C`` in a long closed loop. Without ``--concurrency`` all requests start
+    together, and it is far above the number that the engine serves at once."""
     engine, world, requests = (
         fields.part("engine"),
         fields.part("world_info"),
@@ -387,7 +413,10 @@ def trtllm_report(fields: Fields) -> BenchRun:
         )
     elif quantised:
         dtype = weight_dtype = ""
-        note = f"{fields.source}: engine.quantization {quantised} is not checked; check --dtype and --weight-dtype"
+        note = (
+            f"{fields.source}: engine.quantization {quantised} is not checked; check --dtype and"
+            " --weight-dtype"
+        )
     return BenchRun(
         fields.source,
         "serve",
@@ -413,11 +442,11 @@ def trtllm_report(fields: Fields) -> BenchRun:
 
 
 def genai_perf(fields: Fields) -> BenchRun:
-    """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency C``, over HTTP
-    (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and 0f5cc07;
-    github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d). The mean time of a request is C per
-    ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a request per further token, a
-    TPOT."""
+    """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency
+    C``, over HTTP (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and
+    0f5cc07; github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d). The mean time of a
+    request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
+    request per further token, a TPOT."""
     tool = (
         "AIPerf"
         if "aiperf_version" in fields.data or "was_cancelled" in fields.data
@@ -437,7 +466,10 @@ def genai_perf(fields: Fields) -> BenchRun:
     throughput, request = fields.part("request_throughput"), fields.average_s("request_latency")
     rate = throughput.seconds("avg")  # positive
     enough = ENOUGH_ROUNDS * many
-    few = f"{fields.source}: {requests} requests include ramp-up and ramp-down; use --request-count {enough}"
+    few = (
+        f"{fields.source}: {requests} requests include ramp-up and ramp-down; use --request-count"
+        f" {enough}"
+    )
     return BenchRun(
         fields.source,
         "serve",
@@ -458,8 +490,9 @@ def genai_perf(fields: Fields) -> BenchRun:
 
 
 def _in_flight(given: Fields) -> int:
-    """Return the requests in flight: of the phase (AIPerf), the load generator (before 0.8), the stimulus or arguments
-    (genai-perf); 0 if the export does not state them. InputError for any other load."""
+    """Return the requests in flight: of the phase (AIPerf), the load generator (before 0.8), the
+    stimulus or arguments (genai-perf); 0 if the export does not state them. InputError for any
+    other load."""
     counted = (p for p in given.rows("phases") if not p.data.get("exclude_from_results"))
     phases = [p for p in counted if "warmup" not in (p.data.get("name"), p.data.get("kind"))]
     if phases:
@@ -498,7 +531,8 @@ def _model(given: Fields) -> str:
 
 
 def read_bench(path: str | os.PathLike[str]) -> BenchRun:
-    """Read a file with one result; InputError names file and key if it is another file or not of a closed loop."""
+    """Read a file with one result; InputError names file and key if it is another file or not of a
+    closed loop."""
     found = read_benches(path)
     if len(found) > 1:
         why = "is not JSON (several results, as of --append-result; expected one)"
@@ -561,7 +595,8 @@ TOLERANCE = 0.02
 # prompt tokens by which a mean length may always differ: tokens that a tokeniser adds
 SLACK_TOKENS = 2.0
 IN_FLIGHT = (0.7, 1.05)
-"""Share of the requests in flight that may be in flight on average: fewer are during ramp-up and ramp-down."""
+"""Share of the requests in flight that may be in flight on average: fewer are during ramp-up and
+ramp-down."""
 
 _QUANTISED = re.compile(r"fp8|int8|int4|nvfp4|mxfp4|awq|gptq|w\d+a\d+", re.IGNORECASE)
 
@@ -575,7 +610,8 @@ class MeasuredDense(NamedTuple):
 
 
 def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
-    """Return the measured time of the dense model from a file: from its last result that matches the request."""
+    """Return the measured time of the dense model from a file: from its last result that matches
+    the request."""
     runs, wrong = read_benches(path), []
     for run in reversed(runs):
         try:
@@ -590,7 +626,8 @@ def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
 
 
 def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
-    """Return the time of a pass that one result measured, after comparing its conditions with those of a request."""
+    """Return the time of a pass that one result measured, after comparing its conditions with those
+    of a request."""
     model = load_model(request.model)
     notes = [*_model_notes(run, model, request), *([run.note] if run.note else [])]
     if run.devices and run.devices != request.devices:
@@ -604,16 +641,21 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
             raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
     seconds = pass_seconds(run, request)
     if run.kind == "batch" and not run.concurrency:
-        check = f"--batch-size {request.batch} --input-len {request.seq} --output-len {_output(request)}"
+        check = (
+            f"--batch-size {request.batch} --input-len {request.seq} --output-len"
+            f" {_output(request)}"
+        )
         notes.append(
-            f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with {check}"
+            f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with"
+            f" {check}"
         )
     return MeasuredDense(seconds, run, tuple(notes))
 
 
 def pass_seconds(run: BenchRun, request: Request) -> float:
-    """Return the time of the pass of a request that a result measured, s; InputError if the result has another phase,
-    batch (in ``serve`` the requests in flight) or lengths. What the file does not state is not checked."""
+    """Return the time of the pass of a request that a result measured, s; InputError if the result
+    has another phase, batch (in ``serve`` the requests in flight) or lengths. What the file does
+    not state is not checked."""
     phase, batch = request.phase, request.batch
     if run.kind == "batch":
         if phase not in ("prefill", "generate"):
@@ -650,9 +692,10 @@ def pass_seconds(run: BenchRun, request: Request) -> float:
 def request_of(
     run: BenchRun, *, batch: int | None = None, seq: int | None = None, output: int | None = None
 ) -> tuple[str, int, int, int]:
-    """Return phase, batch, seq and decode steps that a result measured. ``batch`` (requests in flight of serve),
-    ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user states: all three for ``vllm bench
-    latency``, one length for ``throughput``, none where the file has them."""
+    """Return phase, batch, seq and decode steps that a result measured. ``batch`` (requests in
+    flight of serve), ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user
+    states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file
+    has them."""
     in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
     stated = {"batch": batch, "seq": seq, "output": output}
     found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}
@@ -738,14 +781,16 @@ def _check_in_flight(run: BenchRun, batch: int) -> None:
     low, high = (share * batch for share in IN_FLIGHT)
     if mean and not low <= mean <= high:
         raise InputError(
-            f"{run.source}: requests in flight on average: expected {low:g} to {high:g}, got {mean:.3g}"
+            f"{run.source}: requests in flight on average: expected {low:g} to {high:g}, got"
+            f" {mean:.3g}"
         )
 
 
 def _stated(run: BenchRun, what: str, seconds: float) -> float:
     if not seconds:
         raise InputError(
-            f"{run.source}: {what}: expected in a file of {run.tool}, got none; run it with streaming"
+            f"{run.source}: {what}: expected in a file of {run.tool}, got none; run it with"
+            " streaming"
         )
     return seconds
 
@@ -754,7 +799,8 @@ def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[st
     notes, engine = [], load_engine(request.engine).name.partition("@")[0]
     if run.engine and run.engine != engine:
         notes.append(
-            f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check --engine"
+            f"{run.source}: {run.tool} ran {run.engine}, the prediction is for {engine}; check"
+            " --engine"
         )
     if not run.model:
         return notes

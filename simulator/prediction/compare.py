@@ -1,8 +1,10 @@
-"""Compare the workloads of a batch with their dense workloads, into :class:`~simulator.prediction.result.Results`.
+"""Compare the workloads of a batch with their dense workloads, into
+:class:`~simulator.prediction.result.Results`.
 
-Use :func:`results_of` for a batch on some devices, :func:`compare` for the columns of one device that follow from
-times. :func:`against` compares pruned workloads with each other: errors that two of them share cancel in their ratio,
-so its interval is narrower than the interval of either speedup. In a large batch, equal shapes are timed once.
+Use :func:`results_of` for a batch on some devices, :func:`compare` for the columns of one device
+that follow from times. :func:`against` compares pruned workloads with each other: errors that two
+of them share cancel in their ratio, so its interval is narrower than the interval of either
+speedup. In a large batch, equal shapes are timed once.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 SAME_SHAPE = 0.99
 
 SMALL_SHARE = 0.05
-"""A result counts as calibrated if operators with default constants take less than this share of the time."""
+"""A result counts as calibrated if operators with default constants take less than this share of
+the time."""
 
 NAMED_SHARE = 0.01  # share of the time from which operators with default constants are named
 
@@ -46,10 +49,11 @@ NAMED_SHARE = 0.01  # share of the time from which operators with default consta
 def compare(
     batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
 ) -> tuple[dict[str, Array], Inferred | None]:
-    """Return the columns of a result that follow from times, one entry per workload of a batch (``bottleneck`` is an
-    index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of ``TITLES``), on one device; and what is
-    inferred from a measured time. ``level`` is the level of the intervals, ``dense_s`` a measured time of the first
-    workload. Raises InputError for a workload that cannot run."""
+    """Return the columns of a result that follow from times, one entry per workload of a batch
+    (``bottleneck`` is an index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of
+    ``TITLES``), on one device; and what is inferred from a measured time. ``level`` is the level of
+    the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
+    workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
     found = prediction_intervals(
         p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s)
@@ -134,8 +138,8 @@ def request_results(
     hardware: Sequence[HardwareProfile],
     reject: Reject = rejecting,
 ) -> Results:
-    """Return the results of requests that differ only in shape, by request, pruning and device. Workloads differ
-    between devices where the token budget of the engine does."""
+    """Return the results of requests that differ only in shape, by request, pruning and device.
+    Workloads differ between devices where the token budget of the engine does."""
     parts = [
         results_of(batch_of(some, prunings, reject), prunings, devices, some, reject)
         for some, devices in by_budget(requests, hardware)
@@ -155,8 +159,8 @@ def request_results(
 def against(
     batch: WorkloadBatch, hw: HardwareProfile, others: Sequence[IndexArray], level: float = 0.9
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return the log speedup (R, W) of every workload of a batch over R others of the batch, indices (W,) each, and the
-    half-widths of its interval below and above."""
+    """Return the log speedup (R, W) of every workload of a batch over R others of the batch,
+    indices (W,) each, and the half-widths of its interval below and above."""
     p, every = forward_passes(batch, hw, level), []
     for other in others:
         found = prediction_intervals(p, level, other, *alike(other, p))
@@ -233,7 +237,8 @@ def _identity(
 
 
 def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
-    """Return what each pruning removes of the parts of the model, from its first workload of the batch."""
+    """Return what each pruning removes of the parts of the model, from its first workload of the
+    batch."""
     out, each = [""] * len(prunings), sizes(batch)
     for i in set(batch.pruning.tolist()) - {-1}:
         first = int((batch.pruning == i).argmax())
@@ -243,7 +248,8 @@ def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]
 
 
 def _formats(batch: WorkloadBatch) -> tuple[str, str]:
-    """Return the number formats of the layers' weights (of routed experts, if the model has some) and of the cache."""
+    """Return the number formats of the layers' weights (of routed experts, if the model has some)
+    and of the cache."""
     rows, first = batch.rows, slice(int(batch.lengths[0]))
     kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
     experts, gemm = kind == EXPERTS, (kind == GEMM) & (rows.layer[first] >= 0)
@@ -257,8 +263,9 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
 
 
 def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
-    """Return for each workload and its dense workload together which operators have default constants, one bit per
-    entry of :data:`TITLES`, and their share of the time, of the two the larger."""
+    """Return for each workload and its dense workload together which operators have default
+    constants, one bit per entry of :data:`TITLES`, and their share of the time, of the two the
+    larger."""
     (w, which), many = p.workloads.shapes, len(TITLES)
     part, places = np.full(len(w), many), {name: i for i, name in enumerate(TITLES)}
     for operator, rows, formats in p.workloads.distinct:
@@ -287,8 +294,8 @@ def _names(codes: Array | Labels) -> Labels:
 
 
 def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Return the correlation (W, G) of errors of groups with those of another workload, and whether (W,) the host
-    launches another mix of kernels."""
+    """Return the correlation (W, G) of errors of groups with those of another workload, and whether
+    (W,) the host launches another mix of kernels."""
     groups, spent = p.workloads.groups, p.group_s
     each = spent / np.maximum(groups.count, 1e-300)
     equal = np.abs(each - each[other]) <= 1e-9 * each[other]

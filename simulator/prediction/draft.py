@@ -1,9 +1,10 @@
 """Predict speculative decoding with a pruned model as the draft: :func:`draft`.
 
-A round is g passes of the draft, which add a token each, and one step of the target that checks the g tokens of each
-sequence (a decode step with g + 1 positions). With acceptance a per token, independent, a round makes
-(1 - a^(g+1)) / (1 - a) tokens (Leviathan et al., arXiv 2211.17192). A round is one workload, so that errors that the
-draft, the check and the dense step have in common cancel in the speedup.
+A round is g passes of the draft, which add a token each, and one step of the target that checks the
+g tokens of each sequence (a decode step with g + 1 positions). With acceptance a per token,
+independent, a round makes (1 - a^(g+1)) / (1 - a) tokens (Leviathan et al., arXiv 2211.17192). A
+round is one workload, so that errors that the draft, the check and the dense step have in common
+cancel in the speedup.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _FINE = np.linspace(0.0, 1.0, 10_001)
 
 @dataclass(frozen=True)
 class Draft:
-    """Speculative decoding of one batch with one number of drafted tokens at one acceptance; times in s."""
+    """Speculative decoding of one batch with one number of drafted tokens at one acceptance; times
+    in s."""
 
     batch: int
     drafted: int  # tokens per round and sequence
@@ -67,7 +69,8 @@ class Draft:
 class Drafts(Displayed):
     """Speculative decoding by batch, acceptance and number of drafted tokens.
 
-    Iterating yields a :class:`Draft` for each of them; :meth:`best` returns those of the fastest numbers.
+    Iterating yields a :class:`Draft` for each of them; :meth:`best` returns those of the fastest
+    numbers.
     """
 
     target: str  # how it is pruned, too
@@ -134,8 +137,8 @@ def draft(
     acceptance : one or more float
         Probability, 0 to 1, with which the target accepts a drafted token.
     by_position : sequence of float
-        Measured acceptances of the first, second, ... drafted token, instead of ``acceptance``. Numbers of drafted
-        tokens beyond them are excluded.
+        Measured acceptances of the first, second, ... drafted token, instead of ``acceptance``.
+        Numbers of drafted tokens beyond them are excluded.
     **settings
         Fields of :class:`simulator.Request` except ``phase``, ``batch`` and ``new_tokens``.
 
@@ -147,12 +150,14 @@ def draft(
     Raises
     ------
     InputError
-        If draft and target are the same dense model, have different vocabularies, or an argument is out of range.
+        If draft and target are the same dense model, have different vocabularies, or an argument is
+        out of range.
 
     Examples
     --------
     >>> import simulator
-    >>> found = simulator.draft("llama-3.1-70b", hardware="h200", draft="llama-3.1-8b", acceptance=0.8, devices=2)
+    >>> draft = {"draft": "llama-3.1-8b", "acceptance": 0.8}
+    >>> found = simulator.draft("llama-3.1-70b", hardware="h200", devices=2, **draft)
     >>> [(row.batch, row.drafted, round(row.speedup, 1)) for row in found.best()]
     [(1, 4, 2.0)]
     """
@@ -161,7 +166,8 @@ def draft(
     own = Pruning.read(prune) if prune else None
     if other == target and own is None:
         raise InputError(
-            "draft: expected another model (--draft) or a pruning of the target (--prune), got neither"
+            "draft: expected another model (--draft) or a pruning of the target (--prune), got"
+            " neither"
         )
     if other.vocab != target.vocab:
         expected = f"expected the vocabulary of {target.name} ({target.vocab:,} tokens)"
@@ -237,9 +243,10 @@ def draft(
 
 
 def _passes(request: Request, prune: str, drafted: int) -> list[Workload]:
-    """Return the passes of the draft in a round. The first also computes what the target accepted: in Transformers two
-    positions, in engines with graphs, whose shapes are fixed, the g + 1 checked and the next (vLLM 0.32,
-    ``set_inputs_first_pass``). There, passes of the draft follow each other without the scheduler."""
+    """Return the passes of the draft in a round. The first also computes what the target accepted:
+    in Transformers two positions, in engines with graphs, whose shapes are fixed, the g + 1 checked
+    and the next (vLLM 0.32, ``set_inputs_first_pass``). There, passes of the draft follow each
+    other without the scheduler."""
     graph = load_engine(request.engine).in_graph("decode")
     positions = drafted + 2 if graph else 2
     first, step = lower(request, positions=positions), lower(request)
@@ -265,8 +272,9 @@ def _row(
     many: int,
     memory: Any,
 ) -> Draft:
-    """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens. ``timed`` are ``many``
-    checks and ``many`` rounds, as if they were pruned versions of the dense step."""
+    """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens.
+    ``timed`` are ``many`` checks and ``many`` rounds, as if they were pruned versions of the dense
+    step."""
     check, whole = timed[at], timed[many + at]
     made = (_FINE[:, None] ** np.arange(drafted + 1)).sum(axis=1)  # rises with the acceptance
     pays = [

@@ -1,5 +1,5 @@
-"""Explain predictions: the steps from the nominal speedup to the predicted one (:func:`waterfall`), and the waterfalls
-of requests (:func:`explanations`).
+"""Explain predictions: the steps from the nominal speedup to the predicted one (:func:`waterfall`),
+and the waterfalls of requests (:func:`explanations`).
 """
 
 from __future__ import annotations
@@ -67,10 +67,14 @@ class Step:
 
 
 class Waterfall(Displayed, tuple[Step, ...]):
-    """The steps from the nominal speedup to the predicted one, in order: a tuple of :class:`Step`."""
+    """The steps from the nominal speedup to the predicted one, in order: a tuple of
+    :class:`Step`."""
 
     def _title(self) -> str:
-        return f"{self[0].speedup:.2f}x nominal, {self[-1].speedup:.2f}x predicted, {len(self) - 1} steps between"
+        return (
+            f"{self[0].speedup:.2f}x nominal, {self[-1].speedup:.2f}x predicted, {len(self) - 1}"
+            " steps between"
+        )
 
     def _columns(self) -> Mapping[str, Any]:
         return by_column(self.to_dict()["steps"])
@@ -101,9 +105,12 @@ ACTIVE = "active experts not pruned", "a token uses as many experts as before: t
 def waterfall(
     dense: Workload, pruned: Workload, hw: str | HardwareProfile, *, dense_s: float | None = None
 ) -> Waterfall:
-    """Return named steps from the nominal speedup 1/(1 - s) to the predicted one; the factors multiply exactly.
+    """Return named steps from the nominal speedup 1/(1 - s) to the predicted one.
 
-    Each step adds one effect to the times of both workloads; its factor is the change of their ratio.
+    The factors multiply exactly.
+
+    Each step adds one effect to the times of both workloads; its factor is the change of their
+    ratio.
 
     Parameters
     ----------
@@ -117,7 +124,8 @@ def waterfall(
     Returns
     -------
     Waterfall
-        The first step is "nominal" with factor and speedup 1/(1 - s); the last has the predicted speedup.
+        The first step is "nominal" with factor and speedup 1/(1 - s); the last has the predicted
+        speedup.
 
     Raises
     ------
@@ -175,7 +183,8 @@ def waterfall(
 
 
 def _expert_share(batch: WorkloadBatch) -> float | None:
-    """Return the share of routed experts that is left over the share of a token's experts that is left, at most 1."""
+    """Return the share of routed experts that is left over the share of a token's experts that is
+    left, at most 1."""
     w = batch.rows
     (experts, left), (active, uses) = (
         batch.total(w.count * (w.kind == EXPERTS) * n) for n in (w.experts, w.active)
@@ -184,8 +193,8 @@ def _expert_share(batch: WorkloadBatch) -> float | None:
 
 
 def _effects(p: ForwardPass) -> dict[str, FloatArray]:
-    """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to kernel in one
-    step."""
+    """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to
+    kernel in one step."""
     w, ideal = p.workloads.rows, p.ideal_s
     effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
     effects["kernel"] = np.maximum(
@@ -223,7 +232,8 @@ class Explanation(HasResult):
 
     @cached_property
     def layer_s(self) -> float:
-        """Host time to launch one layer of the dense model if either model is host-bound, s; else 0."""
+        """Host time to launch one layer of the dense model if either model is host-bound, s; else
+        0."""
         if self.inferred is not None and self.inferred.consistent:
             return self.inferred.layer_s if self.inferred.host_bound else 0.0
         p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
@@ -244,15 +254,17 @@ def explanations(
     excluded: dict[str, InputError] | None = None,
     **settings: Any,
 ) -> tuple[Explanation, ...]:
-    """Return the waterfalls of one family at one sparsity, one published method, existing pruned models, or texts of
-    ``--prune``, for every request and device; the settings are those of :func:`simulator.table`. Combinations that
-    cannot run are errors; with ``excluded``, which takes notes on them, only if none can."""
+    """Return the waterfalls of one family at one sparsity, one published method, existing pruned
+    models, or texts of ``--prune``, for every request and device; the settings are those of
+    :func:`simulator.table`. Combinations that cannot run are errors; with ``excluded``, which takes
+    notes on them, only if none can."""
     config, devices = load_model(model), profiles(hardware)
     name = ", ".join(listed("family", settings.get("method") or settings.get("family") or ()))
     if not any(settings.get(other) for other in ("pruned", "prune")):
         if not name:
             raise InputError(
-                "prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a model"
+                "prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method"
+                " or a model"
             )
         if name == "all":
             raise InputError("family 'all': expected one family to explain")

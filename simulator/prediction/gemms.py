@@ -1,4 +1,5 @@
-"""Predict single GEMMs: time, interval, rate, bottleneck, and the steps from the roofline to the time."""
+"""Predict single GEMMs: time, interval, rate, bottleneck, and the steps from the roofline to the
+time."""
 
 from __future__ import annotations
 
@@ -113,8 +114,8 @@ def gemm_table(
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:
-    """Return the GEMMs and the products of experts of a workload as points of a roofline, without those that pruning
-    adds (routers)."""
+    """Return the GEMMs and the products of experts of a workload as points of a roofline, without
+    those that pruning adds (routers)."""
     rows = np.flatnonzero(
         np.isin(workload.kind, (Kind.GEMM, Kind.EXPERTS))
         & (workload.count > 0)

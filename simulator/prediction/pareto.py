@@ -1,11 +1,14 @@
-"""Find which prunings are best: on the frontier of speed and quality, and the fastest at each batch and length.
+"""Find which prunings are best: on the frontier of speed and quality, and the fastest at each batch
+and length.
 
-Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length, :func:`frontier` for
-arrays, :func:`winners` for the fastest prunings. Quality loss is the relative drop of one metric under one protocol
-(:mod:`simulator.prediction.quality`). A *band* is the range of quality budgets in which one family is the fastest.
+Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length,
+:func:`frontier` for arrays, :func:`winners` for the fastest prunings. Quality loss is the relative
+drop of one metric under one protocol (:mod:`simulator.prediction.quality`). A *band* is the range
+of quality budgets in which one family is the fastest.
 
-One of two points is certainly faster if the interval of the ratio of their speedups is on one side of 1. Errors that
-both share, such as those of the dense model, cancel in this ratio (:func:`margins`).
+One of two points is certainly faster if the interval of the ratio of their speedups is on one side
+of 1. Errors that both share, such as those of the dense model, cancel in this ratio
+(:func:`margins`).
 """
 
 from __future__ import annotations
@@ -112,12 +115,14 @@ class Front:
 
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
-    """Return which points no other point beats: none is at least as fast at no more loss, and better in one of the two.
-    Equal points do not beat each other. Raises InputError without points or for a value that is not finite."""
+    """Return which points no other point beats: none is at least as fast at no more loss, and
+    better in one of the two. Equal points do not beat each other. Raises InputError without points
+    or for a value that is not finite."""
     x, y = np.asarray(loss, dtype=float), np.asarray(speedup, dtype=float)
     if not x.size or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise InputError(
-            f"frontier: expected finite losses and speedups, as many of each, got {x.size} and {y.size}"
+            f"frontier: expected finite losses and speedups, as many of each, got {x.size} and"
+            f" {y.size}"
         )
     no_worse = (x[:, None] <= x) & (y[:, None] >= y)
     beaten: NDArray[np.bool_] = np.any(no_worse & ((x[:, None] < x) | (y[:, None] > y)), axis=0)
@@ -125,9 +130,10 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
 
 
 def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
-    """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups, divided by its
-    half-width towards 0. From 1 up point i is faster with the whole interval, from -1 down slower. ``speedup`` (n,);
-    ``below`` (n, n) the half-width of log(speedup i / speedup j) below it."""
+    """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups,
+    divided by its half-width towards 0. From 1 up point i is faster with the whole interval, from
+    -1 down slower. ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j)
+    below it."""
     log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
     gap = log[:, None] - log
     return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
@@ -142,9 +148,9 @@ def independent(points: Sequence[Point]) -> Halves:
 
 
 def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
-    """Return the family that is fastest at each quality budget among marked points, or the dense model. Bands are in
-    order of loss, without gaps; neighbours of one family are joined, and the last band is open. ``below`` is that of
-    :func:`marked`."""
+    """Return the family that is fastest at each quality budget among marked points, or the dense
+    model. Bands are in order of loss, without gaps; neighbours of one family are joined, and the
+    last band is open. ``below`` is that of :func:`marked`."""
     best = sorted(
         (i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0),
         key=lambda i: _place(points[i]),
@@ -191,16 +197,18 @@ def fronts(
     measured: Sequence[MeasuredSpeedup] = (),
     **settings: Any,
 ) -> tuple[tuple[Front, ...], tuple[str, ...]]:
-    """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and device; and notes on
-    the rows that cannot be used. Model, hardware and settings are those of :func:`simulator.table`; the quality rows
-    may be those of another model of its kind. ``measured`` speedups replace predictions if their conditions match.
-    Raises InputError if the model and the devices support no row."""
+    """Return the frontiers of a model from the quality rows on one axis, by phase, batch, seq and
+    device; and notes on the rows that cannot be used. Model, hardware and settings are those of
+    :func:`simulator.table`; the quality rows may be those of another model of its kind.
+    ``measured`` speedups replace predictions if their conditions match. Raises InputError if the
+    model and the devices support no row."""
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
     if len(rows) > MOST_ROWS:
         raise InputError(
-            f"{quality.name}: expected at most {MOST_ROWS:,} rows on the axis {axis}, got {len(rows):,}"
+            f"{quality.name}: expected at most {MOST_ROWS:,} rows on the axis {axis}, got"
+            f" {len(rows):,}"
         )
     config, devices = load_model(model), profiles(hardware)
     prunings = [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in rows]
@@ -268,8 +276,8 @@ def _below(
     order: Sequence[int],
     level: float,
 ) -> Halves:
-    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel; measured points have only
-    their intervals."""
+    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel;
+    measured points have only their intervals."""
     alone = np.array(independent(points))
     measured = np.array([p.measured for p in points])
     pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points
@@ -291,8 +299,9 @@ def _place(p: Point) -> tuple[float, float]:
 
 
 def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, ...]:
-    """Return points by rising loss with ``optimal``, ``sure`` and ``beaten_by``, also against the dense model (loss 0,
-    speedup 1). ``below`` is that of :class:`Front`, in the order of the points; None without shared errors."""
+    """Return points by rising loss with ``optimal``, ``sure`` and ``beaten_by``, also against the
+    dense model (loss 0, speedup 1). ``below`` is that of :class:`Front`, in the order of the
+    points; None without shared errors."""
     halves = np.array(independent(points) if below is None else below)
     order = sorted(range(len(points)), key=lambda i: _place(points[i]))
     points = [points[i] for i in order]
@@ -333,7 +342,8 @@ def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup])
 
 
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
-"""Optional columns of measured speedups; values that are not empty must equal those of the point."""
+"""Optional columns of measured speedups; values that are not empty must equal those of the
+point."""
 
 SAME_SPARSITY = 5e-4  # largest difference of equal fractions: tables print three digits
 
@@ -355,9 +365,10 @@ class MeasuredSpeedup:
 
 
 def read_measured(path: str | Path) -> tuple[MeasuredSpeedup, ...]:
-    """Read measured speedups from a CSV file, to replace predictions. Columns: family, sparsity, speedup (dense time
-    over pruned time); optionally :data:`MATCHED`, and the ends of the measurement's interval, ``speedup_lower`` and
-    ``speedup_upper``. ``prunesim speedup --csv`` writes this format."""
+    """Read measured speedups from a CSV file, to replace predictions. Columns: family, sparsity,
+    speedup (dense time over pruned time); optionally :data:`MATCHED`, and the ends of the
+    measurement's interval, ``speedup_lower`` and ``speedup_upper``. ``prunesim speedup --csv``
+    writes this format."""
     return tuple(
         read_csv(read_bounded(path), str(path), ("family", "sparsity", "speedup")).each(_measured)
     )
@@ -396,8 +407,9 @@ class Winners:
 def winners(
     requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]
 ) -> Winners:
-    """Return the fastest pruning on each device at each of some requests that differ only in shape. Prunings that a
-    device, the engine or a request does not support do not compete; InputError if none is left."""
+    """Return the fastest pruning on each device at each of some requests that differ only in shape.
+    Prunings that a device, the engine or a request does not support do not compete; InputError if
+    none is left."""
     reasons: dict[str, None] = {}
 
     def skip(_pruning: int | None, reason: str, _device: str) -> None:
@@ -455,7 +467,8 @@ def _lower_ratio(
     second: IndexArray,
     level: float,
 ) -> FloatArray:
-    """Return the lower end of the interval of the time of a second pruning over that of a first, at each request."""
+    """Return the lower end of the interval of the time of a second pruning over that of a first, at
+    each request."""
     dense, many = np.flatnonzero(batch.pruning < 0), len(request)
     pruned = np.flatnonzero(batch.pruning >= 0)
     index = np.zeros((len(dense), int(batch.pruning.max()) + 1), dtype=np.intp)

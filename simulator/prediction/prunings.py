@@ -1,8 +1,10 @@
-"""Define how a dense model is pruned: by a family at a sparsity, by a published method, or as an existing pruned model.
+"""Define how a dense model is pruned: by a family at a sparsity, by a published method, or as an
+existing pruned model.
 
-Use :func:`prunings_of` for the prunings that a user requests, :func:`removed_parts` for what is left of each part of
-the model: layers, query and KV heads, inner widths of MLP and experts, experts, and the hidden size. Sizes are means
-over the layers that have the part, on all devices together.
+Use :func:`prunings_of` for the prunings that a user requests, :func:`removed_parts` for what is
+left of each part of the model: layers, query and KV heads, inner widths of MLP and experts,
+experts, and the hidden size. Sizes are means over the layers that have the part, on all devices
+together.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ class Pruning:
 
     @property
     def prune(self) -> str:
-        """Text of ``--prune``; "" for an existing model, and for workloads that were pruned before."""
+        """Text of ``--prune``; "" for an existing model, and for workloads that were pruned
+        before."""
         known = self.model is None and all(step.families for step in self.steps)
         return self.text or (" + ".join(map(str, self.steps)) if known else "")
 
@@ -128,7 +131,8 @@ class Pruning:
 
     @property
     def budgeted(self) -> bool:
-        """Whether the sparsity follows from the length of a request: a step keeps a number of tokens."""
+        """Whether the sparsity follows from the length of a request: a step keeps a number of
+        tokens."""
         return any(step.budgeted for step in self.steps)
 
     @cached_property
@@ -171,7 +175,8 @@ def _options(options: Iterable[tuple[str, Any]]) -> str:
 
 
 def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
-    """Return names of families, each once; ``all`` selects every family that applies to at least one of the models."""
+    """Return names of families, each once; ``all`` selects every family that applies to at least
+    one of the models."""
     for name in names:
         if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
@@ -196,8 +201,9 @@ def prunings_of(
     options: Mapping[str, Any] | None = None,
     prune: Sequence[str] = (),
 ) -> tuple[Pruning, ...]:
-    """Return the prunings of families (None: all) or published methods, each at every sparsity (None:
-    :data:`SPARSITIES`, or those of a method's paper); of existing pruned models; or of texts of ``--prune``."""
+    """Return the prunings of families (None: all) or published methods, each at every sparsity
+    (None: :data:`SPARSITIES`, or those of a method's paper); of existing pruned models; or of texts
+    of ``--prune``."""
     if prune:
         if pruned or method or family is not None or options or sparsity is not None:
             expected = "give no pruned model, family, method, sparsity or option with it"
@@ -206,7 +212,8 @@ def prunings_of(
     if pruned:
         if method or family is not None or options or sparsity is not None:
             raise InputError(
-                "pruned: a model sets its own pruning; give no family, method, sparsity or option with it"
+                "pruned: a model sets its own pruning; give no family, method, sparsity or option"
+                " with it"
             )
         if len(models) != 1:
             raise InputError(f"pruned: expected one dense model, got {len(models)}")
@@ -232,7 +239,8 @@ def prunings_of(
         defaults = [SPARSITIES if s is None else (s,) for s in only]
     if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
         raise InputError(
-            f"sparsity: expected none for {budgeted.title}: it follows from the length and the budget"
+            f"sparsity: expected none for {budgeted.title}: it follows from the length and the"
+            " budget"
         )
     defaults = [(None,) if p.budgeted else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
@@ -252,7 +260,8 @@ KEYWORDS = ("family", "sparsity", "method", "pruned", "prune", "options")
 def asked(
     models: Sequence[ModelConfig], settings: Mapping[str, Any]
 ) -> tuple[tuple[Pruning, ...], list[Request], tuple[str, ...]]:
-    """Return the prunings and the requests that keywords state, and notes on pruned models that cannot be read."""
+    """Return the prunings and the requests that keywords state, and notes on pruned models that
+    cannot be read."""
     own = {
         name: value for name, value in settings.items() if name in KEYWORDS and value is not None
     }
@@ -268,9 +277,9 @@ def asked(
 
 
 def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
-    """Return the existing pruned models that can be read, and one note for each other; raise the error if there is
-    none, or if two have one name. Checkpoints often keep the name of the model that they were pruned from: several of
-    one name are named after their folders."""
+    """Return the existing pruned models that can be read, and one note for each other; raise the
+    error if there is none, or if two have one name. Checkpoints often keep the name of the model
+    that they were pruned from: several of one name are named after their folders."""
     found: list[tuple[object, ModelConfig]] = []
     errors: list[InputError] = []
     for source in pruned:
@@ -284,8 +293,8 @@ def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tu
 
 
 def _named(found: Sequence[tuple[object, ModelConfig]]) -> list[ModelConfig]:
-    """Return models by source, each once; different ones of one name get the names of their folders, or are an
-    error."""
+    """Return models by source, each once; different ones of one name get the names of their
+    folders, or are an error."""
     named = []
     for source, model in found:
         several = any(other.name == model.name and other != model for _, other in found)
@@ -320,15 +329,15 @@ def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ..
     return tuple(out)
 
 
-# -- existing pruned models --------------------------------------------------------------------------------------------
+# -- existing pruned models ------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def difference_of(
     dense: ModelConfig, pruned: ModelConfig
 ) -> tuple[tuple[str, ...], tuple[str, ...], float]:
-    """Return how a pruned model differs from its dense model in lines, its families, and the removed share of all
-    parameters."""
+    """Return how a pruned model differs from its dense model in lines, its families, and the
+    removed share of all parameters."""
     from simulator.models.difference import difference
 
     lines = difference(dense, pruned)
@@ -350,7 +359,8 @@ def check_alike(dense: Workload, pruned: Workload) -> None:
 
 
 def as_pruned(dense: Workload, pruned: Workload) -> Workload:
-    """Return the workload of a pruned model with its difference from the dense model as a pruning step."""
+    """Return the workload of a pruned model with its difference from the dense model as a pruning
+    step."""
     own, ours, theirs = (
         pruned.meta.applied[len(dense.meta.applied) :],
         dense.meta.config,
@@ -367,7 +377,8 @@ def as_pruned(dense: Workload, pruned: Workload) -> Workload:
 
 
 def applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
-    """Return the families that pruned a workload, joined by "+", and their total sparsity, requested and realised."""
+    """Return the families that pruned a workload, joined by "+", and their total sparsity,
+    requested and realised."""
     steps = as_pruned(dense, pruned).meta.applied[len(dense.meta.applied) :]
     requested = float(1.0 - math.prod(1.0 - step.sparsity for step in steps))
     realised = float(1.0 - math.prod(1.0 - step.realised for step in steps))
@@ -375,7 +386,8 @@ def applied(dense: Workload, pruned: Workload) -> tuple[str, float, float]:
 
 
 ROUNDED = 0.02
-"""Difference of the requested and the realised share of KV heads from which the part ``heads`` is mentioned."""
+"""Difference of the requested and the realised share of KV heads from which the part ``heads`` is
+mentioned."""
 
 
 def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
@@ -426,8 +438,8 @@ def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
 def removed_parts(
     steps: Sequence[PruningStep], dense: Mapping[str, float], pruned: Mapping[str, float]
 ) -> str:
-    """Return what steps remove of each part of a workload: the requested share, the realised one, and both
-    :func:`sizes`."""
+    """Return what steps remove of each part of a workload: the requested share, the realised one,
+    and both :func:`sizes`."""
     if any(family.parts is None for step in steps for family in step.families):
         return ""
     before, after, asked = dict(dense), dict(pruned), _requested(steps)

@@ -1,12 +1,13 @@
 """Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
-Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional ``relative_loss``, which
-is checked against the two values. Numbers are comparable only on one axis: the same metric under the same protocol,
-hence with the same dense value.
+Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional
+``relative_loss``, which is checked against the two values. Numbers are comparable only on one axis:
+the same metric under the same protocol, hence with the same dense value.
 
-A CSV with the columns ``results,family,sparsity`` lists a model per row, one of family ``dense``. ``results`` is a file
-that ``lm_eval --output_path`` of EleutherAI's lm-evaluation-harness writes, or its folder. Every metric that the dense
-and the pruned model share becomes a row, and so does the mean of ``acc`` over their tasks.
+A CSV with the columns ``results,family,sparsity`` lists a model per row, one of family ``dense``.
+``results`` is a file that ``lm_eval --output_path`` of EleutherAI's lm-evaluation-harness writes,
+or its folder. Every metric that the dense and the pruned model share becomes a row, and so does the
+mean of ``acc`` over their tasks.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class QualityRow:
 
     @property
     def relative_loss(self) -> float:
-        """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 if quality improved."""
+        """Drop of the metric (rise of a perplexity) relative to the dense model; below 0 if quality
+        improved."""
         drop = self.dense - self.pruned if self.higher_is_better else self.pruned - self.dense
         return drop / self.dense
 
@@ -86,7 +88,8 @@ class QualityTable:
         return tuple(sorted({r.model for r in self.rows}))
 
     def of_model(self, model: str) -> QualityTable:
-        """Return the rows of one model (case is ignored); raise :class:`InputError` if there are none."""
+        """Return the rows of one model (case is ignored); raise :class:`InputError` if there are
+        none."""
         rows = tuple(r for r in self.rows if r.model.lower() == model.lower())
         if not rows:
             raise InputError(f"{self.name}: {unknown('model', model, self.models)}")
@@ -104,9 +107,9 @@ class QualityTable:
 def choose_axis(
     table: QualityTable, metric: str = "", protocol: str = "", *, strict: bool = False
 ) -> Axis:
-    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches all. A table's
-    default metric takes precedence. Of several axes the one with most families and rows is returned; with ``strict``
-    this is an InputError."""
+    """Return the axis of a metric and a protocol, given by name or part of it; empty text matches
+    all. A table's default metric takes precedence. Of several axes the one with most families and
+    rows is returned; with ``strict`` this is an InputError."""
     axes, metric = table.axes(), metric if metric or protocol else table.metric
     fitting = [
         a
@@ -124,7 +127,8 @@ def choose_axis(
         raise InputError(f"{table.name}: no rows with {requested}; there are: {listed}")
     if strict and len(fitting) > 1:
         raise InputError(
-            f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol: {listed}"
+            f"{table.name}: mixed metrics or protocols; choose one with --metric and --protocol:"
+            f" {listed}"
         )
     return fitting[0]
 
@@ -134,7 +138,8 @@ def list_quality() -> tuple[str, ...]:
 
 
 def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
-    """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by this project first."""
+    """Load a shipped table by name, a CSV file by path, or all shipped tables, rows measured by
+    this project first."""
     if name_or_path is None:
         tables = [
             load_quality(name)
@@ -155,7 +160,8 @@ def load_quality(name_or_path: str | Path | None = None) -> QualityTable:
 def read_quality(
     text: bytes | str, name: str = "quality table", folder: Path = Path()
 ) -> QualityTable:
-    """Return the table of the text of a CSV file in a folder; errors are one line ``file:line: column: reason``."""
+    """Return the table of the text of a CSV file in a folder; errors are one line ``file:line:
+    column: reason``."""
     table = read_csv(text, name)
     if "results" in table.header:
         table = expanded(read_csv(text, name, LISTED), folder)
@@ -221,7 +227,8 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
         if not equals or name not in FAMILIES[family].options:
             known = ", ".join(FAMILIES[family].options) or "none"
             raise InputError(
-                f"options: expected name=value; options of family {family} are: {known}; got {part!r}"
+                f"options: expected name=value; options of family {family} are: {known}; got"
+                f" {part!r}"
             )
         whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit accepts more than int does
         out[name] = {"true": True, "false": False}.get(
@@ -231,7 +238,8 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
 
 
 def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str) -> None:
-    """Check that rows on one axis share the direction and the dense value, and that none occurs twice."""
+    """Check that rows on one axis share the direction and the dense value, and that none occurs
+    twice."""
     first: dict[tuple[Any, ...], tuple[QualityRow, int]] = {}
     for row, line in zip(rows, lines):
         like, at = first.setdefault((row.metric,), (row, line))
@@ -301,7 +309,8 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
 
 
 def read_results(folder: Path, name: str) -> tuple[str, dict[str, Value]]:
-    """Return model and metrics of a results file, or of a folder of files of one model; the last by name counts."""
+    """Return model and metrics of a results file, or of a folder of files of one model; the last by
+    name counts."""
     path, values, models, parts = folder / name, dict[str, Value](), dict[str, None](), set[str]()
     inside = (
         [*path.glob("results_*.json"), *path.glob("*/results_*.json")]

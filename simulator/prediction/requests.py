@@ -1,4 +1,5 @@
-"""Make requests from settings (:func:`requests_of`), and group them by token budget (:func:`by_budget`)."""
+"""Make requests from settings (:func:`requests_of`), and group them by token budget
+(:func:`by_budget`)."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ K = TypeVar("K")
 
 
 def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]) -> list[Request]:
-    """Return the request of every combination of models and of the settings that are lists, in the order of the fields
-    of :class:`simulator.Request`; each value is used once."""
+    """Return the request of every combination of models and of the settings that are lists, in the
+    order of the fields of :class:`simulator.Request`; each value is used once."""
     if unknown_names := [name for name in settings if name not in SETTINGS]:
         raise TypeError(
             f"unexpected setting {unknown_names[0]!r}; expected one of {', '.join(SETTINGS)}"
@@ -61,8 +62,8 @@ def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
 def by_budget(
     requests: Sequence[Request], hardware: Iterable[HardwareProfile]
 ) -> list[tuple[list[Request], tuple[HardwareProfile, ...]]]:
-    """Return requests that differ only in shape for each token budget of their engine on some devices, with the devices
-    of that budget."""
+    """Return requests that differ only in shape for each token budget of their engine on some
+    devices, with the devices of that budget."""
     groups: dict[int | None, tuple[list[Request], list[HardwareProfile]]] = {}
     for hw in hardware:
         found = on(requests, hw)
@@ -87,7 +88,8 @@ def check_measured(found: Sequence[Request], hardware: Sequence[HardwareProfile]
 
 
 def dense_seconds(tokens_per_s: float | None, request: Request) -> float:
-    """Return the time of a pass in s from its throughput: new tokens/s of all sequences, in prefill prompt tokens/s."""
+    """Return the time of a pass in s from its throughput: new tokens/s of all sequences, in prefill
+    prompt tokens/s."""
     if tokens_per_s is None or not 0.0 < tokens_per_s < 1e12:
         raise InputError(f"tokens per second {tokens_per_s}: expected a positive number")
     each = {"prefill": request.seq, "decode": 1}.get(request.phase, request.new_tokens)
@@ -123,7 +125,8 @@ def by_key(values: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def models_of(models: OneOrMore[str | ModelConfig]) -> list[ModelConfig]:
-    """Load models, each once; raise InputError for two of one name, which results cannot distinguish."""
+    """Load models, each once; raise InputError for two of one name, which results cannot
+    distinguish."""
     return distinct(((source, load_model(source)) for source in listed("model", models)), "model")
 
 
@@ -138,8 +141,8 @@ def distinct(loaded: Iterable[tuple[object, ModelConfig]], kind: str) -> list[Mo
 
 
 def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
-    """Return names or paths of engines, each engine once; raise InputError for two of one name, which results cannot
-    distinguish."""
+    """Return names or paths of engines, each engine once; raise InputError for two of one name,
+    which results cannot distinguish."""
     found: dict[str, tuple[Engine, str]] = {}
     for source in listed("engine", engines):
         engine = load_engine(source)
@@ -160,7 +163,8 @@ def _ambiguous(kind: str, several: str, first: object, second: object, name: str
 
 
 def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:
-    """Load devices, each once; raise InputError for none, and for two of one name, which results cannot distinguish."""
+    """Load devices, each once; raise InputError for none, and for two of one name, which results
+    cannot distinguish."""
     found: dict[str, HardwareProfile] = {}
     for hw in (load_hardware(h) if isinstance(h, str) else h for h in listed("hardware", hardware)):
         instance("hardware", hw, HardwareProfile, "load_hardware")

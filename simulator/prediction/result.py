@@ -1,6 +1,7 @@
 """Define predictions: :class:`Result` is one prediction, :class:`Results` are many, as columns.
 
-The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files and data frames.
+The fields of :class:`Result` are the keys of ``--json`` and the columns of CSV and Parquet files
+and data frames.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Result(Displayed):
     family : str
         Pruning family; several are joined by "+".
     sparsity, realised_sparsity : float
-        Fraction requested (of an existing pruned model, the share of parameters removed), and after rounding.
+        Fraction requested (of an existing pruned model, the share of parameters removed), and after
+        rounding.
     phase : str
         Phase of inference: prefill, decode, generate or serve.
     batch, seq : int
@@ -84,7 +86,8 @@ class Result(Displayed):
     speedup, speedup_lower, speedup_upper : float
         ``dense_s / pruned_s``, with the ends of its interval.
     flop_bound, byte_bound, roofline_bound : float
-        Ratio of FLOPs, of bytes, and of the operators' datasheet rooflines; all exclude work that pruning adds.
+        Ratio of FLOPs, of bytes, and of the operators' datasheet rooflines; all exclude work that
+        pruning adds.
     bottleneck : str
         Largest share of the pruned model's time, one of ``BOTTLENECKS``.
     tokens_per_s : float or None
@@ -92,7 +95,8 @@ class Result(Displayed):
     ttft_s, ttft_lower, ttft_upper : float or None
         Time to first token of the pruned model, s, with the ends of its interval; None in decode.
     tpot_s, tpot_lower, tpot_upper : float or None
-        Time per further token of the pruned model, s, with the ends of its interval; None in prefill.
+        Time per further token of the pruned model, s, with the ends of its interval; None in
+        prefill.
     dense_tokens_per_s : float or None
         New tokens/s of the dense model.
     dense_ttft_s, dense_ttft_lower, dense_ttft_upper : float or None
@@ -110,11 +114,13 @@ class Result(Displayed):
     level : float
         Level of the intervals, in (0, 1).
     calibrated : bool
-        Whether operators with default constants take less than 5 % of the time (``uncalibrated_share``).
+        Whether operators with default constants take less than 5 % of the time
+        (``uncalibrated_share``).
     uncalibrated : str
         Operators without a fitted section, which have default constants, joined by "+".
     uncalibrated_share : float
-        Share of these operators in the time of the dense or of the pruned model, the larger share, in [0, 1].
+        Share of these operators in the time of the dense or of the pruned model, the larger share,
+        in [0, 1].
     new_tokens : int
         Tokens decoded after the prompt; 0 in prefill and decode.
     cached_prefix : int
@@ -128,7 +134,8 @@ class Result(Displayed):
     ideal : bool
         Whether the work that pruning adds is excluded.
     dense_memory_bytes, pruned_memory_bytes, capacity_bytes : float
-        Memory needed on the fullest device, and the memory that a device has (in serve: that the engine takes), bytes.
+        Memory needed on the fullest device, and the memory that a device has (in serve: that the
+        engine takes), bytes.
     dense_fits, pruned_fits : bool
         Whether the memory suffices.
     dense_largest_batch, pruned_largest_batch : int
@@ -138,7 +145,8 @@ class Result(Displayed):
     options : str
         Options of the family, as text.
     prune : str
-        The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned model.
+        The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned
+        model.
     parts : str
         Share that the pruning removes of layers, heads, widths and experts, after rounding.
 
@@ -146,7 +154,8 @@ class Result(Displayed):
     --------
     >>> import simulator
     >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill")
-    >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", 0.25), simulator.load_hardware("h100"))
+    >>> pruned = simulator.prune(dense, "depth", 0.25)
+    >>> r = simulator.speedup(dense, pruned, simulator.load_hardware("h100"))
     >>> print(repr(r)[:67])
     <Result: llama-3.1-8b on h100_sxm, vllm, prefill, batch 1, seq 2048
     >>> r.bottleneck, bool(r.lower < r.speedup < r.upper)
@@ -229,7 +238,8 @@ class Result(Displayed):
 
     @property
     def name(self) -> str:
-        """Name of the existing model, of the method or family at one sparsity, or else the text of ``--prune``."""
+        """Name of the existing model, of the method or family at one sparsity, or else the text of
+        ``--prune``."""
         name = self.method or self.family
         return self.pruned or (
             name if self.prune in ("", name, f"{name} {self.sparsity:.9g}") else self.prune
@@ -237,7 +247,8 @@ class Result(Displayed):
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the existing model."""
+        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the
+        existing model."""
         # a method that keeps a fixed number of tokens has no sparsity to print
         simple = self.name == (self.method or self.family) != self.prune
         return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
@@ -273,7 +284,10 @@ class Result(Displayed):
         )
         times = f"{seconds(self.dense_s)} to {seconds(self.pruned_s)}"
         about = f"{self.model} on {self.request}, {self.dtype}"
-        return f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)}, {self.bottleneck}-bound"
+        return (
+            f"{about}: {interval}, {times}: {self.family} {percent(self.sparsity)},"
+            f" {self.bottleneck}-bound"
+        )
 
 
 _KINDS: Mapping[str, type] = {
@@ -374,7 +388,10 @@ class Results(Displayed):
 
     def _title(self) -> str:
         models, devices = (few(plain(self.columns[name])) for name in ("model", "hardware"))
-        return f"{len(self):,} predictions of {models} on {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
+        return (
+            f"{len(self):,} predictions of {models} on"
+            f" {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
+        )
 
     def _columns(self) -> Mapping[str, Any]:
         """Return one row per result."""

@@ -1,9 +1,10 @@
-"""Answer "Will it run?" for a pruned model in a stock engine: can the engine load it, are its widths aligned, can the
-devices divide it, and has the engine kernels for it.
+"""Answer "Will it run?" for a pruned model in a stock engine: can the engine load it, are its
+widths aligned, can the devices divide it, and has the engine kernels for it.
 
-Use :func:`runnable` for a pruning, :func:`will_run` for workloads. Whether an engine loads a model follows from the
-features of its checkpoint (:func:`loading`), which are read from its workload on one device; engines state in their
-YAML files which features they load (:mod:`simulator.engines.engine`). :func:`config_of` writes a ``config.json``.
+Use :func:`runnable` for a pruning, :func:`will_run` for workloads. Whether an engine loads a model
+follows from the features of its checkpoint (:func:`loading`), which are read from its workload on
+one device; engines state in their YAML files which features they load
+(:mod:`simulator.engines.engine`). :func:`config_of` writes a ``config.json``.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ _DIVIDED = {
 
 
 DIVIDING = frozenset(("llama", "gemma2", "gemma3", "gemma3_text"))
-"""Architectures whose configuration in Transformers from 5.5 requires heads that divide the hidden size, also if
-head_dim is stated (``validate_architecture``; tried in vLLM 0.32 with Transformers 5.19, and in Transformers 5.24)."""
+"""Architectures whose configuration in Transformers from 5.5 requires heads that divide the hidden
+size, also if head_dim is stated (``validate_architecture``; tried in vLLM 0.32 with Transformers
+5.19, and in Transformers 5.24)."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -88,9 +90,10 @@ class Runnable(Displayed):
 
 
 def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
-    """Return whether the stock engine of a request runs a pruning of its model; the gain of an aligned width is
-    predicted on ``hw``. Loading and divisibility are those of the whole model; alignment and kernels those of its share
-    on each device. A model that the devices cannot divide is judged on one device."""
+    """Return whether the stock engine of a request runs a pruning of its model; the gain of an
+    aligned width is predicted on ``hw``. Loading and divisibility are those of the whole model;
+    alignment and kernels those of its share on each device. A model that the devices cannot divide
+    is judged on one device."""
     alone = replace(request, devices=1)
     whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own
@@ -109,7 +112,8 @@ def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = No
 
 
 def runnables(found: Results, hardware: Sequence[HardwareProfile] = ()) -> list[Runnable]:
-    """Return the answer for each result of a table; with ``hardware``, the gain of an aligned width too."""
+    """Return the answer for each result of a table; with ``hardware``, the gain of an aligned width
+    too."""
     requests = {(load_engine(r.engine).name, r.phase, r.batch, r.seq): r for r in found.requests}
     profiles = {hw.label: hw for hw in hardware}
     known: dict[tuple[str, int, int, str], Runnable] = {}
@@ -135,9 +139,9 @@ def will_run(
     share: Workload | None = None,
     divisible_reason: str = "",
 ) -> Runnable:
-    """Return whether the stock engine of a workload on one device runs its model. ``config`` is the configuration of an
-    existing checkpoint (default: that of the dense model), ``share`` the share of each of several devices,
-    ``divisible_reason`` why they cannot divide the model."""
+    """Return whether the stock engine of a workload on one device runs its model. ``config`` is the
+    configuration of an existing checkpoint (default: that of the dense model), ``share`` the share
+    of each of several devices, ``divisible_reason`` why they cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(
             f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices"
@@ -199,7 +203,8 @@ def _indivisible(whole: Workload, devices: int, parallel: str) -> str:
 
 
 def _units(w: Workload, engine: Engine) -> tuple[Array, Array]:
-    """Return the elements in 16 bytes of each row, and the number of which the engine's kernels need a multiple."""
+    """Return the elements in 16 bytes of each row, and the number of which the engine's kernels
+    need a multiple."""
     sixteen = np.array([aligned_elements(ELEMENT_BYTES[name]) for name in DTYPES])[w.dtype]
     own = np.array(
         [engine.widths[name].multiple if name in engine.widths else 1 for name in DTYPES]
@@ -210,7 +215,8 @@ def _units(w: Workload, engine: Engine) -> tuple[Array, Array]:
 
 
 def _worst(w: Workload, odd: dict[str, Array], unit: Array) -> tuple[str, int, int]:
-    """Return the unaligned dimension with the most weights, its width and the number it should be a multiple of."""
+    """Return the unaligned dimension with the most weights, its width and the number it should be a
+    multiple of."""
     weights, best = w.n * w.k * w.count, ("", 0, 1)
     most = 0.0
     for name, width in odd.items():
@@ -237,7 +243,10 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
             return f"stock {engine.name} has no kernels for {family}"
         own = engine.dynamic[family]
         if hw is not None and own.on and hw.architecture not in own.on:
-            return f"stock {engine.name} has kernels for {family} only on {with_and(own.on)} ({own.how})"
+            return (
+                f"stock {engine.name} has kernels for {family} only on {with_and(own.on)}"
+                f" ({own.how})"
+            )
     if (w.kernel == Kernel.SPMV).any():
         return f"stock {engine.name} has no kernels that skip scattered zeros (spmv)"
     if reason := refusal(WorkloadBatch.of([w]), hw.architecture if hw else ""):
@@ -262,8 +271,9 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
 
 
 def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:
-    """Return whether the stock engine loads the checkpoint of a model (None: its file does not state it), and how, or
-    why not. ``config`` is the configuration of the checkpoint, or of the dense model."""
+    """Return whether the stock engine loads the checkpoint of a model (None: its file does not
+    state it), and how, or why not. ``config`` is the configuration of the checkpoint, or of the
+    dense model."""
     present = tuple(features(w, config.architecture if config else ""))
     how = {name: engine.loads[name].how for name in present if name in engine.loads}
     missing: dict[str, list[str]] = {}  # reason -> features
@@ -291,14 +301,18 @@ def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bo
     if unknown := [FEATURES[name] for name in present if name not in how]:
         return (
             None,
-            f"the file of engine {engine.name} does not state whether it loads {', '.join(unknown)}",
+            (
+                f"the file of engine {engine.name} does not state whether it loads"
+                f" {', '.join(unknown)}"
+            ),
         )
     special = dict.fromkeys(text for name, text in how.items() if name != "uniform")
     return True, " and ".join(special) or how["uniform"]
 
 
 def features(w: Workload, architecture: str = "") -> Iterator[str]:
-    """Yield the features (:data:`simulator.engines.engine.FEATURES`) of the checkpoint of a model on one device."""
+    """Yield the features (:data:`simulator.engines.engine.FEATURES`) of the checkpoint of a model
+    on one device."""
     yield "uniform"
     attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
     linear, inside = w.is_role("linear"), w.layer >= 0
@@ -338,7 +352,8 @@ def features(w: Workload, architecture: str = "") -> Iterator[str]:
 
 
 def blocks(w: Workload) -> tuple[Block, ...]:
-    """Return the different sublayers of a model on one device: attention, MLPs and experts, each as one block."""
+    """Return the different sublayers of a model on one device: attention, MLPs and experts, each as
+    one block."""
     attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
     kv_heads = np.where(w.latent > 0, w.heads, w.kv_heads)
     pairs = np.unique(np.stack([w.heads, kv_heads])[:, attention], axis=1).T.tolist()
@@ -351,7 +366,8 @@ def blocks(w: Workload) -> tuple[Block, ...]:
 
 
 def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
-    """Return a model with the layers, widths and experts of a pruned workload, equal in all layers."""
+    """Return a model with the layers, widths and experts of a pruned workload, equal in all
+    layers."""
     layers, attention, routed = (
         layer_count(pruned),
         pruned.is_attention,
@@ -383,7 +399,8 @@ def _largest(values: Any, default: int) -> int:
 
 
 def config_of(source: str, r: Result) -> dict[str, Any]:
-    """Return the content of the ``config.json`` of a predicted pruned model; InputError if it has no such file."""
+    """Return the content of the ``config.json`` of a predicted pruned model; InputError if it has
+    no such file."""
     dense, content = load_model(source), content_of(source)
     if not content:
         raise InputError(
@@ -427,7 +444,8 @@ def _refusal(found: Loading, feature: str, w: Workload, config: ModelConfig | No
 
 
 def _kind(config: ModelConfig) -> str:
-    """Return the model type whose code runs a model: Mistral without windows has the tensors and operators of Llama."""
+    """Return the model type whose code runs a model: Mistral without windows has the tensors and
+    operators of Llama."""
     plain_mistral = config.architecture == "mistral" and not any(config.windows)
     return "llama" if plain_mistral else config.architecture
 

@@ -1,4 +1,5 @@
-"""All sentences about predictions: conclusions of commands, answers to "will it run?", and notes on limits.
+"""All sentences about predictions: conclusions of commands, answers to "will it run?", and notes on
+limits.
 
 Each function returns the sentence about a fact, or "" (or none) without the fact.
 """
@@ -72,7 +73,8 @@ def speedup_text(r: Result | Point) -> str:
 
 
 def shares(r: Result) -> str:
-    """Return the share of all parts that is removed, requested and realised; "" if the pruning's name has it."""
+    """Return the share of all parts that is removed, requested and realised; "" if the pruning's
+    name has it."""
     requested, realised = percent(r.sparsity), percent(r.realised_sparsity)
     if r.pruned:
         return f"{requested} of all parameters removed"
@@ -123,12 +125,13 @@ def gain_text(model: str, value: float, low: float, high: float) -> str:
     )
 
 
-# -- speedup -----------------------------------------------------------------------------------------------------------
+# -- speedup ---------------------------------------------------------------------------------------
 
 
 def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
-    """Return how much faster each pruning is. Few results get a sentence each. For many, sentences name the fastest of
-    each setting, or of all settings, and the number of gains and losses. Each result's clause ends its sentence."""
+    """Return how much faster each pruning is. Few results get a sentence each. For many, sentences
+    name the fastest of each setting, or of all settings, and the number of gains and losses. Each
+    result's clause ends its sentence."""
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
         gains = [gain_text(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
@@ -150,12 +153,16 @@ def _fastest(
     counts = f"{gains} of {len(some)} are faster with their whole interval" + (
         f", {losses} slower" if losses else ""
     )
-    return f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')}; {counts}."
+    return (
+        f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')};"
+        f" {counts}."
+    )
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The batches or lengths at which a pruning pays: the whole interval of its speedup is above :data:`GAIN`."""
+    """The batches or lengths at which a pruning pays: the whole interval of its speedup is above
+    :data:`GAIN`."""
 
     axis: str  # "batch" or "seq"
     results: tuple[Result, ...]  # ascending; only those that fit into the memory, unless none does
@@ -197,11 +204,20 @@ class BreakEven:
         if all(pays):
             if len(values) == 1:
                 return f"pays at {self._name} {values[0]:,} ({_bare(found[0])})"
-            return f"pays at every {self._name} from {ends} ({self._at(found[0], ', at')}; {self._at(found[-1], ', at')})"
+            return (
+                f"pays at every {self._name} from {ends} ({self._at(found[0], ', at')};"
+                f" {self._at(found[-1], ', at')})"
+            )
         if all(pays[start:]):
-            return f"pays from {self._name} {values[start]:,} ({_bare(found[start])}); not at {values[start - 1]:,}"
+            return (
+                f"pays from {self._name} {values[start]:,} ({_bare(found[start])}); not at"
+                f" {values[start - 1]:,}"
+            )
         if all(pays[: stop + 1]):
-            return f"pays up to {self._name} {values[stop]:,} ({_bare(found[stop])}); not at {values[stop + 1]:,}"
+            return (
+                f"pays up to {self._name} {values[stop]:,} ({_bare(found[stop])}); not at"
+                f" {values[stop + 1]:,}"
+            )
         at = [f"{v:,}" for v, paid in zip(values, pays) if paid]
         shown = (
             with_and(at) if len(at) <= NAMED else f"{len(at)} of {len(values)} values from {ends}"
@@ -230,8 +246,8 @@ def _bare(r: Result) -> str:
 
 
 def break_even(results: Sequence[Result]) -> list[BreakEven]:
-    """Return the break-even of each pruning, model, device, engine and phase over the batches, or over the lengths;
-    none if neither varies."""
+    """Return the break-even of each pruning, model, device, engine and phase over the batches, or
+    over the lengths; none if neither varies."""
     axis = next(
         (axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), ""
     )
@@ -253,7 +269,7 @@ def break_even(results: Sequence[Result]) -> list[BreakEven]:
     return out
 
 
-# -- will it run? ------------------------------------------------------------------------------------------------------
+# -- will it run? ----------------------------------------------------------------------------------
 
 ZEROS = "dense kernels compute its scattered zeros, so they save no time"
 """Why kernels do not use a pruning although they run it."""
@@ -300,7 +316,7 @@ def unaligned(r: Runnable) -> str:
     return f"{text}; {r.aligned_width:,} is {faster}"
 
 
-# -- advise ------------------------------------------------------------------------------------------------------------
+# -- advise ----------------------------------------------------------------------------------------
 
 
 def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
@@ -308,8 +324,9 @@ def settings_of(held: Sequence[T]) -> Mapping[str, list[T]]:
 
 
 def of_advice(found: Advised, target: Target) -> list[str]:
-    """Return the least pruning that reaches a target with its probability, or the closest pruning, and the settings in
-    which the dense model reaches it. For several settings, the least and the most pruning are named."""
+    """Return the least pruning that reaches a target with its probability, or the closest pruning,
+    and the settings in which the dense model reaches it. For several settings, the least and the
+    most pruning are named."""
     best = {where: group[0] for where, group in settings_of(found.advice).items()}
     reached = {where: a.result for where, a in best.items() if a.reached}
     missed = {where: a for where, a in best.items() if not a.reached}
@@ -318,13 +335,15 @@ def of_advice(found: Advised, target: Target) -> list[str]:
         ((where, a),) = best.items()
         start = f"The least pruning of {a.result.model} that reaches {target.text} on {where} is"
         out.append(
-            f"{start} {pruning_text(a.result)}; predicted {_predicted(a)}{_runs(a.result.engine, a.runs)}."
+            f"{start} {pruning_text(a.result)}; predicted"
+            f" {_predicted(a)}{_runs(a.result.engine, a.runs)}."
         )
         stock = next((b for b in settings_of(found.advice)[where] if b.reached and b.runs), a)
         if stock is not a:
             name = pruning_text(stock.result)
             out.append(
-                f"The least that stock {a.result.engine} runs is {name}; predicted {_predicted(stock)}."
+                f"The least that stock {a.result.engine} runs is {name}; predicted"
+                f" {_predicted(stock)}."
             )
     elif reached:
         low, high = (
@@ -353,15 +372,18 @@ def of_advice(found: Advised, target: Target) -> list[str]:
 
 
 def _predicted(a: Advice) -> str:
-    return f"{speedup_text(a.result)}, {seconds(a.result.pruned_s)}, probability {probability_text(a.probability)}"
+    return (
+        f"{speedup_text(a.result)}, {seconds(a.result.pruned_s)}, probability"
+        f" {probability_text(a.probability)}"
+    )
 
 
-# -- pareto ------------------------------------------------------------------------------------------------------------
+# -- pareto ----------------------------------------------------------------------------------------
 
 
 def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[str]:
-    """Return the models on each frontier and the best trade, which has the largest log speedup per loss; with
-    ``max_loss``, the fastest model with at most this loss."""
+    """Return the models on each frontier and the best trade, which has the largest log speedup per
+    loss; with ``max_loss``, the fastest model with at most this loss."""
     if len(fronts) <= MOST_SENTENCES:
         return [_front(front) if max_loss is None else _within(front, max_loss) for front in fronts]
     trades = (
@@ -378,7 +400,10 @@ def of_fronts(fronts: Sequence[Front], max_loss: float | None = None) -> list[st
         return [f"{start}: {', '.join(named) or 'none is faster than the dense model'}."]
     often = _by_method([p for front in fronts for p in front.points if p.optimal])
     return [
-        f"The best trade, most speedup per loss of {fronts[0].axis.metric}: {', '.join(named) or 'none'}.",
+        (
+            f"The best trade, most speedup per loss of {fronts[0].axis.metric}:"
+            f" {', '.join(named) or 'none'}."
+        ),
         f"On at least one frontier: {often or 'only the dense model'}.",
     ]
 
@@ -387,8 +412,14 @@ def _front(front: Front) -> str:
     own = [p for p in front.points if p.optimal]
     where = f"On {setting(front)}"
     if not own:
-        return f"{where}, no pruned {front.model} is on the frontier: none is faster at its loss than the dense model."
-    text = f"{where}, {len(own)} of {len(front.points)} pruned {front.model} are on the frontier: {_by_method(own)}"
+        return (
+            f"{where}, no pruned {front.model} is on the frontier: none is faster at its loss than"
+            " the dense model."
+        )
+    text = (
+        f"{where}, {len(own)} of {len(front.points)} pruned {front.model} are on the frontier:"
+        f" {_by_method(own)}"
+    )
     trade = best_trade(front)
     if trade is None:
         return f"{text}; none is faster than the dense model."
@@ -401,7 +432,10 @@ def _within(front: Front, max_loss: float) -> str:
     kept = f"{front.model} with at most {percent(max_loss)} loss of {front.axis.metric}"
     if best is None:
         return f"On {setting(front)}, no pruned {kept} is faster than the dense model."
-    return f"On {setting(front)}, the fastest {kept} is {best.name}: {speedup_text(best)} at {percent(best.loss)} loss."
+    return (
+        f"On {setting(front)}, the fastest {kept} is {best.name}: {speedup_text(best)} at"
+        f" {percent(best.loss)} loss."
+    )
 
 
 def _by_method(points: Sequence[Point]) -> str:
@@ -415,8 +449,8 @@ def _by_method(points: Sequence[Point]) -> str:
 
 
 def best_trade(front: Front) -> Point | None:
-    """Return the point of a frontier with the largest log speedup per loss, preferably one whose whole interval is a
-    gain; None if no point is faster than the dense model."""
+    """Return the point of a frontier with the largest log speedup per loss, preferably one whose
+    whole interval is a gain; None if no point is faster than the dense model."""
     faster = [p for p in front.points if p.optimal and p.speedup > 1.0]
     certain = [p for p in faster if p.speedup_lower > 1.0]
     return max(
@@ -425,17 +459,18 @@ def best_trade(front: Front) -> Point | None:
 
 
 def fastest_within(front: Front, max_loss: float) -> Point | None:
-    """Return the fastest point of a frontier with at most this loss; None if none is faster than the dense model."""
+    """Return the fastest point of a frontier with at most this loss; None if none is faster than
+    the dense model."""
     faster = [p for p in front.points if p.optimal and p.speedup > 1.0 and p.loss <= max_loss]
     return max(faster, key=lambda p: p.speedup, default=None)
 
 
-# -- explain -----------------------------------------------------------------------------------------------------------
+# -- explain ---------------------------------------------------------------------------------------
 
 
 def conclusion(e: Explanation) -> str:
-    """Return a sentence on nominal and predicted speedup, bottleneck and largest losses, and advice for a host-bound
-    model."""
+    """Return a sentence on nominal and predicted speedup, bottleneck and largest losses, and advice
+    for a host-bound model."""
     r, losses = (
         e.result,
         sorted((s for s in e.steps[1:] if s.factor < NOTABLE), key=lambda s: s.factor),
@@ -461,7 +496,8 @@ def conclusion(e: Explanation) -> str:
 
 
 def conclusions(found: Sequence[Explanation]) -> list[str]:
-    """Return the :func:`conclusion` of each explanation; for many explanations, the range of speedups."""
+    """Return the :func:`conclusion` of each explanation; for many explanations, the range of
+    speedups."""
     if len(found) <= MOST_SENTENCES:
         return [conclusion(e) for e in found]
     ends = [pick(found, key=lambda e: e.result.speedup).result for pick in (min, max)]
@@ -475,25 +511,32 @@ def _host_bound(e: Explanation) -> str:
     if not e.layer_s:
         return ""
     engine = load_engine(e.dense.meta.engine)
-    text = f"{engine.title}: the host needs {seconds(e.layer_s)} per layer; while the device needs less, narrower "
+    text = (
+        f"{engine.title}: the host needs {seconds(e.layer_s)} per layer; while the device needs"
+        " less, narrower "
+    )
     text += "layers give no speedup: use fewer layers or a CUDA graph"
     narrower = any(
         name in FAMILIES and FAMILIES[name].narrows for name in e.result.family.split("+")
     )
     if narrower and engine.own_code.source:
-        text += f" (custom modelling code has cost up to another x{engine.own_code.value:g} in published results)"
+        text += (
+            f" (custom modelling code has cost up to another x{engine.own_code.value:g} in"
+            " published results)"
+        )
     return f" {text}."
 
 
-# -- serve -------------------------------------------------------------------------------------------------------------
+# -- serve -----------------------------------------------------------------------------------------
 
 _LIMITED = {"ttft": "time to the first token", "tpot": "time per output token"}
 LEAST = 0.001  # relative change of a number of bytes from which it is stated
 
 
 def of_service(service: Service) -> list[str]:
-    """Return the conclusions at equal concurrency and at equal memory, on the pruning with the most tokens/s at equal
-    memory; if there are limits, also on the pruning with the most tokens/s within them."""
+    """Return the conclusions at equal concurrency and at equal memory, on the pruning with the most
+    tokens/s at equal memory; if there are limits, also on the pruning with the most tokens/s within
+    them."""
     kinds, best = service.kinds, ranked(service)[0]
     last = kinds[MEMORY][0], kinds[MEMORY][best]
     ends = service.equal[:: max(1, len(service.equal) - 1)] if kinds[MEMORY][0].fits else []
@@ -510,7 +553,8 @@ def of_service(service: Service) -> list[str]:
 
 
 def ranked(service: Service, kind: str = MEMORY) -> list[int]:
-    """Return the indices (from 1) of the pruned models by falling tokens/s at the points of a kind."""
+    """Return the indices (from 1) of the pruned models by falling tokens/s at the points of a
+    kind."""
     rates = [point.tokens_per_s if point.concurrency else 0.0 for point in service.kinds[kind]]
     return sorted(range(1, len(rates)), key=lambda i: -rates[i])
 
@@ -521,7 +565,8 @@ def best_point(service: Service) -> OperatingPoint:
 
 
 def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best: int) -> str:
-    """Return how much faster the best pruned model is with equally many requests in flight, and the others."""
+    """Return how much faster the best pruned model is with equally many requests in flight, and the
+    others."""
     dense, pruned = points[0], points[best]
     gain = gain_text(pruned.model, pruned.ratio, pruned.ratio_lower, pruned.ratio_upper)
     gain += (
@@ -531,7 +576,8 @@ def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best:
     if full := [point.pruning or "the dense model" for point in (dense, pruned) if not point.fits]:
         text += f"; so many do not fit with {' or '.join(full)}"
     others = [
-        f"{p.name} {_times(p)}{f', which stock {p.engine} does not run' if service.runs[i - 1].works is False else ''}"
+        f"{p.name} {_times(p)}"
+        + f", which stock {p.engine} does not run" * (service.runs[i - 1].works is False)
         for i, p in enumerate(points)
         if i not in (0, best)
     ]
@@ -539,15 +585,22 @@ def _equal_concurrency(service: Service, points: Sequence[OperatingPoint], best:
 
 
 def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
-    """Return how many more sequences of a pruned model fit at equal memory, and how long each request takes."""
+    """Return how many more sequences of a pruned model fit at equal memory, and how long each
+    request takes."""
     name = pruned.name
     if not pruned.concurrency:
         return f"{name} does not fit on {pruned.setting}: {_weights(pruned)}."
     if not dense.concurrency:
         here = f"{_count(pruned)} sequences fit: {pruned.tokens_per_s:,.0f} tokens/s per GPU"
-        return f"{dense.model} does not fit on {dense.setting}: {_weights(dense)}; with {name}, {here}."
+        return (
+            f"{dense.model} does not fit on {dense.setting}: {_weights(dense)}; with {name},"
+            f" {here}."
+        )
     if pruned.concurrency == dense.concurrency:
-        fit = f"as many sequences {'run' if pruned.limited_by == 'engine' else 'fit'} ({_count(pruned)})"
+        fit = (
+            f"as many sequences {'run' if pruned.limited_by == 'engine' else 'fit'}"
+            f" ({_count(pruned)})"
+        )
     else:
         comma, times = (
             "," if pruned.limited_by == "engine" else "",
@@ -562,7 +615,10 @@ def equal_memory(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 
 def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoint) -> str:
     """Return how much more a pruned model serves within limits, or which limit a model exceeds."""
-    start = f"Within {service.limits.text} (with a probability of {percent(service.limits.probability)})"
+    start = (
+        f"Within {service.limits.text} (with a probability of"
+        f" {percent(service.limits.probability)})"
+    )
     names = {
         point.pruning or "the dense model": point
         for point in (dense, pruned)
@@ -584,7 +640,8 @@ def within_limits(service: Service, dense: OperatingPoint, pruned: OperatingPoin
 
 
 def failing_text(service: Service, point: OperatingPoint) -> str:
-    """Return the limit that a model exceeds even for one request, and by how much; "" without such a limit."""
+    """Return the limit that a model exceeds even for one request, and by how much; "" without such
+    a limit."""
     if not point.unmet:
         return ""
     time = seconds(service.limits.named[point.unmet] * point.excess)
@@ -627,7 +684,10 @@ def _smaller(dense: OperatingPoint, pruned: OperatingPoint) -> str:
 
 
 def _weights(point: OperatingPoint) -> str:
-    return f"its weights take {size(point.weights_bytes)}{' of each device' if point.devices > 1 else ''}"
+    return (
+        "its weights take"
+        f" {size(point.weights_bytes)}{' of each device' if point.devices > 1 else ''}"
+    )
 
 
 def money(value: float) -> str:
@@ -640,7 +700,7 @@ def money(value: float) -> str:
     return f"{value:,.{digits}f}" if value >= 0.1 else f"{value:.3g}"
 
 
-# -- notes on existing models and on measured times --------------------------------------------------------------------
+# -- notes on existing models and on measured times ------------------------------------------------
 
 
 def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
@@ -656,7 +716,8 @@ def difference_lines(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]
 
 
 def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Inferred | None:
-    """Infer device and host speed from the measured time of a request; None without a measured time."""
+    """Infer device and host speed from the measured time of a request; None without a measured
+    time."""
     if request.dense_s is None:
         return None
     return compare(batch_with(dense, [dense]), hw, request.level, request.dense_s)[1]
@@ -668,7 +729,10 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
     )
     if not inferred.consistent:
         apart = f"{inferred.deviation:.1f} standard deviations apart, so it is ignored"
-        return f"{predicted}: {apart}; check that it is for this model, GPU, engine, phase, batch and length"
+        return (
+            f"{predicted}: {apart}; check that it is for this model, GPU, engine, phase, batch and"
+            " length"
+        )
     host = f"x{inferred.host:.2f} of a typical host"
     if inferred.layer_s:
         host = f"{seconds(inferred.layer_s)} per layer, {host}"
@@ -682,10 +746,11 @@ def inferred_line(inferred: Inferred, hardware: str, dense_s: float) -> str:
     return f"{predicted}: kernels take x{inferred.device:.2f} of the prediction{also}"
 
 
-# -- notes on limits of the prediction ---------------------------------------------------------------------------------
+# -- notes on limits of the prediction -------------------------------------------------------------
 
 BETTER, SHARE, OCTAVES = 1.03, 0.1, 1.0
-"""Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which a note is given."""
+"""Speedup over roofline bound, share of the time, and octaves outside the measured sizes from which
+a note is given."""
 
 # share of the time in collectives from which a note states the assumed connection
 LINK_SHARE = 0.05
@@ -710,7 +775,10 @@ def dense_notes(
     for hw in devices:
         dense = lower(*on([request], hw))
         if hw.label in too_large:
-            where = f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq {about.seq}"
+            where = (
+                f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq"
+                f" {about.seq}"
+            )
             yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
         if joined := assumed_link(hw, dense):
             yield joined
@@ -732,7 +800,10 @@ def _too_large(dense: Workload, hw: HardwareProfile) -> str:
     left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
     largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
     way += f"; the largest {name} that fits is {largest}" if largest else ""
-    return f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available ({way})"
+    return (
+        f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available"
+        f" ({way})"
+    )
 
 
 def above_bound(
@@ -761,7 +832,8 @@ def above_bound(
 
 
 def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
-    """Return a note if GEMMs with a notable share of the time lie far outside the fitted sizes, or ""."""
+    """Return a note if GEMMs with a notable share of the time lie far outside the fitted sizes, or
+    ""."""
     served = load_engine(w.meta.engine).serving(hw)
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
         found = served.section("gemm", label_of(dtype, weight)).arrays.get("measured")
@@ -780,15 +852,18 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
 
 
 def fallback(hw: HardwareProfile, w: Workload) -> str:
-    """Return a note on assumed kernels, or "": kernels of another stack than the engine's (unless the user selected the
-    stack), an unused fit of another decode kernel, generic defaults of an architecture without any fit, and
-    :func:`experts_assumed`."""
+    """Return a note on assumed kernels, or "": kernels of another stack than the engine's (unless
+    the user selected the stack), an unused fit of another decode kernel, generic defaults of an
+    architecture without any fit, and :func:`experts_assumed`."""
     engine, labels = load_engine(w.meta.engine), sections_of(w)
     assumed = experts_assumed(w)
     if "generic" in unfitted(
         hw.section("gemm", labels.get("gemm", w.meta.dtype)), GEMM_CONSTANTS, hw.architecture
     ):
-        return f"{hw.label}: generic defaults, because no GEMMs of its architecture ({hw.architecture}) have their own"
+        return (
+            f"{hw.label}: generic defaults, because no GEMMs of its architecture"
+            f" ({hw.architecture}) have their own"
+        )
     if hw.pinned or not engine.stacks:
         return assumed
     own, served = engine.stacks[0], engine.serving(hw)
@@ -818,24 +893,30 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
     ):
         name = f"{hw.name}@{unused.stack}"
         out.append(
-            f"{unused.stack}'s decode attention is not the default of {own}; if it is enabled, use {name}"
+            f"{unused.stack}'s decode attention is not the default of {own}; if it is enabled, use"
+            f" {name}"
         )
     return "; ".join(filter(None, (f"{hw.label}: {'; '.join(out)}" if out else "", assumed)))
 
 
 def assumed_link(hw: HardwareProfile, w: Workload) -> str:
-    """Return a note on an assumed connection of the devices; "" if collectives take less than :data:`LINK_SHARE`."""
+    """Return a note on an assumed connection of the devices; "" if collectives take less than
+    :data:`LINK_SHARE`."""
     if hw.link is None or w.meta.link or w.meta.devices == 1 or hw.own_link:
         return ""
     spent = _timed(w, hw)[0].seconds * w.count
     if spent[w.kind == Kind.COLLECTIVE].sum() < LINK_SHARE * spent.sum():
         return ""
     others = " or ".join(link_choices(hw.link, hw.bridge)[1:])
-    return f"{hw.label}: its devices are assumed to have {hw.link.text}; for another link, use --link {others}"
+    return (
+        f"{hw.label}: its devices are assumed to have {hw.link.text}; for another link, use --link"
+        f" {others}"
+    )
 
 
 def experts_assumed(w: Workload) -> str:
-    """Return how a workload's engine is assumed to run routed experts if its generations differ in that, or ""."""
+    """Return how a workload's engine is assumed to run routed experts if its generations differ in
+    that, or ""."""
     engine = load_engine(w.meta.engine)
     ways = {g.name: g.values.get("experts", engine.experts) for g in engine.generations}
     if len(set(ways.values())) < 2 or not (w.kind == Kind.EXPERTS).any():
@@ -846,7 +927,8 @@ def experts_assumed(w: Workload) -> str:
 
 
 def sections_of(w: Workload) -> dict[str, str]:
-    """Return the operators of a profile that a workload needs, and the number format of each section."""
+    """Return the operators of a profile that a workload needs, and the number format of each
+    section."""
     kinds = w.kind.astype(np.int64) * 2 + (w.value_dim > 0)
     out = {}
     for row in sorted(np.unique(kinds, return_index=True)[1].tolist()):
@@ -861,9 +943,10 @@ def sections_of(w: Workload) -> dict[str, str]:
 def better_than_bound(
     dense: Workload, pruned: Workload, hw: HardwareProfile, speedup: float, bound: float
 ) -> str:
-    """Explain a speedup above its roofline bound; return "" for other speedups. One operator is closer to its roofline
-    in the pruned than in the dense model, because kernels of the stack are slow at the dense shape; or else the removed
-    work was farther from its roofline than the rest (such as the head)."""
+    """Explain a speedup above its roofline bound; return "" for other speedups. One operator is
+    closer to its roofline in the pruned than in the dense model, because kernels of the stack are
+    slow at the dense shape; or else the removed work was farther from its roofline than the rest
+    (such as the head)."""
     if speedup <= BETTER * bound:
         return ""
     (time_d, roof_d), (time_p, roof_p) = (_by_role(w, hw) for w in (dense, pruned))
@@ -895,7 +978,8 @@ def better_than_bound(
 
 
 def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
-    """Return the operators with default constants in some results or frontiers, and their largest share of the time."""
+    """Return the operators with default constants in some results or frontiers, and their largest
+    share of the time."""
     every = list(found)
     parts = {part for r in every for part in r.uncalibrated.split("+")}
     share = max((r.uncalibrated_share for r in every), default=0.0)
@@ -903,18 +987,22 @@ def uncalibrated_of(found: Iterable[Any]) -> tuple[str, float]:
 
 
 def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...]:
-    """Return one note on operators with default constants, for all devices on which their share of the time is at least
-    :data:`SMALL_SHARE`; ``measured``: the user gave a dense time."""
+    """Return one note on operators with default constants, for all devices on which their share of
+    the time is at least :data:`SMALL_SHARE`; ``measured``: the user gave a dense time."""
     mine = by_key((r for r in found if r.uncalibrated_share >= SMALL_SHARE), lambda r: r.hardware)
     of = {device: uncalibrated_of(some) for device, some in mine.items()}
     devices: dict[str, list[str]] = {}
     for device, (parts, _) in sorted(of.items(), key=lambda item: -item[1][1]):
         devices.setdefault(with_and([TITLES[part] for part in parts.split("+")]), []).append(device)
     what = [
-        f"{names} on {with_and(some)} ({'up to ' if len(some) > 1 else ''}{100.0 * of[some[0]][1]:.0f} % of the time)"
+        f"{names} on {with_and(some)}"
+        f" ({'up to ' if len(some) > 1 else ''}{100.0 * of[some[0]][1]:.0f} % of the time)"
         for names, some in devices.items()
     ]
-    action = f"run prunesim calibrate on the GPU{'' if measured else ', or give a measured --dense-time'}"
+    action = (
+        "run prunesim calibrate on the"
+        f" GPU{'' if measured else ', or give a measured --dense-time'}"
+    )
     return (
         (f"{', '.join(what)}: not calibrated; defaults with wide intervals are used; {action}",)
         if what
@@ -923,7 +1011,8 @@ def uncalibrated(found: Iterable[Any], measured: bool = False) -> tuple[str, ...
 
 
 def _timed(w: Workload, hw: HardwareProfile) -> tuple[OperatorTimes, HardwareProfile]:
-    """Return the time of one execution of each row, and the device with the kernels of the workload's engine."""
+    """Return the time of one execution of each row, and the device with the kernels of the
+    workload's engine."""
     engine = load_engine(w.meta.engine)
     hw = engine.serving(hw)
     return operator_times(w, hw, engine=engine)[0], hw

@@ -1,16 +1,19 @@
-"""Answer the questions of a service: at equal concurrency, at equal memory, within limits, and at what cost.
+"""Answer the questions of a service: at equal concurrency, at equal memory, within limits, and at
+what cost.
 
-:func:`serve` does so for engines and devices; :func:`operating_points` for one. It predicts the steady state of
-continuous batching (phase ``serve``) over a grid of concurrencies in one batch, then over a second grid around the
-answer. A model fits up to the concurrency at which its weights and caches fill the memory, or up to the sequences that
-the engine admits. W: workloads, models at concurrencies.
+:func:`serve` does so for engines and devices; :func:`operating_points` for one. It predicts the
+steady state of continuous batching (phase ``serve``) over a grid of concurrencies in one batch,
+then over a second grid around the answer. A model fits up to the concurrency at which its weights
+and caches fill the memory, or up to the sequences that the engine admits. W: workloads, models at
+concurrencies.
 
-Limits of the time to the first token and per output token hold together with at most the smaller of the two
-probabilities, which is used: both times follow the same pass, so their errors move together.
+Limits of the time to the first token and per output token hold together with at most the smaller of
+the two probabilities, which is used: both times follow the same pass, so their errors move
+together.
 
-The cost of a request is the price of the devices for its share of their time. It counts wholly for its output
-(``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new tokens by the share of prefills
-and of decode steps in that time (``cost_prompt``, ``cost_new``).
+The cost of a request is the price of the devices for its share of their time. It counts wholly for
+its output (``cost_output``), or equally for all its tokens (``cost_all``), or for prompt and new
+tokens by the share of prefills and of decode steps in that time (``cost_prompt``, ``cost_new``).
 """
 
 from __future__ import annotations
@@ -64,8 +67,8 @@ PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 def probability_of(
     target: float, speedup: float, lower: float, upper: float, level: float = 0.9
 ) -> float:
-    """Return the probability that a speedup is at least a target. On either side of the prediction its log is normal,
-    with the standard deviation that follows from that end of the interval."""
+    """Return the probability that a speedup is at least a target. On either side of the prediction
+    its log is normal, with the standard deviation that follows from that end of the interval."""
     left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
     deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
     return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
@@ -102,8 +105,9 @@ class Limits:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class OperatingPoint(Displayed):
-    """One model in a service at one number of requests in flight. Its fields are the keys of ``--json`` and the columns
-    of ``--csv``; numbers that do not exist are NaN: where no request fits, or limits do not hold even for one."""
+    """One model in a service at one number of requests in flight. Its fields are the keys of
+    ``--json`` and the columns of ``--csv``; numbers that do not exist are NaN: where no request
+    fits, or limits do not hold even for one."""
 
     point: str  # EQUAL, MEMORY, LIMITS or CURVE
     model: str
@@ -161,7 +165,10 @@ class OperatingPoint(Displayed):
     def _title(self) -> str:
         rate = f"{self.tokens_per_s:,.4g} tokens/s per GPU" if self.concurrency else "nothing"
         times = "" if math.isnan(self.ratio) else f", {ratio(self.ratio)}x of dense"
-        return f"{self.model} {self.name} on {self.setting}, {self.point}: {rate} at {self.concurrency}{times}"
+        return (
+            f"{self.model} {self.name} on {self.setting}, {self.point}: {rate} at"
+            f" {self.concurrency}{times}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,7 +200,8 @@ Triple = tuple[FloatArray, FloatArray, FloatArray]
 
 @dataclass(frozen=True)
 class ServePasses:
-    """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both ends."""
+    """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both
+    ends."""
 
     batch: WorkloadBatch
     p: PredictedPass
@@ -213,11 +221,13 @@ class ServePasses:
         return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
 
     def ratios(self, other: IndexArray) -> PredictionIntervals:
-        """Return the times of requests, s, and their ratios to those of other workloads, with intervals."""
+        """Return the times of requests, s, and their ratios to those of other workloads, with
+        intervals."""
         return prediction_intervals(self.p, self.level, other, *alike(other, self.p))
 
     def place(self, model: int, concurrency: int) -> int:
-        """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the batch."""
+        """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the
+        batch."""
         wanted = concurrency or self.batch.sequences.min()
         return int(
             np.flatnonzero((self.batch.pruning == model - 1) & (self.batch.sequences == wanted))[0]
@@ -285,10 +295,11 @@ def operating_points(
     limits: Limits = NO_LIMITS,
     price: float | None = None,
 ) -> tuple[OperatingPoint, ...]:
-    """Return the operating points of the dense and the pruned models: by kind, each kind by model; then the curves. The
-    batch of the request is ignored; ``prunings`` run on the device, and ``names`` are their names. Points at equal
-    concurrency are at each ``concurrency``, by default the largest that fits the dense model; if none does, the
-    smallest of the largest that fit the pruned models. InputError if no model fits."""
+    """Return the operating points of the dense and the pruned models: by kind, each kind by model;
+    then the curves. The batch of the request is ignored; ``prunings`` run on the device, and
+    ``names`` are their names. Points at equal concurrency are at each ``concurrency``, by default
+    the largest that fits the dense model; if none does, the smallest of the largest that fit the
+    pruned models. InputError if no model fits."""
     (request,), models = on([request], hw), range(1 + len(prunings))
     largest = _largest(request, hw, prunings)
     concurrency = concurrency or [largest[0] or min(filter(None, largest))]
@@ -324,9 +335,10 @@ def _batch(request: Request, prunings: Sequence[Pruning], at: Iterable[int]) -> 
 
 
 def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
-    """Return the largest concurrency of each model, the dense one first: that at which its memory is full, or the
-    engine's limit. InputError if no model fits. The prompts that a step computes together, and their memory, depend on
-    the concurrency: the result is the largest that follows from a request at the largest."""
+    """Return the largest concurrency of each model, the dense one first: that at which its memory
+    is full, or the engine's limit. InputError if no model fits. The prompts that a step computes
+    together, and their memory, depend on the concurrency: the result is the largest that follows
+    from a request at the largest."""
     found = [1] * (1 + len(prunings))
     for _ in range(ROUNDS):
         batch = _batch(request, prunings, found)
@@ -480,7 +492,7 @@ def serve(
     price: float | None = None,
     **settings: Any,
 ) -> Served:
-    """Compare the dense and pruned models in a server: at equal concurrency, at equal memory, and within limits.
+    """Compare models in a server: at equal concurrency, at equal memory, and within limits.
 
     Parameters
     ----------
@@ -489,8 +501,8 @@ def serve(
     hardware : one or more
         Devices: names, paths or profiles.
     concurrency : one or more, optional
-        Requests in flight of the comparison at equal concurrency. Default: the largest number that fits the dense
-        model.
+        Requests in flight of the comparison at equal concurrency. Default: the largest number that
+        fits the dense model.
     ttft_s, tpot_s : float, optional
         Limits of the time to the first token and of the time per further token, s.
     probability : float
@@ -498,9 +510,10 @@ def serve(
     price : float, optional
         Price of a GPU-hour, in any currency.
     **settings
-        Prunings as in :func:`simulator.table` (``family``, ``sparsity``, ``method``, ``pruned``, ``prune``,
-        ``options``), and fields of :class:`simulator.Request`, such as ``seq`` (tokens of each prompt), ``new_tokens``
-        and ``engine`` (one or more), except ``phase``, ``batch`` and ``dense_s``.
+        Prunings as in :func:`simulator.table` (``family``, ``sparsity``, ``method``, ``pruned``,
+        ``prune``, ``options``), and fields of :class:`simulator.Request`, such as ``seq`` (tokens
+        of each prompt), ``new_tokens`` and ``engine`` (one or more), except ``phase``, ``batch``
+        and ``dense_s``.
 
     Returns
     -------
@@ -510,7 +523,8 @@ def serve(
     Raises
     ------
     InputError
-        For an unknown name or a value out of range, if no model fits any device, and if no pruning can be predicted.
+        For an unknown name or a value out of range, if no model fits any device, and if no pruning
+        can be predicted.
 
     Examples
     --------
@@ -580,9 +594,11 @@ def serve(
 
 
 def _too_many(service: Service) -> list[str]:
-    """Return a note on each model that does not fit at equal concurrency; the dense model's memory has one already."""
+    """Return a note on each model that does not fit at equal concurrency; the dense model's memory
+    has one already."""
     return [
-        f"{p.name} at concurrency {p.concurrency} on {p.hardware}: {p.largest_concurrency} fit; hypothetical times"
+        f"{p.name} at concurrency {p.concurrency} on {p.hardware}: {p.largest_concurrency} fit;"
+        " hypothetical times"
         for p in service.kinds[EQUAL]
         if not p.fits and (p.pruning or p.limited_by == "engine")
     ]

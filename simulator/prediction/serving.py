@@ -1,4 +1,5 @@
-"""Memory of workloads (:func:`memory_columns`), and rate and waiting times of their requests (:func:`serving`)."""
+"""Memory of workloads (:func:`memory_columns`), and rate and waiting times of their requests
+(:func:`serving`)."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 def memory_columns(
     batch: WorkloadBatch, at: IndexArray, hardware: Sequence[HardwareProfile], device: IndexArray
 ) -> dict[str, Array]:
-    """Return the memory columns of some workloads, each on a device (an index), and of their dense workloads."""
+    """Return the memory columns of some workloads, each on a device (an index), and of their dense
+    workloads."""
     meta, (each, prompts) = batch.rows.meta, cache_parts(batch)
     fixed = weights_bytes(batch) + prompts + RESERVE_BYTES
     activations = activation_bytes_by_phase(batch)
@@ -69,8 +71,9 @@ def memory_columns(
 
 
 def _most_together(batch: WorkloadBatch) -> FloatArray:
-    """Return the sequences of each workload whose activations a pass can hold at once: beyond the token budget of a
-    prefill, activations do not grow; in a steady state they are those of its prefill."""
+    """Return the sequences of each workload whose activations a pass can hold at once: beyond the
+    token budget of a prefill, activations do not grow; in a steady state they are those of its
+    prefill."""
     meta, rows = batch.rows.meta, batch.rows
     if meta.phase == "serve":
         return np.ones(len(batch))
@@ -83,19 +86,21 @@ def _most_together(batch: WorkloadBatch) -> FloatArray:
 
 
 def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
-    """Return the prefill passes of each workload; in a steady state those during one request, of all requests."""
+    """Return the prefill passes of each workload; in a steady state those during one request, of
+    all requests."""
     rows = workloads.rows
     begins = rows.is_role("embedding") & (rows.phase == Phase.PREFILL)
     return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
 
 
 def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
-    """Return for each workload new tokens/s of all devices, and time to first token and per further token, s, with the
-    ends of their intervals; NaN for other phases. In serve, a request waits for a share of the other prompts before its
-    first token, for the rest between its tokens. The share depends on how requests arrive; on either side, its
-    deviation, at most to none or all of the prompts, and the relative error of the whole time are combined as a root of
-    sum of squares. Measured times to the first token have a share of their own, because they include queues of requests
-    that start together, and the time of the server around the passes."""
+    """Return for each workload new tokens/s of all devices, and time to first token and per further
+    token, s, with the ends of their intervals; NaN for other phases. In serve, a request waits for
+    a share of the other prompts before its first token, for the rest between its tokens. The share
+    depends on how requests arrive; on either side, its deviation, at most to none or all of the
+    prompts, and the relative error of the whole time are combined as a root of sum of squares.
+    Measured times to the first token have a share of their own, because they include queues of
+    requests that start together, and the time of the server around the passes."""
     meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
     sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
     ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
@@ -116,7 +121,8 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
         rate = sequences * meta.new_tokens / seconds
         sides = NormalDist().inv_cdf(0.5 + 0.5 * level) * np.array([0.0, -1.0, 1.0])[:, None]
         around = server * np.exp(sides * p.host.server_log_sd)
-        # squared log deviations of the passes: those of the request without what the server's deviation adds
+        # squared log deviations of the passes: those of the request without what the server's
+        # deviation adds
         of_host, of_passes = (
             np.log(one.at(*p.host.speeds(sides[1:, 0], 0.0))[0] / p.total_s)
             for one in (p, replace(p, host=replace(p.host, server_log_sd=0.0)))
@@ -134,7 +140,7 @@ def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[st
 
 
 def _latency(part: FloatArray, square: FloatArray) -> dict[str, FloatArray]:
-    """Return a part (3, W) of a time, s, at the typical arrival of requests and at both ends, with its interval;
-    ``square`` (2, W) are squared log deviations of the passes at both ends."""
+    """Return a part (3, W) of a time, s, at the typical arrival of requests and at both ends, with
+    its interval; ``square`` (2, W) are squared log deviations of the passes at both ends."""
     below, above = np.sqrt(square + np.log(part[1:] / part[0]) ** 2)
     return {"s": part[0], "lower": part[0] * np.exp(-below), "upper": part[0] * np.exp(above)}

@@ -1,8 +1,9 @@
-"""Define the grid of a sweep (:class:`Grid`, in YAML :func:`read_grid`), and predict every combination, in memory or
-into a folder of Parquet files.
+"""Define the grid of a sweep (:class:`Grid`, in YAML :func:`read_grid`), and predict every
+combination, in memory or into a folder of Parquet files.
 
-A grid is cut into pieces of bounded memory. This process, worker processes or a Dask cluster compute the pieces. Only
-the calling process writes: when a piece is computed, it becomes one file of the dataset.
+A grid is cut into pieces of bounded memory. This process, worker processes or a Dask cluster
+compute the pieces. Only the calling process writes: when a piece is computed, it becomes one file
+of the dataset.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ class _Progression(Generic[T, S]):
 
 
 class _Numbers(_Axis):
-    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with both ends."""
+    """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with
+    both ends."""
 
     def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
         step = Number(
@@ -210,7 +212,8 @@ class _Family(Scalar):
 
 
 class _Option(Scalar):
-    """A whole number, a number, true, false, a word, or a list of these; the family checks the value."""
+    """A whole number, a number, true, false, a word, or a list of these; the family checks the
+    value."""
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind == "list":
@@ -262,10 +265,11 @@ def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Axes of a sweep, which predicts every combination, and options of the whole sweep. The annotations are the schema
-    of the file.
+    """Axes of a sweep, which predicts every combination, and options of the whole sweep. The
+    annotations are the schema of the file.
 
-    >>> grid = Grid(("llama-3.1-8b",), ("h100_sxm", "a100"), (0.25, 0.5), ("decode",), (1, 8), (2048,))
+    >>> devices = ("h100_sxm", "a100")
+    >>> grid = Grid(("llama-3.1-8b",), devices, (0.25, 0.5), ("decode",), (1, 8), (2048,))
     >>> grid.size == 2 * 2 * 2 * len(general_families())
     True
     """
@@ -310,15 +314,17 @@ class Grid:
 
     @cached_property
     def prunings(self) -> tuple[Pruning, ...]:
-        """Every family and method at every sparsity (with a budget of tokens: once), then the texts."""
+        """Every family and method at every sparsity (with a budget of tokens: once), then the
+        texts."""
         every = (
             p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities)
         )
         return once((*every, *map(Pruning.read, self.prune)))
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield pieces of bounded memory in the order of the rows: by model, format, engine, devices, phase, then
-        groups of requests by length and batch, then groups of families and sparsities."""
+        """Yield pieces of bounded memory in the order of the rows: by model, format, engine,
+        devices, phase, then groups of requests by length and batch, then groups of families and
+        sparsities."""
         shapes = [(b, s) for s in self.seqs for b in self.batches]
         axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
         for model, formats, engine, devices, phase in axes:
@@ -344,7 +350,8 @@ class Grid:
                 yield [replace(self.request, **own, batch=b, seq=s) for b, s in some], tuple(chosen)
 
     def digest(self) -> str:
-        """Return the version and a digest of all that determines the rows, also of files of profiles and engines."""
+        """Return the version and a digest of all that determines the rows, also of files of
+        profiles and engines."""
         sha = hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode())
         for model in self.models:
             sha.update(json.dumps(load_model(model).to_dict()).encode())
@@ -377,11 +384,12 @@ class _Pruned(Grid):
 
 
 def read_grid(path: str | Path) -> Grid:
-    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column: key: reason``. An
-    axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``. A
-    family is a name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published methods, and
-    ``prune`` texts such as ``width mlp=0.3 + depth 0.25`` or paths of plans, with or without families (without, no
-    sparsities are needed); a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
+    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column:
+    key: reason``. An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}``
+    or ``{from: 1, to: 64, times: 2}``. A family is a name, ``all``, or a mapping ``{width: {align:
+    64}}``; ``methods`` are names of published methods, and ``prune`` texts such as ``width mlp=0.3
+    + depth 0.25`` or paths of plans, with or without families (without, no sparsities are needed);
+    a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
     problems = Problems(str(path))
     text = read_text(Path(path), problems)
     root = None if text is None else parse_yaml(text, problems)
@@ -459,8 +467,8 @@ def sweep(
     Returns
     -------
     pandas.DataFrame
-        One row per prediction, with the fields of :class:`simulator.Result` as columns; ``attrs["notes"]`` lists
-        exclusions.
+        One row per prediction, with the fields of :class:`simulator.Result` as columns;
+        ``attrs["notes"]`` lists exclusions.
 
     Raises
     ------
@@ -470,7 +478,8 @@ def sweep(
     Examples
     --------
     >>> from simulator.prediction.sweep import Grid
-    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (), ("decode",), (1, 8), (2048,), prune=("width mlp=0.3 heads=0.2",))
+    >>> prune = ("width mlp=0.3 heads=0.2",)
+    >>> grid = Grid(("llama-3.1-8b",), ("h100",), (), ("decode",), (1, 8), (2048,), prune=prune)
     >>> sweep(grid)["batch"].tolist()
     [1, 8]
     """
@@ -504,9 +513,10 @@ def write_sweep(
     progress: Callable[[int, int], None] = lambda done, total: None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
-    """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the missing ones. Parts
-    of another grid, version or profile are replaced; a folder with other files is refused. A second sweep into the
-    folder waits for the first. ``progress`` is called with configurations done and their number."""
+    """Write the rows of a grid into a folder of Parquet files, one per piece; a rerun computes the
+    missing ones. Parts of another grid, version or profile are replaced; a folder with other files
+    is refused. A second sweep into the folder waits for the first. ``progress`` is called with
+    configurations done and their number."""
     began, folder = time.monotonic(), Path(out)
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
     size, own, hardware = grid.size, grid.digest(), grid.hardware
@@ -559,7 +569,8 @@ def write_sweep(
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise InputError for a path that is not a folder, and for a folder that holds other files than parts."""
+    """Raise InputError for a path that is not a folder, and for a folder that holds other files
+    than parts."""
     load_pyarrow()
     if folder.suffix == ".csv":
         raise InputError(
@@ -567,7 +578,8 @@ def _check_folder(folder: Path) -> None:
         )
     if not folder.is_dir() and check_target(folder).exists():
         raise InputError(
-            f"{folder}: is a file, as version 0.3 wrote; expected a folder: name another or remove it"
+            f"{folder}: is a file, as version 0.3 wrote; expected a folder: name another or"
+            " remove it"
         )
     for path in folder.iterdir() if folder.is_dir() else ():
         if not path.name.startswith((".", "_")) and not (
@@ -579,7 +591,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
-    """Return rows and excluded sparsities of a part of a grid (its digest); None for another or a damaged part."""
+    """Return rows and excluded sparsities of a part of a grid (its digest); None for another or a
+    damaged part."""
     pyarrow, parquet = load_pyarrow()
     try:
         about = parquet.read_metadata(path)
@@ -605,7 +618,8 @@ def piece_results(piece: Piece, hardware: Sequence[Any], excluded: Excluded) -> 
 
 
 def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -> bytes:
-    """Return a piece of a grid (its digest) as a Parquet file in memory, with the same bytes in every process."""
+    """Return a piece of a grid (its digest) as a Parquet file in memory, with the same bytes in
+    every process."""
     if (wanted := grid.split()[0]) != __version__:
         raise InputError(f"worker: expected version {wanted} of prunesim, got {__version__}")
     pyarrow, parquet = load_pyarrow()
@@ -686,7 +700,8 @@ def computed(
 
 
 Workers = Iterator[tuple[Callable[..., Future[bytes]], int, Any, Callable[[], bool]]]
-"""``submit`` of an executor, most tasks under way, the devices as an argument, whether a task may never finish."""
+"""``submit`` of an executor, most tasks under way, the devices as an argument, whether a task may
+never finish."""
 
 
 @contextlib.contextmanager
@@ -714,7 +729,8 @@ def _processes(jobs: int, hardware: Any) -> Workers:
     except BaseException:
         for worker in started:
             worker.kill()
-        # the pool would wait for the rest of a result that a worker was writing, as long as this end is open
+        # the pool would wait for the rest of a result that a worker was writing, as long as this
+        # end is open
         pool._result_queue._writer.close()  # type: ignore[attr-defined]
         raise
     finally:
@@ -755,7 +771,8 @@ def _dask(address: str, hardware: Any) -> Workers:
             raise InputError(
                 f"--scheduler {address}: no worker; start workers and try again"
             ) from None
-        # a worker without prunesim would end at its first task, and block the transfer of the devices
+        # a worker without prunesim would end at its first task, and block the transfer of the
+        # devices
         for worker, version in client.run(
             eval, "__import__('simulator').__version__", on_error="return"
         ).items():

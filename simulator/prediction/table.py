@@ -1,8 +1,10 @@
-"""Predict speedups: of the product of models, devices, engines, prunings and requests (:func:`table`), of one pruning
-(:func:`predict`), or of workloads (:func:`speedup`, :func:`speedups`).
+"""Predict speedups: of the product of models, devices, engines, prunings and requests
+(:func:`table`), of one pruning (:func:`predict`), or of workloads (:func:`speedup`,
+:func:`speedups`).
 
-In a table, a combination that a family does not support (2:4 at 0.25) is excluded with a note if there are several
-prunings, and an error if there is only one; likewise a device that cannot run the dense model.
+In a table, a combination that a family does not support (2:4 at 0.25) is excluded with a note if
+there are several prunings, and an error if there is only one; likewise a device that cannot run the
+dense model.
 """
 
 from __future__ import annotations
@@ -51,16 +53,16 @@ def table(
     models, hardware : one or more
         Names, paths or loaded objects; each is used once.
     family, sparsity : one or more
-        Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0, 1), by default
-        :data:`simulator.prediction.prunings.SPARSITIES`.
+        Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0,
+        1), by default :data:`simulator.prediction.prunings.SPARSITIES`.
     **settings
         Instead of families, one or more of one kind: ``method`` (published methods, keys of
-        :data:`simulator.METHODS`, by default at the sparsities of their papers), ``pruned`` (existing pruned models,
-        with one dense model), or ``prune`` (texts such as ``"width mlp=0.3 + depth 0.25"``, or paths of plans). A
-        single family may have ``options``, a mapping.
+        :data:`simulator.METHODS`, by default at the sparsities of their papers), ``pruned``
+        (existing pruned models, with one dense model), or ``prune`` (texts such as ``"width mlp=0.3
+        + depth 0.25"``, or paths of plans). A single family may have ``options``, a mapping.
 
-        Then fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and ``engine``; each is one
-        value or a list, and lists are combined.
+        Then fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and
+        ``engine``; each is one value or a list, and lists are combined.
 
     Returns
     -------
@@ -120,7 +122,8 @@ def table(
 def unable(
     model: str, hardware: Sequence[HardwareProfile], settings: dict[str, Any]
 ) -> dict[str, str]:
-    """Return why some engines can run none of the prunings (default: one of depth), unless all cannot, by engine."""
+    """Return why some engines can run none of the prunings (default: one of depth), unless all
+    cannot, by engine."""
     first = {n: v[:1] if n in SETTINGS and isinstance(v, list) else v for n, v in settings.items()}
     first |= {} if first.keys() & set(KEYWORDS) else {"prune": "depth 0.25"}
     reasons, engines = dict[str, str](), engines_of(settings["engine"])
@@ -156,7 +159,8 @@ def predict(
     Raises
     ------
     InputError
-        For an unknown name, an invalid text or a value out of range, and if the engine or the device cannot run it.
+        For an unknown name, an invalid text or a value out of range, and if the engine or the
+        device cannot run it.
 
     Examples
     --------
@@ -187,8 +191,8 @@ def speedups(
     dense : Workload
         The dense workload, from :func:`simulator.lower`.
     pruned : sequence of Workload
-        Pruned versions, from :func:`simulator.prune`, or of another model (such as a pruned checkpoint) lowered for the
-        same request.
+        Pruned versions, from :func:`simulator.prune`, or of another model (such as a pruned
+        checkpoint) lowered for the same request.
     hw : str or HardwareProfile
         The device: a name, or a profile from :func:`simulator.load_hardware`.
     level : float
@@ -204,8 +208,8 @@ def speedups(
     Raises
     ------
     InputError
-        If the device lacks a number format or 2:4 tensor cores that a workload needs, or if the workloads are not of
-        the same phase, batch, lengths, engine and devices.
+        If the device lacks a number format or 2:4 tensor cores that a workload needs, or if the
+        workloads are not of the same phase, batch, lengths, engine and devices.
 
     Examples
     --------
@@ -244,8 +248,8 @@ def speedup(
     Parameters
     ----------
     dense, pruned : Workload
-        The two workloads; ``pruned`` may be of another model, such as a pruned checkpoint, lowered for the same
-        request.
+        The two workloads; ``pruned`` may be of another model, such as a pruned checkpoint, lowered
+        for the same request.
     hw : str or HardwareProfile
         The device: a name, or a profile.
     level : float
@@ -266,7 +270,7 @@ def speedup(
     Examples
     --------
     >>> import simulator
-    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="decode", batch=1, seq=2048)
+    >>> dense = simulator.lower("llama-3.1-8b", phase="decode", batch=1, seq=2048)
     >>> r = simulator.speedup(dense, simulator.prune(dense, "depth", sparsity=0.25), "h100")
     >>> bool(1.15 < r.lower < r.speedup < r.upper < 1 / 0.75)
     True

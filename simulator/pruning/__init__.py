@@ -1,7 +1,7 @@
 """Prune: pure functions from a workload to the workload of the pruned model.
 
-A family is one module of this package with a constant ``FAMILY``; no list names it. Numbers are rounded to the nearest
-whole number, halves up, unless a family documents another rule.
+A family is one module of this package with a constant ``FAMILY``; no list names it. Numbers are
+rounded to the nearest whole number, halves up, unless a family documents another rule.
 """
 
 from __future__ import annotations
@@ -93,22 +93,24 @@ def prune(
     workload : Workload
         Dense or pruned workload, from :func:`simulator.lower` or :func:`simulator.prune`.
     pruning : str
-        Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of ``--prune``
-        (:mod:`simulator.pruning._steps`), or the path of a plan.
+        Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of
+        ``--prune`` (:mod:`simulator.pruning._steps`), or the path of a plan.
     sparsity : float, mapping of str to float, or sequence of float
-        Fraction removed, in [0, 1); 0 changes no row. A whole number above 1 is the size that remains, such as layers
-        of ``depth`` or ``{"mlp": 9216}``, if all layers have one size. A number applies everywhere. A sequence has one
-        fraction per layer, first to last. A mapping applies to parts, with a number or a sequence for each: the parts
-        of the family ``width``, or projections ("q", "down", ...) and groups of them ("attention", "mlp", "qkv"). Parts
-        that are not named stay dense; the entry of a projection overrides that of its group. None with the option
-        ``budget`` (tokens kept): the sparsity follows from the length of each request, and the requested sparsity is
-        the realised one.
+        Fraction removed, in [0, 1); 0 changes no row. A whole number above 1 is the size that
+        remains, such as layers of ``depth`` or ``{"mlp": 9216}``, if all layers have one size. A
+        number applies everywhere. A sequence has one fraction per layer, first to last. A mapping
+        applies to parts, with a number or a sequence for each: the parts of the family ``width``,
+        or projections ("q", "down", ...) and groups of them ("attention", "mlp", "qkv"). Parts that
+        are not named stay dense; the entry of a projection overrides that of its group. None with
+        the option ``budget`` (tokens kept): the sparsity follows from the length of each request,
+        and the requested sparsity is the realised one.
     layers : sequence of int, optional
-        Layers that are pruned, by their numbers from 0. The family ``depth`` removes the fraction of these layers, all
-        of them without a ``sparsity``.
+        Layers that are pruned, by their numbers from 0. The family ``depth`` removes the fraction
+        of these layers, all of them without a ``sparsity``.
     ideal : bool
-        Exclude the work that the method adds (routers, gathers, selections), and use the efficiency of dense kernels:
-        the bound of the family. The option ``kernel="ideal"`` of dynamic families has the same effect.
+        Exclude the work that the method adds (routers, gathers, selections), and use the efficiency
+        of dense kernels: the bound of the family. The option ``kernel="ideal"`` of dynamic families
+        has the same effect.
     **options : object
         Options of the family, see ``FAMILIES[family].options``.
 
@@ -125,7 +127,7 @@ def prune(
     Examples
     --------
     >>> import simulator
-    >>> dense = simulator.lower(simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048)
+    >>> dense = simulator.lower("llama-3.1-8b", phase="prefill", batch=1, seq=2048)
     >>> pruned = simulator.prune(dense, "depth", 0.26)
     >>> pruned.meta.applied[0].realised, round(float(dense.flops.sum() / pruned.flops.sum()), 3)
     (0.25, 1.333)
@@ -179,12 +181,14 @@ def prune(
 def _resolve(
     w: Workload, family: Family, sparsity: Any, layers: Any, budget: Any
 ) -> tuple[Workload, Choice]:
-    """Return the workload, expanded to one row per layer if layers differ, and the sparsity of its rows."""
+    """Return the workload, expanded to one row per layer if layers differ, and the sparsity of its
+    rows."""
     if budget is not None:
         for name, given in (("sparsity", sparsity), ("layers", layers)):
             if given is not None:
                 raise InputError(
-                    f"option budget: the sparsity follows from it; expected no {name}, got {given!r}"
+                    f"option budget: the sparsity follows from it; expected no {name}, got"
+                    f" {given!r}"
                 )
         return w, Choice(np.zeros(len(w)), 0.0, "budget")
     some = None if layers is None else listed_layers(layers, layer_count(w))

@@ -27,7 +27,8 @@ SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
-# weights of latent attention, experts and delta nets, which only families that remove heads, channels or more prune
+# weights of latent attention, experts and delta nets, which only families that remove heads,
+# channels or more prune
 LATENT: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v")
 WHOLE: tuple[str, ...] = (*LATENT, "experts", "delta_in", "delta_ba")
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
@@ -42,14 +43,16 @@ class Choice:
     rows: Array
     # the fraction, or the mean of several over the layers or over the weights in the layers
     asked: float
-    # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes them)
+    # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes
+    # them)
     form: str = "scalar"
     # sparsity of every row by the name of the part
     parts: Mapping[str, Array] = field(default_factory=dict)
     layers: Array | None = None  # layers from which a family selects whole layers; None: all
 
     def of(self, part: str) -> Array:
-        """Return the sparsity of every row for a part; without parts it applies to attention and MLP."""
+        """Return the sparsity of every row for a part; without parts it applies to attention and
+        MLP."""
         if self.form == "part" or part not in SUBLAYERS:
             return self.parts.get(part, np.zeros(len(self.rows)))
         return self.rows
@@ -57,15 +60,16 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Family(Displayed):
-    """A way to prune a decoder: ``function(workload, choice, *, ideal, **options)`` defines its name and options."""
+    """A way to prune a decoder: ``function(workload, choice, *, ideal, **options)`` defines its
+    name and options."""
 
     name: str = field(init=False)
     axis: str  # logical GEMM dimension that it changes
-    # an engine needs a "config" (config.json states the shapes), a "checkpoint" (tensors of other forms), or "kernels"
-    # (the pruning happens at inference: a dynamic family)
+    # an engine needs a "config" (config.json states the shapes), a "checkpoint" (tensors of other
+    # forms), or "kernels" (the pruning happens at inference: a dynamic family)
     loading: str
-    # part of a request ("": a fraction without parts) -> sizes that lose the requested share; None: sizes depend on the
-    # tokens of a request
+    # part of a request ("": a fraction without parts) -> sizes that lose the requested share; None:
+    # sizes depend on the tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
     summary: str
     function: Callable[..., Pruned] = field(repr=False)
@@ -75,13 +79,13 @@ class Family(Displayed):
     targets: tuple[str, ...] = ()  # names of parts in a sparsity per part
     whole: bool = True  # whether it also prunes weights of WHOLE
     needs: str = ""  # field of the configuration that a model must have
-    # "each": layers can have different sparsities; "some": the family removes whole layers, from a list if one is
-    # given; "all": all layers are pruned equally
+    # "each": layers can have different sparsities; "some": the family removes whole layers, from a
+    # list if one is given; "all": all layers are pruned equally
     layers: str = "each"
     narrows: bool = False  # whether it makes kernels smaller without removing one
     default: float | None = None  # sparsity if none is given
-    # requests of one model that one call can prune together: "any", or "equal length" if the function reads the prompt
-    # length from the workload
+    # requests of one model that one call can prune together: "any", or "equal length" if the
+    # function reads the prompt length from the workload
     together: str = "any"
 
     def __post_init__(self) -> None:
@@ -94,7 +98,8 @@ class Family(Displayed):
         return self.loading == "kernels"
 
     def sizes(self, part: str) -> tuple[str, ...]:
-        """Return the sizes that a whole number of a part can mean; () if only a fraction has a meaning."""
+        """Return the sizes that a whole number of a part can mean; () if only a fraction has a
+        meaning."""
         names = (self.parts or {}).get(part, ())
         return names if part or len(names) == 1 else ()
 

@@ -1,4 +1,5 @@
-"""Find rows of a workload and count their weights; change, add, split and merge rows; reduce their tokens."""
+"""Find rows of a workload and count their weights; change, add, split and merge rows; reduce their
+tokens."""
 
 from __future__ import annotations
 
@@ -58,30 +59,35 @@ def projections(w: Workload, *names: str) -> Array:
 
 
 def weighted(w: Workload) -> Array:
-    """Return a mask of all weights in the layers: projections, latent attention, linear sublayers, experts."""
+    """Return a mask of all weights in the layers: projections, latent attention, linear sublayers,
+    experts."""
     return w.is_role(*PROJECTIONS, *WHOLE, "linear") & (w.layer >= 0)
 
 
 def zeros(w: Workload) -> Array:
-    """Return a mask of rows with zeros or blocks in their weights; rows that only skip tokens have none."""
+    """Return a mask of rows with zeros or blocks in their weights; rows that only skip tokens have
+    none."""
     mask: Array = (w.kernel != Kernel.DENSE) & ~((w.kernel == Kernel.BLOCK_SPARSE) & (w.block == 0))
     return mask
 
 
 def writers(w: Workload, *names: str) -> Array:
-    """Return a mask of projections with the N of the model: all except first factors of low-rank pairs."""
+    """Return a mask of projections with the N of the model: all except first factors of low-rank
+    pairs."""
     mask: Array = projections(w, *names) & (w.stage != 1)
     return mask
 
 
 def readers(w: Workload, *names: str) -> Array:
-    """Return a mask of projections with the K of the model: all except second factors of low-rank pairs."""
+    """Return a mask of projections with the K of the model: all except second factors of low-rank
+    pairs."""
     mask: Array = projections(w, *names) & (w.stage != 2)
     return mask
 
 
 def coverage(w: Workload, mask: Array) -> tuple[Array, Array]:
-    """Return, for every row, the masked row that covers its first layer, and whether there is one."""
+    """Return, for every row, the masked row that covers its first layer, and whether there is
+    one."""
     at = mask.nonzero()[0]
     if not len(at):
         return np.zeros(len(w), dtype=np.intp), np.zeros(len(w), dtype=bool)
@@ -98,7 +104,8 @@ def covering(w: Workload, mask: Array, values: Array) -> Array:
 
 
 def shorter_copies(w: Workload, out: Workload) -> Workload:
-    """Return ``out`` with cache copies as long as its decode attention; ``w`` is the workload before pruning."""
+    """Return ``out`` with cache copies as long as its decode attention; ``w`` is the workload
+    before pruning."""
     copies = w.is_role("cache_write") & (w.kv_len > 0)
     before, after = (
         covering(x, x.kind == Kind.DECODE_ATTENTION, x.kv_len.astype(np.float64)) for x in (w, out)
@@ -109,7 +116,8 @@ def shorter_copies(w: Workload, out: Workload) -> Workload:
 
 
 def sizes_of(w: Workload, name: str) -> list[int]:
-    """Return the different sizes of the layers by their name in ``Family.parts``, on all devices together."""
+    """Return the different sizes of the layers by their name in ``Family.parts``, on all devices
+    together."""
     if name.endswith("layers"):
         own, part = w.expand(), Part.__members__.get(name.split()[0].upper())
         return [len(np.unique(own.layer[(own.layer >= 0) & (part is None or own.part == part)]))]
@@ -162,7 +170,8 @@ def whole_share(share: Array | float, of: Array | float) -> Array:
 
 
 def aligned(width: Array, keep: Array, align: int) -> Array:
-    """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most ``width``."""
+    """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most
+    ``width``."""
     wanted = np.ceil(keep * width / align - 1e-9).astype(np.int64) * align
     return np.minimum(np.maximum(wanted, align), width)
 
@@ -174,7 +183,8 @@ def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
 
 
 def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
-    """Return GEMMs with other N and K; parameters change with them, and so does a bias (N parameters)."""
+    """Return GEMMs with other N and K; parameters change with them, and so does a bias (N
+    parameters)."""
     bias = biases(w)
     before = np.maximum(w.n.astype(np.float64) * w.k, 1.0)
     params = (w.params - bias) * (n.astype(np.float64) * k / before) + bias * (
@@ -184,7 +194,8 @@ def resized(w: Workload, n: Array, k: Array, **columns: Any) -> Workload:
 
 
 def with_inner(w: Workload, kept: Array) -> Workload:
-    """Return the workload with MLPs of the inner widths ``kept``, one per row; rows without an MLP do not change."""
+    """Return the workload with MLPs of the inner widths ``kept``, one per row; rows without an MLP
+    do not change."""
     down = readers(w, "down")
     width = covering(w, down, w.k)
     divisor, wide = (
@@ -196,7 +207,8 @@ def with_inner(w: Workload, kept: Array) -> Workload:
 
 
 def with_expert_width(w: Workload, kept: Array) -> Workload:
-    """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows do not change."""
+    """Return the workload with routed experts of the inner widths ``kept``, one per row; other rows
+    do not change."""
     routed = w.kind == EXPERTS
     params = w.params * (kept / np.maximum(w.n, 1))
     return changed(w, routed, n=kept, params=params)
@@ -207,7 +219,8 @@ def moved(w: Workload, share: Array) -> dict[str, Array]:
 
 
 def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
-    """Set a share of the projections' weights to zero; ``params`` counts nonzero weights and biases."""
+    """Set a share of the projections' weights to zero; ``params`` counts nonzero weights and
+    biases."""
     rows, keep = projections(w) & (choice.rows > 0), 1.0 - choice.rows
     if (already := rows & zeros(w)).any():
         which = Kernel(int(w.kernel[already].max())).name.lower()
@@ -222,14 +235,16 @@ def zeroed(w: Workload, choice: Choice, kernel: Kernel, name: str) -> Pruned:
 
 
 def doubled(w: Workload, mask: Array) -> tuple[Workload, Array, Array, Array]:
-    """Return the workload with the masked rows twice, origin of each row, and masks of first and second copies."""
+    """Return the workload with the masked rows twice, origin of each row, and masks of first and
+    second copies."""
     index = np.repeat(np.arange(len(w)), np.where(mask, 2, 1))
     second = np.r_[False, index[1:] == index[:-1]]
     return w.take(index), index, mask[index] & ~second, second
 
 
 def split_at(w: Workload, layer: int) -> Workload:
-    """Split rows whose run of layers contains the start of ``layer`` into two rows that share their count."""
+    """Split rows whose run of layers contains the start of ``layer`` into two rows that share their
+    count."""
     across = (w.layer >= 0) & (w.layer < layer) & (w.layer + w.layers > layer)
     out, _, first, second = doubled(w, across)
     layers = np.where(first, layer - out.layer, out.layers - (layer - out.layer))
@@ -240,7 +255,8 @@ def split_at(w: Workload, layer: int) -> Workload:
 
 
 def merge_runs(w: Workload) -> Workload:
-    """Merge neighbouring rows that differ only in consecutive layers: the inverse of ``expand`` and ``split_at``."""
+    """Merge neighbouring rows that differ only in consecutive layers: the inverse of ``expand`` and
+    ``split_at``."""
     if len(w) < 2:
         return w
     new = np.ones(len(w), dtype=bool)
@@ -255,7 +271,8 @@ def merge_runs(w: Workload) -> Workload:
 
 
 def sublayer_ends(w: Workload) -> Array:
-    """Return a mask of the last projection per sublayer, run of layers and phase: templates of added rows."""
+    """Return a mask of the last projection per sublayer, run of layers and phase: templates of
+    added rows."""
     routed = w.is_role("experts") & (w.layer >= 0)
     # experts come after the MLP that they share a sublayer with
     shared = covering(w, routed, np.ones(len(w))) > 0
@@ -275,7 +292,8 @@ def before_sublayer(w: Workload, rows: Array) -> Array:
 
 
 def _stream(w: Workload, at: Array) -> Array:
-    """Return format codes of the residual stream at some rows: their format, or bf16 for 8 bits and fewer."""
+    """Return format codes of the residual stream at some rows: their format, or bf16 for 8 bits and
+    fewer."""
     own = w.dtype[at]
     return np.where(DTYPE_BYTES[own] < 2.0, dtype_code("bf16"), own)
 
@@ -285,7 +303,8 @@ def stream_bytes(w: Workload, at: Array) -> Array:
 
 
 def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
-    """Return elementwise rows in the stream's format, with layer, part, phase and count of the rows ``at``."""
+    """Return elementwise rows in the stream's format, with layer, part, phase and count of the rows
+    ``at``."""
     base = {name: getattr(w, name)[at] for name in ("part", "phase", "layer", "layers", "count")}
     stream, code = _stream(w, at), role_code(role)[0]
     columns = {"kind": Kind.ELEMENTWISE, **base, "dtype": stream, "weight_dtype": stream, **columns}
@@ -295,7 +314,8 @@ def overheads(w: Workload, at: Array, role: str, **columns: Any) -> Workload:
 def overhead_gemm(
     w: Workload, at: Array, role: str, n: Array | int, k: Array | int, **columns: Any
 ) -> Workload:
-    """Return GEMMs over all tokens of the rows ``at``; they own parameters in the phase that counts parameters."""
+    """Return GEMMs over all tokens of the rows ``at``; they own parameters in the phase that counts
+    parameters."""
     # in a generate, the prefill counts the parameters and the decode steps do not
     owns = (w.phase[at] == Phase.PREFILL) | ~(w.phase == Phase.PREFILL).any()
     params = np.where(owns, np.asarray(n, dtype=np.float64) * k / w.repeats[at], 0.0)
@@ -326,8 +346,8 @@ BINS = 5
 
 @lru_cache(maxsize=4096)
 def token_points(tokens: int, keep: float) -> tuple[Array, Array]:
-    """Return possible numbers of computed tokens, without 0, and their probabilities; the mean is ``tokens * keep``.
-    The mean of a bin is divided between the two nearest whole numbers."""
+    """Return possible numbers of computed tokens, without 0, and their probabilities; the mean is
+    ``tokens * keep``. The mean of a bin is divided between the two nearest whole numbers."""
     if tokens <= 0:
         return np.array([tokens]), np.array([1.0])
     if tokens >= CAPACITY_TOKENS:
@@ -343,7 +363,8 @@ def token_points(tokens: int, keep: float) -> tuple[Array, Array]:
 
 
 def _binomial(tokens: int, keep: float) -> tuple[Array, Array]:
-    """Return the outcomes of a binomial distribution, or the means of bins of outcomes, and their probabilities."""
+    """Return the outcomes of a binomial distribution, or the means of bins of outcomes, and their
+    probabilities."""
     outcome = np.arange(tokens + 1)
     factorial = np.array([math.lgamma(j + 1) for j in range(tokens + 1)])
     choose = factorial[-1] - factorial - factorial[::-1]
@@ -360,8 +381,9 @@ def _binomial(tokens: int, keep: float) -> tuple[Array, Array]:
 
 
 def split_tokens(w: Workload, keep: Array) -> Workload:
-    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its probability. Bytes of
-    elementwise and collective rows scale with tokens, parameters are conserved."""
+    """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its
+    probability. Bytes of elementwise and collective rows scale with tokens, parameters are
+    conserved."""
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w
@@ -392,7 +414,8 @@ def tokens_of(w: Workload) -> Array:
 
 
 def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
-    """Split fused qkv projections with sparsity ``s > 0`` into queries and the rest; return the rows' sparsity too."""
+    """Split fused qkv projections with sparsity ``s > 0`` into queries and the rest; return the
+    rows' sparsity too."""
     keys = covering(w, w.is_attention, w.kv_heads * w.head_dim)
     fused = (s > 0) & w.is_role("qkv") & (w.stage != 1) & (w.n != 2 * keys)  # not split before
     if not fused.any():
@@ -408,19 +431,22 @@ def split_fused_qkv(w: Workload, s: Array) -> tuple[Workload, Array]:
 
 
 def query_share(w: Workload, keep: Array) -> Array:
-    """Return the share of rotary and query-key norm left if ``keep`` of the queries and all keys stay; else 1."""
+    """Return the share of rotary and query-key norm left if ``keep`` of the queries and all keys
+    stay; else 1."""
     heads, groups = (covering(w, w.is_attention, heads) for heads in (w.heads, w.kv_heads))
     share: Array = (heads * keep + groups) / np.maximum(heads + groups, 1)
     return np.where(w.is_role("rotary", "qk_norm") & (w.layer >= 0), share, 1.0)
 
 
 def prompt_of(w: Workload) -> Array:
-    """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees them; 0 outside."""
+    """Return the prompt positions in the cache of every row's layer, as decode (or prefill) sees
+    them; 0 outside."""
     none = np.iinfo(np.int64).max
     out = np.full(layer_count(w) + 1, none)
     decodes = bool((w.kind == Kind.DECODE_ATTENTION).any())
     rows = w.take(w.kind == (Kind.DECODE_ATTENTION if decodes else Kind.PREFILL_ATTENTION))
-    # the first decode step sees one position after the prompt; the step of a serve is in the middle of the answer
+    # the first decode step sees one position after the prompt; the step of a serve is in the middle
+    # of the answer
     grown = (w.meta.new_tokens + 1) // 2 if w.meta.phase == "serve" else 1
     length = rows.kv_len - (grown if decodes else 0)
     for first, many in sorted(set(zip(rows.layer.tolist(), rows.layers.tolist()))):
@@ -447,7 +473,8 @@ def with_hidden(w: Workload, hidden: int, new: int) -> Workload:
 
 
 def widths(w: Workload) -> Mapping[str, Array]:
-    """Return the widths of a model on one device by name: one value per row, 0 for rows without this width."""
+    """Return the widths of a model on one device by name: one value per row, 0 for rows without
+    this width."""
     rows = {
         "MLP width": (readers(w, "down"), w.k),
         "expert width": (w.kind == EXPERTS, w.n),
@@ -459,7 +486,8 @@ def widths(w: Workload) -> Mapping[str, Array]:
 
 
 def aligned_up(w: Workload, unit: Array) -> Workload:
-    """Return the workload with its widths rounded up to multiples of ``unit``, one per row, except :data:`FIXED`."""
+    """Return the workload with its widths rounded up to multiples of ``unit``, one per row, except
+    :data:`FIXED`."""
 
     def up(width: Array) -> Array:
         return -(-width // unit) * unit

@@ -1,10 +1,13 @@
-"""Read prunings as steps, from a text or a plan: :func:`read_steps`; apply them to a workload: :func:`prune_steps`.
+"""Read prunings as steps, from a text or a plan: :func:`read_steps`; apply them to a workload:
+:func:`prune_steps`.
 
-In every step, layers have their numbers in the dense model: steps that remove layers are applied last.
+In every step, layers have their numbers in the dense model: steps that remove layers are applied
+last.
 
-A text has steps joined by ``+``. A step is the name of a family or of a published method, then a fraction (``0.25``,
-``25%``) or fractions by part (``mlp=0.3``), then ``layers=4-29`` and options (``align=64``), in any order. A whole
-number above 1 is the size that remains (``depth 24``, ``mlp=9216``). A plan is a YAML or JSON file::
+A text has steps joined by ``+``. A step is the name of a family or of a published method, then a
+fraction (``0.25``, ``25%``) or fractions by part (``mlp=0.3``), then ``layers=4-29`` and options
+(``align=64``), in any order. A whole number above 1 is the size that remains (``depth 24``,
+``mlp=9216``). A plan is a YAML or JSON file::
 
     prune: depth 0.1                        # optional: steps of the whole model
     layers:                                 # layers of the dense model, from 0
@@ -73,7 +76,8 @@ class PruningStep:
 
     @property
     def budgeted(self) -> bool:
-        """Whether the step keeps a number of tokens, so that its sparsity follows from the length of a request."""
+        """Whether the step keeps a number of tokens, so that its sparsity follows from the length
+        of a request."""
         method = _method(self.name)
         options = method.options if method else dict(self.options)
         return options.get("budget") is not None
@@ -92,7 +96,8 @@ class PruningStep:
         return sparsity
 
     def by_family(self, workload: Workload) -> tuple[PruningStep, ...]:
-        """Return the step of each family that a method applies to a workload; a step of a family is returned."""
+        """Return the step of each family that a method applies to a workload; a step of a family is
+        returned."""
         method = _method(self.name)
         if method is None:
             return (self,)
@@ -139,7 +144,8 @@ def _argument(sparsity: Sparsity) -> Any:
 def prune_steps(
     workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = ""
 ) -> Workload:
-    """Return the workload pruned by steps. Errors name the step, and the plan that contains the steps."""
+    """Return the workload pruned by steps. Errors name the step, and the plan that contains the
+    steps."""
     step: PruningStep | None = None
     try:
         for step in in_order(steps, workload):
@@ -150,7 +156,8 @@ def prune_steps(
 
 
 def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[PruningStep]:
-    """Yield the steps in the order in which they prune a workload: those that remove layers are last."""
+    """Yield the steps in the order in which they prune a workload: those that remove layers are
+    last."""
     keeping = [step for step in steps if not step.removes_layers]
     listed = [step for step in steps if step.removes_layers and step.layers is not None]
     rest = [step for step in steps if step.removes_layers and step.layers is None]
@@ -158,7 +165,8 @@ def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[Pruni
 
 
 def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
-    """Yield steps; steps of one family at different layers become one step with a sparsity per layer."""
+    """Yield steps; steps of one family at different layers become one step with a sparsity per
+    layer."""
     groups: list[list[PruningStep]] = []
     for step in steps:
         for group in groups:
@@ -223,7 +231,8 @@ _TOKEN = re.compile(
 
 
 def read_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of a text or of the plan at a path; errors have the column, or line and column, of a mistake."""
+    """Return the steps of a text or of the plan at a path; errors have the column, or line and
+    column, of a mistake."""
     if not isinstance(text, str):
         raise InputError(
             f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}"
@@ -338,7 +347,8 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
 
 
 def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
-    """Return a step with the usual fraction of its family or method, if the text has none and one is needed."""
+    """Return a step with the usual fraction of its family or method, if the text has none and one
+    is needed."""
     name = step.name
     if method := _method(name):
         usual = method.sparsities
@@ -396,7 +406,8 @@ def _layers(text: str, column: int) -> tuple[int, ...]:
 
 
 def plan_steps(text: str | None, problems: Problems | None = None) -> tuple[PruningStep, ...]:
-    """Return the steps of the content of a plan; the InputError is its first problem, ``file:line:column: reason``."""
+    """Return the steps of the content of a plan; the InputError is its first problem,
+    ``file:line:column: reason``."""
     problems = Problems("plan") if problems is None else problems
     steps: tuple[PruningStep, ...] = ()
     root = None if text is None else parse_yaml(text, problems)

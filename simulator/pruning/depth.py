@@ -1,4 +1,5 @@
-"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB, LayerSkip)."""
+"""Depth pruning: remove whole layers, or attention or MLP sublayers (ShortGPT, LaCo, SLEB,
+LayerSkip)."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from simulator.workload import Workload
 def depth(
     w: Workload, choice: Choice, *, ideal: bool, unit: str = "layer", early_exit: bool = False
 ) -> Pruned:
-    """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and parameters.
+    """Remove ``round(s L)`` layers, or sublayers of each kind, with norm, residual, cache and
+    parameters.
 
-    ``unit`` is "layer", "both" (equal numbers of both kinds), "attention" or "mlp". The deepest layers except the last
-    are removed, from the listed layers if there is a list; with ``early_exit`` also the last."""
+    ``unit`` is "layer", "both" (equal numbers of both kinds), "attention" or "mlp". The deepest
+    layers except the last are removed, from the listed layers if there is a list; with
+    ``early_exit`` also the last."""
     one_of("unit", unit, ("layer", "both", "attention", "mlp"))
     flag("option early_exit", early_exit)
     if unit in SUBLAYERS and choice.form == "part":

@@ -1,4 +1,5 @@
-"""Dynamic depth: some tokens skip a sublayer or a layer (Mixture-of-Depths, SkipGPT), or all later ones (CALM)."""
+"""Dynamic depth: some tokens skip a sublayer or a layer (Mixture-of-Depths, SkipGPT), or all later
+ones (CALM)."""
 
 from __future__ import annotations
 
@@ -29,12 +30,14 @@ KEYS = (
     ),
     *("delta_in", "delta_ba", "delta_net"),
 )
-# "reference": the kernels of the taxonomy's benchmark (github.com/EIT-NLP/LLM-Pruning, PruningInferSim); GEMMs skip
-# tiles of tokens sorted by a mask. "gathered": dense GEMMs of gathered tokens. "ideal": the same without added work
+# "reference": the kernels of the taxonomy's benchmark (github.com/EIT-NLP/LLM-Pruning,
+# PruningInferSim); GEMMs skip tiles of tokens sorted by a mask. "gathered": dense GEMMs of gathered
+# tokens. "ideal": the same without added work
 KERNELS = ("reference", "gathered", "ideal")
-# numbers of kernels: from a router's scores to its mask (larger score, inverse), and from the mask to skipped tiles
-# (order, marks). The benchmark has about five and nine, of one or two microseconds each; these numbers fit its paper,
-# section 5.4: in decode +62 % outside GEMMs, predicted +25 to +74 %
+# numbers of kernels: from a router's scores to its mask (larger score, inverse), and from the mask
+# to skipped tiles (order, marks). The benchmark has about five and nine, of one or two microseconds
+# each; these numbers fit its paper, section 5.4: in decode +62 % outside GEMMs, predicted +25 to
+# +74 %
 SELECT, SORT = 2, 2
 
 
@@ -48,13 +51,15 @@ def dynamic_depth(
     router: int = 2,
     unit: str = "sublayer",
 ) -> Pruned:
-    """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer; parameters are conserved.
+    """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer;
+    parameters are conserved.
 
-    k, v, their rotary and cache writes, and the norm before them stay dense, so later tokens see every key. With
-    ``prune_kv`` a skipped token leaves no key in that layer, and attention sees ``1-s`` of the positions. The number of
-    tokens of a GEMM is binomial. Prefill attention with dense keys computes ``1-s`` of the query-key pairs
-    (block-sparse); decode attention has fewer sequences. Early exit is a sparsity per layer that grows with depth: the
-    share of tokens that have left. A router (``router`` outputs) sees all tokens, per sublayer or with ``unit`` "layer"
+    k, v, their rotary and cache writes, and the norm before them stay dense, so later tokens see
+    every key. With ``prune_kv`` a skipped token leaves no key in that layer, and attention sees
+    ``1-s`` of the positions. The number of tokens of a GEMM is binomial. Prefill attention with
+    dense keys computes ``1-s`` of the query-key pairs (block-sparse); decode attention has fewer
+    sequences. Early exit is a sparsity per layer that grows with depth: the share of tokens that
+    have left. A router (``router`` outputs) sees all tokens, per sublayer or with ``unit`` "layer"
     per layer. With ``kernel`` "reference", each GEMM writes zeros for skipped tokens (``fill``)."""
     dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
@@ -108,7 +113,8 @@ def dynamic_depth(
 
 
 def _masked(w: Workload, ends: Array, first: Array, skips: Array, router: int) -> _rows.Inserted:
-    """Return the selection of masks, the sorting of masks of several tokens, and the zeros of incomplete results."""
+    """Return the selection of masks, the sorting of masks of several tokens, and the zeros of
+    incomplete results."""
     m, several = w.m[ends], w.m[ends] > 1
     scores = m * router * _rows.stream_bytes(w, ends)
     select = _rows.overheads(
@@ -161,6 +167,9 @@ FAMILY = Family(
     loading="kernels",
     parts=None,
     order=7,
-    summary="each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True prunes them)",
+    summary=(
+        "each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True"
+        " prunes them)"
+    ),
     targets=SUBLAYERS,
 )

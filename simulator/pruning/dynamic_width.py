@@ -1,4 +1,5 @@
-"""Dynamic width: choose head and channel groups per token (Deja Vu, Mixture-of-Heads, contextual sparsity)."""
+"""Dynamic width: choose head and channel groups per token (Deja Vu, Mixture-of-Heads, contextual
+sparsity)."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from simulator.pruning import _rows
 from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, Pruned, one_of, whole
 from simulator.workload import Workload
 
-# GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a gather, a GEMM and a
-# scatter per group in use; GEMMs of the same shapes without added work
+# GEMMs that skip tiles of tokens sorted by their masks; rows gathered for one grouped GEMM; a
+# gather, a GEMM and a scatter per group in use; GEMMs of the same shapes without added work
 KERNELS = ("reference", "gathered", "looped", "ideal")
-# kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of a kernel of the
-# benchmark at 1024^3 on an RTX 5090
+# kernels from a mask to skipped tiles: order, gather, marks of tiles. They take 11 of the 22 us of
+# a kernel of the benchmark at 1024^3 on an RTX 5090
 SORT = 3
 # width of a tensor instruction, to which the expected width of the groups in use is rounded up
 ALIGN = 16
@@ -24,14 +25,17 @@ ALIGN = 16
 def dynamic_width(
     w: Workload, choice: Choice, *, ideal: bool, channel_groups: int = 32, kernel: str = "reference"
 ) -> Pruned:
-    """Compute each (token, group) tile of q, attention, o, gate, up and down with probability ``1-s``; keep k and v.
+    """Compute each (token, group) tile of q, attention, o, gate, up and down with probability
+    ``1-s``; keep k and v.
 
-    A group is in use if any of M tokens chose it, with probability ``u = 1 - s^M``; it then has ``M (1-s) / u`` tokens
-    on average. The row becomes that number of tokens (rounded up) times ``u`` of the width (rounded up to 16), with the
-    density that preserves the FLOPs of the tiles. Attention computes (in decode: reads) a share ``1-s`` of its groups.
+    A group is in use if any of M tokens chose it, with probability ``u = 1 - s^M``; it then has ``M
+    (1-s) / u`` tokens on average. The row becomes that number of tokens (rounded up) times ``u`` of
+    the width (rounded up to 16), with the density that preserves the FLOPs of the tiles. Attention
+    computes (in decode: reads) a share ``1-s`` of its groups.
 
-    A router has an output per KV group, or ``channel_groups`` outputs. The kernels "gathered" and "looped" copy the
-    hidden state of a token for each of its groups (``gather``) and add partial outputs (``scatter``)."""
+    A router has an output per KV group, or ``channel_groups`` outputs. The kernels "gathered" and
+    "looped" copy the hidden state of a token for each of its groups (``gather``) and add partial
+    outputs (``scatter``)."""
     channel_groups = whole("channel_groups", channel_groups)
     ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
     w, s = _rows.split_fused_qkv(w, choice.rows)
@@ -93,7 +97,8 @@ def _looped(
 def _with_overheads(
     w: Workload, pruned: Workload, s: Array, groups: Array, loops: Array, copies: bool
 ) -> Workload:
-    """Insert router and sorting before each sublayer; with ``copies``, one gather and scatter per loop."""
+    """Insert router and sorting before each sublayer; with ``copies``, one gather and scatter per
+    loop."""
     at = np.flatnonzero(_rows.sublayer_ends(w) & (s > 0))
     m, hidden, size, outputs = w.m[at], w.n[at], _rows.stream_bytes(w, at), groups[at]
     scores, chosen, place = m * outputs, m * outputs * (1.0 - s[at]), _rows.before_sublayer(w, at)

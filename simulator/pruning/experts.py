@@ -18,12 +18,14 @@ from simulator.workload import Workload
 def experts(
     w: Workload, choice: Choice, *, ideal: bool, fewer: str = "experts", merged: bool = False
 ) -> Pruned:
-    """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the router shrinks.
+    """Keep ``round((1-s) E)`` routed experts per layer, at least as many as a token uses; the
+    router shrinks.
 
-    With ``merged``, each group of experts becomes one; the router keeps its E outputs, and a table maps the choices of
-    a token to groups (``select``). With ``fewer`` "active" all experts stay, and a token uses ``round((1-s) A)`` of
-    them, at least one; with "average" that number is a mean over tokens. Numbers are counted over all devices. The skew
-    falls with the square root of the share of experts that stay."""
+    With ``merged``, each group of experts becomes one; the router keeps its E outputs, and a table
+    maps the choices of a token to groups (``select``). With ``fewer`` "active" all experts stay,
+    and a token uses ``round((1-s) A)`` of them, at least one; with "average" that number is a mean
+    over tokens. Numbers are counted over all devices. The skew falls with the square root of the
+    share of experts that stay."""
     one_of("fewer", fewer, ("experts", "active", "average"))
     if flag("option merged", merged) and fewer != "experts":
         raise InputError(f"option merged: expected fewer=experts with it, got {fewer}")
@@ -74,9 +76,9 @@ def experts(
 
 
 def rebalanced(w: Workload, before: Any) -> Workload:
-    """Return the workload of a model that had more routed experts ``before``. The experts that stay have similar loads:
-    64 of Qwen3-30B's 128 have a skew of 0.57, all have 0.84 (EXPERT_SKEW). The loads of merged experts add up, so their
-    spread falls with the square root of a group's size."""
+    """Return the workload of a model that had more routed experts ``before``. The experts that stay
+    have similar loads: 64 of Qwen3-30B's 128 have a skew of 0.57, all have 0.84 (EXPERT_SKEW). The
+    loads of merged experts add up, so their spread falls with the square root of a group's size."""
     kept = w.experts * (w.meta.devices if w.meta.parallel == "expert" else 1)
     fewer = (w.kind == Kind.EXPERTS) & (kept < before)
     if not fewer.any():
@@ -91,5 +93,8 @@ FAMILY = Family(
     parts={"": ("experts",)},
     order=12,
     needs="experts",
-    summary="removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active or average)",
+    summary=(
+        "removes or merges (merged=True) routed experts, or activates fewer per token (fewer=active"
+        " or average)"
+    ),
 )

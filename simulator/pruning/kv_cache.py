@@ -1,4 +1,5 @@
-"""Cache pruning: evict part of the prompt's keys and values after the prefill (H2O, SnapKV, PyramidKV)."""
+"""Cache pruning: evict part of the prompt's keys and values after the prefill (H2O, SnapKV,
+PyramidKV)."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ def kv_cache(
     budget: Any = None,
     rolling: bool = False,
 ) -> Pruned:
-    """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all generated positions.
+    """Keep ``round((1-s) S)`` of the S prompt positions in the cache, at least one, and all
+    generated positions.
 
-    With ``budget``, keep at most that many prompt positions. With ``rolling``, a generated position replaces an older
-    one: the cache never holds more positions than it keeps of the prompt (or than ``budget``). At the end of the
-    prefill, the last ``observed`` queries score all keys (``mask``), each KV head selects positions (``select``), and
-    the cache is compacted (``gather``). With ``observed`` 0, the place of a position alone decides."""
+    With ``budget``, keep at most that many prompt positions. With ``rolling``, a generated position
+    replaces an older one: the cache never holds more positions than it keeps of the prompt (or than
+    ``budget``). At the end of the prefill, the last ``observed`` queries score all keys (``mask``),
+    each KV head selects positions (``select``), and the cache is compacted (``gather``). With
+    ``observed`` 0, the place of a position alone decides."""
     observed, rolling, prompt = (
         whole("observed", observed, low=0),
         flag("option rolling", rolling),

@@ -11,10 +11,11 @@ from simulator.workload import Workload
 
 
 def low_rank(w: Workload, choice: Choice, *, ideal: bool, align: int = 16) -> Pruned:
-    """Replace W of N x K by K x r and r x N, r = ``floor((1-s) N K / (N + K))`` rounded up to ``align``, at most N, K.
+    """Replace W of N x K by K x r and r x N, r = ``floor((1-s) N K / (N + K))`` rounded up to
+    ``align``, at most N, K.
 
-    A fused projection is factorised as one weight; a tensor-parallel device factorises its own shard. The second factor
-    keeps the bias."""
+    A fused projection is factorised as one weight; a tensor-parallel device factorises its own
+    shard. The second factor keeps the bias."""
     align = whole("align", align)
     rows = projections(w) & (choice.rows > 0)
     if (w.stage[rows] > 0).any():

@@ -10,7 +10,8 @@ from simulator.workload import Workload
 
 
 def semi_structured(w: Workload, choice: Choice, *, ideal: bool) -> Pruned:
-    """Make the projections 2:4 sparse: density 0.5 on sparse tensor cores. The kernel pads ``m`` to a multiple of 8.
+    """Make the projections 2:4 sparse: density 0.5 on sparse tensor cores. The kernel pads ``m`` to
+    a multiple of 8.
 
     A sparsity per part or per layer of 0.5 and 0 selects some of the projections."""
     wrong = choice.rows[projections(w) & (choice.rows > 0) & (choice.rows != 0.5)]

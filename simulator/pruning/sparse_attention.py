@@ -1,4 +1,5 @@
-"""Sparse attention: compute only some blocks of queries and keys (MInference, FlexPrefill, Quest)."""
+"""Sparse attention: compute only some blocks of queries and keys (MInference, FlexPrefill,
+Quest)."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from simulator.workload import Workload
 def sparse_attention(
     w: Workload, choice: Choice, *, ideal: bool, block: int = 64, budget: Any = None
 ) -> Pruned:
-    """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of the cache's blocks.
+    """Compute a share ``1-s`` of the q-k blocks of edge ``block``; in decode, read that share of
+    the cache's blocks.
 
-    With ``budget``, each query sees at most that many keys. Prefill pools queries and keys by block and scores them
-    (``mask``); decode scores two bounds of the keys in every cached block. Then blocks are selected (``select``)."""
+    With ``budget``, each query sees at most that many keys. Prefill pools queries and keys by block
+    and scores them (``mask``); decode scores two bounds of the keys in every cached block. Then
+    blocks are selected (``select``)."""
     one_of("block", block, (16, 64, 128))
     s, realised = (
         (choice.rows, choice.asked) if budget is None else _skipped(w, whole("budget", budget))
@@ -50,7 +53,8 @@ def sparse_attention(
 
 
 def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
-    """Return the share of q-k pairs beyond ``budget`` keys per query, of each row and of all rows."""
+    """Return the share of q-k pairs beyond ``budget`` keys per query, of each row and of all
+    rows."""
     most = np.where(w.window > 0, np.minimum(w.window, budget), budget)
     pairs = np.where(w.is_attention, w.pairs, 0.0)
     share = np.where(
@@ -66,6 +70,8 @@ FAMILY = Family(
     loading="kernels",
     parts={},
     order=9,
-    summary="computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in decode, reads that "
-    "share of the cache's blocks",
+    summary=(
+        "computes a share of the q-k blocks (16, 64 or 128), or a budget of keys per query; in"
+        " decode, reads that share of the cache's blocks"
+    ),
 )

@@ -1,4 +1,5 @@
-"""Token pruning: drop prompt tokens from some layer on, and from the cache (FastV, PyramidDrop, LLMLingua)."""
+"""Token pruning: drop prompt tokens from some layer on, and from the cache (FastV, PyramidDrop,
+LLMLingua)."""
 
 from __future__ import annotations
 
@@ -13,18 +14,21 @@ from simulator.pruning import _rows
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, Pruned, one_of, whole
 from simulator.workload import Workload
 
-# default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all tokens most
+# default of the first layer with fewer tokens (FastV drops after layer 2); early layers need all
+# tokens most
 START = 2
 
 
 def token(
     w: Workload, choice: Choice, *, ideal: bool, start: Any = None, mode: str = "dynamic"
 ) -> Pruned:
-    """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on, also in the cache.
+    """Keep ``round((1-s) S)`` of S prompt tokens, at least 1, from layer ``start`` (default 2) on,
+    also in the cache.
 
-    A sparsity per layer is the share of the prompt that is missing in each layer; it must not decrease with depth.
-    ``mode`` "dynamic" scores tokens by the attention of the last query (``select``) and gathers the rest; "static" only
-    gathers. The realised sparsity is the share of the last layer, or the mean over layers."""
+    A sparsity per layer is the share of the prompt that is missing in each layer; it must not
+    decrease with depth. ``mode`` "dynamic" scores tokens by the attention of the last query
+    (``select``) and gathers the rest; "static" only gathers. The realised sparsity is the share of
+    the last layer, or the mean over layers."""
     one_of("mode", mode, ("dynamic", "static"))
     layers, per_layer = _rows.layer_count(w), choice.form == "layer"
     table = np.zeros(layers)  # share of the prompt that is missing in each layer
@@ -84,7 +88,8 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
 
 
 def _with_selection(w: Workload, out: Workload, table: Array, share: Array, mode: str) -> Workload:
-    """Return ``out`` with the rows that score and gather tokens; they run once per layer that drops tokens."""
+    """Return ``out`` with the rows that score and gather tokens; they run once per layer that drops
+    tokens."""
     # layers before which tokens are dropped
     steps = np.flatnonzero(np.diff(table, prepend=0.0) > 0)
     rows = np.flatnonzero((w.kind == Kind.PREFILL_ATTENTION) & np.isin(w.layer, steps))

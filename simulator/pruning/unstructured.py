@@ -1,4 +1,5 @@
-"""Unstructured pruning: zeros anywhere (SparseGPT, Wanda, magnitude); dense kernels do not become faster."""
+"""Unstructured pruning: zeros anywhere (SparseGPT, Wanda, magnitude); dense kernels do not become
+faster."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ KERNELS = ("dense", "spmv")
 
 
 def unstructured(w: Workload, choice: Choice, *, ideal: bool, kernel: str = "dense") -> Pruned:
-    """Set the density of the projections to ``1-s``: bounds count the zeros, times are those of dense kernels.
+    """Set the density of the projections to ``1-s``: bounds count the zeros, times are those of
+    dense kernels.
 
-    With ``kernel`` "spmv" GEMMs of one token (decode at batch 1) read only nonzero values, each with four bits for its
-    position (MACKO, github.com/vlejd/macko_spmv), which is faster from a sparsity of about 0.25."""
+    With ``kernel`` "spmv" GEMMs of one token (decode at batch 1) read only nonzero values, each
+    with four bits for its position (MACKO, github.com/vlejd/macko_spmv), which is faster from a
+    sparsity of about 0.25."""
     one_of("kernel", kernel, KERNELS)
     out, realised = zeroed(w, choice, Kernel.UNSTRUCTURED, "unstructured")
     if kernel == "spmv":

@@ -1,7 +1,8 @@
-"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP, Sheared LLaMA).
+"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP,
+Sheared LLaMA).
 
-In a gated delta net, a group is a key head with its value heads: projections, convolution and state shrink. It has no
-query heads or KV heads alone.
+In a gated delta net, a group is a key head with its value heads: projections, convolution and state
+shrink. It has no query heads or KV heads alone.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ _DELTA_NET = int(Kind.DELTA_NET)
 def width(
     w: Workload, choice: Choice, *, ideal: bool, align: int = 16, inner: Any = None
 ) -> Pruned:
-    """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up to ``align``.
+    """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up
+    to ``align``.
 
-    Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads alone; the cache stays),
-    ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers). Tensor-parallel devices prune their own shares.
-    ``inner`` sets the inner width of the whole model, for an existing pruned checkpoint."""
+    Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads
+    alone; the cache stays), ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers).
+    Tensor-parallel devices prune their own shares. ``inner`` sets the inner width of the whole
+    model, for an existing pruned checkpoint."""
     align, mlp = whole("align", align), choice.of("mlp")
     attended = _attention(w, choice.of("attention"), choice.of("heads"), choice.of("kv"))
     out = _mlp(attended, mlp, align, inner)
@@ -47,7 +50,8 @@ def width(
 
 
 def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
-    """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads alone."""
+    """Remove shares of KV groups with their query heads, of query heads alone, and of KV heads
+    alone."""
     delta = w.kind == _DELTA_NET
     attention, latent = w.is_attention | delta, w.latent > 0  # latent: one vector for all heads
     at, covered = _rows.coverage(w, attention)
@@ -57,7 +61,8 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     groups = np.where(one_vector, heads, np.where(covered, w.kv_heads[at], 0))
     if np.count_nonzero(one_vector & (kv > 0)):
         raise InputError(
-            "sparsity of kv: latent attention has one vector for all heads; expected attention or heads"
+            "sparsity of kv: latent attention has one vector for all heads; expected attention or"
+            " heads"
         )
 
     def left(many: Array, share: Array) -> Array:
@@ -73,7 +78,8 @@ def _attention(w: Workload, both: Array, alone: Array, kv: Array) -> Workload:
     stored, cached = _rows.writers(w, "k", "v"), w.is_role("cache_write") & ~one_vector
     rotated = w.is_role("rotary", "qk_norm")
     keys = groups * np.where(covered, w.head_dim[at], 0)  # features of all keys
-    # the other outputs of a fused projection are queries, and gates of the attention's outputs if there are any
+    # the other outputs of a fused projection are queries, and gates of the attention's outputs if
+    # there are any
     fused = (w.n - 2 * keys) * some_heads // heads + 2 * keys * some_groups // groups
     every, left_over = heads + groups, some_heads + some_groups
     n = np.where(queries | outputs, w.n * some_heads // heads, w.n)
@@ -121,7 +127,10 @@ def _mlp(w: Workload, s: Array, align: int, inner: Any) -> Workload:
         devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
         wanted = whole("inner", inner)
         if wanted % devices or (width[width > 0] * devices < wanted).any():
-            expected = f"expected a multiple of {devices} up to the inner width {int(width.max(initial=0)) * devices}"
+            expected = (
+                f"expected a multiple of {devices} up to the inner width"
+                f" {int(width.max(initial=0)) * devices}"
+            )
             raise InputError(f"option inner: {expected}, got {wanted}")
         kept = np.where(shrink, wanted // devices, width)
     return _rows.with_inner(w, kept)

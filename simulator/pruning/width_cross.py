@@ -1,4 +1,5 @@
-"""Width pruning across layers: reduce the hidden size everywhere (SliceGPT, embedding axis of Minitron)."""
+"""Width pruning across layers: reduce the hidden size everywhere (SliceGPT, embedding axis of
+Minitron)."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from simulator.workload import Workload
 def width_cross(
     w: Workload, choice: Choice, *, ideal: bool, align: int = 16, residual_projections: bool = False
 ) -> Pruned:
-    """Reduce the hidden size H to H' = ``(1-s) H``, rounded up to ``align``, in embedding, norms, projections and head.
+    """Reduce the hidden size H to H' = ``(1-s) H``, rounded up to ``align``, in embedding, norms,
+    projections and head.
 
-    ``residual_projections`` adds the two H'xH' GEMMs per layer with which SliceGPT changes the basis of the residual
-    stream."""
+    ``residual_projections`` adds the two H'xH' GEMMs per layer with which SliceGPT changes the
+    basis of the residual stream."""
     align = whole("align", align)
     rotates = flag("option residual_projections", residual_projections)
     ends = _rows.sublayer_ends(w)
@@ -45,6 +47,8 @@ FAMILY = Family(
     parts={"": ("hidden size",)},
     narrows=True,
     order=3,
-    summary="reduces the hidden size everywhere: embedding, norms, projections, residual stream, head",
+    summary=(
+        "reduces the hidden size everywhere: embedding, norms, projections, residual stream, head"
+    ),
     layers="all",
 )

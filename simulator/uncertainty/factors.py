@@ -1,10 +1,12 @@
-"""The error model of operator times: error factors, correlated and independent errors (docs/model.md, "Uncertainty").
+"""The error model of operator times: error factors, correlated and independent errors
+(docs/model.md, "Uncertainty").
 
-log(true / predicted) is a sum of three errors. A *systematic* error belongs to an error factor, such as the launch time
-of GEMMs. It is one number per software stack and laboratory, multiplied by the loading of each time. A *correlated*
-error is similar for operators of similar sizes. An *independent* error belongs to one shape. Times, ratios of times and
-forward passes are rows of one linear model, so common errors cancel in a ratio, and measured times
-(:class:`Posterior`) correct all others.
+log(true / predicted) is a sum of three errors. A *systematic* error belongs to an error factor,
+such as the launch time of GEMMs. It is one number per software stack and laboratory, multiplied by
+the loading of each time. A *correlated* error is similar for operators of similar sizes. An
+*independent* error belongs to one shape. Times, ratios of times and forward passes are rows of one
+linear model, so common errors cancel in a ratio, and measured times (:class:`Posterior`) correct
+all others.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ ERROR_SIZES: Mapping[str, ErrorSize] = MappingProxyType(
 """Errors by operator. Stacks choose different attention kernels, so their times differ by steps."""
 
 ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
-    # the machine's launches, clocks and memory are common to all operators; together with a GEMM's own factors, the
-    # standard deviations are launch .20, compute .06, memory .034
+    # the machine's launches, clocks and memory are common to all operators; together with a GEMM's
+    # own factors, the standard deviations are launch .20, compute .06, memory .034
     {"machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015}
     | {
         f"{name} {part}": sd
@@ -42,14 +44,16 @@ ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
     }
     | {"host": 0.43}
 )
-"""Error factor -> prior standard deviation of the log of the part that it changes, from held-out software stacks."""
+"""Error factor -> prior standard deviation of the log of the part that it changes, from held-out
+software stacks."""
 
 FACTOR_INDEX: Mapping[str, int] = MappingProxyType(
     {name: i for i, name in enumerate(ERROR_FACTORS)}
 )
 
 COVERAGE_FACTOR = 1.75
-"""Half-width of a 90 % interval over the standard deviation. The tails are heavier than those of a normal (1.645)."""
+"""Half-width of a 90 % interval over the standard deviation. The tails are heavier than those of a
+normal (1.645)."""
 
 LENGTH_SCALE_OCTAVES = 1.5
 """Distance at which the correlation of two errors has fallen to 1/e."""
@@ -58,9 +62,9 @@ OUTSIDE_PER_OCTAVE = 0.06
 """Log standard deviation that an octave outside the measured sizes adds."""
 
 UNLIKE_LOG_SD = 1.5
-"""Correlated log standard deviation of decode over a latent cache in another stack than the fitted one, on GPUs without
-a kernel of its own (all but data-centre GPUs from Hopper on). Some kernels there split a cache and others do not, so
-times differ by up to 30 times."""
+"""Correlated log standard deviation of decode over a latent cache in another stack than the fitted
+one, on GPUs without a kernel of its own (all but data-centre GPUs from Hopper on). Some kernels
+there split a cache and others do not, so times differ by up to 30 times."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Uncertainty:
 
     @classmethod
     def joined(cls, parts: list[Uncertainty], order: Any = slice(None)) -> Uncertainty:
-        """Concatenate the errors of several sets of times of one kind, then put them in an order."""
+        """Concatenate the errors of several sets of times of one kind, then put them in an
+        order."""
         first = parts[0]
         if all(part.factors == first.factors for part in parts):
             names, systematic = (
@@ -147,8 +152,8 @@ def same_stack_scales(operator: str) -> Scales:
 
 
 def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
-    """Return the errors of an estimate's n times. Loadings "launch", "compute" and "memory" also count for the error
-    factors of the machine."""
+    """Return the errors of an estimate's n times. Loadings "launch", "compute" and "memory" also
+    count for the error factors of the machine."""
     scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
     sizes, (names, loading, sds) = (
         ERROR_SIZES[e.operator],
@@ -201,7 +206,8 @@ def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def level_scale(level: float) -> float:
-    """Return a normal interval's half-width over that of a 90 % interval; InputError for a level outside (0, 1)."""
+    """Return a normal interval's half-width over that of a 90 % interval; InputError for a level
+    outside (0, 1)."""
     return _level_scale(number("level", level, LEVEL))
 
 
@@ -222,13 +228,15 @@ def correlation(a: Array, b: Array) -> Array:
 
 
 MOST_LOG = 1.5
-"""Largest log of measured over predicted that counts; attention of two stacks differs by up to a factor of 3."""
+"""Largest log of measured over predicted that counts; attention of two stacks differs by up to a
+factor of 3."""
 
 HOST_KIND = int(Kind.HOST)
 """Kind of rows that time the host; their scatter does not inform about kernels."""
 
 PRIOR_FACTORS, PRIOR_NOISE, PRIOR_ROWS = 4.0, 20.0, 30
-"""Weight of the prior: number of error factors for s, number of rows for g, number of rows for the coverage factor."""
+"""Weight of the prior: number of error factors for s, number of rows for g, number of rows for the
+coverage factor."""
 
 _ROUNDS = 9
 
@@ -244,8 +252,9 @@ def _coverage_factor(z: Array) -> float:
 
 @dataclass(frozen=True)
 class Posterior:
-    """The error model given y = log(measured / predicted) of n measured times: the local update of a profile. It
-    estimates factors s on the variance of each error factor, and g on the other variances by kind of operator."""
+    """The error model given y = log(measured / predicted) of n measured times: the local update of
+    a profile. It estimates factors s on the variance of each error factor, and g on the other
+    variances by kind of operator."""
 
     scale: Array  # (c,) variance of the error of each of ERROR_FACTORS; the prior is 1
     noise: Array  # factor on correlated and independent variance, by kind of operator
@@ -270,11 +279,12 @@ class Posterior:
         kind: NDArray[np.intp],
         log_ratio: Array,
     ) -> Posterior:
-        """Return the posterior given the errors and log(measured / predicted) of n measured times; ``systematic`` is
-        (n, c). Outliers count less (Student's t of 4 degrees). Expectation-maximisation estimates the variance of each
-        error factor (the prior counts as :data:`PRIOR_FACTORS` factors) and the noise of each kind of operator (the
-        prior counts as :data:`PRIOR_NOISE` rows). Z-scores of rows predicted from all others give the coverage factor
-        of their kind."""
+        """Return the posterior given the errors and log(measured / predicted) of n measured times;
+        ``systematic`` is (n, c). Outliers count less (Student's t of 4 degrees).
+        Expectation-maximisation estimates the variance of each error factor (the prior counts as
+        :data:`PRIOR_FACTORS` factors) and the noise of each kind of operator (the prior counts as
+        :data:`PRIOR_NOISE` rows). Z-scores of rows predicted from all others give the coverage
+        factor of their kind."""
         y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
         s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
         similar = (

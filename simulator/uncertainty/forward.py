@@ -1,6 +1,8 @@
-"""Errors of forward passes and of their ratios. W are workloads, G groups of operators with one error, c error factors.
+"""Errors of forward passes and of their ratios. W are workloads, G groups of operators with one
+error, c error factors.
 
-The log error of a pass is the sum of the log errors of its operators, weighted by their share of the time.
+The log error of a pass is the sum of the log errors of its operators, weighted by their share of
+the time.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ Errors = list[tuple[Any, Uncertainty]]
 def operator_times(
     w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None
 ) -> tuple[OperatorTimes, Errors]:
-    """Return the time of one execution of every row and the errors. With an ``engine``, times of GEMMs include
-    :func:`simulator.passes.engine_factors`."""
+    """Return the time of one execution of every row and the errors. With an ``engine``, times of
+    GEMMs include :func:`simulator.passes.engine_factors`."""
     columns = empty_times(len(w))
     errors: Errors = []
     for rows, e in estimates(w, w.operators(), hw):
@@ -146,8 +148,9 @@ class PredictedPass(ForwardPass):
 
     @property
     def _composed(self) -> tuple[Any, Any]:
-        """Variance of the log of each row's time for operators of several kernels without measured times, and the
-        standard deviation (W, G) that the gaps between these kernels add to a group, as a share of the pass."""
+        """Variance of the log of each row's time for operators of several kernels without measured
+        times, and the standard deviation (W, G) that the gaps between these kernels add to a group,
+        as a share of the pass."""
         w, groups, sd = (
             self.workloads.rows,
             self.workloads.groups,
@@ -165,7 +168,8 @@ class PredictedPass(ForwardPass):
 def forward_passes(
     workloads: WorkloadBatch, hw: HardwareProfile, level: float = 0.9
 ) -> PredictedPass:
-    """Return the passes of a batch in the engine of its workloads. In a large batch, equal operators are timed once.
+    """Return the passes of a batch in the engine of its workloads. In a large batch, equal
+    operators are timed once.
 
     InputError for a batch that the device or the engine cannot run."""
     instance("hw", hw, HardwareProfile, "load_hardware")
@@ -210,7 +214,8 @@ def forward_passes(
 
 
 def host_launch(hw: HardwareProfile) -> tuple[float, float]:
-    """Return the time of an eager launch on a profile's host, s, and the standard deviation of its log."""
+    """Return the time of an eager launch on a profile's host, s, and the standard deviation of its
+    log."""
     launch_s, posterior = hw.section("runtime", "*")["host_op_s"], posterior_of(hw)
     if posterior is None:
         return launch_s, ERROR_FACTORS["host"]
@@ -220,8 +225,9 @@ def host_launch(hw: HardwareProfile) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PassUncertainty:
-    """Errors of the logs of W total times, sums over G groups of operators. All fields but ``kind`` are weighted by
-    share of the time; ``correlated`` and ``independent`` include the factors of the posterior."""
+    """Errors of the logs of W total times, sums over G groups of operators. All fields but ``kind``
+    are weighted by share of the time; ``correlated`` and ``independent`` include the factors of the
+    posterior."""
 
     systematic: Array  # (W, c) of ERROR_FACTORS
     correlated: Array  # (W, G)
@@ -287,9 +293,9 @@ class PassUncertainty:
         )
 
     def variances(self, other: NDArray[np.intp], same: Array) -> tuple[Array, Array]:
-        """Return the variances (W,) of the log of each time, and of the log of its ratio to the time of pass ``other``
-        (W,). ``same`` (W, G) is 1 where a group is the same in both passes, below 1 where only the number of executions
-        changed, and 0 where the shape changed."""
+        """Return the variances (W,) of the log of each time, and of the log of its ratio to the
+        time of pass ``other`` (W,). ``same`` (W, G) is 1 where a group is the same in both passes,
+        below 1 where only the number of executions changed, and 0 where the shape changed."""
         every = np.arange(len(self.correlated))
         pairs = (other != every).nonzero()[0]
         found = self._correlated(

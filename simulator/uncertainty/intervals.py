@@ -1,14 +1,16 @@
-"""Compute times of W passes and their ratios, with prediction intervals, at h hosts, of which the first is the median.
+"""Compute times of W passes and their ratios, with prediction intervals, at h hosts, of which the
+first is the median.
 
-Kernel errors follow a linear model (:mod:`simulator.uncertainty.factors`). The host acts nonlinearly: it matters only
-where it is slower than the device. Its two speeds (:class:`simulator.passes.Host`) are functions of two independent
-normals: ``first``, the speed of passes, and ``second``, the rest of the speed of launches and sequences. Each pass is
-evaluated on the typical host and at both ends of the interval of ``first`` and of ``second``. On each side, the changes
-are combined with the device interval as a root of sum of squares.
+Kernel errors follow a linear model (:mod:`simulator.uncertainty.factors`). The host acts
+nonlinearly: it matters only where it is slower than the device. Its two speeds
+(:class:`simulator.passes.Host`) are functions of two independent normals: ``first``, the speed of
+passes, and ``second``, the rest of the speed of launches and sequences. Each pass is evaluated on
+the typical host and at both ends of the interval of ``first`` and of ``second``. On each side, the
+changes are combined with the device interval as a root of sum of squares.
 
-A measured pass time is one observation. Bayes' rule weights a grid of both normals; kernel errors are conditioned on
-the remaining difference. The ends of ``first`` are then evaluated with the median of ``second`` there, so host times
-per pass and per layer vary with a nearly constant sum.
+A measured pass time is one observation. Bayes' rule weights a grid of both normals; kernel errors
+are conditioned on the remaining difference. The ends of ``first`` are then evaluated with the
+median of ``second`` there, so host times per pass and per layer vary with a nearly constant sum.
 """
 
 from __future__ import annotations
@@ -41,19 +43,23 @@ MEASURED_LOG_SD = 0.01
 
 _FINE, _COARSE, _NONE = np.linspace(-5.0, 5.0, 201), np.linspace(-4.0, 4.0, 81), np.zeros(1)
 _GRIDS = ((_NONE, _NONE), (_FINE, _NONE), (_COARSE, _FINE))
-"""Grids of ``first`` and ``second`` for a measured time, standard deviations, by number of unknowns."""
+"""Grids of ``first`` and ``second`` for a measured time, standard deviations, by number of
+unknowns."""
 
 _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
-"""Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by number of unknowns."""
+"""Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by
+number of unknowns."""
 
 CPU_LOG_SD = 0.02
-"""Log standard deviation, per model, of a pass on a CPU over the sum of its operators, from executed speedups
-(docs/generated/vllm.md, transformers.md): 92 % of SmolLM2's and Qwen2.5's and 93 % of those of a mixture of experts lie
-in their interval; with 0.015 only 72 % of the decodes in eager Transformers do."""
+"""Log standard deviation, per model, of a pass on a CPU over the sum of its operators, from
+executed speedups (docs/generated/vllm.md, transformers.md): 92 % of SmolLM2's and Qwen2.5's and 93
+% of those of a mixture of experts lie in their interval; with 0.015 only 72 % of the decodes in
+eager Transformers do."""
 
 UNEXPLAINED = 0.3
-"""Share of the deviation of a measured time from its prediction that may be time per pass where the model assumes time
-in proportion to the work, or the reverse (assumed): the model has no cause for this share."""
+"""Share of the deviation of a measured time from its prediction that may be time per pass where the
+model assumes time in proportion to the work, or the reverse (assumed): the model has no cause for
+this share."""
 
 CONSISTENT_SD = 2.5
 """A measured time is ignored if it deviates from its prediction by more standard deviations."""
@@ -107,9 +113,10 @@ def prediction_intervals(
     mixed: NDArray[np.bool_],
     measured: tuple[int, float] | None = None,
 ) -> PredictionIntervals:
-    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same`` (W, G) is that of
-    ``PassUncertainty.variances``; ``mixed`` (W,) is true where the two passes launch different mixes of kernels;
-    ``measured`` is the index of a pass and its measured time, s."""
+    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same``
+    (W, G) is that of ``PassUncertainty.variances``; ``mixed`` (W,) is true where the two passes
+    launch different mixes of kernels; ``measured`` is the index of a pass and its measured time,
+    s."""
     uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
     coverage_factor = (
         COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
@@ -148,7 +155,8 @@ def prediction_intervals(
 
 
 def _of_engine(p: PredictedPass) -> tuple[float, float]:
-    """Return the variances of the log of a pass that no operator explains: common to all models, and per model."""
+    """Return the variances of the log of a pass that no operator explains: common to all models,
+    and per model."""
     apart = p.engine.apart_log_sd.value**2 + (CPU_LOG_SD**2 if p.hw.architecture == "cpu" else 0.0)
     return p.engine.log_sd.value**2, apart
 
@@ -156,10 +164,11 @@ def _of_engine(p: PredictedPass) -> tuple[float, float]:
 def _conditioned(
     p: PredictedPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
 ) -> tuple[_Hosts, FloatArray, FloatArray]:
-    """Return the passes at each host given the measured time of pass ``at``; the covariance (h, W) of their logs with
-    the log of the measured time, over the standard deviation of the latter; and how much the variance that all passes
-    share grows. The likely cause of a deviation is one that dense and pruned share, such as other kernels or clocks, so
-    the shared variance becomes at least the square of the deviation."""
+    """Return the passes at each host given the measured time of pass ``at``; the covariance (h, W)
+    of their logs with the log of the measured time, over the standard deviation of the latter; and
+    how much the variance that all passes share grows. The likely cause of a deviation is one that
+    dense and pruned share, such as other kernels or clocks, so the shared variance becomes at least
+    the square of the deviation."""
     every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
     _, ratio = p.uncertainty.variances(
         np.full_like(every, at), np.where(every[:, None] == at, 1.0, same)
@@ -178,10 +187,11 @@ def _conditioned(
 
 
 def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the ends of intervals of logs (h, W): the first host is the prediction, each further pair the ends of one
-    unknown; ``square`` holds squared half-widths per host. The squared half-width of device errors is the mean of two
-    cases: the typical host, and the slowest (or fastest) host within the interval. If planted hosts and kernels take
-    equally long, the typical host alone covers 81 %, this rule 86 %."""
+    """Return the ends of intervals of logs (h, W): the first host is the prediction, each further
+    pair the ends of one unknown; ``square`` holds squared half-widths per host. The squared
+    half-width of device errors is the mean of two cases: the typical host, and the slowest (or
+    fastest) host within the interval. If planted hosts and kernels take equally long, the typical
+    host alone covers 81 %, this rule 86 %."""
     square, change = np.maximum(square, 0.0), log - log[0]
     sides = np.array([-change, change])
     of_device = 0.5 * (square[0] + square[sides.argmax(axis=1), np.arange(log.shape[1])])
@@ -193,8 +203,8 @@ def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
 def _hosts_given(
     p: PredictedPass, variance: float, at: int, seconds: float, scale: float
 ) -> tuple[FloatArray, Inferred]:
-    """Return the hosts of :data:`_ENDS` (2, h), for intervals of ``scale`` standard deviations, and the results of a
-    measured pass."""
+    """Return the hosts of :data:`_ENDS` (2, h), for intervals of ``scale`` standard deviations, and
+    the results of a measured pass."""
     first, second = _GRIDS[p.host.unknowns]
     host, segment = p.host.take([at]), p.workloads.groups.segment
     total, follows = host.total(p.group_s[[at]], segment, *p.host.speeds(first[:, None], second))
@@ -236,8 +246,9 @@ def _hosts_given(
 def _hosts_of(
     first: FloatArray, second: FloatArray, log_weight: FloatArray, scale: float, unknowns: int
 ) -> FloatArray:
-    """Return the hosts of :data:`_ENDS` (2, h) from weights of a grid: medians, and quantiles at ``scale`` standard
-    deviations of a normal distribution. Quantiles of ``second`` are conditional on ``first``."""
+    """Return the hosts of :data:`_ENDS` (2, h) from weights of a grid: medians, and quantiles at
+    ``scale`` standard deviations of a normal distribution. Quantiles of ``second`` are conditional
+    on ``first``."""
     ends = np.array(_ENDS[unknowns], dtype=np.float64).T
     at = 0.5 + 0.5 * ends * math.erf(scale / math.sqrt(2.0))
     row = log_weight.max(axis=1)
@@ -270,7 +281,8 @@ def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
 
 @dataclass(frozen=True, repr=False)
 class WorkloadTimes(OperatorTimes):
-    """Times of a workload on a device, s: of one execution of each row (eager: all its kernels), and in total."""
+    """Times of a workload on a device, s: of one execution of each row (eager: all its kernels),
+    and in total."""
 
     role: NDArray[np.str_]  # role of each row
     count: FloatArray  # executions of each row
@@ -285,7 +297,8 @@ class WorkloadTimes(OperatorTimes):
     def _title(self) -> str:
         total = seconds_between(self.total_s, self.total_lower_s, self.total_upper_s)
         host = f"host {seconds(self.host_s)}{' (host-bound)' if self.host_bound else ''}"
-        device = f"device {seconds(self.device_s)}{f', {seconds(self.gap_s)} of it in gaps' if self.gap_s else ''}"
+        gaps = f", {seconds(self.gap_s)} of it in gaps" if self.gap_s else ""
+        device = f"device {seconds(self.device_s)}{gaps}"
         return f"{total}: {device}, {host}; {len(self.seconds)} rows"
 
 
@@ -304,8 +317,8 @@ def workload_time(w: Workload, hw: str | HardwareProfile, level: float = 0.9) ->
     Returns
     -------
     WorkloadTimes
-        Times, s: arrays with one element per row of the workload, and totals (``total_s``, ``total_lower_s``,
-        ``total_upper_s``, ``device_s``, ``gap_s``, ``host_s``).
+        Times, s: arrays with one element per row of the workload, and totals (``total_s``,
+        ``total_lower_s``, ``total_upper_s``, ``device_s``, ``gap_s``, ``host_s``).
 
     Raises
     ------

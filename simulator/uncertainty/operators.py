@@ -78,7 +78,8 @@ TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck
 def predicted(
     e: Estimate, hw: HardwareProfile, level: float = 0.9
 ) -> tuple[OperatorTimes, Uncertainty]:
-    """Return times with prediction intervals, at least the floor, from an estimate, and the errors of the times."""
+    """Return times with prediction intervals, at least the floor, from an estimate, and the errors
+    of the times."""
     half_scale, posterior = level_scale(level), posterior_of(hw)
     time, uncertainty, variance = _updated(e, hw)
     if posterior is None:
@@ -106,8 +107,8 @@ def most_likely(e: Estimate, hw: HardwareProfile) -> tuple[FloatArray, Uncertain
 
 
 def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]:
-    """Return times in the unit of an estimate after the profile's local update, at least the floor; their errors; and
-    the variance of the errors, None without a local update."""
+    """Return times in the unit of an estimate after the profile's local update, at least the floor;
+    their errors; and the variance of the errors, None without a local update."""
     uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
     if posterior is None:
         return np.maximum(e.time, e.floor), uncertainty, None
@@ -145,7 +146,8 @@ def gemm_predicted(
     *,
     detail: bool = False,
 ) -> tuple[OperatorTimes, list[tuple[Any, Uncertainty]]]:
-    """Return times of GEMMs, and the errors of chunks of flat rows, which fit the processor's cache."""
+    """Return times of GEMMs, and the errors of chunks of flat rows, which fit the processor's
+    cache."""
     shape, chunks = gemm.estimates(m, n, k, hw, options, steps=detail)
     size = int(np.prod(shape))
     columns = empty_times(size)
@@ -177,15 +179,17 @@ class GemmOptions:
     level : float
         Level of the prediction interval, in (0, 1).
     copies : int or array, optional
-        Weights that a benchmark uses in turn: their footprint decides how warm they are. 1: one weight, as warm as L2
-        allows. Default: weights come from DRAM, as in a decoder.
+        Weights that a benchmark uses in turn: their footprint decides how warm they are. 1: one
+        weight, as warm as L2 allows. Default: weights come from DRAM, as in a decoder.
     density : float or array
-        Share of weights that are not zero, in [0, 1]; only the kernel ``spmv`` gains by it beyond its format.
+        Share of weights that are not zero, in [0, 1]; only the kernel ``spmv`` gains by it beyond
+        its format.
     block : int or array
         Features of the groups that are skipped; 0: wide groups.
     detail : bool
-        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``, ``waves``, the analytical
-        parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor ``residual``, and the steps of the waterfall.
+        Whether to fill ``details``: the chosen tile (``tile_m``, ``tile_n``), ``split_k``,
+        ``waves``, the analytical parts ``compute_s``, ``memory_s`` and ``fixed_s``, the factor
+        ``residual``, and the steps of the waterfall.
 
     Examples
     --------
@@ -221,26 +225,27 @@ def gemm_time(
     hw : str or HardwareProfile
         The device: a name, or a profile.
     dtype, weight_dtype : str
-        Number format of activations and arithmetic, and of stored weights (default: the same). A narrower weight format
-        means a weight-only quantised kernel.
+        Number format of activations and arithmetic, and of stored weights (default: the same). A
+        narrower weight format means a weight-only quantised kernel.
     kernel : str or array
-        ``dense``, ``sparse24`` (2:4), ``unstructured`` (scattered zeros, timed as dense), ``block_sparse`` (tiles of
-        tokens are skipped), ``groups_n`` or ``groups_k`` (groups of outputs or of inputs are skipped; m, n, k count
-        what is computed), ``spmv`` (scattered zeros are stored away; m of 1 only).
+        ``dense``, ``sparse24`` (2:4), ``unstructured`` (scattered zeros, timed as dense),
+        ``block_sparse`` (tiles of tokens are skipped), ``groups_n`` or ``groups_k`` (groups of
+        outputs or of inputs are skipped; m, n, k count what is computed), ``spmv`` (scattered zeros
+        are stored away; m of 1 only).
     options : GemmOptions
         Level of the interval, warm weights, density, blocks, details.
 
     Returns
     -------
     OperatorTimes
-        ``seconds``, ``lower``, ``upper``, ``roofline_s``, s, and ``bottleneck``, arrays of the broadcast shape;
-        ``details["measured"]`` marks shapes that the profile has measured.
+        ``seconds``, ``lower``, ``upper``, ``roofline_s``, s, and ``bottleneck``, arrays of the
+        broadcast shape; ``details["measured"]`` marks shapes that the profile has measured.
 
     Raises
     ------
     InputError
-        For a number format that the device lacks, sizes that are no whole numbers from 1 up, an unknown kernel, or a
-        level outside (0, 1).
+        For a number format that the device lacks, sizes that are no whole numbers from 1 up, an
+        unknown kernel, or a level outside (0, 1).
 
     Examples
     --------
@@ -269,5 +274,6 @@ def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:
 
 
 STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
-"""Steps of a GEMM's time, cumulative: max(FLOP / peak, bytes / bandwidth), padding of the chosen tile, idle SMs of the
-last wave, n or k off 16 bytes, everything except the fixed time, the whole time."""
+"""Steps of a GEMM's time, cumulative: max(FLOP / peak, bytes / bandwidth), padding of the chosen
+tile, idle SMs of the last wave, n or k off 16 bytes, everything except the fixed time, the whole
+time."""

@@ -1,6 +1,8 @@
-"""Benchmarks: ``pytest --override-ini addopts= -s tests/benchmarks``; busy: ``--benchmark-timer=time.process_time``.
+"""Benchmarks: ``pytest --override-ini addopts= -s tests/benchmarks``; busy:
+``--benchmark-timer=time.process_time``.
 
-A rate is judged against its floor only with ``PRUNESIM_FLOORS=1``: absolute figures mean nothing on a busy machine.
+A rate is judged against its floor only with ``PRUNESIM_FLOORS=1``: absolute figures mean nothing on
+a busy machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Compare the predictions of two versions on a seeded sample of models, GPUs, engines, families, phases and batches.
+"""Compare the predictions of two versions on a seeded sample of models, GPUs, engines, families,
+phases and batches.
 
-Run ``python tests/benchmarks/moved.py write FILE`` in a checkout of each version, then
-``python tests/benchmarks/moved.py compare OLD NEW``: it prints the largest relative difference of every numeric column
-and exits with 1 if one is above 1e-9.
+Run ``python tests/benchmarks/moved.py write FILE`` in a checkout of each version, then ``python
+tests/benchmarks/moved.py compare OLD NEW``: it prints the largest relative difference of every
+numeric column and exits with 1 if one is above 1e-9.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def rows(seed: int = 0) -> list[dict[str, object]]:
 
 
 def compare(old: list[dict[str, object]], new: list[dict[str, object]]) -> float:
-    """Print the largest relative difference by column, and return the largest of all; texts must be equal."""
+    """Print the largest relative difference by column, and return the largest of all; texts must be
+    equal."""
     if len(old) != len(new):
         raise SystemExit(f"{len(old)} and {len(new)} rows")
     worst: dict[str, float] = {}

@@ -1,12 +1,14 @@
 """Peers beside prunesim in one run on one machine: ``python tests/benchmarks/peers.py``.
 
-Each peer is installed from PyPI into a virtual environment of its own under a temporary folder (``--folder`` keeps it)
-and asked, by the fastest way that was found, for the times of GEMMs and of whole models. Printed: the tables of
-``docs/peers.md``. Rates are per second of CPU time (so a busy machine slows nobody more than another), the best of
-three. GEMMs are measured shapes whose (n, k) neither prunesim's fit nor aiconfigurator's table has seen. Whole models
-are the published times of ``python -m calibration.evidence``: serving runs, predicted by prunesim without the tested
-model's runs, and dense times of sources that no fit used. A peer answers the rows that it can; its error is next to
-prunesim's on the same rows. A peer that cannot be installed or does not answer is reported, with the reason.
+Each peer is installed from PyPI into a virtual environment of its own under a temporary folder
+(``--folder`` keeps it) and asked, by the fastest way that was found, for the times of GEMMs and of
+whole models. Printed: the tables of ``docs/peers.md``. Rates are per second of CPU time (so a busy
+machine slows nobody more than another), the best of three. GEMMs are measured shapes whose (n, k)
+neither prunesim's fit nor aiconfigurator's table has seen. Whole models are the published times of
+``python -m calibration.evidence``: serving runs, predicted by prunesim without the tested model's
+runs, and dense times of sources that no fit used. A peer answers the rows that it can; its error is
+next to prunesim's on the same rows. A peer that cannot be installed or does not answer is reported,
+with the reason.
 """
 
 from __future__ import annotations
@@ -300,8 +302,8 @@ def published_runs() -> Iterator[tuple[dict[str, Any], float, float]]:
 
 
 def run_errors(seconds: Any, runs: list[Any]) -> dict[str, tuple[float, ...]]:
-    """Number of answered runs, and median errors, %, of the answers and of prunesim on the same runs, for serving runs
-    and for other runs."""
+    """Number of answered runs, and median errors, %, of the answers and of prunesim on the same
+    runs, for serving runs and for other runs."""
     _, measured, own = zip(*runs, strict=True)
     error = 100.0 * np.abs(np.array([seconds, own], dtype=np.float64) / measured - 1.0)
     serving = np.array([row["phase"] == "serve" for row, *_ in runs])
@@ -355,7 +357,8 @@ def ask(python: str, package: str, task: dict[str, Any], folder: Path) -> dict[s
 
 
 def peer(package: str, folder: Path, data: Split, runs: list[Any]) -> dict[str, Any] | str:
-    """The numbers of a peer, or why there are none; its error also with the one scale that suits it best."""
+    """The numbers of a peer, or why there are none; its error also with the one scale that suits it
+    best."""
     at = np.random.default_rng(2).permutation(len(data.fit))[:1000]
     task = {
         "shapes": [*data.test.tolist(), *data.fit[at].tolist()],
@@ -380,7 +383,8 @@ def peer(package: str, folder: Path, data: Split, runs: list[Any]) -> dict[str, 
 
 
 def prunesim(data: Split, runs: list[Any], repeat: int = 5) -> dict[str, Any]:
-    """The same numbers of this package: with residual and interval of a profile fitted on 4,000 rows of the 70 %."""
+    """The same numbers of this package: with residual and interval of a profile fitted on 4,000
+    rows of the 70 %."""
     hw = simulator.load_hardware(DEVICE)
     out: dict[str, Any] = {}
     rng = np.random.default_rng(1)
@@ -456,7 +460,8 @@ def show(results: dict[str, Any], rows: int) -> None:
         {name: r for name, r in results.items() if not isinstance(r, str)},
     )
     print(
-        f"{rows} GEMMs of {TABLE} with unseen (n, k); the datasheet roofline errs by {own['mape_roofline']:.1f} %\n"
+        f"{rows} GEMMs of {TABLE} with unseen (n, k); the datasheet roofline errs by"
+        f" {own['mape_roofline']:.1f} %\n"
     )
     print("| | GEMMs/s | answered | error, % |\n| --- |" + " ---: |" * 3)
     for name, r in found.items():
@@ -483,7 +488,8 @@ def show(results: dict[str, Any], rows: int) -> None:
                 f"{n} | {e[0]:.1f} ({e[1]:.1f})" if n else "0 | " for n, *e in r["runs"].values()
             ]
             print(
-                f"| {' '.join([name, *r.get('version', '').split()])} | {rate} | {' | '.join(cells)} |"
+                f"| {' '.join([name, *r.get('version', '').split()])} | {rate} |"
+                f" {' | '.join(cells)} |"
             )
     print()
     print(

@@ -31,7 +31,8 @@ def cold(arguments: Sequence[str], runs: int = 10) -> float:
 
 
 def test_a_whole_model_speedup(benchmark: Any, floor: Floor) -> None:
-    """Prune and compare, prefill and decode of Llama-3.1-8B, one family; lowering is cached as in any search."""
+    """Prune and compare, prefill and decode of Llama-3.1-8B, one family; lowering is cached as in
+    any search."""
     hw, model = simulator.load_hardware("h100_sxm"), simulator.load_model("llama-3.1-8b")
     dense = [
         simulator.lower(model, phase=phase, batch=1, seq=2048) for phase in ("prefill", "decode")
@@ -46,7 +47,8 @@ def test_a_whole_model_speedup(benchmark: Any, floor: Floor) -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_speedup_table(benchmark: Any, phase: str, floor: Floor) -> None:
-    """Three GPUs, eleven families, three sparsities, one phase: what ``prunesim speedup`` prints by default."""
+    """Three GPUs, eleven families, three sparsities, one phase: what ``prunesim speedup`` prints by
+    default."""
     case = (["llama-3.1-8b"], DEVICES, ["all"], (0.1, 0.25, 0.5), (phase,), (1,), (2048,))
     table = benchmark(simulator.table, *case, engine=["reference"])
     assert len(table) == 3 * 31

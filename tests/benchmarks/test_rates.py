@@ -20,9 +20,14 @@ Floor = Callable[..., None]
 DEVICES = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
 SHAPES = 200_000
 GRID = Grid(
-    ("llama-3.1-8b",), DEVICES, tuple(round(0.08 * i, 2) for i in range(1, 13)), ("prefill", "decode"),
-    tuple(2**i for i in range(8)), tuple(2**i for i in range(7, 15)), engines=("reference", "hf"),
-)  # fmt: skip
+    ("llama-3.1-8b",),
+    DEVICES,
+    tuple(round(0.08 * i, 2) for i in range(1, 13)),
+    ("prefill", "decode"),
+    tuple(2**i for i in range(8)),
+    tuple(2**i for i in range(7, 15)),
+    engines=("reference", "hf"),
+)
 """About 100,000 configurations: 11 families on three devices in two engines, prefill and decode."""
 
 
@@ -44,12 +49,16 @@ def test_calibrated_gemms(
     section = hw.section("gemm", "bf16")
     time = benchmark(gemm_time, *shapes, hw)
     assert (time.lower <= time.seconds).all()
-    what = f"GEMMs a second, {name} ({section.status}, {'with' if section.arrays else 'without'} residual)"
+    what = (
+        f"GEMMs a second, {name} ({section.status}, {'with' if section.arrays else 'without'}"
+        " residual)"
+    )
     floor(what, SHAPES / benchmark.stats["min"], 3e6)
 
 
 def test_configurations_of_a_sweep(benchmark: Any, floor: Floor) -> None:
-    """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals, bounds, memory."""
+    """Amortised cost of a configuration: lowering, pruning, three devices, two engines, intervals,
+    bounds, memory."""
     some = list(GRID.pieces())[:2]
     piece_results(some[0], GRID.hardware, {})
     rows = benchmark(lambda: sum(len(piece_results(p, GRID.hardware, {})) for p in some))

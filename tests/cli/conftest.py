@@ -22,7 +22,8 @@ BESIDE = ("note: ", "status: ")
 
 
 class Program:
-    """Runs a line as a shell would split it; calls give standard output and error, and check the status."""
+    """Runs a line as a shell would split it; calls give standard output and error, and check the
+    status."""
 
     def __init__(self, run: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
         self.run, self.capsys = run, capsys
@@ -44,7 +45,8 @@ class Program:
         return json.loads(self.out(f"{line} --json"), parse_constant=_refuse)
 
     def refused(self, line: str | Sequence[str], lists: bool = False) -> str:
-        """The one line of bad input, with status 2; on standard output where a command lists what it found."""
+        """The one line of bad input, with status 2; on standard output where a command lists what
+        it found."""
         out, err = self(line, 2)
         said = [
             text
@@ -80,9 +82,11 @@ def python() -> Callable[..., tuple[int, bytes, list[str]]]:
 def run_python(
     arguments: Sequence[str], folder: Path = ROOT, **options: Any
 ) -> tuple[int, bytes, list[str]]:
-    """Status, standard output and the lines of standard error that are no notes, of a process of its own.
+    """Status, standard output and the lines of standard error that are no notes, of a process of
+    its own.
 
-    ``shell`` stands behind the command (a redirection), ``environment`` is added to this one's (None: taken away).
+    ``shell`` stands behind the command (a redirection), ``environment`` is added to this one's
+    (None: taken away).
     """
     shell, environment = options.pop("shell", ""), options.pop("environment", {})
     settings = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), **environment}

@@ -63,7 +63,8 @@ def test_a_file_keeps_its_other_keys_and_shapes_that_it_cannot_state_are_noted(
     file = tmp_path / "own.json"
     file.write_text(json.dumps(content))
     cli(
-        f"advise {file} --hardware h100 --phase decode --target 1.3 --engine hf --family depth --write {tmp_path}/out"
+        f"advise {file} --hardware h100 --phase decode --target 1.3 --engine hf --family depth"
+        f" --write {tmp_path}/out"
     )
     written = json.loads((tmp_path / "out/depth/config.json").read_text())
     assert written.pop("num_hidden_layers") < content.pop("num_hidden_layers")

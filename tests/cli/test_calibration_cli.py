@@ -56,7 +56,8 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[ReplayDevice]:
-    """Devices that the commands open, one after the other; a planted H100 when the list is empty."""
+    """Devices that the commands open, one after the other; a planted H100 when the list is
+    empty."""
     queue: list[ReplayDevice] = []
     monkeypatch.setattr(
         "calibration.devices.open_device", lambda name, **_: queue.pop(0) if queue else device()
@@ -70,7 +71,8 @@ def bare() -> Any:
 
 
 def table(file: str, rows: int = 200, factor: float = 1.1, hw: Any = None) -> None:
-    """A records table of GEMMs, slower than a profile says (the datasheet's defaults) by a factor."""
+    """A records table of GEMMs, slower than a profile says (the datasheet's defaults) by a
+    factor."""
     rng = np.random.default_rng(1)
     m = rng.choice([1, 8, 64, 256, 1024, 4096], rows)
     n, k = rng.choice([1024, 2048, 4096, 8192], (2, rows))
@@ -100,7 +102,8 @@ def test_fit_maps_the_columns_of_a_csv_and_counts_refused_rows(cli: Any) -> None
     )
     Path("t.csv").write_text(text)
     out, err = cli(
-        "fit t.csv --map m=M --map latency_us=time --device 'an H100' --anchor --hardware h100 -o p.yaml"
+        "fit t.csv --map m=M --map latency_us=time --device 'an H100' --anchor --hardware h100 -o"
+        " p.yaml"
     )
     assert "Effects of 42 rows from this machine" in out
     assert "note: t.csv: 42 rows kept, 1 refused: 1 row: time is negative (row 1)" in err
@@ -170,7 +173,10 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("r.parquet").write_bytes(b"PAR1")
-    says = '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e ".[tables]"'
+    says = (
+        '"tables" (pyarrow is not installed): in the checkout of prunesim, pip install -e'
+        ' ".[tables]"'
+    )
     figures = "figures llama-3.1-8b -o drawn --format png --hardware a100 --only"
     for line in (
         f"{figures} scatter,roofline",

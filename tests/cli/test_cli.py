@@ -1,4 +1,5 @@
-"""The command line: exit status, one line for bad input, the shape of its output; that all of it is documented."""
+"""The command line: exit status, one line for bad input, the shape of its output; that all of it is
+documented."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from simulator.engines.engine import list_engines, load_engine
 ROOT = Path(__file__).resolve().parents[2]
 SPEEDUP = "speedup llama-3.1-8b --hardware h100_sxm"
 STABLE_KEYS = (
-    "model hardware engine family sparsity realised_sparsity phase batch seq dtype dense_s dense_lower dense_upper "
-    "pruned_s pruned_lower pruned_upper speedup speedup_lower speedup_upper flop_bound byte_bound roofline_bound "
-    "bottleneck"
+    "model hardware engine family sparsity realised_sparsity phase batch seq dtype dense_s"
+    " dense_lower dense_upper pruned_s pruned_lower pruned_upper speedup speedup_lower"
+    " speedup_upper flop_bound byte_bound roofline_bound bottleneck"
 )
 
 
@@ -137,8 +138,15 @@ def test_a_program_error_is_one_line_and_status_1(
 
 
 def test_nothing_is_to_be_installed_from_an_index_that_has_no_such_package() -> None:
-    files = [ROOT / "README.md", *(path for folder in ("docs", "notebooks", "simulator", "calibration", "tests")
-             for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".ipynb", ".py", ".sh"))]  # fmt: skip
+    files = [
+        ROOT / "README.md",
+        *(
+            path
+            for folder in ("docs", "notebooks", "simulator", "calibration", "tests")
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".md", ".ipynb", ".py", ".sh")
+        ),
+    ]
     advice = re.compile(r"pip install (?:-\S+ )*[\"'\\]*prunesim\b")
     assert not [str(path) for path in files if advice.search(path.read_text(encoding="utf-8"))]
 
@@ -422,7 +430,10 @@ OTHER_COMMANDS = {f"simulator.cli.{place.partition(':')[0]}" for _, place in COM
     ],
 )
 def test_no_command_imports_what_it_does_not_need(line: str, heavy: set[str], python: Any) -> None:
-    code = f"import sys, simulator.cli as p; p.run({line.split()}); print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys, simulator.cli as p; p.run({line.split()}); print(sorted({heavy} &"
+        " set(sys.modules)))"
+    )
     status, out, lines = python(["-c", code])
     assert (status, lines, out.decode().splitlines()[-1]) == (0, [], "[]")
 

@@ -1,4 +1,5 @@
-"""Every command begins with its conclusion, prints at most three notes, and an interval as two ends."""
+"""Every command begins with its conclusion, prints at most three notes, and an interval as two
+ends."""
 
 from __future__ import annotations
 
@@ -14,62 +15,80 @@ from simulator.prediction.service import probability_of
 
 BEGINS = {
     "explain llama-3.1-8b --hardware h100 --family width --sparsity 0.25 --phase decode": (
-        r"width at 25 %( \(.* realised\))? of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx \(1\.\d\d-1\.\d\d\) "
+        r"width at 25 %( \(.* realised\))? of llama-3.1-8b: nominal 1.33x, predicted 1\.\d\dx"
+        r" \(1\.\d\d-1\.\d\d\) "
         r"on h100_sxm in vllm \(decode, batch 1, seq 2048\), memory-bound; losses: .*\."
     ),
     "speedup llama-3.1-8b --hardware h100 --prune 'width mlp=0.3 attention=0.25' --devices 2 --phase decode": (
-        r"width mlp=0.3 attention=0.25 makes llama-3.1-8b 1\.\d\dx faster \(.*-.*\) on 2 x h100_sxm in vllm "
+        r"width mlp=0.3 attention=0.25 makes llama-3.1-8b 1\.\d\dx faster \(.*-.*\) on 2 x h100_sxm"
+        r" in vllm "
         r"\(decode, batch 1, seq 2048\), memory-bound; stock vllm runs it\."
     ),
     "speedup llama-3.1-8b --hardware 4090 --prune 'width heads=0.2' --phase decode --memory": (
-        r".* on rtx_4090 in vllm \(decode, batch 1, seq 2048\), memory-bound; stock vllm does not run it; "
+        r".* on rtx_4090 in vllm \(decode, batch 1, seq 2048\), memory-bound; stock vllm does not"
+        r" run it; "
         r"up to \d+ sequences fit \(dense: \d+\)\."
     ),
     "speedup llama-3.1-8b --hardware h100 --method snapkv-1024 --phase decode --batch 16 --seq 512:4k": (
-        r"snapkv-1024 on h100_sxm in vllm \(decode, batch 16\) pays from seq 2,048 \(.*\); not at 1,024; "
+        r"snapkv-1024 on h100_sxm in vllm \(decode, batch 16\) pays from seq 2,048 \(.*\); not at"
+        r" 1,024; "
         # which holds for a length beyond the budget, not for the first
         r"stock vllm does not run it\."
     ),
     "explain llama-3.2-1b --hardware h100,a100 --family depth --sparsity 0.25 --phase prefill,decode": (
-        r"depth at 25 % of llama-3.2-1b, 4 settings: predicted \d\.\d\dx \(.*\) on .* to \d\.\d\dx \(.*\) on .*\."
+        r"depth at 25 % of llama-3.2-1b, 4 settings: predicted \d\.\d\dx \(.*\) on .* to \d\.\d\dx"
+        r" \(.*\) on .*\."
     ),
     "advise llama-3.1-8b --hardware h100 --target 1.3x --phase decode --batch 8 --engine sglang": (
-        r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in sglang \(decode, batch 8, seq 2048\) is "
-        r"depth at \d\d(\.\d)? %( \(\d\d(\.\d)? % realised\))?; predicted 1.3\d?x \(.*\), .* ms, probability \d\d %; "
+        r"The least pruning of llama-3.1-8b that reaches 1.30x on h100_sxm in sglang \(decode,"
+        r" batch 8, seq 2048\) is "
+        r"depth at \d\d(\.\d)? %( \(\d\d(\.\d)? % realised\))?; predicted 1.3\d?x \(.*\), .* ms,"
+        r" probability \d\d %; "
         r"stock sglang runs it\."
     ),
     "advise llama-3.1-8b --hardware h100 --target 30 --family depth": (
-        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 % \(90.6 % realised\): "
+        r"No pruning of llama-3.1-8b reaches 30x on .*; the closest is depth at 90 % \(90.6 %"
+        r" realised\): "
         r".*x \(.*-.*\), .*, probability < 1 %\."
     ),
     "advise llama-3.1-8b --hardware h100 --latency 1s --family depth": (
         r"The dense model reaches 1.00 s on h100_sxm in vllm \(decode, batch 1, seq 2048\)\."
     ),
     "pareto llama-2-7b --hardware h100 --phase prefill": (
-        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), \d of \d+ pruned llama-2-7b are on the frontier: .*; "
+        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), \d of \d+ pruned llama-2-7b are on"
+        r" the frontier: .*; "
         r"best trade: .* \d+ %, \d\.\d\dx \(.*-.*\) at .* % loss of .*\."
     ),
     "pareto llama-3.1-8b --hardware h100 --max-loss 5% --phase prefill": (
-        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), the fastest llama-3.1-8b with at most 5 % loss of .* is "
+        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), the fastest llama-3.1-8b with at most"
+        r" 5 % loss of .* is "
         r"Shortened-taylor 12.5 %: \d\.\d\dx \(.*-.*\) at 2.8 % loss\."
     ),
     "pareto llama-3.1-8b --hardware h100 --max-loss 1% --phase prefill": (
-        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), no pruned llama-3.1-8b with at most 1 % loss of .* is "
+        r"On h100_sxm in vllm \(prefill, batch 1, seq 2048\), no pruned llama-3.1-8b with at most 1"
+        r" % loss of .* is "
         r"faster than the dense model\."
     ),
     "pareto llama-2-7b --hardware h100,a100 --phase prefill,decode --max-loss 30%": (
-        r"The fastest with at most 30 % loss of C4 perplexity: SLEB 10 % on 4 of 4 settings \(.*\)\."
+        r"The fastest with at most 30 % loss of C4 perplexity: SLEB 10 % on 4 of 4 settings"
+        r" \(.*\)\."
     ),
     "pareto llama-2-7b --hardware h100,a100 --phase prefill,decode": (
-        r"The best trade, most speedup per loss of .*: .* on \d of 4 settings \(.*\)\. On at least one frontier: .*\."
+        r"The best trade, most speedup per loss of .*: .* on \d of 4 settings \(.*\)\. On at least"
+        r" one frontier: .*\."
     ),
     "validate h100 h100_sxm/collective/trtllm": (
-        r"h100_sxm holds on [\d,]+ measurements of NVIDIA H100 .*: median error .* % \(datasheet roofline .* %\), "
+        r"h100_sxm holds on [\d,]+ measurements of NVIDIA H100 .*: median error .* % \(datasheet"
+        r" roofline .* %\), "
         r"\d+ % in their 90 % interval\..*"
     ),
-    "paper": r"\d\d of 20 published speedups lie in the 90 % interval of their prediction; the median error is .*\.",
+    "paper": (
+        r"\d\d of 20 published speedups lie in the 90 % interval of their prediction; the median"
+        r" error is .*\."
+    ),
     "paper --claims --hardware h100 --engine vllm": (
-        r"Claim \(a\) .* of 2 combinations of GPU, engine and phase\. Claim \(b\) .* of 2 combinations of .*\."
+        r"Claim \(a\) .* of 2 combinations of GPU, engine and phase\. Claim \(b\) .* of 2"
+        r" combinations of .*\."
     ),
 }
 
@@ -95,7 +114,10 @@ def test_advice_states_the_numbers_of_its_records(cli: Any) -> None:
     best = records[0]
     ends = f"({render.ratio(best['speedup_lower'])}-{render.ratio(best['speedup_upper'])})"
     chance = f"probability {100 * best['probability']:.0f} %; stock sglang runs it"
-    speedup = f"predicted {render.ratio(best['speedup'])}x {ends}, {render.seconds(best['pruned_s'])}, {chance}."
+    speedup = (
+        f"predicted {render.ratio(best['speedup'])}x {ends}, {render.seconds(best['pruned_s'])},"
+        f" {chance}."
+    )
     removed = (
         f"{render.percent(best['sparsity'])} ({render.percent(best['realised_sparsity'])} realised)"
     )
@@ -144,11 +166,17 @@ def test_a_fit_and_an_update_begin_with_their_errors(
     rows = [f"{a},{b},{c},{s!r},bf16" for a, b, c, s in zip(m, n, k, seconds.tolist())]
     Path("rows.csv").write_text("\n".join(["m,n,k,seconds,dtype", *rows]))
     out = cli.out("fit rows.csv --hardware h100 -o fit.yaml")
-    fitted = r"Use fit.yaml as --hardware: 1 section of h100_sxm fitted on \d+ rows; mean error on held-out shapes "
+    fitted = (
+        r"Use fit.yaml as --hardware: 1 section of h100_sxm fitted on \d+ rows; mean error on"
+        r" held-out shapes "
+    )
     assert re.match(fitted, " ".join(out.split()))
     out, err = cli("fit rows.csv --hardware h100 --anchor -o near.yaml")
     text = " ".join(out.split())
-    judged = r"Use near.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each predicted"
+    judged = (
+        r"Use near.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each"
+        r" predicted"
+    )
     assert re.match(judged, text)
     assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
     assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
@@ -157,7 +185,8 @@ def test_a_fit_and_an_update_begin_with_their_errors(
 
 def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:
     out = cli.out(
-        "speedup llama-3.2-1b --hardware h100 --family depth,width,low_rank --phase decode --batch 1:4"
+        "speedup llama-3.2-1b --hardware h100 --family depth,width,low_rank --phase decode"
+        " --batch 1:4"
     )
     shown = [
         name
@@ -170,7 +199,8 @@ def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:
     assert (
         len(
             cli.out(
-                "speedup llama-3.2-1b --hardware h100 --prune 'depth 0.25' --phase decode --batch 1:4"
+                "speedup llama-3.2-1b --hardware h100 --prune 'depth 0.25' --phase decode"
+                " --batch 1:4"
             ).splitlines()
         )
         < 15

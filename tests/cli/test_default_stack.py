@@ -1,4 +1,5 @@
-"""The kernels of a device when nobody names an engine or a stack are those of the default engine."""
+"""The kernels of a device when nobody names an engine or a stack are those of the default
+engine."""
 
 from __future__ import annotations
 

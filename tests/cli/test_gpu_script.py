@@ -1,4 +1,5 @@
-"""The script for a machine with a GPU, run on the CPU with a tiny model: nothing but the kernels is new on a GPU."""
+"""The script for a machine with a GPU, run on the CPU with a tiny model: nothing but the kernels is
+new on a GPU."""
 
 from __future__ import annotations
 
@@ -70,7 +71,10 @@ ALL = "torch", "transformers", "vllm"
 def python(folder: Path, packages: Sequence[str] = ALL) -> str:
     """A Python with these packages installed, which is quick to say versions."""
     file, missing = folder / "python.sh", " ".join(name for name in ALL if name not in packages)
-    cases = f'case $1 in -m) echo versions ;; -c) echo {missing} ;; *) exec {sys.executable} "$@" ;; esac'
+    cases = (
+        f'case $1 in -m) echo versions ;; -c) echo {missing} ;; *) exec {sys.executable} "$@" ;;'
+        " esac"
+    )
     file.write_text(f"#!/bin/bash\n{cases}\n")
     file.chmod(0o755)
     return str(file)
@@ -79,7 +83,8 @@ def python(folder: Path, packages: Sequence[str] = ALL) -> str:
 def pretend(
     folder: Path, body: str = "", packages: Sequence[str] = ALL, **variables: str
 ) -> tuple[Done, list[list[str]]]:
-    """Run a program that only writes down what it was asked, and fails as told, with these packages installed."""
+    """Run a program that only writes down what it was asked, and fails as told, with these packages
+    installed."""
     file, log = folder / "pretend.py", folder / "asked.jsonl"
     file.write_text(
         f"import json, sys\nprint(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n{body}\n"
@@ -313,7 +318,10 @@ if folder and 'calibrate' in sys.argv:
 
 
 def test_a_verdict_against_a_profile_is_no_failure(tmp_path: Path) -> None:
-    body = "if sys.argv[1] == 'calibrate': print('Do not use run/profile.yaml: the machine was busy'); sys.exit(1)"
+    body = (
+        "if sys.argv[1] == 'calibrate': print('Do not use run/profile.yaml: the machine was busy');"
+        " sys.exit(1)"
+    )
     done, asked = pretend(tmp_path, body, DTYPES="bf16")
     assert done.returncode == 0, done.stdout
     assert "the verdict is not to use the profile" in done.stdout
@@ -321,7 +329,10 @@ def test_a_verdict_against_a_profile_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_a_number_format_that_the_gpu_lacks_is_no_failure(tmp_path: Path) -> None:
-    body = "if 'fp8' in sys.argv: print('--dtype fp8: not supported by device cuda:0; supported: bf16'); sys.exit(2)"
+    body = (
+        "if 'fp8' in sys.argv: print('--dtype fp8: not supported by device cuda:0; supported:"
+        " bf16'); sys.exit(2)"
+    )
     done, _ = pretend(tmp_path, body, ENGINES="")
     assert done.returncode == 0, done.stdout
     assert "skipped: this device does not have the number format" in done.stdout

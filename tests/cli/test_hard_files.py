@@ -1,4 +1,5 @@
-"""Files that no reader may choke on, whatever their name, size or kind: refused in seconds, one line, little memory."""
+"""Files that no reader may choke on, whatever their name, size or kind: refused in seconds, one
+line, little memory."""
 
 from __future__ import annotations
 
@@ -141,8 +142,14 @@ def test_a_name_that_is_a_path_leads_nowhere(cli: Any) -> None:
     name = "../../../../tmp/outside\n\x1b[31m/../.."
     Path("config.json").write_text(json.dumps({**TINY, "_name_or_path": name}))
     for line in (
-        "speedup config.json --hardware h100 --family depth --sparsity 0.5 --csv s.csv --figure s.svg",
-        "explain config.json --hardware h100 --family width --sparsity 0.5 --figure e.svg --roofline r.svg",
+        (
+            "speedup config.json --hardware h100 --family depth --sparsity 0.5 --csv s.csv --figure"
+            " s.svg"
+        ),
+        (
+            "explain config.json --hardware h100 --family width --sparsity 0.5 --figure e.svg"
+            " --roofline r.svg"
+        ),
         "figures config.json --hardware h100 --only speedup --format svg -o figures",
     ):
         assert "\x1b" not in "".join(cli(line))
@@ -199,7 +206,8 @@ def test_arrays_that_unpack_to_gigabytes(lies: bool, cli: Any) -> None:
 
 
 def bomb(kind: str) -> dict[str, Any]:
-    """Columns that take kilobytes in a Parquet file, and gigabytes when it is read without a look at it."""
+    """Columns that take kilobytes in a Parquet file, and gigabytes when it is read without a look
+    at it."""
     pa = pytest.importorskip("pyarrow")
     if kind == "rows":
         return {"m": pa.repeat(pa.scalar(7, pa.int64()), 20_000_001)}

@@ -1,4 +1,5 @@
-"""Whole runs of the program in places that are hard on programs: full disks, closed streams, odd locales, no home."""
+"""Whole runs of the program in places that are hard on programs: full disks, closed streams, odd
+locales, no home."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``kill -9`` at random moments, again and again: nothing acknowledged is lost or doubled, what goes on ends as a run
-that nobody killed, and no temporary file stays.
+"""``kill -9`` at random moments, again and again: nothing acknowledged is lost or doubled, what
+goes on ends as a run that nobody killed, and no temporary file stays.
 
 ``PRUNESIM_KILLS=30 pytest -m slow tests/cli/test_kills.py -s`` for thirty kills of each command.
 """
@@ -103,7 +103,8 @@ def test_kills_of_a_calibration(tmp_path: Path) -> None:
         records += acknowledged.count(b"\n")
     print(f"calibrate: {many} killed, {left_behind} temporary files left by kills, none at the end")
     print(
-        f"{records} records acknowledged before the last kill of each folder: all kept, none doubled"
+        f"{records} records acknowledged before the last kill of each folder: all kept, none"
+        " doubled"
     )
 
 
@@ -118,7 +119,8 @@ def still_there(folder: Path, before: bytes) -> bytes:
 
 
 def keys(folder: Path) -> Counter[tuple[str, str]]:
-    """Operators that were measured, by purpose, and how often; drift checks, which every run repeats, excluded."""
+    """Operators that were measured, by purpose, and how often; drift checks, which every run
+    repeats, excluded."""
     rows = read_store(folder / "records.jsonl").rows
     return Counter(
         (row["key"], row["purpose"]) for row in rows if row.get("purpose") != "drift_check"

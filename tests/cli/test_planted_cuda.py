@@ -1,8 +1,9 @@
-"""Whole commands on planted GPUs: what a calibration recovers, and what is reported when something goes wrong.
+"""Whole commands on planted GPUs: what a calibration recovers, and what is reported when something
+goes wrong.
 
-Each case runs once per session; the tests read what it printed and wrote. ``golden/planted_cuda.txt`` has a line per
-case. Where a change is meant to move a line, ``PRUNESIM_GOLDEN=write python -m pytest tests/cli/test_planted_cuda.py``
-rewrites the file.
+Each case runs once per session; the tests read what it printed and wrote.
+``golden/planted_cuda.txt`` has a line per case. Where a change is meant to move a line,
+``PRUNESIM_GOLDEN=write python -m pytest tests/cli/test_planted_cuda.py`` rewrites the file.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ TOLERANCE = {"arithmetic": 0.1, "bandwidth": 0.05, "launch": 0.2}
 
 @dataclass(frozen=True)
 class Planted:
-    """A case: commands on a GPU, each in a new process as far as torch is concerned, into one folder."""
+    """A case: commands on a GPU, each in a new process as far as torch is concerned, into one
+    folder."""
 
     gpu: str
     commands: tuple[str, ...]
@@ -159,7 +161,8 @@ def planted_s(name: str, m: int, n: int, k: int) -> float:
 
 
 def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
-    """Return the median relative errors of a profile where one planted constant of a GPU decides."""
+    """Return the median relative errors of a profile where one planted constant of a GPU
+    decides."""
     found = {}
     for what, sizes in PROBES.items():
         m, n, k = (axis.ravel() for axis in np.meshgrid(*sizes))
@@ -323,7 +326,8 @@ def _method(row: Mapping[str, Any]) -> str:
 
 
 def line_of(name: str, done: Ended) -> str:
-    """Return a case, its exit statuses, what its last command concludes and notes, and errors of planted constants."""
+    """Return a case, its exit statuses, what its last command concludes and notes, and errors of
+    planted constants."""
     case = CASES[name]
     planted = {
         field.name

@@ -1,4 +1,5 @@
-"""The program starts itself again after a failed capture or a lost device, a few times, and never another program."""
+"""The program starts itself again after a failed capture or a lost device, a few times, and never
+another program."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def scores(tmp_path: Path) -> Path:
     return file
 
 
-# -- costs -------------------------------------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------
 
 
 def test_costs_begin_with_the_parts_of_a_pass(cli: Any) -> None:
@@ -120,7 +120,7 @@ def test_bad_input_is_one_line(cli: Any, line: str, message: str) -> None:
     assert message in cli.refused(line)
 
 
-# -- search ------------------------------------------------------------------------------------------------------------
+# -- search ----------------------------------------------------------------------------------------
 
 
 def test_a_search_begins_with_its_plan(cli: Any, scores: Path) -> None:
@@ -176,7 +176,10 @@ def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) 
 
 
 def test_the_files_of_a_folder_are_of_one_plan(cli: Any, scores: Path, tmp_path: Path) -> None:
-    line = f"search {MODEL} --hardware h100 --scores {scores} --batch 8 --write {tmp_path / 'plan'} --target"
+    line = (
+        f"search {MODEL} --hardware h100 --scores {scores} --batch 8 --write {tmp_path / 'plan'}"
+        " --target"
+    )
     cli(f"{line} 1.2")
     before = {path.name: path.read_bytes() for path in (tmp_path / "plan").iterdir()}
     assert "exists with different content; choose another folder" in cli.refused(f"{line} 1.4")

@@ -15,12 +15,16 @@ from simulator.cli import render
 from simulator.prediction.service import OperatingPoint
 
 pytestmark = pytest.mark.quick
-LINE = "serve llama-3.1-8b --hardware h100 --new-tokens 256 --prune 'depth 0.25' --prune 'kv_cache 0.5'"
+LINE = (
+    "serve llama-3.1-8b --hardware h100 --new-tokens 256 --prune 'depth 0.25' --prune 'kv_cache"
+    " 0.5'"
+)
 KEYS = (
-    "point model hardware engine devices seq cached_prefix new_tokens pruning prune family concurrency fits request_s "
-    "request_lower request_upper ttft_s ttft_lower ttft_upper tpot_s tpot_lower tpot_upper tokens_per_s "
-    "tokens_per_s_lower tokens_per_s_upper ratio ratio_lower ratio_upper probability unmet excess cost_output cost_all "
-    "cost_prompt cost_new largest_concurrency limited_by weights_bytes cache_bytes level"
+    "point model hardware engine devices seq cached_prefix new_tokens pruning prune family"
+    " concurrency fits request_s request_lower request_upper ttft_s ttft_lower ttft_upper tpot_s"
+    " tpot_lower tpot_upper tokens_per_s tokens_per_s_lower tokens_per_s_upper ratio ratio_lower"
+    " ratio_upper probability unmet excess cost_output cost_all cost_prompt cost_new"
+    " largest_concurrency limited_by weights_bytes cache_bytes level"
 )
 
 
@@ -41,7 +45,8 @@ def test_several_equal_concurrencies(cli: Any) -> None:
 
 def test_a_device_that_cannot_run_the_model_is_excluded(cli: Any) -> None:
     out, err = cli(
-        "serve llama-3.1-8b --hardware h100,a100,t4 --prune 'depth 0.25' --dtype fp8 --concurrency 4"
+        "serve llama-3.1-8b --hardware h100,a100,t4 --prune 'depth 0.25' --dtype fp8"
+        " --concurrency 4"
     )
     assert out.startswith("With 4 requests in flight on h100_sxm")
     for name in ("a100_sxm_80gb", "t4"):
@@ -62,27 +67,35 @@ def test_the_answers_come_first_then_one_table(cli: Any) -> None:
     head, table, rest = out.split("\n\n")
     first, second, third = re.split(r"(?<=\.) (?=[dW])", " ".join(head.split()))
     assert re.fullmatch(
-        r"With \d+ requests in flight on h100_sxm in vllm \(seq 2048 \+ 256 new\), depth at 25 % makes llama-3.1-8b "
-        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\), with [\d,]+ tokens/s per GPU; stock vllm runs it; others: "
+        r"With \d+ requests in flight on h100_sxm in vllm \(seq 2048 \+ 256 new\), depth at 25 %"
+        r" makes llama-3.1-8b "
+        r"1\.\d\dx faster \(1\.\d\d-1\.\d\d\), with [\d,]+ tokens/s per GPU; stock vllm runs it;"
+        r" others: "
         r"kv_cache at 50 % 1\.\d\dx \(.*-.*\), which stock vllm does not run\.",
         first,
     )
     assert re.fullmatch(
-        r"depth at 25 % serves 1\.\d\dx \(.*-.*\) as many tokens/s at equal memory: 1\.\d\dx as many sequences fit "
-        r"\(\d+ instead of \d+, as weights shrink by .* % and the cache of each by 25 %\), and each request takes "
+        r"depth at 25 % serves 1\.\d\dx \(.*-.*\) as many tokens/s at equal memory: 1\.\d\dx as"
+        r" many sequences fit "
+        r"\(\d+ instead of \d+, as weights shrink by .* % and the cache of each by 25 %\), and each"
+        r" request takes "
         r"\d\.\d\dx as long\.",
         second,
     )
     assert re.fullmatch(
-        r"Within 1\.00 s to the first token and 20\.0 ms per output token \(with a probability of 50 %\), depth at "
-        r"25 % serves 1\.\d\dx \(.*-.*\) as many tokens/s: \d+ requests in flight instead of \d+; a million output "
+        r"Within 1\.00 s to the first token and 20\.0 ms per output token \(with a probability of"
+        r" 50 %\), depth at "
+        r"25 % serves 1\.\d\dx \(.*-.*\) as many tokens/s: \d+ requests in flight instead of \d+; a"
+        r" million output "
         r"tokens cost 0\.\d+ instead of 0\.\d+\.",
         third,
     )
     rows = table.splitlines()
     assert [row for row in rows if not row.startswith(" ")][-3:] == [
-        "at equal concurrency", "at equal memory", "within limits",
-    ]  # fmt: skip
+        "at equal concurrency",
+        "at equal memory",
+        "within limits",
+    ]
     assert sum(row.startswith("  dense ") for row in rows) == 3
     assert sum(row.startswith("  depth at 25 % ") for row in rows) == 3
     assert "kv_cache at 50 % serves 1." in rest
@@ -110,12 +123,24 @@ def test_many_devices_have_one_row_each(cli: Any) -> None:
 
 
 def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
-    line = f"{LINE} --tpot 20ms --concurrency 16 --price 2 --confidence 0.8 --seq 1k --dtype fp16 --cached-prefix 25%"
+    line = (
+        f"{LINE} --tpot 20ms --concurrency 16 --price 2 --confidence 0.8 --seq 1k --dtype fp16"
+        " --cached-prefix 25%"
+    )
     records = cli.json(line)
     found = simulator.serve(
-        "llama-3.1-8b", "h100", prune=["depth 0.25", "kv_cache 0.5"], seq=1024, concurrency=16, tpot_s=0.02,
-        probability=0.8, price=2.0, new_tokens=256, dtype="fp16", cached_prefix=0.25,
-    )  # fmt: skip
+        "llama-3.1-8b",
+        "h100",
+        prune=["depth 0.25", "kv_cache 0.5"],
+        seq=1024,
+        concurrency=16,
+        tpot_s=0.02,
+        probability=0.8,
+        price=2.0,
+        new_tokens=256,
+        dtype="fp16",
+        cached_prefix=0.25,
+    )
     assert records == [point.to_dict() for point in found.points]
     assert [" ".join(record) for record in records] == [KEYS] * 9
     assert KEYS.split() == list(OperatingPoint.__dataclass_fields__)

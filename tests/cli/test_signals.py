@@ -1,4 +1,5 @@
-"""Signals: one line and a status of its own at any moment, and workers that end with the program."""
+"""Signals: one line and a status of its own at any moment, and workers that end with the
+program."""
 
 from __future__ import annotations
 
@@ -151,7 +152,8 @@ start('simulator.cli.program')
 
 @pytest.mark.parametrize("number", ENDS)
 def test_a_signal_after_the_work_changes_nothing(number: signal.Signals, python: Any) -> None:
-    """Python restores the default actions while it ends, for a tenth of a second with large modules."""
+    """Python restores the default actions while it ends, for a tenth of a second with large
+    modules."""
     assert python(["-c", AT_EXIT.format(number=int(number))]) == (0, b"", [])
 
 

@@ -1,4 +1,5 @@
-"""Tasks as people typed them: input that was refused, hints that led nowhere, answers that misled."""
+"""Tasks as people typed them: input that was refused, hints that led nowhere, answers that
+misled."""
 
 from __future__ import annotations
 
@@ -105,8 +106,8 @@ def test_a_note_names_a_device_once(cli: Any) -> None:
         "speedup llama-3.1-8b --hardware a100 --phase prefill --batch 1,64 --prune 'token 0.25'"
     )
     assert (
-        "a100_sxm_80gb, prefill, batch 1, seq 2048 and prefill, batch 64, seq 2048: token at 25 % (1."
-        in err
+        "a100_sxm_80gb, prefill, batch 1, seq 2048 and prefill, batch 64, seq 2048: token at 25"
+        " % (1." in err
     )
 
 

@@ -1,4 +1,5 @@
-"""Threads of a CPU: an option of the commands that measure, part of a run's identity, stated where they differ."""
+"""Threads of a CPU: an option of the commands that measure, part of a run's identity, stated where
+they differ."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def described(threads: int) -> Description:
 
 @pytest.fixture(autouse=True)
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
-    """The devices that the commands open, with their threads; each is a planted CPU of as many (default: two)."""
+    """The devices that the commands open, with their threads; each is a planted CPU of as many
+    (default: two)."""
     found: list[tuple[str, int | None]] = []
 
     def planted(name: str, threads: int | None = None, **_: Any) -> ReplayDevice:
@@ -48,7 +50,10 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, i
     return found
 
 
-MODEL = "smollm2-135m --device cpu --dtype fp32 --layers 2 --phase decode --seq 64 --family depth --sparsity 0.5"
+MODEL = (
+    "smollm2-135m --device cpu --dtype fp32 --layers 2 --phase decode --seq 64 --family depth"
+    " --sparsity 0.5"
+)
 
 
 @pytest.mark.usefixtures("three_folds", "undrawn")
@@ -102,7 +107,10 @@ def of_two_threads(file: str) -> None:
 def test_a_profile_of_other_threads_is_stated_with_what_to_do(cli: Any) -> None:
     of_two_threads("two.yaml")
     assert thread_notes(load_hardware("two.yaml"), described(TWO).device) == []
-    note = "note: cpu is calibrated with 2 threads, but Some CPU (1 threads) has 1; its times do not hold there; use"
+    note = (
+        "note: cpu is calibrated with 2 threads, but Some CPU (1 threads) has 1; its times do not"
+        " hold there; use"
+    )
     bound = f"upper-bound {MODEL} --budget 5s --hardware two.yaml"
     assert f"{note} --threads 2, or" in cli(f"{bound} -o one --threads 1")[1]
     assert "threads, but" not in cli(f"{bound} -o two --threads 2")[1]

@@ -1,7 +1,8 @@
-"""Every tile that a Triton kernel can be launched with compiles for six GPUs, within their registers and shared memory.
+"""Every tile that a Triton kernel can be launched with compiles for six GPUs, within their
+registers and shared memory.
 
-The quick sample compiles about twelve cases, the slow one takes under a minute, and ``PRUNESIM_COMPILE=all`` compiles
-all (about an hour on two cores; results are cached).
+The quick sample compiles about twelve cases, the slow one takes under a minute, and
+``PRUNESIM_COMPILE=all`` compiles all (about an hour on two cores; results are cached).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _check(pairs: Sequence[tuple[int, Case]], cache: Path) -> None:
 
 
 def test_a_sample_compiles_for_six_gpus(cache: Path) -> None:
-    """The largest tile of each kernel with a loop, on the GPUs with the least shared memory and the most."""
+    """The largest tile of each kernel with a loop, on the GPUs with the least shared memory and the
+    most."""
     largest = {case.kernel: case for case in MAIN if case.dtype == "bf16" and case.aligned == "all"}
     features = next(
         c for c in MAIN if c.kernel == "_features" and c.tile.k == 16 and c.aligned == "all"

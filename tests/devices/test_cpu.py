@@ -181,7 +181,8 @@ def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None
 
 
 class MadeData(TorchDispatchMode):  # type: ignore[misc]
-    """Counts operations whose result is no view of what they were given: on a GPU each is a launch."""
+    """Counts operations whose result is no view of what they were given: on a GPU each is a
+    launch."""
 
     made = 0
 

@@ -1,4 +1,5 @@
-"""The CUDA device: its logic on a planted ``torch.cuda`` in simulated time, and the real thing where there is one."""
+"""The CUDA device: its logic on a planted ``torch.cuda`` in simulated time, and the real thing
+where there is one."""
 
 from __future__ import annotations
 
@@ -65,9 +66,11 @@ class Graph:
 
 
 class FakeCuda:
-    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay as many as were captured, plus a gap.
+    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay as many as were
+    captured, plus a gap.
 
-    After ``lost``, every synchronisation raises. What a failed capture leaves: ``tests/cli/test_planted_cuda.py``.
+    After ``lost``, every synchronisation raises. What a failed capture leaves:
+    ``tests/cli/test_planted_cuda.py``.
     """
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
@@ -125,7 +128,8 @@ class FakeCuda:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """A planted backend whose operators are real tensors on the CPU, each launch counted in simulated time."""
+    """A planted backend whose operators are real tensors on the CPU, each launch counted in
+    simulated time."""
     planted = FakeCuda()
     real = module.build
 

@@ -1,4 +1,5 @@
-"""Attention that skips blocks as one fused kernel, and of FlashInfer and flash-attn by fakes of their functions."""
+"""Attention that skips blocks as one fused kernel, and of FlashInfer and flash-attn by fakes of
+their functions."""
 
 from __future__ import annotations
 
@@ -278,17 +279,30 @@ class Decode:
     """``flashinfer.BatchDecodeWithPagedKVCacheWrapper``, without what is not used here."""
 
     def __init__(
-        self, float_workspace_buffer: Any, kv_layout: str = "NHD", use_cuda_graph: bool = False, *,
+        self,
+        float_workspace_buffer: Any,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        *,
         use_tensor_cores: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert float_workspace_buffer.dtype == torch.uint8
         assert not float_workspace_buffer.any()  # it holds counters
         assert kv_layout == "NHD"
 
     def plan(
-        self, indptr: Any, indices: Any, last_page_len: Any, num_qo_heads: int, num_kv_heads: int, head_dim: int,
-        page_size: int, pos_encoding_mode: str = "NONE", *, q_data_type: Any = "float16",
-    ) -> None:  # fmt: skip
+        self,
+        indptr: Any,
+        indices: Any,
+        last_page_len: Any,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        *,
+        q_data_type: Any = "float16",
+    ) -> None:
         assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32
         self.planned = indptr.tolist(), indices, last_page_len.tolist(), page_size
         self.sizes = num_qo_heads, num_kv_heads, head_dim
@@ -313,9 +327,17 @@ class Prefill:
         assert kv_layout == "NHD"
 
     def plan(
-        self, qo_indptr: Any, kv_indptr: Any, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int,
-        head_dim_vo: int | None = None, *, causal: bool = False, q_data_type: Any = "float16",
-    ) -> None:  # fmt: skip
+        self,
+        qo_indptr: Any,
+        kv_indptr: Any,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: int | None = None,
+        *,
+        causal: bool = False,
+        q_data_type: Any = "float16",
+    ) -> None:
         assert causal
         assert qo_indptr.dtype == kv_indptr.dtype == torch.int32
         self.ends = qo_indptr.tolist(), kv_indptr.tolist()
@@ -333,10 +355,18 @@ def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, *, causal: b
 
 
 def flash_attn_with_kvcache(
-    q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, *, cache_seqlens: Any = None,
-    block_table: Any = None, causal: bool = False,
-) -> Any:  # fmt: skip
-    """``flash_attn.flash_attn_with_kvcache`` with a paged cache (pages, positions, heads, head_dim)."""
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    *,
+    cache_seqlens: Any = None,
+    block_table: Any = None,
+    causal: bool = False,
+) -> Any:
+    """``flash_attn.flash_attn_with_kvcache`` with a paged cache (pages, positions, heads,
+    head_dim)."""
     assert k_cache.shape[1] % 256 == 0
     assert cache_seqlens.dtype == block_table.dtype == torch.int32
     keys, values = (

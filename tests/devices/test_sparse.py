@@ -1,4 +1,5 @@
-"""2:4 weights by planted functions of cuSPARSELt: right results, and one search for each number of rows."""
+"""2:4 weights by planted functions of cuSPARSELt: right results, and one search for each number of
+rows."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from calibration.runners.decoder.model import random_decoder  # noqa: E402
 
 
 class Library:
-    """Planted cuSPARSELt: dense arithmetic, rows in eights, and a note of every search and product."""
+    """Planted cuSPARSELt: dense arithmetic, rows in eights, and a note of every search and
+    product."""
 
     def __init__(self) -> None:
         self.searched: list[int] = []

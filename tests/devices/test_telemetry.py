@@ -21,7 +21,8 @@ pytestmark = pytest.mark.quick
 
 
 class FakeNvml:
-    """NVML with planted answers; names in ``broken`` raise as a driver does that does not support them."""
+    """NVML with planted answers; names in ``broken`` raise as a driver does that does not support
+    them."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 

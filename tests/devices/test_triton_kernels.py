@@ -1,4 +1,5 @@
-"""GEMMs that skip and fused operators, in Triton: equal to composites of torch, and recorded as what they are."""
+"""GEMMs that skip and fused operators, in Triton: equal to composites of torch, and recorded as
+what they are."""
 
 from __future__ import annotations
 

@@ -278,7 +278,10 @@ def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixt
     assert w.is_role("qkv").any()
     assert w.is_role("gate").any()
     assert w.m[w.is_role("lm_head")].tolist() == [2 * 64]
-    line = f"speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --engine {path},vllm --csv -"
+    line = (
+        f"speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --engine {path},vllm"
+        " --csv -"
+    )
     assert run(line.split()) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(",")[2] for row in rows] == ["engine", "mine", "vllm"]

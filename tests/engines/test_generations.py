@@ -1,4 +1,5 @@
-"""Generations: a version or a name selects one, results name it, and its host decides the prediction."""
+"""Generations: a version or a name selects one, results name it, and its host decides the
+prediction."""
 
 from __future__ import annotations
 
@@ -78,7 +79,10 @@ def test_a_version_or_a_name_selects_a_generation(text: str, generation: str) ->
     [
         (
             "vllm@next",
-            "engine 'vllm@next': expected a version such as 0.14, or a generation: v0 (from 0), v1 (from",
+            (
+                "engine 'vllm@next': expected a version such as 0.14, or a generation: v0 (from 0),"
+                " v1 (from"
+            ),
         ),
         ("vllm@v2", "engine 'vllm@v2': expected a version"),
         ("vllm@0.1.", "engine 'vllm@0.1.': expected a version"),
@@ -167,7 +171,7 @@ def test_what_is_wrong_with_a_generation_is_said_with_its_place(
 ) -> None:
     assert FILE.count(old) == 1
     mine.write_text(FILE.replace(old, new))
-    (line, *_) = check_engine(str(mine))
+    line, *_ = check_engine(str(mine))
     assert line.startswith(f"{mine}:{place}: "), line
     assert reason in line
 
@@ -178,7 +182,10 @@ def test_results_name_the_version_and_two_versions_are_two_rows(
     asked = ["vllm@0.6", "vllm@0.19", "VLLM@0.19", "vllm"]
     found = requests_of(["llama-3.2-1b"], {"engine": asked})
     assert [load_engine(one.engine).name for one in found] == ["vllm@0.6", "vllm@0.19", "vllm"]
-    line = "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --batch 8 --seq 512"
+    line = (
+        "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --batch"
+        " 8 --seq 512"
+    )
     assert run([*line.split(), "--engine", ",".join(asked), "--csv", "-"]) == 0
     header, *rows = (row.split(",") for row in capsys.readouterr().out.splitlines())
     assert [row[header.index("engine")] for row in rows] == ["vllm@0.6", "vllm@0.19", "vllm"]

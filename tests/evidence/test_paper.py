@@ -1,4 +1,5 @@
-"""The taxonomy paper: its numbers next to predictions, its claims on planted numbers, and the commands."""
+"""The taxonomy paper: its numbers next to predictions, its claims on planted numbers, and the
+commands."""
 
 from __future__ import annotations
 
@@ -67,8 +68,10 @@ def test_order_is_decided_by_the_closest_comparison() -> None:
     found = order_outcome(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.1)))
     assert found.margin == pytest.approx(math.log(1.35 / 1.3) / math.log(1.1))
     assert found.decided_by == "width 25 % against dynamic_depth 25 %: 1.038 times as fast"
-    assert found.needed == (
-        "the interval of the difference reaches -5.6 %; measure both models within 3.8 % to decide"
+    assert (
+        found.needed
+        == "the interval of the difference reaches -5.6 %; measure both models within 3.8 % to"
+        " decide"
     )
     nearer = order_outcome(front(*CLAIMED[:2], point("width", 0.2, 1.35, 1.03)))
     assert (nearer.verdict, nearer.needed, nearer.decided_by) == (HOLDS, "", found.decided_by)
@@ -144,9 +147,11 @@ def test_a_family_meets_every_other_at_its_own_sparsity() -> None:
 
 
 points = st.lists(
-    st.tuples(st.floats(0.01, 1.0), st.integers(-1, 2), st.floats(-0.2, 1.0)), min_size=2, max_size=7,
+    st.tuples(st.floats(0.01, 1.0), st.integers(-1, 2), st.floats(-0.2, 1.0)),
+    min_size=2,
+    max_size=7,
     unique_by=(lambda p: p[0], lambda p: np.exp(p[2])),  # speedups that differ
-).filter(lambda found: any(group >= 0 for _, group, _ in found))  # fmt: skip
+).filter(lambda found: any(group >= 0 for _, group, _ in found))
 
 
 def along(loss: FloatArray, group: FloatArray, log: FloatArray) -> bool:
@@ -176,7 +181,8 @@ def test_order_margin_against_the_frontier_and_whatever_the_interval_allows(
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_is_decided_is_what_was_measured(phase: str) -> None:
-    """Decided comparisons on the CPU, whose pruned decoders were timed: a 90 % interval errs once in twenty."""
+    """Decided comparisons on the CPU, whose pruned decoders were timed: a 90 % interval errs once
+    in twenty."""
     rows = list(
         csv.DictReader(
             (ROOT / "docs" / "cpu" / "comparison.csv").read_text(encoding="utf-8").splitlines()

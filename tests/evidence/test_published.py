@@ -1,4 +1,5 @@
-"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages state."""
+"""Predicted against published: whole models, serving runs and GEMMs are as accurate as the pages
+state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``prunesim validate FOLDER``: the user's own result files, each predicted under its own conditions.
+"""``prunesim validate FOLDER``: the user's own result files, each predicted under its own
+conditions.
 
 The files are those of ``tests/prediction/test_measured.py``.
 """

@@ -1,4 +1,5 @@
-"""Sets and their scorer: planted shapes have the planted scores, and the shipped tables reach their targets."""
+"""Sets and their scorer: planted shapes have the planted scores, and the shipped tables reach their
+targets."""
 
 from __future__ import annotations
 
@@ -37,9 +38,15 @@ from simulator.uncertainty.operators import gemm_time
 HW = datasheet("h100_sxm")
 MACHINE = Machine.of(HW, "bf16")
 LINK_ERRORS = {  # median, percent, as docs/model.md has it
-    "a100_sxm": 21.1, "h100_sxm": 7.5, "h200_sxm": 9.0, "b200_sxm": 19.3, "l40s": 30.6, "rtx_pro_6000": 16.1,
-    "a100_dgx": 3.6, "a100_pairwise_nvlink": 12.3,
-}  # fmt: skip
+    "a100_sxm": 21.1,
+    "h100_sxm": 7.5,
+    "h200_sxm": 9.0,
+    "b200_sxm": 19.3,
+    "l40s": 30.6,
+    "rtx_pro_6000": 16.1,
+    "a100_dgx": 3.6,
+    "a100_pairwise_nvlink": 12.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,8 @@ def test_attention_pairs_differ_in_one_thing_only() -> None:
     c = AttentionFit(
         AttentionCalls("prefill", False, geometry, MACHINE, MACHINE.peak_flop_per_s), ones
     )
-    # 32/8 against 16/4 and 8/2; 16/4 against 8/2 and 4/1; 8/2 against 4/1; 4/1 against 32/8 lies below a quarter
+    # 32/8 against 16/4 and 8/2; 16/4 against 8/2 and 4/1; 8/2 against 4/1; 4/1 against 32/8 lies
+    # below a quarter
     calls = MeasuredRows(c, HW)
     assert sorted(map(tuple, calls.pairs("heads").tolist())) == [
         (1, 0),
@@ -248,7 +256,8 @@ def test_targets_on_shipped_tables(name: str, size: int | None, mape: float) -> 
 
 
 def test_experts_are_judged_on_held_out_models() -> None:
-    """The shipped table has a line per format, with errors and coverage of times and of ratios of narrower experts."""
+    """The shipped table has a line per format, with errors and coverage of times and of ratios of
+    narrower experts."""
     rows = evaluate_sets(["experts"], (0, 1))
     title = "experts h100_sxm, held-out models"
     (found,) = means(rows, title)

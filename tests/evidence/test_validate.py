@@ -1,4 +1,5 @@
-"""Validation: planted times give the planted errors, reports are whole, and the golden report does not change."""
+"""Validation: planted times give the planted errors, reports are whole, and the golden report does
+not change."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ def test_a_device_with_markup_in_its_name_is_text() -> None:
 def part(
     operator: str, error: float, roofline: float, half: float = 0.2, rows: int = 40
 ) -> ReportPart:
-    """Measurements of 1 s, predicted with a positive error, next to a roofline with a negative error."""
+    """Measurements of 1 s, predicted with a positive error, next to a roofline with a negative
+    error."""
     one = np.ones(rows)
     times = {
         "measured_s": one,
@@ -367,7 +369,8 @@ def test_a_validation_names_what_does_not_hold_and_the_worst() -> None:
     )
     assert (
         worst
-        == "Worst: experts bf16, median error 10 % (datasheet roofline 40 %), 100 % in their 90 % interval."
+        == "Worst: experts bf16, median error 10 % (datasheet roofline 40 %), 100 % in their 90 %"
+        " interval."
     )
     assert [v.holds for v in verdict.verdicts(good)] == [True, True]
     mixed = verdict.of_validation(report(part("gemm", 0.05, 0.4), part("experts", 0.5, 0.4)))

@@ -117,7 +117,8 @@ def drawn(tab: Any, selector: str) -> list[Any]:
     """Widths of figures as drawn, which are also those of their names."""
     return list(
         tab.evaluate(
-            f"[...document.querySelectorAll('{selector}')].map(e => e.getBoundingClientRect().width)"
+            f"[...document.querySelectorAll('{selector}')].map(e =>"
+            " e.getBoundingClientRect().width)"
         )
     )
 
@@ -151,7 +152,10 @@ def test_the_page_answers_changes_and_downloads(
 
 def test_a_report_is_readable_and_wide_figures_scroll(tab: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    words = "report llama-3.1-8b --hardware h100,a100,4090 --family depth --sparsity 0.25,0.5 --phase decode"
+    words = (
+        "report llama-3.1-8b --hardware h100,a100,4090 --family depth --sparsity 0.25,0.5 --phase"
+        " decode"
+    )
     assert run([*words.split(), "-o", str(path)]) == 0
     tab.goto(path.as_uri())
     assert fits(tab)

@@ -17,11 +17,15 @@ from simulator.explore.content import PageContent, cell, content, report_html
 from simulator.prediction.explain import Explanation
 from simulator.prediction.result import Result
 
-LINE = "llama-3.1-8b --hardware h100,a100 --family depth,width --sparsity 0.25,0.5 --phase decode --batch 1"
+LINE = (
+    "llama-3.1-8b --hardware h100,a100 --family depth,width --sparsity 0.25,0.5 --phase decode"
+    " --batch 1"
+)
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: elements, attributes, the cells of its tables, and its text."""
+    """What a browser would make of a page: elements, attributes, the cells of its tables, and its
+    text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -104,7 +108,10 @@ def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
 def test_the_commands_of_a_report_give_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "llama-3.2-1b --hardware h100 --prune 'width mlp=0.3 + depth 0.25' --phase serve --concurrency 8"
+    words = (
+        "llama-3.2-1b --hardware h100 --prune 'width mlp=0.3 + depth 0.25' --phase serve"
+        " --concurrency 8"
+    )
     words += " --new-tokens 16 --kv-dtype fp8 --dense-time 0.5s --ideal"
     html = written(tmp_path, words)
     capsys.readouterr()
@@ -134,7 +141,10 @@ def test_a_pruning_that_leaves_no_layer_has_a_report(tmp_path: Path, prune: str)
 def test_a_large_report_stays_below_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "llama-3.1-8b --hardware h100,a100,4090 --phase prefill,decode --batch 1,8,64 --sparsity 0.1:0.5:0.1"
+    words = (
+        "llama-3.1-8b --hardware h100,a100,4090 --phase prefill,decode --batch 1,8,64 --sparsity"
+        " 0.1:0.5:0.1"
+    )
     html = written(tmp_path, words)
     assert len(html.encode()) < page.MOST_BYTES
     assert len(Page(html).rows) == 1 + page.MOST_ROWS

@@ -1,4 +1,5 @@
-"""Figures: equal bytes for equal predictions, embedded fonts, nothing outside the page, no overlapping texts."""
+"""Figures: equal bytes for equal predictions, embedded fonts, nothing outside the page, no
+overlapping texts."""
 
 from __future__ import annotations
 
@@ -81,25 +82,31 @@ GPUS = ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
 BOTH: dict[str, Any] = {"phases": ["prefill", "decode"], "batch": [1, 64]}
 FOUR, SIX = ["depth", "width", "token", "low_rank"], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 # one of each kind, at the sizes that are printed
-# fmt: off
 FIGURES: dict[str, Callable[[], Figure]] = {
     "dots": lambda: speedups(["all"], [0.1, 0.25, 0.5], GPUS, **BOTH),
     "dots, one device": lambda: speedups(["all"], [0.1, 0.5], GPUS[:1]),
     "dots, five devices": lambda: speedups(["all"], SIX[::4], [*GPUS, "l40s", "h200_sxm"]),
     "dots, one point": lambda: speedups(["depth"], [0.3], GPUS[:1]),
     "dots, long label": lambda: speedups(FOUR, [0.3], GPUS, "generate", batch=64),
-    "dots, two rows": lambda: speedups(FOUR, [0.3], GPUS, ["prefill", "decode", "generate"], batch=[1, 64]),
+    "dots, two rows": lambda: speedups(
+        FOUR, [0.3], GPUS, ["prefill", "decode", "generate"], batch=[1, 64]
+    ),
     "curves": lambda: speedups(FOUR[:2], [0.1, 0.25, 0.5], GPUS, batch=[1, 64]),
     "curves, one device": lambda: speedups(FOUR[:2], SIX, GPUS[:1]),
-    "curves, all": lambda: speedups(["all"], SIX, GPUS[:2], ["prefill", "decode", "generate"], batch=[1, 8, 64]),
-    "waterfall": lambda: waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])]),
+    "curves, all": lambda: speedups(
+        ["all"], SIX, GPUS[:2], ["prefill", "decode", "generate"], batch=[1, 8, 64]
+    ),
+    "waterfall": lambda: waterfall_figure(
+        [steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])]
+    ),
     "waterfalls": lambda: waterfall_figure(
         [steps(f"{g}, reference", [1.0, 0.9, 1.0, 0.97, 0.75, 0.8, 1.06]) for g in GPUS]
     ),
     "roofline": lambda: roofline_figure([roof("h100_sxm", 2048.0)]),
-    "rooflines": lambda: roofline_figure([roof(g, m) for g, m in zip(GPUS, (2048.0, 64.0, 1.0), strict=True)]),
+    "rooflines": lambda: roofline_figure(
+        [roof(g, m) for g, m in zip(GPUS, (2048.0, 64.0, 1.0), strict=True)]
+    ),
 }
-# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +116,11 @@ def drawn() -> dict[str, Figure]:
 
 def test_the_bytes_do_not_depend_on_the_users_settings_or_the_process(tmp_path: Path) -> None:
     code = (
-        "import sys; import matplotlib; from simulator.figures.style import *;"
-        "from simulator.figures.waterfall import *;"
-        "matplotlib.rcParams.update({'font.size': 30, 'axes.grid': False, 'svg.hashsalt': 'other'});"
-        "panel = Steps('x', ['a', 'b'], [0.9, 1.1], 1.3, 1.2, 1.4); figure = waterfall_figure([panel]);"
-        "[save_figure(figure, path) for path in sys.argv[1:]]"
+        "import sys; import matplotlib; from simulator.figures.style import *;from"
+        " simulator.figures.waterfall import *;matplotlib.rcParams.update({'font.size': 30,"
+        " 'axes.grid': False, 'svg.hashsalt': 'other'});panel = Steps('x', ['a', 'b'], [0.9, 1.1],"
+        " 1.3, 1.2, 1.4); figure = waterfall_figure([panel]);[save_figure(figure, path) for path in"
+        " sys.argv[1:]]"
     )
     here = [tmp_path / f"here{suffix}" for suffix in (".svg", ".pdf", ".png")]
     there = [tmp_path / f"there{suffix}" for suffix in (".svg", ".pdf", ".png")]
@@ -151,7 +158,8 @@ def texts(figure: Figure) -> list[tuple[str, Any]]:
 
 
 def _shown(figure: Figure, text: Any) -> bool:
-    """Return whether a text is drawn: tick labels outside the axes' limits or switched off are not."""
+    """Return whether a text is drawn: tick labels outside the axes' limits or switched off are
+    not."""
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
             for tick in [*axis.majorTicks, *axis.minorTicks]:
@@ -168,7 +176,8 @@ def _shown(figure: Figure, text: Any) -> bool:
 
 
 def check_print(figure: Figure) -> None:
-    """A width of a paper's columns, no taller than its page, and no text off the page or on top of another."""
+    """A width of a paper's columns, no taller than its page, and no text off the page or on top of
+    another."""
     assert figure.get_size_inches()[0] in (style.COLUMN_IN, style.PAGE_IN)
     assert figure.get_size_inches()[1] <= 9.5
     found = texts(figure)
@@ -200,7 +209,8 @@ def test_every_family_has_a_look_of_its_own() -> None:
 
 
 def roofs(ax: Any) -> tuple[Any, Any]:
-    """The lines of a roof: at the datasheet's rate, and at the highest clock (None where there is none)."""
+    """The lines of a roof: at the datasheet's rate, and at the highest clock (None where there is
+    none)."""
     lines = [
         line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3
     ]

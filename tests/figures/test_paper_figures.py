@@ -41,7 +41,8 @@ TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def measured(hw: HardwareProfile, rows: int, noise: float = 0.03) -> MeasuredGemms:
-    """Times around the predicted ones, among them the fused projection of Llama-3.1-8B at every sixteenth M."""
+    """Times around the predicted ones, among them the fused projection of Llama-3.1-8B at every
+    sixteenth M."""
     rng = np.random.default_rng(5)
     m = np.concatenate([np.arange(16, 2049, 16), rng.integers(1, 8193, rows)])
     n, k = (
@@ -125,8 +126,12 @@ def test_the_taxonomy_is_that_of_the_reference_paper(about: Paper) -> None:
 
     expected = {
         "q": "depth M, width N, width_cross K, semi_structured K, dynamic_depth M, dynamic_width N",
-        "down": "depth M, width K, width_cross N, low_rank K, dynamic_width K, token M, unstructured K",
-        "attention": "depth M, width K, sparse_attention N, dynamic_depth M, dynamic_width K, low_rank -",
+        "down": (
+            "depth M, width K, width_cross N, low_rank K, dynamic_width K, token M, unstructured K"
+        ),
+        "attention": (
+            "depth M, width K, sparse_attention N, dynamic_depth M, dynamic_width K, low_rank -"
+        ),
         "lm_head": "depth -, width_cross K, semi_structured -",
     }
     for role, pairs in expected.items():
@@ -223,14 +228,17 @@ def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
     assert alone.names == ["b", "other (4 steps)"]
     assert alone.factors[-1] == pytest.approx(1.002 * 0.993 * 1.009, rel=1e-15)
     for before, after in zip(two, folded(two), strict=True):
-        assert after.names == ["b", "c", "other (3 steps)"], (
-            "a step stays if it matters in one panel"
-        )
+        assert after.names == [
+            "b",
+            "c",
+            "other (3 steps)",
+        ], "a step stays if it matters in one panel"
         assert after.reached[-1] == pytest.approx(before.reached[-1], rel=1e-15)
         assert after.nominal == before.nominal
-    assert folded([Steps("x", ["a", "b"], [1.0, 0.8], 1.5, 1.0, 1.3)])[0].names == ["a", "b"], (
-        "one step alone keeps its name"
-    )
+    assert folded([Steps("x", ["a", "b"], [1.0, 0.8], 1.5, 1.0, 1.3)])[0].names == [
+        "a",
+        "b",
+    ], "one step alone keeps its name"
     rows = waterfall_figure([replace(two[0], title="1"), replace(two[1], title="2")], columns=1)
     steps = [[t.get_text() for t in ax.get_yticklabels()][1:-1] for ax in rows.axes]
     assert steps == [["b", "other (4 steps)"], ["c", "other (4 steps)"]]
@@ -262,8 +270,8 @@ def test_one_command_writes_figures_and_captions(
     captions = (out / "captions.md").read_text()
     assert re.findall(r"^## (.+)$", captions, re.MULTILINE) == ["taxonomy", "scatter"]
     assert (
-        f"`prunesim figures llama-3.1-8b -o DIR --only scatter --hardware 4090 --measured 4090={table}`"
-        in captions
+        "`prunesim figures llama-3.1-8b -o DIR --only scatter --hardware 4090 --measured"
+        f" 4090={table}`" in captions
     )
     assert "`prunesim figures llama-3.1-8b -o DIR --only taxonomy --hardware 4090`" in captions
     assert "gemms.csv" in captions

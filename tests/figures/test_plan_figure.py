@@ -1,4 +1,5 @@
-"""The figure of a plan: a bar or a mark per sublayer, plans where they are, and no two texts on top of each other."""
+"""The figure of a plan: a bar or a mark per sublayer, plans where they are, and no two texts on top
+of each other."""
 
 from __future__ import annotations
 
@@ -92,7 +93,10 @@ def test_the_chosen_plan_and_those_of_other_rules_are_where_they_are(plan: Plan)
     assert [t.get_text() for t in losses.texts] == ["kl of each layer"]
     lines = {line.get_label().replace("\n", " "): line for line in ax.lines}
     (chosen,) = (point for point in plan.frontier if point.chosen)
-    name = f"chosen plan, {chosen.speedup:.2f}× ({chosen.speedup_lower:.2f}–{chosen.speedup_upper:.2f})"
+    name = (
+        f"chosen plan, {chosen.speedup:.2f}×"
+        f" ({chosen.speedup_lower:.2f}–{chosen.speedup_upper:.2f})"
+    )
     assert lines[name].get_xydata().tolist() == [[chosen.score, chosen.speedup]]
     assert {a.chosen_by for a in plan.alternatives} == {"parameters", "FLOPs", "library times"}
     for a in plan.alternatives:

@@ -1,4 +1,5 @@
-"""The reader of YAML files: dataclasses from their annotations, and all errors of a text at once."""
+"""The reader of YAML files: dataclasses from their annotations, and all errors of a text at
+once."""
 
 from __future__ import annotations
 
@@ -59,15 +60,23 @@ def test_a_dataclass_is_read_by_its_annotations() -> None:
         ("spokes: 36, ", "", ["f:3:10: wheels.0.spokes: is missing"]),
         ("0.5", "2", ["f:3:29: wheels.0.mass: expected a number from 0 to 1, got 2"]),
         (GOOD, GOOD + "bell: yes", ["f:4:7: bell: expected true or false, got yes"]),
-        (GOOD, GOOD + "shares: {a: x, b: 3}", [
-            "f:4:13: shares.a: expected a number, got x: write 0.25",
-            "f:4:19: shares.b: expected a number from 0 to 1, got 3",
-        ]),
-        (GOOD, GOOD + "latency_s: 3 s", ['f:4:12: latency_s: expected 1 us to 1 s, got \'3 s\'']),
+        (
+            GOOD,
+            GOOD + "shares: {a: x, b: 3}",
+            [
+                "f:4:13: shares.a: expected a number, got x: write 0.25",
+                "f:4:19: shares.b: expected a number from 0 to 1, got 3",
+            ],
+        ),
+        (GOOD, GOOD + "latency_s: 3 s", ["f:4:12: latency_s: expected 1 us to 1 s, got '3 s'"]),
         (GOOD, GOOD + "bel: true", ["f:4:1: bel: unknown key; did you mean bell?"]),
-        (GOOD, GOOD.replace("hub", "fixed") + "bell: true", ["f:1:1: file: a fixed gear has no bell"]),
+        (
+            GOOD,
+            GOOD.replace("hub", "fixed") + "bell: true",
+            ["f:1:1: file: a fixed gear has no bell"],
+        ),
         (GOOD, "[1]", ["f:1:1: file: expected a mapping of key: value, got a list"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_with_its_place(old: str, new: str, lines: list[str]) -> None:
     assert read(GOOD.replace(old, new)) == (None, lines)

@@ -1,5 +1,5 @@
-"""Temporary files: those of killed writers are removed by the next writer; those that a process writes stay. Texts of
-a CSV are no formulas, and links in an output folder are not followed."""
+"""Temporary files: those of killed writers are removed by the next writer; those that a process
+writes stay. Texts of a CSV are no formulas, and links in an output folder are not followed."""
 
 from __future__ import annotations
 

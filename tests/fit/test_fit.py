@@ -25,7 +25,8 @@ TRUTH = {**START, **PLANTED}
 def timed_by(
     data: GemmFit, truth: dict[str, float], noise: float = 0.0, seed: int = 0, **changes: Any
 ) -> GemmFit:
-    """GEMMs, with changes to machine or copies, with the times of planted constants and log-normal noise."""
+    """GEMMs, with changes to machine or copies, with the times of planted constants and log-normal
+    noise."""
     rng, calls = np.random.default_rng(seed), replace(data.calls, **changes)
     return replace(
         data, calls=calls, seconds=calls.seconds(truth) * np.exp(noise * rng.normal(size=len(data)))
@@ -74,7 +75,8 @@ def test_solving_by_row_equals_solving_by_node(by_rows: bool) -> None:
     dual = few.dual(target, every, rounds=1)
     fitted = few.at(dual, every, every)
     np.testing.assert_allclose(evaluate(prepared, few.values(dual, every)), fitted, atol=1e-9)
-    # the stationary point of the ridge problem: residual = dual (unit weights); by nodes: gradient of data and penalty
+    # the stationary point of the ridge problem: residual = dual (unit weights); by nodes: gradient
+    # of data and penalty
     np.testing.assert_allclose(target - fitted, dual, atol=1e-9)
     for block, values in zip(prepared, few.values(dual, every), strict=True):
         np.testing.assert_allclose(block.matrix.T @ dual, block.penalty @ values, atol=1e-9)

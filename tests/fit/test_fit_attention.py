@@ -1,5 +1,5 @@
-"""Calibration of attention: planted constants, refusals, named constants, intervals, and the accuracy on shipped
-tables."""
+"""Calibration of attention: planted constants, refusals, named constants, intervals, and the
+accuracy on shipped tables."""
 
 from __future__ import annotations
 
@@ -92,8 +92,11 @@ def test_planted_constants_are_recovered_and_a_profile_predicts_what_the_fit_doe
         assert constant.std_error < 0.2 * constant.value
         # heads of one width do not tell products from exponentials: only their sum is known
         if name == "e_tc":
-            sums = [4 * 128 * DEVICE.sm_count / (v["e_tc"] * DEVICE.peak_flop_per_s) + 1 / v["exp_per_s"]
-                    for v in (truth, fit.constants.values)]  # fmt: skip
+            sums = [
+                4 * 128 * DEVICE.sm_count / (v["e_tc"] * DEVICE.peak_flop_per_s)
+                + 1 / v["exp_per_s"]
+                for v in (truth, fit.constants.values)
+            ]
             assert sums[1] == pytest.approx(sums[0], rel=0.01)
         else:
             assert abs(constant.value - truth[name]) < max(
@@ -133,8 +136,8 @@ def test_rows_that_no_device_reaches_are_not_usable() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_was_measured_cold_in_fp32_is_predicted_so(phase: str) -> None:
-    """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its rows, not with what
-    is shown."""
+    """A fit that took a rotated cache for a warm one, or four bytes for two, would agree with its
+    rows, not with what is shown."""
     columns = {
         "element_bytes": np.full(300, 4.0),
         "cache_bytes": np.full(300, 4.0),
@@ -239,7 +242,8 @@ def test_accuracy_on_unseen_heads_at_400_rows(measurement: str, mape: float) -> 
 
 @pytest.mark.slow
 def test_kernel_times_of_a_running_model_read_a_cold_cache(shared_data: Path) -> None:
-    """With a cache in L2 the fit errs by 12 % on unseen rows, and its share of the bandwidth is 1."""
+    """With a cache in L2 the fit errs by 12 % on unseen rows, and its share of the bandwidth is
+    1."""
     hw = datasheet("rtx_4090")
     rows = rtx_tables(shared_data, hw)
     calls = calls_of(
@@ -254,7 +258,8 @@ def test_kernel_times_of_a_running_model_read_a_cold_cache(shared_data: Path) ->
 
 @pytest.mark.parametrize("tile", [0.0, 16.0, 128.0])
 def test_tiles_of_decode_are_found_where_products_show_and_only_there(tile: float) -> None:
-    """An H20 has an eighth of the H100's FLOP per byte: products of padded rows take as long as reading the cache."""
+    """An H20 has an eighth of the H100's FLOP per byte: products of padded rows take as long as
+    reading the cache."""
     machine = Machine.of(datasheet("h20"))
     truth = defaults("decode") | {"tile_rows": tile, "e_tc": 0.6}
     c = timed(changed(shapes("decode", 300, 3), machine), truth)

@@ -1,4 +1,5 @@
-"""Constants of kernels that skip: planted ones are found, bounds and what rows cannot tell are said, defaults stay."""
+"""Constants of kernels that skip: planted ones are found, bounds and what rows cannot tell are
+said, defaults stay."""
 
 from __future__ import annotations
 

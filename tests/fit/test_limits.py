@@ -27,7 +27,8 @@ ORIGIN = Provenance("x", "x", "x", "x", "x", "x", 30)
 
 
 def with_values(values: dict[str, float], **more: Any) -> HardwareProfile:
-    """A profile with a section of each operator whose constants, of these names, have these values."""
+    """A profile with a section of each operator whose constants, of these names, have these
+    values."""
     hw = load_hardware("h100")
     sections = {
         (operator, "*" if operator in ANY_DTYPE else "bf16"): Section(

@@ -1,4 +1,5 @@
-"""Local updates: planted effects are found, named, carried to other operators and covered; bad rows are rejected."""
+"""Local updates: planted effects are found, named, carried to other operators and covered; bad rows
+are rejected."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def times(hw: HardwareProfile, r: Records) -> Any:
 
 
 def planted(r: Records, noise: float = 0.02, seed: int = 0) -> Records:
-    """Rows as a machine measures them whose clocks are 8 % lower and whose launches take 20 % longer."""
+    """Rows as a machine measures them whose clocks are 8 % lower and whose launches take 20 %
+    longer."""
     slower = {"e_tc": 1 / SLOWER, "tau": SLOWER, "b_e": 1 / SLOWER, "t0": LONGER, "t0_s": LONGER}
     sections = {}
     for key, section in HW.sections.items():
@@ -129,7 +131,8 @@ def test_a_local_update_is_written_and_read(updated: Updated, tmp_path: Any) -> 
 
 @pytest.mark.parametrize("size", [20, 100])
 def test_intervals_after_a_local_update_cover(size: int) -> None:
-    """Errors drawn from the model itself: nine in ten rows that were not measured lie in the interval."""
+    """Errors drawn from the model itself: nine in ten rows that were not measured lie in the
+    interval."""
     r = Records.concat([gemms(300), attention(150, "prefill"), attention(150, "decode")])
     parts = [predict(r.select(rows), HW).uncertainty for _, _, rows in parts_of(r, HW, {})]
     assert all(part is not None for part in parts)
@@ -310,7 +313,8 @@ def test_rows_far_from_what_the_others_predict_are_flagged_with_their_place(tmp_
     (note,) = flagged({5: 10.0})
     assert note.startswith(f"{tmp_path / 't.csv'}:8: gemm bf16 m=")
     assert note.endswith(
-        "times that predicted from the other rows; the row counts less; measure it again, or remove it"
+        "times that predicted from the other rows; the row counts less; measure it again, or"
+        " remove it"
     )
     assert 9.0 < float(note.split("the time is ")[1].split()[0]) < 11.5
     assert flagged({}) == flagged({5: 1.3}) == []

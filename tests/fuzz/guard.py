@@ -1,4 +1,5 @@
-"""Every input is answered within seconds, in one printable line, and nothing outside one folder is touched."""
+"""Every input is answered within seconds, in one printable line, and nothing outside one folder is
+touched."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def _hang(*_: Any) -> None:
 
 
 def check_line(message: str, file: str = "") -> None:
-    """Assert that a message is one line, printable, of bounded length, with the name of the file in it."""
+    """Assert that a message is one line, printable, of bounded length, with the name of the file in
+    it."""
     assert message.strip() and message.isprintable(), repr(message[:300])  # noqa: PT018
     assert len(message) <= 4000, message[:300]
     assert file in message, (file, message[:300])
@@ -71,7 +73,8 @@ def in_time() -> Iterator[None]:
 
 @contextmanager
 def guarded(folder: Path, may_read: tuple[Path, ...] = ()) -> Iterator[None]:
-    """Fail if the block writes, makes or removes anything outside a folder, or reads a foreign file."""
+    """Fail if the block writes, makes or removes anything outside a folder, or reads a foreign
+    file."""
     inside, found = os.path.realpath(folder), list[str]()
     readable = (inside, *(os.path.realpath(path) for path in (*READABLE, ROOT, *may_read)))
 
@@ -118,5 +121,8 @@ def profile_with(raw: bytes, file: str = "a.npz") -> str:
         text[text.index("      provenance:") : text.index("      constants:")]
         + "      constants: {}\n"
     )
-    section += f'      arrays: {{file: {file}, sha256: "{hashlib.sha256(raw).hexdigest()}", names: [start, values]}}\n'
+    section += (
+        f'      arrays: {{file: {file}, sha256: "{hashlib.sha256(raw).hexdigest()}", names: [start,'
+        " values]}\n"
+    )
     return text[: text.index("calibrated:")] + f"calibrated:\n  elementwise:\n    bf16:\n{section}"

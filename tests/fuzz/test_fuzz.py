@@ -1,8 +1,9 @@
-"""Readers on inputs near a valid one use them or refuse them in one printable line, within seconds, and touch no other
-file.
+"""Readers on inputs near a valid one use them or refuse them in one printable line, within seconds,
+and touch no other file.
 
-A reader is fuzzed through the command that reads its file. Hypothesis draws the edits: 25 inputs per reader by default,
-10,000 with ``--hypothesis-profile=thorough`` (or ``HYPOTHESIS_PROFILE=thorough``).
+A reader is fuzzed through the command that reads its file. Hypothesis draws the edits: 25 inputs
+per reader by default, 10,000 with ``--hypothesis-profile=thorough`` (or
+``HYPOTHESIS_PROFILE=thorough``).
 """
 
 from __future__ import annotations
@@ -54,9 +55,18 @@ engines: [vllm, hf]
 devices: [2]
 link: pcie4x8-host
 """
-PLAN = "prune: kv_cache 0.25\nlayers:\n  0-3: width mlp=0.3 attention=0.25\n  8: depth unit=attention + low_rank 0.3\n"
-CHOICES = "attention: [dense, kv=4, none]\nmlp: [dense, 4096, linear, none]\nlayers:\n  0-1,15: {mlp: [dense]}\n"
-PRUNE = "width mlp=0.3 attention=0.25 align=64 layers=0-7 + depth 25% + low_rank 0.4 layers=8,9 + kv_cache .5"
+PLAN = (
+    "prune: kv_cache 0.25\nlayers:\n  0-3: width mlp=0.3 attention=0.25\n  8: depth unit=attention"
+    " + low_rank 0.3\n"
+)
+CHOICES = (
+    "attention: [dense, kv=4, none]\nmlp: [dense, 4096, linear, none]\nlayers:\n  0-1,15: {mlp:"
+    " [dense]}\n"
+)
+PRUNE = (
+    "width mlp=0.3 attention=0.25 align=64 layers=0-7 + depth 25% + low_rank 0.4 layers=8,9 +"
+    " kv_cache .5"
+)
 SCORES = "layer,attention,mlp,kl_div\n" + "".join(
     f"{layer},dense,dense,0\n{layer},kv=4,4096,.2\n{layer},none,2048,.4\n"
     for layer in ("0-7", "8-14", "15")
@@ -200,19 +210,77 @@ TABLES = [
     csv.read_csv(io.BytesIO(GEMMS.replace("time_us", "latency_us").encode())),
 ]
 
-# fmt: off
 VALUES: list[Any] = [
-    None, True, 0, -1, 1, 3, 16, 1 << 31, 1 << 63, 10**400, 0.5, -0.0, 1e-320, 1e-9, 1e308, 4096.0, float("nan"), [],
-    {}, float("inf"), [[]], {"": 0}, [1, "a", None], [0] * 50, "", " ", "bf16", "depth", "a\nb", "a\x00b", "\ud800",
-    "\x1b[31mred", "\u202eabc", "\u0663", "\u00b2", "9" * 400, "x" * 3000, "../../etc/passwd", "/etc/passwd",
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    16,
+    1 << 31,
+    1 << 63,
+    10**400,
+    0.5,
+    -0.0,
+    1e-320,
+    1e-9,
+    1e308,
+    4096.0,
+    float("nan"),
+    [],
+    {},
+    float("inf"),
+    [[]],
+    {"": 0},
+    [1, "a", None],
+    [0] * 50,
+    "",
+    " ",
+    "bf16",
+    "depth",
+    "a\nb",
+    "a\x00b",
+    "\ud800",
+    "\x1b[31mred",
+    "\u202eabc",
+    "\u0663",
+    "\u00b2",
+    "9" * 400,
+    "x" * 3000,
+    "../../etc/passwd",
+    "/etc/passwd",
 ]
-WORDS = [*re.split(r"\s+", """0 -1 1 2 64 0.5 25% -0.0 1e-320 1e18 1e400 nan .inf 0x10 010 1_0 5. 1/2 1:30 true null ~
+WORDS = [
+    *re.split(
+        r"\s+",
+        """0 -1 1 2 64 0.5 25% -0.0 1e-320 1e18 1e400 nan .inf 0x10 010 1_0 5. 1/2 1:30 true null ~
 [] {a:1} &a *a !!str !!python/object/apply:os.system | > << @x - -- + , = % mlp=0.3 heads=20% heds=1 layers=3-1 depth
-layers=0-99999999 {from:1,to:1e9,times:1.0000001} align=0 inner=9 kernel=ideal pcie bridge 3.35TB bf16"""),
-    "", " ", "\x00", "\x1b[31m", "\u0663", "\u2028", "9" * 400, "x" * 3000, "'", '"', "[" * 300, "\n---\n",
+layers=0-99999999 {from:1,to:1e9,times:1.0000001} align=0 inner=9 kernel=ideal pcie bridge 3.35TB bf16""",
+    ),
+    "",
+    " ",
+    "\x00",
+    "\x1b[31m",
+    "\u0663",
+    "\u2028",
+    "9" * 400,
+    "x" * 3000,
+    "'",
+    '"',
+    "[" * 300,
+    "\n---\n",
 ]
-BYTES = [b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r", b'"', b"[" * 100_000, b"%YAML 1.1\n"]
-# fmt: on
+BYTES = [
+    b"\xff",
+    b"\x00",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\r",
+    b'"',
+    b"[" * 100_000,
+    b"%YAML 1.1\n",
+]
 
 
 def places(tree: Any) -> list[tuple[Any, Any]]:
@@ -223,7 +291,8 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 @st.composite
 def trees(draw: Any, root: Any) -> Any:
-    """Draw a JSON value near this one: keys and items dropped, replaced, renamed, doubled, swapped or nested."""
+    """Draw a JSON value near this one: keys and items dropped, replaced, renamed, doubled, swapped
+    or nested."""
     tree = copy.deepcopy(root)
     for _ in range(draw(st.integers(0, 3))):
         edit = draw(st.sampled_from(("value", "value", "drop", "rename", "copy", "nest")))
@@ -260,7 +329,8 @@ def texts(draw: Any, text: str) -> str:
 
 @st.composite
 def spoilt(draw: Any, strategy: st.SearchStrategy[Any]) -> bytes:
-    """Draw the bytes of a text, of a JSON value, or bytes; one in four is cut short or has odd bytes inserted."""
+    """Draw the bytes of a text, of a JSON value, or bytes; one in four is cut short or has odd
+    bytes inserted."""
     made = draw(strategy)
     text = made if isinstance(made, (str, bytes)) else json.dumps(made)
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -309,24 +379,37 @@ def parquet(draw: Any) -> bytes:
 
 
 ON = "--hardware h100 --json"
-# fmt: off
 READERS: dict[str, tuple[Any, str]] = {
     "gpu.yaml": (PROFILE, "gemm 64 64 64 --hardware {}"),
-    "engine.yaml": (ENGINE, f"speedup llama-3.2-1b {ON} --phase decode --family depth --engine {{}}"),
+    "engine.yaml": (
+        ENGINE,
+        f"speedup llama-3.2-1b {ON} --phase decode --family depth --engine {{}}",
+    ),
     "grid.yaml": (GRID, "sweep {} --max 2000 --jobs 1 -o DIR/rows"),
     "plan.yaml": (PLAN, f"speedup llama-3.2-1b {ON} --phase decode --prune {{}}"),
     "prune.txt": (PRUNE, f"speedup llama-3.2-1b {ON} --phase decode --prune TEXT"),
-    "link.txt": ("pcie4x8-host", f"speedup llama-3.2-1b {ON} --family depth --devices 2 --link TEXT"),
+    "link.txt": (
+        "pcie4x8-host",
+        f"speedup llama-3.2-1b {ON} --family depth --devices 2 --link TEXT",
+    ),
     "config.json": (st.sampled_from(CONFIGS).flatmap(trees), "models show {}"),
     "layered.json": (LAYERED, f"speedup {{}} {ON} --family depth --sparsity 0.5"),
-    "model.safetensors": (st.sampled_from(CHECKPOINTS).flatmap(trees).map(safetensors), "models show DIR"),
-    "model.safetensors.index.json": ({"weight_map": dict.fromkeys(CHECKPOINTS[0], "a")}, "models show DIR"),
+    "model.safetensors": (
+        st.sampled_from(CHECKPOINTS).flatmap(trees).map(safetensors),
+        "models show DIR",
+    ),
+    "model.safetensors.index.json": (
+        {"weight_map": dict.fromkeys(CHECKPOINTS[0], "a")},
+        "models show DIR",
+    ),
     "run.jsonl": (trees(RUN).map(lines), "validate h100 {} --json"),
     "records.parquet": (parquet(), "validate h100 {} --json"),
     "table.csv": (ATTENTION, "validate h100 {} --json"),
     "mapped.csv": (GEMMS, "validate h100 {} --map latency_us=time_us --json"),
-    **{name: (bench, f"speedup llama-3.1-8b {ON} --family depth {BENCHES[name]} --dense-from {{}}")
-       for name, bench in RESULTS.items()},
+    **{
+        name: (bench, f"speedup llama-3.1-8b {ON} --family depth {BENCHES[name]} --dense-from {{}}")
+        for name, bench in RESULTS.items()
+    },
     "library.json": (LIBRARY, f"costs DIR/config.json {ON} --choices {{}}"),
     "solution_0.json": (validation(0), f"search DIR/config.json {ON} --target 1.05 --scores DIR"),
     "scores.csv": (SCORES, f"search llama-3.2-1b {ON} --target 1.05 --scores {{}}"),
@@ -335,8 +418,8 @@ READERS: dict[str, tuple[Any, str]] = {
     "results.json": (HARNESS, f"pareto llama-2-7b {ON} --quality DIR/listed.csv"),
     "speedups.csv": (SPEEDUPS, f"pareto llama-2-7b {ON} --phase decode --measured {{}}"),
 }
-# fmt: on
-"""File of each reader: a valid document or how to draw one, and the command that reads it ({}: path, TEXT: content)."""
+"""File of each reader: a valid document or how to draw one, and the command that reads it ({}:
+path, TEXT: content)."""
 CONFIG = {"config.json": json.dumps(SMALL)}
 BESIDE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("model.safetensors", "library.json"), CONFIG),
@@ -348,7 +431,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 
 def answer(file: str, raw: bytes) -> int:
-    """Return the status of a command on a file with this content; assert that the contract holds."""
+    """Return the status of a command on a file with this content; assert that the contract
+    holds."""
     command, out, err = READERS[file][1], io.StringIO(), io.StringIO()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as name, guarded(Path(name)):

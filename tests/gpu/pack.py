@@ -1,7 +1,9 @@
-"""Pack the folder of a run into one archive, without names of the machine, its user and its folders.
+"""Pack the folder of a run into one archive, without names of the machine, its user and its
+folders.
 
-``python pack.py RUN ARCHIVE.tar.gz``. Host and user names, home and working folders, serial numbers, UUIDs, processes
-and addresses become placeholders in the archive; the folder does not change. Arrays and pictures are packed unchanged.
+``python pack.py RUN ARCHIVE.tar.gz``. Host and user names, home and working folders, serial
+numbers, UUIDs, processes and addresses become placeholders in the archive; the folder does not
+change. Arrays and pictures are packed unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ COMMON = {
 }
 """Names that identify nobody."""
 LINES = re.compile(
-    r"(?m)^(\s*(?:[\w ]*Serial Number|[\w ]*UUID|PDI|Process ID|Name|Board ID|Module Id|Bus Id|Minor Number)\s*:).*$"
+    r"(?m)^(\s*(?:[\w ]*Serial Number|[\w ]*UUID|PDI|Process ID|Name|Board ID|Module Id|Bus"
+    r" Id|Minor Number)\s*:).*$"
 )
 """Lines of ``nvidia-smi -q`` that identify a machine or what runs on it."""
 PATTERNS = (
@@ -47,7 +50,8 @@ PATTERNS = (
 
 
 def private_names() -> list[tuple[str, str]]:
-    """Return names of this machine that must not leave it, the longest first, and what replaces them."""
+    """Return names of this machine that must not leave it, the longest first, and what replaces
+    them."""
     host, folders = socket.gethostname(), {str(Path.home()): "~", str(Path.cwd()): "."}
     if sys.prefix != sys.base_prefix:  # an environment, often inside a checkout
         folders[sys.prefix] = "environment"
@@ -75,7 +79,8 @@ def without_names(text: str, names: Sequence[tuple[str, str]]) -> str:
 
 
 def records_without_names(data: bytes, names: Sequence[tuple[str, str]]) -> bytes:
-    """Return the lines of records without names of a machine, with new checksums where a line changes."""
+    """Return the lines of records without names of a machine, with new checksums where a line
+    changes."""
     lines = []
     for line in data.splitlines(keepends=True):
         fields = decode_line(line)

@@ -49,7 +49,8 @@ def test_the_table_has_every_nvidia_profile_and_those_that_have_none() -> None:
 
 @pytest.mark.quick
 def test_the_facts_count_beside_the_name() -> None:
-    """A slice, a part of the SMs, or another memory under the full name is not the GPU of the profile."""
+    """A slice, a part of the SMs, or another memory under the full name is not the GPU of the
+    profile."""
     row = next(row for row in ROWS if row["profile"] == "h100_sxm")
     name, gpu = row["name"], gpu_of(row)
     for changes in (

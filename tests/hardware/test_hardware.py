@@ -208,8 +208,8 @@ def test_unknown_device_is_one_line_and_names_the_closest() -> None:
 
 
 def _bad_files() -> Iterator[tuple[str, str, str, str]]:
-    """Yield a name, the replaced text, its replacement, and the expected error: the cases of edits.txt and cases of
-    every quantity."""
+    """Yield a name, the replaced text, its replacement, and the expected error: the cases of
+    edits.txt and cases of every quantity."""
     for line in (BAD / "edits.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             name, old, new, says = re.split(r" ?\| ?", line)
@@ -265,9 +265,14 @@ def test_position_is_that_of_the_mistake(tmp_path: Path) -> None:
     )
     number = GOOD.splitlines().index("  bandwidth: {value: 3.35 TB/s, source: sheet}") + 1
     assert check_hardware(path) == [
-        f"{path}:5:15: architecture: unknown value hoper; did you mean hopper? Known: {', '.join(ARCHITECTURES)}",
-        f'{path}:{number}:22: datasheet.bandwidth.value: expected a bandwidth such as "3.35 TB/s", '
-        'got "3.35 TB": TB is a unit of an amount of bytes',
+        (
+            f"{path}:5:15: architecture: unknown value hoper; did you mean hopper? Known:"
+            f" {', '.join(ARCHITECTURES)}"
+        ),
+        (
+            f'{path}:{number}:22: datasheet.bandwidth.value: expected a bandwidth such as "3.35'
+            ' TB/s", got "3.35 TB": TB is a unit of an amount of bytes'
+        ),
     ]
     with pytest.raises(InputError, match=r"\(and 1 more: prunesim hardware check "):
         load_hardware(path)
@@ -478,7 +483,8 @@ _HUGE = (
         (_zip(x=bytes(70_000_000)), "larger than 64 MB"),
         (_zip(x=bytes(40_000_000), y=bytes(40_000_000)), "larger than 64 MB"),
     ],
-    # the bytes of an archive hold the time when it was written, and pytest -n needs the same name in each process
+    # the bytes of an archive hold the time when it was written, and pytest -n needs the same name
+    # in each process
     ids=lambda value: value if isinstance(value, str) else "raw",
 )
 def test_bad_arrays(raw: bytes, says: str, tmp_path: Path) -> None:
@@ -526,8 +532,8 @@ def section(value: float, stack: str, **more: Any) -> Section:
 
 
 def stacked(folder: Path) -> Path:
-    """Return a device with two stacks: sglang has GEMMs; trtllm has other GEMMs, and GEMMs of 4-bit weights with
-    arrays."""
+    """Return a device with two stacks: sglang has GEMMs; trtllm has other GEMMs, and GEMMs of 4-bit
+    weights with arrays."""
     path = write(folder, GOOD[: GOOD.index("calibrated:")])
     hw = load_hardware(path)
     one = {("gemm", "bf16"): section(1e-6, "", section_scale=0.8)}
@@ -796,8 +802,9 @@ def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: P
 
 
 def test_generic_defaults_say_how_far_they_are_off() -> None:
-    """Calibrated GPUs with the defaults of their own architecture, and of one on which nothing was ever fitted: their
-    coverage, and the root mean squares of log errors that docs/model.md shows."""
+    """Calibrated GPUs with the defaults of their own architecture, and of one on which nothing was
+    ever fitted: their coverage, and the root mean squares of log errors that docs/model.md
+    shows."""
     rows, lengths, widths = (
         np.array([1, 8, 1, 4]),
         np.array([1024, 1024, 8192, 4096]),

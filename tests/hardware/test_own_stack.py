@@ -1,4 +1,5 @@
-"""A user's calibration measures PyTorch's kernels: engines with other kernels get the spread between stacks."""
+"""A user's calibration measures PyTorch's kernels: engines with other kernels get the spread
+between stacks."""
 
 from __future__ import annotations
 

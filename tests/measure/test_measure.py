@@ -1,4 +1,5 @@
-"""The runner against a replayed device: every fault is flagged, counted, survived or refused, and nothing is lost."""
+"""The runner against a replayed device: every fault is flagged, counted, survived or refused, and
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -206,7 +207,8 @@ def test_a_kernel_that_raises_costs_one_shape_and_five_in_a_row_the_run() -> Non
 
 
 class Shared(ReplayDevice):
-    """A device on which other processes take a share of the time, more of it during some preparations."""
+    """A device on which other processes take a share of the time, more of it during some
+    preparations."""
 
     def __init__(self, usual: float, unusual: Mapping[int, float]) -> None:
         super().__init__(noise=0.002)

@@ -1,4 +1,5 @@
-"""Plans: they fit the budget, spread over the space, hold out groups, and are the same for the same seed."""
+"""Plans: they fit the budget, spread over the space, hold out groups, and are the same for the same
+seed."""
 
 from __future__ import annotations
 
@@ -64,8 +65,8 @@ def test_a_plan_has_every_kind_of_operator_and_keeps_the_shares_of_the_budget(
 def test_a_plan_begins_with_each_kind_of_operator_even_on_a_slow_machine(
     rates: Rates, budget_s: float, seed: int
 ) -> None:
-    """The share of an operator in a short budget can be shorter than one execution on a slow machine. Each operator is
-    planned nevertheless."""
+    """The share of an operator in a short budget can be shorter than one execution on a slow
+    machine. Each operator is planned nevertheless."""
     made = base_plan(
         rates, budget_s=budget_s, seed=seed, protocol=Protocol(time_limit_s=0.25 / 3.0)
     )

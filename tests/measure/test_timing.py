@@ -62,13 +62,15 @@ def test_the_median_of_a_planted_kernel_is_found(noise: float) -> None:
 
 
 def test_the_interval_covers_the_true_median_as_often_as_it_says() -> None:
-    """Of 400 measurements that stop by the rule, 90 % cover the median; 95 % hold for a single look at the samples."""
+    """Of 400 measurements that stop by the rule, 90 % cover the median; 95 % hold for a single look
+    at the samples."""
     timings = [Planted(0.02, seed).measured(time_limit_s=5.0) for seed in range(400)]
     assert sum(t.lower_s <= 1e-4 <= t.upper_s for t in timings) >= 360
 
 
 def test_ranks_are_those_of_the_sign_test() -> None:
-    """l: the two-sided 5 % critical value plus one (Conover, "Practical Nonparametric Statistics", table A3)."""
+    """l: the two-sided 5 % critical value plus one (Conover, "Practical Nonparametric Statistics",
+    table A3)."""
     assert [interval_rank(count) for count in (1, 5, 6, 9, 10, 12, 25, 100)] == [
         0,
         0,

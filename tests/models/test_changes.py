@@ -1,5 +1,5 @@
-"""Shapes written as a config.json, also per layer in the keys of DeciLM and of ModelOpt, are read back as the same
-shapes; a file keeps all that is not a shape."""
+"""Shapes written as a config.json, also per layer in the keys of DeciLM and of ModelOpt, are read
+back as the same shapes; a file keeps all that is not a shape."""
 
 from __future__ import annotations
 

@@ -64,7 +64,10 @@ def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> N
             == 5_709_025_280
             == int(lower(model, phase="decode", engine="hf").parameters)
         )
-        widths = "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of 11,008 "
+        widths = (
+            "width in layers 4-29: 26 of 32 heads, 26 of 32 key/value heads, an MLP of 8,810 of"
+            " 11,008 "
+        )
         assert (
             widths + "(15.3 % of the parameters); 5,709,025,280 parameters, 6,738,415,616 in the"
             in model.found
@@ -92,11 +95,21 @@ def test_a_checkpoint_that_is_what_its_config_says_is_that(name: str) -> None:
 
 DEEPSEEK = shaped(
     replace(
-        SMALL, architecture="deepseek_v3", router_bias=True, latent=Latent(96, 64, 16, 32, 24), head_dim=48, heads=8,
-        kv_heads=8, hidden=256, inner=64, experts=8, active=2.0, expert_inner=64,
+        SMALL,
+        architecture="deepseek_v3",
+        router_bias=True,
+        latent=Latent(96, 64, 16, 32, 24),
+        head_dim=48,
+        heads=8,
+        kv_heads=8,
+        hidden=256,
+        inner=64,
+        experts=8,
+        active=2.0,
+        expert_inner=64,
     ),
     lambda i, b: b if i else replace(b, inner=512, experts=0, active=0.0, expert_inner=0),
-)  # fmt: skip
+)
 QWEN = replace(
     SMALL,
     architecture="qwen2_moe",
@@ -107,33 +120,82 @@ QWEN = replace(
     qk_norm="head",
 )
 OSS = replace(
-    SMALL, architecture="gpt_oss", inner=0, experts=8, active=2.0, expert_inner=96, sinks=True,
-    qkv_bias=True, o_bias=True, router_bias=True, expert_bias=True,
-)  # fmt: skip
+    SMALL,
+    architecture="gpt_oss",
+    inner=0,
+    experts=8,
+    active=2.0,
+    expert_inner=96,
+    sinks=True,
+    qkv_bias=True,
+    o_bias=True,
+    router_bias=True,
+    expert_bias=True,
+)
 CUT = {
-    "flap": (LLAMA, shaped(
-        LLAMA, lambda i, b: replace(b, heads=32 - i // 2, kv_heads=32 - i // 2, inner=11008 - 97 * i))),
+    "flap": (
+        LLAMA,
+        shaped(
+            LLAMA,
+            lambda i, b: replace(b, heads=32 - i // 2, kv_heads=32 - i // 2, inner=11008 - 97 * i),
+        ),
+    ),
     "flap with its biases": (LLAMA, replace(LLAMA, inner=9000, down_bias=True, o_bias=True)),
     "shortgpt, numbered as before": (
-        LLAMA, replace(LLAMA, layers=23, windows=(0,) * 23, numbers=(*range(21), 30, 31))),
+        LLAMA,
+        replace(LLAMA, layers=23, windows=(0,) * 23, numbers=(*range(21), 30, 31)),
+    ),
     "shortgpt, numbered anew": (LLAMA, replace(LLAMA, layers=23, windows=(0,) * 23)),
     "slicegpt": (LLAMA, replace(LLAMA, hidden=3072)),
-    "attention and MLPs dropped": (LLAMA, shaped(
-        LLAMA, lambda i, b: replace(b, heads=0, kv_heads=0) if i > 28 else replace(b, inner=0) if i == 3 else b)),
-    "one product in place of a sublayer": (LLAMA, shaped(
-        LLAMA, lambda i, b: replace(b, heads=0, kv_heads=0, linear=("attention",)) if i < 3 else replace(
-            b, inner=0, linear=("mlp",)) if i == 9 else b)),
+    "attention and MLPs dropped": (
+        LLAMA,
+        shaped(
+            LLAMA,
+            lambda i, b: (
+                replace(b, heads=0, kv_heads=0) if i > 28 else replace(b, inner=0) if i == 3 else b
+            ),
+        ),
+    ),
+    "one product in place of a sublayer": (
+        LLAMA,
+        shaped(
+            LLAMA,
+            lambda i, b: (
+                replace(b, heads=0, kv_heads=0, linear=("attention",))
+                if i < 3
+                else replace(b, inner=0, linear=("mlp",))
+                if i == 9
+                else b
+            ),
+        ),
+    ),
     "a smaller vocabulary": (LLAMA, replace(LLAMA, vocab=30000)),
-    "phi": (load_model("phi-3-mini-4k"), shaped(load_model("phi-3-mini-4k"), lambda i, b: replace(b, inner=4000 + i))),
-    "opt": (load_model("opt-13b"), shaped(
-        load_model("opt-13b"), lambda i, b: replace(b, heads=20 + i % 9, kv_heads=20 + i % 9))),
-    "neox": (load_model("pythia-6.9b"), shaped(load_model("pythia-6.9b"), lambda i, b: replace(b, inner=9000 + 2 * i))),
-    "mixtral": (replace(MOE, architecture="mixtral"), replace(MOE, architecture="mixtral", experts=6)),
+    "phi": (
+        load_model("phi-3-mini-4k"),
+        shaped(load_model("phi-3-mini-4k"), lambda i, b: replace(b, inner=4000 + i)),
+    ),
+    "opt": (
+        load_model("opt-13b"),
+        shaped(
+            load_model("opt-13b"), lambda i, b: replace(b, heads=20 + i % 9, kv_heads=20 + i % 9)
+        ),
+    ),
+    "neox": (
+        load_model("pythia-6.9b"),
+        shaped(load_model("pythia-6.9b"), lambda i, b: replace(b, inner=9000 + 2 * i)),
+    ),
+    "mixtral": (
+        replace(MOE, architecture="mixtral"),
+        replace(MOE, architecture="mixtral", experts=6),
+    ),
     "qwen moe": (QWEN, shaped(QWEN, lambda i, b: replace(b, experts=4 + i, inner=64))),
-    "deepseek": (DEEPSEEK, shaped(DEEPSEEK, lambda i, b: replace(b, heads=6, kv_heads=6, experts=b.experts and 6))),
+    "deepseek": (
+        DEEPSEEK,
+        shaped(DEEPSEEK, lambda i, b: replace(b, heads=6, kv_heads=6, experts=b.experts and 6)),
+    ),
     "deepseek of a smaller rank": (DEEPSEEK, replace(DEEPSEEK, latent=Latent(80, 48, 16, 32, 24))),
     "gpt-oss": (OSS, replace(OSS, experts=6)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CUT)
@@ -152,10 +214,19 @@ def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
 
 
 FORMATS = {
-    "gptq": ("int4", False), "gptq8": ("int8", False), "awq": ("int4", False), "packed": ("int4", False),
-    "int8": ("int8", False), "fp8": ("fp8", False), "fp8_block": ("fp8_block", False), "bnb": ("int4", False),
-    "nvfp4": ("nvfp4", False), "bitmask": ("", True), "bitmask8": ("fp8", True), "marlin24": ("int4", True),
-}  # fmt: skip
+    "gptq": ("int4", False),
+    "gptq8": ("int8", False),
+    "awq": ("int4", False),
+    "packed": ("int4", False),
+    "int8": ("int8", False),
+    "fp8": ("fp8", False),
+    "fp8_block": ("fp8_block", False),
+    "bnb": ("int4", False),
+    "nvfp4": ("nvfp4", False),
+    "bitmask": ("", True),
+    "bitmask8": ("fp8", True),
+    "marlin24": ("int4", True),
+}
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -197,26 +268,62 @@ F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({AT + "self_attn.q_proj.weight": F16(4000, 4096)}, r"3\.self_attn\.q_proj: expected a multiple of head_dim"),
-        ({AT + "self_attn.q_proj.weight": F16(3968, 4096)}, "expected a width of 3,968, .* got 4,096"),
-        ({AT + "mlp.up_proj.weight": F16(8810, 4096)}, "a width of 11,008, as in layers.3.mlp.gate_proj, got 8,810"),
+        (
+            {AT + "self_attn.q_proj.weight": F16(4000, 4096)},
+            r"3\.self_attn\.q_proj: expected a multiple of head_dim",
+        ),
+        (
+            {AT + "self_attn.q_proj.weight": F16(3968, 4096)},
+            "expected a width of 3,968, .* got 4,096",
+        ),
+        (
+            {AT + "mlp.up_proj.weight": F16(8810, 4096)},
+            "a width of 11,008, as in layers.3.mlp.gate_proj, got 8,810",
+        ),
         ({AT + "mlp.up_proj.weight": F16(11008, 2**30)}, "expected widths up to 10,000,000"),
-        ({AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))}, "layers.3.mlp.up_proj: is stored as I32"),
-        ({AT + "mlp.up_proj.bias": F16(11008)}, "layers 0-31: expected 202,409,472 parameters, got"),
-        ({AT + "mlp.lora_A.weight": F16(8, 4096)}, "layers.3.mlp.lora_A: belongs to no known layer"),
-        ({AT + "attn_shortcut_Q": F16(4096, 3072)}, "attn_shortcut_Q: expected a width of 4,096, as"),
-        ({AT + "mlp.down_proj.weight": F16(3072, 11008)}, "down_proj: expected a width of 4,096, as in the embedding"),
-        ({"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)}, "norm: expected a head of 4,096 inputs"),
+        (
+            {AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))},
+            "layers.3.mlp.up_proj: is stored as I32",
+        ),
+        (
+            {AT + "mlp.up_proj.bias": F16(11008)},
+            "layers 0-31: expected 202,409,472 parameters, got",
+        ),
+        (
+            {AT + "mlp.lora_A.weight": F16(8, 4096)},
+            "layers.3.mlp.lora_A: belongs to no known layer",
+        ),
+        (
+            {AT + "attn_shortcut_Q": F16(4096, 3072)},
+            "attn_shortcut_Q: expected a width of 4,096, as",
+        ),
+        (
+            {AT + "mlp.down_proj.weight": F16(3072, 11008)},
+            "down_proj: expected a width of 4,096, as in the embedding",
+        ),
+        (
+            {"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)},
+            "norm: expected a head of 4,096 inputs",
+        ),
         ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
-        ({"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)}, "expected layers below 32, by its config"),
+        (
+            {"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)},
+            "expected layers below 32, by its config",
+        ),
         ({AT + "input_layernorm.weight": None}, "layers 3: .* check the biases and norms"),
         ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
         ({"lm_head.weight": None}, "expected lm_head.weight, or"),
         ({"model.embed_tokens.weight": None}, "found no embed_tokens.weight"),
-        ({"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))}, "lm_head: expected a head of 16 bits"),
-        ({AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))}, "is in 16 bits or more, .*up_proj is in fp8"),
+        (
+            {"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))},
+            "lm_head: expected a head of 16 bits",
+        ),
+        (
+            {AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))},
+            "is in 16 bits or more, .*up_proj is in fp8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_explained_is_refused_by_its_tensor(
     change: dict[str, Tensor | None], says: str
 ) -> None:
@@ -227,7 +334,8 @@ def test_what_cannot_be_explained_is_refused_by_its_tensor(
 
 
 def sliced(hidden: int, head: int, layers: int = 32) -> dict[str, Tensor]:
-    """Return LLaMA-2-7B as SliceGPT saves it: norms without weights, and a full head or a sliced one."""
+    """Return LLaMA-2-7B as SliceGPT saves it: norms without weights, and a full head or a sliced
+    one."""
     out = {"model.embed_tokens.weight": F16(32000, hidden), "lm_head.weight": F16(32000, head)}
     for i in range(layers):
         at, after = f"model.layers.{i}.", head if i == layers - 1 else hidden

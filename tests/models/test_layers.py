@@ -1,4 +1,5 @@
-"""Models with different layers, routed experts or latent attention: rows against numbers computed by hand."""
+"""Models with different layers, routed experts or latent attention: rows against numbers computed
+by hand."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def test_experts_of_mixtral() -> None:
 
 @pytest.mark.parametrize("parallel", ["tensor", "expert"])
 def test_mixtral_on_eight(parallel: str) -> None:
-    """Each device has an eighth of every expert, or a whole expert; router and norms are on every device."""
+    """Each device has an eighth of every expert, or a whole expert; router and norms are on every
+    device."""
     model = load_model("mixtral-8x7b")
     one, part = (
         lower(model, phase="prefill", batch=2, seq=64, devices=n, parallel=parallel) for n in (1, 8)
@@ -140,7 +142,8 @@ def test_latent_attention_of_deepseek() -> None:
 
 
 def test_layers_of_a_search() -> None:
-    """Groups have 4 and 8 heads; MLPs have 512 and 768 (563 rounded up to 256); one product replaces a sublayer."""
+    """Groups have 4 and 8 heads; MLPs have 512 and 768 (563 rounded up to 256); one product
+    replaces a sublayer."""
     model = from_hf_config(PUZZLE)
     layers = (Block(8, 2, 512), Block(0, 0, 768), Block(0, 0, 0, linear=("attention",)))
     assert model.blocks == (*layers, Block(8, 1, 0, linear=("mlp",)))

@@ -1,4 +1,5 @@
-"""Named models and config.json: counts equal the published counts, and wrong files are refused in one line."""
+"""Named models and config.json: counts equal the published counts, and wrong files are refused in
+one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rows that convert activations for products below 16 bits: which engines have them, and how pruning changes them."""
+"""Rows that convert activations for products below 16 bits: which engines have them, and how
+pruning changes them."""
 
 from __future__ import annotations
 

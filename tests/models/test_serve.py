@@ -1,4 +1,5 @@
-"""Lowering of a serve: the steady state of continuous batching has the rows of its prefills and of its decodes."""
+"""Lowering of a serve: the steady state of continuous batching has the rows of its prefills and of
+its decodes."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_rows_of_a_serve() -> None:
 @pytest.mark.parametrize("engine", ["", "reference"])
 @pytest.mark.parametrize("family", general_families())
 def test_every_family_prunes_a_serve_as_it_prunes_its_parts(family: str, engine: str) -> None:
-    """The kernels are those of a pruned prefill, as often as there are prompts, and of a pruned decode."""
+    """The kernels are those of a pruned prefill, as often as there are prompts, and of a pruned
+    decode."""
     batch, seq, steps = 5, 400, 9
     whole = prune(serve(batch=batch, seq=seq, steps=steps, engine=engine), family, 0.5)
     model = load_model("llama-3.1-8b")

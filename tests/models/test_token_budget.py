@@ -1,4 +1,5 @@
-"""Steps with a token budget: prompts that share a pass, chunks of long prompts, and prefixes in the cache."""
+"""Steps with a token budget: prompts that share a pass, chunks of long prompts, and prefixes in the
+cache."""
 
 from __future__ import annotations
 

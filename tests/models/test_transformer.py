@@ -72,8 +72,9 @@ def test_flops_equal_a_count_matrix_by_matrix(name: str) -> None:
 
 
 def test_flops_against_published_figures() -> None:
-    # LLM-Pruner (arXiv 2305.11627, table 3): LLaMA-7B, one sequence of 64 tokens, 424.02 G multiply-adds. Its counter
-    # takes all 64 x 64 scores, not the causal half, and adds elementwise work, so ours, causal, is a little lower.
+    # LLM-Pruner (arXiv 2305.11627, table 3): LLaMA-7B, one sequence of 64 tokens, 424.02 G
+    # multiply-adds. Its counter takes all 64 x 64 scores, not the causal half, and adds elementwise
+    # work, so ours, causal, is a little lower.
     ours = lower(load_model("llama-7b"), seq=64, **ALL_LOGITS).flops.sum() / 2
     p = PUBLISHED["llama-7b"]
     full = pass_flops(p, 1, 64, causal=False, every_logit=True) / 2
@@ -81,7 +82,8 @@ def test_flops_against_published_figures() -> None:
     assert full == pytest.approx(424.02e9, rel=3e-4)
     assert ours < full < 424.02e9
     assert full - ours == 2 * 4096 * 32 * (64 * 64 - 64 * 65 // 2)
-    # calflops (MrYxJ/calculate-flops.pytorch, its table of LLMs): llama-7b at (1, 128), 1700.06 GFLOP, counted likewise
+    # calflops (MrYxJ/calculate-flops.pytorch, its table of LLMs): llama-7b at (1, 128), 1700.06
+    # GFLOP, counted likewise
     assert pass_flops(p, 1, 128, causal=False, every_logit=True) == pytest.approx(
         1700.06e9, rel=1e-4
     )

@@ -1,4 +1,5 @@
-"""Attention times: geometry against brute force, physics, limits; kernels of decode attention; latent attention."""
+"""Attention times: geometry against brute force, physics, limits; kernels of decode attention;
+latent attention."""
 
 from __future__ import annotations
 
@@ -137,8 +138,8 @@ def test_more_work_is_never_faster_by_more_than_a_step(name: str) -> None:
     assert np.all(np.diff(t) >= -1e-12)
     b = np.arange(1, 513)
     t = decode_time(b, 2048, 32, 8, 128, hw).seconds
-    # splitting the cache over the SMs comes in whole splits and waves: one sequence more may fill them better, by no
-    # more than one split
+    # splitting the cache over the SMs comes in whole splits and waves: one sequence more may fill
+    # them better, by no more than one split
     assert np.all(t[1:] >= t[:-1] * 0.6)
     assert np.all(np.diff(t[::64]) > 0)
 
@@ -193,7 +194,7 @@ def test_no_step_where_a_kernel_begins_to_split_the_cache(name: str) -> None:
         assert ratio.min() > 0.97
 
 
-# -- kernels of decode attention differ in the rows that they pad query heads to; on an H20 that decides the time ------
+# -- kernels of decode attention differ in the rows that they pad query heads to; on an H20 that
 
 H20, BARE = load_hardware("h20"), datasheet("h20")
 LONG = (64, 8192, 32, 8, 128)
@@ -205,8 +206,8 @@ def served(hw: HardwareProfile, engine: str) -> HardwareProfile:
 
 @pytest.mark.parametrize(("cache", "rows"), [("bf16", 283), ("fp8_wo", 44)])
 def test_flashinfer_on_an_h20_by_its_datasheet(cache: str, rows: int) -> None:
-    """No constant is fitted on these rows. The mean error is below 9 %, and at least 85 % of the rows lie in their
-    interval."""
+    """No constant is fitted on these rows. The mean error is below 9 %, and at least 85 % of the
+    rows lie in their interval."""
     measured = load_measurements("h20/attention_decode/flashinfer", dtype=cache)
     t = predict(measured, BARE).time
     assert len(measured) == rows
@@ -216,7 +217,8 @@ def test_flashinfer_on_an_h20_by_its_datasheet(cache: str, rows: int) -> None:
 
 @pytest.mark.parametrize("hw", [H20, BARE])
 def test_flash_attention_3_pads_to_128_rows_on_an_h20(hw: HardwareProfile) -> None:
-    """Qwen3 in SGLang (published_dense.csv) reads its cache at 1.04 TB/s, from the slope of its time per token."""
+    """Qwen3 in SGLang (published_dense.csv) reads its cache at 1.04 TB/s, from the slope of its
+    time per token."""
     cache_bytes = 4.0 * 131072 * 8 * 128
     seconds = float(decode(1, 131072, 32, 8, 128, served(hw, "sglang@0.4.6")).time)
     assert cache_bytes / seconds == pytest.approx(1.04e12, rel=0.12)
@@ -240,8 +242,8 @@ def test_early_sglang_pads_one_token_to_64_rows_in_16_bits_on_an_h20() -> None:
 
 
 def test_the_kernels_differ_by_what_sglang_issue_5630_reports() -> None:
-    """QwQ-32B on four H20, 64 requests of 12,000 to 14,000 tokens: 908 tokens/s with FlashAttention-3, 2,014 with
-    FlashInfer."""
+    """QwQ-32B on four H20, 64 requests of 12,000 to 14,000 tokens: 908 tokens/s with
+    FlashAttention-3, 2,014 with FlashInfer."""
     calls = 64, 13000, 40 // 4, 8 // 4, 128
     step = [64 * float(decode(*calls, hw).time) for hw in (served(H20, "sglang@0.5.0"), H20)]
     assert step[0] - step[1] == pytest.approx(64 / 908.34 - 64 / 2014.2, rel=0.1)
@@ -271,7 +273,7 @@ def test_tiles_count_in_the_loadings_and_never_beat_physics() -> None:
         ).all()
 
 
-# -- multi-head latent attention ---------------------------------------------------------------------------------------
+# -- multi-head latent attention -------------------------------------------------------------------
 
 LATENT_DEVICES = ("a100_sxm_80gb", "h100_sxm", "l40s", "rtx_pro_6000", "b200_sxm", "h20", "a6000")
 PROMPT: dict[str, Any] = {"head_dim": 192, "value_dim": 128}
@@ -298,9 +300,12 @@ def test_work_of_latent_attention_by_hand() -> None:
 
 
 @given(
-    st.sampled_from(LATENT_DEVICES), st.integers(1, 256), st.integers(2, 16384), st.integers(1, 128),
+    st.sampled_from(LATENT_DEVICES),
+    st.integers(1, 256),
+    st.integers(2, 16384),
+    st.integers(1, 128),
     st.sampled_from(["bf16", "fp8"]),
-)  # fmt: skip
+)
 @settings(max_examples=120, deadline=None)
 def test_no_time_beats_arithmetic_or_a_cold_latent_cache(
     name: str, batch: int, kv: int, heads: int, cache: str

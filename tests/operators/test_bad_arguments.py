@@ -205,7 +205,8 @@ def test_what_is_right_is_taken(call: str) -> None:
 
 
 def test_large_shapes_keep_what_single_precision_would_lose() -> None:
-    """Large shapes keep alignment and differences from neighbours; times whose cubes overflow stay finite."""
+    """Large shapes keep alignment and differences from neighbours; times whose cubes overflow stay
+    finite."""
     odd, even = simulator.gemm_time(64, [2**24 + 1, 2**24 + 8], 64, HW).seconds
     assert odd > 1.05 * even
     m = 10**9 + np.arange(3) * 256

@@ -1,4 +1,5 @@
-"""Collectives: limits of alpha-beta, bad input, the fit recovering planted constants, and the published tables."""
+"""Collectives: limits of alpha-beta, bad input, the fit recovering planted constants, and the
+published tables."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_time_grows_with_payload_from_a_floor_to_the_link(
     assert np.all(t.upper > t.seconds)
     assert t.bottlenecks[0] == "launch"
     assert t.bottlenecks[-1] == "link"
-    # share of the payload that each device must receive; the switch of the H100 adds up, so an all-reduce passes once
+    # share of the payload that each device must receive; the switch of the H100 adds up, so an
+    # all-reduce passes once
     part = (devices - 1) / devices
     reduced = 1.0 if name == "h100_sxm" else 2 * part
     share = {"all_reduce": reduced, "send": 1.0}.get(kind, part)
@@ -100,7 +102,8 @@ def test_more_devices_than_a_pair_fall_to_pcie_over_bridges() -> None:
     assert collective_time(1e8, 2, pcie).seconds > 8 * collective_time(1e8, 2, bridged).seconds
     across = collective_time(1e8, [2, 4], bridged).seconds
     assert across[0] == collective_time(1e8, 2, bridged).seconds
-    # a ring crosses PCIe once per pair, so pairs share less of an uplink than four devices without bridges
+    # a ring crosses PCIe once per pair, so pairs share less of an uplink than four devices without
+    # bridges
     assert (
         collective_time(1e8, 4, nvswitch).seconds * 5
         < across[1]

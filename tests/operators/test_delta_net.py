@@ -1,4 +1,5 @@
-"""Gated delta nets: work and bytes counted by hand, physics, monotony, and measured rows of an H20."""
+"""Gated delta nets: work and bytes counted by hand, physics, monotony, and measured rows of an
+H20."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.quick
 QWEN = (32, 16, 128, 128)
 CHANNELS = 2 * 16 * 128 + 32 * 128
 
-# alibaba/InferSim@f2293da (Apache-2.0), bench_data/gdn of an H20: sequences and us of convolution and recurrence of a
-# decode step; tokens and us of a prompt, convolution and five kernels. Its rows with 64 value heads repeat those with
-# 32 to the microsecond, and would need more than the bandwidth of the device.
+# alibaba/InferSim@f2293da (Apache-2.0), bench_data/gdn of an H20: sequences and us of convolution
+# and recurrence of a decode step; tokens and us of a prompt, convolution and five kernels. Its rows
+# with 64 value heads repeat those with 32 to the microsecond, and would need more than the
+# bandwidth of the device.
 STEP = {1: 82, 16: 80, 32: 81, 64: 147, 128: 275, 256: 532, 512: 1050, 1024: 2073}
 PROMPT = {4096: 65 + 45 + 86 + 79 + 188 + 129}
 CALL_S = 85e-6
@@ -78,8 +80,8 @@ def test_time_grows_with_every_size() -> None:
 
 
 def test_measured_rows_of_an_h20() -> None:
-    """The bandwidth of states is fitted on the steps: above the time of a call the median error is 5 %, that of the
-    prompt 13 %, and all rows lie in their interval."""
+    """The bandwidth of states is fitted on the steps: above the time of a call the median error is
+    5 %, that of the prompt 13 %, and all rows lie in their interval."""
     tokens = np.array([*STEP, *PROMPT])
     batch, measured = np.array([*STEP, 1]), np.array([*STEP.values(), *PROMPT.values()]) * 1e-6
     t = delta_net_time(tokens, batch, *QWEN, load_hardware("h20"))

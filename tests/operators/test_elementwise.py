@@ -137,7 +137,8 @@ def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyp
             score(ScoredRows(test.seconds, t.seconds, t.lower, t.upper))
             | {"mape over 10us": over_10us}
         )
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one size to the next
+    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one
+    # size to the next
     assert np.mean([s["mape"] for s in scores]) < 0.06
     assert np.mean([s["mape over 10us"] for s in scores]) < 0.075
     assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95

@@ -1,4 +1,5 @@
-"""Experts: touched experts, tiles of drawn tokens, the highest load of devices, physics, formats, pruning, fits."""
+"""Experts: touched experts, tiles of drawn tokens, the highest load of devices, physics, formats,
+pruning, fits."""
 
 from __future__ import annotations
 
@@ -94,8 +95,8 @@ def test_the_highest_load_of_devices_is_that_of_a_simulation(
 
 @pytest.mark.quick
 def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
-    """In Qwen3-30B-A3B 65 of 128 experts take 90 % of the tokens, and the entropy is 0.111 below its maximum; on code
-    alone the numbers are 58 and 0.154."""
+    """In Qwen3-30B-A3B 65 of 128 experts take 90 % of the tokens, and the entropy is 0.111 below
+    its maximum; on code alone the numbers are 58 and 0.154."""
     for skew, most, short in ((0.8, 65, 0.111), (0.97, 58, 0.154)):
         load = np.sort(np.exp(np.log(EXPERT_RANGE) * skew * (np.arange(128) + 0.5) / 128))[::-1]
         load /= load.sum()
@@ -108,7 +109,8 @@ def test_the_load_of_a_measured_model_is_that_of_its_skew() -> None:
 
 @pytest.mark.quick
 def test_touched_experts_of_real_routers() -> None:
-    """Qwen3-30B-A3B at batch 1 to 128, and without half of its experts (AndrewDeng1/vllm-inco, README, 3d)."""
+    """Qwen3-30B-A3B at batch 1 to 128, and without half of its experts (AndrewDeng1/vllm-inco,
+    README, 3d)."""
     batch = 2.0 ** np.arange(8)
     measured = (
         [8, 14.5, 24.8, 40.7, 59.7, 78.1, 94.0, 104.7],
@@ -184,8 +186,9 @@ def test_narrow_weights_are_read_faster_and_without_a_fit_of_their_own_less_is_k
 
 @pytest.mark.quick
 def test_fewer_experts_save_what_they_no_longer_read() -> None:
-    """A quarter of the experts is removed. A decode of one sequence reads as many experts as before, a decode of 256 a
-    quarter fewer, and a long prefill computes as much. Narrower experts save time in all three."""
+    """A quarter of the experts is removed. A decode of one sequence reads as many experts as
+    before, a decode of 256 a quarter fewer, and a long prefill computes as much. Narrower experts
+    save time in all three."""
     hw = load_hardware("h100@vllm")
     dense, fewer, narrow = (
         experts_time(TOKENS, n, 2048, e, 8, hw) for n, e in ((768, 128), (768, 96), (576, 128))

@@ -1,4 +1,5 @@
-"""The time of a pass is that of its rows and of the gaps between them, in the engine that its workloads name."""
+"""The time of a pass is that of its rows and of the gaps between them, in the engine that its
+workloads name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The GEMM model: physics, alignment, formats, steps of the waterfall, and details of its interface; residual grids."""
+"""The GEMM model: physics, alignment, formats, steps of the waterfall, and details of its
+interface; residual grids."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) 
 def test_more_work_is_never_faster_by_more_than_a_tile_step(
     m: int, n: int, k: int, axis: int, gpu: str
 ) -> None:
-    """In the analytical model, one more whole tile may be cheaper only by the difference in efficiency of two tiles."""
+    """In the analytical model, one more whole tile may be cheaper only by the difference in
+    efficiency of two tiles."""
     model = model_of(gpu)
     shape = np.array([[m], [n], [k]], dtype=np.float64)
     larger = shape.copy()
@@ -120,7 +122,8 @@ def test_odd_inner_width_is_slower_than_its_aligned_neighbour(
 
 
 def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
-    """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472 (NIRVANA, table 8)."""
+    """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472
+    (NIRVANA, table 8)."""
     off, on = (
         gemm_time(4096, [w, w, 4096], [4096, 4096, w], load_hardware("a100")).seconds.sum()
         for w in (11468, 11472)
@@ -149,8 +152,8 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
 def test_other_kernels_gain_where_their_saving_is_the_limit(
     gpu: str, options: dict[str, Any], decode: tuple[float, float], prefill: tuple[float, float]
 ) -> None:
-    """2:4 saves arithmetic in prefill and up to 7 of 16 bytes in decode. Narrow weights save time if reading them takes
-    the time. Scattered zeros save nothing."""
+    """2:4 saves arithmetic in prefill and up to 7 of 16 bytes in decode. Narrow weights save time
+    if reading them takes the time. Scattered zeros save nothing."""
     plain, other = (
         gemm_time([1, 4096], 8192, 8192, load_hardware(gpu), **o) for o in ({}, options)
     )

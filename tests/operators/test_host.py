@@ -1,5 +1,5 @@
-"""The host: a faster host is hidden by the device, a slower one sets the pace of a pass, and a pass that waits for it
-takes longer."""
+"""The host: a faster host is hidden by the device, a slower one sets the pace of a pass, and a pass
+that waits for it takes longer."""
 
 from __future__ import annotations
 

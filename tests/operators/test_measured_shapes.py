@@ -1,4 +1,5 @@
-"""Measured shapes: found by m, n and k, refused with invalid arrays, and made from records of measurements."""
+"""Measured shapes: found by m, n and k, refused with invalid arrays, and made from records of
+measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""2:4 kernels: gains at few tokens by architecture and library, one plan for all shapes, and weight-only formats."""
+"""2:4 kernels: gains at few tokens by architecture and library, one plan for all shapes, and
+weight-only formats."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def sparse24(m: Any, n: Any, k: Any, gpu: str, *, searched: bool, **options: Any
 
 @pytest.mark.quick
 def test_one_plan_walks_all_of_k_whatever_else_there_is() -> None:
-    """An RTX 5090 takes 0.72 us per 64 elements of k at 8 to 64 tokens, for 4,096 and for 8,192 outputs."""
+    """An RTX 5090 takes 0.72 us per 64 elements of k at 8 to 64 tokens, for 4,096 and for 8,192
+    outputs."""
     seconds = sparse24([[8], [64]], [4096, 8192], 16384, "rtx_5090", searched=False).seconds
     assert seconds == pytest.approx(16384 / 64 * 7.2e-7, rel=0.15)
     half = sparse24(8, 4096, 8192, "rtx_5090", searched=False).seconds
@@ -81,7 +83,8 @@ def test_a_measured_kernel_is_more_certain() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("gpu", ["a100", "rtx_4090"])
 def test_weights_alone_gain_their_bytes(gpu: str) -> None:
-    """Sparse-Marlin reads 3 bits instead of 4; half the arithmetic saves time if a tile of one token is not free."""
+    """Sparse-Marlin reads 3 bits instead of 4; half the arithmetic saves time if a tile of one
+    token is not free."""
     n, k = np.array([6144, 4096, 28672, 4096]), np.array([4096, 4096, 4096, 14336])
     dense, pruned = (
         gemm_time(1, n, k, gpu, weight_dtype="int4", kernel=kernel).seconds.sum()
@@ -92,7 +95,8 @@ def test_weights_alone_gain_their_bytes(gpu: str) -> None:
 
 @pytest.mark.quick
 def test_constants_that_no_fit_moved_are_those_of_the_device() -> None:
-    """The RTX 5090 inherits the GEMM section of the RTX 4090, the H100 fitted `sparse_step` in fp8 alone."""
+    """The RTX 5090 inherits the GEMM section of the RTX 4090, the H100 fitted `sparse_step` in fp8
+    alone."""
     hw = load_hardware("rtx_5090")
     found, assumed = sparse24_constants(hw.section("gemm", "bf16"), hw.architecture)
     assert found == {name: GEMM_CONSTANTS[name].default("blackwell") for name in found}
@@ -111,7 +115,8 @@ def test_constants_that_no_fit_moved_are_those_of_the_device() -> None:
 
 
 def test_an_engine_with_one_plan_gains_less_in_decode() -> None:
-    """The library of an engine decides, not the hardware: torch has one plan, the benchmark times all plans."""
+    """The library of an engine decides, not the hardware: torch has one plan, the benchmark times
+    all plans."""
     gain = {}
     for engine in ("compile", "reference"):
         dense = lower("llama-3.1-8b", phase="decode", batch=1, seq=512, engine=engine)
@@ -125,7 +130,8 @@ def test_an_engine_with_one_plan_gains_less_in_decode() -> None:
 
 @pytest.mark.parametrize("engine", ["reference", "trtllm", "compile"])
 def test_few_tokens_gain_nothing_for_certain_where_no_table_has_them(engine: str) -> None:
-    """Tables of 2:4 with few tokens have the default plan of cuSPARSELt, which is slower than dense on an RTX 5090."""
+    """Tables of 2:4 with few tokens have the default plan of cuSPARSELt, which is slower than dense
+    on an RTX 5090."""
     for name in ("rtx_5090", "rtx_pro_6000", "a100", "l40s", "h100"):
         for batch in (1, 16, 64):
             r = simulator.predict(

@@ -150,7 +150,8 @@ def test_a_metric_that_is_none_or_one_of_several_is_named(
     ],
 )
 def test_times_sizes_memory_and_counts_are_no_metrics(tmp_path: Path, other: str) -> None:
-    """In version 0.3 the parameters of Puzzle's library were its metric, and the plan was a model without a layer."""
+    """In version 0.3 the parameters of Puzzle's library were its metric, and the plan was a model
+    without a layer."""
     for score in (
         "kl_div",
         "mmlu_high_school_us_history acc",

@@ -1,4 +1,5 @@
-"""ModelOpt's own solver reads the costs written here, and finds the plan that a search over all plans finds."""
+"""ModelOpt's own solver reads the costs written here, and finds the plan that a search over all
+plans finds."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def dense_sum(found: Costs, *names: str) -> float:
 
 
 def validations(path: Path, rng: np.random.Generator) -> dict[tuple[int, Block], float]:
-    """Write a folder as Puzzletron's validation of single replacements does, with its teacher; return the scores."""
+    """Write a folder as Puzzletron's validation of single replacements does, with its teacher;
+    return the scores."""
     teacher = path / "ckpts" / "teacher"
     teacher.mkdir(parents=True)
     configs = [block_config(block, block) for block in MODEL.layout]

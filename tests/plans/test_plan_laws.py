@@ -1,7 +1,8 @@
 """Laws of costs and plans, over random models, devices, engines and requests.
 
-Dense costs add up to the pass; a wider variant costs at least as much as a narrower one; a written plan is predicted as
-the search predicted it; more speed never costs less score; more variants never cost more score, fewer targets neither.
+Dense costs add up to the pass; a wider variant costs at least as much as a narrower one; a written
+plan is predicted as the search predicted it; more speed never costs less score; more variants never
+cost more score, fewer targets neither.
 
 ``PRUNESIM_LAWS=1000 pytest tests/plans/test_plan_laws.py`` for a thousand inputs of each law.
 """
@@ -36,8 +37,9 @@ law = settings(
 LAYERS = 4  # of a shipped model: more of them repeat the same arithmetic
 
 STEPS = {"attention": 0.5, "mlp": 0.05, "experts": 0.25}
-"""Share by which a narrower variant may cost more: another kernel (grouped queries in Transformers, which copies
-keys and values: 35 %; routed experts of few tokens: 9 %), or tiles that fill the device less well."""
+"""Share by which a narrower variant may cost more: another kernel (grouped queries in Transformers,
+which copies keys and values: 35 %; routed experts of few tokens: 9 %), or tiles that fill the
+device less well."""
 
 MODELS = (
     *(
@@ -96,7 +98,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def libraries(draw: st.DrawFn, model: ModelConfig) -> Library:
-    """Some of the usual variants of a model, with random scores that rise with the removed parameters."""
+    """Some of the usual variants of a model, with random scores that rise with the removed
+    parameters."""
     whole = generated_library(model)
     random = np.random.default_rng(draw(st.integers(0, 1000)))
     keep = []

@@ -11,7 +11,8 @@ from simulator.plans.solve import Program
 
 
 def random_case(seed: int) -> tuple[Program, np.ndarray]:
-    """A small program with limits on one to three costs, half of them of whole numbers with many ties."""
+    """A small program with limits on one to three costs, half of them of whole numbers with many
+    ties."""
     random = np.random.default_rng(seed)
     sizes = random.integers(1, 5, random.integers(1, 6))
     group, rows = np.repeat(np.arange(len(sizes)), sizes), int(random.integers(1, 4))

@@ -1,4 +1,5 @@
-"""Puzzle's library and Puzzletron's validations are read as their programs write them; other content is one line."""
+"""Puzzle's library and Puzzletron's validations are read as their programs write them; other
+content is one line."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def plan(file: Path) -> Plan:
     return search(MODEL, "h100", 1.5, file, batch=8)
 
 
-# -- costs -------------------------------------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------
 
 
 def test_the_cost_of_a_cache_is_that_of_its_heads() -> None:
@@ -54,7 +54,7 @@ def test_the_cost_of_a_cache_is_that_of_its_heads() -> None:
     assert cache["dense"] == 2 * cache["kv=4"] == 8 * 1001 * 2 * MODEL.kv_heads * MODEL.head_dim * 2
 
 
-# -- searches ----------------------------------------------------------------------------------------------------------
+# -- searches --------------------------------------------------------------------------------------
 
 
 def test_the_plan_meets_the_target_and_no_single_change_is_better(file: Path, plan: Plan) -> None:

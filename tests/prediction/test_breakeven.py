@@ -75,8 +75,8 @@ def test_lengths_and_places() -> None:
 def test_conclusions_of_many_and_few() -> None:
     one, two = results(GAIN, LOSS)
     assert of_speedups([one]) == [
-        "depth at 25 % makes llama-3.2-1b 1.20x faster (1.10-1.30) on h100_sxm in vllm (decode, batch 1, seq 2048), "
-        f"{one.bottleneck}-bound."
+        "depth at 25 % makes llama-3.2-1b 1.20x faster (1.10-1.30) on h100_sxm in vllm (decode,"
+        f" batch 1, seq 2048), {one.bottleneck}-bound."
     ]
     assert "makes llama-3.2-1b slower: 0.90x (0.85-0.95)" in of_speedups([two])[0]
     assert "gives llama-3.2-1b no certain gain" in of_speedups(results(MAYBE))[0]
@@ -90,7 +90,8 @@ def test_conclusions_of_many_and_few() -> None:
     settings = [replace(r, hardware=name) for name in "abcde" for r in (one, two)]
     (text,) = of_speedups(settings)
     assert text.startswith(
-        "Of 10 settings, the fastest is depth at 25 % on a in vllm (decode, batch 1, seq 2048): 1.20x"
+        "Of 10 settings, the fastest is depth at 25 % on a in vllm (decode, batch 1, seq 2048):"
+        " 1.20x"
     )
 
 

@@ -1,4 +1,5 @@
-"""Notes name weak evidence: gains above the bound, sizes that were not measured, kernels of another stack."""
+"""Notes name weak evidence: gains above the bound, sizes that were not measured, kernels of another
+stack."""
 
 from __future__ import annotations
 
@@ -25,13 +26,15 @@ pytestmark = pytest.mark.quick
 
 
 def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
-    """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at fewer KV heads."""
+    """SGLang's decode attention on the A100 is slower for the same bytes at 16 x 16384 than at
+    fewer KV heads."""
     (e,) = explanations(
         "llama-3.1-8b", ["a100@sglang"], family="width", sparsity=0.25, batch=16, seq=16384
     )
     assert e.result.speedup > 1.1 * e.result.roofline_bound
     found = re.search(
-        r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the roofline",
+        r"sglang's kernels run decode attention at (\d+) % dense and (\d+) % pruned of the"
+        r" roofline",
         e.reason,
     )
     assert found
@@ -46,7 +49,8 @@ def test_a_gain_above_the_bound_has_a_reason_and_others_have_none() -> None:
 
 
 def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
-    """The head stays, and its one GEMM is near its roofline; layers are not, nor are their launches."""
+    """The head stays, and its one GEMM is near its roofline; layers are not, nor are their
+    launches."""
     (e,) = explanations("llama-3.1-8b", ["a100"], family="depth", sparsity=0.9, engine="hf")
     assert e.result.speedup > 1.03 * e.result.roofline_bound
     assert e.reason.endswith("is farther from its roofline than the rest")
@@ -73,7 +77,10 @@ def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> Non
     assert said("a100", "trtllm") == f"a100_sxm_80gb: {part}"
     assert said("a100", "trtllm", "prefill") == ""
     # a fit of a kernel that the engine does not run by default is named, not used
-    other = "flashinfer's decode attention is not the default of sglang; if it is enabled, use h20@flashinfer"
+    other = (
+        "flashinfer's decode attention is not the default of sglang; if it is enabled, use"
+        " h20@flashinfer"
+    )
     assert said("h20", "sglang@0.5.9") == f"h20: {other}"
     assert said("h20", "sglang@0.5.9", "prefill") == said("h20@flashinfer", "sglang@0.5.9") == ""
     assert (
@@ -106,7 +113,8 @@ def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -
 def test_small_shares_of_default_constants_are_calibrated_and_large_ones_are_named_with_their_share() -> (
     None
 ):
-    """A planted profile without elementwise section: GEMMs grow with the batch, elementwise operators hardly."""
+    """A planted profile without elementwise section: GEMMs grow with the batch, elementwise
+    operators hardly."""
     fitted = simulator.load_hardware("rtx_4090")
     sections = {key: s for key, s in fitted.sections.items() if key[0] != "elementwise"}
     planted = replace(fitted.calibrated(sections), name="planted")
@@ -140,8 +148,8 @@ def test_one_note_names_what_is_not_calibrated_on_all_devices() -> None:
     found = table("llama-3.1-8b", gpus, "depth", 0.25, phase="prefill", dtype="fp16")
     (note,) = uncalibrated(found)
     assert (
-        "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on h100_sxm ("
-        in note
+        "elementwise operators on t4 and v100 (up to 100 % of the time), elementwise operators on"
+        " h100_sxm (" in note
     )
     assert "rtx_4090" not in note
     assert "prunesim calibrate" in note, "what to do"

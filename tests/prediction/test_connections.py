@@ -1,4 +1,5 @@
-"""The connection of devices decides the time of a pass and its interval; a note names an assumed connection."""
+"""The connection of devices decides the time of a pass and its interval; a note names an assumed
+connection."""
 
 from __future__ import annotations
 
@@ -83,7 +84,10 @@ def test_collectives_of_one_s_own_need_no_note_and_are_certain() -> None:
 
 def test_a_grid_has_a_link(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
-    axes = "models: llama-3.1-8b\nhardware: a6000\nsparsities: 0.25\nphases: prefill\nbatches: 8\nseqs: 2048\n"
+    axes = (
+        "models: llama-3.1-8b\nhardware: a6000\nsparsities: 0.25\nphases: prefill\nbatches:"
+        " 8\nseqs: 2048\n"
+    )
     times = {}
     for link in ("bridge", "pcie-host"):
         path.write_text(f"{axes}families: depth\ndevices: 2\nlink: {link}\n")

@@ -1,5 +1,5 @@
-"""The fastest pruning of a cell is the fastest of the table; it is certain if the interval of its ratio to the second
-is."""
+"""The fastest pruning of a cell is the fastest of the table; it is certain if the interval of its
+ratio to the second is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Speculative decoding: limits by hand, agreement with its parts, what a check costs, memory, and bad input."""
+"""Speculative decoding: limits by hand, agreement with its parts, what a check costs, memory, and
+bad input."""
 
 from __future__ import annotations
 
@@ -130,11 +131,17 @@ def test_a_pruned_target_is_compared_with_the_dense_one() -> None:
         ({"drafted": 10**6}, "drafted: expected a whole number from 1 to 64, got 1000000"),
         (
             {"prune": ""},
-            "draft: expected another model (--draft) or a pruning of the target (--prune), got neither",
+            (
+                "draft: expected another model (--draft) or a pruning of the target (--prune), got"
+                " neither"
+            ),
         ),
         (
             {"draft": "llama-2-7b"},
-            "draft llama-2-7b: expected the vocabulary of llama-3.1-8b (128,256 tokens), got 32,000",
+            (
+                "draft llama-2-7b: expected the vocabulary of llama-3.1-8b (128,256 tokens), got"
+                " 32,000"
+            ),
         ),
         (
             {"phase": "prefill"},

@@ -1,4 +1,5 @@
-"""A dense model against existing pruned models: they are predicted like their families, in one setting, and named."""
+"""A dense model against existing pruned models: they are predicted like their families, in one
+setting, and named."""
 
 from __future__ import annotations
 

@@ -1,17 +1,22 @@
-"""The measured time of the dense model from result files of serving benchmarks, and files that do not match.
+"""The measured time of the dense model from result files of serving benchmarks, and files that do
+not match.
 
-The files in ``tests/prediction/benchmarks`` have the keys, in their order, that the writers of these tools write, and
-planted times of Llama-3.1-8B on an H100:
+The files in ``tests/prediction/benchmarks`` have the keys, in their order, that the writers of
+these tools write, and planted times of Llama-3.1-8B on an H100:
 
-- ``vllm_latency.json``, ``vllm_throughput.json``, ``vllm_serve.json``, ``vllm_serve_detailed.json``: vLLM,
-  ``vllm/benchmarks/latency.py`` (commit 00cae07), ``throughput.py`` (1a91bc2), ``serve.py`` (def9ce8; 0.33.0).
-- ``sglang.jsonl``: SGLang, ``python/sglang/benchmark/serving.py`` (commit 00f9ec4); three runs, one per line.
-- ``trtllm_latency.json``, ``trtllm_throughput.json``: TensorRT-LLM, ``tensorrt_llm/bench/dataclasses/reporting.py``
-  (commit 0249976), percentiles of ``statistics.py``.
-- ``genai_perf.json``: perf_analyzer, ``genai-perf/genai_perf/export_data/json_exporter.py`` (commit 4cc7650) with the
-  sections of ``config/input/base_config.py`` (0f5cc07); ``metrics/statistics.py`` writes "requests/sec" as the unit of
-  all that is not a time.
-- ``aiperf.json``: AIPerf, ``src/aiperf/exporters/metrics_json_exporter.py`` (commit 047d59d, schema 1.3).
+- ``vllm_latency.json``, ``vllm_throughput.json``, ``vllm_serve.json``,
+  ``vllm_serve_detailed.json``: vLLM, ``vllm/benchmarks/latency.py`` (commit 00cae07),
+  ``throughput.py`` (1a91bc2), ``serve.py`` (def9ce8; 0.33.0).
+- ``sglang.jsonl``: SGLang, ``python/sglang/benchmark/serving.py`` (commit 00f9ec4); three runs, one
+  per line.
+- ``trtllm_latency.json``, ``trtllm_throughput.json``: TensorRT-LLM,
+  ``tensorrt_llm/bench/dataclasses/reporting.py`` (commit 0249976), percentiles of
+  ``statistics.py``.
+- ``genai_perf.json``: perf_analyzer, ``genai-perf/genai_perf/export_data/json_exporter.py`` (commit
+  4cc7650) with the sections of ``config/input/base_config.py`` (0f5cc07); ``metrics/statistics.py``
+  writes "requests/sec" as the unit of all that is not a time.
+- ``aiperf.json``: AIPerf, ``src/aiperf/exporters/metrics_json_exporter.py`` (commit 047d59d, schema
+  1.3).
 """
 
 from __future__ import annotations

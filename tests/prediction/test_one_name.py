@@ -1,4 +1,5 @@
-"""Two engines or models of one name, whose rows could not be told apart, are rejected with both paths."""
+"""Two engines or models of one name, whose rows could not be told apart, are rejected with both
+paths."""
 
 from __future__ import annotations
 

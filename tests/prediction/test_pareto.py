@@ -1,4 +1,5 @@
-"""Frontiers: the rule against its definition, bands without gaps, measured speedups, and the command."""
+"""Frontiers: the rule against its definition, bands without gaps, measured speedups, and the
+command."""
 
 from __future__ import annotations
 

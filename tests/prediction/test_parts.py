@@ -26,8 +26,10 @@ LLAMA = "llama-3.1-8b"
         ),
         (
             "width attention=0.2",
-            "KV heads 20 % requested, 25 % realised (8 to 6, heads 32 to 24), as a KV head goes with its query heads: "
-            "heads=0.2 removes query heads alone",
+            (
+                "KV heads 20 % requested, 25 % realised (8 to 6, heads 32 to 24), as a KV head goes"
+                " with its query heads: heads=0.2 removes query heads alone"
+            ),
         ),
         ("width kv=0.5", "KV heads 50 % (8 to 4)"),
         ("width hidden=0.5", "hidden size 50 % (4,096 to 2,048)"),

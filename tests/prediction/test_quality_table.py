@@ -1,5 +1,5 @@
-"""Quality tables: shipped tables are consistent, a user's wrong table is refused in one line, and results of
-EleutherAI's lm-evaluation-harness become a table."""
+"""Quality tables: shipped tables are consistent, a user's wrong table is refused in one line, and
+results of EleutherAI's lm-evaluation-harness become a table."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_published_values_spot_checked() -> None:
 
 
 def test_losses_of_the_taxonomy_paper(shared_data: Path) -> None:
-    """Every accuracy gap quoted with a sparsity is a loss of the table; perplexities without a dense value are not."""
+    """Every accuracy gap quoted with a sparsity is a loss of the table; perplexities without a
+    dense value are not."""
     source = read_csv(
         (shared_data / "paper_tables.csv").read_bytes().split(b"\n", 1)[1],
         "paper",
@@ -196,7 +197,8 @@ DENSE = {"arc_easy": 0.8, "piqa": 0.75, "mmlu": 0.6}
 
 
 def results(acc: dict[str, float], perplexity: float, **change: Any) -> dict[str, Any]:
-    """Results as lm-evaluation-harness 0.4 writes them: a group with its parts, standard errors, NaN."""
+    """Results as lm-evaluation-harness 0.4 writes them: a group with its parts, standard errors,
+    NaN."""
     found: dict[str, dict[str, Any]] = {
         task: {"alias": task, "acc,none": value, "acc_stderr,none": 0.01}
         for task, value in acc.items()
@@ -234,8 +236,8 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """Return a list of results: a dense file, a folder of ``--output_path`` with an older run, and a file of another
-    method."""
+    """Return a list of results: a dense file, a folder of ``--output_path`` with an older run, and
+    a file of another method."""
     write(tmp_path, "dense.json", results(DENSE, 6.0))
     pruned = {"arc_easy": 0.72, "piqa": 0.75, "mmlu": 0.48}
     write(tmp_path, "out/llama__pruned/results_2026-02-02T10-00-00.1.json", results(pruned, 8.0))

@@ -1,4 +1,5 @@
-"""Will it run: shapes that each stock engine loads, divides and has kernels for, and the gain of an aligned width."""
+"""Will it run: shapes that each stock engine loads, divides and has kernels for, and the gain of an
+aligned width."""
 
 from __future__ import annotations
 
@@ -127,12 +128,14 @@ def test_query_heads_alone_must_fill_equal_groups() -> None:
         asked("vllm", Pruning.read(f"width heads={s}"), "llama-3.1-8b") for s in (0.2, 0.25)
     )
     assert uneven.load_reason == (  # 26 heads on 8 KV heads
-        "query heads that are not a multiple of the key/value heads: its attention asserts equal groups"
+        "query heads that are not a multiple of the key/value heads: its attention asserts equal"
+        " groups"
     )
     # 24 heads on 8 in a hidden size of 4,096; Transformers refuses them for Llama
-    assert even.load_reason == (
-        "with head_dim in config.json and with model_type mistral in config.json (sliding_window null), because the "
-        "configuration of Llama requires heads that divide the hidden size"
+    assert (
+        even.load_reason
+        == "with head_dim in config.json and with model_type mistral in config.json (sliding_window"
+        " null), because the configuration of Llama requires heads that divide the hidden size"
     )
     half = asked("vllm", Pruning.read("width heads=0.5"), "llama-3.1-8b")
     assert half.load_reason == "with head_dim in config.json"  # 16 heads divide it
@@ -272,7 +275,8 @@ def test_devices_divide_heads_and_widths_of_the_whole_model() -> None:
     assert eight.works is False
     assert eight.loadable is True
     assert eight.sentence == "No: it has 26 attention heads; tensor parallel needs a multiple of 8."
-    # 8 KV groups become 6: the plan does not divide, though shares of one group each can be predicted
+    # 8 KV groups become 6: the plan does not divide, though shares of one group each can be
+    # predicted
     plan = asked("vllm", family("width", 0.2), "llama-3.1-8b", devices=8)
     assert plan.divisible_reason.startswith(
         "6 key/value heads; tensor parallel needs a multiple or a divisor of 8"
@@ -339,7 +343,8 @@ def test_kernels_of_formats_and_families() -> None:
 
 
 def checkpoint(at: Path, model: ModelConfig, **config: Any) -> ModelConfig:
-    """A folder with the tensors of a model, and the config.json of the dense model with other keys."""
+    """A folder with the tensors of a model, and the config.json of the dense model with other
+    keys."""
     at.mkdir(exist_ok=True)
     folder = folder_of(at, "llama-2-7b")
     written = json.loads((folder / "config.json").read_text())
@@ -395,9 +400,10 @@ def test_a_file_of_ones_own_that_states_nothing_is_not_known(tmp_path: Path) -> 
     path.write_text('schema_version: 1\nname: mine\ntitle: "mine"\nstacks: [vllm]\nsources: {}\n')
     found = asked(str(path), family("depth", 0.25))
     assert (found.loadable, found.works) == (None, None)
-    assert found.sentence == (
-        "Not known: the file of engine mine does not state whether it loads layers of equal shapes, fewer or narrower "
-        "than in the dense model."
+    assert (
+        found.sentence
+        == "Not known: the file of engine mine does not state whether it loads layers of equal"
+        " shapes, fewer or narrower than in the dense model."
     )
     # it names no kernels for it
     assert asked(str(path), family("dynamic_depth", 0.25)).works is False

@@ -49,17 +49,29 @@ def close(value: float, expected: float) -> bool:
 def test_at_equal_concurrency_it_is_a_speedup_of_phase_serve(engine: str) -> None:
     service = one(["depth 0.25", "width mlp=0.5"], concurrency=24, seq=1000, engine=engine)
     found = table(
-        MODEL, "h100", phase="serve", batch=24, seq=1000, prune=["depth 0.25", "width mlp=0.5"], engine=engine,
+        MODEL,
+        "h100",
+        phase="serve",
+        batch=24,
+        seq=1000,
+        prune=["depth 0.25", "width mlp=0.5"],
+        engine=engine,
         **NEW,
-    )  # fmt: skip
+    )
     dense = at(service, EQUAL, 0)
     for r, point in zip(found, service.kinds[EQUAL][1:]):
         assert (point.pruning, point.prune, point.concurrency) == (r.pruning, r.prune, 24)
         for ours, theirs in (
-            ("request_s", "pruned_s"), ("request_lower", "pruned_lower"), ("request_upper", "pruned_upper"),
-            ("ttft_s", "ttft_s"), ("tpot_s", "tpot_s"), ("tokens_per_s", "tokens_per_s"),
-            ("ratio", "speedup"), ("ratio_lower", "speedup_lower"), ("ratio_upper", "speedup_upper"),
-        ):  # fmt: skip
+            ("request_s", "pruned_s"),
+            ("request_lower", "pruned_lower"),
+            ("request_upper", "pruned_upper"),
+            ("ttft_s", "ttft_s"),
+            ("tpot_s", "tpot_s"),
+            ("tokens_per_s", "tokens_per_s"),
+            ("ratio", "speedup"),
+            ("ratio_lower", "speedup_lower"),
+            ("ratio_upper", "speedup_upper"),
+        ):
             assert close(getattr(point, ours), getattr(r, theirs)), ours
         assert close(dense.tpot_s, r.dense_tpot_s)
         assert close(dense.ttft_s, r.dense_ttft_s)
@@ -255,9 +267,11 @@ def test_the_sentence_of_equal_memory_multiplies_out() -> None:
     assert close(pruned.ratio, more / longer)
     times = f"{pruned.ratio:.2f}x ({pruned.ratio_lower:.2f}-{pruned.ratio_upper:.2f})"
     fit = f"{more:.2f}x as many sequences fit ({pruned.concurrency} instead of {dense.concurrency}"
-    assert equal_memory(dense, pruned) == (
-        f"depth at 25 % serves {times} as many tokens/s at equal memory: {fit}, as weights shrink by 21.7 % and the "
-        f"cache of each by 25 %), and each request takes {longer:.2f}x as long."
+    assert (
+        equal_memory(dense, pruned)
+        == f"depth at 25 % serves {times} as many tokens/s at equal memory: {fit}, as weights"
+        f" shrink by 21.7 % and the cache of each by 25 %), and each request takes {longer:.2f}x"
+        " as long."
     )
     assert "as the cache of each shrinks by 4" in equal_memory(dense, at(service, MEMORY, 1))
 

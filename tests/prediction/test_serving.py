@@ -1,4 +1,5 @@
-"""Tokens/s, the time to the first token and per further token, the largest batch, and engines in tables."""
+"""Tokens/s, the time to the first token and per further token, the largest batch, and engines in
+tables."""
 
 from __future__ import annotations
 
@@ -59,14 +60,15 @@ def test_first_and_further_tokens_make_up_the_whole(engine: str, dense_s: float 
     steps: dict[str, Any] = {"new_tokens": 40}
     for phase in ("generate", "serve"):
         if dense_s is not None:
-            (plain, *_) = table(phase=[phase], **options, **steps)
+            plain, *_ = table(phase=[phase], **options, **steps)
             steps["dense_s"] = dense_s * plain.dense_s
         for r in table(phase=[phase], **options, **steps):
             for whole, seconds in (
                 (r.ttft_s + 40 * r.tpot_s, r.pruned_s),
                 (r.dense_ttft_s + 40 * r.dense_tpot_s, r.dense_s),
             ):
-                # a first token also waits for the server, which computes other requests at that time
+                # a first token also waits for the server, which computes other requests at that
+                # time
                 assert close(whole, seconds) or (
                     phase == "serve" and seconds < whole < seconds + 0.2
                 )
@@ -145,7 +147,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(
         assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
 
 
-# -- engines in tables -------------------------------------------------------------------------------------------------
+# -- engines in tables -----------------------------------------------------------------------------
 
 
 def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
@@ -173,7 +175,7 @@ def _place(r: Result) -> tuple[int, int, int]:
     )
 
 
-# -- a measured time ---------------------------------------------------------------------------------------------------
+# -- a measured time -------------------------------------------------------------------------------
 
 
 def test_a_measured_time_reaches_every_answer() -> None:
@@ -199,11 +201,15 @@ def test_a_measured_time_reaches_every_answer() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"batch": [1, 2]}, {"seq": [128, 256]}, {"phase": ["prefill", "decode"]}, {"hardware": ["h100", "a100"]},
-        {"engine": ["vllm", "hf"]}, {"models": ["llama-3.1-8b", "llama-3.2-1b"]},
+        {"batch": [1, 2]},
+        {"seq": [128, 256]},
+        {"phase": ["prefill", "decode"]},
+        {"hardware": ["h100", "a100"]},
+        {"engine": ["vllm", "hf"]},
+        {"models": ["llama-3.1-8b", "llama-3.2-1b"]},
     ],
     ids=lambda more: next(iter(more)),
-)  # fmt: skip
+)
 def test_a_measured_time_is_of_one_setting(more: dict[str, Any]) -> None:
     with pytest.raises(
         InputError, match=r"dense time: belongs to one request; expected one .*, got 2"

@@ -1,5 +1,6 @@
-"""Speedups and waterfalls of any pruned model: every family, every two and any three of them; bounds by hand, intervals
-that cancel where they should. Counts of pruned workloads are tested in ``tests/pruning``; here they are timed."""
+"""Speedups and waterfalls of any pruned model: every family, every two and any three of them;
+bounds by hand, intervals that cancel where they should. Counts of pruned workloads are tested in
+``tests/pruning``; here they are timed."""
 
 from __future__ import annotations
 
@@ -28,15 +29,16 @@ MODELS = ("llama-3.2-1b", "pythia-6.9b", "opt-13b", "phi-3-mini-4k", "gemma-2-9b
 DEVICES = ("h100_sxm", "a100_sxm_80gb", "rtx_4090", "l40s")
 ENGINES = ("", "reference", "hf", "compile", "trtllm")  # all but two have 2:4 kernels
 STATIC = ("depth", "width", "width_cross", "semi_structured", "unstructured")
-"""Families that remove work before inference and add none; low_rank may cost more where its rank is rounded up."""
+"""Families that remove work before inference and add none; low_rank may cost more where its rank is
+rounded up."""
 
 STEP = 1.06
-"""A sparser model is never slower than a less sparse one by more than this: a tile, a wave or another kernel at the
-edge of its range.
+"""A sparser model is never slower than a less sparse one by more than this: a tile, a wave or
+another kernel at the edge of its range.
 
-The largest seen on a grid of 47 sparsities, 16 settings and 4 devices is 1.057 (low_rank in decode, where
-the rank falls below a tile). At the first step away from dense a family may pay for what it needs (a router, a second
-product): that is not held to it.
+The largest seen on a grid of 47 sparsities, 16 settings and 4 devices is 1.057 (low_rank in decode,
+where the rank falls below a tile). At the first step away from dense a family may pay for what it
+needs (a router, a second product): that is not held to it.
 """
 
 FORMATS: tuple[dict[str, str], ...] = (
@@ -68,7 +70,8 @@ def composed(
 def tried(
     w: Workload, families: Sequence[str], sparsities: Iterable[float], ideal: bool
 ) -> Workload | None:
-    """Return the composition, or None if it is refused in one line; a single family must not be refused."""
+    """Return the composition, or None if it is refused in one line; a single family must not be
+    refused."""
     try:
         return composed(w, families, sparsities, ideal)
     except InputError as error:
@@ -83,8 +86,8 @@ def against_dense(gpu: str, family: str, sparsity: float = 0.25, **setting: Any)
 
 
 def least_s(w: Workload, hw: simulator.HardwareProfile) -> float:
-    """Return the time that no device of the datasheet can beat: for products the larger of FLOPs at the highest clock
-    and cold weights, for decode attention its cold cache."""
+    """Return the time that no device of the datasheet can beat: for products the larger of FLOPs at
+    the highest clock and cold weights, for decode attention its cold cache."""
     gemm, decode = w.kind == Kind.GEMM, w.kind == Kind.DECODE_ATTENTION
     skips, sparse = w.kernel == Kernel.BLOCK_SPARSE, w.kernel == Kernel.SPARSE24
     rate = np.full(len(w), np.inf)
@@ -122,7 +125,8 @@ def check(dense: Workload, pruned: Workload, s: Result, hw: simulator.HardwarePr
 def check_combinations(
     model: str, phase: str, ideal: bool, combinations: list[tuple[str, ...]]
 ) -> None:
-    """Prune one model by combinations of families at random sparsities, for a random request, GPU and engine."""
+    """Prune one model by combinations of families at random sparsities, for a random request, GPU
+    and engine."""
     rng = random.Random(f"{model} {phase} {ideal}")
     dense = dense_of(
         model,

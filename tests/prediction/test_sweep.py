@@ -36,15 +36,25 @@ ONE = Grid(("llama-3.2-1b",), ("h100_sxm",), (0.5,), ("decode",), (1,), (64,))
 """One point, every family."""
 
 SMALL = replace(
-    ONE, hardware=("h100_sxm", "a100_sxm_80gb"), sparsities=(0.1, 0.5), phases=("prefill", "decode"), batches=(1, 48),
-    seqs=(64, 2048), engines=("reference", "hf"),
-)  # fmt: skip
+    ONE,
+    hardware=("h100_sxm", "a100_sxm_80gb"),
+    sparsities=(0.1, 0.5),
+    phases=("prefill", "decode"),
+    batches=(1, 48),
+    seqs=(64, 2048),
+    engines=("reference", "hf"),
+)
 
 MIXED = replace(
-    ONE, phases=("generate",), batches=(2,), seqs=(100,), dtypes=(Formats("bf16", "int4", "fp8"),), devices=(1, 2),
+    ONE,
+    phases=("generate",),
+    batches=(2,),
+    seqs=(100,),
+    dtypes=(Formats("bf16", "int4", "fp8"),),
+    devices=(1, 2),
     families=tuple(Pruning.of(name) for name in ("depth", "token", "kv_cache", "dynamic_depth")),
     request=Request(new_tokens=6),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("grid", [SMALL, MIXED], ids=["small", "mixed"])
@@ -75,9 +85,13 @@ def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
 
 def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
     grid = replace(
-        ONE, models=("llama-3.2-1b", "llama-3.1-8b"), sparsities=tuple(i / 1000 for i in range(1, 900)),
-        phases=("prefill", "generate"), batches=tuple(range(1, 9)), seqs=tuple(range(64, 70)),
-    )  # fmt: skip
+        ONE,
+        models=("llama-3.2-1b", "llama-3.1-8b"),
+        sparsities=tuple(i / 1000 for i in range(1, 900)),
+        phases=("prefill", "generate"),
+        batches=tuple(range(1, 9)),
+        seqs=tuple(range(64, 70)),
+    )
     found = list(grid.pieces())
     sizes = [len(requests) * len(prunings) for requests, prunings in found]
     assert sum(sizes) == grid.size
@@ -177,8 +191,8 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(
     psutil = pytest.importorskip("psutil")
     (tmp_path / "run.py").write_text(KILLED)
     (tmp_path / "grid.yaml").write_text(
-        "models: llama-3.2-1b\nhardware: h100\nsparsities: 0.5\nphases: [prefill, decode]\nbatches: 1\nseqs: 64\n"
-        "engines: [reference, hf]\n"
+        "models: llama-3.2-1b\nhardware: h100\nsparsities: 0.5\nphases: [prefill, decode]\nbatches:"
+        " 1\nseqs: 64\nengines: [reference, hf]\n"
     )
     words = [sys.executable, "run.py", str(options.get("jobs", 1)), options.get("scheduler", "")]
     environment = {**os.environ, "PYTHONPATH": str(Path(simulator.__file__).parents[1])}
@@ -230,7 +244,8 @@ def test_lost_workers_are_one_line_and_lose_no_part(
 def test_a_full_disk_loses_no_part(
     jobs: int, clean: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error of a full disk is simulated here; tests/cli/test_hard_runs.py reaches a limit of the system."""
+    """The error of a full disk is simulated here; tests/cli/test_hard_runs.py reaches a limit of
+    the system."""
     left = iter(range(2))
 
     def write(path: Path, given: bytes) -> None:
@@ -271,7 +286,10 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("notes")
     for name, says in {
-        "old.parquet": "old.parquet: is a file, as version 0.3 wrote; expected a folder: name another or remove it",
+        "old.parquet": (
+            "old.parquet: is a file, as version 0.3 wrote; expected a folder: name another or"
+            " remove it"
+        ),
         "mine": "mine: holds notes.txt, which is not a part of a sweep; name another folder",
         "rows.csv": "rows.csv: expected the name of a folder",
         "missing/rows": "does not exist",
@@ -406,8 +424,10 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
     )
     found = sweep_results(grid)
     assert [(r.method, r.family, r.sparsity) for r in found if r.method != "sheared-llama"] == [
-        ("shortgpt", "depth", 0.25), ("shortgpt", "depth", 0.9), ("llm-pruner", "width", 0.25),
-    ]  # fmt: skip
+        ("shortgpt", "depth", 0.25),
+        ("shortgpt", "depth", 0.9),
+        ("llm-pruner", "width", 0.25),
+    ]
     assert any("prunes 10 of 16 layers" in note for note in found.notes)
 
 
@@ -501,7 +521,9 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
     assert frame["speedup"].tolist() == pytest.approx(again["speedup"].tolist())
     assert frame.attrs["notes"] == []
     for text, message in {
-        "prune: width mpl=0.3": "prune: pruning 'width mpl=0.3', column 7: part or option of width 'mpl' is unknown",
+        "prune: width mpl=0.3": (
+            "prune: pruning 'width mpl=0.3', column 7: part or option of width 'mpl' is unknown"
+        ),
         "": "sparsities: is missing",
     }.items():
         (tmp_path / "bad.yaml").write_text(

@@ -1,4 +1,5 @@
-"""The product of settings: order, agreement with single predictions, excluded and refused combinations."""
+"""The product of settings: order, agreement with single predictions, excluded and refused
+combinations."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ def table(**asked: Any) -> Results:
 @pytest.mark.quick
 def test_records_are_the_single_predictions_in_order() -> None:
     found = table(
-        hardware=["h100", "a100"], family=["width", "depth"], sparsity=[0.5, 0.25], phase=["decode", "prefill"],
-        batch=[1, 4], seq=[512],
-    )  # fmt: skip
+        hardware=["h100", "a100"],
+        family=["width", "depth"],
+        sparsity=[0.5, 0.25],
+        phase=["decode", "prefill"],
+        batch=[1, 4],
+        seq=[512],
+    )
     assert [(r.phase, r.batch, r.family, r.sparsity, r.hardware) for r in found][:5] == [
         ("decode", 1, "width", 0.5, "h100_sxm"),
         ("decode", 1, "width", 0.5, "a100_sxm_80gb"),

@@ -1,4 +1,5 @@
-"""A budget in tokens: the sparsity follows from the length; pairs and positions are counted by hand."""
+"""A budget in tokens: the sparsity follows from the length; pairs and positions are counted by
+hand."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def lengths(w: Workload) -> list[int]:
 
 
 def test_a_query_sees_at_most_the_budget() -> None:
-    """A prompt of 8 positions has 36 pairs; a budget of 3 leaves 1 + 2 + 6 x 3 = 21. A step at 10 positions sees 3."""
+    """A prompt of 8 positions has 36 pairs; a budget of 3 leaves 1 + 2 + 6 x 3 = 21. A step at 10
+    positions sees 3."""
     w = workload(GQA, "generate", 2, 8, 2)
     pruned = prune(w, "sparse_attention", budget=3)
     assert density(pruned, Kind.PREFILL_ATTENTION) == pytest.approx([21 / 36])

@@ -1,4 +1,5 @@
-"""Published methods: each changes shapes as its paper states, and refuses other sparsities and phases."""
+"""Published methods: each changes shapes as its paper states, and refuses other sparsities and
+phases."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def test_a_budget_sets_the_sparsity_of_each_length(name: str) -> None:
 
 
 def test_llm_pruner_leaves_the_outer_layers_and_has_the_papers_parameters() -> None:
-    """Its recipe for 20 %: a quarter of the heads and channels of layers 4 to 29, LLaMA-7B to 5.4 B."""
+    """Its recipe for 20 %: a quarter of the heads and channels of layers 4 to 29, LLaMA-7B to 5.4
+    B."""
     whole = dense("llama-7b")
     pruned = METHODS["llm-pruner"].prune(whole, 0.2)
     for layer in range(32):
@@ -118,7 +120,8 @@ def test_depth_methods_remove_whole_layers_or_attention_alone() -> None:
 
 
 def test_widths_across_layers_come_near_published_models() -> None:
-    """Sheared-LLaMA-2.7B: hidden 2560, 20 heads, inner 6912. Llama-3.1-Minitron-4B-Width: all heads, 4.5 B."""
+    """Sheared-LLaMA-2.7B: hidden 2560, 20 heads, inner 6912. Llama-3.1-Minitron-4B-Width: all
+    heads, 4.5 B."""
     sheared = METHODS["sheared-llama"].prune(dense(), 0.61)
     down, attention = (of_layer(sheared, 7, role) for role in ("down", "attention"))
     assert (down.n[0], attention.heads[0]) == (2560, 20)

@@ -1,4 +1,5 @@
-"""The interface of prune: choices of sparsity, records of applied steps, and one line per invalid argument."""
+"""The interface of prune: choices of sparsity, records of applied steps, and one line per invalid
+argument."""
 
 from __future__ import annotations
 

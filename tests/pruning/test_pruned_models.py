@@ -1,4 +1,5 @@
-"""Families on models with experts, a latent, or layers that differ; remaining tensors are counted by hand."""
+"""Families on models with experts, a latent, or layers that differ; remaining tensors are counted
+by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def shapes(w: Workload, *names: str) -> set[tuple[str, int, int]]:
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 @pytest.mark.parametrize("name", MODELS)
 def test_work_never_grows(name: str, engine: str) -> None:
-    """Only added rows are more work; families without a kernel for experts or latents refuse them."""
+    """Only added rows are more work; families without a kernel for experts or latents refuse
+    them."""
     routed = PUBLISHED[name].experts > 0
     for phase in ("prefill", "decode", "serve"):
         for devices in (1, 2):
@@ -116,7 +118,8 @@ def test_narrower_experts_and_heads() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_delta_nets_lose_key_heads_with_their_value_heads(phase: str) -> None:
-    """Half of 16 key heads and 32 value heads of 128 features go, in projections, convolution and state."""
+    """Half of 16 key heads and 32 value heads of 128 features go, in projections, convolution and
+    state."""
     w = lower(load_model("qwen3-next-80b-a3b"), phase=phase, batch=4, seq=64)
     pruned = prune(w, "width", {"attention": 0.5})
     own = shapes(
@@ -231,12 +234,24 @@ def test_fewer_experts() -> None:
 
 
 QWEN3_CODER_480B = {  # huggingface.co/Qwen/Qwen3-Coder-480B-A35B-Instruct
-    "model_type": "qwen3_moe", "hidden_size": 6144, "intermediate_size": 8192, "num_hidden_layers": 62,
-    "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    "max_position_embeddings": 262144, "tie_word_embeddings": False, "attention_bias": False, "num_experts": 160,
-    "num_experts_per_tok": 8, "moe_intermediate_size": 2560, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "hidden_size": 6144,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "num_experts": 160,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2560,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
     "use_sliding_window": False,
-}  # fmt: skip
+}
 
 
 def mixtral() -> Workload:

@@ -1,4 +1,5 @@
-"""Pruned workloads: FLOPs and parameters counted from shapes in plain Python; bytes, unchanged rows, added rows."""
+"""Pruned workloads: FLOPs and parameters counted from shapes in plain Python; bytes, unchanged
+rows, added rows."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def test_flops_and_parameters(
 
 @pytest.mark.quick
 def test_parameters_of_llama_2_7b_at_width() -> None:
-    """LLaMA-2-7B at 20 %: 26 of 32 heads (25.6) and an inner width of 8816, from the published shapes."""
+    """LLaMA-2-7B at 20 %: 26 of 32 heads (25.6) and an inner width of 8816, from the published
+    shapes."""
     dense = lower(load_model("llama-2-7b"), phase="prefill", batch=1, seq=128, engine="")
     pruned = prune(dense, "width", 0.2)
     realised = 1 - (4 * 26 * 128 + 3 * 8816) / (4 * 4096 + 3 * 11008)
@@ -244,14 +246,16 @@ def test_dynamic_depth_in_a_batch_is_binomial() -> None:
     for role in ("gather", "scatter"):
         rows = pruned.is_role(role)
         assert pruned.overhead[rows].all()
-        # 1.5 of 2 tokens expected, in 2 sublayers of 6 layers, 64 features of 2 bytes read and written, an index of 4
+        # 1.5 of 2 tokens expected, in 2 sublayers of 6 layers, 64 features of 2 bytes read and
+        # written, an index of 4
         assert moved(pruned, role) == pytest.approx(1.5 * 12 * (2 * 64 * 2 + 4))
     assert pruned.overhead.sum() == 2 + 2 * 2 * 2
 
 
 @pytest.mark.quick
 def test_kernels_of_the_reference_bench_skip_tiles_and_see_all_tokens_elsewhere() -> None:
-    """Counted by hand from the bench's code: one layer of 64 features, inner width 176, 8 + 4 heads of 16 features."""
+    """Counted by hand from the bench's code: one layer of 64 features, inner width 176, 8 + 4 heads
+    of 16 features."""
     w = workload(GQA, "decode", 4)
     pruned = prune(w, "dynamic_depth", 0.25)
     routed = pruned.is_role("q", "o", "gate", "up", "down")
@@ -424,7 +428,8 @@ def test_a_copied_cache_shrinks_with_its_positions(family: str, phase: str) -> N
 def test_a_copied_cache_is_repeated_for_each_query_head(
     text: str, phase: str, heads: int, kv_heads: int
 ) -> None:
-    """Transformers repeat keys and values for every query head: fewer KV heads are repeated more often."""
+    """Transformers repeat keys and values for every query head: fewer KV heads are repeated more
+    often."""
     model = load_model("llama-3.1-8b")
     request = {
         "phase": phase,

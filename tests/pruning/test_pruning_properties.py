@@ -146,7 +146,8 @@ def test_independent_families_commute(first: str, second: str, phase: str, name:
     b = prune(prune(w, second, 0.5), first, 0.5)
     flops, parameters, moved = totals(a)
     assert (flops, moved) == pytest.approx(totals(b)[::2], rel=1e-12)
-    # rows of a sublayer that a batch can skip carry more than their weights, and a bias then counts as weights
+    # rows of a sublayer that a batch can skip carry more than their weights, and a bias then counts
+    # as weights
     biases = (
         d.bias * d.layers * sum(n for n, _ in projections(d).values())
         if "dynamic_depth" in (first, second)

@@ -60,11 +60,17 @@ def test_texts(text: str, steps: list[PruningStep]) -> None:
         ),
         (
             "width 30",
-            "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3",
+            (
+                "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 %"
+                " write 0.3"
+            ),
         ),
         (
             "low_rank 30",
-            "column 10: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 % write 0.3",
+            (
+                "column 10: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 %"
+                " write 0.3"
+            ),
         ),
         ("depth 1", "column 7: fraction 1: expected a fraction"),
         ("depth", "column 6: expected a fraction, such as depth 0.25"),

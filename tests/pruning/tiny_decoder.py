@@ -1,7 +1,8 @@
-"""Small decoders, and their FLOPs and parameters after each family, counted from shapes in plain Python.
+"""Small decoders, and their FLOPs and parameters after each family, counted from shapes in plain
+Python.
 
-:func:`expected` calls nothing of the code under test: it builds the shapes of the pruned layer from the definition of
-each family.
+:func:`expected` calls nothing of the code under test: it builds the shapes of the pruned layer from
+the definition of each family.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def causal(queries: int) -> int:
 
 
 def passes(phase: str, batch: int, seq: int, new_tokens: int) -> list[tuple[int, int, int, int]]:
-    """(times, sequences, queries per sequence, keys per sequence) of every pass; a serve has passes of one prompt, and
-    decode steps as in the middle of the answer."""
+    """(times, sequences, queries per sequence, keys per sequence) of every pass; a serve has passes
+    of one prompt, and decode steps as in the middle of the answer."""
     if phase == "serve":
         return [(batch, 1, seq, seq), (new_tokens, batch, 1, seq + (new_tokens + 1) // 2)]
     out = [(1, batch, seq, seq)] if phase != "decode" else []
@@ -99,7 +100,8 @@ def layer_flops(
     *,
     dense_kv: bool = False,
 ) -> float:
-    """FLOPs of a layer: GEMMs over ``less`` of the tokens (k and v over all if ``dense_kv``), attention over pairs."""
+    """FLOPs of a layer: GEMMs over ``less`` of the tokens (k and v over all if ``dense_kv``),
+    attention over pairs."""
     total = 4 * sequences * d.heads * d.head_dim * pairs
     for name, (n, k) in projections(d).items():
         whole = {"k": n, "v": n, "qkv": 2 * d.kv_heads * d.head_dim}.get(name, 0) if dense_kv else 0

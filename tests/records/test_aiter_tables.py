@@ -1,4 +1,5 @@
-"""The times of AMD's tuner: which rows are the best kernel of a shape, and what a fit makes of them."""
+"""The times of AMD's tuner: which rows are the best kernel of a shape, and what a fit makes of
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The conversion of activations is found in a table that times it together with the products, and subtracted."""
+"""The conversion of activations is found in a table that times it together with the products, and
+subtracted."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LAUNCH, KERNEL, RATE, CHAIN = 2.5e-6, 3e-6, 1.2e12, 1e-9
 
 
 def planted() -> tuple[np.ndarray, ...]:
-    """Sizes, whether in 16 bits, time, and the conversion of a table whose narrow kernel has a long main loop."""
+    """Sizes, whether in 16 bits, time, and the conversion of a table whose narrow kernel has a long
+    main loop."""
     sizes = np.array(
         list(itertools.product((1, 8, 64, 1024, 16384), (64, 128, 256, 4096), (512, 1024, 8192)))
     ).T
@@ -37,7 +39,8 @@ def test_conversion_is_found_by_tokens_and_features() -> None:
     m, n, k, wide, seconds, conversion = planted()
     found = conversion_s(m, n, k, seconds, wide, 0.5)
     assert np.isnan(found[wide]).all()
-    # a main loop of few microseconds that grows with k is the product's, except at the k of the launches
+    # a main loop of few microseconds that grows with k is the product's, except at the k of the
+    # launches
     assert found[~wide] == pytest.approx(conversion[~wide] + CHAIN * 768, abs=0.4e-6)
 
 

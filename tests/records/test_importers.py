@@ -160,7 +160,10 @@ def test_repeated_shapes_give_their_median_and_disagreement_is_flagged(path: Pat
     assert result.records.sources[0].origin == "table.csv"
     assert result.records.seconds[:3] == pytest.approx([31.25e-6, 34e-6, 32e-6])
     assert result.records.flags.tolist()[:3] == [0, Flag.CONFLICT, 0]
-    note = "3 rows repeat a shape, replaced by their median; 1 shapes differ by over 10 %, flagged CONFLICT"
+    note = (
+        "3 rows repeat a shape, replaced by their median; 1 shapes differ by over 10 %, flagged"
+        " CONFLICT"
+    )
     assert result.notes == (note,)
 
 
@@ -423,15 +426,36 @@ def test_aiconfigurator_tables_that_lack_something_are_refused(tmp_path: Path) -
 
 
 def test_aiconfigurator_experts(tmp_path: Path) -> None:
-    """Width divided by tensor parallelism, ``power_law_`` by its power; what is no one device's, or has no gate, is
-    refused and counted."""
+    """Width divided by tensor parallelism, ``power_law_`` by its power; what is no one device's, or
+    has no gate, is refused and counted."""
     columns: dict[str, list[Any]] = {
-        "moe_dtype": ["bfloat16", "bfloat16", "w4a16_mxfp4", "fp8", "bfloat16", "w4afp8", "bfloat16"],
-        "num_tokens": [1, 64, 64, 64, 64, 64, 64], "hidden_size": [2048] * 7, "topk": [8] * 6 + [6],
-        "inter_size": [768] * 6 + [1856], "num_experts": [128] * 7, "moe_tp_size": [1, 2, 1, 1, 1, 1, 1],
-        "moe_ep_size": [1, 1, 1, 8, 1, 1, 1], "latency": [0.08, 1.3, 0.7, 0.5, 0.4, 0.5, 2.0],
-        "distribution": ["balanced", "power_law_1.2", "balanced", "balanced", "uniform", "balanced", "balanced"],
-    }  # fmt: skip
+        "moe_dtype": [
+            "bfloat16",
+            "bfloat16",
+            "w4a16_mxfp4",
+            "fp8",
+            "bfloat16",
+            "w4afp8",
+            "bfloat16",
+        ],
+        "num_tokens": [1, 64, 64, 64, 64, 64, 64],
+        "hidden_size": [2048] * 7,
+        "topk": [8] * 6 + [6],
+        "inter_size": [768] * 6 + [1856],
+        "num_experts": [128] * 7,
+        "moe_tp_size": [1, 2, 1, 1, 1, 1, 1],
+        "moe_ep_size": [1, 1, 1, 8, 1, 1, 1],
+        "latency": [0.08, 1.3, 0.7, 0.5, 0.4, 0.5, 2.0],
+        "distribution": [
+            "balanced",
+            "power_law_1.2",
+            "balanced",
+            "balanced",
+            "uniform",
+            "balanced",
+            "balanced",
+        ],
+    }
     result = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     r = result.records
     assert (r.m.tolist(), r.n.tolist(), r.skew.tolist()) == (
@@ -442,9 +466,11 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
     assert (r.experts.tolist(), r.active.tolist(), r.cold.any()) == ([128] * 3, [8.0] * 3, False)
     assert r.labels().tolist() == ["bf16", "bf16", "mxfp4_wo"]
     assert [name.split(":")[0] for name in result.refusals] == [
-        "tokens distributed by another rule", "experts shared among devices", "experts without a gate",
+        "tokens distributed by another rule",
+        "experts shared among devices",
+        "experts without a gate",
         "number format w4afp8 is not modelled",
-    ]  # fmt: skip
+    ]
     columns["latency"][0] = 0.01  # 75 MB in 10 us
     again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
     assert counts(again)["faster than memory, L2 or link allow"] == 1

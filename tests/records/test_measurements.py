@@ -1,4 +1,5 @@
-"""The tables that ship: complete, small, what their provenance says, and within the physics of their device."""
+"""The tables that ship: complete, small, what their provenance says, and within the physics of
+their device."""
 
 from __future__ import annotations
 

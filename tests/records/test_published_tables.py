@@ -1,4 +1,5 @@
-"""Published measurements of whole models: every row is well formed, names its source, and can be lowered and pruned."""
+"""Published measurements of whole models: every row is well formed, names its source, and can be
+lowered and pruned."""
 
 from __future__ import annotations
 
@@ -103,7 +104,11 @@ def test_serving_rows_are_what_the_provenance_says() -> None:
     assert (
         made.why_left_out(SERVING)
         == entry["left_out"]
-        == {made.CACHED: 74, made.QUEUED: 6, made.SEVERAL: 1}
+        == {
+            made.CACHED: 74,
+            made.QUEUED: 6,
+            made.SEVERAL: 1,
+        }
     )
     for r in SERVING:
         assert r["engine"] in made.ENGINES
@@ -124,10 +129,14 @@ def test_a_serving_row_is_read_from_the_packages_list(
     dense = "Qwen/Qwen3-32B,h100_sxm"
     lines = [
         *[
-            f"source_file=/a/data/h100/v.csv; silicon_concurrency=8,vllm,0.1,{dense},,agg,9,5,,8,2.0,1,9.5,2"
+            "source_file=/a/data/h100/v.csv;"
+            f" silicon_concurrency=8,vllm,0.1,{dense},,agg,9,5,,8,2.0,1,9.5,2"
         ]
         * 2,
-        f"source_file=x.csv; measured=2025-01-02T00,sglang,,{dense},fp8,agg,9,5,fp8_block,4,1,1,9,2",
+        (
+            "source_file=x.csv;"
+            f" measured=2025-01-02T00,sglang,,{dense},fp8,agg,9,5,fp8_block,4,1,1,9,2"
+        ),
         f"source_file=x.csv,sglang,,{dense},fp8,disagg,9,5,fp8_block,4,1,1,9,2",
         "source_file=x.csv,sglang,,Some/MoE,h100_sxm,fp8,agg,9,5,fp8_block,4,1,1,9,2",
     ]

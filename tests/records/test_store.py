@@ -1,4 +1,5 @@
-"""The store of measured records: nothing acknowledged is lost or doubled, nothing is read that was not written."""
+"""The store of measured records: nothing acknowledged is lost or doubled, nothing is read that was
+not written."""
 
 from __future__ import annotations
 
@@ -146,7 +147,8 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
             outcomes["refused"] += 1
         whole[place] ^= 1 << (place % 7)
     last = len(whole) - bytes(whole).rindex(b"\n", 0, -1) - 1
-    # the last line alone may be lost; a damaged newline at its very end is refused like all before it
+    # the last line alone may be lost; a damaged newline at its very end is refused like all before
+    # it
     assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
 
 
@@ -239,7 +241,8 @@ PWRITE = os.pwrite
 
 
 def full(fd: int, data: bytes | int = b"", offset: int = 0) -> int:
-    """A write to a disk that has room for half of it; a sync, or a truncation to a size, that fails."""
+    """A write to a disk that has room for half of it; a sync, or a truncation to a size, that
+    fails."""
     if isinstance(data, bytes):
         PWRITE(fd, data[: len(data) // 2], offset)
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -49,8 +49,10 @@ def test_the_method_of_most_rows_of_an_operator_is_kept_and_the_others_are_count
     assert len(kept) == 8  # decode attention has one method, though another one than the GEMMs
     assert {LAUNCHES[code] for code in kept.select(kept.is_operator("gemm")).launch} == {"graph"}
     assert notes == (
-        "2 gemm bf16 rows excluded: timed by single launches (protocol 2), the other 5 by graph replays (protocol 2); "
-        "measure them again",
+        (
+            "2 gemm bf16 rows excluded: timed by single launches (protocol 2), the other 5 by graph"
+            " replays (protocol 2); measure them again"
+        ),
     )
 
 
@@ -65,8 +67,8 @@ def test_runs_of_two_protocols_are_not_mixed() -> None:
     # as many rows: the newest protocol is kept
     assert [source.run for source in kept.tidy().sources] == ["new"]
     assert (
-        "3 gemm bf16 rows excluded: timed by graph replays, the other 3 by graph replays (protocol 2)"
-        in notes[0]
+        "3 gemm bf16 rows excluded: timed by graph replays, the other 3 by graph replays"
+        " (protocol 2)" in notes[0]
     )
     assert one_method(old)[1] == ()
 

@@ -1,4 +1,5 @@
-"""Decoders timed in turns and compared with predictions: planted times, a tiny model, faults, figure, command."""
+"""Decoders timed in turns and compared with predictions: planted times, a tiny model, faults,
+figure, command."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
 from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
-from calibration.runners.cases import LEAST, Case, ModelRun, Sampler, alternate, cases_of  # noqa: E402
+from calibration.runners.cases import (  # noqa: E402
+    LEAST,
+    Case,
+    ModelRun,
+    Sampler,
+    alternate,
+    cases_of,
+)
 from calibration.runners.compare import (  # noqa: E402
     ComparedCases,
     ComparedSpeedup,
@@ -63,7 +71,8 @@ def _compare(
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Plant times instead of passes: a decoder takes a second per layer. The list receives the timed decoders."""
+    """Plant times instead of passes: a decoder takes a second per layer. The list receives the
+    timed decoders."""
     seen: list[str] = []
 
     def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
@@ -273,7 +282,8 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 
 
 def test_rank_correlation_by_hand() -> None:
-    # ranks 1.5, 1.5, 3 and 1, 3, 2; then opposite ones; then too few values, and one side that never changes
+    # ranks 1.5, 1.5, 3 and 1, 3, 2; then opposite ones; then too few values, and one side that
+    # never changes
     pairs = [
         ([1, 1, 2], [3, 5, 4]),
         ([1, 2, 2, 9], [8, 3, 3, 1]),
@@ -359,8 +369,8 @@ def test_noise_in_measured_speedups_is_stated() -> None:
     rows = [_row(1.2, 1.4, flop_bound=1.3), _row(1.2, 1.31, flop_bound=1.3)]
     (above,) = doubts(rows, [])
     assert (
-        "measured 1.40x is above 1.30x, the bound of its FLOPs, bytes and number of operators: noise"
-        in above
+        "measured 1.40x is above 1.30x, the bound of its FLOPs, bytes and number of operators:"
+        " noise" in above
     )
     record = {
         "status": "ok",
@@ -455,7 +465,10 @@ BAD = {
 def test_bad_input_is_one_line(
     tiny: Path, tmp_path: Path, command: str, change: str, cli: Any
 ) -> None:
-    line = f"{command} {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o {tmp_path / 'run'} {change}"
+    line = (
+        f"{command} {tiny} --device cpu --seq 64 --sparsity 0.5 --hardware a100 -o"
+        f" {tmp_path / 'run'} {change}"
+    )
     assert BAD[change] in cli.refused(line)
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,5 @@
-"""The real decoder: each pruned forward pass against a dense one in float64, with the removed parts masked."""
+"""The real decoder: each pruned forward pass against a dense one in float64, with the removed parts
+masked."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def dense() -> Decoder:
 
 @pytest.fixture(params=["cpu", CPU if PLACE == "cpu" else PLACE], ids=["host", "device"])
 def routed(request: pytest.FixtureRequest) -> Decoder:
-    """A dense decoder whose routers are read by the host, or by kernels, which the GPU runs or a CPU interprets."""
+    """A dense decoder whose routers are read by the host, or by kernels, which the GPU runs or a
+    CPU interprets."""
     if request.param != "cpu" or request.param is CPU:
         kernels()
     few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
@@ -431,7 +433,8 @@ class Launched:
 
 
 class OnDevice(TorchDispatchMode):  # type: ignore[misc]
-    """Refuses operators on tensors of the host, because a graph cannot capture a copy from the host."""
+    """Refuses operators on tensors of the host, because a graph cannot capture a copy from the
+    host."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

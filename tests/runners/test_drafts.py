@@ -1,4 +1,5 @@
-"""Speculative decoding that was run: predictions hold on the records, and acceptance is planted as stated."""
+"""Speculative decoding that was run: predictions hold on the records, and acceptance is planted as
+stated."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ CPU = FOLDERS["vllm"].parent
 
 @pytest.fixture(scope="module")
 def compared() -> list[dict[str, Any]]:
-    """Measured speedups over plain decoding with predictions, at the tokens per round that were measured."""
+    """Measured speedups over plain decoding with predictions, at the tokens per round that were
+    measured."""
     hw, out = simulator.load_hardware(CPU / "vllm" / "bf16.1.yaml"), []
     for row in csv.DictReader((CPU / "drafts.csv").read_text().splitlines()):
         how: dict[str, Any] = {name: int(row[name]) for name in ("batch", "seq", "drafted")} | {

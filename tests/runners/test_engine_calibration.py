@@ -1,4 +1,5 @@
-"""Calibration of an engine: planted engines come back, by their passes and through vLLM's interface."""
+"""Calibration of an engine: planted engines come back, by their passes and through vLLM's
+interface."""
 
 from __future__ import annotations
 
@@ -125,7 +126,8 @@ def test_a_calibration_corrects_dense_times_and_narrows_speedups() -> None:
 def test_a_dense_time_finds_a_common_cause_or_widens(
     phase: str, gemm: float, attention: float, each_pass: float
 ) -> None:
-    """The measured time of a planted machine never makes the speedups of its pruned models worse than noise does."""
+    """The measured time of a planted machine never makes the speedups of its pruned models worse
+    than noise does."""
     kernels = {"gemm": gemm, "prefill_attention": attention, "decode_attention": attention}
     operators = {name: Correction((factor,), 0.02) for name, factor in kernels.items()}
     machine = replace(
@@ -183,7 +185,8 @@ def test_the_section_is_written_and_read_again(tmp_path: Path) -> None:
 
 
 def test_the_launches_of_an_eager_host_are_not_counted_twice() -> None:
-    """The planted machine is the profile itself, whose host launches more slowly than the kernels run."""
+    """The planted machine is the profile itself, whose host launches more slowly than the kernels
+    run."""
     hw, model = load_hardware("h100"), ModelRun(load_model("smollm2-135m"), "bf16", "hf")
     found = calibrated(_passes(hw, model), model, hw)
     assert found.times.each_pass == pytest.approx(1e-3, rel=0.02)

@@ -1,4 +1,5 @@
-"""Transformers run for real on tiny models: shapes of every static family, phases, and the command that compares."""
+"""Transformers run for real on tiny models: shapes of every static family, phases, and the command
+that compares."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def test_fewer_and_narrower_experts_are_configured() -> None:
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_built_as_mistral() -> None:
-    """LlamaConfig of Transformers from 5.5 refuses them; Mistral without windows is the same decoder."""
+    """LlamaConfig of Transformers from 5.5 refuses them; Mistral without windows is the same
+    decoder."""
     built = _built(LLAMA, "width attention=0.25")
     assert type(built.model).__name__ == "MistralForCausalLM"
     assert built.model.config.sliding_window is None
@@ -317,7 +319,10 @@ def test_a_smaller_cache_and_fewer_tokens_are_refused_because_the_dense_model_wo
 def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     model, folder = tmp_path / "config.json", tmp_path / "run"
     model.write_text(json.dumps(TINY))
-    line = f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware a100 -o {folder}"
+    line = (
+        f"compare {model} --device cpu --engine hf --dtype fp32 --seq 16 --new-tokens 4 --hardware"
+        f" a100 -o {folder}"
+    )
     texts = "--prune 'depth 0.5' --prune 'width mlp=0.5 layers=1-2'"
     out = cli.out(f"{line} {texts} --phase prefill,decode,generate --budget 6s")
     assert "measured speedups; a verdict needs 10.\nWorst: " in out
@@ -338,7 +343,8 @@ def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Path:
-    """Folders of a dense model and of a model whose layers differ, and a plan of different layers."""
+    """Folders of a dense model and of a model whose layers differ, and a plan of different
+    layers."""
     dense = {**TINY, "num_hidden_layers": 4, "intermediate_size": 512}
     attention, mlp = {"n_heads_in_group": 8}, {"ffn_mult": 4.0}
     none = {"no_op": True}
@@ -355,14 +361,20 @@ def chosen(tmp_path: Path) -> Path:
     for name, content in (("dense", dense), ("chosen", pruned)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
-    plan = "layers:\n  0: width mlp=0.5 kv=0.5\n  1: depth unit=attention\n  2: depth unit=mlp\n  3: depth\n"
+    plan = (
+        "layers:\n  0: width mlp=0.5 kv=0.5\n  1: depth unit=attention\n  2: depth unit=mlp\n  3:"
+        " depth\n"
+    )
     (tmp_path / "plan.yaml").write_text(plan)
     return tmp_path
 
 
 @pytest.mark.parametrize("engine", ["reference", "hf"])
 def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path, cli: Any) -> None:
-    how = f"--device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100 --phase prefill --budget 4s"
+    how = (
+        f"--device cpu --engine {engine} --dtype fp32 --seq 16 --hardware a100 --phase prefill"
+        " --budget 4s"
+    )
     models = f"{chosen / 'dense'} --pruned {chosen / 'chosen'} --prune {chosen / 'plan.yaml'}"
     line = f"compare {models} {how} -o {chosen / 'run'}"
     plan, model = cli.json(line)
@@ -392,6 +404,9 @@ def test_pruned_models_that_cannot_be_compared(
 ) -> None:
     file = chosen / "chosen" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    line = f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o {chosen / 'run'}"
+    line = (
+        f"compare {chosen / 'dense'} --pruned {chosen / 'chosen'} --device cpu --hardware a100 -o"
+        f" {chosen / 'run'}"
+    )
     assert reason in cli.refused(f"{line} {more}")
     assert not (chosen / "run").exists()

@@ -1,4 +1,5 @@
-"""Quality of pruned models and of single layers: scores by definition, the model's own code, commands."""
+"""Quality of pruned models and of single layers: scores by definition, the model's own code,
+commands."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def decoder() -> Decoder:
 
 
 def test_scores_by_hand() -> None:
-    """Two tokens are predicted in each window: probabilities 1/2 and 1/4 of three tokens become 1/4 and 1/2."""
+    """Two tokens are predicted in each window: probabilities 1/2 and 1/4 of three tokens become 1/4
+    and 1/2."""
     before = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(3, 3)
     after = torch.tensor([[0.25, 0.5, 0.25]]).log().expand(3, 3)
     found = score(
@@ -74,7 +76,8 @@ def test_scores_by_hand() -> None:
 
 
 def test_acceptance_is_the_share_that_speculative_sampling_accepts() -> None:
-    """Tokens of the draft are drawn and accepted with min(1, p_dense / p_pruned), as arXiv 2211.17192 does."""
+    """Tokens of the draft are drawn and accepted with min(1, p_dense / p_pruned), as arXiv
+    2211.17192 does."""
     generator = torch.Generator().manual_seed(0)
     dense, draft = torch.randn(2, 3, 20, generator=generator)
     found = score(lambda ids: dense, lambda ids: draft, [torch.tensor([0, 1, 2])])
@@ -98,7 +101,8 @@ def test_acceptance_of_equal_and_of_opposite_models(other: int) -> None:
 
 
 def test_greedy_acceptance_counts_tokens_whose_best_agree() -> None:
-    """The last logits of a window predict no token of it and do not count; windows count equally."""
+    """The last logits of a window predict no token of it and do not count; windows count
+    equally."""
     dense, draft = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
     found = score(lambda ids: dense, lambda ids: draft, [torch.arange(4), torch.arange(4)])
     assert found.greedy_acceptance == pytest.approx(2 / 3)
@@ -199,7 +203,8 @@ def test_command_refuses(more: str, expected: str, folders: Path, cli: Any) -> N
 
 
 def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
-    """A tiny random model, written and read by transformers: pruned here, and as a pruned checkpoint."""
+    """A tiny random model, written and read by transformers: pruned here, and as a pruned
+    checkpoint."""
     pytest.importorskip("transformers", reason="reading a model needs transformers")
     pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
     dense = tmp_path / "dense"
@@ -309,7 +314,8 @@ def test_channels_that_are_silent_on_the_text_go_first(small: Decoder) -> None:
 
 
 def test_joined_kv_heads_are_means() -> None:
-    """Attention with pairs of equal KV heads loses nothing with half of its KV heads; joined heads are exact means."""
+    """Attention with pairs of equal KV heads loses nothing with half of its KV heads; joined heads
+    are exact means."""
     decoder = random_decoder(SMALL, dtype="fp32")
     attention, mlp = _parts(decoder.layers[0])
     d = decoder.head_dim
@@ -357,7 +363,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(folder: Path, tmp_path: Path) -> str:
     """A command that scores the choices of the tiny model."""
-    line = f"quality {folder / 'tiny'} --per-layer --choices {folder / 'choices.yaml'} --text {folder / 'text.txt'}"
+    line = (
+        f"quality {folder / 'tiny'} --per-layer --choices {folder / 'choices.yaml'} --text"
+        f" {folder / 'text.txt'}"
+    )
     return f"{line} --windows 2 --length 60 -o {tmp_path / 's.csv'}"
 
 

@@ -1,4 +1,5 @@
-"""Recorded runs of vLLM and Transformers: predictions hold on them, and the pages have their tables."""
+"""Recorded runs of vLLM and Transformers: predictions hold on them, and the pages have their
+tables."""
 
 from __future__ import annotations
 

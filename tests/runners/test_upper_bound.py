@@ -1,4 +1,5 @@
-"""The measured upper bound: which kernels it needs, what it is on a planted device, and shapes without a time."""
+"""The measured upper bound: which kernels it needs, what it is on a planted device, and shapes
+without a time."""
 
 from __future__ import annotations
 
@@ -153,7 +154,10 @@ def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_
 
 
 def test_the_command_prints_a_table_or_json_and_writes_a_file(tmp_path: Path, cli: Any) -> None:
-    line = f"upper-bound {MODEL} --device replay:planted -o {tmp_path / 'run'} --hardware a100 --seq 128"
+    line = (
+        f"upper-bound {MODEL} --device replay:planted -o {tmp_path / 'run'} --hardware a100"
+        " --seq 128"
+    )
     out = cli.out(f"{line} --sparsity 0.5 --family depth,width --budget 1min")
     table = out.partition("\n\n")[2].splitlines()
     assert [line.split()[:4] for line in table if line.startswith(("depth", "width"))] == [

@@ -1,4 +1,5 @@
-"""Files of ``vllm bench``: keys of two releases, planted times, wrong files, records, predictions, the command."""
+"""Files of ``vllm bench``: keys of two releases, planted times, wrong files, records, predictions,
+the command."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ MANY, REQUESTS, TOKENS, OUTPUT = 4, 24, 512, 65
 
 
 def _serve(each_s: float = 2.0, **changes: Any) -> dict[str, Any]:
-    """Return a detailed result of a closed loop: the first and last requests are slower, as in a ramp."""
+    """Return a detailed result of a closed loop: the first and last requests are slower, as in a
+    ramp."""
     times = [
         each_s * (3.0 if i < MANY or i >= REQUESTS - MANY else 1.0 + 0.01 * (i // MANY))
         for i in range(REQUESTS)
@@ -77,7 +79,8 @@ def _case(
 
 
 def test_a_file_that_vllm_wrote() -> None:
-    """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two shared cores."""
+    """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two
+    shared cores."""
     run = read_bench(FILE.with_name("vllm_bench_latency.json"))
     assert (run.kind, run.model, len(run.samples_s)) == ("batch", "bdense", 8)
     assert float(np.median(run.samples_s)) == pytest.approx(run.percentiles_s["50"])
@@ -149,7 +152,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     latency = BenchRun("b.json", "batch", (1.0,), tool="vllm bench latency")
     with pytest.raises(
         InputError,
-        match=r"b\.json: tool: expected vllm bench serve, as in .*run\.json, got vllm bench latency",
+        match=(
+            r"b\.json: tool: expected vllm bench serve, as in .*run\.json, got vllm bench latency"
+        ),
     ):
         bench_record(_case("serve"), serve, latency)
     with pytest.raises(InputError, match=r"concurrency: expected 4, as in .*, got 8"):
@@ -174,7 +179,10 @@ def _latency(folder: Path, name: str, seconds: float) -> str:
 
 
 def _command(folder: Path, pruned_s: float) -> str:
-    files = f"--bench {_latency(folder, 'dense.json', 1.2)} --bench {_latency(folder, 'pruned.json', pruned_s)}"
+    files = (
+        f"--bench {_latency(folder, 'dense.json', 1.2)} --bench"
+        f" {_latency(folder, 'pruned.json', pruned_s)}"
+    )
     how = "--engine vllm --hardware h100 --batch 8 --seq 1024 --new-tokens 128"
     return f"compare llama-3.1-8b {how} -o {folder / 'r'} {files}"
 

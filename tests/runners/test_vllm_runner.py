@@ -1,6 +1,7 @@
 """vLLM as executor: a fake of its interface in real child processes, with planted times and faults.
 
-The fake accepts the parameters of two releases that ``vllm_signatures.json`` records from vLLM's sources.
+The fake accepts the parameters of two releases that ``vllm_signatures.json`` records from vLLM's
+sources.
 """
 
 from __future__ import annotations

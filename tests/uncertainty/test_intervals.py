@@ -1,4 +1,5 @@
-"""Intervals of times and ratios with uncertain hosts or a measured time follow Bayes and cover planted values."""
+"""Intervals of times and ratios with uncertain hosts or a measured time follow Bayes and cover
+planted values."""
 
 from __future__ import annotations
 
@@ -167,8 +168,9 @@ def test_a_measured_time_is_taken_over_and_narrows_intervals(
     for i in range(1, 1 + len(pruned)):
         assert width(after, i)[0] < 0.5 * width(before, i)[0]
         assert width(after, i)[1] < width(before, i)[1]
-        # the pruned time moves in the direction of the dense time and not farther: it has no more slow kernels, unless
-        # pruning adds kernels, which wait for launch and host more than those of the dense model do
+        # the pruned time moves in the direction of the dense time and not farther: it has no more
+        # slow kernels, unless pruning adds kernels, which wait for launch and host more than those
+        # of the dense model do
         moved = after.pruned_s[i] - before.pruned_s[i]
         share = 1.15 if pruned[i - 1].overhead.any() else 1.05
         most = (
@@ -209,7 +211,7 @@ def test_depth_stays_near_what_it_promises_when_a_time_is_measured(
         assert width(c, 1)[2] < {"hf": 0.45, "vllm": 0.2}.get(engine, 0.12)
 
 
-# -- planted -----------------------------------------------------------------------------------------------------------
+# -- planted ---------------------------------------------------------------------------------------
 
 ENGINE = """\
 schema_version: 1
@@ -276,8 +278,8 @@ def of_rows(p: PredictedPass) -> Uncertainty:
 def test_intervals_cover_planted_hosts_and_kernels(
     tmp_path: Path, graph: str, pass_ms: float, m: int, wide: int, alike: float, most: float
 ) -> None:
-    """Hosts and errors of kernels are drawn from the prior and conditioned on a noisy total; intervals contain the
-    truth."""
+    """Hosts and errors of kernels are drawn from the prior and conditioned on a noisy total;
+    intervals contain the truth."""
     path = tmp_path / "planted.yaml"
     text = ENGINE.replace("GRAPH", graph).replace("PASS", str(pass_ms))
     path.write_text(text.replace("CORRELATION", str(alike)))

@@ -1,10 +1,12 @@
 """Prune a decoder by any family: change its weights, or set the rule of its passes.
 
-Widths, ranks and counts are rounded as in ``simulator.pruning``, so shapes equal the predicted shapes. Static families
-remove the smallest weights, which does not affect the time. The rules of dynamic families skip work, which depends on
-data: tokens, groups of heads and channels per token, blocks of keys, cache positions. Work is skipped, not masked,
-except inside the blocks of :func:`routed_attention`. On a GPU with Triton, kernels read the choices on the device, and
-shapes do not depend on data, so CUDA graphs can hold prefill and decode. On other devices the host reads the choices.
+Widths, ranks and counts are rounded as in ``simulator.pruning``, so shapes equal the predicted
+shapes. Static families remove the smallest weights, which does not affect the time. The rules of
+dynamic families skip work, which depends on data: tokens, groups of heads and channels per token,
+blocks of keys, cache positions. Work is skipped, not masked, except inside the blocks of
+:func:`routed_attention`. On a GPU with Triton, kernels read the choices on the device, and shapes
+do not depend on data, so CUDA graphs can hold prefill and decode. On other devices the host reads
+the choices.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ _ROWS = 128  # queries per block of :func:`routed_attention`
 
 
 def at_least_one(share: float, of: int) -> int:
-    """Return a share of ``of``, rounded as in the simulator's families, without the time of a NumPy call."""
+    """Return a share of ``of``, rounded as in the simulator's families, without the time of a NumPy
+    call."""
     return max(math.floor(share * of + 0.5), 1)
 
 
@@ -60,8 +63,9 @@ def best(scores: Tensor, many: int) -> Tensor:
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch, chosen) over all keys.
-    Keys after the last query of a block of 128 are not computed; a mask hides the other keys after each query."""
+    """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch,
+    chosen) over all keys. Keys after the last query of a block of 128 are not computed; a mask
+    hides the other keys after each query."""
     out = torch.empty_like(q)
     for start in range(0, q.shape[2], _ROWS):
         block = slice(start, start + _ROWS)
@@ -75,7 +79,8 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
 
 
 def shared_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return scores of queries (batch, heads, queries, d) as (batch, kv_heads, heads per KV head, queries, keys)."""
+    """Return scores of queries (batch, heads, queries, d) as (batch, kv_heads, heads per KV head,
+    queries, keys)."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = grouped.flatten(2, 3) @ k.transpose(-1, -2)
     return scores.float().div_(math.sqrt(q.shape[-1])).unflatten(2, grouped.shape[2:4])
@@ -83,8 +88,9 @@ def shared_scores(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRouting(Rule):
-    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer; k and v are dense. Decode
-    steps draw the number of active tokens, because random routers have no threshold for a share."""
+    """Dynamic depth: a router of two outputs selects the tokens that compute each sublayer; k and v
+    are dense. Decode steps draw the number of active tokens, because random routers have no
+    threshold for a share."""
 
     family: ClassVar[str] = "dynamic_depth"
     skips: ClassVar[bool] = True
@@ -139,14 +145,16 @@ class TokenRouting(Rule):
         return s.decoding and skipping.in_triton(s.decoder.device)
 
     def _drawn(self, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sequences of a decode step, active ones first; the drawn number of active ones; their mask."""
+        """Return the sequences of a decode step, active ones first; the drawn number of active
+        ones; their mask."""
         index = _votes(x[:, 0], router).argsort(descending=True)
         count = (torch.rand(len(x), device=x.device) < self.keep).sum(dtype=torch.int32)
         first = torch.arange(len(x), device=x.device) < count
         return index, count, torch.zeros_like(first).scatter_(0, index, first)
 
     def _chosen(self, s: PassState, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the active rows of the flattened batch (of prompts a fixed share), and their positions."""
+        """Return the active rows of the flattened batch (of prompts a fixed share), and their
+        positions."""
         scores = _votes(x, router)
         if s.decoding:
             if "generator" not in s.kept:
@@ -174,7 +182,8 @@ def _scattered(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockAttention(Rule):
-    """Sparse attention over the blocks of keys whose mean key scores best for a block of queries or a decoded query."""
+    """Sparse attention over the blocks of keys whose mean key scores best for a block of queries or
+    a decoded query."""
 
     family: ClassVar[str] = "sparse_attention"
     skips: ClassVar[bool] = True
@@ -194,7 +203,8 @@ class BlockAttention(Rule):
         return by_blocks(table, q_len, k.shape[2], self.block)(q, k, v)
 
     def _table(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the mask of the blocks of keys that each block of queries sees, for all heads and sequences."""
+        """Return the mask of the blocks of keys that each block of queries sees, for all heads and
+        sequences."""
         mean_q, mean_k = (block_means(x, self.block).float().mean((0, 1)) for x in (q, k))
         scores, rows = mean_q @ mean_k.t(), -(-q.shape[2] // self.block)
         whole = len(scores)
@@ -215,7 +225,8 @@ class BlockAttention(Rule):
     def _chosen(
         self, s: PassState, q: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a share of the prompt's blocks, by KV head, and of all later positions."""
+        """Return keys and values of a share of the prompt's blocks, by KV head, and of all later
+        positions."""
         means = s.kept["means", s.layer]
         batch, kv_heads, blocks, head_dim = means.shape
         if not blocks:
@@ -241,7 +252,8 @@ def block_means(x: Tensor, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenDropping(Rule):
-    """From layer ``start`` on, keep prompt tokens with most attention of the last token (layer 0: evenly spread)."""
+    """From layer ``start`` on, keep prompt tokens with most attention of the last token (layer 0:
+    evenly spread)."""
 
     family: ClassVar[str] = "token"
     keep: float
@@ -256,7 +268,8 @@ class TokenDropping(Rule):
     def enter(self, s: PassState, x: Tensor) -> Tensor:
         if not 0 <= self.start < len(s.decoder.layers):
             raise InputError(
-                f"token: start: expected a layer from 0 to {len(s.decoder.layers) - 1}, got {self.start}"
+                f"token: start: expected a layer from 0 to {len(s.decoder.layers) - 1}, got"
+                f" {self.start}"
             )
         if s.decoding or s.layer != self.start:
             return x
@@ -280,7 +293,8 @@ class TokenDropping(Rule):
 
 @dataclass(frozen=True)
 class CacheCut(Rule):
-    """KV cache: keep the positions with most attention of the prompt's last ``observed`` queries, by KV head."""
+    """KV cache: keep the positions with most attention of the prompt's last ``observed`` queries,
+    by KV head."""
 
     family: ClassVar[str] = "kv_cache"
     keep: float
@@ -303,8 +317,8 @@ class CacheCut(Rule):
 
 
 def group_counts(keep: float, groups: int, first: int, tokens: int) -> NDArray[np.int64]:
-    """Return the number of groups of each token: the whole numbers around ``keep * groups`` in a cycle that has exactly
-    this mean. ``first`` is the place of the first token in the cycle."""
+    """Return the number of groups of each token: the whole numbers around ``keep * groups`` in a
+    cycle that has exactly this mean. ``first`` is the place of the first token in the cycle."""
     edges = np.floor(keep * groups * np.arange(first, first + tokens + 1, dtype=np.float64) + 1e-6)
     return np.diff(edges).astype(np.int64)
 
@@ -323,7 +337,8 @@ def _sliced(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int]], rows: i
 
 
 def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
-    """Multiply features (groups, width) by their rows of the transposed weight; return (1, hidden)."""
+    """Multiply features (groups, width) by their rows of the transposed weight; return (1,
+    hidden)."""
     channels = index[:, None] * blocks.width + torch.arange(blocks.width, device=index.device)
     return F.embedding_bag(channels, blocks.outer, mode="sum", per_sample_weights=features).sum(
         0, keepdim=True
@@ -332,11 +347,13 @@ def _returned(features: Tensor, index: Tensor, blocks: Blocks) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupRouting(Rule):
-    """Dynamic width: a router selects the groups of heads and of MLP channels of each token; k and v are dense.
+    """Dynamic width: a router selects the groups of heads and of MLP channels of each token; k and
+    v are dense.
 
-    On a GPU with Triton, kernels skip tiles of tokens that are sorted by group. On other devices a loop over the groups
-    gathers the tokens of each group, multiplies them and adds the results (kernel "looped" of the simulator's family).
-    A single token needs no loop: neighbouring groups are one slice of the stacked weights.
+    On a GPU with Triton, kernels skip tiles of tokens that are sorted by group. On other devices a
+    loop over the groups gathers the tokens of each group, multiplies them and adds the results
+    (kernel "looped" of the simulator's family). A single token needs no loop: neighbouring groups
+    are one slice of the stacked weights.
     """
 
     family: ClassVar[str] = "dynamic_width"
@@ -382,7 +399,8 @@ class GroupRouting(Rule):
     def _choice(
         self, s: PassState, sublayer: Sublayer, x: Tensor
     ) -> tuple[Tensor, NDArray[np.int64]]:
-        """Return the best groups of each token, as many as any token uses, and the number that each token uses."""
+        """Return the best groups of each token, as many as any token uses, and the number that each
+        token uses."""
         counts = group_counts(
             self.keep, len(sublayer.router), self._turn(s), x.shape[0] * x.shape[1]
         )
@@ -397,7 +415,8 @@ class GroupRouting(Rule):
         mask = torch.zeros(tokens, groups, dtype=torch.bool, device=device)
         if (counts == most).all():
             return mask.scatter_(1, index, True)
-        # the counts are computed again on the device, because a graph cannot capture a copy from the host
+        # the counts are computed again on the device, because a graph cannot capture a copy from
+        # the host
         turn = torch.arange(first, first + tokens + 1, dtype=torch.float64, device=device)
         used = (
             torch.arange(most, device=device)
@@ -423,7 +442,8 @@ def _heads_in_tiles(
 
 
 def _chosen_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Causal attention of the queries in a mask (batch * tokens, kv_heads), gathered by group; other queries give 0."""
+    """Causal attention of the queries in a mask (batch * tokens, kv_heads), gathered by group;
+    other queries give 0."""
     batch, heads, tokens, _ = q.shape
     groups = mask.shape[1]
     # (batch * groups, tokens)
@@ -461,7 +481,8 @@ def _heads_of_one(
 def _heads(
     s: PassState, a: Attention, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
-    """Compute queries, attention and output of each KV group for the tokens in a mask (batch * tokens, kv_heads)."""
+    """Compute queries, attention and output of each KV group for the tokens in a mask (batch *
+    tokens, kv_heads)."""
     blocks, (batch, tokens) = a.blocks, h.shape[:2]
     assert blocks is not None
     h = h.flatten(0, 1)
@@ -545,7 +566,8 @@ def prune_decoder(
     layers: Sequence[int] | None = None,
     **options: Any,
 ) -> Decoder:
-    """Prune a decoder by a family, with the arguments of :func:`simulator.prune` or fields of the family's rule."""
+    """Prune a decoder by a family, with the arguments of :func:`simulator.prune` or fields of the
+    family's rule."""
     options = _different(family, options)
     if sparsity is None and layers is None:
         sparsity = FAMILIES[family].default
@@ -571,7 +593,8 @@ def check_steps(steps: Sequence[PruningStep]) -> None:
     for step in steps:
         if dynamic and step.name != "depth":
             raise InputError(
-                f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic} before"
+                f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic}"
+                " before"
             )
         dynamic = step.name if step.name in DYNAMIC else dynamic
         if reason := _lacking(step):
@@ -593,12 +616,16 @@ def _lacking(step: PruningStep) -> str:
     if family in DYNAMIC and (
         step.layers is not None or isinstance(argument, Mapping) or np.ndim(argument)
     ):
-        return f"family {family}: this decoder runs it equally in all layers and parts; expected one fraction"
+        return (
+            f"family {family}: this decoder runs it equally in all layers and parts; expected one"
+            " fraction"
+        )
     return ""
 
 
 def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options without those that a family lacks here and that have the simulator's defaults."""
+    """Return the options without those that a family lacks here and that have the simulator's
+    defaults."""
     own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options
     dropped = {
         name for name, value in usual.items() if name not in own and options.get(name) == value
@@ -608,7 +635,8 @@ def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int) -> Removed:
-    """Return the fractions of all layers; ``layers`` are pruned, or a fraction of these layers is removed."""
+    """Return the fractions of all layers; ``layers`` are pruned, or a fraction of these layers is
+    removed."""
     by_part, listed = (
         isinstance(sparsity, Mapping),
         None if layers is None else listed_layers(layers, many),
@@ -637,7 +665,8 @@ def aligned(width: int, keep: float, align: int = ALIGN) -> int:
 def depth(
     decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False
 ) -> Decoder:
-    """Remove layers or sublayers: the deepest ones, except the last one unless tokens exit early."""
+    """Remove layers or sublayers: the deepest ones, except the last one unless tokens exit
+    early."""
     kinds = (
         [("attention", "mlp")]
         if unit == "layer" and not removed.by_part
@@ -668,7 +697,8 @@ def depth(
 def width(
     decoder: Decoder, removed: Removed, *, align: int = ALIGN, inner: int | None = None
 ) -> Decoder:
-    """Remove heads, MLP channels and hidden features. ``inner`` is the width of all MLPs that are pruned."""
+    """Remove heads, MLP channels and hidden features. ``inner`` is the width of all MLPs that are
+    pruned."""
 
     def change(number: int, part: Any) -> Any:
         size = getattr(part, part.roles[-1]).weight.float().pow(2).sum(0)
@@ -690,7 +720,8 @@ def width(
 def _fewer_heads(
     a: Attention, head_dim: int, size: Tensor, both: float, alone: float, kv: float
 ) -> Attention:
-    """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is the size of each feature."""
+    """Remove shares of KV groups, of query heads alone, and of KV heads alone; ``size`` is the size
+    of each feature."""
 
     def left(many: int, share: float) -> int:
         return max(whole_share(1.0 - share, many), 1) if share else many
@@ -727,7 +758,8 @@ def _fewer_heads(
 
 
 def width_cross(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
-    """Reduce the hidden size. Norms have the scale that they would have with removed features of zero."""
+    """Reduce the hidden size. Norms have the scale that they would have with removed features of
+    zero."""
     return _fewer_features(decoder, removed.of(0, "mlp"), align)
 
 
@@ -748,16 +780,19 @@ def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
     return replace(
         decoder.changed(change),
         embedding=embedding,
-        head=embedding
-        if decoder.head is decoder.embedding
-        else decoder.head.index_select(1, index).contiguous(),
+        head=(
+            embedding
+            if decoder.head is decoder.embedding
+            else decoder.head.index_select(1, index).contiguous()
+        ),
         final_norm=decoder.final_norm.index_select(0, index) * scale,
         epsilon=decoder.epsilon * before / kept,
     )
 
 
 def low_rank(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> Decoder:
-    """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of W's row space (randomised range finder)."""
+    """Replace each W by (W Q)(Q^T), Q an orthonormal basis of a sample of W's row space (randomised
+    range finder)."""
     # on the device: an 8B model needs two billion numbers
     generator = torch.Generator(device=decoder.device).manual_seed(0)
 
@@ -870,7 +905,8 @@ def _routed(decoder: Decoder, rule: Any) -> Decoder:
 
 
 def _channel_blocks(m: Mlp, groups: int) -> Blocks:
-    """Return gate, up and down weights in at most ``groups`` groups of channels; zeros fill the last group."""
+    """Return gate, up and down weights in at most ``groups`` groups of channels; zeros fill the
+    last group."""
     channels = m.down.weight.shape[1]
     width = -(-channels // groups)
     groups = -(-channels // width)

@@ -1,7 +1,8 @@
 """Weights of a Llama-style decoder, dense or pruned, as frozen data, and its forward pass.
 
-The decoder has an RMS norm before each sublayer, rotary positions, a gated MLP and grouped-query attention (Llama,
-Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). A :class:`Rule` decides which work a pass skips.
+The decoder has an RMS norm before each sublayer, rotary positions, a gated MLP and grouped-query
+attention (Llama, Mistral, Qwen2, Qwen3, SmolLM2, Phi-3). A :class:`Rule` decides which work a pass
+skips.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Projection:
         return linear(x, self.factors[-1], self.bias)
 
     def of_rows(self, x: Tensor, index: Tensor, count: Tensor, add_to: Tensor = None) -> Tensor:
-        """Apply the projection to the rows of x (tokens, k) that the first ``count`` (on the device) of ``index`` name.
-        Other rows are undefined in the result, or unchanged in ``add_to``."""
+        """Apply the projection to the rows of x (tokens, k) that the first ``count`` (on the
+        device) of ``index`` name. Other rows are undefined in the result, or unchanged in
+        ``add_to``."""
         if type(self.factors[-1]) not in _PLAIN:  # sparse weights have no kernel that skips rows
             y = self(x)
             rest = torch.arange(len(index), device=x.device) >= count
@@ -79,7 +81,8 @@ class Projection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A copy of a sublayer's weights, ordered by groups of equal width: a token uses neighbouring rows."""
+    """A copy of a sublayer's weights, ordered by groups of equal width: a token uses neighbouring
+    rows."""
 
     # (rows, hidden): rows that compute a group's features (MLP: gate, then up), by group
     inner: Tensor
@@ -256,8 +259,9 @@ def from_weights(
     device: str = "cpu",
     **constants: Any,
 ) -> Decoder:
-    """Return a decoder with the weights of a Hugging Face checkpoint, whose shapes determine heads and widths. A layer
-    without the norm of a sublayer lacks the sublayer. ``constants`` are further fields of :class:`Decoder`."""
+    """Return a decoder with the weights of a Hugging Face checkpoint, whose shapes determine heads
+    and widths. A layer without the norm of a sublayer lacks the sublayer. ``constants`` are further
+    fields of :class:`Decoder`."""
 
     def get(key: str) -> Tensor:
         if key not in weights:
@@ -341,7 +345,8 @@ class PassState:
         return rms_norm(x, weight, self.decoder.epsilon)
 
     def turned(self, heads: Tensor, norm: Tensor, *tables: Tensor) -> Tensor:
-        """Normalise heads if there is a norm, and rotate them by the given tables or those of the pass."""
+        """Normalise heads if there is a norm, and rotate them by the given tables or those of the
+        pass."""
         heads = heads if norm is None else self.norm(heads, norm)
         of_token = heads.transpose(1, 2)  # as a projection has written it
         if (
@@ -421,14 +426,16 @@ def joined(x: Tensor) -> Tensor:
 
 
 def prefill(decoder: Decoder, tokens: Tensor, room: int = 1) -> tuple[Tensor, PassState]:
-    """Return logits (batch, vocab) after prompts (batch, seq), and the state with ``room`` free positions per cache."""
+    """Return logits (batch, vocab) after prompts (batch, seq), and the state with ``room`` free
+    positions per cache."""
     with torch.no_grad():
         state = PassState(decoder, tokens.shape[1], room)
         return logits_after(decoder, _through(state, tokens)[:, -1]), state
 
 
 def decode(decoder: Decoder, token: Tensor, state: PassState) -> Tensor:
-    """Add one token per sequence (batch, 1) to the caches; return the logits (batch, vocab) after the token."""
+    """Add one token per sequence (batch, 1) to the caches; return the logits (batch, vocab) after
+    the token."""
     with torch.no_grad():
         state.decoding = True
         return logits_after(decoder, _through(state, token)[:, -1])
@@ -440,7 +447,8 @@ def window_logits(decoder: Decoder, ids: Tensor) -> Tensor:
 
 
 def embedded(s: PassState, tokens: Tensor) -> Tensor:
-    """Return the residual stream before the first layer, and set the rotary tables of the tokens."""
+    """Return the residual stream before the first layer, and set the rotary tables of the
+    tokens."""
     decoder = s.decoder
     x = F.embedding(tokens, decoder.embedding)
     positions = torch.arange(s.position, s.position + tokens.shape[1], device=x.device)
@@ -459,7 +467,8 @@ def embedded(s: PassState, tokens: Tensor) -> Tensor:
 
 
 def through_layer(s: PassState, number: int, layer: Layer, x: Tensor) -> Tensor:
-    """Return the residual stream after a layer, which may replace the decoder's layer of this number."""
+    """Return the residual stream after a layer, which may replace the decoder's layer of this
+    number."""
     rule = s.decoder.rule or DENSE
     s.layer = number
     x = rule.enter(s, x)

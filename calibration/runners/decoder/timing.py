@@ -123,7 +123,8 @@ class Executor(PairRunner):
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error) or "captur" not in str(error):
                 raise  # all messages of failed captures have this word
-            # torch's allocator may stay in capture, so nothing that this process times after it counts
+            # torch's allocator may stay in capture, so nothing that this process times after it
+            # counts
             raise CaptureFailed(
                 f"not captured: {type(error).__name__}: {error}".splitlines()[0]
             ) from error

@@ -1,19 +1,24 @@
 """Time cases in vLLM.
 
-Samples are those of ``vllm bench latency``: a batch of random prompts is sent at once, with greedy sampling, no end of
-sequence and no prefix cache.
+Samples are those of ``vllm bench latency``: a batch of random prompts is sent at once, with greedy
+sampling, no end of sequence and no prefix cache.
 
 - prefill: one new token per sequence.
-- decode: the difference of 1 and :data:`STEPS` + 1 new tokens, per step; lengths are centred on ``seq``.
-- generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make ``new_tokens`` + 1 tokens.
-- serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one request.
+- decode: the difference of 1 and :data:`STEPS` + 1 new tokens, per step; lengths are centred on
+  ``seq``.
+- generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make
+  ``new_tokens`` + 1 tokens.
+- serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one
+  request.
 
-The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its requests, and requests
-finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM keeps its memory until its process ends, so
-each model has a child process for all its cases. If a prefill or decode case needs more tokens per step than vLLM's own
-budget, serve has another process with that budget. If both models fit, dense and pruned take turns; an engine is
-stopped (SIGSTOP) while no request of it runs, because an idle engine polls and slows the other. Else the pruned model
-is timed after the dense model. The caches hold the largest checked case, so check all cases before the first record.
+The runner calls vLLM from Python: one start of a model, a minute on a GPU, then serves all its
+requests, and requests finish at equal distances, which ``vllm bench serve`` cannot arrange. vLLM
+keeps its memory until its process ends, so each model has a child process for all its cases. If a
+prefill or decode case needs more tokens per step than vLLM's own budget, serve has another process
+with that budget. If both models fit, dense and pruned take turns; an engine is stopped (SIGSTOP)
+while no request of it runs, because an idle engine polls and slows the other. Else the pruned model
+is timed after the dense model. The caches hold the largest checked case, so check all cases before
+the first record.
 """
 
 from __future__ import annotations
@@ -78,8 +83,9 @@ class LargestRequest:
     batched: int = 0  # tokens of one pass
 
     def with_case(self, case: Case) -> LargestRequest:
-        """Return sizes that also hold a case. Prompts that start together are one pass, up to a limit where no decode
-        step is timed: after several, early sequences end before the last step."""
+        """Return sizes that also hold a case. Prompts that start together are one pass, up to a
+        limit where no decode step is timed: after several, early sequences end before the last
+        step."""
         prompt = 0 if case.phase == "serve" else case.batch * case.seq
         batched = prompt if case.phase == "decode" else min(prompt, _MOST_BATCHED)
         return self.with_sizes(LargestRequest(case.batch, sum(lengths(case)), batched))
@@ -146,7 +152,8 @@ class VllmRunner(Runner):
         sizes, positions = self.sizes[serving].with_case(case), self.models.dense.max_positions
         if sizes.tokens > positions:
             raise InputError(
-                f"seq: expected at most {positions} positions, got {sum(lengths(case))} with new tokens"
+                f"seq: expected at most {positions} positions, got {sum(lengths(case))} with new"
+                " tokens"
             )
         self.models.pruned(case)
         self.sizes[serving] = sizes
@@ -328,7 +335,8 @@ class VllmRunner(Runner):
         return self.sizes[one[1]] if self.apart else self.sizes[False].with_sizes(self.sizes[True])
 
     def _cache_bytes(self, one: Served) -> int:
-        """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make it smaller."""
+        """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make
+        it smaller."""
         model, sizes = one[0], self._sizes(one)
         full = replace(model, windows=(0,) * model.layers)
         tokens = (sizes.tokens // _BLOCK + 2) * _BLOCK
@@ -379,8 +387,9 @@ class EngineFailed(RuntimeError):
 
 
 def environment(device: Device | None = None, cache_bytes: int = 0) -> dict[str, str]:
-    """Return the environment of a child on a device: no network, no module search beside the program, and the GPU, or
-    the CPUs of the device with a malloc that keeps blocks, as in calibrations."""
+    """Return the environment of a child on a device: no network, no module search beside the
+    program, and the GPU, or the CPUs of the device with a malloc that keeps blocks, as in
+    calibrations."""
     env = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if device is None:
         return env
@@ -417,10 +426,12 @@ def check_installed(python: str) -> None:
 
 
 class EngineProcess:
-    """One model in vLLM in a child process, whose crash does not end a comparison; it is ready when made.
+    """One model in vLLM in a child process, whose crash does not end a comparison; it is ready when
+    made.
 
-    ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not fit. Unsupported:
-    this release does not accept an argument. EngineFailed: the child fails or gives no answer in ``patience_s``.
+    ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not
+    fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or
+    gives no answer in ``patience_s``.
     """
 
     def __init__(
@@ -514,7 +525,8 @@ class EngineProcess:
             os.killpg(self.process.pid, number)
 
     def _failure(self, error: str) -> Exception:
-        """Return the exception for an error of the child, with the cause in its output if the error names none."""
+        """Return the exception for an error of the child, with the cause in its output if the error
+        names none."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5.0)  # it writes the rest of its output
         text = self.log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
@@ -541,20 +553,27 @@ def cause(output: str) -> str:
 
 
 # Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)
-# fmt: off
 CLASSES: Mapping[str, str] = {
-    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM", "granite": "GraniteForCausalLM",
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM", "nemotron": "NemotronForCausalLM",
-    "opt": "OPTForCausalLM", "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "nemotron": "NemotronForCausalLM",
+    "opt": "OPTForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }
-# fmt: on
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Keys of code, of stored formats and of parts that are not timed
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
@@ -562,7 +581,8 @@ _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "
 
 @dataclass(frozen=True)
 class Models:
-    """Writes the ``config.json`` of a dense model and of its prunings: vLLM builds a model from that file alone."""
+    """Writes the ``config.json`` of a dense model and of its prunings: vLLM builds a model from
+    that file alone."""
 
     dense: ModelConfig  # all layers or the first layers
     content: Mapping[str, Any]  # config.json
@@ -579,7 +599,8 @@ class Models:
             )
         if self.dense.weight_dtype:
             raise InputError(
-                f"{name}: its weights are stored in {self.dense.weight_dtype}; expected 16 or 32 bits"
+                f"{name}: its weights are stored in {self.dense.weight_dtype}; expected 16 or 32"
+                " bits"
             )
         self.config_of(self.dense)
 
@@ -603,7 +624,8 @@ class Models:
         }
 
     def pruned(self, case: Case) -> ModelConfig:
-        """Return the pruned model of a case; InputError if vLLM cannot load it, or would build other shapes."""
+        """Return the pruned model of a case; InputError if vLLM cannot load it, or would build
+        other shapes."""
         meta = case.pruned.meta
         if meta.devices > 1:
             raise InputError(f"devices: expected 1 to run in vLLM, got {meta.devices}")

@@ -1,9 +1,11 @@
-"""Run one model in vLLM and time its requests: the program of a child process, which needs only vLLM.
+"""Run one model in vLLM and time its requests: the program of a child process, which needs only
+vLLM.
 
     python worker.py DESCRIPTOR '{"model": "FOLDER", "load_format": "dummy", ...}'
 
-The settings are keyword arguments of ``vllm.LLM``. Each line of the standard input is a request, and each line written
-to the file descriptor an answer, in JSON; vLLM writes to the standard output. The process ends with its input.
+The settings are keyword arguments of ``vllm.LLM``. Each line of the standard input is a request,
+and each line written to the file descriptor an answer, in JSON; vLLM writes to the standard output.
+The process ends with its input.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def latency(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab:
     made = {len(one.outputs[0].token_ids) for one in finished}
     if len(finished) != batch or made != {output}:
         raise RuntimeError(
-            f"expected {batch} requests with {output} new tokens each, got {len(finished)} with {made}"
+            f"expected {batch} requests with {output} new tokens each, got {len(finished)} with"
+            f" {made}"
         )
     return {"seconds": seconds}
 
@@ -62,9 +65,10 @@ def serve(
 ) -> Answer:
     """Return times of windows in the steady state of a closed loop, and waits for first tokens.
 
-    ``concurrency`` requests are in flight; a finished request is replaced at once. The first requests ask for fewer
-    tokens, so requests finish at equal distances. The ramp-up ends when ``concurrency`` requests have finished. A
-    window is the time in which ``concurrency`` requests finish: the time of one request.
+    ``concurrency`` requests are in flight; a finished request is replaced at once. The first
+    requests ask for fewer tokens, so requests finish at equal distances. The ramp-up ends when
+    ``concurrency`` requests have finished. A window is the time in which ``concurrency`` requests
+    finish: the time of one request.
     """
     engine = llm.llm_engine
     sent, begun, done = prompts(vllm, concurrency, tokens, vocab), dict[str, float](), 0
@@ -104,8 +108,8 @@ def serve(
 def rounds(
     vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int
 ) -> Answer:
-    """Return the times of steps in which all sequences run, and the mean number of tokens that each makes per step.
-    Divided by three, the last token of a prompt leaves ``which``."""
+    """Return the times of steps in which all sequences run, and the mean number of tokens that each
+    makes per step. Divided by three, the last token of a prompt leaves ``which``."""
     engine = llm.llm_engine
     for number, prompt in enumerate(prompts(vllm, batch, tokens, vocab - 3, seed)):
         prompt["prompt_token_ids"][-1] += which - prompt["prompt_token_ids"][-1] % 3
@@ -125,8 +129,9 @@ def rounds(
 
 
 def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
-    """Return the kernels of each step of a batch: its name with its numbers of prompts and decodes, its time, and the
-    time of each kernel, s; vLLM must have been started with its torch profiler, which writes into ``folder``."""
+    """Return the kernels of each step of a batch: its name with its numbers of prompts and decodes,
+    its time, and the time of each kernel, s; vLLM must have been started with its torch profiler,
+    which writes into ``folder``."""
     for old in Path(folder).glob("*"):
         old.unlink()
     llm.start_profile()
@@ -143,8 +148,8 @@ def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
 
 
 def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
-    """Return the steps of a trace. Times of kernels are those of a GPU if there are any, else those of the operators of
-    torch, without the operators that they call."""
+    """Return the steps of a trace. Times of kernels are those of a GPU if there are any, else those
+    of the operators of torch, without the operators that they call."""
     gpu = [event for event in events if event.get("cat") == "kernel"]
     spans = [
         e
@@ -179,7 +184,8 @@ TIMED: dict[str, Callable[..., Answer]] = {
 
 
 def main(descriptor: int, settings: Answer) -> None:
-    """Start the model, then answer requests until the input ends; an error is answered and ends the process."""
+    """Start the model, then answer requests until the input ends; an error is answered and ends the
+    process."""
     # the reader must see the end of this process, not of vLLM's processes
     os.set_inheritable(descriptor, False)
     # a killed reader leaves this process stopped: it continues and sees its input's end
