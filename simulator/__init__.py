@@ -14,111 +14,84 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from simulator._version import __version__
+from simulator._version import __version__ as __version__
 
+# Type checkers read these imports, but not __getattr__, which would make any name valid for them
 if TYPE_CHECKING:
-    from simulator.capacity import memory
-    from simulator.engines.engine import list_engines, load_engine
-    from simulator.errors import InputError
-    from simulator.hardware.library import list_hardware, load_hardware
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.hardware.save import save_hardware
-    from simulator.models.config import ModelConfig
-    from simulator.models.library import list_models, load_model
-    from simulator.models.lower import lower
-    from simulator.plans.costs import Costs, costs
-    from simulator.plans.search import Plan, search
-    from simulator.plans.solve import Targets
-    from simulator.prediction.draft import draft
-    from simulator.prediction.explain import Step, waterfall
-    from simulator.prediction.result import Result, Results
-    from simulator.prediction.service import serve
-    from simulator.prediction.sweep import sweep
-    from simulator.prediction.table import predict, speedup, speedups, table
-    from simulator.pruning import FAMILIES, prune
-    from simulator.pruning._methods import METHODS
-    from simulator.request import Request
-    from simulator.uncertainty.intervals import workload_time
-    from simulator.uncertainty.operators import GemmOptions, gemm_time
-    from simulator.workload import Workload
+    from simulator.capacity import memory as memory
+    from simulator.engines.engine import list_engines as list_engines
+    from simulator.engines.engine import load_engine as load_engine
+    from simulator.errors import InputError as InputError
+    from simulator.hardware.library import list_hardware as list_hardware
+    from simulator.hardware.library import load_hardware as load_hardware
+    from simulator.hardware.profile import HardwareProfile as HardwareProfile
+    from simulator.hardware.save import save_hardware as save_hardware
+    from simulator.models.library import list_models as list_models
+    from simulator.models.library import load_model as load_model
+    from simulator.models.lower import lower as lower
+    from simulator.models.model import Model as Model
+    from simulator.plans.costs import Costs as Costs
+    from simulator.plans.costs import costs as costs
+    from simulator.plans.search import Plan as Plan
+    from simulator.plans.search import search as search
+    from simulator.plans.solve import Targets as Targets
+    from simulator.prediction.draft import draft as draft
+    from simulator.prediction.explain import Step as Step
+    from simulator.prediction.explain import waterfall as waterfall
+    from simulator.prediction.result import Result as Result
+    from simulator.prediction.result import Results as Results
+    from simulator.prediction.service import serve as serve
+    from simulator.prediction.sweep import sweep as sweep
+    from simulator.prediction.table import predict as predict
+    from simulator.prediction.table import speedup as speedup
+    from simulator.prediction.table import speedups as speedups
+    from simulator.prediction.table import table as table
+    from simulator.pruning import FAMILIES as FAMILIES
+    from simulator.pruning import prune as prune
+    from simulator.pruning._methods import METHODS as METHODS
+    from simulator.request import Request as Request
+    from simulator.uncertainty.intervals import workload_time as workload_time
+    from simulator.uncertainty.operators import GemmOptions as GemmOptions
+    from simulator.uncertainty.operators import gemm_time as gemm_time
+    from simulator.workload import Workload as Workload
+else:
+    _MODULES = {
+        "errors": "InputError",
+        "engines.engine": "list_engines load_engine",
+        "uncertainty.intervals": "workload_time",
+        "uncertainty.operators": "GemmOptions gemm_time",
+        "hardware.profile": "HardwareProfile",
+        "hardware.library": "list_hardware load_hardware",
+        "hardware.save": "save_hardware",
+        "capacity": "memory",
+        "pruning": "FAMILIES prune",
+        "pruning._methods": "METHODS",
+        "plans.costs": "Costs costs",
+        "plans.search": "Plan search",
+        "plans.solve": "Targets",
+        "prediction.table": "predict speedup speedups table",
+        "prediction.result": "Result Results",
+        "prediction.service": "serve",
+        "request": "Request",
+        "prediction.draft": "draft",
+        "prediction.explain": "Step waterfall",
+        "prediction.sweep": "sweep",
+        "models.model": "Model",
+        "models.library": "list_models load_model",
+        "models.lower": "lower",
+        "workload": "Workload",
+    }
+    # name -> module; imported on first use, so that ``import simulator`` stays fast
+    _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-_MODULES = {
-    "errors": "InputError",
-    "engines.engine": "list_engines load_engine",
-    "uncertainty.intervals": "workload_time",
-    "uncertainty.operators": "GemmOptions gemm_time",
-    "hardware.profile": "HardwareProfile",
-    "hardware.library": "list_hardware load_hardware",
-    "hardware.save": "save_hardware",
-    "capacity": "memory",
-    "pruning": "FAMILIES prune",
-    "pruning._methods": "METHODS",
-    "plans.costs": "Costs costs",
-    "plans.search": "Plan search",
-    "plans.solve": "Targets",
-    "prediction.table": "predict speedup speedups table",
-    "prediction.result": "Result Results",
-    "prediction.service": "serve",
-    "request": "Request",
-    "prediction.draft": "draft",
-    "prediction.explain": "Step waterfall",
-    "prediction.sweep": "sweep",
-    "models.config": "ModelConfig",
-    "models.library": "list_models load_model",
-    "models.lower": "lower",
-    "workload": "Workload",
-}
-# name -> module; imported on first use, so that ``import simulator`` stays fast
-_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+    __all__ = sorted((*_HOME, "__version__"))
 
-__all__ = [
-    "Costs",
-    "FAMILIES",
-    "GemmOptions",
-    "HardwareProfile",
-    "InputError",
-    "METHODS",
-    "ModelConfig",
-    "Plan",
-    "Request",
-    "Result",
-    "Results",
-    "Step",
-    "Targets",
-    "Workload",
-    "__version__",
-    "costs",
-    "draft",
-    "gemm_time",
-    "list_engines",
-    "list_hardware",
-    "list_models",
-    "load_engine",
-    "load_hardware",
-    "load_model",
-    "lower",
-    "memory",
-    "predict",
-    "prune",
-    "save_hardware",
-    "search",
-    "serve",
-    "speedup",
-    "speedups",
-    "sweep",
-    "table",
-    "waterfall",
-    "workload_time",
-]
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'simulator' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"simulator.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'simulator' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"simulator.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return __all__

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulator.arguments import AMOUNT, SHARE, instance, number
-from simulator.arrays import BoolArray, FloatArray
+from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, GEMM, ROLES, Part, Phase
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
@@ -107,35 +107,41 @@ def memory(
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
-    hw, share = (
-        load_hardware(hw),
-        memory_share(workload) if share is None else number("share", share, SHARE),
-    )
-    workloads, devices, capacity = (
-        WorkloadBatch.of([workload]),
-        workload.meta.devices,
-        share * hw.memory_bytes,
-    )
-    weights, cache, activation = (
-        float(f(workloads)[0]) for f in (weights_bytes, cache_bytes, activation_bytes)
-    )
+    hw = load_hardware(hw)
+    share = memory_share(workload) if share is None else number("share", share, SHARE)
+    workloads, devices = WorkloadBatch.of([workload]), workload.meta.devices
+    capacity = share * hw.memory_bytes
+    weights, cache = float(weights_bytes(workloads)[0]), float(cache_bytes(workloads)[0])
+    activation = float(activation_bytes(workloads)[0])
     total = weights + cache + activation + reserve_bytes
-    fits = total <= capacity
-    # devices share the first part, which is overestimated for the fullest stage of a pipeline
-    shared, whole = (weights + cache) * devices, activation + reserve_bytes
-    sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
-    needed = devices if fits else next((n for n in sizes if shared / n + whole <= capacity), 0)
-    need, have = (
-        f"{total / 2**30:.1f} GiB",
-        f"{capacity / 2**30:.1f} GiB{' each' if devices > 1 else ''}",
+    needed = devices
+    if total > capacity:
+        # devices share the first part, which is overestimated for the fullest stage of a pipeline
+        shared, whole = (weights + cache) * devices, activation + reserve_bytes
+        sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
+        needed = next((size for size in sizes if shared / size + whole <= capacity), 0)
+    return Memory(
+        weights_bytes=weights,
+        cache_bytes=cache,
+        activation_bytes=activation,
+        reserve_bytes=reserve_bytes,
+        total_bytes=total,
+        capacity_bytes=capacity,
+        fits=total <= capacity,
+        devices_needed=needed,
+        verdict=_verdict(total, capacity, devices, needed),
     )
+
+
+def _verdict(total: float, capacity: float, devices: int, needed: int) -> str:
+    need = f"{total / 2**30:.1f} GiB"
+    have = f"{capacity / 2**30:.1f} GiB{' each' if devices > 1 else ''}"
+    if total <= capacity:
+        return f"fits: {need} of {have} ({total / capacity:.0%})"
     way = (
         f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
     )
-    verdict = f"does not fit: needs {need}, {have} available ({total / capacity:.1f}x); {way}"
-    if fits:
-        verdict = f"fits: {need} of {have} ({total / capacity:.0%})"
-    return Memory(weights, cache, activation, reserve_bytes, total, capacity, fits, needed, verdict)
+    return f"does not fit: needs {need}, {have} available ({total / capacity:.1f}x); {way}"
 
 
 def memory_share(w: Workload) -> float:
@@ -179,14 +185,14 @@ def cache_parts(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
         )
     decode = every & (w.phase == Phase.DECODE)
     held = _longest(workloads, decode, workloads.sequences) / workloads.sequences
-    own = (
+    unshared = (
         _longest(workloads, decode, workloads.sequences, *_prefix(workloads)) / workloads.sequences
     )
     prefill = every & (w.phase == Phase.PREFILL)
     together = np.maximum(workloads.largest(np.where(prefill, w.batch, 0)), 0)
     prompts = _longest(workloads, prefill, together)
     # all sequences share one prefix
-    return own, np.maximum(prompts - together * held, 0.0) + (held - own)
+    return unshared, np.maximum(prompts - together * held, 0.0) + (held - unshared)
 
 
 def _prefix(workloads: WorkloadBatch) -> tuple[FloatArray, FloatArray]:
@@ -211,30 +217,34 @@ def _longest(
 ) -> FloatArray:
     """Return the cache bytes of some rows of each workload for at least ``sequences`` (W,). Layers
     that keep the whole ``prompt`` (W,) exclude ``shared`` positions (W,)."""
-    w, at = workloads.rows, rows.nonzero()[0]
-    if not len(at):
+    w, index = workloads.rows, rows.nonzero()[0]
+    if not len(index):
         return np.zeros(len(workloads))
-    kv, window = w.kv_len[at], w.window[at]
+    kv, window = w.kv_len[index], w.window[index]
     if shared is not None:
-        owner = workloads.owner[at]
+        owner = workloads.owner[index]
         kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
-    batch = np.maximum(w.batch[at], sequences[workloads.owner[at]])
-    each = np.zeros(len(at))
-    for code in set(w.kind[at].tolist()):
-        own = (w.kind[at] == code).nonzero()[0]
-        each[own] = BY_CODE[code].cache_bytes(Rows(w, at[own]), batch[own], kv[own])
-    start, size = (
-        np.maximum(w.layer[at], 0).astype(np.int64),
-        np.maximum(w.layers[at], 1).astype(np.int64),
-    )
+    batch = np.maximum(w.batch[index], sequences[workloads.owner[index]])
+    each = np.zeros(len(index))
+    for code in set(w.kind[index].tolist()):
+        mine = (w.kind[index] == code).nonzero()[0]
+        each[mine] = BY_CODE[code].cache_bytes(Rows(w, index[mine]), batch[mine], kv[mine])
+    out = _over_layers(workloads, index, each)
+    return np.asarray(out * _stage_share(workloads) if w.meta.parallel == "pipeline" else out)
+
+
+def _over_layers(workloads: WorkloadBatch, rows: IndexArray, each: FloatArray) -> FloatArray:
+    """Return the sum over the layers of each workload of the largest value of a layer; ``each`` are
+    the values of ``rows`` per layer. Generate has one decode row per length; the longest counts."""
+    w = workloads.rows
+    start = np.maximum(w.layer[rows], 0).astype(np.int64)
+    size = np.maximum(w.layers[rows], 1).astype(np.int64)
     span = int((start + size).max()) + 1
-    # generate has one decode row per length; the longest counts
-    first = workloads.owner[at] * span + start
+    first = workloads.owner[rows] * span + start
     inside = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
     layers = np.zeros(len(workloads) * span)  # owner x layer
     np.maximum.at(layers, np.repeat(first, size) + inside, np.repeat(each, size))
-    out = layers.reshape(len(workloads), span).sum(axis=1)
-    return np.asarray(out * _stage_share(workloads) if w.meta.parallel == "pipeline" else out)
+    return np.asarray(layers.reshape(len(workloads), span).sum(axis=1))
 
 
 def activation_bytes(workloads: WorkloadBatch) -> FloatArray:

@@ -25,9 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import COUNT
-from simulator.arrays import BoolArray, FloatArray, IndexArray, array
+from simulator.arrays import FloatArray, IndexArray, array
 from simulator.codes import (
-    COLLECTIVE,
     DTYPE_BYTES,
     DTYPES,
     ELEMENTWISE,
@@ -44,7 +43,7 @@ from simulator.operators.base import BOTTLENECKS, Estimate, Formats, Operator, R
 from simulator.operators.experts import experts_touched
 from simulator.workload import Workload, WorkloadBatch, sums
 
-_HOST, _LAUNCH, _COMPUTE = map(BOTTLENECKS.index, ("host", "launch", "compute"))
+_COMPUTE = BOTTLENECKS.index("compute")
 _SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
 _NORM = ROLES.index("attention_norm")
@@ -79,29 +78,19 @@ class Host:
         """Return the host of a pass with ``launched`` kernels (:func:`launches`), each of
         ``launch_s``; other times are those of the engine. A CPU is its own host: it launches within
         its kernels' times and gaps."""
-        groups, rows = workloads.groups, workloads.rows
-        none = np.zeros((len(workloads), 2))
-        if hw.architecture == "cpu":
+        groups, cpu = workloads.groups, hw.architecture == "cpu"
+        if cpu:
             launched = np.zeros(groups.count.shape)
         waits = np.array([not engine.in_graph(name) for name in ("prefill", "decode")])
         launch = launched * (waits[groups.segment // 3] * launch_s)
-        begins = rows.is_role("embedding").nonzero()[0]
-        owner, phase, count = workloads.owner[begins], rows.phase[begins], rows.count[begins]
-        steps = sums(owner * len(Phase) + phase, count, none.shape)
-        # on a CPU this is the sampler, which sees each checked position; else the scheduler
-        each = rows.m[begins] / np.where(
-            hw.architecture == "cpu", 1, np.maximum(rows.q_len[begins], 1)
-        )
-        sequences = sums(owner * len(Phase) + phase, count * each, none.shape)
-        sequences[:, Phase.PREFILL] = 0.0
-        server = none.copy()
-        if rows.meta.phase == "serve":  # prompts are computed in the steps of others
-            steps[:, Phase.PREFILL] = 0.0
-            if hw.architecture != "cpu":  # vLLM on two cores: 5 to 8 ms (docs/vllm.md)
-                server[:, Phase.PREFILL] = engine.each_request.value
         of_phase = groups.segment[:, None] // 3 == np.arange(2)
         in_phase = groups.count @ (of_phase & (groups.role == _NORM)[:, None])
         layers = in_phase.sum(axis=1)
+        steps, sequences = _steps(workloads, cpu)
+        server = np.zeros_like(steps)
+        if workloads.rows.meta.phase == "serve" and not cpu:
+            # vLLM on two cores: 5 to 8 ms (docs/vllm.md)
+            server[:, Phase.PREFILL] = engine.each_request.value
         return cls(
             launch=launch,
             launch_log_sd=launch_log_sd,
@@ -181,6 +170,23 @@ class Host:
         return seconds, np.broadcast_to(follows, seconds.shape)
 
 
+def _steps(workloads: WorkloadBatch, cpu: bool) -> tuple[FloatArray, FloatArray]:
+    """Return the passes that the host schedules (W, 2) by phase, and the sequences of these
+    passes."""
+    rows, shape = workloads.rows, (len(workloads), 2)
+    begins = rows.is_role("embedding").nonzero()[0]
+    cell = workloads.owner[begins] * len(Phase) + rows.phase[begins]
+    count = rows.count[begins]
+    steps = sums(cell, count, shape)
+    if rows.meta.phase == "serve":  # prompts are computed in the steps of others
+        steps[:, Phase.PREFILL] = 0.0
+    # on a CPU this is the sampler, which sees each checked position; else the scheduler
+    each = rows.m[begins] / np.where(cpu, 1, np.maximum(rows.q_len[begins], 1))
+    sequences = sums(cell, count * each, shape)
+    sequences[:, Phase.PREFILL] = 0.0
+    return steps, sequences
+
+
 def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
     """Return the number of kernels of each workload and group. An engine may launch the kernels of
     routed experts once, per expert in use, or per expert."""
@@ -245,20 +251,21 @@ def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, Engine
     """Return an engine with the host times that were measured on a device, and all its measured
     times; None if this release was not measured there."""
     name = engine.name.partition("@")[0]  # a name with a version selects a generation
-    own = hw.engines.get(name)
-    if own is None:
+    times = hw.engines.get(name)
+    if times is None:
         return engine, None
     if (
         engine.generations
-        and selected(name, engine.generations, own.version).name != engine.generation
+        and selected(name, engine.generations, times.version).name != engine.generation
     ):
         return engine, None
     each_pass, each_layer, each_sequence = (
-        HostTime(t, own.host_log_sd, "") for t in (own.each_pass, own.each_layer, own.each_sequence)
+        HostTime(t, times.host_log_sd, "")
+        for t in (times.each_pass, times.each_layer, times.each_sequence)
     )
     return (
         replace(engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence),
-        own,
+        times,
     )
 
 
@@ -281,12 +288,12 @@ def engine_factors(
     kernels. If the engine was measured on this machine, its factors apply; else clocks fall under
     load, and GEMMs of one token may have a separate kernel. ``codes`` are bottlenecks."""
     out = np.ones(len(w))
-    if (own := measured_engine(engine, hw)[1]) is not None:
+    if (times := measured_engine(engine, hw)[1]) is not None:
         tokens = tokens_of(w)
         for operator in OPERATORS:
-            if operator.name in own.operators:
+            if operator.name in times.operators:
                 rows = w.kind == operator.code
-                out[rows] = own.factor(operator.name, tokens[rows])
+                out[rows] = times.factor(operator.name, tokens[rows])
         least = np.minimum(roofline_s / np.maximum(seconds, 1e-300), 1.0)
         # their data may be in a cache
         return np.where(w.kind == ELEMENTWISE, out, np.maximum(out, least))
@@ -299,100 +306,6 @@ def engine_factors(
     after *= np.where(w.m[rows] == 1, one_token, 1.0)
     out[rows] = np.maximum(after, np.minimum(roofline_s[rows], before)) / before
     return out
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """Forward passes of a batch of workloads on a device in an engine, s. Times of rows and groups
-    include all executions, and all kernels of an operator that is not fused."""
-
-    workloads: WorkloadBatch
-    hw: HardwareProfile  # as the engine uses it
-    engine: Engine
-    bottleneck_of_row: NDArray[Any]  # code
-    streams: FloatArray  # how often each row's kernels stream its data
-    row_s: FloatArray  # on the device
-    group_s: FloatArray  # (W, G) sums of the rows and of the gaps
-    group_gap_s: FloatArray  # (W, G) between the kernels, idle or the host's
-    host: Host
-
-    @property
-    def gap_s(self) -> FloatArray:
-        """Time (W,) between the kernels."""
-        return np.asarray(self.group_gap_s.sum(axis=1))
-
-    @cached_property
-    def device_s(self) -> FloatArray:
-        """Time (W,) of the kernels and gaps."""
-        return np.asarray(self.group_s.sum(axis=1))
-
-    def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
-        """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard
-        deviations slower than the typical host, and the share of the time that follows the
-        device."""
-        total, shown = self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
-        total = total.sum(axis=-1)
-        return total, shown.sum(axis=-1) / np.maximum(total, 1e-300)
-
-    @cached_property
-    def _typical(self) -> tuple[FloatArray, FloatArray]:
-        """Time by phase on the typical host, and the time that follows the device."""
-        return self.host.total(self.group_s, self.workloads.groups.segment)
-
-    @property
-    def phase_s(self) -> FloatArray:
-        """Time (W, 2) by phase, prefill and decode."""
-        return self._typical[0]
-
-    @cached_property
-    def total_s(self) -> FloatArray:
-        return np.asarray(self.phase_s.sum(axis=1))
-
-    @property
-    def host_s(self) -> FloatArray:
-        """Time (W,) of the host to launch and to schedule, hidden time included."""
-        return np.asarray(sum(self.host.spent()))
-
-    @cached_property
-    def device_share(self) -> FloatArray:
-        """Share (W,) of the time that follows the device."""
-        return np.asarray(self._typical[1].sum(axis=1) / np.maximum(self.total_s, 1e-300))
-
-    @property
-    def ideal_s(self) -> FloatArray:
-        """Datasheet roofline of each row if its kernel used every zero; for a collective, that of
-        its link."""
-        w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
-        # formats that the device does not compute in have no arithmetic time
-        compute_s = self.workloads.flops * hw.flop_s[w.dtype]
-        out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
-        between = w.kind == COLLECTIVE
-        if hw.link is None or not np.count_nonzero(between):
-            return out
-        return np.where(
-            between,
-            w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s,
-            out,
-        )
-
-    @property
-    def share(self) -> FloatArray:
-        return self.row_s / self.device_s[self.workloads.owner]
-
-    @property
-    def host_bound(self) -> BoolArray:
-        """Whether the host takes most of the time (W,)."""
-        return np.asarray(self.device_share < 0.5)
-
-    @property
-    def bottleneck(self) -> tuple[NDArray[np.int8], FloatArray]:
-        """Codes (W,) of the bottlenecks with the largest share of the time, and these shares."""
-        cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
-        share = sums(cell, self.row_s, (len(self.workloads), len(BOTTLENECKS)))
-        share[:, _LAUNCH] += self.gap_s
-        share *= (self.device_share / np.maximum(share.sum(axis=1), 1e-300))[:, None]
-        share[:, _HOST] += 1.0 - self.device_share
-        return share.argmax(axis=1).astype(np.int8), share.max(axis=1)
 
 
 def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> FloatArray:

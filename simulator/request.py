@@ -177,7 +177,7 @@ class Request:
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         Name, path or shapes of the model.
     engine : str
         Name or path of the engine, with a version or generation if needed (``vllm@0.19``,
@@ -381,6 +381,13 @@ class Request:
                 " pass"
             )
 
+    def with_model(self, model: Any, ideal: bool) -> Request:
+        """Return the request of another loaded model, with or without ``ideal`` sizes; the other
+        settings were checked before."""
+        request = object.__new__(Request)
+        vars(request).update(vars(self), model=model, ideal=ideal)
+        return request
+
     @property
     def given(self) -> dict[str, Any]:
         """Settings other than defaults, without the model, as keywords of functions with
@@ -409,30 +416,47 @@ class Applied:
     family: str
     sparsity: float  # requested: a scalar, or the mean over projections or layers
     realised: float  # after rounding
+    # arguments of a dynamic family, to apply it again after static pruning
+    step: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lowered(Request):
-    """The request of a workload, with values that follow from model and engine, and with the
+class Lowered:
+    """What a workload was made from: the values that follow from request, model and engine, and the
     pruning steps.
 
     Prefix and token budget are numbers of tokens (0: none, or no limit), ``parallel`` is "none" on
     one device, and ``new_tokens`` is 0 where none are decoded.
     """
 
+    model: str = ""  # its name
     engine: str = ""  # "": bare kernels
+    phase: str = "decode"
+    batch: int = 1
     seq: int = 1
     new_tokens: int = 0
+    cached_prefix: float = 0
     token_budget: int = 0
+    dtype: str = "bf16"
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    devices: int = 1
     link: str = ""
     parallel: str = "none"
-    layers: int = 0  # decoder layers of the dense model
-    hidden: int = 0
+    skew: float = 0.0
+    positions: int = 1
     applied: tuple[Applied, ...] = ()
-    config: Any = field(default=None, compare=False, repr=False)  # ModelConfig of the model
+    # Model, with the changes of static pruning; None for a workload of rows
+    config: Any = field(default=None, compare=False, repr=False)
+    # Request that the workload answers; its model is the dense one
+    request: Any = field(default=None, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        """Skip the checks, because :func:`simulator.lower` has made the values."""
+    @property
+    def asked(self) -> Request:
+        """The request, or one without a model for a workload of rows."""
+        if isinstance(self.request, Request):
+            return self.request
+        return Request(phase=self.phase, batch=self.batch, seq=self.seq)
 
 
 NO_REQUEST = Lowered()

@@ -355,6 +355,12 @@ def sums(cell: IndexArray, column: FloatArray, shape: tuple[int, int]) -> FloatA
     return np.asarray(out, dtype=np.float64).reshape(shape)
 
 
+def model_array(models: Sequence[Any]) -> Array:
+    out = np.empty(len(models), dtype=object)
+    out[:] = models
+    return out
+
+
 @dataclass(frozen=True)
 class WorkloadBatch:
     """Concatenated workloads, dense and pruned, with one phase, formats and engine."""
@@ -367,6 +373,8 @@ class WorkloadBatch:
     pruning: IndexArray  # index into the requested prunings; -1: dense
     sparsity: FloatArray  # requested
     realised: FloatArray  # after rounding
+    # Model of each workload, None for workloads of rows (an array of objects)
+    models: Array
 
     def __post_init__(self) -> None:
         if (
@@ -389,6 +397,7 @@ class WorkloadBatch:
         } | columns
         lengths = np.array([len(w) for w in workloads], dtype=np.intp)
         sequences = np.array([w.meta.batch for w in workloads], dtype=np.intp)
+        columns["models"] = model_array([w.meta.config for w in workloads])
         return cls(Workload.concat(workloads), lengths, sequences, **columns)
 
     @classmethod
@@ -412,6 +421,7 @@ class WorkloadBatch:
             pruning=self.pruning[index],
             sparsity=self.sparsity[index],
             realised=self.realised[index],
+            models=self.models[index],
         )
 
     def rows_of(self, index: int) -> IndexArray:

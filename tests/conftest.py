@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from program import cli
+
+__all__ = ["cli"]
 
 ROOT = Path(__file__).resolve().parent.parent
 # a job of a shell without job control: programs inherit it
@@ -61,7 +64,7 @@ def three_folds() -> Iterator[None]:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no figures in reports, which take half the time of a calibration, for tests of other
     parts."""
-    monkeypatch.setattr("calibration.evidence.validate.ENOUGH_TO_DRAW", float("inf"))
+    monkeypatch.setattr("calibration.validation.validate.ENOUGH_TO_DRAW", float("inf"))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -5,24 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import shaped
 import torch
 
 from calibration.runners.decoder.model import Decoder, decode, prefill
-from simulator.models.config import ModelConfig
 
 LAYERS, BATCH, PROMPT, STEPS = 4, 3, 70, 3
-_SHAPE = {
-    "hidden": 96,
-    "heads": 8,
-    "kv_heads": 4,
-    "head_dim": 12,
-    "inner": 160,
-    "vocab": 211,
-    "rotary_dim": 12,
-}
-CONFIG = ModelConfig(
-    "tiny", "llama", layers=LAYERS, max_positions=512, windows=(0,) * LAYERS, **_SHAPE
-)
+LAYER = shaped.layer(8, 4, 160, 12)
+CONFIG = shaped.model_of(*[LAYER] * LAYERS, hidden=96, vocab=211, max_positions=512)
 TOKENS = torch.randint(
     CONFIG.vocab, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(7)
 )
@@ -66,8 +56,8 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
     x = decoder.embedding.double()[tokens]
     batch, length = tokens.shape
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    for number, layer in enumerate(decoder.layers):
-        if (a := layer.attention) is not None:
+    for number, one in enumerate(decoder.layers):
+        if (a := one.attention) is not None:
             h = _norm(x, a.norm, decoder.epsilon)
             wanted = ((a.q, a.heads), (a.k, a.kv_heads), (a.v, a.kv_heads))
             q, k, v = (
@@ -95,7 +85,7 @@ def reference(decoder: Decoder, tokens: Any, masks: Masks | None = None) -> Any:
             if ("attention", number) in masks:
                 y = y * masks["attention", number][..., None]
             x = x + y
-        if (m := layer.mlp) is not None:
+        if (m := one.mlp) is not None:
             h = _norm(x, m.norm, decoder.epsilon)
             gate = _linear(m.gate, h)
             middle = gate * torch.sigmoid(gate) * _linear(m.up, h)

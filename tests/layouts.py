@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from simulator.models.checkpoint import BITS, Tensor
-from simulator.models.config import Block, ModelConfig
 from simulator.models.library import FOLDER
+from simulator.models.model import Model
+from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers.base import Sublayer
 
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]
@@ -47,12 +49,12 @@ PROJECTION = (
 )
 
 
-def tensors_of(model: ModelConfig) -> Tensors:
+def tensors_of(model: Model) -> Tensors:
     """All tensors of a model in F16."""
     return {name: Tensor("F16", shape) for name, shape in _shapes(model)}
 
 
-def _shapes(m: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _shapes(m: Model) -> Iterator[tuple[str, Shape]]:
     opt, neox = m.architecture == "opt", m.architecture == "gpt_neox"
     top = "model.decoder." if opt else "gpt_neox." if neox else "model."
     yield top + ("embed_in" if neox else "embed_tokens") + ".weight", (m.vocab, m.hidden)
@@ -61,16 +63,16 @@ def _shapes(m: ModelConfig) -> Iterator[tuple[str, Shape]]:
     if m.learned_positions:
         yield top + "embed_positions.weight", (m.learned_positions, m.hidden)
     yield from _norm(top + ("final_layer_norm" if opt or neox else "norm"), m)
-    for number, block in zip(m.numbers or range(m.layers), m.layout):
+    for number, layer in zip(m.layer_numbers, m.layers):
         at = f"{top}layers.{number}."
-        if block.heads or "attention" in block.linear:
-            yield from _attention(m, block, at + ("attention." if neox else "self_attn."))
+        if attention := layer.of("attention"):
+            yield from _attention(m, attention, at + ("attention." if neox else "self_attn."))
             if m.pre_norms:
                 yield from _norm(at + ("self_attn_layer_norm" if opt else "input_layernorm"), m)
             if m.post_norms:
                 yield from _norm(at + "post_attention_layernorm", m)
-        if block.inner or block.experts or "mlp" in block.linear:
-            yield from _mlp(m, block, at)
+        if mlp := layer.of("mlp"):
+            yield from _mlp(m, mlp, at)
             before = "pre_feedforward_layernorm" if m.post_norms else "post_attention_layernorm"
             if m.pre_norms:
                 yield from _norm(at + ("final_layer_norm" if opt else before), m)
@@ -78,7 +80,7 @@ def _shapes(m: ModelConfig) -> Iterator[tuple[str, Shape]]:
                 yield from _norm(at + "post_feedforward_layernorm", m)
 
 
-def _norm(name: str, m: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _norm(name: str, m: Model) -> Iterator[tuple[str, Shape]]:
     yield from _linear(name, (m.hidden,), m.norm == "layer")
 
 
@@ -88,105 +90,117 @@ def _linear(name: str, shape: Shape, bias: bool = False) -> Iterator[tuple[str, 
         yield name + ".bias", shape[:1]
 
 
-def _attention(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
-    h, q, kv, own = m.hidden, b.heads * m.head_dim, b.kv_heads * m.head_dim, m.latent
-    if "attention" in b.linear:
-        yield at + "linear_attn.weight", (h, h)
-        return
+def _attention(m: Model, attention: Sublayer, at: str) -> Iterator[tuple[str, Shape]]:
     out = {"opt": "out_proj", "gpt_neox": "dense"}.get(m.architecture, "o_proj")
-    if b.delta and m.delta is not None:
-        keys, values = m.delta.widths(b)
-        at = at.replace("self_attn", "linear_attn")
-        yield at + "in_proj_qkvz.weight", (2 * keys + 2 * values, h)
-        yield at + "in_proj_ba.weight", (2 * b.heads, h)
-        yield at + "conv1d.weight", (2 * keys + values, 1, m.delta.conv)
-        yield from (
-            (at + "dt_bias", (b.heads,)),
-            (at + "A_log", (b.heads,)),
-            (at + "norm.weight", (m.delta.value,)),
-        )
-        yield at + "out_proj.weight", (h, values)
-        return
-    if own is not None:
-        if own.query_rank:
-            yield from _linear(at + "q_a_proj", (own.query_rank, h))
-            yield from _linear(at + "q_a_layernorm", (own.query_rank,))
-        yield from _linear(
-            at + ("q_b_proj" if own.query_rank else "q_proj"), (q, own.query_rank or h)
-        )
-        yield from _linear(at + "kv_a_proj_with_mqa", (own.cached, h))
-        yield from _linear(at + "kv_a_layernorm", (own.rank,))
-        yield from _linear(at + "kv_b_proj", (b.heads * (own.plain + own.value), own.rank))
-        yield from _linear(at + out, (h, b.heads * own.value))
-        return
+    if isinstance(attention, Linear):
+        yield at + "linear_attn.weight", (m.hidden, m.hidden)
+    elif isinstance(attention, DeltaNet):
+        yield from _delta_net(attention, m.hidden, at.replace("self_attn", "linear_attn"))
+    elif isinstance(attention, LatentAttention):
+        yield from _latent(attention, m.hidden, at, out)
+    elif isinstance(attention, Attention):
+        yield from _grouped(m, attention, at, out)
+
+
+def _delta_net(net: DeltaNet, hidden: int, at: str) -> Iterator[tuple[str, Shape]]:
+    keys, values = net.kv_heads * net.key, net.heads * net.value
+    yield at + "in_proj_qkvz.weight", (2 * keys + 2 * values, hidden)
+    yield at + "in_proj_ba.weight", (2 * net.heads, hidden)
+    yield at + "conv1d.weight", (2 * keys + values, 1, net.conv)
+    yield at + "dt_bias", (net.heads,)
+    yield at + "A_log", (net.heads,)
+    yield at + "norm.weight", (net.value,)
+    yield at + "out_proj.weight", (hidden, values)
+
+
+def _latent(latent: LatentAttention, hidden: int, at: str, out: str) -> Iterator[tuple[str, Shape]]:
+    heads, queries = latent.heads, latent.heads * (latent.plain + latent.rotary)
+    if latent.query_rank:
+        yield from _linear(at + "q_a_proj", (latent.query_rank, hidden))
+        yield from _linear(at + "q_a_layernorm", (latent.query_rank,))
+        yield from _linear(at + "q_b_proj", (queries, latent.query_rank))
+    else:
+        yield from _linear(at + "q_proj", (queries, hidden))
+    yield from _linear(at + "kv_a_proj_with_mqa", (latent.rank + latent.rotary, hidden))
+    yield from _linear(at + "kv_a_layernorm", (latent.rank,))
+    yield from _linear(at + "kv_b_proj", (heads * (latent.plain + latent.value), latent.rank))
+    yield from _linear(at + out, (hidden, heads * latent.value))
+
+
+def _grouped(m: Model, a: Attention, at: str, out: str) -> Iterator[tuple[str, Shape]]:
+    h, q, kv = m.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim
     if m.architecture in ("phi3", "gpt_neox"):
         fused = "qkv_proj" if m.architecture == "phi3" else "query_key_value"
-        yield from _linear(at + fused, (q + 2 * kv, h), m.qkv_bias)
+        yield from _linear(at + fused, (q + 2 * kv, h), a.qkv_bias)
     else:
-        for name, wide in (("q_proj", (1 + m.output_gate) * q), ("k_proj", kv), ("v_proj", kv)):
-            yield from _linear(at + name, (wide, h), m.qkv_bias)
-    yield from _linear(at + out, (h, q), m.o_bias)
-    if m.qk_norm in ("head", "width"):
-        wides = (m.head_dim, m.head_dim) if m.qk_norm == "head" else (q, kv)
+        for name, wide in (("q_proj", (1 + a.gate) * q), ("k_proj", kv), ("v_proj", kv)):
+            yield from _linear(at + name, (wide, h), a.qkv_bias)
+    yield from _linear(at + out, (h, q), a.o_bias)
+    if a.norm in ("head", "width"):
+        wides = (a.head_dim, a.head_dim) if a.norm == "head" else (q, kv)
         yield from zip((at + "q_norm.weight", at + "k_norm.weight"), ((wide,) for wide in wides))
-    if m.sinks:
-        yield at + "sinks", (b.heads,)
-    yield (at + "rotary_emb.inv_freq", (m.head_dim // 2,))
+    if a.sinks:
+        yield at + "sinks", (a.heads,)
+    yield (at + "rotary_emb.inv_freq", (a.head_dim // 2,))
     if m.architecture == "gpt_neox":
         yield at + "bias", (1, 1, 64, 64)
         yield at + "masked_bias", ()
 
 
-def _mlp(m: ModelConfig, b: Block, at: str) -> Iterator[tuple[str, Shape]]:
-    h, i, e = m.hidden, b.inner, b.expert_inner
-    shared = (
-        "shared_experts."
-        if m.architecture in PLURAL
-        else "shared_expert."
-        if b.experts and i
-        else ""
-    )
-    mlp = "feed_forward." if m.architecture == "llama4_text" else "mlp."
-    if "mlp" in b.linear:
-        yield at + "mlp.linear_mlp.weight", (h, h)
-    elif i and m.architecture == "phi3":
+def _mlp(m: Model, mlp: Sublayer, at: str) -> Iterator[tuple[str, Shape]]:
+    inside = at + ("feed_forward." if m.architecture == "llama4_text" else "mlp.")
+    if isinstance(mlp, Linear):
+        yield at + "mlp.linear_mlp.weight", (m.hidden, m.hidden)
+    elif isinstance(mlp, Experts):
+        if mlp.shared is not None:
+            shared = "shared_experts." if m.architecture in PLURAL else "shared_expert."
+            yield from _dense_mlp(m, mlp.shared, at, inside + shared)
+        yield from _experts(m, mlp, at, inside)
+    elif isinstance(mlp, Mlp):
+        yield from _dense_mlp(m, mlp, at, inside)
+
+
+def _dense_mlp(m: Model, mlp: Mlp, at: str, inside: str) -> Iterator[tuple[str, Shape]]:
+    h, i = m.hidden, mlp.inner
+    if m.architecture == "phi3":
         yield from _linear(at + "mlp.gate_up_proj", (2 * i, h))
         yield from _linear(at + "mlp.down_proj", (h, i))
-    elif i and not m.gated:
+    elif not mlp.gated:
         names = (
             ("fc1", "fc2")
             if m.architecture == "opt"
             else ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
         )
         for name, shape in zip(names, ((i, h), (h, i))):
-            yield from _linear(at + name, shape, m.mlp_bias)
-    elif i:
-        inside = at + mlp + (shared if b.experts else "")
-        yield from _linear(inside + "gate_proj", (i, h), m.mlp_bias)
-        yield from _linear(inside + "up_proj", (i, h), m.mlp_bias)
-        yield from _linear(inside + "down_proj", (h, i), m.mlp_bias or m.down_bias)
-    if not b.experts:
-        return
+            yield from _linear(at + name, shape, mlp.bias)
+    else:
+        yield from _linear(inside + "gate_proj", (i, h), mlp.bias)
+        yield from _linear(inside + "up_proj", (i, h), mlp.bias)
+        yield from _linear(inside + "down_proj", (h, i), mlp.bias or mlp.down_bias)
+
+
+def _experts(m: Model, x: Experts, at: str, inside: str) -> Iterator[tuple[str, Shape]]:
+    h, e = m.hidden, x.inner
     if m.architecture == "gpt_oss":
-        yield from _linear(at + "mlp.router", (b.experts, h), True)
+        yield from _linear(at + "mlp.router", (x.experts, h), True)
         fused = {"gate_up_proj": (h, 2 * e), "down_proj": (e, h)}
         for name, shape in fused.items():
-            yield f"{at}mlp.experts.{name}", (b.experts, *shape)
-            yield f"{at}mlp.experts.{name}_bias", (b.experts, shape[1])
+            yield f"{at}mlp.experts.{name}", (x.experts, *shape)
+            yield f"{at}mlp.experts.{name}_bias", (x.experts, shape[1])
         return
     if m.architecture == "llama4_text":
-        yield f"{at}{mlp}router.weight", (b.experts, h)
-        yield f"{at}{mlp}experts.gate_up_proj", (b.experts, h, 2 * e)
-        yield f"{at}{mlp}experts.down_proj", (b.experts, e, h)
+        yield f"{inside}router.weight", (x.experts, h)
+        yield f"{inside}experts.gate_up_proj", (x.experts, h, 2 * e)
+        yield f"{inside}experts.down_proj", (x.experts, e, h)
         return
     mixtral = m.architecture == "mixtral"
     inside = at + ("block_sparse_moe." if mixtral else "mlp.")
-    yield from _linear(inside + "gate", (b.experts, h))
-    if m.router_bias:
-        yield inside + "gate.e_score_correction_bias", (b.experts,)
-    if m.shared_gate:
+    yield from _linear(inside + "gate", (x.experts, h))
+    if x.router_bias:
+        yield inside + "gate.e_score_correction_bias", (x.experts,)
+    if x.shared_gate:
         yield from _linear(inside + "shared_expert_gate", (1, h))
-    for number in range(b.experts):
+    for number in range(x.experts):
         for name, shape in zip(
             ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj"),
             ((e, h), (e, h), (h, e)),

@@ -61,7 +61,9 @@ def of_experts(
 
 def of_delta_net(*sizes: Any, conv: Any = 4, **options: Any) -> Estimate:
     """Return the cost of gated delta nets, from their sizes and a profile."""
-    return delta_net.delta_net(delta_net.DeltaSizes(*sizes[:-1], conv), sizes[-1], **options)
+    tokens, batch, heads, key_heads, key, value, hw = sizes
+    shape = delta_net.DeltaSizes(tokens, batch, heads, key_heads, key, value, conv)
+    return delta_net.delta_net(shape, hw, **options)
 
 
 def of_sizes(cost: Callable[..., Estimate]) -> Callable[..., OperatorTimes]:

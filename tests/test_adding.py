@@ -3,12 +3,10 @@ declaration."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
-from test_docs import PACKAGES, ROOT, Block, blocks, edit, python
+from examples import ROOT, Block, blocks, edit, linked_packages, python
 
 from calibration.fit.predict import SECTIONS
 from simulator.errors import InputError
@@ -68,9 +66,7 @@ def followed(heading: str, following: str, folder: Path) -> list[Block]:
         text[: text.index(f"## {title}\n")].count("\n") for title in (heading, following)
     )
     shown = [block for block in blocks(page) if first < block.line < last]
-    for package in PACKAGES:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, folder / package, copy_function=os.symlink, ignore=ignored)
+    linked_packages(folder)
     for block in shown:
         if block.file:
             (folder / block.file).write_text(block.text, encoding="utf-8")
@@ -80,7 +76,7 @@ def followed(heading: str, following: str, folder: Path) -> list[Block]:
 
 
 def test_an_operator_in_one_file_is_predicted_fitted_saved_and_explained(tmp_path: Path) -> None:
-    shown = followed("An operator", "A pruning family", tmp_path)
+    shown = followed("An operator", "A kind of sublayer", tmp_path)
     added = [block.file for block in shown if block.file.startswith("simulator")]
     assert added == ["simulator/operators/selective_scan.py"]
     fitted, in_a_pass = (b.text for b in shown if b.language == "python" and not b.file)

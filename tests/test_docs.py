@@ -9,21 +9,19 @@ import io
 import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from examples import ROOT, blocks, edit, linked_packages, python
 
-from calibration.build_profiles import RECIPES
-from calibration.cli import commands_page as pages
+from calibration.evidence import commands_page as pages
+from calibration.evidence.build_profiles import RECIPES
 from calibration.evidence.pages import sections_table
 from simulator.cli import run
 from simulator.engines.engine import Engine, list_engines
@@ -34,53 +32,14 @@ from simulator.operators.elementwise import CLASSES
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-PACKAGES = ("simulator", "calibration", "hardware_profiles")
 SETS_UP = re.compile(r"\bpip\b|\bvenv\b|\bpytest\b|\bpre-commit\b")
 """Commands that make an environment or run tests: `.ci/run` runs those, in a fresh clone."""
-
-
-class Block(NamedTuple):
-    """A fenced block of a page: its language, text and first line, and the file that the page
-    writes it to."""
-
-    language: str
-    text: str
-    line: int
-    file: str = ""
-
-
-def blocks(path: Path) -> Iterator[Block]:
-    """Fenced blocks in the order of the page, and commands that are set off by four blanks."""
-    text = path.read_text(encoding="utf-8")
-    fenced = r"(?:^<!-- file: (\S+) -->\n)?^```(\w*)\n(.*?)^```$"
-    for found in re.finditer(rf"{fenced}|^    (prunesim [^\n]*)$", text, re.MULTILINE | re.DOTALL):
-        if found[4]:
-            yield Block("bash", found[4], text[: found.start(4)].count("\n") + 1)
-        else:
-            yield Block(found[2], found[3], text[: found.start(3)].count("\n") + 1, found[1] or "")
-
-
-def edit(shown: str, folder: Path) -> None:
-    """Change a file as a page shows: its name after +++, then parts that begin with @@."""
-    first, *parts = re.split(r"^@@.*\n", shown, flags=re.MULTILINE)
-    target = folder / first.split()[-1]
-    text = target.read_text(encoding="utf-8")
-    for part in parts:
-        lines = part.splitlines(keepends=True)
-        before, after = (
-            "".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")
-        )
-        assert text.count(before) == 1, part
-        text = text.replace(before, after)
-    target.unlink()  # a link to the file of the checkout
-    target.write_text(text, encoding="utf-8")
 
 
 def name_of(path: Path) -> str:
@@ -89,29 +48,8 @@ def name_of(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the packages that new files may be added to; the files in it are links."""
-    folder = tmp_path_factory.mktemp("tree")
-    caches = shutil.ignore_patterns("__pycache__")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, copy_function=os.symlink, ignore=caches)
-    return folder
-
-
-def python(arguments: list[str], folder: Path) -> str:
-    """Standard output of this interpreter, run in a folder with the packages of the tree it belongs
-    to."""
-    home = folder if (folder / "simulator").is_dir() else ROOT
-    environment = {**os.environ, "PYTHONPATH": str(home), "MPLBACKEND": "Agg"}
-    command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    said = (
-        f"{' '.join(arguments)[:300]}: status"
-        f" {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    )
-    assert done.returncode == 0, said
-    return done.stdout
+    """A copy of the packages that new files may be added to."""
+    return linked_packages(tmp_path_factory.mktemp("tree"))
 
 
 def prunesim(words: list[str], folder: Path) -> str:
@@ -403,7 +341,7 @@ def test_the_index_names_every_page() -> None:
 @pytest.mark.quick
 def test_the_page_of_commands_is_current_and_shows_every_option() -> None:
     page = pages.commands_page()
-    made_by = "python -m calibration.cli.commands_page"
+    made_by = "python -m calibration.evidence pages commands"
     assert (ROOT / "docs" / "generated" / "commands.md").read_text(encoding="utf-8") == page, (
         made_by
     )

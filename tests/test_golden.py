@@ -33,6 +33,9 @@ pytestmark = pytest.mark.quick
 
 GOLDEN = Path(__file__).parent / "golden" / "predictions.txt"
 DIGITS = 6
+NOISE = 1e-6
+"""Relative differences between processors: numpy's functions of float32, in which tiles of GEMMs are
+compared, round differently with and without AVX-512. The largest difference found is 2.8e-7."""
 LINES_SHOWN = 40
 """Moved lines that a failure shows; it counts all of them."""
 
@@ -151,7 +154,7 @@ def operators() -> Iterator[Line]:
     one = np.ones_like(m)
     for profile in PROFILES:
         hw = simulator.load_hardware(profile)
-        gemms = {
+        gemms: dict[str, dict[str, Any]] = {
             f"gemm:{kernel.name.lower()}": {"kernel": kernel}
             for kernel in Kernel
             if kernel is not Kernel.SPMV
@@ -213,12 +216,12 @@ def line_of(text: str) -> Line:
 
 
 def unmoved(old: Line, new: Line) -> bool:
-    """Whether a prediction rounds to the line of the file, but for the noise of its last bits."""
-    half = [0.5001 * 10.0 ** (np.floor(np.log10(value)) - DIGITS + 1) for value in old.values]
-    near = len(old.values) == len(new.values) and np.all(
-        np.abs(np.subtract(old.values, new.values)) <= half
-    )
-    return bool(near) and old.bottleneck == new.bottleneck
+    """Whether a prediction rounds to the line of the file, but for the noise between processors."""
+    if len(old.values) != len(new.values) or old.bottleneck != new.bottleneck:
+        return False
+    before, after = np.array(old.values), np.array(new.values)
+    rounding = 0.5 * 10.0 ** (np.floor(np.log10(before)) - DIGITS + 1)
+    return bool(np.all(np.abs(after - before) <= rounding + NOISE * before))
 
 
 def moves(old: Mapping[str, Line], new: Mapping[str, Line]) -> list[str]:
@@ -268,37 +271,13 @@ def test_a_moved_prediction_shows_old_and_new_and_by_how_much() -> None:
         {
             "a": Line("a", (1.23456, 2.2), "memory"),
             "b": Line("b", (1e-6, 1.0), "launch"),
-            "d": gone,
+            "d": gone._replace(case="d"),
         },
     )
-    removed, first, second, added = found
-    assert (removed.split(), added.split()) == (
-        ["-", "c", "1", "1", "l2"],
-        ["+", "c", "1", "1", "l2"],
-    )
-    assert first.split() == [
-        "a",
-        "1.23456",
-        "2",
-        "memory",
-        ">",
-        "a",
-        "1.23456",
-        "2.2",
-        "memory",
-        "(+10",
-        "%)",
-    ]
-    assert second.split() == [
-        "b",
-        "1e-06",
-        "1",
-        "host",
-        ">",
-        "b",
-        "1e-06",
-        "1",
-        "launch",
-        "(+0",
-        "%)",
+    shown = [" ".join(line.split()) for line in found]
+    assert shown == [
+        "- c 1 1 l2",
+        "a 1.23456 2 memory > a 1.23456 2.2 memory (+10 %)",
+        "b 1e-06 1 host > b 1e-06 1 launch (+0 %)",
+        "+ d 1 1 l2",
     ]

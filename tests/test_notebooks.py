@@ -17,8 +17,6 @@ from PIL import Image, ImageDraw
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 _spec = importlib.util.spec_from_file_location("notebooks_run", FOLDER / "run.py")
-assert _spec is not None
-assert _spec.loader is not None
 run = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run)
 

@@ -8,6 +8,8 @@ import inspect
 import json
 import math
 import re
+import runpy
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def documented() -> Iterator[tuple[str, Any]]:
     """Public functions and classes, and the public methods and properties of the classes, by
     name."""
-    for name in simulator.__all__:
+    for name in dir(simulator):
         public = getattr(simulator, name)
         if callable(public):
             yield name, public
@@ -56,7 +58,7 @@ Also."""
 DATA = ("FAMILIES", "METHODS", "__version__")
 
 
-@pytest.mark.parametrize("name", sorted({*simulator.__all__} - {*DATA}))
+@pytest.mark.parametrize("name", sorted({*dir(simulator)} - {*DATA}))
 def test_public_docstrings_are_valid_numpydoc(name: str) -> None:
     validate = pytest.importorskip("numpydoc.validate").validate
     errors = validate(f"simulator.{name}")["errors"]
@@ -92,8 +94,8 @@ def test_the_examples_have_the_types_that_are_declared(
         for p in pages
         if p.stem != "model"
     )
-    # a file that docs/adding.md writes, with a test of its own
-    written = re.compile(r"from \S*selective_scan import")
+    # files that docs/adding.md writes, with a test of its own
+    written = re.compile(r"from \S*(selective_scan|sublayers\.convolution) import")
     texts += [text for found in shown for text in found if not written.search(text)]
     assert len(texts) > 20
     bodies = (
@@ -106,6 +108,24 @@ def test_the_examples_have_the_types_that_are_declared(
         [str(file), "--config-file=setup.cfg", "--disable-error-code=var-annotated"]
     )
     assert status == 0, said + errors
+
+
+def test_the_typed_program_reaches_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    """mypy checks the program (setup.cfg, .ci/release), so it must be one that runs."""
+    runpy.run_path(str(ROOT / ".ci/typed_program.py"), run_name="__main__")
+    assert "Records" in capsys.readouterr().out
+
+
+def test_names_that_are_missing_raise_and_names_that_exist_are_loaded_at_first_use() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lod_hardware'"):
+        simulator.lod_hardware  # type: ignore[attr-defined]  # noqa: B018
+    loaded = (
+        "import sys, simulator; print('numpy' in sys.modules, simulator.load_hardware.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "load_hardware"]
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +214,7 @@ def test_plain_values_are_finite_also_where_nothing_is_pruned(phase: str) -> Non
     nothing = [r for r in found if r.sparsity == 0.0]
     assert all(math.isnan(r.efficiency) and r.to_dict()["efficiency"] is None for r in nothing)
     new_tokens = 4 * (phase in ("generate", "serve"))
-    dense = simulator.lower(
-        simulator.load_model("llama-3.2-1b"), phase=phase, seq=64, new_tokens=new_tokens
-    )
+    dense = simulator.lower("llama-3.2-1b", phase=phase, seq=64, new_tokens=new_tokens)
     alone = simulator.Request(model="llama-3.2-1b", **asked)
     equal = [function(dense, dense, hw) for function in (simulator.speedup, simulator.waterfall)]
     explained = explanations("llama-3.2-1b", [hw], family="depth", sparsity=0.0, **asked)

@@ -18,8 +18,6 @@ from simulator.capacity import RESERVE_BYTES, memory
 from simulator.codes import Kernel, Kind, Part
 from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
-from simulator.models.library import load_model
-from simulator.operators.attention import attention_pairs
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
@@ -39,7 +37,7 @@ weights_bytes, cache_bytes, activation_bytes = (_of_one(count) for count in coun
 @pytest.mark.parametrize(("dtype", "size"), [("int8", 1.0), ("fp8", 1.0), ("int4", 0.5)])
 def test_quantised_weights_leave_embedding_head_and_norms(dtype: str, size: float) -> None:
     p = PUBLISHED["llama-3.1-8b"]
-    w = lower(load_model("llama-3.1-8b"), seq=32, weight_dtype=dtype)
+    w = lower("llama-3.1-8b", seq=32, weight_dtype=dtype)
     norms = p.hidden * (2 * p.layers + 1)
     inside = p.parameters - 2 * p.vocab * p.hidden - norms
     assert weights_bytes(w) == inside * size + 2 * (p.parameters - inside)
@@ -57,12 +55,12 @@ def test_cache(phase: str, length: int) -> None:
         "new_tokens": 5 * (phase == "generate"),
     }
     each = 2 * 3 * p.layers * p.kv_heads * p.head_dim * length
-    assert cache_bytes(lower(load_model("llama-2-70b"), **options)) == 2 * each
-    assert cache_bytes(lower(load_model("llama-2-70b"), **options, kv_dtype="fp8")) == each
+    assert cache_bytes(lower("llama-2-70b", **options)) == 2 * each
+    assert cache_bytes(lower("llama-2-70b", **options, kv_dtype="fp8")) == each
 
 
 def test_llama_2_70b_does_not_fit_one_gpu_of_80_gb_but_half_of_it_does() -> None:
-    dense = lower(load_model("llama-2-70b"), phase="decode", seq=2048)
+    dense = lower("llama-2-70b", phase="decode", seq=2048)
     got = memory(dense, GPU)
     assert not got.fits
     assert got.devices_needed == 2
@@ -83,7 +81,7 @@ def test_llama_2_70b_does_not_fit_one_gpu_of_80_gb_but_half_of_it_does() -> None
     assert half.fits
     assert half.verdict.startswith("fits: 66.0 GiB of 74.5 GiB")
     assert half.cache_bytes == got.cache_bytes / 2
-    assert memory(lower(load_model("llama-2-70b"), phase="decode", seq=2048, devices=2), GPU).fits
+    assert memory(lower("llama-2-70b", phase="decode", seq=2048, devices=2), GPU).fits
 
 
 def test_weights_with_two_of_four() -> None:
@@ -100,7 +98,7 @@ def test_weights_with_two_of_four() -> None:
 
 def test_tensor_parallel_memory() -> None:
     p = PUBLISHED["llama-2-70b"]
-    w = lower(load_model("llama-2-70b"), phase="decode", batch=8, seq=999, devices=8)
+    w = lower("llama-2-70b", phase="decode", batch=8, seq=999, devices=8)
     norms = p.hidden * (2 * p.layers + 1)
     assert weights_bytes(w) == 2 * ((p.parameters - norms) / 8 + norms)
     assert cache_bytes(w) == 2 * 2 * 8 * 80 * 1 * 128 * 1000
@@ -109,7 +107,7 @@ def test_tensor_parallel_memory() -> None:
 
 def test_pipeline_memory_is_the_fullest_stage() -> None:
     p = PUBLISHED["llama-2-70b"]
-    w = lower(load_model("llama-2-70b"), phase="decode", seq=999, devices=3, parallel="pipeline")
+    w = lower("llama-2-70b", phase="decode", seq=999, devices=3, parallel="pipeline")
     table = p.vocab * p.hidden
     layer = (p.parameters - 2 * table - p.hidden) / 80
     assert weights_bytes(w) == pytest.approx(2 * (27 * layer + table + p.hidden), rel=1e-12)
@@ -118,7 +116,7 @@ def test_pipeline_memory_is_the_fullest_stage() -> None:
     assert weights_bytes(Workload.concat(pruned)) == pytest.approx(
         2 * (14 * layer + table + p.hidden), rel=1e-12
     )
-    tied = lower(load_model("llama-3.2-1b"), phase="decode", seq=9, devices=2, parallel="pipeline")
+    tied = lower("llama-3.2-1b", phase="decode", seq=9, devices=2, parallel="pipeline")
     q = PUBLISHED["llama-3.2-1b"]
     body = q.parameters - q.vocab * q.hidden - q.hidden
     # the last stage has its own copy of the table
@@ -132,7 +130,7 @@ def test_pipeline_memory_is_the_fullest_stage() -> None:
 def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, steps: int) -> None:
     def of(**options: int) -> tuple[float, float, float]:
         w = lower(
-            load_model(name),
+            name,
             phase="generate",
             **{"batch": batch, "seq": seq, "new_tokens": steps, **options},
         )
@@ -149,18 +147,6 @@ def test_memory_grows_with_batch_and_length(name: str, batch: int, seq: int, ste
     assert base[0] == wider[0] == longer[0]
     assert wider[1:] == pytest.approx([x * (batch + 1) / batch for x in base[1:]], rel=1e-12)
     assert longer[1] >= base[1]
-
-
-def _pairs(q: int, kv: int, window: int) -> int:
-    return sum(min(kv - q + i + 1, window or kv) for i in range(q))
-
-
-@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 80))
-def test_pairs_equal_a_count_by_hand(q: int, before: int, window: int) -> None:
-    kv = q + before
-    assert float(attention_pairs(np.array(q), np.array(kv), np.array(window))) == _pairs(
-        q, kv, window
-    )
 
 
 def test_flops_and_bytes_of_each_kind() -> None:

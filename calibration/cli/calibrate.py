@@ -129,14 +129,6 @@ def command(
     of RUN/profile.yaml or of --hardware, and adds the engine's host times and a factor per operator
     to RUN/profile.yaml.
     """
-    from calibration.evidence.validate import (
-        DO_NOT_USE,
-        IDLE,
-        LONGER,
-        Judgement,
-        of_calibration,
-        summary,
-    )
     from calibration.fit.local_update import Updated, as_row
     from calibration.runners.runs import (
         PROFILE,
@@ -145,6 +137,14 @@ def command(
         fit_run,
         measure_into,
         target_workloads,
+    )
+    from calibration.validation.validate import (
+        DO_NOT_USE,
+        IDLE,
+        LONGER,
+        Judgement,
+        of_calibration,
+        summary,
     )
 
     how = RunOptions(
@@ -222,14 +222,14 @@ def _engine(
     out: options.Output,
 ) -> None:
     from calibration.devices import open_device
-    from calibration.evidence.validate import Judgement
     from calibration.runners import engine as measuring
     from calibration.runners.cases import ModelRun
     from calibration.runners.runs import PROFILE, check_folder
+    from calibration.validation.validate import Judgement
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware
-    from simulator.models.changes import content_of
     from simulator.models.library import load_model
+    from simulator.models.write import content_of
     from simulator.request import Name
 
     file, name = (

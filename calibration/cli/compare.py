@@ -94,7 +94,7 @@ def command(
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
     from simulator.files.write import write_whole
-    from simulator.models.changes import content_of
+    from simulator.models.write import content_of
 
     dtype, engine = run.text("dtype"), runner.engine
     runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
@@ -231,8 +231,8 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
 def _write(
     folder: Path, engine: str, rows: list[ComparedSpeedup], title: str, agreement: list[str]
 ) -> None:
-    from calibration.evidence.scoring import table
     from calibration.runners.compare import file_name
+    from calibration.validation.scoring import table
     from simulator.display import markdown_text
     from simulator.figures.style import save_figure
     from simulator.files.write import write_whole

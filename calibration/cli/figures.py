@@ -177,22 +177,22 @@ def _write_captions(
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:
-    """Return the first shipped table that a stack of a device was fitted on; None without rows of
-    the number format."""
-    from calibration.build_profiles import RECIPES
-    from calibration.measurements import list_measurements, load_measurements, provenance
-
-    recipes = {
-        stack: RECIPES.get(f"{hw.name}.{stack}")
-        for stack in ([hw.stack] if hw.pinned else hw.stacks)
-    }
-    tables = (
-        (stack, name)
-        for stack, recipe in recipes.items()
-        for name in (recipe.tables if recipe else ())
+    """Return the first installed table of a stack of a device; None without rows of the number
+    format."""
+    from calibration.measurements import (
+        hardware_of,
+        list_measurements,
+        load_measurements,
+        provenance,
     )
-    for stack, name in tables:
-        if "/gemm/" in name and name in list_measurements():
+
+    tables = {
+        name.split("/")[2]: name
+        for name in list_measurements()
+        if hardware_of(name) == hw.name and "/gemm/" in name
+    }
+    for stack in [hw.stack] if hw.pinned else hw.stacks:
+        if name := tables.get(stack):
             about = provenance(name)
             source = f"{about['framework']} {about['version']}, aiconfigurator-core 0.12.0"
             return gemms_of_format(load_measurements(name), dtype, source, stack)

@@ -16,11 +16,11 @@ from simulator.errors import InputError
 from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
-    from calibration.evidence.validate import Judgement
     from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
     from calibration.records.timing_table import Records
+    from calibration.validation.validate import Judgement
     from simulator.hardware.profile import HardwareProfile
 
 Map = Annotated[
@@ -77,10 +77,10 @@ def command(
     faster than the datasheet allows, are refused and counted by reason. With --anchor nothing is
     fitted: the rows, of any operators, shift all predictions together and narrow their intervals.
     """
-    from calibration.evidence.validate import disturbed_share, of_fit, of_update, validate
     from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
     from calibration.records.screening import without_exact
+    from calibration.validation.validate import disturbed_share, of_fit, of_update, validate
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware

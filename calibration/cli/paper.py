@@ -18,7 +18,7 @@ from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.evidence.paper import Cell, ClaimOutcome
+    from calibration.validation.paper import Cell, ClaimOutcome
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
@@ -59,7 +59,7 @@ def command(
     strongest baseline; (b) along the prefill frontier come static depth, dynamic depth, static
     width.
     """
-    from calibration.evidence import paper
+    from calibration.validation import paper
 
     devices, engines = parsing.names("--hardware", hardware), parsing.names("--engine", engine)
     if claims:
@@ -158,15 +158,14 @@ def _by_device(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> None:
-    from calibration.evidence.paper import (
+    from calibration.validation.paper import (
         CLAIMS,
         HARDWARE,
         MODEL,
         NOT_APPLICABLE,
-        UNDECIDED,
         claim_outcomes,
     )
-    from simulator.prediction.sentences import uncalibrated
+    from simulator.prediction.notes import uncalibrated
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
@@ -174,19 +173,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
         outcomes = {
             letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)
         }
-        sentences = []
-        for letter, some in outcomes.items():
-            counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
-            verbs = {UNDECIDED: "is undecided"}
-            told = with_and(
-                [
-                    f"{verbs.get(verdict, verdict)} in {count}"
-                    for verdict, count in counts.most_common()
-                ]
-            )
-            many = f"{sum(counts.values()) or len(some)} combinations of GPU, engine and phase"
-            sentences.append(f"Claim ({letter}) {told or 'applies in none'} of {many}.")
-        render.conclude(*sentences)
+        render.conclude(*(_claim_sentence(letter, some) for letter, some in outcomes.items()))
         for (letter, some), text in zip(outcomes.items(), CLAIMS.values()):
             print(textwrap.fill(f"({letter}) {text}", render.width()), end="\n\n")
             render.show(_claim_columns(some), f"{MODEL}, batch {some[0].batch}, seq {some[0].seq}")
@@ -201,8 +188,20 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
     render.notes(uncalibrated(found))
 
 
+def _claim_sentence(letter: str, some: Sequence[ClaimOutcome]) -> str:
+    from calibration.validation.paper import NOT_APPLICABLE, UNDECIDED
+
+    counts = Counter(o.verdict for o in some if o.verdict != NOT_APPLICABLE)
+    verbs = {UNDECIDED: "is undecided"}
+    verdicts = with_and(
+        [f"{verbs.get(verdict, verdict)} in {count}" for verdict, count in counts.most_common()]
+    )
+    many = f"{sum(counts.values()) or len(some)} combinations of GPU, engine and phase"
+    return f"Claim ({letter}) {verdicts or 'applies in none'} of {many}."
+
+
 def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
-    from calibration.evidence.paper import NOT_APPLICABLE
+    from calibration.validation.paper import NOT_APPLICABLE
 
     def margin(o: ClaimOutcome, value: float | None) -> str:
         return "-" if value is None or o.verdict == NOT_APPLICABLE else f"{value:+.2f}"
@@ -227,7 +226,7 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
 
 def _claim_text(o: ClaimOutcome) -> str:
     """Return the verdict at each sparsity, and the comparison that decides."""
-    from calibration.evidence.paper import decided
+    from calibration.validation.paper import decided
 
     at: dict[str, list[str]] = {}
     for sparsity, margin in o.margins:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from calibration.runners.cases import Case
     from calibration.runners.upper_bound import Bound
     from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
+    from simulator.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CaseOptions(Measuring):
         settings: Mapping[str, Any],
         kernels: Mapping[str, str] = MappingProxyType({}),
         phases: Sequence[str] = ("prefill", "decode"),
-    ) -> tuple[ModelConfig, list[Case], list[str]]:
+    ) -> tuple[Model, list[Case], list[str]]:
         """Return the model, its cases and notes on excluded cases; ``kernels`` are those of the
         device by family, ``phases`` those that can run."""
         from calibration.runners.cases import cases_of, fewer_layers

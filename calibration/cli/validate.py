@@ -14,19 +14,19 @@ from simulator.errors import InputError
 from simulator.names import BENCHMARKS
 
 if TYPE_CHECKING:
-    from calibration.evidence.validate import Report
+    from calibration.validation.validate import Report
 
 # conditions of result files: settings of a request, with the meaning of their options here
 CONDITIONS = {
-    "engine": ("NAME", "With --runs: engine. Default: that of the tool."),
-    "weight_dtype": ("NAME", "With --runs: format of weights. Default: that of the file."),
-    "kv_dtype": ("NAME", "With --runs: format of the K/V cache. Default: that of the file."),
-    "devices": ("N", "With --runs: GPUs that share the model. Default: 1."),
-    "batch": ("N", "With --runs: batch of files that do not state it."),
-    "seq": ("N", "With --runs: prompt tokens of files that do not state them."),
+    "engine": ("NAME", "With a FOLDER: engine. Default: that of the tool."),
+    "weight_dtype": ("NAME", "With a FOLDER: format of weights. Default: that of the file."),
+    "kv_dtype": ("NAME", "With a FOLDER: format of the K/V cache. Default: that of the file."),
+    "devices": ("N", "With a FOLDER: GPUs that share the model. Default: 1."),
+    "batch": ("N", "With a FOLDER: batch of files that do not state it."),
+    "seq": ("N", "With a FOLDER: prompt tokens of files that do not state them."),
     "new_tokens": (
         "N",
-        "With --runs: decode steps of files that do not state them; 0 is a prefill.",
+        "With a FOLDER: decode steps of files that do not state them; 0 is a prefill.",
     ),
 }
 GIVEN: Any = make_dataclass(
@@ -37,7 +37,9 @@ GIVEN: Any = make_dataclass(
             Annotated[
                 str | None,
                 opt(
-                    "--model", "MODEL", "With --runs: model of files that do not name a known one."
+                    "--model",
+                    "MODEL",
+                    "With a FOLDER: model of files that do not name a known one.",
                 ),
             ],
             None,
@@ -46,7 +48,7 @@ GIVEN: Any = make_dataclass(
             "hardware",
             Annotated[
                 str | None,
-                opt("--hardware", "NAME", "With --runs: GPU. Default: that of the file."),
+                opt("--hardware", "NAME", "With a FOLDER: GPU. Default: that of the file."),
             ],
             None,
         ),
@@ -63,7 +65,7 @@ def command(
         str | None,
         arg(
             "PROFILE",
-            "Name, alias or YAML file of the profile to evaluate; or a folder as --runs takes it.",
+            f"Name, alias or YAML file of a profile; or a FOLDER with results of {BENCHMARKS}.",
         ),
     ] = None,
     tables: Annotated[
@@ -76,9 +78,6 @@ def command(
     markdown: Annotated[
         str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")
     ] = None,
-    runs: Annotated[
-        str | None, opt("--runs", "FOLDER", f"Results of {BENCHMARKS}, instead of PROFILE.")
-    ] = None,
     given: options.Run = GIVEN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -90,20 +89,15 @@ def command(
     benchmarks instead, predicts each result under its own conditions; the other options state
     conditions that the files lack.
     """
-    if runs is None and profile and not tables and Path(profile).is_dir():
-        profile, runs = None, profile
-    if runs is not None:
-        if profile or tables or column_map or markdown:
+    if profile and Path(profile).is_dir():
+        if tables or column_map or markdown:
             raise InputError(
-                "--runs: evaluates result files; expected no PROFILE, TABLE, --map or --markdown"
+                f"{profile}: is a folder of result files; expected no TABLE, --map or --markdown"
                 " with it"
             )
         names = {"model": given.text("model"), "hardware": given.text("hardware"), "dtype": dtype}
-        _runs(
-            runs,
-            {name: text for name, text in names.items() if text} | single(given.asked().settings),
-            out,
-        )
+        conditions = {name: text for name, text in names.items() if text}
+        _runs(profile, conditions | single(given.asked().settings), out)
         return
     if given != GIVEN:
         got = f"{profile}, which is not a folder" if profile else "none"
@@ -116,8 +110,8 @@ def command(
         raise InputError(
             f"expected a PROFILE and TABLES, such as: {example}; or a folder of result files"
         )
-    from calibration.evidence.validate import of_validation, summary, validate, write_markdown
     from calibration.fit.base_profile import thread_notes
+    from calibration.validation.validate import of_validation, summary, validate, write_markdown
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
 
@@ -146,7 +140,7 @@ def command(
 
 def show_report(report: Report, title: str = "") -> tuple[str, ...]:
     """Print the accuracy of every part; return a note on the rows excluded for each reason."""
-    from calibration.evidence.validate import number, part_summary
+    from calibration.validation.validate import number, part_summary
 
     parts = [part_summary(part) for part in report.parts]
     scores = ("MAPE", "median", "p95", "bias")
@@ -180,12 +174,12 @@ def show_report(report: Report, title: str = "") -> tuple[str, ...]:
 
 
 def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
-    from calibration.evidence.runs import evaluate, of_runs
+    from calibration.validation.runs import evaluate, of_runs
 
     results = evaluate(folder, given)
     skipped = [f"{r.source}: skipped: {r.reason}" for r in results if r.compared is None]
     if len(skipped) == len(results):
-        raise InputError(f"--runs {folder}: expected a result that can be predicted; {skipped[0]}")
+        raise InputError(f"{folder}: expected a result that can be predicted; {skipped[0]}")
     if render.Output(out.json).write([r.as_row() for r in results]):
         render.conclude(*of_runs(results, folder))
         columns = render.columns(

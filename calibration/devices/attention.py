@@ -119,17 +119,7 @@ def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -
     """Return causal attention over the blocks of a layout, in plain torch: per block of queries a
     gather of key and value blocks, and a dense attention. ``kv_len - q_len`` is a multiple of
     ``block``."""
-    # per block of queries: its span, earlier key blocks, span of its diagonal block, mask of both
-    rows = []
-    for number, kept in enumerate(table):
-        last = (kv_len - q_len) // block + number
-        index = kept[:last].nonzero().squeeze(1)
-        queries = slice(number * block, min((number + 1) * block, q_len))
-        diagonal = slice(last * block, min((last + 1) * block, kv_len))
-        width, own = len(index) * block, queries.stop - queries.start
-        mask = torch.ones(own, width + own, dtype=torch.bool, device=table.device)
-        mask[:, width:] = mask[:, width:].tril()
-        rows.append((queries, index, diagonal, mask))
+    rows = _query_blocks(table, q_len, kv_len, block)
     whole = kv_len // block
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,6 +134,24 @@ def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -
         return out
 
     return attend
+
+
+def _query_blocks(
+    table: Tensor, q_len: int, kv_len: int, block: int
+) -> list[tuple[slice, Tensor, slice, Tensor]]:
+    """Return for each block of queries its span, its earlier key blocks, the span of its diagonal
+    block, and the mask of both."""
+    rows = []
+    for number, kept in enumerate(table):
+        last = (kv_len - q_len) // block + number
+        index = kept[:last].nonzero().squeeze(1)
+        queries = slice(number * block, min((number + 1) * block, q_len))
+        diagonal = slice(last * block, min((last + 1) * block, kv_len))
+        width, count = len(index) * block, queries.stop - queries.start
+        mask = torch.ones(count, width + count, dtype=torch.bool, device=table.device)
+        mask[:, width:] = mask[:, width:].tril()
+        rows.append((queries, index, diagonal, mask))
+    return rows
 
 
 @lru_cache(maxsize=2)

@@ -1,2 +1,2 @@
-"""How well profiles and engines predict data that no fit used: sets of such data, and one scorer
-for all sets."""
+"""How well profiles and engines predict data that no fit used, and what makes the shipped tables,
+profiles and generated pages. No wheel contains this package."""

@@ -1,8 +1,8 @@
-"""``python -m calibration.evidence``: see :mod:`calibration.evidence.pages`."""
+"""``python -m calibration.evidence``: see :mod:`calibration.evidence.command`."""
 
 import sys
 
-from calibration.evidence.pages import main
+from calibration.evidence.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,25 +1,16 @@
-"""Evaluate on data that no fit saw: ``python -m calibration.evidence [SET ...]``, or make a
-generated page of it.
-
-Prints the tables of sets (default: all) and their targets; *accuracy* and *engines* print a page of
-``docs/generated``, or write it (``-o FILE``); *hosts* prints the fitted host times of engines. The
-accuracy page takes ten minutes on two cores.
-"""
+"""The tables of evidence, and the generated pages of accuracy and of engines."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.evidence.paper import figure_2
+from calibration.evidence.measurements import published
 from calibration.evidence.published import (
     MISS,
     NOT_USED,
@@ -29,16 +20,13 @@ from calibration.evidence.published import (
     compare_serving,
     compare_speedups,
     held_out_models,
-    host_lines,
     ratio_scores,
 )
-from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of, table
-from calibration.evidence.sets import SETS, Row, against_targets, evaluate_sets, means
-from calibration.measurements import published
-from simulator.cli import parsing
+from calibration.evidence.sets import SETS, Row, against_targets, means
+from calibration.validation.paper import figure_2
+from calibration.validation.scoring import Comparison, ScoredRows, score, score_of, table
 from simulator.engines.engine import FEATURES, Loading, list_engines, load_engine
 from simulator.errors import InputError
-from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import HELD_OUT
 from simulator.operators import CONSTANTS
@@ -380,51 +368,3 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
-
-
-def text_of(given: argparse.Namespace) -> str:
-    (name,) = given.names if len(given.names) == 1 else ("",)
-    if name == "list":
-        return (
-            table(
-                ["set", "held out"],
-                [[name, one.held_out] for name, one in SETS.items()],
-                left=(0, 1),
-            )
-            + "\n"
-        )
-    if name == "hosts":
-        return "\n".join(host_lines()) + "\n"
-    if name == "engines":
-        return filled("engines", engine_tables())
-    names, seeds = (
-        () if name == "accuracy" else given.names,
-        parsing.integers("--seeds", given.seeds),
-    )
-    told = partial(print, file=sys.stderr, flush=True)
-    rows = evaluate_sets(names, seeds, given.wheel, max(given.jobs, 1), told)
-    return accuracy_page(rows) if name == "accuracy" else accuracy_text(rows, rows)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument(
-        "names", nargs="*", help="sets ('list' lists them), or: accuracy, engines, hosts"
-    )
-    parser.add_argument("-o", "--output", help="write to this file")
-    parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
-    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
-    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
-    given = parser.parse_args(arguments)
-    try:
-        if given.output:
-            check_target(given.output)
-            write_whole(given.output, text_of(given).encode())
-        else:
-            print(text_of(given), end="")
-    except InputError as error:
-        print(f"calibration.evidence: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from calibration.evidence.scoring import Comparison, ScoredRows, score
-from calibration.measurements import published
+from calibration.evidence.measurements import published
+from calibration.validation.scoring import Comparison, ScoredRows, score
 from simulator.arrays import FloatArray
 from simulator.capacity import memory
 from simulator.codes import Kernel, Phase
@@ -122,7 +122,7 @@ def _dense(row: Mapping[str, str]) -> Comparison:
     time, m = workload_time(w, load_hardware(row["hardware"], stack)), w.meta
     measured = float(row["value"])
     if row["metric"] == "tokens_per_s":
-        measured = dense_seconds(measured, m)
+        measured = dense_seconds(measured, m.asked)
     elif row["metric"] == "all_tokens_per_s":
         measured = m.batch * (m.seq + m.new_tokens) / measured
     what = f"{row['model']}, {row['framework']}"
@@ -145,7 +145,7 @@ def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     before, after, m = float(row["dense"]), float(row["pruned"]), dense.meta
     tokens, dense_s = row["unit"].startswith("tokens"), None
     if given and tokens:
-        dense_s = dense_seconds(before, m)
+        dense_s = dense_seconds(before, m.asked)
     elif given:
         dense_s = before * _SCALE[row["unit"]]
     (s,) = speedups(dense, [pruned], load_hardware(row["hardware"]), dense_s=dense_s)
@@ -162,11 +162,11 @@ def _pruned(row: Mapping[str, str], dense: Workload) -> Workload:
     pairs = [pair.rpartition("=") for pair in row["sparsity"].split(",")]
     kinds = {part: parse_fraction(value) for part, _, value in pairs}
     removed: Any = kinds
+    many = len(dense.meta.config.layers)
     if row["first_layer"]:
-        first, last = int(row["first_layer"]), int(row["last_layer"] or dense.meta.layers - 1)
+        first, last = int(row["first_layer"]), int(row["last_layer"] or many - 1)
         removed = {
-            k: [s if first <= i <= last else 0.0 for i in range(dense.meta.layers)]
-            for k, s in kinds.items()
+            k: [s if first <= i <= last else 0.0 for i in range(many)] for k, s in kinds.items()
         }
     return prune(
         dense,

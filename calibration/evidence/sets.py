@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.evidence.measurements import published
+from calibration.evidence.measurements.infersim import SOURCES
+from calibration.evidence.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
 from calibration.evidence.published import (
     compare_dense,
     compare_serving,
@@ -21,19 +24,17 @@ from calibration.evidence.published import (
     held_out_models,
     ratio_scores,
 )
-from calibration.evidence.scoring import Comparison, ScoredRows, score, score_of
-from calibration.evidence.validate import COVERAGE, SIMPLE_FLOOR_S, SIMPLE_SHARE
 from calibration.fit.attention import SHAPE, AttentionFit, calls_of, fit_attention
 from calibration.fit.gemm import GemmFit, fit_gemm, products_of
 from calibration.fit.local_update import update_profile
 from calibration.fit.operators import PART_ROLES, layers_of
 from calibration.fit.predict import predict
 from calibration.fit.section import LEVEL, Fit, fit_section, neighbours, pairs_along
-from calibration.measurements import list_measurements, load_measurements, provenance, published
-from calibration.measurements.infersim import SOURCES
-from calibration.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
+from calibration.measurements import list_measurements, load_measurements, provenance
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records, Source
+from calibration.validation.scoring import Comparison, ScoredRows, score, score_of
+from calibration.validation.validate import COVERAGE, SIMPLE_FLOOR_S, SIMPLE_SHARE
 from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import ROLES, STACKS, formats_of
 from simulator.errors import InputError, unknown
@@ -289,7 +290,7 @@ def evaluate_sets(
 ) -> list[Row]:
     """Return the scores of sets (default: all): "set", "table", "held_out", "method", "rows" (0:
     all; of a held-out stack: none), "seed", and those of
-    :func:`calibration.evidence.scoring.score`."""
+    :func:`calibration.validation.scoring.score`."""
     for name in names:
         if name not in SETS:
             raise unknown("set", name, SETS)

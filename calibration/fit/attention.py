@@ -212,7 +212,24 @@ def fit_attention(
     has 20 rows. The search begins at ``start`` (the constants of a related GPU), else at the
     architecture's defaults. Folds, chosen by ``seed``, hold out groups by each size of ``fold_by``
     and fit the rest again; the errors of all folds are pooled."""
-    c = calls.usable()
+    c, rng, fits = calls.usable(), np.random.default_rng(seed), list[_KernelFit]()
+    first = {n: k.default(architecture) for n, k in c.registry.items()} | dict(start or {})
+    keep = {}
+    if c.decodes and architecture != "cpu":
+        keep["regroup"] = "applies to CPUs only"
+    if c.calls.operator in FORMS:
+        keep["wide_s"] = "only rows of 128 heads identify it, and units have the same effect"
+    kernels = _kernels(c, len(calls))
+    for _, rows in kernels:
+        starts = [first, *(fit.constants.values for fit in fits[:1])]
+        fits.append(_fit_kernel(c.take(rows), starts, keep, fold_by, rng))
+    section = _section(fits, [kind for kind, _ in kernels])
+    return FittedPart(section, fits[0].constants, sum(len(rows) for _, rows in kernels))
+
+
+def _kernels(c: AttentionFit, measured: int) -> list[tuple[FloatArray, IndexArray]]:
+    """Return the kind and the rows of each kernel that has enough rows. A section lists the
+    constants of the first: no window, no narrow cache, most rows."""
     kinds, kind, count = np.unique(c.kinds, axis=0, return_inverse=True, return_counts=True)
     kind = kind.reshape(-1)
     if count.max(initial=0) < c.FEWEST <= len(c):  # all rows together are enough for one kernel
@@ -220,38 +237,27 @@ def fit_attention(
         kinds, kind, count = kinds[most : most + 1], np.zeros_like(kind), np.array([len(c)])
     enough = np.flatnonzero(count >= c.FEWEST)
     if not len(enough):
-        few = f"expected at least {c.FEWEST} usable rows, got {len(c)} of {len(calls)}"
+        few = f"expected at least {c.FEWEST} usable rows, got {len(c)} of {measured}"
         raise ValueError(f"{c.calls.operator}: {few}")
-    known = c.registry
-    first = {n: k.default(architecture) for n, k in known.items()} | dict(start or {})
-    keep = {}
-    if c.decodes and architecture != "cpu":
-        keep["regroup"] = "applies to CPUs only"
-    if c.calls.operator in FORMS:
-        keep["wide_s"] = "only rows of 128 heads identify it, and units have the same effect"
-    # the section lists the constants of the first kernel: no window, no narrow cache, most rows
     width, window, narrow = kinds[enough].T
     enough = enough[np.lexsort((np.abs(width - 7.0), -count[enough], narrow, window))]
-    rng, fits = np.random.default_rng(seed), list[_KernelFit]()
-    for i in enough:
-        starts = [first, *(fit.constants.values for fit in fits[:1])]
-        fits.append(_fit_kernel(c.take(kind == i), starts, keep, fold_by, rng))
-    common = fits[0].constants
-    constants = np.array([[fit.constants.values[name] for name in known] for fit in fits])
+    return [(kinds[i], np.flatnonzero(kind == i)) for i in enough]
+
+
+def _section(fits: Sequence[_KernelFit], kinds: Sequence[FloatArray]) -> Section:
+    values = [fit.constants.values for fit in fits]
+    constants = np.array([[one[name] for name in values[0]] for one in values])
     factors = np.log(np.maximum(constants, 1e-12) / np.maximum(constants[0], 1e-12)).round(6)
     arrays = _joined([fit.grid for fit in fits])
     # a section without these arrays has this kernel
-    if kinds[enough].tolist() != [[7.0, 0.0, 0.0]]:
-        arrays |= {"kinds": kinds[enough], "factors": factors}
+    if [kind.tolist() for kind in kinds] != [[7.0, 0.0, 0.0]]:
+        arrays |= {"kinds": np.array(kinds), "factors": factors}
     errors = np.concatenate([fit.held_out for fit in fits])
     inside = np.concatenate([fit.log_residual for fit in fits])
     scale = section_scale(errors, Uncertainty.joined([fit.uncertainty for fit in fits]))
-    accuracy = {
-        **accuracy_of(np.expm1(errors)),
-        "core_mape": float(np.abs(np.expm1(inside)).mean()),
-    }
-    section = Section(common.fitted(), arrays, scale, accuracy, status="calibrated")
-    return FittedPart(section, common, int(count[enough].sum()))
+    accuracy = accuracy_of(np.expm1(errors))
+    accuracy["core_mape"] = float(np.abs(np.expm1(inside)).mean())
+    return Section(fits[0].constants.fitted(), arrays, scale, accuracy, status="calibrated")
 
 
 @dataclass(frozen=True)
@@ -326,30 +332,36 @@ def _fit_kernel(
     rng: Any,
 ) -> _KernelFit:
     constants, grid = _fit_form(c, starts, keep)
-    errors_of, plain, order = [], [], []
-    for kind in fold_by:
-        group = c.groups(kind)
-        if group.max() == 0:
-            group = np.arange(len(c))  # a single group: hold out rows
-        for train, test in solver.folds(group, FOLDS, rng):
-            # the search starts at the solution: it moves little, but this is part of the error of a
-            # held-out shape
-            rest, left, values = c.take(train), c.take(test), dict(constants.values)
-            if constants.std_errors:
-                free = {name: c.registry[name] for name in constants.std_errors}
-                values |= solver.minimise(
-                    rest.log_residual, values, free, max_nfev=6, **_SEARCH
-                ).values
-            errors_of.append(left.log_error(values, rest.residual(values)))
-            plain.append(left.log_residual(values))
-            order.append(test)
-    errors, core_errors, rows = (np.concatenate(parts) for parts in (errors_of, plain, order))
+    parts = [
+        _errors(c, train, test, constants)
+        for by in fold_by
+        for train, test in solver.folds(_groups(c, by), FOLDS, rng)
+    ]
+    errors, core_errors, rows = (np.concatenate(values) for values in zip(*parts))
     log_residual = c.log_residual(constants.values)
     e = c.take(rows).calls.estimate(constants.values)
     uncertainty = uncertainty_of(e, same_stack_scales(e.operator))
     if len(c) < FEW_ROWS and np.abs(core_errors).mean() < np.abs(errors).mean():
         return _KernelFit(constants, None, core_errors, log_residual, uncertainty)
     return _KernelFit(constants, grid, errors, log_residual, uncertainty)
+
+
+def _groups(c: AttentionFit, by: str) -> IndexArray:
+    group = c.groups(by)
+    return np.arange(len(c)) if group.max() == 0 else group  # a single group: hold out rows
+
+
+def _errors(
+    c: AttentionFit, train: IndexArray, test: IndexArray, constants: ConstantsFit
+) -> tuple[FloatArray, FloatArray, IndexArray]:
+    """Return the log errors of held-out rows with and without the residual, and their numbers. The
+    search starts at the solution: it moves little, but this is part of the error of a held-out
+    shape."""
+    rest, left, values = c.take(train), c.take(test), dict(constants.values)
+    if constants.std_errors:
+        free = {name: c.registry[name] for name in constants.std_errors}
+        values |= solver.minimise(rest.log_residual, values, free, max_nfev=6, **_SEARCH).values
+    return left.log_error(values, rest.residual(values)), left.log_residual(values), test
 
 
 def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:

@@ -26,7 +26,7 @@ from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import HardwareProfile, Section
-from simulator.operators.base import Machine, ResidualGrid, RowResidual
+from simulator.operators.base import Constant, Machine, ResidualGrid, RowResidual
 from simulator.operators.gemm import EDGE, Products
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import weight_only_constants
@@ -68,32 +68,14 @@ class GemmFit(Fit):
     def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
         """Return the best of several searches: one from ``start``, which has all constants,
         :data:`STARTS` around it."""
-        start, c, machine = start or self.start, self.calls, self.calls.machine
+        start = start or self.start
         prior = WEAK if self.prior is None else CLOSE
-        few = self.sample(ROWS, self.seed)
-        # constants that a dense table identifies on this machine; the random starts below depend on
-        # their order
-        names: tuple[str, ...] = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
-        if machine.packs:
-            names = ("t0", "e_tc", "e_d", "b_hit", "pack")
-        elif not machine.persistent:
-            names = (*names, "b_l2")
-        ranges = {name: CONSTANTS[name] for name in names}
-        ranges["b_hit"] = replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)
-        unseen = {}
-        if self.prior is not None and machine.element_bytes < 2.0:
-            moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
-            compute_s, memory_s = (
-                2.0 * c.m * c.n * c.k / machine.peak_flop_per_s,
-                moved / machine.bandwidth_bytes_per_s,
-            )
-            if not np.any(compute_s > memory_s):
-                unseen = {"e_tc": "no row is compute-bound; value of the prior"}
+        few, ranges = self.sample(ROWS, self.seed), self._ranges()
 
-        def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
-            rows = found.rows[: len(few)]
-            residual_sd = float(np.sqrt(np.sum(rows**2) / max(len(few) - len(found.names), 1)))
-            return gauss_newton(found.slopes, max(residual_sd, 1e-9)), residual_sd
+        def covariance(minimum: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
+            rows = minimum.rows[: len(few)]
+            residual_sd = float(np.sqrt(np.sum(rows**2) / max(len(few) - len(minimum.names), 1)))
+            return gauss_newton(minimum.slopes, max(residual_sd, 1e-9)), residual_sd
 
         search: dict[str, Any] = {
             "prior": prior,
@@ -101,36 +83,58 @@ class GemmFit(Fit):
             "data_only": True,
             "x_scale": 0.1,
             "max_nfev": 80,
+            "weak": min(0.5, 0.45 * prior) if prior >= WEAK else 0.5,
         }
-        search["weak"] = min(0.5, 0.45 * prior) if prior >= WEAK else 0.5
         if len(few) <= REFIT_ROWS:  # more rows leave the processor's caches
             search["together"] = lambda many: (
                 np.log(few.calls.seconds_of(many)) - np.log(few.seconds)
             )
 
-        def fit(origin: Mapping[str, float]) -> ConstantsFit:
-            return fit_logs(few.log_residual, origin, ranges, covariance, fixed=unseen, **search)
-
-        def loss(found: ConstantsFit) -> float:
-            return float(np.mean(soft_l1(few.log_residual(found.values)) ** 2))
-
-        if machine.packs:
-            best = min(
-                (fit({**start, "pack_m": at}) for at in PACK_FROM),
-                key=lambda tried: tried.residual_sd,
+        def fit(**changed: float) -> ConstantsFit:
+            return fit_logs(
+                few.log_residual,
+                {**start, **changed},
+                ranges,
+                covariance,
+                fixed=self._unseen(),
+                **search,
             )
-            return replace(
-                best,
-                fixed={
-                    **best.fixed,
-                    "pack_m": f"best of {', '.join(f'{at:g}' for at in PACK_FROM)}",
-                },
-            )
+
+        if self.calls.machine.packs:
+            best = min((fit(pack_m=m) for m in PACK_FROM), key=lambda tried: tried.residual_sd)
+            why = f"best of {', '.join(f'{m:g}' for m in PACK_FROM)}"
+            return replace(best, fixed={**best.fixed, "pack_m": why})
         rng = np.random.default_rng(0)
         others = [
             {n: start[n] * np.exp(rng.normal(0.0, 0.3)) for n in ranges} for _ in range(STARTS)
         ]
-        return min((fit({**start, **other}) for other in ({}, *others)), key=loss)
+        return min(
+            (fit(**other) for other in ({}, *others)),
+            key=lambda tried: float(np.mean(soft_l1(few.log_residual(tried.values)) ** 2)),
+        )
+
+    def _ranges(self) -> dict[str, Constant]:
+        """Return the constants that a dense table identifies on this machine; the random starts of
+        the search depend on their order."""
+        machine = self.calls.machine
+        names: tuple[str, ...] = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
+        if machine.packs:
+            names = ("t0", "e_tc", "e_d", "b_hit", "pack")
+        elif not machine.persistent:
+            names = (*names, "b_l2")
+        ranges = {name: CONSTANTS[name] for name in names}
+        return ranges | {"b_hit": replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)}
+
+    def _unseen(self) -> dict[str, str]:
+        """Return the constants that no row shows."""
+        c, machine = self.calls, self.calls.machine
+        if self.prior is None or machine.element_bytes >= 2.0:
+            return {}
+        moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
+        compute_s = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s
+        if np.any(compute_s > moved / machine.bandwidth_bytes_per_s):
+            return {}
+        return {"e_tc": "no row is compute-bound; value of the prior"}
 
     @property
     def _before(self) -> ResidualGrid | None:
@@ -197,14 +201,19 @@ class GemmFit(Fit):
             arrays |= RowResidual(known, nodes[1][: len(known)]).arrays()
         sizes = np.stack(self.position, axis=1)
         arrays["measured"] = np.stack([sizes.min(axis=0), sizes.max(axis=0)])
-        held_out = self.held_out(blocks, target)
-        known_rows, scale, scores = np.isfinite(held_out), 1.0, {}
-        if known_rows.any():
-            errors, seen = held_out[known_rows], self.take(known_rows)
-            scale = seen.scale(errors, constants.values) * few_groups(int(self.groups().max()) + 1)
-            scores = seen.accuracy(errors, constants.values)
+        scale, scores = self._scores(self.held_out(blocks, target), constants.values)
         section = Section(constants.fitted(), arrays, scale, scores, status="calibrated")
         return FittedPart(section, constants, len(self))
+
+    def _scores(
+        self, held_out: FloatArray, values: Mapping[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        known = np.isfinite(held_out)
+        if not known.any():
+            return 1.0, {}
+        errors, seen = held_out[known], self.take(known)
+        scale = seen.scale(errors, values) * few_groups(int(self.groups().max()) + 1)
+        return scale, seen.accuracy(errors, values)
 
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
         m = self.calls.m

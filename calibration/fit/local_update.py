@@ -61,6 +61,10 @@ class Effect:
     sd: float
     meaning: str
 
+    @property
+    def prior_sds(self) -> float:
+        return abs(self.mean) / self.prior_sd
+
 
 @dataclass(frozen=True)
 class UpdateErrors:
@@ -93,11 +97,10 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
     time that the other rows predict. InputError for too few rows, and for times that no difference
     between software stacks explains."""
     base = replace(hw, local_update=None, same_stack=False)
-    notes = (
-        ["the profile's earlier local update is replaced"] if hw.local_update is not None else []
-    )
     records, methods = one_method(records)
-    notes += methods
+    notes = list(methods)
+    if hw.local_update is not None:
+        notes.insert(0, "the profile's earlier local update is replaced")
     if dtype is not None:
         records = records.select(records.labels().astype(str) == dtype)
     rows, excluded = usable_rows(records, ("holdout", "drift_check"))
@@ -108,49 +111,78 @@ def update_profile(hw: HardwareProfile, records: Records, *, dtype: str | None =
             f" {why}"
         )
     _reject_other_device(hw, rows, notes)
-    rows, of_part, names, arrays = _compared(base, rows, notes, excluded)
-    systematic, log_ratio = arrays["systematic"], arrays["log_ratio"]
-    unique = len(
-        np.unique(np.column_stack([arrays["coordinates"], arrays["kind"], systematic]), axis=0)
-    )
-    kernels = [name for name in names if _section(name)[0] != "runtime"]
+    compared = _compared(base, rows, notes, excluded)
+    notes += _advice(base, compared)
+    # shapes that were measured earlier would contradict the update
+    plain = without_exact(replace(hw, local_update=_update(compared), path=None))
+    profile = with_exact(plain, records)
+    posterior = posterior_of(profile)
+    assert posterior is not None
+    changes = effects(posterior)
+    notes += _odd_rows(compared, posterior)
+    odd = max(changes, key=lambda e: e.prior_sds, default=None)
+    if odd is not None and odd.prior_sds > MOST_SDS:
+        usual = f"{odd.prior_sds:.0f} times the usual difference between stacks"
+        notes.append(f"{odd.meaning}: {usual}; check that the rows are from this GPU")
+    fits = _fits(compared, posterior)
+    return Updated(profile, len(compared.rows), changes, fits, (*notes, *excluded))
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Plausible rows next to their predictions."""
+
+    rows: Records
+    part: NDArray[np.intp]  # number of each row's operator and number format
+    names: list[str]  # of the parts
+    arrays: dict[str, NDArray[Any]]  # of an update
+
+    def select(self, rows: NDArray[np.intp]) -> _Compared:
+        arrays = {name: values[rows] for name, values in self.arrays.items()}
+        return _Compared(self.rows.select(rows), self.part[rows], self.names, arrays)
+
+
+def _advice(base: HardwareProfile, compared: _Compared) -> list[str]:
+    kernels = [name for name in compared.names if _section(name)[0] != "runtime"]
+    notes = []
     if uncalibrated := [
         name for name in kernels if base.section(*_section(name)).status == "default"
     ]:
         advice = "the update applies to the defaults; a fit would be more accurate"
         notes.append(f"{', '.join(uncalibrated)}: not calibrated; {advice}")
+    shapes = [compared.arrays[name] for name in ("coordinates", "kind", "systematic")]
     if not kernels:
         advice = "predictions of kernels do not change; to measure kernels, calibrate --quick"
         notes.append(f"only rows of the host: {advice}")
-    elif unique == 1:
+    elif len(np.unique(np.column_stack(shapes), axis=0)) == 1:
         notes.append(
             "one shape: only the parts of its time change; measure other shapes for the rest"
         )
-    elif len(rows) < FEW_ROWS:
+    elif len(compared.rows) < FEW_ROWS:
         advice = f"measure {FEW_ROWS} to {MOST_ROWS} of several operators"
-        notes.append(f"only {len(rows)} rows, so intervals stay wide; {advice}")
-    before = np.sqrt(
-        (systematic**2).sum(axis=1) + arrays["correlated"] ** 2 + arrays["independent"]
-    )
+        notes.append(f"only {len(compared.rows)} rows, so intervals stay wide; {advice}")
+    return notes
+
+
+def _update(compared: _Compared) -> LocalUpdate:
+    systematic = compared.arrays["systematic"]
     used = np.flatnonzero(systematic.any(axis=0))
-    arrays["systematic"] = systematic[:, used]
+    arrays = {**compared.arrays, "systematic": systematic[:, used]}
     columns = tuple(name for name, i in FACTOR_INDEX.items() if i in used)
-    update = LocalUpdate(provenance_of(rows), columns, clipped(MappingProxyType(arrays)))
-    # shapes that were measured earlier would contradict the update
-    profile = with_exact(without_exact(replace(hw, local_update=update, path=None)), records)
-    posterior = posterior_of(profile)
-    assert posterior is not None
-    fits = [_fit(name, of_part == i, log_ratio, before, posterior) for i, name in enumerate(names)]
-    fits += [_fit("all", of_part >= 0, log_ratio, before, posterior)] if len(names) > 1 else []
-    changes = effects(posterior)
-    notes += _odd_rows(rows, log_ratio, posterior)
-    odd = max(changes, key=lambda e: abs(e.mean) / e.prior_sd, default=None)
-    if odd is not None and (times := abs(odd.mean) / odd.prior_sd) > MOST_SDS:
-        advice = "check that the rows are from this GPU"
-        notes.append(
-            f"{odd.meaning}: {times:.0f} times the usual difference between stacks; {advice}"
-        )
-    return Updated(profile, len(rows), changes, tuple(fits), (*notes, *excluded))
+    return LocalUpdate(provenance_of(compared.rows), columns, clipped(MappingProxyType(arrays)))
+
+
+def _fits(compared: _Compared, posterior: Posterior) -> tuple[UpdateErrors, ...]:
+    arrays = compared.arrays
+    before = np.sqrt(
+        (arrays["systematic"] ** 2).sum(axis=1) + arrays["correlated"] ** 2 + arrays["independent"]
+    )
+    parts = {name: compared.part == i for i, name in enumerate(compared.names)}
+    if len(parts) > 1:
+        parts["all"] = compared.part >= 0
+    return tuple(
+        _fit(name, rows, arrays["log_ratio"], before, posterior) for name, rows in parts.items()
+    )
 
 
 def _section(part: str) -> tuple[str, str]:
@@ -185,28 +217,9 @@ def _reject_other_device(hw: HardwareProfile, records: Records, notes: list[str]
 
 def _compared(
     base: HardwareProfile, rows: Records, notes: list[str], left_out: list[str]
-) -> tuple[Records, NDArray[np.intp], list[str], dict[str, NDArray[Any]]]:
-    """Return the plausible rows that are predicted, their parts, the names of parts, and the arrays
-    of an update."""
-    skipped: dict[str, int] = {}
-    names: list[str] = []
-    index, ratios, errors = list[NDArray[np.intp]](), list[FloatArray](), list[Uncertainty]()
-    for operator, label, at in parts_of(rows, base, skipped):
-        own = rows.select(at)
-        found = predict(own, base)
-        if found.uncertainty is None:
-            left_out.append(
-                f"{len(at)} rows excluded: {operator} is not a single operator of the model"
-            )
-            continue
-        ratio = np.log(own.seconds / found.time.seconds)
-        most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
-        _reject_factor(f"{operator} {label}", ratio, most, own)
-        names.append(f"{operator} {label}")
-        index.append(at)
-        ratios.append(ratio)
-        errors.append(found.uncertainty)
-    left_out += [f"{count} rows excluded: {reason}" for reason, count in skipped.items()]
+) -> _Compared:
+    """Return the plausible rows that are predicted, at most :data:`MOST_ROWS`."""
+    parts = _predicted(base, rows, left_out)
     fast = np.logical_or(*too_fast(rows, base))
     if fast.mean() > MOST_TOO_FAST:
         share = f"{int(fast.sum())} of {len(fast)} rows are faster than {base.title} can be"
@@ -215,42 +228,72 @@ def _compared(
         )
     if fast.any():
         notes.append(f"{int(fast.sum())} rows excluded: faster than {base.title} can be")
-    order = np.concatenate([np.zeros(0, dtype=np.intp), *index])
-    kept = np.flatnonzero(~fast[order])
+    kept = np.flatnonzero(~np.concatenate([fast[:0], *(fast[part.rows] for part in parts)]))
     if len(kept) < LEAST_ROWS:
         why = f"{len(kept)}: {'; '.join(left_out + notes)}"
         raise InputError(f"local update: expected at least {LEAST_ROWS} usable rows, got {why}")
-    sizes = [len(at) for at in index]
-    part, error = np.repeat(np.arange(len(names)), sizes), Uncertainty.joined(errors)
-    if len(kept) > MOST_ROWS:
-        notes.append(f"of {len(kept)} rows the {MOST_ROWS} that lie farthest apart are kept")
-        places = np.column_stack([error.coordinates, np.log2(rows.seconds[order]), 16.0 * part])
-        kept = np.sort(kept[spread_order(places[kept], MOST_ROWS)])
+    compared = _joined(rows, parts).select(kept)
+    if len(compared.rows) > MOST_ROWS:
+        notes.append(
+            f"of {len(compared.rows)} rows the {MOST_ROWS} that lie farthest apart are kept"
+        )
+        size = np.log2(compared.rows.seconds)
+        places = np.column_stack([compared.arrays["coordinates"], size, 16.0 * compared.part])
+        compared = compared.select(np.sort(spread_order(places, MOST_ROWS)))
+    return compared
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    name: str  # operator and number format
+    rows: NDArray[np.intp]
+    log_ratio: FloatArray
+    error: Uncertainty
+
+
+def _predicted(base: HardwareProfile, rows: Records, left_out: list[str]) -> list[_Part]:
+    skipped, parts = dict[str, int](), list[_Part]()
+    for operator, label, numbers in parts_of(rows, base, skipped):
+        of_part = rows.select(numbers)
+        prediction = predict(of_part, base)
+        if prediction.uncertainty is None:
+            left_out.append(
+                f"{len(numbers)} rows excluded: {operator} is not a single operator of the model"
+            )
+            continue
+        name, log_ratio = f"{operator} {label}", np.log(of_part.seconds / prediction.time.seconds)
+        most = MOST_LOG if SECTIONS[operator] == "runtime" else math.log(MOST_FACTOR)
+        _reject_factor(name, log_ratio, most, of_part)
+        parts.append(_Part(name, numbers, log_ratio, prediction.uncertainty))
+    left_out += [f"{count} rows excluded: {reason}" for reason, count in skipped.items()]
+    return parts
+
+
+def _joined(rows: Records, parts: list[_Part]) -> _Compared:
+    error, sizes = Uncertainty.joined([p.error for p in parts]), [len(p.rows) for p in parts]
     arrays = {
         "systematic": error.wide(),
         "correlated": error.correlated,
         "independent": error.independent,
         "coordinates": error.coordinates,
-        "kind": np.repeat([one.kind for one in errors], sizes),
-        "log_ratio": np.concatenate(ratios),
+        "kind": np.repeat([p.error.kind for p in parts], sizes),
+        "log_ratio": np.concatenate([p.log_ratio for p in parts]),
     }
-    return (
-        rows.select(order[kept]),
-        part[kept],
-        names,
-        {name: values[kept] for name, values in arrays.items()},
-    )
+    numbers = np.repeat(np.arange(len(parts)), sizes)
+    ordered = rows.select(np.concatenate([p.rows for p in parts]))
+    return _Compared(ordered, numbers, [p.name for p in parts], arrays)
 
 
-def _odd_rows(rows: Records, log_ratio: FloatArray, posterior: Posterior) -> list[str]:
+def _odd_rows(compared: _Compared, posterior: Posterior) -> list[str]:
     rest, sd = posterior.left_out
+    log_ratio = compared.arrays["log_ratio"]
     rest = rest + log_ratio - np.clip(log_ratio, -MOST_LOG, MOST_LOG)  # the posterior clips them
     far = np.flatnonzero((np.abs(rest) > math.log(MOST_FACTOR)) & (np.abs(rest) > MOST_SDS * sd))
     far = far[np.argsort(-np.abs(rest[far]), kind="stable")]
     advice = "the row counts less; measure it again, or remove it"
     notes = [
-        f"{rows.place(i)}: the time is {math.exp(rest[i]):.3g} times that predicted from the other"
-        f" rows; {advice}"
+        f"{compared.rows.place(i)}: the time is {math.exp(rest[i]):.3g} times that predicted from"
+        f" the other rows; {advice}"
         for i in far[:MOST_NAMED].tolist()
     ]
     return notes + [f"{len(far) - MOST_NAMED} more rows have such times"] * (len(far) > MOST_NAMED)
@@ -284,17 +327,17 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
 
 def _fit(
     name: str,
-    at: NDArray[np.bool_],
+    rows: NDArray[np.bool_],
     log_ratio: FloatArray,
     before: FloatArray,
     posterior: Posterior,
 ) -> UpdateErrors:
-    y, half_before = log_ratio[at], COVERAGE_FACTOR * before[at]
-    rest, after = posterior.left_out[:, at]
-    half_after = after * posterior.coverage_factors[posterior.kind[at]]
+    y, half_before = log_ratio[rows], COVERAGE_FACTOR * before[rows]
+    rest, after = posterior.left_out[:, rows]
+    half_after = after * posterior.coverage_factors[posterior.kind[rows]]
     return UpdateErrors(
         name=name,
-        rows=int(at.sum()),
+        rows=int(rows.sum()),
         error_before=float(np.abs(np.expm1(-y)).mean()),
         error_after=float(np.abs(np.expm1(-rest)).mean()),
         half_before=math.expm1(np.median(half_before)),
@@ -309,23 +352,27 @@ def effects(posterior: Posterior) -> tuple[Effect, ...]:
     """Return the error factors that a posterior shifts or narrows. Rows of one operator identify
     only the sum of its factor and the machine's factor: the operator is reported with this sum."""
     names = [name for name in ERROR_FACTORS if name != "machine"]
-    weight = np.zeros((len(names), len(ERROR_FACTORS)))
-    for row, name in zip(weight, names, strict=True):
-        for part in (name, f"machine {name.split()[-1]}"):
-            if part in ERROR_FACTORS:
-                row[FACTOR_INDEX[part]] = ERROR_FACTORS[part] * (
-                    1.0 if part == "host" else OTHER_STACK
-                )
     nothing = np.zeros(len(names))
+    weights = np.array([_weights(name) for name in names])
     every = Uncertainty(
-        tuple(ERROR_FACTORS), weight.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1
+        tuple(ERROR_FACTORS), weights.T, nothing, nothing, np.zeros((len(names), 3)), kind=-1
     )
     mean, variance = posterior.at(every)
     prior, sd = np.sqrt(every.variance), np.sqrt(variance)
     reported = (np.abs(mean) > REPORTED * prior) | (sd < (1.0 - REPORTED) * prior)
-    rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), strict=True)
-    found = [Effect(name, p, m, s, meaning(name, m, s)) for name, p, m, s in rows]
-    return tuple(effect for effect, kept in zip(found, reported, strict=True) if kept)
+    rows = zip(names, prior.tolist(), mean.tolist(), sd.tolist(), reported, strict=True)
+    return tuple(Effect(name, p, m, s, meaning(name, m, s)) for name, p, m, s, kept in rows if kept)
+
+
+def _weights(name: str) -> FloatArray:
+    """Return the weight of each error factor in the effect of one."""
+    weights = np.zeros(len(ERROR_FACTORS))
+    for part in (name, f"machine {name.split()[-1]}"):
+        if part in ERROR_FACTORS:
+            weights[FACTOR_INDEX[part]] = ERROR_FACTORS[part] * (
+                1.0 if part == "host" else OTHER_STACK
+            )
+    return weights
 
 
 # error factor, or the end of its name -> sentence, and the words for a longer and a shorter time

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +43,7 @@ from simulator.hardware.profile import (
     with_section,
 )
 from simulator.operators import CONSTANTS
-from simulator.operators.base import Machine
+from simulator.operators.base import Constant, Machine
 from simulator.operators.collective import COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, Moves, class_code
 from simulator.uncertainty.operators import GemmOptions, gemm_time
@@ -83,6 +85,9 @@ FEW_TOKENS = 64
 EDGE = 64.0
 
 
+Task = tuple[str, str, Records]  # operator, number format and rows of a fit
+
+
 @dataclass(frozen=True)
 class ProfileFit:
     profile: HardwareProfile
@@ -107,51 +112,61 @@ def fit_profile(
     measured all rows, the stack of the sections is torch: engines with other kernels have wider
     intervals."""
     records, methods = one_method(records)
-    notes = list(methods)
     usable, excluded = usable_rows(records, tuple(_APART))
-    for flag, remedy in REMEDIES.items():
-        if count := int(((usable.flags & int(flag)) != 0).sum()):
-            notes += [
-                f"{count} of {len(usable)} rows are flagged {flag.name}; the fit includes them;"
-                f" {remedy}"
-            ]
+    notes = [*methods, *_flag_notes(usable)]
     if dtype is not None:
         usable = usable.select(np.char.startswith(np.array(DTYPES)[usable.dtype], dtype))
     tasks = _tasks(base, usable, notes)
     if not tasks:
-        why = "; ".join(notes + excluded) or "the records hold no operator that has a fit"
-        raise InputError(f"nothing to fit: {why}")
-    sections = dict(base.sections)
-    sources = [usable.sources[i] for i in np.unique(usable.source)]
-    own_stack = "torch" if sources and all("torch" in source.stack for source in sources) else ""
-    parts: dict[tuple[str, str], FittedPart] = {}
-    for done, (operator, label, rows) in enumerate(tasks):
-        key = operator, label
+        why = notes + excluded or ["the records hold no operator that has a fit"]
+        raise InputError(f"nothing to fit: {'; '.join(why)}")
+    stack, profile, parts = _stack_of(usable), base, dict[tuple[str, str], FittedPart]()
+    for done, task in enumerate(tasks, start=1):
         try:
-            part = _fit(operator, label, rows, replace(base, sections=sections), prior)
+            part = _fit(*task, profile, prior)
         except InputError:
             raise
         # too few usable rows: the other operators may still have enough
         except ValueError as error:
-            notes.append(f"{operator} {label}: {error}")
+            notes.append(f"{task[0]} {task[1]}: {error}")
         else:
-            origin = part.section.provenance or provenance_of(rows, date)
-            sections[key] = replace(part.section, stack=own_stack, provenance=origin)
-            # a section is reported once: by its dense fit, with the fixed constants of all its
-            # kernels
-            first = parts.setdefault(key, replace(part, operator=operator, dtype=label))
-            fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
-            known = replace(first.constants, fixed={**fixed, **part.fixed})
-            parts[key] = replace(first, constants=known)
+            section = replace(
+                part.section,
+                stack=stack,
+                provenance=part.section.provenance or provenance_of(task[2], date),
+            )
+            profile = replace(profile, sections={**profile.sections, task[:2]: section})
+            parts[task[:2]] = _reported(task, part, parts.get(task[:2]))
         if progress is not None:
-            progress(done + 1, len(tasks))
+            progress(done, len(tasks))
     if not parts:
         raise InputError(f"nothing could be fitted: {'; '.join(notes + excluded)}")
-    profile = with_exact(replace(base, path=None).calibrated(sections, own_stack), records)
+    profile = with_exact(replace(base, path=None).calibrated(profile.sections, stack), records)
     profile, outside = within_ranges(profile)
-    notes += outside
-    kept = tuple(replace(part, section=profile.sections[key]) for key, part in parts.items())
-    return ProfileFit(profile, kept, (*notes, *excluded))
+    parts = {key: replace(part, section=profile.sections[key]) for key, part in parts.items()}
+    return ProfileFit(profile, tuple(parts.values()), (*notes, *outside, *excluded))
+
+
+def _stack_of(records: Records) -> str:
+    sources = [records.sources[i] for i in np.unique(records.source)]
+    return "torch" if sources and all("torch" in source.stack for source in sources) else ""
+
+
+def _flag_notes(records: Records) -> list[str]:
+    counts = {flag: int(((records.flags & int(flag)) != 0).sum()) for flag in REMEDIES}
+    return [
+        f"{counts[flag]} of {len(records)} rows are flagged {flag.name}; the fit includes them;"
+        f" {remedy}"
+        for flag, remedy in REMEDIES.items()
+        if counts[flag]
+    ]
+
+
+def _reported(task: Task, part: FittedPart, earlier: FittedPart | None) -> FittedPart:
+    """Return a section's part: its dense fit, with the fixed constants of all its kernels."""
+    first = earlier or replace(part, operator=task[0], dtype=task[1])
+    fixed = {n: why for n, why in first.fixed.items() if n not in part.constants.std_errors}
+    return replace(first, constants=replace(first.constants, fixed={**fixed, **part.fixed}))
 
 
 def within_ranges(profile: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
@@ -178,37 +193,47 @@ def _section_within(
 ) -> tuple[Section, list[str]]:
     """Return a section within its ranges (the same object if it is), and the constants that were
     not."""
-    constants, outside = {}, []
-    for name, fitted in section.constants.items():
-        known, kept = CONSTANTS[operator][name], fitted
-        if not math.isfinite(fitted.value):
-            kept = Fitted(known.default(architecture), None, "default")
-        elif not known.low <= fitted.value <= known.high:
-            kept = Fitted(min(max(fitted.value, known.low), known.high), None, "fixed")
-        if kept.std_error is not None and not 0.0 <= kept.std_error <= LIMITS["std_error"][1]:
-            kept = replace(kept, std_error=None)
+    constants = {
+        name: _constant_within(CONSTANTS[operator][name], fitted, architecture)
+        for name, fitted in section.constants.items()
+    }
+    outside = [
+        f"{name} {fitted.value:.3g}"
+        for name, fitted in section.constants.items()
         # else only rounded to the end of its range
-        if not math.isclose(kept.value, fitted.value, rel_tol=1e-9):
-            outside.append(f"{name} {fitted.value:.3g}")
-        constants[name] = kept
-    low, high = LIMITS["section_scale"]
-    scale = (
-        high if math.isnan(section.section_scale) else min(max(section.section_scale, low), high)
-    )
-    least, most = LIMITS["accuracy"]
-    accuracy = {
-        n: min(max(v, least), most) for n, v in section.accuracy.items() if not math.isnan(v)
+        if not math.isclose(constants[name].value, fitted.value, rel_tol=1e-9)
+    ]
+    scale = section.section_scale
+    changed: dict[str, Any] = {
+        "constants": constants,
+        "section_scale": LIMITS["section_scale"][1]
+        if math.isnan(scale)
+        else _clip(scale, *LIMITS["section_scale"]),
+        "accuracy": {
+            n: _clip(v, *LIMITS["accuracy"])
+            for n, v in section.accuracy.items()
+            if not math.isnan(v)
+        },
     }
     arrays = clipped(section.arrays)
-    same = constants == dict(section.constants) and accuracy == dict(section.accuracy)
-    if same and scale == section.section_scale and arrays is section.arrays:
+    if arrays is section.arrays and all(getattr(section, n) == v for n, v in changed.items()):
         return section, outside
-    return (
-        replace(
-            section, constants=constants, section_scale=scale, accuracy=accuracy, arrays=arrays
-        ),
-        outside,
-    )
+    return replace(section, arrays=arrays, **changed), outside
+
+
+def _constant_within(known: Constant, fitted: Fitted, architecture: str) -> Fitted:
+    kept = fitted
+    if not math.isfinite(fitted.value):
+        kept = Fitted(known.default(architecture), None, "default")
+    elif not known.low <= fitted.value <= known.high:
+        kept = Fitted(_clip(fitted.value, known.low, known.high), None, "fixed")
+    if kept.std_error is not None and not 0.0 <= kept.std_error <= LIMITS["std_error"][1]:
+        kept = replace(kept, std_error=None)
+    return kept
+
+
+def _clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
 
 
 def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[str]]:
@@ -225,56 +250,73 @@ def usable_rows(records: Records, apart: Sequence[str]) -> tuple[Records, list[s
     return records.select(~np.any(list(bad.values()), axis=0)), excluded
 
 
-def _tasks(
-    base: HardwareProfile, records: Records, notes: list[str]
-) -> list[tuple[str, str, Records]]:
-    """Return operator, format and rows of the fits with enough rows, dense GEMMs first: other fits
-    need them."""
-    same, is_ = records.dtype == records.weight_dtype, records.is_operator
-    formats, gemms, every = (
-        np.array(DTYPES)[records.dtype],
-        records.labels().astype(str),
-        np.full(len(records), "*"),
-    )
-    messages = is_("collective") & (records.launch != LAUNCHES.index("eager"))
-    reduces = messages & (records.role == role_code("all_reduce")[0])
-    library = np.array([source.kernel == "NCCL" for source in records.sources], dtype=bool)[
-        records.source
-    ]
-    # the engine has its own all-reduce, which replaces the library's
-    if (reduces & ~library).any():
-        messages &= ~(reduces & library)
-    # copies are measured cold, activations are warm: they agree only where L2 holds neither
-    copies = is_("copy") & (records.read_bytes + records.write_bytes > base.l2_bytes)
-    moved = (is_("elementwise") | copies) & np.isin(formats, formats[is_("elementwise")])
-    gathered, blocks = is_("gather_gemm") & records.fused & same, is_(_BLOCKS) & same
-    kinds: tuple[tuple[str, str, NDArray[np.bool_], NDArray[np.str_], int], ...] = (
-        ("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS),
-        ("gemm", "2:4 gemm {}", is_("gemm_2to4") & same, formats, SKIPPING["gemm_2to4"][-1]),
-        ("gemm", "gathered gemm {}", gathered, formats, SKIPPING["gather_gemm"][-1]),
-        *((name, f"{name} {{}}", is_(name), formats, Fit.FEWEST) for name in ATTENTION),
-        ("attention_prefill", "block-sparse attention {}", blocks, formats, SKIPPING[_BLOCKS][-1]),
-        ("elementwise", "elementwise {}", moved, formats, Fit.FEWEST),
-        ("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1),
-        ("collective", "collectives", messages, every, Fit.FEWEST),
-        ("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST),
-    )
-    out: list[tuple[str, str, Records]] = []
-    for operator, what, mask, names, fewest in kinds:
-        for dtype in map(str, np.unique(names[mask])):
-            rows = records.select(mask & (names == dtype))
-            many = f"{what.format(dtype)}: {len(rows)} rows"
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows that one kind of fit may use, and the number that it needs."""
+
+    operator: str
+    title: str  # of the rows of one format, in notes
+    mask: NDArray[np.bool_]
+    formats: NDArray[np.str_]
+    fewest: int
+
+
+def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[Task]:
+    """Return the fits with enough rows, dense GEMMs first: other fits need them."""
+    out: list[Task] = []
+    for kind in _kinds(base, records):
+        for dtype in map(str, np.unique(kind.formats[kind.mask])):
+            rows = records.select(kind.mask & (kind.formats == dtype))
+            many = f"{kind.title.format(dtype)}: {len(rows)} rows"
             if dtype not in (*labels(base.rates), "*"):
                 notes.append(f"{many} excluded: {base.name} has no {dtype} arithmetic")
-            elif len(rows) < fewest:
-                notes.append(f"{many} are too few; a fit needs {fewest}; measure longer")
+            elif len(rows) < kind.fewest:
+                notes.append(f"{many} are too few; a fit needs {kind.fewest}; measure longer")
             else:
-                out.append((operator, dtype, rows))
+                out.append((kind.operator, dtype, rows))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
-        if count := int((is_(name) & ~gathered).sum()):
+        if count := int((records.is_operator(name) & ~_gathered(records)).sum()):
             judged = "validation compares them with the sum of their parts"
             notes.append(f"{name}: {count} rows have no separate fit; {judged}")
     return out
+
+
+def _kinds(base: HardwareProfile, records: Records) -> list[_Rows]:
+    is_, same = records.is_operator, records.dtype == records.weight_dtype
+    formats, gemms = np.array(DTYPES)[records.dtype], records.labels().astype(str)
+    every, skipping = np.full(len(records), "*"), {n: rows for n, (*_, rows) in SKIPPING.items()}
+    # copies are measured cold, activations are warm: they agree only where L2 holds neither
+    copies = is_("copy") & (records.read_bytes + records.write_bytes > base.l2_bytes)
+    moved = (is_("elementwise") | copies) & np.isin(formats, formats[is_("elementwise")])
+    blocks = is_(_BLOCKS) & same, formats, skipping[_BLOCKS]
+    pairs = is_("gemm_2to4") & same, formats, skipping["gemm_2to4"]
+    return [
+        _Rows("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS),
+        _Rows("gemm", "2:4 gemm {}", *pairs),
+        _Rows("gemm", "gathered gemm {}", _gathered(records), formats, skipping["gather_gemm"]),
+        *(_Rows(name, f"{name} {{}}", is_(name), formats, Fit.FEWEST) for name in ATTENTION),
+        _Rows("attention_prefill", "block-sparse attention {}", *blocks),
+        _Rows("elementwise", "elementwise {}", moved, formats, Fit.FEWEST),
+        _Rows("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1),
+        _Rows("collective", "collectives", _messages(records), every, Fit.FEWEST),
+        _Rows("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST),
+    ]
+
+
+def _gathered(records: Records) -> NDArray[np.bool_]:
+    fused = records.fused & (records.dtype == records.weight_dtype)
+    return np.asarray(records.is_operator("gather_gemm") & fused)
+
+
+def _messages(records: Records) -> NDArray[np.bool_]:
+    messages = records.is_operator("collective") & (records.launch != LAUNCHES.index("eager"))
+    reduces = messages & (records.role == role_code("all_reduce")[0])
+    kernels = np.array([source.kernel for source in records.sources], dtype=str)
+    library = (kernels == "NCCL")[records.source]
+    # an engine's all-reduce replaces the library's
+    if (reduces & ~library).any():
+        messages &= ~(reduces & library)
+    return np.asarray(messages)
 
 
 def provenance_of(records: Records, date: str = "") -> Provenance:
@@ -385,29 +427,44 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
         profile = replace(hw, sections={**hw.sections, (operator, dtype): trial})
         return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
 
-    def covariance(found: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
-        # other rows do not depend on the constants
-        informative = np.abs(found.slopes).max(axis=1) > 0.02
-        freedom = np.count_nonzero(informative) - len(found.names)
-        if freedom < 1:
-            return np.full((len(found.names),) * 2, np.inf), np.inf
-        residual_sd = float(
-            np.sqrt(np.sum(np.minimum(found.rows**2, 0.15**2)[informative]) / freedom)
-        )
-        return gauss_newton(found.slopes, residual_sd), residual_sd
+    start, ranges = _search_of(section, operator, constants)
+    fit = fit_logs(
+        log_residual, start, ranges, _covariance_of_skipping, weak=0.5, step=1e-3, max_nfev=40
+    )
+    size = np.abs(np.expm1(log_residual(fit.values)))
+    errors = dict(fit.std_errors)
+    if "sparse_block" in errors:
+        errors["sparse_block"] *= EDGE
+    fit = replace(fit, values=_known(fit.values), std_errors=errors)
+    section = _with_constants(
+        section,
+        fit.fitted(),
+        **{f"mape_{name}": float(size.mean()), f"median_{name}": float(np.median(size))},
+    )
+    return FittedPart(section, fit, len(r))
 
-    start = _searched({n: section[n] for n in constants})
-    ends = ({n: getattr(CONSTANTS[operator][n], end) for n in constants} for end in ("low", "high"))
-    low, high = map(_searched, ends)
+
+def _search_of(
+    section: Section, operator: str, constants: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the start of the search and the range of each constant."""
+    low, high = (
+        _searched({n: getattr(CONSTANTS[operator][n], end) for n in constants})
+        for end in ("low", "high")
+    )
     ranges = {n: SimpleNamespace(low=low[n], high=high[n]) for n in constants}
-    found = fit_logs(log_residual, start, ranges, covariance, weak=0.5, step=1e-3, max_nfev=40)
-    size = np.abs(np.expm1(log_residual(found.values)))
-    errors = {
-        n: EDGE * error if n == "sparse_block" else error for n, error in found.std_errors.items()
-    }
-    found = replace(found, values=_known(found.values), std_errors=errors)
-    scores = {f"mape_{name}": float(size.mean()), f"median_{name}": float(np.median(size))}
-    return FittedPart(_with_constants(section, found.fitted(), **scores), found, len(r))
+    return _searched({n: section[n] for n in constants}), ranges
+
+
+def _covariance_of_skipping(minimum: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
+    # other rows do not depend on the constants
+    informative = np.abs(minimum.slopes).max(axis=1) > 0.02
+    freedom = np.count_nonzero(informative) - len(minimum.names)
+    if freedom < 1:
+        return np.full((len(minimum.names),) * 2, np.inf), np.inf
+    squares = np.minimum(minimum.rows**2, 0.15**2)[informative]
+    residual_sd = float(np.sqrt(np.sum(squares) / freedom))
+    return gauss_newton(minimum.slopes, residual_sd), residual_sd
 
 
 def _searched(constants: Mapping[str, float]) -> dict[str, float]:
@@ -431,37 +488,52 @@ def fit_sparse24(hw: HardwareProfile, dtype: str) -> Section:
     one rate. "median_2to4" in the accuracy is the median log error of rows held out one at a
     time."""
     section = hw.sections["gemm", dtype]
-    dtypes = ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,)
-    rows = [r for r in published("gemm_ratios") if r["what"] == "2:4" and r["gpu"] != "not stated"]
-    rows = [r for r in rows if r["hardware"] == hw.name and r["dtype"] in dtypes]
-    if len(rows) < ENOUGH_RATIOS:
+    m, n, k, ratio = _ratios(hw.name, ("fp16", "bf16") if dtype in ("fp16", "bf16") else (dtype,))
+    if len(ratio) < ENOUGH_RATIOS:
         return section
-    m, n, k, before, after = (
-        np.array([float(r[c]) for r in rows]) for c in ("m", "n", "k", "dense_us", "pruned_us")
-    )
-    ratio = before / after
-    dense = gemm_time(
-        m, n, k, hw, dtype=dtype, kernel="dense", options=GemmOptions(copies=1)
-    ).seconds
-    tried: list[dict[str, float]] = [{"sparse_step": step} for step in STEPS]
-    if m.min() <= FEW_TOKENS:
-        tried = [{**values, "sparse_load": load} for values in tried for load in LOADS]
-    error = np.empty((len(tried), len(ratio)))
-    for i, values in enumerate(tried):  # for so few constants, a scan is safer than a search
-        trial = with_section(
-            hw, dtype, _with_constants(section, {c: Fitted(v) for c, v in values.items()})
+    time = partial(gemm_time, m, n, k, dtype=dtype, options=GemmOptions(copies=1))
+    dense_s = time(hw, kernel="dense").seconds
+    tried = _trials(with_load=m.min() <= FEW_TOKENS)
+    errors = []
+    for values in tried:  # for so few constants, a scan is safer than a search
+        constants = {name: Fitted(value) for name, value in values.items()}
+        pruned = time(
+            with_section(hw, dtype, _with_constants(section, constants)), kernel="sparse24"
         )
-        sparse = gemm_time(
-            m, n, k, trial, dtype=dtype, kernel="sparse24", options=GemmOptions(copies=1)
-        ).seconds
-        error[i] = np.abs(np.log(dense / sparse / ratio))
-    total = error.sum(axis=1)
-    without = [error[(total - error[:, i]).argmin(), i] for i in range(len(ratio))]
-    draws = np.random.default_rng(0).integers(0, len(ratio), (200, len(ratio)))
+        errors.append(np.log(dense_s / pruned.seconds / ratio))
+    return _best_ratios(section, tried, np.abs(errors))
+
+
+def _ratios(hardware: str, dtypes: Sequence[str]) -> FloatArray:
+    """Return m, n, k and the dense over the 2:4 time of the published rows of a device."""
+    rows = [
+        [float(r[name]) for name in ("m", "n", "k", "dense_us", "pruned_us")]
+        for r in published("gemm_ratios")
+        if r["what"] == "2:4" and r["gpu"] != "not stated"
+        if r["hardware"] == hardware and r["dtype"] in dtypes
+    ]
+    m, n, k, dense_us, pruned_us = np.array(rows).reshape(-1, 5).T
+    return np.stack([m, n, k, dense_us / pruned_us])
+
+
+def _trials(with_load: bool) -> list[dict[str, float]]:
+    if not with_load:
+        return [{"sparse_step": step} for step in STEPS]
+    return [{"sparse_step": step, "sparse_load": load} for step in STEPS for load in LOADS]
+
+
+def _best_ratios(
+    section: Section, tried: Sequence[Mapping[str, float]], error: FloatArray
+) -> Section:
+    """Return a section with the best of the tried constants; ``error`` (tried, rows) are log
+    errors."""
+    total, count = error.sum(axis=1), error.shape[1]
+    without = [error[(total - error[:, i]).argmin(), i] for i in range(count)]
+    draws = np.random.default_rng(0).integers(0, count, (200, count))
     drawn = [tried[error[:, rows].sum(axis=1).argmin()] for rows in draws]
-    found = {
+    best = {
         # None: on its bound
         name: Fitted(value, float(np.std([values[name] for values in drawn])) or None)
         for name, value in tried[total.argmin()].items()
     }
-    return _with_constants(section, found, median_2to4=float(np.median(without)))
+    return _with_constants(section, best, median_2to4=float(np.median(without)))

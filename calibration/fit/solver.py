@@ -136,31 +136,42 @@ def minimise(
         return with_prior(x, log_residual(constants(x)))
 
     if together is not None:
-
-        def forward(x: FloatArray) -> FloatArray:
-            """Return the derivatives that least_squares computes by default."""
-            steps = ROOT_EPSILON * np.where(x >= 0, 1.0, -1.0) * np.maximum(1.0, np.abs(x))
-            steps = np.where((x + steps < low) | (x + steps > high), -steps, steps)
-            places = x + np.concatenate([np.zeros((1, len(x))), np.diag(steps)])
-            here, *moved = with_prior(places, together([constants(place) for place in places]))
-            return np.asarray(((np.array(moved) - here) / ((x + steps) - x)[:, None]).T)
-
-        search["jac"] = forward
+        search["jac"] = _forward(
+            lambda places: with_prior(places, together([constants(x) for x in places])), low, high
+        )
     if step is not None:
         ways = step * np.eye(len(names))
         search["jac"] = lambda x: np.stack(
             [(rows(x + way) - rows(x - way)) / (2.0 * step) for way in ways], axis=1
         )
     loss: dict[str, Any] = {} if data_only else {"loss": "soft_l1", "f_scale": HUBER}
-    found = least_squares(rows, first, bounds=(low, high), **loss, **search)
-    ends = zip(names, found.x - low, high - found.x, strict=True)
-    on_bound = {
-        n: "lower" if below < above else "upper"
-        for n, below, above in ends
-        if min(below, above) < ON_BOUND
+    best = least_squares(rows, first, bounds=(low, high), **loss, **search)
+    values = dict(zip(names, np.exp(best.x).tolist(), strict=True))
+    on_bound = _on_bound(names, best.x - low, high - best.x)
+    return Minimum(values, on_bound, best.fun, np.asarray(best.jac))
+
+
+def _forward(
+    residuals: Callable[[FloatArray], FloatArray], low: FloatArray, high: FloatArray
+) -> Callable[[FloatArray], FloatArray]:
+    """Return a function with the derivatives that least_squares computes by default; ``residuals``
+    are those of several places, (places, rows)."""
+
+    def derivatives(x: FloatArray) -> FloatArray:
+        steps = ROOT_EPSILON * np.where(x >= 0, 1.0, -1.0) * np.maximum(1.0, np.abs(x))
+        steps = np.where((x + steps < low) | (x + steps > high), -steps, steps)
+        here, *moved = residuals(x + np.concatenate([np.zeros((1, len(x))), np.diag(steps)]))
+        return np.asarray(((np.array(moved) - here) / ((x + steps) - x)[:, None]).T)
+
+    return derivatives
+
+
+def _on_bound(names: Sequence[str], below: FloatArray, above: FloatArray) -> dict[str, str]:
+    return {
+        name: "lower" if to_low < to_high else "upper"
+        for name, to_low, to_high in zip(names, below, above, strict=True)
+        if min(to_low, to_high) < ON_BOUND
     }
-    values = dict(zip(names, np.exp(found.x).tolist(), strict=True))
-    return Minimum(values, on_bound, found.fun, np.asarray(found.jac))
 
 
 def fit_logs(
@@ -181,7 +192,7 @@ def fit_logs(
     first is on its lower bound."""
     search = {"center": start, **search}
     values, kept = dict(start), dict(fixed or {})
-    while free := {name: ends for name, ends in ranges.items() if name not in kept}:
+    while free := {name: ranges[name] for name in ranges if name not in kept}:
         minimum = minimise(log_residual, values, free, **search)
         values = {**values, **minimum.values}
         gone: dict[str, str] = {}
@@ -190,25 +201,24 @@ def fit_logs(
             values[name] = getattr(ranges[name], "low" if side == "lower" else "high")
         if not gone:
             matrix, residual_sd = covariance(minimum, values)
-            errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
-            unknown = [name for name, error in zip(free, errors, strict=True) if error > weak]
-            gone = dict.fromkeys(unknown, "not identified by these rows")
+            errors = dict(zip(free, np.sqrt(np.maximum(np.diag(matrix), 0.0)), strict=True))
+            gone = {name: "not identified by these rows" for name in free if errors[name] > weak}
             # a few rows may have moved it far away
             values |= {name: search["center"][name] for name in gone}
             if not gone:
-                scale = np.where(errors > 0, errors, 1.0)
-                known = {
-                    name: float(values[name] * error)
-                    for name, error in zip(free, errors, strict=True)
-                }
-                return ConstantsFit(
-                    values, known, kept, matrix / np.outer(scale, scale), residual_sd
-                )
+                known = {name: float(values[name] * error) for name, error in errors.items()}
+                return ConstantsFit(values, known, kept, _correlation(matrix), residual_sd)
         kept |= gone
         for name, (other, why) in (moot or {}).items():
             if minimum.on_bound.get(name) == "lower":
                 values[other], kept[other] = search["center"][other], why
     return ConstantsFit(values, {}, kept)
+
+
+def _correlation(matrix: FloatArray) -> FloatArray:
+    errors = np.sqrt(np.maximum(np.diag(matrix), 0.0))
+    scale = np.where(errors > 0, errors, 1.0)
+    return np.asarray(matrix / np.outer(scale, scale))
 
 
 def soft_l1(log_residual: FloatArray) -> FloatArray:

@@ -34,7 +34,7 @@ import math
 import signal
 import statistics
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -50,15 +50,9 @@ from calibration.devices.protocol import (
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
-from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, WAIT_LIMIT, power_capped
+from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, STATUSES, WAIT_LIMIT, power_capped
 
-SKIPPED, UNSUPPORTED, REFUSED, FAILED, THROTTLED = (
-    "skipped",
-    "unsupported",
-    "refused",
-    "failed",
-    "throttled",
-)
+_, _, THROTTLED, SKIPPED, UNSUPPORTED, REFUSED, FAILED = STATUSES
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
@@ -171,6 +165,7 @@ class _Run:
     lost: DeviceLost | None = None  # ends the run after the record of its operator
     # shortest time per operator, and its status
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
+    timed: set[str] = field(default_factory=set)  # operators with a time
 
     def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
         """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted
@@ -215,14 +210,13 @@ class _Run:
             timing = measure(self.interrupt.watched(prepared.sample), protocol, self.device.clock)
             after = self.device.snapshot()
             reasons = throttled(before, after)
-            waiting = waited(before, after, timing.elapsed_s, self.threads)
+            fields = _timing_fields(timing, before, after, prepared.method)
+            fields["waited"] = waited(before, after, timing.elapsed_s, self.threads)
             # an unknown share is no reason to repeat
-            share = 0.0 if isinstance(waiting, str) else waiting
-            fields = _timing_fields(timing, before, after, prepared.method) | {"waited": waiting}
+            share = 0.0 if fields["waited"] == UNKNOWN else fields["waited"]
             if reasons in ((), UNKNOWN):
                 if not best or share < least:
-                    best = fields
-                    least = share
+                    best, least = fields, share
                 record |= best | {"attempts": attempt, "throttled_samples": discarded}
                 self.waits.append(share)
                 if share <= WAIT_LIMIT:
@@ -253,7 +247,10 @@ class _Run:
             self.telemetry.append(record["after"])
         key, status = str(record["key"]), str(record["status"])
         now = float(record.get("median_s", math.inf)), status
+        if status in (OK, NOISY, THROTTLED):
+            self.timed.add(key)
         if visit == 0:
+            self.counts.left -= 1
             self.counts.add(status)
             self.fastest[key] = now
             if status not in (OK, NOISY):
@@ -286,6 +283,44 @@ class _Run:
         self.append(record)
 
 
+@dataclass
+class _Budget:
+    """Time of a run on the device's clock, and how the plan's estimates compare with it."""
+
+    plan: MeasurementPlan
+    device: Device
+    limit_s: float  # longest time of one operator
+    waiting_s: float  # estimated time of the items that have not been visited
+    start: float
+    spent_s: float = 0.0
+    expected_s: float = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.device.clock() - self.start
+
+    def allows(self, item: Item, visit: int) -> bool:
+        """Return whether an item is expected to end in the share of its visit. Estimates are rough
+        at first and accurate after about 20 items, so estimates and measured times are combined."""
+        pace = (self.spent_s + 5.0 * self.limit_s) / (self.expected_s + 5.0 * self.limit_s)
+        share = self.plan.budget_s * (visit + 1) / self.plan.visits
+        return self.elapsed_s + pace * max(item.cost_s, 1e-3) <= share
+
+    def item_limit_s(self) -> float:
+        return min(self.limit_s, max(self.plan.budget_s - self.elapsed_s, 0.05))
+
+    def add(self, item: Item, spent_s: float) -> None:
+        self.spent_s += spent_s
+        self.expected_s += max(item.cost_s, 1e-3)
+
+    def progress(self) -> tuple[int, int]:
+        """Return the seconds that have passed, and the expected total."""
+        now = self.elapsed_s
+        left_s = max(self.waiting_s, 0.0) * (self.spent_s / self.expected_s)
+        left_s = min(left_s, max(self.plan.budget_s - now, 0.0))
+        return round(now), max(round(now + left_s), 1)
+
+
 def run(
     plan: MeasurementPlan,
     device: Device,
@@ -300,102 +335,102 @@ def run(
     are records of earlier runs in the same store: their operators are not measured again, and their
     first drift check stays the reference. ``progress`` is called after every visit with the seconds
     that have passed and the expected total."""
-    budget, protocol = plan.budget_s, protocol or Protocol()
-    earlier = list(previous)
-    done = {
-        (str(r["key"]), r.get("visit", 0))
-        for r in earlier
-        if r.get("purpose") != DRIFT_CHECK and "key" in r
-    }
-    timed = {r.get("key") for r in earlier if r.get("median_s") is not None}
-    todo = [
-        [i for i in plan.order(visit) if (i.operator.key, visit) not in done]
-        for visit in range(plan.visits)
-    ]
+    protocol, earlier = protocol or Protocol(), list(previous)
+    todo = _todo(plan, earlier)
     waiting_s = sum(item.cost_s for items in todo for item in items)
-    start = device.clock()
-    description = device.describe()
-    stopped, since_check, failures = "", 0, 0
-    spent_s = expected_s = 0.0
+    budget = _Budget(plan, device, protocol.time_limit_s, waiting_s, device.clock())
+    threads = device.describe().stack.get("threads", "1")
     with Interrupt() as flag:
-        threads = description.stack.get("threads", "1")
         state = _Run(
             device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1
         )
-        counts = state.counts
-        counts.resumed = len(plan.items) - len(todo[0])
+        state.counts.resumed, state.counts.left = len(plan.items) - len(todo[0]), len(todo[0])
         state.reference, state.block = _first_check(earlier)
-        counts.left = len(todo[0])
+        state.timed = {str(r.get("key")) for r in earlier if r.get("median_s") is not None}
         try:
-            if any(todo):
-                state.check_drift(plan.drift_check)
-            for visit, item in (
-                (visit, item) for visit, items in enumerate(todo) for item in items
-            ):
-                if flag.requested:
-                    raise Interrupted
-                waiting_s -= item.cost_s
-                if visit and item.operator.key not in timed:
-                    # an operator without a time in the first visit has none in later visits
-                    continue
-                elapsed = device.clock() - start
-                # estimates are rough at first and accurate after about 20 items, so both are
-                # combined
-                pace = (spent_s + 5.0 * protocol.time_limit_s) / (
-                    expected_s + 5.0 * protocol.time_limit_s
-                )
-                expected = max(item.cost_s, 1e-3)
-                if elapsed + pace * expected > budget * (visit + 1) / plan.visits:
-                    stopped = "budget"
-                    continue  # a cheaper operator may still fit
-                begin = device.clock()
-                limit_s = min(protocol.time_limit_s, max(budget - elapsed, 0.05))
-                status = state.keep(item, replace(protocol, time_limit_s=limit_s), visit)
-                spent_s += device.clock() - begin
-                expected_s += expected
-                if visit == 0:
-                    counts.left -= 1
-                if status in (OK, NOISY, THROTTLED):
-                    timed.add(item.operator.key)
-                if state.lost is not None:
-                    raise state.lost
-                failures = failures + 1 if status == FAILED else 0
-                if failures >= _FAILURES_IN_A_ROW:
-                    raise DeviceLost(
-                        f"{failures} operators in a row failed; the last: {state.problems[-1]}"
-                    )
-                since_check += 1
-                if since_check >= DRIFT_CHECK_EVERY:
-                    state.check_drift(plan.drift_check)
-                    since_check = 0
-                if progress is not None:
-                    now = device.clock() - start
-                    left_s = min(
-                        max(waiting_s, 0.0) * (spent_s / expected_s), max(budget - now, 0.0)
-                    )
-                    progress(round(now), max(round(now + left_s), 1))
-            if since_check:
-                state.check_drift(plan.drift_check)
+            stopped = _visit(todo, budget, state, progress)
         except Interrupted:
             stopped = "interrupted"
         except CaptureFailed as error:
             stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
             stopped = f"{LOST}: {error}"
-    if state.drifts:
-        low, high = min(state.drifts), max(state.drifts)
-        change = f"{low:+.1%}" if low == high else f"{low:+.1%} to {high:+.1%}"
-        drifted = (
-            f"{counts.drifted} of {counts.drift_checks} drift checks differ from the first by"
-            f" {change}"
-        )
-        state.problems.append(drifted)
-    if capped := sum(power_capped(state.telemetry)):
-        slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
-        state.problems.append(
-            f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged"
-        )
-    return Outcome(counts, device.clock() - start, stopped, tuple(state.problems))
+    problems = (*state.problems, *_drift_notes(state), *_power_notes(state))
+    return Outcome(state.counts, budget.elapsed_s, stopped, problems)
+
+
+def _todo(plan: MeasurementPlan, earlier: Iterable[Mapping[str, Any]]) -> list[list[Item]]:
+    """Return the items of each visit that have no record."""
+    done = {
+        (str(r["key"]), r.get("visit", 0))
+        for r in earlier
+        if r.get("purpose") != DRIFT_CHECK and "key" in r
+    }
+    return [
+        [item for item in plan.order(visit) if (item.operator.key, visit) not in done]
+        for visit in range(plan.visits)
+    ]
+
+
+def _visit(
+    todo: Sequence[Sequence[Item]],
+    budget: _Budget,
+    state: _Run,
+    progress: Callable[[int, int], None] | None,
+) -> str:
+    """Measure the items of every visit with drift checks between them; return "budget" if items
+    were omitted, else ""."""
+    stopped, since_check, failures, check = "", 0, 0, budget.plan.drift_check
+    if any(todo):
+        state.check_drift(check)
+    for visit, item in ((visit, item) for visit, items in enumerate(todo) for item in items):
+        if state.interrupt.requested:
+            raise Interrupted
+        budget.waiting_s -= item.cost_s
+        if visit and item.operator.key not in state.timed:
+            # an operator without a time in the first visit has none in later visits
+            continue
+        if not budget.allows(item, visit):
+            stopped = "budget"
+            continue  # a cheaper operator may still fit
+        begin = state.device.clock()
+        protocol = replace(state.protocol, time_limit_s=budget.item_limit_s())
+        status = state.keep(item, protocol, visit)
+        budget.add(item, state.device.clock() - begin)
+        if state.lost is not None:
+            raise state.lost
+        failures = failures + 1 if status == FAILED else 0
+        if failures >= _FAILURES_IN_A_ROW:
+            raise DeviceLost(
+                f"{failures} operators in a row failed; the last: {state.problems[-1]}"
+            )
+        since_check += 1
+        if since_check >= DRIFT_CHECK_EVERY:
+            state.check_drift(check)
+            since_check = 0
+        if progress is not None:
+            progress(*budget.progress())
+    if since_check:
+        state.check_drift(check)
+    return stopped
+
+
+def _drift_notes(state: _Run) -> list[str]:
+    if not state.drifts:
+        return []
+    low, high = min(state.drifts), max(state.drifts)
+    change = f"{low:+.1%}" if low == high else f"{low:+.1%} to {high:+.1%}"
+    checks = f"{state.counts.drifted} of {state.counts.drift_checks} drift checks"
+    return [f"{checks} differ from the first by {change}"]
+
+
+def _power_notes(state: _Run) -> list[str]:
+    if not (capped := sum(power_capped(state.telemetry))):
+        return []
+    slowed = f"{capped} of {len(state.telemetry)} timed operators ran at the power limit"
+    return [
+        f"{slowed}, at a clock over {CLOCK_LIMIT:.0%} below the highest; their rows are flagged"
+    ]
 
 
 def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
@@ -413,7 +448,7 @@ def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
         except (OutOfMemory, Unsupported, DeviceLost, RuntimeError):
             return None
     early, late = (
-        [s for at, s in series if low <= at <= high]
+        [s for elapsed_s, s in series if low <= elapsed_s <= high]
         for low, high in ((0.0, 0.25), (2.0, SUSTAINED_S))
     )
     if not early or not late:

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.devices.protocol import Description
+from calibration.records.store import STATUSES
 
-OK = "ok"
-NOISY = "noisy"
+OK, NOISY, *_ = STATUSES
 WARM_VALUES = 6  # length of the steady stretch that ends the warm-up
 MAX_LOOPS = 1 << 20  # maximum launches per sample
 
@@ -146,35 +146,40 @@ def measure(sample: Sample, protocol: Protocol, clock: Callable[[], float]) -> T
     is up. ``sample(loops)`` launches ``loops`` times and returns seconds per launch. The first
     steady stretch begins the samples; a series that is not steady in half of the time limit is
     marked noisy."""
-    p, start = protocol, clock()
+    start = clock()
     checked(sample(1))  # loads libraries, selects kernels, touches memory: not part of any series
-    loops = calibrate_loops(sample, p.min_window_s)
+    loops = calibrate_loops(sample, protocol.min_window_s)
     series: list[float] = []
     begin, warm = 0, False
-    while not warm and clock() - start < 0.5 * p.time_limit_s and len(series) < p.max_samples:
+    while (
+        not warm
+        and clock() - start < 0.5 * protocol.time_limit_s
+        and len(series) < protocol.max_samples
+    ):
         series.append(checked(sample(loops)))
         begin = max(0, len(series) - WARM_VALUES)
-        warm = len(series) >= WARM_VALUES and is_warm(series[begin:], p.precision)
+        warm = len(series) >= WARM_VALUES and is_warm(series[begin:], protocol.precision)
     warmup, values = series[:begin], series[begin:]
-    look = max(p.min_samples, len(values))
+    look = max(protocol.min_samples, len(values))
     while True:
-        in_time = clock() - start < p.time_limit_s
+        in_time = clock() - start < protocol.time_limit_s
         while len(values) < look and in_time:
             values.append(checked(sample(loops)))
-            in_time = clock() - start < p.time_limit_s
+            in_time = clock() - start < protocol.time_limit_s
         if not values:
             values.append(checked(sample(loops)))
         median, lower, upper = median_interval(values)
-        precise = upper - lower <= 2.0 * p.precision * median
-        if precise or not in_time or len(values) >= p.max_samples:
+        precise = upper - lower <= 2.0 * protocol.precision * median
+        if precise or not in_time or len(values) >= protocol.max_samples:
             break
         # an interval may be narrow by chance, so looks after every sample would lower the coverage
-        look = min(p.max_samples, max(len(values) + 1, math.ceil(1.25 * len(values))))
-    reasons = [] if warm else [f"not steady within {0.5 * p.time_limit_s:g} s"]
+        look = min(protocol.max_samples, max(len(values) + 1, math.ceil(1.25 * len(values))))
+    reasons = [] if warm else [f"not steady within {0.5 * protocol.time_limit_s:g} s"]
     if not precise:
         width = (upper - lower) / (2.0 * median)
         reasons.append(
-            f"median known to {width:.1%}, target {p.precision:.1%}, after {len(values)} samples"
+            f"median known to {width:.1%}, target {protocol.precision:.1%}, after {len(values)}"
+            " samples"
         )
     return Timing(
         samples_s=tuple(values),

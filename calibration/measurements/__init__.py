@@ -1,6 +1,7 @@
-"""Shipped measured tables (``device/operator/stack``), each with its provenance, and published
-measurements of whole models. ``build.py`` makes the files from a published Apache-2.0 package;
-NOTICE names its authors."""
+"""Measured tables (``device/operator/stack``), each with its provenance, and published values that
+commands read: ``fit`` and ``figures --measured`` read the tables, ``fit`` also the ratios of GEMMs,
+and ``paper`` the taxonomy paper's numbers. ``calibration.evidence.measurements`` makes the tables
+from published packages; NOTICE names their authors."""
 
 from __future__ import annotations
 
@@ -19,16 +20,12 @@ from simulator.errors import InputError, unknown
 FOLDER = Path(__file__).resolve().parent
 INDEX = "PROVENANCE.yaml"
 
-# files of published measurements: whole models (dense, pruned, the taxonomy paper, serving), single
-# GEMMs and collectives
-PUBLISHED: Mapping[str, str] = {
-    "dense": "published_dense.csv",
-    "speedups": "published_speedups.csv",
-    "gemm_ratios": "published_gemm_ratios.csv",
-    "collectives": "published_collectives.csv",
-    "paper": "published_paper.csv",
-    "serving": "serving.csv",
+PUBLISHED: Mapping[str, Path] = {
+    "gemm_ratios": FOLDER / "published_gemm_ratios.csv",
+    "paper": FOLDER / "published_paper.csv",
 }
+# device of a table -> its profile, where the names differ
+_PROFILES = {"a100_sxm": "a100_sxm_80gb"}
 
 
 def file_name(name: str) -> str:
@@ -36,13 +33,19 @@ def file_name(name: str) -> str:
 
 
 def list_measurements() -> tuple[str, ...]:
-    return tuple(read_tables(INDEX))
+    return tuple(read_tables(FOLDER / INDEX))
+
+
+def hardware_of(name: str) -> str:
+    """Return the name of the profile of a table's device."""
+    device = name.split("/")[0]
+    return _PROFILES.get(device, device)
 
 
 def provenance(name: str) -> Mapping[str, Any]:
     """Return the origin of a table: package, path, device, software, kept and refused rows, digest,
     licence."""
-    index = read_tables(INDEX)
+    index = read_tables(FOLDER / INDEX)
     if name not in index:
         raise unknown("measurement", name, index)
     return index[name]
@@ -62,8 +65,8 @@ def load_measurements(name: str, dtype: str | None = None) -> Records:
     return records if dtype is None else records.of_dtype(dtype)
 
 
-def read_tables(file: str) -> dict[str, dict[str, Any]]:
-    return _parsed((FOLDER / file).read_text(encoding="utf-8"))
+def read_tables(path: Path) -> dict[str, dict[str, Any]]:
+    return _parsed(path.read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=3)  # parsing takes as long as reading several tables
@@ -74,18 +77,9 @@ def _parsed(text: str) -> dict[str, dict[str, Any]]:
     return index
 
 
-def published(name: str) -> list[dict[str, str]]:
-    """Return the rows of a table of :data:`PUBLISHED` as text, each with its source.
-
-    Values are SI unless the row has a ``unit``. ``assumed`` lists facts that the source does not
-    state, ``reason`` the likely reason of a large error, ``left_out`` why a row cannot be predicted
-    (empty: it can). Parameters of an engine are fitted on rows with ``split`` "fit" and evaluated
-    on rows with "judge"; no source is in both. ``metric`` is time_s (of a prefill or a step),
-    tokens_per_s (new tokens of all sequences over the total time, or over a decode step) or
-    all_tokens_per_s (prompt and new tokens). ``own_code`` marks a pruned model that ran other
-    modelling code than the dense model; it prunes the layers ``first_layer`` to ``last_layer``.
-    """
-    if name not in PUBLISHED:
-        raise unknown("published table", name, PUBLISHED)
-    with (FOLDER / PUBLISHED[name]).open(encoding="utf-8", newline="") as file:
+def published(name: str, tables: Mapping[str, Path] = PUBLISHED) -> list[dict[str, str]]:
+    """Return the rows of a published table as text, each with its source."""
+    if name not in tables:
+        raise unknown("published table", name, tables)
+    with tables[name].open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

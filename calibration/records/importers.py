@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,7 @@ def _read(content: bytes, path: Path, column_map: Mapping[str, str] | None, devi
     table = RawColumns(
         {name: np.array(cells.column(name), dtype=object) for name in cells.header if name}, path
     )
-    if column_map is None and set(MEASURED) <= table.keys():
-        draft = read_measured(table, digest)
-    else:
-        draft = read_csv(table, digest, column_map or {}, device)
+    draft = read_csv(table, digest, column_map or {}, device)
     return replace(draft, columns={**draft.columns, "line": np.array(cells.lines)})
 
 
@@ -133,31 +130,14 @@ def _draft_of_records(records: Records, notes: tuple[str, ...] = ()) -> Draft:
 def finish(
     draft: Draft, *, label: str, hw: HardwareProfile | None, screened: bool = True
 ) -> ImportResult:
-    screen, columns = (
-        draft.screen,
-        {name: np.asarray(values) for name, values in draft.columns.items()},
-    )
-    _check_numbers(screen, columns)
-    kept = {name: values[screen.kept] for name, values in columns.items()}
-    kept |= {
-        name: kept[name].astype(np.float64).astype(np.int64)
-        for name in (*COUNTS, "copies")
-        if name in kept
-    }
-    sources = [replace(source, file=label) for source in draft.sources]
-    records = Records.from_columns(sources, size=int(screen.kept.sum()), **kept)
+    screen, notes = draft.screen, list(draft.notes)
+    records = _records_of(draft, label)
     if hw is not None and draft.rotated:  # the size of the weights gives the number of copies
         copies = screening.rotated_copies(np.maximum(screening.work(records)[1], 1.0), hw.l2_bytes)
         several = records.is_operator("gemm") & (records.copies > 1)
         records = records.replace(copies=np.where(several, copies, records.copies))
-    notes = list(draft.notes)
     if draft.still:
-        if hw is None:
-            why = "its operands were not random numbers, which saves power and raises clocks"
-            raise InputError(f"{label}: {why}; name the hardware, to exclude compute-bound rows")
-        unreliable = screening.compute_bound(records, hw)
-        screen.refuse_kept(unreliable, "compute-bound, on operands that were not random numbers")
-        records = records.select(~unreliable)
+        records = _without_compute_bound(records, screen, hw, label)
     if hw is None:
         notes.append("no hardware given; times were not checked against a roofline")
     elif screened:
@@ -173,6 +153,29 @@ def finish(
         flagged = f"{conflicts} shapes differ by over 10 %, flagged CONFLICT"
         notes.append(f"{joined} rows repeat a shape, replaced by their median; {flagged}")
     return ImportResult(records.tidy(), screen.refusals, tuple(notes))
+
+
+def _records_of(draft: Draft, label: str) -> Records:
+    """Return the rows of a draft with a valid time and shape."""
+    columns = {name: np.asarray(values) for name, values in draft.columns.items()}
+    _check_numbers(draft.screen, columns)
+    kept = {name: values[draft.screen.kept] for name, values in columns.items()}
+    for name in (*COUNTS, "copies"):
+        if name in kept:
+            kept[name] = kept[name].astype(np.float64).astype(np.int64)
+    sources = [replace(source, file=label) for source in draft.sources]
+    return Records.from_columns(sources, size=int(draft.screen.kept.sum()), **kept)
+
+
+def _without_compute_bound(
+    records: Records, screen: Screen, hw: HardwareProfile | None, label: str
+) -> Records:
+    if hw is None:
+        why = "its operands were not random numbers, which saves power and raises clocks"
+        raise InputError(f"{label}: {why}; name the hardware, to exclude compute-bound rows")
+    unreliable = screening.compute_bound(records, hw)
+    screen.refuse_kept(unreliable, "compute-bound, on operands that were not random numbers")
+    return records.select(~unreliable)
 
 
 def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
@@ -284,96 +287,118 @@ _AIC_ONE_WEIGHT = ("fp8_block", "nvfp4")
 
 
 def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
-    """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms. A
-    context row has ``isl`` new positions over ``step`` cached ones, a generation row has one new
-    position over ``step``. SGLang's collector passes keys of one head to its MLA kernels. A
-    collective's ``message_size`` counts the elements of a device: before an all-reduce,
-    reduce-scatter or all-to-all, after an all-gather."""
+    """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms."""
     operator = _texts(table["op_name"])
     for name in np.unique(operator):
         if name not in _AIC_OPERATORS:
             raise unknown(f"{table.path}: op_name", str(name), _AIC_OPERATORS)
     kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
     framework, kernel = _texts(table["framework"]), _texts(table["kernel_source"])
-    engine = np.char.upper(framework)
-    size = len(operator)
-    screen = Screen(size)
-    columns: dict[str, Array] = {
-        "operator": _mapped(operator, _AIC_OPERATORS),
-        "seconds": _number(table["latency"]) * 1e-3,
-        "launch": np.where(np.char.endswith(kernel, "_eager"), "eager", "graph").astype(object),
-    }
-    if kind != "gemm":  # every replay uses the same operands again
-        columns |= {"copies": np.ones(size), "cold": np.zeros(size, np.bool_)}
-    if kind == "gemm":
-        columns |= {name: _number(table[name]) for name in ("m", "n", "k")}
-        formats = _texts(table["gemm_dtype"])
-        columns["copies"] = np.where(
-            (engine == "VLLM") & np.isin(formats, _AIC_ONE_WEIGHT), 1.0, 6.0
-        )
-    elif kind == "collective":
-        formats = _texts(table["allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"])
-        columns |= {"batch": _number(table["num_gpus"]), "n": _number(table["message_size"])}
-        columns["role"] = np.array(
-            [float(ROLES.index(_AIC_COLLECTIVES[name])) for name in operator]
-        )
-    elif kind == "experts":
-        formats = _texts(table["moe_dtype"])
-        columns |= _experts(table, kernel, screen)
-    else:
-        formats = _texts(table["mla_dtype" if kind in _AIC_LATENT else "attn_dtype"])
-        sizes = ("batch_size", "num_heads") if kind in _AIC_LATENT else _AIC_SIZES
-        columns |= {_AIC_SIZES[name]: _number(table[name]) for name in sizes}
-        columns["q_len"] = _number(table["isl"])
-        columns["kv_len"] = columns["q_len"] + _number(table["step"])
-        columns["window"] = _number(table.get("window_size", np.zeros(size)))
-        if kind in _AIC_LATENT:
-            one_head = (kind == "mla_decode") | (engine == "SGLANG")
-            columns["kv_heads"] = np.where(one_head, 1.0, columns["heads"])
-            columns["head_dim"], columns["n"] = (
-                np.full(size, width) for width in _AIC_LATENT[kind]
-            )
-            absorbed = one_head & (kind == "mla_prefill") & (kernel != "trtllm_mla")
-            screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
-    # the second format is that of the cache, else of the weights
-    cached = "attention" in kind or kind in _AIC_LATENT
-    for name, text in (
-        ("dtype", formats),
-        ("weight_dtype", _texts(table["kv_cache_dtype"]) if cached else formats),
-    ):
-        for other in np.unique(text[~np.isin(text, [*_AIC_DTYPES])]):
-            screen.refuse(text == other, f"number format {other} is not modelled")
-        of_weights = kind in ("gemm", "experts") and name == "weight_dtype"
-        columns[name] = _mapped(
-            text, {theirs: pair[of_weights] for theirs, pair in _AIC_DTYPES.items()}
-        )
-    if kind == "collective":
-        columns["n"] = columns["n"] * np.array(
-            [DTYPE_BYTES[DTYPES.index(name)] for name in columns["dtype"]]
-        )
+    screen, in_vllm = Screen(len(operator)), np.char.upper(framework) == "VLLM"
     # NCCL's version is listed under the engine that contains it
     stack = np.where(kernel == "NCCL", "NCCL", framework)
     keys = np.stack([_texts(table["device"]), stack, _texts(table["version"]), kernel], axis=1)
+    columns: dict[str, Array] = {
+        "operator": _mapped(operator, _AIC_OPERATORS),
+        "seconds": numbers(table["latency"]) * 1e-3,
+        "launch": np.where(np.char.endswith(kernel, "_eager"), "eager", "graph").astype(object),
+    }
     if kind == "gemm":
-        profiled = (keys[:, :3] == _AIC_PROFILED_BY).all(axis=1) & np.isin(formats, _AIC_PROFILED)
-        columns["seconds"] = columns["seconds"] - np.where(profiled, _AIC_PROFILER_S, 0.0)
-        _without_conversion(screen, columns)
+        columns |= {name: numbers(table[name]) for name in ("m", "n", "k")}
+        columns |= _formats(screen, _texts(table["gemm_dtype"]))
+        _correct_gemms(screen, columns, _texts(table["gemm_dtype"]), keys, in_vllm)
+    else:  # every replay uses the same operands again
+        columns |= {"copies": np.ones(len(operator)), "cold": np.zeros(len(operator), np.bool_)}
+    if kind == "collective":
+        columns |= _collectives(table, operator, screen)
+    elif kind == "experts":
+        formats = _texts(table["moe_dtype"])
+        columns |= _experts(table, kernel, screen) | _formats(screen, formats)
+    elif kind != "gemm":
+        columns |= _attention(table, kind, framework, kernel, screen)
     if "beam_width" in table:
-        screen.refuse(_number(table["beam_width"]) != 1, "beam search")
-    kinds, columns["source"] = _unique_rows(keys)
-    # names the collection: system/operator/backend/version/file
-    origin = "/".join(table.path.parts[-5:])
+        screen.refuse(numbers(table["beam_width"]) != 1, "beam search")
+    kinds, columns["source"] = unique_rows(keys)
+    still = kind == "gemm" and bool(in_vllm.any())
+    sources = _aic_sources(kinds, table.path, digest)
+    return Draft(columns, sources, screen, rotated=kind == "gemm", still=still)
+
+
+def _aic_sources(kinds: Iterable[Sequence[str]], path: Path, digest: str) -> tuple[Source, ...]:
     same = {
         "method": AICONFIGURATOR_METHOD,
-        "origin": origin,
+        # names the collection: system/operator/backend/version/file
+        "origin": "/".join(path.parts[-5:]),
         "digest": digest,
         "licence": "Apache-2.0",
     }
-    sources = tuple(
-        Source(device, {name: version}, kernel_, **same) for device, name, version, kernel_ in kinds
+    return tuple(
+        Source(device, {name: version}, kernel, **same) for device, name, version, kernel in kinds
     )
-    still = kind == "gemm" and bool((engine == "VLLM").any())
-    return Draft(columns, sources, screen, rotated=kind == "gemm", still=still)
+
+
+def _formats(screen: Screen, text: Array, cache: Array | None = None) -> dict[str, Array]:
+    """Return the columns of number formats: of arithmetic, and of weights or the cache."""
+    texts = {"dtype": text, "weight_dtype": text if cache is None else cache}
+    for theirs in texts.values():
+        for other in np.unique(theirs[~np.isin(theirs, [*_AIC_DTYPES])]):
+            screen.refuse(theirs == other, f"number format {other} is not modelled")
+    of_weights = int(cache is None)
+    return {
+        "dtype": _mapped(text, {name: pair[0] for name, pair in _AIC_DTYPES.items()}),
+        "weight_dtype": _mapped(
+            texts["weight_dtype"], {name: pair[of_weights] for name, pair in _AIC_DTYPES.items()}
+        ),
+    }
+
+
+def _correct_gemms(
+    screen: Screen, columns: dict[str, Array], formats: Array, keys: Array, in_vllm: Array
+) -> None:
+    """Add the number of copies, and take the profiler's time and that of conversions from the
+    times. ``keys`` (rows, 4): device, framework, version, kernel."""
+    columns["copies"] = np.where(in_vllm & np.isin(formats, _AIC_ONE_WEIGHT), 1.0, 6.0)
+    profiled = (keys[:, :3] == _AIC_PROFILED_BY).all(axis=1) & np.isin(formats, _AIC_PROFILED)
+    columns["seconds"] = columns["seconds"] - np.where(profiled, _AIC_PROFILER_S, 0.0)
+    _without_conversion(screen, columns)
+
+
+def _collectives(table: RawColumns, operator: Array, screen: Screen) -> dict[str, Array]:
+    """A collective's ``message_size`` counts the elements of a device: before an all-reduce,
+    reduce-scatter or all-to-all, after an all-gather."""
+    text = _texts(table["allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"])
+    formats = _formats(screen, text)
+    element_bytes = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in formats["dtype"]])
+    roles = [float(ROLES.index(_AIC_COLLECTIVES[name])) for name in operator]
+    return {
+        **{**formats, "weight_dtype": formats["dtype"]},
+        "batch": numbers(table["num_gpus"]),
+        "n": numbers(table["message_size"]) * element_bytes,
+        "role": np.array(roles),
+    }
+
+
+def _attention(
+    table: RawColumns, kind: str, framework: Array, kernel: Array, screen: Screen
+) -> dict[str, Array]:
+    """A context row has ``isl`` new positions over ``step`` cached ones, a generation row has one
+    new position over ``step``. SGLang's collector passes keys of one head to its MLA kernels."""
+    latent = kind in _AIC_LATENT
+    sizes = ("batch_size", "num_heads") if latent else _AIC_SIZES
+    columns = {_AIC_SIZES[name]: numbers(table[name]) for name in sizes}
+    columns["q_len"] = numbers(table["isl"])
+    columns["kv_len"] = columns["q_len"] + numbers(table["step"])
+    columns["window"] = numbers(table.get("window_size", np.zeros(len(kernel))))
+    if latent:
+        one_head = (kind == "mla_decode") | (np.char.upper(framework) == "SGLANG")
+        columns["kv_heads"] = np.where(one_head, 1.0, columns["heads"])
+        columns["head_dim"], columns["n"] = (
+            np.full(len(kernel), width) for width in _AIC_LATENT[kind]
+        )
+        absorbed = one_head & (kind == "mla_prefill") & (kernel != "trtllm_mla")
+        screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
+    formats = _texts(table["mla_dtype" if latent else "attn_dtype"])
+    return columns | _formats(screen, formats, cache=_texts(table["kv_cache_dtype"]))
 
 
 # (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's
@@ -383,6 +408,14 @@ _NO_GATE = ((5120, 22), (2688, 22), (1856, 6))
 # largest plausible factor between a time and the times of the same experts at other widths or loads
 SLOW = 2.0
 MANY = 0.3  # share of slow times above which a whole configuration counts as an untuned kernel
+_AIC_EXPERTS = {
+    "m": "num_tokens",
+    "n": "inter_size",
+    "k": "hidden_size",
+    "experts": "num_experts",
+    "active": "topk",
+}
+_EXPERTS_OF_MODEL = ("k", "experts", "active")
 
 
 def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Array]:
@@ -390,42 +423,47 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
     the router. Rows that are implausibly slow are refused, with all rows of a configuration that
     has many of them: a wider expert takes at least as long, a narrower one at least its share of
     that time, or half of it, since its weights may fit in L2."""
-    names = (
-        "num_tokens",
-        "hidden_size",
-        "inter_size",
-        "topk",
-        "num_experts",
-        "moe_tp_size",
-        "moe_ep_size",
-    )
-    m, k, inner, active, experts, tensor, parallel = (_number(table[name]) for name in names)
-    known, which = np.unique(np.asarray(table["distribution"]).astype(str), return_inverse=True)
-    power = [0.0 if v == "balanced" else _float(v.removeprefix("power_law_")) for v in known]
-    skew = np.array(power)[which.reshape(-1)]
-    screen.refuse(np.isnan(skew), "tokens distributed by another rule")
+    columns = {ours: numbers(table[theirs]) for ours, theirs in _AIC_EXPERTS.items()}
+    columns["n"] = columns["n"] / np.maximum(numbers(table["moe_tp_size"]), 1.0)
+    columns["skew"] = _skews(table["distribution"])
+    screen.refuse(np.isnan(columns["skew"]), "tokens distributed by another rule")
     screen.refuse(
-        parallel != 1, "experts shared among devices: most tokens use no expert of this device"
+        numbers(table["moe_ep_size"]) != 1,
+        "experts shared among devices: most tokens use no expert of this device",
     )
-    plain = np.isin(inner * 1000 + active, [width * 1000 + top for width, top in _NO_GATE])
+    models = numbers(table["inter_size"]) * 1000 + columns["active"]
+    plain = np.isin(models, [width * 1000 + top for width, top in _NO_GATE])
     screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
-    n = inner / np.maximum(tensor, 1.0)
-    seconds = _number(table["latency"])
-    configurations = list(zip(_texts(table["moe_dtype"]), kernel, k, experts, active))
-    slow = np.zeros(len(m), dtype=np.bool_)
-    rows = np.flatnonzero(screen.kept & (n % 16 == 0))
-    for at in _grouped(rows, configurations, m):
-        wider = n[at][:, None] / n[at]
-        least = seconds[at] * np.where(wider > 1.0, 2.0 * wider, 1.0)
-        slow[at] = seconds[at] > SLOW * least.min(axis=1)
-    for at in _grouped(rows, configurations, n, skew):
-        slow[at] |= slow[at].mean() > MANY
+    kinds = list(zip(_texts(table["moe_dtype"]), kernel, *(columns[x] for x in _EXPERTS_OF_MODEL)))
     screen.refuse(
-        slow,
+        _untuned(columns, numbers(table["latency"]), kinds, screen.kept),
         f"over {SLOW:g} times the time of the same experts at other widths or loads: untuned"
         " kernel",
     )
-    return {"m": m, "n": n, "k": k, "experts": experts, "active": active, "skew": skew}
+    return columns
+
+
+def _skews(distribution: Array) -> Array:
+    """Return the exponent of each row's power law; NaN for another rule."""
+    known, which = np.unique(np.asarray(distribution).astype(str), return_inverse=True)
+    power = [0.0 if v == "balanced" else _float(v.removeprefix("power_law_")) for v in known]
+    return np.asarray(np.array(power)[which.reshape(-1)])
+
+
+def _untuned(
+    columns: Mapping[str, Array], seconds: Array, configurations: Sequence[Any], kept: Array
+) -> Array:
+    """Return which rows are slow for their width or load, with every row of a configuration that
+    has many of them."""
+    n, slow = columns["n"], np.zeros(len(seconds), dtype=np.bool_)
+    rows = np.flatnonzero(kept & (n % 16 == 0))
+    for group in _grouped(rows, configurations, columns["m"]):
+        wider = n[group][:, None] / n[group]
+        least = seconds[group] * np.where(wider > 1.0, 2.0 * wider, 1.0)
+        slow[group] = seconds[group] > SLOW * least.min(axis=1)
+    for group in _grouped(rows, configurations, n, columns["skew"]):
+        slow[group] |= slow[group].mean() > MANY
+    return slow
 
 
 def _grouped(rows: Array, *keys: Any) -> list[Array]:
@@ -454,17 +492,7 @@ def conversion_s(
     product in 16 bits, after the same launch. The additional time of few tokens at large k is the
     main loop of one tile, not the conversion."""
     out = np.full(len(seconds), np.nan)
-    few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
-    in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
-    launch = seconds[wide].min(initial=np.inf)
-    # time that a narrow product takes in addition, by tokens and input features
-    added = defaultdict(list)
-    for row in np.flatnonzero(few & ~wide):
-        tokens, _, inputs = shapes[row]
-        if shapes[row] in in_16_bits:
-            product_s = launch + share * (in_16_bits[shapes[row]] - launch)
-            added[tokens, inputs].append(seconds[row] - product_s)
-    medians = {place: np.median(times) for place, times in added.items()}
+    medians = _added_medians(m, n, k, seconds, wide, share)
     of_few = defaultdict(list)  # medians of few tokens by input features
     for (tokens, inputs), time in medians.items():
         if tokens <= FEW:
@@ -472,15 +500,28 @@ def conversion_s(
     launches = [time for inputs, times in of_few.items() for time in times if inputs <= SHORT]
     if not launches:
         return out
-    least, loop = (
-        np.median(launches),
-        {inputs: np.median(times) for inputs, times in of_few.items()},
-    )
+    loop = {inputs: np.median(times) for inputs, times in of_few.items()}
     for row in np.flatnonzero(~wide):
-        tokens, _, inputs = shapes[row]
-        if inputs in loop and (tokens, inputs) in medians:
-            out[row] = least + max(medians[tokens, inputs] - loop[inputs], 0.0)
+        place = m[row], k[row]
+        if place[1] in loop and place in medians:
+            out[row] = np.median(launches) + max(medians[place] - loop[place[1]], 0.0)
     return out
+
+
+def _added_medians(
+    m: Array, n: Array, k: Array, seconds: FloatArray, wide: Array, share: float
+) -> dict[tuple[float, float], float]:
+    """Return the time, s, that products of few outputs take in addition to a ``share`` of the time
+    in 16 bits, by tokens and input features."""
+    few, shapes = n <= NARROW, list(zip(m.tolist(), n.tolist(), k.tolist()))
+    in_16_bits = {shapes[row]: seconds[row] for row in np.flatnonzero(few & wide)}
+    launch = seconds[wide].min(initial=np.inf)
+    added = defaultdict(list)
+    for row in np.flatnonzero(few & ~wide):
+        if (wide_s := in_16_bits.get(shapes[row])) is not None:
+            product_s = launch + share * (wide_s - launch)
+            added[m[row], k[row]].append(seconds[row] - product_s)
+    return {place: float(np.median(times)) for place, times in added.items()}
 
 
 def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
@@ -512,64 +553,6 @@ def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
     columns["seconds"] = seconds - np.where(valid & ~most, np.nan_to_num(converted), 0.0)
 
 
-# --- the measured tables of the RTX 4090
-
-# columns that identify such a table
-MEASURED = ("gpu", "dtype", "op", "latency_us", "source", "note")
-
-# hidden size, width of the MLP, and width of k and v of the model of the elementwise rows
-_HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
-# op -> operator, role, features read and written per token
-_KERNELS: Mapping[str, tuple[str, str, float, float]] = {
-    "qkv_proj": ("gemm", "qkv", 0.0, 0.0),
-    "down_proj": ("gemm", "down", 0.0, 0.0),
-    "lm_head": ("gemm", "lm_head", 0.0, 0.0),
-    "attn_prefill_causal": ("attention_prefill", "", 0.0, 0.0),
-    "attn_decode": ("attention_decode", "", 0.0, 0.0),
-    "act_fn": ("elementwise", "activation", 2.0 * _INNER, _INNER),
-    "embedding": ("elementwise", "embedding", _HIDDEN, _HIDDEN),
-    # vLLM adds the residual in the same kernel
-    "layernorm": ("elementwise", "attention_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
-    "final_layernorm": ("elementwise", "final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
-    "rotary_emb": ("elementwise", "rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
-}
-
-
-def read_measured(table: RawColumns, digest: str) -> Draft:
-    """Read a table of measured GEMMs, attention and elementwise operators of the RTX 4090; each row
-    has a source."""
-    op = table["op"].astype(str)
-    size = len(op)
-    screen = Screen(size)
-    columns: dict[str, Array] = {"seconds": _number(table["latency_us"]) * 1e-6}
-    columns |= {
-        name: _number(table[name]) for name in ("m", "n", "k", *_ATTENTION_SHAPE) if name in table
-    }
-    columns.setdefault("m", np.full(size, np.nan))
-    for name in np.unique(op[~np.isin(op, [*_KERNELS])]).tolist():
-        screen.refuse(op == name, f"{name}: operator is not modelled")
-    kinds, roles, reads, writes = zip(
-        *(_KERNELS.get(name, ("gemm", "", 0.0, 0.0)) for name in op.tolist())
-    )
-    columns["operator"] = np.array(kinds, dtype=object)
-    columns["role"] = np.array([float(ROLES.index(role)) if role else -1.0 for role in roles])
-    tokens = np.where(columns["operator"] == "elementwise", columns["m"], 0.0)
-    columns |= {
-        "read_bytes": tokens * 2.0 * np.array(reads),
-        "write_bytes": tokens * 2.0 * np.array(writes),
-    }
-    kernel_time = np.array(["kernel time" in note for note in table["note"]])
-    columns["launch"] = np.where(kernel_time, "excluded", "unknown").astype(object)
-    # kernel times are from a running model, whose weights and cache come from memory; others are
-    # loops over one shape
-    columns["cold"] = kernel_time & np.isin(columns["operator"], ("gemm", "attention_decode"))
-    columns["dtype"] = _chosen(screen, "dtype", table["dtype"], DTYPES, "bf16")
-    keys = np.stack([table[name] for name in ("gpu", "source", "note")], axis=1).astype(str)
-    distinct, columns["source"] = _unique_rows(keys)
-    sources = tuple(Source(device=g, method=n, origin=s, digest=digest) for g, s, n in distinct)
-    return Draft(columns, sources, screen)
-
-
 # --- other CSV files
 
 _NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
@@ -588,60 +571,19 @@ def read_csv(
 ) -> Draft:
     """Read a CSV whose columns are named as in ``Records`` or by the map; the name of the time
     contains its unit."""
-    path = table.path
-    known = [
-        name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")
-    ] + list(TIME_UNITS)
-    for name, theirs in column_map.items():
-        if name not in known:
-            raise unknown(f"{path}: column map: column", name, known)
-        if theirs not in table:
-            raise unknown(f"{path}: column", theirs, table)
-    taken = {
-        **{name: name for name in known if name in table and name not in column_map},
-        **column_map,
-    }
-    times = [name for name in taken if name in TIME_UNITS]
-    has = f"the file has {', '.join(table)}"
-    if len(times) != 1:
-        found = f"found {', '.join(times)}" if times else has
-        names = ", ".join(TIME_UNITS)
-        raise InputError(
-            f"{path}: expected one column of times, named or mapped to one of {names}; {found}"
-        )
-    left = sorted(set(table) - set(taken.values()))
-    columns: dict[str, Array] = {
-        "seconds": _number(table[taken.pop(times[0])]) * TIME_UNITS[times[0]]
-    }
-    size = len(columns["seconds"])
-    screen = Screen(size)
+    taken, time = _columns_of_csv(table, column_map)
+    left = sorted(set(table) - {time, *taken.values()})
+    unit = next(unit for unit in TIME_UNITS if time in (unit, column_map.get(unit)))
+    columns: dict[str, Array] = {"seconds": numbers(table[time]) * TIME_UNITS[unit]}
+    screen = Screen(len(columns["seconds"]))
     for name, theirs in taken.items():
         text = table[theirs]
         if name == "weight_dtype" and "dtype" in taken:
             text = np.where(text == "", table[taken["dtype"]], text)
-        if name == "role":
-            roles = _chosen(screen, name, text, ("", *ROLES), "")
-            columns[name] = np.array([ROLES.index(role) if role else -1.0 for role in roles])
-        elif name in _NAMES:
-            spelt = np.array(
-                [_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object
-            )
-            columns[name] = _chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
-            if not np.isin(spelt.astype(str), _NAMES[name]).any():
-                raise unknown(f"{path}: {name}", str(spelt[0]), _NAMES[name])
-        else:
-            columns[name] = _number(text)
-    columns.setdefault(
-        "operator",
-        np.full(size, "attention_prefill" if "q_len" in columns else "gemm", dtype=object),
-    )
-    for kind, needed in (("attention", _ATTENTION_SHAPE), ("gemm", ("m", "n", "k"))):
-        missing = [name for name in needed if name not in columns]
-        if missing and any(str(operator).startswith(kind) for operator in set(columns["operator"])):
-            names = ", ".join(missing)
-            raise InputError(
-                f"{path}: {kind} needs the columns {names}; {has} (name them with a column map)"
-            )
+        columns[name] = _values(table.path, screen, name, text)
+    usual = "attention_prefill" if "q_len" in columns else "gemm"
+    columns.setdefault("operator", np.full(len(columns["seconds"]), usual, dtype=object))
+    _check_needed(table, columns)
     if "cold" in columns:
         columns["cold"] = columns["cold"] != 0
     for name in ("density", "sample_count", "read_bytes", "write_bytes"):
@@ -649,9 +591,53 @@ def read_csv(
             columns[name] = np.where(
                 np.isfinite(columns[name]), columns[name], Records.SCHEMA[name][1]
             )
-    source = Source(device=device, origin=path.name, digest=digest)
+    source = Source(device=device, origin=table.path.name, digest=digest)
     notes = (f"columns not used: {', '.join(left)}",) if left else ()
     return Draft(columns, (source,), screen, notes=notes)
+
+
+def _columns_of_csv(table: RawColumns, column_map: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Return the column of the file by name here, and the column of times."""
+    known = [
+        name for name in Records.SCHEMA if name not in ("seconds", "source", "flags", "line")
+    ] + list(TIME_UNITS)
+    for name, theirs in column_map.items():
+        if name not in known:
+            raise unknown(f"{table.path}: column map: column", name, known)
+        if theirs not in table:
+            raise unknown(f"{table.path}: column", theirs, table)
+    taken = {name: name for name in known if name in table and name not in column_map}
+    taken |= column_map
+    times = [name for name in taken if name in TIME_UNITS]
+    if len(times) != 1:
+        got = f"found {', '.join(times)}" if times else f"the file has {', '.join(table)}"
+        names = ", ".join(TIME_UNITS)
+        raise InputError(
+            f"{table.path}: expected one column of times, named or mapped to one of {names}; {got}"
+        )
+    return taken, taken.pop(times[0])
+
+
+def _values(path: Path, screen: Screen, name: str, text: Array) -> Array:
+    """Return a column of a CSV: names of this program, codes of roles, or numbers."""
+    if name == "role":
+        roles = chosen(screen, name, text, ("", *ROLES), "")
+        return np.array([ROLES.index(role) if role else -1.0 for role in roles])
+    if name not in _NAMES:
+        return numbers(text)
+    spelt = np.array([_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object)
+    if not np.isin(spelt.astype(str), _NAMES[name]).any():
+        raise unknown(f"{path}: {name}", str(spelt[0]), _NAMES[name])
+    return chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
+
+
+def _check_needed(table: RawColumns, columns: Mapping[str, Array]) -> None:
+    operators = {str(operator) for operator in columns["operator"]}
+    for kind, needed in (("attention", _ATTENTION_SHAPE), ("gemm", ("m", "n", "k"))):
+        missing = [name for name in needed if name not in columns]
+        if missing and any(operator.startswith(kind) for operator in operators):
+            has = f"the file has {', '.join(table)} (name them with a column map)"
+            raise InputError(f"{table.path}: {kind} needs the columns {', '.join(missing)}; {has}")
 
 
 def _mapped(text: Array, names: Mapping[str, str]) -> Array:
@@ -665,7 +651,7 @@ def _texts(column: Array) -> Array:
     )
 
 
-def _number(column: Array) -> Array:
+def numbers(column: Array) -> Array:
     if column.dtype.kind in "iufb":
         return column.astype(np.float64)
     return np.array([_float(value) for value in column.tolist()], dtype=np.float64)
@@ -678,16 +664,14 @@ def _float(value: Any) -> float:
         return np.nan
 
 
-def _chosen(
-    screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str
-) -> Array:
+def chosen(screen: Screen, name: str, text: Array, choices: Sequence[str], otherwise: str) -> Array:
     bad = ~np.isin(text.astype(str), choices)
     for value in np.unique(text[bad].astype(str)):
         screen.refuse(text == value, f"{name} {str(value)!r} is unknown")
     return np.asarray(np.where(bad, otherwise, text))
 
 
-def _unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
+def unique_rows(keys: Array) -> tuple[list[tuple[str, ...]], Array]:
     rows = [tuple(row) for row in keys.tolist()]
     index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return list(index), np.array([index[row] for row in rows], dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -74,44 +75,63 @@ def work(records: Records) -> tuple[Array, Array, Array]:
     Attention counts the pairs within its mask and window, 2:4 the computed half, a grouped product
     one token's groups."""
     r = records
-    act, weight = DTYPE_BYTES[r.dtype], DTYPE_BYTES[r.weight_dtype]
-    m, n, k, rank = (getattr(r, name).astype(np.float64) for name in ("m", "n", "k", "rank"))
-    tokens = np.where(r.is_operator("gather_gemm"), r.rows, m)
-    kept = np.where(
-        r.is_operator("gemm_2to4"), 0.5, np.where(r.is_operator("grouped_gemm"), r.density, 1.0)
-    )
     kinds = [
         r.is_operator("gemm", "gemm_2to4", "gather_gemm", "grouped_gemm"),
         r.is_operator("low_rank"),
         r.is_operator("attention_prefill", "attention_decode", "attention_block_sparse", *LATENT),
         r.is_operator("experts"),
     ]
+    each = [_product_work(r), _low_rank_work(r), _attention_work(r), _expert_work(r)]
+    flops, weights, activations = zip(*each)
+    return (
+        np.select(kinds, flops, 0.0),
+        np.select(kinds, weights, 0.0),
+        np.select(kinds, activations, r.read_bytes + r.write_bytes),
+    )
+
+
+def _product_work(r: Records) -> tuple[Array, Array, Array]:
+    weights = r.n.astype(np.float64) * r.k
+    tokens = np.where(r.is_operator("gather_gemm"), r.rows, r.m).astype(np.float64)
+    kept = np.where(
+        r.is_operator("gemm_2to4"), 0.5, np.where(r.is_operator("grouped_gemm"), r.density, 1.0)
+    )
+    return (
+        2 * tokens * weights * kept,
+        weights * DTYPE_BYTES[r.weight_dtype] * kept,
+        tokens * (r.n + r.k) * DTYPE_BYTES[r.dtype],
+    )
+
+
+def _low_rank_work(r: Records) -> tuple[Array, Array, Array]:
+    m, features = r.m.astype(np.float64), (r.n + r.k).astype(np.float64)
+    return (
+        2 * m * r.rank * features,
+        r.rank * features * DTYPE_BYTES[r.weight_dtype],
+        m * features * DTYPE_BYTES[r.dtype],
+    )
+
+
+def _attention_work(r: Records) -> tuple[Array, Array, Array]:
     pairs = attention_pairs(r.q_len, r.kv_len, r.window) * r.density
     # features of a key and its value
-    width = np.where(r.is_operator(*LATENT), n, r.head_dim) + r.head_dim
+    width = np.where(r.is_operator(*LATENT), r.n, r.head_dim) + r.head_dim
     heads = r.batch * r.heads * width.astype(np.float64)
-    flops = [2 * tokens * n * k * kept, 2 * m * rank * (n + k), 2 * heads * pairs]
-    seen = (
-        np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len) * r.density
-    )
-    cache = (
-        r.batch
-        * r.kv_heads
-        * np.where(r.is_operator("mla_decode"), r.head_dim, width)
-        * seen
-        * weight
-    )
-    alone = [r.role == ROLES.index(name) for name in ("gate_up", "down")]
-    expert = np.select(alone, [2.0, 1.0], 3.0) * n * k  # gate and up, down, or all
+    seen = np.where(r.window > 0, np.minimum(r.kv_len, r.q_len + r.window - 1), r.kv_len)
+    stored = np.where(r.is_operator("mla_decode"), r.head_dim, width)
+    cache = r.batch * r.kv_heads * stored * (seen * r.density) * DTYPE_BYTES[r.weight_dtype]
+    return 2 * heads * pairs, cache, heads * r.q_len * DTYPE_BYTES[r.dtype]
+
+
+def _expert_work(r: Records) -> tuple[Array, Array, Array]:
+    m, alone = r.m.astype(np.float64), [r.role == ROLES.index(name) for name in ("gate_up", "down")]
+    expert = np.select(alone, [2.0, 1.0], 3.0) * r.n * r.k  # gate and up, down, or all
     # minimum for a power law
     touched = np.where(r.skew != 0, r.active, np.minimum(m * r.active, r.experts))
-    weights = [n * k * weight * kept, rank * (n + k) * weight, cache, touched * expert * weight]
-    activations = tokens * (n + k) * act
-    others = [activations, activations, heads * r.q_len * act, 2 * m * k * act]
     return (
-        np.select(kinds, [*flops, 2 * m * r.active * expert], 0.0),
-        np.select(kinds, weights, 0.0),
-        np.select(kinds, others, r.read_bytes + r.write_bytes),
+        2 * m * r.active * expert,
+        touched * expert * DTYPE_BYTES[r.weight_dtype],
+        2 * m * r.k * DTYPE_BYTES[r.dtype],
     )
 
 
@@ -124,9 +144,9 @@ def peaks(records: Records, hw: HardwareProfile) -> Array:
         if rate := hw.rates.get(DTYPES[code]):
             dense[code] = rate.flop_per_s
             sparse[code] = dense[code] * max(rate.sparse_factor / 2, 0.5)
-    own, cache = dense[records.dtype], dense[records.weight_dtype]
-    own = np.where(latent & np.isfinite(cache), np.maximum(own, cache), own)
-    return np.where(records.is_operator("gemm_2to4"), sparse[records.dtype], own)
+    peak, cache = dense[records.dtype], dense[records.weight_dtype]
+    peak = np.where(latent & np.isfinite(cache), np.maximum(peak, cache), peak)
+    return np.where(records.is_operator("gemm_2to4"), sparse[records.dtype], peak)
 
 
 def compute_bound(records: Records, hw: HardwareProfile) -> Array:
@@ -191,26 +211,28 @@ def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
     """Return the rows without those whose method (launches, CUDA protocol) differs from most rows
     of their operator and format, with notes: methods differ by 8 to 12 % for short kernels.
     Imported tables are not changed."""
-    r, notes, kept = records, [], np.ones(len(records), dtype=bool)
-    protocol = np.array([source.stack.get("protocol", "") for source in r.sources], dtype=object)[
-        r.source
-    ]
-    own = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
-    for operator, dtype in np.unique(np.stack([r.operator, r.dtype], axis=1)[own], axis=0).tolist():
-        rows = np.flatnonzero(own & (r.operator == operator) & (r.dtype == dtype))
-        methods = list(zip(protocol[rows].tolist(), r.launch[rows].tolist()))
-        counts = Counter(methods)
+    r, notes, kept = records, list[str](), np.ones(len(records), dtype=bool)
+    protocols = [source.stack.get("protocol", "") for source in r.sources]
+    methods = list(zip((protocols[i] for i in r.source.tolist()), r.launch.tolist()))
+    measured = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
+    kinds = np.stack([r.operator, r.dtype], axis=1)
+    for operator, dtype in np.unique(kinds[measured], axis=0).tolist():
+        rows = np.flatnonzero(measured & (kinds == (operator, dtype)).all(axis=1))
+        counts = Counter(methods[row] for row in rows)
         # if equal, the newest protocol
         best = max(counts, key=lambda method: (counts[method], method))
-        kept[rows[[method != best for method in methods]]] = False
-        most = f"the other {counts[best]} by {_method(*best)}; measure them again"
-        what = f"{OPERATORS[operator]} {DTYPES[dtype]} rows excluded: timed by"
-        notes += [
-            f"{counts[other]} {what} {_method(*other)}, {most}"
-            for other in sorted(counts)
-            if other != best
-        ]
+        kept[[row for row in rows if methods[row] != best]] = False
+        notes += _excluded(counts, best, f"{OPERATORS[operator]} {DTYPES[dtype]}")
     return r.select(kept), tuple(notes)
+
+
+def _excluded(counts: Mapping[tuple[str, int], int], best: tuple[str, int], kind: str) -> list[str]:
+    most = f"the other {counts[best]} by {_method(*best)}; measure them again"
+    return [
+        f"{counts[other]} {kind} rows excluded: timed by {_method(*other)}, {most}"
+        for other in sorted(counts)
+        if other != best
+    ]
 
 
 def _method(protocol: str, launch: int) -> str:
@@ -228,7 +250,7 @@ def repeatability(records: Records) -> float:
     group, times = checks.groups(), np.log(checks.seconds)
     same_shape = [times[group == g] for g in np.unique(group)]
     deviations = [
-        d for found in same_shape if len(found) >= 3 for d in np.abs(found - np.median(found))
+        d for logs in same_shape if len(logs) >= 3 for d in np.abs(logs - np.median(logs))
     ]
     # the median absolute deviation, which one burst of load does not change
     return float(1.4826 * np.median(deviations)) if deviations else UNKNOWN_REPEAT
@@ -250,20 +272,18 @@ def exact_arrays(records: Records, dtype: str) -> dict[str, Array]:
     rows = r.select(cold_gemm & exact & r.timed & ((r.flags & Flag.THROTTLED) == 0))
     if not len(rows):
         return {}
-    again = repeatability(records)
+    again, group = repeatability(records), rows.groups("n", "k", "m")
+    shapes = [rows.select(group == g) for g in range(int(group.max()) + 1)]
+    values = [(x.m[0], x.n[0], x.k[0], np.median(x.seconds), _half(x, again)) for x in shapes]
+    return dict(zip(EXACT_NAMES, map(np.array, zip(*values, strict=True)), strict=True))
+
+
+def _half(shape: Records, again: float) -> float:
+    """Return the half-width of the interval of the log time of one shape."""
     # an unknown or infinite interval counts as the limit of drift
-    spreads = np.where(np.isfinite(rows.spread), rows.spread, _Z95 * UNKNOWN_REPEAT)
-    group = rows.groups("n", "k", "m")
-    found = []
-    for g in range(int(group.max()) + 1):
-        at = np.flatnonzero(group == g)
-        times, first = rows.seconds[at], at[0]
-        between = 0.5 * float(np.log(times.max() / times.min()))
-        sigma = math.hypot(float(np.median(spreads[at])) / _Z95, again)
-        shape = rows.m[first], rows.n[first], rows.k[first]
-        found.append((*shape, np.median(times), max(_Z90 * sigma, between)))
-    m, n, k, seconds, halves = map(np.array, zip(*found, strict=True))
-    return dict(zip(EXACT_NAMES, (m, n, k, seconds, halves), strict=True))
+    spreads = np.where(np.isfinite(shape.spread), shape.spread, _Z95 * UNKNOWN_REPEAT)
+    between = 0.5 * float(np.log(shape.seconds.max() / shape.seconds.min()))
+    return max(_Z90 * math.hypot(float(np.median(spreads)) / _Z95, again), between)
 
 
 def with_exact(profile: HardwareProfile, records: Records) -> HardwareProfile:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from calibration.records.timing_table import (
     Source,
     check_texts,
 )
+from simulator.arguments import SIZE, Range, number, shown, text, wrong
 from simulator.codes import DTYPES, ROLES
 from simulator.errors import InputError
 from simulator.files.read import read_bounded
 from simulator.files.write import check_target
+from simulator.request import Name
 
 SCHEMA_VERSION = 2  # 2: purpose "drift_check"
 MARK = b'{"prunesim":"records",'
@@ -135,46 +138,63 @@ class Content:
     label: str = ""  # name of the file, for messages
 
 
-def _times(values: Iterable[Any], least: float = 1e-15) -> bool:
-    return all(type(value) in (int, float) and least <= value < 1e9 for value in values)
+STATUSES = ("ok", "noisy", "throttled", "skipped", "unsupported", "refused", "failed")
+_TIME = Range(1e-15, 1e9, "times in seconds")
+_TIME_OR_ZERO = Range(0.0, 1e9, "times in seconds from 0")
 
 
-# fields of records -> what a run that resumes relies on
-_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("key", "status", "reason", "phase", "runtime", "version"),
-        ("text", lambda v: isinstance(v, str)),
-    ),
-    **dict.fromkeys(
-        ("visit", "block"), ("a whole number from 0", lambda v: type(v) is int and v >= 0)
-    ),
-    **dict.fromkeys(
-        ("median_s", "upper_s"), ("a time or null", lambda v: v is None or _times([v]))
-    ),
-    "lower_s": ("a time or null", lambda v: v is None or _times([v], 0.0)),
-    **dict.fromkeys(("seconds", "ratio"), ("a number above 0", lambda v: _times([v]))),
-    **dict.fromkeys(
-        ("dense_s", "pruned_s"), ("times", lambda v: isinstance(v, list) and v != [] and _times(v))
-    ),
-    **dict.fromkeys(("versions", "operator"), ("names and values", lambda v: isinstance(v, dict))),
-    "kernels": ("names and times", lambda v: isinstance(v, dict) and _times(v.values(), 0.0)),
+def _times(right: Range, name: str, values: Any) -> None:
+    if not isinstance(values, list) or not values:
+        raise wrong(name, right, values)
+    for value in values:
+        number(name, value, right)
+
+
+def _mapping(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: expected names and values, got {shown(value)}")
+
+
+def _kernels(name: str, value: Any) -> None:
+    _mapping(name, value)
+    for kernel, seconds in value.items():
+        number(f"{name}: {kernel}", seconds, _TIME_OR_ZERO)
+
+
+# fields of records on which a run that resumes, or a fit, relies -> their check
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("key", "reason", "phase", "runtime", "version", "purpose", "method"), text),
+    "status": lambda name, value: Name(STATUSES).check(name, text(name, value)),
+    **dict.fromkeys(("visit", "block"), partial(number, right=SIZE)),
+    **dict.fromkeys(("median_s", "upper_s", "seconds", "ratio"), partial(number, right=_TIME)),
+    "lower_s": partial(number, right=_TIME_OR_ZERO),
+    **dict.fromkeys(("samples_s", "dense_s", "pruned_s"), partial(_times, _TIME)),
+    **dict.fromkeys(("versions", "operator"), _mapping),
+    "kernels": _kernels,
 }
+_MAY_BE_NULL = ("median_s", "lower_s", "upper_s")
 _NEEDED = {
     "engine": ("key", "seconds", "kernels", "version"),
     "decoder": ("key", "status", "reason", "phase"),
 }
 
 
-def _wrong(row: Mapping[str, Any]) -> str:
-    """Return what is wrong with the fields of a record, or ""."""
+def _check(row: Mapping[str, Any]) -> None:
+    """Refuse a record whose fields have values that no run writes."""
     needed = _NEEDED.get(str(row.get("type")), ())
     if row.get("type") == "decoder" and row.get("status") == "ok":
         needed = (*needed, "runtime", "dense_s", "pruned_s")
-    for name, (expected, right) in _FIELDS.items():
-        if (name in row or name in needed) and not right(row.get(name)):
-            return f"{name}: expected {expected}, got {row.get(name)!r:.60}"
-    same = len(row.get("dense_s", ())) == len(row.get("pruned_s", ()))
-    return "" if same else "pruned_s: expected as many times as in dense_s"
+    for name in needed:
+        if name not in row:
+            raise InputError(f"{name}: is missing")
+    for name in row.keys() & _CHECKS.keys():
+        if row[name] is not None or name not in _MAY_BE_NULL:
+            _CHECKS[name](name, row[name])
+    if len(row.get("dense_s", ())) != len(row.get("pruned_s", ())):
+        raise InputError("pruned_s: expected as many times as in dense_s")
+    ends = [row[name] for name in ("lower_s", "median_s", "upper_s") if row.get(name) is not None]
+    if ends != sorted(ends):
+        raise InputError(f"lower_s, median_s, upper_s: expected ascending times, got {ends}")
 
 
 def parse(content: bytes, label: str) -> Content | None:
@@ -186,13 +206,15 @@ def parse(content: bytes, label: str) -> Content | None:
     header: Header | None = None
     rows: list[dict[str, Any]] = []
     end = dropped = 0
-    for number, line in enumerate(lines, 1):
-        place = f"{label}:{number}"
+    for line_number, line in enumerate(lines, 1):
+        place = f"{label}:{line_number}"
         if not line:
             raise InputError(f"{place}: empty line between records")
         row = decode_line(line)
         if row is None:
-            if number < len(lines) or _RUN_ON.search(line):  # a kill damages only the last line
+            if line_number < len(lines) or _RUN_ON.search(
+                line
+            ):  # a kill damages only the last line
                 raise InputError(
                     f"{place}: damaged record (its checksum is wrong); restore the file from a copy"
                 )
@@ -205,12 +227,14 @@ def parse(content: bytes, label: str) -> Content | None:
                 f"{place}: second header; keep the runs in separate files: prunesim fit reads"
                 " several"
             )
-        elif (own := row.pop("line", None)) != number:
+        elif (written := row.pop("line", None)) != line_number:
             order = "lines are missing, repeated or in another order; restore the file from a copy"
-            raise InputError(f"{place}: was written as line {own!r:.40}: {order}")
-        elif wrong := _wrong(row):
-            raise InputError(f"{place}: {wrong}; restore the file from a copy")
+            raise InputError(f"{place}: was written as line {written!r:.40}: {order}")
         else:
+            try:
+                _check(row)
+            except InputError as error:
+                raise InputError(f"{place}: {error}; restore the file from a copy") from None
             rows.append(row)
         end += len(line) + 1
     if header is None:
@@ -327,9 +351,9 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
     drift check that differs from the first one of the run (after several visits: from the fastest
     quarter) get ``DRIFT``."""
     timed = {
-        number: row
-        for number, row in enumerate(rows, 1)
-        if isinstance(row.get("operator"), Mapping) and row.get("median_s") is not None
+        position: row
+        for position, row in enumerate(rows, 1)
+        if "operator" in row and row.get("median_s") is not None
     }
     drifted = _drifted(list(timed.values()))
     readings = [
@@ -339,18 +363,18 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
     capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
     # key: the operator; the number if an operator has one visit
     timings: dict[object, dict[str, Any]] = {}
-    for (number, row), slow in zip(timed.items(), capped, strict=True):
+    for (position, row), slow in zip(timed.items(), capped, strict=True):
         try:
-            timing = {**_timing(row, drifted), "line": number + 1}
+            timing = {**_timing(row, drifted), "line": position + 1}
             timing["flags"] |= Flag.POWER_CAPPED if slow else 0
-            key = str(row["key"]) if "visit" in row and "key" in row else number
+            key = str(row["key"]) if "visit" in row and "key" in row else position
             if key not in timings or timing["seconds"] < timings[key]["seconds"]:
                 timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
             )
-            raise InputError(f"{place}record {number}: not a timing: {reason}") from None
+            raise InputError(f"{place}record {position}: not a timing: {reason}") from None
     return Records.from_rows(timings.values(), [header.source()])
 
 
@@ -370,45 +394,25 @@ def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
     """Return the numbers of the drift checks that differ."""
-    checks = [
-        row
-        for row in rows
-        if row.get("purpose") == "drift_check" and isinstance(row["median_s"], float)
-    ]
+    checks = [row for row in rows if row.get("purpose") == "drift_check"]
     if any(row.get("visit") for row in rows):
         times = sorted(row["median_s"] for row in checks)
-        return {
-            _block(row)
-            for row in checks
-            if row["median_s"] > (1.0 + DRIFT_LIMIT) * times[len(times) // 4]
-        }
-    return {_block(row) for row in checks if row.get("drifted")}
-
-
-def _block(row: Mapping[str, Any]) -> int:
-    block = row.get("block", 0)
-    return block if isinstance(block, int) else 0
+        limit = (1.0 + DRIFT_LIMIT) * times[len(times) // 4] if checks else math.inf
+        return {row.get("block", 0) for row in checks if row["median_s"] > limit}
+    return {row.get("block", 0) for row in checks if row.get("drifted")}
 
 
 def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
-    block = _block(row)
-    flags = int(
-        {"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(str(row.get("status", "")), 0)
-    )
+    block = row.get("block", 0)
+    flags = int({"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(row.get("status", ""), 0))
     if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
     if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:
         flags |= Flag.WAITED
-    purpose, seconds = str(row.get("purpose", "")), float(row["median_s"])
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"median_s: expected a time above zero, got {seconds!r}")
-    lower, upper, method = row.get("lower_s"), row.get("upper_s"), str(row.get("method", ""))
-    spread = (
-        math.nan
-        if lower is None or upper is None
-        else (float(upper) - float(lower)) / 2.0 / seconds
-    )
+    purpose, seconds = row.get("purpose", ""), row["median_s"]
+    lower, upper, method = row.get("lower_s"), row.get("upper_s"), row.get("method", "")
+    spread = math.nan if lower is None or upper is None else (upper - lower) / 2.0 / seconds
     launch = "graph" if method.startswith("events around a graph") else "eager"
     if method in ("", "replayed"):
         launch = LAUNCHES[0]
@@ -449,11 +453,7 @@ def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def untimed(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    left = (
-        row
-        for row in rows
-        if isinstance(row.get("operator"), Mapping) and row.get("median_s") is None
-    )
+    left = (row for row in rows if "operator" in row and row.get("median_s") is None)
     return dict(
         Counter(
             ": ".join(str(row[name]) for name in ("status", "reason") if row.get(name))

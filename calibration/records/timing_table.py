@@ -50,7 +50,7 @@ class Flag(IntFlag):
     DRIFT = 4  # the next drift check differed by more than its limit
     CONFLICT = 8  # several timings of this shape differ; the row has their median
     POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
-    # a CPU's process waited for a CPU, which other processes used; 16 in files of version 0.3
+    # a CPU's process waited for a CPU, which other processes used
     WAITED = 32
 
 
@@ -332,22 +332,13 @@ def records_of_parquet(table: Any, label: str) -> Records | None:
         columns |= {
             name: np.nan if value is None else value for name, value in head["constant"].items()
         }
-        found = Records.from_columns(
+        return Records.from_columns(
             [Source.from_dict(s) for s in head["sources"]], size=table.num_rows, **columns
         )
     except (*_DAMAGE, load_pyarrow()[0].ArrowException) as error:
         raise InputError(
             f"{label}: damaged table of records: {(str(error).splitlines() or ['?'])[0]}"
         ) from error
-    # version 0.3 wrote both flags as 16, but only GPUs have a power limit, and only CPUs count
-    # waiting
-    of_cpu = np.array(["threads" in source.stack for source in found.sources], dtype=bool)[
-        found.source
-    ]
-    old = of_cpu & (found.flags & Flag.POWER_CAPPED != 0)
-    return found.replace(
-        flags=np.where(old, found.flags & ~int(Flag.POWER_CAPPED) | Flag.WAITED, found.flags)
-    )
 
 
 def _narrow(values: Array) -> type:

@@ -31,14 +31,15 @@ from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model
 from simulator.prediction.batch import batch_with
 from simulator.prediction.prunings import Pruning, prunings_of
 from simulator.prediction.requests import requests_of
 from simulator.prediction.result import Result
 from simulator.prediction.table import speedup
+from simulator.pruning import Pruner
 from simulator.pruning._steps import PruningStep, in_order
 from simulator.request import SETTINGS, Name, Request
 from simulator.units import percent
@@ -84,12 +85,13 @@ class Case:
     def of(
         cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})
     ) -> Case:
-        steps, pruned = list[PruningStep](), dense
-        for step in in_order(pruning.steps, dense):
+        steps, pruner = list[PruningStep](), Pruner(dense, False)
+        for step in in_order(pruning.steps, pruner.target.layers):
             try:
-                for one in step.by_family(pruned):
+                for one in step.by_family(pruner.target, dense.meta.phase):
                     steps.append(_with_kernel(one, kernels.get(one.name, "")))
-                    pruned = steps[-1].apply(pruned)
+                    pruner.add(steps[-1].of_family)
+                pruned = pruner.workload()
             except InputError as error:
                 raise InputError(
                     f"{step}: {error}" if len(pruning.steps) > 1 else str(error)
@@ -139,7 +141,7 @@ class Case:
         change."""
         model = self.pruning.model
         if model is not None:
-            shapes = repr((model.hidden, model.layout))
+            shapes = repr((model.hidden, model.layers))
             return f"{model.name} ({hashlib.sha256(shapes.encode()).hexdigest()[:8]})"
         return " + ".join(map(str, self.pruning.steps))
 
@@ -172,7 +174,7 @@ class Case:
 
 
 def cases_of(
-    model: str | ModelConfig,
+    model: str | Model,
     settings: Mapping[str, Any],
     kernels: Mapping[str, str] = MappingProxyType({}),
     phases: Sequence[str] = PHASES[:2],
@@ -250,14 +252,13 @@ def counted(w: Workload, *names: str) -> Counter[tuple[int, ...]]:
     return out
 
 
-def fewer_layers(config: ModelConfig, layers: int | None) -> ModelConfig:
+def fewer_layers(config: Model, layers: int | None) -> Model:
     if layers is None:
         return config
-    if not 1 <= layers <= config.layers:
-        raise InputError(f"--layers: expected 1 to {config.layers} for {config.name}, got {layers}")
-    return replace(
-        config, layers=layers, windows=config.windows[:layers], blocks=config.blocks[:layers]
-    )
+    many = len(config.layers)
+    if not 1 <= layers <= many:
+        raise InputError(f"--layers: expected 1 to {many} for {config.name}, got {layers}")
+    return config.with_layers(config.layers[:layers])
 
 
 def predicted_speedup(case: Case, hw: HardwareProfile) -> Result:
@@ -366,7 +367,7 @@ def looped(step: Callable[[], Any], synchronize: Callable[[], Any]) -> Sampler:
 class ModelRun:
     """A dense model, and how this model and its pruned versions run."""
 
-    config: ModelConfig
+    config: Model
     dtype: str = "bf16"
     engine: str = "reference"  # a key of :data:`calibration.runners.compare.ENGINES`
     # the model's config.json, for engines of a library

@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import CaptureFailed, Device
-from calibration.evidence.scoring import errors, spearman
-from calibration.evidence.validate import verdict_of
 from calibration.measure.run import (
     CAPTURE_FAILED,
     FAILED,
@@ -36,6 +34,8 @@ from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.runners.cases import ENOUGH, Case, CaseRow, ModelRun, Runner, predicted_speedup
 from calibration.runners.runs import begin
+from calibration.validation.scoring import errors, spearman
+from calibration.validation.validate import verdict_of
 from simulator.codes import PHASES
 from simulator.display import few
 from simulator.engines.engine import load_engine, numbers
@@ -114,74 +114,96 @@ def compare(
             f"device: expected cpu or cuda, which run a model in torch, got {device.name!r}"
         )
     runner = runner_of(device, model)
-    unable, names = dict[str, dict[str, None]](), dict[str, Case]()
-    for case in cases:
-        try:
-            runner.check(case)
-            names[name_of(case, dtype, engine)] = case
-        except InputError as error:
-            unable.setdefault(str(error), {})[case.prune] = None
-    refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
-    if not names:
-        raise InputError(next(iter(refused), "expected at least one case"))
+    names, refused = _named(runner, cases)
     # vLLM states its version in each record
     package = "" if engine == "vllm" else ENGINES[engine].package
-    name, software = (
-        file_name("decoder.jsonl", engine),
-        {package: metadata.version(package)} if package else {},
-    )
+    software = {package: metadata.version(package)} if package else {}
     file, header = begin(
-        folder, device, dtype, budget_s, name, software=software, model=model.config.name
+        folder,
+        device,
+        dtype,
+        budget_s,
+        file_name("decoder.jsonl", engine),
+        software=software,
+        model=model.config.name,
     )
     file.parent.mkdir(exist_ok=True)
-    start, stopped, failures = device.clock(), "", 0
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
-        done = {str(row["key"]) for row in kept.rows if row.get("status") in (OK, UNSUPPORTED)}
-        todo = _shuffled(
-            {name: case for name, case in names.items() if name not in done},
-            model.seed,
-            runner.apart,
-        )
-        failed = {str(row["key"]) for row in kept.rows if row.get("status") == FAILED}
-        todo.sort(key=lambda item: item[0] in failed)  # one of them may spoil this process again
-        left = len(todo)
         runner.interrupted = lambda: interrupt.requested
-        if todo:
-            _prepare(runner, todo[0][1])
-        for name, case in todo:
-            spent = device.clock() - start
-            if interrupt.requested or spent >= budget_s:
-                stopped = "interrupted" if interrupt.requested else "budget"
-                break
-            # the share of a case includes making its model; later cases get the unused time
-            try:
-                record = runner.record(case, (budget_s - spent) / left)
-            except CaptureFailed as error:
-                record = {"status": UNSUPPORTED, "reason": str(error)}
-                stopped = f"{CAPTURE_FAILED}: {error}"
-            except Interrupted:
-                stopped = "interrupted"
-                break
-            kept.append({"type": "decoder", "key": name, "dtype": dtype, **case.identity, **record})
-            left -= 1
-            if stopped:
-                break
-            failures = failures + 1 if record["status"] == FAILED else 0
-            if failures >= _FAILURES_IN_A_ROW:
-                stopped = f"{LOST}: {failures} cases in a row failed; the last: {record['reason']}"
-                break
-            progress(round(device.clock() - start), round(budget_s))
-        found = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
+        left, stopped = _time_cases(runner, names, kept, budget_s, progress)
+        records = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
     notes = dict.fromkeys(
         (
             r["reason"]
             if r["status"] == OK
             else f"{names[str(r['key'])].prune} in {r['phase']}: {r['status']}: {r['reason']}"
         )
-        for r in found.values()
+        for r in records.values()
         if r["reason"] or r["status"] != OK
     )
-    return ComparedCases(tuple(found.values()), left, (*refused, *notes), stopped)
+    return ComparedCases(tuple(records.values()), left, (*refused, *notes), stopped)
+
+
+def _named(runner: Runner, cases: Sequence[Case]) -> tuple[dict[str, Case], list[str]]:
+    """Return the cases that can run, by name, and a note per reason why others cannot."""
+    names, unable = dict[str, Case](), dict[str, dict[str, None]]()
+    for case in cases:
+        try:
+            runner.check(case)
+            names[name_of(case, runner.model.dtype, runner.model.engine)] = case
+        except InputError as error:
+            unable.setdefault(str(error), {})[case.prune] = None
+    refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
+    if not names:
+        raise InputError(next(iter(refused), "expected at least one case"))
+    return names, refused
+
+
+def _time_cases(
+    runner: Runner,
+    names: Mapping[str, Case],
+    kept: Store,
+    budget_s: float,
+    progress: Callable[[int, int], None],
+) -> tuple[int, str]:
+    """Time the cases that have no record; return how many are left, and why the run stopped, if it
+    did."""
+    clock, failures = runner.device.clock, 0
+    start, todo = clock(), _todo(runner, names, kept.rows)
+    if todo:
+        _prepare(runner, todo[0][1])
+    for number, (name, case) in enumerate(todo):
+        left, spent, stopped = len(todo) - number, clock() - start, ""
+        if runner.interrupted() or spent >= budget_s:
+            return left, "interrupted" if runner.interrupted() else "budget"
+        # the share of a case includes making its model; later cases get the unused time
+        try:
+            record = runner.record(case, (budget_s - spent) / left)
+        except CaptureFailed as error:
+            record = {"status": UNSUPPORTED, "reason": str(error)}
+            stopped = f"{CAPTURE_FAILED}: {error}"
+        except Interrupted:
+            return left, "interrupted"
+        about = {"type": "decoder", "key": name, "dtype": runner.model.dtype}
+        kept.append({**about, **case.identity, **record})
+        failures = failures + 1 if record["status"] == FAILED else 0
+        if failures >= _FAILURES_IN_A_ROW:
+            stopped = f"{LOST}: {failures} cases in a row failed; the last: {record['reason']}"
+        if stopped:
+            return left - 1, stopped
+        progress(round(clock() - start), round(budget_s))
+    return 0, ""
+
+
+def _todo(
+    runner: Runner, names: Mapping[str, Case], rows: Iterable[Mapping[str, Any]]
+) -> list[tuple[str, Case]]:
+    """Return the cases without a result in random order; those that failed come last, because one
+    of them may spoil this process again."""
+    status = {str(row["key"]): row.get("status") for row in rows}
+    left = {n: case for n, case in names.items() if status.get(n) not in (OK, UNSUPPORTED)}
+    todo = _shuffled(left, runner.model.seed, runner.apart)
+    return sorted(todo, key=lambda item: status.get(item[0]) == FAILED)
 
 
 def file_name(name: str, engine: str) -> str:
@@ -221,7 +243,7 @@ def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any
             f" {case.phase}"
         )
     for run in (dense, pruned):
-        pass_seconds(run, case.dense.meta)
+        pass_seconds(run, case.dense.meta.asked)
     count = min(len(dense.samples_s), len(pruned.samples_s))
     return {
         "status": OK,
@@ -327,41 +349,49 @@ def rows_of(
 ) -> list[ComparedSpeedup]:
     """Return the cases that have a measured time and a prediction; ``measured_bounds`` are NaN if
     unknown."""
-    found = {str(r["key"]): r for r in records if r.get("status") == OK}
+    timed = {str(r["key"]): r for r in records if r.get("status") == OK}
     out = []
     for case, bound in zip(cases, measured_bounds or [math.nan] * len(cases), strict=True):
-        record = found.get(name_of(case, dtype, engine))
+        record = timed.get(name_of(case, dtype, engine))
         if record is None:
             continue
         s = predicted_speedup(_as_executed(case, record, hw), hw)
         if not math.isfinite(s.speedup):
             continue
-        dense_s, pruned_s = (
-            np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s")
-        )
-        ratios = dense_s / pruned_s
-        pair = int(np.argsort(ratios, kind="stable")[(len(ratios) - 1) // 2])
-        _, low, high = median_interval(ratios.tolist())
-        if not math.isfinite(high):
-            low, high = float(ratios.min()), float(ratios.max())
+        measured = _measured(record)
         row = ComparedSpeedup(
             **case.columns(hw, s),
+            **measured,
             device=device,
             dtype=dtype,
             runtime=str(record["runtime"]),
-            dense_s=float(dense_s[pair]),
-            pruned_s=float(pruned_s[pair]),
-            measured=float(ratios[pair]),
-            measured_lower=low,
-            measured_upper=high,
             measured_bound=bound,
             operator_bound=float(case.dense.layers.sum() / max(case.pruned.layers.sum(), 1)),
             predicted_dense_s=s.dense_s,
             predicted_pruned_s=s.pruned_s,
-            error=s.speedup / float(ratios[pair]) - 1,
+            error=s.speedup / measured["measured"] - 1,
         )
         out.append(row)
     return out
+
+
+def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of the pair of passes with the median ratio, and of its interval."""
+    dense_s, pruned_s = (
+        np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s")
+    )
+    ratios = dense_s / pruned_s
+    pair = int(np.argsort(ratios, kind="stable")[(len(ratios) - 1) // 2])
+    _, low, high = median_interval(ratios.tolist())
+    if not math.isfinite(high):
+        low, high = float(ratios.min()), float(ratios.max())
+    times = {"dense_s": float(dense_s[pair]), "pruned_s": float(pruned_s[pair])}
+    return {
+        **times,
+        "measured": float(ratios[pair]),
+        "measured_lower": low,
+        "measured_upper": high,
+    }
 
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
@@ -422,21 +452,23 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
         [getattr(r, name) for r in rows] for name in names
     )
     every = verdict_of("speedups", measured, predicted, lower, upper, roofline)
-    first, worst = rows[0], max(rows, key=lambda r: abs(r.error))
-    holds = "hold" if every.holds else "do not hold"
+    first, worst = rows[0], _in_words(max(rows, key=lambda r: abs(r.error)))
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
-    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
-    case = f"{worst.pruning} in {worst.phase}"
-    values = f"measured {ratio(worst.measured)}x, predicted {ratio(worst.predicted)}x"
-    ends = f"({ratio(worst.predicted_lower)}-{ratio(worst.predicted_upper)})"
-    worst_case = f"Worst: {case}, {values} {ends}."
     if every.rows < DECIDE:
         few_rows = (
             f"{first.model} on {first.device}, predicted with {first.hardware}: {every.errors},"
             f" {one}"
         )
-        return [f"{few_rows}; a verdict needs {DECIDE}.", worst_case]
-    return [f"{about}: {every.text}, {one}.", worst_case]
+        return [f"{few_rows}; a verdict needs {DECIDE}.", f"Worst: {worst}."]
+    holds = "hold" if every.holds else "do not hold"
+    about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
+    return [f"{about}: {every.text}, {one}.", f"Worst: {worst}."]
+
+
+def _in_words(r: ComparedSpeedup) -> str:
+    values = f"measured {ratio(r.measured)}x, predicted {ratio(r.predicted)}x"
+    ends = f"({ratio(r.predicted_lower)}-{ratio(r.predicted_upper)})"
+    return f"{r.pruning} in {r.phase}, {values} {ends}"
 
 
 def doubts(rows: Sequence[ComparedSpeedup], records: Iterable[Mapping[str, Any]]) -> list[str]:

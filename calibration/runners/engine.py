@@ -116,7 +116,8 @@ def observe(
     name = ENGINE_RECORDS.format(model.engine)
     file, header = begin(folder, device, model.dtype, 1.0, name, model=model.config.name)
     copies = {
-        n: replace(model, config=fewer_layers(model.config, n)) for n in depths(model.config.layers)
+        n: replace(model, config=fewer_layers(model.config, n))
+        for n in depths(len(model.config.layers))
     }
     runners = {n: runner_of(device, copy) for n, copy in copies.items()}  # starts nothing
     file.parent.mkdir(exist_ok=True)
@@ -281,7 +282,7 @@ def calibrated(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile) -> 
     )
     profile = replace(hw, engines={**hw.engines, model.engine: times}, path=None)
     plain = replace(hw, engines={k: v for k, v in hw.engines.items() if k != model.engine})
-    compared, half = list[ComparedPass](), dict[str, list[float]]()
+    compared = list[ComparedPass]()
     for one in passes:
         setting = (one.layers, one.phase, one.batch, one.seq)
         batch = WorkloadBatch.of([workload_of(model, *setting)])
@@ -289,20 +290,18 @@ def calibrated(passes: Sequence[Pass], model: ModelRun, hw: HardwareProfile) -> 
             float(forward_passes(batch, device).total_s[0]) for device in (plain, profile)
         )
         compared.append(ComparedPass(*setting, one.seconds, before_s, after_s))
-    for name, device in (("before", plain), ("after", profile)):
-        for phase, text in itertools.product(("prefill", "decode"), EXAMPLES):
-            given = {
-                "phase": phase,
-                "batch": 1,
-                "seq": 128,
-                "dtype": model.dtype,
-                "engine": ENGINES[model.engine].lowered,
-            }
-            s = predict(model.config, text, device, **given)
-            half.setdefault(name, []).append(math.sqrt(s.upper / s.lower) - 1.0)
-    return CalibratedEngine(
-        profile, times, tuple(compared), *(float(np.median(v)) for v in half.values())
+    half_before, half_after = (_half_width(model, device) for device in (plain, profile))
+    return CalibratedEngine(profile, times, tuple(compared), half_before, half_after)
+
+
+def _half_width(model: ModelRun, hw: HardwareProfile) -> float:
+    """Return the median half-width of the intervals of some speedups, as a factor less 1."""
+    request = {"dtype": model.dtype, "engine": ENGINES[model.engine].lowered}
+    speedups = (
+        predict(model.config, text, hw, phase=phase, batch=1, seq=128, **request)
+        for phase, text in itertools.product(("prefill", "decode"), EXAMPLES)
     )
+    return float(np.median([math.sqrt(s.upper / s.lower) - 1.0 for s in speedups]))
 
 
 def _correction(found: Mapping[int, Sequence[float]], tokens: Sequence[int]) -> Correction:

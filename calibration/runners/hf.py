@@ -40,9 +40,10 @@ from calibration.runners.cases import (
 )
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
-from simulator.models.changes import changed_keys
-from simulator.models.config import Block
 from simulator.models.library import from_hf_config
+from simulator.models.model import Layer, Model
+from simulator.models.sublayers import Attention, Experts, Mlp
+from simulator.models.write import plain_content
 from simulator.workload import Workload
 
 # role of a projection -> its module in a decoder layer of Llama and the models derived from it
@@ -52,104 +53,53 @@ PROJECTIONS: Mapping[str, str] = {
 }
 # special tokens may lie outside the vocabulary of a small model, and these passes need none
 _NEUTRAL: Mapping[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-_SHARED = "shared_expert_intermediate_size"
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-@dataclass(frozen=True)
-class Layout:
-    hidden: int
-    layers: tuple[Block, ...]
-
-    @property
-    def usual(self) -> Block:
-        """The most frequent layer with attention and an MLP, without low-rank factors."""
-        whole = Counter(
-            replace(b, ranks=()) for b in self.layers if b.heads and (b.inner or b.experts)
-        )
-        if not whole:
-            raise InputError("no layer has attention and an MLP")
-        return whole.most_common(1)[0][0]
-
-
-def layout_of(w: Workload) -> Layout:
+def pruned_model(w: Workload) -> Model:
+    """Return the pruned model of a workload; InputError if the pruning decides during a pass."""
     if (w.overhead & (w.stage == 0)).any() or (w.kernel == Kernel.BLOCK_SPARSE).any():
         raise InputError(
             "it decides during a pass, which no model of Transformers does; use --engine reference"
         )
-    rows, layers = w.expand(), dict[int, dict[str, Any]]()
-    inside = rows.layer >= 0
-    for i in inside.nonzero()[0].tolist():
-        found = layers.setdefault(
-            int(rows.layer[i]), {"heads": 0, "kv_heads": 0, "inner": 0, "ranks": {}}
-        )
-        role, kind = ROLES[rows.role[i]], rows.kind[i]
-        if rows.is_attention[i]:
-            found |= {"heads": int(rows.heads[i]), "kv_heads": int(rows.kv_heads[i])}
-        elif kind == Kind.EXPERTS:
-            found |= {
-                "experts": int(rows.experts[i]),
-                "active": float(rows.active[i]),
-                "expert_inner": int(rows.n[i]),
-            }
-        elif kind == Kind.GEMM and rows.stage[i] == 1:
-            found["ranks"][role] = int(rows.n[i])
-        if kind == Kind.GEMM and role == "down" and rows.stage[i] < 2:
-            found["inner"] = int(rows.k[i])
-    blocks = (
-        Block(**{**layers[i], "ranks": tuple(sorted(layers[i]["ranks"].items()))})
-        for i in sorted(layers)
-    )
-    return Layout(int(rows.k[rows.is_role("lm_head")][0]), tuple(blocks))
-
-
-def check(given: ModelRun, w: Workload) -> tuple[Layout, Any]:
-    """Return the layout of a workload, and the library's configuration with the usual layers."""
-    from transformers import AutoConfig
-
-    model, content, layout = given.config, given.content, layout_of(w)
-    usual, many = layout.usual, len(layout.layers)
-    new = replace(
-        model.with_usual(usual, ()), layers=many, windows=model.windows[:many], hidden=layout.hidden
-    )
-    keys = {**_NEUTRAL, **changed_keys(model, new)}
-    width = "moe_intermediate_size" if "moe_intermediate_size" in content else "intermediate_size"
-    number = next((key for key in _EXPERT_KEYS if key in content), _EXPERT_KEYS[0])
-    for name, key in (
-        ("experts", number),
-        ("active", "num_experts_per_tok"),
-        ("expert_inner", width),
-    ):
-        if getattr(new, name) != getattr(model, name):
-            keys[key] = round(getattr(new, name))
-    if new.inner != model.inner and _SHARED in content:
-        keys[_SHARED] = new.inner
-    # content may have more layers than ``model``
-    whole = {**content, "num_hidden_layers": many, **keys}
-    if isinstance(types := whole.get("layer_types"), list):
-        whole["layer_types"] = types[:many]
-    if (
-        not content
-        or replace(from_hf_config(whole), name=new.name, architecture=new.architecture, blocks=())
-        != new
-    ):
-        named = ", ".join(key for key in keys if key not in _NEUTRAL) or "its shapes"
-        raise InputError(f"a config.json of {model.name} cannot state {named} together")
+    model: Model = w.meta.config
+    layers = tuple(dict.fromkeys(model.layers))
+    if not any(layer.has("attention") and layer.has("mlp") for layer in layers):
+        raise InputError("no layer has attention and an MLP")
     routed = {
-        (b.experts, b.active, b.expert_inner)
-        for b in (usual, *(b for b in layout.layers if b.experts))
+        (experts.experts, experts.active, experts.inner)
+        for layer in layers
+        if isinstance(experts := layer.of("mlp"), Experts)
     }
     if len(routed) > 1:
         raise InputError(
             "its experts differ by layer; Transformers runs equally many in all layers"
         )
+    return model
+
+
+def usual_layer(model: Model) -> Layer:
+    """Return the usual layer, whose weights are stored plainly."""
+    return model.usual.each(lambda sublayer: replace(sublayer, forms=()))
+
+
+def check(given: ModelRun, w: Workload) -> tuple[Model, Any]:
+    """Return the model of a workload, and the library's configuration with the usual layers."""
+    from transformers import AutoConfig
+
+    model, usual = pruned_model(w), usual_layer(w.meta.config)
+    numbers = tuple(range(len(model.layers)))
+    windowed = (usual.with_window(layer.window) for layer in model.layers)
+    equal = replace(model.with_layers(windowed, numbers), weight_dtype="")
+    if not given.content:
+        raise InputError(f"{model.name}: has no config.json to start from")
+    whole = plain_content(given.content, from_hf_config(given.content), equal)
     try:
-        config = AutoConfig.for_model(**whole)
+        config = AutoConfig.for_model(**{**whole, **_NEUTRAL})
     except Exception as error:  # the library's checks have no public base class
         reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
         raise InputError(f"Transformers refuses its config.json: {reason}") from None
     config.head_dim = model.head_dim
-    return layout, config
+    return model, config
 
 
 @dataclass(frozen=True)
@@ -169,7 +119,7 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
     it."""
     from transformers import AutoModelForCausalLM
 
-    layout, config = check(given, w)
+    model, config = check(given, w)
     make = partial(AutoModelForCausalLM.from_config, config, dtype=TORCH_DTYPE[given.dtype])
     torch.manual_seed(given.seed)
     with torch.device(device):
@@ -178,7 +128,7 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
         except ValueError:  # the model soft-caps its scores, which that function does not
             made = make(attn_implementation="eager")
     made.eval()
-    patched = _patch(made, layout)
+    patched = _patch(made, model)
     _sparsify(made, w)
     # on a CPU, torch copies the whole weight of a head whose input is a slice, as the last position
     # of a prompt is
@@ -189,50 +139,52 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
     return HfModel(made, patched)
 
 
-def _patch(made: Any, layout: Layout) -> str:
+def _patch(made: Any, model: Model) -> str:
     """Change the layers that differ from the usual layer; return the changes."""
-    usual, changed = layout.usual, Counter[str]()
+    usual, changed = usual_layer(model), Counter[str]()
     attention = 0
-    for number, block in enumerate(layout.layers):
+    for number, shape in enumerate(model.layers):
         layer = made.model.layers[number]
-        if block != usual:
-            changed.update(_change(layer, block, usual))
-        if block.heads:  # the cache counts attention layers
+        if shape.windowless != usual:
+            changed.update(_change(layer, shape, usual))
+        if shape.has("attention"):  # the cache counts attention layers
             layer.self_attn.layer_idx = attention
             attention += 1
     return ", ".join(f"{what} in {count} layers" for what, count in changed.items())
 
 
-def _change(layer: nn.Module, block: Block, usual: Block) -> list[str]:
+def _change(layer: nn.Module, shape: Layer, usual: Layer) -> list[str]:
     out = []
-    for role, where in PROJECTIONS.items():
-        size = block.heads if where.startswith("self_attn") else block.inner
-        if not size or (where.startswith("mlp") and not usual.inner):
-            continue
-        old = _module(layer, role)
-        n, k, rank = old.out_features, old.in_features, block.rank(role)
-        before, after = (
-            {"q": b.heads, "o": b.heads, "k": b.kv_heads, "v": b.kv_heads}.get(role, b.inner)
-            for b in (usual, block)
-        )
-        n, k = (n, k // before * after) if role in ("o", "down") else (n // before * after, k)
-        if rank or (n, k) != (old.out_features, old.in_features):
-            layer.set_submodule(where, _projection(old, n, k, rank))
-            narrower = (
-                "other widths of attention"
-                if where.startswith("self_attn")
-                else "other widths of the MLP"
-            )
-            out.append("low rank" if rank else narrower)
-    if block.heads and (block.heads, block.kv_heads) != (usual.heads, usual.kv_heads):
-        layer.self_attn.num_key_value_groups = block.heads // max(block.kv_heads, 1)
-    there = {"self_attn": block.heads, "mlp": block.inner or block.experts}
-    if missing := [name for name, size in there.items() if not size]:
-        for name in missing:
-            layer.set_submodule(name, nn.Identity())
+    for part, name in (("attention", "attention"), ("mlp", "the MLP")):
+        new, old = shape.of(part), usual.of(part)
+        if isinstance(new, Attention | Mlp) and type(new) is type(old) and new != old:
+            out += _change_sublayer(layer, new, f"other widths of {name}")
+    attention = shape.of("attention")
+    if isinstance(attention, Attention) and attention != usual.of("attention"):
+        layer.self_attn.num_key_value_groups = attention.heads // attention.kv_heads
+    missing = [name for part, name in _MODULES.items() if not shape.has(part)]
+    for name in missing:
+        layer.set_submodule(name, nn.Identity())
+    if missing:
         layer.forward = partial(_without, layer, missing[0])
         out.append(f"no {'attention' if missing[0] == 'self_attn' else 'MLP'}")
     return list(dict.fromkeys(out))
+
+
+_MODULES = {"attention": "self_attn", "mlp": "mlp"}
+"""Part of a layer -> its module."""
+
+
+def _change_sublayer(layer: nn.Module, new: Attention | Mlp, narrower: str) -> list[str]:
+    """Replace the projections of a sublayer that have other sizes or are factors."""
+    out = []
+    hidden = _module(layer, "o" if isinstance(new, Attention) else "down").out_features
+    for role, (n, k) in new.weights(hidden).items():
+        old, rank = _module(layer, role), new.form(role).rank or 0
+        if rank or (n, k) != (old.out_features, old.in_features):
+            layer.set_submodule(PROJECTIONS[role], _projection(old, n, k, rank))
+            out.append("low rank" if rank else narrower)
+    return out
 
 
 def _module(layer: nn.Module, role: str) -> Any:

@@ -46,9 +46,12 @@ from simulator.errors import InputError
 from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
-from simulator.models.config import Block
+from simulator.models.model import Layer as LayerShape
+from simulator.models.sublayers import Attention as GroupedAttention
+from simulator.models.sublayers import Linear
+from simulator.models.sublayers import Mlp as DenseMlp
 from simulator.plans.library import Library
-from simulator.plans.variants import SUBLAYERS, has, text_of
+from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.quality import QualityRow
 from simulator.request import Name
 
@@ -240,7 +243,7 @@ class Change:
     layer: int
     sublayer: str  # "attention" or "mlp"
     text: str
-    block: Block
+    variant: LayerShape
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -266,16 +269,16 @@ class LayerScore:
 
 def changes_of(library: Library) -> list[Change]:
     found: dict[tuple[int, str, str], Change] = {}
-    for layer, (dense, blocks) in enumerate(zip(library.model.layout, library.layers)):
+    for layer, (dense, variants) in enumerate(zip(library.model.layers, library.layers)):
         for name in SUBLAYERS:
-            for block in blocks:
-                text = text_of(name, block, dense)
-                if name in block.linear:
+            for variant in variants:
+                text = text_of(name, variant, dense)
+                if isinstance(variant.of(name), Linear):
                     raise InputError(
                         f"layer {layer}: {name} linear: needs training; expected sizes or none"
                     )
                 if text != "dense":
-                    found.setdefault((layer, name, text), Change(layer, name, text, block))
+                    found.setdefault((layer, name, text), Change(layer, name, text, variant))
     if not found:
         raise InputError(f"{library.model.name}: expected variants other than dense, got none")
     return list(found.values())
@@ -320,26 +323,22 @@ def measure_layers(
             if not any(at >= number for at, _ in todo):
                 return
             for change in todo.get((number, "attention"), ()):
-                a, block = layer.attention, change.block
-                if a is not None:
-                    stays = has("attention", block)
-                    a = (
-                        fewer_heads(a, block.heads, block.kv_heads, decoder.head_dim)
-                        if stays
-                        else None
-                    )
+                a, kept_heads = layer.attention, change.variant.of("attention")
+                if a is not None and isinstance(kept_heads, GroupedAttention):
+                    sizes = kept_heads.heads, kept_heads.kv_heads
+                    a = fewer_heads(a, *sizes, decoder.head_dim)
+                elif kept_heads is None:
+                    a = None
                 changed = through_layer(state, number, replace(layer, attention=a), both[:many])
                 yield scored(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, mlp=None), both)
             own = todo.get((number, "mlp"), [])
             importance = _importance(state, layer.mlp, both[many:]) if own else None
             for change in own:
-                m, stays = layer.mlp, has("mlp", change.block)
-                narrow = (
-                    m.channels(best(importance, change.block.inner))
-                    if m is not None and stays
-                    else None
-                )
+                m, kept_mlp = layer.mlp, change.variant.of("mlp")
+                narrow = None
+                if m is not None and isinstance(kept_mlp, DenseMlp):
+                    narrow = m.channels(best(importance, kept_mlp.inner))
                 changed = through_layer(state, number, Layer(None, narrow), both[:many])
                 yield scored(change.key, _rest(state, number + 1, changed))
             both = through_layer(state, number, replace(layer, attention=None), both)

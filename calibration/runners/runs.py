@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
-from calibration.evidence.validate import Report, disturbed_share, validate
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile
@@ -33,8 +32,9 @@ from calibration.measure.plan import (
 from calibration.measure.run import SUSTAINED, Outcome, run, sustained
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
-from calibration.records.store import Header, Store, content_records, parse, read_store
+from calibration.records.store import Content, Header, Store, content_records, parse, read_store
 from calibration.records.timing_table import PURPOSES, Records
+from calibration.validation.validate import Report, disturbed_share, validate
 from simulator.arguments import AMOUNT, SIZE, number
 from simulator.codes import DTYPES, ROLES, Kernel, Kind
 from simulator.errors import InputError
@@ -203,46 +203,52 @@ def measure_into(
     measured exactly and first, in the order of how much they narrow the speedups. ``progress`` gets
     seconds: passed, and in total.
     """
-    dtype, budget_s, description = options.dtype, options.budget_s, device.describe()
     file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
     if is_new(file) or not datasheet.exists():
-        base = base_profile(device, dtype, options.hardware)
-        for line in thread_notes(base, description.device):
+        base = base_profile(device, options.dtype, options.hardware)
+        for line in thread_notes(base, device.describe().device):
             note(line)
         datasheet.parent.mkdir(exist_ok=True)
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        visits = default_visits(description)
-        left, plan = budget_s / visits, None
-        if targets:
-            wanted = target_operators(targets, load_hardware(datasheet), every=quick)
-            plan = in_order(wanted, rates, protocol=protocol, seed=seed)
-            left -= plan.estimated_s
-        if plan is None or left > 0.1 * budget_s / visits:
-            base = base_plan(
-                rates,
-                budget_s=left,
-                dtype=dtype,
-                protocol=protocol,
-                refuses=device.refuses,
-                seed=seed,
-                shares=QUICK_SHARES if quick else SHARES,
-                kernels_apart=not quick,
-            )
-            first = plan.items if plan else ()
-            known = {item.operator.key for item in first}
-            plan = replace(
-                base,
-                items=(*first, *(item for item in base.items if item.operator.key not in known)),
-            )
-        plan = replace(plan, budget_s=budget_s, visits=visits)
+        wanted = target_operators(targets, load_hardware(datasheet), every=quick) if targets else []
+        how: dict[str, Any] = {"protocol": protocol, "seed": seed}
+        plan = _plan(wanted, rates, device, options, quick, **how)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         note(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
 
     return measure_plan(file, header, device, options, planned, progress)
+
+
+def _plan(
+    wanted: Sequence[Operator],
+    rates: Rates,
+    device: Device,
+    options: RunOptions,
+    quick: bool,
+    **how: Any,
+) -> MeasurementPlan:
+    """Plan the wanted operators, then a base plan in the time that is left."""
+    visits = default_visits(device.describe())
+    plan = in_order(wanted, rates, **how) if wanted else None
+    left = options.budget_s / visits - (plan.estimated_s if plan else 0.0)
+    if plan is None or left > 0.1 * options.budget_s / visits:
+        base = base_plan(
+            rates,
+            budget_s=left,
+            dtype=options.dtype,
+            refuses=device.refuses,
+            shares=QUICK_SHARES if quick else SHARES,
+            kernels_apart=not quick,
+            **how,
+        )
+        first = {item.operator.key: item for item in plan.items} if plan else {}
+        rest = (item for item in base.items if item.operator.key not in first)
+        plan = replace(base, items=(*first.values(), *rest))
+    return replace(plan, budget_s=options.budget_s, visits=visits)
 
 
 def keep_apart(records: Records) -> Records:
@@ -270,22 +276,18 @@ def fit_run(
 ) -> Calibrated:
     """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write
     profile and report."""
-    from calibration.evidence.validate import write_markdown
+    from calibration.validation.validate import write_markdown
 
     path = Path(folder)
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
-    base = raised(load_hardware(path / DATASHEET), records)
-    if ratios := [float(row["ratio"]) for row in content.rows if row.get("type") == SUSTAINED]:
-        runtime = base.section("runtime", "*")
-        runtime = replace(runtime, constants={**runtime.constants, "sustained": Fitted(ratios[-1])})
-        base = replace(base, sections={**base.sections, ("runtime", "*"): runtime})
+    base = _with_sustained(raised(load_hardware(path / DATASHEET), records), content)
     fit: ProfileFit | Updated
     fit = update_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
-    records, _ = one_method(records)  # the notes are those of the fit
+    records = one_method(records)[0]  # the notes are those of the fit
     title = f"Calibration of {content.header.device}, {content.header.dtype}"
     reports: dict[str, Report | None] = {}
     for purpose, (name, subject) in REPORTS.items():
@@ -299,6 +301,15 @@ def fit_run(
         if report := reports[purpose]:
             write_markdown(report, path / name, title=f"{title}: {subject}")
     return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))
+
+
+def _with_sustained(base: HardwareProfile, content: Content) -> HardwareProfile:
+    ratios = [float(row["ratio"]) for row in content.rows if row.get("type") == SUSTAINED]
+    if not ratios:
+        return base
+    runtime = base.section("runtime", "*")
+    runtime = replace(runtime, constants={**runtime.constants, "sustained": Fitted(ratios[-1])})
+    return replace(base, sections={**base.sections, ("runtime", "*"): runtime})
 
 
 def target_workloads(
@@ -325,17 +336,25 @@ def target_operators(
     lengths = np.array([len(workloads) for workloads in targets])
     dense = np.repeat(np.cumsum(lengths) - lengths, lengths)
     p = forward_passes(batch, hw)
-    shapes, _ = batch.shapes
-    found: dict[Operator, int] = {}
+    shapes = batch.shapes[0]
+    places = _operators(shapes, every)
+    chosen = np.array(list(places.values()), dtype=np.intp)
+    rows, kind = factors.in_order(p.errors, len(shapes)).take(chosen), shapes.kind[chosen]
+    kind = kind.astype(np.intp)
+    covariance = p.uncertainty.covariance(rows.wide(), rows.correlated, rows.coordinates, kind)
+    order = next_rows(rows, kind, covariance[dense] - covariance, MOST_ROWS)
+    operators = list(places)
+    return [operators[i] for i in dict.fromkeys((*order, *range(len(operators))))]
+
+
+def _operators(shapes: Workload, every: bool) -> dict[Operator, int]:
+    """Return the first row of each operator."""
+    places: dict[Operator, int] = {}
     for row in range(len(shapes)):
         op = operator_of(shapes, row)
         if op is not None and (every or op.kind == "gemm"):
-            found.setdefault(op, row)
-    at, operators = np.array(list(found.values()), dtype=np.intp), list(found)
-    rows, kind = factors.in_order(p.errors, len(shapes)).take(at), shapes.kind[at].astype(np.intp)
-    covariance = p.uncertainty.covariance(rows.wide(), rows.correlated, rows.coordinates, kind)
-    order = next_rows(rows, kind, covariance[dense] - covariance, MOST_ROWS)
-    return [operators[i] for i in (*order, *sorted(set(range(len(at))) - set(order)))]
+            places.setdefault(op, row)
+    return places
 
 
 def operator_of(w: Workload, row: int) -> Operator | None:

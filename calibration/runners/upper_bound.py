@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Device, Operator
-from calibration.evidence.scoring import errors
 from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.timing import Protocol, default_visits
 from calibration.records.screening import without_exact
@@ -25,6 +24,7 @@ from calibration.records.store import content_records, read_store
 from calibration.records.timing_table import OPERATORS, Records
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import MeasuredRun, RunOptions, begin, measure_plan
+from calibration.validation.scoring import errors
 from simulator.arrays import FloatArray
 from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
@@ -178,16 +178,11 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
     for kind, names in DIMENSIONS.items():
         of_kind = records.operator == OPERATORS.index(kind)
         rows = records.select(usable & of_kind & (records.cold == (kind not in HOT)))
-        if not len(rows):
-            continue
-        sizes = np.stack([getattr(rows, name) for name in names], axis=1)
-        shapes, which = np.unique(sizes, axis=0, return_inverse=True)
-        half, which = np.nan_to_num(rows.spread, posinf=0.0), which.reshape(-1)
-        for i, shape in enumerate(shapes.tolist()):
-            seconds, spread = (
-                float(np.median(column[which == i])) for column in (rows.seconds, half)
-            )
-            out[kind, tuple(shape)] = seconds, spread
+        half, group = np.nan_to_num(rows.spread, posinf=0.0), rows.groups(*names)
+        for i in np.unique(group):
+            same = np.flatnonzero(group == i)
+            shape = tuple(int(getattr(rows, name)[same[0]]) for name in names)
+            out[kind, shape] = float(np.median(rows.seconds[same])), float(np.median(half[same]))
     return out
 
 
@@ -198,29 +193,39 @@ def bounds(
     device = records.sources[0].device if records.sources else ""
     out = []
     for case in cases:
-        s = predicted_speedup(case, hw)
-        pair = case.dense, case.pruned
-        dense_s, dense_half, dense_missing = _total(case.dense, times)
-        pruned_s, pruned_half, pruned_missing = _total(case.pruned, times)
-        ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
-        plain, model = ([_predicted(w, profile, dtype) for w in pair] for profile in (hw, alone))
+        s, measured = predicted_speedup(case, hw), _measured(case, times)
+        plain, model = (
+            [_predicted(w, profile, dtype) for w in (case.dense, case.pruned)]
+            for profile in (hw, alone)
+        )
+        gain = measured["measured_bound"] - 1.0
         bound = Bound(
             **case.columns(hw, s),
+            **measured,
             device=device,
             dtype=dtype,
-            dense_kernels_s=dense_s,
-            pruned_kernels_s=pruned_s,
-            measured_bound=ratio,
-            lower=ratio * math.exp(-half),
-            upper=ratio * math.exp(half),
             predicted_bound=plain[0] / plain[1],
             model_bound=model[0] / model[1],
-            efficiency=(s.speedup - 1.0) / (ratio - 1.0) if ratio - 1.0 > 1e-9 else math.nan,
+            efficiency=(s.speedup - 1.0) / gain if gain > 1e-9 else math.nan,
             kernel_share=plain[0] / s.dense_s,
-            missing=dense_missing + pruned_missing,
         )
         out.append(bound)
     return out
+
+
+def _measured(case: Case, times: Mapping[Shape, tuple[float, float]]) -> dict[str, Any]:
+    """Return the columns of the measured bound."""
+    dense_s, dense_half, dense_missing = _total(case.dense, times)
+    pruned_s, pruned_half, pruned_missing = _total(case.pruned, times)
+    ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
+    return {
+        "dense_kernels_s": dense_s,
+        "pruned_kernels_s": pruned_s,
+        "measured_bound": ratio,
+        "lower": ratio * math.exp(-half),
+        "upper": ratio * math.exp(half),
+        "missing": dense_missing + pruned_missing,
+    }
 
 
 def measured_bounds(file: str | Path, cases: Sequence[Case], dtype: str = "bf16") -> list[float]:

@@ -19,8 +19,9 @@ from simulator.request import Request
 
 if TYPE_CHECKING:
     from simulator.engines.engine import Engine
-    from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
+    from simulator.hardware.profile import EngineTimes, HardwareProfile
+    from simulator.models.model import Model
+    from simulator.operators.base import Link
     from simulator.pruning._methods import Method
 
 hardware = typer.Typer(help="Devices: list them, show one, check a profile.")
@@ -71,7 +72,6 @@ def _show_devices(
     fit is used, with its mean error on held-out rows. "datasheet": no fit is used, only defaults.
     """
     from simulator.hardware.library import load_hardware
-    from simulator.hardware.profile import link_choices
     from simulator.operators.base import unfitted
     from simulator.operators.gemm import GEMM_CONSTANTS
 
@@ -79,39 +79,14 @@ def _show_devices(
     if json:
         render.show_json([{**hw.to_dict(), "served": _served(hw)}])
         return
-    facts = [
-        ("architecture", hw.architecture),
-        ("SMs", str(hw.sm_count)),
-        (
-            "clocks",
-            f"{hw.boost_clock_hz / 1e9:.3g} GHz boost, {hw.max_clock_hz / 1e9:.3g} GHz highest",
-        ),
-        (
-            "memory",
-            f"{render.size(hw.memory_bytes)} at {render.rate(hw.bandwidth_bytes_per_s, 'B/s')}",
-        ),
-        ("L2", render.size(hw.l2_bytes)),
-        ("power", f"{hw.power_w:.0f} W"),
-    ]
-    if hw.link is not None:
-        speed = (
-            f"{render.rate(hw.link.bandwidth_bytes_per_s, 'B/s')} one way,"
-            f" {render.seconds(hw.link.latency_s)}"
-        )
-        others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
-        facts.append(("link", f"{hw.link.text}, {speed}; others with --link: {others}"))
-    if hw.bridge is not None:
-        speed = (
-            f"{render.rate(hw.bridge.bandwidth_bytes_per_s, 'B/s')} one way,"
-            f" {render.seconds(hw.bridge.latency_s)}"
-        )
-        facts.append(("bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"))
     also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
     print(f"{hw.title}: {hw.label}{also}\n")
     if hw.verdict:
         print(f"its calibration advised against this profile: {hw.verdict}\n")
     render.show(
-        render.columns(facts, ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1]))
+        render.columns(
+            list(_facts(hw)), ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])
+        )
     )
     print()
     columns = render.columns(
@@ -133,32 +108,13 @@ def _show_devices(
     if hw.local_update is not None:
         about = hw.local_update.provenance
         print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
-    for engine, own in hw.engines.items():
-        host = " + ".join(
-            f"{render.seconds(getattr(own, f'each_{part}'))} per {part}" for part in HOST_PARTS
-        )
-        print(
-            f"engine {engine} {own.version}, {own.source}: host {host}; measured over predicted"
-            " time by tokens:"
-        )
-        render.show(
-            render.columns(
-                list(own.operators.items()),
-                ("<operator", lambda item: item[0]),
-                *(
-                    (f"{n:,}", lambda item, at=at: f"{item[1].factors[at]:.2f}")
-                    for at, n in enumerate(own.tokens)
-                ),
-                ("scatter", lambda item: f"{100 * math.expm1(item[1].log_sd):.0f} %"),
-            )
-        )
-        print()
+    for engine, times in hw.engines.items():
+        _show_engine_times(engine, times)
     if rows := _served(hw):
         _show_fits(rows)
     else:
-        generic = "generic" in unfitted(
-            hw.section("gemm", next(iter(hw.rates))), GEMM_CONSTANTS, hw.architecture
-        )
+        gemms = hw.section("gemm", next(iter(hw.rates)))
+        generic = "generic" in unfitted(gemms, GEMM_CONSTANTS, hw.architecture)
         of = (
             f"generic defaults (no {hw.architecture} GPU was ever fitted)"
             if generic
@@ -167,23 +123,64 @@ def _show_devices(
         print(f"not calibrated: {of} and wide intervals")
 
 
+def _facts(hw: HardwareProfile) -> Iterator[tuple[str, str]]:
+    from simulator.hardware.profile import link_choices
+
+    boost, highest = hw.boost_clock_hz / 1e9, hw.max_clock_hz / 1e9
+    bandwidth = render.rate(hw.bandwidth_bytes_per_s, "B/s")
+    yield "architecture", hw.architecture
+    yield "SMs", str(hw.sm_count)
+    yield "clocks", f"{boost:.3g} GHz boost, {highest:.3g} GHz highest"
+    yield "memory", f"{render.size(hw.memory_bytes)} at {bandwidth}"
+    yield "L2", render.size(hw.l2_bytes)
+    yield "power", f"{hw.power_w:.0f} W"
+    if hw.link is not None:
+        others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
+        yield "link", f"{hw.link.text}, {_speed(hw.link)}; others with --link: {others}"
+    if hw.bridge is not None:
+        speed = _speed(hw.bridge)
+        yield "bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"
+
+
+def _speed(link: Link) -> str:
+    rate = render.rate(link.bandwidth_bytes_per_s, "B/s")
+    return f"{rate} one way, {render.seconds(link.latency_s)}"
+
+
+def _show_engine_times(engine: str, times: EngineTimes) -> None:
+    host = " + ".join(
+        f"{render.seconds(getattr(times, f'each_{part}'))} per {part}" for part in HOST_PARTS
+    )
+    print(
+        f"engine {engine} {times.version}, {times.source}: host {host}; measured over predicted"
+        " time by tokens:"
+    )
+    render.show(
+        render.columns(
+            list(times.operators.items()),
+            ("<operator", lambda item: item[0]),
+            *(
+                (f"{tokens:,}", lambda item, i=i: f"{item[1].factors[i]:.2f}")
+                for i, tokens in enumerate(times.tokens)
+            ),
+            ("scatter", lambda item: f"{100 * math.expm1(item[1].log_sd):.0f} %"),
+        )
+    )
+    print()
+
+
 def _show_fits(rows: Sequence[Mapping[str, Any]]) -> None:
     groups: dict[tuple[str, ...], list[str]] = {}  # cells of a column -> engines
     for engine in rows[0]["engines"]:
-        fits = [row["engines"][engine] for row in rows]
-        errors = ["" if fit["error"] is None else f" {100 * fit['error']:.1f} %" for fit in fits]
-        groups.setdefault(
-            tuple(fit["stack"] + error for fit, error in zip(fits, errors)), []
-        ).append(engine)
-    titles = (
-        [textwrap.fill(", ".join(names), 14) for names in groups.values()]
-        if len(groups) > 1
-        else ["every engine"]
-    )
+        cells = tuple(_fit_text(row["engines"][engine]) for row in rows)
+        groups.setdefault(cells, []).append(engine)
     columns = render.columns(
         rows, ("<fitted part", lambda r: r["operator"]), ("<format", lambda r: r["dtype"])
     )
-    render.show([*columns, *(render.Column(title, cells) for title, cells in zip(titles, groups))])
+    for cells, engines in groups.items():
+        title = textwrap.fill(", ".join(engines), 14) if len(groups) > 1 else "every engine"
+        columns.append(render.Column(title, cells))
+    render.show(columns)
     print()
     if unseen := [*dict.fromkeys(row["held_out"] for row in rows if row["held_out"])]:
         folds = "5-fold cross-validation, 10-fold up to 1,500 GEMMs"
@@ -191,16 +188,26 @@ def _show_fits(rows: Sequence[Mapping[str, Any]]) -> None:
         render.conclude(
             f"Errors are means over rows of unseen {with_and(unseen)} ({folds}); {page}."
         )
-    used = {
-        (fit["stack"], r["operator"], r["dtype"]): fit
-        for r in rows
-        for fit in r["engines"].values()
-    }
-    for stack in dict.fromkeys(key[0] for key, fit in used.items() if fit["status"] != "default"):
-        fits = [fit for key, fit in used.items() if key[0] == stack]
-        origins = [fit["origin"].partition(" (")[0] for fit in fits]
+    _show_origins(rows)
+
+
+def _fit_text(fit: Mapping[str, Any]) -> str:
+    error = "" if fit["error"] is None else f" {100 * fit['error']:.1f} %"
+    return f"{fit['stack']}{error}"
+
+
+def _show_origins(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows and origins of each stack whose fits are used."""
+    stacks: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for row in rows:
+        for fit in row["engines"].values():
+            if fit["status"] != "default":
+                stacks.setdefault(fit["stack"], {})[row["operator"], row["dtype"]] = fit
+    for stack, fits in stacks.items():
+        origins = [fit["origin"].partition(" (")[0] for fit in fits.values()]
         names = {origin.casefold(): origin for origin in origins}  # VLLM and vLLM are the same
-        text = f"{stack}, {sum(fit['rows'] for fit in fits):,} rows: {', '.join(names.values())}"
+        count = sum(fit["rows"] for fit in fits.values())
+        text = f"{stack}, {count:,} rows: {', '.join(names.values())}"
         print(textwrap.shorten(text, render.width(), placeholder="..."))
 
 
@@ -295,7 +302,7 @@ def _list_models(json: options.Json = False) -> None:
         ("<name", lambda m: m.name),
         ("parameters", lambda m: f"{m.parameters:,}"),
         ("active", lambda m: f"{m.active_parameters / 1e9:.3g}e9" if m.experts else ""),
-        ("layers", lambda m: m.layers),
+        ("layers", lambda m: len(m.layers)),
         ("hidden", lambda m: m.hidden),
         ("heads", lambda m: f"{m.heads}/{m.kv_heads}"),
         ("inner", lambda m: m.inner or ""),
@@ -306,23 +313,28 @@ def _list_models(json: options.Json = False) -> None:
     render.show(render.narrowed(columns, 2))
 
 
-def _shapes(model: ModelConfig) -> str:
-    kinds = len(set(model.layout))
-    layers = f"{model.layers} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
+def _shapes(model: Model) -> str:
+    from simulator.models.sublayers import DeltaNet, Mlp
+
+    kinds = len({layer.windowless for layer in model.layers})
+    layers = f"{len(model.layers)} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
     heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
-    if model.latent is not None:
+    if (latent := model.latent) is not None:
         heads = (
-            f"{model.heads} heads of {model.head_dim} on a latent of {model.latent.rank} +"
-            f" {model.latent.rotary}"
+            f"{latent.heads} heads of {latent.head_dim} on a latent of {latent.rank} +"
+            f" {latent.rotary}"
         )
-    nets = [block for block in model.layout if block.delta]
-    if nets and model.delta is not None:
-        own = (
-            f"{nets[0].heads} value heads of {model.delta.value} on {nets[0].kv_heads} key heads of"
-            f" {model.delta.key}"
+    attentions = (layer.of("attention") for layer in model.layers)
+    nets = [attention for attention in attentions if isinstance(attention, DeltaNet)]
+    if nets:
+        net = (
+            f"{nets[0].heads} value heads of {nets[0].value} on {nets[0].kv_heads} key heads of"
+            f" {nets[0].key}"
         )
-        heads = f"{len(nets)} with a gated delta net of {own}, the others with {heads}"
-    mlps = [f"{'gated' if model.gated else 'plain'} MLP of {model.inner}"] if model.inner else []
+        heads = f"{len(nets)} with a gated delta net of {net}, the others with {heads}"
+    mlp = model.usual.of("mlp")
+    plain = isinstance(mlp, Mlp) and not mlp.gated
+    mlps = [f"{'plain' if plain else 'gated'} MLP of {model.inner}"] if model.inner else []
     if model.experts:
         mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} per token")
     mostly = "mostly " if kinds > 1 and not nets else ""
@@ -484,8 +496,11 @@ def _cited(value: Any) -> str:
     return f"{value.source}: {value.note}" if value.note else str(value.source)
 
 
-def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
-    """Yield name, value, spread over hosts and source of each value of an engine."""
+Value = tuple[str, str, str, str]  # name, value, spread over hosts, source
+
+
+def _values(e: Engine) -> Iterator[Value]:
+    """Yield each value of an engine."""
     yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
     yield "one GEMM for", ", ".join(e.fuse) or "each projection", "", ""
     yield "CUDA graph", ", ".join(e.graph) or "none", "", ""
@@ -497,42 +512,8 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     yield "routed experts", _EXPERTS[e.experts], "", ""
     for role, many in e.launches.items():
         yield f"launches, {role}", str(many) if many else "none: part of another kernel", "", ""
-    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence}
-    times |= {"server per request": e.each_request, "gap in a graph": e.gap}
-    for name, time in times.items():
-        if time.value:
-            spread = f"x{math.exp(time.log_sd):.2f}"
-            slower = f", x{time.workstation:g} on workstations" if time.workstation != 1 else ""
-            yield name, f"{render.seconds(time.value)}{slower}", spread, _cited(time)
-    if e.host_correlation.source:
-        yield (
-            "correlation of host times",
-            f"{e.host_correlation.value:g}",
-            "",
-            _cited(e.host_correlation),
-        )
-    if e.schedule is not None:
-        for x in e.schedule.limits:
-            unless = f" except {', '.join(x.not_on)}" if x.not_on else ""
-            where = f", GPUs from {render.size(x.memory)}{unless}" if x.memory else ""
-            yield (
-                f"step{where}",
-                f"{x.tokens:,} tokens, {x.sequences:,} sequences",
-                "",
-                e.schedule.source,
-            )
-        yield (
-            "longer prompts",
-            "in chunks" if e.schedule.chunked else "whole",
-            "",
-            e.schedule.source,
-        )
-        yield (
-            "prompts of neighbouring steps",
-            f"together up to {e.schedule.clustered:,} tokens",
-            "",
-            e.schedule.note,
-        )
+    yield from _host_values(e)
+    yield from _schedule_values(e)
     shares = {
         "memory of a server": e.memory,
         "GEMM of one token": e.one_token,
@@ -544,37 +525,57 @@ def _values(e: Engine) -> Iterator[tuple[str, str, str, str]]:
     for name, share in shares.items():
         if share.source:
             yield name, f"{share.value:g}", "", _cited(share)
-    yield (
-        "activations converted by a kernel",
-        ", ".join(e.quantize.inputs) or "none",
-        "",
-        _cited(e.quantize),
-    )
+    inputs = ", ".join(e.quantize.inputs) or "none"
+    yield "activations converted by a kernel", inputs, "", _cited(e.quantize)
     yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
-    for library, found in e.sparse24.items():
-        where = f"on {', '.join(found.on)}" if found.on else ""
-        plan = "" if found.searched else "one plan for all shapes"
-        said = "; ".join(text for text in (plan, found.note) if text)
-        yield (
-            f"2:4, {library}",
-            ", ".join(found.formats),
-            where,
-            f"{found.source}{f': {said}' if said else ''}",
-        )
-    if not e.sparse24:
-        yield "2:4 formats", "none", "", ""
-    for family, kernels in e.dynamic.items():
-        where = f"on {', '.join(kernels.on)}" if kernels.on else ""
-        yield f"kernels, {family}", "yes", where, f"{kernels.source}: {kernels.how}"
+    yield from _kernel_values(e)
     for dtype, width in e.widths.items():
         yield f"widths, {dtype}", f"multiples of {width.multiple}", "", width.source
     for feature, loading in e.loads.items():
-        yield (
-            f"loads, {feature}",
-            "yes" if loading.value else "no",
-            "",
-            f"{loading.source}: {loading.how}",
-        )
+        answer = "yes" if loading.value else "no"
+        yield f"loads, {feature}", answer, "", f"{loading.source}: {loading.how}"
+
+
+def _host_values(e: Engine) -> Iterator[Value]:
+    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence}
+    times |= {"server per request": e.each_request, "gap in a graph": e.gap}
+    for name, time in times.items():
+        if time.value:
+            spread = f"x{math.exp(time.log_sd):.2f}"
+            slower = f", x{time.workstation:g} on workstations" if time.workstation != 1 else ""
+            yield name, f"{render.seconds(time.value)}{slower}", spread, _cited(time)
+    if e.host_correlation.source:
+        value = f"{e.host_correlation.value:g}"
+        yield "correlation of host times", value, "", _cited(e.host_correlation)
+
+
+def _schedule_values(e: Engine) -> Iterator[Value]:
+    if (schedule := e.schedule) is None:
+        return
+    for limit in schedule.limits:
+        unless = f" except {', '.join(limit.not_on)}" if limit.not_on else ""
+        where = f", GPUs from {render.size(limit.memory)}{unless}" if limit.memory else ""
+        value = f"{limit.tokens:,} tokens, {limit.sequences:,} sequences"
+        yield f"step{where}", value, "", schedule.source
+    yield "longer prompts", "in chunks" if schedule.chunked else "whole", "", schedule.source
+    clustered = f"together up to {schedule.clustered:,} tokens"
+    yield "prompts of neighbouring steps", clustered, "", schedule.note
+
+
+def _kernel_values(e: Engine) -> Iterator[Value]:
+    for library, kernels in e.sparse24.items():
+        plan = "" if kernels.searched else "one plan for all shapes"
+        about = "; ".join(filter(None, (plan, kernels.note)))
+        source = f"{kernels.source}{f': {about}' if about else ''}"
+        yield f"2:4, {library}", ", ".join(kernels.formats), _on(kernels.on), source
+    if not e.sparse24:
+        yield "2:4 formats", "none", "", ""
+    for family, dynamic in e.dynamic.items():
+        yield f"kernels, {family}", "yes", _on(dynamic.on), f"{dynamic.source}: {dynamic.how}"
+
+
+def _on(architectures: Sequence[str]) -> str:
+    return f"on {', '.join(architectures)}" if architectures else ""
 
 
 def methods(

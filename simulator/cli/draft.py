@@ -49,7 +49,7 @@ _OTHERS = ("phase", "new_tokens", "cached_prefix", "token_budget", "ideal", "den
 STEP: options.Run = options.run_options(*(name for name in SETTINGS if name not in _OTHERS))
 
 
-@options.expanded()
+@options.expanded("figure")
 def command(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
@@ -64,7 +64,7 @@ def command(
     and the acceptance from which this is a gain. --json and --csv have all numbers of drafted
     tokens.
     """
-    output = render.Output(out.json, out.csv, [out.figure])
+    output = render.Output(out.json, out.csv)
     from simulator.prediction.draft import draft
 
     settings = run.asked().settings
@@ -94,11 +94,6 @@ def command(
     if output.write([vars(row) for row in found]):
         render.conclude(*sentences(found))
         _print(found, out.verbose)
-    if out.figure:
-        from simulator.figures.draft import draft_figure
-        from simulator.figures.style import save_figure
-
-        save_figure(draft_figure(found), out.figure)
     render.notes(found.notes, out.verbose)
 
 
@@ -106,7 +101,7 @@ def sentences(found: Drafts) -> list[str]:
     """Return the conclusion: the speedup at the smallest batch, and from which acceptance the draft
     pays."""
     from simulator.prediction.requests import device_text
-    from simulator.prediction.sentences import gain_text
+    from simulator.prediction.wording import gain_text
 
     best, batches = found.best(), list(dict.fromkeys(row.batch for row in found))
     row = max((r for r in best if r.batch == batches[0]), key=lambda r: r.acceptance)

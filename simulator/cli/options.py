@@ -262,40 +262,45 @@ class Run:
     ) -> Asked:
         """Parse the options, with a measured time of the dense ``model``, without engines that
         cannot run it."""
-        found: dict[str, Any] = {}
-        for name, setting in SETTINGS.items():
-            if (given := self.text(name)) is not None:
-                found[name] = _parsed(setting, given)
+        parsed = {
+            name: _parsed(setting, text)
+            for name, setting in SETTINGS.items()
+            if (text := self.text(name)) is not None
+        }
         concurrency, rate, file = map(self.text, _OTHERS)
         if concurrency is not None:
-            if found["batch"] != [1] or found["phase"] != ["serve"]:
+            if parsed["batch"] != [1] or parsed["phase"] != ["serve"]:
                 raise InputError("--concurrency: expected with --phase serve, instead of --batch")
-            found["batch"] = integers("--concurrency", concurrency)
-        if "link" in found and found["devices"] == 1:
+            parsed["batch"] = integers("--concurrency", concurrency)
+        if "link" in parsed and parsed["devices"] == 1:
             raise InputError("--link: expected with --devices of at least 2")
-        if sum(way is not None for way in (found.get("dense_s"), rate, file)) > 1:
+        if sum(way is not None for way in (parsed.get("dense_s"), rate, file)) > 1:
             raise InputError(
                 "--dense-time, --dense-tokens-per-s, --dense-from: expected one of them"
             )
         if rate is None and file is None:
-            if devices is None or len(found["engine"]) == 1:
-                return Asked(found)
-            from simulator.prediction.table import unable
-
-            reasons = unable(
-                model, devices.profiles, {**found, **(prunings.parsed() if prunings else {})}
-            )
-            able = [engine for engine in found["engine"] if engine not in reasons]
-            notes = tuple(f"{engine} is excluded: {reason}" for engine, reason in reasons.items())
-            return Asked(found | {"engine": able}, notes)
+            if devices is None or len(parsed["engine"]) == 1:
+                return Asked(parsed)
+            return _able(parsed, model, devices, prunings)
         from simulator.prediction.benchmarks import measured
         from simulator.prediction.requests import dense_seconds, requests_of
 
-        one = requests_of([model], found)[0]
+        request = requests_of([model], parsed)[0]
         if file is None:
-            return Asked(found | {"dense_s": dense_seconds(rate, one)})
-        seconds, _, notes = measured(file, one)
-        return Asked(found | {"dense_s": seconds}, notes)
+            return Asked(parsed | {"dense_s": dense_seconds(rate, request)})
+        seconds, _, notes = measured(file, request)
+        return Asked(parsed | {"dense_s": seconds}, notes)
+
+
+def _able(parsed: dict[str, Any], model: str, devices: Devices, prunings: Prunings | None) -> Asked:
+    """Exclude the engines that cannot run a model."""
+    from simulator.prediction.table import unable
+
+    pruned = prunings.parsed() if prunings else {}
+    reasons = unable(model, devices.profiles, {**parsed, **pruned})
+    engines = [engine for engine in parsed["engine"] if engine not in reasons]
+    notes = tuple(f"{engine} is excluded: {reason}" for engine, reason in reasons.items())
+    return Asked(parsed | {"engine": engines}, notes)
 
 
 def _parsed(setting: Setting, given: Any) -> Any:

@@ -15,6 +15,7 @@ from simulator.units import parse_fraction
 
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
+    from simulator.prediction.quality import Axis, QualityTable
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ def pareto(
     """
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.models.library import load_model
+    from simulator.prediction.notes import uncalibrated
     from simulator.prediction.pareto import fronts, read_measured
+    from simulator.prediction.pareto_sentences import of_fronts
     from simulator.prediction.quality import choose_axis, load_quality
-    from simulator.prediction.sentences import MOST_SENTENCES, of_fronts, uncalibrated
+    from simulator.prediction.wording import MOST_SENTENCES
 
     config = load_model(model)
     table = load_quality(rows.quality).of_model(rows.quality_model or config.name)
@@ -88,15 +91,20 @@ def pareto(
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
     lines += [*uncalibrated(found), *notes]
-    others = [str(a) for a in table.axes() if a != axis]
-    if others and out.verbose and not out.json and out.csv != "-":
-        shown = "; ".join(others[:4]) + (" ..." if len(others) > 4 else "")
-        lines.append(f"other axes of {table.models[0]}, chosen by --metric and --protocol: {shown}")
+    if out.verbose and not out.json and out.csv != "-":
+        lines += _other_axes(table, axis)
     render.notes(lines, out.verbose)
 
 
+def _other_axes(table: QualityTable, axis: Axis) -> list[str]:
+    others = [str(other) for other in table.axes() if other != axis]
+    shown = "; ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+    note = f"other axes of {table.models[0]}, chosen by --metric and --protocol: {shown}"
+    return [note] if others else []
+
+
 def _show_trades(found: Sequence[Front]) -> None:
-    from simulator.prediction.sentences import best_trade
+    from simulator.prediction.pareto_sentences import best_trade
 
     trades = [(front, best_trade(front)) for front in found]
     columns = render.columns(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -41,39 +41,6 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("explore", "report:explore"),
     ("report", "report:report"),
 )
-
-EVIDENCE = (
-    "use python -m calibration.evidence, or prunesim validate FOLDER for result files of serving"
-    " benchmarks"
-)
-
-# what replaces commands and options ("COMMAND --option") of version 0.3; one release names them
-REMOVED: Mapping[str, str] = {
-    "import": (
-        "use prunesim fit TABLE... --map NAME=COLUMN, or prunesim validate PROFILE TABLE --map"
-        " NAME=COLUMN"
-    ),
-    "measure": "use prunesim calibrate DEVICE -o RUN --measure-only",
-    "advise --prune": "use prunesim speedup --prune TEXT",
-    "explore --hardware": "type the path of a profile on the page",
-    "explore --prune": "type the pruning on the page",
-    "explore --no-browser": "the program does not open a browser",
-    "explore --json": "the program prints the address",
-    "report --versus": "use --engine FIRST,SECOND",
-    "report --over": "use --batch 1:64 or --seq 512:32k",
-    "report --detail": "use --prune TEXT, or --family with one --sparsity",
-    "report --at": "use --family with one --sparsity",
-    "report --ttft": "use prunesim serve --ttft",
-    "report --tpot": "use prunesim serve --tpot",
-    "report --price": "use prunesim serve --price",
-    "search --html": "use --figure FILE (.svg, .pdf or .png) and --json",
-    "sweep --where": "use pandas.read_parquet(FOLDER).query(TEXT)",
-    **{
-        f"validate --{name}": EVIDENCE
-        for name in ["protocol", "end-to-end", "table", "seeds", "rows", "wheel", "jobs", "figure"]
-    },
-    "validate --html": "use --markdown FILE",
-}
 
 
 def program(only: str = "") -> typer.Typer:
@@ -139,8 +106,6 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; see :func:`simulator.cli.run`."""
     stdout = sys.stdout
     try:
-        if arguments and arguments[0] in REMOVED:
-            raise InputError(f"{arguments[0]}: no longer a command; {REMOVED[arguments[0]]}")
         app = program(arguments[0] if arguments else "")
         words = list(arguments) or ["--help"]
         code = typer.main.get_command(app).main(words, prog_name="prunesim", standalone_mode=False)
@@ -169,22 +134,7 @@ def run(arguments: Sequence[str]) -> int:
         # usage errors of the option parser: their class is not public in every version of typer,
         # this method is
         if hasattr(error, "format_message"):
-            context = getattr(error, "ctx", None)
-            path, option = (
-                context.command_path if context else "prunesim",
-                getattr(error, "option_name", ""),
-            )
-            if instead := REMOVED.get(f"{path.removeprefix('prunesim ')} {option}"):
-                return _fail(f"{option}: no longer an option; {instead}", 2)
-            text, param = error.format_message(), getattr(error, "param", None)
-            # its text is of a library
-            if type(error).__name__ == "BadParameter" and param is not None:
-                words = [word for argument in arguments for word in argument.split("=", 1)]
-                option = next((name for name in param.opts if name in words[:-1]), param.opts[0])
-                kind = "a whole number" if "integer" in text else "a number"
-                given = f", got {words[words.index(option) + 1]!r}" if option in words[:-1] else ""
-                text = f"{option}: expected {kind}{given}."
-            return _fail(f"{text} See '{path} --help'", 2)
+            return _fail(_usage(error, arguments), 2)
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
         return _fail(
@@ -194,6 +144,20 @@ def run(arguments: Sequence[str]) -> int:
         )
     finally:
         sys.stdout = stdout
+
+
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    """Return a usage error of the option parser as a message."""
+    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
+    text = error.format_message()
+    # the text of a bad value is that of a library
+    if type(error).__name__ == "BadParameter" and param is not None:
+        words = [word for argument in arguments for word in argument.split("=", 1)]
+        option = next((name for name in param.opts if name in words[:-1]), param.opts[0])
+        kind = "a whole number" if "integer" in text else "a number"
+        value = f", got {words[words.index(option) + 1]!r}" if option in words[:-1] else ""
+        text = f"{option}: expected {kind}{value}."
+    return f"{text} See '{context.command_path if context else 'prunesim'} --help'"
 
 
 def _fail(message: str, status: int) -> int:

@@ -140,8 +140,29 @@ def conclude(*paragraphs: str) -> None:
     """Print the conclusion of a run, one to three sentences, then an empty line; the tables come
     after it."""
     for text in filter(None, paragraphs):
-        print(textwrap.fill(text, width(), break_on_hyphens=False, break_long_words=False))
+        say(text)
     print()
+
+
+def say(text: str, indent: str = "") -> None:
+    """Print a sentence with lines that fit the width; later lines are indented."""
+    print(
+        textwrap.fill(
+            text,
+            width(),
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    )
+
+
+def between(blocks: Iterable[T]) -> Iterator[T]:
+    """Yield blocks of output, with an empty line between two."""
+    for i, block in enumerate(blocks):
+        if i:
+            print()
+        yield block
 
 
 def notes(lines: Iterable[str], verbose: bool = False) -> None:

@@ -137,7 +137,8 @@ def advise(
     """
     from simulator.prediction.advise import Target
     from simulator.prediction.advise import advise as advised
-    from simulator.prediction.sentences import of_advice, uncalibrated
+    from simulator.prediction.advise_sentences import of_advice
+    from simulator.prediction.notes import uncalibrated
 
     asked = run.asked(model, devices)
     if len(given := aim.parsed()) != 1:
@@ -150,14 +151,15 @@ def advise(
     written = _configurations(write, model, found) if write else []
     if not render.Output(out.json).write(found.rows()):
         return
-    render.conclude(" ".join(filter(None, of_advice(found, target))))
+    render.conclude(" ".join(of_advice(found, target)))
     _families(found, out.verbose)
     results = [a.result for a in found.advice if out.verbose or a.reached]
     render.notes((*asked.notes, *written, *uncalibrated(results), *found.notes), out.verbose)
 
 
 def _families(found: Advised, verbose: bool) -> None:
-    from simulator.prediction.sentences import probability_text, settings_of
+    from simulator.prediction.advise_sentences import settings_of
+    from simulator.prediction.wording import probability_text
 
     groups = settings_of(found.advice)
     one = len(groups) == 1
@@ -190,16 +192,20 @@ def _families(found: Advised, verbose: bool) -> None:
 def _configurations(folder: str, model: str, found: Advised) -> list[str]:
     """Write the configurations of the families that reach the target in the one setting; return
     notes on the files."""
-    from simulator.models.changes import write_config
+    from simulator.models.write import write_config
+    from simulator.prediction.advise_sentences import settings_of
     from simulator.prediction.runnable import config_of
-    from simulator.prediction.sentences import settings_of
     from simulator.pruning import FAMILIES
 
     if (many := len(settings_of(found.advice)) + len(found.dense)) > 1:
         raise InputError(f"--write: expected one device, engine and request, got {many}")
     written, notes = [], []
-    for r in (a.result for a in found.advice if a.reached):
+    for advice in (a for a in found.advice if a.reached):
+        r = advice.result
         if any(FAMILIES[name].loading != "config" for name in r.family.split("+")):
+            continue
+        if advice.runs is False:
+            notes.append(f"{r.family}: not written: stock {r.engine} does not run it")
             continue
         try:
             content = config_of(model, r)
@@ -269,7 +275,7 @@ def search(
         save_figure(plan_figure(plan), out.figure)
     if not output.write([plan.to_dict()]):
         return
-    from simulator.prediction.sentences import uncalibrated
+    from simulator.prediction.notes import uncalibrated
 
     render.conclude(*_conclusion(plan))
     _layers(plan)
@@ -281,7 +287,7 @@ def search(
 
 
 def _conclusion(plan: Plan) -> list[str]:
-    from simulator.prediction.sentences import speedup_text
+    from simulator.prediction.wording import speedup_text
 
     first, dense = plan.results[0], plan.results[0].model
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
@@ -323,7 +329,7 @@ def _layers(plan: Plan) -> None:
 
 def _targets(plan: Plan) -> None:
     from simulator.plans.solve import NAMES, target_text
-    from simulator.prediction.sentences import probability_text
+    from simulator.prediction.wording import probability_text
 
     columns = render.columns(
         plan.targets,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +108,7 @@ def command(
 
 def _print(services: Sequence[Service], verbose: bool) -> None:
     """Print the conclusion and a table for each service; of many services one row each."""
-    from simulator.prediction.sentences import best_point, of_service
+    from simulator.prediction.service_sentences import best_point, of_service
 
     if len(services) > MOST_SERVICES and not verbose:
         most = [
@@ -118,9 +117,7 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
         render.conclude(*of_service(services[most.index(max(most))]))
         _print_rows(services)
         return
-    for i, service in enumerate(services):
-        if i:
-            print()
+    for service in render.between(services):
         render.conclude(*of_service(service))
         _print_one(service, verbose)
 
@@ -128,26 +125,16 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the
     conclusion."""
-    from simulator.prediction.sentences import (
-        EQUAL,
-        LIMITS,
-        MEMORY,
-        equal_memory,
-        failing_text,
-        ranked,
-    )
+    from simulator.prediction.service import LIMITS, MEMORY
+    from simulator.prediction.service_sentences import equal_memory, failing_text, ranked
 
-    kinds, order = service.kinds, ranked(service)
+    order, first = ranked(service), service.points[0]
     shown = [0, *sorted(order if verbose else order[:MOST_PRUNINGS])]
-    rows: list[OperatingPoint | str] = []
-    for kind, points in kinds.items():
-        rows.append(kind if kind == LIMITS else f"at {kind}")
-        rows += [some[i] for some in (service.equal if kind == EQUAL else [points]) for i in shown]
-    first, hidden = service.points[0], len(order) + 1 - len(shown)
-    title = f"{first.model} on {first.setting}" + (
-        f"; {hidden} more prunings with --verbose" if hidden else ""
-    )
-    render.show(render.first_fitting(_layouts(rows, verbose), render.width()), title)
+    hidden = len(order) + 1 - len(shown)
+    more = f"; {hidden} more prunings with --verbose" if hidden else ""
+    layouts = _layouts(_rows(service, shown), verbose)
+    title = f"{first.model} on {first.setting}{more}"
+    render.show(render.first_fitting(layouts, render.width()), title)
     print(
         f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense"
         " model"
@@ -156,19 +143,18 @@ def _print_one(service: Service, verbose: bool) -> None:
         "time to first token includes the server's time and depends on how requests arrive; its"
         " interval covers both"
     )
-    lines = [
-        equal_memory(kinds[MEMORY][0], kinds[MEMORY][i]) for i in shown if i not in (0, order[0])
-    ]
+    points = service.kinds[MEMORY]
+    lines = [equal_memory(points[0], points[i]) for i in shown if i not in (0, order[0])]
     lines += [
         f"{point.name} in {point.engine}: will it run? {answer.sentence}"
         for point, answer in zip(service.points[1:], service.runs)
         if not answer.works
     ]
-    for point in kinds.get(LIMITS, ()):
+    for point in service.kinds.get(LIMITS, ()):
         if text := failing_text(service, point):
             lines.append(f"{point.name}: {text}.")
     for line in lines:
-        print(textwrap.fill(line, render.width(), subsequent_indent="  ", break_on_hyphens=False))
+        render.say(line, "  ")
     if verbose:
         print()
         render.show(
@@ -177,8 +163,19 @@ def _print_one(service: Service, verbose: bool) -> None:
         )
 
 
+def _rows(service: Service, shown: Sequence[int]) -> list[OperatingPoint | str]:
+    from simulator.prediction.service import EQUAL, LIMITS
+
+    rows: list[OperatingPoint | str] = []
+    for kind, points in service.kinds.items():
+        rows.append(kind if kind == LIMITS else f"at {kind}")
+        rows += [some[i] for some in (service.equal if kind == EQUAL else [points]) for i in shown]
+    return rows
+
+
 def _print_rows(services: Sequence[Service]) -> None:
-    from simulator.prediction.sentences import LIMITS, MEMORY, ranked
+    from simulator.prediction.service import LIMITS, MEMORY
+    from simulator.prediction.service_sentences import ranked
 
     limited = LIMITS if LIMITS in services[0].kinds else MEMORY
     rows = [[s.kinds[kind][ranked(s)[0]] for kind in (MEMORY, limited)] for s in services]
@@ -203,8 +200,9 @@ def _layouts(
 ) -> Iterator[list[render.Column]]:
     """Yield layouts from the most detailed to the narrowest; a text is a heading of the rows below
     it."""
-    from simulator.prediction.sentences import money, probability_text
     from simulator.prediction.service import OperatingPoint
+    from simulator.prediction.service_sentences import money
+    from simulator.prediction.wording import probability_text
 
     points = [row for row in rows if isinstance(row, OperatingPoint)]
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import opt
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from simulator.prediction.explain import Explanation
     from simulator.prediction.result import Result, Results
     from simulator.prediction.runnable import Runnable
-    from simulator.prediction.sentences import BreakEven
+    from simulator.prediction.speedup_sentences import BreakEven
 
 # most sentences on break-even; of more prunings only the fastest is stated
 MOST_SENTENCES = 8
@@ -48,7 +49,7 @@ def speedup(
     --pruned, existing models are compared with the dense one.
     """
     output = render.Output(out.json, out.csv, [out.figure])
-    from simulator.prediction.sentences import uncalibrated
+    from simulator.prediction.notes import uncalibrated
     from simulator.prediction.table import table
 
     asked, profiles = run.asked(model, devices, prunings), devices.profiles
@@ -72,7 +73,8 @@ def speedup(
 
 def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
     """Print the conclusion, tables, what is removed of each part, and whether it runs."""
-    from simulator.prediction.sentences import break_even, of_speedups, runs_clause
+    from simulator.prediction.runnable import runs_clause
+    from simulator.prediction.speedup_sentences import break_even, of_speedups
 
     even = break_even(found.rows)
     runs = dict(zip(found.rows, answers))
@@ -101,7 +103,7 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
 
 
 def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
-    from simulator.prediction.sentences import runs_clause, unaligned
+    from simulator.prediction.runnable import runs_clause, unaligned
 
     runs = runs_clause(answer) if answer else ""
     if answer and answer.works and not answer.aligned:
@@ -118,38 +120,42 @@ def _print_over(even: Sequence[BreakEven]) -> None:
     groups = by_key(even, lambda b: b.where)
     together = max(1, (render.width() - AXIS_COLUMNS) // PRUNING_COLUMNS)
     tables = [
-        (where, all_of[i : i + together])
-        for where, all_of in groups.items()
-        for i in range(0, len(all_of), together)
+        (where, of_device[i : i + together])
+        for where, of_device in groups.items()
+        for i in range(0, len(of_device), together)
     ]
-    for i, (where, some) in enumerate(tables):
-        if i:
-            print()
-        values = sorted({value for b in some for value in b.values})
-        at = [dict(zip(b.values, b.results)) for b in some]
-        dense = [next(found[v] for found in at if v in found) for v in values]
-        first = some[0]
-        axis = batch_name(dense[0].phase) if first.axis == "batch" else "seq"
-        columns = [
-            render.Column(axis, [f"{v:,}" for v in values]),
-            render.Column(
-                "dense",
-                [render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper) for r in dense],
-            ),
-        ]
-        for b, found in zip(some, at):
-            cells = [render.interval(found[v]) if v in found else "-" for v in values]
-            title = "\n".join(textwrap.wrap(b.results[0].pruning, 17, break_on_hyphens=False))
-            columns.append(
-                render.Column(title, cells, styles=[_style(found.get(v)) for v in values])
-            )
-        render.show(columns, f"{first.results[0].model} on {where}: speedup over {axis}")
+    for where, some in render.between(tables):
+        first = some[0].results[0]
+        axis = batch_name(first.phase) if some[0].axis == "batch" else "seq"
+        render.show(_over_columns(some, axis), f"{first.model} on {where}: speedup over {axis}")
+
+
+def _over_columns(some: Sequence[BreakEven], axis: str) -> list[render.Column]:
+    values = sorted({value for b in some for value in b.values})
+    results = [dict(zip(b.values, b.results)) for b in some]
+    dense = [next(by_value[v] for by_value in results if v in by_value) for v in values]
+    columns = render.columns(
+        list(zip(values, dense)),
+        (axis, lambda row: f"{row[0]:,}"),
+        ("dense", lambda row: _dense_text(row[1])),
+    )
+    for by_value in results:
+        pruning = next(iter(by_value.values())).pruning
+        title = "\n".join(textwrap.wrap(pruning, 17, break_on_hyphens=False))
+        cells = [render.interval(by_value[v]) if v in by_value else "-" for v in values]
+        styles = [_style(by_value.get(v)) for v in values]
+        columns.append(render.Column(title, cells, styles=styles))
+    return columns
+
+
+def _dense_text(r: Result, *, short: bool = False) -> str:
+    return render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper, short=short)
 
 
 def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     """Print once per pruning what it removes of each part, and once per engine whether the engine
     runs it."""
-    from simulator.prediction.sentences import parts_line
+    from simulator.prediction.wording import parts_line
 
     lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
     # a request that does not run, else the first: the others differ only in a gain
@@ -162,7 +168,7 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
         *lines,
         *(f"{name}: will it run? {answer.sentence}" for name, answer in runs.items()),
     ):
-        print(textwrap.fill(line, render.width(), subsequent_indent="  ", break_on_hyphens=False))
+        render.say(line, "  ")
 
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
@@ -202,59 +208,110 @@ def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]
             return
 
 
+@dataclass(frozen=True)
+class _Crossed:
+    """Results by device and by row, which is a family and a sparsity."""
+
+    results: Sequence[Result]
+
+    @cached_property
+    def hardware(self) -> list[str]:
+        return list(dict.fromkeys(r.hardware for r in self.results))
+
+    @cached_property
+    def rows(self) -> list[tuple[str, float]]:
+        return list(dict.fromkeys((r.family, r.sparsity) for r in self.results))
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, tuple[str, float]], Result]:
+        return {(r.hardware, (r.family, r.sparsity)): r for r in self.results}
+
+    def on(self, device: str) -> list[Result | None]:
+        """Return the result of each row on a device."""
+        return [self._cells.get((device, row)) for row in self.rows]
+
+    def first_on(self, device: str) -> Result:
+        return next(r for r in self.results if r.hardware == device)
+
+    @property
+    def any_of(self) -> list[Result]:
+        """A result of each row."""
+        columns = [self.on(device) for device in self.hardware]
+        return [next(filter(None, cells)) for cells in zip(*columns)]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    detail: int
+    bottleneck: str  # full, short or none
+    interval: bool = True
+
+    def text(self, r: Result) -> str:
+        return render.interval(r) if self.interval else render.ratio(r.speedup)
+
+    def dense_text(self, r: Result, short: bool) -> str:
+        return _dense_text(r, short=short) if self.interval else render.seconds(r.dense_s)
+
+    def bottleneck_of(self, r: Result) -> str:
+        names = render.BOTTLENECKS_SHORT if self.bottleneck == "short" else {}
+        return names.get(r.bottleneck, r.bottleneck)
+
+
+_LAYOUTS = (
+    *(_Layout(detail, "full") for detail in (4, 3, 2, 1)),
+    *(_Layout(1, "short"), _Layout(0, "short"), _Layout(0, "")),
+    _Layout(0, "", interval=False),
+)
+
+
 def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
     """Yield layouts of a speedup table from the most detailed to the narrowest; the first row is
     the dense model."""
-    hardware, rows, at = _crossed(results)
-    any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
-    dense = {h: next(r for r in results if r.hardware == h) for h in hardware}
-    first = {name: rows.index((name, s)) for name, s in reversed(rows)}
-    labels = ["dense", *(name if first[name] == i else "" for i, (name, _) in enumerate(rows))]
+    table = _Crossed(results)
+    for layout in _LAYOUTS:
+        columns = _row_columns(table, layout)
+        for device in table.hardware:
+            columns += _device_columns(table, device, layout)
+        yield columns
 
-    def layout(*, detail: int, bottleneck: str, interval: bool = True) -> list[render.Column]:
-        shared = render.columns(
-            any_of,
-            ("pruned", lambda r: render.percent(r.sparsity)),
-            ("realised", lambda r: render.percent(r.realised_sparsity)),
-            ("FLOP\nbound", lambda r: render.ratio(r.flop_bound)),
-            ("byte\nbound", lambda r: render.ratio(r.byte_bound)),
-        )
-        if detail < 2:
-            del shared[1]
-        if detail < 1:
-            del shared[-1]
-        columns = [render.Column(_kind(results), labels, right=False)]
-        columns += [render.Column(c.title, ["", *c.cells]) for c in shared]
-        for h in hardware:
-            found = [at.get((h, row)) for row in rows]
-            if detail > 2:
-                bounds = [render.ratio(r.roofline_bound) if r else "-" for r in found]
-                columns.append(render.Column("roofline\nbound", ["", *bounds]))
-            if detail > 3:
-                times = [render.seconds(r.pruned_s) if r else "-" for r in found]
-                columns.append(render.Column(f"{h}\ntime", ["", *times]))
-            shown = render.interval if interval else lambda r: render.ratio(r.speedup)
-            ends = dense[h].dense_s, dense[h].dense_lower, dense[h].dense_upper
-            short = len(hardware) > 1
-            whole = (
-                render.seconds_between(*ends, short=short) if interval else render.seconds(ends[0])
-            )
-            cells = [whole, *(shown(r) if r else "-" for r in found)]
-            columns.append(
-                render.Column(f"{h}\nspeedup", cells, styles=["", *(_style(r) for r in found)])
-            )
-            if bottleneck:
-                names = render.BOTTLENECKS_SHORT if bottleneck == "short" else {}
-                bottlenecks = [names.get(r.bottleneck, r.bottleneck) if r else "" for r in found]
-                columns.append(render.Column("bottle-\nneck", ["", *bottlenecks], right=False))
-        return columns
 
-    for detail in (4, 3, 2, 1):
-        yield layout(detail=detail, bottleneck="full")
-    yield layout(detail=1, bottleneck="short")
-    yield layout(detail=0, bottleneck="short")
-    yield layout(detail=0, bottleneck="")
-    yield layout(detail=0, bottleneck="", interval=False)
+def _row_columns(table: _Crossed, layout: _Layout) -> list[render.Column]:
+    """Return the columns that the devices share."""
+    first = {name: table.rows.index((name, s)) for name, s in reversed(table.rows)}
+    labels = [name if first[name] == i else "" for i, (name, _) in enumerate(table.rows)]
+    shared = render.columns(
+        table.any_of,
+        ("pruned", lambda r: render.percent(r.sparsity)),
+        ("realised", lambda r: render.percent(r.realised_sparsity)),
+        ("FLOP\nbound", lambda r: render.ratio(r.flop_bound)),
+        ("byte\nbound", lambda r: render.ratio(r.byte_bound)),
+    )
+    if layout.detail < 2:
+        del shared[1]
+    if layout.detail < 1:
+        del shared[-1]
+    return [
+        render.Column(_kind(table.results), ["dense", *labels], right=False),
+        *(render.Column(c.title, ["", *c.cells]) for c in shared),
+    ]
+
+
+def _device_columns(table: _Crossed, device: str, layout: _Layout) -> list[render.Column]:
+    results, columns = table.on(device), list[render.Column]()
+    if layout.detail > 2:
+        bounds = [render.ratio(r.roofline_bound) if r else "-" for r in results]
+        columns.append(render.Column("roofline\nbound", ["", *bounds]))
+    if layout.detail > 3:
+        times = [render.seconds(r.pruned_s) if r else "-" for r in results]
+        columns.append(render.Column(f"{device}\ntime", ["", *times]))
+    dense = layout.dense_text(table.first_on(device), len(table.hardware) > 1)
+    cells = [dense, *(layout.text(r) if r else "-" for r in results)]
+    styles = ["", *map(_style, results)]
+    columns.append(render.Column(f"{device}\nspeedup", cells, styles=styles))
+    if layout.bottleneck:
+        bottlenecks = [layout.bottleneck_of(r) if r else "" for r in results]
+        columns.append(render.Column("bottle-\nneck", ["", *bottlenecks], right=False))
+    return columns
 
 
 def _kind(results: Sequence[Result]) -> str:
@@ -262,15 +319,6 @@ def _kind(results: Sequence[Result]) -> str:
         return "model" if results[0].pruned else "method"
     # a row shows a text of --prune
     return "pruning" if any(r.family == r.prune for r in results) else "family"
-
-
-def _crossed(
-    results: Sequence[Result],
-) -> tuple[list[str], list[tuple[str, float]], dict[Any, Result]]:
-    """Return devices, rows (family, sparsity), and the result of each device and row."""
-    hardware = list(dict.fromkeys(r.hardware for r in results))
-    rows = list(dict.fromkeys((r.family, r.sparsity) for r in results))
-    return hardware, rows, {(r.hardware, (r.family, r.sparsity)): r for r in results}
 
 
 def _style(r: Result | None) -> str:
@@ -286,67 +334,56 @@ def _print_serving(results: Sequence[Result]) -> None:
         if results[0].phase == "serve"
         else ""
     )
-    for i, h in enumerate(dict.fromkeys(r.hardware for r in results)):
-        mine = [r for r in results if r.hardware == h]
-        first, rows = (
-            mine[0],
-            [(r.tokens_per_s, r.ttft_s, r.tpot_s, r.pruned_largest_batch) for r in mine],
-        )
-        rows = [
-            (
-                first.dense_tokens_per_s,
-                first.dense_ttft_s,
-                first.dense_tpot_s,
-                first.dense_largest_batch,
-            ),
-            *rows,
-        ]
-        each = [(rate or 0.0) / first.devices for rate, *_ in rows]
-        columns = [
-            render.Column(_kind(mine), ["dense", *(r.family for r in mine)], right=False),
-            render.Column("pruned", ["", *(render.percent(r.sparsity) for r in mine)]),
-            render.Column("tokens/s\nper GPU", [f"{rate:,.0f}" for rate in each]),
-            render.Column(
-                "time to\nfirst token", [render.seconds(ttft or 0.0) for _, ttft, _, _ in rows]
-            ),
-            render.Column(
-                "time per\noutput token", [render.seconds(tpot or 0.0) for _, _, tpot, _ in rows]
-            ),
-            render.Column("largest batch\nthat fits", [f"{largest:,}" for *_, largest in rows]),
-        ]
-        if i:
-            print()
-        render.show(columns, f"{h}: new tokens{waits}")
+    devices = dict.fromkeys(r.hardware for r in results)
+    for device in render.between(devices):
+        some = [r for r in results if r.hardware == device]
+        render.show(_serving_columns(some), f"{device}: new tokens{waits}")
+
+
+def _serving_columns(results: Sequence[Result]) -> list[render.Column]:
+    dense = results[0]
+    names = ("tokens_per_s", "ttft_s", "tpot_s")
+    rows = [
+        (*(getattr(dense, f"dense_{name}") or 0.0 for name in names), dense.dense_largest_batch),
+        *((*(getattr(r, n) or 0.0 for n in names), r.pruned_largest_batch) for r in results),
+    ]
+    return [
+        render.Column(_kind(results), ["dense", *(r.family for r in results)], right=False),
+        render.Column("pruned", ["", *(render.percent(r.sparsity) for r in results)]),
+        *render.columns(
+            rows,
+            ("tokens/s\nper GPU", lambda row: f"{row[0] / dense.devices:,.0f}"),
+            ("time to\nfirst token", lambda row: render.seconds(row[1])),
+            ("time per\noutput token", lambda row: render.seconds(row[2])),
+            ("largest batch\nthat fits", lambda row: f"{row[3]:,}"),
+        ),
+    ]
 
 
 def _print_memory(results: Sequence[Result]) -> None:
-    hardware, rows, at = _crossed(results)
-    any_of = [next(at[h, row] for h in hardware if (h, row) in at) for row in rows]
-    first = results[0]
-    needs = [
-        render.size(first.dense_memory_bytes),
-        *(render.size(r.pruned_memory_bytes) for r in any_of),
-    ]
+    table, first = _Crossed(results), results[0]
+    needs = [first.dense_memory_bytes, *(r.pruned_memory_bytes for r in table.any_of)]
     columns = [
-        render.Column(_kind(results), ["dense", *(name for name, _ in rows)], right=False),
-        render.Column("pruned", ["", *(render.percent(s) for _, s in rows)]),
-        render.Column("memory", needs),
+        render.Column(_kind(results), ["dense", *(name for name, _ in table.rows)], right=False),
+        render.Column("pruned", ["", *(render.percent(s) for _, s in table.rows)]),
+        render.Column("memory", [render.size(need) for need in needs]),
     ]
-    words = {True: "fits", False: "too large"}
-    for h in hardware:
-        whole = next(r for r in results if r.hardware == h)
-        found = [at.get((h, row)) for row in rows]
-        fits = [words[whole.dense_fits], *(words[r.pruned_fits] if r else "-" for r in found)]
-        most = [
-            f"{whole.dense_largest_batch:,}",
-            *(f"{r.pruned_largest_batch:,}" if r else "-" for r in found),
-        ]
-        columns.append(
-            render.Column(f"{h}\n{render.size(whole.capacity_bytes)}", fits, right=False)
-        )
-        columns.append(render.Column("largest\nbatch", most))
+    for device in table.hardware:
+        columns += _memory_columns(table, device)
     per_device = " of each device" if first.devices > 1 else ""
     render.show(render.narrowed(columns, 4), f"memory{per_device}: weights, cache, activations")
+
+
+def _memory_columns(table: _Crossed, device: str) -> list[render.Column]:
+    dense, pruned = table.first_on(device), table.on(device)
+    words = {True: "fits", False: "too large"}
+    fits = [words[dense.dense_fits], *(words[r.pruned_fits] if r else "-" for r in pruned)]
+    most = [dense.dense_largest_batch, *(r and r.pruned_largest_batch for r in pruned)]
+    texts = ["-" if batch is None else f"{batch:,}" for batch in most]
+    return [
+        render.Column(f"{device}\n{render.size(dense.capacity_bytes)}", fits, right=False),
+        render.Column("largest\nbatch", texts),
+    ]
 
 
 @dataclass(frozen=True)
@@ -381,9 +418,10 @@ def explain(
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.explain import explanations
+    from simulator.prediction.explain_sentences import conclusion, conclusions
     from simulator.prediction.prunings import readable
     from simulator.prediction.requests import by_key
-    from simulator.prediction.sentences import MOST_SENTENCES, conclusion, conclusions
+    from simulator.prediction.wording import MOST_SENTENCES
 
     asked, given = run.asked(model, devices, prunings), prunings.parsed()
     given["pruned"], skipped = readable(given.get("pruned", ()))
@@ -402,17 +440,13 @@ def explain(
         many = len(found) > MOST_SENTENCES
         if many:
             for e in found:
-                print(
-                    textwrap.fill(conclusion(e), render.width(), break_on_hyphens=False), end="\n\n"
-                )
+                render.conclude(conclusion(e))
         # engines side by side
         same = attrgetter(
             *(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning"))
         )
         groups = by_key(found if out.verbose or not many else (), same)
-        for i, together in enumerate(groups.values()):
-            if i:
-                print()
+        for together in render.between(groups.values()):
             _print_waterfalls(together)
         render.notes([*asked.notes, *skipped, *excluded, *_notes(found)], out.verbose)
     if out.figure or roofline:
@@ -427,7 +461,7 @@ def explain(
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
-    from simulator.prediction.sentences import (
+    from simulator.prediction.notes import (
         assumed_link,
         difference_lines,
         experts_assumed,
@@ -453,47 +487,45 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
 
 def _print_waterfalls(together: Sequence[Explanation]) -> None:
     """Print the waterfalls of some engines next to each other, with times and bounds."""
-    from simulator.prediction.sentences import NOTABLE, parts_line
+    from simulator.prediction.wording import parts_line
 
-    available, first, several = render.width(), together[0], len(together) > 1
-    names = [step.name for step in first.steps]
-    columns = [render.Column("step", names, right=False)]
-    for e in together:
-        above = f"{e.result.engine}\n" if several else ""
-        factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
-        colors = [
-            "red" if s.factor < NOTABLE else "green" if s.factor > 1 / NOTABLE else ""
-            for s in e.steps[1:]
-        ]
-        columns.append(render.Column(f"{above}factor", factors, styles=["", *colors]))
-        columns.append(
-            render.Column(f"{above}speedup", [f"{step.speedup:.3f}" for step in e.steps])
-        )
-    shown, room = columns, available - render.table_width(columns) - 2
-    if room >= 20:
-        notes = [step.note for step in first.steps]
-        cut = [note if len(note) <= room else f"{note[: room - 3].rstrip()}..." for note in notes]
-        shown = [*columns, render.Column("meaning", cut, right=False)]
-    r = first.result
+    r = together[0].result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
     name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
-    render.show(shown, f"{name}, {r.hardware}: {title}")
+    render.show(_step_columns(together), f"{name}, {r.hardware}: {title}")
     if r.parts:
         print()
-        print(
-            textwrap.fill(
-                f"removed: {parts_line(r)}",
-                available,
-                subsequent_indent="  ",
-                break_on_hyphens=False,
-            )
-        )
+        render.say(f"removed: {parts_line(r)}", "  ")
     print()
-    for e in together:
-        r = e.result
-        dense = render.seconds_between(r.dense_s, r.dense_lower, r.dense_upper)
-        pruned = render.seconds_between(r.pruned_s, r.pruned_lower, r.pruned_upper)
-        print(f"{f'{r.engine}: ' if several else ''}dense {dense}, pruned {pruned}")
+    for one in (e.result for e in together):
+        pruned = render.seconds_between(one.pruned_s, one.pruned_lower, one.pruned_upper)
+        engine = f"{one.engine}: " if len(together) > 1 else ""
+        print(f"{engine}dense {_dense_text(one)}, pruned {pruned}")
+    r = together[-1].result
     print(
         f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
     )
+
+
+def _step_columns(together: Sequence[Explanation]) -> list[render.Column]:
+    steps = together[0].steps
+    columns = [render.Column("step", [step.name for step in steps], right=False)]
+    for e in together:
+        above = f"{e.result.engine}\n" if len(together) > 1 else ""
+        factors = ["", *(f"x{step.factor:.3f}" for step in e.steps[1:])]
+        styles = ["", *(_color(step.factor) for step in e.steps[1:])]
+        columns.append(render.Column(f"{above}factor", factors, styles=styles))
+        speedups = [f"{step.speedup:.3f}" for step in e.steps]
+        columns.append(render.Column(f"{above}speedup", speedups))
+    room = render.width() - render.table_width(columns) - 2
+    if room >= 20:
+        notes = [step.note for step in steps]
+        cut = [note if len(note) <= room else f"{note[: room - 3].rstrip()}..." for note in notes]
+        columns.append(render.Column("meaning", cut, right=False))
+    return columns
+
+
+def _color(factor: float) -> str:
+    from simulator.prediction.explain_sentences import NOTABLE
+
+    return "red" if factor < NOTABLE else "green" if factor > 1 / NOTABLE else ""

@@ -630,36 +630,41 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
     file = read(_File, root, problems)
     if file is None:
         return None, problems
-    named = {
-        name: getattr(file, name)
-        for name in ("name", "title", "short_title", "aliases", "stacks", "sources")
-    }
-    engine = Engine(**named, **_stated(file, root), path=path)
+    named = ("name", "title", "short_title", "aliases", "stacks", "sources")
+    stated = {name: getattr(file, name) for name in named} | _stated(file, root)
+    engine = Engine(**stated, path=path)
     if not file.generations:
         return engine, problems
-    nodes = root.at("generations").items
-    since = [numbers(one.since) or () for one in file.generations]
-    for i in range(1, len(since)):
-        if since[i] <= since[i - 1]:
-            problems.add(
-                nodes[i], f"generations.{i}", "expected a later version than the one before"
-            )
-    if len({one.name for one in file.generations}) < len(since):
-        problems.add(
-            root.at("generations"), "generations", "expected generations with different names"
-        )
+    _check_generations(file.generations, root.at("generations"), problems)
     if len(problems):
         return None, problems
-    changes = [_stated(one, node) for one, node in zip(file.generations, nodes, strict=True)]
+    generations = _generations(file.generations, root.at("generations").items, engine)
+    return _as_of(replace(engine, generations=generations), generations[-1]), problems
+
+
+def _check_generations(releases: Sequence[_Release], node: Node, problems: Problems) -> None:
+    since = [numbers(release.since) or () for release in releases]
+    for i in range(1, len(since)):
+        if since[i] <= since[i - 1]:
+            reason = "expected a later version than the one before"
+            problems.add(node.items[i], f"generations.{i}", reason)
+    if len({release.name for release in releases}) < len(since):
+        problems.add(node, "generations", "expected generations with different names")
+
+
+def _generations(
+    releases: Sequence[_Release], nodes: Sequence[Node], engine: Engine
+) -> tuple[Generation, ...]:
+    """Return generations that each state all values in which they differ."""
+    changes = [_stated(release, node) for release, node in zip(releases, nodes, strict=True)]
     for change in changes:
         if "launches" in change:
             change["launches"] = {**engine.launches, **change["launches"]}
     common = {name: getattr(engine, name) for change in changes for name in change}
-    generations = tuple(
-        Generation(one.name, one.since, one.title, one.source, {**common, **change})
-        for one, change in zip(file.generations, changes, strict=True)
+    return tuple(
+        Generation(r.name, r.since, r.title, r.source, {**common, **change})
+        for r, change in zip(releases, changes, strict=True)
     )
-    return _as_of(replace(engine, generations=generations), generations[-1]), problems
 
 
 def _stated(file: _File | _Release, node: Node) -> dict[str, Any]:

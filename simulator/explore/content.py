@@ -19,18 +19,14 @@ from simulator.figures.style import device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.explain import Explanation, explanations
+from simulator.prediction.explain_sentences import conclusions
+from simulator.prediction.notes import uncalibrated
 from simulator.prediction.requests import batch_name, profiles
 from simulator.prediction.result import Result, Results
-from simulator.prediction.runnable import runnables
-from simulator.prediction.sentences import (
-    break_even,
-    conclusions,
-    of_speedups,
-    parts_line,
-    runs_clause,
-    uncalibrated,
-)
+from simulator.prediction.runnable import runnables, runs_clause
+from simulator.prediction.speedup_sentences import break_even, of_speedups
 from simulator.prediction.table import table
+from simulator.prediction.wording import parts_line
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
 

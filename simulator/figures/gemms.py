@@ -94,29 +94,33 @@ class Roof:
     def drawn(self) -> list[tuple[str, int, int | None]]:
         """Return name and index of every drawn point, and for a pruned point the index of the
         nearest dense point. GEMMs whose points coincide have a joint name."""
+        x, _, pruned = self.columns()
+        out: list[tuple[str, int, int | None]] = []
+        for name, points in self.named():
+            for i in points:
+                dense = [j for j in points if pruned[i] and not pruned[j]]
+                origin = min(dense, key=lambda j: abs(float(np.log(x[j] / x[i]))), default=None)
+                out.append((name, i, origin))
+        return out
+
+    def named(self) -> list[tuple[str, list[int]]]:
+        """Return the joint names and the points of GEMMs."""
         x, y, pruned = self.columns()
         logs = np.log(np.stack([x, y], axis=1))
         points: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
             points.setdefault(name, []).append(i)
         groups: list[list[str]] = []
-        for name, own in points.items():
+        for name in points:
             for group in groups:
-                first = points[group[0]]
-                same = pruned[own].tolist() == pruned[first].tolist()
-                if same and np.abs(logs[own] - logs[first]).max() < np.log(SAME):
+                these, first = points[name], points[group[0]]
+                same = pruned[these].tolist() == pruned[first].tolist()
+                if same and np.abs(logs[these] - logs[first]).max() < np.log(SAME):
                     group.append(name)
                     break
             else:
                 groups.append([name])
-        out: list[tuple[str, int, int | None]] = []
-        for group in groups:
-            own = points[group[0]]
-            for i in own:
-                dense = [j for j in own if pruned[i] and not pruned[j]]
-                origin = min(dense, key=lambda j: abs(float(logs[j, 0] - logs[i, 0])), default=None)
-                out.append((", ".join(group), i, origin))
-        return out
+        return [(", ".join(group), points[group[0]]) for group in groups]
 
 
 def roofline_figure(
@@ -127,22 +131,12 @@ def roofline_figure(
     columns = columns or layout.in_a_row(len(roofs))
     width = layout.width_of(columns)
     with style.paper_style():
-        handles = [Line2D([], [], **DATASHEET, label="datasheet")]
-        if any(np.any(r.pruned) for r in roofs):
-            handles = [
-                Line2D([], [], **DENSE, label="dense"),
-                Line2D([], [], **PRUNED, label="pruned"),
-                *handles,
-            ]
-        if any(r.headroom > 1.0 for r in roofs):
-            handles.append(Line2D([], [], **HIGHEST, label="highest clock"))
         titles = [layout.wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
-        panel_in = 1.9 + 0.13 * max(title.count("\n") + 1 for title in titles)
+        panel_in = 1.9 + layout.title_in(titles)
         figure, axes, _ = layout.panel_list(
-            len(roofs), panel_in, 0.3, columns, handles=handles, legend=names
+            len(roofs), panel_in, 0.3, columns, handles=_roof_handles(roofs), legend=names
         )
-        low, high, bottom, top = zip(*(roof.ranges() for roof in roofs))
-        limits = min(low), max(high), min(bottom), max(top)
+        limits = _common([roof.ranges() for roof in roofs])
         for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
             _draw_roof(ax, roof, limits)
             ax.set_title(title, pad=5)
@@ -155,6 +149,21 @@ def roofline_figure(
         for ax, roof in zip(axes, roofs):
             _name(ax, roof, limits)
     return figure
+
+
+def _common(ranges: Sequence[Limits]) -> Limits:
+    low, high, bottom, top = zip(*ranges)
+    return min(low), max(high), min(bottom), max(top)
+
+
+def _roof_handles(roofs: Sequence[Roof]) -> list[Line2D]:
+    handles = [Line2D([], [], **DATASHEET, label="datasheet")]
+    if any(np.any(r.pruned) for r in roofs):
+        handles.insert(0, Line2D([], [], **PRUNED, label="pruned"))
+        handles.insert(0, Line2D([], [], **DENSE, label="dense"))
+    if any(r.headroom > 1.0 for r in roofs):
+        handles.append(Line2D([], [], **HIGHEST, label="highest clock"))
+    return handles
 
 
 def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
@@ -177,39 +186,38 @@ def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
     """Write the rates of a roof above it, where no point can be, and the names of the GEMMs next to
     their points."""
     low, high, _, top = limits
-    text: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
-    peak, bandwidth = roof.peaks
-    ridge, highest = peak / bandwidth, roof.bend(low, high, roof.headroom)
-    rates = f"{peak:,.4g}" + (f" to {peak * roof.headroom:,.4g}" if roof.headroom > 1.0 else "")
-    if high > ridge:
-        ax.annotate(
-            f"{rates} TFLOP/s", (high, highest[1][-1]), xytext=(-2, 2.5), ha="right", **text
-        )
-    if low < ridge:
-        middle = float(np.sqrt(low * min(ridge, high)))
-        (x0, y0), (x1, y1) = ax.transData.transform(
-            [(low, low * bandwidth), (middle, middle * bandwidth)]
-        )
-        text |= {
-            "rotation": float(np.degrees(np.arctan2(y1 - y0, x1 - x0))),
-            "rotation_mode": "anchor",
-        }
-        ax.annotate(
-            f"{bandwidth:.3g} TB/s",
-            (middle, middle * bandwidth),
-            xytext=(-2.5, 2.5),
-            ha="center",
-            **text,
-        )
+    _name_rates(ax, roof, low, high)
     x, y, pruned = roof.columns()
     named = {i: name for name, i, _ in roof.drawn() if pruned[i] or not pruned.any()}
-    at, along = list(named), np.geomspace(low, high, 100)
-    roofs = [np.minimum(peak * factor, along * bandwidth) for factor in (1.0, roof.headroom)]
-    above = [
-        (along, np.minimum(roofs[-1] * factor, top))
-        for factor in np.geomspace(1.0, top / roofs[-1].min(), 60)
-    ]
-    layout.write_labels(ax, x[at], y[at], list(named.values()), [(x, y), (along, roofs[0]), *above])
+    points = list(named)
+    clear_of = [(x, y), *_roof_lines(roof, np.geomspace(low, high, 100), top)]
+    layout.write_labels(ax, x[points], y[points], list(named.values()), clear_of)
+
+
+def _roof_lines(roof: Roof, x: FloatArray, top: float) -> list[tuple[FloatArray, FloatArray]]:
+    """Return the roof at the datasheet's rate, and lines that fill the room above the highest."""
+    peak, bandwidth = roof.peaks
+    highest = np.minimum(peak * roof.headroom, x * bandwidth)
+    rises = np.geomspace(1.0, top / highest.min(), 60)
+    above = [(x, np.minimum(highest * rise, top)) for rise in rises]
+    return [(x, np.minimum(peak, x * bandwidth)), *above]
+
+
+def _name_rates(ax: Axes, roof: Roof, low: float, high: float) -> None:
+    text: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
+    peak, bandwidth = roof.peaks
+    ridge = peak / bandwidth
+    if high > ridge:
+        rates = f"{peak:,.4g}" + (f" to {peak * roof.headroom:,.4g}" if roof.headroom > 1 else "")
+        end = high, roof.bend(low, high, roof.headroom)[1][-1]
+        ax.annotate(f"{rates} TFLOP/s", end, xytext=(-2, 2.5), ha="right", **text)
+    if low < ridge:
+        middle = float(np.sqrt(low * min(ridge, high)))
+        ends = ax.transData.transform([(x, x * bandwidth) for x in (low, middle)])
+        across, up = ends[1] - ends[0]
+        text |= {"rotation": float(np.degrees(np.arctan2(up, across))), "rotation_mode": "anchor"}
+        place = middle, middle * bandwidth
+        ax.annotate(f"{bandwidth:.3g} TB/s", place, xytext=(-2.5, 2.5), ha="center", **text)
 
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:

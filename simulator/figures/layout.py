@@ -6,7 +6,8 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,27 +42,11 @@ GAP_PT = 2.0  # horizontal room between two names, points
 LONG = 22  # characters of a joint name from which its parts are written below each other
 
 _DISTANCES_PT = (3.5, 8.0, 14.0, 20.0, 27.0, 35.0, 44.0, 54.0, 65.0, 80.0, 100.0, 125.0)
+_STEEP = 0.4  # rise of the directions between an axis and a diagonal
 _DIRECTIONS = (
-    *(
-        (1.0, 0.0),
-        (-1.0, 0.0),
-        (0.0, -1.0),
-        (0.0, 1.0),
-        (1.0, -1.0),
-        (-1.0, -1.0),
-        (1.0, 1.0),
-        (-1.0, 1.0),
-    ),
-    *(
-        (1.0, -0.4),
-        (-1.0, -0.4),
-        (1.0, 0.4),
-        (-1.0, 0.4),
-        (0.4, -1.0),
-        (-0.4, -1.0),
-        (0.4, 1.0),
-        (-0.4, 1.0),
-    ),
+    *((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)),
+    *((1, -_STEEP), (-1, -_STEEP), (1, _STEEP), (-1, _STEEP)),
+    *((_STEEP, -1), (-_STEEP, -1), (_STEEP, 1), (-_STEEP, 1)),
 )
 
 
@@ -162,6 +147,14 @@ def panel_list(
     return figure, list(grid.flat[:count]), columns
 
 
+def page(width_in: float, height_in: float) -> Figure:
+    """Return an empty figure with little room between panels."""
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
+    return figure
+
+
 def _subplots(
     rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any
 ) -> Any:
@@ -169,11 +162,7 @@ def _subplots(
     options of subplots."""
     handles, legend = look.pop("handles", ()), look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
-    figure = Figure(
-        figsize=(width_in, around_in + 0.14 * lines + rows * panel_in), layout="constrained"
-    )
-    engine: Any = figure.get_layout_engine()
-    engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
+    figure = page(width_in, around_in + 0.14 * lines + rows * panel_in)
     if handles:
         legend_below(figure, handles, lines, legend)
     return figure, figure.subplots(rows, columns, squeeze=False, **look)
@@ -187,6 +176,16 @@ def wrapped(title: str, room_in: float) -> str:
         parts = [line] if len(line) <= most else line.replace(", ", ",\n").split("\n")
         lines += [short for part in parts for short in textwrap.wrap(part, most)]
     return "\n".join(lines)
+
+
+def lines_of(texts: Iterable[str]) -> int:
+    """Return the most lines of a text."""
+    return max(text.count("\n") + 1 for text in texts)
+
+
+def title_in(titles: Iterable[str]) -> float:
+    """Return the height of the titles of a row of panels, inches."""
+    return 0.13 * lines_of(titles)
 
 
 def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
@@ -300,53 +299,84 @@ def write_labels(
     points away, with a line to the point if it is far. Points whose markers overlap have a joint
     name. Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout
     must be final."""
-    figure: Any = ax.figure
-    scale, to_data = figure.dpi / 72.0, ax.transData.inverted()  # pixels per point
-    places = ax.transData.transform(np.stack([np.asarray(x, float), np.asarray(y, float)], axis=1))
-    others = [
-        ax.transData.transform(np.stack([np.asarray(v, float) for v in p], axis=1))
-        for p in clear_of
-    ]
-    taken = _boxes(np.concatenate([places, *others]), MARKER_PT * scale)
-    style: dict[str, Any] = {"fontsize": 6, "color": color, "zorder": 6, "in_layout": False}
-    style |= {"ha": "center", "va": "center"}
-    names = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
-    inside = ax.get_window_extent().extents
-    # points whose markers overlap the marker of the first, from the top down
+    points = _pixels(ax, (x, y))
+    room = _Room.of(ax, [points, *(_pixels(ax, line) for line in clear_of)])
+    to_data = ax.transData.inverted()
+    look: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 6, "in_layout": False}
+    for group in _overlapping(points, 2 * MARKER_PT * room.scale):
+        names = list(dict.fromkeys(texts[i] for i in group))
+        text = (", " if sum(map(len, names)) < LONG else "\n").join(names)
+        point = points[group].mean(axis=0)
+        label = ax.annotate(text, tuple(to_data.transform(point)), fontsize=6, color=color, **look)
+        if (place := room.taken_by(point, label.get_window_extent(), reach_pt)) is None:
+            label.remove()
+            continue
+        label.set_position(tuple(to_data.transform(place.center)))
+        if len(place.line):
+            ends = to_data.transform(place.line[[0, -1]]).T
+            ax.plot(*ends, color=GREY, linewidth=0.4, zorder=3.5)
+
+
+def _pixels(ax: Axes, line: tuple[ArrayLike, ArrayLike]) -> FloatArray:
+    return np.asarray(
+        ax.transData.transform(np.stack([np.asarray(v, float) for v in line], axis=1))
+    )
+
+
+def _overlapping(points: FloatArray, reach: float) -> list[list[int]]:
+    """Return groups of points within a distance of the first of their group, from the top down."""
     groups: list[list[int]] = []
-    for i in np.argsort(-places[:, 1], kind="stable").tolist():
+    for i in np.argsort(-points[:, 1], kind="stable").tolist():
         for group in groups:
-            if np.hypot(*(places[i] - places[group[0]])) < 2 * MARKER_PT * scale:
+            if np.hypot(*(points[i] - points[group[0]])) < reach:
                 group.append(i)
                 break
         else:
             groups.append([i])
-    for group in groups:
-        own_names = list(dict.fromkeys(texts[i] for i in group))
-        text = (", " if sum(map(len, own_names)) < LONG else "\n").join(own_names)
-        point = places[group].mean(axis=0)
-        x0, y0 = to_data.transform(point).tolist()
-        label = ax.text(x0, y0, text, **style)
-        extent = label.get_window_extent()
-        size = np.array([extent.width + GAP_PT * scale, extent.height])
-        for center, far, strict in _candidates(point, size, scale, reach_pt):
-            own = np.concatenate([center - 0.5 * size, center + 0.5 * size])
+    return groups
+
+
+class _Place(NamedTuple):
+    center: FloatArray
+    line: FloatArray  # points of a line to the text, empty if the text is near
+
+
+@dataclass
+class _Room:
+    """Room in a panel, pixels. A box is left, bottom, right, top."""
+
+    inside: FloatArray  # box of the panel
+    taken: FloatArray  # boxes of points and lines
+    names: FloatArray  # boxes of texts
+    scale: float  # pixels per point
+
+    @classmethod
+    def of(cls, ax: Axes, taken: Sequence[FloatArray]) -> _Room:
+        figure: Any = ax.figure
+        scale = figure.dpi / 72.0
+        return cls(
+            np.array(ax.get_window_extent().extents),
+            _boxes(np.concatenate(taken), MARKER_PT * scale),
+            np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4)),
+            scale,
+        )
+
+    def taken_by(self, point: FloatArray, extent: Any, reach_pt: float) -> _Place | None:
+        """Take the nearest free place for a text next to a point, if there is one."""
+        size = np.array([extent.width + GAP_PT * self.scale, extent.height])
+        for center, far, strict in _candidates(point, size, self.scale, reach_pt):
+            box = np.concatenate([center - 0.5 * size, center + 0.5 * size])
             line = np.linspace(point, center, 24) if far else np.zeros((0, 2))
-            line = line[~_overlaps(_boxes(line, 0.0), own)]
+            line = line[~_overlaps(_boxes(line, 0.0), box)]
             along = _boxes(line, 0.0)
-            within = (own[:2] >= inside[:2]).all() and (own[2:] <= inside[2:]).all()
-            clash = _overlaps(np.concatenate([taken, names]), own).any()
-            crosses = strict and any(_overlaps(along, name).any() for name in names)
+            within = (box[:2] >= self.inside[:2]).all() and (box[2:] <= self.inside[2:]).all()
+            clash = _overlaps(np.concatenate([self.taken, self.names]), box).any()
+            crosses = strict and any(_overlaps(along, name).any() for name in self.names)
             if within and not clash and not crosses:
-                names, taken = np.concatenate([names, own[None]]), np.concatenate([taken, along])
-                label.set_position(tuple(to_data.transform(center)))
-                if far:
-                    ax.plot(
-                        *to_data.transform(line[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5
-                    )
-                break
-        else:
-            label.remove()
+                self.names = np.concatenate([self.names, box[None]])
+                self.taken = np.concatenate([self.taken, along])
+                return _Place(center, line)
+        return None
 
 
 def _boxes(centers: FloatArray, half: float) -> FloatArray:

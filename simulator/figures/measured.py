@@ -232,39 +232,28 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published") -
         columns, names = in_a_row(len(panels)), panels[0].family
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
         figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns)
+        interval: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.6}
+        bar: dict[str, Any] = {"marker": "|", "markersize": 6, "linestyle": "none"}
         handles = [
-            Line2D(
-                [],
-                [],
-                color=INK,
-                marker="o",
-                markersize=4.5,
-                linewidth=1.6,
-                label="predicted, with its interval",
-            ),
-            Line2D([], [], color=BLACK, marker="|", linestyle="none", markersize=6, label=observed),
+            Line2D([], [], color=INK, **interval, label="predicted, with its interval"),
+            Line2D([], [], color=BLACK, **bar, label=observed),
         ]
-        for i, (ax, p) in enumerate(zip(axes, panels)):
-            published, predicted, lower, upper = (
-                np.asarray(v, dtype=float) for v in (p.published, p.predicted, p.lower, p.upper)
-            )
-            rows = np.arange(len(p.family))[::-1]
-            ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
-            for y, name, value, low, high in zip(rows, p.family, predicted, lower, upper):
-                style = style_of(name)
-                ax.plot(
-                    [low, high],
-                    [y, y],
-                    color=style.color,
-                    linewidth=1.6,
-                    solid_capstyle="butt",
-                    alpha=0.6,
-                )
-                ax.plot([value], [y], **style.marks(linestyle="none", markersize=4.5))
-            ax.vlines(published, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
-            ax.set_yticks(
-                rows, [label(name) for name in p.family] if i % columns == 0 else [""] * len(rows)
-            )
-            ax.set(ylim=(-0.7, len(rows) - 0.3), title=p.title)
+        for i, (ax, panel) in enumerate(zip(axes, panels)):
+            _draw_beside(ax, panel, named=i % columns == 0)
         legend_below(figure, handles, 1, "speedup")
         return laid_out(figure)
+
+
+def _draw_beside(ax: Axes, panel: Beside, *, named: bool) -> None:
+    rows = np.arange(len(panel.family))[::-1]
+    ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
+    ends: dict[str, Any] = {"linewidth": 1.6, "solid_capstyle": "butt", "alpha": 0.6}
+    values = (np.asarray(v, dtype=float) for v in (panel.predicted, panel.lower, panel.upper))
+    for y, name, predicted, lower, upper in zip(rows, panel.family, *values):
+        style = style_of(name)
+        ax.plot([lower, upper], [y, y], color=style.color, **ends)
+        ax.plot([predicted], [y], **style.marks(linestyle="none", markersize=4.5))
+    observed = np.asarray(panel.published, dtype=float)
+    ax.vlines(observed, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)
+    ax.set_yticks(rows, [label(name) if named else "" for name in panel.family])
+    ax.set(ylim=(-0.7, len(rows) - 0.3), title=panel.title)

@@ -30,12 +30,12 @@ from simulator.figures.tables import (
 )
 from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, model_title
 from simulator.models.lower import lower
+from simulator.models.model import Model
 from simulator.operators.base import ELEMENT_BYTES
 from simulator.prediction.explain import explanations
-from simulator.prediction.pareto import fronts, winners
+from simulator.prediction.pareto import Winners, fronts, winners
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.requests import profiles
@@ -90,7 +90,7 @@ class NothingToDraw(InputError):
 
 @dataclass(frozen=True)
 class Paper:
-    model: ModelConfig
+    model: Model
     devices: tuple[HardwareProfile, ...]
     # number formats, engine, and the length if a figure varies none
     request: Request = field(default_factory=Request)
@@ -117,9 +117,7 @@ class Paper:
         return interval(self.request.level)
 
 
-def paper(
-    model: str | ModelConfig, hardware: Sequence[str | HardwareProfile], **settings: Any
-) -> Paper:
+def paper(model: str | Model, hardware: Sequence[str | HardwareProfile], **settings: Any) -> Paper:
     """Return a paper about a model on some devices; the settings are fields of
     :class:`simulator.Request`."""
     return Paper(load_model(model), tuple(profiles(hardware)), Request(**settings))
@@ -285,13 +283,7 @@ def _waterfall(p: Paper) -> Made:
 
 def _crossover(p: Paper) -> Made:
     prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
-    maps = []
-    for phase in ("prefill", "decode"):
-        request = replace(p.request, model=p.model, phase=phase)
-        requests = [
-            replace(request, batch=b, seq=s) for b, s in itertools.product(BATCHES, LENGTHS)
-        ]
-        maps.append(winners(requests, prunings, p.devices))
+    maps = [_winners(p, phase, prunings) for phase in ("prefill", "decode")]
     best = [r for won in maps for r in won.best]
     gains, certain = (
         np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain")
@@ -307,6 +299,14 @@ def _crossover(p: Paper) -> Made:
         " dense model, includes 1. Blank: the dense model does not fit the device's memory."
     )
     return figure, caption + _without_sparse24(p), ()
+
+
+def _winners(p: Paper, phase: str, prunings: Sequence[Pruning]) -> Winners:
+    requests = [
+        replace(p.request, model=p.model, phase=phase, batch=batch, seq=seq)
+        for batch, seq in itertools.product(BATCHES, LENGTHS)
+    ]
+    return winners(requests, prunings, p.devices)
 
 
 def _staircase(p: Paper) -> Made:

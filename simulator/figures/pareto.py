@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from numpy.typing import NDArray
 
-from simulator.arrays import FloatArray
+from simulator.arrays import BoolArray, FloatArray
 from simulator.figures import layout
 from simulator.figures.style import (
     BLACK,
@@ -31,6 +32,7 @@ from simulator.figures.style import (
     style_of,
 )
 from simulator.prediction.pareto import Front, frontier
+from simulator.prediction.quality import Axis
 from simulator.prediction.requests import batch_name
 
 # losses up to this value have a linear axis; a perplexity can rise by several times
@@ -46,40 +48,49 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
     rows = rows or [
         f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts
     ]
-    points = [p for f in fronts for p in f.points]
-    found = layout.columns(
-        points, family="family", method="method", sparsity="sparsity", loss="loss", **layout.SPEEDUP
-    )
-    for name, labels in layout.placed(fronts, rows).items():
-        found[name] = [
-            label for front, label in zip(fronts, labels, strict=True) for _ in front.points
-        ]
-    data, axis = layout.arrays(found), fronts[0].axis
+    data = _points(fronts, rows)
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
-    only = {f: next(iter(m)) if len(m) == 1 else "" for f, m in methods.items()}
+    only = {f: next(iter(names)) if len(names) == 1 else "" for f, names in methods.items()}
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
         handles = _handles(only, layout.interval(fronts[0].level))
-        bends = float(data["loss"].max()) > LINEAR_UP_TO
-        scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-        title = (
-            "quality loss (%):"
-            f" {axis.metric}{scale}\n{textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))}".rstrip()
+        title = _title(fronts[0].axis, float(data["loss"].max()) > LINEAR_UP_TO)
+        figure, panels = layout.panel_grid(
+            data, 1.9, 0.66, handles=handles, legend=title, sharex=True, sharey=True
         )
-        look: dict[str, Any] = {"handles": handles, "legend": title, "sharex": True, "sharey": True}
-        figure, panels = layout.panel_grid(data, 1.9, 0.66, **look)
-        low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
-        pad = (high / low) ** 0.05
+        limits = _limits(data)
         for ax in panels.values():
-            ax.set(yscale="log", ylim=(low / pad, high * pad))
-            layout.log_axis(ax.yaxis, low / pad, high * pad, 7)
+            ax.set(yscale="log", ylim=limits)
+            layout.log_axis(ax.yaxis, *limits, 7)
             _loss_axis(ax, 100 * data["loss"])
         # before the names of points, which depend on the layout
         layout.laid_out(figure, "speedup (log scale)")
         for place, ax in panels.items():
             _panel(ax, layout.of_panel(data, *place))
     return figure
+
+
+def _points(fronts: Sequence[Front], rows: Sequence[str]) -> layout.FigurePoints:
+    points = [p for front in fronts for p in front.points]
+    names = {name: name for name in ("family", "method", "sparsity", "loss")}
+    columns = layout.columns(points, **names, **layout.SPEEDUP)
+    for name, labels in layout.placed(fronts, rows).items():
+        pairs = zip(fronts, labels, strict=True)
+        columns[name] = [label for front, label in pairs for _ in front.points]
+    return layout.arrays(columns)
+
+
+def _limits(data: layout.FigurePoints) -> tuple[float, float]:
+    low, high = float(min(1.0, data["lower"].min())), float(max(1.05, data["upper"].max()))
+    pad = (high / low) ** 0.05
+    return low / pad, high * pad
+
+
+def _title(axis: Axis, bends: bool) -> str:
+    scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
+    protocol = textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))
+    return f"quality loss (%): {axis.metric}{scale}\n{protocol}".rstrip()
 
 
 def _loss_axis(ax: Axes, loss: FloatArray) -> None:
@@ -105,66 +116,63 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
 def _panel(ax: Axes, data: layout.FigurePoints) -> None:
     x, y = 100 * data["loss"].astype(float), data["speedup"].astype(float)
     optimal = frontier([0.0, *x], [1.0, *y])[1:] if len(x) else np.zeros(0, dtype=bool)
-    ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
-    order = [i for i in np.lexsort((-y, x)) if optimal[i]]
+    order = [int(i) for i in np.lexsort((-y, x)) if optimal[i]]
     start, end = ax.get_xlim()
-    steps_x, steps_y = [start, *(max(x[i], 0.0) for i in order), end], [1.0, *(y[i] for i in order)]
-    ax.step(steps_x, [*steps_y, steps_y[-1]], where="post", color=INK, linewidth=0.9, zorder=2)
+    steps_x = [start, *np.maximum(x[order], 0.0), end]
+    steps_y = [1.0, *y[order], y[order[-1]] if order else 1.0]
+    ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
+    ax.step(steps_x, steps_y, where="post", color=INK, linewidth=0.9, zorder=2)
+    _draw_points(ax, data, (x, y), optimal)
+    _draw_strip(ax, data["family"][order].tolist(), [*x[order], end])
+    bars = np.linspace(data["lower"], data["upper"], 12)
+    clear_of = [
+        (x, y),
+        (np.broadcast_to(x, bars.shape).ravel(), bars.ravel()),
+        _along(np.repeat(steps_x, 2)[1:], np.repeat(steps_y, 2)[:-1]),
+        (np.linspace(start, end, 60), np.ones(60)),
+    ]
+    names = _point_names(data)
+    for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
+        these = optimal == best
+        look: dict[str, Any] = {"reach_pt": reach_pt, "color": color}
+        layout.write_labels(ax, x[these], y[these], names[these], clear_of, **look)
+
+
+def _point_names(data: layout.FigurePoints) -> NDArray[Any]:
+    pairs = zip(data["method"], data["sparsity"].tolist())
+    names = [f"{method} {100 * sparsity:.3g}".strip() for method, sparsity in pairs]
+    return np.array(names, dtype=object)
+
+
+def _draw_points(
+    ax: Axes, data: layout.FigurePoints, at: tuple[FloatArray, FloatArray], optimal: BoolArray
+) -> None:
+    x, y = at
     for i, name in enumerate(in_order(data["family"])):
         style = style_of(name, i)
         for best, alpha, size in ((True, 1.0, 4.2), (False, 0.35, 3.2)):
-            own = (data["family"] == name) & (optimal == best)
-            ends = data["lower"][own], data["upper"][own]
-            ax.vlines(x[own], *ends, color=style.color, linewidth=0.9, alpha=0.8 * alpha, zorder=3)
-            ax.plot(
-                x[own],
-                y[own],
-                **style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4),
-            )
-    names = [
-        f"{method} {100 * s:.3g}".strip()
-        for method, s in zip(data["method"], data["sparsity"].tolist())
-    ]
-    along = np.linspace(0.0, 1.0, 12)[:, None]
-    bars = data["lower"] * (1.0 - along) + data["upper"] * along
-    # corners of the frontier
-    ends = np.repeat(steps_x, 2)[1:], np.repeat([*steps_y, steps_y[-1]], 2)[:-1]
-    corners = np.linspace(0, len(ends[0]) - 1, 20 * len(ends[0]))
-    line_x, line_y = (np.interp(corners, np.arange(len(e)), e) for e in ends)
-    dense = np.linspace(start, end, 60)
-    clear_of = [
-        (np.broadcast_to(x, bars.shape).ravel(), bars.ravel()),
-        (line_x, line_y),
-        (dense, np.ones_like(dense)),
-    ]
-    for position, (i, stop) in enumerate(zip(order, [*(x[k] for k in order[1:]), end])):
-        style = style_of(data["family"][i], position)
-        strip: dict[str, Any] = {
-            "hatch": "/////" if style.hollow else None,
-            "linewidth": 0,
-            "clip_on": False,
-        }
-        ax.axvspan(
-            max(x[i], 0.0),
-            stop,
-            -STRIP,
-            0,
-            facecolor=style.color,
-            edgecolor="white",
-            alpha=0.9,
-            **strip,
-        )
-    for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
-        own = np.flatnonzero(optimal == best)
-        layout.write_labels(
-            ax,
-            x[own],
-            y[own],
-            [names[i] for i in own],
-            [(x, y), *clear_of],
-            reach_pt=reach_pt,
-            color=color,
-        )
+            these = (data["family"] == name) & (optimal == best)
+            ends = data["lower"][these], data["upper"][these]
+            bar: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.8 * alpha, "zorder": 3}
+            ax.vlines(x[these], *ends, color=style.color, **bar)
+            marks = style.marks(linestyle="none", alpha=alpha, markersize=size, zorder=4)
+            ax.plot(x[these], y[these], **marks)
+
+
+def _draw_strip(ax: Axes, families: Sequence[str], edges: Sequence[float]) -> None:
+    """Draw the strip of the fastest families between losses."""
+    look: dict[str, Any] = {"edgecolor": "white", "alpha": 0.9, "linewidth": 0, "clip_on": False}
+    for i, family in enumerate(families):
+        style = style_of(family, i)
+        look |= {"facecolor": style.color, "hatch": "/////" if style.hollow else None}
+        ax.axvspan(max(edges[i], 0.0), edges[i + 1], -STRIP, 0, **look)
+
+
+def _along(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return points along the lines between some corners."""
+    corners = np.arange(len(x))
+    places = np.linspace(0, len(x) - 1, 20 * len(x))
+    return np.interp(places, corners, x), np.interp(places, corners, y)
 
 
 def _handles(only: Mapping[str, str], interval: str) -> list[Any]:

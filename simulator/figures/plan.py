@@ -7,6 +7,7 @@ The frontier is that of the first setting of the search, with the plans of other
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,12 @@ from simulator.figures.style import (
     Style,
     paper_style,
 )
-from simulator.models.config import Block
 from simulator.models.library import model_title
+from simulator.models.model import Layer
+from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp
 from simulator.plans.search import Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text
-from simulator.plans.variants import SUBLAYERS, has
+from simulator.plans.variants import SUBLAYERS
 from simulator.prediction.requests import batch_name
 from simulator.units import ratio
 
@@ -80,9 +82,7 @@ _CHOSEN: dict[str, Any] = {
 
 def plan_figure(plan: Plan) -> Figure:
     with paper_style():
-        figure = Figure(figsize=(PAGE_IN, 4.8), layout="constrained")
-        engine: Any = figure.get_layout_engine()
-        engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
+        figure = layout.page(PAGE_IN, 4.8)
         rows = [["attention"] * 2, ["mlp"] * 2, ["loss"] * 2, ["frontier", "legend"]]
         sizes = {"height_ratios": [0.5, 0.6, 0.45, 2.0], "width_ratios": [4.0, 2.5]}
         axes: dict[str, Any] = figure.subplot_mosaic(rows, gridspec_kw=sizes)
@@ -118,24 +118,30 @@ def plan_figure(plan: Plan) -> Figure:
     return figure
 
 
-def kept(sublayer: str, block: Block, dense: Block) -> float:
+def kept(part: str, layer: Layer, dense: Layer) -> float:
     """Return the kept share of an MLP's or of all experts' width, or the smaller share of heads and
     KV heads."""
-    if sublayer == "attention":
-        return min(block.heads / dense.heads, block.kv_heads / dense.kv_heads)
-    if dense.experts:
-        return block.experts * block.expert_inner / (dense.experts * dense.expert_inner)
-    return block.inner / dense.inner
+    new, old = layer.of(part), dense.of(part)
+    known = Attention | LatentAttention
+    if isinstance(new, known) and isinstance(old, known):
+        return min(new.heads / old.heads, new.kv_heads / old.kv_heads)
+    if isinstance(new, Experts) and isinstance(old, Experts):
+        return new.experts * new.inner / (old.experts * old.inner)
+    if isinstance(new, Mlp) and isinstance(old, Mlp):
+        return new.inner / old.inner
+    return 1.0
+
+
+def _becomes_linear(part: str, layer: Layer, dense: Layer) -> bool:
+    return isinstance(layer.of(part), Linear) and not isinstance(dense.of(part), Linear)
 
 
 def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
     """Draw one sublayer of all layers: bars, and marks of removed ones."""
-    pairs = list(zip(plan.pruned.layout, plan.dense.layout))
-    own = [i for i, (_, dense) in enumerate(pairs) if has(sublayer, dense)]
-    linear = [
-        i for i in own if sublayer in pairs[i][0].linear and sublayer not in pairs[i][1].linear
-    ]
-    gone = [i for i in own if not has(sublayer, pairs[i][0])]
+    pairs = list(zip(plan.pruned.layers, plan.dense.layers))
+    own = [i for i, (_, dense) in enumerate(pairs) if dense.has(sublayer)]
+    linear = [i for i in own if _becomes_linear(sublayer, *pairs[i])]
+    gone = [i for i in own if not pairs[i][0].has(sublayer)]
     text = {row.layer: getattr(row, sublayer) for row in plan.layers}
     same = [i for i in own if text[i] == "dense"]
     less = [i for i in own if i not in (*linear, *gone, *same)]
@@ -179,58 +185,66 @@ def _losses(ax: Axes, plan: Plan) -> None:
     )
 
 
-def _frontier(ax: Axes, plan: Plan) -> list[Any]:
-    """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the
-    entries of a legend."""
-    chosen = next(point for point in plan.frontier if point.chosen)
+def _drawn(ax: Axes, points: Sequence[PlanPoint], label: str, z: float, **look: Any) -> Line2D:
+    """Draw plans with their intervals; return the entry of a legend."""
+    losses = [p.score for p in points]
+    ends = [[getattr(p, f"speedup_{end}") for p in points] for end in ("lower", "upper")]
+    ax.vlines(losses, *ends, color=look["color"], linewidth=0.8, alpha=0.6, zorder=z - 0.1)
+    label = textwrap.fill(label, _WIDE)
+    line: Line2D = ax.plot(losses, [p.speedup for p in points], **look, zorder=z, label=label)[0]
+    return line
+
+
+def _draw_plans(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
+    """Draw the frontier and the plans of other rules; return the entries of a legend."""
     others = {f"by {a.chosen_by}, {BUDGETS[a.budget]}": a for a in plan.alternatives}
     end = max([NEARBY * abs(chosen.score), *(1.25 * a.point.score for a in others.values())])
     near = [p for p in plan.frontier if p.score <= end or end == 0.0]
-    hidden = len(plan.frontier) - len(near)
-    more = (
-        f" ({hidden} more, up to a loss of {max(p.score for p in plan.frontier):.3g}, are not"
-        " shown)"
-    )
-
-    def drawn(points: list[PlanPoint], label: str, z: float, **look: Any) -> Any:
-        ends = [[getattr(p, f"speedup_{end}") for p in points] for end in ("lower", "upper")]
-        at = [p.score for p in points]
-        ax.vlines(at, *ends, color=look["color"], linewidth=0.8, alpha=0.6, zorder=z - 0.1)
-        label = textwrap.fill(label, _WIDE)
-        return ax.plot(at, [p.speedup for p in points], **look, zorder=z, label=label)[0]
-
-    ax.set_yscale("log")
-    handles = [drawn(near, f"plans of least loss{more if hidden else ''}", 3, **_FRONTIER)]
+    name = "plans of least loss"
+    if (hidden := len(plan.frontier) - len(near)) > 0:
+        most = max(p.score for p in plan.frontier)
+        name += f" ({hidden} more, up to a loss of {most:.3g}, are not shown)"
+    handles = [_drawn(ax, near, name, 3, **_FRONTIER)]
     for name, a in others.items():
         style = RULES[a.chosen_by]
         face = "white" if a.budget == "same" else style.color
-        look = style.marks(
+        marks = style.marks(
             linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9
         )
-        handles.append(drawn([a.point], name, 4, **look))
-    reached = (
-        f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
-    )
-    handles.insert(0, drawn([chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
-    first = plan.results[0]
-    handles += ax.plot(
-        [], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level)
-    )
+        handles.append(_drawn(ax, [a.point], name, 4, **marks))
+    return handles
+
+
+def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
+    """Draw the targets of the first setting; return the entries of a legend."""
+    first, handles, styles = plan.results[0], list[Any](), iter(["--", "-.", ":"])
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
     chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
-    styles = iter(["--", "-.", ":"])
     for t in plan.targets:
         if (t.hardware, t.engine, t.phase, t.batch, t.seq) == setting and t.target in SPEEDS:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
             name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
             name = textwrap.fill(name + (chance if plan.confidence > 0.5 else ""), _WIDE)
-            line: dict[str, Any] = {
-                "color": PALE_INK,
-                "linewidth": 0.8,
-                "linestyle": next(styles),
-                "label": name,
-            }
-            handles.append(ax.axhline(chosen.speedup * share, **line, zorder=1.6))
+            line: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8, "linestyle": next(styles)}
+            handles.append(ax.axhline(chosen.speedup * share, **line, label=name, zorder=1.6))
+    return handles
+
+
+def _frontier(ax: Axes, plan: Plan) -> list[Any]:
+    """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the
+    entries of a legend."""
+    first = plan.results[0]
+    chosen = next(point for point in plan.frontier if point.chosen)
+    reached = (
+        f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
+    )
+    ax.set_yscale("log")
+    handles = _draw_plans(ax, plan, chosen)
+    handles.insert(0, _drawn(ax, [chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
+    handles += ax.plot(
+        [], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level)
+    )
+    handles += _draw_targets(ax, plan, chosen)
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
     many = f"{first.devices} × " if first.devices > 1 else ""

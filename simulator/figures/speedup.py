@@ -12,6 +12,8 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -39,8 +41,8 @@ from simulator.figures.style import (
 from simulator.models.library import model_title
 from simulator.prediction.requests import batch_name
 from simulator.prediction.result import Result
-from simulator.prediction.sentences import GAIN, LIMITS
-from simulator.prediction.service import OperatingPoint, Service
+from simulator.prediction.service import LIMITS, OperatingPoint, Service
+from simulator.prediction.wording import GAIN
 
 # most candidates drawn as curves with bands (more become dots), and with bounds
 MOST_CURVES, MOST_BOUNDED = 4, 2
@@ -75,49 +77,87 @@ _RING: dict[str, Any] = {
 _LIMIT_RING: dict[str, Any] = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 
 
+@dataclass(frozen=True)
+class Speedups:
+    """Results as columns: candidate, value of the axis, row and column of the panel, speedups."""
+
+    data: layout.FigurePoints
+    axis: str  # field over which speedups are drawn
+    styles: Mapping[str, Style]  # by candidate
+    interval: str
+    note: str  # for the label of the x axis
+    serves: bool  # whether all results are of serving
+
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> Speedups:
+        axis = varying(results)
+        swept = _swept(results)
+        results, omitted = _of_few_settings(results, axis, swept)
+        removed = swept and len(_values(results, "sparsity")) > 1  # each sparsity has its panels
+        models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
+        titles = _names(results, axis, removed)
+        bounds = {name: attribute for name, (attribute, *_) in BOUNDS.items()}
+        data = layout.arrays(
+            layout.columns(results, at=axis, **layout.SPEEDUP, **bounds)
+            | layout.placed(results, [_setting(r, results, axis, removed) for r in results])
+            | {"candidate": titles}
+        )
+        looks = styles_of(dict(zip(titles, (r.family for r in results))))
+        return cls(
+            data,
+            axis,
+            {name: looks[name] for name in in_order(titles)},
+            layout.interval(results[0].level),
+            ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted])),
+            all(r.phase == "serve" for r in results),
+        )
+
+    @cached_property
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(self.data["row"]))
+
+    @cached_property
+    def devices(self) -> list[str]:
+        return list(dict.fromkeys(self.data["column"]))
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, float]]:
+        """Candidates with each of their values."""
+        values = {name: self.data["at"][self.data["candidate"] == name] for name in self.styles}
+        return [(name, value) for name in values for value in np.unique(values[name]).tolist()]
+
+    def label(self, x_label: str) -> str:
+        return f"{x_label}{self.note and f'; {self.note}'}"
+
+    def rows(self, setting: str, device: str, name: str) -> NDArray[np.intp]:
+        """Return the rows of a candidate in a panel, by rising value."""
+        panel = (self.data["row"] == setting) & (self.data["column"] == device)
+        rows = np.flatnonzero(panel & (self.data["candidate"] == name))
+        ordered: NDArray[np.intp] = rows[np.argsort(self.data["at"][rows], kind="stable")]
+        return ordered
+
+    def range(self, names: Sequence[str]) -> tuple[float, float]:
+        """Return the limits of an axis with all values of some columns."""
+        values = np.concatenate([*(self.data[name] for name in names), np.ones(1)])
+        values = values[np.isfinite(values) & (values > 0)]
+        low, high = float(values.min()), float(values.max())
+        pad = max((high / low) ** 0.04, 1.02)
+        return low / pad, high * pad
+
+
 def speedups_of(results: Sequence[Result]) -> Figure:
     """Draw speedups over the field of :func:`varying`; each setting of other fields has its
     panels."""
-    axis = varying(results)
-    # a pruning has several sparsities in one scenario only if these were asked for: a budget's
-    # follows from the length
-    scenarios = [
-        (_name(r), r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens)
-        for r in results
-    ]
-    swept = any(len(found) > 1 for found in _sets(scenarios, results, "sparsity"))
-    fields = ["batch", "seq", *(["sparsity"] if swept else [])]
-    results, omitted = _of_few_settings(results, [field for field in fields if field != axis])
-    removed = swept and len(_values(results, "sparsity")) > 1  # each sparsity has a row of panels
-    models = [model_title(name) for name in dict.fromkeys(r.model for r in results)]
-    note = ", ".join(filter(None, [*(models if len(models) == 1 else ()), omitted]))
-    titles = _names(results, axis, removed)
-    found = layout.columns(results, at=axis, **layout.SPEEDUP) | {"candidate": titles}
-    found |= layout.placed(results, [_setting(r, results, axis, removed) for r in results])
-    found |= layout.columns(
-        results, **{name: attribute for name, (attribute, *_) in BOUNDS.items()}
-    )
-    data, interval = layout.arrays(found), layout.interval(results[0].level)
-    names, (settings, devices) = (
-        in_order(data["candidate"]),
-        (list(dict.fromkeys(data[n])) for n in ("row", "column")),
-    )
-    looks = styles_of(dict(zip(titles, (r.family for r in results))))
-    styles = {name: looks[name] for name in names}
-    pairs = [(n, v) for n in names for v in np.unique(data["at"][data["candidate"] == n]).tolist()]
-    down = -(-len(settings) // MOST_ACROSS)  # rows of panels
-    line = (PAGE_HEIGHT_IN - 0.8 - 0.4 * down) / (down * len(pairs))
-    dots = len(names) > MOST_CURVES and line >= max(LEAST_LINE_IN, LEAST_DOT_IN * len(devices))
+    speedups = Speedups.of(results)
+    many, down = len(speedups.devices), -(-len(speedups.settings) // MOST_ACROSS)  # rows of panels
+    line_in = (PAGE_HEIGHT_IN - 0.8 - 0.4 * down) / (down * len(speedups.pairs))
+    dots = len(speedups.styles) > MOST_CURVES and line_in >= max(LEAST_LINE_IN, LEAST_DOT_IN * many)
     with paper_style():
-        if dots or len(pairs) == len(names):
-            line = float(np.clip(line, LEAST_LINE_IN, 0.068 * len(devices) + 0.04))
-            texts = [_line(pairs, i, axis) for i in range(len(pairs))]
+        if dots or len(speedups.pairs) == len(speedups.styles):
             return _dots(
-                data, pairs, texts, line, interval, f"speedup (log scale){note and f'; {note}'}"
+                speedups, float(np.clip(line_in, LEAST_LINE_IN, 0.068 * many + 0.04)), down
             )
-        serves = axis == "batch" and all(r.phase == "serve" for r in results)
-        x_label = f"{batch_name('serve') if serves else AXES[axis]}{note and f'; {note}'}"
-        return _curves(data, styles, axis, interval, x_label)
+        return _curves(speedups)
 
 
 def varying(results: Sequence[Result]) -> str:
@@ -130,14 +170,16 @@ def varying(results: Sequence[Result]) -> str:
 def _values(results: Sequence[Result], axis: str) -> list[float]:
     """Return the values of a field over which a pruning varies, if any does; else one value."""
     sets = _sets([_name(r) for r in results], results, axis)
-    return sorted(set[float]().union(*([found for found in sets if len(found) > 1] or sets[:1])))
+    several = [values for values in sets if len(values) > 1]
+    return sorted(set[float]().union(*(several or sets[:1])))
 
 
 def _sets(groups: Sequence[Any], results: Sequence[Result], axis: str) -> list[set[float]]:
-    found: dict[Any, set[float]] = {}
+    """Return the values of a field in each group."""
+    sets: dict[Any, set[float]] = {}
     for group, r in zip(groups, results):
-        found.setdefault(group, set()).add(getattr(r, axis))
-    return list(found.values())
+        sets.setdefault(group, set()).add(getattr(r, axis))
+    return list(sets.values())
 
 
 def _name(r: Result) -> str:
@@ -170,13 +212,25 @@ def _setting(r: Result, results: Sequence[Result], axis: str, removed: bool) -> 
     return ", ".join(parts)
 
 
+def _swept(results: Sequence[Result]) -> bool:
+    """Return whether a pruning has several sparsities in one scenario, which it has only if these
+    were requested: the sparsity of a budget follows from the length."""
+    scenarios = [
+        (_name(r), r.model, r.hardware, r.engine, r.phase, r.batch, r.seq, r.new_tokens)
+        for r in results
+    ]
+    return any(len(values) > 1 for values in _sets(scenarios, results, "sparsity"))
+
+
 def _of_few_settings(
-    results: Sequence[Result], others: Sequence[str]
+    results: Sequence[Result], axis: str, swept: bool
 ) -> tuple[Sequence[Result], str]:
-    """Return the results of at most :data:`MOST_VALUES` values per field, and a note on omitted
-    values."""
+    """Return the results of at most :data:`MOST_VALUES` values per field other than the axis, and a
+    note on omitted values."""
     notes = []
-    for other in others:
+    for other in ("batch", "seq", *(["sparsity"] if swept else [])):
+        if other == axis:
+            continue
         values = _values(results, other)
         if len(values) <= MOST_VALUES:
             continue
@@ -203,194 +257,203 @@ def _line(pairs: Sequence[tuple[str, float]], i: int, axis: str) -> str:
     return f"{named}{texts.get(axis, f'{100 * value:.3g} %')}"
 
 
-def _own(data: layout.FigurePoints, r: str, c: str, name: str) -> NDArray[np.intp]:
-    rows = np.flatnonzero((data["row"] == r) & (data["column"] == c) & (data["candidate"] == name))
-    ordered: NDArray[np.intp] = rows[np.argsort(data["at"][rows], kind="stable")]
-    return ordered
+@dataclass(frozen=True)
+class _Lines:
+    """Texts and sizes of panels of dots."""
+
+    names: Sequence[str]  # texts of the lines
+    titles: Sequence[str]  # of the panels
+    across: int  # panels per row
+    line_in: float  # height of a line
+    room_in: float  # width of a panel
+
+    @classmethod
+    def of(cls, speedups: Speedups, line_in: float, across: int) -> _Lines:
+        width = layout.width_of(len(speedups.settings))
+        texts = [_line(speedups.pairs, i, speedups.axis) for i in range(len(speedups.pairs))]
+        names = [layout.wrapped(text, 0.75 * width) for text in texts]
+        longest = max(len(part) for name in names for part in name.split("\n"))
+        room_in = (width - 0.058 * longest) / across
+        titles = [layout.wrapped(setting, room_in) for setting in speedups.settings]
+        return cls(names, titles, across, line_in * layout.lines_of(names), room_in)
+
+    @property
+    def panel_in(self) -> float:
+        return max(len(self.names) * self.line_in, 0.3) + 0.2 + layout.title_in(self.titles)
 
 
-def _range(data: layout.FigurePoints, names: Sequence[str]) -> tuple[float, float]:
-    values = np.concatenate([*(data[name] for name in names), np.ones(1)])
-    values = values[np.isfinite(values) & (values > 0)]
-    low, high = float(values.min()), float(values.max())
-    pad = max((high / low) ** 0.04, 1.02)
-    return low / pad, high * pad
-
-
-def _dots(
-    data: layout.FigurePoints,
-    pairs: Sequence[tuple[str, float]],
-    names: Sequence[str],
-    line: float,
-    interval: str,
-    x_label: str,
-) -> Figure:
+def _dots(speedups: Speedups, line_in: float, down: int) -> Figure:
     """Draw many candidates: a line of text per candidate and value, a dot per device."""
-    settings, devices = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
-    looks = [
-        Style(*mark, hollow=i % 2 == 1) for i, mark in enumerate(zip(COLORS * 2, "osD^vPXh*<>pd"))
-    ]
-    tick: dict[str, Any] = {
-        "marker": "|",
-        "linestyle": "none",
-        "markersize": 6,
-        "markeredgewidth": 1.1,
+    lines = _Lines.of(speedups, line_in, -(-len(speedups.settings) // down))
+    marks = zip(COLORS * 2, "osD^vPXh*<>pd")
+    looks = {
+        device: Style(*mark, hollow=i % 2 == 1)
+        for i, (device, mark) in enumerate(zip(speedups.devices, marks))
     }
-    handles = [
-        Line2D([], [], **style.marks(linestyle="none"), label=name)
-        for name, style in zip(devices, looks)
-    ]
-    handles.append(Line2D([], [], color=INK, linewidth=0.8, label=interval))
-    handles += [
-        Line2D([], [], color=color, **tick, label=name) for name, (*_, color) in BOUNDS.items()
-    ]
-    down = -(-len(settings) // MOST_ACROSS)
-    across = -(-len(settings) // down)
-    width = layout.width_of(len(settings))
-    names = [layout.wrapped(name, 0.75 * width) for name in names]
-    line *= max(name.count("\n") + 1 for name in names)
-    # per panel, inches
-    room = (width - 0.058 * max(len(part) for name in names for part in name.split("\n"))) / across
-    titles = [layout.wrapped(s, room) for s in settings]
-    above = 0.13 * max(t.count("\n") + 1 for t in titles)
-    height = max(len(pairs) * line, 0.3) + 0.2 + above
-    look: dict[str, Any] = {"handles": handles, "legend": x_label, "sharex": True, "sharey": True}
-    figure, panels, _ = layout.panel_list(len(settings), height, 0.42, across, **look)
-    low, high = _range(data, ["speedup", "lower", "upper", *BOUNDS])
-    slot = 0.8 / len(devices)
-    size = float(np.clip(72 * line * slot * 0.75, 2.2, 3.4))
-    shaded = list(dict.fromkeys(name for name, _ in pairs))[::2]
-    for i, (ax, setting, title) in enumerate(zip(panels, settings, titles)):
-        ax.set(xscale="log", xlim=(low, high), ylim=(len(pairs) - 0.5, -0.5))
-        ax.set_title(title, pad=4)
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(axis="y", length=0)
-        ax.tick_params(axis="x", labelbottom=i + across >= len(settings))
-        ax.spines["left"].set_visible(False)
-        ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
-        for place, (name, _) in enumerate(pairs):
-            if name in shaded:
-                ax.axhspan(place - 0.5, place + 0.5, color="#F0F0F0", linewidth=0, zorder=0)
-        for k, (name, style) in enumerate(zip(devices, looks)):
-            own = np.flatnonzero((data["row"] == setting) & (data["column"] == name))
-            y = np.array(
-                [pairs.index(p) for p in zip(data["candidate"][own], data["at"][own])], dtype=float
-            )
-            y += (k - 0.5 * (len(devices) - 1)) * slot
-            for bound, (*_, color) in BOUNDS.items():
-                ax.vlines(
-                    data[bound][own],
-                    y - 0.5 * slot,
-                    y + 0.5 * slot,
-                    color=color,
-                    linewidth=0.9,
-                    zorder=2,
-                )
-            ax.hlines(
-                y,
-                data["lower"][own],
-                data["upper"][own],
-                color=style.color,
-                linewidth=0.8,
-                zorder=3,
-            )
-            ax.plot(
-                data["speedup"][own], y, **style.marks(linestyle="none", markersize=size, zorder=4)
-            )
-        ax.set_yticks(range(len(pairs)), names)
-        layout.log_axis(ax.xaxis, low, high, int(np.clip(room / 0.25, 2, 12)))
+    figure, panels, _ = layout.panel_list(
+        len(speedups.settings),
+        lines.panel_in,
+        0.42,
+        lines.across,
+        handles=_dot_handles(looks, speedups.interval),
+        legend=speedups.label("speedup (log scale)"),
+        sharex=True,
+        sharey=True,
+    )
+    limits = speedups.range(["speedup", "lower", "upper", *BOUNDS])
+    for i, (ax, setting) in enumerate(zip(panels, speedups.settings)):
+        ax.set(xscale="log", xlim=limits, ylim=(len(speedups.pairs) - 0.5, -0.5))
+        ax.set_title(lines.titles[i], pad=4)
+        ax.tick_params(axis="x", labelbottom=i + lines.across >= len(speedups.settings))
+        _empty_lines(ax, [name for name, _ in speedups.pairs])
+        _draw_dots(ax, speedups, setting, looks, lines.line_in)
+        ax.set_yticks(range(len(lines.names)), lines.names)
+        layout.log_axis(ax.xaxis, *limits, int(np.clip(lines.room_in / 0.25, 2, 12)))
     return layout.laid_out(figure)
 
 
-def _curves(
-    data: layout.FigurePoints, styles: Mapping[str, Style], axis: str, interval: str, x_label: str
-) -> Figure:
+def _dot_handles(looks: Mapping[str, Style], interval: str) -> list[Line2D]:
+    tick: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 1.1}
+    return [
+        *(Line2D([], [], **style.marks(linestyle="none"), label=n) for n, style in looks.items()),
+        Line2D([], [], color=INK, linewidth=0.8, label=interval),
+        *(
+            Line2D([], [], color=color, linestyle="none", **tick, label=n)
+            for n, (*_, color) in BOUNDS.items()
+        ),
+    ]
+
+
+def _empty_lines(ax: Axes, candidates: Sequence[str]) -> None:
+    """Draw the lines of a panel of dots: every other candidate is shaded."""
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
+    shaded = list(dict.fromkeys(candidates))[::2]
+    for place, name in enumerate(candidates):
+        if name in shaded:
+            ax.axhspan(place - 0.5, place + 0.5, color="#F0F0F0", linewidth=0, zorder=0)
+
+
+def _draw_dots(
+    ax: Axes, speedups: Speedups, setting: str, looks: Mapping[str, Style], line_in: float
+) -> None:
+    slot = 0.8 / len(looks)
+    size = float(np.clip(72 * line_in * slot * 0.75, 2.2, 3.4))
+    for k, (device, style) in enumerate(looks.items()):
+        data = layout.of_panel(speedups.data, setting, device)
+        lines = [speedups.pairs.index(pair) for pair in zip(data["candidate"], data["at"])]
+        y = np.array(lines, dtype=float) + (k - 0.5 * (len(looks) - 1)) * slot
+        ends = y - 0.5 * slot, y + 0.5 * slot
+        for bound, (*_, color) in BOUNDS.items():
+            ax.vlines(data[bound], *ends, color=color, linewidth=0.9, zorder=2)
+        ax.hlines(y, data["lower"], data["upper"], color=style.color, linewidth=0.8, zorder=3)
+        marks = style.marks(linestyle="none", markersize=size, zorder=4)
+        ax.plot(data["speedup"], y, **marks)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What curves show besides speedups."""
+
+    few: bool  # at most MOST_CURVES candidates: bands and rings
+    bounds: Mapping[str, tuple[str, Any, str]]  # at most MOST_BOUNDED candidates
+    rings: bool
+
+    @classmethod
+    def of(cls, speedups: Speedups) -> _Look:
+        data = speedups.data
+        few = len(speedups.styles) <= MOST_CURVES
+        pay = (
+            pays_from(data["at"][rows], data["lower"][rows]) is not None
+            for panel in set(zip(data["row"], data["column"], data["candidate"]))
+            if len(rows := speedups.rows(*panel)) > 1
+        )
+        bounds = BOUNDS if len(speedups.styles) <= MOST_BOUNDED else {}
+        return cls(few, bounds, few and any(pay))
+
+    @property
+    def band(self) -> dict[str, Any]:
+        return _BAND if self.bounds else {**_BAND, "alpha": 0.08}
+
+    def handles(self, speedups: Speedups, width_in: float) -> list[Any]:
+        handles: list[Any] = [
+            Line2D([], [], **style.marks(), label=layout.wrapped(label(name), 0.9 * width_in))
+            for name, style in speedups.styles.items()
+        ]
+        for name, (_, line, _) in self.bounds.items():
+            handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
+        if self.few:
+            handles.append(Patch(color=INK, **_BAND, label=speedups.interval))
+        if speedups.axis == "sparsity":
+            handles.append(Line2D([], [], **_NOMINAL, label="nominal 1 / (1 - s)"))
+        if self.rings:
+            handles.append(Line2D([], [], **_RING, markeredgecolor=INK, label=PAYS))
+        return handles
+
+
+def _curves(speedups: Speedups) -> Figure:
     """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without
     bounds, more as lines."""
-    few = len(styles) <= MOST_CURVES
-    bounds, band = (
-        (BOUNDS, _BAND) if len(styles) <= MOST_BOUNDED else ({}, {**_BAND, "alpha": 0.08})
-    )
-    rings = few and any(
-        pays_from(data["at"][own], data["lower"][own]) is not None
-        for r, c, name in set(zip(data["row"], data["column"], data["candidate"]))
-        if len(own := _own(data, r, c, name)) > 1
-    )
-    rows, across = (len(set(data[name])) for name in ("row", "column"))
-    width = layout.width_of(rows * across)
-    texts = {name: layout.wrapped(label(name), 0.9 * width) for name in styles}
-    handles: list[Any] = [
-        Line2D([], [], **style.marks(), label=texts[name]) for name, style in styles.items()
-    ]
-    for name, (_, line, _) in bounds.items():
-        handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
-    if few:
-        handles.append(Patch(color=INK, **_BAND, label=interval))
-    if axis == "sparsity":
-        handles.append(Line2D([], [], **_NOMINAL, label="nominal 1 / (1 - s)"))
-    if rings:
-        handles.append(Line2D([], [], **_RING, markeredgecolor=INK, label=PAYS))
-    low, high = _range(data, ["speedup", "lower", "upper", *bounds] if few else ["speedup"])
+    look, across = _Look.of(speedups), len(speedups.devices)
+    width = layout.width_of(len(speedups.settings) * across)
+    handles = look.handles(speedups, width)
     room = PAGE_HEIGHT_IN - 0.5 - 0.14 * layout.legend_lines(handles, width)
-    panel_in = float(np.clip(room / rows, 0.7, 1.6))
-    # fit the height of a panel
-    titles = {r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in data["row"]}
-    look: dict[str, Any] = {
-        "handles": handles,
-        "legend": x_label,
-        "names": titles,
-        "sharex": True,
-        "sharey": True,
-    }
-    figure, panels = layout.panel_grid(data, panel_in, 0.5, width_in=width, **look)
-    for (r, c), ax in panels.items():
-        ax.set(yscale="log", ylim=(low, high))
+    panel_in = float(np.clip(room / len(speedups.settings), 0.7, 1.6))
+    served = speedups.serves and speedups.axis == "batch"
+    figure, panels = layout.panel_grid(
+        speedups.data,
+        panel_in,
+        0.5,
+        width_in=width,
+        handles=handles,
+        legend=speedups.label(batch_name("serve") if served else AXES[speedups.axis]),
+        # fit the height of a panel
+        names={r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in speedups.settings},
+        sharex=True,
+        sharey=True,
+    )
+    limits = speedups.range(
+        ["speedup", "lower", "upper", *look.bounds] if look.few else ["speedup"]
+    )
+    values = np.unique(speedups.data["at"]).astype(float)
+    for panel, ax in panels.items():
+        ax.set(yscale="log", ylim=limits)
         ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
-        for name, style in styles.items():
-            own = _own(data, r, c, name)
-            x, speedup, lower, upper = (
-                data[column][own] for column in ("at", "speedup", "lower", "upper")
-            )
-            if few:
-                ax.fill_between(x, lower, upper, color=style.color, **band, zorder=2)
-                if not bounds:  # where three bands overlap, lines show the ends of each
-                    ax.plot(
-                        x,
-                        np.stack([lower, upper], axis=1),
-                        color=style.color,
-                        linewidth=0.5,
-                        zorder=2.2,
-                    )
-                for bound, (_, line, _) in bounds.items():
-                    ax.plot(
-                        x,
-                        data[bound][own],
-                        color=style.color,
-                        linestyle=line,
-                        linewidth=0.8,
-                        zorder=2.5,
-                    )
-                if len(own) == 1:  # neither a band nor a line
-                    ax.vlines(x, lower, upper, color=style.color, alpha=0.5, linewidth=1.5)
-                    for bound in bounds:
-                        ax.scatter(
-                            x, data[bound][own], color=style.color, marker="_", s=36, zorder=2.5
-                        )
-                elif (first := pays_from(x, lower)) is not None:
-                    ax.plot(
-                        x[[first]],
-                        speedup[[first]],
-                        **_RING,
-                        markeredgecolor=style.color,
-                        zorder=4.5,
-                    )
-            ax.plot(x, speedup, **style.marks(), zorder=4)
-        if axis == "sparsity":
-            removed = np.linspace(data["at"].min(), data["at"].max(), 100)
+        _draw_curves(ax, speedups, panel, look)
+        if speedups.axis == "sparsity":
+            removed = np.linspace(values[0], values[-1], 100)
             ax.plot(removed, 1.0 / (1.0 - removed), **_NOMINAL, zorder=1.8)
-        layout.log_axis(ax.yaxis, low, high, 7)
-    _value_axes(panels, np.unique(data["at"]).astype(float), axis, (width - 0.6) / across)
+        layout.log_axis(ax.yaxis, *limits, 7)
+    _value_axes(panels, values, speedups.axis, (width - 0.6) / across)
     return layout.laid_out(figure, "speedup (log scale)")
+
+
+def _draw_curves(ax: Axes, speedups: Speedups, panel: tuple[str, str], look: _Look) -> None:
+    for name, style in speedups.styles.items():
+        rows = speedups.rows(*panel, name)
+        _curve(ax, {column: values[rows] for column, values in speedups.data.items()}, style, look)
+
+
+def _curve(ax: Axes, data: layout.FigurePoints, style: Style, look: _Look) -> None:
+    """Draw one candidate in a panel."""
+    x, speedup, lower, upper = (data[column] for column in ("at", "speedup", "lower", "upper"))
+    color: dict[str, Any] = {"color": style.color}
+    if look.few:
+        ax.fill_between(x, lower, upper, **color, **look.band, zorder=2)
+        if not look.bounds:  # where three bands overlap, lines show the ends of each
+            ax.plot(x, np.stack([lower, upper], axis=1), **color, linewidth=0.5, zorder=2.2)
+        for bound, (_, line, _) in look.bounds.items():
+            ax.plot(x, data[bound], **color, linestyle=line, linewidth=0.8, zorder=2.5)
+        if len(x) == 1:  # neither a band nor a line
+            ax.vlines(x, lower, upper, **color, alpha=0.5, linewidth=1.5)
+            for bound in look.bounds:
+                ax.scatter(x, data[bound], **color, marker="_", s=36, zorder=2.5)
+        elif (first := pays_from(x, lower)) is not None:
+            ring = {**_RING, "markeredgecolor": style.color}
+            ax.plot(x[[first]], speedup[[first]], **ring, zorder=4.5)
+    ax.plot(x, speedup, **style.marks(), zorder=4)
 
 
 def _value_axes(
@@ -419,46 +482,51 @@ def _value_axes(
 def services_of(services: Sequence[Service]) -> Figure:
     """Draw the throughput of services over their time per output token, one panel each, from a
     single request (bottom left) to as many as fit, which the name of a curve states."""
-    engines, devices = (
-        len({getattr(s.points[0], name) for s in services}) for name in ("engine", "hardware")
-    )
-    first = services[0].points[0]
-    model = "" if len(services) > 1 else f"{model_title(first.model)}, "
-    many = f"{first.devices} × " if first.devices > 1 else ""
+    points = [service.points[0] for service in services]
+    about = "" if len(services) > 1 else f"{model_title(points[0].model)}, "
+    about += f"{points[0].devices} × " if points[0].devices > 1 else ""
     curves = [_throughputs(service) for service in services]
     with paper_style():
-        most: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK, "markersize": 5.5}
-        handles: list[Any] = [Line2D([], [], **most, label="as many as fit (number)")]
-        if any(_within(service) for service in services):
-            handles.append(
-                Line2D([], [], **_LIMIT_RING, markeredgecolor=INK, label="most within the limits")
-            )
-        handles.append(
-            Patch(color=INK, alpha=0.12, linewidth=0, label=layout.interval(first.level))
-        )
-        look: dict[str, Any] = {"handles": handles, "sharex": True, "sharey": True}
         figure, axes, columns = layout.panel_list(
-            len(services), 2.3, 0.35, layout.across(devices, engines), **look
+            len(services),
+            2.3,
+            0.35,
+            layout.across(len({p.hardware for p in points}), len({p.engine for p in points})),
+            handles=_service_handles(services),
+            sharex=True,
+            sharey=True,
         )
-        every = [
-            np.concatenate([curve[i].ravel() for some in curves for curve in some.values()])
-            for i in (0, 1)
-        ]
-        pads = [float(values.max() / values.min()) ** 0.05 for values in every]
-        ranges = [(float(v.min()) / pad, float(v.max()) * pad) for v, pad in zip(every, pads)]
+        x_limits, y_limits = (
+            _padded([c[i] for some in curves for c in some.values()]) for i in (0, 1)
+        )
         room_in = layout.width_of(len(services)) / columns - 0.4
-        for i, (ax, service, some) in enumerate(zip(axes, services, curves)):
-            ax.set(xscale="log", yscale="log", xlim=ranges[0], ylim=ranges[1])
-            ax.set_title(
-                layout.wrapped(f"{model}{many}{layout.device(service.points[0])}", room_in), pad=5
-            )
+        for i, ax in enumerate(axes):
+            ax.set(xscale="log", yscale="log", xlim=x_limits, ylim=y_limits)
+            ax.set_title(layout.wrapped(about + layout.device(points[i]), room_in), pad=5)
             ax.set_xlabel("time per output token (ms)", labelpad=2)
             ax.set_ylabel("tokens/s per GPU" if i % columns == 0 else "")
-            layout.log_axis(ax.xaxis, *ranges[0], 6)
-            layout.log_axis(ax.yaxis, *ranges[1], 6)
-            _draw_throughputs(ax, service, some)
-            _name_throughputs(ax, service, some)
+            layout.log_axis(ax.xaxis, *x_limits, 6)
+            layout.log_axis(ax.yaxis, *y_limits, 6)
+            _draw_throughputs(ax, services[i], curves[i])
+            _name_throughputs(ax, services[i], curves[i])
         return layout.laid_out(figure)
+
+
+def _padded(columns: Sequence[FloatArray]) -> tuple[float, float]:
+    """Return limits of a logarithmic axis with room next to the values."""
+    values = np.concatenate([column.ravel() for column in columns])
+    pad = float(values.max() / values.min()) ** 0.05
+    return float(values.min()) / pad, float(values.max()) * pad
+
+
+def _service_handles(services: Sequence[Service]) -> list[Any]:
+    most: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK, "markersize": 5.5}
+    handles: list[Any] = [Line2D([], [], **most, label="as many as fit (number)")]
+    if any(_within(service) for service in services):
+        ring = {**_LIMIT_RING, "markeredgecolor": INK}
+        handles.append(Line2D([], [], **ring, label="most within the limits"))
+    interval = layout.interval(services[0].points[0].level)
+    return [*handles, Patch(color=INK, alpha=0.12, linewidth=0, label=interval)]
 
 
 def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
@@ -487,34 +555,24 @@ def _within(service: Service) -> dict[str, OperatingPoint]:
 def _draw_throughputs(
     ax: Axes, service: Service, curves: Mapping[str, tuple[FloatArray, FloatArray]]
 ) -> None:
-    if (limit_s := service.limits.tpot_s) is not None:
-        ax.axvline(1e3 * limit_s, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=1.5)
-        where: dict[str, Any] = {
-            "rotation": 90,
-            "va": "bottom",
-            "ha": "right",
-            "fontsize": 6,
-            "color": PALE_INK,
-        }
-        ax.text(1e3 * limit_s, ax.get_ylim()[0] * 1.1, f"limit {1e3 * limit_s:.3g} ms", **where)
+    if service.limits.tpot_s is not None:
+        limit_ms = 1e3 * service.limits.tpot_s
+        ax.axvline(limit_ms, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=1.5)
+        where: dict[str, Any] = {"rotation": 90, "va": "bottom", "ha": "right", "fontsize": 6}
+        bottom = ax.get_ylim()[0] * 1.1
+        ax.text(limit_ms, bottom, f"limit {limit_ms:.3g} ms", color=PALE_INK, **where)
     families = {p.name: p.family for p in service.curve if p.pruning}
     styles, within = {DENSE.label: DENSE, **styles_of(families)}, _within(service)
-    for name, ((x, low_x, high_x), (y, low_y, high_y)) in curves.items():
+    for name, (x, y) in curves.items():
         style = styles[name]
         # a slower pass moves a point right and down
-        edge = np.concatenate([low_x, high_x[::-1]]), np.concatenate([high_y, low_y[::-1]])
+        edge = np.concatenate([x[1], x[2][::-1]]), np.concatenate([y[2], y[1][::-1]])
         ax.fill(*edge, color=style.color, alpha=0.12, linewidth=0, zorder=2)
-        ax.plot(x, y, **style.marks(markersize=2.6, zorder=4))
-        ax.plot(x[-1:], y[-1:], **style.marks(markersize=5.5, zorder=4.5))
+        ax.plot(x[0], y[0], **style.marks(markersize=2.6, zorder=4))
+        ax.plot(x[0, -1:], y[0, -1:], **style.marks(markersize=5.5, zorder=4.5))
         if name in within:
-            point = within[name]
-            ax.plot(
-                1e3 * point.tpot_s,
-                point.tokens_per_s,
-                **_LIMIT_RING,
-                markeredgecolor=style.color,
-                zorder=4.5,
-            )
+            place = 1e3 * within[name].tpot_s, within[name].tokens_per_s
+            ax.plot(*place, **_LIMIT_RING, markeredgecolor=style.color, zorder=4.5)
 
 
 def _name_throughputs(

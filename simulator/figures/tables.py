@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
+from simulator.arrays import BoolArray, FloatArray
 from simulator.codes import Kernel
 from simulator.figures.layout import (
     FigurePoints,
@@ -75,27 +76,33 @@ def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     """
     data = arrays(cells)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
-    shown = data["fits"].astype(bool)
     with paper_style():
-        families = in_order(data["winner"][shown])
-        looks = [(style_of(n).marks(linestyle="none"), label(n)) for n in families if n]
-        handles: list[Any] = [Line2D([], [], **look, label=name) for look, name in looks]
-        blank: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
-        if "" in families:
-            handles.append(Patch(**blank, hatch="////", label="no speedup"))
-        if not data["certain"][shown].all():
-            handles.append(
-                Patch(facecolor=BLUE, alpha=PALE, linewidth=0, label="pale: winner uncertain")
-            )
-        if not shown.all():
-            handles.append(Patch(**blank, label="blank: dense model exceeds memory"))
         figure, panels = panel_grid(
-            data, _CELL_IN * len(lengths), 0.66, handles=handles, legend="batch"
+            data, _CELL_IN * len(lengths), 0.66, handles=_winner_handles(data), legend="batch"
         )
         for place, ax in panels.items():
             _draw_winners(ax, of_panel(data, *place), batches, lengths)
         as_table(panels, [str(b) for b in batches], [short(n) for n in lengths])
         return laid_out(figure, "sequence (tokens)")
+
+
+def _winner_handles(data: FigurePoints) -> list[Any]:
+    shown = data["fits"].astype(bool)
+    families = in_order(data["winner"][shown])
+    handles: list[Any] = [
+        Line2D([], [], **style_of(name).marks(linestyle="none"), label=label(name))
+        for name in families
+        if name
+    ]
+    blank: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
+    if "" in families:
+        handles.append(Patch(**blank, hatch="////", label="no speedup"))
+    if not data["certain"][shown].all():
+        pale: dict[str, Any] = {"facecolor": BLUE, "alpha": PALE, "linewidth": 0}
+        handles.append(Patch(**pale, label="pale: winner uncertain"))
+    if not shown.all():
+        handles.append(Patch(**blank, label="blank: dense model exceeds memory"))
+    return handles
 
 
 def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: list[int]) -> None:
@@ -104,33 +111,31 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
     data = {name: values[data["fits"].astype(bool)] for name, values in data.items()}
     x = np.array([batches.index(int(b)) for b in data["batch"]], dtype=float)
     y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
-    winner, gains = data["winner"], data["winner"] != ""
+    gains, centers = data["winner"] != "", np.stack([x, y], axis=1)
+    _draw_cells(ax, centers[gains], facecolors=_gain_colors(data, gains), linewidths=0.6)
+    none: dict[str, Any] = {"edgecolors": "#B8B8B8", "linewidths": 0.0, "hatch": "////"}
+    _draw_cells(ax, centers[~gains], facecolors="white", **none)
+    for name in in_order(data["winner"][gains]):
+        won = data["winner"] == name
+        look = style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6)
+        ax.plot(x[won], y[won] + 0.22, **look)
+    for i in np.flatnonzero(gains):
+        ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", **_NUMBER)
 
+
+def _gain_colors(data: FigurePoints, gains: BoolArray) -> list[Any]:
     colors = []
-    for name, certain in zip(winner[gains], data["certain"][gains]):
+    for name, certain in zip(data["winner"][gains], data["certain"][gains]):
         color, opacity = style_of(name).color, CERTAIN if certain else PALE
         # numbers would be unreadable on a darker black
         colors.append(to_rgba(color, 0.6 * opacity if color == BLACK else opacity))
-    gain: dict[str, Any] = {"facecolors": colors, "edgecolors": "white", "linewidths": 0.6}
-    none: dict[str, Any] = {
-        "facecolors": "white",
-        "edgecolors": "#B8B8B8",
-        "linewidths": 0.0,
-        "hatch": "////",
-    }
-    for chosen, look in ((gains, gain), (~gains, none)):
-        if chosen.any():
-            center = np.stack([x[chosen], y[chosen]], axis=1)
-            ax.add_collection(PolyCollection(list(center[:, None, :] + np.array(_SQUARE)), **look))
-    for name in in_order(winner[gains]):
-        own = winner == name
-        ax.plot(
-            x[own],
-            y[own] + 0.22,
-            **style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6),
-        )
-    for i in np.flatnonzero(gains):
-        ax.text(x[i], y[i] - 0.20, f"{data['speedup'][i]:.2f}", **_NUMBER)
+    return colors
+
+
+def _draw_cells(ax: Axes, centers: FloatArray, *, edgecolors: str = "white", **look: Any) -> None:
+    if len(centers):
+        squares = list(centers[:, None, :] + np.array(_SQUARE))
+        ax.add_collection(PolyCollection(squares, edgecolors=edgecolors, **look))
 
 
 def efficiency_figure(points: Mapping[str, Any]) -> Figure:
@@ -141,32 +146,37 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
     with paper_style():
         figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
-        for panel, ax in panels.items():
-            own, colors = of_panel(data, *panel), np.ones((len(families), len(batches), 3))
-            efficiency = dict(zip(zip(own["family"], own["batch"]), own["efficiency"]))
-            for i, j in np.ndindex(len(families), len(batches)):
-                value = float(efficiency.get((families[i], batches[j]), np.nan))
-                colors[i, j], ink = _color(value)
-                ax.text(j, i, number(value), color=ink, **_NUMBER)
-            ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(len(families) - 0.5, -0.5))
-            edges = (np.arange(count + 1) - 0.5 for count in (len(batches), len(families)))
-            ax.pcolormesh(*edges, colors, edgecolors="white", linewidth=0.5)
+        for place, ax in panels.items():
+            _draw_efficiencies(ax, of_panel(data, *place), families, batches)
         as_table(panels, [str(b) for b in batches], [label(f) for f in families])
-        # a scale of the colours below the panels
-        shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
-        place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
-        bar = figure.colorbar(
-            ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=list(panels.values()), **place
-        )
-        bar.set_ticks(
-            [LOSS, 0.0, 0.5, CLOSE],
-            labels=["slower than dense", "no gain", "half", "all of the bound"],
-        )
-        # label of the x axes of the panels
-        bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)
-        bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
-        bar.outline.set_visible(False)
+        _draw_scale(figure, list(panels.values()))
         return laid_out(figure)
+
+
+def _draw_efficiencies(
+    ax: Axes, data: FigurePoints, families: list[str], batches: list[int]
+) -> None:
+    colors = np.ones((len(families), len(batches), 3))
+    efficiency = dict(zip(zip(data["family"], data["batch"]), data["efficiency"]))
+    for i, j in np.ndindex(len(families), len(batches)):
+        value = float(efficiency.get((families[i], batches[j]), np.nan))
+        colors[i, j], ink = _color(value)
+        ax.text(j, i, number(value), color=ink, **_NUMBER)
+    ax.set(xlim=(-0.5, len(batches) - 0.5), ylim=(len(families) - 0.5, -0.5))
+    edges = (np.arange(count + 1) - 0.5 for count in (len(batches), len(families)))
+    ax.pcolormesh(*edges, colors, edgecolors="white", linewidth=0.5)
+
+
+def _draw_scale(figure: Figure, panels: list[Axes]) -> None:
+    """Draw a scale of the colours below the panels, whose title is the label of their x axes."""
+    shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
+    place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
+    bar = figure.colorbar(ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=panels, **place)
+    texts = ["slower than dense", "no gain", "half", "all of the bound"]
+    bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=texts)
+    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)
+    bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
+    bar.outline.set_visible(False)
 
 
 def number(value: float) -> str:
@@ -239,33 +249,18 @@ def taxonomy_figure(
     operator that the model lacks. A row is a family with the axis that it changes and the operators
     that it adds."""
     values = np.asarray(kept, dtype=float)
-    wide, left, right, top, bottom = width_of(len(operators)), 1.38, 1.04, 0.30, 0.05
+    wide, left, right, top = width_of(len(operators)), 1.38, 1.04, 0.30
     with paper_style():
-        height = top + bottom + _ROW_IN * len(family)
+        height = top + 0.05 + _ROW_IN * len(family)
         figure = Figure(figsize=(wide, height))
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set(xlim=(0, wide), ylim=(height, 0))
         ax.axis("off")
         cell = (wide - left - right) / len(operators)
+        bold: dict[str, Any] = {"va": "bottom", "fontsize": 7, "fontweight": "bold"}
         for j, name in enumerate(operators):
-            ax.text(
-                left + (j + 0.5) * cell,
-                top - 0.09,
-                name,
-                ha="center",
-                va="bottom",
-                fontsize=7,
-                fontweight="bold",
-            )
-        ax.text(
-            wide - right + 0.06,
-            top - 0.09,
-            "adds",
-            ha="left",
-            va="bottom",
-            fontsize=7,
-            fontweight="bold",
-        )
+            ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", **bold)
+        ax.text(wide - right + 0.06, top - 0.09, "adds", ha="left", **bold)
         ax.hlines(top - 0.04, 0.05, wide - 0.05, color=INK, linewidth=0.6)
         for i, name in enumerate(family):
             y = top + (i + 0.5) * _ROW_IN
@@ -275,18 +270,9 @@ def taxonomy_figure(
             ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
             ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
-            extra: dict[str, Any] = {
-                "fontsize": 6,
-                "color": BLACK if adds[i] else GREY,
-                "linespacing": 1.05,
-            }
-            ax.text(
-                wide - right + 0.06,
-                y,
-                textwrap.fill(adds[i] or "nothing", 20),
-                va="center",
-                **extra,
-            )
+            added = textwrap.fill(adds[i] or "nothing", 20)
+            look: dict[str, Any] = {"va": "center", "fontsize": 6, "linespacing": 1.05}
+            ax.text(wide - right + 0.06, y, added, color=BLACK if adds[i] else GREY, **look)
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
     return figure
@@ -310,14 +296,8 @@ def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color:
             style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
             ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
             ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)
-            ax.text(
-                start + full + 0.03,
-                middle,
-                f"{100 * share:.0f}",
-                ha="left",
-                va="center_baseline",
-                fontsize=6,
-            )
+            text: dict[str, Any] = {"ha": "left", "va": "center_baseline", "fontsize": 6}
+            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", **text)
         else:
             ax.plot(
                 [start, start + full],

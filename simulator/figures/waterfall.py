@@ -16,6 +16,7 @@ from simulator.figures.layout import (
     laid_out,
     log_axis,
     panel_list,
+    title_in,
     titled,
     width_of,
     wrapped,
@@ -80,20 +81,24 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> 
     rows = [folded(panels[i : i + columns]) for i in range(0, len(panels), columns)]
     panels = [p for row in rows for p in row]
     with paper_style():
-        titles = max(p.title.count("\n") + 1 for p in panels)
         lines = [len(row[0].names) + 2 for row in rows]
-        panel_in = 0.155 * sum(lines) / len(lines) + 0.24 + 0.13 * titles
+        panel_in = 0.155 * sum(lines) / len(lines) + 0.24 + title_in(p.title for p in panels)
         figure, axes, _ = panel_list(len(panels), panel_in, 0.18, columns, height_ratios=lines)
-        values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
-        low, high = float(values.min()), float(values.max())
-        span = max(high / low, 1.1)
-        for i, (ax, panel) in enumerate(zip(axes, panels)):
-            # with room for the factors next to the bars
-            _draw(ax, panel, low / span**0.08, high * span**0.34)
+        limits = _limits(panels)
+        for i, ax in enumerate(axes):
+            _draw(ax, panels[i], *limits)
             ax.tick_params(labelleft=i % columns == 0)
             if i + columns >= len(panels):
                 ax.set_xlabel("speedup (log scale)")
         return laid_out(figure)
+
+
+def _limits(panels: Sequence[Steps]) -> tuple[float, float]:
+    """Return the ends of the axis, with room for the factors next to the bars."""
+    values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
+    low, high = float(values.min()), float(values.max())
+    span = max(high / low, 1.1)
+    return low / span**0.08, high * span**0.34
 
 
 def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:

@@ -39,8 +39,8 @@ instead.
 vLLM's GEMMs were timed on inputs that are not random, which take less power, so large products are
 5 to 16 % too fast; SGLang calls the same libraries. Servers do not use the settings with which
 experts of vLLM and SGLang were timed: Qwen3-235B in SGLang is predicted 20 % too fast with SGLang's
-experts, 7 % with TensorRT-LLM's (calibration/measurements/serving.csv, H200). Experts on other
-architectures than :data:`EXPERTS_ON` stay."""
+experts, 7 % with TensorRT-LLM's (calibration/evidence/measurements/serving.csv, H200). Experts on
+other architectures than :data:`EXPERTS_ON` stay."""
 EXPERTS_ON = ("ampere", "hopper")
 
 _ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")

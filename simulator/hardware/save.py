@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     Examples
     --------
     >>> from tempfile import TemporaryDirectory
-    >>> from dataclasses import replace
+    >>> from dataclasses import dataclass, replace
     >>> import simulator
     >>> half = replace(simulator.load_hardware("cpu"), name="half", aliases=(), power_w=50.0)
     >>> with TemporaryDirectory() as folder:
@@ -179,76 +179,75 @@ def _write(path: Path, text: str, problems: Problems, file: str, packed: bytes) 
     library.forget()
 
 
+@dataclass
+class _Cited:
+    """Facts of a profile with the short names of their sources."""
+
+    profile: HardwareProfile
+    references: dict[str, str]  # short name -> source
+
+    @classmethod
+    def of(cls, profile: HardwareProfile) -> _Cited:
+        """Give each source without a short name a new one."""
+        references = dict(profile.references)
+        for text in dict.fromkeys(profile.sources.values()):
+            if text not in references.values():
+                names = (f"source_{i}" for i in range(1, len(references) + 2))
+                references[next(name for name in names if name not in references)] = text
+        return cls(profile, references)
+
+    def about(self, key: str) -> dict[str, str]:
+        source = self.profile.sources.get(key, "")
+        short = next((name for name, text in self.references.items() if text == source), "")
+        return {"source": short, "note": self.profile.notes.get(key, "")}
+
+    def fact(self, key: str, value: Any) -> schema.Fact[Any]:
+        return schema.Fact(value, **self.about(key))
+
+    def speed(self, key: str, link: Link) -> dict[str, schema.Fact[float]]:
+        bandwidth = self.fact(f"{key}.bandwidth", link.bandwidth_bytes_per_s)
+        return {"bandwidth": bandwidth, "latency": self.fact(f"{key}.latency", link.latency_s)}
+
+
 def _facts(profile: HardwareProfile) -> schema.ProfileFile:
     """Return the file of a profile without its fitted sections."""
-    references = dict(profile.references)
-    short = {text: key for key, text in reversed(references.items())}
-    for text in profile.sources.values():
-        if text not in short:
-            key = next(
-                f"source_{i}"
-                for i in range(1, len(references) + 2)
-                if f"source_{i}" not in references
-            )
-            references[key], short[text] = text, key
-
-    def about(key: str) -> dict[str, str]:
-        return {
-            "source": short.get(profile.sources.get(key, ""), ""),
-            "note": profile.notes.get(key, ""),
-        }
-
-    def fact(key: str, value: Any) -> schema.Fact[Any]:
-        return schema.Fact(value, **about(key))
-
-    def speed(key: str, one: Link) -> tuple[schema.Fact[float], schema.Fact[float]]:
-        return fact(f"{key}.bandwidth", one.bandwidth_bytes_per_s), fact(
-            f"{key}.latency", one.latency_s
-        )
-
+    cited = _Cited.of(profile)
     facts = {
-        key: fact(key, getattr(profile, attribute))
+        key: cited.fact(key, getattr(profile, attribute))
         for key, (attribute, _) in schema.QUANTITIES.items()
     }
     if "max_clock" not in profile.sources and profile.max_clock_hz == profile.boost_clock_hz:
         del facts["max_clock"]
-    link = bridge = None
-    if one := profile.link:
-        connection = (
-            fact("link.connection", one.connection)
-            if "link.connection" in profile.sources
-            else None
-        )
-        bandwidth, latency = speed("link", one)
-        link = schema.LinkFacts(
-            kind=one.kind,
-            connection=connection,
-            max_devices=one.max_devices,
-            bandwidth=bandwidth,
-            latency=latency,
-        )
-    if pair := profile.bridge:
-        bridge = schema.BridgeFacts(pair.kind, *speed("bridge", pair))
     rates = {
         dtype: schema.RateFact(
-            rate.flop_per_s, rate.accumulate, rate.sparse_factor, **about(f"rates.{dtype}")
+            rate.flop_per_s, rate.accumulate, rate.sparse_factor, **cited.about(f"rates.{dtype}")
         )
         for dtype, rate in profile.rates.items()
     }
     sheet = schema.Datasheet(
-        sm_count=fact("sm_count", profile.sm_count), **facts, rates=rates, link=link, bridge=bridge
+        sm_count=cited.fact("sm_count", profile.sm_count),
+        **facts,
+        rates=rates,
+        link=_link(cited, profile.link) if profile.link else None,
+        bridge=schema.BridgeFacts(profile.bridge.kind, **cited.speed("bridge", profile.bridge))
+        if profile.bridge
+        else None,
     )
-    same = (
-        "name",
-        "title",
-        "vendor",
-        "architecture",
-        "aliases",
-        "stacks_of",
-        "own_stack",
-        "verdict",
-    )
-    own = {name: getattr(profile, name) for name in same}
     return schema.ProfileFile(
-        schema_version=schema.SCHEMA_VERSION, sources=references, datasheet=sheet, **own
+        schema_version=schema.SCHEMA_VERSION,
+        sources=cited.references,
+        datasheet=sheet,
+        aliases=profile.aliases,
+        own_stack=profile.own_stack,
+        **{name: getattr(profile, name) for name in schema.SAME},
+    )
+
+
+def _link(cited: _Cited, link: Link) -> schema.LinkFacts:
+    key = "link.connection"
+    return schema.LinkFacts(
+        kind=link.kind,
+        connection=cited.fact(key, link.connection) if key in cited.profile.sources else None,
+        max_devices=link.max_devices,
+        **cited.speed("link", link),
     )

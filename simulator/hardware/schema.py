@@ -105,6 +105,9 @@ class RateFact:
     source: SourceName
     note: Quoted = ""
 
+    def loaded(self) -> Rate:
+        return Rate(self.value, self.accumulate, self.sparse_factor)
+
 
 Bandwidth = Fact[Annotated[float, Quantity("B/s", 1e6, 1e14)]]
 Latency = Fact[Annotated[float, Quantity("s", 1e-9, 1.0)]]
@@ -119,12 +122,20 @@ class LinkFacts:
     bandwidth: Bandwidth
     latency: Latency
 
+    def loaded(self) -> Link:
+        connection = self.connection.value if self.connection else ""
+        speed = self.bandwidth.value, self.latency.value
+        return Link(self.kind, *speed, self.max_devices, connection)
+
 
 @dataclass(eq=False, repr=False)
 class BridgeFacts:
     kind: String
     bandwidth: Bandwidth
     latency: Latency
+
+    def loaded(self) -> Link:
+        return Link(self.kind, self.bandwidth.value, self.latency.value, 2, "bridge")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -232,6 +243,9 @@ class UpdateEntry:
                 f"expected {systematic.shape[1]} names, one per column of the array systematic"
             )
             raise InputError(f"factors: {expected}, got {len(self.factors)}")
+
+    def loaded(self) -> LocalUpdate:
+        return LocalUpdate(self.provenance, self.factors, self.arrays)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -371,47 +385,36 @@ def _value(scalar: Scalar, node: Node) -> float:
         return math.nan
 
 
+# keys of a file and attributes of a profile that have the same name and value
+SAME = ("name", "title", "vendor", "architecture", "stacks_of", "verdict")
+
+
 def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
-    sheet, facts, entry = top.datasheet, dict(top.datasheet.facts()), top.local_update
+    sheet, facts = top.datasheet, dict(top.datasheet.facts())
     values = {
         attribute: facts[key].value for key, (attribute, _) in QUANTITIES.items() if key in facts
     }
     values.setdefault("max_clock_hz", values["boost_clock_hz"])
-    rates = {
-        dtype: Rate(rate.value, rate.accumulate, rate.sparse_factor)
-        for dtype, rate in sheet.rates.items()
-    }
-    link = bridge = None
-    if found := sheet.link:
-        connection = found.connection.value if found.connection else ""
-        link = Link(
-            found.kind, found.bandwidth.value, found.latency.value, found.max_devices, connection
-        )
-    if pair := sheet.bridge:
-        bridge = Link(pair.kind, pair.bandwidth.value, pair.latency.value, 2, "bridge")
-    same = ("name", "title", "vendor", "architecture", "stacks_of", "verdict")
+    rates = {dtype: rate.loaded() for dtype, rate in sheet.rates.items()}
     profile = HardwareProfile(
-        **{name: getattr(top, name) for name in same},
+        **{name: getattr(top, name) for name in SAME},
         aliases=top.aliases or (),
         rates=MappingProxyType(rates),
         sm_count=sheet.sm_count.value,
         **values,
-        link=link,
-        bridge=bridge,
+        link=sheet.link.loaded() if sheet.link else None,
+        bridge=sheet.bridge.loaded() if sheet.bridge else None,
         sources=MappingProxyType({key: top.sources[fact.source] for key, fact in facts.items()}),
         notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
         references=top.sources,
-        local_update=LocalUpdate(entry.provenance, entry.factors, entry.arrays) if entry else None,
+        local_update=top.local_update.loaded() if top.local_update else None,
         engines=top.engines,
         path=path,
     )
-    sections = _sections(top.calibrated)
-    own = not top.own_stack and any(not section.stack for section in sections.values())
-    return (
-        replace(profile.calibrated(sections, top.own_stack), same_stack=own)
-        if sections
-        else profile
-    )
+    if not (sections := _sections(top.calibrated)):
+        return profile
+    unnamed = not top.own_stack and any(not section.stack for section in sections.values())
+    return replace(profile.calibrated(sections, top.own_stack), same_stack=unnamed)
 
 
 def _sections(calibrated: Calibrated, stack: str = "") -> Sections:

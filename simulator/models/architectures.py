@@ -13,16 +13,23 @@ routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import shown
-from simulator.errors import InputError
-from simulator.models.config import Block, DeltaNet, Latent, layer_fields
+from simulator.codes import Part
+from simulator.errors import InputError, one_line
+from simulator.models.model import Layer
+from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers.base import Sublayer
 
-ConfigFields = dict[str, Any]  # fields of simulator.ModelConfig
+# values of keys by name: fields of the model and of its usual sublayers; "attentions" and "mlps"
+# are the sublayers of each layer, if layers differ
+ConfigFields = dict[str, Any]
 
 # largest width, number of heads or vocabulary; products of these numbers do not overflow
 MAX_VALUE = 10_000_000
@@ -42,6 +49,13 @@ class Reader:
     data: Mapping[str, Any]
     source: str
     place: str = ""  # place of the object in the file
+    # keys that were looked up, whether the object has them or not
+    known: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def raw(self, key: str) -> Any:
+        """Return a value as it is, None if the key is missing."""
+        self.known.add(key)
+        return self.data.get(key)
 
     def fail(self, key: str, reason: str) -> InputError:
         return InputError(f"{self.source}: {self.place}{key}: {reason}")
@@ -49,7 +63,7 @@ class Reader:
     def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
         """Return a checked value; for null or a missing key the default, or an error without a
         default."""
-        value = self.data.get(key)
+        value = self.raw(key)
         value = default if value is None else value
         if value is None:
             raise self.fail(key, f"missing; expected {expected}")
@@ -69,7 +83,7 @@ class Reader:
 
     def or_none(self, key: str, default: int | None = None) -> int:
         """Return a whole number, or 0 for null."""
-        null = key in self.data and self.data[key] is None
+        null = self.raw(key) is None and key in self.data
         return 0 if null else self.integer(key, default, low=0)
 
     def number(self, key: str, default: float | None, high: float) -> float:
@@ -89,6 +103,14 @@ class Reader:
     def part(self, key: str) -> Reader:
         inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
         return Reader(inside, self.source, f"{self.place}{key}.")
+
+    def names(self, key: str) -> list[str]:
+        """Return a list of texts; an empty list without the key."""
+
+        def right(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+        return list(self.value(key, [], "a list of names", right))
 
     def parts(self, key: str, many: int) -> list[Reader]:
         def right(value: Any) -> bool:
@@ -115,7 +137,7 @@ class Reader:
     def rotary(self, key: str, default: float) -> float:
         """Return the rotated share of a head: from the key, or from ``rope_parameters``
         (transformers 5)."""
-        inside = self.data.get("rope_parameters")
+        inside = self.raw("rope_parameters")
         if key not in self.data and isinstance(inside, Mapping):
             return Reader(inside, self.source, f"{self.place}rope_parameters.").number(
                 key, default, 1
@@ -125,7 +147,7 @@ class Reader:
     def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
         """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the
         key."""
-        types = self.data.get("layer_types")
+        types = self.raw("layer_types")
         if types is None:
             return []
         if (
@@ -178,6 +200,8 @@ class Architecture:
     rotary: tuple[str, float] | None = None
     # defaults of shape keys that published files omit
     absent: Mapping[str, int] = field(default_factory=dict)
+    blocks: bool = False  # whether block_configs states the layers
+    unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
     more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
 
     def values(self, read: Reader) -> ConfigFields:
@@ -187,9 +211,10 @@ class Architecture:
         )
         kv_heads, head_dim = heads, self.head_dim
         if self.grouped:
-            absent = self.kv_heads if "num_key_value_heads" not in read.data else None
+            missing = read.raw("num_key_value_heads") is None
+            absent = self.kv_heads if missing and "num_key_value_heads" not in read.data else None
             kv_heads = read.integer("num_key_value_heads", absent or heads)
-        if head_dim is None and (not self.grouped or read.data.get("head_dim") is None):
+        if head_dim is None and (not self.grouped or read.raw("head_dim") is None):
             if hidden % heads:
                 given = " (no head_dim is given)" if self.grouped else ""
                 wrong = f"expected a divisor of hidden_size {hidden}{given}, got {heads}"
@@ -219,8 +244,6 @@ class Architecture:
             **self.fixed,
         }
         values |= self.more(read, values)
-        if read.data.get("block_configs") is not None and self.more is not _per_layer:
-            values |= _per_layer(read, values)
         if heads % kv_heads:
             raise read.fail(
                 "num_key_value_heads",
@@ -228,12 +251,59 @@ class Architecture:
             )
         return values
 
+    def model(self, read: Reader) -> dict[str, Any]:
+        """Return the fields of :class:`simulator.Model` that the configuration states."""
+        values = self.values(read)
+        layers = _layers(values)
+        if self.blocks or read.raw("block_configs") is not None:
+            layers = _block_layers(read, values, layers)
+        if read.raw("per_layer_config") is not None:
+            layers = _overridden(self, read, layers)
+        fields = {name: values[name] for name in _MODEL_FIELDS if name in values}
+        stated = (key for key in ("per_layer_config", "block_configs") if read.raw(key) is not None)
+        return fields | {"layers": tuple(layers), "layer_key": next(stated, "")}
 
-def _each(fields: ConfigFields, layers: int) -> tuple[Block, ...]:
-    """Return each layer, from the fields that :func:`layer_fields` returns or from those of a layer
-    without experts."""
-    names = ("heads", "kv_heads", "inner", "experts", "active", "expert_inner")
-    return fields.get("blocks") or (Block(*(fields.get(name, 0) for name in names)),) * layers
+
+_MODEL_FIELDS = (
+    *("hidden", "vocab", "max_positions", "tied", "norm", "pre_norms", "post_norms"),
+    *("final_norm", "learned_positions", "logit_softcap", "weight_dtype"),
+)
+
+
+def _attention(values: ConfigFields) -> Attention:
+    """Return the usual attention, without a window."""
+    flags = ("qkv_bias", "o_bias", "sinks")
+    return Attention(
+        heads=values["heads"],
+        kv_heads=values["kv_heads"],
+        head_dim=values["head_dim"],
+        rotary=values["rotary_dim"],
+        norm=values.get("qk_norm", ""),
+        gate=values.get("output_gate", False),
+        softcap=values.get("attention_softcap", False),
+        **{name: values.get(name, False) for name in flags},
+    )
+
+
+def _mlp(values: ConfigFields) -> Mlp:
+    flags = {"bias": values.get("mlp_bias", False), "down_bias": values.get("down_bias", False)}
+    return Mlp(inner=values["inner"], gated=values.get("gated", True), **flags)
+
+
+def _layers(values: ConfigFields) -> list[Layer]:
+    many, parallel = values["layers"], values.get("parallel_residual", False)
+    attentions: list[Sublayer] = values.get("attentions") or [_attention(values)] * many
+    mlps: list[Sublayer] = values.get("mlps") or [_mlp(values)] * many
+    known: dict[Any, Layer] = {}
+    layers = []
+    for attention, window, mlp in zip(attentions, values["windows"], mlps):
+        key = (attention, window, mlp)
+        if key not in known:
+            if window and isinstance(attention, Attention | LatentAttention):
+                attention = replace(attention, window=window)
+            known[key] = Layer((attention, mlp), parallel)
+        layers.append(known[key])
+    return layers
 
 
 def _routed(
@@ -244,15 +314,22 @@ def _routed(
     shared: int,
     dense: Callable[[int], bool],
 ) -> ConfigFields:
-    """Return the fields of layers with experts, whose number is the key ``count``; layers that are
+    """Return the MLPs of layers with experts, whose number is the key ``count``; layers that are
     ``dense`` have an MLP."""
     experts = read.integer(count)
-    active, heads = (
-        float(read.integer("num_experts_per_tok", high=experts)),
-        (values["heads"], values["kv_heads"]),
+    routed = Experts(
+        experts=experts,
+        active=float(read.integer("num_experts_per_tok", high=experts)),
+        inner=width,
+        shared_inner=shared,
+        shared_bias=values.get("mlp_bias", False),
+        shared_gate=values.get("shared_gate", False) and shared > 0,
+        router_bias=values.get("router_bias", False),
+        bias=values.get("expert_bias", False),
     )
-    plain, block = Block(*heads, values["inner"]), Block(*heads, shared, experts, active, width)
-    return layer_fields([plain if dense(layer) else block for layer in range(values["layers"])])
+    plain = _mlp(values)
+    mlps = [plain if dense(layer) else routed for layer in range(values["layers"])]
+    return {"mlps": mlps}
 
 
 def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -260,7 +337,7 @@ def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _gpt_oss(read: Reader, values: ConfigFields) -> ConfigFields:
-    stored = read.data.get("quantization_config")
+    stored = read.raw("quantization_config")
     mxfp4 = isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
     return _local_experts(read, values) | {"weight_dtype": "mxfp4" if mxfp4 else ""}
 
@@ -274,7 +351,9 @@ def _qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
         read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
     )
     width, dense = read.integer("moe_intermediate_size"), lambda i: i in plain or (i + 1) % step > 0
-    return _routed(read, values, "num_experts", width, shared, dense)
+    # Transformers 5 saves Qwen3's number of experts under another name
+    count = "num_local_experts" if "num_local_experts" in read.data else "num_experts"
+    return _routed(read, values, count, width, shared, dense)
 
 
 def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -300,27 +379,23 @@ def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with a gated delta net, and layers with attention whose query projection also
     makes a gate."""
     key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
-    own = DeltaNet(key, value, conv=read.integer("linear_conv_kernel_dim", 4))
-    many, groups = (
-        read.integer("linear_num_value_heads", 32),
-        read.integer("linear_num_key_heads", 16),
-    )
-    if many % groups:
+    heads = read.integer("linear_num_value_heads", 32)
+    groups = read.integer("linear_num_key_heads", 16)
+    if heads % groups:
         raise read.fail(
             "linear_num_key_heads",
-            f"expected a divisor of linear_num_value_heads {many}, got {groups}",
+            f"expected a divisor of linear_num_value_heads {heads}, got {groups}",
         )
+    conv = read.integer("linear_conv_kernel_dim", 4)
+    net = DeltaNet(heads=heads, kv_heads=groups, key=key, value=value, conv=conv)
     every = read.integer("full_attention_interval", 4)
     types = read.layer_types(values["layers"], ("full_attention", "linear_attention"))
     linear = [t == "linear_attention" for t in types] or [
         (i + 1) % every > 0 for i in range(values["layers"])
     ]
-    plain = _each(_qwen_layers(read, values), values["layers"])
-    blocks = [
-        replace(b, heads=many, kv_heads=groups, delta=True) if d else b
-        for b, d in zip(plain, linear)
-    ]
-    return layer_fields(blocks) | {"delta": own if any(linear) else None}
+    attention = _attention(values)
+    attentions = [net if is_linear else attention for is_linear in linear]
+    return {"attentions": attentions} | _qwen_layers(read, values)
 
 
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -331,6 +406,7 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     more beyond."""
     layers, step = values["layers"], read.integer("interleave_moe_layer_step", 1)
     routed = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
+    read.raw("intermediate_size_mlp")  # layers with experts ignore it
     inner = read.integer("intermediate_size_mlp") if len(routed) < layers else 0
     width = values["inner"]
     fields = _routed(
@@ -342,15 +418,20 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
         lambda i: i not in routed,
     )
     rotary = _rotary_layers(read, layers)
-    blocks = [replace(b, rotary=turns) for b, turns in zip(_each(fields, layers), rotary)]
+    norm = "unit" if read.flag("use_qk_norm", True) else ""
     chunk = read.or_none("attention_chunk_size", 8192)
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
     windows = tuple(chunk if inside else 0 for inside in chunked)
-    return {
-        "windows": windows,
-        "qk_norm": "unit" if read.flag("use_qk_norm", True) else "",
-    } | layer_fields(blocks)
+    attentions = _rotated({**values, "qk_norm": norm}, rotary)
+    return {"windows": windows, "qk_norm": norm, "attentions": attentions} | fields
+
+
+def _rotated(values: ConfigFields, rotary: Sequence[bool]) -> list[Attention]:
+    """Return the attention of each layer, with and without rotary positions."""
+    attention = _attention(values)
+    still = replace(attention, rotary=0)
+    return [attention if turns else still for turns in rotary]
 
 
 def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], ConfigFields]:
@@ -364,21 +445,24 @@ def _deepseek(shared: int, first: int) -> Callable[[Reader, ConfigFields], Confi
                 "expected false (biases of latent attention are not supported), got True",
             )
         rank, width = read.or_none("q_lora_rank", 1536), read.integer("moe_intermediate_size")
-        heads = (read.integer(f"{name}_head_dim") for name in ("qk_rope", "qk_nope", "v"))
-        latent = Latent(rank, read.integer("kv_lora_rank"), *heads)
-        start, step = (
-            read.integer("first_k_dense_replace", first, low=0),
-            read.integer("moe_layer_freq", 1),
+        rotary, plain, value = (
+            read.integer(f"{name}_head_dim") for name in ("qk_rope", "qk_nope", "v")
         )
+        latent = LatentAttention(
+            heads=values["heads"],
+            query_rank=rank,
+            rank=read.integer("kv_lora_rank"),
+            rotary=rotary,
+            plain=plain,
+            value=value,
+        )
+        start = read.integer("first_k_dense_replace", first, low=0)
+        step = read.integer("moe_layer_freq", 1)
         wide = read.or_none("n_shared_experts", shared) * width
-        layers = _routed(
+        mlps = _routed(
             read, values, "n_routed_experts", width, wide, lambda i: i < start or i % step > 0
         )
-        return {
-            "latent": latent,
-            "head_dim": latent.plain + latent.rotary,
-            "rotary_dim": latent.rotary,
-        } | layers
+        return {"attentions": [latent] * values["layers"]} | mlps
 
     return more
 
@@ -387,7 +471,7 @@ EXPERT_KEYS = MappingProxyType(
     {
         "experts": "num_local_experts",
         "active": "num_experts_per_tok",
-        "expert_inner": "expert_intermediate_dim",
+        "inner": "expert_intermediate_dim",
     }
 )
 """Field of a layer -> key of ModelOpt in ``moe``."""
@@ -400,123 +484,208 @@ _UNSUPPORTED = {
 }
 
 
-def read_block(of: Reader, dense: Block, hidden: int) -> Block:
+def read_block(of: Reader, dense: Layer, attention: Sublayer | None, hidden: int) -> Layer:
     """Return a layer of ``block_configs`` (objects ``attention`` and ``ffn``): ``dense`` with other
-    sizes."""
-    attention, mlp = of.part("attention"), of.part("ffn")
-    for part in (of, attention, mlp):
+    sizes. ``attention`` is that of a layer which lacks it."""
+    mixing, mlp = of.part("attention"), of.part("ffn")
+    for part in (of, mixing, mlp):
         for key, why in _UNSUPPORTED.items():
             if part.data.get(key) is not None:
                 raise part.fail(key, f"expected null: {why}")
-    return _read_mlp(mlp, _read_attention(attention, dense), hidden)
+    layer = dense.with_part(
+        "attention", _read_attention(mixing, dense.of("attention") or attention)
+    )
+    return layer.with_part("mlp", _read_mlp(mlp, dense.of("mlp"), hidden))
 
 
-def _read_attention(of: Reader, dense: Block) -> Block:
-    """Return the layer ``dense`` with the attention of an object: its KV heads, a linear product,
-    or none."""
-    other = tuple(name for name in dense.linear if name != "attention")
-    gone = replace(dense, heads=0, kv_heads=0, delta=False, linear=other)
+def _read_attention(of: Reader, dense: Sublayer | None) -> Sublayer | None:
+    """Return the attention of an object: ``dense`` with its KV heads, a linear product, or none."""
     if of.flag("no_op"):
-        return gone
+        return None
     if of.flag("replace_with_linear"):
-        return replace(gone, linear=("attention", *other))
-    if dense.delta or not dense.heads:
+        return Linear(replaces=Part.ATTENTION)
+    if not isinstance(dense, Attention):
         raise of.fail("no_op", "expected true, as the dense layer has no such attention")
-    groups, own = (
+    heads = dense.heads
+    groups, sized = (
         of.data.get(key) is not None for key in ("num_key_value_heads", "n_heads_in_group")
     )
-    if not (groups or own):
+    if not (groups or sized):
         raise of.fail(
             "n_heads_in_group", "missing; expected an integer, here or in num_key_value_heads"
         )
-    many = (
-        of.integer("num_key_value_heads")
-        if groups
-        else dense.heads // of.integer("n_heads_in_group")
-    )
-    if groups and dense.heads % many:
+    size = of.integer("n_heads_in_group") if sized else 1
+    kv_heads = of.integer("num_key_value_heads") if groups else heads // size
+    if groups and heads % kv_heads:
         raise of.fail(
-            "num_key_value_heads", f"expected a divisor of {dense.heads} query heads, got {many}"
+            "num_key_value_heads", f"expected a divisor of {heads} query heads, got {kv_heads}"
         )
-    if own:
-        size = of.integer("n_heads_in_group")
-        if dense.heads % size:
-            raise of.fail(
-                "n_heads_in_group",
-                f"expected a divisor of num_attention_heads {dense.heads}, got {size}",
-            )
-        if many != dense.heads // size:
-            raise of.fail(
-                "n_heads_in_group",
-                f"expected {dense.heads // many}, as num_key_value_heads, got {size}",
-            )
-    return replace(dense, kv_heads=many, linear=other)
+    if sized and heads % size:
+        raise of.fail(
+            "n_heads_in_group", f"expected a divisor of num_attention_heads {heads}, got {size}"
+        )
+    if sized and kv_heads != heads // size:
+        raise of.fail(
+            "n_heads_in_group",
+            f"expected {heads // kv_heads}, as num_key_value_heads, got {size}",
+        )
+    return replace(dense, kv_heads=kv_heads)
 
 
-def _read_mlp(of: Reader, dense: Block, hidden: int) -> Block:
-    """Return the layer ``dense`` with the MLP of an object: its width, routed experts, a linear
-    product, or none."""
-    other = tuple(name for name in dense.linear if name != "mlp")
-    gone = replace(dense, inner=0, experts=0, active=0.0, expert_inner=0, linear=other)
+def _read_mlp(of: Reader, dense: Sublayer | None, hidden: int) -> Sublayer | None:
+    """Return the MLP of an object: ``dense`` with its width or routed experts, a linear product, or
+    none."""
     if of.flag("no_op"):
-        return gone
+        return None
     if of.flag("replace_with_linear"):
-        return replace(gone, linear=(*other, "mlp"))
+        return Linear(replaces=Part.MLP)
+    if isinstance(dense, Experts):
+        return _read_experts(of, dense)
     if of.data.get("moe") is not None:
-        if not dense.experts:
-            raise of.fail("moe", "expected null, as the dense layer has no routed experts")
-        moe = of.part("moe")
-        width = (
-            "expert_intermediate_size"
-            if "expert_intermediate_size" in moe.data
-            else EXPERT_KEYS["expert_inner"]
-        )
-        experts = moe.integer(EXPERT_KEYS["experts"], dense.experts)
-        active = moe.integer(EXPERT_KEYS["active"], min(int(dense.active), experts), high=experts)
-        # ModelOpt writes a default width of shared experts for models without them
-        shared = (
-            moe.integer("shared_expert_intermediate_dim", dense.inner, low=0) if dense.inner else 0
-        )
-        inner = moe.integer(width, dense.expert_inner)
-        return replace(
-            dense,
-            inner=shared,
-            experts=experts,
-            active=float(active),
-            expert_inner=inner,
-            linear=other,
-        )
-    if dense.experts:
-        raise of.fail("moe", "missing; expected an object, as the dense layer has routed experts")
+        raise of.fail("moe", "expected null, as the dense layer has no routed experts")
+    plain = dense if isinstance(dense, Mlp) else Mlp(inner=1)
     if of.data.get("intermediate_size") is not None:
-        return replace(dense, inner=of.integer("intermediate_size"), linear=other)
+        return replace(plain, inner=of.integer("intermediate_size"))
     if of.data.get("ffn_mult") is None:
         raise of.fail("ffn_mult", "missing; expected a number, here or in intermediate_size")
     exact = int(2 * of.number("ffn_mult", None, high=1000) * hidden / 3)
     # DeciLM rounds up to a multiple of 256
-    return replace(dense, inner=-exact // 256 * -256, linear=other)
+    inner = -exact // 256 * -256
+    return replace(plain, inner=inner) if inner else None
 
 
-def _per_layer(read: Reader, values: ConfigFields) -> ConfigFields:
+def _read_experts(of: Reader, dense: Experts) -> Experts:
+    if of.data.get("moe") is None:
+        raise of.fail("moe", "missing; expected an object, as the dense layer has routed experts")
+    moe = of.part("moe")
+    other = "expert_intermediate_size"
+    width = other if other in moe.data else EXPERT_KEYS["inner"]
+    experts = moe.integer(EXPERT_KEYS["experts"], dense.experts)
+    active = moe.integer(EXPERT_KEYS["active"], min(int(dense.active), experts), high=experts)
+    shared = dense.shared_inner
+    if shared:  # ModelOpt writes a default width of shared experts for models without them
+        shared = moe.integer("shared_expert_intermediate_dim", shared, low=0)
+    return replace(
+        dense,
+        experts=experts,
+        active=float(active),
+        inner=moe.integer(width, dense.inner),
+        shared_inner=shared,
+        shared_gate=dense.shared_gate and shared > 0,
+    )
+
+
+def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -> list[Layer]:
     """Return layers with the changes in ``block_configs``, by an architecture search (Puzzle, arXiv
     2411.19146).
 
     Any architecture may have them; ``nemotron-nas`` states the widths of its layers nowhere
     else."""
-    layers = values["layers"]
-    if values.get("latent") or values.get("delta"):
+    if any(not isinstance(layer.of("attention"), Attention) for layer in layers):
         raise read.fail(
             "block_configs",
             "expected none: latent attention and delta nets per layer are not supported",
         )
-    parts, blocks, windows = read.parts("block_configs", layers), [], []
-    for part, old, window in zip(parts, _each(values, layers), values["windows"]):
-        # the query heads of a layer without attention are those of the model
-        blocks.append(
-            read_block(part, replace(old, heads=old.heads or values["heads"]), values["hidden"])
-        )
-        windows.append(part.part("attention").integer("window_length", window, low=0))
-    return {"windows": tuple(windows)} | layer_fields(blocks)
+    usual, out = _attention(values), []
+    for part, dense in zip(read.parts("block_configs", len(layers)), layers):
+        layer = read_block(part, dense, usual, values["hidden"])
+        window = part.part("attention").integer("window_length", dense.window, low=0)
+        attention = layer.of("attention")
+        if isinstance(attention, Attention):
+            layer = layer.with_part("attention", replace(attention, window=window))
+        out.append(layer)
+    return out
+
+
+_SKIPPED = MappingProxyType(
+    {"attention": "attention", "self_attn": "attention", "mlp": "mlp", "feed_forward": "mlp"}
+)
+"""Name of a skipped sublayer in ``per_layer_config`` -> part of the layer."""
+
+_LAYER_NUMBER = re.compile(r"\d{1,5}", re.ASCII)  # Transformers writes leading zeros
+
+
+def _overridden(kind: Architecture, read: Reader, layers: Sequence[Layer]) -> list[Layer]:
+    """Return layers with the keys that ``per_layer_config`` of Transformers overrides (pull request
+    45333): each such layer is the layer of a configuration with these keys."""
+    place = "per_layer_config"
+    stated = read.data[place]
+    if not isinstance(stated, Mapping):
+        raise read.fail(place, f"expected an object by layer numbers, got {shown(stated)}")
+    common = {key: value for key, value in read.data.items() if key != place}
+    whole = kind.model(Reader(common, read.source, read.place))
+    out = list(layers)
+    for text, overrides in stated.items():
+        where = f"{place}.{one_line(str(text), 40)}"
+        known = _LAYER_NUMBER.fullmatch(str(text)) is not None
+        number = int(text) if known else len(layers)
+        if number >= len(layers):
+            raise read.fail(where, f"expected layer numbers from 0 to {len(layers) - 1}")
+        if not isinstance(overrides, Mapping):
+            raise read.fail(where, f"expected an object of keys, got {shown(overrides)}")
+        changes = {key: value for key, value in overrides.items() if key != "skip"}
+        inside = Reader({**common, **changes}, read.source, f"{read.place}{where}.")
+        for key in ("block_configs", place):
+            if key in changes:
+                raise inside.fail(key, "expected none: it states several layers")
+        fields = kind.model(inside)
+        if unread := sorted(changes.keys() - inside.known - WITHOUT_EFFECT - {*kind.unused}):
+            raise inside.fail(one_line(unread[0], 80), "is not understood")
+        if different := [n for n in whole if n != "layers" and fields[n] != whole[n]]:
+            raise inside.fail(different[0], "expected the value of all layers")
+        if len(fields["layers"]) != len(layers):
+            raise inside.fail("num_hidden_layers", "expected the value of all layers")
+        layer = fields["layers"][number]
+        for name in Reader(overrides, read.source, f"{read.place}{where}.").names("skip"):
+            if name not in _SKIPPED:
+                names = ", ".join(_SKIPPED)
+                raise inside.fail("skip", f"{shown(name)} is unknown; expected some of {names}")
+            layer = layer.without(_SKIPPED[name])
+        out[number] = layer
+    return out
+
+
+WITHOUT_EFFECT: frozenset[str] = frozenset(
+    [
+        # of training and generation
+        *("num_beam_groups", "num_labels", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),
+        # layers that predict further tokens, which are not timed
+        *("num_nextn_predict_layers", "num_mtp_modules"),
+        # groups of experts among which a router chooses
+        *("n_group", "topk_group", "num_expert_group"),
+        # sizes that follow from others
+        *("qk_head_dim", "pad_head_dim_to_multiple_of", "chunk_size_feed_forward"),
+    ]
+)
+"""Keys that name layers, heads or sizes and change no operator."""
+
+_SIZED = frozenset(
+    [
+        *("layer", "layers", "head", "heads", "hidden", "intermediate", "ffn", "inner", "width"),
+        *("widths", "dim", "dims", "size", "sizes", "expert", "experts", "block", "blocks"),
+        *("channel", "channels", "pruned", "rank", "ranks", "skip", "depth"),
+    ]
+)
+"""Parts of the names of keys that can change a layer."""
+
+_CLOSE = 0.93  # ratio of difflib from which a key is a misspelt known key
+
+
+def refuse_unknown(read: Reader, kind: Architecture) -> None:
+    """Raise InputError for a key that could change a layer and was not read, or that is close to a
+    key that was looked up. An ignored key would be a wrong answer."""
+    for key, value in read.data.items():
+        if key in read.known or key in WITHOUT_EFFECT or key in kind.unused:
+            continue
+        states_sizes = isinstance(value, int | list | Mapping) and not isinstance(value, bool)
+        if value and states_sizes and _SIZED.intersection(str(key).lower().split("_")):
+            raise read.fail(
+                one_line(key, 80),
+                f"is not understood, and it could change the layers (got {shown(value)}); remove"
+                " it if it has no effect",
+            )
+        if value is not None and (near := difflib.get_close_matches(key, read.known, 1, _CLOSE)):
+            raise read.fail(one_line(key, 80), f"is unknown; did you mean {near[0]}?")
 
 
 def _rotary_layers(read: Reader, layers: int) -> list[bool]:
@@ -539,8 +708,7 @@ def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
     windows = read.windows(
         layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window")
     )
-    widths = (values["heads"], values["kv_heads"], values["inner"])
-    return {"windows": windows} | layer_fields([Block(*widths, rotary=turns) for turns in rotary])
+    return {"windows": windows, "attentions": _rotated(values, rotary)}
 
 
 def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -577,6 +745,7 @@ def _opt(read: Reader, values: ConfigFields) -> ConfigFields:
 
 _TIED, _UNTIED = {"tied": ("tie_word_embeddings", True)}, {"tied": ("tie_word_embeddings", False)}
 _BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
+_GROUPED = ("num_key_value_heads", "head_dim")  # keys of grouped heads
 _MLP_BIAS = {"mlp_bias": ("mlp_bias", False)}
 
 _TABLE: Mapping[str, Architecture] = {
@@ -642,7 +811,11 @@ _TABLE: Mapping[str, Architecture] = {
         rotary=("partial_rotary_factor", 0.5),
     ),
     "nemotron-nas": Architecture(
-        2048, {**_BIAS, **_UNTIED, **_MLP_BIAS}, grouped=False, inner="", more=_per_layer
+        2048,
+        {**_BIAS, **_UNTIED, **_MLP_BIAS},
+        inner="",
+        blocks=True,
+        unused=("intermediate_size",),
     ),
     "mixtral": Architecture(131072, _UNTIED, kv_heads=8, window=0, more=_local_experts),
     "qwen2_moe": Architecture(
@@ -667,7 +840,12 @@ _TABLE: Mapping[str, Architecture] = {
     ),
     # latent attention does not use the keys of grouped heads
     "deepseek_v2": Architecture(
-        2048, _UNTIED, grouped=False, head_dim=64, more=_deepseek(shared=2, first=0)
+        2048,
+        _UNTIED,
+        grouped=False,
+        head_dim=64,
+        unused=_GROUPED,
+        more=_deepseek(shared=2, first=0),
     ),
     "deepseek_v3": Architecture(
         4096,
@@ -675,6 +853,7 @@ _TABLE: Mapping[str, Architecture] = {
         {"router_bias": True},
         grouped=False,
         head_dim=64,
+        unused=_GROUPED,
         more=_deepseek(shared=1, first=3),
     ),
     "glm4_moe": Architecture(

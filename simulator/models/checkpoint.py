@@ -27,11 +27,16 @@ from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 
+from simulator.codes import Part
 from simulator.display import runs
 from simulator.errors import InputError, one_line
 from simulator.files.read import parse_bounded, read_bounded
-from simulator.models.config import Block, Latent, ModelConfig, layer_fields
 from simulator.models.difference import difference
+from simulator.models.form import PLAIN, Form
+from simulator.models.model import PART_NAMES, Layer, Model
+from simulator.models.pass_rows import COMPRESSED
+from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers.base import Sublayer
 
 # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
 MAX_HEADER_BYTES = 8_000_000
@@ -504,11 +509,9 @@ class _Part:
         return any(re.fullmatch(pattern, module) for module in self.modules)
 
 
-def from_tensors(
-    model: ModelConfig, tensors: Mapping[str, Tensor], folder: str | Path
-) -> ModelConfig:
+def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path) -> Model:
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of
-    its configuration. :attr:`ModelConfig.found` reports the differences."""
+    its configuration. :attr:`Model.found` reports the differences."""
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -547,27 +550,26 @@ def from_tensors(
     if outside.formats.keys() - {("", False)}:
         raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
     stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
-    latents = {_latent(part) for part in layers if "rank" in part.widths}
-    if len(latents) > 1:
-        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
-    latent = next(iter(latents), None)
+    flags = _Flags.of(model, layers)
     real = replace(
-        _with_flags(model, layers),
+        model,
         hidden=hidden,
         vocab=outside.widths["V"],
+        norm=flags.norm,
         learned_positions=outside.widths.get("P", 0),
-        layers=len(layers),
+        layers=tuple(_layer(part, model, flags, sparse24) for part in layers),
         numbers=tuple(part.number for part in layers),
-        windows=tuple(model.windows[part.number] for part in layers),
-        latent=latent,
-        head_dim=latent.plain + latent.rotary if latent is not None else model.head_dim,
-        sparse24=sparse24,
         declared="" if sparse24 else model.declared,
         tied=model.tied and last == hidden,
         weight_dtype=stored,
     )
-    blocks = tuple(_block(part, real, model.layout[part.number]) for part in layers)
-    real = replace(real, **layer_fields(blocks))
+    latents = {
+        replace(latent, heads=1, forms=(), window=0)
+        for layer in real.layers
+        if isinstance(latent := layer.of("attention"), LatentAttention)
+    }
+    if len(latents) > 1:
+        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
     _check(real, layers)
     stored_twice = real.tied * len(heads) * real.vocab * hidden
     parameters = outside.parameters + sum(part.parameters for part in layers) - stored_twice
@@ -575,9 +577,13 @@ def from_tensors(
         expected = f"expected {real.parameters:,} parameters for its shapes"
         raise InputError(f"{folder}: {expected}, got {parameters:,}: the final norm is unusual")
     notes = difference(model, real)
-    mismatch = "; ".join(
-        difference(model, replace(real, sparse24=model.sparse24, weight_dtype=model.weight_dtype))
+    alike = replace(
+        real,
+        layers=tuple(_dense(layer) for layer in real.layers) if sparse24 else real.layers,
+        declared=model.declared,
+        weight_dtype=model.weight_dtype,
     )
+    mismatch = "; ".join(difference(model, alike))
     if real.parameters != model.parameters:
         notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
     if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
@@ -589,7 +595,7 @@ def from_tensors(
 
 
 def _sorted(
-    model: ModelConfig, tensors: Mapping[str, Tensor], where: str
+    model: Model, tensors: Mapping[str, Tensor], where: str
 ) -> tuple[_Part, list[_Part], int]:
     """Return tensors outside the layers, tensors per layer, and the number of parameters outside
     the decoder."""
@@ -612,11 +618,12 @@ def _sorted(
         if leaf in stored:
             raise InputError(f"{part.name(module)}: appears twice, under two names")
         stored[leaf] = tensor
-    for number in [n for n, part in layers.items() if n >= model.layers]:
+    for number in [n for n, part in layers.items() if n >= len(model.layers)]:
         part = layers.pop(number)
         if "eh_proj" not in part.modules:  # a layer with it predicts a further token
             raise InputError(
-                f"{where}: expected layers below {model.layers}, by its config.json, got {number}"
+                f"{where}: expected layers below {len(model.layers)}, by its config.json, got"
+                f" {number}"
             )
         ignored += sum(t.elements for parts in part.modules.values() for t in parts.values())
     return outside, [layers[number] for number in sorted(layers)], ignored
@@ -640,7 +647,155 @@ def _bits(part: _Part, hidden: int) -> int:
     return 0
 
 
-def _latent(part: _Part) -> Latent | None:
+@dataclass(frozen=True)
+class _Flags:
+    """What the tensors of a checkpoint show of all its layers."""
+
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    down_bias: bool
+    router_bias: bool
+    expert_bias: bool
+    shared_gate: bool
+    sinks: bool
+    qk_norm: str
+    norm: str
+    gated: bool
+
+    @classmethod
+    def of(cls, model: Model, layers: Iterable[_Part]) -> _Flags:
+        biases, modules = (
+            {factor_of(module)[0] for part in layers for module in getattr(part, name)}
+            for name in ("biases", "modules")
+        )
+
+        def some(pattern: str, among: Iterable[str] = biases) -> bool:
+            return any(re.fullmatch(pattern, module) for module in among)
+
+        attention, mlp = model.attention, model.usual.of("mlp")
+        known = attention if isinstance(attention, Attention) else None
+        up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
+        norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
+        # a norm without weights
+        qk_norm = "unit" if known is not None and known.norm == "unit" else ""
+        if norms:
+            qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
+        rotates = modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
+        gated = not isinstance(mlp, Mlp) or mlp.gated
+        return cls(
+            qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
+            o_bias=some(ATTENTION + "(?:o_proj|out_proj|dense)"),
+            mlp_bias=up,
+            down_bias=not up and some(MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
+            router_bias=some(ROUTED + "(?:gate|router)")
+            or some(".*e_score_correction_bias", modules),
+            expert_bias=some(EXPERTS + ".*_bias", modules),
+            shared_gate=some("mlp.shared_expert_gate", modules),
+            sinks=some(ATTENTION + "sinks", modules),
+            qk_norm=qk_norm,
+            norm="none" if rotates else model.norm,
+            gated=gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
+        )
+
+
+def _layer(part: _Part, model: Model, flags: _Flags, sparse24: bool) -> Layer:
+    """Return the layer in the tensors of a part; its flags that no tensor shows are those of the
+    configuration."""
+    old = model.layers[part.number]
+    sublayers = (_attention(part, model, old, flags), _mlp(part, old, flags))
+    forms = {
+        name[5:]: Form(rank=rank)
+        for name, rank in sorted(part.widths.items())
+        if name.startswith("rank ")
+    }
+    layer = replace(old, sublayers=tuple(s for s in sublayers if s is not None))
+    return layer.each(lambda sublayer: _formed(sublayer, forms, sparse24))
+
+
+def _formed(sublayer: Sublayer, forms: Mapping[str, Form], sparse24: bool) -> Sublayer:
+    """Return a sublayer with the forms of its weights."""
+    fused = {"attention": "qkv", "mlp": "gate_up"}[PART_NAMES[sublayer.part]]
+    roles = [*sublayer.weights(1), fused]
+    stored = {role: forms[role] for role in roles if role in forms}
+    if sparse24:
+        compressed = [role for role in sublayer.weights(1) if role in COMPRESSED]
+        stored |= {
+            role: replace(stored.get(role, PLAIN), zeros="2:4", density=0.5) for role in compressed
+        }
+    return sublayer.with_forms(stored) if stored else sublayer
+
+
+def _dense(layer: Layer) -> Layer:
+    """Return a layer without zeros in its weights."""
+    return layer.each(
+        lambda s: s.with_forms({role: replace(f, zeros="", density=1.0) for role, f in s.forms})
+    )
+
+
+def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer | None:
+    width = part.widths
+    if part.has(ATTENTION + "linear_attn"):
+        return Linear(replaces=Part.ATTENTION)
+    rotates = SHORTCUTS["attention"] in part.modules
+    dense = old.of("attention")
+    if "delta" in width:
+        net = dense if isinstance(dense, DeltaNet) else None
+        heads, groups = _delta_heads(part, net)
+        assert net is not None
+        return replace(net, heads=heads, kv_heads=groups, rotates=rotates)
+    if "rank" in width:
+        return _latent(part, dense, rotates)
+    if "q" not in width and "qkv" not in width:
+        return None
+    usual = dense if isinstance(dense, Attention) else model.attention
+    if not isinstance(usual, Attention):
+        raise InputError(f"{part.where}: layer {part.number} has attention, its config.json none")
+    heads, kv_heads = _grouped_heads(part, usual)
+    features = usual.head_dim
+    wide = flags.qk_norm == "width"
+    own = {"heads": heads, "q_norm": heads * features if wide else features}
+    own["k_norm"] = kv_heads * features if wide else features
+    for name, size in own.items():
+        if width.get(name, size) != size:
+            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
+    return replace(
+        usual,
+        heads=heads,
+        kv_heads=kv_heads,
+        norm=flags.qk_norm,
+        qkv_bias=flags.qkv_bias,
+        o_bias=flags.o_bias,
+        sinks=flags.sinks,
+        rotates=rotates,
+    )
+
+
+def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
+    """Return query heads and key/value heads of grouped-query attention."""
+    width, features = part.widths, usual.head_dim
+    if "qkv" in width and "o" in width:
+        part.put("q", width["o"], part.names["o"])
+        part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
+    if usual.gate and "q" in width:  # one product makes queries and gates
+        width["q"] = part.divided("q", 2, "two halves,")
+    for name in ("q", "kv", "o"):
+        if name not in width:
+            raise InputError(
+                f"{part.where}: layer {part.number} has attention without its {name} projection"
+            )
+        part.divided(name, features, "head_dim")
+    part.put("q", width["o"], part.names["o"])
+    heads, kv_heads = width["q"] // features, width["kv"] // features
+    if heads and (not kv_heads or heads % kv_heads):
+        raise InputError(
+            f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got"
+            f" {heads} heads"
+        )
+    return heads, kv_heads
+
+
+def _latent(part: _Part, old: Sublayer | None, rotates: bool) -> LatentAttention:
     """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o -
     kv_b is rotated."""
     width = part.widths
@@ -652,134 +807,81 @@ def _latent(part: _Part) -> Latent | None:
     heads = part.divided(
         "kv_a", rotary, "rotated features", width["q"] + width["o"] - width["kv_b"]
     )
-    query, both, value = (part.divided(name, heads, "heads") for name in ("q", "kv_b", "o"))
-    return (
-        Latent(width.get("q_rank", 0), width["rank"], rotary, query - rotary, value)
-        if both
-        else None
+    query, _, value = (part.divided(name, heads, "heads") for name in ("q", "kv_b", "o"))
+    return LatentAttention(
+        heads=heads,
+        query_rank=width.get("q_rank", 0),
+        rank=width["rank"],
+        rotary=rotary,
+        plain=query - rotary,
+        value=value,
+        rotates_positions=not isinstance(old, LatentAttention) or old.rotates_positions,
+        rotates=rotates,
     )
 
 
-def _block(part: _Part, model: ModelConfig, old: Block) -> Block:
-    width, d, heads, kv_heads = part.widths, model.head_dim, 0, 0
-    if delta := "delta" in width:
-        heads, kv_heads = _delta_heads(part, model)
-    elif "rank" in width:
-        heads = kv_heads = part.divided("q", d, "the features of a head,")
-    elif "q" in width or "qkv" in width:
-        if "qkv" in width and "o" in width:
-            part.put("q", width["o"], part.names["o"])
-            part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
-        if model.output_gate and "q" in width:  # one product makes queries and gates
-            width["q"] = part.divided("q", 2, "two halves,")
-        for name in ("q", "kv", "o"):
-            if name not in width:
-                raise InputError(
-                    f"{part.where}: layer {part.number} has attention without its {name} projection"
-                )
-            part.divided(name, d, "head_dim")
-        part.put("q", width["o"], part.names["o"])
-        heads, kv_heads = width["q"] // d, width["kv"] // d
-        if heads and (not kv_heads or heads % kv_heads):
-            raise InputError(
-                f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got {heads}"
-                " heads"
-            )
-    own = {"heads": heads, "q_norm": d if model.qk_norm == "head" else heads * d}
-    own["k_norm"] = d if model.qk_norm == "head" else kv_heads * d
-    for name, size in own.items():
-        if width.get(name, size) != size:
-            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
-    experts = width.get("E", 0)
-    if experts and ("e" not in width or not old.active):
-        why = "without weights" if "e" not in width else "but its config.json has none"
-        raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
-    linear = ("attention",) * part.has(ATTENTION + "linear_attn") + ("mlp",) * part.has(
-        "mlp.linear_mlp"
-    )
-    shortcuts = tuple(name for name, short in SHORTCUTS.items() if short in part.modules)
+def _mlp(part: _Part, old: Layer, flags: _Flags) -> Sublayer | None:
+    width, dense = part.widths, old.of("mlp")
+    if part.has("mlp.linear_mlp"):
+        return Linear(replaces=Part.MLP)
+    rotates = SHORTCUTS["mlp"] in part.modules
     out = width.get("out", width["h"])
-    if out != width["h"] and "mlp" not in shortcuts:
+    if out != width["h"] and not rotates:
         raise InputError(
             f"{part.names['out']}: expected a width of {width['h']:,}, as in the embedding, got"
             f" {out:,}"
         )
-    return replace(
-        old,
-        heads=heads,
-        kv_heads=kv_heads,
-        inner=width.get("i", 0),
-        experts=experts,
-        active=min(old.active, experts) if experts else 0.0,
-        expert_inner=width["e"] if experts else 0,
-        linear=linear,
-        delta=delta,
-        ranks=tuple(
-            (name[5:], rank) for name, rank in sorted(width.items()) if name.startswith("rank ")
-        ),
-        shortcuts=shortcuts,
+    if experts := width.get("E", 0):
+        if "e" not in width or not isinstance(dense, Experts):
+            why = "without weights" if "e" not in width else "but its config.json has none"
+            raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
+        return replace(
+            dense,
+            experts=experts,
+            active=min(dense.active, experts),
+            inner=width["e"],
+            shared_inner=width.get("i", 0),
+            shared_bias=flags.mlp_bias,
+            shared_gate=flags.shared_gate and width.get("i", 0) > 0,
+            router_bias=flags.router_bias,
+            bias=flags.expert_bias,
+            rotates=rotates,
+        )
+    if not width.get("i", 0):
+        return None
+    return Mlp(
+        inner=width["i"],
+        gated=flags.gated,
+        bias=flags.mlp_bias,
+        down_bias=flags.down_bias,
         out=out if out != width["h"] else 0,
+        rotates=rotates,
     )
 
 
-def _delta_heads(part: _Part, model: ModelConfig) -> tuple[int, int]:
-    width, own = part.widths, model.delta
-    if own is None or (
-        missing := [
-            n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width
-        ]
-    ):
-        why = "its config.json has none" if own is None else f"without {missing[0]}"
+def _delta_heads(part: _Part, net: DeltaNet | None) -> tuple[int, int]:
+    width = part.widths
+    missing = [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]
+    if net is None or missing:
+        why = "its config.json has none" if net is None else f"without {missing[0]}"
         raise InputError(f"{part.where}: layer {part.number} has a gated delta net, but {why}")
     keys = part.divided("channels", 2, "two halves,", width["channels"] - width["values"])
     for name, size in (
         ("delta_in", 2 * (keys + width["values"])),
-        ("value", own.value),
-        ("conv", own.conv),
+        ("value", net.value),
+        ("conv", net.conv),
     ):
         if width[name] != size:
             raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
-    if width["values"] != width["delta"] * own.value:
-        expected = f"expected {width['delta']} heads of {own.value} features"
+    if width["values"] != width["delta"] * net.value:
+        expected = f"expected {width['delta']} heads of {net.value} features"
         raise InputError(f"{part.names['values']}: {expected}, got {width['values']:,}")
-    return width["delta"], part.divided("channels", own.key, "the features of a head,", keys)
+    return width["delta"], part.divided("channels", net.key, "the features of a head,", keys)
 
 
-def _with_flags(model: ModelConfig, layers: Iterable[_Part]) -> ModelConfig:
-    biases, modules = (
-        {factor_of(module)[0] for part in layers for module in getattr(part, name)}
-        for name in ("biases", "modules")
-    )
-
-    def some(pattern: str, among: Iterable[str] = biases) -> bool:
-        return any(re.fullmatch(pattern, module) for module in among)
-
-    up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
-    norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
-    unit = model.qk_norm if model.qk_norm == "unit" else ""  # a norm without weights
-    return replace(
-        model,
-        qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
-        o_bias=some(ATTENTION + "(?:o_proj|out_proj|dense)"),
-        mlp_bias=up,
-        down_bias=not up and some(MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
-        router_bias=some(ROUTED + "(?:gate|router)") or some(".*e_score_correction_bias", modules),
-        expert_bias=some(EXPERTS + ".*_bias", modules),
-        shared_gate=some("mlp.shared_expert_gate", modules),
-        sinks=some(ATTENTION + "sinks", modules),
-        qk_norm=("head" if norms == {model.head_dim} else "width") if norms else unit,
-        norm=(
-            "none"
-            if modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
-            else model.norm
-        ),
-        gated=model.gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
-    )
-
-
-def _check(model: ModelConfig, layers: list[_Part]) -> None:
+def _check(model: Model, layers: list[_Part]) -> None:
     """Raise InputError if layers have other parameters than their shapes require."""
-    made = [model.block_parameters(block) for block in model.layout]
+    made = [model.parameters_of(layer) for layer in model.layers]
     if wrong := [i for i, part in enumerate(layers) if part.parameters != made[i]]:
         one = layers[wrong[0]]
         which = f"{one.where}: layers {runs(layers[i].number for i in wrong)}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from simulator.display import runs
 from simulator.engines.engine import sparsity_note
-from simulator.models.config import Block, ModelConfig
+from simulator.models.form import PLAIN
+from simulator.models.model import PARTS, Layer, Model
+from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers.base import Sublayer
 
 # number of a layer, the dense layer without removed sublayers, and the pruned layer
-_Change = tuple[int, Block, Block]
+_Change = tuple[int, Layer, Layer]
 _WIDTHS = {
     "heads": "{} heads",
     "kv_heads": "{} key/value heads",
@@ -20,116 +22,129 @@ _WIDTHS = {
 }
 
 
-def difference(dense: ModelConfig, pruned: ModelConfig) -> tuple[str, ...]:
+def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
     """Return the pruning families found in a model; layers are matched by numbers in a checkpoint,
     or in order."""
-    numbers, news = pruned.numbers or tuple(range(pruned.layers)), pruned.layout
-    at = {number: i for i, number in enumerate(dense.numbers or range(dense.layers))}
-    if at.keys() >= set(numbers):
-        olds = tuple(dense.layout[at[number]] for number in numbers)
+    numbers, news = pruned.layer_numbers, pruned.layers
+    place = {number: i for i, number in enumerate(dense.layer_numbers)}
+    if place.keys() >= set(numbers):
+        olds = tuple(dense.layers[place[number]] for number in numbers)
     else:
-        olds = (dense.layout * (1 + pruned.layers // dense.layers))[: pruned.layers]
-    remaining = tuple(map(_without, olds, news))
-    changes = tuple(zip(numbers, remaining, news))
-    heads = {"latent": pruned.latent, "head_dim": pruned.head_dim}
+        olds = (dense.layers * (1 + len(news) // max(len(dense.layers), 1)))[: len(news)]
+    changes = tuple(zip(numbers, map(_without, olds, news), news))
     # each step turns the model before it into one that is closer to the pruned model, from the
     # dense model on
-    steps: tuple[tuple[str, Iterable[Block], dict[str, Any]], ...] = (
-        (_depth(at, numbers, olds, news), remaining, {}),
-        (
-            _experts(changes),
-            (replace(old, experts=new.experts, active=new.active) for _, old, new in changes),
-            {},
-        ),
-        (
-            _width(dense, pruned, changes),
-            (replace(new, ranks=(), shortcuts=(), out=0) for new in news),
-            heads,
-        ),
-        (_low_rank(numbers, olds, news), (replace(new, shortcuts=(), out=0) for new in news), {}),
-        (
-            _cross(dense, pruned),
-            news,
-            {"hidden": pruned.hidden, "norm": pruned.norm, "tied": pruned.tied},
-        ),
-        (
-            _other(dense, pruned),
-            news,
-            {"vocab": pruned.vocab, "learned_positions": pruned.learned_positions},
-        ),
+    remaining = replace(dense, layers=tuple(old for _, old, _ in changes), numbers=numbers)
+    fewer = replace(remaining, layers=tuple(_with_experts(old, new) for _, old, new in changes))
+    narrower = replace(fewer, layers=tuple(map(_plain, news)))
+    factorised = replace(fewer, layers=tuple(map(_unrotated, news)))
+    crossed = replace(
+        factorised, layers=news, hidden=pruned.hidden, norm=pruned.norm, tied=pruned.tied
     )
-    found, last = [], dense
-    for words, blocks, fields in steps:
-        now = replace(
-            last, layers=len(news), windows=(0,) * len(news), blocks=tuple(blocks), **fields
-        )
-        share = (last.parameters - now.parameters) / dense.parameters
+    other = replace(crossed, vocab=pruned.vocab, learned_positions=pruned.learned_positions)
+    steps = (
+        (_depth(place, numbers, olds, news), remaining),
+        (_experts(changes), fewer),
+        (_width(changes), narrower),
+        (_low_rank(numbers, olds, news), factorised),
+        (_cross(dense, pruned), crossed),
+        (_other(dense, pruned), other),
+    )
+    lines, last = [], dense
+    for words, model in steps:
+        share = (last.parameters - model.parameters) / dense.parameters
         if words:
-            found.append(
-                words
-                + (f" ({share:.1%} of the parameters)".replace("%", " %") if share > 0 else "")
-            )
-        last = now
+            percent = f" ({share:.1%} of the parameters)".replace("%", " %")
+            lines.append(words + (percent if share > 0 else ""))
+        last = model
     if more := pruned.parameters - last.parameters:
-        found.append(
+        lines.append(
             f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the"
             " head"
         )
     if pruned.sparse24 and not dense.sparse24:
-        found.append("semi_structured: 2:4 in the projections")
+        lines.append("semi_structured: 2:4 in the projections")
     if pruned.declared and pruned.declared != dense.declared:
-        found.append(sparsity_note(pruned.declared))
+        lines.append(sparsity_note(pruned.declared))
     if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
-        found.append(f"weights in {pruned.weight_dtype}")
-    return tuple(found)
+        lines.append(f"weights in {pruned.weight_dtype}")
+    return tuple(lines)
 
 
-def _attends(block: Block) -> bool:
-    return bool(block.heads or "attention" in block.linear)
-
-
-def _maps(block: Block) -> bool:
-    return bool(block.inner or block.experts or "mlp" in block.linear)
-
-
-def _without(old: Block, new: Block) -> Block:
+def _without(old: Layer, new: Layer) -> Layer:
     """Return a layer without the sublayers that were removed or became one product."""
-    if not _attends(new) or "attention" in new.linear:
-        old = replace(old, heads=0, kv_heads=0)
-    if not _maps(new) or "mlp" in new.linear:
-        old = replace(old, inner=0, experts=0, active=0.0, expert_inner=0)
-    return replace(old, linear=new.linear)
+    for part in PARTS:
+        if not new.has(part) or isinstance(new.of(part), Linear):
+            old = old.without(part)
+    return old
+
+
+def _with_experts(old: Layer, new: Layer) -> Layer:
+    before, after = old.of("mlp"), new.of("mlp")
+    if not (isinstance(before, Experts) and isinstance(after, Experts)):
+        return old
+    return old.with_part("mlp", replace(before, experts=after.experts, active=after.active))
+
+
+def _plain(layer: Layer) -> Layer:
+    """Return a layer whose weights are stored plainly, of the usual outputs."""
+    return _unrotated(layer).each(
+        lambda s: s.with_forms({role: PLAIN for role, form in s.forms if form.rank is not None})
+    )
+
+
+def _unrotated(layer: Layer) -> Layer:
+    def usual(sublayer: Sublayer) -> Sublayer:
+        straight = replace(sublayer, rotates=False)
+        return replace(straight, out=0) if isinstance(straight, Mlp) else straight
+
+    return layer.each(usual)
 
 
 def _depth(
-    were: Collection[int], numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]
+    places: Mapping[int, int], numbers: Sequence[int], olds: Sequence[Layer], news: Sequence[Layer]
 ) -> str:
-    found = []
-    gone = sorted(set(were) - set(numbers))
-    if len(numbers) > len(were):
-        found.append(f"{len(numbers)} layers, not {len(were)}")
+    texts = []
+    gone = sorted(set(places) - set(numbers))
+    if len(numbers) > len(places):
+        texts.append(f"{len(numbers)} layers, not {len(places)}")
     elif gone:
         known = gone[0] < numbers[-1]  # a renumbered checkpoint does not show which layers
-        found.append(
-            f"layers {runs(gone)} removed"
-            if known
-            else f"{len(gone)} of {len(were)} layers removed"
-        )
-    for name, has in (("attention", _attends), ("MLP", _maps)):
+        which = f"layers {runs(gone)} removed"
+        texts.append(which if known else f"{len(gone)} of {len(places)} layers removed")
+    for part, name in (("attention", "attention"), ("mlp", "MLP")):
         pairs = list(zip(numbers, olds, news))
-        if off := [i for i, old, new in pairs if has(old) and not has(new)]:
-            found.append(f"{name} of layers {runs(off)} removed")
-        key = name.lower()
-        if one := [i for i, old, new in pairs if key in new.linear and key not in old.linear]:
-            found.append(f"{name} of layers {runs(one)} one product")
-    return f"depth: {', '.join(found)}" if found else ""
+        if off := [i for i, old, new in pairs if old.has(part) and not new.has(part)]:
+            texts.append(f"{name} of layers {runs(off)} removed")
+        linear = [
+            i
+            for i, old, new in pairs
+            if isinstance(new.of(part), Linear) and not isinstance(old.of(part), Linear)
+        ]
+        if linear:
+            texts.append(f"{name} of layers {runs(linear)} one product")
+    return f"depth: {', '.join(texts)}" if texts else ""
+
+
+def _sizes(layer: Layer) -> dict[str, float]:
+    attention, mlp = layer.of("attention"), layer.of("mlp")
+    sizes: dict[str, float] = {}
+    if isinstance(attention, Attention | LatentAttention | DeltaNet):
+        sizes |= {"heads": attention.heads, "kv_heads": attention.kv_heads}
+    if isinstance(mlp, Mlp):
+        sizes["inner"] = mlp.inner
+    if isinstance(mlp, Experts):
+        sizes |= {"inner": mlp.shared_inner, "expert_inner": mlp.inner}
+        sizes |= {"experts": mlp.experts, "active": mlp.active}
+    return sizes
 
 
 def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
-    """Yield a text such as "4 to 26 of 32 heads" for each field that changed, and the numbers of
-    its layers."""
+    """Yield a text such as "4 to 26 of 32 heads" for each size that changed, and the numbers of its
+    layers."""
+    sizes = [(number, _sizes(old), _sizes(new)) for number, old, new in changes]
     for name, words in fields.items():
-        pairs = {i: (getattr(old, name), getattr(new, name)) for i, old, new in changes}
+        pairs = {i: (old.get(name, 0), new.get(name, 0)) for i, old, new in sizes}
         cut = {i: pair for i, pair in pairs.items() if pair[0] != pair[1]}
         if cut:
             before, after = zip(*cut.values())
@@ -138,19 +153,38 @@ def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tup
 
 def _experts(changes: Sequence[_Change]) -> str:
     cuts = _cuts(changes, {"experts": "{}", "active": "{} active"})
-    found = [f"{words} in layers {runs(layers)}" for words, layers in cuts]
-    return f"experts: {', '.join(found)}" if found else ""
+    texts = [f"{words} in layers {runs(layers)}" for words, layers in cuts]
+    return f"experts: {', '.join(texts)}" if texts else ""
 
 
-def _width(dense: ModelConfig, pruned: ModelConfig, changes: Sequence[_Change]) -> str:
+def _width(changes: Sequence[_Change]) -> str:
     cuts = list(_cuts(changes, _WIDTHS))
-    found = [words for words, _ in cuts]
-    if dense.head_dim != pruned.head_dim:
-        found.append(f"{pruned.head_dim} of {dense.head_dim} features of a head")
-    if dense.latent != pruned.latent:
-        found.append("other latent widths")
-    where = f" in layers {runs(sorted({i for _, layers in cuts for i in layers}))}" if cuts else ""
-    return f"width{where}: {', '.join(found)}" if found else ""
+    texts = [words for words, _ in cuts]
+    pairs = [(old.of("attention"), new.of("attention")) for _, old, new in changes]
+    features = {
+        (old.head_dim, new.head_dim)
+        for old, new in pairs
+        if isinstance(old, Attention | LatentAttention)
+        and isinstance(new, Attention | LatentAttention)
+        and old.head_dim != new.head_dim
+    }
+    if features:
+        before, after = sorted(features)[0]
+        texts.append(f"{after} of {before} features of a head")
+    latents = [
+        (old, replace(new, heads=old.heads))
+        for old, new in pairs
+        if isinstance(old, LatentAttention) and isinstance(new, LatentAttention)
+    ]
+    if any(_latent_sizes(old) != _latent_sizes(new) for old, new in latents):
+        texts.append("other latent widths")
+    layers = sorted({i for _, numbers in cuts for i in numbers})
+    where = f" in layers {runs(layers)}" if cuts else ""
+    return f"width{where}: {', '.join(texts)}" if texts else ""
+
+
+def _latent_sizes(latent: LatentAttention) -> tuple[int, ...]:
+    return latent.query_rank, latent.rank, latent.rotary, latent.plain, latent.value
 
 
 def _range(values: Iterable[float]) -> str:
@@ -158,30 +192,38 @@ def _range(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _low_rank(numbers: Sequence[int], olds: Sequence[Block], news: Sequence[Block]) -> str:
+def _low_rank(numbers: Sequence[int], olds: Sequence[Layer], news: Sequence[Layer]) -> str:
     cut = [
-        (i, new.ranks)
+        (i, _ranks(new))
         for i, old, new in zip(numbers, olds, news)
-        if new.ranks and new.ranks != old.ranks
+        if _ranks(new) and _ranks(new) != _ranks(old)
     ]
     if not cut:
         return ""
-    roles = ", ".join(dict.fromkeys(role for _, ranks in cut for role, _ in ranks))
-    sizes = _range(rank for _, ranks in cut for _, rank in ranks)
+    roles = ", ".join(dict.fromkeys(role for _, ranks in cut for role in ranks))
+    sizes = _range(rank for _, ranks in cut for rank in ranks.values())
     return f"low_rank in layers {runs(i for i, _ in cut)}: ranks of {sizes} in {roles}"
 
 
-def _cross(dense: ModelConfig, pruned: ModelConfig) -> str:
-    found = (
-        [f"hidden {pruned.hidden:,} of {dense.hidden:,}"] if pruned.hidden != dense.hidden else []
+def _ranks(layer: Layer) -> dict[str, int]:
+    forms = sorted((role, form) for s in layer.sublayers for role, form in s.forms if form.rank)
+    return {role: form.rank for role, form in forms}
+
+
+def _cross(dense: Model, pruned: Model) -> str:
+    texts = []
+    if pruned.hidden != dense.hidden:
+        texts.append(f"hidden {pruned.hidden:,} of {dense.hidden:,}")
+    new, old = (
+        sum(s.rotates for layer in model.layers for s in layer.sublayers)
+        for model in (pruned, dense)
     )
-    new, old = (sum(len(block.shortcuts) for block in model.layout) for model in (pruned, dense))
     if many := new - old:
-        found.append(f"{many} residual projections")
-    return f"width_cross: {', '.join(found)}" if found else ""
+        texts.append(f"{many} residual projections")
+    return f"width_cross: {', '.join(texts)}" if texts else ""
 
 
-def _other(dense: ModelConfig, pruned: ModelConfig) -> str:
+def _other(dense: Model, pruned: Model) -> str:
     named = {"vocab": "vocabulary", "learned_positions": "table of positions"}
     pairs = {words: (getattr(dense, name), getattr(pruned, name)) for name, words in named.items()}
     return ", ".join(

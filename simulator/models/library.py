@@ -4,7 +4,7 @@ Use :func:`from_hf_config` with parsed content, :func:`read_config` with a file 
 :func:`simulator.load_model` with any of these or a name. Only JSON is read: code of a model's
 repository is never run. Missing keys have the defaults of the configuration classes of
 ``transformers``; the shapes themselves must be in the file. The file of a shipped model has the
-shape keys of its ``config.json``, and its ``_source``.
+published keys of its ``config.json``, and its ``_source``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from simulator.arguments import shown
 from simulator.engines.engine import sparsity_note
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.read import parse_bounded, read_bounded
-from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader
-from simulator.models.config import ModelConfig
+from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader, refuse_unknown
+from simulator.models.model import Model
 
 FOLDER = resources.files(__package__)
 # largest configuration file that is read; usual files have a few kilobytes
@@ -41,7 +41,7 @@ _VARIANT = re.compile(
 _SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "block_configs")
 
 
-def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> ModelConfig:
+def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> Model:
     """Return the shapes in the content of a Hugging Face ``config.json``, of multimodal models
     those of the decoder.
 
@@ -65,13 +65,15 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
         notes.append(f"{name}: {sparsity_note(declared)}")
     auto_map = data.get("auto_map")
     code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
-    return ModelConfig(
+    fields = ARCHITECTURES[kind].model(read)
+    refuse_unknown(read, ARCHITECTURES[kind])
+    return Model(
         name=name,
         architecture=kind,
         declared=declared,
         found="; ".join(notes),
         custom_code=one_line(code, MAX_NAME) if isinstance(code, str) else "",
-        **ARCHITECTURES[kind].values(read),
+        **fields,
     )
 
 
@@ -105,7 +107,7 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
     )
 
 
-def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+def read_config(path: str | os.PathLike[str]) -> Model:
     """Return the shapes in a ``config.json``, or in a folder, where headers of ``*.safetensors``
     take precedence."""
     file = Path(os.path.expanduser(path))
@@ -172,7 +174,7 @@ def _aliases() -> Mapping[str, str]:
 
 
 @lru_cache(maxsize=128)
-def _shipped(name: str) -> ModelConfig:
+def _shipped(name: str) -> Model:
     return from_hf_config(_content(name), f"{name}.json", name)
 
 
@@ -207,7 +209,7 @@ def model_title(name: str) -> str:
     return published.removesuffix("-hf")
 
 
-def shipped_model(name: str) -> ModelConfig | None:
+def shipped_model(name: str) -> Model | None:
     """Return the shipped model of a name or Hugging Face id, also of a tuned or quantised version,
     else None."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -221,12 +223,12 @@ def shipped_model(name: str) -> ModelConfig | None:
     return None
 
 
-def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig) -> ModelConfig:
+def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | Model) -> Model:
     """Load the shapes of a model; no weight is read.
 
     Parameters
     ----------
-    source : str, path-like, mapping or ModelConfig
+    source : str, path-like, mapping or Model
         Name of a shipped model or its Hugging Face id (case, ``-``, ``_``, ``.`` and spaces do not
         matter), path of a ``config.json``, folder with a ``config.json`` (shapes are then read from
         the headers of its ``*.safetensors``), or parsed content of a ``config.json``. A loaded
@@ -234,7 +236,7 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
 
     Returns
     -------
-    ModelConfig
+    Model
         Shapes of the model.
 
     Raises
@@ -248,7 +250,7 @@ def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | ModelConfig)
     >>> load_model("meta-llama/Llama-3.1-8B").parameters
     8030261248
     """
-    if isinstance(source, ModelConfig):
+    if isinstance(source, Model):
         return source
     if isinstance(source, Mapping):
         return from_hf_config(source)

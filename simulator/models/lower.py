@@ -43,22 +43,26 @@ Assumptions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from simulator.arguments import MOST
 from simulator.arrays import Array
-from simulator.codes import DTYPE_BYTES, Kernel, Kind, Part, Phase, dtype_code
+from simulator.codes import DTYPE_BYTES, ROLES, Part, Phase, dtype_code
 from simulator.engines.engine import Engine, Schedule, load_engine
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig, shard
 from simulator.models.library import load_model
+from simulator.models.model import Layer, Model, shard
+from simulator.models.pass_rows import Lowering, OperatorRow, PassRows
+from simulator.models.sublayers import Attention, LatentAttention
 from simulator.operators.experts import EXPERT_SKEW
-from simulator.request import SETTINGS, Lowered, Request
+from simulator.request import Lowered, Request
 from simulator.workload import Workload
 
 # prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of
@@ -69,31 +73,17 @@ LEAST_PROMPTS = 4
 # 1e-4.
 DECODE_LENGTHS = 1024
 
-SPARSE: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
-"""Projections that a 2:4 checkpoint compresses."""
-
-_QUANTIZE = {
-    "qkv": "quantize",
-    "gate_up": "quantize",
-    "o": "quantize_heads",
-    "down": "quantize_inner",
-}
-"""Role of the conversion of a product's activations."""
-
-_MXFP4 = dtype_code("mxfp4")
-# format of the recurrent state of a delta net, as Transformers and SGLang keep it
-_STATE = dtype_code("fp32")
-OperatorRow = dict[str, Any]
+_ROLES = {role: code for code, role in enumerate(ROLES)}
 
 
-def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
+def lower(model: str | Model | Request, **settings: Any) -> Workload:
     """Return the operators of one decoder pass, one row per shape.
 
     Equal requests return the same object.
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         Model: a name or a path, or shapes from :func:`simulator.load_model`. A
         :class:`simulator.Request` states the settings too.
     **settings
@@ -126,10 +116,13 @@ def lower(model: str | ModelConfig | Request, **settings: Any) -> Workload:
         else Request(model=model, **settings)
     )
     # the level and a measured time change no operator
-    request = replace(
-        request, model=load_model(request.model), level=0.9, dense_s=None, ideal=False
-    )
+    request = replace(request, model=load_model(request.model), level=0.9, dense_s=None)
     return _lower(request, load_engine(request.engine))
+
+
+def lower_again(request: Request, model: Model, ideal: bool) -> Workload:
+    """Return the operators of another model in the request of a workload."""
+    return _lower(request.with_model(model, ideal), load_engine(request.engine))
 
 
 def stream_of(dtype: str) -> str:
@@ -160,74 +153,76 @@ def _budget(request: Request, schedule: Schedule | None) -> int:
 
 @lru_cache(maxsize=256)
 def _lower(request: Request, engine: Engine) -> Workload:
+    model = request.model
+    lowering = _lowering(request, engine)
+    part = shard(model, request.devices, request.parallel)
+    table, lengths = _Table(), []
+    for p, cached in _passes(lowering):
+        _add_pass(table, p, part, model.vocab)
+        lengths.append(cached)
+    return _attending(table.workload(lowering.request), part, lengths)
+
+
+def _lowering(request: Request, engine: Engine) -> Lowering:
+    """Return the request with the values that follow from model and engine."""
     model, several = request.model, request.devices > 1
-    weight, stream = (
-        request.weight_dtype or model.weight_dtype or request.dtype,
-        stream_of(request.dtype),
-    )
+    weight = request.weight_dtype or model.weight_dtype or request.dtype
+    stream = stream_of(request.dtype)
     runs_sparse24 = not request.engine or engine.sparse24_kernels(request.dtype, weight) is not None
-    resolved = {
-        "new_tokens": request.new_tokens if request.phase in ("generate", "serve") else 0,
-        "cached_prefix": cached_tokens(request),
-        "token_budget": _budget(request, engine.schedule),
-        "parallel": request.parallel if several else "none",
-        "link": (request.link or "") if several else "",
-        "skew": EXPERT_SKEW if request.skew is None else request.skew,
-    }
-    shapes = {"model": model.name, "layers": model.layers, "hidden": model.hidden, "config": model}
-    meta = Lowered(
-        **{name: getattr(request, name) for name in (*SETTINGS, "positions")} | resolved | shapes
+    resolved = Lowered(
+        request=request,
+        model=model.name,
+        config=model,
+        engine=request.engine,
+        phase=request.phase,
+        batch=request.batch,
+        seq=request.seq,
+        new_tokens=request.new_tokens if request.phase in ("generate", "serve") else 0,
+        cached_prefix=cached_tokens(request),
+        token_budget=_budget(request, engine.schedule),
+        dtype=request.dtype,
+        weight_dtype=request.weight_dtype,
+        kv_dtype=request.kv_dtype,
+        devices=request.devices,
+        link=(request.link or "") if several else "",
+        parallel=request.parallel if several else "none",
+        skew=EXPERT_SKEW if request.skew is None else request.skew,
+        positions=request.positions,
     )
-    r = Lowering(
-        request=meta,
+    return Lowering(
+        request=resolved,
         engine=engine,
-        sparse24=model.sparse24 or (model.declared == "2:4" and runs_sparse24),
         dtype=dtype_code(request.dtype),
         weight_dtype=dtype_code(weight),
         cache_dtype=dtype_code(request.kv_dtype or stream),
         stream_dtype=dtype_code(stream),
+        hidden=model.hidden,
+        norm_parameters=model.norm_parameters,
+        pre_norms=model.pre_norms,
+        post_norms=model.post_norms,
+        declared24=model.declared == "2:4" and runs_sparse24,
+        ideal=request.ideal,
     )
-    part = shard(model, request.devices, request.parallel)
-    passes: list[PassRows] = []
-    lengths: list[tuple[Array, Array]] = []
-    if meta.phase != "decode":
-        for prompts, tokens, past, chunks, each in _prefills(meta, engine.schedule):
-            passes.append(
-                PassRows(r, part, Phase.PREFILL, prompts, tokens, chunks * each, first=not passes)
-            )
-            done, runs = _steps(chunks)
-            lengths.append((past + tokens * done, runs * each))
-    if meta.phase != "prefill":
-        steps = max(meta.new_tokens, 1)
-        passes.append(PassRows(r, part, Phase.DECODE, meta.batch, meta.positions, steps))
-        grown = (
-            (np.array([(steps + 1) // 2]), np.array([steps]))
-            if meta.phase == "serve"
-            else _steps(steps)
-        )
-        lengths.append((meta.seq + meta.positions - 1 + grown[0], grown[1]))
-    w = Workload.computed([row for one in passes for row in one.rows()], meta)
-    rows = np.flatnonzero(w.is_role("attention"))
-    if not len(rows):
-        return w
-    attending = [
-        (first, many) for first, many, block in part.runs if block.heads and not block.delta
-    ]
-    attention = [
-        _attention_columns(model.windows[first : first + many], kv_len, executions, first)
-        for kv_len, executions in lengths
-        for first, many in attending
-    ]
-    times = np.ones(len(w), dtype=np.int64)
-    times[rows] = [columns.shape[1] for columns in attention]
-    w = w.take(np.repeat(np.arange(len(w)), times))
-    rows = w.is_role("attention")
-    columns = {
-        name: getattr(w, name).copy() for name in ("layer", "layers", "window", "kv_len", "count")
-    }
-    for column, values in zip(columns.values(), np.hstack(attention)):
-        column[rows] = values
-    return w.replace(**columns)
+
+
+def _passes(lowering: Lowering) -> Iterator[tuple[PassRows, tuple[Array, Array]]]:
+    """Yield each kind of pass, with the cache lengths at which it attends and how often."""
+    request = lowering.request
+    if request.phase != "decode":
+        first = True
+        for prompts, tokens, past, chunks, each in _prefills(request, lowering.engine.schedule):
+            executions = chunks * each
+            p = PassRows(lowering, Phase.PREFILL, prompts, tokens, executions, first=first)
+            done, times = _steps(chunks)
+            yield p, (past + tokens * done, times * each)
+            first = False
+    if request.phase != "prefill":
+        steps = max(request.new_tokens, 1)
+        p = PassRows(lowering, Phase.DECODE, request.batch, request.positions, steps)
+        grown, times = _steps(steps)
+        if request.phase == "serve":
+            grown, times = np.array([(steps + 1) // 2]), np.array([steps])
+        yield p, (request.seq + request.positions - 1 + grown, times)
 
 
 def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int, int, int, float]]:
@@ -268,12 +263,143 @@ def _steps(steps: int) -> tuple[Array, Array]:
     return np.concatenate([1 + np.arange(alone), middle, [steps]]), executions
 
 
+@dataclass
+class _Table:
+    """Rows of a workload in the making. A row can stand for several runs of layers: its values are
+    arrays then, and ``places`` are those of its runs."""
+
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    places: list[int] = field(default_factory=list)
+
+    def add(self, row: OperatorRow, places: Sequence[int]) -> None:
+        size, runs = len(self.places), len(places)
+        for name, value in row.items():
+            column = self.columns.get(name)
+            if column is None:
+                column = self.columns[name] = []
+            column.extend([Workload.SCHEMA[name][1]] * (size - len(column)))
+            if isinstance(value, np.ndarray) and value.ndim:
+                column.extend(value.tolist())
+            else:
+                column.extend([_ROLES[value] if name == "role" else value] * runs)
+        self.places.extend(places)
+
+    def workload(self, meta: Lowered) -> Workload:
+        size = len(self.places)
+        for name, column in self.columns.items():
+            column.extend([Workload.SCHEMA[name][1]] * (size - len(column)))
+        exact = all(max(column) <= MOST for column in self.columns.values())
+        make = Workload.filled if exact else Workload.from_columns
+        w = make(meta, size=size, **self.columns)
+        order = np.argsort(np.array(self.places))
+        return w if (np.diff(order) == 1).all() else w.take(order)
+
+
+def _add_pass(table: _Table, p: PassRows, part: Model, vocab: int) -> None:
+    """Add the rows of a pass of the model that one device computes; ``vocab`` is that of the whole
+    model."""
+    _add_outside(table, p, _embedding(p, part))
+    runs = part.runs
+    made = [(list(members), [*_layer_rows(p, layer)]) for members, layer in part.stacks]
+    sizes = np.zeros(len(runs), dtype=np.intp)
+    for members, rows in made:
+        sizes[members] = len(rows)
+    begins = len(table.places) + np.cumsum(sizes) - sizes
+    for members, rows in made:
+        lengths = np.array([runs[i].length for i in members])
+        layers = {
+            "layer": np.array([runs[i].first for i in members]),
+            "layers": lengths,
+            "count": lengths * p.steps,
+            "phase": p.phase,
+        }
+        for i, row in enumerate(rows):
+            table.add({**row, **layers}, (begins[members] + i).tolist())
+    _add_outside(table, p, itertools.chain(_head(p, part, vocab), p.send()))
+
+
+def _add_outside(table: _Table, p: PassRows, rows: Iterable[OperatorRow]) -> None:
+    """Add rows outside the layers."""
+    for row in rows:
+        count = row.get("count", 1) * p.steps
+        table.add({**row, "phase": p.phase, "count": count}, [len(table.places)])
+
+
+def _layer_rows(p: PassRows, layer: Layer) -> Iterator[OperatorRow]:
+    for sublayer in layer.sublayers:
+        part = sublayer.part
+        mlp = part == Part.MLP
+        role = "mlp_norm" if mlp else "attention_norm"
+        yield from p.norm_before(role, part, adds=not (layer.parallel and mlp))
+        yield from sublayer.rows(p)
+        outputs = sublayer.outputs(p.hidden)
+        yield from p.collective("all_reduce", part, p.tokens, outputs)
+        yield from p.residual_projection(sublayer, outputs)
+        yield from p.norm_after(part)
+        if mlp and layer.parallel:
+            yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden)
+
+
+def _embedding(p: PassRows, part: Model) -> Iterator[OperatorRow]:
+    features, positions = part.hidden, part.learned_positions
+    tables = 2 if positions else 1
+    owned = (part.vocab + positions) * features
+    row = p.move("embedding", Part.EMBEDDING, features, tables * features, features, owned)
+    # tokens per sequence of a step
+    yield row | {"q_len": p.q_len * p.decodes}
+    yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
+
+
+def _head(p: PassRows, part: Model, vocab: int) -> Iterator[OperatorRow]:
+    """Yield the final norm and the head; ``vocab`` is that of the whole model."""
+    # positions that the head computes; a check of drafted tokens needs all
+    positions = p.tokens if p.lowering.engine.logits == "all" or p.decodes else p.batch
+    width = part.head_hidden
+    if part.final_norm:
+        owned = width * part.norm_parameters // part.hidden
+        yield p.move("final_norm", Part.HEAD, width, 2 * width, width, owned)
+    head = p.gemm("lm_head", Part.HEAD, part.vocab, width) | p.wide | {"m": positions}
+    yield head | {"params": 0 if part.tied else head["params"]}
+    yield from p.collective("all_gather", Part.HEAD, positions, vocab)
+    if part.logit_softcap:
+        yield p.move("softcap", Part.HEAD, vocab, vocab, vocab, tokens=positions)
+
+
+def _attending(w: Workload, part: Model, lengths: Sequence[tuple[Array, Array]]) -> Workload:
+    """Return the workload with a row of attention for each cache length and window."""
+    attending = [
+        run
+        for run in part.runs
+        if isinstance(run.layer.of("attention"), Attention | LatentAttention)
+    ]
+    if not attending:
+        return w
+    attention = [
+        _attention_columns(run.windows, kv_len, executions, run.first)
+        for kv_len, executions in lengths
+        for run in attending
+    ]
+    rows = np.flatnonzero(w.is_role("attention"))
+    times = np.ones(len(w), dtype=np.int64)
+    times[rows] = [columns.shape[1] for columns in attention]
+    w = w.take(np.repeat(np.arange(len(w)), times))
+    attends = w.is_role("attention")
+    names = ("layer", "layers", "window", "kv_len", "count")
+    columns = {name: getattr(w, name).copy() for name in names}
+    for column, values in zip(columns.values(), np.hstack(attention)):
+        column[attends] = values
+    return w.replace(**columns)
+
+
 def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, first: int) -> Array:
     """Return attention of consecutive layers from ``first`` at rising cache lengths, with ``times``
     executions each.
 
     Each column is a length and a run of equal layers; rows are first layer, layers, window, length
     and executions. Layers are equal while their windows are longer than the cache."""
+    if len(kv_len) == 1 and not any(windows):
+        layers = len(windows)
+        return np.array([[first], [layers], [0], [kv_len[0]], [layers * times[0]]])
     cuts = np.searchsorted(kv_len, sorted(set(windows) - {0}), side="right")
     pieces = []
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):
@@ -288,413 +414,3 @@ def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, fi
         pieces.append(np.vstack([np.tile(np.array(runs).T, len(lengths)), each]))
     out = np.hstack(pieces)
     return np.vstack([out[:-1], out[1] * out[-1]])
-
-
-@dataclass(frozen=True)
-class Lowering:
-    """A request with its model and engine, and the codes of its number formats."""
-
-    request: Lowered
-    engine: Engine
-    sparse24: bool
-    dtype: int
-    weight_dtype: int
-    cache_dtype: int
-    stream_dtype: int
-
-    @property
-    def split(self) -> bool:
-        """Whether each layer is split over several devices."""
-        return self.request.devices > 1 and self.request.parallel != "pipeline"
-
-    @property
-    def quantised(self) -> tuple[str, ...]:
-        """Products whose activations a further kernel converts."""
-        return self.engine.quantize.inputs if DTYPE_BYTES[self.dtype] < 2.0 else ()
-
-
-@dataclass(frozen=True)
-class PassRows:
-    """Rows of equal prefill passes, or of the decode steps of a request; one attention row per run
-    of equal layers."""
-
-    lowering: Lowering
-    part: ModelConfig  # the shapes of one device
-    phase: Phase
-    batch: int  # sequences
-    q_len: int
-    steps: float  # executions of the pass; in the steady state of ``serve`` their mean
-    first: bool = True  # whether it is the first pass of its phase, whose rows have the parameters
-
-    @property
-    def request(self) -> Lowered:
-        return self.lowering.request
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.q_len
-
-    def fuses(self, group: str) -> bool:
-        return group in self.lowering.engine.fuse
-
-    @property
-    def mean_length(self) -> float:
-        """Mean cache length of the decode steps, with the added position."""
-        return self.request.seq + (self.steps + 1) / 2
-
-    @property
-    def wide(self) -> OperatorRow:
-        return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
-
-    @property
-    def owns(self) -> float:
-        """Share of the parameters that each execution of the rows counts."""
-        return (
-            self.first
-            * (self.phase == Phase.PREFILL or self.request.phase == "decode")
-            / self.steps
-        )
-
-    def rows(self) -> list[OperatorRow]:
-        model, vocab, h = self.part, self.part.vocab, self.part.hidden
-        # positions that the head computes; a check of drafted tokens needs all
-        many = self.tokens if self.lowering.engine.logits == "all" or self.decodes else self.batch
-        tables = 2 if model.learned_positions else 1
-        rows = [
-            self.move(
-                "embedding", Part.EMBEDDING, h, tables * h, h, (vocab + model.learned_positions) * h
-            )
-        ]
-        rows[0]["q_len"] = self.q_len * self.decodes  # tokens per sequence of a step
-        rows += self.collective("all_reduce", Part.EMBEDDING, self.tokens, h)
-        for first, length, block in model.runs:
-            layers = {"layer": first, "layers": length, "count": length}
-            rows += [row | layers for row in (*self.attention(block), *self.mlp(block))]
-        width = model.head_hidden
-        if model.final_norm:
-            owned = width * model.norm_parameters // h
-            rows.append(self.move("final_norm", Part.HEAD, width, 2 * width, width, owned))
-        head = self.gemm("lm_head", Part.HEAD, vocab, width, False) | self.wide | {"m": many}
-        rows.append(head | {"params": 0 if model.tied else head["params"]})
-        rows += self.collective("all_gather", Part.HEAD, many, self.request.config.vocab)
-        if model.logit_softcap:
-            whole = self.request.config.vocab
-            rows.append(self.move("softcap", Part.HEAD, whole, whole, whole, tokens=many))
-        rows += self.sends()
-        return [
-            row | {"phase": self.phase, "count": row.get("count", 1) * self.steps} for row in rows
-        ]
-
-    def attention(self, block: Block) -> Iterator[OperatorRow]:
-        model, part, h, d = self.part, Part.ATTENTION, self.part.hidden, self.part.head_dim
-        if "attention" not in block.linear and not block.heads:
-            return
-        yield from self.norm_before("attention_norm", part)
-        yield from self.quantized("qkv", part, h)
-        if "attention" in block.linear:
-            yield self.linear(part)
-        elif block.delta:
-            yield from self.delta_net(block)
-        elif model.latent is not None:
-            yield from self.latent_attention(block)
-        else:
-            q, kv = block.heads * d, block.kv_heads * d
-            made = {"q": (1 + model.output_gate) * q, "k": kv, "v": kv}
-            for role, n in block.roles("qkv", made, self.fuses("qkv")).items():
-                yield from self.projection(block, role, part, n, h, model.qkv_bias)
-            if model.qk_norm and (model.qk_norm != "unit" or block.rotary):
-                owned = {"head": 2 * d, "width": q + kv}.get(model.qk_norm, 0)
-                yield self.move("qk_norm", part, q + kv, q + kv, q + kv, owned)
-            yield from self.rotary(block, block.heads + block.kv_heads, model.rotary_dim)
-            yield self.cache_write(block, 2 * kv)
-            row = self.attend(block, {"kv_heads": block.kv_heads, "head_dim": d})
-            yield row | {"params": model.sinks * block.heads * self.owns}
-            if model.output_gate:
-                yield self.move("output_gate", part, q, 2 * q, q)
-            yield from self.quantized("o", part, q)
-            yield from self.projection(block, "o", part, h, q, model.o_bias)
-        yield from self.collective("all_reduce", part, self.tokens, h)
-        yield from self.shortcut(block, part, h)
-        yield from self.norm_after(part)
-
-    def delta_net(self, block: Block) -> Iterator[OperatorRow]:
-        own, part, h = self.part.delta, Part.ATTENTION, self.part.hidden
-        assert own is not None
-        keys, values = own.widths(block)
-        yield self.gemm("delta_in", part, 2 * keys + 2 * values, h, False)
-        yield self.gemm("delta_ba", part, 2 * block.heads, h, False) | self.wide
-        owned = own.conv * (2 * keys + values) + 2 * block.heads
-        row = {
-            "kind": Kind.DELTA_NET,
-            "role": "delta_net",
-            "part": part,
-            "params": owned * self.owns,
-        }
-        row |= {"m": self.tokens, "n": values, "batch": self.batch, "window": own.conv}
-        row |= {
-            "heads": block.heads,
-            "kv_heads": block.kv_heads,
-            "head_dim": own.key,
-            "value_dim": own.value,
-        }
-        yield row | {"dtype": self.lowering.stream_dtype, "weight_dtype": _STATE}
-        yield self.move("gated_norm", part, values, 2 * values, values, own.value)
-        yield from self.quantized("o", part, values)
-        yield self.gemm("o", part, h, values, False)
-
-    def latent_attention(self, block: Block) -> Iterator[OperatorRow]:
-        """Yield the rows of latent attention; a copied cache has keys and values of every head, and
-        a decode step computes those of its token."""
-        own, whole = self.part.latent, self.lowering.engine.cache != "paged"
-        part, h, heads = Part.ATTENTION, self.part.hidden, block.heads
-        assert own is not None
-        absorbs = self.decodes and not whole
-        queries = heads * (own.plain + own.rotary)
-        if not own.query_rank:
-            yield self.gemm("q", part, queries, h, False)
-        elif self.fuses("qkv"):
-            yield self.gemm("qkv_a", part, own.query_rank + own.cached, h, False)
-        else:
-            yield self.gemm("q_a", part, own.query_rank, h, False)
-        if not (own.query_rank and self.fuses("qkv")):
-            yield self.gemm("kv_a", part, own.cached, h, False)
-        normed = own.query_rank + own.rank
-        yield self.move("latent_norm", part, normed, normed, normed, normed)
-        if own.query_rank:
-            yield self.gemm("q_b", part, queries, own.query_rank, False)
-        if absorbs:
-            yield self.gemm("absorb_k", part, heads * own.rank, own.plain, False)
-        else:
-            yield self.gemm("kv_b", part, heads * (own.plain + own.value), own.rank, False)
-        yield from self.rotary(block, heads + 1, own.rotary)
-        yield self.cache_write(
-            block, heads * (own.plain + own.rotary + own.value) if whole else own.cached
-        )
-        sizes = {"kv_heads": heads, "head_dim": own.plain + own.rotary, "value_dim": own.value}
-        if absorbs:
-            sizes = {"kv_heads": 1, "head_dim": own.cached, "value_dim": own.rank}
-        yield self.attend(block, sizes | {"latent": 0 if whole else own.cached})
-        if absorbs:
-            yield self.gemm("absorb_v", part, heads * own.value, own.rank, False)
-        yield from self.quantized("o", part, heads * own.value)
-        yield self.gemm("o", part, h, heads * own.value, False)
-
-    @property
-    def decodes(self) -> bool:
-        return self.phase == Phase.DECODE
-
-    def rotary(self, block: Block, heads: int, features: int) -> Iterator[OperatorRow]:
-        if turned := heads * features * block.rotary:
-            yield self.move("rotary", Part.ATTENTION, turned, turned, turned)
-
-    def cache_write(self, block: Block, elements: int) -> OperatorRow:
-        """Return the row that writes the cache; a joined cache is extended, a copied one is then
-        repeated for every query head."""
-        r, part = self.lowering, Part.ATTENTION
-        read, write = (
-            float(elements),
-            elements * float(DTYPE_BYTES[r.cache_dtype] / DTYPE_BYTES[r.stream_dtype]),
-        )
-        kept = {}
-        if r.engine.cache != "paged" and self.decodes:
-            repeats = (
-                block.heads // block.kv_heads
-                if r.engine.cache == "copied" and block.heads > block.kv_heads
-                else 0
-            )
-            copied = self.mean_length * (1 + repeats)
-            reads = copied + (self.mean_length if repeats else 0)
-            read, write = read + write * reads, write * copied
-            kept = {"kv_len": int(self.mean_length)}
-        return self.move("cache_write", part, elements, read, write) | {
-            "weight_dtype": r.cache_dtype,
-            **kept,
-        }
-
-    def attend(self, block: Block, sizes: OperatorRow) -> OperatorRow:
-        r = self.lowering
-        kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
-        formats = {"dtype": r.stream_dtype, "weight_dtype": r.cache_dtype}
-        calls = {"heads": block.heads, "batch": self.batch, "q_len": self.q_len}
-        return {
-            "kind": kind,
-            "role": "attention",
-            "part": Part.ATTENTION,
-            **formats,
-            **calls,
-            **sizes,
-        }
-
-    def mlp(self, block: Block) -> Iterator[OperatorRow]:
-        model, part, h, inner = self.part, Part.MLP, self.part.hidden, block.inner
-        bias, out = model.mlp_bias, block.out or h
-        if not (inner or block.experts or "mlp" in block.linear):
-            return
-        yield from self.norm_before("mlp_norm", part)
-        if inner or "mlp" in block.linear:
-            yield from self.quantized("gate_up", part, h)
-        if "mlp" in block.linear:
-            yield self.linear(part)
-        elif inner:
-            made = {"gate": inner, "up": inner} if model.gated else {"up": inner}
-            for role, n in block.roles(
-                "gate_up", made, model.gated and self.fuses("gate_up")
-            ).items():
-                yield from self.projection(block, role, part, n, h, bias)
-            yield self.move("activation", part, inner, (2 if model.gated else 1) * inner, inner)
-            yield from self.quantized("down", part, inner)
-            yield from self.projection(block, "down", part, out, inner, bias or model.down_bias)
-        if block.experts:
-            yield from self.routed(block)
-        yield from self.collective("all_reduce", part, self.tokens, out)
-        yield from self.shortcut(block, part, out)
-        yield from self.norm_after(part)
-        if model.parallel_residual:
-            yield self.move("residual", part, h, 2 * h, h)
-
-    def routed(self, block: Block) -> Iterator[OperatorRow]:
-        model, part, h = self.part, Part.MLP, self.part.hidden
-        if model.shared_gate and block.inner:
-            yield self.gemm("shared_gate", part, 1, h, False) | self.wide
-        devices = self.request.devices if self.request.parallel == "expert" else 1
-        yield self.gemm("router", part, devices * block.experts, h, model.router_bias) | self.wide
-        row = self.gemm("experts", part, block.expert_inner, h, False) | {"kind": Kind.EXPERTS}
-        owned = block.experts * model.expert_parameters(block) * self.owns
-        row |= {
-            "experts": block.experts,
-            "active": block.active,
-            "skew": self.request.skew,
-            "params": owned,
-        }
-        captured = self.lowering.engine.captured
-        if self.decodes and captured is not None and captured.pads(self.batch):
-            row |= {"m": self.tokens + 1}  # the padding repeats one token, which uses experts too
-        yield row | ({"batch": devices} if devices > 1 else {})
-
-    def projection(
-        self, block: Block, role: str, part: Part, n: int, k: int, bias: bool
-    ) -> Iterator[OperatorRow]:
-        """Yield the product of a projection, or the two products of its factors."""
-        rank = block.rank(role)
-        if not rank:
-            yield self.gemm(role, part, n, k, bias)
-        else:
-            yield self.gemm(role, part, rank, k, False) | {"stage": 1}
-            yield self.gemm(role, part, n, rank, bias) | {"stage": 2}
-
-    def quantized(self, product: str, part: Part, k: int) -> Iterator[OperatorRow]:
-        """Yield the conversion of a product's activations, if a further kernel does it."""
-        r = self.lowering
-        if product in r.quantised:
-            written = k * float(DTYPE_BYTES[r.dtype] / DTYPE_BYTES[r.stream_dtype])
-            yield self.move(_QUANTIZE[product], part, k, k, written)
-
-    def shortcut(self, block: Block, part: Part, n: int) -> Iterator[OperatorRow]:
-        """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
-        adds."""
-        if part.name.lower() in block.shortcuts:
-            row = self.gemm("residual_projection", part, n, self.part.hidden, False)
-            yield row | self.wide | {"overhead": True}
-
-    def linear(self, part: Part) -> OperatorRow:
-        """Return the product that replaces a sublayer; devices that share layers split its
-        inputs."""
-        h, devices = self.part.hidden, self.request.devices if self.lowering.split else 1
-        return self.gemm("linear", part, h, -(-h // devices), False)
-
-    def norm_before(self, role: str, part: Part) -> Iterator[OperatorRow]:
-        """Yield the norm before a sublayer; it adds the residual, unless both sublayers read the
-        same input."""
-        model, h = self.part, self.part.hidden
-        moved = h if model.parallel_residual and part == Part.MLP else 2 * h
-        if model.pre_norms:
-            yield self.move(role, part, h, moved, moved, model.norm_parameters)
-
-    def norm_after(self, part: Part) -> Iterator[OperatorRow]:
-        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next
-        sublayer."""
-        model, h = self.part, self.part.hidden
-        if model.post_norms:
-            yield self.move(
-                "post_norm", part, h, h if model.pre_norms else 2 * h, h, model.norm_parameters
-            )
-
-    def gemm(self, role: str, part: Part, n: int, k: int, bias: bool) -> OperatorRow:
-        weights = self.lowering.weight_dtype
-        if weights == _MXFP4 and role != "experts":  # a format of routed experts only
-            weights = self.lowering.stream_dtype
-        formats = {"dtype": self.lowering.dtype, "weight_dtype": weights}
-        params = (n * k + bias * n) * self.owns
-        row = {
-            "role": role,
-            "part": part,
-            "m": self.tokens,
-            "n": n,
-            "k": k,
-            "params": params,
-            **formats,
-        }
-        if self.lowering.sparse24 and role in SPARSE:
-            row |= {
-                "kernel": Kernel.SPARSE24,
-                "density": 0.5,
-                "params": (0.5 * n * k + bias * n) * self.owns,
-            }
-        return row
-
-    def move(
-        self,
-        role: str,
-        part: Part,
-        n: int,
-        read: float,
-        write: float,
-        params: int = 0,
-        tokens: int = 0,
-    ) -> OperatorRow:
-        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
-        are in elements."""
-        stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
-        size = float(tokens * DTYPE_BYTES[stream])
-        row = {
-            "kind": Kind.ELEMENTWISE,
-            "role": role,
-            "part": part,
-            "m": tokens,
-            "n": n,
-            "params": params * self.owns,
-        }
-        return row | {
-            "read_bytes": size * read,
-            "write_bytes": size * write,
-            "dtype": stream,
-            "weight_dtype": stream,
-        }
-
-    def collective(self, role: str, part: Part, tokens: int, width: int) -> list[OperatorRow]:
-        """Return the collective whose payload is (tokens, width); no row on one device."""
-        if not self.lowering.split:
-            return []
-        stream = self.lowering.stream_dtype
-        row = {
-            "kind": Kind.COLLECTIVE,
-            "role": role,
-            "part": part,
-            "m": tokens,
-            "n": width,
-            "dtype": stream,
-        }
-        return [
-            row
-            | {"batch": self.request.devices, "read_bytes": tokens * width * DTYPE_BYTES[stream]}
-        ]
-
-    def sends(self) -> list[OperatorRow]:
-        """Return a pipeline's sends of the residual stream, each between two devices; layer pruning
-        keeps them."""
-        if self.request.devices == 1 or self.lowering.split:
-            return []
-        tokens, hidden = self.tokens, self.request.config.hidden
-        payload = tokens * hidden * float(DTYPE_BYTES[self.lowering.stream_dtype])
-        row = {"kind": Kind.COLLECTIVE, "role": "send", "part": Part.HEAD, "m": tokens, "n": hidden}
-        return [row | {"batch": 2, "read_bytes": payload, "count": self.request.devices - 1}]

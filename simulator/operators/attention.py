@@ -583,26 +583,12 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
     """Return the work of prefill attention; it depends only on the constants ``pads``, ``packs``,
     ``sparse_block``."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
-    tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
-    if c["pads"] <= 0.0:
-        part = a.q_len / TILE - np.floor(a.q_len / TILE)
-        blocks = np.where(
-            part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks
-        )
     units = a.batch * a.heads
-    all_tiles, all_blocks = units * tiles, units * blocks
-    if c["packs"] > 0:
-        packed = np.minimum(
-            all_tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE)
-        )
-        all_tiles, all_blocks = packed, all_blocks * (packed / all_tiles)
+    tiles, blocks, chain = _prefill_tiles(a, units, window, c)
     seen = np.where(window > 0, np.minimum(a.kv_len, a.q_len + window - 1.0), a.kv_len)
-    sides = a.sides
-    queries, keys = (
-        sides * a.element_bytes * a.heads * a.q_len,
-        a.stored * a.cache_bytes * a.kv_heads * seen,
-    )
-    flops = 2.0 * sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
+    queries = a.sides * a.element_bytes * a.heads * a.q_len
+    keys = a.stored * a.cache_bytes * a.kv_heads * seen
+    flops = 2.0 * a.sides * units * a.head_dim * attention_pairs(a.q_len, a.kv_len, window)
     cost: FloatArray | float = 1.0
     if np.count_nonzero(density < 1.0):
         # a block-sparse kernel computes fewer blocks, and small blocks cost more each; the dense
@@ -613,11 +599,29 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
         # if whole queries are skipped, there are fewer tiles; the last tile reads as many keys as
         # before
         left = np.where(edge > 0, 1.0, density)
-        all_tiles, all_blocks = all_tiles * left, all_blocks * left
-        flops = flops * density
+        tiles, blocks, flops = tiles * left, blocks * left, flops * density
     return PrefillWork(
-        a, all_tiles, all_blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost
+        a, tiles, blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost
     )
+
+
+def _prefill_tiles(
+    a: Geometry, units: FloatArray, window: FloatArray, c: Mapping[str, float]
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the tiles and blocks of all sequences and heads, and the longest chain."""
+    tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
+    if c["pads"] <= 0.0:
+        part = a.q_len / TILE - np.floor(a.q_len / TILE)
+        blocks = np.where(
+            part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks
+        )
+    tiles, blocks = units * tiles, units * blocks
+    if c["packs"] > 0:
+        packed = np.minimum(
+            tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE)
+        )
+        tiles, blocks = packed, blocks * (packed / tiles)
+    return tiles, blocks, chain
 
 
 def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:

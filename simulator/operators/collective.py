@@ -223,23 +223,26 @@ class Messages(Calls):
         # devices behind one PCIe switch share its uplink
         rate = self.bandwidth_bytes_per_s / (0.5 * self.ports) ** c["sharing"]
         moved = wire / (c["e_link"] * rate)
-        launch, step = c["t0_s"] + c["hop_s"] * hops, np.sqrt(c["pipe_s"] * moved)
-        own_rate = c["own_e"] * rate
-        own_launch = c["own_t0_s"] + c["own_hop_s"] * others
-        one_shot, two_shot = others * self.payload / own_rate, wire / own_rate
-        once = one_shot < two_shot + c["own_step_s"]
-        own_moved, own_step = (
-            np.where(once, one_shot, two_shot),
-            np.where(once, 0.0, c["own_step_s"]),
-        )
-        own = (
+        library = c["t0_s"] + c["hop_s"] * hops, moved, np.sqrt(c["pipe_s"] * moved)
+        engine = self._engine_parts(c, wire, c["own_e"] * rate)
+        chosen = (
             (self.code == 0) & (self.devices <= c["own_devices"]) & (self.payload <= c["own_bytes"])
         )
-        own &= own_launch + own_moved + own_step < launch + moved + step
+        chosen &= engine[0] + engine[1] + engine[2] < library[0] + library[1] + library[2]
+        launch, moved, step = (np.where(chosen, *pair) for pair in zip(engine, library))
+        return launch, moved, step
+
+    def _engine_parts(
+        self, c: Mapping[str, float], wire: FloatArray, rate: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return the parts of the time of the engine's own all-reduce, in one shot or in two."""
+        others = self.devices - 1.0
+        one_shot, two_shot = others * self.payload / rate, wire / rate
+        once = one_shot < two_shot + c["own_step_s"]
         return (
-            np.where(own, own_launch, launch),
-            np.where(own, own_moved, moved),
-            np.where(own, own_step, step),
+            c["own_t0_s"] + c["own_hop_s"] * others,
+            np.where(once, one_shot, two_shot),
+            np.where(once, 0.0, c["own_step_s"]),
         )
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulator.arguments import Range
-from simulator.arrays import Array, FloatArray
+from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.codes import DTYPE_BYTES, Kind, label_of
 from simulator.operators.base import (
     AIC,
@@ -337,25 +337,26 @@ def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: An
     uniformly around the mean, rounded down; minus ``power`` is the largest relative distance from
     the mean."""
     choices, power = m * active, np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
-    even, few = choices / experts, choices <= experts
-    if power.any():
-        rank = (np.arange(QUANTILES)[:, None] + 0.5) / QUANTILES
-        share = np.floor(even * (1.0 - power * (2.0 * rank - 1.0)) + 1e-9)
-        low, high = np.where(few, 0.01, 1.0), np.where(few, 2.0, np.maximum(0.8 * m, 1.0001))
-        inverse = 1.0 - np.where(power > 0, power, 1.01)
-        load = (low**inverse + rank * (high**inverse - low**inverse)) ** (1.0 / inverse)
-        counts = np.minimum(np.rint(load * (even / load.mean(axis=0))), m)
-        idle = (counts < 1.0).mean(axis=0)
-        over = np.clip(even - counts.mean(axis=0), 0.0, idle) / np.maximum(idle, 1e-9)
-        counts = np.select(
-            [power > 0, power < 0], [np.where(counts < 1.0, over, counts), share], even
-        )
-    else:
-        counts = even[None]
+    even = choices / experts
+    counts = _dealt_counts(m, even, choices <= experts, power) if power.any() else even[None]
     tiles = (np.where(counts < 1.0, counts, np.ceil(counts / rows)).mean(axis=0) for rows in TILES)
-    return Load(
-        experts * np.minimum(counts, 1.0).mean(axis=0), tuple(experts * t for t in tiles), choices
-    )
+    touched = experts * np.minimum(counts, 1.0).mean(axis=0)
+    return Load(touched, tuple(experts * t for t in tiles), choices)
+
+
+def _dealt_counts(m: FloatArray, even: FloatArray, few: BoolArray, power: FloatArray) -> FloatArray:
+    """Return tokens per expert at quantiles of the experts: ``even`` is their mean, and ``few``
+    marks at most as many choices as experts."""
+    rank = (np.arange(QUANTILES)[:, None] + 0.5) / QUANTILES
+    share = np.floor(even * (1.0 - power * (2.0 * rank - 1.0)) + 1e-9)
+    low, high = np.where(few, 0.01, 1.0), np.where(few, 2.0, np.maximum(0.8 * m, 1.0001))
+    inverse = 1.0 - np.where(power > 0, power, 1.01)
+    load = (low**inverse + rank * (high**inverse - low**inverse)) ** (1.0 / inverse)
+    counts = np.minimum(np.rint(load * (even / load.mean(axis=0))), m)
+    idle = (counts < 1.0).mean(axis=0)
+    over = np.clip(even - counts.mean(axis=0), 0.0, idle) / np.maximum(idle, 1e-9)
+    dealt = np.where(counts < 1.0, over, counts)
+    return np.asarray(np.select([power > 0, power < 0], [dealt, share], even))
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,15 @@ from simulator.codes import Part
 from simulator.display import Displayed
 from simulator.engines.engine import load_engine
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import Block, ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Layer, Model, pruned_from
 from simulator.plans.library import Library, generated_library, read_library
-from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of, without
+from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
 from simulator.prediction.requests import check_measured, on, profiles, requests_of, setting
 from simulator.prediction.serving import memory_columns
-from simulator.pruning.experts import rebalanced
 from simulator.request import Request
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -70,27 +69,25 @@ class PricedRequest:
     def __str__(self) -> str:
         return setting(self)
 
-    def lower(self, model: ModelConfig, dense: ModelConfig) -> Workload:
+    def lower(self, model: Model, dense: Model) -> Workload:
         """Return the workload of a model that was pruned from a dense one."""
-        return rebalanced(lower(replace(self.request, model=model)), dense.experts)
+        return lower(replace(self.request, model=pruned_from(dense, model)))
 
 
 def priced(
-    model: ModelConfig, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]
+    model: Model, hardware: Sequence[HardwareProfile], settings: Mapping[str, Any]
 ) -> list[PricedRequest]:
     requests = requests_of([model], settings)
     check_measured(requests, hardware)
     return [PricedRequest(on([one], hw)[0], hw) for one in requests for hw in hardware]
 
 
-def planned(
-    model: ModelConfig, blocks: Sequence[Block], windows: Sequence[int] | None = None
-) -> ModelConfig:
-    own = model.windows if windows is None else tuple(windows)
-    return replace(model, blocks=tuple(blocks), layers=len(blocks), windows=own)
+def planned(model: Model, layers: Sequence[Layer]) -> Model:
+    """Return the model with other layers; a layer without sublayers stays."""
+    return replace(model, layers=tuple(layers))
 
 
-def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, FloatArray]:
+def quantities(models: Sequence[Model], at: PricedRequest) -> dict[str, FloatArray]:
     """Return predictions of models (W,) in a setting by the names of :class:`simulator.Result`,
     with ``parameters`` and ``flops``; the first is the dense model."""
     workloads = [at.lower(model, models[0]) for model in models]
@@ -104,11 +101,14 @@ def quantities(models: Sequence[ModelConfig], at: PricedRequest) -> dict[str, Fl
     return own
 
 
-def grouped(model: ModelConfig, blocks: Sequence[Block]) -> ModelConfig:
+def grouped(model: Model, layers: Sequence[Layer]) -> Model:
     """Return a model with equal layers next to each other, which costs the same and has fewer
     rows."""
-    order = sorted(range(len(blocks)), key=lambda i: (model.windows[i], repr(blocks[i])))
-    return planned(model, [blocks[i] for i in order], [model.windows[i] for i in order])
+    first: dict[Layer, int] = {}
+    for layer in layers:
+        first.setdefault(layer.windowless, len(first))
+    order = sorted(layers, key=lambda layer: (first[layer.windowless], layer.window))
+    return planned(model, order)
 
 
 @dataclass(frozen=True)
@@ -116,40 +116,40 @@ class Probes:
     """Models whose differences are the prices of a library next to a base plan."""
 
     library: Library
-    models: tuple[ModelConfig, ...]  # the dense model, the base, then the others
+    models: tuple[Model, ...]  # the dense model, the base, then the others
     # (class, sublayer, variant): models with, without
-    at: Mapping[tuple[int, str, Block], tuple[int, int]]
+    at: Mapping[tuple[int, str, Layer], tuple[int, int]]
     classes: tuple[int, ...]  # for each layer: the first layer that equals it
 
     @classmethod
-    def of(cls, library: Library, base: Sequence[Block]) -> Probes:
+    def of(cls, library: Library, base: Sequence[Layer]) -> Probes:
         model = library.model
-        models, at = [model, grouped(model, base)], dict[tuple[int, str, Block], tuple[int, int]]()
-        keys = list(zip(model.layout, model.windows))
+        models, at = [model, grouped(model, base)], dict[tuple[int, str, Layer], tuple[int, int]]()
+        keys = list(model.layers)
         known = {key: i for i, key in reversed(list(enumerate(keys)))}  # first layer with a key
         for layer, key in enumerate(keys):
             first = known[key]
 
-            def probe(block: Block, first: int = first) -> int:
-                models.append(grouped(model, [*base[:first], block, *base[first + 1 :]]))
+            def probe(changed: Layer, first: int = first) -> int:
+                models.append(grouped(model, [*base[:first], changed, *base[first + 1 :]]))
                 return len(models) - 1
 
             for name in SUBLAYERS:
                 for part in dict.fromkeys(part_of(name, block) for block in library.layers[layer]):
                     if (first, name, part) in at:
                         continue
-                    none = part_of(name, without(name, part))
+                    none = part_of(name, part.without(name))
                     if (first, name, none) not in at:
-                        gone = probe(without(name, base[first]))
+                        gone = probe(base[first].without(name))
                         at[first, name, none] = gone, gone
                     if part != none:
-                        other = base[first]
-                        block = joined(part, other) if name == "attention" else joined(other, part)
-                        at[first, name, part] = probe(block), at[first, name, none][1]
+                        pair = (part, base[first])
+                        changed = joined(*(pair if name == "attention" else pair[::-1]))
+                        at[first, name, part] = probe(changed), at[first, name, none][1]
         return cls(library, tuple(models), at, tuple(known[key] for key in keys))
 
     def prices(self, values: FloatArray) -> tuple[FloatArray, ...]:
-        found: dict[tuple[int, tuple[Block, ...]], FloatArray] = {}
+        found: dict[tuple[int, tuple[Layer, ...]], FloatArray] = {}
         for first, own in zip(self.classes, self.library.layers):
             if (first, own) not in found:
                 total = np.zeros(len(own))
@@ -175,9 +175,9 @@ class Costs(Displayed):
         bytes on the fullest device.
     settings : tuple of PricedRequest
         Devices and requests, in the order of the rows.
-    blocks : tuple of Block
+    layers : tuple of Layer
         The layer with only the variant, by row; the usual layer for rows outside the layers.
-    model : ModelConfig
+    model : Model
         The dense model.
     level : float
         Level of the intervals.
@@ -191,8 +191,8 @@ class Costs(Displayed):
 
     columns: Mapping[str, Array]
     settings: tuple[PricedRequest, ...]
-    blocks: tuple[Block, ...] = field(repr=False)
-    model: ModelConfig = field(repr=False)
+    layers: tuple[Layer, ...] = field(repr=False)
+    model: Model = field(repr=False)
     level: float = 0.9
 
     def __len__(self) -> int:
@@ -216,7 +216,7 @@ class Costs(Displayed):
 
 
 def costs(
-    model: str | ModelConfig,
+    model: str | Model,
     hardware: OneOrMore[str | HardwareProfile],
     choices: str | Path | Library | None = None,
     **settings: Any,
@@ -225,7 +225,7 @@ def costs(
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         The dense model.
     hardware : one or more
         Devices, as in :func:`simulator.table`.
@@ -256,7 +256,7 @@ def costs(
     at = priced(dense, devices, settings)
     library = generated_library(dense, at[0].devices) if choices is None else choices
     library = library if isinstance(library, Library) else read_library(library, dense)
-    probes = Probes.of(library, dense.layout)
+    probes = Probes.of(library, dense.layers)
     keys = [
         (layer, name, part)
         for layer, own in enumerate(library.layers)
@@ -265,14 +265,14 @@ def costs(
     ]
     parts = [_costs(one, probes, keys) for one in at]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    blocks = tuple([*(part for _, _, part in keys), dense.usual] * len(at))
-    return Costs(columns, tuple(at), blocks, dense, at[0].request.level)
+    layers = tuple([*(part for _, _, part in keys), dense.usual] * len(at))
+    return Costs(columns, tuple(at), layers, dense, at[0].request.level)
 
 
 def _costs(
-    at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Block]]
+    at: PricedRequest, probes: Probes, keys: list[tuple[int, str, Layer]]
 ) -> dict[str, Array]:
-    model, layout = probes.library.model, probes.library.model.layout
+    model, layout = probes.library.model, probes.library.model.layers
     batch = WorkloadBatch.of([at.lower(one, model) for one in probes.models])
     p = forward_passes(batch, at.hw, at.request.level)
     values = {
@@ -313,8 +313,8 @@ def _costs(
 def _intervals(
     p: PredictedPass,
     at: PricedRequest,
-    model: ModelConfig,
-    kinds: Sequence[tuple[int, str, Block]],
+    model: Model,
+    kinds: Sequence[tuple[int, str, Layer]],
     there: IndexArray,
     gone: IndexArray,
 ) -> tuple[FloatArray, FloatArray]:
@@ -343,10 +343,8 @@ def _intervals(
     return np.maximum(ends[0], 0.0), ends[1]
 
 
-def _operators(
-    at: PricedRequest, model: ModelConfig, layer: int, sublayer: str, part: Block
-) -> Workload:
+def _operators(at: PricedRequest, model: Model, layer: int, sublayer: str, part: Layer) -> Workload:
     if at.request.parallel == "pipeline":  # a stage computes a layer as one device does
         at = replace(at, request=replace(at.request, devices=1, link=None))
-    w = at.lower(planned(model, [part], [model.windows[layer]]), model)
+    w = at.lower(planned(model, [part]), model)
     return w.take((w.layer >= 0) & (w.part == Part[sublayer.upper()]))

@@ -40,9 +40,11 @@ from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import parse_bounded, read_bounded
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml
 from simulator.models.architectures import Reader, read_block
-from simulator.models.config import Block, ModelConfig
 from simulator.models.library import load_model
-from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant, without
+from simulator.models.model import Layer, Model
+from simulator.models.sublayers import DeltaNet, Experts, LatentAttention
+from simulator.models.sublayers.base import Sublayer
+from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant
 from simulator.units import percent
 
 MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 3 MB as JSON
@@ -64,11 +66,11 @@ class Entry:
 
     place: str
     layer: int
-    block: Block
+    variant: Layer
     values: Mapping[str, float]
 
 
-def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entry]:
+def read_puzzle(content: bytes, label: str, model: Model) -> Iterator[Entry]:
     """Yield the variants in Puzzle's library with scores and times; names round widths, so the
     sizes count."""
     root = parse_bounded(content, label, MOST_BYTES)
@@ -82,30 +84,44 @@ def read_puzzle(content: bytes, label: str, model: ModelConfig) -> Iterator[Entr
     _check(model, label)
     for name, found in names.items():
         own, layer = _object(root[name], label, f"{name}."), int(found[1]) if found else 0
-        if layer >= model.layers:
-            raise InputError(f"{label}: {name}: expected layer_0 to layer_{model.layers - 1}")
-        dense = model.layout[layer]
-        if dense.experts:
+        if layer >= len(model.layers):
+            raise InputError(f"{label}: {name}: expected layer_0 to layer_{len(model.layers) - 1}")
+        dense = model.layers[layer]
+        attention, mlp = dense.of("attention"), dense.of("mlp")
+        if isinstance(mlp, Experts):
             raise InputError(
                 f"{label}: {name}: expected a layer with an MLP, but {model.name} has experts in it"
             )
         for key in own.data:
             of = _object(own.data[key], label, f"{name}.{one_line(key, 120)}.")
             stats, metrics = of.part("stats"), of.part("metrics")
-            groups = stats.integer("num_kv_heads", low=0, high=dense.kv_heads)
-            inner = stats.integer("ffn_intermediate_size", low=0, high=dense.inner)
-            if groups and dense.heads % groups:
+            groups = stats.integer("num_kv_heads", low=0, high=_size(attention, "kv_heads"))
+            inner = stats.integer("ffn_intermediate_size", low=0, high=_size(mlp, "inner"))
+            if groups and _size(attention, "heads") % groups:
+                heads = _size(attention, "heads")
                 raise stats.fail(
-                    "num_kv_heads", f"expected a divisor of {dense.heads} query heads, got {groups}"
+                    "num_kv_heads", f"expected a divisor of {heads} query heads, got {groups}"
                 )
-            block = replace(dense, kv_heads=groups) if groups else without("attention", dense)
-            block = replace(block, inner=inner) if inner else without("mlp", block)
+            changed = dense.with_part("attention", _sized(attention, kv_heads=groups))
+            changed = changed.with_part("mlp", _sized(mlp, inner=inner))
             times = {} if stats.data.get(RUNTIME) is None else {RUNTIME: _reading(stats, RUNTIME)}
             scores = _scores((name, _reading(metrics, name)) for name in metrics.data)
-            yield Entry(_place(of), layer, block, times | scores)
+            yield Entry(_place(of), layer, changed, times | scores)
 
 
-def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
+def _size(sublayer: Sublayer | None, name: str) -> int:
+    return int(getattr(sublayer, name, 0))
+
+
+def _sized(sublayer: Sublayer | None, **sizes: int) -> Sublayer | None:
+    """Return a sublayer with other sizes; None for a size of 0, or without a sublayer."""
+    if sublayer is None or not all(sizes.values()):
+        return None
+    changes: dict[str, Any] = dict(sizes)
+    return replace(sublayer, **changes)
+
+
+def read_validations(folder: Path, model: Model) -> list[Entry]:
     """Return the variants in a folder of Puzzletron's validations of single replacements. The dense
     layers have the scores in ``teacher.json``; distances from the dense model are 0 for them."""
     found, left = [], MOST_FOLDER_BYTES
@@ -124,9 +140,9 @@ def read_validations(folder: Path, model: ModelConfig) -> list[Entry]:
     if names[-1] == _TEACHER:
         scores = dict.fromkeys((name for entry in found for name in entry.values), 0.0)
         teacher = {name: 0.0 for name in scores if not name.startswith(_DERIVED)} | _averages(of)
-        measured = {entry.layer for entry in found if entry.block == model.layout[entry.layer]}
-        rest = (layer for layer in range(model.layers) if layer not in measured)
-        found += [Entry(_place(of), layer, model.layout[layer], teacher) for layer in rest]
+        measured = {entry.layer for entry in found if entry.variant == model.layers[entry.layer]}
+        rest = (layer for layer in range(len(model.layers)) if layer not in measured)
+        found += [Entry(_place(of), layer, model.layers[layer], teacher) for layer in rest]
     return found
 
 
@@ -155,7 +171,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (name == _TEACHER, name))
 
 
-def _validation(of: Reader, model: ModelConfig) -> Entry:
+def _validation(of: Reader, model: Model) -> Entry:
     """Return the replacement that a validation measured: of a block, or of a sequence of one
     layer."""
     solution, values = of.part("puzzle_solution"), _averages(of)
@@ -170,15 +186,19 @@ def _validation(of: Reader, model: ModelConfig) -> Entry:
         )
         (config,) = one.parts("child_block_configs", 1)
         key, index = f"{key}[0]", layers[0]
-    layer = Reader({key: index}, one.source, one.place).integer(key, low=0, high=model.layers - 1)
-    dense = model.layout[layer]
-    block = read_block(config, dense, model.hidden)
-    for name in ("kv_heads", "inner", "experts", "expert_inner"):
-        if getattr(block, name) > (most := getattr(dense, name)):
-            raise InputError(
-                f"{_place(config)}: {name}: expected at most {most}, got {getattr(block, name)}"
-            )
-    return Entry(_place(one), layer, block, values)
+    last = len(model.layers) - 1
+    layer = Reader({key: index}, one.source, one.place).integer(key, low=0, high=last)
+    dense = model.layers[layer]
+    replaced = read_block(config, dense, None, model.hidden)
+    for part in SUBLAYERS:
+        before, after = (one.of(part) for one in (dense, replaced))
+        for name in ("kv_heads", "inner", "experts", "shared_inner"):
+            if type(after) is type(before) and _size(after, name) > _size(before, name):
+                raise InputError(
+                    f"{_place(config)}: {name}: expected at most {_size(before, name)}, got"
+                    f" {_size(after, name)}"
+                )
+    return Entry(_place(one), layer, replaced, values)
 
 
 def _averages(of: Reader) -> dict[str, float]:
@@ -190,8 +210,9 @@ def _averages(of: Reader) -> dict[str, float]:
     return _scores((name, _reading(part, "avg")) for name, part in parts.items())
 
 
-def _check(model: ModelConfig, label: str) -> None:
-    if model.latent is not None or model.delta is not None:
+def _check(model: Model, label: str) -> None:
+    attentions = (layer.of("attention") for layer in model.layers)
+    if any(isinstance(attention, LatentAttention | DeltaNet) for attention in attentions):
         raise InputError(
             f"{label}: expected a model with key/value heads in all layers, got {model.name}"
         )
@@ -261,8 +282,8 @@ _NAMES = ("layer", *_VARIANTS, "results", "protocol", "source")
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    model: ModelConfig
-    layers: tuple[tuple[Block, ...], ...]  # variants of each layer; the first is the dense layer
+    model: Model
+    layers: tuple[tuple[Layer, ...], ...]  # variants of each layer; the first is the dense layer
     # by layer and variant; NaN: unknown
     values: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was assumed when the library was read
@@ -272,9 +293,10 @@ class Library:
         return sum(map(len, self.layers))
 
     def texts(self, layer: int) -> list[tuple[str, str]]:
-        dense = self.model.layout[layer]
+        dense = self.model.layers[layer]
         return [
-            (text_of("attention", b, dense), text_of("mlp", b, dense)) for b in self.layers[layer]
+            (text_of("attention", one, dense), text_of("mlp", one, dense))
+            for one in self.layers[layer]
         ]
 
     def take(self, keep: Sequence[Sequence[int]]) -> Library:
@@ -295,13 +317,13 @@ class Library:
         return tuple(np.sum(own, axis=0) for own in zip(*columns))
 
 
-def read_library(source: str | Path, model: ModelConfig) -> Library:
+def read_library(source: str | Path, model: Model) -> Library:
     """Return the library of a file, of a folder of Puzzletron's validations, or of a name that
     ships (smollm2-135m)."""
     path = Path(source).expanduser()
     if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
-        if load_model(str(source)).layout != model.layout:
+        if load_model(str(source)).layers != model.layers:
             raise InputError(f"scores: expected those of {model.name}, got those of {source}")
     if os.path.isdir(path):  # Path.is_dir raises OSError for names that are too long
         return library_of(read_validations(path, model), model, str(path))
@@ -316,15 +338,15 @@ def read_library(source: str | Path, model: ModelConfig) -> Library:
     return found if _VARIANTS & {*table.header} else replace(found, notes=(note, *found.notes))
 
 
-def generated_library(model: ModelConfig, devices: int = 1) -> Library:
-    return Library(model, tuple(_product(model, dense, {}, devices) for dense in model.layout))
+def generated_library(model: Model, devices: int = 1) -> Library:
+    return Library(model, tuple(_product(dense, {}, devices) for dense in model.layers))
 
 
-def without_layer(dense: Block) -> Block:
-    return without("attention", without("mlp", dense))
+def without_layer(dense: Layer) -> Layer:
+    return dense.without("attention").without("mlp")
 
 
-def importance(model: ModelConfig) -> Library:
+def importance(model: Model) -> Library:
     """Return the library of whole layers of a model, with published losses of depth pruning as
     score. The shipped tables have the loss of a model by the fraction of its layers that was
     removed (ShortGPT, SLEB, LaCo), not by layer. So these scores decide how many layers go. These
@@ -342,7 +364,7 @@ def importance(model: ModelConfig) -> Library:
     best = max(
         found.values(), key=lambda rows: (len(rows), "accuracy" in next(iter(rows.values())).metric)
     )
-    rows, many = [best[sparsity] for sparsity in sorted(best)], model.layers
+    rows, many = [best[sparsity] for sparsity in sorted(best)], len(model.layers)
     removed = [0.0, *(row.sparsity * many for row in rows)]
     losses = [0.0, *(row.relative_loss for row in rows)]
     slope = np.diff(losses) / np.diff(removed)
@@ -350,7 +372,7 @@ def importance(model: ModelConfig) -> Library:
     each = np.maximum.accumulate(np.maximum(slope[at], 0.0))  # the next layer never costs less
     each *= 1.0 + 1e-6 * np.arange(many)  # so that the order decides between equal ones
     values = {layer: float(each[i]) for i, layer in enumerate([*range(many - 2, -1, -1), many - 1])}
-    layers = tuple((dense, without_layer(dense)) for dense in model.layout)
+    layers = tuple((dense, without_layer(dense)) for dense in model.layers)
     scores = tuple(np.array([0.0, values[i]]) for i in range(many))
     first = rows[0]
     note = (
@@ -362,12 +384,12 @@ def importance(model: ModelConfig) -> Library:
 
 
 def _product(
-    model: ModelConfig, dense: Block, given: Mapping[str, Sequence[Block]], devices: int = 1
-) -> tuple[Block, ...]:
+    dense: Layer, given: Mapping[str, Sequence[Layer]], devices: int = 1
+) -> tuple[Layer, ...]:
     """Return all combinations of the given, else the usual, variants of both sublayers; the dense
     one first."""
-    own = [given.get(name) or tuple(generated(name, model, dense, devices)) for name in SUBLAYERS]
-    return tuple(dict.fromkeys([dense, *(joined(a, m) for a, m in itertools.product(*own))]))
+    variants = [given.get(name) or tuple(generated(name, dense, devices)) for name in SUBLAYERS]
+    return tuple(dict.fromkeys([dense, *(joined(a, m) for a, m in itertools.product(*variants))]))
 
 
 def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...]]:
@@ -417,15 +439,15 @@ def _listed_names(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Library:
+def library_of(entries: Iterable[Entry], model: Model, label: str) -> Library:
     """Return the library of rows; the dense variant of a layer is added where it may be missing."""
-    found: list[dict[Block, Entry]] = [{} for _ in range(model.layers)]
+    found: list[dict[Layer, Entry]] = [{} for _ in model.layers]
     names: dict[str, None] = {}
     for entry in entries:
-        dense = model.layout[entry.layer]
-        first = found[entry.layer].setdefault(entry.block, entry)
+        dense = model.layers[entry.layer]
+        first = found[entry.layer].setdefault(entry.variant, entry)
         if first is not entry:
-            texts = [f"{name} {text_of(name, entry.block, dense)}" for name in SUBLAYERS]
+            texts = [f"{name} {text_of(name, entry.variant, dense)}" for name in SUBLAYERS]
             twice = f"layer {entry.layer} has {', '.join(texts)} twice, first at {first.place}"
             raise InputError(f"{entry.place}: {twice}; keep one")
         if len(found[entry.layer]) > MOST_VARIANTS:
@@ -436,14 +458,14 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
     missing = [i for i, some in enumerate(found) if not some]
     layers, added = [], []
     for i, some in enumerate(found):
-        dense = model.layout[i]
+        dense = model.layers[i]
         if some and dense not in some:
             added.append(i)
         layers.append(tuple(dict.fromkeys([dense, *some])))
     values = {}
     for name in names:
         zero = any(part in name.lower() for part in ZERO_METRICS)
-        if added and len(added) + len(missing) < model.layers and not zero:
+        if added and len(added) + len(missing) < len(model.layers) and not zero:
             raise InputError(
                 f"{label}: column {name}: layer {added[0]} has no row of its dense variant; add it"
             )
@@ -466,7 +488,7 @@ def library_of(entries: Iterable[Entry], model: ModelConfig, label: str) -> Libr
     return Library(model, tuple(layers), values, tuple(notes), label)
 
 
-def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
+def _rows(table: CsvTable, model: Model, folder: Path) -> Iterator[Entry]:
     header = set(table.header)
     for alias, name in _ALIASES.items():
         if alias in header and name in header:
@@ -486,19 +508,15 @@ def _rows(table: CsvTable, model: ModelConfig, folder: Path) -> Iterator[Entry]:
                 values |= {
                     key: v.value * (-1.0 if v.higher_is_better else 1.0) for key, v in found.items()
                 }
-            for layer in _layers(cells["layer"], model.layers):
-                block = (
-                    _block(cells, model, layer)
-                    if _VARIANTS & header
-                    else without_layer(model.layout[layer])
-                )
-                yield Entry(place, layer, block, values)
+            for layer in _layers(cells["layer"], len(model.layers)):
+                dense = model.layers[layer]
+                stated = _variant(cells, dense) if _VARIANTS & header else without_layer(dense)
+                yield Entry(place, layer, stated, values)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
 
 
-def _block(cells: Mapping[str, str], model: ModelConfig, layer: int) -> Block:
-    dense = model.layout[layer]
+def _variant(cells: Mapping[str, str], dense: Layer) -> Layer:
     texts = {name: cells.get(name, "") for name in SUBLAYERS}
     if "kv_heads" in cells:
         texts["attention"] = f"kv={cells['kv_heads']}" if cells["kv_heads"] else ""
@@ -533,7 +551,7 @@ def _layers(text: str, many: int) -> range:
     return range(int(ends[0]), int(ends[1]) + 1)
 
 
-def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
+def _choices(content: bytes, label: str, model: Model) -> Library:
     """Return the library of a YAML file of choices, without values."""
     problems = Problems(label)
     try:
@@ -546,8 +564,8 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
         if not len(problems):
             problems.add(root, "file", "expected the keys attention, mlp or layers")
         raise InputError(problems.lines[0])
-    common = {dense: _lists(root, dense, problems, "") for dense in dict.fromkeys(model.layout)}
-    own = [dict(common[dense]) for dense in model.layout]
+    common = {dense: _lists(root, dense, problems, "") for dense in dict.fromkeys(model.layers)}
+    own = [dict(common[dense]) for dense in model.layers]
     layers = root.entries.get("layers")
     taken: set[int] = set()
     if layers is not None and layers[1].kind != "mapping":
@@ -558,7 +576,7 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
         )
     for text, (key, value) in layers[1].entries.items() if layers is not None else ():
         try:
-            some = [i for part in text.split(",") for i in _layers(part.strip(), model.layers)]
+            some = [i for part in text.split(",") for i in _layers(part.strip(), len(model.layers))]
             if again := taken.intersection(some):
                 raise InputError(f"layer {min(again)} is listed twice")
         except InputError as error:
@@ -566,20 +584,20 @@ def _choices(content: bytes, label: str, model: ModelConfig) -> Library:
             continue
         taken.update(some)
         for i in some:
-            own[i] |= _lists(value, model.layout[i], problems, f"layers.{text}.")
+            own[i] |= _lists(value, model.layers[i], problems, f"layers.{text}.")
     if len(problems):
         raise first_of(problems.lines)
     every = (
-        Entry(label, i, b, {})
+        Entry(label, i, one, {})
         for i, given in enumerate(own)
-        for b in _product(model, model.layout[i], given)
+        for one in _product(model.layers[i], given)
     )
     return library_of(every, model, label)
 
 
 def _lists(
-    node: Node, dense: Block, problems: Problems, where: str
-) -> dict[str, tuple[Block, ...]]:
+    node: Node, dense: Layer, problems: Problems, where: str
+) -> dict[str, tuple[Layer, ...]]:
     """Return the variants of a layer by sublayer that a mapping lists."""
     keys, found = (*SUBLAYERS, "layers") if not where else SUBLAYERS, {}
     if node.kind != "mapping":
@@ -600,8 +618,8 @@ def _lists(
 
 
 def _listed(
-    items: Iterable[Node], name: str, dense: Block, problems: Problems, where: str
-) -> Iterator[Block]:
+    items: Iterable[Node], name: str, dense: Layer, problems: Problems, where: str
+) -> Iterator[Layer]:
     for i, item in enumerate(items):
         try:
             if item.kind != "scalar":

@@ -8,6 +8,7 @@ rules choose.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig, indivisible
 from simulator.models.library import load_model
+from simulator.models.model import Model, undivided
 from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
 from simulator.plans.library import (
     Library,
@@ -131,7 +132,7 @@ class Plan(Displayed):
         Parameters of the dense model.
     settings : tuple of PricedRequest
         Devices and requests, in the order of the results.
-    dense, pruned : ModelConfig
+    dense, pruned : Model
         Shapes of the dense model and of the plan.
 
     Examples
@@ -158,8 +159,8 @@ class Plan(Displayed):
     notes: tuple[str, ...]
     dense_parameters: int
     settings: tuple[PricedRequest, ...] = field(repr=False)
-    dense: ModelConfig = field(repr=False)
-    pruned: ModelConfig = field(repr=False)
+    dense: Model = field(repr=False)
+    pruned: Model = field(repr=False)
 
     def _title(self) -> str:
         first, changed = (
@@ -182,7 +183,7 @@ class Plan(Displayed):
 
 
 def search(
-    model: str | ModelConfig,
+    model: str | Model,
     hardware: OneOrMore[str | HardwareProfile],
     targets: Targets | float,
     scores: str | Path | Library | None = None,
@@ -197,7 +198,7 @@ def search(
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         The dense model.
     hardware : one or more
         Devices, as in :func:`simulator.table`.
@@ -232,8 +233,10 @@ def search(
 
     Examples
     --------
-    >>> settings = {"metric": "kl_div", "phase": "prefill", "batch": 8}
-    >>> plan = search("smollm2-135m", "rtx_4090", 1.3, "smollm2-135m", **settings)
+    >>> scores = "smollm2-135m"
+    >>> plan = search(
+    ...     "smollm2-135m", "rtx_4090", 1.3, scores, metric="kl_div", phase="prefill", batch=8
+    ... )
     >>> plan.results[0].speedup >= 1.3, len(plan.layers)
     (True, 30)
     """
@@ -246,7 +249,7 @@ def search(
     library, notes = _library(scores, dense, at[0])
     name, column = metric_of(library, metric)
     column = tuple(-own for own in column) if maximise else column
-    variants = Variants.of(library, groups_of(groups, dense.layers))
+    variants = Variants.of(library, groups_of(groups, len(dense.layers)))
     rises = variants.sums([own - own[0] for own in column])
     families = variants.uniform() if uniform else []
     if uniform and not families:
@@ -263,13 +266,13 @@ def search(
         notes += (f"most variants have a better {name} than the dense model; {way}",)
     solver = Solver(variants, rises, at, targets, families)
     found = solver.solve()
-    pruned = planned(dense, found.blocks)
+    pruned = planned(dense, found.layers)
     pruning = [Pruning.of_model(dense, pruned)]
     results = tuple(request_results([one.request], pruning, [one.hw])[0] for one in at)
     others = alternatives(solver, found, library.times)
     points = frontier(solver, found)
     layers = []
-    for i, (block, usual, own) in enumerate(zip(found.blocks, dense.layout, column)):
+    for i, (block, usual, own) in enumerate(zip(found.layers, dense.layers, column)):
         attention, mlp = (text_of(name, block, usual) for name in SUBLAYERS)
         layers.append(
             LayerPlan(i, attention, mlp, float(own[library.layers[i].index(block)] - own[0]))
@@ -295,7 +298,7 @@ def search(
     )
 
 
-def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:
+def _library(scores: Any, model: Model, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:
     """Return the library with the variants that the devices can share, and notes."""
     library = importance(model) if scores is None else scores
     library = library if isinstance(library, Library) else read_library(library, model)
@@ -303,15 +306,12 @@ def _library(scores: Any, model: ModelConfig, at: PricedRequest) -> tuple[Librar
     many, parallel = at.request.devices, at.request.parallel
     if many > 1 and parallel != "pipeline":
         keep = [
-            [i for i, b in enumerate(own) if not indivisible(b, many, parallel)]
-            for own in library.layers
+            [i for i, one in enumerate(variants) if not undivided([one], many, parallel)]
+            for variants in library.layers
         ]
         if lost := len(library) - sum(map(len, keep)):
-            reason = next(
-                filter(
-                    None, (indivisible(b, many, parallel) for own in library.layers for b in own)
-                )
-            )
+            size = undivided(itertools.chain(*library.layers), many, parallel)
+            reason = size.reason(many, parallel) if size else ""
             notes += (f"{lost} variants are excluded: {many} devices cannot share them ({reason})",)
         if not all(own and own[0] == 0 for own in keep):
             raise InputError(
@@ -354,10 +354,10 @@ def alternatives(
     """Return the plans of least score by other measures of cost: with as much cost as the found
     plan, and with the most cost that meets the targets."""
     variants, model = solver.variants, solver.model
-    probes = Probes.of(variants.library, model.layout)
+    probes = Probes.of(variants.library, model.layers)
     flops = probes.prices(quantities(probes.models, solver.settings[0])["flops"])
     weights = [
-        np.array([float(model.block_parameters(b)) for b in own]) for own in variants.library.layers
+        np.array([float(model.parameters_of(b)) for b in own]) for own in variants.library.layers
     ]
     measures = {"parameters": weights, "FLOPs": flops} | (
         {"library times": times} if times is not None else {}
@@ -418,7 +418,7 @@ def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
             np.linspace(0, len(hull) - 1, min(each, len(hull))).round().astype(int)
         ).tolist():
             plans.setdefault(tuple(hull[i].tolist()), hull[i])
-    models = [planned(solver.model, solver.variants.blocks(choice)) for choice in plans.values()]
+    models = [planned(solver.model, solver.variants.chosen(choice)) for choice in plans.values()]
     own = quantities([solver.model, *models], solver.settings[0])
     scores = [float(solver.score[choice].sum()) for choice in plans.values()]
     # the found plan is first

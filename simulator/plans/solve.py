@@ -4,11 +4,8 @@ are added.
 :class:`Targets` are limits on quantities of the pruned model.
 
 :class:`Program` is the choice of one variant per group of layers, a multiple-choice knapsack,
-solved exactly by HiGHS: minimise the sum of scores so that each sum of costs is at most its limit.
-The linear relaxation gives a lower bound and a price per unit of each cost. A variant whose score,
-costs at these prices included, exceeds the best one of its group by more than the gap between a
-known solution and the bound is in no better solution (reduced-cost fixing), so the integer program
-is solved with few variants: a hundred instead of thousands.
+solved by HiGHS: minimise the sum of scores so that each sum of costs is at most its limit. HiGHS
+proves a gap: the share of the score that another choice could save at most.
 
 :class:`Solver` repeats it. Costs of variants are exact next to one plan only: where the host or a
 shared limit hides time, they change with the rest of the model. So the program is solved with costs
@@ -21,12 +18,13 @@ other; R limited costs.
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -34,7 +32,7 @@ import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig
+from simulator.models.model import Layer, Model
 from simulator.plans.costs import PricedRequest, Probes, planned, quantities
 from simulator.plans.library import Library
 from simulator.prediction.requests import dense_seconds
@@ -42,9 +40,10 @@ from simulator.units import parameters, ratio, seconds, size
 
 # nodes of the search tree of one program; beyond them the best choice so far is used
 MOST_NODES = 5000
-FEW = 64  # variants beyond the best of each group that are tried first
 LARGE = 1e3  # a program is solved again without scores above LARGE times that of a whole choice
 TIGHT = 1e-9  # largest relative excess of a limit
+# largest score and limits of a program: the absolute tolerances of HiGHS, 1e-6, are TIGHT of them
+FINE = 1e3
 COARSE = 3e-3  # relative gap of programs whose plan is only the next base of costs
 MOST_STEPS = 16  # plans that are predicted before the best one that meets the targets is returned
 TIGHTER = 0.999  # further factor on a limit that a plan misses again
@@ -208,69 +207,39 @@ class Program:
     def solve(self, limit: FloatArray, gap: float = 0.0) -> Solution:
         """Return the choice of least score, up to a relative ``gap``, whose costs are at most
         ``limit`` (R,). If no choice keeps all limits, return the choice that exceeds them least."""
-        every = self._undominated()
         scale = np.maximum(np.abs(limit), 1e-6 * np.abs(self.cost).max(axis=1, initial=1e-300))
         cost, bound = self.cost / scale[:, None], limit / scale
+        rise, some = self._rises(), np.arange(len(self.score))
         while True:
-            found = self._solved(every, cost, bound, gap)
-            rise = self._rises(every)
+            solution = self._integer(some, cost, bound, gap)
+            if solution is None:
+                return self._least_excess(cost, bound)
             # a better choice has no variant with a larger rise
-            most = float(rise[np.isin(every, found.choice)].sum())
-            if found.excess or rise.max(initial=0.0) <= LARGE * most:
-                return found
+            most = float(rise[solution.choice].sum())
+            if rise[some].max(initial=0.0) <= LARGE * most:
+                return solution
             # HiGHS does not see small differences next to far larger scores
-            every = every[rise <= most]
+            some = some[rise[some] <= most]
 
-    def _rises(self, some: IndexArray) -> FloatArray:
-        """Return by how much the scores of some variants exceed the least one of their group."""
+    def _rises(self) -> FloatArray:
+        """Return by how much the score of each variant exceeds the least one of its group."""
         least = np.full(len(_firsts(self.group)), np.inf)
-        np.minimum.at(least, self.group[some], self.score[some])
-        return np.asarray(self.score[some] - least[self.group[some]])
-
-    def _solved(
-        self, every: IndexArray, cost: FloatArray, bound: FloatArray, gap: float
-    ) -> Solution:
-        """Return the solution with some variants, whose costs and limits are in units of the
-        limits."""
-        found = self._relaxed(every, cost, bound)
-        if found is None:
-            return self._least_excess(every, cost, bound)
-        least, extra = found
-        delta = float(np.sort(extra[extra > 0.0])[:FEW].max(initial=0.0))
-        while True:
-            some = every[extra <= delta]
-            choice, proved = self._integer(some, cost, bound, gap)
-            if choice is None and len(some) == len(every):
-                return self._least_excess(every, cost, bound)
-            if choice is not None:
-                score = float(self.score[choice].sum())
-                missing = score - least
-                if (
-                    missing * (1.0 - 1e-9) <= delta + gap * abs(score)
-                    or len(some) == len(every)
-                    or not proved
-                ):
-                    left = (
-                        0.0 if proved and not gap else max(missing, 0.0) / max(abs(score), 1e-300)
-                    )
-                    return Solution(choice, score, 0.0, left)
-                delta = missing
-            else:
-                delta = max(4.0 * delta, float(np.sort(extra)[min(len(extra) - 1, 2 * len(some))]))
+        np.minimum.at(least, self.group, self.score)
+        return np.asarray(self.score - least[self.group])
 
     def hull(self) -> list[IndexArray]:
         """Return choices from the least score to the least first cost, each the best at some price
         of that cost."""
         cost, steps, begin = self.cost[0], list[tuple[float, int, int]](), []
-        for g, own in enumerate(self._members()):
-            at = int(own[np.lexsort((cost[own], self.score[own]))[0]])
-            begin.append(at)
-            while len(less := own[cost[own] < cost[at]]):
+        for g, members in enumerate(self._members()):
+            chosen = int(members[np.lexsort((cost[members], self.score[members]))[0]])
+            begin.append(chosen)
+            while len(less := members[cost[members] < cost[chosen]]):
                 with np.errstate(over="ignore"):  # huge scores come last
-                    slope = (self.score[less] - self.score[at]) / (cost[at] - cost[less])
+                    slope = (self.score[less] - self.score[chosen]) / (cost[chosen] - cost[less])
                 first = np.lexsort((cost[less], slope))[0]
-                at = int(less[first])
-                steps.append((float(slope[first]), g, at))
+                chosen = int(less[first])
+                steps.append((float(slope[first]), g, chosen))
         choice = np.array(begin)
         out = [choice.copy()]
         for _, g, at in sorted(steps, key=lambda step: step[0]):
@@ -281,92 +250,52 @@ class Program:
     def _members(self) -> list[IndexArray]:
         return np.split(np.arange(len(self.group)), _firsts(self.group)[1:])
 
-    def _undominated(self) -> IndexArray:
-        """Return the variants that no other one of their group equals or beats in score and every
-        cost."""
-        keep = []
-        for own in self._members():
-            values = np.vstack([self.score[own], self.cost[:, own]])
-            order = np.lexsort(values[::-1])
-            values, kept = values[:, order], list[int]()
-            for i in range(len(order)):  # in this order, only earlier variants can be better
-                if not kept or not (values[:, kept] <= values[:, [i]]).all(axis=0).any():
-                    kept.append(i)
-            keep.append(own[order[kept]])
-        return np.sort(np.concatenate(keep))
-
-    def _relaxed(
-        self, some: IndexArray, cost: FloatArray, bound: FloatArray
-    ) -> tuple[float, FloatArray] | None:
-        """Return the bound of the linear relaxation, and how far each variant exceeds the best one
-        of its group at the prices of the relaxation; None if no mixture keeps the limits."""
-        from scipy.optimize import linprog
-
-        rise = self._rises(some)
-        unit = max(float(rise.max(initial=0.0)), 1e-300)  # HiGHS takes costs above 1e20 as infinite
-        found = linprog(
-            rise / unit,
-            A_ub=cost[:, some],
-            b_ub=bound,
-            A_eq=self._one_each(some),
-            b_eq=np.ones(len(_firsts(self.group))),
-            bounds=(0.0, 1.0),
-            method="highs",
-        )
-        if found.x is None:
-            return None
-        prices = np.maximum(-found.ineqlin.marginals, 0.0) * unit
-        whole = self.score[some] + prices @ cost[:, some]
-        best = np.full(len(_firsts(self.group)), np.inf)
-        np.minimum.at(best, self.group[some], whole)
-        return float(best.sum() - prices @ bound), whole - best[self.group[some]]
-
     def _integer(
         self, some: IndexArray, cost: FloatArray, bound: FloatArray, gap: float
-    ) -> tuple[IndexArray | None, bool]:
-        """Return the best choice of some variants, if any keeps the limits, and whether it is
-        proved up to the gap."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+    ) -> Solution | None:
+        """Return the best choice of some variants; None if no choice keeps the limits. Costs and
+        limits are in units of the limits."""
+        from scipy.optimize import Bounds, LinearConstraint
 
-        rise = self._rises(some)
-        unit = max(float(rise.max(initial=0.0)), 1e-300)
-        inner, given = (
-            bound,
-            {"options": {"mip_rel_gap": gap, "node_limit": MOST_NODES}, "bounds": Bounds(0.0, 1.0)},
+        rise = self._rises()[some]
+        # HiGHS takes costs above 1e20 as infinite
+        unit = max(float(rise.max(initial=0.0)), 1e-300) / FINE
+        result = _milp(
+            rise / unit,
+            constraints=[
+                LinearConstraint(self._one_each(some), 1.0, 1.0),
+                LinearConstraint(FINE * cost[:, some], -np.inf, FINE * bound),
+            ],
+            integrality=np.ones(len(some)),
+            bounds=Bounds(0.0, 1.0),
+            options={"mip_rel_gap": gap, "node_limit": MOST_NODES},
         )
-        for _ in range(3):
-            limits = [LinearConstraint(self._one_each(some), 1.0, 1.0)]
-            limits += [LinearConstraint(cost[:, some], -np.inf, inner)] if len(cost) else []
-            with _quiet():
-                found = milp(
-                    rise / unit, constraints=limits, integrality=np.ones(len(some)), **given
-                )
-            if found.x is None:
-                break
-            choice = some[np.flatnonzero(found.x > 0.5)]
-            excess = cost[:, choice].sum(axis=1) - bound
-            if (excess <= TIGHT).all():
-                return np.asarray(choice), found.status == 0
-            inner = np.minimum(inner, bound - 2.0 * np.maximum(excess, 0.0))  # HiGHS allows 1e-6
-        return None, True
+        if result.x is None:
+            return None
+        choice = some[np.flatnonzero(result.x > 0.5)]
+        score = float(self.score[choice].sum())
+        left = (result.fun - result.mip_dual_bound) * unit / max(abs(score), 1e-300)
+        return Solution(choice, score, 0.0, left if left > TIGHT else 0.0)
 
-    def _least_excess(self, some: IndexArray, cost: FloatArray, bound: FloatArray) -> Solution:
-        from scipy.optimize import Bounds, LinearConstraint, milp
+    def _least_excess(self, cost: FloatArray, bound: FloatArray) -> Solution:
+        from scipy.optimize import Bounds, LinearConstraint
 
-        last = np.append(np.zeros(len(some)), 1.0)  # the last variable is the excess
-        each = np.hstack([self._one_each(some).toarray(), np.zeros((len(_firsts(self.group)), 1))])
-        within = LinearConstraint(
-            np.hstack([cost[:, some], -np.ones((len(cost), 1))]), -np.inf, bound
+        every = np.arange(len(self.score))
+        last = np.append(np.zeros(len(every)), 1.0)  # the last variable is the excess
+        each = np.hstack([self._one_each(every).toarray(), np.zeros((len(_firsts(self.group)), 1))])
+        within = np.hstack([cost, -np.ones((len(cost), 1))])
+        result = _milp(
+            last,
+            constraints=[
+                LinearConstraint(each, 1.0, 1.0),
+                LinearConstraint(within, -np.inf, bound),
+            ],
+            integrality=1.0 - last,
+            bounds=Bounds(0.0, np.where(last, np.inf, 1.0)),
         )
-        limits, bounds = (
-            [LinearConstraint(each, 1.0, 1.0), within],
-            Bounds(0.0, np.where(last, np.inf, 1.0)),
-        )
-        with _quiet():
-            found = milp(last, constraints=limits, integrality=1.0 - last, bounds=bounds)
-        choice = some[np.flatnonzero(found.x[:-1] > 0.5)]
+        choice = np.flatnonzero(result.x[:-1] > 0.5)
         excess = float((cost[:, choice].sum(axis=1) - bound).max())
-        return Solution(np.asarray(choice), float(self.score[choice].sum()), max(excess, TIGHT))
+        return Solution(choice, float(self.score[choice].sum()), max(excess, TIGHT))
 
     def _one_each(self, some: IndexArray) -> Any:
         """Return a sparse matrix (G, n) of ones where a variant belongs to a group."""
@@ -376,28 +305,32 @@ class Program:
         return csr_array((np.ones(len(some)), places), shape=(len(_firsts(self.group)), len(some)))
 
 
+def _milp(*arguments: Any, **options: Any) -> Any:
+    """Return the result of ``scipy.optimize.milp``, which cannot silence all lines of HiGHS 1.12:
+    they would stand in the JSON of ``prunesim search``."""
+    from scipy.optimize import milp
+
+    try:
+        output = os.dup(1)
+    except OSError:  # there is no standard output
+        return milp(*arguments, **options)
+    sys.stdout.flush()
+    try:
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            try:
+                return milp(*arguments, **options)
+            finally:
+                if os.name == "posix":
+                    ctypes.CDLL(None).fflush(None)  # HiGHS leaves its lines in the buffer of C
+                os.dup2(output, 1)
+    finally:
+        os.close(output)
+
+
 def _firsts(group: IndexArray) -> IndexArray:
     """Return the first variant (G,) of each group."""
     return np.asarray(np.unique(group, return_index=True)[1])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discard the lines that HiGHS 1.12 prints to file descriptor 1, whatever its options."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # no standard output
-        yield
-        return
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -427,8 +360,8 @@ class Variants:
             [sum(float(column[i][j]) for i, j in zip(self.groups[g], own)) for own, g in pairs]
         )
 
-    def blocks(self, choice: IndexArray) -> tuple[Block, ...]:
-        found: dict[int, Block] = {}
+    def chosen(self, choice: IndexArray) -> tuple[Layer, ...]:
+        found: dict[int, Layer] = {}
         for layers, v in zip(self.groups, choice.tolist()):
             found |= {i: self.library.layers[i][j] for i, j in zip(layers, self.place[v])}
         return tuple(found[i] for i in range(len(found)))
@@ -450,7 +383,7 @@ class Variants:
 @dataclass(frozen=True)
 class Found:
     choice: IndexArray
-    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...]
     score: float
     # quantities by setting: the dense model, the plan
     predicted: tuple[Mapping[str, FloatArray], ...]
@@ -473,7 +406,7 @@ class Solver:
     _known: dict[tuple[int, ...], Found] = field(default_factory=dict)
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> Model:
         return self.variants.library.model
 
     @cached_property
@@ -487,7 +420,7 @@ class Solver:
         """Return the costs (R, V) of the variants next to a plan, the part of each limited quantity
         outside the variants (R,), and the factor (R,) from the quantity to the end of its interval
         that counts."""
-        base, library = self.variants.blocks(choice), self.variants.library
+        base, library = self.variants.chosen(choice), self.variants.library
         probes = Probes.of(library, base)
         found = {id(at): quantities(probes.models, at) for at in self.settings}
         rows, offset, factor = [], [], []
@@ -504,7 +437,7 @@ class Solver:
     def predict(self, choice: IndexArray) -> Found:
         key = tuple(choice.tolist())
         if key not in self._known:
-            blocks = self.variants.blocks(choice)
+            blocks = self.variants.chosen(choice)
             model = planned(self.model, blocks)
             predicted = {id(at): quantities([self.model, model], at) for at in self.settings}
             least, score = self.targets.confidence, float(self.score[choice].sum())

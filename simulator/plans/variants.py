@@ -1,4 +1,4 @@
-"""Variants of layers, as texts and as :class:`~simulator.models.config.Block`.
+"""Variants of layers, as texts and as :class:`~simulator.models.model.Layer`.
 
 Attention and MLP each have a text, which files and tables show:
 
@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig
+from simulator.models.model import PARTS, Layer
+from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers.base import Sublayer
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 
@@ -26,71 +28,68 @@ ALIGNMENT = 128
 # generated MLP widths, and numbers of experts, over the dense
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
-_ATTENTION, _EXPERTS = (
-    {"heads": "heads", "kv": "kv_heads"},
-    {"experts": "experts", "width": "expert_inner"},
-)
+_ATTENTION = {"heads": "heads", "kv": "kv_heads"}
+_EXPERTS = {"experts": "experts", "width": "inner"}
 _PAIR = re.compile(r"([a-z_]+)=(\d{1,8})", re.ASCII)
 
 
-def text_of(sublayer: str, block: Block, dense: Block) -> str:
+def text_of(part: str, layer: Layer, dense: Layer) -> str:
     """Return the text of a sublayer of a variant of the layer ``dense``."""
-    if part_of(sublayer, block) == part_of(sublayer, dense):
+    new, old = layer.of(part), dense.of(part)
+    if new == old:
         return "dense"
-    if sublayer in block.linear:
-        return "linear"
-    if not has(sublayer, block):
+    if new is None:
         return "none"
-    if sublayer == "mlp" and not block.experts:
-        return str(block.inner)
-    names = _ATTENTION if sublayer == "attention" else _EXPERTS
+    if isinstance(new, Linear):
+        return "linear"
+    if isinstance(new, Mlp):
+        return str(new.inner)
+    names = _ATTENTION if part == "attention" else _EXPERTS
     return " ".join(
-        f"{k}={getattr(block, v)}"
-        for k, v in names.items()
-        if getattr(block, v) != getattr(dense, v)
+        f"{key}={getattr(new, name)}"
+        for key, name in names.items()
+        if getattr(new, name) != getattr(old, name)
     )
 
 
-def variant(sublayer: str, text: str, dense: Block) -> Block:
+def variant(part: str, text: str, dense: Layer) -> Layer:
     """Return the layer ``dense`` with one sublayer as a text states; InputError for texts that do
     not fit the layer."""
-    words = text.strip().lower()
+    words, old = text.strip().lower(), dense.of(part)
     if words in ("", "dense"):
         return dense
     if words in ("none", "no_op"):
-        return without(sublayer, dense)
+        return dense.without(part)
     if words == "linear":
-        return replace(without(sublayer, dense), linear=tuple(sorted({*dense.linear, sublayer})))
-    if not has(sublayer, dense) or sublayer in dense.linear:
+        return dense.with_part(part, Linear(replaces=PARTS[part]))
+    if isinstance(old, Mlp):
+        return dense.with_part(part, _mlp(text, old))
+    if isinstance(old, Experts):
+        return dense.with_part(part, _experts(text, old))
+    if isinstance(old, Attention | LatentAttention):
+        return dense.with_part(part, _attention(text, old))
+    if isinstance(old, DeltaNet):
         raise InputError(
-            f"{sublayer} {text!r}: the layer has no {sublayer} that a variant could change"
+            f"attention {text!r}: a gated delta net has no other sizes; expected dense or none"
         )
-    if sublayer == "mlp" and not dense.experts:
-        return _mlp(text, dense)
-    return _attention(text, dense) if sublayer == "attention" else _experts(text, dense)
+    raise InputError(f"{part} {text!r}: the layer has no {part} that a variant could change")
 
 
-def _mlp(text: str, dense: Block) -> Block:
+def _mlp(text: str, dense: Mlp) -> Mlp | None:
     inner = text.strip()
     if not re.fullmatch(r"\d{1,8}", inner, re.ASCII) or not 0 <= int(inner) <= dense.inner:
         raise InputError(
             f"mlp {text!r}: expected a width up to {dense.inner}, dense, none or linear"
         )
-    return replace(dense, inner=int(inner)) if int(inner) else without("mlp", dense)
+    return replace(dense, inner=int(inner)) if int(inner) else None
 
 
-def _attention(text: str, dense: Block) -> Block:
-    if dense.delta:
-        raise InputError(
-            f"attention {text!r}: a gated delta net has no other sizes; expected dense or none"
-        )
-    given = _pairs("attention", text, _ATTENTION)
-    heads, groups = (
-        given.get("heads", dense.heads),
-        given.get("kv", min(dense.kv_heads, given.get("heads", 1 << 30))),
-    )
+def _attention(text: str, dense: Attention | LatentAttention) -> Sublayer | None:
+    sizes = _pairs("attention", text, _ATTENTION)
+    heads = sizes.get("heads", dense.heads)
+    groups = sizes.get("kv", min(dense.kv_heads, heads if "heads" in sizes else dense.kv_heads))
     if not heads or not groups:
-        return without("attention", dense)
+        return None
     if heads > dense.heads or groups > dense.kv_heads:
         raise InputError(
             f"attention {text!r}: expected at most heads={dense.heads} kv={dense.kv_heads}"
@@ -100,79 +99,78 @@ def _attention(text: str, dense: Block) -> Block:
             f"attention {text!r}: expected a number of KV heads that divides the {heads} query"
             " heads"
         )
-    return replace(dense, heads=heads, kv_heads=groups)
-
-
-def _experts(text: str, dense: Block) -> Block:
-    given = _pairs("mlp", text, _EXPERTS)
-    experts, width = given.get("experts", dense.experts), given.get("width", dense.expert_inner)
-    if not 1 <= experts <= dense.experts or not 1 <= width <= dense.expert_inner:
+    if isinstance(dense, Attention):
+        return replace(dense, heads=heads, kv_heads=groups)
+    if groups != heads:
         raise InputError(
-            f"mlp {text!r}: expected at most experts={dense.experts} width={dense.expert_inner}"
+            f"attention {text!r}: latent attention has one vector for all heads; expected heads"
+            " alone"
         )
-    return replace(dense, experts=experts, active=min(dense.active, experts), expert_inner=width)
+    return replace(dense, heads=heads)
+
+
+def _experts(text: str, dense: Experts) -> Experts:
+    sizes = _pairs("mlp", text, _EXPERTS)
+    experts, width = sizes.get("experts", dense.experts), sizes.get("width", dense.inner)
+    if not 1 <= experts <= dense.experts or not 1 <= width <= dense.inner:
+        raise InputError(
+            f"mlp {text!r}: expected at most experts={dense.experts} width={dense.inner}"
+        )
+    return with_experts(replace(dense, inner=width), experts)
+
+
+def with_experts(dense: Experts, experts: int) -> Experts:
+    """Return routed experts with another number; a token uses no more than there are."""
+    if experts == dense.experts:
+        return dense
+    return dense.fewer(experts, active=min(dense.active, float(experts)))
 
 
 def _pairs(sublayer: str, text: str, names: dict[str, str]) -> dict[str, int]:
     parts = [_PAIR.fullmatch(part) for part in text.strip().lower().split()]
-    found = {part[1]: int(part[2]) for part in parts if part is not None}
-    if not parts or None in parts or len(found) < len(parts) or not found.keys() <= names.keys():
+    sizes = {part[1]: int(part[2]) for part in parts if part is not None}
+    if not parts or None in parts or len(sizes) < len(parts) or not sizes.keys() <= names.keys():
         example = " ".join(f"{name}=4" for name in names)
         raise InputError(
             f"{sublayer} {text!r}: expected dense, none, linear, or sizes such as {example}"
         )
-    return found
+    return sizes
 
 
-def has(sublayer: str, block: Block) -> bool:
-    return sublayer in block.linear or bool(
-        block.heads if sublayer == "attention" else block.inner or block.experts
-    )
+def part_of(part: str, layer: Layer) -> Layer:
+    """Return the layer with one sublayer alone."""
+    return layer.without("mlp" if part == "attention" else "attention")
 
 
-def without(sublayer: str, block: Block) -> Block:
-    linear = tuple(name for name in block.linear if name != sublayer)
-    if sublayer == "attention":
-        return replace(block, heads=0, kv_heads=0, delta=False, linear=linear)
-    return replace(block, inner=0, experts=0, active=0.0, expert_inner=0, linear=linear)
-
-
-def part_of(sublayer: str, block: Block) -> Block:
-    return without("mlp" if sublayer == "attention" else "attention", block)
-
-
-def joined(attention: Block, mlp: Block) -> Block:
+def joined(attention: Layer, mlp: Layer) -> Layer:
     """Return the layer with the attention of one variant and the MLP of another, of one dense
     layer."""
-    linear = tuple(s for s, b in (("attention", attention), ("mlp", mlp)) if s in b.linear)
-    own = {name: getattr(attention, name) for name in ("heads", "kv_heads", "delta", "rotary")}
-    return replace(mlp, **own, linear=linear)
+    return attention.with_part("mlp", mlp.of("mlp"))
 
 
-def generated(sublayer: str, model: ModelConfig, dense: Block, devices: int = 1) -> Iterator[Block]:
+def generated(part: str, dense: Layer, devices: int = 1) -> Iterator[Layer]:
     """Yield the usual variants of a sublayer: as it is, aligned widths that ``devices`` can share,
     and none. Attention keeps its query heads and halves its KV heads, as far as the devices can
     share them. An MLP has widths of :data:`WIDTHS`, routed experts have these shares of their
     number."""
     yield dense
-    if not has(sublayer, dense):
+    sublayer = dense.of(part)
+    if sublayer is None:
         return
-    if sublayer == "attention":
-        sized = sublayer not in dense.linear and not dense.delta and model.latent is None
-        groups = dense.kv_heads // 2 if sized else 0
-        while groups and groups % devices == 0 and dense.heads % groups == 0:
-            yield replace(dense, kv_heads=groups)
+    if isinstance(sublayer, Attention):
+        groups = sublayer.kv_heads // 2
+        while groups and groups % devices == 0 and sublayer.heads % groups == 0:
+            yield dense.with_part(part, replace(sublayer, kv_heads=groups))
             groups //= 2
-    elif sublayer not in dense.linear:
-        size, step = (
-            (dense.experts, devices) if dense.experts else (dense.inner, ALIGNMENT * devices)
-        )
-        step = step if size >= 8 * step else devices
-        for value in sorted(
-            {round(share * size / step) * step for share in WIDTHS} - {0, size}, reverse=True
-        ):
-            if dense.experts:
-                yield replace(dense, experts=value, active=min(dense.active, value))
-            else:
-                yield replace(dense, inner=value)
-    yield without(sublayer, dense)
+    elif isinstance(sublayer, Mlp):
+        for inner in _generated_sizes(sublayer.inner, ALIGNMENT * devices, devices):
+            yield dense.with_part(part, replace(sublayer, inner=inner))
+    elif isinstance(sublayer, Experts):
+        for experts in _generated_sizes(sublayer.experts, devices, devices):
+            yield dense.with_part(part, with_experts(sublayer, experts))
+    yield dense.without(part)
+
+
+def _generated_sizes(size: int, step: int, least: int) -> list[int]:
+    step = step if size >= 8 * step else least
+    return sorted({round(share * size / step) * step for share in WIDTHS} - {0, size}, reverse=True)

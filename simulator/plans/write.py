@@ -16,13 +16,14 @@ from simulator.display import runs
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.write import refuse_links, write_whole
-from simulator.models.changes import block_config, config_of, content_of, write_config
-from simulator.models.config import Block, ModelConfig
 from simulator.models.lower import lower, stream_of
-from simulator.plans.variants import has, part_of
+from simulator.models.model import PARTS, Layer, Model, pruned_from
+from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers.base import Sublayer
+from simulator.models.write import block_config, config_content, content_of, write_config
+from simulator.plans.variants import part_of
 from simulator.prediction.requests import device_text
 from simulator.pruning._steps import plan_steps, prune_steps
-from simulator.pruning.experts import rebalanced
 
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs, PricedRequest
@@ -42,10 +43,10 @@ DTYPE_NAMES: Mapping[str, str] = {
 _CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNConfig")}
 
 
-def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
+def plan_text(dense: Model, pruned: Model) -> str:
     """Return a plan as YAML that ``--prune`` reads; InputError for a linear sublayer, which no
     family has."""
-    texts = [_text(old, new) for old, new in zip(dense.layout, pruned.layout)]
+    texts = [_text(old, new) for old, new in zip(dense.layers, pruned.layers)]
     lines = ["layers:"]
     for text, some in groupby(range(len(texts)), key=lambda i: texts[i]):
         if text:
@@ -55,31 +56,41 @@ def plan_text(dense: ModelConfig, pruned: ModelConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _text(old: Block, new: Block) -> str:
-    if new.linear != old.linear:
+def _text(old: Layer, new: Layer) -> str:
+    pairs = {part: (old.of(part), new.of(part)) for part in PARTS}
+    if any(isinstance(after, Linear) and after != before for before, after in pairs.values()):
         raise InputError("plan: --prune has no linear sublayers; use the written config.json")
-    gone = [name for name in ("attention", "mlp") if has(name, old) and not has(name, new)]
-    if len(gone) == 2 or (gone and not any(has(name, new) for name in ("attention", "mlp"))):
+    gone = [part for part, (before, after) in pairs.items() if before and not after]
+    if len(gone) == 2 or (gone and not new.sublayers):
         return "depth"
-    steps = [f"depth unit={name}" for name in gone]
-    parts = []
-    if "attention" not in gone and (new.heads, new.kv_heads) != (old.heads, old.kv_heads):
-        for name, now, was in (("heads", new.heads, old.heads), ("kv", new.kv_heads, old.kv_heads)):
-            parts += [f"{name}={_removed(now, was)}"] if now != was else []
-    if "mlp" not in gone:
-        width, dense = (
-            (new.expert_inner, old.expert_inner) if old.experts else (new.inner, old.inner)
-        )
-        parts += [f"mlp={_removed(width, dense)}"] if width != dense else []
-        if new.experts != old.experts:
-            steps.append(f"experts {_removed(new.experts, old.experts)}")
-    if parts:
-        steps.insert(0, f"width {' '.join(parts)} align=1")
-    return " + ".join(steps)
+    steps = [f"depth unit={part}" for part in gone]
+    widths, experts = _heads(pairs["attention"]), ""
+    before, after = pairs["mlp"]
+    if isinstance(before, Experts) and isinstance(after, Experts):
+        experts = _removed(after.experts, before.experts)
+    if isinstance(before, Mlp | Experts) and isinstance(after, Mlp | Experts):
+        widths += [f"mlp={share}"] if (share := _removed(after.inner, before.inner)) else []
+    if widths:
+        steps.insert(0, f"width {' '.join(widths)} align=1")
+    return " + ".join(steps + ([f"experts {experts}"] if experts else []))
+
+
+def _heads(pair: tuple[Sublayer | None, Sublayer | None]) -> list[str]:
+    before, after = pair
+    known = Attention | LatentAttention
+    if not (isinstance(before, known) and isinstance(after, known)):
+        return []
+    shares = {"heads": _removed(after.heads, before.heads)}
+    if isinstance(after, Attention):
+        shares["kv"] = _removed(after.kv_heads, before.kv_heads)
+    return [f"{name}={share}" for name, share in shares.items() if share]
 
 
 def _removed(now: int, was: int) -> str:
-    """Return the removed fraction, rounded up, as families round the width that stays up."""
+    """Return the removed fraction, rounded up, as families round the width that stays up; "" for
+    none."""
+    if now == was:
+        return ""
     return f"{math.ceil((1.0 - now / was) * 1e9 - 1e-3) / 1e9:.9g}"
 
 
@@ -99,7 +110,7 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     dense, lines = plan.dense, list[str]()
     content, text = None, None
     try:
-        content = config_of(content_of(source, dense), dense, plan.pruned)
+        content = config_content(content_of(source, dense), dense, plan.pruned)
     except InputError as error:
         lines.append(f"config.json is not written: {error}")
     try:
@@ -127,10 +138,10 @@ def write_plan(plan: Plan, source: str, folder: str) -> list[str]:
     ]
 
 
-def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
+def check_plan(text: str, dense: Model, pruned: Model) -> None:
     """Raise InputError if the text of a plan does not give the parameters and FLOPs of the plan."""
     own = prune_steps(lower(dense, phase="decode"), plan_steps(text))
-    other = rebalanced(lower(pruned, phase="decode"), dense.experts)
+    other = lower(pruned_from(dense, pruned), phase="decode")
     pairs = [(w.parameters, float(w.flops.sum())) for w in (own, other)]
     if abs(pairs[0][0] - pairs[1][0]) > 0.5 or abs(pairs[0][1] / pairs[1][1] - 1.0) > 1e-9:
         raise InputError("the families of --prune cannot state these shapes exactly")
@@ -139,7 +150,7 @@ def check_plan(text: str, dense: ModelConfig, pruned: ModelConfig) -> None:
 def stats_text(found: Costs) -> str:
     """Return ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and
     MiB."""
-    model, pairs, out = found.model, list(zip(found.rows, found.blocks)), []
+    model, pairs, out = found.model, list(zip(found.rows, found.layers)), []
     each = len(pairs) // len(found.settings)
     for i, at in enumerate(found.settings):
         *sublayers, (outside, _) = pairs[i * each : (i + 1) * each]
@@ -150,7 +161,7 @@ def stats_text(found: Costs) -> str:
     return json.dumps(out, indent=1, allow_nan=False) + "\n"
 
 
-def stats_args(model: ModelConfig, at: PricedRequest) -> dict[str, Any]:
+def stats_args(model: Model, at: PricedRequest) -> dict[str, Any]:
     """Return a setting in ModelOpt's keys, by which Puzzletron selects prices
     (``subblock_stats_args``)."""
     request = at.request
@@ -181,13 +192,14 @@ def _amounts(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _subblock(model: ModelConfig, row: Mapping[str, Any], block: Block) -> dict[str, Any]:
+def _subblock(model: Model, row: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
     key, class_name = _CLASSES[row["sublayer"]]
-    idle = (block.experts - block.active) * model.expert_parameters(block) if block.experts else 0.0
+    mlp, idle = layer.of("mlp"), 0.0
+    if isinstance(mlp, Experts):
+        idle = (mlp.experts - mlp.active) * mlp.expert_parameters(model.hidden)
+    config = block_config(part_of(row["sublayer"], layer), model.layers[row["layer"]])
     return {
-        "subblock_config": block_config(
-            part_of(row["sublayer"], block), model.layout[row["layer"]]
-        )[key],
+        "subblock_config": config[key],
         "subblock_config_class": class_name,
         **_amounts(row),
         "active_params": round(row["parameters"] - idle),

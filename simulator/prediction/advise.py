@@ -21,12 +21,12 @@ from simulator.display import Displayed, by_column, few
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model
 from simulator.prediction.batch import batch_of
 from simulator.prediction.compare import compare, results_of
-from simulator.prediction.prunings import Pruning, families
+from simulator.prediction.prunings import Pruning, dividing, families
 from simulator.prediction.requests import (
     batch_name,
     by_budget,
@@ -58,13 +58,13 @@ class Target:
     tokens_per_s: float | None = None  # new tokens of all sequences; in prefill, prompt tokens
 
     def __post_init__(self) -> None:
-        given = [value for value in vars(self).values() if value is not None]
-        if len(given) != 1:
+        stated = [value for value in vars(self).values() if value is not None]
+        if len(stated) != 1:
             raise InputError("target: expected one of speedup, latency and tokens/s")
         if self.speedup is not None and not 1.0 < self.speedup <= 1000.0:
             raise InputError(f"target {self.speedup:g}: expected a speedup above 1, such as 1.5")
-        if not 1e-9 < given[0] < 1e12:
-            raise InputError(f"target {given[0]:g}: expected a number between 1e-9 and 1e12")
+        if not 1e-9 < stated[0] < 1e12:
+            raise InputError(f"target {stated[0]:g}: expected a number between 1e-9 and 1e12")
 
     @property
     def text(self) -> str:
@@ -126,7 +126,7 @@ class Advised(Displayed):
 
 
 def advise(
-    model: str | ModelConfig,
+    model: str | Model,
     hardware: Sequence[str | HardwareProfile],
     target: float | Target,
     family: Sequence[str] | None = None,
@@ -140,30 +140,30 @@ def advise(
     interval; 0.5: the prediction reaches it."""
     check_probability(probability)
     aim, config = target if isinstance(target, Target) else Target(target), load_model(model)
-    names, devices = (
-        [*families(("all",) if family is None else family, [config])],
-        profiles(hardware),
-    )
+    names = [*families(("all",) if family is None else family, [config])]
+    devices = profiles(hardware)
     if {"depth", "width"} <= set(names):
         names.append(BOTH)
-    requested = requests_of([config], settings)
-    check_measured(requested, devices)
-    advice, enough = list[Advice](), list[str]()
+    requests = requests_of([config], settings)
+    check_measured(requests, devices)
+    advice, reached = list[Advice](), list[str]()
     notes = dict[str, None]()
-    for (one,), same in (part for each in requested for part in by_budget([each], devices)):
-        search, dense = _Search(one, names, probability, notes), WorkloadBatch.of([lower(one)])
+    for (request,), same in (part for one in requests for part in by_budget([one], devices)):
+        search = _Search(request, names, probability, notes)
         for hw in same:
-            needed = aim.over(
-                compare(dense, hw, one.level, one.dense_s)[0]["dense_s"][0].item(), one
-            )
+            needed = aim.over(search.dense_s(hw), request)
             if needed > 1.0:
                 advice += search.on(hw, needed)
             else:
-                request = f"{one.phase}, {batch_name(one.phase)} {one.batch}, seq {one.seq}"
-                enough.append(f"{hw.label} in {load_engine(one.engine).name} ({request})")
-    if not advice and not enough:
+                reached.append(_setting(hw, request))
+    if not advice and not reached:
         raise InputError("; ".join(notes) or "nothing to advise")
-    return Advised(tuple(advice), tuple(notes), tuple(enough))
+    return Advised(tuple(advice), tuple(notes), tuple(reached))
+
+
+def _setting(hw: HardwareProfile, one: Request) -> str:
+    request = f"{one.phase}, {batch_name(one.phase)} {one.batch}, seq {one.seq}"
+    return f"{hw.label} in {load_engine(one.engine).name} ({request})"
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,11 @@ class _Search:
     probability: float
     notes: dict[str, None]
 
+    def dense_s(self, hw: HardwareProfile) -> float:
+        one = self.request
+        dense = WorkloadBatch.of([lower(one)])
+        return float(compare(dense, hw, one.level, one.dense_s)[0]["dense_s"][0])
+
     @cached_property
     def coarse(self) -> tuple[list[Point], WorkloadBatch]:
         """The coarse grid of all families, pruned once for all devices."""
@@ -185,41 +190,32 @@ class _Search:
             if pruning is not None:
                 reasons.setdefault(points[pruning][0], []).append(reason)
 
-        batch = batch_of([self.request], [_pruning(*point) for point in points], reject)
+        batch = batch_of([self.request], [self.pruning(*point) for point in points], reject)
         supported = {points[i][0] for i in batch.pruning if i >= 0}
-        for name, found in reasons.items():
+        for name, texts in reasons.items():
             # report a sparsity without pattern only if the engine lacks no kernels
             if name not in supported:
-                error = min(found, key=lambda text: "at sparsity" in text)
+                error = min(texts, key=lambda text: "at sparsity" in text)
                 self.notes[error if name in error else f"{name}: {error}"] = None
         return points, batch
+
+    def pruning(self, name: str, sparsity: float) -> Pruning:
+        """Return the pruning of a family at a sparsity, of sizes that the devices can divide."""
+        one = Pruning.of(name, sparsity)
+        if name == BOTH:
+            one = Pruning.read(f"depth {sparsity:g} + width {sparsity:g}")
+        request = self.request
+        return dividing(one, load_model(request.model), request.devices, request.parallel)
 
     def on(self, hw: HardwareProfile, target: float) -> list[Advice]:
         """Return the advice for every family on a device: by realised sparsity, then those that
         miss the target by speedup."""
         coarse = _Timed(self, hw, *self.coarse)
-        first = coarse.first(target)
-        fine = []
-        for name, row in first.items():
-            end = coarse.points[row][1]
-            start = coarse.points[row - 1][1] if row and coarse.points[row - 1][0] == name else 0.0
-            fine += [
-                (name, round(start + FINE * i, 6)) for i in range(1, round((end - start) / FINE))
-            ]
-        finer = _Timed(
-            self, hw, fine, batch_of([self.request], [_pruning(*point) for point in fine], _reject)
-        )
-        finer_first = finer.first(target)
-        advice = []
-        for name in dict.fromkeys(name for name, _ in coarse.points):
-            found, rows = (finer, finer_first) if name in finer_first else (coarse, first)
-            row = rows[name] if name in first else coarse.fastest(name)
-            r = found.results.take([row])[0]
-            probability = probability_of(
-                target, r.speedup, r.speedup_lower, r.speedup_upper, r.level
-            )
-            runs = runnable(self.request, _pruning(*found.points[row]), hw).works
-            advice.append(Advice(r, target, probability, name in first, runs))
+        finer = self.finer(hw, coarse, target)
+        advice = [
+            self.advice(hw, name, coarse, finer, target)
+            for name in dict.fromkeys(name for name, _ in coarse.points)
+        ]
         return sorted(
             advice,
             key=lambda a: (
@@ -228,6 +224,28 @@ class _Search:
             ),
         )
 
+    def finer(self, hw: HardwareProfile, coarse: _Timed, target: float) -> _Timed:
+        """Return the fine grid of each family below the first sparsity that reaches the target."""
+        points: list[Point] = []
+        for name, row in coarse.first(target).items():
+            end = coarse.points[row][1]
+            start = coarse.points[row - 1][1] if row and coarse.points[row - 1][0] == name else 0.0
+            steps = range(1, round((end - start) / FINE))
+            points += [(name, round(start + FINE * i, 6)) for i in steps]
+        batch = batch_of([self.request], [self.pruning(*point) for point in points], _reject)
+        return _Timed(self, hw, points, batch)
+
+    def advice(
+        self, hw: HardwareProfile, name: str, coarse: _Timed, finer: _Timed, target: float
+    ) -> Advice:
+        reached, fine = name in coarse.first(target), finer.first(target)
+        timed = finer if name in fine else coarse
+        row = timed.first(target)[name] if reached else coarse.fastest(name)
+        r = timed.results.take([row])[0]
+        probability = probability_of(target, r.speedup, r.speedup_lower, r.speedup_upper, r.level)
+        runs = runnable(self.request, self.pruning(*timed.points[row]), hw).works
+        return Advice(r, target, probability, reached, runs)
+
 
 class _Timed:
     """Points of a search that a device can run, in order, with their results."""
@@ -235,7 +253,7 @@ class _Timed:
     def __init__(
         self, search: _Search, hw: HardwareProfile, points: list[Point], batch: WorkloadBatch
     ) -> None:
-        prunings = [_pruning(*point) for point in points]
+        prunings = [search.pruning(*point) for point in points]
         self.results: Results = results_of(batch, prunings, [hw], [search.request], _reject)
         self.points = [points[i] for i in self.results.pruning.tolist()]
         # speedups that are reached with at least the required probability: the inverse of
@@ -256,14 +274,6 @@ class _Timed:
         return int(
             np.where([name == other for other, _ in self.points], self.speedup, 0.0).argmax()
         )
-
-
-def _pruning(name: str, sparsity: float) -> Pruning:
-    return (
-        Pruning.read(f"depth {sparsity:g} + width {sparsity:g}")
-        if name == BOTH
-        else Pruning.of(name, sparsity)
-    )
 
 
 def _reject(_pruning: int | None, reason: str, device: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -21,12 +20,14 @@ from simulator.codes import Kernel, role_code
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model
 from simulator.passes import refusal
 from simulator.prediction.prunings import Pruning, check_alike
 from simulator.request import Request
-from simulator.workload import Workload, WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch, model_array
 
 _EMBEDDING = role_code("embedding")[0]
+OPERATOR_ROWS = 120_000  # operators computed together, about: 25 MB of columns, 100 MB in between
 RequestGroup = tuple[int, ...]  # indices of some requests
 # requests, their pruned rows, and rows of each
 GroupRows = tuple[RequestGroup, Workload, IndexArray]
@@ -53,20 +54,20 @@ def batch_of(
     if unable := refusal(dense):
         reject(None, unable, "")
     together = _together(workloads, {p.together for p in prunings if p.model is None})
-    found = [dense]
+    batches = [dense]
     for i, pruning in enumerate(prunings):
         reasons: dict[str, None] = {}
-        for group, rows, lengths in _parts(requests, pruning, together, reasons):
-            batch = _pruned(requests, group, rows, lengths, pruning, i)
+        for part in _parts(requests, pruning, together, reasons):
+            batch = _pruned(requests, *part, pruning, i)
             # other prunings have the number formats of the dense model
-            other = pruning.model is not None or (rows.kernel == Kernel.SPARSE24).any()
+            other = pruning.model is not None or (batch.rows.kernel == Kernel.SPARSE24).any()
             if reason := unable or (refusal(batch) if other else ""):
                 reasons[reason] = None
             else:
-                found.append(batch)
+                batches.append(batch)
         for reason in reasons:
             reject(i, reason, "")
-    return WorkloadBatch.join(found)
+    return WorkloadBatch.join(batches)
 
 
 def batch_with(dense: Workload, pruned: Iterable[Workload]) -> WorkloadBatch:
@@ -97,6 +98,7 @@ def _pruned(
         pruning=np.full(many, index),
         sparsity=np.full(many, pruning.requested(rows)),
         realised=np.full(many, 1.0 - math.prod(1.0 - step.realised for step in steps)),
+        models=model_array([rows.meta.config] * many),
     )
 
 
@@ -107,14 +109,18 @@ def _together(workloads: Sequence[Workload], names: Collection[str]) -> Together
         for seq in dict.fromkeys(meta.seq for meta in shapes)
     ]
 
-    def joined(group: RequestGroup) -> Workload:
-        if len(group) == 1:
-            return workloads[group[0]]
-        meta = replace(shapes[group[0]], batch=max(shapes[i].batch for i in group))
-        return Workload.concat([workloads[i] for i in group], meta=meta)
-
     groups = {"any": [every], "equal length": lengths}
-    return {name: [(group, joined(group)) for group in groups[name]] for name in names}
+    return {
+        name: [(group, _joined([workloads[i] for i in group])) for group in groups[name]]
+        for name in names
+    }
+
+
+def _joined(workloads: Sequence[Workload]) -> Workload:
+    if len(workloads) == 1:
+        return workloads[0]
+    meta = replace(workloads[0].meta, batch=max(w.meta.batch for w in workloads))
+    return Workload.concat(workloads, meta=meta)
 
 
 def _parts(
@@ -128,11 +134,10 @@ def _parts(
     if lacks := pruning.lacking(model):
         reasons[lacks] = None
         return []
-    call = partial(pruning.apply, request=requests[0])
     return [
         part
         for group, rows in together[pruning.together]
-        for part in _prune(requests, group, rows, call, reasons)
+        for part in _prune(requests, group, rows, pruning, reasons)
     ]
 
 
@@ -140,15 +145,19 @@ def _prune(
     requests: Sequence[Request],
     group: RequestGroup,
     rows: Workload,
-    call: Callable[[Workload], Workload],
+    pruning: Pruning,
     reasons: dict[str, None],
 ) -> list[GroupRows]:
     """Prune a group in one call if possible, else in one call per request."""
+
+    def lowered(model: Model) -> Workload:
+        return _joined([lower(replace(requests[i], model=model)) for i in group])
+
     try:
-        pruned = call(rows)
+        pruned = pruning.apply(rows, requests[0], lowered)
     except InputError as error:
         reasons[str(error)] = None
-        if len(group) == 1 or _refusal(call, lower(requests[group[0]])) == str(error):
+        if len(group) == 1 or _refusal(pruning, requests[group[0]]) == str(error):
             return []  # the sparsity is the reason, not the request
     else:
         passes = [int((lower(requests[i]).role == _EMBEDDING).sum()) for i in group]
@@ -156,13 +165,13 @@ def _prune(
         if lengths is not None:
             return [(group, pruned, lengths)]
     return [
-        part for i in group for part in _prune(requests, (i,), lower(requests[i]), call, reasons)
+        part for i in group for part in _prune(requests, (i,), lower(requests[i]), pruning, reasons)
     ]
 
 
-def _refusal(call: Callable[[Workload], Workload], dense: Workload) -> str:
+def _refusal(pruning: Pruning, request: Request) -> str:
     try:
-        call(dense)
+        pruning.apply(lower(request), request)
     except InputError as error:
         return str(error)
     return ""

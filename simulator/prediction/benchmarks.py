@@ -42,8 +42,8 @@ from simulator.arrays import array
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, one_line
 from simulator.files.read import parse_json, read_bounded
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model, shipped_model
+from simulator.models.model import Model
 from simulator.request import Request
 
 TOOLS = (
@@ -137,28 +137,31 @@ class Fields:
 
     def part(self, key: str) -> Fields:
         """Return an object; an empty one if it is absent."""
-        found = self.data.get(key)
-        if not isinstance(found, Mapping | None):
-            raise InputError(f"{self.place(key)}: expected an object, got {shown(found)}")
-        return Fields(self.source, found or {}, f"{self.path}{key}.")
+        value = self.data.get(key)
+        if not isinstance(value, Mapping | None):
+            raise InputError(f"{self.place(key)}: expected an object, got {shown(value)}")
+        return Fields(self.source, value or {}, f"{self.path}{key}.")
 
     def rows(self, key: str) -> list[Fields]:
-        found = self.data.get(key, [])
-        if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
-            raise InputError(f"{self.place(key)}: expected a list of objects, got {shown(found)}")
-        return [Fields(self.source, one, f"{self.path}{key}[{i}].") for i, one in enumerate(found)]
+        values = self.data.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(one, Mapping) for one in values):
+            raise InputError(f"{self.place(key)}: expected a list of objects, got {shown(values)}")
+        return [Fields(self.source, one, f"{self.path}{key}[{i}].") for i, one in enumerate(values)]
 
-    def count(self, key: str, least: int = 1) -> int:
-        """Return a whole number; one without a fraction, as 64.0, counts too."""
-        given = self.value(key)
-        found = (
-            whole(int(given)) if isinstance(given, float) and given.is_integer() else whole(given)
+    def count(self, key: str, least: int = 1, default: int | None = None) -> int:
+        """Return a whole number; one without a fraction, as 64.0, counts too. With a ``default``
+        the key may be absent."""
+        if default is not None and not self.has(key):
+            return default
+        value = self.value(key)
+        count = (
+            whole(int(value)) if isinstance(value, float) and value.is_integer() else whole(value)
         )
-        if found is None or not least <= found <= MOST:
+        if count is None or not least <= count <= MOST:
             raise InputError(
-                f"{self.place(key)}: expected a whole number from {least} up, got {shown(given)}"
+                f"{self.place(key)}: expected a whole number from {least} up, got {shown(value)}"
             )
-        return found
+        return count
 
     def amount(self, key: str, right: Range = AMOUNT) -> float:
         return number(self.place(key), self.value(key), right)
@@ -186,18 +189,18 @@ class Fields:
 
     def text(self, key: str) -> str:
         """Return a text; "" if it is absent."""
-        found = self.data.get(key) or ""
-        if not isinstance(found, str):
-            raise InputError(f"{self.place(key)}: expected text, got {shown(found)}")
-        return one_line(found, 200)
+        value = self.data.get(key) or ""
+        if not isinstance(value, str):
+            raise InputError(f"{self.place(key)}: expected text, got {shown(value)}")
+        return one_line(value, 200)
 
     def times(self, key: str) -> Floats:
-        found = array(self.place(key), self.value(key), _TIMES)
-        if found.ndim != 1 or not len(found):
+        values = array(self.place(key), self.value(key), _TIMES)
+        if values.ndim != 1 or not len(values):
             raise InputError(
                 f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}"
             )
-        return found
+        return values
 
 
 def request_times(fields: Fields) -> Floats:
@@ -323,7 +326,7 @@ def vllm_serve(fields: Fields) -> BenchRun:
         else fields.count("failed", 0)
     )
     run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
-    asked = fields.count("num_prompts") if fields.has("num_prompts") else run.requests
+    asked = fields.count("num_prompts", default=run.requests)
     short = (
         f"{fields.source}: num_prompts: {asked}, but {run.requests} completed and 0 failed; check"
         " the dataset"
@@ -383,7 +386,7 @@ def sglang_serve(fields: Fields) -> BenchRun:
             if backend.startswith("sglang")
             else {"vllm": "vllm", "trt": "trtllm"}.get(backend, "")
         ),
-        devices=server.count("tp_size") if server.has("tp_size") else 0,
+        devices=server.count("tp_size", default=0),
         note=note,
     )
 
@@ -436,7 +439,7 @@ def trtllm_report(fields: Fields) -> BenchRun:
         dtype=dtype,
         weight_dtype=weight_dtype,
         kv_dtype="fp8" if engine.text("kv_cache_dtype") == "FP8" else "",
-        devices=world.count("world_size") if world.has("world_size") else 0,
+        devices=world.count("world_size", default=0),
         note=note,
     )
 
@@ -452,17 +455,15 @@ def genai_perf(fields: Fields) -> BenchRun:
         if "aiperf_version" in fields.data or "was_cancelled" in fields.data
         else "genai-perf"
     )
-    given = fields.part("input_config")
+    arguments = fields.part("input_config")
     if fields.data.get("was_cancelled"):
         raise InputError(f"{fields.place('was_cancelled')}: expected false, got true")
     errors = fields.data.get("error_summary") or []
     failed = (
-        sum(one.count("count") if one.has("count") else 1 for one in fields.rows("error_summary"))
-        if errors
-        else 0
+        sum(one.count("count", default=1) for one in fields.rows("error_summary")) if errors else 0
     )
     check_failed(fields, failed or int(fields.average("error_request_count")), "error_summary")
-    many, requests = _in_flight(given), round(fields.average("request_count"))
+    many, requests = _in_flight(arguments), round(fields.average("request_count"))
     throughput, request = fields.part("request_throughput"), fields.average_s("request_latency")
     rate = throughput.seconds("avg")  # positive
     enough = ENOUGH_ROUNDS * many
@@ -475,7 +476,7 @@ def genai_perf(fields: Fields) -> BenchRun:
         "serve",
         (many / rate if many else request,),
         tool=tool,
-        model=_model(given),
+        model=_model(arguments),
         concurrency=many,
         mean_concurrency=request * rate,
         requests=requests,
@@ -489,32 +490,32 @@ def genai_perf(fields: Fields) -> BenchRun:
     )
 
 
-def _in_flight(given: Fields) -> int:
+def _in_flight(arguments: Fields) -> int:
     """Return the requests in flight: of the phase (AIPerf), the load generator (before 0.8), the
     stimulus or arguments (genai-perf); 0 if the export does not state them. InputError for any
     other load."""
-    counted = (p for p in given.rows("phases") if not p.data.get("exclude_from_results"))
+    counted = (p for p in arguments.rows("phases") if not p.data.get("exclude_from_results"))
     phases = [p for p in counted if "warmup" not in (p.data.get("name"), p.data.get("kind"))]
     if phases:
         types = [phase.text("type") for phase in phases]
         if types != ["concurrency"]:
-            place = given.place("phases")
+            place = arguments.place("phases")
             raise InputError(
                 f"{place}: expected one phase of type concurrency, got {', '.join(types)}"
             )
         # the default of a phase
-        return phases[0].count("concurrency") if phases[0].has("concurrency") else 1
-    stimulus = given.part("perf_analyzer").part("stimulus")
+        return phases[0].count("concurrency", default=1)
+    stimulus = arguments.part("perf_analyzer").part("stimulus")
     if stimulus.data:
         if set(stimulus.data) != {"concurrency"}:
-            name = given.place("perf_analyzer.stimulus")
+            name = arguments.place("perf_analyzer.stimulus")
             raise InputError(
                 f"{name}: expected concurrency, got {', '.join(map(str, stimulus.data))}"
             )
         return stimulus.count("concurrency")
-    load = given.part("loadgen") if given.has("loadgen") else given
+    load = arguments.part("loadgen") if arguments.has("loadgen") else arguments
     check_closed_loop(load)
-    return load.count("concurrency") if load.has("concurrency") else 0
+    return load.count("concurrency", default=0)
 
 
 def _model(given: Fields) -> str:
@@ -533,11 +534,11 @@ def _model(given: Fields) -> str:
 def read_bench(path: str | os.PathLike[str]) -> BenchRun:
     """Read a file with one result; InputError names file and key if it is another file or not of a
     closed loop."""
-    found = read_benches(path)
-    if len(found) > 1:
+    runs = read_benches(path)
+    if len(runs) > 1:
         why = "is not JSON (several results, as of --append-result; expected one)"
-        raise InputError(f"{found[1].source}:1: {why}")
-    return found[0]
+        raise InputError(f"{runs[1].source}:1: {why}")
+    return runs[0]
 
 
 def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
@@ -551,8 +552,8 @@ def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
         objects = {source: parse_json(text, source)}
     except json.JSONDecodeError as error:
         lines = {
-            f"{source}:{at}": line
-            for at, line in enumerate(text.splitlines(), start=1)
+            f"{source}:{line_number}": line
+            for line_number, line in enumerate(text.splitlines(), start=1)
             if line.strip()
         }
         if error.msg != "Extra data" or len(lines) < 2:
@@ -633,12 +634,12 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
     if run.devices and run.devices != request.devices:
         raise InputError(f"{run.source}: devices: expected {request.devices}, got {run.devices}")
     weights = request.weight_dtype or model.weight_dtype or request.dtype
-    for what, own, expected in (
+    for what, stated, expected in (
         ("dtype", run.dtype, request.dtype),
         ("weight dtype", run.weight_dtype, weights),
     ):
-        if own and own != expected:
-            raise InputError(f"{run.source}: {what}: expected {expected}, got {own}")
+        if stated and stated != expected:
+            raise InputError(f"{run.source}: {what}: expected {expected}, got {stated}")
     seconds = pass_seconds(run, request)
     if run.kind == "batch" and not run.concurrency:
         check = (
@@ -698,23 +699,29 @@ def request_of(
     has them."""
     in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
     stated = {"batch": batch, "seq": seq, "output": output}
-    found = {"batch": in_flight, "seq": round(run.input_tokens), "output": round(run.output_tokens)}
+    measured = {
+        "batch": in_flight,
+        "seq": round(run.input_tokens),
+        "output": round(run.output_tokens),
+    }
     if run.total_tokens and (seq or output):
         rest = round(run.total_tokens) - (seq or output or 0)
         if rest < 1:
             more = f"expected more than {seq or output}"
             raise InputError(f"{run.source}: tokens per request: {more}, got {run.total_tokens:g}")
-        found["output" if seq else "seq"] = rest
+        measured["output" if seq else "seq"] = rest
     out = []
     for name, value in stated.items():
-        own = found[name]
-        if value is None and not own:
+        in_file = measured[name]
+        if value is None and not in_file:
             raise InputError(
                 f"{run.source}: {name}: expected to be stated, as the file does not have it"
             )
-        if value is not None and own and value != own:
-            raise InputError(f"{run.source}: {name}: expected {own}, as in the file, got {value}")
-        out.append(own or int(value or 0))
+        if value is not None and in_file and value != in_file:
+            raise InputError(
+                f"{run.source}: {name}: expected {in_file}, as in the file, got {value}"
+            )
+        out.append(in_file or int(value or 0))
     phase = "serve" if run.kind == "serve" else "generate" if out[2] > 1 else "prefill"
     if phase == "serve" and out[2] < 2:
         raise InputError(
@@ -763,10 +770,10 @@ def _check_lengths(run: BenchRun, request: Request) -> None:
 
 
 def _check_length(
-    run: BenchRun, what: str, own: float, expected: int, around: float, hint: str = ""
+    run: BenchRun, what: str, length: float, expected: int, around: float, hint: str = ""
 ) -> None:
-    if abs(own - expected) > around:
-        raise InputError(f"{run.source}: {what}: expected {expected}, got {own:g}{hint}")
+    if abs(length - expected) > around:
+        raise InputError(f"{run.source}: {what}: expected {expected}, got {length:g}{hint}")
 
 
 def _check_in_flight(run: BenchRun, batch: int) -> None:
@@ -795,7 +802,7 @@ def _stated(run: BenchRun, what: str, seconds: float) -> float:
     return seconds
 
 
-def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[str]:
+def _model_notes(run: BenchRun, model: Model, request: Request) -> list[str]:
     notes, engine = [], load_engine(request.engine).name.partition("@")[0]
     if run.engine and run.engine != engine:
         notes.append(
@@ -820,7 +827,7 @@ def _model_notes(run: BenchRun, model: ModelConfig, request: Request) -> list[st
     return notes
 
 
-def _shapes(model: ModelConfig) -> tuple[object, ...]:
+def _shapes(model: Model) -> tuple[object, ...]:
     return (
         model.hidden,
         model.layers,

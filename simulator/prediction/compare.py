@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import DTYPES, EXPERTS, GEMM
@@ -22,22 +21,18 @@ from simulator.errors import InputError
 from simulator.models.lower import cached_tokens
 from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
-from simulator.passes import ForwardPass
 from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.requests import by_budget
-from simulator.prediction.result import COLUMNS, Labels, Results
+from simulator.prediction.result import COLUMNS, Results, texts
 from simulator.prediction.serving import memory_columns, serving
 from simulator.request import Request
-from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import WorkloadBatch, sums
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-
-# correlation of the errors of equal operators in two workloads; the kernels around them differ
-SAME_SHAPE = 0.99
 
 SMALL_SHARE = 0.05
 """A result counts as calibrated if operators with default constants take less than this share of
@@ -55,27 +50,25 @@ def compare(
     the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
     workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
-    found = prediction_intervals(
-        p, level, dense, *alike(dense, p), None if dense_s is None else (0, dense_s)
-    )
-    served = serving(p, found, level)
+    times = prediction_intervals(p, level, dense, dense_s)
+    served = serving(p, times, level)
     code, share = p.bottleneck
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
     gain = roofline_bound - 1.0
     efficiency = np.divide(
-        found.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9
+        times.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9
     )
     return {
-        "dense_s": found.seconds[dense],
-        "dense_lower": found.lower[dense],
-        "dense_upper": found.upper[dense],
-        "pruned_s": found.seconds,
-        "pruned_lower": found.lower,
-        "pruned_upper": found.upper,
-        "speedup": found.ratio,
-        "speedup_lower": found.ratio_lower,
-        "speedup_upper": found.ratio_upper,
+        "dense_s": times.seconds[dense],
+        "dense_lower": times.lower[dense],
+        "dense_upper": times.upper[dense],
+        "pruned_s": times.seconds,
+        "pruned_lower": times.lower,
+        "pruned_upper": times.upper,
+        "speedup": times.ratio,
+        "speedup_lower": times.ratio_lower,
+        "speedup_upper": times.ratio_upper,
         "roofline_bound": roofline_bound,
         "bottleneck": code,
         "bottleneck_share": share,
@@ -85,7 +78,7 @@ def compare(
         "uncalibrated_share": default_share,
         **served,
         **{f"dense_{name}": column[dense] for name, column in served.items()},
-    }, found.inferred
+    }, times.inferred
 
 
 def results_of(
@@ -97,39 +90,25 @@ def results_of(
 ) -> Results:
     """Return the results of the pruned workloads of a batch by request, pruning and device;
     prunings that a device cannot run go to ``reject``."""
-    found = [
-        (d, at, timed)
+    timed = [
+        (np.full(len(rows), d), rows, columns)
         for d, hw in enumerate(hardware)
-        for at, timed in _timed(batch, hw, requests[0], reject)
+        for rows, columns in _timed(batch, hw, requests[0], reject)
     ]
-    if not found:
+    if not timed:
         return Results.empty()
-    device = np.concatenate([np.full(len(at), d) for d, at, _ in found])
-    at = np.concatenate([at for _, at, _ in found])
-    order = np.lexsort((device, batch.pruning[at], batch.dense[at]))
-    device, at = device[order], at[order]
-    columns: dict[str, Array | Labels] = dict(found[0][2])
-    if len(found) > 1:
-        columns = {
-            name: np.concatenate([timed[name] for _, _, timed in found])[order] for name in columns
-        }
-    elif np.count_nonzero(order[1:] - order[:-1] != 1):
-        columns = {name: column[order] for name, column in columns.items()}
-    columns |= _identity(batch, prunings, hardware, device, at, requests[0].ideal)
-    columns["bottleneck"] = Labels(np.asarray(columns["bottleneck"], dtype=np.int32), BOTTLENECKS)
+    device, rows = (np.concatenate([part[i] for part in timed]) for i in (0, 1))
+    order = np.lexsort((device, batch.pruning[rows], batch.dense[rows]))
+    device, rows = device[order], rows[order]
+    columns = {
+        name: np.concatenate([part[name] for _, _, part in timed])[order] for name in timed[0][2]
+    }
+    columns["bottleneck"] = texts(BOTTLENECKS, columns["bottleneck"])
     columns["uncalibrated"] = _names(columns["uncalibrated"])
-    columns["batch"], columns["seq"] = np.array([(r.batch, r.seq) for r in requests])[
-        batch.dense[at]
-    ].T
-    columns["cached_prefix"] = np.array([cached_tokens(r) for r in requests])[batch.dense[at]]
-    columns["sparsity"], columns["realised_sparsity"] = batch.sparsity[at], batch.realised[at]
-    columns["flop_bound"], columns["byte_bound"] = batch.flop_bound[at], batch.byte_bound[at]
-    columns["measured_bound"], columns["level"] = (
-        np.full(len(at), np.nan),
-        np.full(len(at), requests[0].level),
-    )
-    columns |= memory_columns(batch, at, hardware, device)
-    return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[at])
+    columns |= _identity(batch, prunings, rows, requests)
+    columns |= memory_columns(batch, rows, hardware, device)
+    columns["hardware"] = texts([hw.label for hw in hardware], device)
+    return Results({name: columns[name] for name in COLUMNS}, pruning=batch.pruning[rows])
 
 
 def request_results(
@@ -146,14 +125,15 @@ def request_results(
     ]
     if len(parts) == 1:
         return parts[0]
-    found = Results.join(parts)
+    results = Results.join(parts)
     shape = {(r.batch, r.seq): i for i, r in enumerate(requests)}
     place = [
-        shape[one] for one in zip(found.columns["batch"].tolist(), found.columns["seq"].tolist())
+        shape[one]
+        for one in zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
     ]
     label = {hw.label: i for i, hw in enumerate(hardware)}
-    device = [label[name] for name in found.columns["hardware"].tolist()]
-    return found.take(np.lexsort((np.array(device), found.pruning, np.array(place))))
+    device = [label[name] for name in results.columns["hardware"].tolist()]
+    return results.take(np.lexsort((np.array(device), results.pruning, np.array(place))))
 
 
 def against(
@@ -163,10 +143,10 @@ def against(
     indices (W,) each, and the half-widths of its interval below and above."""
     p, every = forward_passes(batch, hw, level), []
     for other in others:
-        found = prediction_intervals(p, level, other, *alike(other, p))
-        middle = np.log(found.ratio)
+        times = prediction_intervals(p, level, other)
+        middle = np.log(times.ratio)
         every.append(
-            (middle, middle - np.log(found.ratio_lower), np.log(found.ratio_upper) - middle)
+            (middle, middle - np.log(times.ratio_lower), np.log(times.ratio_upper) - middle)
         )
     middle, below, above = (np.stack(part) for part in zip(*every))
     return middle, below, above
@@ -180,8 +160,8 @@ def _timed(
     if not len(pruned):
         return
 
-    def timed(at: IndexArray) -> dict[str, Array]:
-        some = batch if at is pruned else batch.take(np.concatenate([dense, at]))
+    def timed(rows: IndexArray) -> dict[str, Array]:
+        some = batch if rows is pruned else batch.take(np.concatenate([dense, rows]))
         columns, _ = compare(some, hw, request.level, request.dense_s)
         return {name: column[len(dense) :] for name, column in columns.items()}
 
@@ -197,9 +177,9 @@ def _timed(
             reject(i, str(error), hw.label)
         return
     for i in requested:
-        at = np.flatnonzero(batch.pruning == i)
+        rows = np.flatnonzero(batch.pruning == i)
         try:
-            yield at, timed(at)
+            yield rows, timed(rows)
         except InputError as error:
             reject(i, str(error), hw.label)
 
@@ -207,43 +187,60 @@ def _timed(
 def _identity(
     batch: WorkloadBatch,
     prunings: Sequence[Pruning],
-    hardware: Sequence[HardwareProfile],
-    device: IndexArray,
-    at: IndexArray,
-    ideal: bool,
-) -> dict[str, Array | Labels]:
-    meta, pruning = batch.rows.meta, batch.pruning[at].astype(np.int32)
+    rows: IndexArray,
+    requests: Sequence[Request],
+) -> dict[str, Array]:
+    """Return the columns of some workloads of a batch that follow from requests and prunings."""
+    meta, pruning, request = batch.rows.meta, batch.pruning[rows], batch.dense[rows]
     weights, cache = _formats(batch)
-    columns: dict[str, Array | Labels] = {
-        "hardware": Labels(device.astype(np.int32), tuple(hw.label for hw in hardware)),
-        "family": Labels(pruning, tuple(p.family for p in prunings)),
-        "options": Labels(pruning, tuple(p.label for p in prunings)),
-        "method": Labels(pruning, tuple(p.method for p in prunings)),
-        "prune": Labels(pruning, tuple(p.prune for p in prunings)),
-        "parts": Labels(pruning, _parts(batch, prunings)),
-        "pruned": Labels(pruning, tuple(p.model.name if p.model else "" for p in prunings)),
-        "new_tokens": np.full(len(at), meta.new_tokens),
-        "devices": np.full(len(at), meta.devices),
-        "ideal": np.full(len(at), ideal),
+    of_pruning = {
+        "family": [p.family for p in prunings],
+        "options": [p.label for p in prunings],
+        "method": [p.method for p in prunings],
+        "prune": [p.prune for p in prunings],
+        "parts": _parts(batch, prunings),
+        "pruned": [p.model.name if p.model else "" for p in prunings],
     }
-    equal, none = (
-        {"model": meta.model, "engine": load_engine(meta.engine).name},
-        np.zeros(len(at), dtype=np.int32),
-    )
-    equal |= {"phase": meta.phase, "dtype": meta.dtype, "weight_dtype": weights, "kv_dtype": cache}
-    for name, text in {**equal, "parallel": meta.parallel}.items():
-        columns[name] = Labels(none, (text,))
-    return columns
+    equal = {
+        "model": meta.model,
+        "engine": load_engine(meta.engine).name,
+        "phase": meta.phase,
+        "dtype": meta.dtype,
+        "weight_dtype": weights,
+        "kv_dtype": cache,
+        "parallel": meta.parallel,
+        "new_tokens": meta.new_tokens,
+        "devices": meta.devices,
+        "ideal": requests[0].ideal,
+        "level": requests[0].level,
+        "measured_bound": np.nan,
+    }
+    return {
+        **{name: texts(names, pruning) for name, names in of_pruning.items()},
+        **{
+            name: np.full(len(rows), value, dtype=object if isinstance(value, str) else None)
+            for name, value in equal.items()
+        },
+        "batch": np.array([r.batch for r in requests])[request],
+        "seq": np.array([r.seq for r in requests])[request],
+        "cached_prefix": np.array([cached_tokens(r) for r in requests])[request],
+        "sparsity": batch.sparsity[rows],
+        "realised_sparsity": batch.realised[rows],
+        "flop_bound": batch.flop_bound[rows],
+        "byte_bound": batch.byte_bound[rows],
+    }
 
 
 def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
     """Return what each pruning removes of the parts of the model, from its first workload of the
     batch."""
-    out, each = [""] * len(prunings), sizes(batch)
+    out = [""] * len(prunings)
     for i in set(batch.pruning.tolist()) - {-1}:
         first = int((batch.pruning == i).argmax())
-        steps = () if prunings[i].model else prunings[i].steps
-        out[i] = removed_parts(steps, each[int(batch.dense[first])], each[first])
+        dense, pruned = batch.models[int(batch.dense[first])], batch.models[first]
+        if dense is not None and pruned is not None:
+            steps = () if prunings[i].model else prunings[i].steps
+            out[i] = removed_parts(steps, sizes(dense), sizes(pruned))
     return tuple(out)
 
 
@@ -262,7 +259,7 @@ def _formats(batch: WorkloadBatch) -> tuple[str, str]:
     ) else dtype
 
 
-def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
+def _uncalibrated(p: PredictedPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:
     """Return for each workload and its dense workload together which operators have default
     constants, one bit per entry of :data:`TITLES`, and their share of the time, of the two the
     larger."""
@@ -283,23 +280,8 @@ def _uncalibrated(p: ForwardPass, dense: IndexArray) -> tuple[IndexArray, FloatA
     return (both >= NAMED_SHARE) @ (1 << np.arange(many)), np.maximum(total, total[dense])
 
 
-def _names(codes: Array | Labels) -> Labels:
+def _names(codes: Array) -> Array:
     """Return sets of :data:`TITLES`, one bit each, as texts joined by "+"."""
-    found = sorted(set(codes.tolist()))
-    texts = ("+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in found)
-    return Labels(
-        np.array(found, dtype=np.intp).searchsorted(np.asarray(codes)).astype(np.int32),
-        tuple(texts),
-    )
-
-
-def alike(other: IndexArray, p: ForwardPass) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Return the correlation (W, G) of errors of groups with those of another workload, and whether
-    (W,) the host launches another mix of kernels."""
-    groups, spent = p.workloads.groups, p.group_s
-    each = spent / np.maximum(groups.count, 1e-300)
-    equal = np.abs(each - each[other]) <= 1e-9 * each[other]
-    untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
-    same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
-    # other kernels, or fewer launches
-    return same, ~(groups.count == groups.count[other]).all(axis=1)
+    sets, which = np.unique(codes, return_inverse=True)
+    names = ["+".join(name for i, name in enumerate(TITLES) if code >> i & 1) for code in sets]
+    return texts(names, which)

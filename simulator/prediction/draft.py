@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import OneOrMore, Range, listed, number
+from simulator.arrays import FloatArray
 from simulator.capacity import memory
 from simulator.display import Displayed, by_column
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model
+from simulator.prediction.notes import dense_notes, uncalibrated
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Results
-from simulator.prediction.sentences import dense_notes, uncalibrated
 from simulator.prediction.table import speedups
 from simulator.pruning import prune as pruned_by
 from simulator.request import Request
@@ -104,11 +105,11 @@ class Drafts(Displayed):
 
 
 def draft(
-    model: str | ModelConfig,
+    model: str | Model,
     prune: str = "",
     hardware: str | HardwareProfile = "h100",
     *,
-    draft: str | ModelConfig | None = None,
+    draft: str | Model | None = None,
     target_prune: str = "",
     batch: OneOrMore[int] = 1,
     drafted: OneOrMore[int] = DRAFTED,
@@ -120,13 +121,13 @@ def draft(
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         The target. The output stays its own (that of the pruned target with ``target_prune``).
     prune : str
         Pruning of the draft, such as ``"depth 0.5"``.
     hardware : str or HardwareProfile
         The device that runs both.
-    draft : str or ModelConfig, optional
+    draft : str or Model, optional
         Model of the draft, with the vocabulary of the target. Default: the target itself.
     target_prune : str
         Pruning of the target; speedups are over the dense target.
@@ -156,26 +157,47 @@ def draft(
     Examples
     --------
     >>> import simulator
-    >>> draft = {"draft": "llama-3.1-8b", "acceptance": 0.8}
-    >>> found = simulator.draft("llama-3.1-70b", hardware="h200", devices=2, **draft)
+    >>> found = simulator.draft(
+    ...     "llama-3.1-70b", hardware="h200", devices=2, draft="llama-3.1-8b", acceptance=0.8
+    ... )
     >>> [(row.batch, row.drafted, round(row.speedup, 1)) for row in found.best()]
     [(1, 4, 2.0)]
     """
     target, hw = load_model(model), load_hardware(hardware)
-    other = target if draft is None else load_model(draft)
-    own = Pruning.read(prune) if prune else None
-    if other == target and own is None:
-        raise InputError(
-            "draft: expected another model (--draft) or a pruning of the target (--prune), got"
-            " neither"
-        )
-    if other.vocab != target.vocab:
-        expected = f"expected the vocabulary of {target.name} ({target.vocab:,} tokens)"
-        raise InputError(f"draft {other.name}: {expected}, got {other.vocab:,}")
+    drafter = _Drafter.of(target, draft, prune)
     for name in {"phase", "new_tokens", "dense_s", "positions"} & settings.keys():
         raise InputError(
             f"{name}: expected no such setting, because a draft is predicted in decode"
         )
+    counts, cases = _cases(drafted, acceptance, by_position)
+    rows = list[Draft]()
+    for many in listed("batch", batch):
+        request = Request(model=target, batch=many, **settings)
+        rounds = _Rounds.of(request, drafter, target_prune, counts, hw)
+        rows += [row for case in cases for row in rounds.rows(*case)]
+    return Drafts(
+        target=_named(target, Pruning.read(target_prune) if target_prune else None),
+        draft=_named(drafter.model, drafter.pruning),
+        hardware=hw.label,
+        engine=request.engine,
+        devices=request.devices,
+        seq=request.seq,
+        level=request.level,
+        shared=drafter.shared,
+        rows=tuple(rows),
+        notes=(*dense_notes(rounds.timed, request, [hw]), *uncalibrated(rounds.timed)),
+    )
+
+
+def _named(model: Model, pruning: Pruning | None) -> str:
+    return f"{model.name} pruned by {pruning.title}" if pruning else model.name
+
+
+def _cases(
+    drafted: OneOrMore[int], acceptance: OneOrMore[float], by_position: Sequence[float]
+) -> tuple[list[int], list[tuple[float, FloatArray]]]:
+    """Return the numbers of drafted tokens, and the acceptances of each case by position with the
+    number that names the case."""
     counts = [int(number("drafted", g, _COUNT)) for g in listed("drafted", drafted)]
     positions = np.array(
         [number("by_position", a, _SHARE) for a in listed("by_position", by_position)]
@@ -184,62 +206,108 @@ def draft(
         raise InputError(
             f"by_position: expected an acceptance per drafted token, got {len(positions)}"
         )
-    # acceptances of each case by position, with the number that names the case
-    given = [number("acceptance", a, _SHARE) for a in listed("acceptance", acceptance)]
-    cases = [(a, np.full(max(counts), a)) for a in given]
+    each = [number("acceptance", a, _SHARE) for a in listed("acceptance", acceptance)]
     if len(positions):
-        cases = [(float(positions.mean()), positions)]
-    shared = other == target and own is not None and set(own.family.split("+")) == {"depth"}
-    rows = list[Draft]()
-    for many in listed("batch", batch):
-        request = Request(model=target, batch=many, **settings)
-        drafting = replace(request, model=other)
-        dense, step = lower(request), _pruned(lower(drafting), prune)
+        return counts, [(float(positions.mean()), positions)]
+    return counts, [(a, np.full(max(counts), a)) for a in each]
+
+
+@dataclass(frozen=True)
+class _Drafter:
+    """The model of the draft and its pruning."""
+
+    model: Model
+    prune: str
+    pruning: Pruning | None
+    shared: bool  # whether it runs layers of the target
+
+    @classmethod
+    def of(cls, target: Model, draft: str | Model | None, prune: str) -> _Drafter:
+        model = target if draft is None else load_model(draft)
+        pruning = Pruning.read(prune) if prune else None
+        if model == target and pruning is None:
+            raise InputError(
+                "draft: expected another model (--draft) or a pruning of the target (--prune), got"
+                " neither"
+            )
+        if model.vocab != target.vocab:
+            expected = f"expected the vocabulary of {target.name} ({target.vocab:,} tokens)"
+            raise InputError(f"draft {model.name}: {expected}, got {model.vocab:,}")
+        layers = pruning is not None and set(pruning.family.split("+")) == {"depth"}
+        return cls(model, prune, pruning, shared=model == target and layers)
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """Rounds of one batch with some numbers of drafted tokens."""
+
+    batch: int
+    counts: Sequence[int]
+    timed: Results  # a check per number, then a round per number, as pruned versions of the step
+    memory_bytes: float
+    fits: bool
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        drafter: _Drafter,
+        target_prune: str,
+        counts: Sequence[int],
+        hw: HardwareProfile,
+    ) -> _Rounds:
+        drafting = replace(request, model=drafter.model)
+        dense, step = lower(request), _pruned(lower(drafting), drafter.prune)
         checks = [_pruned(lower(request, positions=g + 1), target_prune) for g in counts]
         rounds = [
-            Workload.concat([*_passes(drafting, prune, g), w])
+            Workload.concat([*_passes(drafting, drafter.prune, g), w])
             for g, w in zip(counts, checks, strict=True)
         ]
-        timed = speedups(
-            dense, [w.replace(meta=dense.meta) for w in (*checks, *rounds)], hw, request.level
-        )
+        every = [w.replace(meta=dense.meta) for w in (*checks, *rounds)]
         once, whole = memory(step, hw), memory(checks[-1], hw)
-        needed = whole.total_bytes + (0.0 if shared else once.weights_bytes + once.cache_bytes)
-        both = {"memory_bytes": needed, "fits": needed <= whole.capacity_bytes}
-        for a, accepted in cases:
-            found = [
-                _row(
-                    many,
-                    g,
-                    a,
-                    1.0 + float(np.cumprod(accepted[:g]).sum()),
-                    timed,
-                    j,
-                    len(counts),
-                    both,
-                )
-                for j, g in enumerate(counts)
-            ]
-            fastest = max(row.speedup for row in found)
-            rows += [replace(row, best=row.speedup == fastest) for row in found]
-    notes = (*dense_notes(timed, request, [hw]), *uncalibrated(timed))
-    name = f"{other.name} pruned by {own.title}" if own else other.name
-    whose = (
-        f"{target.name} pruned by {Pruning.read(target_prune).title}"
-        if target_prune
-        else target.name
-    )
-    about = (
-        whose,
-        name,
-        hw.label,
-        request.engine,
-        request.devices,
-        request.seq,
-        request.level,
-        shared,
-    )
-    return Drafts(*about, tuple(rows), notes)
+        needed = whole.total_bytes
+        if not drafter.shared:
+            needed += once.weights_bytes + once.cache_bytes
+        return cls(
+            batch=request.batch,
+            counts=counts,
+            timed=speedups(dense, every, hw, request.level),
+            memory_bytes=needed,
+            fits=needed <= whole.capacity_bytes,
+        )
+
+    def rows(self, acceptance: float, accepted: FloatArray) -> list[Draft]:
+        rows = [self.row(i, acceptance, accepted) for i in range(len(self.counts))]
+        fastest = max(row.speedup for row in rows)
+        return [replace(row, best=row.speedup == fastest) for row in rows]
+
+    def row(self, i: int, acceptance: float, accepted: FloatArray) -> Draft:
+        """Return speculative decoding with the ``i``-th number of drafted tokens."""
+        check, whole, drafted = self.timed[i], self.timed[len(self.counts) + i], self.counts[i]
+        tokens = 1.0 + float(np.cumprod(accepted[:drafted]).sum())
+        made = (_FINE[:, None] ** np.arange(drafted + 1)).sum(axis=1)  # rises with the acceptance
+        pays = [
+            float(np.interp(1.0 / ratio, made, _FINE)) if ratio * made[-1] >= 1.0 else None
+            for ratio in (whole.speedup, whole.speedup_upper, whole.speedup_lower)
+        ]
+        return Draft(
+            batch=self.batch,
+            drafted=drafted,
+            acceptance=acceptance,
+            tokens=tokens,
+            speedup=tokens * whole.speedup,
+            speedup_lower=tokens * whole.speedup_lower,
+            speedup_upper=tokens * whole.speedup_upper,
+            best=False,
+            pays_from=pays[0],
+            pays_from_lower=pays[1],
+            pays_from_upper=pays[2],
+            dense_s=whole.dense_s,
+            draft_s=(whole.pruned_s - check.pruned_s) / drafted,
+            check_s=check.pruned_s,
+            memory_bytes=self.memory_bytes,
+            fits=self.fits,
+        )
 
 
 def _passes(request: Request, prune: str, drafted: int) -> list[Workload]:
@@ -249,10 +317,11 @@ def _passes(request: Request, prune: str, drafted: int) -> list[Workload]:
     other without the scheduler."""
     graph = load_engine(request.engine).in_graph("decode")
     positions = drafted + 2 if graph else 2
-    first, step = lower(request, positions=positions), lower(request)
+    first = _pruned(lower(request, positions=positions), prune)
+    # the head of the first pass computes one position
     sampled = first.is_role("lm_head", "all_gather", "softcap")
     first = first.replace(m=np.where(sampled, first.m // positions, first.m))
-    passes = [_pruned(w, prune) for w in ([first, step] if drafted > 1 else [first])]
+    passes = [first, _pruned(lower(request), prune)] if drafted > 1 else [first]
     if graph:  # the time of the host belongs to a pass that has an embedding
         passes = [w.take(~w.is_role("embedding")) for w in passes]
     return [w.replace(count=max(i * (drafted - 1), 1) * w.count) for i, w in enumerate(passes)]
@@ -260,41 +329,3 @@ def _passes(request: Request, prune: str, drafted: int) -> list[Workload]:
 
 def _pruned(w: Workload, text: str) -> Workload:
     return pruned_by(w, text) if text else w
-
-
-def _row(
-    batch: int,
-    drafted: int,
-    acceptance: float,
-    tokens: float,
-    timed: Results,
-    at: int,
-    many: int,
-    memory: Any,
-) -> Draft:
-    """Return speculative decoding with the ``at``-th of ``many`` numbers of drafted tokens.
-    ``timed`` are ``many`` checks and ``many`` rounds, as if they were pruned versions of the dense
-    step."""
-    check, whole = timed[at], timed[many + at]
-    made = (_FINE[:, None] ** np.arange(drafted + 1)).sum(axis=1)  # rises with the acceptance
-    pays = [
-        float(np.interp(1.0 / ratio, made, _FINE)) if ratio * made[-1] >= 1.0 else None
-        for ratio in (whole.speedup, whole.speedup_upper, whole.speedup_lower)
-    ]
-    return Draft(
-        batch=batch,
-        drafted=drafted,
-        acceptance=acceptance,
-        tokens=tokens,
-        speedup=tokens * whole.speedup,
-        speedup_lower=tokens * whole.speedup_lower,
-        speedup_upper=tokens * whole.speedup_upper,
-        best=False,
-        pays_from=pays[0],
-        pays_from_lower=pays[1],
-        pays_from_upper=pays[2],
-        dense_s=whole.dense_s,
-        draft_s=(whole.pruned_s - check.pruned_s) / drafted,
-        check_s=check.pruned_s,
-        **memory,
-    )

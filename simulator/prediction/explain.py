@@ -21,21 +21,21 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators.base import Estimate
-from simulator.passes import ForwardPass
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare, request_results
-from simulator.prediction.prunings import applied, asked
+from simulator.prediction.notes import better_than_bound, inferred_by
+from simulator.prediction.prunings import Pruning, applied, asked
 from simulator.prediction.requests import check_measured, on, profiles
 from simulator.prediction.result import HasResult, Result
-from simulator.prediction.sentences import better_than_bound, inferred_by
-from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import Inferred
 from simulator.uncertainty.operators import gemm_steps_of, operator_time
 from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
-    from simulator.models.config import ModelConfig
+    from simulator.models.model import Model
+    from simulator.request import Request
     from simulator.workload import Workload
 
 
@@ -147,39 +147,37 @@ def waterfall(
     _, requested, realised = applied(dense, pruned)
     hw = load_hardware(hw)
     p = forward_passes(batch, hw)
-    effects, added = _effects(p), batch.rows.overhead & (batch.owner > 0)
-
-    def ratio(column: FloatArray) -> float:
-        of_dense, of_pruned = batch.total(column)
-        return float(of_dense / of_pruned)
-
-    flops, notes, share = [batch.flops], list(NOTES.items()), _expert_share(batch)
-    if share is not None:  # first as if a token used fewer experts as well
-        flops.insert(
-            0, np.where((batch.rows.kind == EXPERTS) & (batch.owner > 0), share, 1.0) * batch.flops
-        )
-        notes[1:2] = [(notes[1][0], notes[1][1].partition(":")[0]), ACTIVE]
     times = p.total_s if dense_s is None else compare(batch, hw, dense_s=dense_s)[0]["pruned_s"]
-    values = [
-        1.0 / max(1.0 - realised, 1e-9),  # all layers may be removed
-        *(ratio(np.where(added, 0.0, column)) for column in (*flops, *effects.values())),
-        ratio(effects["kernel"]),
-        float(p.device_s[0] / p.device_s[1]),
-        float(times[0] / times[1]),
-    ]
     before = 1.0 / max(1.0 - requested, 1e-9)
-    steps = [
-        Step(
-            "nominal",
-            before,
-            before,
-            f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed",
-        )
-    ]
-    for (name, note), value in zip(notes, values, strict=True):
+    note = f"1 / (1 - {requested:.3g}): a fraction of {requested:.3g} removed"
+    steps = [Step("nominal", before, before, note)]
+    # all layers may be removed
+    values = [1.0 / max(1.0 - realised, 1e-9), *_device_ratios(p), float(times[0] / times[1])]
+    for (name, note), value in zip(_notes(batch), values, strict=True):
         steps.append(Step(name, value / before, value, note))
         before = value
     return Waterfall(steps)
+
+
+def _notes(batch: WorkloadBatch) -> list[tuple[str, str]]:
+    notes = list(NOTES.items())
+    if _expert_share(batch) is not None:
+        notes[1:2] = [(notes[1][0], notes[1][1].partition(":")[0]), ACTIVE]
+    return notes
+
+
+def _device_ratios(p: PredictedPass) -> list[float]:
+    """Return the ratios of dense to pruned work after each step on the device."""
+    batch, effects = p.workloads, _effects(p)
+    is_pruned = batch.owner > 0
+    flops, share = [batch.flops], _expert_share(batch)
+    if share is not None:  # first as if a token used fewer experts as well
+        experts = (batch.rows.kind == EXPERTS) & is_pruned
+        flops.insert(0, np.where(experts, share, 1.0) * batch.flops)
+    added = batch.rows.overhead & is_pruned
+    columns = [np.where(added, 0.0, column) for column in (*flops, *effects.values())]
+    totals = [batch.total(column) for column in (*columns, effects["kernel"])]
+    return [float(of_dense / of_pruned) for of_dense, of_pruned in (*totals, p.device_s)]
 
 
 def _expert_share(batch: WorkloadBatch) -> float | None:
@@ -192,7 +190,7 @@ def _expert_share(batch: WorkloadBatch) -> float | None:
     return min(1.0, float(left / experts * active / uses)) if uses and experts else None
 
 
-def _effects(p: ForwardPass) -> dict[str, FloatArray]:
+def _effects(p: PredictedPass) -> dict[str, FloatArray]:
     """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to
     kernel in one step."""
     w, ideal = p.workloads.rows, p.ideal_s
@@ -202,13 +200,13 @@ def _effects(p: ForwardPass) -> dict[str, FloatArray]:
     )
     for operator, rows, formats in p.workloads.operators:
         for some, e in operator.effects(rows, p.hw, formats):
-            at, steps = rows.at[some], gemm_steps_of(operator_time(e, p.hw))
+            index, steps = rows.at[some], gemm_steps_of(operator_time(e, p.hw))
             for name in effects.keys() & steps.keys():
-                effects[name][at] = steps[name] * w.count[at]
+                effects[name][index] = steps[name] * w.count[index]
     return effects
 
 
-def _fixed(p: ForwardPass) -> FloatArray:
+def _fixed(p: PredictedPass) -> FloatArray:
     """Return the fixed time of rows, s; GEMMs have theirs beside their other effects."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
     for operator, rows, formats in p.workloads.operators:
@@ -249,7 +247,7 @@ class Explanation(HasResult):
 
 
 def explanations(
-    model: str | ModelConfig,
+    model: str | Model,
     hardware: Sequence[str | HardwareProfile],
     excluded: dict[str, InputError] | None = None,
     **settings: Any,
@@ -259,17 +257,9 @@ def explanations(
     :func:`simulator.table`. Combinations that cannot run are errors; with ``excluded``, which takes
     notes on them, only if none can."""
     config, devices = load_model(model), profiles(hardware)
-    name = ", ".join(listed("family", settings.get("method") or settings.get("family") or ()))
-    if not any(settings.get(other) for other in ("pruned", "prune")):
-        if not name:
-            raise InputError(
-                "prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method"
-                " or a model"
-            )
-        if name == "all":
-            raise InputError("family 'all': expected one family to explain")
+    _check_named(settings)
     prunings, requests, _ = asked([config], settings)
-    if name and len(prunings) > 1:
+    if len(prunings) > 1 and (name := _name(settings)):
         raise InputError(
             f"sparsity: expected one to explain {name}, such as {prunings[0].sparsity:g}"
         )
@@ -277,22 +267,45 @@ def explanations(
     order = [(one.phase, one.batch, one.seq) for one in requests]  # by request, then engine
     requests.sort(key=lambda one: order.index((one.phase, one.batch, one.seq)))
     out: list[Explanation] = []
-    for each, pruning, hw in itertools.product(requests, prunings, devices):
+    for request, pruning, hw in itertools.product(requests, prunings, devices):
         try:
-            (one,) = on([each], hw)
-            dense = lower(one)
-            w, r = pruning.apply(dense, one), request_results([one], [pruning], [hw])[0]
-            steps, inferred = (
-                waterfall(dense, w, hw, dense_s=one.dense_s),
-                inferred_by(dense, hw, one),
-            )
-            # rounded as in the waterfall
-            r = replace(r, sparsity=1.0 - (1.0 - r.sparsity))
-            out.append(Explanation(r, steps, dense, w, hw, inferred, one.dense_s))
+            (one,) = on([request], hw)
+            out.append(_explanation(one, pruning, hw))
         except InputError as error:
             if excluded is None:
                 raise
-            excluded[f"{hw.label} in {each.engine} is excluded: {error}"] = error
+            excluded[f"{hw.label} in {request.engine} is excluded: {error}"] = error
     if excluded and not out:
         raise next(iter(excluded.values()))
     return tuple(out)
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return ", ".join(listed("family", settings.get("method") or settings.get("family") or ()))
+
+
+def _check_named(settings: Mapping[str, Any]) -> None:
+    if any(settings.get(other) for other in ("pruned", "prune")):
+        return
+    if not (name := _name(settings)):
+        raise InputError(
+            "prune: expected a pruning to explain, such as 'width mlp=0.3', a family, a method or a"
+            " model"
+        )
+    if name == "all":
+        raise InputError("family 'all': expected one family to explain")
+
+
+def _explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Explanation:
+    dense = lower(request)
+    pruned = pruning.apply(dense, request)
+    r = request_results([request], [pruning], [hw])[0]
+    return Explanation(
+        result=replace(r, sparsity=1.0 - (1.0 - r.sparsity)),  # rounded as in the waterfall
+        steps=waterfall(dense, pruned, hw, dense_s=request.dense_s),
+        dense=dense,
+        pruned=pruned,
+        hardware=hw,
+        inferred=inferred_by(dense, hw, request),
+        dense_s=request.dense_s,
+    )

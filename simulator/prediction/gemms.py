@@ -4,9 +4,8 @@ time."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,48 +68,55 @@ def gemm_table(
     for name, values in (("M", m), ("N", n), ("K", k)):
         for value in values:
             SETTINGS["batch"].check(value, name)
-    weight, kernel = weight_dtype or dtype, Kernel.SPARSE24 if semi_structured else Kernel.DENSE
-    for given in (dtype, weight):
-        SETTINGS["dtype"].check(given)
+    weight = weight_dtype or dtype
+    for each in (dtype, weight):
+        SETTINGS["dtype"].check(each)
     sizes = np.array(once(itertools.product(m, n, k)), dtype=np.int64)
     rows = Workload.from_columns(
         role=["q"] * len(sizes),
         m=sizes[:, 0],
         n=sizes[:, 1],
         k=sizes[:, 2],
-        kernel=kernel,
+        kernel=Kernel.SPARSE24 if semi_structured else Kernel.DENSE,
         density=0.5 if semi_structured else 1.0,
         dtype=dtype_code(dtype),
         weight_dtype=dtype_code(weight),
     )
-    shape, out = (rows.m, rows.n, rows.k), list[GemmRecord]()
-    for hw in profiles(hardware):
-        options = Options(dtype, weight, rows.kernel, copies=1 if warm else None)
-        time, _ = gemm_predicted(*shape, hw, options, detail=True)
-        section = hw.section("gemm", label_of(dtype, weight))
-        shared: dict[str, Any] = {
-            **{"hardware": hw.label, "dtype": dtype, "weight_dtype": weight},
-            **{"stack": section.stack, "status": section.status},
-            **{"semi_structured": semi_structured, "cold": not warm},
-            "peak_flop_per_s": hw.peak_flop_per_s(dtype),
-            "clock_headroom": hw.clock_headroom,
-            "bandwidth_bytes_per_s": hw.bandwidth_bytes_per_s,
-        }
-        columns = {
-            **dict(zip("mnk", sizes.T)),
-            **{
-                "seconds": time.seconds,
-                "lower_s": time.lower,
-                "upper_s": time.upper,
-                "roofline_s": time.roofline_s,
-            },
-            **{"flop_per_s": rows.flops / time.seconds, "intensity": rows.flops / rows.bytes},
-        }
-        for i, bottleneck in enumerate(time.bottlenecks):
-            own = {name: column[i].item() for name, column in columns.items()}
-            steps = {name: time.details[name][i].item() for name in STEPS}
-            out.append(GemmRecord(**shared, **own, bottleneck=str(bottleneck), steps_s=steps))
-    return tuple(out)
+    options = Options(dtype, weight, rows.kernel, copies=1 if warm else None)
+    return tuple(record for hw in profiles(hardware) for record in _records(rows, hw, options))
+
+
+def _records(rows: Workload, hw: HardwareProfile, options: Options) -> Iterator[GemmRecord]:
+    time, _ = gemm_predicted(rows.m, rows.n, rows.k, hw, options, detail=True)
+    dtype, weight = options.dtype, options.weight_dtype or options.dtype
+    section = hw.section("gemm", label_of(dtype, weight))
+    columns = {
+        "m": rows.m,
+        "n": rows.n,
+        "k": rows.k,
+        "seconds": time.seconds,
+        "lower_s": time.lower,
+        "upper_s": time.upper,
+        "roofline_s": time.roofline_s,
+        "bottleneck": time.bottlenecks,
+        "flop_per_s": rows.flops / time.seconds,
+        "intensity": rows.flops / rows.bytes,
+    }
+    for i in range(len(rows)):
+        yield GemmRecord(
+            hardware=hw.label,
+            dtype=dtype,
+            weight_dtype=weight,
+            stack=section.stack,
+            status=section.status,
+            semi_structured=bool(rows.kernel[i] == Kernel.SPARSE24),
+            cold=options.copies is None,
+            peak_flop_per_s=hw.peak_flop_per_s(dtype),
+            clock_headroom=hw.clock_headroom,
+            bandwidth_bytes_per_s=hw.bandwidth_bytes_per_s,
+            steps_s={name: time.details[name][i].item() for name in STEPS},
+            **{name: column[i].item() for name, column in columns.items()},
+        )
 
 
 def gemm_points(workload: Workload, hw: HardwareProfile) -> GemmPoints:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,16 @@ from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
 from simulator.files.read import read_bounded
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.prediction.batch import Reject, batch_of
+from simulator.models.model import Model
+from simulator.prediction.batch import OPERATOR_ROWS, Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
+from simulator.prediction.notes import uncalibrated_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
 from simulator.prediction.requests import by_budget, profiles, requests_of
 from simulator.prediction.result import Result, Results
-from simulator.prediction.sentences import uncalibrated_of
 from simulator.pruning import FAMILIES
 from simulator.request import Request
 from simulator.workload import WorkloadBatch
@@ -189,7 +190,7 @@ def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, .
 
 
 def fronts(
-    model: str | ModelConfig,
+    model: str | Model,
     hardware: Sequence[str | HardwareProfile],
     quality: QualityTable,
     axis: Axis,
@@ -211,61 +212,69 @@ def fronts(
             f" {len(rows):,}"
         )
     config, devices = load_model(model), profiles(hardware)
-    prunings = [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in rows]
-    notes: dict[str, None] = {}
+    table = _Rows(rows, axis, measured)
+    out: list[Front] = []
+    for request in requests_of([config], settings):
+        batches = [
+            (batch_of(same, table.prunings, table.reject), some)
+            for same, some in by_budget([request], devices)
+        ]
+        for hw in devices:
+            batch = next(batch for batch, some in batches if hw in some)
+            out.append(table.front(batch, request, hw))
+    return tuple(out), tuple(table.notes)
 
-    def reject(pruning: int | None, reason: str, device: str) -> None:
+
+@dataclass(frozen=True)
+class _Rows:
+    """Quality rows on one axis, and notes on those that cannot be used."""
+
+    rows: Sequence[QualityRow]
+    axis: Axis
+    measured: Sequence[MeasuredSpeedup]
+    notes: dict[str, None] = field(default_factory=dict)
+
+    @cached_property
+    def prunings(self) -> list[Pruning]:
+        return [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in self.rows]
+
+    def reject(self, pruning: int | None, reason: str, device: str) -> None:
         if pruning is None:
             raise InputError(reason)
-        row = rows[pruning]
-        notes[f"{row.method} at {row.sparsity:g}{f' on {device}' if device else ''}: {reason}"] = (
-            None
-        )
+        row, where = self.rows[pruning], f" on {device}" if device else ""
+        self.notes[f"{row.method} at {row.sparsity:g}{where}: {reason}"] = None
 
-    out: list[Front] = []
-    for one in requests_of([config], settings):
-        batches = {
-            same: batch_of(some, prunings, reject) for some, same in by_budget([one], devices)
-        }
-        for hw in devices:
-            workloads = next(batch for same, batch in batches.items() if hw in same)
-            results = results_of(workloads, prunings, [hw], [one], reject)
-            points = [
-                _point(rows[i], r, measured) for i, r in zip(results.pruning.tolist(), results)
-            ]
-            if not points:
-                none = (
-                    f"empty frontier: none of the {len(rows)} rows on {axis} can run on {hw.label}"
-                )
-                raise InputError(f"{none}: {'; '.join(notes)}")
-            order = sorted(range(len(points)), key=lambda i: _place(points[i]))
-            below = _below(workloads, results, hw, points, order, one.level)
-            found = marked([points[i] for i in order], below)
-            parts, share = uncalibrated_of(
-                r for r, point in zip(results, points) if not point.measured
-            )
-            where = (
-                config.name,
-                hw.label,
-                one.phase,
-                one.batch,
-                one.seq,
-                load_engine(one.engine).name,
-            )
-            calibrated = share < SMALL_SHARE, parts, share
-            out.append(
-                Front(
-                    *where,
-                    axis,
-                    found,
-                    bands(found, below),
-                    *calibrated,
-                    one.level,
-                    below,
-                    one.devices,
-                )
-            )
-    return tuple(out), tuple(notes)
+    def front(self, batch: WorkloadBatch, request: Request, hw: HardwareProfile) -> Front:
+        results = results_of(batch, self.prunings, [hw], [request], self.reject)
+        points = [
+            _point(self.rows[i], r, self.measured)
+            for i, r in zip(results.pruning.tolist(), results)
+        ]
+        if not points:
+            none = f"none of the {len(self.rows)} rows on {self.axis} can run on {hw.label}"
+            raise InputError(f"empty frontier: {none}: {'; '.join(self.notes)}")
+        order = sorted(range(len(points)), key=lambda i: _place(points[i]))
+        below = _below(batch, results, hw, points, order, request.level)
+        best = marked([points[i] for i in order], below)
+        predicted = (r for r, point in zip(results, points) if not point.measured)
+        parts, share = uncalibrated_of(predicted)
+        return Front(
+            model=load_model(request.model).name,
+            hardware=hw.label,
+            phase=request.phase,
+            batch=request.batch,
+            seq=request.seq,
+            engine=load_engine(request.engine).name,
+            axis=self.axis,
+            points=best,
+            bands=bands(best, below),
+            calibrated=share < SMALL_SHARE,
+            uncalibrated=parts,
+            uncalibrated_share=share,
+            level=request.level,
+            below=below,
+            devices=request.devices,
+        )
 
 
 def _below(
@@ -307,18 +316,22 @@ def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point,
     points = [points[i] for i in order]
     ahead = margins([p.speedup for p in points], halves[np.ix_(order, order)]) >= 1.0
     mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
-    out = []
-    for i, (p, optimal) in enumerate(zip(points, mask.tolist())):
-        competitors = [q for q in points if q is not p and q.loss <= p.loss]
-        others = [
-            ahead[i, j] for j, q in enumerate(points) if q.loss <= p.loss and q.family != p.family
-        ]
-        sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and all(others)
-        fastest = max(competitors, key=lambda q: q.speedup, default=None)
-        beaten = fastest and fastest.speedup >= max(p.speedup, 1.0)
-        winner = fastest.name if fastest and beaten else "the dense model"
-        out.append(replace(p, optimal=optimal, sure=sure, beaten_by="" if optimal else winner))
-    return tuple(out)
+    return tuple(_marked(i, points, ahead[i], bool(mask[i])) for i in range(len(points)))
+
+
+def _marked(i: int, points: Sequence[Point], ahead: BoolArray, optimal: bool) -> Point:
+    """Return a point with its marks; ``ahead``: the points that it certainly beats in speed."""
+    p = points[i]
+    rivals = [j for j, q in enumerate(points) if q.loss <= p.loss]
+    others = all(ahead[j] for j in rivals if points[j].family != p.family)
+    sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and others
+    if optimal:
+        return replace(p, optimal=True, sure=sure, beaten_by="")
+    faster = (points[j] for j in rivals if j != i)
+    fastest = max(faster, key=lambda q: q.speedup, default=None)
+    beaten = fastest is not None and fastest.speedup >= max(p.speedup, 1.0)
+    winner = fastest.name if fastest is not None and beaten else "the dense model"
+    return replace(p, optimal=False, sure=False, beaten_by=winner)
 
 
 def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup]) -> Point:
@@ -393,9 +406,6 @@ def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
     )
 
 
-OPERATOR_ROWS = 120_000  # operators computed together, about: 100 MB of memory
-
-
 @dataclass(frozen=True)
 class Winners:
     best: Results
@@ -416,17 +426,19 @@ def winners(
         reasons[reason] = None
 
     operators = len(lower(requests[0]))
-    together, found = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
+    together, of_devices = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
     for start in range(0, len(requests), together):
         for some, devices in by_budget(requests[start : start + together], hardware):
             batch = batch_of(some, prunings, skip)
-            found += [
+            of_devices += [
                 w for hw in devices if len((w := _of_device(some, prunings, batch, hw, skip)).best)
             ]
-    if not found:
+    if not of_devices:
         raise InputError("; ".join(reasons) or "nothing to predict")
-    parts = (np.concatenate([getattr(w, name) for w in found]) for name in ("gains", "certain"))
-    return Winners(Results.join([w.best for w in found]), *parts)
+    parts = (
+        np.concatenate([getattr(w, name) for w in of_devices]) for name in ("gains", "certain")
+    )
+    return Winners(Results.join([w.best for w in of_devices]), *parts)
 
 
 def _of_device(
@@ -439,15 +451,7 @@ def _of_device(
     results = results_of(batch, prunings, [hw], requests, skip)
     if not len(results):
         return Winners(results, np.zeros(0, bool), np.zeros(0, bool))
-    # predictions as a table of requests and prunings; NaN where there is none
-    place = {(r.batch, r.seq): i for i, r in enumerate(requests)}
-    shapes = zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
-    cell = np.array([place[shape] for shape in shapes]), results.pruning
-    row = np.full((len(place), len(prunings)), -1)
-    row[cell] = np.arange(len(results))
-    speedup = np.full(row.shape, -np.inf)
-    speedup[cell] = results.columns["speedup"]
-    fastest = np.argsort(-speedup, axis=1, kind="stable")  # stable: the first of equal speedups
+    row, fastest = _by_speed(requests, results, len(prunings))
     request = np.flatnonzero(row.max(axis=1) >= 0)
     first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
     best = results.take(row[request, first])
@@ -457,6 +461,21 @@ def _of_device(
     )
     certain = (best.columns["speedup_lower"] > 1.0) & ((ratio > 1.0) | ~competes)
     return Winners(best, np.asarray(best.columns["speedup"] > 1.0), np.asarray(certain))
+
+
+def _by_speed(
+    requests: Sequence[Request], results: Results, prunings: int
+) -> tuple[IndexArray, IndexArray]:
+    """Return the row of ``results`` of each request and pruning, -1 where there is none, and the
+    prunings of each request, the fastest first."""
+    place = {(r.batch, r.seq): i for i, r in enumerate(requests)}
+    shapes = zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
+    cell = np.array([place[shape] for shape in shapes]), results.pruning
+    row = np.full((len(place), prunings), -1)
+    row[cell] = np.arange(len(results))
+    speedup = np.full(row.shape, -np.inf)
+    speedup[cell] = results.columns["speedup"]
+    return row, np.argsort(-speedup, axis=1, kind="stable")  # stable: the first of equal speedups
 
 
 def _lower_ratio(

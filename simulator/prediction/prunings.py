@@ -11,30 +11,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from simulator.arguments import is_size, listed, shown
-from simulator.codes import EXPERTS
 from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model, pruned_from, undivided
 from simulator.prediction.requests import distinct, once, requests_of
-from simulator.pruning import FAMILIES, check_fraction
-from simulator.pruning._rows import readers, writers
+from simulator.pruning import FAMILIES, check_fraction, prune_model
 from simulator.pruning._steps import PruningStep, is_plan, prune_steps, read_steps
-from simulator.pruning.experts import rebalanced
 from simulator.request import Applied, Request
 from simulator.units import percent
-from simulator.workload import Workload, WorkloadBatch
-
-if TYPE_CHECKING:
-    from simulator.models.config import ModelConfig
+from simulator.workload import Workload
 
 SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)  # default sparsities
 ALIKE = (
@@ -52,7 +46,7 @@ class Pruning:
 
     steps: tuple[PruningStep, ...]
     # the existing pruned model; its sparsity is the share of parameters removed
-    model: ModelConfig | None = None
+    model: Model | None = None
     text: str = ""  # text of --prune, or the path of a plan; "": a family or method at a sparsity
 
     @classmethod
@@ -74,7 +68,7 @@ class Pruning:
         return cls(steps, text=text.strip() if is_plan(text) else " + ".join(map(str, steps)))
 
     @classmethod
-    def of_model(cls, dense: ModelConfig, pruned: ModelConfig) -> Pruning:
+    def of_model(cls, dense: Model, pruned: Model) -> Pruning:
         _, families, share = difference_of(dense, pruned)
         return cls((PruningStep("+".join(families) or "none", share),), model=pruned)
 
@@ -141,25 +135,34 @@ class Pruning:
         kinds = {family.together for step in self.steps for family in step.families}
         return "equal length" if self.budgeted or "equal length" in kinds else "any"
 
-    def lacking(self, model: ModelConfig) -> str:
+    def lacking(self, model: Model) -> str:
         """Return which part for this pruning a model lacks, else ""."""
         for lacks in (family.needs for step in self.steps for family in step.families):
             if lacks and not getattr(model, lacks):
                 return f"{model.name} has no routed {lacks}"
         return ""
 
-    def apply(self, dense: Workload, request: Request) -> Workload:
+    def apply(
+        self,
+        dense: Workload,
+        request: Request,
+        lowered: Callable[[Model], Workload] | None = None,
+    ) -> Workload:
+        """Return the pruned workload of a request; ``lowered`` makes the workload of a pruned model
+        (default: that of the request)."""
         if self.model is not None:
-            pruned = rebalanced(
-                lower(replace(request, model=self.model)), load_model(request.model).experts
-            )
+            model = pruned_from(load_model(request.model), self.model)
+            pruned = lower(replace(request, model=model))
             check_alike(dense, pruned)
             return as_pruned(dense, pruned)
-        if self.text:
-            return prune_steps(
-                dense, self.steps, ideal=request.ideal, plan=self.text if is_plan(self.text) else ""
-            )
-        return self.steps[0].apply(dense, ideal=request.ideal)
+        return prune_steps(
+            dense,
+            self.steps,
+            ideal=request.ideal,
+            plan=self.text if is_plan(self.text) else "",
+            named=bool(self.text),
+            lowered=lowered,
+        )
 
     def requested(self, pruned: Workload) -> float:
         if self.sparsity is not None:
@@ -174,7 +177,7 @@ def _options(options: Iterable[tuple[str, Any]]) -> str:
     )
 
 
-def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[str, ...]:
+def families(names: Sequence[str], models: Sequence[Model] = ()) -> tuple[str, ...]:
     """Return names of families, each once; ``all`` selects every family that applies to at least
     one of the models."""
     for name in names:
@@ -193,10 +196,10 @@ def families(names: Sequence[str], models: Sequence[ModelConfig] = ()) -> tuple[
 
 
 def prunings_of(
-    models: Sequence[ModelConfig],
+    models: Sequence[Model],
     family: Sequence[str] | None = None,
     method: Sequence[str] = (),
-    pruned: Sequence[str | ModelConfig] = (),
+    pruned: Sequence[str | Model] = (),
     sparsity: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     prune: Sequence[str] = (),
@@ -217,10 +220,10 @@ def prunings_of(
             )
         if len(models) != 1:
             raise InputError(f"pruned: expected one dense model, got {len(models)}")
-        return tuple(
-            Pruning.of_model(models[0], model)
-            for model in _named([(s, load_model(s)) for s in pruned])
-        )
+        existing = _named([(source, load_model(source)) for source in pruned])
+        for model in existing:
+            refuse_equal(models[0], model)
+        return tuple(Pruning.of_model(models[0], model) for model in existing)
     if method and (family is not None or options):
         raise InputError(
             "method: sets its own family and options; give no family or option with it"
@@ -253,12 +256,60 @@ def prunings_of(
     )
 
 
+def dividing(pruning: Pruning, model: Model, devices: int, parallel: str) -> Pruning:
+    """Return the pruning of families at a fraction with the nearest sizes that devices can divide
+    equally: KV heads, inner widths and experts. If the fraction itself leaves such sizes, the
+    pruning is unchanged."""
+    if devices == 1 or parallel == "pipeline" or pruning.model is not None:
+        return pruning
+    static = [step for step in pruning.steps if not any(f.dynamic for f in step.families)]
+    try:
+        pruned = prune_model(model, " + ".join(map(str, static))) if static else model
+    except InputError:
+        return pruning
+    if undivided(pruned.layers, devices, parallel) is None:
+        return pruning
+    steps = [_dividing_step(step, model, devices, parallel) for step in pruning.steps]
+    return Pruning.read(" + ".join(steps))
+
+
+def _dividing_step(step: PruningStep, model: Model, devices: int, parallel: str) -> str:
+    share = step.sparsity
+    if not isinstance(share, float) or step.layers is not None:
+        return str(step)
+    if step.name == "experts" and not step.options and parallel == "expert":
+        return f"experts {_nearest(model.experts, share, devices)}"
+    if step.name == "width" and not step.options:
+        groups = _nearest(model.kv_heads, share, devices)
+        unit = math.lcm(16, devices)
+        align = f" align={unit}" if unit > 16 else ""
+        return f"width attention={groups} mlp={share:.9g}{align}"
+    return str(step)
+
+
+def _nearest(size: int, share: float, devices: int) -> int:
+    """Return the multiple of ``devices``, at least one, that is nearest to what remains."""
+    return max(round((1.0 - share) * size / devices), 1) * devices
+
+
+def refuse_equal(dense: Model, pruned: Model) -> None:
+    """Raise InputError for a pruned model that equals the dense model in all that is predicted."""
+    first, second = (
+        replace(model, name="", architecture="", max_positions=1) for model in (dense, pruned)
+    )
+    if first == second:
+        raise InputError(
+            f"pruned: {pruned.name} has the shapes, number formats and declared sparsity of"
+            f" {dense.name}; a configuration does not state scattered zeros, which no kernel skips"
+        )
+
+
 KEYWORDS = ("family", "sparsity", "method", "pruned", "prune", "options")
 """Keywords that state prunings, see :func:`simulator.table`."""
 
 
 def asked(
-    models: Sequence[ModelConfig], settings: Mapping[str, Any]
+    models: Sequence[Model], settings: Mapping[str, Any]
 ) -> tuple[tuple[Pruning, ...], list[Request], tuple[str, ...]]:
     """Return the prunings and the requests that keywords state, and notes on pruned models that
     cannot be read."""
@@ -273,14 +324,19 @@ def asked(
     requests = requests_of(
         models, {name: value for name, value in settings.items() if name not in KEYWORDS}
     )
-    return prunings_of(models, **own, options=options), requests, skipped
+    prunings = prunings_of(models, **own, options=options)
+    chosen = options or any(own.get(name) for name in ("sparsity", "prune", "pruned", "method"))
+    if not chosen and len(models) == 1:
+        devices, parallel = requests[0].devices, requests[0].parallel
+        prunings = once(dividing(p, models[0], devices, parallel) for p in prunings)
+    return prunings, requests, skipped
 
 
-def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tuple[str, ...]]:
+def readable(pruned: Sequence[str | Model]) -> tuple[list[Model], tuple[str, ...]]:
     """Return the existing pruned models that can be read, and one note for each other; raise the
     error if there is none, or if two have one name. Checkpoints often keep the name of the model
     that they were pruned from: several of one name are named after their folders."""
-    found: list[tuple[object, ModelConfig]] = []
+    found: list[tuple[object, Model]] = []
     errors: list[InputError] = []
     for source in pruned:
         try:
@@ -292,7 +348,7 @@ def readable(pruned: Sequence[str | ModelConfig]) -> tuple[list[ModelConfig], tu
     return _named(found), tuple(f"{error}: this pruned model is skipped" for error in errors)
 
 
-def _named(found: Sequence[tuple[object, ModelConfig]]) -> list[ModelConfig]:
+def _named(found: Sequence[tuple[object, Model]]) -> list[Model]:
     """Return models by source, each once; different ones of one name get the names of their
     folders, or are an error."""
     named = []
@@ -312,7 +368,7 @@ def exclude(excluded: Excluded, pruning: Pruning, reason: str, device: str = "")
         reason = f"{title} on {device}: {reason}"
     else:
         reason = reason.replace(f" at sparsity {sparsity or 0.0:g}", "")
-        reason = reason if title in reason else f"{title}: {reason}"
+        reason = reason if title in reason.partition(": ")[0] else f"{title}: {reason}"
     at = excluded.setdefault(reason, [])
     if sparsity is not None and not pruning.text:
         at.append(float(sparsity))
@@ -333,9 +389,7 @@ def excluded_lines(excluded: Excluded, most: int | None = None) -> tuple[str, ..
 
 
 @lru_cache(maxsize=64)
-def difference_of(
-    dense: ModelConfig, pruned: ModelConfig
-) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+def difference_of(dense: Model, pruned: Model) -> tuple[tuple[str, ...], tuple[str, ...], float]:
     """Return how a pruned model differs from its dense model in lines, its families, and the
     removed share of all parameters."""
     from simulator.models.difference import difference
@@ -358,13 +412,18 @@ def check_alike(dense: Workload, pruned: Workload) -> None:
             )
 
 
+def source_of(w: Workload) -> Model | None:
+    """Return the model that the request of a workload names, before any pruning step."""
+    return w.meta.request.model if w.meta.request is not None else None
+
+
 def as_pruned(dense: Workload, pruned: Workload) -> Workload:
     """Return the workload of a pruned model with its difference from the dense model as a pruning
     step."""
     own, ours, theirs = (
         pruned.meta.applied[len(dense.meta.applied) :],
-        dense.meta.config,
-        pruned.meta.config,
+        source_of(dense),
+        source_of(pruned),
     )
     other = ours is not None and theirs is not None and ours is not theirs and ours != theirs
     if own and not other:
@@ -390,49 +449,23 @@ ROUNDED = 0.02
 mentioned."""
 
 
-def sizes(batch: WorkloadBatch) -> list[dict[str, float]]:
-    """Return the sizes of the parts of each workload by name."""
-    w, layers = batch.rows, batch.rows.layers
-    begins = w.is_role("embedding")
-    begun = np.cumsum(begins)
-    before = begun[batch.starts] - begins[batch.starts]
-    first = begun - before[batch.owner] <= 1  # a prefill may have several kinds of passes
-    down, outputs = readers(w, "down") & first, writers(w, "o") & first
-    attention, experts = w.is_attention & first, (w.kind == EXPERTS) & first
-    devices = w.meta.devices if w.meta.parallel in ("tensor", "expert") else 1
-    norm = w.is_role("final_norm") & first
-    counted = [outputs, down | experts, attention, down, experts]
-    sized = [
-        attention * w.heads,
-        attention * w.kv_heads,
-        down * w.k,
-        experts * w.experts,
-        experts * w.n,
-    ]
-    sums = np.add.reduceat(
-        np.array([*counted, *sized], dtype=np.float64) * layers, batch.starts, axis=1
-    ).T.tolist()
-    hidden = batch.largest(np.where(norm, w.n, 0)).tolist()
-    whole, split = (
-        devices if w.meta.parallel == parallel else 1 for parallel in ("expert", "tensor")
-    )
-    out = []
-    for (mixing, mlp, attending, plain, routed, heads, kv_heads, inner, number, width), size in zip(
-        sums, hidden
-    ):
-        out.append(
-            {
-                "attention layers": mixing,
-                "MLP layers": mlp,
-                "heads": devices * heads / (attending or 1.0),
-                "KV heads": devices * kv_heads / (attending or 1.0),
-                "inner width": devices * inner / (plain or 1.0),
-                "experts": whole * number / (routed or 1.0),
-                "expert width": split * width / (routed or 1.0),
-                "hidden size": float(size),
-            }
-        )
-    return out
+@lru_cache(maxsize=512)
+def sizes(model: Model) -> Mapping[str, float]:
+    """Return the sizes of the parts of a model by name; those of sublayers are means over the
+    layers that have them."""
+    counts, totals = Counter[str](), dict[str, float]()
+    for run in model.runs:
+        for sublayer in run.layer.sublayers:
+            for name, size in sublayer.sizes().items():
+                counts[name] += run.length
+                totals[name] = totals.get(name, 0.0) + run.length * size
+    names = ("heads", "KV heads", "inner width", "experts", "expert width")
+    return {
+        "attention layers": model.sizes("attention layers")[0],
+        "MLP layers": model.sizes("MLP layers")[0],
+        **{name: totals.get(name, 0.0) / (counts[name] or 1) for name in names},
+        "hidden size": model.hidden,
+    }
 
 
 def removed_parts(

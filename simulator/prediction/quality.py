@@ -201,10 +201,10 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
             f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}"
         )
     if cells.get("relative_loss"):
-        written, given = number_of(cells, "relative_loss"), row.relative_loss
-        if abs(written - given) > LOSS_TOLERANCE * max(1.0, abs(given)):
+        written, loss = number_of(cells, "relative_loss"), row.relative_loss
+        if abs(written - loss) > LOSS_TOLERANCE * max(1.0, abs(loss)):
             raise InputError(
-                f"relative_loss: expected {given:.4f} (from dense and pruned), got {written:g}"
+                f"relative_loss: expected {loss:.4f} (from dense and pruned), got {written:g}"
             )
     return row
 
@@ -242,19 +242,23 @@ def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str)
     twice."""
     first: dict[tuple[Any, ...], tuple[QualityRow, int]] = {}
     for row, line in zip(rows, lines):
-        like, at = first.setdefault((row.metric,), (row, line))
+        like, earlier = first.setdefault((row.metric,), (row, line))
         if like.higher_is_better != row.higher_is_better:
-            other = f"line {at} has {str(like.higher_is_better).lower()} for {row.metric!r}"
+            other = f"line {earlier} has {str(like.higher_is_better).lower()} for {row.metric!r}"
             raise InputError(f"{name}:{line}: higher_is_better: mixed metric: {other}")
-        like, at = first.setdefault((row.model, row.axis), (row, line))
+        like, earlier = first.setdefault((row.model, row.axis), (row, line))
         if not math.isclose(like.dense, row.dense, rel_tol=1e-6):
-            both = f"{row.dense:g} here, {like.dense:g} in line {at} for {row.model}, {row.axis}"
+            both = (
+                f"{row.dense:g} here, {like.dense:g} in line {earlier} for {row.model}, {row.axis}"
+            )
             raise InputError(f"{name}:{line}: dense: mixed metric or protocol: {both}")
-        _, at = first.setdefault(
+        _, earlier = first.setdefault(
             (row.method, row.family, row.model, row.sparsity, row.axis, row.options), (row, line)
         )
-        if at != line:
-            twice = f"is a second value for {row.method} at sparsity {row.sparsity:g} (line {at})"
+        if earlier != line:
+            twice = (
+                f"is a second value for {row.method} at sparsity {row.sparsity:g} (line {earlier})"
+            )
             raise InputError(f"{name}:{line}: {twice}")
 
 
@@ -291,12 +295,12 @@ def expanded(listed: CsvTable, folder: Path) -> CsvTable:
         raise InputError(f"{listed.label}: expected one row of family dense, got {count}")
     models = listed.each(lambda cells: read_results(folder, cells["results"]))
     read = iter(models)
-    found = listed.each(
+    of_line = listed.each(
         lambda cells: list(_rows(cells, models[families.index("dense")], next(read)))
     )
     rows = [
         (line, row)
-        for line, some in zip(listed.lines, found)
+        for line, some in zip(listed.lines, of_line)
         for row in some
         if row["family"] != "dense"
     ]
@@ -347,25 +351,27 @@ def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     shots, versions, better = (
         _mapping(content.get(name)) for name in ("n-shot", "versions", "higher_is_better")
     )
-    for task, found in _mapping(content.get("results")).items():
-        stated = {"{}-shot": shots.get(task), "task version {}": versions.get(task)}
-        stated["limited to {} samples"] = _mapping(content.get("config")).get("limit")
-        texts = [
-            "lm-evaluation-harness",
-            *(text.format(v) for text, v in stated.items() if v is not None),
-        ]
-        for key, value in _mapping(found).items():
+    limit = _mapping(content.get("config")).get("limit")
+    for task, metrics in _mapping(content.get("results")).items():
+        stated = {
+            "{}-shot": shots.get(task),
+            "task version {}": versions.get(task),
+            "limited to {} samples": limit,
+        }
+        texts = [text.format(value) for text, value in stated.items() if value is not None]
+        protocol = ", ".join(["lm-evaluation-harness", *texts])
+        for key, value in _mapping(metrics).items():
             name, _, chosen = key.partition(",")  # the filter of the answers
             number = type(value) in (int, float) and abs(value) < 1e300
             if number and name not in _NOT_METRICS and not name.endswith("_stderr"):
                 shown = f"{task} {name}" + (f" ({chosen})" if chosen not in ("", "none") else "")
-                # older versions do not state the direction: lower perplexities and bits are better
-                lower = any(part in name for part in ("perplexity", "bits_per_byte", "loss"))
-                higher = _mapping(better.get(task)).get(name, not lower) is True
-                yield (
-                    shown,
-                    Value(float(value), higher, ", ".join(texts), task * (shown == f"{task} acc")),
-                )
+                higher = _mapping(better.get(task)).get(name, _rises(name)) is True
+                yield shown, Value(float(value), higher, protocol, task * (shown == f"{task} acc"))
+
+
+def _rises(name: str) -> bool:
+    """Return whether a higher value of a metric is better, which older versions do not state."""
+    return not any(part in name for part in ("perplexity", "bits_per_byte", "loss"))
 
 
 def _rows(

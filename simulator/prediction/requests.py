@@ -7,22 +7,22 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from simulator.arguments import OneOrMore, instance, listed
-from simulator.engines.engine import Engine, load_engine
+from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.models.model import Model
 from simulator.request import SETTINGS, Request
 
 T = TypeVar("T")
 K = TypeVar("K")
 
 
-def requests_of(models: Sequence[str | ModelConfig], settings: Mapping[str, Any]) -> list[Request]:
+def requests_of(models: Sequence[str | Model], settings: Mapping[str, Any]) -> list[Request]:
     """Return the request of every combination of models and of the settings that are lists, in the
     order of the fields of :class:`simulator.Request`; each value is used once."""
     if unknown_names := [name for name in settings if name not in SETTINGS]:
@@ -66,20 +66,20 @@ def by_budget(
     devices, with the devices of that budget."""
     groups: dict[int | None, tuple[list[Request], list[HardwareProfile]]] = {}
     for hw in hardware:
-        found = on(requests, hw)
-        groups.setdefault(found[0].token_budget, (found, []))[1].append(hw)
-    return [(found, tuple(devices)) for found, devices in groups.values()]
+        same = on(requests, hw)
+        groups.setdefault(same[0].token_budget, (same, []))[1].append(hw)
+    return [(same, tuple(devices)) for same, devices in groups.values()]
 
 
-def check_measured(found: Sequence[Request], hardware: Sequence[HardwareProfile]) -> None:
+def check_measured(requests: Sequence[Request], hardware: Sequence[HardwareProfile]) -> None:
     """Reject a measured time for more than one model, device, engine and request."""
-    if not found or found[0].dense_s is None:
+    if not requests or requests[0].dense_s is None:
         return
     for name in ("model", "hardware", "engine", "phase", "batch", "seq"):
         values = (
             {hw.label for hw in hardware}
             if name == "hardware"
-            else {getattr(one, name) for one in found}
+            else {getattr(one, name) for one in requests}
         )
         if len(values) > 1:
             raise InputError(
@@ -100,7 +100,24 @@ def batch_name(phase: str) -> str:
     return "concurrency" if phase == "serve" else "batch"
 
 
-def setting(r: Any) -> str:
+class Predicted(Protocol):
+    """A prediction of a request on some devices."""
+
+    @property
+    def hardware(self) -> str: ...
+    @property
+    def devices(self) -> int: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def seq(self) -> int: ...
+
+
+def setting(r: Predicted) -> str:
     """Return devices, engine and request of a prediction as part of a sentence."""
     return (
         f"{device_text(r)} in {r.engine} ({r.phase}, {batch_name(r.phase)} {r.batch}, seq {r.seq})"
@@ -124,55 +141,52 @@ def by_key(values: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return out
 
 
-def models_of(models: OneOrMore[str | ModelConfig]) -> list[ModelConfig]:
+def models_of(models: OneOrMore[str | Model]) -> list[Model]:
     """Load models, each once; raise InputError for two of one name, which results cannot
     distinguish."""
     return distinct(((source, load_model(source)) for source in listed("model", models)), "model")
 
 
-def distinct(loaded: Iterable[tuple[object, ModelConfig]], kind: str) -> list[ModelConfig]:
+def distinct(loaded: Iterable[tuple[object, Model]], kind: str) -> list[Model]:
     """Return models as :func:`models_of`, from pairs of a source and its model."""
-    found: dict[str, tuple[ModelConfig, object]] = {}
-    for source, model in loaded:
-        other, first = found.setdefault(model.name, (model, source))
-        if other != model:
-            raise _ambiguous(kind, "models", first, source, model.name)
-    return [model for model, _ in found.values()]
+    named = ((source, model.name, model) for source, model in loaded)
+    return [model for model, _ in _by_name(named, kind, "models").values()]
 
 
 def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
     """Return names or paths of engines, each engine once; raise InputError for two of one name,
     which results cannot distinguish."""
-    found: dict[str, tuple[Engine, str]] = {}
-    for source in listed("engine", engines):
-        engine = load_engine(source)
-        other, first = found.setdefault(engine.name, (engine, source))
-        if replace(other, path=engine.path) != engine:  # one file may be given by two paths
-            raise _ambiguous("engine", "engines", first, source, engine.name)
-    return tuple(source for _, source in found.values())
-
-
-def _ambiguous(kind: str, several: str, first: object, second: object, name: str) -> InputError:
-    one, other = (
-        str(x) if isinstance(x, str | os.PathLike) else "an object without a path"
-        for x in (first, second)
-    )
-    return InputError(
-        f"{kind}: {one} and {other}: two {several} are called {name}; rename one of them"
-    )
+    loaded = [(source, load_engine(source)) for source in listed("engine", engines)]
+    # one file may be given by two paths
+    named = ((source, engine.name, replace(engine, path=None)) for source, engine in loaded)
+    return tuple(str(source) for _, source in _by_name(named, "engine", "engines").values())
 
 
 def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:
     """Load devices, each once; raise InputError for none, and for two of one name, which results
     cannot distinguish."""
-    found: dict[str, HardwareProfile] = {}
-    for hw in (load_hardware(h) if isinstance(h, str) else h for h in listed("hardware", hardware)):
+    loaded = [load_hardware(h) if isinstance(h, str) else h for h in listed("hardware", hardware)]
+    for hw in loaded:
         instance("hardware", hw, HardwareProfile, "load_hardware")
-        if (other := found.setdefault(hw.label, hw)) is not hw:
-            both = " and ".join(str(h.path or "a profile without a file") for h in (other, hw))
-            raise InputError(
-                f"hardware: {both}: two profiles are called {hw.label}; rename one of them"
-            )
-    if not found:
+    named = ((str(hw.path or "a profile without a file"), hw.label, hw) for hw in loaded)
+    by_label = _by_name(named, "hardware", "profiles")
+    if not by_label:
         raise InputError("hardware: expected at least one")
-    return list(found.values())
+    return [hw for hw, _ in by_label.values()]
+
+
+def _by_name(
+    named: Iterable[tuple[object, str, T]], kind: str, several: str
+) -> dict[str, tuple[T, object]]:
+    """Return values with their sources by name; raise InputError for two different ones of one
+    name."""
+    out: dict[str, tuple[T, object]] = {}
+    for source, name, value in named:
+        other, first = out.setdefault(name, (value, source))
+        if other is not value and other != value:
+            both = " and ".join(
+                str(x) if isinstance(x, str | os.PathLike) else "an object without a path"
+                for x in (first, source)
+            )
+            raise InputError(f"{kind}: {both}: two {several} are called {name}; rename one of them")
+    return out

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
@@ -20,42 +19,13 @@ from simulator.prediction.prunings import Pruning
 from simulator.request import Request
 from simulator.units import percent, ratio, seconds
 
-
-@dataclass(frozen=True)
-class Labels:
-    """A column of texts: codes, which are indices into the texts."""
-
-    codes: NDArray[np.int32]
-    texts: tuple[str, ...]
-
-    def __getitem__(self, index: Any) -> Labels:
-        return Labels(self.codes[index], self.texts)
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def tolist(self) -> list[str]:
-        return [self.texts[code] for code in self.codes.tolist()]
-
-    @property
-    def values(self) -> NDArray[np.object_]:
-        return np.array(self.texts, dtype=object)[self.codes]
+# columns of results: float64, int64, bool and object (texts) arrays; NaN for None
+Columns = Mapping[str, Array]
 
 
-# columns of results: float64, int64 and bool arrays, and Labels; NaN for None
-Columns = Mapping[str, Any]
-
-
-def plain(column: Array | Labels) -> Array:
-    """Return a column as an array, of objects for texts."""
-    return column.values if isinstance(column, Labels) else column
-
-
-def joined(held: Sequence[Array | Labels]) -> Labels:
-    labels = [column for column in held if isinstance(column, Labels)]
-    first = np.cumsum([0, *(len(column.texts) for column in labels)])
-    codes = np.concatenate([column.codes + at for column, at in zip(labels, first.tolist())])
-    return Labels(codes.astype(np.int32), tuple(text for column in labels for text in column.texts))
+def texts(names: Sequence[str], index: IndexArray) -> Array:
+    """Return the column of the names with some indices."""
+    return np.array(names, dtype=object)[index]
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -362,32 +332,21 @@ class Results(Displayed):
     @classmethod
     def join(cls, parts: Sequence[Results], notes: tuple[str, ...] = ()) -> Results:
         """Return the rows of ``parts`` in order, with ``notes``."""
-        columns: dict[str, Array | Labels] = {}
-        for name, kind in COLUMNS.items():
-            held = [part.columns[name] for part in parts]
-            columns[name] = (
-                joined(held) if kind is str else np.concatenate([plain(column) for column in held])
-            )
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in COLUMNS}
         return cls(columns, notes, np.concatenate([part.pruning for part in parts]))
 
     @classmethod
     def empty(cls) -> Results:
         """Return results without rows."""
-        kinds = {float: np.float64, int: np.int64, bool: np.bool_}
-        none = Labels(np.zeros(0, dtype=np.int32), ())
-        return cls(
-            {
-                name: none if kind is str else np.zeros(0, dtype=kinds[kind])
-                for name, kind in COLUMNS.items()
-            }
-        )
+        kinds = {str: object, float: np.float64, int: np.int64, bool: np.bool_}
+        return cls({name: np.zeros(0, dtype=kinds[kind]) for name, kind in COLUMNS.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``results`` as dictionaries, and ``notes``."""
         return {"results": [r.to_dict() for r in self], "notes": list(self.notes)}
 
     def _title(self) -> str:
-        models, devices = (few(plain(self.columns[name])) for name in ("model", "hardware"))
+        models, devices = (few(self.columns[name]) for name in ("model", "hardware"))
         return (
             f"{len(self):,} predictions of {models} on"
             f" {devices}{f'; {len(self.notes)} notes' if self.notes else ''}"
@@ -395,7 +354,7 @@ class Results(Displayed):
 
     def _columns(self) -> Mapping[str, Any]:
         """Return one row per result."""
-        return {name: plain(self.columns[name]) for name in COLUMNS}
+        return {name: self.columns[name] for name in COLUMNS}
 
 
 def known(column: Array) -> list[Any]:
@@ -410,5 +369,5 @@ class HasResult(Displayed):
     result: Result
 
     def to_dict(self) -> dict[str, Any]:
-        own = super().to_dict()
-        return {**own.pop("result"), **own}
+        added = super().to_dict()
+        return {**added.pop("result"), **added}

@@ -2,39 +2,42 @@
 widths aligned, can the devices divide it, and has the engine kernels for it.
 
 Use :func:`runnable` for a pruning, :func:`will_run` for workloads. Whether an engine loads a model
-follows from the features of its checkpoint (:func:`loading`), which are read from its workload on
-one device; engines state in their YAML files which features they load
-(:mod:`simulator.engines.engine`). :func:`config_of` writes a ``config.json``.
+follows from the features of its checkpoint (:func:`loading`), which are read from the model;
+engines state in their YAML files which features they load (:mod:`simulator.engines.engine`).
+:func:`config_of` writes a ``config.json``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from simulator.arrays import Array, BoolArray
-from simulator.codes import DTYPES, Kernel, Kind, Part
+from simulator.codes import DTYPES, Kernel, Kind
 from simulator.display import Displayed, with_and
 from simulator.engines.engine import FEATURES, Engine, Loading, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.changes import changed_keys, content_of
-from simulator.models.config import Block, ModelConfig, indivisible
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model, indivisible, shard, undivided
+from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp, Sublayer
+from simulator.models.write import config_content, content_of
 from simulator.operators.base import ELEMENT_BYTES
 from simulator.operators.gemm import aligned_elements, gemm_kernel
 from simulator.passes import by_formats, refusal
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result, Results
-from simulator.prediction.sentences import ZEROS, will_it_run
 from simulator.prediction.table import speedup
-from simulator.pruning import FAMILIES, prune
-from simulator.pruning._rows import FIXED, aligned_up, covering, layer_count, widths
+from simulator.prediction.wording import GAIN
+from simulator.pruning import FAMILIES, prune_model, with_model
 from simulator.request import Request
+from simulator.units import ratio
 from simulator.workload import Workload, WorkloadBatch
 
 # numbers of devices for which Runnable.tensor_parallel is evaluated
@@ -50,6 +53,10 @@ DIVIDING = frozenset(("llama", "gemma2", "gemma3", "gemma3_text"))
 """Architectures whose configuration in Transformers from 5.5 requires heads that divide the hidden
 size, also if head_dim is stated (``validate_architecture``; tried in vLLM 0.32 with Transformers
 5.19, and in Transformers 5.24)."""
+
+
+ZEROS = "dense kernels compute its scattered zeros, so they save no time"
+"""Why kernels do not use a pruning although they run it."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -89,6 +96,47 @@ class Runnable(Displayed):
         return super().to_dict() | {"runs": will_it_run(self)}
 
 
+def will_it_run(r: Runnable) -> str:
+    """Return the answer for a stock engine: yes or no, then why."""
+    stops = [f"stock {r.engine} does not load {r.load_reason}"] if r.loadable is False else []
+    stops += [f"it has {r.divisible_reason}"] if not r.divisible else []
+    slow = [] if r.aligned else [unaligned(r)]
+    if not r.kernels:
+        (slow if r.kernels_reason == ZEROS else stops).append(r.kernels_reason)
+    if stops:
+        return (
+            ". ".join([f"No: {'; '.join(stops)}", *(text[0].upper() + text[1:] for text in slow)])
+            + "."
+        )
+    if r.loadable is None:
+        return f"Not known: {r.load_reason}."
+    return (
+        f"Yes, but {'; '.join(slow)}."
+        if slow
+        else f"Yes: stock {r.engine} loads it {r.load_reason}."
+    )
+
+
+def runs_clause(r: Runnable) -> str:
+    """Return the answer as the last clause of a sentence about the model; "" if it is not known."""
+    return runs_text(r.engine, r.works)
+
+
+def runs_text(engine: str, works: bool | None) -> str:
+    return "" if works is None else f"; stock {engine} {'runs' if works else 'does not run'} it"
+
+
+def unaligned(r: Runnable) -> str:
+    """Return which width is not aligned, and the gain of the nearest aligned width."""
+    over = f" over {r.devices} devices" if r.devices > 1 else ""
+    text = f"{r.unaligned_dimension} {r.unaligned_width:,}{over} is not aligned"
+    if r.aligned_gain is None:
+        return f"{text}; the nearest aligned width is {r.aligned_width:,}"
+    ends = f"({ratio(r.aligned_gain_lower or 0.0)}-{ratio(r.aligned_gain_upper or 0.0)})"
+    faster = f"{ratio(r.aligned_gain)}x faster {ends}" if r.aligned_gain >= GAIN else "no faster"
+    return f"{text}; {r.aligned_width:,} is {faster}"
+
+
 def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = None) -> Runnable:
     """Return whether the stock engine of a request runs a pruning of its model; the gain of an
     aligned width is predicted on ``hw``. Loading and divisibility are those of the whole model;
@@ -100,14 +148,12 @@ def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = No
     config = pruning.model or replace(load_model(request.model), mismatch="")
     if request.devices == 1:
         return will_run(whole, hw, config=config)
-    reason = _indivisible(whole, request.devices, request.parallel)
-    try:
+    devices, parallel = request.devices, request.parallel
+    reason, share = indivisible(whole.meta.config, devices, parallel), whole
+    if not reason:
         share = pruning.apply(lower(request), request)
-        reason += "; the prediction rounds per device" if reason else ""
-    except InputError:
-        if not reason:
-            raise
-        share = whole
+    elif size := undivided(whole.meta.config.layers, devices, parallel):
+        reason += f"; {size.nearest(devices)}"
     return will_run(whole, hw, config=config, share=share, divisible_reason=reason)
 
 
@@ -135,7 +181,7 @@ def will_run(
     pruned: Workload,
     hw: HardwareProfile | None = None,
     *,
-    config: ModelConfig | None = None,
+    config: Model | None = None,
     share: Workload | None = None,
     divisible_reason: str = "",
 ) -> Runnable:
@@ -146,25 +192,33 @@ def will_run(
         raise InputError(
             f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices"
         )
-    own, parts = pruned if share is None else share, blocks(pruned)
-    engine = load_engine(own.meta.engine)
-    loadable, load_reason = loading(pruned, engine, config or pruned.meta.config)
-    missing = _kernels(own, engine, hw)
-    if loadable and not layer_count(pruned):
+    own = pruned if share is None else share
+    model, meta = pruned.meta.config, own.meta
+    engine = load_engine(meta.engine)
+    loadable, load_reason = loading(pruned, engine, config or model)
+    if loadable is not False and config is not None and (reason := as_it_is(config, model, engine)):
+        loadable, load_reason = False, reason
+    part = shard(model, meta.devices, meta.parallel if meta.devices > 1 else "tensor")
+    widths = widths_of(part)
+    unit, sixteen = _units(own, engine)
+    missing = _kernels(own, engine, hw, widths)
+    if loadable and not model.layers:
         loadable, load_reason = False, "a decoder without layers"
     elif loadable and (
         how := [engine.dynamic[family].how for family in _dynamic(own) if family in engine.dynamic]
     ):
         load_reason = f"with {'; '.join(how)}"
     zeros = ZEROS if (own.kernel == Kernel.UNSTRUCTURED).any() else ""
-    sixteen, unit = _units(own, engine)
-    odd = {name: width for name, width in widths(own).items() if (width % unit > 0).any()}
-    modelled = {name for name, width in odd.items() if (width % sixteen > 0).any()} - {*FIXED}
-    dimension, width, multiple = _worst(own, odd, unit)
+    odd = [width for width in widths if width.size % unit]
+    worst = max(odd, key=lambda width: width.weights, default=None)
     gain = None
+    # the gain of multiples other than 16 bytes, and of heads, is not modelled
+    modelled = any(width.size % sixteen and width.name != QUERIES for width in odd)
     if modelled and not missing and hw is not None:
-        gain = speedup(own, aligned_up(own, unit), hw)
-    times = own.meta.devices if dimension in _DIVIDED.get(own.meta.parallel, ()) else 1
+        gain = speedup(own, with_model(own, aligned_up(model, unit, meta.devices)), hw)
+    shared = worst is not None and worst.name in _DIVIDED.get(meta.parallel, ())
+    times = meta.devices if shared else 1
+    size = 0 if worst is None else worst.size
     return Runnable(
         engine=engine.name,
         devices=own.meta.devices,
@@ -172,59 +226,92 @@ def will_run(
         loadable=loadable,
         load_reason=load_reason,
         aligned=not odd,
-        unaligned_dimension=dimension,
-        unaligned_width=width * times,
-        aligned_width=-(-width // multiple) * multiple * times,
+        unaligned_dimension="" if worst is None else worst.name,
+        unaligned_width=size * times,
+        aligned_width=-(-size // unit) * unit * times,
         aligned_gain=None if gain is None else gain.speedup,
         aligned_gain_lower=None if gain is None else gain.lower,
         aligned_gain_upper=None if gain is None else gain.upper,
         divisible=not divisible_reason,
         divisible_reason=divisible_reason,
-        tensor_parallel=tuple(
-            n for n in DEGREES if not any(indivisible(block, n, "tensor") for block in parts)
-        ),
+        tensor_parallel=tuple(n for n in DEGREES if not indivisible(model, n, "tensor")),
         kernels=not (missing or zeros),
         kernels_reason=missing or zeros,
     )
 
 
-def _indivisible(whole: Workload, devices: int, parallel: str) -> str:
-    """Return why devices cannot divide a model, or ""."""
-    if parallel == "pipeline":
-        layers = layer_count(whole)
-        return (
-            f"{layers} layers; a pipeline of {devices} devices needs {devices}"
-            if layers < devices
-            else ""
+@dataclass(frozen=True)
+class Width:
+    """A width of the products of a device, with the number of their weights."""
+
+    name: str
+    size: int
+    weights: float
+
+
+QUERIES = "query width"
+"""Heads times their features, which is not rounded."""
+
+_WIDTHS = {
+    "down": "MLP width",
+    "o": QUERIES,
+    **dict.fromkeys(("q", "k", "v", "qkv", "gate", "up", "gate_up"), "hidden size"),
+}
+"""Role of a projection -> the width of its inputs."""
+
+
+@lru_cache(maxsize=256)
+def widths_of(model: Model) -> tuple[Width, ...]:
+    """Return the different widths of a model, those with the same name and size together."""
+    weights: Counter[tuple[str, int]] = Counter()
+    for run in model.runs:
+        for sublayer in run.layer.sublayers:
+            for role, (n, k) in sublayer.weights(model.hidden).items():
+                count = run.length * n * k
+                if role in _WIDTHS:
+                    weights[_WIDTHS[role], k] += count
+                if (rank := sublayer.form(role).rank) is not None:
+                    weights["rank", rank] += run.length * rank * k
+            if isinstance(sublayer, Experts):
+                weights["expert width", sublayer.inner] += (
+                    run.length * sublayer.inner * model.hidden
+                )
+    return tuple(Width(name, size, float(count)) for (name, size), count in weights.items())
+
+
+def aligned_up(model: Model, unit: int, devices: int = 1) -> Model:
+    """Return the model with its widths on each of several devices rounded up to multiples of
+    ``unit``, except :data:`QUERIES`."""
+
+    def up(width: int, devices: int = 1) -> int:
+        return -(-width // (unit * devices)) * unit * devices
+
+    def wider(sublayer: Sublayer) -> Sublayer:
+        forms = tuple(
+            (role, form if form.rank is None else replace(form, rank=up(form.rank)))
+            for role, form in sublayer.forms
         )
-    return next(
-        filter(None, (indivisible(block, devices, parallel) for block in blocks(whole))), ""
-    )
+        sublayer = replace(sublayer, forms=forms)
+        if isinstance(sublayer, Mlp):
+            return replace(sublayer, inner=up(sublayer.inner, devices))
+        if isinstance(sublayer, Experts):
+            shared = up(sublayer.shared_inner, devices)
+            return replace(sublayer, inner=up(sublayer.inner, devices), shared_inner=shared)
+        return sublayer
+
+    wide = model.each_layer(lambda layer: layer.each(wider))
+    return replace(wide, hidden=up(model.hidden))
 
 
-def _units(w: Workload, engine: Engine) -> tuple[Array, Array]:
-    """Return the elements in 16 bytes of each row, and the number of which the engine's kernels
-    need a multiple."""
-    sixteen = np.array([aligned_elements(ELEMENT_BYTES[name]) for name in DTYPES])[w.dtype]
-    own = np.array(
-        [engine.widths[name].multiple if name in engine.widths else 1 for name in DTYPES]
-    )
-    # formats of weights alone
-    own_kernels = np.where(w.weight_dtype == w.dtype, 1, own[w.weight_dtype])
-    return sixteen, np.lcm(sixteen, own_kernels)
-
-
-def _worst(w: Workload, odd: dict[str, Array], unit: Array) -> tuple[str, int, int]:
-    """Return the unaligned dimension with the most weights, its width and the number it should be a
-    multiple of."""
-    weights, best = w.n * w.k * w.count, ("", 0, 1)
-    most = 0.0
-    for name, width in odd.items():
-        rows = width % unit > 0
-        if (total := float(weights[rows].sum())) > most:
-            row = np.flatnonzero(rows)[np.argmax(weights[rows])]
-            best, most = (name, int(width[row]), int(unit[row])), total
-    return best
+def _units(w: Workload, engine: Engine) -> tuple[int, int]:
+    """Return the number of which the engine's kernels need a multiple, and the elements in 16
+    bytes."""
+    dtype = w.meta.dtype
+    weight = w.meta.weight_dtype or w.meta.config.weight_dtype or dtype
+    sixteen = aligned_elements(ELEMENT_BYTES[dtype])
+    # formats of weights alone have kernels of their own
+    alone = weight != dtype and weight in engine.widths
+    return math.lcm(sixteen, engine.widths[weight].multiple if alone else 1), sixteen
 
 
 def _dynamic(w: Workload) -> list[str]:
@@ -236,7 +323,9 @@ def _dynamic(w: Workload) -> list[str]:
     ]
 
 
-def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
+def _kernels(
+    w: Workload, engine: Engine, hw: HardwareProfile | None, widths: Sequence[Width]
+) -> str:
     """Return which kernels an engine or a device lacks for a workload, or ""."""
     for family in _dynamic(w) if w.meta.engine else ():
         if family not in engine.dynamic:
@@ -252,10 +341,8 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
     if reason := refusal(WorkloadBatch.of([w]), hw.architecture if hw else ""):
         return reason
     for name, width in engine.widths.items():
-        rows = (w.weight_dtype == DTYPES.index(name)) & width.required
-        if (odd := [found[rows] % width.multiple for found in widths(w).values()]) and any(
-            x.any() for x in odd
-        ):
+        stored = (w.weight_dtype == DTYPES.index(name)).any()
+        if width.required and stored and any(one.size % width.multiple for one in widths):
             return (
                 f"{engine.name} needs multiples of {width.multiple} per device for {name} weights"
             )
@@ -270,7 +357,7 @@ def _kernels(w: Workload, engine: Engine, hw: HardwareProfile | None) -> str:
     return ""
 
 
-def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bool | None, str]:
+def loading(w: Workload, engine: Engine, config: Model | None) -> tuple[bool | None, str]:
     """Return whether the stock engine loads the checkpoint of a model (None: its file does not
     state it), and how, or why not. ``config`` is the configuration of the checkpoint, or of the
     dense model."""
@@ -310,92 +397,72 @@ def loading(w: Workload, engine: Engine, config: ModelConfig | None) -> tuple[bo
     return True, " and ".join(special) or how["uniform"]
 
 
+def as_it_is(config: Model, model: Model, engine: Engine) -> str:
+    """Return which keys of the ``config.json`` of an existing model must change before an engine
+    loads its layers, or ""."""
+    custom = engine.loads.get("custom_code")
+    changed = (config.hidden, config.layers) != (model.hidden, model.layers)
+    if changed or (config.custom_code and custom and custom.value):
+        return ""  # the model gets a new config.json, or its own code reads it
+    alike = config.architecture in ("llama", "mistral", "ministral")
+    fix = (
+        "; change model_type to nemotron-nas, and state the layers as DeciLM does" if alike else ""
+    )
+    if config.layer_key == "per_layer_config":
+        return f"this config.json as it is: no class of an engine applies per_layer_config{fix}"
+    if config.layer_key == "block_configs" and config.architecture != "nemotron-nas":
+        return f"this config.json as it is: its class ignores block_configs{fix}"
+    heads = (s.heads for layer in model.layers if isinstance(s := layer.of("attention"), Attention))
+    if config.architecture in DIVIDING and any(model.hidden % number for number in heads):
+        fix = "; change model_type to mistral and sliding_window to null" if alike else ""
+        return (
+            "this config.json as it is: its class refuses heads that do not divide the hidden"
+            f" size{fix}"
+        )
+    return ""
+
+
 def features(w: Workload, architecture: str = "") -> Iterator[str]:
     """Yield the features (:data:`simulator.engines.engine.FEATURES`) of the checkpoint of a model
     on one device."""
+    model: Model = w.meta.config
+    layers = tuple(dict.fromkeys(layer.windowless for layer in model.layers))
+    sublayers = tuple(dict.fromkeys(s for layer in layers for s in layer.sublayers))
+    grouped = [s for s in sublayers if isinstance(s, Attention)]
+    attending = [s for s in sublayers if isinstance(s, Attention | LatentAttention)]
+    mlps = [s for s in sublayers if isinstance(s, Mlp)]
+    routed = [s for s in sublayers if isinstance(s, Experts)]
     yield "uniform"
-    attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
-    linear, inside = w.is_role("linear"), w.layer >= 0
-    hidden, plain = (
-        int(widths(w)["hidden size"].max(initial=0)),
-        attention & (w.latent == 0) & (w.value_dim == 0),
-    )
-    if (w.heads[plain] * w.head_dim[plain] != hidden).any():
+    if any(s.heads * s.head_dim != model.hidden for s in grouped):
         yield "heads"
-    if architecture in DIVIDING and (hidden % np.maximum(w.heads[plain], 1)).any():
+    if architecture in DIVIDING and any(model.hidden % s.heads for s in grouped):
         yield "odd_heads"
-    if (w.heads[plain] % np.maximum(w.kv_heads[plain], 1)).any():
+    if any(s.heads % s.kv_heads for s in grouped):
         yield "groups"
-    mlp = (down > 0) | routed | (linear & (w.part == Part.MLP))
-    mixing = attention | (w.kind == Kind.DELTA_NET) | (linear & (w.part == Part.ATTENTION))
-    if (_layers(w, mlp & inside) != _layers(w, mixing)).any():
+    if any(layer.has("attention") != layer.has("mlp") for layer in layers):
         yield "sublayers"
-    with_experts = covering(w, routed, w.experts) > 0  # their MLPs have another width
-    if any(_differ(down[(down > 0) & (with_experts == some)]) for some in (False, True)):
+    if _differ(s.inner for s in mlps) or _differ(s.shared_inner for s in routed):
         yield "layer_inner"
-    if _differ(w.heads[attention]):
+    if _differ(s.heads for s in attending):
         yield "layer_heads"
-    if _differ(w.kv_heads[plain]):
+    if _differ(s.kv_heads for s in grouped):
         yield "layer_kv_heads"
-    if _differ(w.experts[routed]) or _differ(w.n[routed]):
+    if _differ((s.experts, s.inner) for s in routed):
         yield "layer_experts"
-    if (w.is_role("select") & w.overhead & (w.part == Part.MLP) & with_experts).any():
+    if any(s.choices for s in routed):
         yield "expert_choice"
-    if linear.any():
+    if any(isinstance(s, Linear) for s in sublayers):
         yield "linear"
-    if (w.stage > 0).any():
+    if any(form.rank is not None for s in sublayers for _, form in s.forms):
         yield "low_rank"
-    if w.is_role("residual_projection").any():
+    if any(s.rotates for s in sublayers):
         yield "residual_projections"
     if (w.is_role("router") & w.overhead).any():
         yield "routers"
 
 
-def blocks(w: Workload) -> tuple[Block, ...]:
-    """Return the different sublayers of a model on one device: attention, MLPs and experts, each as
-    one block."""
-    attention, down, routed = w.is_attention, widths(w)["MLP width"], w.kind == Kind.EXPERTS
-    kv_heads = np.where(w.latent > 0, w.heads, w.kv_heads)
-    pairs = np.unique(np.stack([w.heads, kv_heads])[:, attention], axis=1).T.tolist()
-    groups = np.unique(np.stack([w.experts, w.n])[:, routed], axis=1).T.tolist()
-    return (
-        *(Block(heads, few, 0) for heads, few in pairs),
-        *(Block(0, 0, inner) for inner in np.unique(down[down > 0]).tolist()),
-        *(Block(0, 0, 0, experts=many, expert_inner=inner) for many, inner in groups),
-    )
-
-
-def shapes_of(dense: ModelConfig, pruned: Workload) -> ModelConfig:
-    """Return a model with the layers, widths and experts of a pruned workload, equal in all
-    layers."""
-    layers, attention, routed = (
-        layer_count(pruned),
-        pruned.is_attention,
-        pruned.kind == Kind.EXPERTS,
-    )
-    found = widths(pruned)
-    latent = dense.latent is not None
-    usual = Block(
-        heads=_largest(pruned.heads[attention], dense.heads),
-        kv_heads=dense.kv_heads if latent else _largest(pruned.kv_heads[attention], dense.kv_heads),
-        inner=_largest(found["MLP width"], 0) if dense.inner else 0,
-        experts=_largest(pruned.experts[routed], 0),
-        active=float(pruned.active[routed].max(initial=0.0)),
-        expert_inner=_largest(pruned.n[routed], 0),
-    )
-    model = replace(
-        dense,
-        layers=layers,
-        windows=dense.windows[:layers],
-        hidden=_largest(found["hidden size"], dense.hidden),
-        blocks=(),
-    )
-    # layers that differ in an architecture, such as first layers without experts, keep their places
-    return model.with_usual(usual, dense.blocks[:layers])
-
-
-def _largest(values: Any, default: int) -> int:
-    return int(np.max(values, initial=0)) or default
+def _differ(values: Iterable[Any]) -> bool:
+    return len(set(values)) > 1
 
 
 def config_of(source: str, r: Result) -> dict[str, Any]:
@@ -406,23 +473,10 @@ def config_of(source: str, r: Result) -> dict[str, Any]:
         raise InputError(
             f"{dense.name}: has no config.json to start from; expected a name or a file"
         )
-    new = shapes_of(dense, prune(lower(dense, phase="decode", engine=""), r.prune))
-    keys = changed_keys(dense, new, content)
-    parallel = r.parallel if r.devices > 1 else "tensor"
-    built, whole = (
-        lower(m, phase="decode", devices=r.devices, parallel=parallel) for m in (new, dense)
-    )
-    pruned = prune(whole, r.prune)
-    if pruned.parameters != built.parameters or not np.isclose(
-        pruned.flops.sum(), built.flops.sum(), rtol=1e-9
-    ):
-        raise InputError(
-            f"{r.pruning}: a config.json of {dense.architecture} cannot state its shapes"
-        )
-    return {**content, **keys}
+    return config_content(content, dense, prune_model(dense, r.prune))
 
 
-def _refusal(found: Loading, feature: str, w: Workload, config: ModelConfig | None) -> str:
+def _refusal(found: Loading, feature: str, w: Workload, config: Model | None) -> str:
     """Return why an engine does not load a feature of a model, or ""."""
     if not found.value:
         return found.how
@@ -437,25 +491,14 @@ def _refusal(found: Loading, feature: str, w: Workload, config: ModelConfig | No
             else ""
         )
         return f"{only}not for {kind}"
-    inner = widths(w)["MLP width"]
-    if feature == "layer_inner" and (odd := inner[inner % found.multiple > 0]).size:
+    inner = w.meta.config.sizes("inner width")
+    if feature == "layer_inner" and (odd := [n for n in inner if n % found.multiple]):
         return f"it describes multiples of {found.multiple}, not {int(odd[0]):,}"
     return ""
 
 
-def _kind(config: ModelConfig) -> str:
+def _kind(config: Model) -> str:
     """Return the model type whose code runs a model: Mistral without windows has the tensors and
     operators of Llama."""
     plain_mistral = config.architecture == "mistral" and not any(config.windows)
     return "llama" if plain_mistral else config.architecture
-
-
-def _layers(w: Workload, mask: Array) -> BoolArray:
-    marks = np.zeros(layer_count(w) + 1, dtype=np.int64)
-    np.add.at(marks, w.layer[mask], 1)
-    np.add.at(marks, (w.layer + w.layers)[mask], -1)
-    return np.cumsum(marks)[:-1] > 0
-
-
-def _differ(values: Array) -> bool:
-    return len(values) > 0 and bool((values != values[0]).any())

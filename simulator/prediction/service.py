@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import NormalDist
 from typing import Any
@@ -35,28 +35,28 @@ from simulator.display import Displayed, by_column
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
+from simulator.models.model import Model
 from simulator.prediction.batch import batch_of, rejecting
-from simulator.prediction.compare import alike, request_results
-from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
-from simulator.prediction.requests import by_key, device_text, on, once, profiles
-from simulator.prediction.runnable import Runnable, runnable
-from simulator.prediction.sentences import (
-    CURVE,
-    EQUAL,
-    LIMITS,
-    MEMORY,
+from simulator.prediction.compare import request_results
+from simulator.prediction.notes import (
     dense_notes,
-    difference_lines,
+    differences,
     uncalibrated,
 )
+from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
+from simulator.prediction.requests import by_key, device_text, on, once, profiles
+from simulator.prediction.result import Results
+from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.serving import memory_columns, serving
 from simulator.request import MAX_TOKENS, SETTINGS, Request
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch
+
+EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
+"""Kinds of operating points: three comparisons of models, and the concurrencies of a curve."""
 
 REFINED = 16  # concurrencies of the second grid, for each model
 # rounds in which the largest concurrencies are found; they hardly change after the second
@@ -215,15 +215,15 @@ class ServePasses:
         hw: HardwareProfile,
         prunings: Sequence[Pruning],
         limits: Limits,
-        at: Iterable[int],
+        concurrencies: Iterable[int],
     ) -> ServePasses:
-        batch = _batch(request, prunings, at)
+        batch = _batch(request, prunings, concurrencies)
         return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
 
     def ratios(self, other: IndexArray) -> PredictionIntervals:
         """Return the times of requests, s, and their ratios to those of other workloads, with
         intervals."""
-        return prediction_intervals(self.p, self.level, other, *alike(other, self.p))
+        return prediction_intervals(self.p, self.level, other)
 
     def place(self, model: int, concurrency: int) -> int:
         """Return the index of a model (0: dense) at a concurrency; 0 is the smallest of the
@@ -246,9 +246,9 @@ class ServePasses:
     @cached_property
     def waits(self) -> Mapping[str, Triple]:
         """Time to the first token and per further token, s, by the name of its limit."""
-        found = serving(self.p, self.intervals, self.level)
+        columns = serving(self.p, self.intervals, self.level)
         return {
-            name: (found[f"{name}_s"], found[f"{name}_lower"], found[f"{name}_upper"])
+            name: (columns[f"{name}_s"], columns[f"{name}_lower"], columns[f"{name}_upper"])
             for name in ("ttft", "tpot")
         }
 
@@ -267,12 +267,42 @@ class ServePasses:
         out = {}
         for name, limit in self.limits.named.items():
             times = zip(*(column.tolist() for column in self.waits[name]))
-            found = [
+            chances = [
                 probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level)
                 for t, low, high in times
             ]
-            out[name] = np.array(found)
+            out[name] = np.array(chances)
         return out
+
+    def numbers(self, i: int, concurrency: int, ratios: Triple | None) -> dict[str, Any]:
+        """Return the fields of an operating point of one workload that have intervals."""
+        triples = {f"{name}_s": triple for name, triple in self.waits.items()}
+        triples |= {"request_s": self.request, "tokens_per_s": self.tokens_per_s}
+        if ratios is not None:
+            triples["ratio"] = ratios
+        out = {}
+        for name, triple in triples.items():
+            start = name if name == "tokens_per_s" else name.removesuffix("_s")
+            for key, values in zip((name, f"{start}_lower", f"{start}_upper"), triple):
+                out[key] = float(values[i]) if concurrency else math.nan
+        return out
+
+    def kept(self, i: int, concurrency: int, fails: bool) -> dict[str, Any]:
+        """Return the fields of an operating point of one workload about limits; ``fails``: no
+        concurrency keeps them if it is 0."""
+        chances = {name: float(chance[i]) for name, chance in self.chances.items()}
+        excess = {
+            name: float(self.waits[name][0][i]) / limit for name, limit in self.limits.named.items()
+        }
+        unmet = ""
+        if fails and not concurrency:
+            unmet = min(chances, key=lambda name: (chances[name], -excess[name]))
+        known = chances and (concurrency or unmet)
+        return {
+            "probability": min(chances.values()) if known else math.nan,
+            "unmet": unmet,
+            "excess": excess.get(unmet, math.nan),
+        }
 
     @cached_property
     def bytes_held(self) -> tuple[FloatArray, FloatArray]:
@@ -283,6 +313,10 @@ class ServePasses:
         """Return the largest of some concurrencies at which the limits hold for a model, or 0."""
         holds = np.min(list(self.chances.values()), axis=0) >= self.limits.probability
         return max((c for c in among if holds[self.place(model, c)]), default=0)
+
+    def all_within(self, finer: Sequence[Sequence[int]], last: Sequence[int]) -> list[int]:
+        """Return :meth:`last_within` of all models; 0 for those without one in the first grid."""
+        return [self.last_within(m, finer[m]) if kept else 0 for m, kept in enumerate(last)]
 
 
 def operating_points(
@@ -302,26 +336,36 @@ def operating_points(
     pruned models. InputError if no model fits."""
     (request,), models = on([request], hw), range(1 + len(prunings))
     largest = _largest(request, hw, prunings)
-    concurrency = concurrency or [largest[0] or min(filter(None, largest))]
-    steady = {*steps(max(largest)), *concurrency}
-    grids = [sorted({c for c in steady if c < most} | {most}) for most in largest]
-    curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), *concurrency})
-    kinds, found = [*((EQUAL, [c for _ in models]) for c in concurrency), (MEMORY, largest)], curve
-    if limits.named:
-        firsts = [curve.last_within(m, filter(None, grids[m])) for m in models]
-        ends = [(c, next((n for n in grids[m] if n > c), c)) for m, c in zip(models, firsts)]
-        finer = [
-            sorted({round(c) for c in np.linspace(*both, REFINED + 2).tolist()}) for both in ends
-        ]
-        found = ServePasses.of(
-            request, hw, prunings, limits, {*itertools.chain(*finer), *concurrency, *largest, 1}
-        )
-        kinds.append((LIMITS, [found.last_within(m, finer[m]) if firsts[m] else 0 for m in models]))
+    equal = [*(concurrency or [largest[0] or min(filter(None, largest))])]
+    grids = _grids(largest, equal)
+    curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), *equal})
     points = _Points(hw, names, prunings, largest, price)
+    passes = curve
+    kinds = [*((EQUAL, [c] * len(models)) for c in equal), (MEMORY, largest)]
+    if limits.named:
+        last = [curve.last_within(m, filter(None, grids[m])) for m in models]
+        finer = list(map(_finer, last, grids))
+        passes = ServePasses.of(
+            request, hw, prunings, limits, {*itertools.chain(*finer), *equal, *largest, 1}
+        )
+        kinds.append((LIMITS, passes.all_within(finer, last)))
     return (
-        *(point for kind, at in kinds for point in points.of_kind(found, kind, at)),
-        *(points.one(curve, CURVE, m, c) for m in models for c in grids[m] if c),
+        *(point for kind in kinds for point in points.of_kind(passes, *kind)),
+        *(point for m in models for point in points.of_curve(curve, m, grids[m])),
     )
+
+
+def _grids(largest: Sequence[int], equal: Sequence[int]) -> list[list[int]]:
+    """Return the first grid of concurrencies of each model, up to its largest."""
+    steady = {*steps(max(largest)), *equal}
+    return [sorted({c for c in steady if c < most} | {most}) for most in largest]
+
+
+def _finer(last: int, grid: Sequence[int]) -> list[int]:
+    """Return the second grid: from the last concurrency of a grid that keeps the limits to the next
+    one."""
+    end = next((c for c in grid if c > last), last)
+    return sorted({round(c) for c in np.linspace(last, end, REFINED + 2).tolist()})
 
 
 def steps(last: int) -> list[int]:
@@ -330,8 +374,12 @@ def steps(last: int) -> list[int]:
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 
 
-def _batch(request: Request, prunings: Sequence[Pruning], at: Iterable[int]) -> WorkloadBatch:
-    return batch_of([replace(request, batch=c) for c in sorted({*at} - {0})], prunings, rejecting)
+def _batch(
+    request: Request, prunings: Sequence[Pruning], concurrencies: Iterable[int]
+) -> WorkloadBatch:
+    return batch_of(
+        [replace(request, batch=c) for c in sorted({*concurrencies} - {0})], prunings, rejecting
+    )
 
 
 def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
@@ -339,25 +387,25 @@ def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning])
     is full, or the engine's limit. InputError if no model fits. The prompts that a step computes
     together, and their memory, depend on the concurrency: the result is the largest that follows
     from a request at the largest."""
-    found = [1] * (1 + len(prunings))
+    largest = [1] * (1 + len(prunings))
     for _ in range(ROUNDS):
-        batch = _batch(request, prunings, found)
+        batch = _batch(request, prunings, largest)
         every = np.arange(len(batch))
         columns = memory_columns(batch, every, [hw], np.zeros_like(every))
-        models, at = batch.pruning.tolist(), batch.sequences.tolist()
-        most = np.minimum(
-            np.asarray(columns["pruned_largest_batch"]), MAX_TOKENS // request.seq
-        ).tolist()
-        new = {m + 1: n for m, c, n in zip(models, at, most) if c == found[m + 1]}
+        most = np.minimum(columns["pruned_largest_batch"], MAX_TOKENS // request.seq).tolist()
+        rows = zip((batch.pruning + 1).tolist(), batch.sequences.tolist(), most)
+        new = {m: n for m, c, n in rows if c == largest[m]}
         if not any(new.values()):
-            need = min(np.asarray(columns["pruned_memory_bytes"]).tolist()) / 2**30
-            room = float(np.asarray(columns["capacity_bytes"])[0]) / 2**30
-            have = f"needs {need:.1f} GiB, {room:.1f} GiB available; expected more devices (--tp)"
-            raise InputError(f"{hw.label}: no model fits: with one request, the smallest {have}")
-        found, before = [new.get(m, 0) for m in range(len(found))], found
-        if found == before:
+            need = columns["pruned_memory_bytes"].min() / 2**30
+            room = columns["capacity_bytes"][0] / 2**30
+            raise InputError(
+                f"{hw.label}: no model fits: with one request, the smallest needs {need:.1f} GiB,"
+                f" {room:.1f} GiB available; expected more devices (--tp)"
+            )
+        before, largest = largest, [new.get(m, 0) for m in range(len(largest))]
+        if largest == before:
             break
-    return found
+    return largest
 
 
 @dataclass(frozen=True)
@@ -368,54 +416,36 @@ class _Points:
     largest: Sequence[int]
     price: float | None
 
-    def of_kind(self, found: ServePasses, kind: str, at: Sequence[int]) -> list[OperatingPoint]:
+    def of_kind(self, passes: ServePasses, kind: str, each: Sequence[int]) -> list[OperatingPoint]:
         """Return the points of a kind, of all models, each at its concurrency."""
-        if not at[0]:
-            return [self.one(found, kind, m, c) for m, c in enumerate(at)]
-        ratios = found.ratios(np.full(len(found.batch), found.place(0, at[0])))
-        every = (
-            np.stack([ratios.ratio, ratios.ratio_lower, ratios.ratio_upper])
-            * found.batch.sequences
-            / at[0]
-        )
-        return [self.one(found, kind, m, c, every) for m, c in enumerate(at)]
+        ratios: Triple | None = None
+        if each[0]:
+            times = passes.ratios(np.full(len(passes.batch), passes.place(0, each[0])))
+            rate, low, high = (
+                ratio * passes.batch.sequences / each[0]
+                for ratio in (times.ratio, times.ratio_lower, times.ratio_upper)
+            )
+            ratios = rate, low, high
+        return [self.one(passes, kind, m, c, ratios) for m, c in enumerate(each)]
+
+    def of_curve(
+        self, passes: ServePasses, model: int, grid: Sequence[int]
+    ) -> list[OperatingPoint]:
+        return [self.one(passes, CURVE, model, c) for c in grid if c]
 
     def one(
         self,
-        found: ServePasses,
+        passes: ServePasses,
         kind: str,
         model: int,
         concurrency: int,
-        ratios: FloatArray | None = None,
+        ratios: Triple | None = None,
     ) -> OperatingPoint:
         """Return the point of a model (0: dense) at a concurrency."""
-        meta, i = found.batch.rows.meta, found.place(model, concurrency)
-        columns = {"request": found.request, **found.waits, "tokens_per_s": found.tokens_per_s}
-        if ratios is not None:
-            columns["ratio"] = ratios[0], ratios[1], ratios[2]
-        numbers: dict[str, float] = {}
-        for name, column in columns.items():
-            keys = (
-                name if name in ("tokens_per_s", "ratio") else f"{name}_s",
-                f"{name}_lower",
-                f"{name}_upper",
-            )
-            numbers |= {
-                key: float(values[i]) if concurrency else math.nan
-                for key, values in zip(keys, column)
-            }
-        chances, most = (
-            {name: float(v[i]) for name, v in found.chances.items()},
-            self.largest[model],
-        )
-        excess = {
-            name: float(found.waits[name][0][i]) / limit
-            for name, limit in found.limits.named.items()
-        }
-        fails = kind == LIMITS and most and not concurrency
-        unmet = min(chances, key=lambda name: (chances[name], -excess[name])) if fails else ""
-        engine = load_engine(meta.engine)
+        meta, i = passes.batch.rows.meta, passes.place(model, concurrency)
+        engine, most = load_engine(meta.engine), self.largest[model]
         limit = engine.limit(self.hw.memory_bytes, self.hw.name)
+        pruning = self.prunings[model - 1] if model else None
         return OperatingPoint(
             point=kind,
             model=meta.model,
@@ -426,29 +456,27 @@ class _Points:
             cached_prefix=int(meta.cached_prefix),
             new_tokens=meta.new_tokens,
             pruning=self.names[model - 1] if model else "",
-            prune=self.prunings[model - 1].prune if model else "",
-            family=self.prunings[model - 1].family if model else "",
+            prune=pruning.prune if pruning else "",
+            family=pruning.family if pruning else "",
             concurrency=concurrency,
             fits=0 < concurrency <= most,
-            **numbers,
-            probability=min(chances.values()) if chances and (concurrency or unmet) else math.nan,
-            unmet=unmet,
-            excess=excess.get(unmet, math.nan),
-            **self.costs(found, i, concurrency),
+            **passes.numbers(i, concurrency, ratios),
+            **passes.kept(i, concurrency, fails=bool(kind == LIMITS and most)),
+            **self.costs(passes, i, concurrency),
             largest_concurrency=most,
             limited_by="engine" if limit is not None and most == limit.sequences else "memory",
-            weights_bytes=float(found.bytes_held[0][i]),
-            cache_bytes=float(found.bytes_held[1][i]),
-            level=found.level,
+            weights_bytes=float(passes.bytes_held[0][i]),
+            cache_bytes=float(passes.bytes_held[1][i]),
+            level=passes.level,
         )
 
-    def costs(self, found: ServePasses, i: int, concurrency: int) -> dict[str, float]:
+    def costs(self, passes: ServePasses, i: int, concurrency: int) -> dict[str, Any]:
         """Return the costs of a million tokens of one workload."""
         if self.price is None or not concurrency:
             return {}
-        meta, server = found.batch.rows.meta, found.p.host.server[i, 0]
-        prefill = float((found.p.phase_s[i, 0] - server) / (found.p.total_s[i] - server))
-        million = 1e6 * self.price / 3600.0 / float(found.tokens_per_s[0][i])
+        meta, server = passes.batch.rows.meta, passes.p.host.server[i, 0]
+        prefill = float((passes.p.phase_s[i, 0] - server) / (passes.p.total_s[i] - server))
+        million = 1e6 * self.price / 3600.0 / float(passes.tokens_per_s[0][i])
         return {
             "cost_output": million,
             "cost_all": million * meta.new_tokens / (meta.seq + meta.new_tokens),
@@ -482,7 +510,7 @@ class Served(Displayed):
 
 
 def serve(
-    model: str | ModelConfig,
+    model: str | Model,
     hardware: OneOrMore[str | HardwareProfile],
     *,
     concurrency: OneOrMore[int] | None = None,
@@ -496,7 +524,7 @@ def serve(
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         Name, path or shapes of the dense model.
     hardware : one or more
         Devices: names, paths or profiles.
@@ -539,58 +567,79 @@ def serve(
     within limits: dense at 30
     within limits: depth at 25 % at 44
     """
-    given = () if concurrency is None else listed("concurrency", concurrency)
-    equal = once(SETTINGS["batch"].check(c, "concurrency") for c in given)
+    stated = () if concurrency is None else listed("concurrency", concurrency)
+    equal = once(SETTINGS["batch"].check(c, "concurrency") for c in stated)
     if price is not None:
         number("price", price, PRICE)
     if settings.get("dense_s") is not None:
         raise InputError("dense time: expected none, as a service has many concurrencies")
-    limits, dense, devices = (
-        Limits(ttft_s, tpot_s, probability),
-        load_model(model),
-        profiles(hardware),
-    )
+    limits, dense = Limits(ttft_s, tpot_s, probability), load_model(model)
+    devices = profiles(hardware)
     settings |= {"phase": "serve", "batch": max(equal, default=1)}
-    prunings, requested, skipped = asked([dense], settings)
-    excluded, several = Excluded(), len(prunings) > 1
+    prunings, requests, skipped = asked([dense], settings)
+    notes = dict.fromkeys((*skipped, *differences([dense], prunings)))
+    servers = _Servers(prunings, equal, limits, price, notes)
+    for request, hw in itertools.product(requests, devices):
+        servers.add(request, hw)
+    return servers.served()
 
-    def reject(pruning: int | None, reason: str, device: str) -> None:
-        if pruning is None or not several:
+
+@dataclass(frozen=True)
+class _Servers:
+    """What :func:`serve` predicts for each engine and device."""
+
+    prunings: Sequence[Pruning]
+    equal: Sequence[int]
+    limits: Limits
+    price: float | None
+    notes: dict[str, None]
+    services: list[Service] = field(default_factory=list)
+    excluded: Excluded = field(default_factory=Excluded)  # prunings
+    without: dict[str, InputError] = field(default_factory=dict)  # engines and devices
+
+    def reject(self, pruning: int | None, reason: str, device: str) -> None:
+        if pruning is None or len(self.prunings) == 1:
             raise InputError(reason)
-        exclude(excluded, prunings[pruning], reason, device)
+        exclude(self.excluded, self.prunings[pruning], reason, device)
 
-    services: list[Service] = []
-    notes = dict.fromkeys(
-        (*skipped, *(line for p in prunings for line in difference_lines(dense, p.model or dense)))
-    )
-    without = dict[str, InputError]()
-    for one, hw in itertools.product(requested, devices):
+    def add(self, request: Request, hw: HardwareProfile) -> None:
+        """Add the service of the prunings that the device can run, or the reason why it cannot."""
         try:
-            results = request_results([one], prunings, [hw], reject)
+            results = request_results([request], self.prunings, [hw], self.reject)
             if not len(results):
-                continue
-            own = [prunings[i] for i in results.pruning.tolist()]
-            names = [r.pruning for r in results]
-            points = operating_points(
-                one, hw, own, names, concurrency=equal, limits=limits, price=price
-            )
+                return
+            service = self.service(request, hw, results)
         except InputError as error:
-            without[f"{hw.label} in {load_engine(one.engine).name} is excluded: {error}"] = error
-            continue
-        kinds = (
-            tuple(p for p in points if p.point != CURVE),
-            tuple(p for p in points if p.point == CURVE),
+            place = f"{hw.label} in {load_engine(request.engine).name}"
+            self.without[f"{place} is excluded: {error}"] = error
+            return
+        self.services.append(service)
+        notes = *dense_notes(results, request, [hw]), *_too_many(service), *uncalibrated(results)
+        self.notes.update(dict.fromkeys(notes))
+
+    def service(self, request: Request, hw: HardwareProfile, results: Results) -> Service:
+        prunings = [self.prunings[i] for i in results.pruning.tolist()]
+        points = operating_points(
+            request,
+            hw,
+            prunings,
+            [r.pruning for r in results],
+            concurrency=self.equal,
+            limits=self.limits,
+            price=self.price,
         )
-        service = Service(*kinds, limits, tuple(runnable(one, pruning) for pruning in own))
-        services.append(service)
-        notes |= dict.fromkeys(
-            (*dense_notes(results, one, [hw]), *_too_many(service), *uncalibrated(results))
-        )
-    if without and not services:
-        raise next(iter(without.values()))
-    if not services:
-        raise InputError(next(iter(excluded_lines(excluded)), "nothing to predict"))
-    return Served(tuple(services), (*notes, *without, *excluded_lines(excluded)))
+        compared = tuple(point for point in points if point.point != CURVE)
+        curve = tuple(point for point in points if point.point == CURVE)
+        runs = tuple(runnable(request, pruning) for pruning in prunings)
+        return Service(compared, curve, self.limits, runs)
+
+    def served(self) -> Served:
+        excluded = excluded_lines(self.excluded)
+        if not self.services:
+            for error in self.without.values():
+                raise error
+            raise InputError(next(iter(excluded), "nothing to predict"))
+        return Served(tuple(self.services), (*self.notes, *self.without, *excluded))
 
 
 def _too_many(service: Service) -> list[str]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -20,54 +20,70 @@ from simulator.capacity import (
 )
 from simulator.codes import Phase
 from simulator.engines.engine import load_engine
-from simulator.passes import ForwardPass
+from simulator.uncertainty.forward import PredictedPass
 from simulator.uncertainty.intervals import PredictionIntervals
 from simulator.workload import WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.arrays import Array
     from simulator.hardware.profile import HardwareProfile
+    from simulator.request import Lowered
 
 
 def memory_columns(
-    batch: WorkloadBatch, at: IndexArray, hardware: Sequence[HardwareProfile], device: IndexArray
+    batch: WorkloadBatch, rows: IndexArray, hardware: Sequence[HardwareProfile], device: IndexArray
 ) -> dict[str, Array]:
     """Return the memory columns of some workloads, each on a device (an index), and of their dense
     workloads."""
-    meta, (each, prompts) = batch.rows.meta, cache_parts(batch)
-    fixed = weights_bytes(batch) + prompts + RESERVE_BYTES
-    activations = activation_bytes_by_phase(batch)
-    needed = fixed + each * batch.sequences + np.maximum.reduce([*activations.values()])
-    # sequences up to which the activations of a pass grow
-    growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
-    engine = load_engine(meta.engine)
-    capacity = (
-        memory_share(batch.rows) * np.array([float(hw.memory_bytes) for hw in hardware])[device]
+    each, prompts = cache_parts(batch)
+    fixed, activations = (
+        weights_bytes(batch) + prompts + RESERVE_BYTES,
+        activation_bytes_by_phase(batch),
     )
-    limits = [
-        engine.limit(hw.memory_bytes, hw.name) if meta.phase != "prefill" else None
-        for hw in hardware
-    ]
-    most = np.array(
-        [np.iinfo(np.int64).max if limit is None else limit.sequences for limit in limits]
-    )[device]
-    which, both = np.concatenate([batch.dense[at], at]), np.concatenate([capacity, capacity])
-    left, cache = np.maximum(both - fixed[which], 0.0), np.maximum(each[which], 1.0)
-    largest = np.full(len(which), np.inf)
+    needed = fixed + each * batch.sequences + np.maximum.reduce([*activations.values()])
+    memory_bytes = np.array([float(hw.memory_bytes) for hw in hardware])
+    capacity = memory_share(batch.rows) * memory_bytes[device]
+    admitted = _admitted(batch.rows.meta, hardware)[device]
+    columns: dict[str, Array] = {"capacity_bytes": capacity}
+    for name, which in (("dense", batch.dense[rows]), ("pruned", rows)):
+        left = np.maximum(capacity - fixed[which], 0.0)
+        largest = np.floor(_most_that_fit(batch, activations, each, which, left) + 1e-9)
+        columns[f"{name}_memory_bytes"] = needed[which]
+        columns[f"{name}_fits"] = needed[which] <= capacity
+        columns[f"{name}_largest_batch"] = np.minimum(np.maximum(largest, 0.0), admitted).astype(
+            np.int64
+        )
+    return columns
+
+
+def _admitted(meta: Lowered, hardware: Sequence[HardwareProfile]) -> IndexArray:
+    """Return the most sequences that the engine admits on each device."""
+    engine, most = load_engine(meta.engine), np.full(len(hardware), np.iinfo(np.int64).max)
+    for i, hw in enumerate(hardware if meta.phase != "prefill" else ()):
+        if (limit := engine.limit(hw.memory_bytes, hw.name)) is not None:
+            most[i] = limit.sequences
+    return most
+
+
+def _most_that_fit(
+    batch: WorkloadBatch,
+    activations: Mapping[Phase, FloatArray],
+    each: FloatArray,
+    which: IndexArray,
+    left: FloatArray,
+) -> FloatArray:
+    """Return the sequences of workloads ``which`` whose caches (``each``) and activations fill the
+    memory ``left``, bytes."""
+    growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
+    cache, largest = np.maximum(each[which], 1.0), np.full(len(which), np.inf)
     for phase, activation in activations.items():
         full = growing[phase][which]
-        own = activation[which] / np.minimum(batch.sequences[which], full)
-        beyond = (left - np.where(full < np.inf, full, 0.0) * own) / cache  # beyond a full pass
-        within = np.minimum(left / (cache + own), full)
+        of_sequence = activation[which] / np.minimum(batch.sequences[which], full)
+        full_pass = np.where(full < np.inf, full, 0.0) * of_sequence
+        beyond = (left - full_pass) / cache
+        within = np.minimum(left / (cache + of_sequence), full)
         largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-    largest = np.minimum(
-        np.maximum(np.floor(largest + 1e-9), 0.0), np.concatenate([most, most])
-    ).astype(np.int64)
-    found = {"memory_bytes": needed[which], "fits": needed[which] <= both, "largest_batch": largest}
-    columns: dict[str, Array] = {"capacity_bytes": capacity}
-    for name, column in found.items():
-        columns[f"dense_{name}"], columns[f"pruned_{name}"] = column[: len(at)], column[len(at) :]
-    return columns
+    return largest
 
 
 def _most_together(batch: WorkloadBatch) -> FloatArray:
@@ -93,50 +109,62 @@ def prefill_passes(workloads: WorkloadBatch) -> FloatArray:
     return np.maximum(workloads.total(np.where(begins, rows.count, 0.0)), 1.0)
 
 
-def serving(p: ForwardPass, found: PredictionIntervals, level: float) -> dict[str, FloatArray]:
+def serving(p: PredictedPass, times: PredictionIntervals, level: float) -> dict[str, FloatArray]:
     """Return for each workload new tokens/s of all devices, and time to first token and per further
-    token, s, with the ends of their intervals; NaN for other phases. In serve, a request waits for
-    a share of the other prompts before its first token, for the rest between its tokens. The share
-    depends on how requests arrive; on either side, its deviation, at most to none or all of the
-    prompts, and the relative error of the whole time are combined as a root of sum of squares.
-    Measured times to the first token have a share of their own, because they include queues of
-    requests that start together, and the time of the server around the passes."""
-    meta, none = p.workloads.rows.meta, np.full(len(found.seconds), np.nan)
-    sequences, seconds = p.workloads.sequences.astype(np.float64), found.seconds
-    ends = {"s": seconds, "lower": found.lower, "upper": found.upper}
+    token, s, with the ends of their intervals; NaN for other phases."""
+    meta, none = p.workloads.rows.meta, np.full(len(times.seconds), np.nan)
+    ends = {"s": times.seconds, "lower": times.lower, "upper": times.upper}
     ttft, tpot = dict.fromkeys(ends, none), dict.fromkeys(ends, none)
-    rate = none
+    rate, sequences = none, p.workloads.sequences.astype(np.float64)
     if meta.phase == "prefill":
         ttft = ends
     elif meta.phase == "decode":
-        rate, tpot = sequences / seconds, ends
+        rate, tpot = sequences / times.seconds, ends
     else:
-        # a measured time scales all
-        prefill, decode, server = np.stack([*p.phase_s.T, p.host.server[:, 0]]) * (
-            seconds / p.total_s
-        )
-        own = prefill = prefill - server
-        if meta.phase == "serve":
-            own = prefill / np.minimum(prefill_passes(p.workloads), sequences)
-        rate = sequences * meta.new_tokens / seconds
-        sides = NormalDist().inv_cdf(0.5 + 0.5 * level) * np.array([0.0, -1.0, 1.0])[:, None]
-        around = server * np.exp(sides * p.host.server_log_sd)
-        # squared log deviations of the passes: those of the request without what the server's
-        # deviation adds
-        of_host, of_passes = (
-            np.log(one.at(*p.host.speeds(sides[1:, 0], 0.0))[0] / p.total_s)
-            for one in (p, replace(p, host=replace(p.host, server_log_sd=0.0)))
-        )
-        square = np.log(np.stack([found.lower, found.upper]) / seconds) ** 2
-        square = np.maximum(square - of_host**2 + of_passes**2, 0.0)
-        first, before = (
-            own + np.clip(wait.value + sides * wait.sd, 0.0, 1.0) * (prefill - own)
-            for wait in (p.engine.first_wait, p.engine.prefill_wait)
-        )
-        ttft = _latency(first + around, square)
-        tpot = _latency((prefill - before + decode)[[0, 2, 1]] / meta.new_tokens, square)
+        rate = sequences * meta.new_tokens / times.seconds
+        ttft, tpot = _waits(p, times, level)
     out = {"tokens_per_s": rate, **{f"ttft_{name}": part for name, part in ttft.items()}}
     return out | {f"tpot_{name}": part for name, part in tpot.items()}
+
+
+def _waits(
+    p: PredictedPass, times: PredictionIntervals, level: float
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Return the time to the first token and per further token of requests, s, with the ends of
+    their intervals. In serve, a request waits for a share of the other prompts before its first
+    token, for the rest between its tokens. How long it waits depends on arrivals, so this share is
+    uncertain. The interval combines two errors as a root of sum of squares: that of the share
+    (limited to none or all of the prompts) and that of the whole time. Measured times to the first
+    token have a share of their own, because they include queues of requests that start together,
+    and the time of the server around the passes."""
+    meta, sequences = p.workloads.rows.meta, p.workloads.sequences.astype(np.float64)
+    # a measured time scales all
+    prefill, decode, server = np.stack([*p.phase_s.T, p.host.server[:, 0]]) * (
+        times.seconds / p.total_s
+    )
+    prompt = prefill = prefill - server
+    if meta.phase == "serve":
+        prompt = prefill / np.minimum(prefill_passes(p.workloads), sequences)
+    sides = NormalDist().inv_cdf(0.5 + 0.5 * level) * np.array([0.0, -1.0, 1.0])[:, None]
+    square = _of_passes(p, times, sides[1:, 0])
+    first, before = (
+        prompt + np.clip(wait.value + sides * wait.sd, 0.0, 1.0) * (prefill - prompt)
+        for wait in (p.engine.first_wait, p.engine.prefill_wait)
+    )
+    around = server * np.exp(sides * p.host.server_log_sd)
+    between = (prefill - before + decode)[[0, 2, 1]] / meta.new_tokens
+    return _latency(first + around, square), _latency(between, square)
+
+
+def _of_passes(p: PredictedPass, times: PredictionIntervals, sides: FloatArray) -> FloatArray:
+    """Return squared log deviations (2, W) of the passes at both ends: those of the request without
+    what the server's deviation adds."""
+    of_host, of_passes = (
+        np.log(one.at(*p.host.speeds(sides, 0.0))[0] / p.total_s)
+        for one in (p, replace(p, host=replace(p.host, server_log_sd=0.0)))
+    )
+    square = np.log(np.stack([times.lower, times.upper]) / times.seconds) ** 2
+    return np.asarray(np.maximum(square - of_host**2 + of_passes**2, 0.0))
 
 
 def _latency(part: FloatArray, square: FloatArray) -> dict[str, FloatArray]:

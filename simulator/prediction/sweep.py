@@ -15,16 +15,18 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as ready_of
+from multiprocessing.process import BaseProcess
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -50,13 +52,14 @@ from simulator.files.write import check_target, one_writer, remove_left, write_w
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, read_text
 from simulator.hardware.library import files_of, load_hardware, reference
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import DECODE_LENGTHS, cached_tokens, lower
+from simulator.models.model import Model
+from simulator.prediction.batch import OPERATOR_ROWS
 from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
 from simulator.prediction.requests import engines_of, models_of, once, profiles
-from simulator.prediction.result import COLUMNS, Results, plain
+from simulator.prediction.result import COLUMNS, Results
 from simulator.pruning import FAMILIES, check_fraction, general_families, prune
 from simulator.pruning._methods import load_method
 from simulator.request import MAX_TOKENS, SETTINGS, Request, Whole
@@ -193,12 +196,12 @@ class _Family(Scalar):
         family = Text(tuple(FAMILIES)).read(key, path, reader)
         if family is BAD:
             return BAD
-        given = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(
+        chosen = MapOf(Annotated[Any, _Option()], Keys("option", FAMILIES[family].options)).read(
             node, path, reader
         )
-        if given is BAD:
+        if chosen is BAD:
             return BAD
-        options = dict(sorted(given.items()))
+        options = dict(sorted(chosen.items()))
         try:
             prune(
                 lower(load_model(_SMALL), phase="generate", seq=64, new_tokens=1),
@@ -250,7 +253,6 @@ def _loads(load: Callable[[str], Any]) -> Checked:
 
 
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
-OPERATOR_ROWS = 120_000  # operators of a piece, about: 25 MB of columns, 100 MB during computation
 REQUESTS = 64  # (batch, seq) pruned together
 
 # requests and their prunings, which are timed together
@@ -275,7 +277,7 @@ class Grid:
     """
 
     # names, paths, or loaded ones
-    models: Annotated[tuple[str | ModelConfig, ...], _Axis(_loads(load_model))]
+    models: Annotated[tuple[str | Model, ...], _Axis(_loads(load_model))]
     hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
     sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
     phases: Annotated[tuple[str, ...], _Axis(SETTINGS["phase"])]
@@ -328,26 +330,30 @@ class Grid:
         shapes = [(b, s) for s in self.seqs for b in self.batches]
         axes = itertools.product(self.models, self.dtypes, self.engines, self.devices, self.phases)
         for model, formats, engine, devices, phase in axes:
-            own = {
-                "model": model,
-                "phase": phase,
-                "engine": engine,
-                "devices": devices,
+            one = replace(
+                self.request,
+                model=model,
+                phase=phase,
+                engine=engine,
+                devices=devices,
                 **vars(formats),
-            }
-            operators = {
-                "generate": 60 + 2 * min(self.request.new_tokens, 2 * DECODE_LENGTHS),
-                "serve": 60,
-            }.get(phase, 30)
-            workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
-            many = min(len(shapes), REQUESTS, workloads)
-            of_prunings = max(1, workloads // many)
-            if of_prunings >= len(self.prunings):  # few prunings: take more requests
-                many = max(1, min(len(shapes), 4 * REQUESTS, workloads // len(self.prunings)))
+            )
+            many, of_prunings = self._piece_size(phase, len(shapes))
             for some, chosen in itertools.product(
                 _even(shapes, many), _even(self.prunings, of_prunings)
             ):
-                yield [replace(self.request, **own, batch=b, seq=s) for b, s in some], tuple(chosen)
+                yield [replace(one, batch=b, seq=s) for b, s in some], tuple(chosen)
+
+    def _piece_size(self, phase: str, shapes: int) -> tuple[int, int]:
+        """Return the numbers of requests, of ``shapes``, and of prunings in a piece."""
+        decodes = min(self.request.new_tokens, 2 * DECODE_LENGTHS)
+        operators = {"generate": 60 + 2 * decodes, "serve": 60}.get(phase, 30)
+        workloads = max(1, min(PART_ROWS // len(self.hardware), OPERATOR_ROWS // operators))
+        many = min(shapes, REQUESTS, workloads)
+        of_prunings = max(1, workloads // many)
+        if of_prunings >= len(self.prunings):  # few prunings: take more requests
+            many = max(1, min(shapes, 4 * REQUESTS, workloads // len(self.prunings)))
+        return many, of_prunings
 
     def digest(self) -> str:
         """Return the version and a digest of all that determines the rows, also of files of
@@ -418,7 +424,6 @@ def read_grid(path: str | Path) -> Grid:
 
 MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 NOTED = 8  # sparsities that a note lists at most
-CHECK_S = 2.0  # time between checks of the workers while no piece is finished, s
 REACH_S = 10.0  # longest time to reach a Dask scheduler, s
 # metadata of a part: its stamp; sparsities by exclusion
 STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"
@@ -488,8 +493,8 @@ def sweep(
     except ImportError:
         raise needs_extra("a data frame", "tables", "pandas") from None
     if out is None:
-        found = sweep_results(grid if isinstance(grid, Grid) else read_grid(grid))
-        frame, notes = found.to_pandas(), found.notes
+        results = sweep_results(grid if isinstance(grid, Grid) else read_grid(grid))
+        frame, notes = results.to_pandas(), results.notes
     else:
         done = write_sweep(grid, out, jobs=jobs, scheduler=scheduler)
         frame, notes = pandas.read_parquet(done.folder), done.notes
@@ -500,8 +505,8 @@ def sweep(
 def sweep_results(grid: Grid) -> Results:
     """Return the rows of a grid, with notes on exclusions."""
     excluded = Excluded()
-    found = [piece_results(piece, grid.hardware, excluded) for piece in grid.pieces()]
-    return Results.join(found, excluded_lines(excluded, NOTED))
+    parts = [piece_results(piece, grid.hardware, excluded) for piece in grid.pieces()]
+    return Results.join(parts, excluded_lines(excluded, NOTED))
 
 
 def write_sweep(
@@ -519,7 +524,7 @@ def write_sweep(
     configurations done and their number."""
     began, folder = time.monotonic(), Path(out)
     grid = grid if isinstance(grid, Grid) else read_grid(grid)
-    size, own, hardware = grid.size, grid.digest(), grid.hardware
+    size, digest, hardware = grid.size, grid.digest(), grid.hardware
     if jobs < 1:
         raise InputError(f"jobs {jobs}: expected a whole number from 1")
     if size > most:
@@ -539,7 +544,7 @@ def write_sweep(
             remove_left(folder, "*")
             stale = sorted(
                 set(folder.glob("part-*"))
-                - {path for i, path in enumerate(paths) if _read(path, own, i)}
+                - {path for i, path in enumerate(paths) if _read(path, digest, i)}
             )
             for path in stale:
                 path.unlink()
@@ -547,24 +552,24 @@ def write_sweep(
             done = size - sum(sizes[i] for i in todo)
             if done:
                 progress(done, size)
-            with contextlib.closing(computed(todo, own, hardware, jobs, scheduler)) as contents:
+            with contextlib.closing(computed(todo, digest, hardware, jobs, scheduler)) as contents:
                 for i, content in contents:
                     write_whole(paths[i], content)
                     done += sizes[i]
                     progress(done, size)
-            found = [_read(path, own, i) for i, path in enumerate(paths)]
+            checked = [_read(path, digest, i) for i, path in enumerate(paths)]
     finally:
         with contextlib.suppress(OSError):  # not empty: there are finished parts
             folder.rmdir()
     excluded = Excluded()
-    for path, part in zip(paths, found):
+    for path, part in zip(paths, checked):
         if part is None:
             raise OSError(f"{path}: changed while the sweep ran; run the same command again")
-        for reason, at in part[1].items():
-            excluded.setdefault(reason, []).extend(at)
+        for reason, sparsities in part[1].items():
+            excluded.setdefault(reason, []).extend(sparsities)
     replaced = f"{folder}: parts of another grid, version or profile were replaced: {len(stale)}"
     notes = (*([replaced] if stale else []), *excluded_lines(excluded, NOTED))
-    rows, resumed = sum(part[0] for part in found if part), len(paths) - len(todo)
+    rows, resumed = sum(part[0] for part in checked if part), len(paths) - len(todo)
     return Summary(str(folder), size, rows, len(paths), resumed, time.monotonic() - began, notes)
 
 
@@ -577,10 +582,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder}: expected the name of a folder for Parquet files; pandas writes CSV from it"
         )
     if not folder.is_dir() and check_target(folder).exists():
-        raise InputError(
-            f"{folder}: is a file, as version 0.3 wrote; expected a folder: name another or"
-            " remove it"
-        )
+        raise InputError(f"{folder}: is a file; expected a folder: name another or remove it")
     for path in folder.iterdir() if folder.is_dir() else ():
         if not path.name.startswith((".", "_")) and not (
             PART_NAME.fullmatch(path.name) and path.is_file()
@@ -596,10 +598,10 @@ def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
     pyarrow, parquet = load_pyarrow()
     try:
         about = parquet.read_metadata(path)
-        own = about.metadata or {}
+        metadata = about.metadata or {}
         return (
-            (about.num_rows, json.loads(own[NOTES_KEY]))
-            if own[STAMP_KEY] == f"{grid} {index}".encode()
+            (about.num_rows, json.loads(metadata[NOTES_KEY]))
+            if metadata[STAMP_KEY] == f"{grid} {index}".encode()
             else None
         )
     except (OSError, ValueError, KeyError, pyarrow.ArrowException):
@@ -631,11 +633,11 @@ def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -
         int: pyarrow.int64(),
         bool: pyarrow.bool_(),
     }
-    own = {STAMP_KEY: f"{grid} {index}".encode(), NOTES_KEY: json.dumps(excluded)}
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()], own)
+    metadata = {STAMP_KEY: f"{grid} {index}".encode(), NOTES_KEY: json.dumps(excluded)}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()], metadata)
     # NaN becomes null
     arrays = [
-        pyarrow.array(plain(columns[name]), types[kind], from_pandas=True)
+        pyarrow.array(columns[name], types[kind], from_pandas=True)
         for name, kind in COLUMNS.items()
     ]
     sink = pyarrow.BufferOutputStream()
@@ -653,20 +655,80 @@ def computed(
 ) -> Generator[tuple[int, bytes], None, None]:
     """Yield the index and the content of each part as it is finished."""
     jobs = min(jobs, len(todo))
-    if not todo or (scheduler is None and jobs == 1):
-        yield from (
-            (index, compute_part(hardware, piece, grid, index)) for index, piece in todo.items()
-        )
-        return
+    if scheduler is not None and todo:
+        yield from _on_cluster(todo, grid, hardware, scheduler)
+    elif jobs > 1:
+        yield from _on_processes(todo, grid, hardware, jobs)
+    else:
+        for index, piece in todo.items():
+            yield index, compute_part(hardware, piece, grid, index)
+
+
+def _lost(what: str, error: Exception) -> OSError:
+    why = one_line(repr(error), 200)
+    return OSError(f"{what} ({why}); finished parts are kept: run the same command again")
+
+
+def _on_processes(
+    todo: Mapping[int, Piece], grid: str, hardware: Sequence[Any], jobs: int
+) -> Generator[tuple[int, bytes], None, None]:
+    # spawned: a forked child would inherit the locks of threads that it does not have
+    context = get_context("spawn")
+    waiting, workers = iter(todo.items()), dict[Connection, BaseProcess]()
+    # workers inherit the mask: Ctrl-C is for this process alone
+    ensure_running()  # the start of this process of multiprocessing would change the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for task in itertools.islice(waiting, jobs):
+            here, there = context.Pipe()
+            workers[here] = context.Process(target=_work, args=(there, hardware, grid), daemon=True)
+            workers[here].start()
+            there.close()  # so that a worker's end closes the connection
+            here.send(task)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        busy = list(workers)
+        while busy:
+            some: list[Any] = ready_of(busy)
+            for ready in some:
+                try:
+                    index, content = ready.recv()
+                    if (task_left := next(waiting, None)) is not None:
+                        ready.send(task_left)
+                    else:
+                        busy.remove(ready)
+                except (EOFError, OSError) as error:
+                    raise _lost("a worker process ended early", error) from None
+                if isinstance(content, Exception):
+                    raise content
+                yield index, content
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for here, worker in workers.items():
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
+            here.close()
+
+
+def _work(there: Connection, hardware: Sequence[Any], grid: str) -> None:
+    """Compute parts in a worker until the other end of the connection closes, as it does when the
+    calling process ends for any reason."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            index, piece = there.recv()
+            content: bytes | Exception
+            try:
+                content = compute_part(hardware, piece, grid, index)
+            except Exception as error:
+                content = error
+            there.send((index, content))
+
+
+def _on_cluster(
+    todo: Mapping[int, Piece], grid: str, hardware: Sequence[Any], scheduler: str
+) -> Generator[tuple[int, bytes], None, None]:
     waiting, under_way = iter(todo.items()), dict[Future[bytes], int]()
-    with (
-        _processes(jobs, hardware) if scheduler is None else _dask(scheduler, hardware) as (
-            submit,
-            many,
-            there,
-            lost,
-        )
-    ):
+    with _dask(scheduler, hardware) as (submit, many, there):
         try:
             while True:
                 # few at once, so that their results fit into memory
@@ -674,82 +736,21 @@ def computed(
                     under_way[submit(compute_part, there, piece, grid, index)] = index
                 if not under_way:
                     return
-                finished = wait(under_way, CHECK_S, FIRST_COMPLETED).done
-                if not finished and lost():
-                    raise BrokenExecutor("a worker was lost")
-                for task in finished:
+                for task in wait(under_way, return_when=FIRST_COMPLETED).done:
                     content = task.result()
                     yield under_way.pop(task), content
         except Exception as error:
             for task, index in under_way.items():  # finished before the failure
                 if task.done() and not task.cancelled() and task.exception() is None:
                     yield index, task.result()
-            if isinstance(error, InputError) or not (
-                scheduler or isinstance(error, BrokenExecutor)
-            ):
+            if isinstance(error, InputError):
                 raise
-            what = (
-                f"scheduler {scheduler}: a task or worker failed"
-                if scheduler
-                else "a worker process ended early"
-            )
-            why = one_line(repr(error), 200)
-            raise OSError(
-                f"{what} ({why}); finished parts are kept: run the same command again"
-            ) from None
-
-
-Workers = Iterator[tuple[Callable[..., Future[bytes]], int, Any, Callable[[], bool]]]
-"""``submit`` of an executor, most tasks under way, the devices as an argument, whether a task may
-never finish."""
+            raise _lost(f"scheduler {scheduler}: a task or worker failed", error) from None
 
 
 @contextlib.contextmanager
-def _processes(jobs: int, hardware: Any) -> Workers:
-    others, started = set(active_children()), set[Any]()
-    # spawned: a forked child would inherit the locks of threads that it does not have
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _follow, (os.getpid(),))
-
-    def submit(*task: Any) -> Future[bytes]:
-        # a worker that starts now inherits the mask: Ctrl-C is for this process alone
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return pool.submit(*task)
-        finally:
-            started.update(set(active_children()) - others)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    try:
-        yield (
-            submit,
-            2 * jobs,
-            hardware,
-            lambda: any(worker.exitcode is not None for worker in started),
-        )
-    except BaseException:
-        for worker in started:
-            worker.kill()
-        # the pool would wait for the rest of a result that a worker was writing, as long as this
-        # end is open
-        pool._result_queue._writer.close()  # type: ignore[attr-defined]
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow(parent: int) -> None:
-    """End this worker when its parent process has ended for any reason."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _dask(address: str, hardware: Any) -> Workers:
+def _dask(address: str, hardware: Any) -> Iterator[tuple[Callable[..., Future[bytes]], int, Any]]:
+    """Yield ``submit`` of a cluster, the most tasks under way, and the devices as an argument."""
     try:
         import distributed
     except ImportError:
@@ -784,4 +785,4 @@ def _dask(address: str, hardware: Any) -> Workers:
         threads = sum(client.nthreads().values())
         # every worker has the devices; tasks are cancelled when the last one with them is lost
         there = client.scatter(hardware, broadcast=True, hash=False)
-        yield client.get_executor(pure=False).submit, 2 * threads, there, lambda: False
+        yield client.get_executor(pure=False).submit, 2 * threads, there

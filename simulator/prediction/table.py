@@ -10,7 +10,7 @@ dense model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from simulator.arguments import OneOrMore
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
-from simulator.models.config import ModelConfig
+from simulator.models.model import Model
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
+from simulator.prediction.notes import above_bound, dense_notes, differences
 from simulator.prediction.prunings import (
     KEYWORDS,
     Excluded,
@@ -33,14 +34,13 @@ from simulator.prediction.prunings import (
 )
 from simulator.prediction.requests import check_measured, engines_of, models_of, profiles
 from simulator.prediction.result import Result, Results
-from simulator.prediction.sentences import above_bound, dense_notes, difference_lines
 from simulator.pruning._steps import PruningStep
 from simulator.request import SETTINGS, Request
 from simulator.workload import Workload
 
 
 def table(
-    models: OneOrMore[str | ModelConfig],
+    models: OneOrMore[str | Model],
     hardware: OneOrMore[str | HardwareProfile],
     family: OneOrMore[str] | None = None,
     sparsity: OneOrMore[float] | None = None,
@@ -87,36 +87,49 @@ def table(
         loaded, {"family": family, "sparsity": sparsity, **settings}
     )
     check_measured(requests, devices)
-    several, excluded = len({(p.title, p.label) for p in prunings}) > 1, Excluded()
-    without = dict[str, str]()  # devices that cannot run the dense model, with the reason
-
-    def reject(pruning: int | None, reason: str, device: str) -> None:
-        if pruning is None and device and len(devices) > 1:
-            without[device] = reason
-        if device in without:
-            return
-        if pruning is None or not several:
-            raise InputError(reason)
-        exclude(excluded, prunings[pruning], reason, device)
-
-    pairs = dict.fromkeys((m, p.model or m) for m in loaded for p in prunings)
-    notes = dict.fromkeys((*skipped, *(line for pair in pairs for line in difference_lines(*pair))))
-    found = []
-    for one in requests:
-        results = request_results([one], prunings, devices, reject)
-        some = [hw for hw in devices if hw.label not in without]
+    rows = _Rows(prunings, devices)
+    notes = dict.fromkeys((*skipped, *differences(loaded, prunings)))
+    parts = []
+    for request in requests:
+        results = request_results([request], prunings, devices, rows.reject)
+        able = [hw for hw in devices if hw.label not in rows.without]
         notes |= dict.fromkeys(
-            (*dense_notes(results, one, some), *above_bound(results, prunings, one, some))
+            (
+                *dense_notes(results, request, able),
+                *above_bound(results, prunings, request, able),
+            )
         )
         if len(results):
-            found.append(results)
-    if not found:
-        raise InputError(
-            next(iter((*without.values(), *excluded_lines(excluded))), "nothing to predict")
-        )
-    notes |= dict.fromkeys(f"{device} is excluded: {reason}" for device, reason in without.items())
-    joined = Results.join(found, (*notes, *excluded_lines(excluded)))
-    return replace(joined, prunings=prunings, requests=tuple(requests))
+            parts.append(results)
+    excluded = excluded_lines(rows.excluded)
+    if not parts:
+        raise InputError(next(iter((*rows.without.values(), *excluded)), "nothing to predict"))
+    notes |= dict.fromkeys(
+        f"{device} is excluded: {reason}" for device, reason in rows.without.items()
+    )
+    return replace(
+        Results.join(parts, (*notes, *excluded)), prunings=prunings, requests=tuple(requests)
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a table excludes."""
+
+    prunings: Sequence[Pruning]
+    devices: Sequence[HardwareProfile]
+    excluded: Excluded = field(default_factory=Excluded)
+    # devices that cannot run the dense model, with the reason
+    without: dict[str, str] = field(default_factory=dict)
+
+    def reject(self, pruning: int | None, reason: str, device: str) -> None:
+        if pruning is None and device and len(self.devices) > 1:
+            self.without[device] = reason
+        if device in self.without:
+            return
+        if pruning is None or len({(p.title, p.label) for p in self.prunings}) == 1:
+            raise InputError(reason)
+        exclude(self.excluded, self.prunings[pruning], reason, device)
 
 
 def unable(
@@ -136,13 +149,13 @@ def unable(
 
 
 def predict(
-    model: str | ModelConfig, prune: str, hardware: str | HardwareProfile, **settings: Any
+    model: str | Model, prune: str, hardware: str | HardwareProfile, **settings: Any
 ) -> Result:
     """Predict one speedup; names are enough.
 
     Parameters
     ----------
-    model : str or ModelConfig
+    model : str or Model
         Name, path or shapes of the dense model.
     prune : str
         Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
@@ -226,13 +239,8 @@ def speedups(
     requested, realised = (np.array([0.0, *(step[i] for step in steps)]) for i in (1, 2))
     batch = replace(batch, sparsity=requested, realised=realised)
     level, dense_s = SETTINGS["level"].check(level), SETTINGS["dense_s"].check(dense_s)
-    usual = (level, dense_s) == (dense.meta.level, dense.meta.dense_s)
-    return results_of(
-        batch,
-        prunings,
-        [hw],
-        [dense.meta if usual else replace(dense.meta, level=level, dense_s=dense_s)],
-    )
+    request = replace(dense.meta.asked, level=level, dense_s=dense_s)
+    return results_of(batch, prunings, [hw], [request])
 
 
 def speedup(

@@ -1,15 +1,19 @@
-"""Prune: pure functions from a workload to the workload of the pruned model.
+"""Prune: pure functions from a model to the pruned model, or from a workload to the workload with
+fewer tokens.
 
-A family is one module of this package with a constant ``FAMILY``; no list names it. Numbers are
-rounded to the nearest whole number, halves up, unless a family documents another rule.
+A family is one module of the packages ``static`` and ``dynamic`` with a constant ``FAMILY``; no
+list names it. Static families change the model, which is then lowered again; dynamic families
+change the rows of a workload, because they depend on the tokens of a request. Numbers are rounded
+to the nearest whole number, halves up, unless a family documents another rule.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,9 +21,10 @@ import numpy as np
 
 from simulator.arguments import flag, instance, is_size, shown
 from simulator.arrays import Array, FloatArray, plain
-from simulator.codes import ROLES, Part
 from simulator.display import few
 from simulator.errors import InputError, unknown
+from simulator.models.lower import lower_again
+from simulator.models.model import Model, undivided
 from simulator.pruning._family import (
     GROUPS,
     NESTED,
@@ -30,33 +35,43 @@ from simulator.pruning._family import (
     Family,
     check_fraction,
 )
-from simulator.pruning._rows import (
-    covering,
-    layer_count,
-    merge_runs,
-    projections,
-    sizes_of,
-    weighted,
-    weights,
-)
+from simulator.pruning.dynamic.rows import layer_count, merge_runs, part_weights
 from simulator.request import Applied
 from simulator.workload import Workload
 
-__all__ = ["FAMILIES", "Family", "check_fraction", "general_families", "prune"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "check_fraction",
+    "general_families",
+    "prune",
+    "prune_model",
+    "with_model",
+]
+
+_HERE = Path(__file__).parent
 
 
 class _Families(Mapping[str, Family]):
-    """The modules of this package, each imported when its family is used: most commands use one."""
+    """The modules of the packages ``static`` and ``dynamic``.
 
-    _modules = frozenset(
-        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+    Each is imported when its family is used: most commands use one."""
+
+    _modules = MappingProxyType(
+        {
+            module.name: f"{kind}.{module.name}"
+            for kind in ("static", "dynamic")
+            for module in pkgutil.iter_modules([str(_HERE / kind)])
+            if module.name != "rows"
+        }
     )
     _others = MappingProxyType({"2:4": "semi_structured"})  # other names of families
 
     def __getitem__(self, name: str) -> Family:
         if name not in self:
             raise KeyError(name)
-        family: Family = import_module(f"{__name__}.{self._others.get(name, name)}").FAMILY
+        module = self._modules[self._others.get(name, name)]
+        family: Family = import_module(f"{__name__}.{module}").FAMILY
         return family
 
     def __contains__(self, name: object) -> bool:
@@ -146,52 +161,283 @@ def prune(
 
         steps = read_steps(pruning)
         return prune_steps(workload, steps, ideal=ideal, plan=pruning if is_plan(pruning) else "")
-    if is_size(sparsity) and options.get("fewer", "experts") != "experts":
-        raise InputError(f"option fewer: expected a fraction with it, got {sparsity:g}")
-    if not isinstance(pruning, str) or pruning not in FAMILIES:
-        raise unknown("pruning family", pruning, FAMILIES)
-    chosen = FAMILIES[pruning]
-    pruning = chosen.name
-    for name in options:
-        if name not in chosen.options:
-            raise unknown(
-                f"option of family {pruning}", name, chosen.options, chosen.options or ["none"]
-            )
-    given = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
-    aligned = [s for part in ("", "mlp", "hidden") for s in plain(given.get(part)).ravel() if s]
-    if aligned and all(map(is_size, aligned)) and "align" in chosen.options:
-        options.setdefault("align", 1)  # sizes are not rounded
-    work, choice = _resolve(workload, chosen, sparsity, layers, options.get("budget"))
-    pruned, realised = workload, 0.0
-    if choice.form == "budget" or choice.rows.any():
-        if not chosen.whole and (choice.rows > 0)[work.is_role(*WHOLE)].any():
-            reason = "routed experts, latent attention and delta nets have no such kernels"
+    pruner = Pruner(workload, ideal)
+    pruner.add(FamilyStep.of(pruning, sparsity, layers, options))
+    return pruner.workload()
+
+
+def prune_model(model: Model, pruning: str) -> Model:
+    """Return the pruned model, given a text of ``--prune`` or the path of a plan with static
+    families only."""
+    from simulator.pruning._steps import read_steps, steps_of_families
+
+    for step in steps_of_families(read_steps(pruning), model):
+        if step.family.dynamic:
+            raise InputError(f"{step.family.name}: changes no model, as it depends on the tokens")
+        model, _ = _pruned_model(model, step)
+    return model
+
+
+@dataclass(frozen=True)
+class FamilyStep:
+    """One family with its arguments."""
+
+    family: Family
+    sparsity: Any
+    layers: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # numbers in the dense model of the layers that the step sees; layers that static pruning
+    # removes later keep the numbers of the others
+    numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, name: Any, sparsity: Any, layers: Any, options: Mapping[str, Any]) -> FamilyStep:
+        """Return a step after a check of names and options; InputError otherwise."""
+        if is_size(sparsity) and options.get("fewer", "experts") != "experts":
+            raise InputError(f"option fewer: expected a fraction with it, got {sparsity:g}")
+        if not isinstance(name, str) or name not in FAMILIES:
+            raise unknown("pruning family", name, FAMILIES)
+        family, options = FAMILIES[name], dict(options)
+        for option in options:
+            if option not in family.options:
+                raise unknown(
+                    f"option of family {family.name}",
+                    option,
+                    family.options,
+                    family.options or ["none"],
+                )
+        by_part = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+        aligned = [
+            s for part in ("", "mlp", "hidden") for s in plain(by_part.get(part)).ravel() if s
+        ]
+        if aligned and all(map(is_size, aligned)) and "align" in family.options:
+            options.setdefault("align", 1)  # sizes are not rounded
+        return cls(family, sparsity, layers, options)
+
+    @property
+    def budget(self) -> Any:
+        return self.options.get("budget")
+
+    def renumbered(self, numbers: Sequence[int]) -> FamilyStep | None:
+        """Return the step for the layers that remain, by their numbers in the dense model; None if
+        no listed layer remains."""
+        if tuple(numbers) == self.numbers:
+            return self
+        places = [self.numbers.index(number) for number in numbers]
+        sparsity = self.sparsity
+        if isinstance(sparsity, Mapping):
+            sparsity = {part: _taken(value, places) for part, value in sparsity.items()}
+        layers = self.layers
+        if layers is not None:
+            layers = [i for i, place in enumerate(places) if place in set(layers)]
+            if not layers:
+                return None
+        return replace(
+            self, sparsity=_taken(sparsity, places), layers=layers, numbers=tuple(numbers)
+        )
+
+
+def _taken(value: Any, places: Sequence[int]) -> Any:
+    """Return the entries of a sparsity per layer; another sparsity is returned unchanged."""
+    return [value[i] for i in places] if np.ndim(plain(value)) else value
+
+
+class Pruner:
+    """A workload that is being pruned. Static steps change its model at once; dynamic steps wait
+    until the model is lowered."""
+
+    def __init__(
+        self, workload: Workload, ideal: bool, lowered: Callable[[Model], Workload] | None = None
+    ) -> None:
+        """Start from a workload; ``lowered`` makes the workload of another model (default: that of
+        the request of the workload)."""
+        self.start, self.ideal = workload, ideal
+        self.lower_model = lowered or self._lower_request
+        self.model: Model | None = workload.meta.config
+        self.applied = list(workload.meta.applied)
+        self.waiting: list[tuple[int, str]] = []  # place in applied, and name in errors
+
+    @property
+    def target(self) -> Target:
+        """What a sparsity of the next step refers to."""
+        if self.model is None:
+            return Target.of_rows(self.start)
+        return Target.of_model(self.model)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        if self.model is None:
+            return tuple(range(layer_count(self.start)))
+        return self.model.layer_numbers
+
+    def add(self, step: FamilyStep, label: str = "") -> None:
+        name = step.family.name
+        if step.family.dynamic:
+            self.waiting.append((len(self.applied), label))
+            step = replace(step, numbers=self.numbers)
+            self.applied.append(Applied(name, 0.0, 0.0, (step, self.ideal)))
+            return
+        if self.model is None:
             raise InputError(
-                f"family {pruning}: {reason}; name the projections to prune, such as {{'o': 0.5}}"
+                f"family {name}: expected a workload of simulator.lower, as it changes the model;"
+                " got rows"
             )
-        pruned, realised = chosen.function(work, choice, ideal=ideal, **options)
-        if work is not workload:
+        self.model, step_applied = _pruned_model(self.model, step)
+        self.applied.append(step_applied)
+
+    def workload(self) -> Workload:
+        """Return the pruned workload."""
+        if self.model == self.start.meta.config:
+            w, first = self.start, len(self.start.meta.applied)
+        else:
+            self._check_rows()
+            w, first = self._lowered(), 0
+        labels = dict(self.waiting)
+        for i, entry in enumerate(self.applied):
+            if entry.step is None or i < first:
+                continue
+            step, ideal = entry.step
+            step = step.renumbered(self.numbers)
+            if step is None:
+                continue
+            w = w.replace(meta=replace(w.meta, applied=tuple(self.applied[:i])))
+            try:
+                w, asked, realised = _pruned_rows(w, step, ideal)
+            except InputError as error:
+                raise InputError(": ".join(filter(None, (labels.get(i), str(error))))) from None
+            if i in labels:
+                self.applied[i] = replace(entry, sparsity=asked, realised=realised)
+        return w.replace(meta=replace(w.meta, applied=tuple(self.applied)))
+
+    def _check_rows(self) -> None:
+        """Raise InputError if the rows of the start were changed: lowering again would lose the
+        changes."""
+        start, request = self.start, self.start.meta.request
+        if self.lower_model != self._lower_request or any(one.step for one in start.meta.applied):
+            return
+        again = lower_again(request, start.meta.config, request.ideal)
+        columns = ((getattr(start, name), getattr(again, name)) for name in start.SCHEMA)
+        if len(start) != len(again) or any(
+            one is not other and (one != other).any() for one, other in columns
+        ):
+            raise InputError(
+                "workload: its rows were changed, and static pruning makes the rows of the pruned"
+                " model anew; prune before you change rows"
+            )
+
+    def _lower_request(self, model: Model) -> Workload:
+        request = self.start.meta.request
+        return lower_again(request, model, self.ideal or request.ideal)
+
+    def _lowered(self) -> Workload:
+        request, model = self.start.meta.request, self.model
+        assert model is not None
+        try:
+            w = self.lower_model(model)
+            # the request keeps the dense model
+            return w.replace(meta=replace(w.meta, request=request))
+        except InputError as error:
+            size = undivided(model.layers, request.devices, request.parallel)
+            if size is None or request.parallel == "pipeline":
+                raise
+            raise InputError(f"{error}; {size.nearest(request.devices)}") from None
+
+
+def with_model(workload: Workload, model: Model) -> Workload:
+    """Return the workload of another model, pruned by the same dynamic steps."""
+    pruner = Pruner(workload, False)
+    pruner.model = model
+    return pruner.workload()
+
+
+def _pruned_model(model: Model, step: FamilyStep) -> tuple[Model, Applied]:
+    family = step.family
+    choice = _resolve(Target.of_model(model), step)
+    pruned, realised = model, 0.0
+    if choice.prunes:
+        _check_whole(family, choice)
+        pruned, realised = family.function(model, choice, **step.options)
+    # listed layers are removed exactly
+    asked = realised if step.sparsity is None else choice.asked
+    return pruned, Applied(family.name, asked, realised)
+
+
+def _pruned_rows(w: Workload, step: FamilyStep, ideal: bool) -> tuple[Workload, float, float]:
+    """Return a workload pruned by a dynamic family, and the requested and realised sparsity."""
+    model = w.meta.config
+    target = Target.of_rows(w) if model is None else Target.of_model(model)
+    choice = _resolve(target, step)
+    pruned, realised = w, 0.0
+    if choice.prunes:
+        _check_whole(step.family, choice)
+        work = w.expand() if choice.by_layer else w
+        pruned, realised = step.family.function(work, choice, ideal=ideal, **step.options)
+        if choice.by_layer:
             pruned = merge_runs(pruned)
-    # a budget and listed layers are removed exactly
-    asked = realised if sparsity is None else choice.asked
-    applied = (*workload.meta.applied, Applied(pruning, asked, realised))
-    return pruned.replace(meta=replace(workload.meta, applied=applied))
+    # a budget removes what follows from it
+    return pruned, realised if step.sparsity is None else choice.asked, realised
 
 
-def _resolve(
-    w: Workload, family: Family, sparsity: Any, layers: Any, budget: Any
-) -> tuple[Workload, Choice]:
-    """Return the workload, expanded to one row per layer if layers differ, and the sparsity of its
-    rows."""
-    if budget is not None:
-        for name, given in (("sparsity", sparsity), ("layers", layers)):
+def _check_whole(family: Family, choice: Choice) -> None:
+    if family.whole:
+        return
+    if any(table.any() for (_, role), table in choice.weights.items() if role in WHOLE):
+        reason = "routed experts, latent attention and delta nets have no such kernels"
+        raise InputError(
+            f"family {family.name}: {reason}; name the projections to prune, such as {{'o': 0.5}}"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a sparsity refers to: layers, and weights by part and role, (L,) each."""
+
+    name: str
+    layers: int
+    weights: Mapping[tuple[str, str], FloatArray]
+    model: Model | None = None
+
+    @classmethod
+    def of_model(cls, model: Model) -> Target:
+        return cls(model.name, len(model.layers), model.weight_counts, model)
+
+    @classmethod
+    def of_rows(cls, w: Workload) -> Target:
+        return cls(w.meta.model, layer_count(w), part_weights(w))
+
+    def sizes(self, name: str) -> list[float]:
+        return self.model.sizes(name) if self.model is not None else []
+
+    def share(self, part: str, key: tuple[str, str]) -> bool:
+        """Return whether a part of a request includes a weight."""
+        inside, role = key
+        if part in ONE_SIZE:
+            return True
+        if part in SUBLAYERS:
+            return inside == part
+        if part in NESTED:
+            queries = ("q", "o", "q_b", "kv_b")
+            return role in (queries if part == "heads" else ("k", "v"))
+        return role in GROUPS.get(part, (part,))
+
+    def has(self, part: str) -> bool:
+        if part in NESTED:
+            return any(inside == "attention" for inside, _ in self.weights) or part in ONE_SIZE
+        return any(self.share(part, key) for key in self.weights)
+
+
+def _resolve(target: Target, step: FamilyStep) -> Choice:
+    """Return the sparsity of every layer."""
+    family, sparsity, count = step.family, step.sparsity, target.layers
+    if step.budget is not None:
+        for name, given in (("sparsity", sparsity), ("layers", step.layers)):
             if given is not None:
                 raise InputError(
                     f"option budget: the sparsity follows from it; expected no {name}, got"
                     f" {given!r}"
                 )
-        return w, Choice(np.zeros(len(w)), 0.0, "budget")
-    some = None if layers is None else listed_layers(layers, layer_count(w))
+        return Choice(np.zeros(count), 0.0, "budget")
+    some = None if step.layers is None else listed_layers(step.layers, count)
     if family.layers == "all" and some is not None:
         raise InputError(
             f"family {family.name}: expected no layers, as it prunes all layers equally"
@@ -202,147 +448,130 @@ def _resolve(
         ):
             raise InputError(f"layers: expected a fraction of them, got {value:g}")
     if isinstance(sparsity, Mapping):
-        return _by_part(w, family, sparsity, some)
+        return _by_part(target, family, sparsity, some)
     if np.ndim(plain(sparsity)):
         if some is not None:
             raise InputError("layers: expected no layers with a sparsity by layer")
-        return _by_layer(w, family, sparsity)
-    whole = sparsity is None and family.layers == "some"
-    fraction = (
-        1.0
-        if whole
-        else _removed(w, family, "", family.default if sparsity is None else sparsity, "sparsity")
-    )
-    rows = np.where(w.layer >= 0, fraction, 0.0)
+        return _by_layer(target, family, _fractions(target, family, "", sparsity))
+    fraction = 1.0
+    if sparsity is not None or family.layers != "some":
+        wanted = family.default if sparsity is None else sparsity
+        fraction = _removed(target, family, "", wanted, "sparsity")
+    everywhere = np.full(count, fraction)
     if some is None:
-        return w, Choice(rows, fraction)
+        return Choice(everywhere, fraction, weights=dict.fromkeys(target.weights, everywhere))
     if family.layers == "some":
-        asked = fraction * len(some) / layer_count(w)
+        asked = fraction * len(some) / count
         if asked >= 1.0:
-            raise InputError(f"layers: expected fewer than all {layer_count(w)} layers")
-        return w, Choice(rows, asked, layers=some)
-    return _by_layer(w, family, np.where(np.isin(np.arange(layer_count(w)), some), fraction, 0.0))
+            raise InputError(f"layers: expected fewer than all {count} layers")
+        return Choice(everywhere, asked, layers=some)
+    table = np.where(np.isin(np.arange(count), some), fraction, 0.0)
+    return _by_layer(target, family, table)
 
 
 def listed_layers(layers: Any, many: int) -> Array:
     """Return layer numbers without repeats, which must be from 0 to ``many`` - 1."""
-    found = plain(list(layers) if isinstance(layers, Iterable) else layers)
-    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
+    numbers = plain(list(layers) if isinstance(layers, Iterable) else layers)
+    if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
         raise InputError(f"layers: expected layer numbers, got {shown(layers)}")
-    if wrong := [int(i) for i in found if not 0 <= i < many]:
+    if wrong := [int(i) for i in numbers if not 0 <= i < many]:
         raise InputError(f"layers: expected numbers from 0 to {many - 1}, got {wrong[0]}")
-    return np.unique(found)
+    return np.unique(numbers)
 
 
-def _by_layer(w: Workload, family: Family, sparsity: Any) -> tuple[Workload, Choice]:
+def _by_layer(target: Target, family: Family, table: FloatArray) -> Choice:
     if family.layers != "each":
         raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
-    table = _fractions(w, family, "", sparsity)
-    wide = w.expand()
-    rows = np.where(wide.layer >= 0, table[np.maximum(wide.layer, 0)], 0.0)
-    return wide, Choice(rows, float(table.mean()), "layer")
+    weights = dict.fromkeys(target.weights, table)
+    return Choice(table, float(table.mean()), "layer", weights=weights, by_layer=True)
 
 
-def _removed(w: Workload, family: Family, part: str, value: Any, where: str) -> float:
+def _removed(target: Target, family: Family, part: str, value: Any, where: str) -> float:
     """Return a removed fraction; a whole number above 1 is the size of the part that remains."""
     if not is_size(value) or not family.sizes(part):
         return check_fraction(value, where)
-    found = [(name, size) for name in family.sizes(part) for size in sizes_of(w, name)]
-    name, size = found[0] if found else ("", 0)
-    if len(found) != 1:
+    known = [(name, size) for name in family.sizes(part) for size in target.sizes(name)]
+    name, size = known[0] if known else ("", 0)
+    if len(known) != 1:
         several = (
-            few(f"{name} {size:,}" for name, size in found)
+            few(f"{name} {size:,}" for name, size in known)
             or f"no {' or '.join(family.sizes(part))}"
         )
-        return check_fraction(value, where, f", as {w.meta.model} has {several}")
+        return check_fraction(value, where, f", as {target.name} has {several}")
     if value > size:
         return check_fraction(value, where, f", or the remaining {name}, at most {size:,}")
     return 1.0 - float(value) / size
 
 
-def _fractions(w: Workload, family: Family, part: str, sparsity: Any) -> FloatArray:
-    layers, of = layer_count(w), part and f" of {part}"
-    if np.shape(plain(sparsity)) != (layers,):
-        expected = f"expected {layers} fractions, one per layer of this model"
+def _fractions(target: Target, family: Family, part: str, sparsity: Any) -> FloatArray:
+    of = part and f" of {part}"
+    if family.layers != "each":
+        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
+    if np.shape(plain(sparsity)) != (target.layers,):
+        expected = f"expected {target.layers} fractions, one per layer of this model"
         raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
     return np.array(
         [
-            _removed(w, family, part, s, f"sparsity{of} of layer {i}:")
+            _removed(target, family, part, s, f"sparsity{of} of layer {i}:")
             for i, s in enumerate(sparsity)
         ]
     )
 
 
 def _by_part(
-    w: Workload, family: Family, sparsity: Mapping[str, Any], some: Array | None
-) -> tuple[Workload, Choice]:
+    target: Target, family: Family, sparsity: Mapping[str, Any], some: Array | None
+) -> Choice:
     if not family.targets:
         raise InputError(f"family {family.name}: expected one fraction, got a sparsity by part")
     if not sparsity:
         raise InputError(
             f"sparsity by part: expected some of {', '.join(family.targets)}, got none"
         )
-    if any(np.ndim(plain(s)) for s in sparsity.values()) or (
-        some is not None and family.layers == "each"
-    ):
-        w = w.expand()
-    parts, count = {}, layer_count(w)
-    keep, removed = np.ones(len(w)), np.zeros(len(w))
-    # the widest first
-    for name in sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS)):
-        if name not in family.targets:
-            raise unknown(f"part (for family {family.name})", name, family.targets)
-        if np.ndim(plain(sparsity[name])):
-            if family.layers != "each" or name in ONE_SIZE:
-                raise InputError(
-                    f"sparsity of {name}: expected one fraction, got a sparsity by layer"
-                )
-            table = _fractions(w, family, name, sparsity[name])
-        else:
-            table = np.full(
-                count, _removed(w, family, name, sparsity[name], f"sparsity of {name}:")
-            )
-        if some is not None and family.layers == "each":
-            if name in ONE_SIZE:
-                raise InputError(
-                    f"sparsity of {name}: expected no layers, as all layers have one size"
-                )
-            table[~np.isin(np.arange(count), some)] = 0.0
-        rows = np.where(w.layer >= 0, table[np.maximum(w.layer, 0)], 0.0)
-        share = _share(w, name)
-        if not share.any():
-            has = dict.fromkeys(ROLES[code] for code in w.role[projections(w)])
-            raise InputError(
-                f"sparsity of {name}: this workload has no such projection; it has {', '.join(has)}"
-            )
-        parts[name] = np.where(share > 0, rows, 0.0)
-        if name in NESTED:
-            keep *= 1.0 - rows * share
-        else:
-            removed = np.where(share > 0, rows, removed)
-    rows = 1.0 - (1.0 - removed) * keep if keep.min(initial=1.0) < 1.0 else removed
-    weight = np.where(weighted(w), weights(w), 0.0)
-    asked = float(weight @ rows / weight.sum()) if weight.sum() > 0 else float(np.mean(rows))
+    # the widest first, as the entry of a projection overrides that of its group
+    names = sorted(sparsity, key=lambda name: (name not in SUBLAYERS, name not in GROUPS))
+    parts = {name: _part_table(target, family, name, sparsity[name], some) for name in names}
+    weights: dict[tuple[str, str], FloatArray] = {}
+    for key in target.weights:
+        table, keep = np.zeros(target.layers), np.ones(target.layers)
+        for name, fractions in parts.items():
+            if not target.share(name, key):
+                continue
+            if name in NESTED:  # removes a share of the rest
+                keep = keep * (1.0 - fractions)
+            else:
+                table = fractions
+        weights[key] = 1.0 - (1.0 - table) * keep
+    total = sum(float(counts.sum()) for counts in target.weights.values())
+    asked = sum(float(target.weights[key] @ table) for key, table in weights.items())
+    asked = asked / total if total > 0 else float(np.mean(list(parts.values())))
     if some is not None and family.layers == "some":
-        asked *= len(some) / count
-    return w, Choice(rows, asked, "part", parts, some if family.layers == "some" else None)
+        asked *= len(some) / target.layers
+    by_layer = some is not None and family.layers == "each"
+    by_layer |= any(np.ndim(plain(fraction)) for fraction in sparsity.values())
+    listed = some if family.layers == "some" else None
+    return Choice(np.zeros(target.layers), asked, "part", parts, weights, listed, by_layer)
 
 
-def _share(w: Workload, part: str) -> FloatArray:
-    if part in SUBLAYERS:
-        return np.where((w.layer >= 0) & (w.part == Part[part.upper()]), 1.0, 0.0)
-    if part in ONE_SIZE:
-        return np.where(w.layer >= 0, 1.0, 0.0)
-    if part not in NESTED:
-        return np.where(projections(w, *GROUPS.get(part, (part,))), 1.0, 0.0)
-    attention = w.is_attention
-    heads, groups = (covering(w, attention, x.astype(np.float64)) for x in (w.heads, w.kv_heads))
-    fused = np.maximum(heads + 2.0 * groups, 1.0)
-    queries = ("q", "o", "q_b", "kv_b", "absorb_k", "absorb_v", "quantize_heads")
-    alone = queries if part == "heads" else ("k", "v")
-    whole = (attention | w.is_role(*alone, "rotary", "qk_norm", "cache_write")) & (w.layer >= 0)
-    return np.where(
-        w.is_role("qkv"),
-        (heads if part == "heads" else 2.0 * groups) / fused,
-        np.where(whole, 1.0, 0.0),
-    )
+def _part_table(
+    target: Target, family: Family, name: str, sparsity: Any, some: Array | None
+) -> FloatArray:
+    """Return the sparsity of a part in every layer."""
+    if name not in family.targets:
+        raise unknown(f"part (for family {family.name})", name, family.targets)
+    if np.ndim(plain(sparsity)):
+        if family.layers != "each" or name in ONE_SIZE:
+            raise InputError(f"sparsity of {name}: expected one fraction, got a sparsity by layer")
+        table = _fractions(target, family, name, sparsity)
+    else:
+        fraction = _removed(target, family, name, sparsity, f"sparsity of {name}:")
+        table = np.full(target.layers, fraction)
+    if some is not None and family.layers == "each":
+        if name in ONE_SIZE:
+            raise InputError(f"sparsity of {name}: expected no layers, as all layers have one size")
+        table[~np.isin(np.arange(target.layers), some)] = 0.0
+    if not target.has(name):
+        roles = dict.fromkeys(role for _, role in target.weights)
+        raise InputError(
+            f"sparsity of {name}: this model has no such projection; it has {', '.join(roles)}"
+        )
+    return table

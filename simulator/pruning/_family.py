@@ -1,18 +1,21 @@
-"""Define a pruning family, the sparsity of each row, and checks of options."""
+"""Define a pruning family, the sparsity of each layer, and checks of options."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from simulator.arrays import Array
-from simulator.codes import PHASES
+from simulator.arrays import Array, FloatArray
+from simulator.codes import PHASES, Part
 from simulator.display import Displayed
 from simulator.errors import InputError
+from simulator.models.form import ZEROS, Form
+from simulator.models.model import PART_NAMES, Layer, Model
+from simulator.models.sublayers import Sublayer
 from simulator.workload import Workload
 
 QKV: tuple[str, ...] = ("q", "k", "v", "qkv")
@@ -21,6 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": (*QKV, "o"),
     "mlp": ("gate", "up", "gate_up", "down"),
     "qkv": QKV,
+    "gate_up": ("gate", "up", "gate_up"),
 }
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 # parts of width that remove a share of the rest of other parts
@@ -29,39 +33,66 @@ ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layer
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 # weights of latent attention, experts and delta nets, which only families that remove heads,
 # channels or more prune
-LATENT: tuple[str, ...] = ("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v")
-WHOLE: tuple[str, ...] = (*LATENT, "experts", "delta_in", "delta_ba")
+WHOLE: tuple[str, ...] = ("q_a", "kv_a", "q_b", "kv_b", "experts", "delta_in", "delta_ba")
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
 
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
-Pruned = tuple[Workload, float]  # the pruned workload, and its realised sparsity
 
 
 @dataclass(frozen=True)
 class Choice:
-    # sparsity of every row, in [0, 1); 0 outside the layers and for parts that are not named
-    rows: Array
-    # the fraction, or the mean of several over the layers or over the weights in the layers
-    asked: float
-    # form of the argument: scalar, part, layer, or budget (``rows`` are 0: the family computes
+    """The sparsity of every layer, in [0, 1)."""
+
+    fractions: FloatArray  # (L,) without parts
+    asked: float  # the fraction, or the mean of several over the layers or over the weights
+    # form of the argument: scalar, part, layer, or budget (fractions are 0: the family computes
     # them)
     form: str = "scalar"
-    # sparsity of every row by the name of the part
-    parts: Mapping[str, Array] = field(default_factory=dict)
+    parts: Mapping[str, FloatArray] = field(default_factory=dict)  # (L,) by the name of the part
+    # (L,) by part and role of a weight; without parts all weights have the fractions
+    weights: Mapping[tuple[str, str], FloatArray] = field(default_factory=dict)
     layers: Array | None = None  # layers from which a family selects whole layers; None: all
+    by_layer: bool = False  # whether layers can differ
 
-    def of(self, part: str) -> Array:
-        """Return the sparsity of every row for a part; without parts it applies to attention and
+    def of(self, part: str) -> FloatArray:
+        """Return the sparsity of every layer for a part; without parts it applies to attention and
         MLP."""
         if self.form == "part" or part not in SUBLAYERS:
-            return self.parts.get(part, np.zeros(len(self.rows)))
-        return self.rows
+            return self.parts.get(part, np.zeros(len(self.fractions)))
+        return self.fractions
+
+    def of_weight(self, part: str, role: str) -> FloatArray:
+        """Return the sparsity of a weight in every layer."""
+        return self.weights.get((part, role), np.zeros(len(self.fractions)))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is removed, or a budget decides."""
+        some = self.form == "budget" or self.fractions.any()
+        return bool(some or any(part.any() for part in self.parts.values()))
+
+    def rows(self, w: Workload) -> FloatArray:
+        """Return the sparsity of every row of a workload, 0 outside the layers."""
+        layer = np.maximum(w.layer, 0)
+        tables = {
+            Part.ATTENTION: self.of("attention"),
+            Part.MLP: self.of("mlp"),
+        }
+        out = np.zeros(len(w))
+        for part, table in tables.items():
+            inside = (w.layer >= 0) & (w.part == part)
+            out[inside] = table[layer[inside]]
+        return out
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Family(Displayed):
-    """A way to prune a decoder: ``function(workload, choice, *, ideal, **options)`` defines its
-    name and options."""
+    """A way to prune a decoder.
+
+    The function of a static family maps a model to a model, ``function(model, choice, **options)``;
+    that of a dynamic family maps a workload to a workload, ``function(workload, choice, *, ideal,
+    **options)``. Both return the realised sparsity too. The function defines name and options.
+    """
 
     name: str = field(init=False)
     axis: str  # logical GEMM dimension that it changes
@@ -72,13 +103,13 @@ class Family(Displayed):
     # sizes depend on the tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
     summary: str
-    function: Callable[..., Pruned] = field(repr=False)
+    function: Callable[..., tuple[Any, float]] = field(repr=False)
     order: int  # place in tables
     options: Mapping[str, Any] = field(init=False)  # option -> default
     support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
     targets: tuple[str, ...] = ()  # names of parts in a sparsity per part
     whole: bool = True  # whether it also prunes weights of WHOLE
-    needs: str = ""  # field of the configuration that a model must have
+    needs: str = ""  # property of the model that it must have
     # "each": layers can have different sparsities; "some": the family removes whole layers, from a
     # list if one is given; "all": all layers are pruned equally
     layers: str = "each"
@@ -135,3 +166,73 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if not isinstance(value, str | int) or isinstance(value, bool) or value not in choices:
         raise InputError(f"option {name}: expected {' or '.join(map(str, choices))}, got {value!r}")
     return value
+
+
+def rounded(share: float, size: float) -> int:
+    """Return ``share`` of ``size``, rounded to the nearest whole number (halves up)."""
+    return math.floor(share * size + 0.5)
+
+
+def changed(model: Model, change: Callable[..., Layer], *tables: FloatArray) -> Model:
+    """Return the model with every layer changed by ``change(layer, *values)``, with the values of
+    tables (L,). Equal layers with equal values are changed once."""
+    known: dict[Any, Layer] = {}
+    layers = []
+    for layer, *values in zip(model.layers, *(table.tolist() for table in tables)):
+        key = (layer, *values)
+        if key not in known:
+            known[key] = change(layer, *values)
+        layers.append(known[key])
+    return replace(model, layers=tuple(layers))
+
+
+def changed_weights(
+    model: Model, choice: Choice, change: Callable[[Form, float, int, int], Form]
+) -> Model:
+    """Return the model with other forms of the projections that a choice names: ``change(form,
+    share, outputs, inputs)``."""
+    keys = [key for key in choice.weights if choice.weights[key].any()]
+
+    def with_forms(layer: Layer, *shares: float) -> Layer:
+        by_key = dict(zip(keys, shares))
+
+        def formed(sublayer: Sublayer) -> Sublayer:
+            forms = {}
+            for role, (n, k) in sublayer.weights(model.hidden).items():
+                share = by_key.get((PART_NAMES[sublayer.part], role), 0.0)
+                if role in PROJECTIONS and share > 0:
+                    forms[role] = change(sublayer.form(role), share, n, k)
+            return sublayer.with_forms(forms) if forms else sublayer
+
+        return layer.each(formed)
+
+    return changed(model, with_forms, *(choice.weights[key] for key in keys))
+
+
+def with_zeros(
+    model: Model,
+    choice: Choice,
+    zeros: str,
+    name: str,
+    check: Callable[[float], None] = lambda share: None,
+) -> Model:
+    """Return the model with shares of its projections set to zero."""
+
+    def zeroed(form: Form, share: float, n: int, k: int) -> Form:
+        check(share)
+        if form.zeros or model.declared == "2:4":
+            kind = ZEROS[form.zeros or "2:4"].name.lower()
+            raise InputError(
+                f"{name}: expected dense projections, got sparse ones ({kind}); set zeros only once"
+            )
+        return replace(form, zeros=zeros, density=form.density * (1.0 - share))
+
+    return changed_weights(model, choice, zeroed)
+
+
+def weights_removed(model: Model, pruned: Model) -> float:
+    return removed(model.weights, pruned.weights)
+
+
+def removed(before: float, after: float) -> float:
+    return max(0.0, 1.0 - after / before) if before > 0 else 0.0

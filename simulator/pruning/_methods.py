@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.codes import PHASES, Part
+from simulator.codes import PHASES
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
-from simulator.pruning import FAMILIES, prune
+from simulator.pruning import FAMILIES, FamilyStep, Pruner, Target
 from simulator.pruning._family import check_fraction
-from simulator.pruning._rows import layer_count, weighted, weights
 from simulator.workload import Workload
 
-# function from the requested sparsity and the dense workload to the sparsity of each family
-Form = Callable[[float, Workload], tuple[Any, ...]]
+# function from the requested sparsity and the model to the sparsity of each family
+Form = Callable[[float, Target], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -57,23 +56,24 @@ class Method(Displayed):
     ) -> Workload:
         """Return the pruned workload; the sparsity is that of the whole model, None for a method
         with a budget."""
-        for family, part, options in self.families_of(workload, sparsity):
-            workload = prune(workload, family, part, ideal=ideal, **options)
-        return workload
+        pruner = Pruner(workload, ideal)
+        for family, part, options in self.families_of(pruner.target, sparsity, workload.meta.phase):
+            pruner.add(FamilyStep.of(family, part, None, options))
+        return pruner.workload()
 
     def families_of(
-        self, workload: Workload, sparsity: float | None
+        self, target: Target, sparsity: float | None, phase: str = ""
     ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-        """Yield the families that prune a workload, with the sparsity and the options of each."""
-        phase = workload.meta.phase
-        if phase not in self.phases:
+        """Yield the families that prune a model, with the sparsity and the options of each;
+        ``phase`` is that of the request."""
+        if phase and phase not in self.phases:
             raise InputError(
                 f"{self.name}: expected --phase {' or '.join(self.phases)}, got {phase}"
             )
-        for name, part in zip(self.family.split("+"), self._forms(sparsity, workload)):
+        for name, part in zip(self.family.split("+"), self._forms(sparsity, target)):
             yield name, part, {o: v for o, v in self.options.items() if o in FAMILIES[name].options}
 
-    def _forms(self, requested: float | None, w: Workload) -> tuple[Any, ...]:
+    def _forms(self, requested: float | None, target: Target) -> tuple[Any, ...]:
         if self.budget is not None:
             if requested is not None:
                 follows = f"it keeps {self.budget} tokens, so its sparsity follows from the length"
@@ -81,11 +81,11 @@ class Method(Displayed):
             return (None,)
         sparsity = check_fraction(requested)
         if self.form is not None:
-            return self.form(sparsity, w)
+            return self.form(sparsity, target)
         if self.layers is None:
             many = self.family.count("+") + 1
             return (1.0 - (1.0 - sparsity) ** (1.0 / many) if many > 1 else sparsity,) * many
-        of, table = layer_count(w), np.zeros(layer_count(w))
+        of, table = target.layers, np.zeros(target.layers)
         some = len(table[self.layers])
         if sparsity * of >= some:
             expected = f"expected less than {some / of:.3g}, as it prunes {some} of {of} layers"
@@ -100,21 +100,20 @@ def load_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _hidden_and_inner(sparsity: float, w: Workload) -> tuple[Any, ...]:
+def _hidden_and_inner(sparsity: float, target: Target) -> tuple[Any, ...]:
     """Scale hidden size and inner width by r and keep the heads: attention keeps r of its weights,
     the MLP r^2."""
-    inside = weighted(w)
-    attention = float(
-        weights(w)[inside & (w.part == Part.ATTENTION)].sum() / weights(w)[inside].sum()
-    )
+    sums = {key: float(counts.sum()) for key, counts in target.weights.items()}
+    attention = sum(count for (part, _), count in sums.items() if part == "attention")
+    attention /= sum(sums.values())
     mlp = 1.0 - attention
     r = (math.sqrt(attention**2 + 4.0 * mlp * (1.0 - sparsity)) - attention) / (2.0 * mlp)
     return 1.0 - r, {"mlp": 1.0 - r}
 
 
-def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
+def _pyramid(sparsity: float, target: Target) -> tuple[Any, ...]:
     """Use four equal stages with 1, r, r^2 and r^3 of the tokens; their mean is 1 - sparsity."""
-    layers = layer_count(w)
+    layers = target.layers
     if sparsity >= 0.75:
         raise InputError(
             f"pyramiddrop at sparsity {sparsity:g}: expected less than 0.75, as its first stage is"
@@ -123,10 +122,10 @@ def _pyramid(sparsity: float, w: Workload) -> tuple[Any, ...]:
     return (_decay(4 * np.arange(layers) // layers, sparsity),)
 
 
-def _exits(sparsity: float, w: Workload) -> tuple[Any, ...]:
+def _exits(sparsity: float, target: Target) -> tuple[Any, ...]:
     """Let the same share of the remaining tokens exit after every layer; the last layer has no
     exit."""
-    layers = layer_count(w)
+    layers = target.layers
     if sparsity > 1.0 - 1.0 / layers:
         expected = (
             f"expected at most {1.0 - 1.0 / layers:.3g}, as every token computes the first of"

@@ -19,7 +19,7 @@ fraction (``0.25``, ``25%``) or fractions by part (``mlp=0.3``), then ``layers=4
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,9 @@ from simulator.arrays import FloatArray
 from simulator.display import consecutive
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, path_of, read_text
-from simulator.pruning import FAMILIES, Family, listed_layers, prune
+from simulator.models.model import Model
+from simulator.pruning import FAMILIES, Family, FamilyStep, Pruner, Target, listed_layers
 from simulator.pruning._family import SUBLAYERS, check_fraction, one_of
-from simulator.pruning._rows import layer_count
 from simulator.units import parse_fraction, parse_value
 from simulator.workload import Workload
 
@@ -56,9 +56,9 @@ class PruningStep:
     def __str__(self) -> str:
         parts, sparsity = [self.name], _argument(self.sparsity)
         if isinstance(sparsity, dict):
-            parts += [f"{part}={fraction:.9g}" for part, fraction in sparsity.items()]
+            parts += [f"{part}={_sparsity_text(value)}" for part, value in sparsity.items()]
         elif sparsity is not None:
-            parts.append(f"{sparsity:.9g}")
+            parts.append(_sparsity_text(sparsity))
         if self.layers is not None:
             parts.append(f"layers={','.join(consecutive(self.layers))}")
         parts += [
@@ -95,29 +95,20 @@ class PruningStep:
                 raise InputError(f"{self.name}: expected a fraction such as {self.name} 0.25")
         return sparsity
 
-    def by_family(self, workload: Workload) -> tuple[PruningStep, ...]:
-        """Return the step of each family that a method applies to a workload; a step of a family is
+    def by_family(self, target: Target, phase: str = "") -> tuple[PruningStep, ...]:
+        """Return the step of each family that a method applies in a phase; a step of a family is
         returned."""
         method = _method(self.name)
         if method is None:
             return (self,)
-        found = method.families_of(workload, _argument(self.sparsity))
         return tuple(
-            PruningStep(name, _hashable(part), None, tuple(sorted(own.items())))
-            for name, part, own in found
+            PruningStep(name, _hashable(part), None, tuple(sorted(options.items())))
+            for name, part, options in method.families_of(target, _argument(self.sparsity), phase)
         )
 
-    def apply(self, workload: Workload, *, ideal: bool = False) -> Workload:
-        for step in self.by_family(workload):
-            workload = prune(
-                workload,
-                step.name,
-                step.argument,
-                layers=step.layers,
-                ideal=ideal,
-                **dict(step.options),
-            )
-        return workload
+    @property
+    def of_family(self) -> FamilyStep:
+        return FamilyStep.of(self.name, self.argument, self.layers, dict(self.options))
 
 
 def _method(name: str) -> Method | None:
@@ -141,27 +132,48 @@ def _argument(sparsity: Sparsity) -> Any:
     return dict(found) if isinstance(found, tuple) and isinstance(found[0], tuple) else found
 
 
+def _sparsity_text(sparsity: float | tuple[float, ...]) -> str:
+    return "by layer" if isinstance(sparsity, tuple) else f"{sparsity:.9g}"
+
+
 def prune_steps(
-    workload: Workload, steps: Sequence[PruningStep], *, ideal: bool = False, plan: str = ""
+    workload: Workload,
+    steps: Sequence[PruningStep],
+    *,
+    ideal: bool = False,
+    plan: str = "",
+    named: bool = True,
+    lowered: Callable[[Model], Workload] | None = None,
 ) -> Workload:
-    """Return the workload pruned by steps. Errors name the step, and the plan that contains the
-    steps."""
-    step: PruningStep | None = None
+    """Return the workload pruned by steps. Errors name the step if ``named``, and the plan that
+    contains the steps. ``lowered`` makes the workload of a pruned model."""
+    pruner = Pruner(workload, ideal, lowered)
+    place = ""
     try:
-        for step in in_order(steps, workload):
-            workload = step.apply(workload, ideal=ideal)
+        for step in in_order(steps, pruner.target.layers):
+            place = str(step) if named else ""
+            for one in step.by_family(pruner.target, workload.meta.phase):
+                pruner.add(one.of_family, place)
+        place = ""
+        return pruner.workload()
     except InputError as error:
-        raise InputError(": ".join(str(part) for part in (plan, step, error) if part)) from None
-    return workload
+        raise InputError(": ".join(filter(None, (plan, place, str(error))))) from None
 
 
-def in_order(steps: Sequence[PruningStep], workload: Workload) -> Iterator[PruningStep]:
-    """Yield the steps in the order in which they prune a workload: those that remove layers are
-    last."""
+def steps_of_families(steps: Sequence[PruningStep], model: Model) -> Iterator[FamilyStep]:
+    """Yield the steps of families that prune a model, in their order."""
+    for step in in_order(steps, len(model.layers)):
+        for one in step.by_family(Target.of_model(model)):
+            yield one.of_family
+
+
+def in_order(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
+    """Yield the steps in the order in which they prune a model of ``layers``: those that remove
+    layers are last."""
     keeping = [step for step in steps if not step.removes_layers]
     listed = [step for step in steps if step.removes_layers and step.layers is not None]
     rest = [step for step in steps if step.removes_layers and step.layers is None]
-    yield from (*_joined(keeping, layer_count(workload)), *_renumbered(listed), *rest)
+    yield from (*_joined(keeping, layers), *_renumbered(listed), *rest)
 
 
 def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:

@@ -122,8 +122,8 @@ class Uncertainty:
 
 def in_order(errors: Sequence[tuple[Any, Uncertainty]], size: int) -> Uncertainty:
     """Return the errors of all rows, in their order, from errors of parts of the rows."""
-    at = np.concatenate([np.arange(size)[rows] for rows, _ in errors])
-    return Uncertainty.joined([error for _, error in errors], np.argsort(at))
+    index = np.concatenate([np.arange(size)[rows] for rows, _ in errors])
+    return Uncertainty.joined([error for _, error in errors], np.argsort(index))
 
 
 class Scales(NamedTuple):
@@ -179,8 +179,8 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     independent *= scale**2
     # the correlated error stays: in a pass, other operators affect the time
     if e.measured is not None:
-        at = e.measured.rows.ravel()
-        systematic[:, at], independent[at] = 0.0, (e.measured.log_half / COVERAGE_FACTOR) ** 2
+        rows = e.measured.rows.ravel()
+        systematic[:, rows], independent[rows] = 0.0, (e.measured.log_half / COVERAGE_FACTOR) ** 2
     return Uncertainty(names, systematic, correlated, independent, e.coordinates, e.kind)
 
 
@@ -246,8 +246,8 @@ def _coverage_factor(z: Array) -> float:
     count = len(z)
     if not count:
         return COVERAGE_FACTOR
-    at = min(count - 1, int(np.ceil(0.9 * (count + 1))) - 1)
-    return float((count * np.sort(z)[at] + PRIOR_ROWS * COVERAGE_FACTOR) / (count + PRIOR_ROWS))
+    place = min(count - 1, int(np.ceil(0.9 * (count + 1))) - 1)
+    return float((count * np.sort(z)[place] + PRIOR_ROWS * COVERAGE_FACTOR) / (count + PRIOR_ROWS))
 
 
 @dataclass(frozen=True)

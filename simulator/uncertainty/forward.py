@@ -7,6 +7,7 @@ the time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import instance
-from simulator.arrays import Array
-from simulator.codes import Kernel
+from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.codes import COLLECTIVE, Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
-from simulator.hardware.profile import HardwareProfile
+from simulator.hardware.profile import EngineTimes, HardwareProfile
 from simulator.operators import BY_CODE
+from simulator.operators.base import BOTTLENECKS
 from simulator.passes import (
-    ForwardPass,
     Host,
     engine_factors,
     estimates,
@@ -47,10 +48,11 @@ from simulator.uncertainty.operators import (
     OperatorTimes,
     empty_times,
     most_likely,
-    predicted,
+    operator_time,
 )
-from simulator.workload import Workload, WorkloadBatch
+from simulator.workload import Workload, WorkloadBatch, sums
 
+_HOST, _LAUNCH = map(BOTTLENECKS.index, ("host", "launch"))
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
 _CHUNK = 64  # few enough for the second-level cache
 
@@ -60,14 +62,12 @@ Errors = list[tuple[Any, Uncertainty]]
 
 def operator_times(
     w: Workload, hw: HardwareProfile, level: float = 0.9, engine: Engine | None = None
-) -> tuple[OperatorTimes, Errors]:
-    """Return the time of one execution of every row and the errors. With an ``engine``, times of
-    GEMMs include :func:`simulator.passes.engine_factors`."""
+) -> OperatorTimes:
+    """Return the time of one execution of every row. With an ``engine``, times of GEMMs include
+    :func:`simulator.passes.engine_factors`."""
     columns = empty_times(len(w))
-    errors: Errors = []
     for rows, e in estimates(w, w.operators(), hw):
-        times, uncertainty = predicted(e, hw, level)
-        errors.append((rows, uncertainty))
+        times = operator_time(e, hw, level)
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
     if engine is not None:
@@ -76,93 +76,195 @@ def operator_times(
         )
         for name in ("seconds", "lower", "upper"):
             columns[name] = columns[name] * factor
-    return OperatorTimes(**columns), errors
+    return OperatorTimes(**columns)
 
 
 @dataclass(frozen=True)
-class PredictedPass(ForwardPass):
-    """A forward pass with prediction intervals and errors of its operators."""
+class PredictedPass:
+    """Forward passes of a batch of workloads on a device in an engine, s, with the errors of their
+    operators. Times of rows and groups include all executions, and all kernels of an operator that
+    is not fused."""
 
+    workloads: WorkloadBatch
+    hw: HardwareProfile  # as the engine uses it
+    engine: Engine
+    bottleneck_of_row: NDArray[Any]  # code
+    streams: FloatArray  # how often each row's kernels stream its data
+    row_s: FloatArray  # on the device
+    group_s: FloatArray  # (W, G) sums of the rows and of the gaps
+    group_gap_s: FloatArray  # (W, G) between the kernels, idle or the host's
+    host: Host
     errors: Errors  # errors of one execution of the main kernel of each distinct shape of the batch
     level: float  # level of the intervals of :attr:`time`
+
+    @property
+    def gap_s(self) -> FloatArray:
+        """Time (W,) between the kernels."""
+        return np.asarray(self.group_gap_s.sum(axis=1))
+
+    @cached_property
+    def device_s(self) -> FloatArray:
+        """Time (W,) of the kernels and gaps."""
+        return np.asarray(self.group_s.sum(axis=1))
+
+    def at(self, work: Any, passes: Any) -> tuple[FloatArray, FloatArray]:
+        """Return the time (..., W) on hosts (...) that are ``work`` and ``passes`` standard
+        deviations slower than the typical host, and the share of the time that follows the
+        device."""
+        total, shown = self.host.total(self.group_s, self.workloads.groups.segment, work, passes)
+        total = total.sum(axis=-1)
+        return total, shown.sum(axis=-1) / np.maximum(total, 1e-300)
+
+    @cached_property
+    def _typical(self) -> tuple[FloatArray, FloatArray]:
+        """Time by phase on the typical host, and the time that follows the device."""
+        return self.host.total(self.group_s, self.workloads.groups.segment)
+
+    @property
+    def phase_s(self) -> FloatArray:
+        """Time (W, 2) by phase, prefill and decode."""
+        return self._typical[0]
+
+    @cached_property
+    def total_s(self) -> FloatArray:
+        return np.asarray(self.phase_s.sum(axis=1))
+
+    @property
+    def host_s(self) -> FloatArray:
+        """Time (W,) of the host to launch and to schedule, hidden time included."""
+        return np.asarray(sum(self.host.spent()))
+
+    @cached_property
+    def device_share(self) -> FloatArray:
+        """Share (W,) of the time that follows the device."""
+        return np.asarray(self._typical[1].sum(axis=1) / np.maximum(self.total_s, 1e-300))
+
+    @property
+    def ideal_s(self) -> FloatArray:
+        """Datasheet roofline of each row if its kernel used every zero; for a collective, that of
+        its link."""
+        w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
+        # formats that the device does not compute in have no arithmetic time
+        compute_s = self.workloads.flops * hw.flop_s[w.dtype]
+        out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
+        between = w.kind == COLLECTIVE
+        if hw.link is None or not np.count_nonzero(between):
+            return out
+        return np.where(
+            between,
+            w.read_bytes * w.count / hw.link.between(w.meta.devices).bandwidth_bytes_per_s,
+            out,
+        )
+
+    @property
+    def host_bound(self) -> BoolArray:
+        """Whether the host takes most of the time (W,)."""
+        return np.asarray(self.device_share < 0.5)
+
+    @property
+    def bottleneck(self) -> tuple[NDArray[np.int8], FloatArray]:
+        """Codes (W,) of the bottlenecks with the largest share of the time, and these shares."""
+        cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
+        share = sums(cell, self.row_s, (len(self.workloads), len(BOTTLENECKS)))
+        share[:, _LAUNCH] += self.gap_s
+        share *= (self.device_share / np.maximum(share.sum(axis=1), 1e-300))[:, None]
+        share[:, _HOST] += 1.0 - self.device_share
+        return share.argmax(axis=1).astype(np.int8), share.max(axis=1)
 
     @cached_property
     def time(self) -> OperatorTimes:
         """One execution of each row; the roofline is that of a fused kernel."""
         shapes, which = self.workloads.shapes
-        each, _ = operator_times(shapes, self.hw, self.level, self.engine)
+        each = operator_times(shapes, self.hw, self.level, self.engine)
         of_row = {name: getattr(each, name)[which] for name in TIMES}
         return OperatorTimes(
             **of_row | {name: of_row[name] * self.streams for name in ("seconds", "lower", "upper")}
         )
 
     @cached_property
+    def share(self) -> FloatArray:
+        """Share of each row in the time of its pass on the device."""
+        return self.row_s / np.maximum(self.device_s, 1e-300)[self.workloads.owner]
+
+    @cached_property
     def uncertainty(self) -> PassUncertainty:
-        workloads, groups, (shapes, which) = (
-            self.workloads,
-            self.workloads.groups,
-            self.workloads.shapes,
-        )
-        device = np.maximum(self.device_s, 1e-300)
-        share, size = self.row_s / device[workloads.owner], len(shapes)
-        correlated, independent = np.zeros((2, size))
-        coordinates = np.zeros((3, size))
-        names = {
-            name: i
-            for i, name in enumerate(
-                dict.fromkeys(n for _, error in self.errors for n in error.factors)
-            )
-        }
-        factors = np.zeros((len(names), size))
-        for rows, error in self.errors:
-            correlated[rows], independent[rows] = error.correlated, error.independent
-            coordinates[:, rows] = error.coordinates.T
-            factors[np.array([names[name] for name in error.factors])[:, None], rows] = (
-                error.systematic
-            )
-        variance = correlated * correlated + independent + (factors * factors).sum(axis=0)
-        systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
-        of_row = np.add.reduceat(share * factors[:, which], workloads.starts, axis=1)
-        systematic[:, [FACTOR_INDEX[name] for name in names]] = of_row.T
-        systematic[:, FACTOR_INDEX["machine launch"]] += (
-            ERROR_FACTORS["machine launch"] * self.gap_s / device
-        )
-        composed, gaps = self._composed
-        own, whole = (
-            groups.sums(share * np.sqrt(v[which] + composed)) + gaps
-            for v in (independent, variance)
-        )
+        groups, (shapes, which) = self.workloads.groups, self.workloads.shapes
+        share, each = self.share, _ShapeErrors.of(self.errors, len(shapes))
+        independent, whole = self._independent(each)
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
-        centre = np.array([groups.sums(share * axis[which]) / time for axis in coordinates])
+        centre = np.array([groups.sums(share * axis[which]) / time for axis in each.coordinates])
         return PassUncertainty(
-            systematic=systematic,
-            correlated=groups.sums(share * correlated[which]) * noise,
-            independent=own * noise,
+            systematic=self._systematic(each),
+            correlated=groups.sums(share * each.correlated[which]) * noise,
+            independent=independent * noise,
             whole=whole,
             coordinates=centre.transpose(1, 2, 0),
             kind=groups.kind,
             posterior=posterior,
         )
 
-    @property
-    def _composed(self) -> tuple[Any, Any]:
-        """Variance of the log of each row's time for operators of several kernels without measured
-        times, and the standard deviation (W, G) that the gaps between these kernels add to a group,
-        as a share of the pass."""
-        w, groups, sd = (
-            self.workloads.rows,
-            self.workloads.groups,
-            self.engine.composed_log_sd.value,
+    def _systematic(self, each: _ShapeErrors) -> Array:
+        """Return the systematic errors (W, c) of the passes."""
+        workloads, which = self.workloads, self.workloads.shapes[1]
+        systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
+        of_row = np.add.reduceat(self.share * each.factors[:, which], workloads.starts, axis=1)
+        systematic[:, [FACTOR_INDEX[name] for name in each.names]] = of_row.T
+        systematic[:, FACTOR_INDEX["machine launch"]] += (
+            ERROR_FACTORS["machine launch"] * self.gap_s / np.maximum(self.device_s, 1e-300)
         )
+        return systematic
+
+    def _independent(self, each: _ShapeErrors) -> tuple[Array, Array]:
+        """Return the standard deviations (W, G) of the independent and of the whole errors. Those
+        of operators of several kernels without measured times, and of the gaps between these
+        kernels, are added."""
+        w, groups, which = self.workloads.rows, self.workloads.groups, self.workloads.shapes[1]
         composed = w.overhead | (w.is_attention & (w.kernel == _BLOCK_SPARSE))
-        if not np.count_nonzero(composed):
-            return 0.0, 0.0
-        part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
-        return composed * sd**2, sd * part * self.group_gap_s / np.maximum(self.device_s, 1e-300)[
-            :, None
-        ]
+        variance: Any = 0.0
+        gaps: Any = 0.0
+        if np.count_nonzero(composed):
+            sd = self.engine.composed_log_sd.value
+            variance = composed * sd**2
+            part = groups.sums(self.row_s * composed) / np.maximum(groups.sums(self.row_s), 1e-300)
+            device = np.maximum(self.device_s, 1e-300)[:, None]
+            gaps = sd * part * self.group_gap_s / device
+        independent, whole = (
+            groups.sums(self.share * np.sqrt(of_shape[which] + variance)) + gaps
+            for of_shape in (each.independent, each.variance)
+        )
+        return independent, whole
+
+
+@dataclass(frozen=True)
+class _ShapeErrors:
+    """The errors of all distinct shapes of a batch, of all kinds of operators."""
+
+    names: tuple[str, ...]  # of ERROR_FACTORS
+    factors: Array  # (names, shapes) standard deviation times loading
+    correlated: Array
+    independent: Array
+    coordinates: Array  # (3, shapes)
+
+    @classmethod
+    def of(cls, errors: Errors, size: int) -> _ShapeErrors:
+        names = tuple(dict.fromkeys(name for _, error in errors for name in error.factors))
+        place = {name: i for i, name in enumerate(names)}
+        factors, coordinates = np.zeros((len(names), size)), np.zeros((3, size))
+        correlated, independent = np.zeros((2, size))
+        for rows, error in errors:
+            correlated[rows], independent[rows] = error.correlated, error.independent
+            coordinates[:, rows] = error.coordinates.T
+            factors[np.array([place[name] for name in error.factors])[:, None], rows] = (
+                error.systematic
+            )
+        return cls(names, factors, correlated, independent, coordinates)
+
+    @property
+    def variance(self) -> Array:
+        square = self.correlated * self.correlated
+        return np.asarray(square + self.independent + (self.factors * self.factors).sum(axis=0))
 
 
 def forward_passes(
@@ -178,31 +280,16 @@ def forward_passes(
         raise InputError(reason)
     engine, measured = measured_engine(engine, hw)
     hw = engine.serving(hw, measured is not None)
-    shapes, which = workloads.shapes
-    seconds, roofline_s, bottleneck = (
-        np.zeros(len(shapes)),
-        np.zeros(len(shapes)),
-        np.zeros(len(shapes), dtype=np.int8),
-    )
-    errors: Errors = []
-    for rows, e in estimates(shapes, workloads.distinct, hw):
-        seconds[rows], uncertainty = most_likely(e, hw)
-        if (
-            measured is not None
-            and (one := measured.operators.get(BY_CODE[e.kind].name)) is not None
-        ):
-            uncertainty = replace(uncertainty, independent=uncertainty.independent + one.log_sd**2)
-        roofline_s[rows], bottleneck[rows] = e.unit_s * e.roofline, e.bottleneck
-        errors.append((rows, uncertainty))
-    seconds *= engine_factors(shapes, hw, engine, seconds, roofline_s, bottleneck)
+    each, errors = _shape_times(workloads, hw, engine, measured)
+    which = workloads.shapes[1]
     launched, streamed = launches(workloads, engine), streams(workloads, engine, hw)
     gap = gaps(workloads, engine, hw, launched)
-    row_s = seconds[which] * workloads.rows.count * streamed
+    row_s = each["seconds"][which] * workloads.rows.count * streamed
     return PredictedPass(
         workloads=workloads,
         hw=hw,
         engine=engine,
-        bottleneck_of_row=bottleneck[which],
+        bottleneck_of_row=each["bottleneck"][which],
         streams=streamed,
         row_s=row_s,
         group_s=workloads.groups.sums(row_s) + gap,
@@ -211,6 +298,28 @@ def forward_passes(
         errors=errors,
         level=level,
     )
+
+
+def _shape_times(
+    workloads: WorkloadBatch, hw: HardwareProfile, engine: Engine, measured: EngineTimes | None
+) -> tuple[Mapping[str, Array], Errors]:
+    """Return the columns ``seconds``, ``roofline_s`` and ``bottleneck`` of one execution of each
+    distinct shape of a batch, without intervals, and the errors."""
+    shapes = workloads.shapes[0]
+    each = empty_times(len(shapes))
+    errors: Errors = []
+    for rows, e in estimates(shapes, workloads.distinct, hw):
+        each["seconds"][rows], uncertainty = most_likely(e, hw)
+        times = None if measured is None else measured.operators.get(BY_CODE[e.kind].name)
+        if times is not None:
+            variance = uncertainty.independent + times.log_sd**2
+            uncertainty = replace(uncertainty, independent=variance)
+        each["roofline_s"][rows], each["bottleneck"][rows] = e.unit_s * e.roofline, e.bottleneck
+        errors.append((rows, uncertainty))
+    each["seconds"] *= engine_factors(
+        shapes, hw, engine, each["seconds"], each["roofline_s"], each["bottleneck"]
+    )
+    return each, errors
 
 
 def host_launch(hw: HardwareProfile) -> tuple[float, float]:
@@ -241,12 +350,17 @@ class PassUncertainty:
     def _scale(self) -> Any:
         return 1.0 if self.posterior is None else self.posterior.scale
 
+    @property
+    def coverage_factor(self) -> float:
+        """Half-width of a 90 % interval over the standard deviation."""
+        return COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
+
     def _correlated(self, a: Any, b: Any) -> Array:
         """Covariance (n,) of the correlated errors of passes ``a`` and ``b``, n indices each."""
         out = np.zeros(len(a))
         for kind in sorted(set(self.kind.tolist())):
-            at = np.flatnonzero(self.kind == kind)
-            sd, place = self.correlated[:, at], self.coordinates[:, at]
+            groups = np.flatnonzero(self.kind == kind)
+            sd, place = self.correlated[:, groups], self.coordinates[:, groups]
             for first in range(0, len(out), _CHUNK):
                 i, j = a[first : first + _CHUNK], b[first : first + _CHUNK]
                 near = correlation(place[i], place[j])
@@ -258,8 +372,8 @@ class PassUncertainty:
     ) -> Array:
         """Return the covariance (W, n) with the errors of n times of operators."""
         out = self.systematic @ systematic.T
-        for group, own in enumerate(self.kind):
-            same_kind = correlated * (kind == own)
+        for group, of_group in enumerate(self.kind):
+            same_kind = correlated * (kind == of_group)
             if self.correlated[:, group].any() and same_kind.any():
                 near = correlation(self.coordinates[:, group], coordinates)
                 out += near * self.correlated[:, group, None] * same_kind
@@ -298,15 +412,15 @@ class PassUncertainty:
         below 1 where only the number of executions changed, and 0 where the shape changed."""
         every = np.arange(len(self.correlated))
         pairs = (other != every).nonzero()[0]
-        found = self._correlated(
+        correlations = self._correlated(
             np.concatenate([every, other[pairs]]), np.concatenate([every, pairs])
         )
-        alone, covariance = found[: len(every)], found[: len(every)].copy()
-        covariance[pairs] = found[len(every) :]
+        alone, covariance = correlations[: len(every)], correlations[: len(every)].copy()
+        covariance[pairs] = correlations[len(every) :]
         systematic = self.systematic[other] - self.systematic
         correlated = np.maximum(alone[other] + alone - 2.0 * covariance, 0.0)
         dense, covered = self.independent[other], same > 0.0
-        own = (
+        independent = (
             dense * dense
             + self.independent * self.independent
             - 2.0 * covered * dense * self.independent
@@ -315,7 +429,7 @@ class PassUncertainty:
         variance = (
             (systematic * systematic * self._scale).sum(axis=1)
             + correlated
-            + np.maximum(own, 0.0).sum(axis=1)
+            + np.maximum(independent, 0.0).sum(axis=1)
         )
         ratio = variance + apart.sum(axis=1)
         if self.posterior is not None:
@@ -323,10 +437,7 @@ class PassUncertainty:
         return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
-        coverage_factor = (
-            COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
-        )
-        return np.asarray(coverage_factor * level_scale(level) * np.sqrt(variance))
+        return np.asarray(self.coverage_factor * level_scale(level) * np.sqrt(variance))
 
 
 def ratio_half(

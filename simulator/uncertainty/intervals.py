@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import instance
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.codes import ROLES
 from simulator.hardware.library import load_hardware
-from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
+from simulator.uncertainty.factors import level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.operators import TIMES, OperatorTimes
 from simulator.units import seconds, seconds_between
@@ -34,6 +34,9 @@ from simulator.workload import Workload, WorkloadBatch
 
 if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
+
+SAME_SHAPE = 0.99
+"""Correlation of the errors of equal operators in two passes; the kernels around them differ."""
 
 MIXED_LOG_SD = 0.05
 """Log standard deviation of the ratio of host times of two mixes of kernels on the same host."""
@@ -104,54 +107,90 @@ class _Hosts(NamedTuple):
     def at(cls, p: PredictedPass, first: FloatArray, second: FloatArray) -> _Hosts:
         return cls(*p.at(*p.host.speeds(first, second)))
 
+    @property
+    def log(self) -> FloatArray:
+        return np.log(np.maximum(self.seconds, 1e-300))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """W passes, each with the pass to which its ratio is predicted, and variances of the logs of
+    their times on the device."""
+
+    p: PredictedPass
+    other: IndexArray  # (W,)
+    same: FloatArray  # (W, G) correlation of errors of groups with those of the other pass
+    mix: FloatArray  # (W,) variance because the hosts launch other kernels, or at another time
+    variance: FloatArray  # (W,) of the time
+    of_ratio: FloatArray  # (W,) of the ratio
+
+    @classmethod
+    def of(cls, p: PredictedPass, other: IndexArray) -> _Pairs:
+        groups, spent = p.workloads.groups, p.group_s
+        each = spent / np.maximum(groups.count, 1e-300)
+        equal = np.abs(each - each[other]) <= 1e-9 * each[other]
+        untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
+        same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
+        # other kernels, or fewer launches
+        mixed = ~(groups.count == groups.count[other]).all(axis=1)
+        mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
+        mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
+        return cls(p, other, same, mix, *p.uncertainty.variances(other, same))
+
+    def variances(self, hosts: _Hosts) -> tuple[FloatArray, FloatArray]:
+        """Return the variances (h, W) of the logs of times and of ratios at each host."""
+        variance, other, (alike, apart) = self.variance, self.other, _of_engine(self.p)
+        a, b = hosts.share, hosts.share[:, other]
+        together = 0.5 * (variance + variance[other] - self.of_ratio)  # covariance of the two
+        between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
+        between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
+        return a * a * variance + alike + apart, between
+
+    def conditioned(
+        self, hosts: _Hosts, dense_s: float, predicted_s: float
+    ) -> tuple[_Hosts, FloatArray, FloatArray]:
+        """Return the passes at each host given the measured time of the first, and their
+        :meth:`variances`."""
+        of_time, between = self.variances(hosts)
+        follows = hosts.share[0]
+        hosts, explained, wider = _conditioned(self, hosts, dense_s)
+        # the measured pass launched another mix
+        of_time = of_time + wider - explained**2 + self.mix * (1.0 - follows) ** 2
+        between = between - (explained - explained[:, self.other]) ** 2
+        log, beyond = hosts.log, UNEXPLAINED * math.log(dense_s / predicted_s)
+        of_time = of_time + (beyond * -np.expm1(-np.abs(log - log[:, [0]]))) ** 2
+        between = between + (beyond * -np.expm1(-np.abs(log - log[:, self.other]))) ** 2
+        return hosts, of_time, between
+
 
 def prediction_intervals(
-    p: PredictedPass,
-    level: float,
-    other: NDArray[np.intp],
-    same: FloatArray,
-    mixed: NDArray[np.bool_],
-    measured: tuple[int, float] | None = None,
+    p: PredictedPass, level: float, other: IndexArray, dense_s: float | None = None
 ) -> PredictionIntervals:
-    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,). ``same``
-    (W, G) is that of ``PassUncertainty.variances``; ``mixed`` (W,) is true where the two passes
-    launch different mixes of kernels; ``measured`` is the index of a pass and its measured time,
-    s."""
-    uncertainty, (alike, apart) = p.uncertainty, _of_engine(p)
-    coverage_factor = (
-        COVERAGE_FACTOR if uncertainty.posterior is None else uncertainty.posterior.coverage_factor
+    """Return passes with intervals at a level, and their ratios to pass ``other`` (W,); ``dense_s``
+    is a measured time of the first pass, s."""
+    pairs, scale = _Pairs.of(p, other), p.uncertainty.coverage_factor * level_scale(level)
+    hosts = _Hosts.at(p, *(scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T))
+    of_time, between = pairs.variances(hosts)
+    inferred = None
+    if dense_s is not None:
+        likely, inferred = _hosts_given(p, pairs.variance[0], dense_s, scale)
+        if inferred.consistent:
+            hosts = _Hosts.at(p, *likely)
+            hosts, of_time, between = pairs.conditioned(hosts, dense_s, inferred.predicted_s)
+    log, waits = hosts.log, 1.0 - hosts.share[0]
+    lower, upper = _ends(log, scale**2 * of_time)
+    of_ratio = scale**2 * (between + pairs.mix * waits * waits[other])
+    ratio_lower, ratio_upper = _ends(log[:, other] - log, of_ratio)
+    seconds = np.exp(log[0])
+    return PredictionIntervals(
+        seconds=seconds,
+        lower=np.exp(lower),
+        upper=np.exp(upper),
+        ratio=seconds[other] / seconds,
+        ratio_lower=np.exp(ratio_lower),
+        ratio_upper=np.exp(ratio_upper),
+        inferred=inferred,
     )
-    scale = coverage_factor * level_scale(level)
-    speeds, inferred = scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T, None
-    variance, of_ratio = uncertainty.variances(other, same)
-    if measured is not None:
-        given, inferred = _hosts_given(p, variance[measured[0]], *measured, scale)
-        speeds = given if inferred.consistent else speeds
-    hosts = _Hosts.at(p, *speeds)
-    a, b = hosts.share, hosts.share[:, other]
-    together = 0.5 * (variance + variance[other] - of_ratio)  # covariance with the other pass
-    own = a * a * variance + alike + apart
-    between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
-    between = between + np.where(other == np.arange(len(other)), 0.0, 2.0 * apart)
-    mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
-    mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
-    if measured is not None and inferred is not None and inferred.consistent:
-        hosts, explained, wider = _conditioned(p, hosts, variance, same, *measured)
-        # the measured pass launched another mix
-        own = own + wider - explained**2 + mix * (1.0 - a[0]) ** 2
-        between = between - (explained - explained[:, other]) ** 2
-    log = np.log(np.maximum(hosts.seconds, 1e-300))
-    if measured is not None and inferred is not None and inferred.consistent:
-        beyond = UNEXPLAINED * math.log(measured[1] / inferred.predicted_s)
-        own = own + (beyond * -np.expm1(-np.abs(log - log[:, [measured[0]]]))) ** 2
-        between = between + (beyond * -np.expm1(-np.abs(log - log[:, other]))) ** 2
-    lower, upper = _ends(log, scale**2 * own)
-    ratio_lower, ratio_upper = _ends(
-        log[:, other] - log, scale**2 * (between + mix * (1.0 - a[0]) * (1.0 - b[0]))
-    )
-    times = np.exp(log[0])
-    ratios = times[other] / times, np.exp(ratio_lower), np.exp(ratio_upper)
-    return PredictionIntervals(times, np.exp(lower), np.exp(upper), *ratios, inferred)
 
 
 def _of_engine(p: PredictedPass) -> tuple[float, float]:
@@ -162,26 +201,25 @@ def _of_engine(p: PredictedPass) -> tuple[float, float]:
 
 
 def _conditioned(
-    p: PredictedPass, hosts: _Hosts, variance: FloatArray, same: FloatArray, at: int, seconds: float
+    pairs: _Pairs, hosts: _Hosts, dense_s: float
 ) -> tuple[_Hosts, FloatArray, FloatArray]:
-    """Return the passes at each host given the measured time of pass ``at``; the covariance (h, W)
-    of their logs with the log of the measured time, over the standard deviation of the latter; and
-    how much the variance that all passes share grows. The likely cause of a deviation is one that
-    dense and pruned share, such as other kernels or clocks, so the shared variance becomes at least
-    the square of the deviation."""
-    every, (alike, apart) = np.arange(len(variance)), _of_engine(p)
-    _, ratio = p.uncertainty.variances(
-        np.full_like(every, at), np.where(every[:, None] == at, 1.0, same)
+    """Return the passes at each host given the measured time of the first; the covariance (h, W) of
+    their logs with the log of the measured time, over the standard deviation of the latter; and how
+    much the variance that all passes share grows. The likely cause of a deviation is one that dense
+    and pruned share, such as other kernels or clocks, so the shared variance becomes at least the
+    square of the deviation."""
+    variance, (alike, apart) = pairs.variance, _of_engine(pairs.p)
+    first = np.arange(len(variance)) == 0
+    _, ratio = pairs.p.uncertainty.variances(
+        np.zeros(len(variance), dtype=np.intp), np.where(first[:, None], 1.0, pairs.same)
     )
-    share = hosts.share[:, [at]]
-    left = np.log(seconds / hosts.seconds[:, [at]])
+    share = hosts.share[:, [0]]
+    left = np.log(dense_s / hosts.seconds[:, [0]])
     shared = np.maximum(alike, left * left)
     covariance = (
-        0.5 * hosts.share * share * (variance + variance[at] - ratio)
-        + shared
-        + apart * (every == at)
+        0.5 * hosts.share * share * (variance + variance[0] - ratio) + shared + apart * first
     )
-    whole = share**2 * variance[at] + shared + apart + MEASURED_LOG_SD**2
+    whole = share**2 * variance[0] + shared + apart + MEASURED_LOG_SD**2
     moved = hosts._replace(seconds=hosts.seconds * np.exp(covariance / whole * left))
     return moved, covariance / np.sqrt(whole), shared - alike
 
@@ -200,45 +238,68 @@ def _ends(log: FloatArray, square: FloatArray) -> tuple[FloatArray, FloatArray]:
     return log[0] - below, log[0] + above
 
 
+@dataclass(frozen=True)
+class _Posterior:
+    """A grid of hosts, given the measured time of the first pass."""
+
+    first: FloatArray  # (n,)
+    second: FloatArray  # (m,)
+    predicted: FloatArray  # (n, m) time of the pass, s
+    share: FloatArray  # (n, m) part of the time that follows the device
+    log: FloatArray  # (n, m) of measured over predicted time
+    whole: FloatArray  # (n, m) variance of this log
+    prior: FloatArray  # (n, m) squared distance from the typical host, standard deviations
+
+    @classmethod
+    def of(cls, p: PredictedPass, variance: float, dense_s: float) -> _Posterior:
+        first, second = _GRIDS[p.host.unknowns]
+        speeds = p.host.speeds(first[:, None], second)
+        segment = p.workloads.groups.segment
+        total, follows = p.host.take([0]).total(p.group_s[[0]], segment, *speeds)
+        predicted = total.sum(axis=-1)[..., 0]
+        share = follows.sum(axis=-1)[..., 0] / np.maximum(predicted, 1e-300)
+        log, prior = np.log(dense_s / predicted), first[:, None] ** 2 + second**2
+        whole = share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2
+        share, log, whole = (np.broadcast_to(one, prior.shape) for one in (share, log, whole))
+        return cls(first, second, predicted, share, log, whole, prior)
+
+    @property
+    def log_weight(self) -> FloatArray:
+        square = self.log * self.log / self.whole
+        return np.asarray(-0.5 * (self.prior + square + np.log(self.whole)))
+
+    @property
+    def typical_s(self) -> float:
+        """Time of the pass on the typical host, s."""
+        return float(self.predicted[len(self.first) // 2, len(self.second) // 2])
+
+
 def _hosts_given(
-    p: PredictedPass, variance: float, at: int, seconds: float, scale: float
+    p: PredictedPass, variance: float, dense_s: float, scale: float
 ) -> tuple[FloatArray, Inferred]:
     """Return the hosts of :data:`_ENDS` (2, h), for intervals of ``scale`` standard deviations, and
-    the results of a measured pass."""
-    first, second = _GRIDS[p.host.unknowns]
-    host, segment = p.host.take([at]), p.workloads.groups.segment
-    total, follows = host.total(p.group_s[[at]], segment, *p.host.speeds(first[:, None], second))
-    predicted = total.sum(axis=-1)[..., 0]
-    share = follows.sum(axis=-1)[..., 0] / np.maximum(predicted, 1e-300)
-    log, prior = np.log(seconds / predicted), first[:, None] ** 2 + second**2
-    whole = np.broadcast_to(
-        share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2, prior.shape
-    )
-    log, share = np.broadcast_to(log, prior.shape), np.broadcast_to(share, prior.shape)
-    likely = -0.5 * (prior + log * log / whole + np.log(whole))
-    best = np.unravel_index(int(likely.argmax()), likely.shape)
-    deviation = float(np.sqrt(prior[best] + log[best] ** 2 / whole[best]))
-    hosts = _hosts_of(first, second, likely, scale, p.host.unknowns)
-    usual, (each_pass, other) = (
-        float(p.host_s[at]),
-        (part[:, 0] for part in host.spent(*p.host.speeds(*hosts))),
-    )
-    spent, launch = (
-        each_pass + other,
-        float(np.exp(p.host.launch_log_sd * p.host.speeds(*hosts)[0][0])),
-    )
+    the results of a measured time of the first pass."""
+    grid = _Posterior.of(p, variance, dense_s)
+    log_weight = grid.log_weight
+    best = np.unravel_index(int(log_weight.argmax()), log_weight.shape)
+    deviation = float(np.sqrt(grid.prior[best] + grid.log[best] ** 2 / grid.whole[best]))
+    hosts = _hosts_of(grid.first, grid.second, log_weight, scale, p.host.unknowns)
+    speeds = p.host.speeds(*hosts)
+    usual = float(p.host_s[0])
+    each_pass, other = (part[:, 0] for part in p.host.take([0]).spent(*speeds))
+    spent, launch = each_pass + other, float(np.exp(p.host.launch_log_sd * speeds[0][0]))
     shares = each_pass / np.maximum(spent, 1e-300)
-    there, middle = p.at(*p.host.speeds(*hosts[:, :1]))[1], (len(first) // 2, len(second) // 2)
-    gain = share[best] * variance / whole[best]
+    follows = p.at(*p.host.speeds(*hosts[:, :1]))[1]
+    gain = grid.share[best] * variance / grid.whole[best]
     return hosts, Inferred(
         host=float(spent[0]) / usual if usual else 1.0,
-        device=float(np.exp(gain * log[best])),
-        predicted_s=float(predicted[middle]),
+        device=float(np.exp(gain * grid.log[best])),
+        predicted_s=grid.typical_s,
         deviation=deviation,
         consistent=deviation <= CONSISTENT_SD,
-        layer_s=float(p.host.layer[at]) * launch,
+        layer_s=float(p.host.layer[0]) * launch,
         host_s=float(spent[0]),
-        host_bound=bool(there[0, at] < 0.5),
+        host_bound=bool(follows[0, 0] < 0.5),
         pass_share=(float(shares.min()), float(shares.max())),
     )
 
@@ -250,33 +311,28 @@ def _hosts_of(
     ``scale`` standard deviations of a normal distribution. Quantiles of ``second`` are conditional
     on ``first``."""
     ends = np.array(_ENDS[unknowns], dtype=np.float64).T
-    at = 0.5 + 0.5 * ends * math.erf(scale / math.sqrt(2.0))
-    row = log_weight.max(axis=1)
-    given = np.exp(log_weight - row[:, None])
-    found = _quantiles(first, np.exp(row - row.max()) * given.sum(axis=1), at[0])
-    rows, next_to = (
-        np.arange(len(first), dtype=np.float64),
-        np.interp(found, first, np.arange(len(first))),
-    )
-    out = np.zeros(len(found))
-    for i in np.unique(np.concatenate([np.floor(next_to), np.ceil(next_to)])).astype(int):
-        part = np.maximum(1.0 - np.abs(next_to - rows[i]), 0.0)  # weight of linear interpolation
-        out += part * _quantiles(second, given[i], at[1])
-    return np.stack([found, out])
+    quantiles = 0.5 + 0.5 * ends * math.erf(scale / math.sqrt(2.0))
+    largest = log_weight.max(axis=1)
+    weight = np.exp(log_weight - largest[:, None])
+    of_first = np.exp(largest - largest.max()) * weight.sum(axis=1)
+    speeds = _quantiles(first, of_first, quantiles[0])
+    place = np.interp(speeds, first, np.arange(len(first)))
+    out = np.zeros(len(speeds))
+    for i in np.unique(np.concatenate([np.floor(place), np.ceil(place)])).astype(int):
+        part = np.maximum(1.0 - np.abs(place - float(i)), 0.0)  # weight of linear interpolation
+        out += part * _quantiles(second, weight[i], quantiles[1])
+    return np.stack([speeds, out])
 
 
-def _quantiles(values: FloatArray, weights: FloatArray, at: FloatArray) -> FloatArray:
+def _quantiles(values: FloatArray, weights: FloatArray, shares: FloatArray) -> FloatArray:
     """Return the values below which shares of the weights lie."""
     total = np.cumsum(weights)
-    return np.asarray(np.interp(at, (total - 0.5 * weights) / total[-1], values))
+    return np.asarray(np.interp(shares, (total - 0.5 * weights) / total[-1], values))
 
 
 def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
-    every = np.arange(len(p.workloads))
-    found = prediction_intervals(
-        p, level, every, np.ones(p.group_s.shape), np.zeros(len(every), dtype=bool)
-    )
-    return found.lower, found.upper
+    ends = prediction_intervals(p, level, np.arange(len(p.workloads)))
+    return ends.lower, ends.upper
 
 
 @dataclass(frozen=True, repr=False)

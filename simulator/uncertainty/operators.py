@@ -58,8 +58,8 @@ class OperatorTimes(Displayed):
         return f"{one}, {self.bottlenecks.item()}-bound"
 
     def _columns(self) -> Mapping[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
-        columns = own | {"bottleneck": self.bottlenecks} | dict(self.details)
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        columns = named | {"bottleneck": self.bottlenecks} | dict(self.details)
         return {
             name: np.ravel(values)
             for name, values in columns.items()
@@ -80,20 +80,26 @@ def predicted(
 ) -> tuple[OperatorTimes, Uncertainty]:
     """Return times with prediction intervals, at least the floor, from an estimate, and the errors
     of the times."""
-    half_scale, posterior = level_scale(level), posterior_of(hw)
+    scale, posterior = level_scale(level), posterior_of(hw)
     time, uncertainty, variance = _updated(e, hw)
     if posterior is None:
-        variance, half = uncertainty.variance, COVERAGE_FACTOR * half_scale
+        variance, coverage = uncertainty.variance, COVERAGE_FACTOR
     else:
-        half = posterior.coverage_factors[uncertainty.kind] * half_scale
-    width = np.exp(half * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
-    ends = (time, np.maximum(time / width, e.floor), time * width, e.roofline)
-    middle, lower, upper, roofline_s = (_in_seconds(e, values) for values in ends)
-    times = OperatorTimes(middle, lower, upper, roofline_s, e.bottleneck, details=e.details)
+        coverage = posterior.coverage_factors[uncertainty.kind]
+    width = np.exp(coverage * scale * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
+    times = OperatorTimes(
+        seconds=_in_seconds(e, time),
+        lower=_in_seconds(e, np.maximum(time / width, e.floor)),
+        upper=_in_seconds(e, time * width),
+        roofline_s=_in_seconds(e, e.roofline),
+        bottleneck=e.bottleneck,
+        details=e.details,
+    )
     if e.measured is not None:
-        at, known = e.measured.rows, e.measured.seconds
-        width = np.exp(e.measured.log_half * half_scale)
-        times.seconds[at], times.lower[at], times.upper[at] = known, known / width, known * width
+        rows, known = e.measured.rows, e.measured.seconds
+        width = np.exp(e.measured.log_half * scale)
+        times.seconds[rows], times.lower[rows] = known, known / width
+        times.upper[rows] = known * width
     return times, uncertainty
 
 
@@ -158,11 +164,11 @@ def gemm_predicted(
         errors.append((rows, uncertainty))
         for name in TIMES:
             columns[name][rows] = getattr(times, name)
-        found = gemm_steps_of(times) if detail else dict(times.details)
-        found["measured"] = (
+        of_chunk = gemm_steps_of(times) if detail else dict(times.details)
+        of_chunk["measured"] = (
             np.zeros(len(times.seconds), dtype=bool) if e.measured is None else e.measured.rows
         )
-        for name, values in found.items():
+        for name, values in of_chunk.items():
             details.setdefault(name, np.zeros(size, dtype=values.dtype))[rows] = values
     shaped: dict[str, Any] = {name: values.reshape(shape) for name, values in columns.items()}
     return OperatorTimes(

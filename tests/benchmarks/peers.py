@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 import simulator
+from calibration.evidence.measurements import published
 from calibration.evidence.published import (
     compare_dense,
     compare_serving,
@@ -37,7 +38,7 @@ from calibration.evidence.published import (
     serving_workload,
 )
 from calibration.fit.gemm import fit_gemm, products
-from calibration.measurements import load_measurements, published
+from calibration.measurements import load_measurements
 from calibration.records.screening import rotated_copies
 from simulator.operators.base import Machine
 from simulator.prediction.sweep import Grid, piece_results

@@ -1,61 +1,20 @@
-"""The program as it is typed: in this process (``cli``), or in one of its own (``python``)."""
+"""Fixtures of tests of the program: an empty folder, a process of its own."""
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from program import cli, run_python
 
-from simulator.cli import run
-
-ROOT = Path(__file__).resolve().parents[2]
-
-BESIDE = ("note: ", "status: ")
-"""How lines of standard error begin that are neither errors nor warnings."""
+__all__ = ["cli"]
 
 
-class Program:
-    """Runs a line as a shell would split it; calls give standard output and error, and check the
-    status."""
-
-    def __init__(self, run: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
-        self.run, self.capsys = run, capsys
-
-    def __call__(self, line: str | Sequence[str], status: int = 0) -> tuple[str, str]:
-        code = self.run(shlex.split(line) if isinstance(line, str) else list(line))
-        out, err = self.capsys.readouterr()
-        assert "Traceback" not in err
-        assert "\x1b" not in out + err or os.environ.get("FORCE_COLOR")  # no terminal, no codes
-        assert code == status, (line, out, err)
-        return out, err
-
-    def out(self, line: str) -> str:
-        """Standard output of a line that succeeds."""
-        return self(line)[0]
-
-    def json(self, line: str) -> Any:
-        """What a line prints as JSON, which has no NaN and no infinity."""
-        return json.loads(self.out(f"{line} --json"), parse_constant=_refuse)
-
-    def refused(self, line: str | Sequence[str], lists: bool = False) -> str:
-        """The one line of bad input, with status 2; on standard output where a command lists what
-        it found."""
-        out, err = self(line, 2)
-        said = [
-            text
-            for text in (err or (out if lists else "")).splitlines()
-            if not text.startswith(BESIDE)
-        ]
-        assert len(said) == 1, (line, out, err)
-        assert lists or (out == "" and said[0].startswith("prunesim: "))
-        return said[0]
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -64,40 +23,6 @@ def no_wish_for_colour(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def _refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is not JSON")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Program:
-    """The program."""
-    return Program(run, capsys)
-
-
 @pytest.fixture
 def python() -> Callable[..., tuple[int, bytes, list[str]]]:
     return run_python
-
-
-def run_python(
-    arguments: Sequence[str], folder: Path = ROOT, **options: Any
-) -> tuple[int, bytes, list[str]]:
-    """Status, standard output and the lines of standard error that are no notes, of a process of
-    its own.
-
-    ``shell`` stands behind the command (a redirection), ``environment`` is added to this one's
-    (None: taken away).
-    """
-    shell, environment = options.pop("shell", ""), options.pop("environment", {})
-    settings = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), **environment}
-    words = ["bash", "-c", f'set -o pipefail; "$0" "$@" {shell}', sys.executable, *arguments]
-    done = subprocess.run(
-        words if shell else words[3:],
-        cwd=folder,
-        capture_output=True,
-        timeout=170,
-        env={name: value for name, value in settings.items() if value is not None},
-        **options,
-    )
-    lines = done.stderr.decode("utf-8", "replace").splitlines()
-    return done.returncode, done.stdout, [line for line in lines if not line.startswith(BESIDE)]

@@ -83,7 +83,7 @@ def test_the_command_wants_one_target(cli: Any) -> None:
             f"{line} {more}"
         )
     assert "--latency '2': expected" in cli.refused(f"{line} --latency 2")
-    assert "prunesim speedup --prune" in cli.refused(f"{line} --target 1.5 --prune 'depth 0.25'")
+    assert "No such option: --prune" in cli.refused(f"{line} --target 1.5 --prune 'depth 0.25'")
     out = cli.out(f"{line} --latency 1.4ms --family depth,unstructured --verbose")
     assert " ".join(out.split()).startswith(
         "The least pruning of llama-3.2-1b that reaches 1.40 ms on h100_sxm in vllm"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faulty_device import Faults, FaultyDevice
+from tables import rows_of
 
 from calibration.cli.calibrate import seconds
 from calibration.devices.protocol import LAYER_LAUNCHES, Description, DeviceLost, Gpu
@@ -23,7 +23,6 @@ from calibration.measure.run import Interrupted
 from calibration.records.store import decode_line, encode_line, read_store
 from calibration.records.timing_table import Records, Source, read_records, write_records
 from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
-from simulator.cli.program import REMOVED
 from simulator.codes import ROLES
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -46,12 +45,7 @@ def device(
     return made(timings, **{"noise": 0.004, "description": description, "setup_s": 0.02, **options})
 
 
-pytestmark = pytest.mark.usefixtures("three_folds")
-
-
-@pytest.fixture(autouse=True)
-def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("inside", "three_folds")
 
 
 @pytest.fixture
@@ -116,25 +110,16 @@ def test_fit_maps_the_columns_of_a_csv_and_counts_refused_rows(cli: Any) -> None
     assert "too few" in err
 
 
-@pytest.mark.quick
-def test_removed_commands_name_their_replacements(
-    cli: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "calibrate DEVICE -o RUN --measure-only" in cli.refused("measure cpu -o run")
-    assert "fit TABLE... --map NAME=COLUMN" in cli.refused("import --help")
-    assert not re.findall(r"^  (measure|import) ", cli.out("--help"), re.MULTILINE)
-    monkeypatch.setitem(REMOVED, "hardware list --old", "use --json")  # type: ignore[arg-type]
-    assert cli.refused("hardware list --old") == "prunesim: --old: no longer an option; use --json"
-    assert "No such option" in cli.refused("hardware list --new")
-
-
 def test_fit_then_validate(cli: Any) -> None:
     table("r.parquet")
     (fitted,) = cli.json("fit r.parquet -o q.yaml --hardware h100")
     assert fitted["constants"]["e_tc"]["std_error"] > 0
     assert {"mape", "median", "p95", "bias"} <= set(fitted["accuracy"])
     assert fitted["correlations"]
-    assert "unseen MAPE" in cli.out("fit r.parquet -o p.yaml --hardware h100")
+    out = cli.out("fit r.parquet -o p.yaml --hardware h100")
+    assert "unseen MAPE" in out
+    fit = r"Use p.yaml as --hardware: 1 section of h100_sxm fitted on \d+ rows; mean error on held-out"
+    assert re.match(fit, " ".join(out.split()))
     assert load_hardware("p.yaml").sections["gemm", "bf16"].status == "calibrated"
     assert list(Path().glob("p.*.npz"))
     part = cli.json("validate p.yaml r.parquet")[0]["parts"][0]
@@ -153,7 +138,7 @@ def test_a_csv_is_evaluated_with_its_own_columns(cli: Any) -> None:
     out, err = cli("validate h100 t.csv --map m=M --map latency_us=t")
     assert out.startswith("h100_sxm holds on 2 measurements")
     assert "time is negative (row 3)" in err
-    assert "--markdown" in cli.refused("validate --runs . --markdown x.md")
+    assert "--markdown" in cli.refused("validate . --markdown x.md")
 
 
 def test_json_has_null_for_what_is_no_number_at_any_depth(
@@ -162,7 +147,7 @@ def test_json_has_null_for_what_is_no_number_at_any_depth(
     odd = MappingProxyType(
         {"median": np.float32("nan"), "p95": (float("inf"), np.array([1.0, np.nan]))}
     )
-    monkeypatch.setattr("calibration.evidence.validate.part_speedups", lambda part: odd)
+    monkeypatch.setattr("calibration.validation.validate.part_speedups", lambda part: odd)
     table("r.parquet", 30)
     (report,) = cli.json("validate h100 r.parquet")
     assert report["parts"][0]["speedup"] == {"median": None, "p95": [None, [1.0, None]]}
@@ -195,6 +180,11 @@ def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) ->
     assert "Effects of 42 rows from this machine" in out  # the others repeat one of them
     assert "GEMM arithmetic is" in out
     assert max(map(len, out.splitlines())) <= 120
+    judged = r"Use p.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each predicted"
+    assert re.match(judged, " ".join(out.split()))
+    assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
+    assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
+    assert "+-" not in out
     update = load_hardware("p.yaml").local_update
     assert (update.provenance.rows, update.provenance.device) == (42, "planted H100")
     assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out(
@@ -227,28 +217,33 @@ validate h100                                        | expected a PROFILE and TA
 validate h100 a100_sxm/gemm/nothing                  | no file, folder or shipped measurement
 validate h100 r.parquet --markdown no/x.md           | does not exist
 validate h100 r.parquet --map m                      | --map 'm': expected NAME=COLUMN
-validate h100 r.parquet --runs .                     | --runs: evaluates result files
-validate --protocol --table a100                     | --protocol: no longer an option; use python -m
-validate h100 r.parquet --html x.html                | --html: no longer an option; use --markdown FILE
+validate . r.parquet                                 | .: is a folder of result files; expected no TABLE
+validate h100 r.parquet --html x.html                | No such option: --html
 calibrate gpu -o run                                 | device 'gpu' is unknown
 calibrate cpu -o r.parquet                           | is a file
 calibrate cpu cuda -o run                            | unexpected extra argument
 calibrate engine -o run                              | run/profile.yaml does not exist; expected --hardware, or
 calibrate engine -o run --hardware cpu --measure-only | --measure-only, --quick: expected none of them
 calibrate engine -o run --hardware cpu --engine trt  | --engine 'trt' is unknown
-calibrate engine -o run --hardware cpu --dtype fp32 --vllm-python /no/python | cannot be run
 calibrate cpu -o a/b                                 | does not exist
 """
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"), [re.split(r" +\| ", row) for row in BAD.strip().split("\n")]
-)
+@pytest.mark.parametrize(("line", "reason"), rows_of(BAD))
 def test_bad_input_is_one_line(line: str, reason: str, cli: Any) -> None:
     table("r.parquet", 60)
     table("f.parquet", 10)
     assert reason in cli.refused(line)
     assert files() == {"f.parquet", "r.parquet"}
+
+
+def test_a_python_of_vllm_that_does_not_exist_is_one_line(
+    planted: list[ReplayDevice], cli: Any
+) -> None:
+    planted.append(device(CPU))
+    line = "calibrate engine -o run --hardware cpu --dtype fp32 --vllm-python /no/python"
+    assert "cannot be run" in cli.refused(line)
+    assert files() == set()
 
 
 def test_calibrate_writes_a_whole_run(planted: list[Any], cli: Any) -> None:
@@ -324,30 +319,6 @@ def test_clocks_that_fall_under_load_are_measured_and_fitted(
     cli("calibrate cuda -o run --budget 40s")
     rows = [row for row in read_store(Path("run/records.jsonl")).rows if row["type"] == "sustained"]
     assert len(rows) == 1
-
-
-def test_a_run_goes_on_where_it_ended(planted: list[Any], cli: Any) -> None:
-    planted.append(device(made=FaultyDevice, faults=Faults(lost_at=40)))
-    out, err = cli("calibrate cuda -o run --measure-only --budget 60s --json", 1)
-    assert "device lost" in err
-    (second,) = cli.json("calibrate cuda -o run --measure-only --budget 60s")
-    assert second["resumed"] > 20
-    assert f'"planned": {second["planned"]},' in out
-    keys = [
-        r["key"]
-        for r in read_store(Path("run/records.jsonl")).rows
-        if r["purpose"] != "drift_check"
-    ]
-    counted = ("resumed", "ok", "noisy", "unsupported", "skipped")
-    assert len(keys) == len(set(keys)) == sum(second[name] for name in counted)
-
-
-def test_a_run_that_was_killed_inside_its_header_begins_anew(cli: Any, planted: list[Any]) -> None:
-    line, file = "calibrate cuda -o run --measure-only --budget 5s", Path("run/records.jsonl")
-    cli(line)
-    file.write_bytes(file.read_bytes()[:100])
-    cli(line)
-    assert read_store(file).rows
 
 
 @pytest.mark.parametrize(

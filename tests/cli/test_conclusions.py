@@ -4,10 +4,8 @@ ends."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from simulator.cli import render
@@ -152,35 +150,6 @@ def test_notes_of_one_text_are_one_note(capsys: pytest.CaptureFixture[str]) -> N
     assert lines[2] == "note: 0, 1, 2, 3 and 5 more: no quality (1 more with --verbose)"
     render.notes([])
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_fit_and_an_update_begin_with_their_errors(
-    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    m, n, k = rng.choice([1, 16, 128, 2048], 150), *rng.choice([1024, 4096, 8192], (2, 150))
-    import simulator
-
-    seconds = 1.3 * simulator.gemm_time(m, n, k, simulator.load_hardware("h100")).seconds
-    rows = [f"{a},{b},{c},{s!r},bf16" for a, b, c, s in zip(m, n, k, seconds.tolist())]
-    Path("rows.csv").write_text("\n".join(["m,n,k,seconds,dtype", *rows]))
-    out = cli.out("fit rows.csv --hardware h100 -o fit.yaml")
-    fitted = (
-        r"Use fit.yaml as --hardware: 1 section of h100_sxm fitted on \d+ rows; mean error on"
-        r" held-out shapes "
-    )
-    assert re.match(fitted, " ".join(out.split()))
-    out, err = cli("fit rows.csv --hardware h100 --anchor -o near.yaml")
-    text = " ".join(out.split())
-    judged = (
-        r"Use near.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each"
-        r" predicted"
-    )
-    assert re.match(judged, text)
-    assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
-    assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
-    assert "+-" not in out + err
 
 
 def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:

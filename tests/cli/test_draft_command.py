@@ -1,8 +1,7 @@
-"""``prunesim draft``: the answer, all rows as JSON, and the figure."""
+"""``prunesim draft``: the answer, and all rows as JSON."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ def test_the_command_prints_the_answer_and_all_rows_as_json(cli: Any) -> None:
     at = {(r["batch"], r["acceptance"]): r["speedup"] for r in best}
     assert at[1, 0.9] > at[64, 0.9] > 1.0
     assert np.diff([at[1, a] for a in (0.6, 0.7, 0.8, 0.9)]).min() > 0
-
-
-def test_the_figure_has_both_panels(cli: Any, tmp_path: Path) -> None:
-    path = tmp_path / "draft.svg"
-    cli.out(f"draft llama-3.1-8b --prune 'depth 0.5' --hardware h100 --batch 1,8 --figure {path}")
-    text = path.read_text()
-    assert "acceptance from which the draft pays" in text
-    assert "90 % accepted" in text
 
 
 def test_the_answer_says_what_it_compares_and_what_it_needs(cli: Any) -> None:

@@ -168,18 +168,6 @@ def test_a_step_that_fails_is_named_and_the_others_still_run(tmp_path: Path) -> 
     assert "run/log.txt" in packed(tmp_path)
 
 
-def test_nothing_runs_beyond_the_time_limit(tmp_path: Path) -> None:
-    done = pretend(tmp_path, ENGINES="hf", LIMIT="0")[0]
-    assert done.returncode == 1
-    assert (
-        done.stdout.count(
-            "skipped: the time limit of 0 s is reached; run the script again to resume"
-        )
-        == 4
-    )
-    assert "4 steps failed" in done.stdout
-
-
 @pytest.mark.slow
 def test_a_step_that_reaches_the_time_limit_is_interrupted_between_two_samples(
     tmp_path: Path,

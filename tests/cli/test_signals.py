@@ -56,8 +56,8 @@ def compute_part(*piece):
     print("ready", flush=True)
     time.sleep(60)
 
+sweep.compute_part = compute_part  # also in workers, which import this module
 if __name__ == "__main__":
-    sweep.compute_part = compute_part
     sys.argv = ["prunesim", "sweep", "grid.yaml", "-o", "rows", "--jobs", "2"]
     main()
 """
@@ -86,7 +86,6 @@ def test_workers_end_with_the_program_and_without_a_word(
     with subprocess.Popen(
         [sys.executable, "run.py"], cwd=tmp_path, env=environment, start_new_session=True, **pipes
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
@@ -99,17 +98,23 @@ def test_workers_end_with_the_program_and_without_a_word(
 
 
 HALF_WRITTEN = """
-import os, signal, struct, sys
+import os, signal, sys, threading, time
 from simulator.prediction import sweep
 from simulator.cli import main
 
-def compute_part(*piece):
-    results = sys._getframe(1).f_locals["result_queue"]  # of the loop that runs the tasks of a worker
-    os.write(results._writer.fileno(), struct.pack("!i", 1000) + b"the first of 1000 bytes")
+def end(parent):
+    time.sleep(0.5)  # by now, the main thread waits for room in the pipe
+    os.kill(parent, signal.SIGCONT)
     os.kill(os.getpid(), signal.SIGKILL)
 
+def compute_part(*piece):
+    parent = os.getppid()
+    os.kill(parent, signal.SIGSTOP)  # so that it reads nothing yet
+    threading.Thread(target=end, args=(parent,)).start()
+    return bytes(100_000_000)
+
+sweep.compute_part = compute_part  # also in workers, which import this module
 if __name__ == "__main__":
-    sweep.compute_part = compute_part
     sys.argv = ["prunesim", "sweep", "grid.yaml", "-o", "rows", "--jobs", "2"]
     main()
 """

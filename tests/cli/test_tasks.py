@@ -3,7 +3,6 @@ misled."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,7 @@ import pytest
 import simulator
 from simulator.errors import InputError
 
-pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(autouse=True)
-def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("inside")]
 
 
 @pytest.mark.parametrize(
@@ -109,15 +103,6 @@ def test_a_note_names_a_device_once(cli: Any) -> None:
         "a100_sxm_80gb, prefill, batch 1, seq 2048 and prefill, batch 64, seq 2048: token at 25"
         " % (1." in err
     )
-
-
-def test_one_gpu_without_the_format_is_excluded_with_a_note(cli: Any) -> None:
-    line = "speedup llama-3.1-8b --prune 'depth 0.25' --hardware"
-    out, err = cli(f"{line} h100,t4")
-    assert "on h100_sxm" in out
-    assert "t4 is excluded: t4 has no bf16 arithmetic" in err
-    assert "t4 has no bf16 arithmetic" in cli.refused(f"{line} t4")
-    assert "has no bf16 arithmetic" in cli.refused(f"{line} t4,v100")
 
 
 def test_answers_state_what_is_certain(cli: Any) -> None:

@@ -71,13 +71,6 @@ def test_commands_that_measure_open_the_device_with_the_threads_given(
     assert opened == [("cpu", 1)] * 3
 
 
-def test_a_run_of_other_threads_is_refused(cli: Any) -> None:
-    cli("calibrate cpu -o run --measure-only --dtype fp32 --budget 5s --threads 1")
-    assert "(1 threads)" in cli.refused(
-        "calibrate cpu -o run --measure-only --dtype fp32 --budget 5s"
-    )
-
-
 def test_threads_of_another_device_are_refused(cli: Any) -> None:
     for name in ("cuda", "replay:planted"):
         with pytest.raises(

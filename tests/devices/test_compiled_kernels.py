@@ -30,7 +30,6 @@ MAIN = [case for case in CASES if case.operands]
 
 @pytest.fixture(scope="module")
 def cache(request: pytest.FixtureRequest) -> Path:
-    assert request.config.cache is not None
     return Path(request.config.cache.mkdir("compiled_kernels"))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
+from every_kind import every_kind  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
@@ -26,7 +27,7 @@ from calibration.devices.operators import (  # noqa: E402
     rotary,
     rotary_tables,
 )
-from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES, OPERATORS  # noqa: E402
+from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 
@@ -150,22 +151,6 @@ def test_copy_moves_the_bytes(arena: Arena) -> None:
 def test_refusals(device: CpuDevice, op: Operator, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         device.prepare(op)
-
-
-def every_kind(dtype: str, **shape: int) -> list[Operator]:
-    """An operator of each kind."""
-    more: dict[str, dict[str, Any]] = {
-        "attention_decode": {"q_len": 1},
-        "elementwise": {"role": "attention_norm"},
-    }
-    more |= {
-        "attention_block_sparse": {"density": 0.5},
-        "grouped_gemm": {"density": 0.5, "role": "down"},
-    }
-    sizes: dict[str, dict[str, Any]] = {
-        kind: {n: shape[n] for n in names} for kind, names in OPERATORS.items()
-    }
-    return [Operator(kind, dtype, **{**sizes[kind], **more.get(kind, {})}) for kind in OPERATORS]
 
 
 def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None:

@@ -4,9 +4,6 @@ where there is one."""
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +13,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 
-from test_cpu import every_kind  # noqa: E402
-from test_telemetry import FakeNvml  # noqa: E402
+from every_kind import every_kind  # noqa: E402
+from fakes.gpu import (  # noqa: E402
+    L2_BYTES,
+    NO_TROUBLES,
+    Gpu,
+    Kernel,
+    PlantedCuda,
+    Troubles,
+    planted_nvml,
+)
 
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
 from calibration.devices import cuda as module  # noqa: E402
@@ -34,173 +39,93 @@ pytestmark = pytest.mark.quick
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
 
-class Event:
-    """A point in the simulated time of a planted ``torch.cuda``."""
-
-    def __init__(self, cuda: FakeCuda, enable_timing: bool) -> None:
-        assert enable_timing
-        self.cuda = cuda
-
-    def record(self) -> None:
-        self.at = self.cuda.now
-        self.cuda.order.append("event")
-
-    def synchronize(self) -> None:
-        self.cuda.synchronize()
-
-    def elapsed_time(self, other: Event) -> float:
-        return (other.at - self.at) * 1e3
-
-
-class Graph:
-    """Launches captured by a planted ``torch.cuda``."""
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.launches = cuda, 0
-
-    def replay(self) -> None:
-        self.cuda.replays += 1
-        self.cuda.queued += 1
-        self.cuda.order.append("replay")
-        self.cuda.now += self.launches * self.cuda.kernel_s + self.cuda.gap_s
-
-
-class FakeCuda:
-    """``torch.cuda`` in simulated time: a launch takes ``kernel_s``, a replay as many as were
-    captured, plus a gap.
-
-    After ``lost``, every synchronisation raises. What a failed capture leaves:
-    ``tests/cli/test_planted_cuda.py``.
-    """
-
-    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
-        self.capability, self.kernel_s, self.gap_s = capability, 1e-5, 0.0
-        self.now, self.capturing, self.captured, self.replays = 0.0, False, 0, 0
-        self.host_s, self.held = 0.0, []
-        self.launch_error: Exception | None = None
-        self.lost: Exception | None = None
-        self.queued, self.order = 0, list[str]()  # launches since the last synchronisation
-        self.Event = lambda enable_timing: Event(self, enable_timing)
-        self.CUDAGraph = lambda: Graph(self)
-        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
-        self.stream = nullcontext
-        self.is_available = lambda: True
-        self.device_count = lambda: 1
-        self.set_device = lambda *_: None
-        self.mem_get_info = lambda index: (1e9, 1e9)
-        self._sleep = self.held.append
-
-    def synchronize(self) -> None:
-        self.queued = 0
-        if self.lost is not None:
-            raise self.lost
-
-    def empty_cache(self) -> None: ...
-
-    def launch(self) -> None:
-        if self.launch_error is not None:
-            raise self.launch_error
-        self.queued += not self.capturing
-        time.sleep(self.host_s)
-        self.captured += self.capturing
-        self.now += 0.0 if self.capturing else self.kernel_s
-
-    @contextmanager
-    def graph(self, graph: Graph) -> Iterator[None]:
-        self.capturing, self.captured = True, 0
-        try:
-            yield
-        finally:
-            self.capturing = False
-        graph.launches = self.captured
-
-    def get_device_properties(self, index: int) -> Any:
-        major, minor = self.capability
-        facts = {
-            "name": "Planted GPU",
-            "multi_processor_count": 132,
-            "L2_cache_size": 1_000_000,
-            "uuid": "1234",
-        }
-        facts |= {"total_memory": 80 * 2**30}
-        return SimpleNamespace(major=major, minor=minor, **facts)
+GPU = Gpu("Planted GPU", 132, (9, 0), 80e9, 1.98e9, 700.0, 1e15, 1e12, floor_s=1e-5, launch_s=0.0)
+LAUNCH = {Kernel("planted", 1e-12, 0.0): 1}
+"""A kernel that takes the time of an empty one, ``floor_s``."""
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """A planted backend whose operators are real tensors on the CPU, each launch counted in
-    simulated time."""
-    planted = FakeCuda()
+def planted(monkeypatch: pytest.MonkeyPatch) -> PlantedCuda:
+    """A planted GPU whose operators are real tensors on the CPU, each launch counted in simulated
+    time."""
+    cuda = PlantedCuda(GPU, NO_TROUBLES)
     real = module.build
 
     def build(op: Operator, place: str, arena: Any, library: Any) -> Launches:
         launches = real(op, place, arena, library)
 
         def launch(i: int) -> Any:
-            planted.launch()
+            cuda.submit(LAUNCH)
             return launches.launch(i)
 
         return Launches(launch, launches.copies, launches.how)
 
     monkeypatch.setattr(module, "build", build)
+    clock = SimpleNamespace(monotonic=cuda.read, perf_counter=cuda.read)
+    monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "PREHEAT_S", 1e-3)  # the launches are real ones of the CPU
-    return planted
+    return cuda
 
 
-def _device(fake: FakeCuda, **options: Any) -> CudaDevice:
-    return CudaDevice(0, **{"backend": fake, "torch_device": "cpu", "nvml": None, **options})
+def _device(cuda: PlantedCuda, **options: Any) -> CudaDevice:
+    return CudaDevice(0, **{"backend": cuda, "torch_device": "cpu", "nvml": None, **options})
+
+
+def _slower(cuda: PlantedCuda, kernel_s: float) -> None:
+    cuda.gpu = replace(cuda.gpu, floor_s=kernel_s)
+
+
+def _failing(cuda: PlantedCuda, error: Exception | None) -> None:
+    cuda.troubles = Troubles(error=error)
 
 
 GEMM = Operator("gemm", m=4, n=128, k=64)
 
 
-def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(fake: FakeCuda) -> None:
-    prepared = _device(fake).prepare(GEMM)
+def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(planted: PlantedCuda) -> None:
+    prepared = _device(planted).prepare(GEMM)
     # four times L2: of twice L2, a fifth would still be found there
-    copies = 4_000_000 // (128 * 64 * 2) + 1
-    assert fake.captured % copies == 0
-    assert fake.captured * fake.kernel_s >= 2e-3
+    copies = 4 * L2_BYTES // (128 * 64 * 2)
+    assert planted.captured % copies == 0
+    assert planted.captured * GPU.floor_s >= 2e-3
     assert prepared.sample(1) == pytest.approx(1e-5)
     assert (
-        f"graph of {fake.captured} launches over {copies} rotated copies (4 x L2)"
+        f"graph of {planted.captured} launches over {copies} rotated copies (4 x L2)"
         in prepared.method
     )
 
 
-def test_a_graph_of_small_operands_has_a_bounded_number_of_launches(fake: FakeCuda) -> None:
-    device = _device(fake)
+def test_a_graph_of_small_operands_has_a_bounded_number_of_launches(planted: PlantedCuda) -> None:
+    device = _device(planted)
     device._arena.round_bytes = 200e6  # four times the L2 of an H100: 25,000 copies of 8 kB
     device.prepare(Operator("gemm", m=1, n=64, k=64))
-    assert 0 < fake.captured <= module._MOST_LAUNCHES
+    assert 0 < planted.captured <= module._MOST_LAUNCHES
 
 
-def test_the_gap_between_replays_is_shared_and_replays_cover_the_loops_asked_for(
-    fake: FakeCuda,
-) -> None:
-    fake.gap_s = 3e-6
-    prepared = _device(fake).prepare(replace(GEMM, cold=False))
-    length = fake.captured
-    fake.order.clear()
-    assert prepared.sample(2 * length + 1) == pytest.approx(1e-5, rel=0.02)
-    first, last = (i for i, what in enumerate(fake.order) if what == "event")
-    assert fake.order[first + 1 : last] == ["replay"] * 3
+def test_replays_cover_the_loops_asked_for(planted: PlantedCuda) -> None:
+    prepared = _device(planted).prepare(replace(GEMM, cold=False))
+    length = planted.captured
+    planted.log.clear()
+    assert prepared.sample(2 * length + 1) == pytest.approx(1e-5)
+    first, last = (i for i, what in enumerate(planted.log) if what == "event")
+    assert planted.log[first + 1 : last] == ["replay"] * 3
 
 
-def test_the_start_event_is_not_recorded_on_an_idle_gpu(fake: FakeCuda) -> None:
-    prepared = _device(fake).prepare(GEMM)
-    fake.order.clear()
+def test_the_start_event_is_not_recorded_on_an_idle_gpu(planted: PlantedCuda) -> None:
+    prepared = _device(planted).prepare(GEMM)
+    planted.log.clear()
     prepared.sample(1)
-    assert fake.order[:4] == ["replay", "event", "replay", "event"]
+    assert planted.log[:4] == ["replay", "event", "replay", "event"]
     # the time of one replay does not count in one of seconds, but would double the run
-    fake.kernel_s = 0.1
-    prepared = _device(fake).prepare(Operator("gemm", m=4, n=1024, k=2048))
-    fake.order.clear()
+    _slower(planted, 0.1)
+    prepared = _device(planted).prepare(Operator("gemm", m=4, n=1024, k=2048))
+    planted.log.clear()
     prepared.sample(1)
-    assert fake.order[:2] == ["event", "replay"]
+    assert planted.log[:2] == ["event", "replay"]
 
 
 def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(
-    fake: FakeCuda,
+    planted: PlantedCuda,
 ) -> None:
     asked: list[Operator] = []
 
@@ -208,12 +133,12 @@ def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(
         asked.append(op)
         return Probed(op.kind != "gemm", "not capturable: planted" if op.kind == "gemm" else "")
 
-    device = _device(fake, probe=probe)
+    device = _device(planted, probe=probe)
     prepared = device.prepare(GEMM)
     assert prepared.sample(130) == pytest.approx(1e-5)
     assert "single launches after a flush of 4 x L2; not capturable: planted" in prepared.method
-    assert fake.captured == 0  # nothing was captured in this process
-    assert device._timer._flush.numel() == 4_000_000
+    assert planted.captured == 0  # nothing was captured in this process
+    assert device._timer._flush.numel() == 4 * L2_BYTES
     device.prepare(replace(GEMM, m=8))
     assert asked == [GEMM]  # one question for a kind and number format
     low_rank = device.prepare(Operator("low_rank", m=4, n=128, k=64, rank=16))
@@ -223,7 +148,7 @@ def test_a_kind_that_cannot_be_captured_is_timed_launch_by_launch_throughout(
 
 
 def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refused(
-    fake: FakeCuda,
+    planted: PlantedCuda,
 ) -> None:
     answers: Any = iter(
         [Probed(), Unsupported("the child ended with status -11"), Probed(reason="no child")]
@@ -235,7 +160,7 @@ def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refuse
             raise answer
         return answer
 
-    device = _device(fake, probe=probe)
+    device = _device(planted, probe=probe)
     assert "graph" in device.prepare(GEMM).method
     for _ in range(2):
         with pytest.raises(Unsupported, match="status -11"):
@@ -246,44 +171,22 @@ def test_what_the_probe_cannot_tell_is_asked_again_and_what_crashes_it_is_refuse
 
 
 def test_load_precedes_the_first_measurement_and_follows_a_pause(
-    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    planted: PlantedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = [100.0]
     monkeypatch.setattr(module, "PREHEAT_S", PREHEAT_S)
-    monkeypatch.setattr(
-        module, "time", SimpleNamespace(monotonic=lambda: times[0], perf_counter=time.perf_counter)
-    )
-    device = _device(fake)
+    device = _device(planted)
 
     def load_s(op: Operator) -> float:
-        before = fake.now
+        before = planted.now
         device.prepare(op)
-        return fake.now - before
+        return planted.now - before
 
     assert PREHEAT_S == 0.3
     assert load_s(GEMM) >= 0.3
-    times[0] += 0.1
+    planted.rest(0.1)
     assert load_s(replace(GEMM, m=2)) < 0.1  # the clocks are still those of the load
-    times[0] += 2.0  # as after a rest, a probe or a long preparation
+    planted.rest(2.0)  # as after a probe or a long preparation
     assert load_s(replace(GEMM, m=1)) >= 0.3
-
-
-class LoadedNvml(FakeNvml):
-    """NVML of a GPU that is at its power limit under load, and idle without queued launches."""
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__()
-        self.cuda = cuda
-
-    def __getattr__(self, name: str) -> Any:
-        busy = self.cuda.queued > 0
-        if name == "nvmlDeviceGetClockInfo":
-            return lambda handle, kind: (
-                (1410 if busy else 210) if kind == self.NVML_CLOCK_SM else 2619
-            )
-        if name == "nvmlDeviceGetCurrentClocksEventReasons":
-            return lambda handle: 0x4 if busy else 0x1
-        return super().__getattr__(name)
 
 
 def _not_capturable(op: Operator) -> Probed:
@@ -291,10 +194,11 @@ def _not_capturable(op: Operator) -> Probed:
 
 
 @pytest.mark.parametrize("probe", [None, _not_capturable])
-def test_telemetry_is_read_while_launches_run(fake: FakeCuda, probe: Any) -> None:
-    fake.kernel_s = 1e-3
-    device = _device(fake, probe=probe, nvml=LoadedNvml(fake))
-    assert device.snapshot().clock_hz == 210e6  # nothing runs yet
+def test_telemetry_is_read_while_launches_run(planted: PlantedCuda, probe: Any) -> None:
+    _slower(planted, 1e-3)
+    planted.troubles = Troubles(power_cap=0.75)
+    device = _device(planted, probe=probe, nvml=planted_nvml(planted))
+    assert device.snapshot().throttle == ("gpu_idle",)  # nothing runs yet
     kept: list[Any] = []
     plan = replace(in_order([replace(GEMM, m=8)], Rates(1e14, 1e12)), drift_check=GEMM)
     run(
@@ -305,24 +209,24 @@ def test_telemetry_is_read_while_launches_run(fake: FakeCuda, probe: Any) -> Non
     )
     assert len(kept) == 3
     for reading in (record[name] for record in kept for name in ("before", "after")):
-        assert (reading["clock_hz"], reading["throttle"]) == (1410e6, ["sw_power_cap"])
+        assert (reading["clock_hz"], reading["throttle"]) == (0.75 * GPU.clock_hz, ["sw_power_cap"])
 
 
 def test_a_launch_that_takes_the_host_longer_than_the_device_is_held_until_it_is_ready(
-    fake: FakeCuda,
+    planted: PlantedCuda,
 ) -> None:
-    fake.host_s = 2e-3
-    prepared = _device(fake, probe=_not_capturable).prepare(GEMM)
-    fake.held.clear()
-    prepared.sample(4)
-    assert len(fake.held) == 4
-    assert all(cycles >= 2e-3 * 2.6e9 for cycles in fake.held)  # no GPU's clock is higher
-    _device(fake).prepare(GEMM).sample(4)  # a graph needs no host
-    assert len(fake.held) == 4
+    planted.launch_s = 2e-3
+    device = _device(planted, probe=_not_capturable)
+    assert device.prepare(replace(GEMM, cold=False)).sample(4) == pytest.approx(1e-5)
+    assert "sleep" in planted.log
+    planted.log.clear()
+    # a graph needs no host but for its replay
+    assert _device(planted).prepare(GEMM).sample(4) < 1e-5 + 2e-3 / 1000
+    assert "sleep" not in planted.log
 
 
-def test_without_graphs(fake: FakeCuda) -> None:
-    device = _device(fake, probe=_not_capturable)
+def test_without_graphs(planted: PlantedCuda) -> None:
+    device = _device(planted, probe=_not_capturable)
     hot = device.prepare(replace(GEMM, cold=False))
     assert hot.sample(10) == pytest.approx(1e-5)
     assert "flush" not in hot.method
@@ -335,14 +239,14 @@ def test_without_graphs(fake: FakeCuda) -> None:
 
 
 def test_what_times_the_host_is_not_captured_and_is_timed_by_the_hosts_clock(
-    fake: FakeCuda,
+    planted: PlantedCuda,
 ) -> None:
-    device = _device(fake)
+    device = _device(planted)
     for op in (Operator("launch_eager"), Operator("layer_eager", kv_len=16, cold=False)):
-        before = fake.captured
+        planted.log.clear()
         prepared = device.prepare(op)
         assert prepared.method == "host clock around single launches"
-        assert (fake.captured, fake.replays) == (before, 0)
+        assert (planted.captured, planted.log.count("replay")) == (0, 0)
         assert 0 < prepared.sample(10) < 0.1
     assert "layer_eager in fp8" in device.refuses(Operator("layer_eager", "fp8", kv_len=16))
 
@@ -354,7 +258,10 @@ def test_number_formats_by_compute_capability() -> None:
         ((8, 0), ampere),
         ((8, 9), ampere | {"fp8"}),
     ):
-        assert set(_device(FakeCuda(capability)).dtypes()) == formats
+        assert (
+            set(_device(PlantedCuda(replace(GPU, capability=capability), NO_TROUBLES)).dtypes())
+            == formats
+        )
 
 
 @pytest.mark.parametrize(
@@ -377,7 +284,7 @@ def test_number_formats_by_compute_capability() -> None:
 def test_what_the_gpu_lacks_is_refused_by_name(
     op: Operator, capability: tuple[int, int], message: str
 ) -> None:
-    device = _device(FakeCuda(capability))
+    device = _device(PlantedCuda(replace(GPU, capability=capability), NO_TROUBLES))
     assert message in device.refuses(op)
     assert bool(message) == bool(device.refuses(op))
     if message:
@@ -411,45 +318,45 @@ LAUNCH_ERROR = RuntimeError("CUDA error: an illegal memory access was encountere
     ],
 )
 def test_torch_errors_become_ones_the_runner_knows(
-    fake: FakeCuda, error: Exception, kind: type[Exception]
+    planted: PlantedCuda, error: Exception, kind: type[Exception]
 ) -> None:
-    device = _device(fake)
-    fake.launch_error = error
+    device = _device(planted)
+    _failing(planted, error)
     with pytest.raises(kind) as caught:
         device.prepare(GEMM)
     assert "\n" not in str(caught.value)
-    fake.launch_error = None
-    prepared = _device(fake, probe=_not_capturable).prepare(GEMM)
-    fake.launch_error = error
+    _failing(planted, None)
+    prepared = _device(planted, probe=_not_capturable).prepare(GEMM)
+    _failing(planted, error)
     with pytest.raises(kind):
         prepared.sample(1)
 
 
-def test_a_device_is_lost_only_if_a_trivial_kernel_fails_too(fake: FakeCuda) -> None:
-    device = _device(fake)
-    fake.launch_error = LAUNCH_ERROR
+def test_a_device_is_lost_only_if_a_trivial_kernel_fails_too(planted: PlantedCuda) -> None:
+    device = _device(planted)
+    _failing(planted, LAUNCH_ERROR)
     with pytest.raises(Unsupported, match="illegal memory access"):
         device.prepare(GEMM)
-    fake.lost = LAUNCH_ERROR  # such an error stays with the process
+    planted.lost = True  # such an error stays with the process
     for error in (LAUNCH_ERROR, RuntimeError("a message that names no library")):
-        fake.launch_error = error
+        _failing(planted, error)
         with pytest.raises(DeviceLost) as caught:
             device.prepare(GEMM)
         assert "\n" not in str(caught.value)
 
 
 def test_fp8_accumulates_fast_as_in_engines(
-    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    planted: PlantedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **options: seen.append(options))
-    prepared = _device(fake).prepare(Operator("gemm", "fp8", m=16, n=64, k=64))
+    prepared = _device(planted).prepare(Operator("gemm", "fp8", m=16, n=64, k=64))
     assert all(options["use_fast_accum"] for options in seen)
     assert "fast accumulation" in prepared.method
 
 
-def test_tf32_is_switched_by_number_format(fake: FakeCuda) -> None:
-    device = _device(fake)
+def test_tf32_is_switched_by_number_format(planted: PlantedCuda) -> None:
+    device = _device(planted)
     before = torch.get_float32_matmul_precision()
     try:
         device.prepare(Operator("gemm", "tf32", m=4, n=64, k=64))
@@ -462,7 +369,7 @@ def test_tf32_is_switched_by_number_format(fake: FakeCuda) -> None:
 
 def test_a_gpu_that_is_not_there_is_one_line() -> None:
     with pytest.raises(InputError, match="expected cuda:0 to cuda:0"):
-        CudaDevice(3, backend=FakeCuda(), torch_device="cpu", nvml=None)
+        CudaDevice(3, backend=PlantedCuda(GPU, NO_TROUBLES), torch_device="cpu", nvml=None)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="sees no CUDA GPU"):
             open_device("cuda")

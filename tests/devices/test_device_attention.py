@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
 
 from decoder_reference import layout_mask  # noqa: E402
-from pretended_cuda import CPU  # noqa: E402
+from fakes.interpreted import CPU  # noqa: E402
 from torch.nn.attention import flex_attention as torch_flex  # noqa: E402
 
 from calibration.devices import Operator, Unsupported, attention  # noqa: E402

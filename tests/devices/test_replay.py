@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_device import Faults, FaultyDevice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.devices import DeviceLost, Operator, OutOfMemory, open_device
+from calibration.devices import Operator, open_device
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from simulator.errors import InputError
 
@@ -158,22 +156,3 @@ def test_the_same_seed_replays_the_same_samples_in_simulated_time() -> None:
         ReplayDevice(noise=0.1, seed=seed).prepare(GEMM).sample(1) for seed in (1, 1, 2)
     )
     assert first == again != other
-
-
-def test_faults_are_where_they_were_planted() -> None:
-    device = FaultyDevice(
-        lambda op: 1e-3, faults=Faults(throttle={1}, nan={2}, out_of_memory_bytes=1e7, lost_at=4)
-    )
-    assert device.prepare(GEMM).sample(1) == 1e-3
-    assert device.snapshot().throttle == ()
-    assert device.prepare(GEMM).sample(1) == pytest.approx(1.6e-3)
-    assert device.snapshot().throttle == ("hw_thermal_slowdown",)
-    prepared = device.prepare(GEMM)
-    assert [math.isnan(prepared.sample(1)) for _ in range(4)] == [False, False, True, False]
-    with pytest.raises(OutOfMemory):
-        device.prepare(Operator("gemm", m=8192, n=8192, k=8192))
-    prepared = device.prepare(GEMM)
-    with pytest.raises(DeviceLost):
-        [prepared.sample(1) for _ in range(3)]
-    with pytest.raises(DeviceLost, match="lost before"):  # for good
-        device.prepare(GEMM)

@@ -12,7 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import CONFIG, TOKENS, run  # noqa: E402
-from pretended_cuda import CPU  # noqa: E402
+from fakes.interpreted import CPU  # noqa: E402
+from shaped import resized  # noqa: E402
 
 from calibration.devices import Operator, Unsupported  # noqa: E402
 from calibration.devices.operators import Arena, build, linear, sparse_weight  # noqa: E402
@@ -87,7 +88,7 @@ def test_an_operator_is_searched_before_it_is_timed(library: Library) -> None:
 def test_a_decoder_searches_once_for_equal_shapes_and_equals_the_masked_one(
     library: Library,
 ) -> None:
-    made = random_decoder(replace(CONFIG, qkv_bias=True), dtype="fp32")
+    made = random_decoder(resized(CONFIG, qkv_bias=True), dtype="fp32")
     pruned = prune_decoder(replace(made, device=CPU), "semi_structured", 0.5)
     masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))
     torch.testing.assert_close(run(pruned), run(masked))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes.gpu import GPUS, NO_TROUBLES, UUID, Kernel, PlantedCuda, Troubles, planted_nvml
 
 from calibration.devices.telemetry import (
     UNKNOWN,
@@ -20,43 +20,23 @@ from calibration.devices.telemetry import (
 pytestmark = pytest.mark.quick
 
 
-class FakeNvml:
-    """NVML with planted answers; names in ``broken`` raise as a driver does that does not support
-    them."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    def __init__(self, broken: tuple[str, ...] = (), reasons: int = 0) -> None:
-        self.broken, self.reasons, self.asked = broken, reasons, []
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.broken:
-            raise RuntimeError(f"{name}: Not Supported")
-        if name == "nvmlDeviceGetHandleByUUID":
-            return lambda uuid: uuid
-        if name == "nvmlDeviceGetClockInfo":
-            return lambda handle, kind: self.asked.append(handle) or {1: 1980, 2: 2619}[kind]
-        facts = {
-            "Init": None,
-            "PowerUsage": 437_250,
-            "Temperature": 61,
-            "UtilizationRates": SimpleNamespace(gpu=97),
-        }
-        facts |= dict.fromkeys(
-            ("CurrentClocksEventReasons", "CurrentClocksThrottleReasons"), self.reasons
-        )
-        facts |= {"SystemGetDriverVersion": "580.1", "EnforcedPowerLimit": 700_000}
-        return lambda *_: facts[name.removeprefix("nvml").removeprefix("DeviceGet")]
+def nvml_of(troubles: Troubles = NO_TROUBLES, broken: tuple[str, ...] = ()) -> Any:
+    """NVML of a planted H100 under load."""
+    cuda = PlantedCuda(GPUS["H100"], troubles)
+    cuda.submit({Kernel("gemm", 1.0, 0.0): 1})
+    return planted_nvml(cuda, broken)
 
 
 def test_readings_are_in_si() -> None:
-    nvml = FakeNvml(reasons=0x4)
-    reader = NvmlReader(nvml, "GPU-abc")
-    assert reader.snapshot() == Snapshot(1.98e9, 2.619e9, 437.25, 61.0, 0.97, ("sw_power_cap",))
-    assert reader.driver() == "580.1"
+    reader = NvmlReader(nvml_of(Troubles(power_cap=0.75)), UUID)
+    assert reader.snapshot() == Snapshot(1.485e9, 2.6e9, 679.0, 61.0, 1.0, ("sw_power_cap",))
+    assert reader.driver() == "580.65.06"
     assert reader.power_limit_w() == 700.0
-    # the card by its UUID, since NVML's numbers ignore CUDA_VISIBLE_DEVICES
-    assert set(nvml.asked) == {"GPU-abc"}
+
+
+def test_the_card_is_found_by_its_uuid_since_numbers_ignore_cuda_visible_devices() -> None:
+    assert NvmlReader(nvml_of(), f"GPU-{UUID}").snapshot().clock_hz == 1.98e9
+    assert NvmlReader(nvml_of(), "GPU-other").snapshot() == Snapshot()
 
 
 def test_without_nvml_everything_is_unknown() -> None:
@@ -68,21 +48,21 @@ def test_without_nvml_everything_is_unknown() -> None:
 
 def test_nvml_that_does_not_start_is_unknown_and_one_reading_that_fails_leaves_the_others() -> None:
     for broken in ("nvmlInit", "nvmlDeviceGetHandleByUUID"):
-        assert NvmlReader(FakeNvml((broken,)), "GPU-abc").snapshot() == Snapshot()
+        assert NvmlReader(nvml_of(broken=(broken,)), UUID).snapshot() == Snapshot()
     names = {"PowerUsage": "power_w", "Temperature": "temperature_c", "ClockInfo": "clock_hz"}
     for broken, field in names.items():
-        snapshot = NvmlReader(FakeNvml((f"nvmlDeviceGet{broken}",)), "GPU-abc").snapshot()
+        snapshot = NvmlReader(nvml_of(broken=(f"nvmlDeviceGet{broken}",)), UUID).snapshot()
         assert getattr(snapshot, field) == UNKNOWN
         assert snapshot.throttle == ()
 
 
 def test_throttle_reasons_under_their_older_name() -> None:
-    nvml = FakeNvml(("nvmlDeviceGetCurrentClocksEventReasons",), reasons=0x40)
-    assert NvmlReader(nvml, "GPU-abc").snapshot().throttle == ("hw_thermal_slowdown",)
-    both = FakeNvml(
-        ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
-    )
-    assert NvmlReader(both, "GPU-abc").snapshot().throttle == UNKNOWN
+    new = "nvmlDeviceGetCurrentClocksEventReasons"
+    old = "nvmlDeviceGetCurrentClocksThrottleReasons"
+    hot = Troubles(throttle=(0.0, 1.0))
+    reader = NvmlReader(nvml_of(hot, (new,)), UUID)
+    assert reader.snapshot().throttle == ("hw_thermal_slowdown",)
+    assert NvmlReader(nvml_of(hot, (new, old)), UUID).snapshot().throttle == UNKNOWN
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
 
-from pretended_cuda import CPU, PLACE, kernels  # noqa: E402
+from fakes.interpreted import CPU, PLACE, kernels  # noqa: E402
 
 from calibration.devices import Operator, operators  # noqa: E402
 from calibration.devices.operators import (  # noqa: E402

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tables import rows_of
 
 import simulator
-from simulator.cli import run
 from simulator.codes import ROLES
 from simulator.engines.engine import (
     Engine,
@@ -182,78 +183,24 @@ def test_2_4_kernels_by_library_format_and_architecture() -> None:
     assert sparse24_engines("fp8", "fp8", "ada") == ("reference", "trtllm")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "place", "reason"),
-    [
-        ("fuse: [qkv]", "fused: [qkv]", "7:1: fused", "unknown key; did you mean fuse?"),
-        ("value: 0.5 ms,", "value: 0.5 GB,", "13:17: host.pass.value", "expected a time"),
-        (
-            "value: 0.5 ms,",
-            "value: 5 s,",
-            "13:17: host.pass.value",
-            "expected 0 s to 1 s, got '5 s'",
-        ),
-        (
-            "0.3, source: bench",
-            "0.3, source: guess",
-            "13:46: host.pass.source",
-            "'guess' is not listed under sources",
-        ),
-        ("[vllm, sglang]", "[vlm]", "4:10: stacks.0", "did you mean vllm?"),
-        (
-            "  mlp_norm: 7",
-            "  mlp_nrm: 7",
-            "11:3: launches.mlp_nrm",
-            "unknown operator; did you mean mlp_norm? Known: q, k, v",
-        ),
-        (
-            "  mlp_norm: 7",
-            "  mlp_norm: 101",
-            "11:13: launches.mlp_norm",
-            "expected a whole number from 0 to 100",
-        ),
-        ("fuse: [qkv]", "fuse: [gate]", "7:8: fuse.0", "did you mean gate_up?"),
-        (
-            "{cusparselt: {",
-            "{cusparse: {",
-            "19:12: sparse24.cusparse",
-            "unknown library; did you mean cusparselt? Known: cusparselt",
-        ),
-        (
-            "[bf16], source",
-            "[bf17], source",
-            "19:35: sparse24.cusparselt.formats.0",
-            "did you mean bf16?",
-        ),
-        ("weight_only: [int4]", "weight_only: [int5]", "18:15: weight_only.0", "did you mean int"),
-        ("name: mine", "name: My Engine", "2:7: name", "expected a name of lower-case letters"),
-        (
-            "  layer_inner:",
-            "  inner:",
-            "21:3: loads.inner",
-            "unknown feature; did you mean linear? Known: uniform, heads",
-        ),
-        (', how: "with widths in a list"', "", "21:16: loads.layer_inner.how", "is missing"),
-        (
-            "  int4: {mult",
-            "  int5: {mult",
-            "23:3: widths.int5",
-            "unknown format; did you mean int8? Known: fp32, tf32",
-        ),
-        (
-            "multiple: 128,",
-            "multiple: 0,",
-            "23:20: widths.int4.multiple",
-            "expected a whole number from 1 to 65536",
-        ),
-        (
-            'evict", source: bench',
-            'evict", source: x',
-            "25:43: dynamic.kv_cache.source",
-            "'x' is not listed under",
-        ),
-    ],
-)
+BAD = """
+value: 0.5 ms,     | value: 5 s,        | 13:17: host.pass.value               | expected 0 s to 1 s, got '5 s'
+0.3, source: bench | 0.3, source: guess | 13:46: host.pass.source              | 'guess' is not listed under sources
+[vllm, sglang]     | [vlm]              | 4:10: stacks.0                       | did you mean vllm?
+mlp_norm: 7        | mlp_nrm: 7         | 11:3: launches.mlp_nrm               | unknown operator; did you mean mlp_norm? Known: q, k, v
+mlp_norm: 7        | mlp_norm: 101      | 11:13: launches.mlp_norm             | expected a whole number from 0 to 100
+fuse: [qkv]        | fuse: [gate]       | 7:8: fuse.0                          | did you mean gate_up?
+{cusparselt: {     | {cusparse: {       | 19:12: sparse24.cusparse             | unknown library; did you mean cusparselt? Known: cusparselt
+[bf16], source     | [bf17], source     | 19:35: sparse24.cusparselt.formats.0 | did you mean bf16?
+name: mine         | name: My Engine    | 2:7: name                            | expected a name of lower-case letters
+layer_inner:       | inner:             | 21:3: loads.inner                    | unknown feature; did you mean linear? Known: uniform, heads
+int4: {mult        | int5: {mult        | 23:3: widths.int5                    | unknown format; did you mean int8? Known: fp32, tf32
+multiple: 128,     | multiple: 0,       | 23:20: widths.int4.multiple          | expected a whole number from 1 to 65536
+"""
+"""Texts of a good file, their replacements, and the place and reason of the error."""
+
+
+@pytest.mark.parametrize(("old", "new", "place", "reason"), rows_of(BAD))
 def test_what_is_wrong_is_said_with_its_place(
     tmp_path: Path, old: str, new: str, place: str, reason: str
 ) -> None:
@@ -270,11 +217,9 @@ def test_what_is_wrong_is_said_with_its_place(
     assert "\n" not in str(error.value)
 
 
-def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_runs_wherever_a_name_does(good: Path, cli: Any) -> None:
     path = str(good)
-    w = simulator.lower(
-        simulator.load_model("llama-3.2-1b"), phase="prefill", batch=2, seq=64, engine=path
-    )
+    w = simulator.lower("llama-3.2-1b", phase="prefill", batch=2, seq=64, engine=path)
     assert w.is_role("qkv").any()
     assert w.is_role("gate").any()
     assert w.m[w.is_role("lm_head")].tolist() == [2 * 64]
@@ -282,8 +227,7 @@ def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixt
         f"speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --engine {path},vllm"
         " --csv -"
     )
-    assert run(line.split()) == 0
-    rows = capsys.readouterr().out.splitlines()
+    rows = cli.out(line).splitlines()
     assert [row.split(",")[2] for row in rows] == ["engine", "mine", "vllm"]
     (record,) = simulator.table(["llama-3.2-1b"], ["h100"], ["depth"], [0.25], engine=[path])
     assert (record.engine, record.speedup) == (
@@ -291,5 +235,4 @@ def test_a_path_runs_wherever_a_name_does(good: Path, capsys: pytest.CaptureFixt
         pytest.approx(float(rows[1].split(",")[16]), rel=1e-12),
     )
     good.write_text(GOOD.replace("qkv", "qvk"))
-    assert run(line.split()) == 2
-    assert f"{path}:7:8: fuse.0: " in capsys.readouterr().err
+    assert f"{path}:7:8: fuse.0: " in cli.refused(line)

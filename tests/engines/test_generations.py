@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import simulator
-from simulator.cli import run
 from simulator.engines.engine import check_engine, list_engines, load_engine, numbers, reached
 from simulator.errors import InputError
 from simulator.figures.style import engine_title
@@ -105,7 +104,6 @@ def test_every_shipped_generation_has_a_source_and_rises(name: str) -> None:
     assert engine.generation == engine.generations[-1].name
     for before, after in pairwise(engine.generations):
         since = numbers(after.since)
-        assert since is not None
         assert reached(since, before.since)
     for generation in engine.generations:
         one = load_engine(f"{name}@{generation.name}")
@@ -176,26 +174,22 @@ def test_what_is_wrong_with_a_generation_is_said_with_its_place(
     assert reason in line
 
 
-def test_results_name_the_version_and_two_versions_are_two_rows(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_results_name_the_version_and_two_versions_are_two_rows(cli: Any) -> None:
     asked = ["vllm@0.6", "vllm@0.19", "VLLM@0.19", "vllm"]
     found = requests_of(["llama-3.2-1b"], {"engine": asked})
     assert [load_engine(one.engine).name for one in found] == ["vllm@0.6", "vllm@0.19", "vllm"]
     line = (
-        "speedup llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --batch"
+        "llama-3.2-1b --hardware h100 --family depth --sparsity 0.25 --phase decode --batch"
         " 8 --seq 512"
     )
-    assert run([*line.split(), "--engine", ",".join(asked), "--csv", "-"]) == 0
-    header, *rows = (row.split(",") for row in capsys.readouterr().out.splitlines())
+    table = cli.out(f"speedup {line} --engine {','.join(asked)} --csv -")
+    header, *rows = (row.split(",") for row in table.splitlines())
     assert [row[header.index("engine")] for row in rows] == ["vllm@0.6", "vllm@0.19", "vllm"]
     times = [float(row[header.index("dense_s")]) for row in rows]
     assert times[0] > times[1] == times[2]
     assert (engine_title("vllm@0.19"), engine_title("vllm@v1")) == ("vLLM 0.19", "vLLM v1")
-    assert run(["explain", *line.split()[1:], "--engine", "vllm@0.6,vllm@0.19"]) == 0
-    assert "vllm@0.19" in capsys.readouterr().out
-    assert run(["engines", "show", "vllm@0.9"]) == 0
-    shown = capsys.readouterr().out
+    assert "vllm@0.19" in cli.out(f"explain {line} --engine vllm@0.6,vllm@0.19")
+    shown = cli.out("engines show vllm@0.9")
     for part in (
         "vllm@v0, from 0:",
         "vllm@v1, from 0.8:",
@@ -224,7 +218,7 @@ def test_the_spread_of_hosts_is_in_the_interval_of_a_speedup(
         path.write_text(text.replace(*value))
         options: dict[str, Any] = {"phase": phase, "batch": 16, "seq": 512, "engine": str(path)}
         dense = simulator.lower(
-            simulator.load_model("llama-3.2-1b"),
+            "llama-3.2-1b",
             new_tokens=64 if phase == "serve" else 0,
             **options,
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from calibration.evidence import published as hosts
+from calibration.evidence.measurements import published
 from calibration.evidence.pages import engine_tables, filled, loads_table
 from calibration.evidence.published import (
     MISS,
@@ -21,9 +22,8 @@ from calibration.evidence.published import (
     compare_speedups,
     serving_workload,
 )
-from calibration.evidence.scoring import Comparison, score_of
 from calibration.evidence.sets import against_targets, evaluate_sets
-from calibration.measurements import published
+from calibration.validation.scoring import Comparison, score_of
 from simulator.engines.engine import load_engine
 from simulator.models.library import load_model
 from simulator.prediction.service import NO_LIMITS, ServePasses

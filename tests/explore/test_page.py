@@ -16,9 +16,8 @@ pytest.importorskip("streamlit", reason='no module streamlit: pip install -e ".[
 from streamlit.testing.v1 import AppTest
 
 import simulator
-from simulator.cli import run
 from simulator.explore import app
-from simulator.prediction.sentences import of_speedups
+from simulator.prediction.speedup_sentences import of_speedups
 
 PAGE = Path(app.__file__)
 
@@ -217,9 +216,7 @@ def test_another_pruning_is_explained_on_request_and_stays() -> None:
     assert address(at) == {"phase": ["prefill"], "detail": ["width at 50 %"]}
 
 
-def test_the_commands_of_the_page_give_its_numbers(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_commands_of_the_page_give_its_numbers(cli: Any, tmp_path: Path) -> None:
     at = page(
         engine=["hf", "vllm"],
         sparsity="25%,",
@@ -230,13 +227,11 @@ def test_the_commands_of_the_page_give_its_numbers(
         hardware=["h100_sxm", "t4"],
         batch="1, ,8",
     )
-    speedup, explain = at.code[0].value.splitlines()
-    assert run([*shlex.split(speedup)[1:], "--csv", str(tmp_path / "own.csv")]) == 0
+    speedup, explain = (line.removeprefix("prunesim ") for line in at.code[0].value.splitlines())
+    cli(f"{speedup} --csv {tmp_path / 'own.csv'}")
     own = (tmp_path / "own.csv").read_text().splitlines()
     assert len(own) == 1 + len(at.dataframe[0].value)
-    capsys.readouterr()
-    assert run(shlex.split(explain)[1:]) == 0
-    assert capsys.readouterr().out.split(";")[0].split(", predicted")[0] in texts(at)
+    assert cli.out(explain).split(";")[0].split(", predicted")[0] in texts(at)
 
 
 def test_a_setting_that_is_not_shown_is_not_read() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import fields, replace
 from html.parser import HTMLParser
@@ -74,9 +73,11 @@ def written(tmp_path: Path, words: str) -> str:
 
 
 def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cli: Any
 ) -> None:
-    html = written(tmp_path, LINE)
+    file = tmp_path / "report.html"
+    assert cli.out(f"report {LINE} -o {file}") == f"{file}\n"
+    html = file.read_text(encoding="utf-8")
     page = Page(html)
     assert (
         html.index('class="answer"')
@@ -86,9 +87,7 @@ def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
     )
     assert page.elements.count("svg") == 3
     assert page.harmless
-    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
-    assert run(["speedup", *shlex.split(LINE), "--seq", "2048", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = cli.json(f"speedup {LINE} --seq 2048")
     header, *cells = page.rows
     for name, key, unit in (
         ("speedup", "speedup", 1),
@@ -105,28 +104,22 @@ def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
     assert [row[header.index("hardware")] for row in cells] == [row["hardware"] for row in rows]
 
 
-def test_the_commands_of_a_report_give_its_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_a_report_give_its_numbers(tmp_path: Path, cli: Any) -> None:
     words = (
         "llama-3.2-1b --hardware h100 --prune 'width mlp=0.3 + depth 0.25' --phase serve"
         " --concurrency 8"
     )
     words += " --new-tokens 16 --kv-dtype fp8 --dense-time 0.5s --ideal"
     html = written(tmp_path, words)
-    capsys.readouterr()
     lines = Page(html[html.index("<pre>") : html.index("</pre>")]).text.splitlines()
     assert [line.split()[1] for line in lines] == ["speedup", "explain", "report"]
-    found = []
-    for line in lines[:2]:
-        assert run([*shlex.split(line)[1:], "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out)[0])
-    assert run(["speedup", *shlex.split(words), "--json"]) == 0
-    expected = json.loads(capsys.readouterr().out)[0]
+    cli.capsys.readouterr()
+    found = [cli.json(line.removeprefix("prunesim "))[0] for line in lines[:2]]
+    (expected,) = cli.json(f"speedup {words}")
     for name in ("speedup", "speedup_lower", "dense_s", "batch", "new_tokens", "ideal", "kv_dtype"):
         assert [row[name] for row in found] == pytest.approx([expected[name]] * 2), name
     assert "will it run?" in html
-    assert run(shlex.split(lines[2])[1:]) == 0
+    cli(lines[2].removeprefix("prunesim "))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from test_figures import check_print
+from printing import check_print
 
 import simulator
-from simulator.cli import run
 from simulator.figures.measured import MOST_DOTS, MeasuredGemms
 from simulator.figures.paper import (
     BATCHES,
@@ -103,9 +102,7 @@ def test_captions_state_what_an_engine_cannot_run(drawn: dict[str, Drawn]) -> No
 @pytest.mark.parametrize("family", general_families())
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_kept_axes_multiply_to_the_flops_that_are_left(family: str, phase: str) -> None:
-    dense = simulator.lower(
-        simulator.load_model("llama-3.1-8b"), phase=phase, batch=4, seq=1024, engine=""
-    )
+    dense = simulator.lower("llama-3.1-8b", phase=phase, batch=4, seq=1024, engine="")
     pruned = prune(dense, family, 0.5)
     for roles in OPERATORS.values():
         before, after = (
@@ -244,27 +241,24 @@ def test_steps_within_a_percent_are_folded_and_the_product_is_exact() -> None:
     assert steps == [["b", "other (4 steps)"], ["c", "other (4 steps)"]]
 
 
-FIGURES_OF = ["figures", "llama-3.1-8b"]
+LINE = "figures llama-3.1-8b"
 
 
 @pytest.fixture
-def prunesim(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command line without the measured GEMMs that ship."""
+def without_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the measured GEMMs that ship."""
     monkeypatch.setattr("calibration.cli.figures.shipped_gemms", lambda hw, dtype: None)
-    return run
 
 
-def test_one_command_writes_figures_and_captions(
-    prunesim: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("without_shipped")
+def test_one_command_writes_figures_and_captions(tmp_path: Path, cli: Any) -> None:
     table = tmp_path / "gemms.csv"
     table.write_text(
         "m,n,k,latency_us,dtype,note\n1,6144,4096,54.9,bf16,\n512,6144,4096,165,bf16,x\n512,6144,4096,80,fp8,\n"
     )
     out = tmp_path / "new" / "out"
     chosen = "taxonomy,scatter"
-    options = ["--hardware", "4090", "--only", chosen, "--measured", f"4090={table}"]
-    assert prunesim([*FIGURES_OF, "-o", str(out), *options]) == 0
+    printed = cli.out(f"{LINE} -o {out} --hardware 4090 --only {chosen} --measured 4090={table}")
     files = {f"{name}{suffix}" for name in chosen.split(",") for suffix in (".pdf", ".png")}
     assert {p.name for p in out.iterdir()} == {*files, "captions.md"}
     captions = (out / "captions.md").read_text()
@@ -275,54 +269,37 @@ def test_one_command_writes_figures_and_captions(
     )
     assert "`prunesim figures llama-3.1-8b -o DIR --only taxonomy --hardware 4090`" in captions
     assert "gemms.csv" in captions
-    printed = capsys.readouterr()
-    assert str(out / "captions.md") in printed.out
+    assert str(out / "captions.md") in printed
 
 
+@pytest.mark.usefixtures("without_shipped")
 def test_what_lacks_data_is_left_out_with_a_note(
-    prunesim: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
     few = {name: FIGURES[name] for name in ("taxonomy", "scatter")}
     monkeypatch.setattr("simulator.figures.paper.FIGURES", few)
-    assert prunesim([*FIGURES_OF, "-o", str(tmp_path), "--format", "png"]) == 0
+    assert "no measured GEMMs" in cli(f"{LINE} -o {tmp_path} --format png")[1]
     assert {p.name for p in tmp_path.iterdir()} == {"taxonomy.png", "captions.md"}
-    assert "no measured GEMMs" in capsys.readouterr().err
-    assert prunesim([*FIGURES_OF, "-o", str(tmp_path / "captions.md"), "--only", "taxonomy"]) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert "is a file" in cli.refused(f"{LINE} -o {tmp_path / 'captions.md'} --only taxonomy")
 
 
+@pytest.mark.usefixtures("without_shipped")
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("options", "says"),
     [
-        (["--only", "taxonmy"], "figure 'taxonmy'"),
-        (["--only", "scatter"], "no measured GEMMs of a100_sxm_80gb, h100_sxm, rtx_4090"),
-        (["--format", "jpg"], "format 'jpg'"),
-        (["--measured", "4090"], "expected DEVICE=FILE"),
-        (["--measured", "4090=missing.csv"], "missing.csv: cannot be read"),
-        (["--measured", "l40s=missing.csv"], "l40s is not among --hardware"),
+        ("--only taxonmy", "figure 'taxonmy'"),
+        ("--only scatter", "no measured GEMMs of a100_sxm_80gb, h100_sxm, rtx_4090"),
+        ("--format jpg", "format 'jpg'"),
+        ("--measured 4090", "expected DEVICE=FILE"),
+        ("--measured 4090=missing.csv", "missing.csv: cannot be read"),
+        ("--measured l40s=missing.csv", "l40s is not among --hardware"),
         (
-            [
-                "--hardware",
-                "h100",
-                "--measured",
-                "h100=setup.cfg",
-                "--measured",
-                "h100_sxm=setup.cfg",
-            ],
+            "--hardware h100 --measured h100=setup.cfg --measured h100_sxm=setup.cfg",
             "setup.cfg",
         ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    prunesim: Any,
-    arguments: list[str],
-    says: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    options: str, says: str, tmp_path: Path, cli: Any
 ) -> None:
-    assert prunesim([*FIGURES_OF, "-o", str(tmp_path / "out"), *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert says in cli.refused(f"{LINE} -o {tmp_path / 'out'} {options}")

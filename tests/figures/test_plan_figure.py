@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from test_figures import check_print
+from printing import check_print
+from shaped import cut, layer
 
 from simulator.figures.plan import kept, plan_figure
-from simulator.models.config import Block
 from simulator.plans.search import Plan, search
 from simulator.plans.solve import Targets
 
@@ -38,10 +38,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["layer,attention,mlp,kl,runtime_ms"],
         tmp_path_factory.mktemp("plan") / "scores.csv",
     )
-    for layer in range(LAYERS):
+    for number in range(LAYERS):
         for i, ((attention, mlp), score) in enumerate(VARIANTS.items()):
             lines.append(
-                f"{layer},{attention},{mlp},{score * (1.5 - layer / LAYERS):.6g},{2.0 - 0.1 * i:.6g}"
+                f"{number},{attention},{mlp},{score * (1.5 - number / LAYERS):.6g},{2.0 - 0.1 * i:.6g}"
             )
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -149,6 +149,7 @@ def test_other_plans_are_printed_without_clashes(plan: Plan) -> None:
 
 @pytest.mark.quick
 def test_shares_of_experts_and_heads() -> None:
-    dense = Block(32, 8, 0, 8, 2.0, 14336)
-    assert kept("mlp", replace(dense, experts=4, expert_inner=7168), dense) == 0.25
-    assert kept("attention", replace(dense, heads=8, kv_heads=8), dense) == 0.25
+    dense = layer(32, 8, experts={"experts": 8, "active": 2.0, "inner": 14336})
+    assert kept("mlp", cut(dense, "mlp", experts=4, inner=7168), dense) == 0.25
+    assert kept("attention", cut(dense, "attention", heads=8, kv_heads=8), dense) == 0.25
+    assert kept("mlp", layer(inner=512), layer(inner=2048)) == 0.25

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_figures import check_print
+from printing import check_print
 
 import simulator
 from simulator.figures.speedup import PAYS, pays_from, services_of, speedups_of, varying
 from simulator.figures.style import styles_of
-from simulator.prediction.sentences import GAIN, break_even
+from simulator.prediction.speedup_sentences import break_even
+from simulator.prediction.wording import GAIN
 
 MODEL = "llama-3.1-8b"
 

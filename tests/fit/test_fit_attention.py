@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from operator_times import decode_time, prefill_time
 
-from calibration.build_profiles import rtx_tables
+from calibration.evidence.measurements.rtx4090 import rtx_tables
+from calibration.evidence.measurements.wheel import datasheet
 from calibration.evidence.sets import TableChoice, evaluate_table
 from calibration.fit.attention import AttentionFit, calls_of, fit_attention
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import FittedPart
-from calibration.measurements.wheel import datasheet
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import CONSTANTS

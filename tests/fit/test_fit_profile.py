@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 from planted_rows import HW, SOURCE, check_golden, gemms, golden_records
 
-from calibration.evidence.validate import validate
 from calibration.fit.profile import fit_profile
 from calibration.records.timing_table import Records
-from simulator.hardware.library import load_hardware
+from calibration.validation.validate import validate
 from simulator.hardware.profile import Fitted
-from simulator.hardware.save import save_hardware
 from simulator.uncertainty.operators import gemm_time
 
 
@@ -26,19 +23,6 @@ def test_throttled_rows_stay_out_and_flagged_ones_are_counted() -> None:
     assert fit.parts[0].rows == 190
     assert any(note == "10 rows excluded: measured under throttling" for note in fit.notes)
     assert any(note.startswith("5 of 190 rows are flagged NOISY") for note in fit.notes)
-
-
-def test_exact_shapes_stay_with_the_profile(tmp_path: Path) -> None:
-    rows = gemms(noise=0.01, rows=120).replace(purpose=np.repeat([3, 1], [7, 113]))
-    save_hardware(fit_profile(HW, rows).profile, tmp_path / "p.yaml")
-    arrays = load_hardware(tmp_path / "p.yaml").sections["gemm", "bf16"].arrays
-    kept = {
-        (m, n, k): t
-        for m, n, k, t in zip(*(arrays[f"exact_{x}"].tolist() for x in "mnks"), strict=True)
-    }
-    for m, n, k, t in zip(rows.m[:7], rows.n[:7], rows.k[:7], rows.seconds[:7], strict=True):
-        # a shape that is there twice has the median
-        assert kept[m, n, k] == pytest.approx(t, rel=0.1)
 
 
 def test_sparse_kernels_lean_on_the_dense_fit() -> None:

@@ -24,7 +24,6 @@ from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
-from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.batch import batch_with
 from simulator.uncertainty.factors import Posterior, Uncertainty, correlation, in_order
@@ -185,7 +184,7 @@ def test_eager_layers_move_the_host_and_leave_kernels_as_they_are() -> None:
     r = Records.concat([gemms(40), attention(20, "prefill"), attention(20, "decode")])
     np.testing.assert_allclose(times(done.profile, r), times(HW, r), rtol=1e-6)
     # a pass in eager mode has it
-    w = lower(load_model("qwen2.5-0.5b"), phase="decode", seq=128, engine="hf")
+    w = lower("qwen2.5-0.5b", phase="decode", seq=128, engine="hf")
     eager, was = workload_time(w, done.profile), workload_time(w, HW)
     each_pass = load_engine("hf").each_pass.value  # the engine's, not the machine's launches
     assert (eager.host_s - each_pass) / (was.host_s - each_pass) == pytest.approx(

@@ -167,6 +167,8 @@ SMALL = {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 LAYERED = {**SMALL, "block_configs": BLOCKS}
+OVERRIDES = {"0": {"intermediate_size": 256}, "02": {"skip": ["mlp"], "num_key_value_heads": 2}}
+CONFIGS.append({**SMALL, "per_layer_config": OVERRIDES})
 _STATS = {"num_kv_heads": 2, "ffn_intermediate_size": 256, "num_params": 9, "runtime_ms": 1.5}
 LIBRARY = {f"layer_{i}": {"own": {"stats": _STATS, "metrics": {"kl_div": 0.5}}} for i in range(3)}
 """A library of Puzzle for :data:`SMALL`."""

@@ -53,6 +53,7 @@ def private_names() -> list[tuple[str, str]]:
     """Return names of this machine that must not leave it, the longest first, and what replaces
     them."""
     host, folders = socket.gethostname(), {str(Path.home()): "~", str(Path.cwd()): "."}
+    folders[str(Path(__file__).resolve().parents[2])] = "checkout"
     if sys.prefix != sys.base_prefix:  # an environment, often inside a checkout
         folders[sys.prefix] = "environment"
     names = {host: "host", host.split(".")[0]: "host"}

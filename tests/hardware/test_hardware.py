@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_times import decode, prefill
 
-from simulator import load_model, lower, workload_time
+from simulator import lower, workload_time
 from simulator.errors import InputError
 from simulator.hardware import library, save
 from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
@@ -99,52 +99,44 @@ def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
             assert known.low <= section[constant] <= known.high, constant
 
 
-# FLOP per clock and SM, dense, from the architecture whitepapers (two for each multiply-add)
-FLOP_PER_CLOCK = {
-    "a100_sxm_80gb": {"fp32": 128, "tf32": 1024, "fp16": 2048, "bf16": 2048, "int8": 4096},
-    "h100_sxm": {"fp32": 256, "tf32": 2048, "fp16": 4096, "bf16": 4096, "fp8": 8192, "int8": 8192},
-    "rtx_4090": {"fp32": 256, "tf32": 256, "fp16": 512, "bf16": 512, "fp8": 1024, "int8": 2048},
-    "rtx_3090": {"fp32": 256, "tf32": 256, "fp16": 512, "bf16": 512, "int8": 2048},
-    "v100": {"fp32": 128, "fp16": 1024},
-    "t4": {"fp32": 128, "fp16": 1024, "int8": 2048},
-    "mi300x": {"fp32": 256, "tf32": 1024, "fp16": 2048, "bf16": 2048, "fp8": 4096, "int8": 4096},
-    "mi355x": {"fp32": 256, "fp16": 4096, "bf16": 4096, "fp8": 8192, "int8": 8192},
-    "a6000": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "int8": 2048},
-    "h20": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
-    "l40s": {"fp32": 256, "tf32": 512, "fp16": 1024, "bf16": 1024, "fp8": 2048, "int8": 2048},
-    "rtx_pro_6000": {
-        "fp32": 256,
-        "tf32": 512,
-        "fp16": 1024,
-        "bf16": 1024,
-        "fp8": 2048,
-        "int8": 2048,
-        "nvfp4": 4096,
-    },
-    "b200_sxm": {
-        "fp32": 256,
-        "tf32": 4096,
-        "fp16": 8192,
-        "bf16": 8192,
-        "fp8": 16384,
-        "int8": 16384,
-        "nvfp4": 32768,
-    },
-}
-FLOP_PER_CLOCK["a100_sxm_40gb"] = FLOP_PER_CLOCK["a100_pcie_80gb"] = FLOP_PER_CLOCK["a100_sxm_80gb"]
-FLOP_PER_CLOCK["rtx_5090"] = FLOP_PER_CLOCK["rtx_4090"] | {"nvfp4": 4096}
-FLOP_PER_CLOCK["a10"] = FLOP_PER_CLOCK["a6000"]
-FLOP_PER_CLOCK |= dict.fromkeys(
-    ("gh200", "h100_pcie", "h200_sxm", "h800"), FLOP_PER_CLOCK["h100_sxm"]
+FLOP_PER_CLOCK = """
+device          fp32  tf32  fp16  bf16    fp8   int8  nvfp4
+a100_sxm_80gb    128  1024  2048  2048      -   4096      -
+h100_sxm         256  2048  4096  4096   8192   8192      -
+rtx_4090         256   256   512   512   1024   2048      -
+rtx_3090         256   256   512   512      -   2048      -
+v100             128     -  1024     -      -      -      -
+t4               128     -  1024     -      -   2048      -
+mi300x           256  1024  2048  2048   4096   4096      -
+mi355x           256     -  4096  4096   8192   8192      -
+a6000            256   512  1024  1024      -   2048      -
+h20              256   512  1024  1024   2048   2048      -
+l40s             256   512  1024  1024   2048   2048      -
+rtx_pro_6000     256   512  1024  1024   2048   2048   4096
+b200_sxm         256  4096  8192  8192  16384  16384  32768
+a100_sxm_40gb    128  1024  2048  2048      -   4096      -
+a100_pcie_80gb   128  1024  2048  2048      -   4096      -
+rtx_5090         256   256   512   512   1024   2048   4096
+a10              256   512  1024  1024      -   2048      -
+gh200            256  2048  4096  4096   8192   8192      -
+h100_pcie        256  2048  4096  4096   8192   8192      -
+h200_sxm         256  2048  4096  4096   8192   8192      -
+h800             256  2048  4096  4096   8192   8192      -
+l4               256   512  1024  1024   2048   2048      -
+"""
+"""FLOP per clock and SM, dense, from the architecture whitepapers (two for each multiply-add)."""
+
+
+@pytest.mark.parametrize(
+    "row", FLOP_PER_CLOCK.strip().splitlines()[1:], ids=lambda row: row.split()[0]
 )
-FLOP_PER_CLOCK["l4"] = FLOP_PER_CLOCK["l40s"]
-
-
-@pytest.mark.parametrize("name", sorted(FLOP_PER_CLOCK))
-def test_rates_follow_from_clock_and_sm_count(name: str) -> None:
+def test_rates_follow_from_clock_and_sm_count(row: str) -> None:
+    _, *formats = FLOP_PER_CLOCK.strip().splitlines()[0].split()
+    name, *cells = row.split()
     hw = load_hardware(name)
-    assert set(hw.rates) == set(FLOP_PER_CLOCK[name])
-    for dtype, each in FLOP_PER_CLOCK[name].items():
+    known = {dtype: int(cell) for dtype, cell in zip(formats, cells, strict=True) if cell != "-"}
+    assert set(hw.rates) == set(known)
+    for dtype, each in known.items():
         # H and B datasheets state fp32 at a higher boost clock than the tensor core rates
         clock = hw.max_clock_hz if hw.name[0] in "bgh" and dtype == "fp32" else hw.boost_clock_hz
         # printed as 362.05 for 366.4; no clock of the H20 is published
@@ -155,17 +147,10 @@ def test_rates_follow_from_clock_and_sm_count(name: str) -> None:
 
 def test_numbers_people_know() -> None:
     a100, h100, geforce = (load_hardware(name) for name in ("a100", "h100", "4090"))
-    assert [hw.name for hw in (a100, h100, geforce)] == ["a100_sxm_80gb", "h100_sxm", "rtx_4090"]
-    assert [a100.peak_flop_per_s("bf16", sparse=sparse) for sparse in (False, True)] == [
-        312e12,
-        624e12,
-    ]
-    # fp32 accumulate runs at half rate on GeForce
-    assert geforce.rate("bf16").flop_per_s == 165.2e12
+    assert a100.peak_flop_per_s("bf16", sparse=True) == 624e12
     assert geforce.l2_bytes == 73728 * 1024
     assert a100.ridge_point("bf16") == pytest.approx(153.0, abs=0.1)
     assert geforce.clock_headroom == pytest.approx(3105 / 2520)
-    assert h100.link is not None
     assert (h100.bandwidth_bytes_per_s, h100.link.bandwidth_bytes_per_s) == (3.35e12, 450e9)
 
 
@@ -509,7 +494,6 @@ def test_sections_are_defaults_or_inherited_between_the_16_bit_types_only(tmp_pa
     own, inherited = hw.section("gemm", "bf16"), hw.section("gemm", "fp16")
     assert (own.status, inherited.status) == ("calibrated", "inherited")
     assert own["e_tc"] == inherited["e_tc"] == 0.81
-    assert inherited.provenance is not None
     assert inherited.provenance.inherited_from == "my_gpu gemm bf16"
     assert own["e_d"] == 0.81  # not fitted: the default, and it says so
     assert own.constants["e_d"].status == "default"
@@ -554,7 +538,6 @@ def test_the_preferred_stack_comes_first_and_others_lend(tmp_path: Path) -> None
     assert [hw.section("gemm", "bf16")["t0"], other.section("gemm", "bf16")["t0"]] == [1e-6, 2e-6]
     inherited = hw.section("gemm", "int4_wo")
     assert (inherited["t0"], inherited.status, inherited.stack) == (3e-6, "inherited", "trtllm")
-    assert inherited.provenance is not None
     assert inherited.provenance.inherited_from == "my_gpu trtllm"
     assert other.section("gemm", "int4_wo").status == "calibrated"
     assert (
@@ -610,7 +593,6 @@ def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
     for key, inherited in pcie.on("trtllm").sections.items():
         assert inherited.status == "inherited"
         assert inherited.constants is sxm.on("trtllm").sections[key].constants
-        assert inherited.provenance is not None
         assert inherited.provenance.inherited_from.startswith("h100_sxm ")
     assert ("collective", "*") in sxm.sections
     assert ("collective", "*") not in pcie.sections  # another link
@@ -728,7 +710,6 @@ def test_a_local_update_is_kept(tmp_path: Path) -> None:
     update = updated()
     save_hardware(replace(load_hardware("h100"), local_update=update), tmp_path / "mine.yaml")
     loaded = load_hardware(tmp_path / "mine.yaml").local_update
-    assert loaded is not None
     assert (loaded.provenance, loaded.factors) == (update.provenance, update.factors)
     for name, array in update.arrays.items():
         np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
@@ -835,7 +816,7 @@ def test_generic_defaults_say_how_far_they_are_off() -> None:
             ("prefill", 1, 512),
             ("prefill", 4, 2048),
         ):
-            w = lower(load_model("llama-3.1-8b"), phase=phase, batch=batch, seq=seq)
+            w = lower("llama-3.1-8b", phase=phase, batch=batch, seq=seq)
             told = workload_time(w, stranger)
             inside.append(told.total_lower_s <= workload_time(w, hw).total_s <= told.total_upper_s)
     assert np.mean(inside) >= 0.85

@@ -20,6 +20,7 @@ SHAPES = [
     for m in (1, 16, 128, 1024)
     for n in (256, 1024, 4096, 8192, 16384, 2048, 3072, 5120, 6144, 7168)
 ]
+MANY = [(m, 256, 512) for m in range(1, 201)]
 PROTOCOL = Protocol(time_limit_s=0.5)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytest
-from faulty_device import Faults, FaultyDevice
+from fakes.device import Faults, FaultyDevice
 from planted import SHAPES, go, items, plan_of
 
 from calibration.devices.protocol import Operator

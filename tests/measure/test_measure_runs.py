@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_device import Faults, FaultyDevice
-from planted import PROTOCOL, RATES, SHAPES, go, items, plan_of
+from fakes.device import Faults, FaultyDevice
+from planted import MANY, PROTOCOL, RATES, SHAPES, go, items, plan_of
 
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.measure.plan import DRIFT_CHECK, base_plan, probe
@@ -87,11 +87,9 @@ def test_a_store_that_cannot_write_ends_the_run_and_the_error_says_so() -> None:
     assert len(kept) == 6
 
 
-MANY = [(m, 256, 512) for m in range(1, 201)]
 VICTIM = """
 import sys, time
-from planted import PROTOCOL, plan_of
-from test_measure_runs import MANY
+from planted import MANY, PROTOCOL, plan_of
 from calibration.devices.replay import ReplayDevice
 from calibration.measure.run import run
 from calibration.records.store import Header, Store
@@ -115,7 +113,6 @@ def test_killed_runs_lose_nothing_acknowledged_and_the_last_one_finishes(tmp_pat
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=environment
         ) as victim:
-            assert victim.stdout is not None
             said = [victim.stdout.readline() for _ in range(rng.randrange(6))]
             if not last:
                 time.sleep(rng.random() * 0.004)

@@ -11,32 +11,25 @@ from typing import Any
 
 import pytest
 from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
+from shaped import Layer, changed, cut, each_sublayer, layer, model_of, resized
 
 from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
 from simulator.models.checkpoint import MAX_HEADER_BYTES, Tensor, from_tensors
-from simulator.models.config import Block, Latent, ModelConfig
+from simulator.models.form import SPARSE24
 from simulator.models.library import list_models, load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model
+from simulator.models.sublayers import LatentAttention
 from simulator.prediction.table import table
 
 LLAMA = load_model("llama-2-7b")
-MOE = replace(
-    load_model("mistral-7b-v0.1"),
-    windows=(0,) * 32,
-    inner=0,
-    experts=8,
-    active=2.0,
-    expert_inner=14336,
+# widths of Mistral-7B and of Qwen3-8B
+EIGHT = {"experts": 8, "active": 2.0, "inner": 14336}
+MIXTRAL = model_of(
+    *[layer(32, 8, experts=EIGHT)] * 32, hidden=4096, vocab=32000, architecture="mixtral"
 )
-SMALL = replace(load_model("qwen3-8b"), architecture="x", qk_norm="", layers=4, windows=(0,) * 4)
-
-
-def shaped(model: ModelConfig, change: Callable[[int, Block], Block], **fields: Any) -> ModelConfig:
-    """A model with its layers changed by number."""
-    return replace(
-        model, blocks=tuple(change(i, block) for i, block in enumerate(model.layout)), **fields
-    )
+SMALL = {"hidden": 4096, "vocab": 151936}
 
 
 def held(tensors: Mapping[str, Tensor]) -> int:
@@ -45,12 +38,16 @@ def held(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.elements for name, t in tensors.items() if not name.endswith(buffers))
 
 
-def llm_pruner(i: int, block: Block) -> Block:
-    return replace(block, heads=26, kv_heads=26, inner=8810) if 4 <= i < 30 else block
+def cut_heads(one: Layer, heads: int) -> Layer:
+    return cut(one, "attention", heads=heads, kv_heads=heads)
+
+
+def llm_pruner(i: int, one: Layer) -> Layer:
+    return cut(cut_heads(one, 26), "mlp", inner=8810) if 4 <= i < 30 else one
 
 
 def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> None:
-    folder, tensors = folder_of(tmp_path, "llama-2-7b"), tensors_of(shaped(LLAMA, llm_pruner))
+    folder, tensors = folder_of(tmp_path, "llama-2-7b"), tensors_of(changed(LLAMA, llm_pruner))
     save(folder / "model.safetensors", tensors)
     whole = load_model(folder)
     (folder / "model.safetensors").unlink()
@@ -58,7 +55,7 @@ def test_the_checkpoint_of_llm_pruner_is_predicted_as_it_is(tmp_path: Path) -> N
     # not in the index
     save(folder / "left-over.safetensors", {"x.layers.0.weight": Tensor("F16", (1,))})
     for model in (whole, load_model(str(folder))):
-        assert model.layout == shaped(LLAMA, llm_pruner).layout
+        assert model.layers == changed(LLAMA, llm_pruner).layers
         assert (
             model.parameters
             == 5_709_025_280
@@ -93,108 +90,72 @@ def test_a_checkpoint_that_is_what_its_config_says_is_that(name: str) -> None:
         assert again == model
 
 
-DEEPSEEK = shaped(
-    replace(
-        SMALL,
-        architecture="deepseek_v3",
-        router_bias=True,
-        latent=Latent(96, 64, 16, 32, 24),
-        head_dim=48,
-        heads=8,
-        kv_heads=8,
-        hidden=256,
-        inner=64,
-        experts=8,
-        active=2.0,
-        expert_inner=64,
-    ),
-    lambda i, b: b if i else replace(b, inner=512, experts=0, active=0.0, expert_inner=0),
+LATENT = LatentAttention(heads=8, query_rank=96, rank=64, rotary=16, plain=32, value=24)
+ROUTED = {"experts": 8, "active": 2.0, "inner": 64, "shared_inner": 64, "router_bias": True}
+DEEPSEEK = model_of(
+    layer(inner=512).with_part("attention", LATENT),
+    *[layer(experts=ROUTED).with_part("attention", LATENT)] * 3,
+    **{**SMALL, "hidden": 256, "architecture": "deepseek_v3"},
 )
-QWEN = replace(
-    SMALL,
-    architecture="qwen2_moe",
-    experts=8,
-    active=2.0,
-    expert_inner=96,
-    shared_gate=True,
-    qk_norm="head",
+SHARED = {"experts": 8, "active": 2.0, "inner": 96, "shared_inner": 12288, "shared_gate": True}
+QWEN = model_of(
+    *[layer(32, 8, experts=SHARED, attention={"norm": "head"})] * 4,
+    **{**SMALL, "architecture": "qwen2_moe"},
 )
-OSS = replace(
-    SMALL,
-    architecture="gpt_oss",
-    inner=0,
-    experts=8,
-    active=2.0,
-    expert_inner=96,
-    sinks=True,
-    qkv_bias=True,
-    o_bias=True,
-    router_bias=True,
-    expert_bias=True,
+BIASED = {"experts": 8, "active": 2.0, "inner": 96, "router_bias": True, "bias": True}
+SINKS = {"sinks": True, "qkv_bias": True, "o_bias": True}
+OSS = model_of(
+    *[layer(32, 8, experts=BIASED, attention=SINKS)] * 4, **{**SMALL, "architecture": "gpt_oss"}
 )
+PHI, OPT, NEOX = map(load_model, ("phi-3-mini-4k", "opt-13b", "pythia-6.9b"))
+
+
+def without_some(i: int, one: Layer) -> Layer:
+    return one.without("attention") if i > 28 else one.without("mlp") if i == 3 else one
+
+
+def linear_some(i: int, one: Layer) -> Layer:
+    if i < 3:
+        return layer(inner=11008, linear=("attention",))
+    return layer(32, 32, linear=("mlp",)) if i == 9 else one
+
+
+def six_experts(i: int, one: Layer) -> Layer:
+    one = cut(one, "attention", heads=6)
+    return cut(one, "mlp", experts=6) if i else one
+
+
 CUT = {
     "flap": (
         LLAMA,
-        shaped(
-            LLAMA,
-            lambda i, b: replace(b, heads=32 - i // 2, kv_heads=32 - i // 2, inner=11008 - 97 * i),
+        changed(
+            LLAMA, lambda i, one: cut(cut_heads(one, 32 - i // 2), "mlp", inner=11008 - 97 * i)
         ),
     ),
-    "flap with its biases": (LLAMA, replace(LLAMA, inner=9000, down_bias=True, o_bias=True)),
+    "flap with its biases": (
+        LLAMA,
+        resized(LLAMA, inner=9000, down_bias=True, o_bias=True),
+    ),
     "shortgpt, numbered as before": (
         LLAMA,
-        replace(LLAMA, layers=23, windows=(0,) * 23, numbers=(*range(21), 30, 31)),
+        LLAMA.with_layers(LLAMA.layers[:23], (*range(21), 30, 31)),
     ),
-    "shortgpt, numbered anew": (LLAMA, replace(LLAMA, layers=23, windows=(0,) * 23)),
+    "shortgpt, numbered anew": (LLAMA, LLAMA.with_layers(LLAMA.layers[:23])),
     "slicegpt": (LLAMA, replace(LLAMA, hidden=3072)),
-    "attention and MLPs dropped": (
-        LLAMA,
-        shaped(
-            LLAMA,
-            lambda i, b: (
-                replace(b, heads=0, kv_heads=0) if i > 28 else replace(b, inner=0) if i == 3 else b
-            ),
-        ),
-    ),
-    "one product in place of a sublayer": (
-        LLAMA,
-        shaped(
-            LLAMA,
-            lambda i, b: (
-                replace(b, heads=0, kv_heads=0, linear=("attention",))
-                if i < 3
-                else replace(b, inner=0, linear=("mlp",))
-                if i == 9
-                else b
-            ),
-        ),
-    ),
+    "attention and MLPs dropped": (LLAMA, changed(LLAMA, without_some)),
+    "one product in place of a sublayer": (LLAMA, changed(LLAMA, linear_some)),
     "a smaller vocabulary": (LLAMA, replace(LLAMA, vocab=30000)),
-    "phi": (
-        load_model("phi-3-mini-4k"),
-        shaped(load_model("phi-3-mini-4k"), lambda i, b: replace(b, inner=4000 + i)),
+    "phi": (PHI, changed(PHI, lambda i, one: cut(one, "mlp", inner=4000 + i))),
+    "opt": (OPT, changed(OPT, lambda i, one: cut_heads(one, 20 + i % 9))),
+    "neox": (NEOX, changed(NEOX, lambda i, one: cut(one, "mlp", inner=9000 + 2 * i))),
+    "mixtral": (MIXTRAL, resized(MIXTRAL, experts=6)),
+    "qwen moe": (
+        QWEN,
+        changed(QWEN, lambda i, one: cut(one, "mlp", experts=4 + i, shared_inner=64)),
     ),
-    "opt": (
-        load_model("opt-13b"),
-        shaped(
-            load_model("opt-13b"), lambda i, b: replace(b, heads=20 + i % 9, kv_heads=20 + i % 9)
-        ),
-    ),
-    "neox": (
-        load_model("pythia-6.9b"),
-        shaped(load_model("pythia-6.9b"), lambda i, b: replace(b, inner=9000 + 2 * i)),
-    ),
-    "mixtral": (
-        replace(MOE, architecture="mixtral"),
-        replace(MOE, architecture="mixtral", experts=6),
-    ),
-    "qwen moe": (QWEN, shaped(QWEN, lambda i, b: replace(b, experts=4 + i, inner=64))),
-    "deepseek": (
-        DEEPSEEK,
-        shaped(DEEPSEEK, lambda i, b: replace(b, heads=6, kv_heads=6, experts=b.experts and 6)),
-    ),
-    "deepseek of a smaller rank": (DEEPSEEK, replace(DEEPSEEK, latent=Latent(80, 48, 16, 32, 24))),
-    "gpt-oss": (OSS, replace(OSS, experts=6)),
+    "deepseek": (DEEPSEEK, changed(DEEPSEEK, six_experts)),
+    "deepseek of a smaller rank": (DEEPSEEK, resized(DEEPSEEK, query_rank=80, rank=48)),
+    "gpt-oss": (OSS, resized(OSS, experts=6)),
 }
 
 
@@ -203,9 +164,9 @@ def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
     dense, pruned = CUT[case]
     tensors = tensors_of(pruned)
     for config in (dense, pruned):  # the config.json of the dense model, and a corrected one
-        if config.layers == dense.layers or not pruned.numbers:
+        if config is dense or not pruned.numbers:
             found = from_tensors(config, tensors, "x")
-            assert found.layout == pruned.layout
+            assert found.layers == pruned.layers
             assert found.parameters == pruned.parameters == held(tensors)
             assert bool(found.found) is (config is dense)
             for phase in ("prefill", "decode"):
@@ -229,16 +190,20 @@ FORMATS = {
 }
 
 
+def halved(model: Model) -> Model:
+    """The model with 2:4 in all projections."""
+    return each_sublayer(model, lambda s: s.with_forms(dict.fromkeys(s.weights(1), SPARSE24)))
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 def test_packed_weights_are_read_by_their_tensors(layout: str, tmp_path: Path) -> None:
     dtype, sparse24 = FORMATS[layout]
     folder = folder_of(tmp_path, "llama-2-7b")
     for inner in (11008, 8704):
-        save(
-            folder / "model.safetensors", stored_as(layout, tensors_of(replace(LLAMA, inner=inner)))
-        )
+        stored = resized(LLAMA, inner=inner, weight_dtype=dtype)
+        save(folder / "model.safetensors", stored_as(layout, tensors_of(stored)))
         model = load_model(folder)
-        assert model == replace(LLAMA, inner=inner, weight_dtype=dtype, sparse24=sparse24)
+        assert model == (halved(stored) if sparse24 else stored)
         w = lower(model, engine="trtllm")
         gemms = w.is_role("qkv", "o", "down")
         assert {DTYPES[code] for code in w.weight_dtype[gemms]} == {dtype or "bf16"}

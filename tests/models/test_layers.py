@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shaped import Sizes, sizes_of, sublayer_of, value_of
 
 from simulator.capacity import cache_bytes
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
-from simulator.models.config import Block, DeltaNet, Latent
 from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
+from simulator.models.sublayers import DeltaNet, LatentAttention
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
@@ -68,6 +69,11 @@ LLAMA4: dict[str, Any] = {
 NEXT: dict[str, Any] = {"model_type": "qwen3_next", "shared_expert_intermediate_size": 96, **MOE}
 
 
+def latent(query_rank: int) -> LatentAttention:
+    """The latent attention of :data:`DEEPSEEK`."""
+    return LatentAttention(heads=8, query_rank=query_rank, rank=32, rotary=8, plain=16, value=24)
+
+
 def one(w: Workload, role: str) -> dict[str, Any]:
     (at,) = np.flatnonzero(w.is_role(role))
     return {name: getattr(w, name)[at].item() for name in ("m", "n", "k", "count", "params")}
@@ -109,7 +115,9 @@ def test_mixtral_on_eight(parallel: str) -> None:
 
 def test_latent_attention_of_deepseek() -> None:
     model, batch, seq = load_model("deepseek-v3"), 2, 999
-    assert model.latent == Latent(query_rank=1536, rank=512, rotary=64, plain=128, value=128)
+    assert model.latent == LatentAttention(
+        heads=128, query_rank=1536, rank=512, rotary=64, plain=128, value=128
+    )
     w = lower(model, phase="decode", batch=batch, seq=seq)
     attention = w.take(w.is_attention)
     queries = 61 * batch * 128 * (576 + 512) * 2  # queries and outputs of every head
@@ -145,13 +153,13 @@ def test_layers_of_a_search() -> None:
     """Groups have 4 and 8 heads; MLPs have 512 and 768 (563 rounded up to 256); one product
     replaces a sublayer."""
     model = from_hf_config(PUZZLE)
-    layers = (Block(8, 2, 512), Block(0, 0, 768), Block(0, 0, 0, linear=("attention",)))
-    assert model.blocks == (*layers, Block(8, 1, 0, linear=("mlp",)))
+    layers = (Sizes(8, 2, 512), Sizes(0, 0, 768), Sizes(0, 0, 0, linear=("attention",)))
+    assert tuple(map(sizes_of, model.layers)) == (*layers, Sizes(8, 1, 0, linear=("mlp",)))
     assert model.windows == (0, 0, 0, 64)
     h = 768
     attention = 2 * h * h + 2 * h * 2 * 96 + h, 0, h * h + h, 2 * h * h + 2 * h * 96 + h
     mlp = 3 * h * 512 + h, 3 * h * 768 + h, 0, h * h + h
-    assert [model.block_parameters(b) for b in model.layout] == [
+    assert [model.parameters_of(layer) for layer in model.layers] == [
         a + b for a, b in zip(attention, mlp)
     ]
     for phase in ("prefill", "decode"):
@@ -178,17 +186,17 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
     [
         (
             {"model_type": "olmo2", **LLAMA},
-            {"qk_norm": "width", "pre_norms": False, "post_norms": True, "tied": False},
+            {"attention.norm": "width", "pre_norms": False, "post_norms": True, "tied": False},
         ),
         ({"model_type": "granite", **LLAMA}, {"tied": False, "kv_heads": 2}),
         (
             {"model_type": "nemotron", **LLAMA},
-            {"gated": False, "norm": "layer", "rotary_dim": 48, "head_dim": 96},
+            {"mlp.gated": False, "norm": "layer", "attention.rotary": 48, "head_dim": 96},
         ),
-        ({"model_type": "nemotron", "head_dim": 128, **LLAMA}, {"rotary_dim": 64}),
+        ({"model_type": "nemotron", "head_dim": 128, **LLAMA}, {"attention.rotary": 64}),
         (
             {"model_type": "gemma3_text", **LLAMA},
-            {"windows": (4096,) * 4, "qk_norm": "head", "logit_softcap": False},
+            {"windows": (4096,) * 4, "attention.norm": "head", "logit_softcap": False},
         ),
         (
             {"model_type": "gemma3_text", "sliding_window_pattern": 2, **LLAMA},
@@ -206,44 +214,53 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
         ),
         (
             {"model_type": "smollm3", **LLAMA},
-            {"blocks": (Block(8, 2, 1024),) * 3 + (Block(8, 2, 1024, rotary=False),)},
+            {"sizes": (Sizes(8, 2, 1024),) * 3 + (Sizes(8, 2, 1024, rotary=False),)},
         ),
         (
             {"model_type": "smollm3", "no_rope_layers": [1] * 4, **LLAMA},
-            {"blocks": (), "tied": True},
+            {"sizes": (Sizes(8, 2, 1024),) * 4, "tied": True},
         ),
         (
             QWEN3,
             {
-                "blocks": (),
+                "sizes": (Sizes(8, 2, 0, 16, 2, 64),) * 4,
                 "experts": 16,
                 "active": 2,
                 "expert_inner": 64,
                 "inner": 0,
-                "qk_norm": "head",
+                "attention.norm": "head",
             },
         ),
         (
             QWEN3 | {"mlp_only_layers": [0]},
-            {"blocks": (Block(8, 2, 1024), *[Block(8, 2, 0, 16, 2, 64)] * 3)},
+            {"sizes": (Sizes(8, 2, 1024), *[Sizes(8, 2, 0, 16, 2, 64)] * 3)},
         ),
         (
             QWEN3 | {"decoder_sparse_step": 2},
-            {"blocks": (Block(8, 2, 1024), Block(8, 2, 0, 16, 2, 64)) * 2},
+            {"sizes": (Sizes(8, 2, 1024), Sizes(8, 2, 0, 16, 2, 64)) * 2},
         ),
-        (QWEN3 | {"decoder_sparse_step": 9}, {"blocks": (), "experts": 0, "inner": 1024}),
+        (
+            QWEN3 | {"decoder_sparse_step": 9},
+            {"sizes": (Sizes(8, 2, 1024),) * 4, "experts": 0, "inner": 1024},
+        ),
         (QWEN3 | {"use_sliding_window": True, "sliding_window": 9}, {"windows": (9,) * 4}),
         (
             QWEN3 | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 96},
-            {"inner": 96, "shared_gate": True, "qkv_bias": True, "qk_norm": "", "blocks": ()},
+            {
+                "inner": 96,
+                "mlp.shared_gate": True,
+                "attention.qkv_bias": True,
+                "attention.norm": "",
+                "sizes": (Sizes(8, 2, 96, 16, 2, 64),) * 4,
+            },
         ),
         (
             {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, **LLAMA},
             {
                 "windows": (128, 0) * 2,
                 "head_dim": 64,
-                "sinks": True,
-                "o_bias": True,
+                "attention.sinks": True,
+                "attention.o_bias": True,
                 "expert_inner": 1024,
                 "inner": 0,
             },
@@ -251,53 +268,64 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
         (
             DEEPSEEK,
             {
-                "latent": Latent(1536, 32, 8, 16, 24),
+                "latent": latent(query_rank=1536),
                 "inner": 128,
                 "head_dim": 24,
-                "rotary_dim": 8,
+                "attention.rotary": 8,
                 "kv_heads": 8,
             },
         ),
         (
             DEEPSEEK | {"q_lora_rank": None, "n_shared_experts": None},
-            {"latent": Latent(0, 32, 8, 16, 24), "inner": 0},
+            {"latent": latent(query_rank=0), "inner": 0},
         ),
         (
             DEEPSEEK | {"moe_layer_freq": 2},
-            {"blocks": (Block(8, 8, 128, 16, 2, 64), Block(8, 8, 1024)) * 2},
+            {"sizes": (Sizes(8, 8, 128, 16, 2, 64), Sizes(8, 8, 1024)) * 2},
         ),
         (
             DEEPSEEK | {"model_type": "deepseek_v3"},
-            {"blocks": (*[Block(8, 8, 1024)] * 3, Block(8, 8, 64, 16, 2, 64)), "router_bias": True},
+            {
+                "sizes": (*[Sizes(8, 8, 1024)] * 3, Sizes(8, 8, 64, 16, 2, 64)),
+                "mlp.router_bias": True,
+            },
         ),
         (
             DEEPSEEK | {"model_type": "kimi_k2", "first_k_dense_replace": 1},
-            {"router_bias": True, "layers": 4},
+            {
+                "mlp.router_bias": True,
+                "sizes": (Sizes(8, 8, 1024), *[Sizes(8, 8, 64, 16, 2, 64)] * 3),
+            },
         ),
         (
             GLM,
             {
-                "blocks": (Block(8, 2, 1024), *[Block(8, 2, 64, 16, 2, 64)] * 3),
-                "qkv_bias": True,
-                "o_bias": False,
+                "sizes": (Sizes(8, 2, 1024), *[Sizes(8, 2, 64, 16, 2, 64)] * 3),
+                "attention.qkv_bias": True,
+                "attention.o_bias": False,
             }
-            | {"qk_norm": "", "rotary_dim": 48, "router_bias": True, "shared_gate": False},
+            | {
+                "attention.norm": "",
+                "attention.rotary": 48,
+                "mlp.router_bias": True,
+                "mlp.shared_gate": False,
+            },
         ),
         (
             GLM | {"use_qk_norm": True, "n_shared_experts": 2, "first_k_dense_replace": 0},
-            {"qk_norm": "head", "inner": 128},
+            {"attention.norm": "head", "inner": 128},
         ),
         (
             LLAMA4,
             {
-                "blocks": (
-                    *[Block(8, 2, 1024, 16, 2, 1024)] * 3,
-                    Block(8, 2, 1024, 16, 2, 1024, rotary=False),
+                "sizes": (
+                    *[Sizes(8, 2, 1024, 16, 2, 1024)] * 3,
+                    Sizes(8, 2, 1024, 16, 2, 1024, rotary=False),
                 )
             }
             | {
                 "windows": (8192, 8192, 8192, 0),
-                "qk_norm": "unit",
+                "attention.norm": "unit",
                 "head_dim": 128,
                 "expert_inner": 1024,
             },
@@ -310,42 +338,47 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
                 "no_rope_layers": [1] * 4,
             },
             {
-                "blocks": (Block(8, 2, 2048), Block(8, 2, 1024, 16, 2, 1024)) * 2,
+                "sizes": (Sizes(8, 2, 2048), Sizes(8, 2, 1024, 16, 2, 1024)) * 2,
                 "windows": (8192,) * 4,
             },
         ),
         (LLAMA4 | {"moe_layers": [], "intermediate_size_mlp": 512}, {"experts": 0, "inner": 512}),
         (
             LLAMA4 | {"attention_chunk_size": None, "use_qk_norm": False},
-            {"windows": (0,) * 4, "qk_norm": ""},
+            {"windows": (0,) * 4, "attention.norm": ""},
         ),
         (
             NEXT,
             {
-                "blocks": (
-                    *[Block(32, 16, 96, 16, 2, 64, delta=True)] * 3,
-                    Block(8, 2, 96, 16, 2, 64),
+                "sizes": (
+                    *[Sizes(32, 16, 96, 16, 2, 64, delta=True)] * 3,
+                    Sizes(8, 2, 96, 16, 2, 64),
                 )
             }
             | {
-                "delta": DeltaNet(128, 128, 4),
-                "output_gate": True,
+                "attention.gate": True,
                 "heads": 8,
                 "head_dim": 256,
-                "rotary_dim": 64,
+                "attention.rotary": 64,
             },
         ),
-        (NEXT | {"full_attention_interval": 1}, {"blocks": (), "delta": None, "inner": 96}),
+        (NEXT | {"full_attention_interval": 1}, {"sizes": (Sizes(8, 2, 96, 16, 2, 64),) * 4}),
         (
             NEXT
             | {
                 "layer_types": ["full_attention", "linear_attention"] * 2,
                 "linear_num_value_heads": 16,
             },
-            {"blocks": (Block(8, 2, 96, 16, 2, 64), Block(16, 16, 96, 16, 2, 64, delta=True)) * 2},
+            {"sizes": (Sizes(8, 2, 96, 16, 2, 64), Sizes(16, 16, 96, 16, 2, 64, delta=True)) * 2},
         ),
-        ({"model_type": "seed_oss", **LLAMA}, {"qkv_bias": True, "o_bias": False, "head_dim": 128}),
-        ({"model_type": "olmo3", **LLAMA}, {"windows": (4096, 4096, 4096, 0), "qk_norm": "width"}),
+        (
+            {"model_type": "seed_oss", **LLAMA},
+            {"attention.qkv_bias": True, "attention.o_bias": False, "head_dim": 128},
+        ),
+        (
+            {"model_type": "olmo3", **LLAMA},
+            {"windows": (4096, 4096, 4096, 0), "attention.norm": "width"},
+        ),
         ({"model_type": "ministral", **LLAMA}, {"windows": (4096,) * 4}),
         ({"model_type": "ministral3", **LLAMA}, {"windows": (0,) * 4}),
         (QWEN3 | {"model_type": "qwen3_vl_moe_text"}, {"tied": True, "kv_heads": 2}),
@@ -353,8 +386,17 @@ def test_nemotron_super_keeps_no_cache_where_it_has_no_attention() -> None:
 )
 def test_keys_and_their_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
     model = from_hf_config(data)
-    assert {name: getattr(model, name) for name in fields} == fields
+    assert {path: value_of(model, path) for path in fields} == fields
     assert lower(model, phase="prefill", batch=1, seq=8).parameters == model.parameters
+
+
+def test_a_delta_net_has_a_state_per_value_head() -> None:
+    net = sublayer_of(from_hf_config(NEXT).layers[0], "attention")
+    assert net == DeltaNet(heads=32, kv_heads=16, key=128, value=128, conv=4)
+    keys, values, hidden = 16 * 128, 32 * 128, 768
+    products = hidden * (2 * keys + 2 * values + 2 * 32) + hidden * values
+    # convolution of queries, keys and values; decay of each head; norm of a value head
+    assert net.parameters(hidden) == products + 4 * (2 * keys + values) + 2 * 32 + 128
 
 
 @pytest.mark.parametrize(

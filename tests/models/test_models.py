@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from model_shapes import PUBLISHED, outer_tensors, parameters_of
+from shaped import value_of
 
 from simulator.codes import Kernel
 from simulator.errors import InputError
@@ -21,7 +22,8 @@ from simulator.models.library import (
     load_model,
     read_config,
 )
-from simulator.models.lower import SPARSE, lower
+from simulator.models.lower import lower
+from simulator.models.pass_rows import COMPRESSED
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick
@@ -45,7 +47,7 @@ def test_parameters_equal_the_published_count_and_the_tensors(name: str) -> None
     assert in_layers + sum(math.prod(s) for s in outer_tensors(p)) == p.parameters
     assert model.parameters == p.parameters
     assert model.layer_parameters == in_layers
-    assert (model.hidden, model.layers, model.heads, model.kv_heads) == (
+    assert (model.hidden, len(model.layers), model.heads, model.kv_heads) == (
         p.hidden,
         p.layers,
         p.heads,
@@ -138,9 +140,9 @@ SLIDING = QWEN | {"use_sliding_window": True}
                 "kv_heads": 4,
                 "head_dim": 16,
                 "tied": False,
-                "qkv_bias": False,
-                "mlp_bias": False,
-                "rotary_dim": 16,
+                "attention.qkv_bias": False,
+                "mlp.bias": False,
+                "attention.rotary": 16,
             },
         ),
         (LLAMA | {"num_key_value_heads": None}, {"kv_heads": 4}),
@@ -148,8 +150,11 @@ SLIDING = QWEN | {"use_sliding_window": True}
         (LLAMA | {"head_dim": 32}, {"head_dim": 32}),
         (WIDE | {"model_type": "mistral"}, {"kv_heads": 8, "windows": (4096, 4096)}),
         (WIDE | {"model_type": "mistral", "sliding_window": None}, {"windows": (0, 0)}),
-        (WIDE | {"model_type": "qwen2"}, {"qkv_bias": True, "kv_heads": 32, "windows": (0, 0)}),
-        (WIDE | {"model_type": "qwen3"}, {"head_dim": 128, "qk_norm": "head"}),
+        (
+            WIDE | {"model_type": "qwen2"},
+            {"attention.qkv_bias": True, "kv_heads": 32, "windows": (0, 0)},
+        ),
+        (WIDE | {"model_type": "qwen3"}, {"head_dim": 128, "attention.norm": "head"}),
         (
             WIDE | {"model_type": "gemma"},
             {"tied": True, "kv_heads": 16, "head_dim": 256, "post_norms": False},
@@ -158,29 +163,29 @@ SLIDING = QWEN | {"use_sliding_window": True}
             WIDE | {"model_type": "gemma2"},
             {"kv_heads": 4, "windows": (4096, 0), "post_norms": True},
         ),
-        (WIDE | {"model_type": "gemma2"}, {"logit_softcap": True, "attention_softcap": True}),
+        (WIDE | {"model_type": "gemma2"}, {"logit_softcap": True, "attention.softcap": True}),
         (
             WIDE | {"model_type": "gemma2", "final_logit_softcapping": None},
             {"logit_softcap": False},
         ),
         (
             LLAMA | {"model_type": "phi3", "partial_rotary_factor": 0.5},
-            {"rotary_dim": 8, "windows": (0, 0)},
+            {"attention.rotary": 8, "windows": (0, 0)},
         ),
         (
             OPT,
             {
                 "tied": True,
                 "learned_positions": 2050,
-                "gated": False,
+                "mlp.gated": False,
                 "norm": "layer",
-                "rotary_dim": 0,
+                "attention.rotary": 0,
             },
         ),
         (OPT | {"do_layer_norm_before": False}, {"final_norm": False}),
         (
             LLAMA | {"model_type": "gpt_neox"},
-            {"rotary_dim": 4, "parallel_residual": True, "gated": False},
+            {"attention.rotary": 4, "mlp.gated": False},
         ),
         (QWEN, {"windows": (0, 0)}),
         (SLIDING, {"windows": (0, 512)}),
@@ -189,7 +194,7 @@ SLIDING = QWEN | {"use_sliding_window": True}
 )
 def test_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
     model = from_hf_config(data)
-    assert {name: getattr(model, name) for name in fields} == fields
+    assert {path: value_of(model, path) for path in fields} == fields
 
 
 @pytest.mark.parametrize("key", [k for k in LLAMA if k != "model_type"])
@@ -266,13 +271,20 @@ def test_declared_two_of_four_is_timed_where_there_are_kernels(key: str) -> None
         ("vllm", "bf16", 0),
     ):
         w, whole = (lower(model, seq=64, engine=engine, dtype=dtype) for model in (pruned, dense))
-        assert (w.kernel == Kernel.SPARSE24).sum() == some * whole.is_role(*SPARSE).sum()
+        assert (w.kernel == Kernel.SPARSE24).sum() == some * whole.is_role(*COMPRESSED).sum()
         assert whole.parameters - w.parameters == some * projections / 2
     (record,) = table([dense], ["h100"], pruned=[pruned], engine=["hf"])
     assert (record.family, record.speedup > 0.0) == ("semi_structured", True)
     (record,) = found = table([dense], ["h100"], pruned=[pruned], engine=["vllm"])
     assert record.speedup == 1.0
     assert any("as dense in others" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_layers_of_gpt_neox_can_be_parallel(parallel: bool) -> None:
+    model = from_hf_config(LLAMA | {"model_type": "gpt_neox", "use_parallel_residual": parallel})
+    assert [layer.parallel for layer in model.layers] == [parallel] * 2
+    assert from_hf_config(LLAMA | {"model_type": "gpt_neox"}).usual.parallel
 
 
 def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
@@ -286,7 +298,7 @@ def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
     ):
         inside = text | {"num_key_value_heads": 4} | own
         model = load_model({"model_type": kind, "vision_config": {}, "text_config": inside})
-        assert (model.architecture, model.hidden, model.layers) == (decoder, 64, 2)
+        assert (model.architecture, model.hidden, len(model.layers)) == (decoder, 64, 2)
         assert (
             model.found
             == f"{decoder}: only the text decoder is timed, not the other parts (vision)"
@@ -294,7 +306,7 @@ def test_the_text_decoder_of_a_multimodal_model_is_read() -> None:
     flat = load_model(
         {**text, "model_type": "qwen2_5_vl", "num_key_value_heads": 4, "vision_config": {}}
     )
-    assert (flat.architecture, flat.qkv_bias) == ("qwen2_5_vl_text", True)
+    assert (flat.architecture, value_of(flat, "attention.qkv_bias")) == ("qwen2_5_vl_text", True)
     assert "vision" in flat.found
     tied = {
         "model_type": "qwen3_vl",

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED, pass_flops
+from shaped import layer, model_of
 
 from simulator.capacity import memory, weights_bytes
 from simulator.codes import DTYPES, PHASES, ROLES, Kind, Part, Phase
@@ -18,7 +19,6 @@ from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.models import lower as lowering
-from simulator.models.config import ModelConfig
 from simulator.models.library import list_models, load_model
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
@@ -197,6 +197,8 @@ def test_many_decodes_share_rows_and_change_nothing(
         "engine": "vllm",
     }
     hw, few = load_hardware("h100"), lower(load_model(name), **request)
+    families = ("depth", "kv_cache", "token")
+    ratios = {f: speedup(few, prune(few, f, 0.5), hw).speedup for f in families}
     lowering._lower.cache_clear()
     monkeypatch.setattr(lowering, "DECODE_LENGTHS", 1_000_000)
     each = lower(load_model(name), **request)
@@ -210,9 +212,9 @@ def test_many_decodes_share_rows_and_change_nothing(
     assert workload_time(few, hw).total_s == pytest.approx(
         workload_time(each, hw).total_s, rel=1e-4
     )
-    for family in ("depth", "kv_cache", "token"):
-        ratios = [speedup(w, prune(w, family, 0.5), hw) for w in (few, each)]
-        assert ratios[0].speedup == pytest.approx(ratios[1].speedup, rel=1e-4), family
+    for family in families:
+        ratio = speedup(each, prune(each, family, 0.5), hw).speedup
+        assert ratio == pytest.approx(ratios[family], rel=1e-4), family
     lowering._lower.cache_clear()
 
 
@@ -293,7 +295,8 @@ FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHA
     [
         ("smollm2-135m", 2, "tensor", "smollm2-135m has 9 attention heads"),
         ("llama-2-13b", 16, "tensor", "40 attention heads; tensor parallel needs a multiple of 16"),
-        ("qwen2.5-7b", 7, "tensor", "an MLP width of 18944"),
+        ("qwen2.5-7b", 7, "tensor", "4 key/value heads"),
+        (FOUR | {"intermediate_size": 98}, 4, "tensor", "an MLP width of 98"),
         (
             FOUR,
             6,
@@ -368,7 +371,8 @@ def test_generate_is_a_prefill_and_its_decodes(
     steps=st.integers(1, 8),
 )
 def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, steps: int) -> None:
-    model = ModelConfig("m", "llama", 8, len(windows), 2, 1, 4, 16, 10, 4, 99, tuple(windows))
+    layers = [layer(2, 1, 16, head_dim=4, window=window) for window in windows]
+    model = model_of(*layers, hidden=8, vocab=10)
     w = lower(model, phase="generate", seq=seq, new_tokens=steps)
     keys = {Phase.PREFILL: 0, Phase.DECODE: 0}
     for window in windows:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_times import decode, decode_time, errors_of, prefill_time
 
+from calibration.evidence.measurements.wheel import datasheet
 from calibration.fit.predict import predict
 from calibration.measurements import load_measurements
-from calibration.measurements.wheel import datasheet
 from simulator import gemm_time
 from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
@@ -59,6 +59,8 @@ def test_geometry_equals_brute_force(q: int, history: int, window: int) -> None:
     pairs, blocks, longest = brute_force(q, kv, window)
     args = [np.array(float(x)) for x in (q, kv, window)]
     assert float(attention_pairs(*args)) == pairs
+    further = [np.array(float(x)) for x in (q, history + q, window)]
+    assert float(attention_pairs(*further)) == brute_force(q, history + q, window)[0]
     tiles, counted, chain = (float(x) for x in causal_blocks(*args))
     assert tiles == -(-q // 64)
     # a window may start inside a block: at most one block a tile apart

@@ -148,17 +148,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {},
         {"m": [2.5, NAN, -1, "8", [8, 8], None], "count": [INF, "1"], "kind": [5]},
     ),
-    "ModelConfig": (
+    "Model": (
         partial(replace, MODEL),
         {},
         {
-            **dict.fromkeys(("hidden", "head_dim", "vocab"), SIZES),
-            "layers": [-1, 2.5],
-            "heads": [-1, "8", True],
-        }
-        | {
-            "windows": [(0,), None, (-1,) * 16],
-            "active": [NAN, -1],
+            **dict.fromkeys(("hidden", "vocab", "max_positions"), SIZES),
+            "layers": [-1, 2.5, None, 16, [*MODEL.layers], ("attention",)],
+            "learned_positions": [-1, "8", True],
             "norm": ["batch"],
             "weight_dtype": ["x", None],
         },

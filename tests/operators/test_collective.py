@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from operator_times import collective_time
 
-from calibration.build_profiles import datasheet
+from calibration.evidence.build_profiles import datasheet
 from calibration.fit.operators import CollectiveFit
 from calibration.fit.profile import fit_profile
 from calibration.fit.section import fit_section
@@ -39,7 +39,6 @@ def test_time_grows_with_payload_from_a_floor_to_the_link(
     name: str, kind: str, devices: int
 ) -> None:
     hw = bare(name)
-    assert hw.link is not None
     t = collective_time(PAYLOAD, devices, hw, kind=kind)
     assert np.all(np.diff(t.seconds) > 0)
     assert np.all(t.seconds >= t.roofline_s)
@@ -126,7 +125,6 @@ def test_without_peer_access_there_is_no_engine_s_all_reduce_and_less_bandwidth(
 
 def test_a_mesh_has_one_link_to_each_other_device() -> None:
     hw = bare("mi300x")
-    assert hw.link is not None
     rooflines = collective_time(1e9, [2, 8], hw).roofline_s
     assert rooflines[0] == pytest.approx(1e9 / (hw.link.bandwidth_bytes_per_s / 7))
     assert rooflines[1] == pytest.approx(1.75e9 / hw.link.bandwidth_bytes_per_s)
@@ -174,7 +172,6 @@ def test_fit_recovers_planted_constants() -> None:
     fit = fit_section(planted(0.01))
     for name in ("t0_s", "hop_s", "e_link", "pipe_s", "own_t0_s", "own_e", "own_step_s"):
         constant = fit.section.constants[name]
-        assert constant.std_error is not None
         assert abs(constant.value - TRUTH[name]) < 4 * constant.std_error
         assert constant.std_error < 0.1 * constant.value
     assert (fit.section["own_devices"], fit.section["own_bytes"]) == (8.0, 2.0**23)
@@ -182,10 +179,8 @@ def test_fit_recovers_planted_constants() -> None:
     assert fit.section.accuracy["mape"] < 0.02
 
 
-def test_fit_refuses_too_few_and_skips_what_no_link_can_do() -> None:
+def test_a_fit_skips_what_no_link_can_do() -> None:
     messages = planted(0.0)
-    with pytest.raises(ValueError, match="at least 20"):
-        fit_section(messages.take(slice(0, 10)))
     seconds = messages.seconds.copy()
     seconds[:2], seconds[-1] = np.nan, 1e-9
     assert fit_section(replace(messages, seconds=seconds)).rows == len(seconds) - 3

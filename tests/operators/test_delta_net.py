@@ -9,7 +9,6 @@ from operator_times import delta_net_time, of_delta_net
 
 from simulator.codes import Kind
 from simulator.hardware.library import list_hardware, load_hardware
-from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
@@ -33,7 +32,7 @@ CALL_S = 85e-6
 
 
 def delta_net_of(phase: str, batch: int, seq: int) -> Workload:
-    w = lower(load_model("qwen3-next-80b-a3b"), phase=phase, batch=batch, seq=seq)
+    w = lower("qwen3-next-80b-a3b", phase=phase, batch=batch, seq=seq)
     return w.take(w.kind == Kind.DELTA_NET)
 
 
@@ -101,7 +100,7 @@ def test_a_whole_model_is_timed_and_pruned_in_every_phase() -> None:
     for phase in ("prefill", "decode", "generate", "serve"):
         steps = 8 * (phase in ("generate", "serve"))
         dense = lower(
-            load_model("qwen3-next-80b-a3b"),
+            "qwen3-next-80b-a3b",
             phase=phase,
             batch=2,
             seq=512,

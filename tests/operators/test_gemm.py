@@ -108,19 +108,6 @@ def test_halving_both_rates_doubles_time_minus_overhead(gpu: str) -> None:
     )
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize(("m", "least"), [(1, 1.02), (16, 1.02), (2048, 1.1)])
-def test_odd_inner_width_is_slower_than_its_aligned_neighbour(
-    gpu: str, m: int, least: float
-) -> None:
-    hw = load_hardware(gpu)
-    # a kernel that reads as fast as DRAM can shows nothing
-    floor = hw.bandwidth_bytes_per_s / (2.0 * 8816 * 4096)
-    for n, k in (([8810, 8816], 4096), (4096, [8810, 8816])):
-        odd, aligned = gemm_time(m, n, k, hw).seconds
-        assert odd > least * aligned or aligned * floor < 1.02
-
-
 def test_a_published_pair_of_widths_is_what_alignment_costs() -> None:
     """Llama-3.1-8B on an A100, 4096 tokens: 0.45 s with a width of 11468, 0.33 s with 11472
     (NIRVANA, table 8)."""
@@ -145,7 +132,6 @@ def test_alignment_counts_halvings_below_16_bytes(size: float, halvings: list[in
     ("gpu", "options", "decode", "prefill"),
     [(gpu, {"kernel": "sparse24"}, (1.03, 16 / 9), (1.1, 2.0)) for gpu in GPUS]
     + [
-        ("a100", {"weight_dtype": "int4"}, (1.2, 4.0), (0.4, 1.05)),
         ("h100", {"kernel": "unstructured"}, (1, 1), (1, 1)),
     ],
 )
@@ -300,7 +286,6 @@ def test_interpolation_equals_scipys_and_is_flat_beyond_the_edges(
 def test_rows_between_measured_numbers_of_rows_lie_between_their_factors() -> None:
     rows = RowResidual(np.array([1.0, 4.0, 64.0]), np.array([0.3, -0.1, 0.1]))
     again = RowResidual.from_arrays(rows.arrays())
-    assert again is not None
     found = again(np.array([1.0, 2.0, 4.0, 16.0, 64.0, 4096.0], dtype=np.float32))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [0.3, 0.1, -0.1, 0.0, 0.1, 0.1], atol=1e-7)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import simulator
 from simulator.engines.engine import NOTHING, load_engine
 from simulator.passes import Host
-from simulator.uncertainty.forward import ForwardPass, forward_passes
+from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
@@ -28,10 +28,10 @@ def lowered(
 ) -> Workload:
     steps = 5 if phase in ("generate", "serve") else 0
     options = {"phase": phase, "batch": batch, "seq": seq, "new_tokens": steps, "engine": engine}
-    return simulator.lower(simulator.load_model("llama-3.2-1b"), **{**options, **more})
+    return simulator.lower("llama-3.2-1b", **{**options, **more})
 
 
-def passed(*workloads: Workload, hw: simulator.HardwareProfile = H100) -> ForwardPass:
+def passed(*workloads: Workload, hw: simulator.HardwareProfile = H100) -> PredictedPass:
     return forward_passes(WorkloadBatch.of(workloads), hw)
 
 

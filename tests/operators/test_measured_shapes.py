@@ -42,7 +42,6 @@ def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any
 
 def _measured(shapes: Any) -> MeasuredShapes:
     measured = measured_shapes(_arrays(shapes))
-    assert measured is not None
     return measured
 
 

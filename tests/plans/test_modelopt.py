@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shaped import Layer, cut
 
-from simulator.models.changes import block_config, config_of
-from simulator.models.config import Block
 from simulator.models.library import from_hf_config
+from simulator.models.write import block_config, config_content
 from simulator.plans.costs import Costs, costs
 from simulator.plans.library import Library
 from simulator.plans.variants import SUBLAYERS, joined, part_of
@@ -47,15 +47,16 @@ CONTENT: dict[str, Any] = {
 }
 MODEL = from_hf_config(CONTENT)
 DENSE = MODEL.usual
-ATTENTIONS = (DENSE, replace(DENSE, kv_heads=2), Block(0, 0, 300))
-MLPS = (DENSE, replace(DENSE, inner=150), replace(DENSE, inner=0))
+FEWER, HALF = cut(DENSE, "attention", kv_heads=2), cut(DENSE, "mlp", inner=150)
+ATTENTIONS = (DENSE, FEWER, DENSE.without("attention"))
+MLPS = (DENSE, HALF, DENSE.without("mlp"))
 VARIANTS = tuple(joined(a, m) for a, m in itertools.product(ATTENTIONS, MLPS))
 NEW_TOKENS, BATCH = 64, 4
 
 
 def random_costs(rng: np.random.Generator) -> Costs:
     """Return costs that no shape explains: a plan then depends on each of them."""
-    library = Library(MODEL, (VARIANTS,) * MODEL.layers)
+    library = Library(MODEL, (VARIANTS,) * len(MODEL.layers))
     found = costs(
         MODEL, "h100", library, phase="generate", batch=BATCH, seq=512, new_tokens=NEW_TOKENS
     )
@@ -81,19 +82,19 @@ def dense_sum(found: Costs, *names: str) -> float:
     )
 
 
-def validations(path: Path, rng: np.random.Generator) -> dict[tuple[int, Block], float]:
+def validations(path: Path, rng: np.random.Generator) -> dict[tuple[int, Layer], float]:
     """Write a folder as Puzzletron's validation of single replacements does, with its teacher;
     return the scores."""
     teacher = path / "ckpts" / "teacher"
     teacher.mkdir(parents=True)
-    configs = [block_config(block, block) for block in MODEL.layout]
+    configs = [block_config(one, one) for one in MODEL.layers]
     (teacher / "config.json").write_text(json.dumps(CONTENT | {"block_configs": configs}))
     rows = {}
-    for layer, block in itertools.product(range(MODEL.layers), VARIANTS):
-        checkpoint = teacher if block == DENSE else path / "ckpts" / "own"
-        rows[layer, block] = {
+    for layer, one in itertools.product(range(len(MODEL.layers)), VARIANTS):
+        checkpoint = teacher if one == DENSE else path / "ckpts" / "own"
+        rows[layer, one] = {
             "parent_layer_indices": [layer],
-            "child_block_configs": [block_config(block, DENSE)],
+            "child_block_configs": [block_config(one, DENSE)],
             "weight_paths": [
                 str(checkpoint / "subblocks_safetensors" / f"block_{layer}_ffn.safetensors")
             ],
@@ -149,17 +150,15 @@ def test_its_solver_finds_the_best_plan_at_a_latency(tmp_path: Path, seed: int) 
     rng = np.random.default_rng(seed)
     found, scores = random_costs(rng), validations(tmp_path, rng)
     most = 0.6 * dense_sum(found, "seconds")
-    *sublayers, outside = zip(found.rows, found.blocks)
-    cost = {(row["layer"], row["sublayer"], block): row["seconds"] for row, block in sublayers}
+    *sublayers, outside = zip(found.rows, found.layers)
+    cost = {(row["layer"], row["sublayer"], one): row["seconds"] for row, one in sublayers}
     plans = []
-    for plan in itertools.product(VARIANTS, repeat=MODEL.layers):
+    for plan in itertools.product(VARIANTS, repeat=len(MODEL.layers)):
         parts = [
-            cost[i, name, part_of(name, block)]
-            for i, block in enumerate(plan)
-            for name in SUBLAYERS
+            cost[i, name, part_of(name, one)] for i, one in enumerate(plan) for name in SUBLAYERS
         ]
         if outside[0]["seconds"] + sum(parts) <= most:
-            plans.append(sum(scores[i, block] for i, block in enumerate(plan)))
+            plans.append(sum(scores[i, one] for i, one in enumerate(plan)))
     theirs = solved(tmp_path, found, {"target_latency_seconds": most})
     assert theirs["total_value"] == {"metrics.kl_div": pytest.approx(min(plans))}
     assert theirs["total_costs"]["stats.runtime_ms"] <= 1000 * most
@@ -184,8 +183,8 @@ def test_its_other_targets_are_met(tmp_path: Path) -> None:
 
 def test_it_reads_a_written_config(tmp_path: Path) -> None:
     utils = pytest.importorskip("modelopt.torch.puzzletron.tools.checkpoint_utils")
-    plan = (replace(DENSE, kv_heads=2), Block(0, 0, 150), replace(DENSE, inner=0))
-    content = config_of(CONTENT, MODEL, replace(MODEL, blocks=plan))
+    plan = (FEWER, HALF.without("attention"), DENSE.without("mlp"))
+    content = config_content(CONTENT, MODEL, MODEL.with_layers(plan))
     (tmp_path / "config.json").write_text(json.dumps(content))
-    configs = [puzzle.BlockConfig(**block_config(block, DENSE)) for block in plan]
+    configs = [puzzle.BlockConfig(**block_config(one, DENSE)) for one in plan]
     assert utils.load_model_config(tmp_path).block_configs == configs

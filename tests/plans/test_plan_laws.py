@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.config import ModelConfig
+from simulator.models.model import Model
+from simulator.models.sublayers import Experts
 from simulator.plans.costs import costs, quantities
 from simulator.plans.library import Library, generated_library
 from simulator.plans.search import Plan, search
@@ -68,7 +69,7 @@ ENGINES = ("vllm", "hf", "trtllm", "sglang", "compile", "reference")
 class Case:
     """What is priced or searched."""
 
-    model: ModelConfig
+    model: Model
     hardware: str
     request: dict[str, Any]
 
@@ -85,19 +86,18 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     model = simulator.load_model(draw(st.sampled_from(MODELS)))
-    blocks = model.blocks[:LAYERS] if model.blocks else model.blocks
     request = {
         "engine": draw(st.sampled_from(ENGINES)),
         "phase": draw(st.sampled_from(("prefill", "decode", "generate", "serve"))),
         "batch": draw(st.sampled_from((1, 3, 8, 64, 256))),
         "seq": draw(st.sampled_from((1, 100, 2048, 16384))),
     }
-    short = replace(model, layers=LAYERS, blocks=blocks, windows=model.windows[:LAYERS])
+    short = model.with_layers(model.layers[:LAYERS])
     return Case(short, draw(st.sampled_from(HARDWARE)), request)
 
 
 @st.composite
-def libraries(draw: st.DrawFn, model: ModelConfig) -> Library:
+def libraries(draw: st.DrawFn, model: Model) -> Library:
     """Some of the usual variants of a model, with random scores that rise with the removed
     parameters."""
     whole = generated_library(model)
@@ -108,10 +108,8 @@ def libraries(draw: st.DrawFn, model: ModelConfig) -> Library:
         keep.append([0, *sorted(random.permutation(np.arange(1, len(own)))[:many].tolist())])
     library = whole.take(keep)
     scores = []
-    for own, dense in zip(library.layers, model.layout):
-        removed = [
-            1.0 - model.block_parameters(block) / model.block_parameters(dense) for block in own
-        ]
+    for own, dense in zip(library.layers, model.layers):
+        removed = [1.0 - model.parameters_of(one) / model.parameters_of(dense) for one in own]
         scores.append(np.array([0.0, *(random.lognormal(0.0, 1.0) * r for r in removed[1:])]))
     return replace(library, values={"kl_div": tuple(scores)})
 
@@ -134,12 +132,14 @@ def test_dense_costs_add_up_and_narrower_variants_cost_no_more(case: Case) -> No
     np.testing.assert_allclose(c["prefill_s"] + c["decode_s"], c["seconds"], rtol=1e-9, atol=1e-15)
     assert (c["lower"] <= c["seconds"] + 1e-15).all()
     assert (c["seconds"] <= c["upper"] + 1e-15).all()
-    for layer in range(case.model.layers):
+    for layer in range(len(case.model.layers)):
         for sublayer in ("attention", "mlp"):
             # from wide to narrow
             own = np.flatnonzero((c["layer"] == layer) & (c["sublayer"] == sublayer))
             step = STEPS[
-                "experts" if sublayer == "mlp" and case.model.layout[layer].experts else sublayer
+                "experts"
+                if isinstance(case.model.layers[layer].of(sublayer), Experts)
+                else sublayer
             ]
             took = c["seconds"][own]
             most = np.minimum.accumulate(took)[:-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,9 +89,7 @@ def test_the_hull_falls_in_cost_and_rises_in_score() -> None:
     assert costs[-1] == pytest.approx(least)
 
 
-def test_a_gap_bounds_what_a_better_choice_could_save_and_nothing_is_printed(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_gap_bounds_what_a_better_choice_could_save() -> None:
     random = np.random.default_rng(1)
     group = np.repeat(np.arange(30), 12)
     score = np.sort(random.random((30, 12)), axis=1).ravel()
@@ -98,4 +98,24 @@ def test_a_gap_bounds_what_a_better_choice_could_save_and_nothing_is_printed(
     coarse, exact = program.solve(limit, 0.05), program.solve(limit)
     assert exact.score <= coarse.score <= exact.score * 1.06
     assert coarse.score * (1.0 - coarse.gap) <= exact.score + 1e-9
-    assert capfd.readouterr().out == ""
+
+
+MANY = """
+import numpy as np
+from simulator.plans.solve import Program
+
+for seed in range(24):
+    random = np.random.default_rng(seed)
+    group, better = np.repeat(np.arange(32), 12), np.linspace(0.0, 1.0, 12)
+    first = 1e-3 * np.sort(random.random((32, 12)), axis=1)[:, ::-1]
+    second = 1e-3 * (1.0 - 0.8 * better) * random.uniform(0.9, 1.1, (32, 12))
+    score = random.random((32, 12)) * better**2
+    limit = np.array([first[:, 0].sum() / 1.7, second[:, 0].sum() / 1.5])
+    Program(group, score.ravel(), np.vstack([first.ravel(), second.ravel()])).solve(limit)
+"""
+
+
+def test_the_solver_writes_nothing_to_standard_output() -> None:
+    """HiGHS 1.12 does in some of these programs, even if it should be silent."""
+    ran = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, check=True)
+    assert ran.stdout == ""

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shaped import Layer, cut, layer
 
 from simulator.errors import InputError
-from simulator.models.config import Block
 from simulator.models.library import from_hf_config, load_model
 from simulator.plans import library
 from simulator.plans.library import Entry, read_library, read_puzzle, read_validations
@@ -37,8 +36,13 @@ def read(content: Any, model: Any = MODEL) -> list[Entry]:
     return list(read_puzzle(json.dumps(content).encode(), "own.json", model))
 
 
-def plain(entries: list[Entry]) -> list[tuple[int, Block, dict[str, float]]]:
-    return [(e.layer, e.block, dict(e.values)) for e in entries]
+def plain(entries: list[Entry]) -> list[tuple[int, Layer, dict[str, float]]]:
+    return [(e.layer, e.variant, dict(e.values)) for e in entries]
+
+
+def smaller(kv_heads: int = 4, inner: int = 2048) -> Layer:
+    """The dense layer with other sizes; 0 removes a sublayer."""
+    return layer(8 if kv_heads else 0, kv_heads, inner, head_dim=96)
 
 
 def variant(groups: int, inner: int, ms: float, kl: float) -> dict[str, Any]:
@@ -71,10 +75,10 @@ def test_the_library_of_puzzle_has_shapes_scores_and_times(tmp_path: Path) -> No
         (1, DENSE, {"runtime_ms": 3.0, "kl_div": 0.0, "lm_loss": 2.0}),
         (
             1,
-            replace(DENSE, kv_heads=1, inner=0),
+            smaller(1, 0),
             {"runtime_ms": 1.0, "kl_div": 0.25, "lm_loss": 2.25},
         ),
-        (1, Block(0, 0, 1024), {"runtime_ms": 1.5, "kl_div": 0.5, "lm_loss": 2.5}),
+        (1, smaller(0, 1024), {"runtime_ms": 1.5, "kl_div": 0.5, "lm_loss": 2.5}),
     ]
     assert found[0].place.startswith(
         "own.json: layer_0.attention = 4 kv heads (parent * 100%) && ffn"
@@ -82,7 +86,7 @@ def test_the_library_of_puzzle_has_shapes_scores_and_times(tmp_path: Path) -> No
     (file := tmp_path / "block_library.json").write_text(json.dumps(PUZZLE))
     library = read_library(file, MODEL)
     assert [own.tolist() for own in library.values["kl_div"]] == [[0.0, 0.25, 0.5]] * 2
-    assert library.layers[0] == library.layers[1] == tuple(e.block for e in found[:3])
+    assert library.layers[0] == library.layers[1] == tuple(e.variant for e in found[:3])
 
 
 def config(groups: int | str = 4, inner: int | str = 2048) -> dict[str, Any]:
@@ -143,9 +147,9 @@ def test_a_folder_of_validations_has_the_scores_of_the_teacher_too(tmp_path: Pat
     own, teacher = {"one_minus_token_accuracy_top_1": 0.5}, {"kl_div": 0.0, "lm_loss": 2.0}
     path = folder(tmp_path / "validation")
     assert plain(read_validations(path, MODEL)) == [
-        (0, replace(DENSE, kv_heads=2, inner=1024), {"kl_div": 0.5, **own}),
-        (1, Block(0, 0, 0, linear=("mlp",)), {"kl_div": 0.25, **own}),
-        (1, replace(DENSE, inner=0), {"kl_div": 0.75, **own}),
+        (0, smaller(2, 1024), {"kl_div": 0.5, **own}),
+        (1, layer(linear=("mlp",)), {"kl_div": 0.25, **own}),
+        (1, smaller(inner=0), {"kl_div": 0.75, **own}),
         (0, DENSE, {"one_minus_token_accuracy_top_1": 0.25, **teacher}),
         (1, DENSE, {"one_minus_token_accuracy_top_1": 0.25, **teacher}),
     ]
@@ -155,7 +159,7 @@ def test_a_folder_of_validations_has_the_scores_of_the_teacher_too(tmp_path: Pat
     ]
     # a dense layer that was validated as the others keeps its score
     (path / "solution_3.json").write_text(json.dumps(validation(0, config(), 0.125)))
-    dense = [e for e in read_validations(path, MODEL) if e.block == DENSE]
+    dense = [e for e in read_validations(path, MODEL) if e.variant == DENSE]
     assert [(e.layer, e.values["kl_div"]) for e in dense] == [(0, 0.125), (1, 0.0)]
 
 
@@ -164,11 +168,11 @@ def test_keys_of_decilm_and_experts_are_read(tmp_path: Path) -> None:
     found = read_validations(
         folder(tmp_path / "deci", **{"solution_0.json": validation(0, deci, 0.5)}), MODEL
     )
-    assert found[0].block == replace(DENSE, kv_heads=2, inner=512)
+    assert found[0].variant == smaller(2, 512)
     moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "expert_intermediate_dim": 512}
     file = tmp_path / "solution_0.json"
     file.write_text(json.dumps(validation(0, config() | {"ffn": {"moe": moe}}, 0.5)))
-    assert read_validations(tmp_path, ROUTED)[0].block == replace(ROUTED.usual, experts=4)
+    assert read_validations(tmp_path, ROUTED)[0].variant == cut(ROUTED.usual, "mlp", experts=4)
     file.write_text(
         json.dumps(validation(0, config() | {"ffn": {"moe": moe | {"num_local_experts": 9}}}, 0.5))
     )

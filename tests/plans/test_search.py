@@ -27,7 +27,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scores of eight variants of each layer that fall with the width, at random."""
     random = np.random.default_rng(0)
     lines = ["layer,attention,mlp,kl_div"]
-    for layer in range(MODEL.layers):
+    for layer in range(len(MODEL.layers)):
         rise = np.sort(random.random(4)) * random.uniform(0.5, 2.0)
         lost = random.uniform(0.2, 1.5)
         for i, mlp in enumerate(("dense", "6144", "4096", "none")):
@@ -62,11 +62,11 @@ def test_the_plan_meets_the_target_and_no_single_change_is_better(file: Path, pl
     assert plan.gap == 0.0
     assert abs(plan.sum_error) < 1e-9  # under CUDA graphs, costs add up to the plan
     assert plan.score == pytest.approx(sum(row.score for row in plan.layers))
-    library, blocks = read_library(file, MODEL), list(plan.pruned.layout)
+    library, layers = read_library(file, MODEL), list(plan.pruned.layers)
     for layer, own in enumerate(library.layers):
-        for block, score in zip(own, library.values["kl_div"][layer]):
+        for one, score in zip(own, library.values["kl_div"][layer]):
             if score < plan.layers[layer].score - 1e-9:
-                other = planned(MODEL, [*blocks[:layer], block, *blocks[layer + 1 :]])
+                other = planned(MODEL, [*layers[:layer], one, *layers[layer + 1 :]])
                 assert quantities([MODEL, other], AT)["speedup"][1] < 1.5
 
 

@@ -1,13 +1,11 @@
-"""Variants of sublayers as texts and blocks."""
+"""Variants of sublayers as texts and layers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from shaped import Layer, cut, layer, sublayer_of
 
 from simulator.errors import InputError
-from simulator.models.config import Block
 from simulator.models.library import load_model
 from simulator.plans.variants import (
     ALIGNMENT,
@@ -16,13 +14,12 @@ from simulator.plans.variants import (
     part_of,
     text_of,
     variant,
-    without,
 )
 
 pytestmark = pytest.mark.quick
 
-DENSE = Block(32, 8, 14336)
-ROUTED = Block(32, 4, 0, experts=128, active=8.0, expert_inner=768)
+DENSE = layer(32, 8, 14336)
+ROUTED = layer(32, 4, experts={"experts": 128, "active": 8.0, "inner": 768})
 
 
 @pytest.mark.parametrize(
@@ -39,10 +36,10 @@ ROUTED = Block(32, 4, 0, experts=128, active=8.0, expert_inner=768)
         ),
     ],
 )
-def test_texts_are_read_back(sublayer: str, dense: Block, text: str) -> None:
+def test_texts_are_read_back(sublayer: str, dense: Layer, text: str) -> None:
     assert text_of(sublayer, variant(sublayer, text, dense), dense) == text
     # fewer experts than a token uses are all used
-    assert variant("mlp", "experts=4", ROUTED).active == 4.0
+    assert sublayer_of(variant("mlp", "experts=4", ROUTED), "mlp").active == 4.0
 
 
 @pytest.mark.parametrize(
@@ -61,25 +58,26 @@ def test_variants_that_do_not_fit_are_one_line(sublayer: str, text: str, message
 
 
 def test_parts_joined_are_the_layer() -> None:
-    both = replace(DENSE, kv_heads=2, inner=512)
+    both = cut(cut(DENSE, "attention", kv_heads=2), "mlp", inner=512)
     assert joined(part_of("attention", both), part_of("mlp", both)) == both
-    with pytest.raises(InputError, match="no attention"):
-        variant("attention", "kv=4", without("attention", both))
+    with pytest.raises(InputError, match="the layer has no attention"):
+        variant("attention", "kv=4", both.without("attention"))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_generated_widths_are_aligned_and_shared_by_the_devices(devices: int) -> None:
     model = load_model("llama-3.1-8b")
-    widths = [block.inner for block in generated("mlp", model, model.usual, devices)]
+    *narrower, none = generated("mlp", model.usual, devices)
+    widths = [sublayer_of(one, "mlp").inner for one in narrower]
     assert widths[0] == 14336
-    assert widths[-1] == 0
+    assert none == model.usual.without("mlp")
     assert len(set(widths)) == len(widths) > 5
     assert all(width % (ALIGNMENT * devices) == 0 for width in widths)
-    groups = [block.kv_heads for block in generated("attention", model, model.usual, devices)]
-    assert all(many % devices == 0 for many in groups)
+    *narrower, none = generated("attention", model.usual, devices)
+    groups = [sublayer_of(one, "attention").kv_heads for one in narrower]
+    assert groups == [many for many in (8, 4, 2, 1) if many % devices == 0]
+    assert none == model.usual.without("attention")
     latent = load_model("deepseek-v2-lite")
-    texts = [
-        text_of("attention", b, latent.layout[1])
-        for b in generated("attention", latent, latent.layout[1])
-    ]
+    dense = latent.layers[1]
+    texts = [text_of("attention", one, dense) for one in generated("attention", dense)]
     assert texts == ["dense", "none"]

@@ -10,7 +10,9 @@ import pytest
 
 from simulator.codes import DTYPES
 from simulator.errors import InputError
-from simulator.models.library import load_model
+from simulator.models.library import from_hf_config, load_model
+from simulator.models.model import pruned_from
+from simulator.models.write import config_content, content_of
 from simulator.plans.costs import costs, planned
 from simulator.plans.library import Library, generated_library
 from simulator.plans.variants import variant
@@ -31,12 +33,32 @@ def test_written_plans_give_the_same_model(name: str) -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-3.1-8b", "smollm2-135m", "qwen2.5-7b", "gemma-2-9b", "olmo-2-7b", "smollm3-3b"),
+        *("opt-13b", "mistral-small-3.1-24b", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"),
+        *("llama-4-scout", "deepseek-v2-lite", "qwen3-next-80b-a3b", "nemotron-super-49b"),
+    ],
+)
+def test_written_configurations_give_the_same_model(name: str) -> None:
+    dense, content = load_model(name), content_of(name)
+    library, random = generated_library(dense), np.random.default_rng(0)
+    for _ in range(2):
+        pruned = planned(dense, [own[int(random.integers(len(own)))] for own in library.layers])
+        written = json.loads(json.dumps(config_content(content, dense, pruned)))
+        read = pruned_from(dense, from_hf_config(written))
+        assert read.layers == tuple(layer for layer in pruned.layers if layer.sublayers)
+        assert read.parameters == pruned.parameters
+
+
+@pytest.mark.quick
 def test_shapes_that_a_format_cannot_state_are_named() -> None:
-    pruned = planned(MODEL, [variant("mlp", "linear", MODEL.usual), *MODEL.layout[1:]])
+    pruned = planned(MODEL, [variant("mlp", "linear", MODEL.usual), *MODEL.layers[1:]])
     with pytest.raises(InputError, match="no linear sublayers"):
         plan_text(MODEL, pruned)
     library = Library(
-        MODEL, tuple((own, variant("attention", "heads=16", own)) for own in MODEL.layout)
+        MODEL, tuple((own, variant("attention", "heads=16", own)) for own in MODEL.layers)
     )
     with pytest.raises(InputError, match="expected 32 query heads in each layer, got 16"):
         stats_text(costs(MODEL, "h100", library, phase="generate"))
@@ -46,7 +68,7 @@ def test_shapes_that_a_format_cannot_state_are_named() -> None:
 def test_costs_are_written_in_milliseconds_and_mebibytes() -> None:
     dense = MODEL.usual
     few = (dense, variant("mlp", "none", dense), variant("attention", "linear", dense))
-    library = Library(MODEL, (few,) * MODEL.layers)
+    library = Library(MODEL, (few,) * len(MODEL.layers))
     found = costs(
         MODEL,
         "h100",
@@ -107,15 +129,13 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_uses() -> None:
     model = load_model("qwen3-30b-a3b")
     (content,) = json.loads(stats_text(costs(model, "h100", phase="generate")))
     mlp = next(row for row in content["subblocks"] if row["subblock_config"].get("moe"))
-    assert mlp["num_params"] - mlp["active_params"] == (128 - 8) * model.expert_parameters(
-        model.usual
-    )
+    assert mlp["num_params"] - mlp["active_params"] == (128 - 8) * 3 * 2048 * 768
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_format_has_a_name(name: str) -> None:
-    at = costs(MODEL, "h100", Library(MODEL, tuple((own,) for own in MODEL.layout))).settings[0]
+    at = costs(MODEL, "h100", Library(MODEL, tuple((own,) for own in MODEL.layers))).settings[0]
     assert stats_args(MODEL, replace(at, request=replace(at.request, kv_dtype=name)))[
         "kv_cache_dtype"
     ]

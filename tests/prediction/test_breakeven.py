@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from simulator.prediction.result import Result
-from simulator.prediction.sentences import break_even, of_speedups
+from simulator.prediction.speedup_sentences import break_even, of_speedups
 from simulator.prediction.table import predict
 
 

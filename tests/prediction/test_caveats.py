@@ -12,12 +12,7 @@ import pytest
 import simulator
 from simulator.codes import Kind
 from simulator.prediction.explain import explanations
-from simulator.prediction.sentences import (
-    better_than_bound,
-    beyond_measured,
-    fallback,
-    uncalibrated,
-)
+from simulator.prediction.notes import better_than_bound, beyond_measured, fallback, uncalibrated
 from simulator.prediction.table import table
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
@@ -58,7 +53,7 @@ def test_a_gain_of_no_kernel_is_not_put_down_to_one() -> None:
 
 def test_whose_kernels_stand_in_is_said_and_what_nobody_measured_is_not() -> None:
     def said(gpu: str, engine: str, phase: str = "decode") -> str:
-        w = simulator.lower(simulator.load_model("llama-3.2-1b"), phase=phase, engine=engine)
+        w = simulator.lower("llama-3.2-1b", phase=phase, engine=engine)
         return fallback(simulator.load_hardware(gpu), w)
 
     assert (
@@ -97,9 +92,7 @@ def test_gemms_far_outside_the_measured_sizes_are_named_where_they_take_time() -
         arrays={**section.arrays, "measured": np.array([[0.0, 7.0, 7.0], [6.0, 12.0, 12.0]])},
     )
     narrow = hw.calibrated({**hw.sections, ("gemm", "bf16"): few})
-    dense = simulator.lower(
-        simulator.load_model("llama-3.1-8b"), phase="prefill", batch=1, seq=2048
-    )
+    dense = simulator.lower("llama-3.1-8b", phase="prefill", batch=1, seq=2048)
     assert beyond_measured(dense, hw) == ""
     assert "octaves outside the measured sizes (2048 x 28672 x 4096)" in beyond_measured(
         dense, narrow

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from simulator import load_hardware, load_model, lower, predict, table
+from simulator import load_hardware, lower, predict, table
 from simulator.errors import InputError
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.prediction.notes import assumed_link
 from simulator.prediction.result import Result
-from simulator.prediction.sentences import assumed_link
 from simulator.prediction.sweep import read_grid, sweep_results
 
 pytestmark = pytest.mark.quick
@@ -69,7 +69,7 @@ def test_a_note_names_an_assumed_link_where_it_matters() -> None:
     assert not notes("rtx_4090", 4, "pcie-host")
     assert not notes("rtx_4090", 1)
     # collectives take little of it
-    w = lower(load_model("llama-3.1-8b"), phase="decode", devices=2, engine="hf")
+    w = lower("llama-3.1-8b", phase="decode", devices=2, engine="hf")
     assert not assumed_link(load_hardware("a100"), w)
 
 
@@ -77,7 +77,7 @@ def test_collectives_of_one_s_own_need_no_note_and_are_certain() -> None:
     hw = load_hardware("rtx_4090")
     measured = Section({"e_link": Fitted(0.5)}, status="calibrated")
     own = replace(hw, sections={**hw.sections, ("collective", "*"): measured})
-    w = lower(load_model("llama-3.1-8b"), batch=8, devices=4)
+    w = lower("llama-3.1-8b", batch=8, devices=4)
     assert (bool(assumed_link(hw, w)), assumed_link(own, w)) == (True, "")
     assert own.own_link
 

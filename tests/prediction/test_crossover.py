@@ -42,7 +42,7 @@ def test_the_winner_is_that_of_the_table_and_certain_by_the_interval_of_its_rati
         first, second, *_ = sorted(table, key=lambda one: -one.speedup)
         assert (r.family, gains) == (first.family, first.speedup > 1.0)
         assert r.speedup == pytest.approx(first.speedup, rel=1e-12)
-        dense = simulator.lower(simulator.load_model(MODEL), phase=phase, batch=r.batch, seq=r.seq)
+        dense = simulator.lower(MODEL, phase=phase, batch=r.batch, seq=r.seq)
         pair = batch_with(
             dense, [simulator.prune(dense, one.family, 0.5) for one in (first, second)]
         )

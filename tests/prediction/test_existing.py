@@ -3,17 +3,17 @@ setting, and named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from layouts import folder_of, save, tensors_of
+from shaped import changed, each_sublayer, resized
 
 import simulator
 from simulator.errors import InputError
-from simulator.models.config import Block, ModelConfig
+from simulator.models.form import SPARSE24
+from simulator.models.model import Layer, Model
 from simulator.prediction.explain import explanations
 from simulator.prediction.prunings import ALIKE
 from simulator.prediction.table import table
@@ -21,23 +21,25 @@ from simulator.prediction.table import table
 pytestmark = pytest.mark.quick
 
 DENSE = simulator.load_model("llama-2-7b")
-GONE = Block(0, 0, 11008)  # a layer without attention
 H100 = simulator.load_hardware("h100")
 
 
-def changed(change: Callable[[int, Block], Block] = lambda i, b: b, **fields: Any) -> ModelConfig:
-    blocks = (
-        tuple(change(i, b) for i, b in enumerate(DENSE.layout)) if "layers" not in fields else ()
-    )
-    return replace(DENSE, name="pruned", blocks=blocks, **fields)
+def sized(**sizes: Any) -> Model:
+    return resized(DENSE, name="pruned", **sizes)
 
 
-LLM_PRUNER = changed(
-    lambda i, b: replace(b, heads=26, kv_heads=26, inner=8810) if 4 <= i <= 29 else b
+SPARSE = each_sublayer(
+    sized(), lambda s: s.with_forms(dict.fromkeys(s.weights(DENSE.hidden), SPARSE24))
 )
+NARROW = sized(heads=26, kv_heads=26, inner=8810).layers[0]
+LLM_PRUNER = changed(DENSE, lambda i, one: NARROW if 4 <= i <= 29 else one, name="pruned")
 
 
-def lowered(model: ModelConfig, **options: Any) -> simulator.Workload:
+def without_attention(number: int, layer: Layer) -> Layer:
+    return layer.without("attention") if 23 <= number < 31 else layer
+
+
+def lowered(model: Model, **options: Any) -> simulator.Workload:
     return simulator.lower(
         model, **{"phase": "decode", "batch": 4, "seq": 1024, "engine": "vllm", **options}
     )
@@ -46,15 +48,15 @@ def lowered(model: ModelConfig, **options: Any) -> simulator.Workload:
 @pytest.mark.parametrize(
     ("model", "family", "sparsity", "options"),
     [
-        (changed(layers=24, windows=(0,) * 24), "depth", 0.25, {}),
-        (changed(lambda i, b: replace(b, heads=24, kv_heads=24, inner=8256)), "width", 0.25, {}),
-        (changed(hidden=3072, head_dim=128), "width_cross", 0.25, {}),
-        (changed(sparse24=True), "semi_structured", 0.5, {}),
-        (changed(lambda i, b: GONE if 23 <= i < 31 else b), "depth", 0.25, {"unit": "attention"}),
+        (sized(layers=24), "depth", 0.25, {}),
+        (sized(heads=24, kv_heads=24, inner=8256), "width", 0.25, {}),
+        (sized(hidden=3072), "width_cross", 0.25, {}),
+        (SPARSE, "semi_structured", 0.5, {}),
+        (changed(DENSE, without_attention), "depth", 0.25, {"unit": "attention"}),
     ],
 )
 def test_a_model_that_exists_is_timed_as_the_family_that_makes_it(
-    model: ModelConfig, family: str, sparsity: float, options: dict[str, Any]
+    model: Model, family: str, sparsity: float, options: dict[str, Any]
 ) -> None:
     engine = "hf" if family == "semi_structured" else "vllm"
     dense = lowered(DENSE, engine=engine)
@@ -126,15 +128,13 @@ def test_unlike_settings_are_refused_in_one_line(name: str) -> None:
         simulator.speedup(dense, pruned, H100)
 
 
-def test_a_model_against_itself_is_no_faster() -> None:
-    (r,) = table(["llama-2-7b"], ["h100"], pruned=["llama-2-7b"], phase=["decode"])
-    assert (r.pruned, r.family, r.sparsity, r.speedup, r.speedup_lower) == (
-        "llama-2-7b",
-        "none",
-        0.0,
-        1.0,
-        1.0,
-    )
+def test_a_model_against_itself_is_refused_and_sparsity_zero_is_no_faster() -> None:
+    equal = "llama-2-7b has the shapes, number formats and declared sparsity of llama-2-7b"
+    with pytest.raises(InputError, match=equal):
+        table(["llama-2-7b"], ["h100"], pruned=["llama-2-7b"], phase=["decode"])
+    dense = simulator.lower("llama-2-7b", phase="decode")
+    s = simulator.speedup(dense, simulator.prune(dense, "depth", 0.0), "h100")
+    assert (s.speedup, s.speedup_lower, s.realised_sparsity) == (1.0, 1.0, 0.0)
 
 
 def test_pruned_models_stand_alone() -> None:

@@ -23,13 +23,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import rows_of
 
-from simulator.cli import run as command
 from simulator.errors import InputError
 from simulator.prediction.benchmarks import measured, read_bench, read_benches
 from simulator.request import Request
@@ -53,71 +52,45 @@ def _request(phase: str, batch: int, seq: int, new_tokens: int = 128, **more: An
     )
 
 
+def _asked(text: str) -> Request:
+    """Return the request of a text: phase, batch, length, new tokens, and further settings."""
+    phase, *words = text.split()
+    settings = dict(word.split("=") for word in words if "=" in word)
+    return _request(phase, *(int(word) for word in words if "=" not in word), **settings)
+
+
 def _load(name: str) -> Any:
     text = (FILES / name).read_text(encoding="utf-8")
     return json.loads(text.splitlines()[-1] if name.endswith(".jsonl") else text)
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "seconds"),
-    [
-        # the median time of a batch
-        ("vllm_latency.json", _request("generate", 8, 1024), lambda d: d["percentiles"]["50"]),
-        ("vllm_latency.json", _request("prefill", 8, 1024), lambda d: d["percentiles"]["50"]),
-        ("vllm_throughput.json", _request("generate", 32, 512, 63), lambda d: d["elapsed_time"]),
-        # Little's law: requests in flight per requests/s
-        ("vllm_serve.json", _request("serve", 16, 1024), lambda d: 16 / d["request_throughput"]),
-        ("vllm_serve_detailed.json", _request("serve", 2, 64, 4), lambda d: 0.0605),
-        (
-            "sglang.jsonl",
-            _request("serve", 16, 1024, engine="sglang"),
-            lambda d: 16 / d["request_throughput"],
-        ),
-        ("aiperf.json", _request("serve", 16, 1024), lambda d: 16 / d["request_throughput"]["avg"]),
-        (
-            "genai_perf.json",
-            _request("serve", 1, 550, 127),
-            lambda d: 1 / d["request_throughput"]["avg"],
-        ),
-        # one token of 129 is within the tolerance
-        (
-            "genai_perf.json",
-            _request("serve", 1, 550, 128),
-            lambda d: 1 / d["request_throughput"]["avg"],
-        ),
-        # one request in flight: prompt, steps and both
-        ("trtllm_latency.json", _request("prefill", 1, 1024, engine="trtllm"), lambda d: 0.021),
-        (
-            "trtllm_latency.json",
-            _request("generate", 1, 1024, 127, engine="trtllm"),
-            lambda d: 0.86,
-        ),
-        (
-            "genai_perf.json",
-            _request("prefill", 1, 550),
-            lambda d: d["time_to_first_token"]["avg"] / 1e3,
-        ),
-        (
-            "genai_perf.json",
-            _request("decode", 1, 613),
-            lambda d: d["inter_token_latency"]["avg"] / 1e3,
-        ),
-        (
-            "genai_perf.json",
-            _request("generate", 1, 550, 127),
-            lambda d: d["request_latency"]["avg"] / 1e3,
-        ),
-        # the median time between tokens is a step without prompts
-        ("vllm_serve.json", _request("decode", 16, 1088), lambda d: d["median_itl_ms"] / 1e3),
-        (
-            "sglang.jsonl",
-            _request("decode", 16, 1088, engine="sglang"),
-            lambda d: d["median_itl_ms"] / 1e3,
-        ),
-    ],
-)
-def test_the_time_of_each_phase(name: str, asked: Request, seconds: Callable[[Any], float]) -> None:
-    assert measured(FILES / name, asked).seconds == pytest.approx(seconds(_load(name)), rel=1e-9)
+TIMES = """
+vllm_latency.json        | generate 8 1024                   | 1.208383
+vllm_latency.json        | prefill 8 1024                    | 1.208383
+vllm_throughput.json     | generate 32 512 63                | 0.97
+vllm_serve.json          | serve 16 1024                     | 1.53
+vllm_serve_detailed.json | serve 2 64 4                      | 0.0605
+sglang.jsonl             | serve 16 1024 engine=sglang       | 1.4443
+aiperf.json              | serve 16 1024                     | 1.5431472081218274
+genai_perf.json          | serve 1 550 127                   | 0.9597989949748743
+genai_perf.json          | serve 1 550 128                   | 0.9597989949748743
+trtllm_latency.json      | prefill 1 1024 engine=trtllm      | 0.021
+trtllm_latency.json      | generate 1 1024 127 engine=trtllm | 0.86
+genai_perf.json          | prefill 1 550                     | 0.026
+genai_perf.json          | decode 1 613                      | 0.007314960629921259
+genai_perf.json          | generate 1 550 127                | 0.955
+vllm_serve.json          | decode 16 1088                    | 0.0101055
+sglang.jsonl             | decode 16 1088 engine=sglang      | 0.0096390625
+"""
+"""Files, what is asked, and its seconds: the median time of a batch; by Little's law the requests in
+flight per requests/s, where one token of 129 is within the tolerance; of one request in flight its
+prompt, its steps and both; and the median time between tokens, which is a step without prompts."""
+
+
+@pytest.mark.parametrize(("name", "request_", "seconds"), rows_of(TIMES))
+def test_the_time_of_each_phase(name: str, request_: str, seconds: str) -> None:
+    found = measured(FILES / name, _asked(request_)).seconds
+    assert found == pytest.approx(float(seconds), rel=1e-9)
 
 
 def test_of_several_runs_in_a_file_the_one_of_the_request_is_taken() -> None:
@@ -159,143 +132,47 @@ def test_requests_that_start_together_are_a_batch(tmp_path: Path) -> None:
 
 
 VLLM = _request("serve", 16, 1024)
-TRTLLM = _request("serve", 8, 1024, 127, engine="trtllm", dtype="fp8")
-GENAI, RATE = _request("serve", 1, 550, 127), {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "changes", "reason"),
-    [
-        (
-            "vllm_serve.json",
-            VLLM,
-            {"model_id": "Qwen/Qwen3-8B"},
-            "model: expected llama-3.1-8b, got Qwen/Qwen3-8B",
-        ),
-        (
-            "vllm_serve.json",
-            _request("serve", 16, 2048),
-            {},
-            "input_tokens: expected 2048, got 1024",
-        ),
-        (
-            "vllm_serve.json",
-            _request("serve", 16, 1024, 256),
-            {},
-            "expected 257, got 129; use --new-tokens 128",
-        ),
-        ("vllm_serve.json", _request("serve", 8, 1024), {}, "concurrency: expected 8, got 16"),
-        (
-            "vllm_serve.json",
-            _request("decode", 16, 1024),
-            {},
-            "half of the output): expected 1024, got 1087.5",
-        ),
-        (
-            "vllm_serve.json",
-            _request("decode", 16, 1088),
-            {"mean_itl_ms": 40.0},
-            "median time between tokens",
-        ),
-        ("vllm_serve.json", VLLM, {"request_rate": 4.0}, "request_rate: expected inf"),
-        ("vllm_serve.json", VLLM, {"failed": 2}, "failed: expected 0 requests, got 2"),
-        (
-            "vllm_serve.json",
-            VLLM,
-            {"max_concurrency": None},
-            "max_concurrency: expected a value, got null",
-        ),
-        (
-            "vllm_serve.json",
-            VLLM,
-            {"spec_decode_num_drafts": 4},
-            "speculative decoding is unsupported",
-        ),
-        (
-            "vllm_serve.json",
-            VLLM,
-            {"mean_tpot_ms": 2.0},
-            "in flight on average: expected 11.2 to 16.8, got 4.7",
-        ),
-        (
-            "vllm_latency.json",
-            _request("decode", 8, 1024),
-            {},
-            "phase: expected generate or prefill for vllm bench",
-        ),
-        (
-            "vllm_throughput.json",
-            _request("generate", 32, 512),
-            {},
-            "tokens per request: expected 641, got 576",
-        ),
-        (
-            "vllm_throughput.json",
-            _request("generate", 8, 512, 63),
-            {},
-            "requests: expected 8, the batch, got 32",
-        ),
-        ("sglang.jsonl", VLLM, {"errors": ["", "timeout"]}, "errors: expected 0 requests, got 1"),
-        ("sglang.jsonl", VLLM, {"server_info": {"tp_size": 4}}, "devices: expected 1, got 4"),
-        (
-            "trtllm_throughput.json",
-            TRTLLM,
-            {"decoding_stats": {"mode": "Eagle"}},
-            "speculative decoding",
-        ),
-        ("trtllm_throughput.json", VLLM, {}, "dtype: expected bf16, got fp8"),
-        ("aiperf.json", VLLM, {"was_cancelled": True}, "was_cancelled: expected false, got true"),
-        (
-            "aiperf.json",
-            VLLM,
-            {"request_latency": {"unit": "min", "avg": 0.03}},
-            "latency.unit: expected one of ns, us",
-        ),
-        (
-            "genai_perf.json",
-            GENAI,
-            {"inter_token_latency": {"avg": 8.0}},
-            "latency.unit: expected one of ns, us",
-        ),
-        (
-            "aiperf.json",
-            VLLM,
-            {"error_summary": [{"count": 3}]},
-            "error_summary: expected 0 requests, got 3",
-        ),
-        (
-            "aiperf.json",
-            VLLM,
-            {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}},
-            "got poisson",
-        ),
-        (
-            "aiperf.json",
-            VLLM,
-            {"input_config": {"loadgen": {"request_rate": 5.0}}},
-            "loadgen.request_rate: expected inf",
-        ),
-        (
-            "genai_perf.json",
-            GENAI,
-            {"input_config": RATE},
-            "perf_analyzer.stimulus: expected concurrency, got request",
-        ),
-        (
-            "genai_perf.json",
-            _request("prefill", 1, 550),
-            {"time_to_first_token": None},
-            "time to first token: expected",
-        ),
-    ],
-)
+MISMATCHES = """
+vllm_serve.json        | serve 16 1024                            | {"model_id": "Qwen/Qwen3-8B"} | model: expected llama-3.1-8b, got Qwen/Qwen3-8B
+vllm_serve.json        | serve 16 2048                            | {} | input_tokens: expected 2048, got 1024
+vllm_serve.json        | serve 16 1024 256                        | {} | expected 257, got 129; use --new-tokens 128
+vllm_serve.json        | serve 8 1024                             | {} | concurrency: expected 8, got 16
+vllm_serve.json        | decode 16 1024                           | {} | half of the output): expected 1024, got 1087.5
+vllm_serve.json        | decode 16 1088                           | {"mean_itl_ms": 40.0} | median time between tokens
+vllm_serve.json        | serve 16 1024                            | {"request_rate": 4.0} | request_rate: expected inf
+vllm_serve.json        | serve 16 1024                            | {"failed": 2} | failed: expected 0 requests, got 2
+vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null} | max_concurrency: expected a value, got null
+vllm_serve.json        | serve 16 1024                            | {"spec_decode_num_drafts": 4} | speculative decoding is unsupported
+vllm_serve.json        | serve 16 1024                            | {"mean_tpot_ms": 2.0} | in flight on average: expected 11.2 to 16.8, got 4.7
+vllm_latency.json      | decode 8 1024                            | {} | phase: expected generate or prefill for vllm bench
+vllm_throughput.json   | generate 32 512                          | {} | tokens per request: expected 641, got 576
+vllm_throughput.json   | generate 8 512 63                        | {} | requests: expected 8, the batch, got 32
+sglang.jsonl           | serve 16 1024                            | {"errors": ["", "timeout"]} | errors: expected 0 requests, got 1
+sglang.jsonl           | serve 16 1024                            | {"server_info": {"tp_size": 4}} | devices: expected 1, got 4
+trtllm_throughput.json | serve 8 1024 127 engine=trtllm dtype=fp8 | {"decoding_stats": {"mode": "Eagle"}} | speculative decoding
+trtllm_throughput.json | serve 16 1024                            | {} | dtype: expected bf16, got fp8
+aiperf.json            | serve 16 1024                            | {"was_cancelled": true} | was_cancelled: expected false, got true
+aiperf.json            | serve 16 1024                            | {"request_latency": {"unit": "min", "avg": 0.03}} | latency.unit: expected one of ns, us
+genai_perf.json        | serve 1 550 127                          | {"inter_token_latency": {"avg": 8.0}} | latency.unit: expected one of ns, us
+aiperf.json            | serve 16 1024                            | {"error_summary": [{"count": 3}]} | error_summary: expected 0 requests, got 3
+aiperf.json            | serve 16 1024                            | {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}} | got poisson
+aiperf.json            | serve 16 1024                            | {"input_config": {"loadgen": {"request_rate": 5.0}}} | loadgen.request_rate: expected inf
+genai_perf.json        | serve 1 550 127                          | {"input_config": {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}} | perf_analyzer.stimulus: expected concurrency, got request
+genai_perf.json        | prefill 1 550                            | {"time_to_first_token": null} | time to first token: expected
+"""
+"""Files, what is asked, changes of the file, and what does not match."""
+
+
+@pytest.mark.parametrize(("name", "request_", "changes", "reason"), rows_of(MISMATCHES))
 def test_what_does_not_match_is_refused(
-    tmp_path: Path, name: str, asked: Request, changes: dict[str, Any], reason: str
+    tmp_path: Path, name: str, request_: str, changes: str, reason: str
 ) -> None:
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({**_load(name), **changes}), encoding="utf-8")
+    file.write_text(json.dumps({**_load(name), **json.loads(changes)}), encoding="utf-8")
     with pytest.raises(InputError) as caught:
-        measured(file, asked)
+        measured(file, _asked(request_))
     assert str(caught.value).startswith(f"{file}: ")
     assert reason in str(caught.value)
 
@@ -410,23 +287,14 @@ def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
     )
 
 
-WORDS = f"speedup {MODEL} --hardware h100 --prune depth@0.25 --json"
-
-
-def _run(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = command([word.replace("@", " ") for word in words.split()])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def test_a_file_instead_of_a_time_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    request = "--phase serve --concurrency 16 --seq 1024 --new-tokens 128"
-    _, plain, _ = _run(f"{WORDS} {request}", capsys)
-    status, given, err = _run(f"{WORDS} {request} --dense-from {FILES / 'vllm_serve.json'}", capsys)
+def test_a_file_instead_of_a_time_on_the_command_line(cli: Any) -> None:
+    line = f"speedup {MODEL} --hardware h100 --prune 'depth 0.25' --json"
+    line += " --phase serve --concurrency 16 --seq 1024 --new-tokens 128"
     seconds = 16 / _load("vllm_serve.json")["request_throughput"]
-    _, by_time, notes = _run(f"{WORDS} {request} --dense-time {1e3 * seconds!r}ms", capsys)
-    assert (status, err) == (0, notes), "nothing of the file remains unchecked"
-    (before,), (after,), (same,) = (json.loads(text) for text in (plain, given, by_time))
+    given, err = cli(f"{line} --dense-from {FILES / 'vllm_serve.json'}")
+    by_time, notes = cli(f"{line} --dense-time {1e3 * seconds!r}ms")
+    assert err == notes, "nothing of the file remains unchecked"
+    (before,), (after,), (same,) = (json.loads(text) for text in (cli.out(line), given, by_time))
     assert after["dense_s"] == pytest.approx(same["dense_s"], rel=1e-9)
     assert after["dense_s"] == pytest.approx(seconds, rel=0.02)
     width = [math.log(r["dense_upper"] / r["dense_lower"]) for r in (before, after)]

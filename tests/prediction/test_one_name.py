@@ -35,7 +35,7 @@ def engines(tmp_path: Path) -> list[str]:
 def models(tmp_path: Path) -> list[str]:
     """Folders of two models of one name, of which one has fewer layers."""
     content, paths = json.loads((FOLDER / "llama-3.2-1b.json").read_text(encoding="utf-8")), []
-    for name, layers in (("a", 16), ("b", 12)):
+    for name, layers in (("a", 14), ("b", 12)):
         (tmp_path / name).mkdir()
         own = content | {"_name_or_path": "my/tiny", "num_hidden_layers": layers}
         (tmp_path / name / "config.json").write_text(json.dumps(own))

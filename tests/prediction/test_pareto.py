@@ -4,9 +4,9 @@ command."""
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted_points import point, row
 
-from simulator.cli import run
 from simulator.errors import InputError
 from simulator.prediction.pareto import bands, frontier, fronts, marked, read_measured
 from simulator.prediction.quality import QualityTable, choose_axis, load_quality
@@ -146,9 +145,7 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "with the columns family, sparsity, speedup"),
         ("family,sparsity\n", "column speedup is missing"),
-        ("family,sparsity,speedup\n", "no rows"),
         ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
         ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
         ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
@@ -166,62 +163,35 @@ def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> N
     assert expected in str(error.value)
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    axis = ["--metric", "zero-shot", "--protocol", "SLEB"]
-    assert run(["pareto", "llama-2-7b", "--hardware", "h100", *axis, "--json"]) == 0
-    (record,) = json.loads(capsys.readouterr().out)
+def test_command(cli: Any) -> None:
+    line = "pareto llama-2-7b --hardware"
+    (record,) = cli.json(f"{line} h100 --metric zero-shot --protocol SLEB")
     assert record["bands"][-1]["high"] is None
-    assert {"method", "family", "loss", "speedup", "speedup_lower", "optimal", "source"} <= record[
-        "points"
-    ][0].keys()
-    assert run(["pareto", "llama-2-7b", "--hardware", "h100,rtx_4090"]) == 0
-    out = capsys.readouterr().out
+    wanted = {"method", "family", "loss", "speedup", "speedup_lower", "optimal", "source"}
+    assert wanted <= record["points"][0].keys()
+    out = cli.out(f"{line} h100,rtx_4090")
     assert max(map(len, out.split("\n")[:12])) <= 120
     assert "fastest family by quality budget" in out
     assert out.count("SLEB (arXiv 2402.09025)") >= 2
 
 
-def test_command_takes_the_quality_of_another_model_and_says_so(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert (
-        run(
-            [
-                "pareto",
-                "llama-3.1-8b",
-                "--hardware",
-                "h100",
-                "--quality-model",
-                "llama-2-7b",
-                "--csv",
-                "-",
-            ]
-        )
-        == 0
-    )
-    out, err = capsys.readouterr()
+def test_command_takes_the_quality_of_another_model_and_says_so(cli: Any) -> None:
+    out, err = cli("pareto llama-3.1-8b --hardware h100 --quality-model llama-2-7b --csv -")
     assert out.startswith("model,hardware,phase")
     assert "quality: measured on llama-2-7b; speed: predicted for llama-3.1-8b" in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("options", "expected"),
     [
-        (["--metric", "bleu"], "no rows with metric 'bleu'"),
-        (["--quality", "nothing.csv"], "no such file"),
-        (["--quality-model", "gpt-5"], "'gpt-5' is unknown"),
-        (["--figure", "x.gif"], ".pdf"),
-        (["--json", "--csv", "-"], "expected one of them"),
-        (["--measured", "nothing.csv"], "cannot be read"),
+        ("--metric bleu", "no rows with metric 'bleu'"),
+        ("--quality nothing.csv", "no such file"),
+        ("--quality-model gpt-5", "'gpt-5' is unknown"),
+        ("--measured nothing.csv", "cannot be read"),
     ],
 )
-def test_command_refuses(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["pareto", "llama-2-7b", "--hardware", "h100", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert expected in err
+def test_command_refuses(options: str, expected: str, cli: Any) -> None:
+    assert expected in cli.refused(f"pareto llama-2-7b --hardware h100 {options}")
 
 
 def test_options_of_a_method_reach_the_family_and_speed_is_that_of_the_model_asked() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.prunings import removed_parts, sizes
-from simulator.prediction.sentences import parts_line, pruning_text
 from simulator.prediction.table import table
+from simulator.prediction.wording import parts_line, pruning_text
 from simulator.pruning import prune
 from simulator.pruning._steps import read_steps
-from simulator.workload import WorkloadBatch
 
 LLAMA = "llama-3.1-8b"
 
@@ -47,15 +47,16 @@ LLAMA = "llama-3.1-8b"
 )
 def test_parts(phase: str, text: str, parts: str) -> None:
     dense = lower(LLAMA, phase=phase, seq=128, new_tokens=4 if phase == "generate" else 0)
-    before, after = sizes(WorkloadBatch.of([dense, prune(dense, text)]))
+    before, after = (sizes(w.meta.config) for w in (dense, prune(dense, text)))
     assert removed_parts(read_steps(text), before, after) == parts
 
 
 @pytest.mark.quick
 def test_sizes_are_those_of_the_whole_model_on_several_devices() -> None:
-    (one,), (four,) = (sizes(WorkloadBatch.of([lower(LLAMA, devices=n)])) for n in (1, 4))
+    one, four = (sizes(prune(lower(LLAMA, devices=n), "width 0.5").meta.config) for n in (1, 4))
     assert one == four
-    (experts,) = sizes(WorkloadBatch.of([lower("mixtral-8x7b")]))
+    assert one["KV heads"] == 4
+    experts = sizes(load_model("mixtral-8x7b"))
     assert (experts["experts"], experts["expert width"], experts["MLP layers"]) == (8, 14336, 32)
 
 

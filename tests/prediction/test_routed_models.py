@@ -29,9 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {"mixtral-8x7b": {}, "qwen3-30b-a3b": {}, "d
 
 def lowered(name: str, **options: Any) -> Workload:
     usual = {"phase": "decode", "batch": 16, "seq": 2048, "devices": 8, "engine": "vllm"}
-    return simulator.lower(
-        simulator.load_model(name), **{**usual, **MODELS.get(name, {}), **options}
-    )
+    return simulator.lower(name, **{**usual, **MODELS.get(name, {}), **options})
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "expert"])
@@ -54,9 +52,10 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
     setting = {"devices": 8, **{k: v for k, v in options.items() if k != "engine"}}
     engine = [options.get("engine", "vllm")]
     found = table(
-        [name], [H200], sparsity=[0.25], phase=["decode"], batch=[16], engine=engine, **setting
+        [name], [H200], sparsity=[0.5], phase=["decode"], batch=[16], engine=engine, **setting
     )
     families = {r.family for r in found}
+    # half of the heads and experts of each model can be divided by eight devices
     assert {
         "depth",
         "width",
@@ -71,6 +70,29 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
     for r in found:
         assert r.speedup_lower <= r.speedup <= r.speedup_upper
         assert r.speedup < 1.02 * max(r.roofline_bound, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "family", "reason"),
+    [
+        (
+            "tensor",
+            "width",
+            "6 key/value heads; tensor parallel needs a multiple or a divisor of 8",
+        ),
+        ("expert", "experts", "6 experts; expert parallel needs a multiple of 8"),
+    ],
+)
+def test_what_eight_devices_cannot_divide_is_excluded_with_one_note(
+    parallel: str, family: str, reason: str
+) -> None:
+    setting: dict[str, Any] = {"devices": 8, "parallel": parallel, "batch": [1, 16]}
+    found = table(["mixtral-8x7b"], [H200], ["depth", family], [0.25, 0.5], **setting)
+    assert {(r.family, r.sparsity) for r in found} == {("depth", 0.25), ("depth", 0.5)} | (
+        {("width", 0.5)} if family == "width" else set()
+    )
+    (note,) = [note for note in found.notes if reason in note]
+    assert note.startswith(f"{family}: devices 8: mixtral-8x7b has {reason}; the nearest size")
 
 
 def test_uneven_loads_read_fewer_weights_and_wait_for_the_busiest() -> None:
@@ -167,7 +189,7 @@ def test_latent_and_plain_attention_are_timed_in_one_stack() -> None:
 
 
 def test_the_fixed_time_of_experts_is_launch_time() -> None:
-    dense = simulator.lower(simulator.load_model("mixtral-8x7b"), phase="decode", batch=1, seq=512)
+    dense = simulator.lower("mixtral-8x7b", phase="decode", batch=1, seq=512)
     pruned, hw = (
         simulator.prune(dense, "width", 0.5),
         simulator.load_hardware("h100").serving(("vllm",)),

@@ -4,24 +4,23 @@ aligned width."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from layouts import folder_of, save, tensors_of
+from shaped import changed, cut, resized
 
 import simulator
 from simulator.engines import engine as engines
 from simulator.engines.engine import FEATURES
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES, NESTED
-from simulator.models.config import Block, ModelConfig
+from simulator.models.model import Model
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.runnable import Runnable, runnable, runnables, will_run
-from simulator.pruning import FAMILIES
-from simulator.pruning._rows import aligned_up
+from simulator.prediction.runnable import Runnable, aligned_up, runnable, runnables, will_run
+from simulator.pruning import FAMILIES, prune_model
 from simulator.request import Request
 
 pytestmark = pytest.mark.quick
@@ -33,9 +32,7 @@ STOCK = (*SERVERS, "hf", "compile")
 RAMP = [0.1 if layer < 16 else 0.3 for layer in range(32)]
 
 
-def asked(
-    engine: str, pruning: Pruning, model: str | ModelConfig = LLAMA, **fields: Any
-) -> Runnable:
+def asked(engine: str, pruning: Pruning, model: str | Model = LLAMA, **fields: Any) -> Runnable:
     return runnable(Request(model=model, engine=engine, phase="decode", **fields), pruning)
 
 
@@ -48,11 +45,11 @@ def per_layer(engine: str, sparsity: list[float] = RAMP, **options: Any) -> Runn
     return will_run(simulator.prune(dense, "width", sparsity, **options))
 
 
-def shaped(**fields: Any) -> ModelConfig:
-    return replace(LLAMA, name="pruned", **fields)
+def sized(**sizes: Any) -> Model:
+    return resized(LLAMA, name="pruned", **sizes)
 
 
-def existing(engine: str, model: ModelConfig, **fields: Any) -> Runnable:
+def existing(engine: str, model: Model, **fields: Any) -> Runnable:
     return asked(engine, Pruning.of_model(LLAMA, model), **fields)
 
 
@@ -101,8 +98,8 @@ def test_widths_by_layer_need_nemotron_nas_and_equal_heads() -> None:
         == "query heads that differ by layer: it reads one num_attention_heads for all layers"
     )
     dense = simulator.lower(LLAMA, phase="decode", engine="vllm")
-    blocks = tuple(replace(b, inner=8192 if i < 16 else 10008) for i, b in enumerate(LLAMA.layout))
-    found = {e: existing(e, shaped(blocks=blocks)) for e in STOCK}
+    odd = changed(LLAMA, lambda i, one: cut(one, "mlp", inner=8192 if i < 16 else 10008))
+    found = {e: existing(e, odd) for e in STOCK}
     assert [e for e in STOCK if found[e].loadable] == ["vllm"]  # 10,008 is no multiple of 256
     assert (
         found["vllm"].load_reason
@@ -112,12 +109,10 @@ def test_widths_by_layer_need_nemotron_nas_and_equal_heads() -> None:
     assert found["hf"].load_reason.startswith(
         "MLP widths that differ by layer: it builds equal layers"
     )
-    even = tuple(replace(b, inner=8192 if i < 16 else 9984) for i, b in enumerate(LLAMA.layout))
-    assert all(existing(e, shaped(blocks=even)).loadable for e in SERVERS)
+    even = changed(LLAMA, lambda i, one: cut(one, "mlp", inner=8192 if i < 16 else 9984))
+    assert all(existing(e, even).loadable for e in SERVERS)
     qwen = simulator.load_model("qwen3-8b")
-    pruned = replace(
-        qwen, blocks=tuple(replace(b, inner=8192 if i else 4096) for i, b in enumerate(qwen.layout))
-    )
+    pruned = changed(qwen, lambda i, one: cut(one, "mlp", inner=8192 if i else 4096))
     other = asked("vllm", Pruning.of_model(qwen, pruned), qwen)
     assert other.load_reason.endswith("only for model_type llama and nemotron-nas, not for qwen3")
     assert will_run(dense).loadable
@@ -170,7 +165,7 @@ def test_every_dense_model_is_one_that_transformers_loads(name: str) -> None:
 
 
 def test_what_an_aligned_width_gains_by_hand() -> None:
-    odd, even = shaped(inner=8810), shaped(inner=8816)
+    odd, even = sized(inner=8810), sized(inner=8816)
     for engine in ("vllm", "hf"):
         request = Request(model=LLAMA, phase="prefill", engine=engine)
         found = runnable(request, Pruning.of_model(LLAMA, odd), H100)
@@ -209,11 +204,11 @@ def test_what_an_aligned_width_gains_by_hand() -> None:
 @pytest.mark.parametrize(
     ("model", "dimension", "width", "aligned"),
     [
-        ({"hidden": 3070, "head_dim": 128}, "hidden size", 3070, 3072),
+        ({"hidden": 3070}, "hidden size", 3070, 3072),
         # 32 heads of 126 are 504 times 8 elements
-        ({"head_dim": 126, "rotary_dim": 126}, "", 0, 0),
+        ({"head_dim": 126, "rotary": 126}, "", 0, 0),
         (
-            {"heads": 31, "kv_heads": 31, "head_dim": 126, "rotary_dim": 126},
+            {"heads": 31, "kv_heads": 31, "head_dim": 126, "rotary": 126},
             "query width",
             3906,
             3912,
@@ -224,7 +219,7 @@ def test_other_widths_that_are_not_aligned(
     model: dict[str, Any], dimension: str, width: int, aligned: int
 ) -> None:
     found = runnable(
-        Request(model=LLAMA, engine="hf"), Pruning.of_model(LLAMA, shaped(**model)), H100
+        Request(model=LLAMA, engine="hf"), Pruning.of_model(LLAMA, sized(**model)), H100
     )
     assert (found.unaligned_dimension, found.unaligned_width, found.aligned_width) == (
         dimension,
@@ -252,36 +247,45 @@ def assert_alike(ours: simulator.Workload, theirs: simulator.Workload) -> None:
 def test_an_aligned_model_is_the_one_lowered_at_those_widths(
     phase: str, name: str, odd: dict[str, int], even: dict[str, int]
 ) -> None:
-    model = replace(simulator.load_model(name), qkv_bias=True, o_bias=True)
+    model = resized(simulator.load_model(name), qkv_bias=True, o_bias=True)
     for engine in ("vllm", "hf"):
         ours, theirs = (
-            simulator.lower(replace(model, **x), phase=phase, engine=engine) for x in (odd, even)
+            simulator.lower(one, phase=phase, engine=engine)
+            for one in (aligned_up(resized(model, **odd), 8), resized(model, **even))
         )
-        assert_alike(aligned_up(ours, np.full(len(ours), 8)), theirs)
+        assert_alike(ours, theirs)
 
 
 def test_an_aligned_rank_is_that_of_the_family() -> None:
-    dense = simulator.lower(LLAMA, engine="hf")
-    odd, even = (simulator.prune(dense, "low_rank", 0.3, align=align) for align in (1, 16))
-    assert_alike(aligned_up(odd, np.full(len(odd), 16)), even)
+    odd, even = (prune_model(LLAMA, f"low_rank 0.3 align={align}") for align in (1, 16))
+    assert odd != even
+    assert aligned_up(odd, 16) == even
 
 
 def test_devices_divide_heads_and_widths_of_the_whole_model() -> None:
-    pruned = shaped(heads=26, kv_heads=26, inner=8816)
+    pruned = sized(heads=26, kv_heads=26, inner=8816)
     alone, two, eight = (existing("vllm", pruned, devices=n) for n in (1, 2, 8))
     assert (alone.divisible, two.divisible, eight.divisible) == (True, True, False)
     assert alone.tensor_parallel == (1, 2)
-    assert eight.divisible_reason == "26 attention heads; tensor parallel needs a multiple of 8"
-    assert eight.works is False
-    assert eight.loadable is True
-    assert eight.sentence == "No: it has 26 attention heads; tensor parallel needs a multiple of 8."
-    # 8 KV groups become 6: the plan does not divide, though shares of one group each can be
-    # predicted
-    plan = asked("vllm", family("width", 0.2), "llama-3.1-8b", devices=8)
-    assert plan.divisible_reason.startswith(
-        "6 key/value heads; tensor parallel needs a multiple or a divisor of 8"
+    reason = (
+        "26 attention heads; tensor parallel needs a multiple of 8; the nearest sizes are 24 and"
+        " 32: width attention=24"
     )
-    assert plan.divisible_reason.endswith("the prediction rounds per device")
+    assert eight.divisible_reason == reason
+    assert eight.works is False
+    refused = (
+        "stock vllm does not load this config.json as it is: its class refuses heads that do not"
+        " divide the hidden size; change model_type to mistral and sliding_window to null"
+    )
+    assert eight.sentence.startswith(f"No: {refused}; it has {reason}.")
+    # 8 KV groups become 6
+    plan = asked("vllm", family("width", 0.2), "llama-3.1-8b", devices=8)
+    assert plan.divisible_reason == (
+        "6 key/value heads; tensor parallel needs a multiple or a divisor of 8; the nearest sizes"
+        " are 4 and 8: width kv=4"
+    )
+    for model, text in (("llama-2-7b", "width attention=24"), ("llama-3.1-8b", "width kv=4")):
+        assert asked("vllm", Pruning.read(text), model, devices=8).works
     assert asked("vllm", family("width", 0.5), "llama-3.1-8b", devices=8).tensor_parallel == (
         1,
         2,
@@ -290,10 +294,7 @@ def test_devices_divide_heads_and_widths_of_the_whole_model() -> None:
         16,
     )
     long = asked("vllm", family("depth", 0.75), "llama-3.1-8b", devices=16, parallel="pipeline")
-    assert (
-        long.divisible_reason
-        == "8 layers; a pipeline of 16 devices needs 16; the prediction rounds per device"
-    )
+    assert long.divisible_reason == "8 layers; a pipeline has at most one device per layer"
     moe = asked("vllm", family("experts", 0.25), "mixtral-8x7b", devices=4, parallel="expert")
     assert not moe.divisible
     assert "6 experts; expert parallel needs a multiple of 4" in moe.divisible_reason
@@ -304,10 +305,10 @@ def test_devices_divide_heads_and_widths_of_the_whole_model() -> None:
 
 
 def test_alignment_is_that_of_the_share_of_each_device() -> None:
-    found = existing("vllm", shaped(inner=8816), devices=4)  # 2,204 each: not a multiple of 8
+    found = existing("vllm", sized(inner=8816), devices=4)  # 2,204 each: not a multiple of 8
     assert (found.unaligned_width, found.aligned_width, found.divisible) == (8816, 8832, True)
     assert "MLP width 8,816 over 4 devices is not aligned" in found.sentence
-    assert existing("vllm", shaped(inner=8832), devices=4).aligned
+    assert existing("vllm", sized(inner=8832), devices=4).aligned
 
 
 def test_kernels_of_formats_and_families() -> None:
@@ -342,7 +343,7 @@ def test_kernels_of_formats_and_families() -> None:
             assert asked(engine, family(name, 0.5)).kernels == has
 
 
-def checkpoint(at: Path, model: ModelConfig, **config: Any) -> ModelConfig:
+def checkpoint(at: Path, model: Model, **config: Any) -> Model:
     """A folder with the tensors of a model, and the config.json of the dense model with other
     keys."""
     at.mkdir(exist_ok=True)
@@ -353,13 +354,12 @@ def checkpoint(at: Path, model: ModelConfig, **config: Any) -> ModelConfig:
     return simulator.load_model(folder)
 
 
-def llm_pruner(i: int, block: Block) -> Block:
-    return replace(block, heads=26, kv_heads=26, inner=8810) if 4 <= i < 30 else block
+NARROW = sized(heads=26, kv_heads=26, inner=8810).layers[0]
+LLM_PRUNER = changed(LLAMA, lambda i, one: NARROW if 4 <= i < 30 else one, name="pruned")
 
 
 def test_a_checkpoint_whose_config_states_other_shapes_is_not_loaded(tmp_path: Path) -> None:
-    uneven = shaped(blocks=tuple(llm_pruner(i, b) for i, b in enumerate(LLAMA.layout)))
-    model = checkpoint(tmp_path, uneven)
+    model = checkpoint(tmp_path, LLM_PRUNER)
     for engine in STOCK:
         found = existing(engine, model)
         assert found.loadable is False
@@ -371,7 +371,7 @@ def test_a_checkpoint_whose_config_states_other_shapes_is_not_loaded(tmp_path: P
 
 
 def test_equal_layers_only_need_another_config(tmp_path: Path) -> None:
-    even = shaped(inner=8816)
+    even = sized(inner=8816)
     stale = checkpoint(tmp_path / "stale", even)
     assert existing("vllm", stale).loadable is False
     assert existing("vllm", stale).load_reason.endswith("; write its shapes into config.json")
@@ -383,9 +383,8 @@ def test_equal_layers_only_need_another_config(tmp_path: Path) -> None:
 
 
 def test_code_in_the_repository_is_for_transformers(tmp_path: Path) -> None:
-    uneven = shaped(blocks=tuple(llm_pruner(i, b) for i, b in enumerate(LLAMA.layout)))
     code = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
-    model = checkpoint(tmp_path, uneven, auto_map=code)
+    model = checkpoint(tmp_path, LLM_PRUNER, auto_map=code)
     assert model.custom_code == "modeling_pruned.PrunedForCausalLM"
     found = {engine: existing(engine, model) for engine in STOCK}
     assert [engine for engine in STOCK if found[engine].loadable] == ["hf"]

@@ -14,16 +14,8 @@ from simulator.capacity import memory
 from simulator.errors import InputError
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.requests import on
-from simulator.prediction.sentences import (
-    EQUAL,
-    LIMITS,
-    MEMORY,
-    equal_memory,
-    failing_text,
-    of_service,
-    ranked,
-)
-from simulator.prediction.service import OperatingPoint, Service
+from simulator.prediction.service import EQUAL, LIMITS, MEMORY, OperatingPoint, Service
+from simulator.prediction.service_sentences import equal_memory, failing_text, of_service, ranked
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick

@@ -17,7 +17,7 @@ from simulator.errors import InputError
 from simulator.prediction.advise import advise
 from simulator.prediction.explain import explanations, waterfall
 from simulator.prediction.requests import dense_seconds
-from simulator.prediction.result import Result, Results
+from simulator.prediction.result import Results
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
 from simulator.request import Request
@@ -148,31 +148,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(
 
 
 # -- engines in tables -----------------------------------------------------------------------------
-
-
-def test_engines_are_rows_in_order_and_each_is_that_of_its_own() -> None:
-    engines = ["hf", "reference", "transformers", "trtllm", "HF"]  # one by three of its names
-    found = table(family=["depth", "semi_structured"], sparsity=[0.5], batch=[1, 8], engine=engines)
-    order = [(r.batch, r.engine, r.family) for r in found]
-    assert order == [(r.batch, r.engine, r.family) for r in sorted(found, key=_place)]
-    for r in found:
-        dense = simulator.lower(
-            simulator.load_model(r.model), phase="decode", batch=r.batch, seq=2048, engine=r.engine
-        )
-        alone = speedup(dense, prune(dense, r.family, 0.5), simulator.load_hardware("h100"))
-        assert r.speedup == pytest.approx(alone.speedup, rel=1e-12)
-        assert (r.dense_s, r.tpot_s) == pytest.approx((alone.dense_s, alone.tpot_s), rel=1e-12)
-    times = {r.engine: r.dense_s for r in found if r.batch == 1}
-    assert len(set(times.values())) == 3
-    assert times["hf"] > times["trtllm"]
-
-
-def _place(r: Result) -> tuple[int, int, int]:
-    return (
-        ["hf", "reference", "trtllm"].index(r.engine),
-        r.batch,
-        ["depth", "semi_structured"].index(r.family),
-    )
 
 
 # -- a measured time -------------------------------------------------------------------------------

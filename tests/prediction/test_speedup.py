@@ -54,7 +54,7 @@ def dense_of(
 ) -> Workload:
     options: dict[str, Any] = {"phase": phase, "batch": batch, "seq": seq, "engine": engine}
     options["new_tokens"] = 5 if phase in ("generate", "serve") else 0
-    return simulator.lower(simulator.load_model(model), **options, **FORMATS[formats])
+    return simulator.lower(model, **options, **FORMATS[formats])
 
 
 def composed(

@@ -26,7 +26,6 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.save import save_hardware
 from simulator.models.library import load_model
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.result import plain
 from simulator.prediction.sweep import Formats, Grid, Summary, read_grid, sweep_results, write_sweep
 from simulator.request import Request
 
@@ -60,7 +59,7 @@ MIXED = replace(
 @pytest.mark.parametrize("grid", [SMALL, MIXED], ids=["small", "mixed"])
 def test_a_sweep_equals_tables_of_one_request_each(grid: Grid) -> None:
     found = sweep_results(grid)
-    columns = {name: plain(column) for name, column in found.columns.items()}
+    columns = dict(found.columns)
     keys = ("model", "hardware", "family", "sparsity", "phase", "batch", "seq", "engine", "devices")
     left = {key: i for i, key in enumerate(zip(*(columns[name].tolist() for name in keys)))}
     assert len(left) == len(columns["speedup"])
@@ -200,7 +199,6 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(
     with subprocess.Popen(
         words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, **pipes
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -286,10 +284,7 @@ def test_other_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("notes")
     for name, says in {
-        "old.parquet": (
-            "old.parquet: is a file, as version 0.3 wrote; expected a folder: name another or"
-            " remove it"
-        ),
+        "old.parquet": "old.parquet: is a file; expected a folder: name another or remove it",
         "mine": "mine: holds notes.txt, which is not a part of a sweep; name another folder",
         "rows.csv": "rows.csv: expected the name of a folder",
         "missing/rows": "does not exist",
@@ -510,7 +505,7 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
     assert (grid.size, grid.families, grid.sparsities) == (6, (), ())
     found = sweep_results(grid)
     assert (
-        plain(found.columns["prune"]).tolist()
+        found.columns["prune"].tolist()
         == ["width mlp=0.3 heads=0.25", "kv_cache budget=64", str(plan)] * 2
     )
     before = grid.digest()

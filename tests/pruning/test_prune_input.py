@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_decoder import GQA, workload
+from tiny_decoder import FUSED, GQA, MHA, workload
 
-from simulator.codes import PHASES
+from simulator.codes import PHASES, ROLES
 from simulator.errors import InputError
 from simulator.pruning import FAMILIES, prune
 from simulator.request import Applied
@@ -62,6 +62,20 @@ def test_layers_differ_and_runs_merge() -> None:
     assert half.meta.applied[0].realised == pytest.approx(1 / 6)
 
 
+def test_groups_mean_their_members_in_every_engine() -> None:
+    for decoder in (GQA, FUSED):
+        pruned = prune(workload(decoder), "unstructured", {"qkv": 0.5, "gate_up": 0.25})
+        apart = {"q": 0.5, "k": 0.5, "v": 0.5, "gate": 0.25, "up": 0.25}
+        assert pruned.meta.config == prune(workload(GQA), "unstructured", apart).meta.config
+    # an engine fuses projections that are stored alike
+    alone = prune(workload(FUSED), "semi_structured", {"q": 0.5})
+    inputs = alone.is_role("q", "k", "v", "qkv")
+    assert [ROLES[role] for role in alone.role[inputs]] == ["q", "k", "v"]
+    assert alone.density[inputs].tolist() == [0.5, 1.0, 1.0]
+    with pytest.raises(InputError, match="sparsity of gate: this model has no such projection"):
+        prune(workload(MHA), "unstructured", {"gate": 0.5})
+
+
 def test_a_mapping_is_weighed_by_parameters() -> None:
     w = workload(GQA)
     applied = prune(w, "unstructured", {"mlp": 0.5, "q": 0.25}).meta.applied[0]
@@ -72,8 +86,9 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
         == pytest.approx((0.5 * 3 * 176 * 64 + 0.25 * 128 * 64) / total)
     )
     depth = prune(w, "depth", {"attention": 0.5})
-    assert depth.count[depth.is_role("o")].tolist() == [3]
-    assert depth.count[depth.is_role("down")].tolist() == [6]
+    # the last layer keeps its attention
+    assert depth.count[depth.is_role("o")].tolist() == [2, 1]
+    assert depth.count[depth.is_role("down")].sum() == 6
 
 
 @pytest.mark.parametrize(
@@ -113,7 +128,7 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
             "width",
             0.5,
             {"inner": 200},
-            "option inner: expected a multiple of 1 up to the inner width 176, got 200",
+            "option inner: expected a width up to the inner width 176, got 200",
         ),
         (
             "width",
@@ -132,12 +147,6 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
             0.25,
             {},
             "semi_structured at sparsity 0.25: expected 0.5, as 2:4 removes half",
-        ),
-        (
-            "unstructured",
-            {"gate_up": 0.5},
-            {},
-            "sparsity of gate_up: this workload has no such projection; it has q,",
         ),
         ("token", 0.5, {"start": 6}, "option start: expected a layer from 0 to 5, got 6"),
         (

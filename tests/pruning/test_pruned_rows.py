@@ -3,13 +3,13 @@ rows, added rows."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from shaped import resized
 from tiny_decoder import DECODERS, FUSED, GQA, MHA, Decoder, expected, workload
 
 from simulator.codes import PHASES, ROLES, Kernel, Kind
+from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.pruning import general_families, prune
@@ -90,16 +90,20 @@ def test_overhead_flops_are_those_of_router_and_projection() -> None:
 
 
 @pytest.mark.quick
-def test_devices_prune_their_own_share() -> None:
+def test_devices_share_the_pruned_model() -> None:
     model = load_model("llama-3.1-8b")
     dense = lower(model, phase="decode", batch=4, seq=512, devices=2, engine="")
-    pruned = prune(dense, "width", 0.4)
-    # each device: 4 KV groups -> 2.4 -> 2, an inner width of 7168 -> 4300.8 -> 4304
-    assert set(pruned.kv_heads[pruned.is_role("attention")]) == {2}
-    assert set(pruned.n[pruned.is_role("q")]) == {2 * 4 * 128}
-    assert set(pruned.k[pruned.is_role("down")]) == {4304}
-    explicit = prune(dense, "width", 0.4, inner=8600)
+    pruned = prune(dense, "width", 0.3)
+    # 8 KV groups -> 5.6 -> 6, an inner width of 14336 -> 10035.2 -> 10048: half of each
+    assert set(pruned.kv_heads[pruned.is_role("attention")]) == {3}
+    assert set(pruned.n[pruned.is_role("q")]) == {3 * 4 * 128}
+    assert set(pruned.k[pruned.is_role("down")]) == {5024}
+    explicit = prune(dense, "width", 0.3, inner=8600)
     assert set(explicit.k[explicit.is_role("down")]) == {4300}
+    # 8 KV groups -> 4.8 -> 5, which two devices cannot share
+    nearest = "5 key/value heads; .* the nearest sizes are 4 and 6: width kv=4"
+    with pytest.raises(InputError, match=nearest):
+        prune(dense, "width", 0.4)
     # tokens that skip a sublayer are not reduced over the devices either
     reduced = prune(dense, "dynamic_depth", 0.5)
     inside = reduced.is_role("all_reduce") & (reduced.layer >= 0)
@@ -121,6 +125,10 @@ def only(w: Workload, role: str, column: str) -> float:
     return float(getattr(w, column)[rows][0])
 
 
+def executions(w: Workload, role: str) -> float:
+    return float(w.count[w.is_role(role)].sum())
+
+
 def moved(w: Workload, role: str) -> float:
     rows = w.is_role(role)
     return float(((w.read_bytes + w.write_bytes) * w.count)[rows].sum())
@@ -131,10 +139,10 @@ def test_depth_takes_norm_cache_and_elementwise_with_it() -> None:
     w = workload(GQA)
     pruned = prune(w, "depth", 0.5, unit="attention")
     for role in ("attention_norm", "rotary", "cache_write", "attention", "q", "o"):
-        assert only(pruned, role, "count") == 3
+        assert executions(pruned, role) == 3
     for role in ("mlp_norm", "gate", "activation", "down"):
-        assert only(pruned, role, "count") == 6
-    assert (only(pruned, "q", "layers"), only(pruned, "down", "layers")) == (3, 6)
+        assert executions(pruned, role) == 6
+    assert (pruned.layers[pruned.is_role("q")].sum(), only(w, "down", "layers")) == (3, 6)
     assert only(pruned, "embedding", "count") == only(pruned, "lm_head", "count") == 1
     assert pruned.meta.applied[-1].realised == 0.5
     whole = prune(prune(w, "depth", 0.99), "depth", 0.5)
@@ -439,7 +447,7 @@ def test_a_copied_cache_is_repeated_for_each_query_head(
         "engine": "hf",
     }
     pruned = prune(lower(model, **request), text)
-    stored = lower(replace(model, heads=heads, kv_heads=kv_heads), **request)
+    stored = lower(resized(model, heads=heads, kv_heads=kv_heads), **request)
     for name in ("read_bytes", "write_bytes", "bytes", "flops"):
         assert getattr(pruned, name).sum() == pytest.approx(getattr(stored, name).sum(), rel=1e-12)
 

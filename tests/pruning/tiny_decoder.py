@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from simulator.models.config import ModelConfig
+from shaped import layer, model_of
+
 from simulator.models.lower import lower
 from simulator.workload import Workload
 
@@ -38,11 +39,10 @@ DECODERS = {"gqa": GQA, "mha": MHA, "fused": FUSED}
 def workload(
     d: Decoder, phase: str = "prefill", batch: int = 2, seq: int = 48, new_tokens: int = 3
 ) -> Workload:
-    widths = d.hidden, d.layers, d.heads, d.kv_heads, d.head_dim, d.inner, d.vocab
-    biases = {"qkv_bias": d.bias, "o_bias": d.bias, "mlp_bias": d.bias}
-    model = ModelConfig(
-        "tiny", "llama", *widths, d.head_dim, 4096, (0,) * d.layers, gated=d.gated, **biases
-    )
+    attention = {"qkv_bias": d.bias, "o_bias": d.bias}
+    mlp = {"gated": d.gated, "bias": d.bias}
+    one = layer(d.heads, d.kv_heads, d.inner, d.head_dim, attention=attention, mlp=mlp)
+    model = model_of(*[one] * d.layers, hidden=d.hidden, vocab=d.vocab)
     steps = new_tokens if phase in ("generate", "serve") else 0
     engine = "vllm" if d.fused else ""
     return lower(model, phase=phase, batch=batch, seq=seq, new_tokens=steps, engine=engine)
@@ -63,6 +63,11 @@ def projections(d: Decoder) -> dict[str, tuple[int, int]]:
         out |= {"gate": (d.inner, d.hidden)} if d.gated else {}
         out["up"] = (d.inner, d.hidden)
     return out | {"down": (d.hidden, d.inner)}
+
+
+def stored(d: Decoder) -> dict[str, tuple[int, int]]:
+    """Name -> (N, K) of one dense layer in a checkpoint, which low_rank factorises."""
+    return projections(replace(d, fused=False))
 
 
 def nearest(x: float) -> int:
@@ -139,9 +144,7 @@ def expected(
         cached = keys - (seq - left)
         each = [layer_flops(thin, tokens, pairs, several, share)] * layers
         if family == "low_rank":
-            pair_of = sum(
-                2 * tokens * rank_of(s, n, k) * (n + k) for n, k in projections(d).values()
-            )
+            pair_of = sum(2 * tokens * rank_of(s, n, k) * (n + k) for n, k in stored(d).values())
             each = [pair_of + 4 * several * d.heads * d.head_dim * pairs] * layers
         elif family == "dynamic_depth" and options.get("prune_kv"):
             seen = (
@@ -164,7 +167,7 @@ def expected(
             each = [layer_flops(d, tokens, pairs if prefill else cached, several)] * layers
         total += times * (sum(each) + 2 * several * thin.vocab * thin.hidden)
     weights = 0.0
-    for n, k in projections(thin).values():
+    for n, k in (stored if family == "low_rank" else projections)(thin).values():
         weights += (
             rank_of(s, n, k) * (n + k) if family == "low_rank" else n * k * share
         ) + d.bias * n

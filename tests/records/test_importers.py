@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.measurements.wheel import datasheet
+from calibration.evidence.measurements.wheel import datasheet
 from calibration.records.importers import ImportResult, import_table
 from calibration.records.screening import L2_BYTES_PER_CLOCK, least_seconds, refusal_lines, too_fast
 from calibration.records.store import Header, Store
@@ -75,7 +77,6 @@ def test_the_time_column_names_its_unit(path: Path) -> None:
     ("line", "reason"),
     [
         ("16,4096,4096,", "time is missing or not a number"),
-        ("16,4096,4096,fast", "time is missing or not a number"),
         ("16,4096,4096,0", "time is zero"),
         ("16,4096,4096,-3", "time is negative"),
         ("1_6,4096,4096,30", "m is missing or not a number"),
@@ -251,57 +252,45 @@ def test_a_store_and_a_table_of_records_are_read_too(tmp_path: Path) -> None:
     refused("no usable row: 29 rows: m is below 1", import_table, tmp_path / "records.parquet")
 
 
+def cell(text: str) -> int | float | str:
+    """Return a value of a table as its number, if it is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def aic(
-    path: Path, columns: Mapping[str, Any], framework: str = "TRTLLM", op: str = "gemm"
+    path: Path, table: str, framework: str = "TRTLLM", op: str = "gemm", kernel: str = "k"
 ) -> Path:
-    """A table as the package has them, with these columns."""
+    """Write a table as the package has them, with the columns and rows of a text."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    size = len(columns["latency"])
-    shared = {"framework": framework, "version": "1.0.0", "op_name": op, "kernel_source": "k"}
+    header, *rows = (line.split() for line in table.strip().splitlines())
+    columns: dict[str, Any] = {
+        name: [cell(text) for text in column]
+        for name, column in zip(header, zip(*rows, strict=True), strict=True)
+    }
+    shared = {"framework": framework, "version": "1.0.0", "op_name": op, "kernel_source": kernel}
     shared["device"] = "NVIDIA A100-SXM4-80GB"
-    pq.write_table(
-        pa.table({**{name: [value] * size for name, value in shared.items()}, **columns}), path
-    )
+    columns |= {name: [value] * len(rows) for name, value in shared.items()}
+    pq.write_table(pa.table(columns), path)
     return path
 
 
-def attention_columns(size: int, **more: Any) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "batch_size": 1,
-        "isl": 1,
-        "num_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
-    columns |= {
-        "step": 1023,
-        "beam_width": 1,
-        "attn_dtype": "bfloat16",
-        "kv_cache_dtype": "bfloat16",
-    }
-    return {**{name: [value] * size for name, value in columns.items()}, **more}
-
-
 def test_aiconfigurator_gemms(tmp_path: Path) -> None:
-    formats = [
-        "bfloat16",
-        "int8_wo",
-        "int4_wo",
-        "sq",
-        "mxfp6",
-        "bfloat16",
-        "bfloat16",
-        "fp8_block",
-        "nvfp4",
-    ]
-    columns = {
-        "gemm_dtype": formats,
-        "m": [1] * 9,
-        "n": [4096] * 9,
-        "k": [4096] * 6 + [65536] + [4096] * 2,
-    }
-    columns["latency"] = [0.05, 0.03, 0.02, 0.03, 0.03, 0.0, 0.7, 0.03, 0.02]
-    path = aic(tmp_path / "gemm_perf.parquet", columns)
+    table = """
+    gemm_dtype  m     n      k  latency
+    bfloat16    1  4096   4096     0.05
+    int8_wo     1  4096   4096     0.03
+    int4_wo     1  4096   4096     0.02
+    sq          1  4096   4096     0.03
+    mxfp6       1  4096   4096     0.03
+    bfloat16    1  4096   4096      0.0
+    bfloat16    1  4096  65536      0.7
+    fp8_block   1  4096   4096     0.03
+    nvfp4       1  4096   4096     0.02
+    """
+    path = aic(tmp_path / "gemm_perf.parquet", table)
     result = import_table(path, hw=A100)
     unknown = "the time includes a conversion of activations that no narrow row tells"
     assert counts(result) == {
@@ -326,39 +315,37 @@ def test_aiconfigurator_gemms(tmp_path: Path) -> None:
 
 def test_products_of_no_random_numbers_are_taken_where_memory_bounds_them(tmp_path: Path) -> None:
     # the A100 computes 156 multiply-adds in the time of a weight of 2 bytes
-    columns = {"gemm_dtype": ["bfloat16"] * 3, "m": [1, 64, 4096], "n": [8192] * 3, "k": [8192] * 3}
-    path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.1, 0.1, 2.0]}, framework="vLLM")
+    table = """
+    gemm_dtype     m     n     k  latency
+    bfloat16       1  8192  8192      0.1
+    bfloat16      64  8192  8192      0.1
+    bfloat16    4096  8192  8192      2.0
+    """
+    path = aic(tmp_path / "t.parquet", table, "vLLM")
     result = import_table(path, hw=A100)
     assert counts(result) == {"compute-bound, on operands that were not random numbers": 1}
     assert result.records.m.tolist() == [1, 64]
     refused("were not random numbers, .* name the hardware", import_table, path)
 
 
-def mla_columns(**more: Any) -> dict[str, Any]:
-    columns = {
-        "batch_size": [2, 2],
-        "isl": [1, 1],
-        "num_heads": [16, 128],
-        "step": [1023, 1023],
-        "tp_size": [8, 1],
-    }
-    columns |= {
-        "mla_dtype": ["bfloat16"] * 2,
-        "kv_cache_dtype": ["bfloat16", "fp8"],
-        "latency": [0.5] * 2,
-    }
-    return columns | more
-
-
 def test_aiconfigurator_latent_attention(tmp_path: Path) -> None:
-    path = aic(tmp_path / "t.parquet", mla_columns(), "SGLang", "mla_generation")
+    table = """
+    batch_size  isl  num_heads  step  tp_size  mla_dtype  kv_cache_dtype  latency
+             2    1         16  1023        8  bfloat16   bfloat16            0.5
+             2    1        128  1023        1  bfloat16   fp8                 0.5
+    """
+    path = aic(tmp_path / "t.parquet", table, "SGLang", "mla_generation")
     decode = import_table(path, hw=A100).records
     assert decode.is_operator("mla_decode").all()
     # heads of this device, one latent
     assert (decode.heads.tolist(), decode.kv_heads.tolist()) == ([16, 128], [1, 1])
     assert (decode.head_dim.tolist(), decode.n.tolist()) == ([576] * 2, [512] * 2)
     assert (decode.kv_len.tolist(), decode.labels().tolist()) == ([1024] * 2, ["bf16", "fp8_wo"])
-    prompt = mla_columns(isl=[512, 512], step=[0, 0])
+    prompt = """
+    batch_size  isl  num_heads  step  tp_size  mla_dtype  kv_cache_dtype  latency
+             2  512         16     0        8  bfloat16   bfloat16            0.5
+             2  512        128     0        1  bfloat16   fp8                 0.5
+    """
     path = aic(tmp_path / "u.parquet", prompt, "TRTLLM", "mla_context")
     records = import_table(path, hw=A100).records
     assert (records.kv_heads.tolist(), records.head_dim.tolist()) == ([16, 128], [192] * 2)
@@ -392,12 +379,13 @@ def test_latent_attention_is_held_against_physics() -> None:
 
 
 def test_aiconfigurator_collectives(tmp_path: Path) -> None:
-    columns = {
-        "nccl_dtype": ["half", "int8", "half"],
-        "num_gpus": [2, 8, 8],
-        "message_size": [256, 512, 1 << 28],
-    }
-    path = aic(tmp_path / "t.parquet", {**columns, "latency": [0.01, 0.02, 0.9]}, op="alltoall")
+    table = """
+    nccl_dtype  num_gpus  message_size  latency
+    half               2           256     0.01
+    int8               8           512     0.02
+    half               8     268435456      0.9
+    """
+    path = aic(tmp_path / "t.parquet", table, op="alltoall")
     result = import_table(path, hw=A100)
     records = result.records
     # 512 MiB, of which 7/8 leave the device, in 0.9 ms: 522 GB/s on links of 300
@@ -406,57 +394,37 @@ def test_aiconfigurator_collectives(tmp_path: Path) -> None:
     assert [ROLES[code] for code in records.role] == ["all_to_all"] * 2
     assert (records.n.tolist(), records.batch.tolist()) == ([512, 512], [2, 8])  # bytes, devices
     assert [DTYPES[code] for code in records.dtype] == ["fp16", "int8"]
-    columns = {
-        "allreduce_dtype": ["bfloat16"],
-        "num_gpus": [4],
-        "message_size": [128],
-        "latency": [0.005],
-    }
-    columns |= {"kernel_source": ["vLLM_custom_eager"]}
-    own = import_table(aic(tmp_path / "u.parquet", columns, "vLLM", "all_reduce")).records
+    table = "allreduce_dtype num_gpus message_size latency\nbfloat16 4 128 0.005"
+    path = aic(tmp_path / "u.parquet", table, "vLLM", "all_reduce", "vLLM_custom_eager")
+    own = import_table(path).records
     assert (LAUNCHES[own.launch[0]], int(own.n[0])) == ("eager", 256)
 
 
 def test_aiconfigurator_tables_that_lack_something_are_refused(tmp_path: Path) -> None:
-    columns = {"gemm_dtype": ["bfloat16"], "m": [1], "n": [64], "latency": [0.01]}
-    path = tmp_path / "t.parquet"
-    refused("column k missing; the file has", import_table, aic(path, columns))
-    refused("op_name 'mamba' is unknown", import_table, aic(path, {"latency": [0.01]}, op="mamba"))
-    refused("column moe_dtype missing", import_table, aic(path, {"latency": [0.01]}, op="moe"))
+    path, time = tmp_path / "t.parquet", "latency\n0.01"
+    gemm = "gemm_dtype m n latency\nbfloat16 1 64 0.01"
+    refused("column k missing; the file has", import_table, aic(path, gemm))
+    refused("op_name 'mamba' is unknown", import_table, aic(path, time, op="mamba"))
+    refused("column moe_dtype missing", import_table, aic(path, time, op="moe"))
+
+
+EXPERTS = """
+moe_dtype    num_tokens  hidden_size  topk  inter_size  num_experts  moe_tp_size  moe_ep_size  latency  distribution
+bfloat16              1         2048     8         768          128            1            1     0.08  balanced
+bfloat16             64         2048     8         768          128            2            1      1.3  power_law_1.2
+w4a16_mxfp4          64         2048     8         768          128            1            1      0.7  balanced
+fp8                  64         2048     8         768          128            1            8      0.5  balanced
+bfloat16             64         2048     8         768          128            1            1      0.4  uniform
+w4afp8               64         2048     8         768          128            1            1      0.5  balanced
+bfloat16             64         2048     6        1856          128            1            1      2.0  balanced
+"""
 
 
 def test_aiconfigurator_experts(tmp_path: Path) -> None:
     """Width divided by tensor parallelism, ``power_law_`` by its power; what is no one device's, or
     has no gate, is refused and counted."""
-    columns: dict[str, list[Any]] = {
-        "moe_dtype": [
-            "bfloat16",
-            "bfloat16",
-            "w4a16_mxfp4",
-            "fp8",
-            "bfloat16",
-            "w4afp8",
-            "bfloat16",
-        ],
-        "num_tokens": [1, 64, 64, 64, 64, 64, 64],
-        "hidden_size": [2048] * 7,
-        "topk": [8] * 6 + [6],
-        "inter_size": [768] * 6 + [1856],
-        "num_experts": [128] * 7,
-        "moe_tp_size": [1, 2, 1, 1, 1, 1, 1],
-        "moe_ep_size": [1, 1, 1, 8, 1, 1, 1],
-        "latency": [0.08, 1.3, 0.7, 0.5, 0.4, 0.5, 2.0],
-        "distribution": [
-            "balanced",
-            "power_law_1.2",
-            "balanced",
-            "balanced",
-            "uniform",
-            "balanced",
-            "balanced",
-        ],
-    }
-    result = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
+    path = tmp_path / "t.parquet"
+    result = import_table(aic(path, EXPERTS, "VLLM", "moe"), hw=A100)
     r = result.records
     assert (r.m.tolist(), r.n.tolist(), r.skew.tolist()) == (
         [1, 64, 64],
@@ -471,60 +439,37 @@ def test_aiconfigurator_experts(tmp_path: Path) -> None:
         "experts without a gate",
         "number format w4afp8 is not modelled",
     ]
-    columns["latency"][0] = 0.01  # 75 MB in 10 us
-    again = import_table(aic(tmp_path / "t.parquet", columns, "VLLM", "moe"), hw=A100)
+    # 75 MB in 10 us
+    again = import_table(aic(path, EXPERTS.replace("0.08", "0.01"), "VLLM", "moe"), hw=A100)
     assert counts(again)["faster than memory, L2 or link allow"] == 1
-    texts = {**columns, "latency": ["x"] * 7, "topk": ["8"] * 7}
-    refused(
-        "time is missing or not a number",
-        import_table,
-        aic(tmp_path / "t.parquet", texts, "VLLM", "moe"),
-        hw=A100,
-    )
+    aic(path, re.sub(r"\b\d\.\d+  ", "x  ", EXPERTS), "VLLM", "moe")
+    refused("time is missing or not a number", import_table, path, hw=A100)
 
 
 def test_aiconfigurator_attention(tmp_path: Path) -> None:
-    columns = attention_columns(
-        4, latency=[0.02] * 4, window_size=[0, 128, 0, 0], beam_width=[1, 1, 4, 1]
-    )
-    columns["kv_cache_dtype"] = ["bfloat16", "bfloat16", "bfloat16", "fp8"]
-    result = import_table(
-        aic(tmp_path / "t.parquet", columns, "SGLang", "generation_attention"), hw=A100
-    )
+    table = """
+    batch_size  isl  num_heads  num_key_value_heads  head_dim  step  beam_width  attn_dtype  kv_cache_dtype  window_size  latency
+             1    1         32                    8       128  1023           1  bfloat16    bfloat16                  0     0.02
+             1    1         32                    8       128  1023           1  bfloat16    bfloat16                128     0.02
+             1    1         32                    8       128  1023           4  bfloat16    bfloat16                  0     0.02
+             1    1         32                    8       128  1023           1  bfloat16    fp8                       0     0.02
+    """
+    path = aic(tmp_path / "t.parquet", table, "SGLang", "generation_attention")
+    result = import_table(path, hw=A100)
     records = result.records
     assert counts(result) == {"beam search": 1}
     assert (records.kv_len.tolist(), records.q_len.tolist()) == ([1024] * 3, [1] * 3)
     assert records.window.tolist() == [0, 128, 0]
     assert records.labels().tolist() == ["bf16", "bf16", "fp8_wo"]
     assert (records.cold.any(), records.copies.tolist()) == (False, [1, 1, 1])
-    columns = attention_columns(1, latency=[0.5], isl=[512], step=[100])
-    context = import_table(
-        aic(tmp_path / "u.parquet", columns, "SGLang", "context_attention"), hw=A100
-    ).records
+    table = """
+    batch_size  isl  num_heads  num_key_value_heads  head_dim  step  beam_width  attn_dtype  kv_cache_dtype  latency
+             1  512         32                    8       128   100           1  bfloat16    bfloat16            0.5
+    """
+    path = aic(tmp_path / "u.parquet", table, "SGLang", "context_attention")
+    context = import_table(path, hw=A100).records
     assert (context.q_len.tolist(), context.kv_len.tolist()) == ([512], [612])
     assert context.is_operator("attention_prefill").all()
-
-
-def test_the_rtx_4090_tables(shared_data: Path) -> None:
-    hw = datasheet("rtx_4090")
-    gemm = import_table(shared_data / "rtx4090_gemm.csv", hw=hw)
-    assert (len(gemm.records), gemm.refusals) == (344, {})
-    assert {ROLES[r] for r in gemm.records.role} == {"qkv", "down", "lm_head"}
-    assert gemm.records.cold.all()
-    assert {LAUNCHES[c] for c in gemm.records.launch} == {"excluded"}
-    assert not gemm.records.copies.any()
-    attention = import_table(shared_data / "rtx4090_attention.csv", hw=hw)
-    refused = {
-        "attn_prefill_noncausal: operator is not modelled": 1,
-        "faster than memory, L2 or link allow": 1,  # one sequence of 16,384 keys, partly from L2
-    }
-    assert (len(attention.records), counts(attention)) == (97, refused)
-    decode = attention.records.is_operator("attention_decode")
-    # a running model's cache comes from memory
-    assert attention.records.cold.tolist() == decode.tolist()
-    others = import_table(shared_data / "rtx4090_other_ops.csv", hw=hw)
-    roles = "activation embedding attention_norm final_norm rotary"
-    assert {ROLES[r] for r in others.records.role} == set(roles.split())
 
 
 def one(**columns: Any) -> Records:

@@ -139,7 +139,6 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
         whole[place] ^= 1 << (place % 7)
         try:
             content = parse(bytes(whole), "file")
-            assert content is not None
             assert content.rows == tuple(rows[: len(content.rows)])
             assert len(content.rows) == 2 - content.dropped
             outcomes["dropped"] += 1
@@ -177,12 +176,22 @@ def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"visit": []}, "visit: expected a whole number from 0, got \\[\\]"),
-        ({"lower_s": "x"}, "lower_s: expected a time or null, got 'x'"),
-        ({"type": "engine", "seconds": 1.0}, "kernels: expected names and times, got None"),
+        ({"visit": []}, "visit: expected whole numbers from 0 up, got \\[\\]"),
+        ({"lower_s": "x"}, "lower_s: expected times in seconds from 0, got 'x'"),
+        (
+            {"lower_s": 3e-6, "upper_s": 4e-6},
+            "lower_s, median_s, upper_s: expected ascending times, got \\[3e-06, 1e-06, 4e-06\\]",
+        ),
+        ({"status": "fine"}, "status 'fine' is unknown"),
+        ({"status": 0}, "status: expected a name, got 0"),
+        ({"key": None}, "key: expected a name, got None"),
+        ({"samples_s": [1e-6, "2e-6"]}, "samples_s: expected times in seconds, got '2e-6'"),
+        ({"kernels": {"mm": -1.0}}, "kernels: mm: expected times in seconds from 0, got -1.0"),
+        ({"operator": "gemm"}, "operator: expected names and values, got 'gemm'"),
+        ({"type": "engine", "seconds": 1.0}, "kernels: is missing"),
         (
             {"type": "decoder", "reason": "", "phase": "decode", "runtime": ""},
-            "dense_s: expected times, got None",
+            "dense_s: is missing",
         ),
         (
             {"dense_s": [1.0, 2.0], "pruned_s": [1.0]},
@@ -363,18 +372,3 @@ def test_records_survive_parquet() -> None:
     single = read_records(write_records(records, single=True))
     assert single.seconds == pytest.approx(records.seconds, rel=1e-7)
     assert len(read_records(write_records(records.select(records.m < 0)))) == 0
-
-
-def test_a_cpu_that_waited_and_a_gpu_at_its_power_limit_differ_also_in_files_of_version_0_3() -> (
-    None
-):
-    pytest.importorskip("pyarrow")
-    assert len({flag.value for flag in Flag}) == len(Flag.__members__)
-    sources = [Source("A GPU", {"driver": "580"}), Source("A CPU (2 threads)", {"threads": "2"})]
-    both = Flag.NOISY | Flag.POWER_CAPPED  # 17 in either version
-    records = Records.from_columns(
-        sources, m=[1, 2, 3], n=8, k=8, seconds=1e-6, source=[0, 1, 1], flags=[17, 17, 32]
-    )
-    read = read_records(write_records(records))
-    assert read.flags.tolist() == [both, Flag.NOISY | Flag.WAITED, Flag.WAITED]
-    assert read_records(write_records(read)).flags.tolist() == read.flags.tolist()

@@ -20,7 +20,6 @@ from decoder_reference import CONFIG  # noqa: E402
 
 from calibration.devices.protocol import Description  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
-from calibration.evidence.scoring import spearman  # noqa: E402
 from calibration.runners import compare as comparing  # noqa: E402
 from calibration.runners.cases import (  # noqa: E402
     LEAST,
@@ -44,6 +43,7 @@ from calibration.runners.compare import (  # noqa: E402
 from calibration.runners.decoder import timing  # noqa: E402
 from calibration.runners.decoder.families import DYNAMIC, prune_decoder  # noqa: E402
 from calibration.runners.decoder.model import random_decoder  # noqa: E402
+from calibration.validation.scoring import spearman  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.hardware.library import load_hardware  # noqa: E402
 from simulator.prediction.table import speedup  # noqa: E402

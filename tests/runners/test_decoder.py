@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shaped
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -17,6 +18,7 @@ from decoder_reference import (  # noqa: E402
     ALL,
     BATCH,
     CONFIG,
+    LAYER,
     LAYERS,
     PROMPT,
     TOKENS,
@@ -26,7 +28,8 @@ from decoder_reference import (  # noqa: E402
     reference,
     run,
 )
-from pretended_cuda import CPU, META, PLACE, kernels  # noqa: E402
+from fakes.interpreted import CPU, META, PLACE, kernels  # noqa: E402
+from shaped import Attention, LatentAttention, Layer, each_sublayer, resized  # noqa: E402
 from torch.nn.attention import flex_attention  # noqa: E402, F401 (torch 2.7 computes with tensors of the host to import it)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -53,7 +56,7 @@ from calibration.runners.decoder.model import (  # noqa: E402
 )
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
-from simulator.models.config import Block, Latent  # noqa: E402
+from simulator.models.model import Model  # noqa: E402
 from simulator.pruning import general_families  # noqa: E402
 from simulator.pruning._steps import read_steps  # noqa: E402
 
@@ -74,6 +77,11 @@ pytestmark = [
 ]
 
 
+NORMED = each_sublayer(
+    CONFIG, lambda s: replace(s, qkv_bias=True, norm="head") if isinstance(s, Attention) else s
+)
+
+
 @pytest.fixture(scope="module")
 def dense() -> Decoder:
     return random_decoder(CONFIG, dtype="fp32", seed=1)
@@ -86,9 +94,7 @@ def routed(request: pytest.FixtureRequest) -> Decoder:
     if request.param != "cpu" or request.param is CPU:
         kernels()
     few = 2 if request.param is CPU else LAYERS  # an interpreter is slow
-    made = random_decoder(
-        fewer_layers(replace(CONFIG, qkv_bias=True, qk_norm="head"), few), dtype="fp32", seed=1
-    )
+    made = random_decoder(fewer_layers(NORMED, few), dtype="fp32", seed=1)
     return replace(_moved(made, request.param), device=request.param)
 
 
@@ -115,10 +121,10 @@ def _noted(
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True, "qkv_bias": True, "qk_norm": "head"}])
-def test_dense_prefill_and_decode_equal_the_reference(changes: dict[str, Any]) -> None:
-    made = random_decoder(replace(CONFIG, **changes), dtype="fp32", seed=2)
-    assert (made.head is made.embedding) == changes.get("tied", False)
+@pytest.mark.parametrize("config", [CONFIG, replace(NORMED, tied=True)])
+def test_dense_prefill_and_decode_equal_the_reference(config: Model) -> None:
+    made = random_decoder(config, dtype="fp32", seed=2)
+    assert (made.head is made.embedding) == config.tied
     check(run(made), reference(made, TOKENS))
 
 
@@ -275,7 +281,7 @@ def test_low_rank(dense: Decoder) -> None:
         assert first.shape[0] == second.shape[1] < min(first.shape[1], second.shape[0])
     check(run(pruned), reference(pruned, TOKENS))
     # square weights
-    config = replace(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary_dim=48, inner=96)
+    config = resized(CONFIG, heads=2, kv_heads=2, head_dim=48, rotary=48, inner=96)
     made = random_decoder(config, dtype="fp32")
     whole = prune_decoder(made, "low_rank", 0.4, align=96)  # full rank changes nothing
     check(run(whole), reference(made, TOKENS))
@@ -306,7 +312,7 @@ def test_two_of_four_keeps_the_larger_half_and_is_refused_by_name_on_a_cpu(dense
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 def test_semi_structured_on_a_gpu() -> None:
-    config = replace(CONFIG, hidden=256, heads=8, kv_heads=4, head_dim=32, rotary_dim=32, inner=512)
+    config = resized(CONFIG, hidden=256, head_dim=32, rotary=32, inner=512)
     made = random_decoder(config, dtype="bf16", device="cuda")
     pruned = prune_decoder(made, "semi_structured", 0.5)
     masked = each_projection(made, lambda i, role, p: replace(p, factors=(two_of_four(p.weight),)))
@@ -541,25 +547,28 @@ def test_every_family_of_the_simulator_is_here_and_nothing_removed_is_the_dense_
     assert all(prune_decoder(dense, family, 0.0) is dense for family in general_families())
 
 
+LATENT = LatentAttention(heads=8, query_rank=0, rank=16, rotary=8, plain=8, value=8)
+
+
+def _last(other: Layer) -> Model:
+    """The model with another last layer."""
+    return replace(CONFIG, layers=(*CONFIG.layers[:-1], other))
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("config", "reason"),
     [
-        ({"gated": False}, "not gated"),
-        ({"norm": "layer"}, "not RMS"),
-        ({"rotary_dim": 0, "learned_positions": 512}, "rotary"),
-        ({"parallel_residual": True}, "parallel"),
-        ({"windows": (0, 128, 0, 128)}, "window"),
-        ({"logit_softcap": True}, "soft-caps"),
-        ({"experts": 4, "active": 2.0, "expert_inner": 16}, "experts"),
-        ({"latent": Latent(0, 16, 8, 8, 8)}, "latent"),
-        (
-            {"blocks": (*[Block(4, 2, 64)] * 3, Block(0, 0, 64, linear=("attention",)))},
-            "linear product",
-        ),
+        (resized(CONFIG, gated=False), "not gated"),
+        (replace(CONFIG, norm="layer"), "not RMS"),
+        (resized(CONFIG, rotary=0, learned_positions=512), "rotary"),
+        (CONFIG.each_layer(lambda one: replace(one, parallel=True)), "parallel"),
+        (_last(resized(CONFIG, window=128).layers[0]), "window"),
+        (replace(CONFIG, logit_softcap=True), "soft-caps"),
+        (_last(shaped.layer(8, 4, experts={"experts": 4, "active": 2.0, "inner": 16})), "experts"),
+        (_last(LAYER.with_part("attention", LATENT)), "latent"),
+        (_last(shaped.layer(inner=160, linear=("attention",))), "linear product"),
     ],
 )
-def test_other_architectures_are_refused_with_the_reason(
-    changes: dict[str, Any], reason: str
-) -> None:
+def test_other_architectures_are_refused_with_the_reason(config: Model, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        random_decoder(replace(CONFIG, **changes))
+        random_decoder(config)

@@ -61,7 +61,7 @@ def _hw(**engines: EngineTimes) -> HardwareProfile:
 def _passes(hw: HardwareProfile, model: ModelRun = MODEL) -> list[Pass]:
     """Return passes of the copies on a machine that runs as a profile predicts."""
     out = []
-    for layers in depths(model.config.layers):
+    for layers in depths(len(model.config.layers)):
         for setting in measuring.SETTINGS:
             w = workload_of(model, layers, *setting)
             p, operators = forward_passes(WorkloadBatch.of([w]), hw), dict[str, float]()

@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
 import decoder_reference  # noqa: E402
+import shaped  # noqa: E402
+from shaped import model_of, resized  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
@@ -41,16 +43,7 @@ from simulator.plans.library import Library, generated_library, read_library  # 
 from simulator.plans.variants import variant  # noqa: E402
 from simulator.prediction.quality import load_quality  # noqa: E402
 
-_SHAPE = {
-    "hidden": 64,
-    "inner": 128,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 16,
-    "rotary_dim": 16,
-    "vocab": 97,
-}
-CONFIG = replace(decoder_reference.CONFIG, layers=5, windows=(0,) * 5, **_SHAPE)
+CONFIG = model_of(*[shaped.layer(4, 2, 128, 16)] * 5, vocab=97, max_positions=512)
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +223,7 @@ def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
 
 # -- single layers
 
-SMALL = replace(
-    decoder_reference.CONFIG,
-    heads=8,
-    kv_heads=4,
-    inner=64,
-    layers=3,
-    windows=(0,) * 3,
-    qkv_bias=True,
-)
+SMALL = resized(decoder_reference.CONFIG, inner=64, layers=3, qkv_bias=True)
 SCORED, CALIBRATION = torch.randint(
     SMALL.vocab, (2, 2, 20), generator=torch.Generator().manual_seed(0)
 )
@@ -252,8 +237,8 @@ def small() -> Decoder:
 def _library(**texts: list[str]) -> Library:
     """A library with some variants of all layers."""
     usual = SMALL.usual
-    blocks = [variant(name, text, usual) for name, some in texts.items() for text in some]
-    return Library(SMALL, ((usual, *blocks),) * SMALL.layers)
+    variants = [variant(name, text, usual) for name, some in texts.items() for text in some]
+    return Library(SMALL, ((usual, *variants),) * len(SMALL.layers))
 
 
 def _measured(decoder: Decoder, **texts: list[str]) -> dict[tuple[str, str, str], float]:
@@ -262,8 +247,6 @@ def _measured(decoder: Decoder, **texts: list[str]) -> dict[tuple[str, str, str]
 
 
 def _parts(layer: Layer) -> tuple[Attention, Mlp]:
-    assert layer.attention is not None
-    assert layer.mlp is not None
     return layer.attention, layer.mlp
 
 

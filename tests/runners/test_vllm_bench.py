@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_vllm import FILE
+from fakes.vllm import FILE
 
 from calibration.runners.cases import Case
 from calibration.runners.compare import bench_record, name_of, rows_of

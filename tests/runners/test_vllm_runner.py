@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_vllm import FILE, pass_s
+from fakes.vllm import FILE, pass_s
 
 from calibration.devices.protocol import Description
 from calibration.devices.replay import ReplayDevice
@@ -29,10 +29,10 @@ from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.models.changes import content_of
-from simulator.models.config import ModelConfig
 from simulator.models.library import load_model
 from simulator.models.lower import lower
+from simulator.models.model import Model
+from simulator.models.write import content_of
 from simulator.prediction.prunings import prunings_of
 from simulator.prediction.table import predict
 
@@ -42,7 +42,7 @@ PHASES = ("prefill", "decode", "generate", "serve")
 
 
 def _cases(
-    *texts: str, phases: tuple[str, ...] = ("decode",), model: ModelConfig = MODEL, **options: Any
+    *texts: str, phases: tuple[str, ...] = ("decode",), model: Model = MODEL, **options: Any
 ) -> list[Case]:
     given = {"engine": "vllm", "new_tokens": 15, "batch": 4, "seq": 256, **options}
     dense = [lower(model, phase=phase, **given) for phase in phases]
@@ -55,9 +55,9 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
-        "from fake_vllm import *\nfrom fake_vllm import __version__\n"
+        "from fakes.vllm import *\nfrom fakes.vllm import __version__\n"
     )
-    (package / "sampling_params.py").write_text("from fake_vllm import RequestOutputKind\n")
+    (package / "sampling_params.py").write_text("from fakes.vllm import RequestOutputKind\n")
     (package.parent / "torch.py").write_text("__version__ = '2.14.0'\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(package.parent), str(TESTS))))
 
@@ -70,6 +70,10 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return planted
 
 
+def _device(name: str = "cpu", memory: float = 1e11) -> ReplayDevice:
+    return ReplayDevice(description=Description(name, "some CPU", memory_bytes=memory))
+
+
 def _runner(
     cases: list[Case],
     *,
@@ -77,19 +81,26 @@ def _runner(
     python: str = sys.executable,
     patience_s: float = 900.0,
 ) -> VllmRunner:
-    device = ReplayDevice(description=Description("cpu", "some CPU", memory_bytes=memory))
     runner = VllmRunner(
-        device, ModelRun(MODEL, "bf16", "vllm", content_of(MODEL), python), patience_s
+        _device(memory=memory),
+        ModelRun(MODEL, "bf16", "vllm", content_of(MODEL), python),
+        patience_s,
     )
     for case in cases:
         runner.check(case)
     return runner
 
 
-def _config(case: Case, model: ModelConfig = MODEL) -> dict[str, Any]:
+def _config(case: Case, model: Model = MODEL) -> dict[str, Any]:
     """Return the config.json that vLLM should see for the pruned model of a case."""
     models = Models(model, content_of(model))
     return models.config_of(models.pruned(case))
+
+
+def test_scattered_zeros_run_as_the_dense_model() -> None:
+    dense = Models(MODEL, content_of(MODEL))
+    (case,) = _cases("unstructured 0.5")
+    assert _config(case) == dense.config_of(MODEL)
 
 
 def _planted_s(config: dict[str, Any], case: Case) -> float:
@@ -287,6 +298,7 @@ def test_an_engine_is_calibrated_on_copies_of_a_model(
     plant: Callable[..., None], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("calibration.devices.open_device", lambda name, **_: _device(name))
     plant(slower="30")  # else it is faster than the CPU of the profile can be
     line = "calibrate engine --engine vllm -o run --hardware cpu --dtype fp32"
     out, _ = cli(line)
@@ -327,7 +339,7 @@ def test_vllm_must_be_installed() -> None:
         ("low_rank 0.25", "low-rank factors"),
         ("token 0.25", "no kernels for token"),
         ("dynamic_depth 0.25", "routers"),
-        ("depth 0.25 unit=attention", "vLLM would not build the predicted shapes, such as"),
+        ("depth 0.25 unit=attention", "a config.json of llama cannot state these shapes"),
     ],
 )
 def test_models_that_vllm_does_not_build_are_refused_before_they_run(

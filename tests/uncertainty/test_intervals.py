@@ -16,7 +16,7 @@ import simulator
 from simulator.codes import Kind, Part, Phase
 from simulator.engines.engine import list_engines
 from simulator.prediction.batch import batch_with
-from simulator.prediction.compare import SAME_SHAPE, compare
+from simulator.prediction.compare import compare
 from simulator.pruning import general_families, prune
 from simulator.request import Lowered
 from simulator.uncertainty.factors import (
@@ -31,6 +31,7 @@ from simulator.uncertainty.intervals import (
     CONSISTENT_SD,
     MEASURED_LOG_SD,
     MIXED_LOG_SD,
+    SAME_SHAPE,
     intervals,
     workload_time,
 )
@@ -45,7 +46,7 @@ def lowered(
     options = {"phase": phase, "batch": batch, "seq": seq, "engine": engine, **more}
     if phase in ("generate", "serve"):
         options.setdefault("new_tokens", 8)
-    return simulator.lower(simulator.load_model("llama-3.1-8b"), **options)
+    return simulator.lower("llama-3.1-8b", **options)
 
 
 def compared(

@@ -43,8 +43,9 @@ from calibration.runners.decoder.model import (
 )
 from simulator.arrays import FloatArray
 from simulator.errors import InputError, unknown
-from simulator.pruning import FAMILIES, _rows, listed_layers
-from simulator.pruning._family import GROUPS, SUBLAYERS
+from simulator.models.sublayers import base as sizes
+from simulator.pruning import FAMILIES, listed_layers
+from simulator.pruning._family import GROUPS, SUBLAYERS, rounded
 from simulator.pruning._steps import PruningStep
 
 # default multiple to which widths and ranks are rounded up, as in the simulator's families
@@ -655,11 +656,11 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
 
 
 def whole_share(share: float, of: int) -> int:
-    return int(_rows.whole_share(share, of))
+    return rounded(share, of)
 
 
 def aligned(width: int, keep: float, align: int = ALIGN) -> int:
-    return int(_rows.aligned(np.array(width), np.array(keep), align))
+    return sizes.aligned(width, 1.0 - keep, align)
 
 
 def depth(

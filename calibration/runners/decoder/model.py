@@ -26,7 +26,10 @@ from calibration.devices.operators import (
     rotary_tables,
 )
 from simulator.errors import InputError
-from simulator.models.config import ModelConfig
+from simulator.models.model import Model
+from simulator.models.sublayers import Attention as GroupedAttention
+from simulator.models.sublayers import DeltaNet, Experts, LatentAttention, Linear
+from simulator.models.sublayers import Mlp as GatedMlp
 
 Tensor = Any
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -175,36 +178,40 @@ class Decoder:
         return replace(self, layers=tuple(layers))
 
 
-def check_model(config: ModelConfig) -> None:
+def check_model(config: Model) -> None:
     """Raise InputError with all reasons why this decoder cannot run a model."""
-    whole_heads = config.rotary_dim == config.head_dim and not config.learned_positions
+    layers = tuple(dict.fromkeys(config.layers))
+    sublayers = tuple(dict.fromkeys(s for layer in layers for s in layer.sublayers))
+    grouped = [s for s in sublayers if isinstance(s, GroupedAttention)]
+    mlps = [s for s in sublayers if isinstance(s, GatedMlp)]
     reasons = {
-        "it has routed experts": any(block.experts for block in config.layout),
-        "its attention is latent": config.latent is not None,
-        "a linear product replaces a sublayer": any(block.linear for block in config.layout),
-        "it has gated delta nets": any(block.delta for block in config.layout),
-        "its MLP is not gated": not config.gated,
+        "it has routed experts": any(isinstance(s, Experts) for s in sublayers),
+        "its attention is latent": any(isinstance(s, LatentAttention) for s in sublayers),
+        "a linear product replaces a sublayer": any(isinstance(s, Linear) for s in sublayers),
+        "it has gated delta nets": any(isinstance(s, DeltaNet) for s in sublayers),
+        "its MLP is not gated": not all(s.gated for s in mlps),
         f"its norms are {config.norm!r}, not RMS norms": config.norm != "rms",
-        "it has no rotary positions over whole heads": not (
-            whole_heads and all(b.rotary for b in config.layout)
-        ),
-        "attention and MLP run in parallel": config.parallel_residual,
+        "it has no rotary positions over whole heads": bool(config.learned_positions)
+        or not all(s.rotary == s.head_dim for s in grouped),
+        "attention and MLP run in parallel": any(layer.parallel for layer in layers),
         "it has norms after its sublayers": config.post_norms,
-        "it soft-caps its logits": config.logit_softcap or config.attention_softcap,
+        "it soft-caps its logits": config.logit_softcap or any(s.softcap for s in grouped),
         "some layers attend to a window": any(config.windows),
-        "its attention has a gate": config.output_gate,
-        "its queries and keys have norms without weights": config.qk_norm == "unit",
+        "its attention has a gate": any(s.gate for s in grouped),
+        "its queries and keys have norms without weights": any(s.norm == "unit" for s in grouped),
         "its projections are factors": any(
-            block.ranks or block.shortcuts or block.out for block in config.layout
-        ),
-        "its output projections have biases": config.o_bias or config.mlp_bias,
+            form.rank is not None for s in sublayers for _, form in s.forms
+        )
+        or any(s.rotates for s in sublayers),
+        "its output projections have biases": any(s.o_bias for s in grouped)
+        or any(s.bias or s.down_bias for s in mlps),
     }
     if found := [reason for reason, true in reasons.items() if true]:
         raise InputError(f"decoder: {config.name} is not a Llama-style model: {'; '.join(found)}")
 
 
 def random_decoder(
-    config: ModelConfig, *, dtype: str = "bf16", device: str = "cpu", seed: int = 0
+    config: Model, *, dtype: str = "bf16", device: str = "cpu", seed: int = 0
 ) -> Decoder:
     """Return a decoder with random weights that keep activations near one."""
     check_model(config)
@@ -220,16 +227,17 @@ def random_decoder(
         return (value + 0.1 * normal(size)).to(TORCH_DTYPE[dtype])
 
     h, d = config.hidden, config.head_dim
-    qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ()
     weights: dict[str, Tensor] = {}
-    for number, block in enumerate(config.layout):
+    for number, layer in enumerate(config.layers):
         # the order of these lines determines the random weights
-        at, q, kv, inner = (
-            f"model.layers.{number}",
-            block.heads * d,
-            block.kv_heads * d,
-            block.inner,
-        )
+        grouped, dense_mlp = layer.of("attention"), layer.of("mlp")
+        known = grouped if isinstance(grouped, GroupedAttention) else None
+        at, q, kv = f"model.layers.{number}", 0, 0
+        if known is not None:
+            q, kv = known.heads * d, known.kv_heads * d
+        inner = dense_mlp.inner if isinstance(dense_mlp, GatedMlp) else 0
+        normed, biased = known is not None and known.norm, known is not None and known.qkv_bias
+        qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if normed else ()
         weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
         attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)} if q else {}
         mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)} if inner else {}
@@ -241,7 +249,7 @@ def random_decoder(
                 weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
             for role, shape in shapes.items():
                 weights[f"{at}.{part}.{role}_proj.weight"] = weight(*shape)
-                if config.qkv_bias and role in ("q", "k", "v"):
+                if biased and role in ("q", "k", "v"):
                     weights[f"{at}.{part}.{role}_proj.bias"] = near(0.0, shape[0])
     weights["model.embed_tokens.weight"] = normal(config.vocab, h).to(TORCH_DTYPE[dtype])
     if not config.tied:

@@ -23,7 +23,7 @@ from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
-from simulator.models.config import ModelConfig
+from simulator.models.model import Model
 from simulator.workload import Workload
 
 
@@ -99,7 +99,7 @@ class Executor(PairRunner):
     def prepare(self, case: Case) -> None:
         self.dense = self._random(self.model.config)
 
-    def _random(self, config: ModelConfig) -> Decoder:
+    def _random(self, config: Model) -> Decoder:
         return random_decoder(
             config, dtype=self.model.dtype, device=self.device.name, seed=self.model.seed
         )

@@ -48,18 +48,16 @@ from calibration.runners.cases import (
     ModelRun,
     Observation,
     Runner,
-    counted,
     in_turns,
 )
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
-from simulator.codes import ROLES, Kind
 from simulator.engines.engine import numbers
 from simulator.errors import InputError, one_line
-from simulator.models.changes import changed_keys, write_config
-from simulator.models.config import ModelConfig
 from simulator.models.library import from_hf_config
 from simulator.models.lower import lower
-from simulator.prediction.runnable import shapes_of, will_run
+from simulator.models.model import Model
+from simulator.models.write import plain_content, write_config
+from simulator.prediction.runnable import will_run
 from simulator.workload import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
@@ -96,7 +94,7 @@ class LargestRequest:
         )
 
 
-Served = tuple[ModelConfig, bool]  # model, and whether its process is that of serve alone
+Served = tuple[Model, bool]  # model, and whether its process is that of serve alone
 # s per pass (per request in serve), waits for first tokens in serve
 Samples = tuple[Sequence[float], Sequence[float]]
 
@@ -338,7 +336,7 @@ class VllmRunner(Runner):
         """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make
         it smaller."""
         model, sizes = one[0], self._sizes(one)
-        full = replace(model, windows=(0,) * model.layers)
+        full = model.each_layer(lambda layer: layer.windowless)
         tokens = (sizes.tokens // _BLOCK + 2) * _BLOCK
         held = lower(full, phase="decode", batch=sizes.sequences, seq=tokens, dtype=self.dtype)
         return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
@@ -584,7 +582,7 @@ class Models:
     """Writes the ``config.json`` of a dense model and of its prunings: vLLM builds a model from
     that file alone."""
 
-    dense: ModelConfig  # all layers or the first layers
+    dense: Model  # all layers or the first layers
     content: Mapping[str, Any]  # config.json
 
     def __post_init__(self) -> None:
@@ -604,7 +602,7 @@ class Models:
             )
         self.config_of(self.dense)
 
-    def config_of(self, model: ModelConfig) -> dict[str, Any]:
+    def config_of(self, model: Model) -> dict[str, Any]:
         text = self.content.get("text_config")
         own = {**self.content, **(text if isinstance(text, Mapping) else {})}
         own = {
@@ -613,39 +611,23 @@ class Models:
             if key not in _DROPPED and not key.startswith("_")
         }
         own["model_type"] = self.dense.architecture
-        if model.experts:
-            key = next(key for key in _EXPERTS if key in own)
-            own |= {key: model.experts, "num_experts_per_tok": int(model.active)}
-        given = from_hf_config(own, name=model.name)
+        stated = from_hf_config(own, name=model.name)
         return {
-            **own,
-            **changed_keys(given, model, own),
+            **plain_content(own, stated, model),
             "architectures": [CLASSES[model.architecture]],
         }
 
-    def pruned(self, case: Case) -> ModelConfig:
-        """Return the pruned model of a case; InputError if vLLM cannot load it, or would build
-        other shapes."""
+    def pruned(self, case: Case) -> Model:
+        """Return the pruned model of a case, without scattered zeros; InputError if vLLM cannot
+        load it."""
         meta = case.pruned.meta
         if meta.devices > 1:
             raise InputError(f"devices: expected 1 to run in vLLM, got {meta.devices}")
         vllm = case.run_in("vllm").pruned
         if (answer := will_run(vllm, config=replace(self.dense, mismatch=""))).works is False:
             raise InputError(answer.sentence.removeprefix("No: ").rstrip("."))
-        model = shapes_of(self.dense, case.pruned)
+        pruned: Model = case.pruned.meta.config
+        # dense kernels compute scattered zeros, and a config.json does not state them
+        model = pruned.each_layer(lambda layer: layer.each(lambda s: replace(s, forms=())))
         self.config_of(model)
-        same = ("phase", "batch", "seq", "new_tokens", "dtype", "engine")
-        built = lower(model, **{name: getattr(meta, name) for name in same})
-        names = ("kind", "role", "n", "k", "heads", "kv_heads", "experts", "window")
-        timed = (
-            w.take((w.kind != Kind.ELEMENTWISE) & (w.kind != Kind.COLLECTIVE))
-            for w in (case.pruned, built)
-        )
-        expected, found = (counted(w, *names) for w in timed)
-        if different := sorted((expected - found) + (found - expected)):
-            _, role, n, k, heads, *_ = different[0]
-            where = f"{heads} heads" if heads else f"n={n}, k={k}"
-            raise InputError(
-                f"vLLM would not build the predicted shapes, such as {ROLES[role]} with {where}"
-            )
         return model

@@ -1,0 +1,103 @@
+"""Evaluate on data that no fit saw: ``python -m calibration.evidence SET ...``, and make generated
+pages again: ``python -m calibration.evidence pages [PAGE ...]``.
+
+Prints the tables of sets and their targets (*list* prints the names of sets), or the fitted host
+times of engines (*hosts*). *pages* writes generated pages of docs (default: all) in their folders;
+the accuracy page takes ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from calibration.evidence.commands_page import commands_page
+from calibration.evidence.pages import (
+    DOCS,
+    accuracy_page,
+    accuracy_text,
+    engine_tables,
+    filled,
+)
+from calibration.evidence.published import host_lines
+from calibration.evidence.sets import SETS, Row, evaluate_sets
+from calibration.validation.scoring import table
+from simulator.cli import parsing
+from simulator.errors import InputError, unknown
+from simulator.figures.style import save_figure
+from simulator.files.write import write_whole
+
+VALIDATION = DOCS / "validation" / "README.md"
+
+
+def printed(options: argparse.Namespace) -> str:
+    if options.names == ["list"]:
+        sets = [[name, one.held_out] for name, one in SETS.items()]
+        return table(["set", "held out"], sets, left=(0, 1))
+    if options.names == ["hosts"]:
+        return "\n".join(host_lines())
+    rows = scored(options, options.names)
+    return accuracy_text(rows, rows).rstrip()
+
+
+def scored(options: argparse.Namespace, names: Sequence[str]) -> list[Row]:
+    seeds = parsing.integers("--seeds", options.seeds)
+    report = partial(print, file=sys.stderr, flush=True)
+    return evaluate_sets(names, seeds, options.wheel, max(options.jobs, 1), report)
+
+
+def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
+    from calibration.evidence import recorded  # it needs torch
+
+    def write(page: str, text: str) -> None:
+        write_whole(DOCS / f"{page}.md", text.encode())
+
+    def write_recorded(page: str) -> None:
+        write(page, filled(page, recorded.tables(recorded.recorded_rows(page))))
+
+    makers: Mapping[str, Callable[[], None]] = {
+        "commands": lambda: write("commands", commands_page()),
+        "engines": lambda: write("engines", filled("engines", engine_tables())),
+        **{page: partial(write_recorded, page) for page in recorded.FOLDERS},
+        "measured": lambda: save_figure(recorded.overview(), DOCS.parent / "measured.png"),
+        "validation": run_validation_commands,
+        "accuracy": lambda: write("accuracy", accuracy_page(scored(options, ()))),
+    }
+    for name in names:
+        if name not in makers:
+            raise unknown("page", name, makers)
+    for name in names or makers:
+        makers[name]()
+
+
+def run_validation_commands() -> None:
+    """Run the commands that the index of the reports states, one per GPU."""
+    for line in re.findall(r"`prunesim (validate [^`]+)`", VALIDATION.read_text("utf-8")):
+        words = [sys.executable, "-m", "simulator.cli", *shlex.split(line)]
+        subprocess.run(words, check=True, cwd=DOCS.parents[1], stdout=subprocess.DEVNULL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument("names", nargs="*", help="sets (default: all), list, hosts, or pages PAGE")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
+    parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    options = parser.parse_args(arguments)
+    try:
+        if options.names[:1] == ["pages"]:
+            write_pages(options, options.names[1:])
+        else:
+            print(printed(options))
+    except InputError as error:
+        print(f"calibration.evidence: {error}", file=sys.stderr)
+        return 2
+    return 0

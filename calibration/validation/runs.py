@@ -1,0 +1,169 @@
+"""The user's own result files of serving benchmarks (:mod:`simulator.prediction.benchmarks`), each
+predicted under its own conditions. A result with unknown conditions is skipped with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.validation.scoring import Comparison, score_of
+from simulator.display import few
+from simulator.engines.engine import load_engine
+from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
+from simulator.models.library import shipped_model
+from simulator.models.lower import lower
+from simulator.prediction.benchmarks import BenchRun, measured_of, read_benches, request_of
+from simulator.prediction.table import speedup
+from simulator.request import Request
+from simulator.units import percent
+
+SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
+
+
+@dataclass(frozen=True)
+class RunResult:
+    source: str
+    reason: str = ""
+    compared: Comparison | None = None
+    tool: str = ""
+    model: str = ""
+    phase: str = ""
+    batch: int = 0
+    seq: int = 0
+    new_tokens: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def request(self) -> str:
+        new = f" + {self.new_tokens}" if self.new_tokens else ""
+        return f"{self.phase}, {self.batch} x {self.seq:,}{new}"
+
+    def as_row(self) -> dict[str, object]:
+        """Return the fields of ``--json``; times are in s, and None for a skipped result."""
+        names, c = (
+            ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens"),
+            self.compared,
+        )
+        found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
+        times = zip(("measured_s", "predicted_s", "lower_s", "upper_s", "error", "inside"), found)
+        where = {"hardware": c.gpu if c else "", "engine": c.engine if c else ""}
+        return {
+            **{name: getattr(self, name) for name in names},
+            **where,
+            **dict(times),
+            "notes": list(self.notes),
+        }
+
+
+def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
+    """Return each result in the JSON files of a folder and of folders inside it, next to its
+    prediction.
+
+    ``given`` are conditions that the user states: model, hardware and settings of a request
+    (``new_tokens`` 0: a prefill). ``model``, ``batch``, ``seq`` and ``new_tokens`` apply to results
+    that do not state them, the others replace those of files.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    if not 0 < len(files) <= MOST_FILES:
+        raise InputError(
+            f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got"
+            f" {len(files):,}"
+        )
+
+    def skipped(
+        source: str, error: InputError, place: object, run: BenchRun | None = None
+    ) -> RunResult:
+        reason = str(error).removeprefix(f"{place}").removeprefix(":").strip()
+        return RunResult(
+            source, reason, tool=run.tool if run else "", model=run.model if run else ""
+        )
+
+    out = []
+    for file in files:
+        name = str(file.relative_to(path))
+        try:
+            runs = read_benches(file)
+        except InputError as error:
+            out.append(skipped(name, error, file))
+            continue
+        for at, run in enumerate(runs, start=1):
+            source = f"{name}:{at}" if len(runs) > 1 else name
+            try:
+                out.append(evaluated(replace(run, source=source), given))
+            except InputError as error:
+                out.append(skipped(source, error, source, run))
+    return out
+
+
+def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
+    """Return one result next to its prediction. InputError: a condition is neither in the file nor
+    given."""
+    new_tokens = given.get("new_tokens")
+    stated = run.output_tokens or (run.total_tokens and given.get("seq")) or new_tokens is None
+    phase, batch, seq, steps = request_of(
+        run,
+        batch=None if run.concurrency or run.mean_concurrency else given.get("batch"),
+        seq=None if run.input_tokens else given.get("seq"),
+        output=None if stated else (new_tokens or 0) + 1,
+    )
+    known = shipped_model(run.model) if run.model else None
+    own = {name: getattr(run, name) for name in ("dtype", "weight_dtype", "kv_dtype", "devices")}
+    own["engine"] = run.engine or ("vllm" if run.tool.startswith("vllm") else "")
+    settings = {name: found for name, value in own.items() if (found := given.get(name) or value)}
+    names: dict[str, Any] = {
+        "model": known.name if known else given.get("model"),
+        "hardware": given.get("hardware") or run.gpu,
+        "engine": settings.get("engine"),
+    }
+    for name, value in names.items():
+        if not value:
+            raise InputError(
+                f"{run.source}: {name}: expected --{name}, as the file does not state a known one"
+            )
+    shape: dict[str, Any] = {
+        "phase": phase,
+        "batch": batch,
+        "seq": seq,
+        "new_tokens": max(steps, 1),
+    }
+    request = Request(model=names["model"], **shape, **settings, level=LEVEL)
+    found, hw, dense = measured_of(run, request), load_hardware(names["hardware"]), lower(request)
+    s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
+    times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
+    about: dict[str, Any] = {
+        "source": run.source,
+        "engine": load_engine(request.engine).name,
+        "gpu": hw.label,
+        "split": "judge",
+    }
+    compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
+    new_tokens = steps if phase != "prefill" else 0
+    return RunResult(
+        run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes
+    )
+
+
+def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
+    compared = [r.compared for r in results if r.compared is not None]
+    skipped, s, worst = (
+        len(results) - len(compared),
+        score_of(compared),
+        max(compared, key=lambda c: abs(c.error)),
+    )
+    where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
+    sentences = [
+        f"Predicted times of {len(compared)} run{'s' if len(compared) > 1 else ''} in {folder}"
+        f" ({where}): median error {percent(s['median'])}, bias {100 * s['median bias']:+.1f} %,"
+        f" {sum(c.inside for c in compared)} of {len(compared)} in their {percent(LEVEL)} interval."
+    ]
+    if len(compared) > 1:
+        sentences.append(f"Worst: {worst.source} with {100 * worst.error:+.1f} %.")
+    if skipped:
+        sentences.append(f"{skipped} result{'s were' if skipped > 1 else ' was'} skipped.")
+    return sentences

@@ -1,0 +1,512 @@
+"""Describe a decoder-only transformer: a model is layers, a layer is sublayers.
+
+*Tensor* parallel splits every layer: each device gets an equal part of the query heads, key/value
+heads, inner width of the MLP and vocabulary. The residual stream is complete on each device. The
+row-parallel projections (o, down) and the split embedding end in an all-reduce, the logits in an
+all-gather (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Key/value heads are replicated if
+there are more devices. Rows and their parameters then describe one device.
+
+*Expert* parallel is tensor parallel except for routed experts. Each device has an equal number of
+complete experts and computes all tokens that use them; the others wait for the device with the
+highest load. The same all-reduce sums the outputs. Attention is not split by sequences, so every
+device has all tokens and nothing is sent before the experts.
+
+*Pipeline* parallel gives each device consecutive layers. One micro-batch passes all stages one
+after the other, so its latency is that of one device plus ``devices - 1`` sends. Rows then describe
+the whole model; only memory is counted per device (:func:`simulator.memory`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from simulator.arguments import shown, whole
+from simulator.arrays import FloatArray
+from simulator.codes import DTYPES, Part
+from simulator.display import Displayed
+from simulator.errors import InputError, unknown
+from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Mlp
+from simulator.models.sublayers.base import SharedSize, Sublayer, stacked
+
+PARTS = {"attention": Part.ATTENTION, "mlp": Part.MLP}
+"""Names of the parts of a layer."""
+
+PART_NAMES = {part: name for name, part in PARTS.items()}
+
+_MOST_WIDTH = 2**31 - 1
+_CHOICES = {
+    "norm": ("rms", "layer", "none"),
+    "weight_dtype": ("", *DTYPES),
+    "declared": ("", "2:4", "unstructured"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: sublayers one after the other, or side by side on one input."""
+
+    sublayers: tuple[Sublayer, ...]
+    parallel: bool = False  # all sublayers read the input of the layer (GPT-NeoX)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.sublayers, self.parallel))
+
+    @cached_property
+    def windowless(self) -> Layer:
+        """The layer without its window; layers that differ in windows alone share their rows."""
+        return self.with_window(0) if self.window else self
+
+    def with_window(self, window: int) -> Layer:
+        """Return the layer whose queries see ``window`` positions, 0 for all."""
+
+        def attending(sublayer: Sublayer) -> Sublayer:
+            if isinstance(sublayer, Attention | LatentAttention):
+                return replace(sublayer, window=window)
+            return sublayer
+
+        return self.each(attending)
+
+    @property
+    def window(self) -> int:
+        """Positions that a query sees; 0 for all, and without attention."""
+        return max(map(window_of, self.sublayers), default=0)
+
+    def of(self, part: str) -> Sublayer | None:
+        """Return the sublayer of a part, "attention" or "mlp", if the layer has it."""
+        return next((s for s in self.sublayers if s.part == PARTS[part]), None)
+
+    def has(self, part: str) -> bool:
+        return self.of(part) is not None
+
+    def without(self, part: str) -> Layer:
+        return replace(self, sublayers=tuple(s for s in self.sublayers if s.part != PARTS[part]))
+
+    def with_part(self, part: str, sublayer: Sublayer | None) -> Layer:
+        """Return the layer with another sublayer of a part, or without it."""
+        rest = [s for s in self.sublayers if s.part != PARTS[part]]
+        some = [] if sublayer is None else [sublayer]
+        pair = (*some, *rest) if part == "attention" else (*rest, *some)
+        return replace(self, sublayers=tuple(pair))
+
+    def each(self, change: Callable[[Sublayer], Sublayer]) -> Layer:
+        return replace(self, sublayers=tuple(map(change, self.sublayers)))
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """Key of layers that make the same rows, whose sizes alone differ."""
+        return (self.parallel, *(sublayer.structure for sublayer in self.sublayers))
+
+
+def stacked_layer(layers: Sequence[Layer]) -> Layer:
+    """Return one layer of the structure of several, with arrays of their sizes."""
+    if len(layers) == 1:
+        return layers[0]
+    sublayers = zip(*(layer.sublayers for layer in layers))
+    return Layer(tuple(stacked(alike) for alike in sublayers), layers[0].parallel)
+
+
+def window_of(sublayer: Sublayer) -> int:
+    return sublayer.window if isinstance(sublayer, Attention | LatentAttention) else 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive layers that differ in their windows at most."""
+
+    first: int  # number of the first layer
+    layer: Layer  # without a window
+    windows: tuple[int, ...]  # of each layer
+
+    @property
+    def length(self) -> int:
+        return len(self.windows)
+
+
+@dataclass(frozen=True, repr=False)
+class Model(Displayed):
+    """The shapes of a decoder-only transformer.
+
+    Make one with :func:`simulator.load_model`. Sizes such as ``heads`` are those of the usual
+    layer, the most frequent complete one.
+
+    Parameters
+    ----------
+    name : str
+        Name of the model.
+    architecture : str
+        ``model_type`` of the configuration.
+    hidden : int
+        Hidden size.
+    vocab : int
+        Vocabulary size.
+    layers : tuple of Layer
+        Decoder layers, each a tuple of sublayers (:mod:`simulator.models.sublayers`).
+    max_positions : int
+        Positions that the model was trained for.
+    tied : bool
+        Whether the head shares the weights of the embedding.
+    norm : {"rms", "layer", "none"}
+        Norm with a weight, with a weight and a bias, or a layer norm without parameters.
+    pre_norms, post_norms : bool
+        Whether each sublayer has a norm of its input, and of its output.
+    final_norm : bool
+        Whether a norm precedes the head.
+    learned_positions : int
+        Rows of a learned table of positions.
+    logit_softcap : bool
+        Whether logits are soft-capped.
+    weight_dtype : str
+        Format in which a checkpoint stores its projections; "" for that of the arithmetic.
+    declared : {"", "2:4", "unstructured"}
+        Sparsity that the configuration declares for weights that are stored plainly. Declared 2:4
+        is timed as 2:4 in engines with kernels for it, and as dense in others; unstructured
+        sparsity is timed as dense.
+    numbers : tuple of int
+        Numbers of the layers in the dense model or in a checkpoint; empty for 0, 1, and so on.
+    found : str
+        Parts of the model that are not timed, and differences of a checkpoint from its
+        configuration, in one line.
+    mismatch : str
+        Shapes of the tensors of a checkpoint that its configuration does not state; "" if it states
+        all.
+    custom_code : str
+        Class of modelling code in the repository of the model (``auto_map``), else "".
+    layer_key : str
+        Key of the configuration that states single layers: block_configs, per_layer_config, else
+        "".
+
+    Raises
+    ------
+    InputError
+        If a field is out of range.
+
+    Examples
+    --------
+    >>> import simulator
+    >>> model = simulator.load_model("llama-2-7b")
+    >>> model.parameters, len(model.layers), model.heads
+    (6738415616, 32, 32)
+    """
+
+    name: str
+    architecture: str
+    hidden: int
+    vocab: int
+    layers: tuple[Layer, ...]
+    max_positions: int
+    tied: bool = False
+    norm: str = "rms"
+    pre_norms: bool = True
+    post_norms: bool = False
+    final_norm: bool = True
+    learned_positions: int = 0
+    logit_softcap: bool = False
+    weight_dtype: str = ""
+    declared: str = ""
+    numbers: tuple[int, ...] = field(default=(), compare=False)
+    found: str = field(default="", compare=False)
+    mismatch: str = field(default="", compare=False)
+    custom_code: str = field(default="", compare=False)
+    layer_key: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "vocab", "max_positions", "learned_positions"):
+            value, least = whole(getattr(self, name)), int(name != "learned_positions")
+            if value is None or not least <= value <= _MOST_WIDTH:
+                expected = f"a whole number from {least} to {_MOST_WIDTH}"
+                raise InputError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
+        if not isinstance(self.layers, tuple) or not all(isinstance(x, Layer) for x in self.layers):
+            raise InputError(f"layers: expected a tuple of Layer, got {shown(self.layers)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.architecture, self.hidden, self.vocab, self.layers))
+
+    def _title(self) -> str:
+        shapes = (
+            f"{len(self.layers)} layers, hidden {self.hidden}, {self.heads} heads on"
+            f" {self.kv_heads}, MLP {self.inner}"
+        )
+        experts = f", {self.experts} experts" if self.experts else ""
+        return (
+            f"{self.name} ({self.architecture}): {self.parameters:,} parameters, {shapes}{experts}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sizes of the usual layer, fields of the model and numbers of parameters as
+        plain Python values; each layer too if layers differ."""
+        fields = super().to_dict()
+        layers = fields.pop("layers")
+        sizes = ("heads", "kv_heads", "head_dim", "inner", "experts", "active", "expert_inner")
+        different = {"each_layer": layers} if len(set(self.layers)) > 1 else {}
+        return {
+            **fields,
+            "layers": len(self.layers),
+            **{name: getattr(self, name) for name in sizes},
+            "windows": list(self.windows),
+            **different,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+        }
+
+    @cached_property
+    def usual(self) -> Layer:
+        """The most frequent complete layer: one of attention and an MLP or experts."""
+        complete = [
+            layer.windowless
+            for layer in self.layers
+            if isinstance(layer.of("attention"), Attention | LatentAttention)
+            and isinstance(layer.of("mlp"), Mlp | Experts)
+        ]
+        layers = complete or [layer.windowless for layer in self.layers] or [Layer(())]
+        return Counter(layers).most_common(1)[0][0]
+
+    @property
+    def attention(self) -> Attention | LatentAttention | DeltaNet | None:
+        """The attention of the usual layer."""
+        attention = self.usual.of("attention")
+        if isinstance(attention, Attention | LatentAttention | DeltaNet):
+            return attention
+        return None
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the usual layer."""
+        return self.attention.heads if self.attention else 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of the usual layer."""
+        return self.attention.kv_heads if self.attention else 0
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a query head of the usual layer."""
+        attention = self.attention
+        return attention.head_dim if isinstance(attention, Attention | LatentAttention) else 0
+
+    @property
+    def latent(self) -> LatentAttention | None:
+        """The latent attention of the usual layer, if it has one."""
+        return self.attention if isinstance(self.attention, LatentAttention) else None
+
+    @property
+    def routed(self) -> Experts | None:
+        """The routed experts of the usual layer, if it has some."""
+        mlp = self.usual.of("mlp")
+        return mlp if isinstance(mlp, Experts) else None
+
+    @property
+    def inner(self) -> int:
+        """Inner width of the MLP of the usual layer; with routed experts, of the shared experts."""
+        mlp = self.usual.of("mlp")
+        if isinstance(mlp, Experts):
+            return mlp.shared_inner
+        return mlp.inner if isinstance(mlp, Mlp) else 0
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the usual layer."""
+        return self.routed.experts if self.routed else 0
+
+    @property
+    def active(self) -> float:
+        """Routed experts that a token uses in the usual layer."""
+        return self.routed.active if self.routed else 0.0
+
+    @property
+    def expert_inner(self) -> int:
+        """Inner width of a routed expert of the usual layer."""
+        return self.routed.inner if self.routed else 0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Sliding window of each layer in positions, 0 for full attention."""
+        return tuple(layer.window for layer in self.layers)
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """Numbers of the layers in the dense model."""
+        return self.numbers or tuple(range(len(self.layers)))
+
+    @property
+    def sparse24(self) -> bool:
+        """Whether projections are stored as 2:4."""
+        sublayers = {s for layer in set(self.layers) for s in layer.sublayers}
+        return any(form.zeros == "2:4" for s in sublayers for _, form in s.forms)
+
+    @property
+    def head_hidden(self) -> int:
+        """Features that the final norm and the head read."""
+        last = self.layers[-1].sublayers[-1:] if self.layers else ()
+        return last[0].outputs(self.hidden) if last else self.hidden
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Runs of layers that are equal except for their windows."""
+        out, first = [], 0
+        for layer, some in itertools.groupby(self.layers, key=lambda one: one.windowless):
+            windows = tuple(one.window for one in some)
+            out.append(Run(first, layer, windows))
+            first += len(windows)
+        return tuple(out)
+
+    @cached_property
+    def stacks(self) -> tuple[tuple[tuple[int, ...], Layer], ...]:
+        """Numbers of the runs whose layers have one structure, and one layer with arrays of their
+        sizes."""
+        members: dict[Any, list[int]] = {}
+        for index, run in enumerate(self.runs):
+            members.setdefault(run.layer.structure, []).append(index)
+        return tuple(
+            (tuple(alike), stacked_layer([self.runs[i].layer for i in alike]))
+            for alike in members.values()
+        )
+
+    def each_layer(self, change: Callable[[Layer], Layer]) -> Model:
+        """Return the model with every layer replaced by ``change(layer)``; equal layers are changed
+        once."""
+        changed = {layer: change(layer) for layer in dict.fromkeys(self.layers)}
+        return replace(self, layers=tuple(changed[layer] for layer in self.layers))
+
+    def with_layers(self, layers: Iterable[Layer], numbers: Sequence[int] = ()) -> Model:
+        """Return the model with these layers; ``numbers`` are their numbers in the model that was
+        pruned."""
+        return replace(self, layers=tuple(layers), numbers=tuple(numbers))
+
+    @cached_property
+    def weight_counts(self) -> dict[tuple[str, str], FloatArray]:
+        """Values that are not zero of the weights that pruning counts, by part and role, one per
+        layer (L,); without biases."""
+        counts: dict[tuple[str, str], FloatArray] = {}
+        run_of_layer = np.repeat(np.arange(len(self.runs)), [run.length for run in self.runs])
+        for members, layer in self.stacks:
+            for sublayer in layer.sublayers:
+                part = PART_NAMES[sublayer.part]
+                for role, count in sublayer.weight_counts(self.hidden).items():
+                    by_run = counts.setdefault((part, role), np.zeros(len(self.runs)))
+                    by_run[list(members)] = count
+        return {role: by_run[run_of_layer] for role, by_run in counts.items()}
+
+    @cached_property
+    def weights(self) -> float:
+        """Sum of :attr:`weight_counts`."""
+        return float(sum(counts.sum() for counts in self.weight_counts.values()))
+
+    def sizes(self, name: str) -> list[float]:
+        """Return the different sizes of a name in all layers: "layers", or those of
+        :meth:`simulator.models.sublayers.base.Sublayer.sizes`."""
+        if name == "hidden size":
+            return [self.hidden]
+        if name.endswith("layers"):
+            part = name.split()[0].lower()
+            having = (run for run in self.runs if part not in PARTS or run.layer.has(part))
+            return [sum(run.length for run in having)]
+        sizes = (s.sizes() for run in self.runs for s in run.layer.sublayers)
+        return sorted({some[name] for some in sizes if name in some})
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm over the hidden size."""
+        return self.hidden * self._norm_vectors
+
+    @property
+    def _norm_vectors(self) -> int:
+        return {"rms": 1, "layer": 2, "none": 0}[self.norm]
+
+    def parameters_of(self, layer: Layer) -> int:
+        """Return the parameters of one decoder layer."""
+        hidden, norms = self.hidden, self.pre_norms + self.post_norms
+        return sum(
+            sublayer.parameters(hidden)
+            + sublayer.rotates * hidden * sublayer.outputs(hidden)
+            + norms * self.norm_parameters
+            for sublayer in layer.sublayers
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of all decoder layers."""
+        return sum(run.length * self.parameters_of(run.layer) for run in self.runs)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model, exact; tied weights count once."""
+        width = self.head_hidden
+        head = self.final_norm * width * self._norm_vectors
+        head += 0 if self.tied else self.vocab * width
+        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + head
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token uses: all except those of unused routed experts."""
+        idle = 0.0
+        for run in self.runs:
+            mlp = run.layer.of("mlp")
+            if isinstance(mlp, Experts):
+                unused = mlp.experts - mlp.active
+                idle += run.length * unused * mlp.expert_parameters(self.hidden)
+        return self.parameters - round(idle)
+
+
+def pruned_from(dense: Model, model: Model) -> Model:
+    """Return a pruned model whose experts know how many there were in the dense model, as their
+    skew depends on it."""
+    before = dense.experts
+
+    def known(sublayer: Sublayer) -> Sublayer:
+        if isinstance(sublayer, Experts) and sublayer.experts < before:
+            return replace(sublayer, trained=before)
+        return sublayer
+
+    return model.each_layer(lambda layer: layer.each(known)) if before else model
+
+
+def shard(model: Model, devices: int, parallel: str) -> Model:
+    """Return the model that one of ``devices`` computes; in a pipeline the whole model."""
+    if devices == 1:
+        return model
+    if reason := indivisible(model, devices, parallel):
+        raise InputError(f"devices {devices}: {model.name} has {reason}")
+    if parallel == "pipeline":
+        return model
+    share = model.each_layer(lambda layer: layer.each(lambda s: s.share(devices, parallel)))
+    return replace(share, vocab=-(-model.vocab // devices))  # engines pad the last part
+
+
+def indivisible(model: Model, devices: int, parallel: str) -> str:
+    """Return why devices cannot divide a model equally, or ""."""
+    if parallel == "pipeline":
+        layers = len(model.layers)
+        needs = "a pipeline has at most one device per layer"
+        return f"{layers} layers; {needs}" if devices > layers else ""
+    size = undivided(model.layers, devices, parallel)
+    return size.reason(devices, parallel) if size else ""
+
+
+def undivided(layers: Iterable[Layer], devices: int, parallel: str) -> SharedSize | None:
+    """Return the first size of some layers that devices cannot divide equally."""
+    sizes = (
+        size
+        for layer in dict.fromkeys(layers)
+        for sublayer in layer.sublayers
+        for size in sublayer.shared_sizes(parallel)
+    )
+    return next((size for size in sizes if not size.fits(devices)), None)

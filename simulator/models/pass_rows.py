@@ -1,0 +1,321 @@
+"""Make the rows of operators of one kind of pass: :class:`PassRows`.
+
+Sublayers and :mod:`simulator.models.lower` make their rows with it. Sizes may be arrays with one
+value per run of layers, so that layers of one structure share the work; a row then stands for as
+many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from simulator.codes import DTYPE_BYTES, Kind, Part, Phase, dtype_code
+from simulator.engines.engine import Engine
+from simulator.models.form import PLAIN, SPARSE24, Form, alike, present
+from simulator.request import Lowered
+
+_QUANTIZE = {
+    "qkv": "quantize",
+    "gate_up": "quantize",
+    "o": "quantize_heads",
+    "down": "quantize_inner",
+}
+"""Role of the conversion of a product's activations."""
+
+_MXFP4 = dtype_code("mxfp4")
+STATE = dtype_code("fp32")
+"""Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
+
+COMPRESSED: tuple[str, ...] = (
+    *("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in"),
+)
+"""Weights that a 2:4 checkpoint compresses."""
+
+OperatorRow = dict[str, Any]
+
+
+class Weights(Protocol):
+    """What rows need to know of a sublayer: its part, and how its weights are stored."""
+
+    @property
+    def part(self) -> Part: ...
+
+    @property
+    def rotates(self) -> bool: ...
+
+    def form(self, role: str) -> Form: ...
+
+    def stores(self, role: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A request with its engine, the codes of its number formats, and the features of the residual
+    stream."""
+
+    request: Lowered
+    engine: Engine
+    dtype: int
+    weight_dtype: int
+    cache_dtype: int
+    stream_dtype: int
+    hidden: int
+    norm_parameters: int  # of a norm over the residual stream
+    pre_norms: bool
+    post_norms: bool
+    declared24: bool  # whether dense weights that are declared 2:4 run as 2:4
+    ideal: bool  # whether the work that pruning adds is excluded
+
+    @property
+    def split(self) -> bool:
+        """Whether each layer is split over several devices."""
+        return self.request.devices > 1 and self.request.parallel != "pipeline"
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Products whose activations a further kernel converts."""
+        return self.engine.quantize.inputs if DTYPE_BYTES[self.dtype] < 2.0 else ()
+
+
+@dataclass(frozen=True)
+class PassRows:
+    """Rows of equal prefill passes, or of the decode steps of a request."""
+
+    lowering: Lowering
+    phase: Phase
+    batch: int  # sequences
+    q_len: int
+    steps: float  # executions of the pass; in the steady state of ``serve`` their mean
+    first: bool = True  # whether it is the first pass of its phase, whose rows have the parameters
+
+    @property
+    def request(self) -> Lowered:
+        return self.lowering.request
+
+    @property
+    def hidden(self) -> int:
+        return self.lowering.hidden
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.q_len
+
+    @property
+    def decodes(self) -> bool:
+        return self.phase == Phase.DECODE
+
+    @property
+    def mean_length(self) -> float:
+        """Mean cache length of the decode steps, with the added position."""
+        return self.request.seq + (self.steps + 1) / 2
+
+    @property
+    def wide(self) -> OperatorRow:
+        """Formats of products that are never quantised."""
+        return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
+
+    @property
+    def owns(self) -> float:
+        """Share of the parameters that each execution of the rows counts."""
+        counts = self.phase == Phase.PREFILL or self.request.phase == "decode"
+        return self.first * counts / self.steps
+
+    def fuses(self, group: str) -> bool:
+        return group in self.lowering.engine.fuse
+
+    def gemm(self, role: str, part: Part, n: Any, k: Any, form: Form = PLAIN) -> OperatorRow:
+        """Return a product of n outputs and k inputs, without a bias."""
+        weights = self.lowering.weight_dtype
+        if weights == _MXFP4 and role != "experts":  # a format of routed experts only
+            weights = self.lowering.stream_dtype
+        if self.lowering.declared24 and role in COMPRESSED:
+            form = SPARSE24
+        row = {
+            "role": role,
+            "part": part,
+            "m": self.tokens,
+            "n": n,
+            "k": k,
+            "params": form.density * n * k * self.owns,
+            "dtype": self.lowering.dtype,
+            "weight_dtype": weights,
+        }
+        if form.zeros:
+            row["kernel"] = form.kernel(self.tokens)
+            row["density"] = form.density
+        return row
+
+    def product(
+        self, sublayer: Weights, role: str, n: Any, k: Any, bias: bool = False
+    ) -> Iterator[OperatorRow]:
+        """Yield the product of a weight of a sublayer, or the two products of its factors."""
+        form = sublayer.form(role)
+        row = self.gemm(role, sublayer.part, n, k, form)
+        if form.rank is not None:
+            yield self.gemm(role, sublayer.part, form.rank, k, form) | {"stage": 1}
+            row = self.gemm(role, sublayer.part, n, form.rank, form) | {"stage": 2}
+        if bias:
+            row["params"] = row["params"] + n * self.owns
+        yield row
+
+    def products(
+        self,
+        sublayer: Weights,
+        fused: str,
+        outputs: Mapping[str, Any],
+        k: Any,
+        bias: bool,
+        fuses: bool,
+    ) -> Iterator[OperatorRow]:
+        """Yield the products of several weights (role -> outputs) that read one input.
+
+        An engine that ``fuses`` runs them as one product if they are stored alike. Factors are
+        never fused."""
+        if sublayer.stores(fused) or (fuses and alike([sublayer.form(role) for role in outputs])):
+            yield from self.fused(sublayer, fused, outputs, k, bias)
+            return
+        for role, n in outputs.items():
+            yield from self.product(sublayer, role, n, k, bias)
+
+    def fused(
+        self, sublayer: Weights, fused: str, outputs: Mapping[str, Any], k: Any, bias: bool
+    ) -> Iterator[OperatorRow]:
+        n = sum(outputs.values())
+        if sublayer.stores(fused):
+            yield from self.product(sublayer, fused, n, k, bias)
+            return
+        row = self.gemm(fused, sublayer.part, n, k, sublayer.form(next(iter(outputs))))
+        if bias:
+            row["params"] = row["params"] + n * self.owns
+        yield row
+
+    def quantized(self, product: str, part: Part, k: Any) -> Iterator[OperatorRow]:
+        """Yield the conversion of a product's activations, if a further kernel does it."""
+        lowering = self.lowering
+        if product in lowering.quantised:
+            written = k * float(DTYPE_BYTES[lowering.dtype] / DTYPE_BYTES[lowering.stream_dtype])
+            yield self.move(_QUANTIZE[product], part, k, k, written)
+
+    def residual_projection(self, sublayer: Weights, n: Any) -> Iterator[OperatorRow]:
+        """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
+        adds."""
+        if sublayer.rotates and not self.lowering.ideal:
+            row = self.gemm("residual_projection", sublayer.part, n, self.hidden)
+            yield row | {"dtype": self.lowering.stream_dtype, "overhead": True}
+
+    def norm_before(self, role: str, part: Part, adds: bool = True) -> Iterator[OperatorRow]:
+        """Yield the norm before a sublayer; it ``adds`` the residual, unless sublayers read the
+        same input."""
+        features = self.hidden
+        moved = 2 * features if adds else features
+        if self.lowering.pre_norms:
+            yield self.move(role, part, features, moved, moved, self.lowering.norm_parameters)
+
+    def norm_after(self, part: Part) -> Iterator[OperatorRow]:
+        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next
+        sublayer."""
+        features = self.hidden
+        read = features if self.lowering.pre_norms else 2 * features
+        if self.lowering.post_norms:
+            yield self.move(
+                "post_norm", part, features, read, features, self.lowering.norm_parameters
+            )
+
+    def move(
+        self,
+        role: str,
+        part: Part,
+        n: Any,
+        read: Any,
+        write: Any,
+        params: Any = 0,
+        tokens: int = 0,
+    ) -> OperatorRow:
+        """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
+        are in elements."""
+        stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
+        size = float(tokens * DTYPE_BYTES[stream])
+        return {
+            "kind": Kind.ELEMENTWISE,
+            "role": role,
+            "part": part,
+            "m": tokens,
+            "n": n,
+            "params": params * self.owns,
+            "read_bytes": size * read,
+            "write_bytes": size * write,
+            "dtype": stream,
+            "weight_dtype": stream,
+        }
+
+    def rotary(self, features: Any) -> Iterator[OperatorRow]:
+        """Yield the rotation of ``features`` of queries and keys."""
+        if present(features):
+            yield self.move("rotary", Part.ATTENTION, features, features, features)
+
+    def cache_write(self, elements: Any, heads: Any, kv_heads: Any) -> OperatorRow:
+        """Return the row that writes the cache; a joined cache is extended, a copied one is then
+        repeated for every query head."""
+        lowering = self.lowering
+        read = elements * 1.0
+        write = elements * float(
+            DTYPE_BYTES[lowering.cache_dtype] / DTYPE_BYTES[lowering.stream_dtype]
+        )
+        positions = {}
+        if lowering.engine.cache != "paged" and self.decodes:
+            shares = (lowering.engine.cache == "copied") & (heads > kv_heads)
+            repeats = shares * (heads // kv_heads)
+            copied = self.mean_length * (1 + repeats)
+            reads = copied + self.mean_length * shares
+            read, write = read + write * reads, write * copied
+            positions = {"kv_len": int(self.mean_length)}
+        row = self.move("cache_write", Part.ATTENTION, elements, read, write)
+        return row | {"weight_dtype": lowering.cache_dtype, **positions}
+
+    def attend(self, heads: Any, **sizes: Any) -> OperatorRow:
+        """Return attention; its cache lengths and windows are set later."""
+        kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
+        return {
+            "kind": kind,
+            "role": "attention",
+            "part": Part.ATTENTION,
+            "dtype": self.lowering.stream_dtype,
+            "weight_dtype": self.lowering.cache_dtype,
+            "heads": heads,
+            "batch": self.batch,
+            "q_len": self.q_len,
+            **sizes,
+        }
+
+    def collective(self, role: str, part: Part, tokens: int, width: Any) -> Iterator[OperatorRow]:
+        """Yield the collective whose payload is (tokens, width); none on one device."""
+        if self.lowering.split:
+            stream = self.lowering.stream_dtype
+            yield {
+                "kind": Kind.COLLECTIVE,
+                "role": role,
+                "part": part,
+                "m": tokens,
+                "n": width,
+                "dtype": stream,
+                "batch": self.request.devices,
+                "read_bytes": tokens * width * DTYPE_BYTES[stream],
+            }
+
+    def send(self) -> Iterator[OperatorRow]:
+        """Yield a pipeline's sends of the residual stream, each between two devices; layer pruning
+        keeps them."""
+        if self.request.devices > 1 and not self.lowering.split:
+            stream = self.lowering.stream_dtype
+            yield {
+                "kind": Kind.COLLECTIVE,
+                "role": "send",
+                "part": Part.HEAD,
+                "m": self.tokens,
+                "n": self.hidden,
+                "batch": 2,
+                "read_bytes": self.tokens * self.hidden * float(DTYPE_BYTES[stream]),
+                "count": self.request.devices - 1,
+            }

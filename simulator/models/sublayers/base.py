@@ -1,0 +1,175 @@
+"""Define what every kind of sublayer knows: :class:`Sublayer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from simulator.codes import Part
+from simulator.models.form import PLAIN, Form
+from simulator.models.pass_rows import OperatorRow, PassRows
+
+S = TypeVar("S", bound="Sublayer")
+
+
+class SharedSize(NamedTuple):
+    """A size that devices divide among them."""
+
+    words: str  # text with the size, such as "{} attention heads"
+    size: int
+    prune: str  # text of --prune with the size that remains
+    copies: bool = False  # devices beyond this number hold copies
+
+    def fits(self, devices: int, size: int | None = None) -> bool:
+        size = self.size if size is None else size
+        return size % devices == 0 or (self.copies and size > 0 and devices % size == 0)
+
+    def reason(self, devices: int, parallel: str) -> str:
+        """Return why ``devices`` cannot divide the size equally."""
+        needs = "a multiple or a divisor" if self.copies else "a multiple"
+        return f"{self.words.format(self.size)}; {parallel} parallel needs {needs} of {devices}"
+
+    def nearest(self, devices: int) -> str:
+        """Return the nearest sizes that ``devices`` can divide, and a text of --prune."""
+        lower = next((n for n in range(self.size, 0, -1) if self.fits(devices, n)), 0)
+        higher = -(-self.size // devices) * devices
+        if not lower:
+            return f"the nearest size is {higher:,}"
+        sizes = f"{lower:,} and {higher:,}"
+        return f"the nearest sizes are {sizes}: {self.prune.format(lower)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """A part of a layer that reads the residual stream and adds to it.
+
+    A kind of sublayer is one file of this package with one class. It knows its sizes, parameters,
+    share on one of several devices, and operators.
+    """
+
+    # sizes that can differ between layers of one structure; pruning changes some of them
+    SIZES: ClassVar[tuple[str, ...]] = ()
+    # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`
+    WHOLE: ClassVar[tuple[str, ...]] = ()
+
+    forms: tuple[tuple[str, Form], ...] = ()  # weights that are not stored plainly, by role
+    rotates: bool = False  # a product rotates its residual (SliceGPT)
+
+    @property
+    def part(self) -> Part:
+        raise NotImplementedError
+
+    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        """Return outputs and inputs of the weights that pruning counts, by role."""
+        raise NotImplementedError
+
+    def parameters(self, hidden: int) -> int:
+        """Return the parameters, without norms of the residual stream and residual projections."""
+        raise NotImplementedError
+
+    def outputs(self, hidden: int) -> int:
+        """Return the features that the sublayer writes."""
+        return hidden
+
+    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
+        """Return the sizes that tensor or expert parallel divides among devices."""
+        return ()
+
+    def share(self: S, devices: int, parallel: str) -> S:
+        """Return the part of the sublayer that each of several devices computes."""
+        return self
+
+    def sizes(self) -> Mapping[str, float]:
+        """Return the sizes that pruning changes by name, such as "KV heads"."""
+        return {}
+
+    def narrower(self: S, shares: Mapping[str, float], align: int, inner: int | None) -> S:
+        """Return the sublayer without shares of its parts: "attention" (KV heads with their query
+        heads), "heads", "kv" and "mlp". Inner widths are multiples of ``align``, or ``inner``."""
+        return self
+
+    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        """Yield the operators of the sublayer, without norms and collectives."""
+        raise NotImplementedError
+
+    def form(self, role: str) -> Form:
+        return dict(self.forms).get(role, PLAIN)
+
+    def stores(self, role: str) -> bool:
+        """Return whether a checkpoint has factors of several weights together (``qkv``)."""
+        return any(name == role for name, _ in self.forms)
+
+    def with_forms(self: S, forms: Mapping[str, Form]) -> S:
+        """Return the sublayer with other forms of some weights."""
+        known = {**dict(self.forms), **forms}
+        return replace(self, forms=tuple((r, f) for r, f in known.items() if f != PLAIN))
+
+    def weight_counts(self, hidden: int) -> dict[str, Any]:
+        """Return the number of values that are not zero by role, without biases."""
+        return {
+            role: self.form(role).nonzero(*shape) for role, shape in self.weights(hidden).items()
+        }
+
+    def stored(self, role: str, n: int, k: int) -> int:
+        """Return the number of values of a weight in a checkpoint, zeros included."""
+        count: int = self.form(role).weights(n, k)
+        return count
+
+    @cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """Key of sublayers that make the same rows, whose sizes alone differ."""
+        sizes = tuple(bool(getattr(self, name)) for name in self.SIZES)
+        kind: Any = type(self)
+        others = tuple(getattr(self, name) for name in _settings(kind))
+        known = [form for _, form in self.forms]
+        forms = tuple(
+            (role, form.rank is None, form.zeros, known.index(form)) for role, form in self.forms
+        )
+        return kind, sizes, others, forms
+
+
+@cache
+def _settings(kind: Any) -> tuple[str, ...]:
+    """Return the fields that tell apart the rows of sublayers of equal sizes."""
+    apart = {*kind.SIZES, "forms", "window"}
+    return tuple(field.name for field in fields(kind) if field.name not in apart)
+
+
+def remaining(size: int, share: float) -> int:
+    """Return a size without a share of it, rounded to the nearest whole number, at least one."""
+    return max(math.floor((1.0 - share) * size + 0.5), 1) if share > 0 else size
+
+
+def aligned(size: int, share: float, align: int) -> int:
+    """Return a size without a share of it, rounded up to a multiple of ``align``, at most the
+    size."""
+    wanted = math.ceil((1.0 - share) * size / align - 1e-9) * align
+    return min(max(wanted, align), size)
+
+
+def stacked(sublayers: Sequence[Sublayer]) -> Sublayer:
+    """Return one sublayer of the structure of several, with arrays of their sizes."""
+    first = sublayers[0]
+    if all(sublayer is first or sublayer == first for sublayer in sublayers):
+        return first
+    sizes: dict[str, Any] = {
+        name: np.array([getattr(sublayer, name) for sublayer in sublayers]) for name in first.SIZES
+    }
+    forms = tuple(
+        (role, _stacked_form([sublayer.form(role) for sublayer in sublayers]))
+        for role, _ in first.forms
+    )
+    out = replace(first, forms=forms, **sizes)
+    vars(out)["structure"] = first.structure  # arrays have none of their own
+    return out
+
+
+def _stacked_form(forms: Sequence[Form]) -> Form:
+    first = forms[0]
+    rank = None if first.rank is None else np.array([form.rank for form in forms])
+    return Form(rank, first.zeros, np.array([form.density for form in forms]))

@@ -1,0 +1,73 @@
+"""The MLP of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from simulator.codes import Part
+from simulator.models.form import present
+from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.sublayers.base import SharedSize, Sublayer, aligned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp(Sublayer):
+    """Gate, up and down projections, or up and down."""
+
+    SIZES: ClassVar[tuple[str, ...]] = ("inner", "out")
+
+    inner: int
+    gated: bool = True
+    bias: bool = False  # of all projections
+    down_bias: bool = False  # of an MLP without other biases
+    out: int = 0  # features that it writes, in the last layer of SliceGPT; 0: the hidden size
+
+    @property
+    def part(self) -> Part:
+        return Part.MLP
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """Outputs of the projections that read the residual stream."""
+        return {"gate": self.inner, "up": self.inner} if self.gated else {"up": self.inner}
+
+    def outputs(self, hidden: int) -> int:
+        return self.out if present(self.out) else hidden
+
+    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        if self.stores("gate_up"):
+            inputs = {"gate_up": (sum(self.projected.values()), hidden)}
+        else:
+            inputs = {role: (n, hidden) for role, n in self.projected.items()}
+        return {**inputs, "down": (self.outputs(hidden), self.inner)}
+
+    def parameters(self, hidden: int) -> int:
+        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        biases = self.bias * sum(self.projected.values())
+        return weights + biases + (self.bias or self.down_bias) * self.outputs(hidden)
+
+    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
+        return (SharedSize("an MLP width of {}", self.inner, "width mlp={}"),)
+
+    def share(self, devices: int, parallel: str) -> Mlp:
+        return replace(self, inner=self.inner // devices)
+
+    def sizes(self) -> Mapping[str, float]:
+        return {"inner width": self.inner}
+
+    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Mlp:
+        if not shares["mlp"]:
+            return self
+        return replace(self, inner=inner or aligned(self.inner, shares["mlp"], align))
+
+    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        part, hidden, inner = self.part, p.hidden, self.inner
+        yield from p.quantized("gate_up", part, hidden)
+        fuses = self.gated and p.fuses("gate_up")
+        yield from p.products(self, "gate_up", self.projected, hidden, self.bias, fuses)
+        yield p.move("activation", part, inner, (2 if self.gated else 1) * inner, inner)
+        yield from p.quantized("down", part, inner)
+        bias = self.bias or self.down_bias
+        yield from p.product(self, "down", self.outputs(hidden), inner, bias)

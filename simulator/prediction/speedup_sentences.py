@@ -1,0 +1,161 @@
+"""Conclusions of ``prunesim speedup``, and the batches or lengths at which a pruning pays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from simulator.display import with_and
+from simulator.prediction.requests import batch_name, by_key, device_text, setting
+from simulator.prediction.result import Result
+from simulator.prediction.wording import (
+    GAIN,
+    MOST_SENTENCES,
+    NAMED,
+    gain_text,
+    speedup_text,
+)
+from simulator.units import ratio
+
+
+def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
+    """Return how much faster each pruning is. Few results get a sentence each. For many, sentences
+    name the fastest of each setting, or of all settings, and the number of gains and losses. Each
+    result's clause ends its sentence."""
+    ends = dict(zip(results, clauses))
+    if len(results) <= MOST_SENTENCES:
+        gains = [gain_text(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
+        places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
+        return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
+    several = len({r.model for r in results}) > 1
+    groups = by_key(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
+    if len(groups) <= MOST_SENTENCES:
+        return [_fastest(some, ends, f"On {where}") for where, some in groups.items()]
+    best = max(results, key=lambda r: r.speedup)
+    return [_fastest(results, ends, f"Of {len(groups)} settings", f" on {setting(best)}")]
+
+
+def _fastest(
+    some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = ""
+) -> str:
+    best = max(some, key=lambda r: r.speedup)
+    gains, losses = sum(r.speedup_lower > 1 for r in some), sum(r.speedup_upper < 1 for r in some)
+    counts = f"{gains} of {len(some)} are faster with their whole interval" + (
+        f", {losses} slower" if losses else ""
+    )
+    return (
+        f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')};"
+        f" {counts}."
+    )
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """The batches or lengths at which a pruning pays: the whole interval of its speedup is above
+    :data:`GAIN`."""
+
+    axis: str  # "batch" or "seq"
+    results: tuple[Result, ...]  # ascending; only those that fit into the memory, unless none does
+    too_large: tuple[int, ...] = ()  # values of the excluded results
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        return tuple(getattr(r, self.axis) for r in self.results)
+
+    @property
+    def pays(self) -> tuple[bool, ...]:
+        return tuple(r.speedup_lower >= GAIN for r in self.results)
+
+    @property
+    def where(self) -> str:
+        r = self.results[0]
+        other = f"seq {r.seq}" if self.axis == "batch" else f"{batch_name(r.phase)} {r.batch}"
+        return f"{device_text(r)} in {r.engine} ({r.phase}, {other})"
+
+    @property
+    def verdict(self) -> str:
+        values, pays, results = self.values, self.pays, self.results
+        ends = f"{values[0]:,} to {values[-1]:,}"
+        best = max(
+            (r for r in results if r.speedup_lower >= GAIN), key=lambda r: r.speedup, default=None
+        )
+        if best is None:
+            best = max(results, key=lambda r: r.speedup)
+            slower = all(r.speedup_upper < 1.0 for r in results)
+            sure = "is slower" if slower else "has no certain gain"
+            where = (
+                f"any {self._name} from {ends}"
+                if len(values) > 1
+                else f"{self._name} {values[0]:,}"
+            )
+            return f"{sure} at {where}; best {self._with_value(best)}"
+        start, stop = pays.index(True), len(pays) - 1 - pays[::-1].index(True)
+        if all(pays):
+            if len(values) == 1:
+                return f"pays at {self._name} {values[0]:,} ({_bare(results[0])})"
+            return (
+                f"pays at every {self._name} from {ends} ({self._with_value(results[0], ', at')};"
+                f" {self._with_value(results[-1], ', at')})"
+            )
+        if all(pays[start:]):
+            return (
+                f"pays from {self._name} {values[start]:,} ({_bare(results[start])}); not at"
+                f" {values[start - 1]:,}"
+            )
+        if all(pays[: stop + 1]):
+            return (
+                f"pays up to {self._name} {values[stop]:,} ({_bare(results[stop])}); not at"
+                f" {values[stop + 1]:,}"
+            )
+        paying = [f"{value:,}" for value, paid in zip(values, pays) if paid]
+        shown = (
+            with_and(paying)
+            if len(paying) <= NAMED
+            else f"{len(paying)} of {len(values)} values from {ends}"
+        )
+        return f"pays at {self._name} {shown} (best {self._with_value(best)}); not at the others"
+
+    @property
+    def sentence(self) -> str:
+        beyond = ""
+        if self.too_large:
+            many = len(self.too_large) > 1
+            values = f"{self.too_large[0]:,} and more do" if many else f"{self.too_large[0]:,} does"
+            beyond = f"; {self._name} {values} not fit into the memory"
+        return f"{self.results[0].pruning} on {self.where} {self.verdict}{beyond}."
+
+    @property
+    def _name(self) -> str:
+        return batch_name(self.results[0].phase) if self.axis == "batch" else "seq"
+
+    def _with_value(self, r: Result, link: str = " at") -> str:
+        return f"{_bare(r)}{link} {getattr(r, self.axis):,}"
+
+
+def _bare(r: Result) -> str:
+    return f"{ratio(r.speedup)}x, {ratio(r.speedup_lower)}-{ratio(r.speedup_upper)}"
+
+
+def break_even(results: Sequence[Result]) -> list[BreakEven]:
+    """Return the break-even of each pruning, model, device, engine and phase over the batches, or
+    over the lengths; none if neither varies."""
+    axis = next(
+        (axis for axis in ("batch", "seq") if len({getattr(r, axis) for r in results}) > 1), ""
+    )
+    names = (
+        "model",
+        "pruning",
+        "engine",
+        "phase",
+        "hardware",
+        "seq" if axis == "batch" else "batch",
+    )
+    out = []
+    for some in by_key(results if axis else (), attrgetter(*names)).values():
+        ascending = sorted(some, key=lambda r: getattr(r, axis))
+        fit = [r for r in ascending if r.pruned_fits] or ascending
+        out.append(
+            BreakEven(axis, tuple(fit), tuple(getattr(r, axis) for r in ascending if r not in fit))
+        )
+    return out

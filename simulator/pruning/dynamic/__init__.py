@@ -1,0 +1,1 @@
+"""Families that decide per token at inference, one file each."""

@@ -1,0 +1,177 @@
+"""Dynamic depth: some tokens skip a sublayer or a layer (Mixture-of-Depths, SkipGPT), or all later
+ones (CALM)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simulator.arguments import flag
+from simulator.arrays import Array
+from simulator.codes import Kernel, Kind, Part, role_code
+from simulator.errors import InputError
+from simulator.pruning._family import SCORE_BYTES, SUBLAYERS, Choice, Family, one_of, whole
+from simulator.pruning.dynamic import rows as _rows
+from simulator.workload import Workload
+
+# roles that compute keys and values, or update a state, for all tokens
+KEYS = (
+    *(
+        "k",
+        "v",
+        "qkv",
+        "kv_a",
+        "qkv_a",
+        "kv_b",
+        "attention_norm",
+        "rotary",
+        "qk_norm",
+        "latent_norm",
+        "cache_write",
+    ),
+    *("delta_in", "delta_ba", "delta_net"),
+)
+# "reference": the kernels of the taxonomy's benchmark (github.com/EIT-NLP/LLM-Pruning,
+# PruningInferSim); GEMMs skip tiles of tokens sorted by a mask. "gathered": dense GEMMs of gathered
+# tokens. "ideal": the same without added work
+KERNELS = ("reference", "gathered", "ideal")
+# numbers of kernels: from a router's scores to its mask (larger score, inverse), and from the mask
+# to skipped tiles (order, marks). The benchmark has about five and nine, of one or two microseconds
+# each; these numbers fit its paper, section 5.4: in decode +62 % outside GEMMs, predicted +25 to
+# +74 %
+SELECT, SORT = 2, 2
+
+
+def dynamic_depth(
+    w: Workload,
+    choice: Choice,
+    *,
+    ideal: bool,
+    kernel: str = "reference",
+    prune_kv: bool = False,
+    router: int = 2,
+    unit: str = "sublayer",
+) -> tuple[Workload, float]:
+    """Compute an expected share ``1-s`` of the tokens in each attention and MLP sublayer;
+    parameters are conserved.
+
+    k, v, their rotary and cache writes, and the norm before them stay dense, so later tokens see
+    every key. With ``prune_kv`` a skipped token leaves no key in that layer, and attention sees
+    ``1-s`` of the positions. The number of tokens of a GEMM is binomial. Prefill attention with
+    dense keys computes ``1-s`` of the query-key pairs (block-sparse); decode attention has fewer
+    sequences. Early exit is a sparsity per layer that grows with depth: the share of tokens that
+    have left. A router (``router`` outputs) sees all tokens, per sublayer or with ``unit`` "layer"
+    per layer. With ``kernel`` "reference", each GEMM writes zeros for skipped tokens (``fill``)."""
+    dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
+    ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
+    whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"
+    if whole_layers and choice.form == "part":
+        raise InputError(
+            "option unit: expected unit=sublayer with a sparsity by sublayer, got 'layer'"
+        )
+    if any(a.family == "dynamic_depth" and a.realised > 0 for a in w.meta.applied):
+        raise InputError(
+            "dynamic_depth: tokens are routed already; route once, at the final sparsity"
+        )
+    w, s = w, choice.rows(w)
+    if dense_kv:
+        w, s = _rows.split_fused_qkv(w, s)
+    keep, routed, reference = 1.0 - s, s > 0, kernel == "reference" and not ideal
+    prefill = w.kind == Kind.PREFILL_ATTENTION
+    skips = routed & ~w.overhead & ~prefill
+    if reference:
+        skips &= w.kind != Kind.ELEMENTWISE
+    if dense_kv:
+        w = _rows.changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
+        w = w.replace(**_rows.moved(w, np.where(skips, _rows.query_share(w, keep), 1.0)))
+        skips &= ~(w.is_role(*KEYS) | (w.is_role("quantize") & (w.part == Part.ATTENTION)))
+    else:
+        q_len, kv_len = (
+            np.maximum(_rows.whole_share(keep, length), 1) for length in (w.q_len, w.kv_len)
+        )
+        w = _rows.changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)
+    keep = np.where(skips, keep, 1.0)
+    if ideal:
+        return _rows.split_tokens(w, keep), choice.asked
+    # router, mask and gather run before the sublayer, the scatter after it
+    last = ends = np.flatnonzero(_rows.sublayer_ends(w) & routed)
+    if whole_layers:
+        ends, last = _layer_ends(w, ends)
+    first = _rows.before_sublayer(w, ends)
+    parts = [(first, _rows.overhead_gemm(w, ends, "router", router, _rows.hidden_at(w, ends)))]
+    if reference:
+        parts += _masked(w, ends, first, skips | (prefill & routed), router)
+        w = _rows.changed(
+            w,
+            skips & (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE),
+            kernel=Kernel.BLOCK_SPARSE,
+        )
+        w = _rows.changed(w, routed & w.is_role("activation"), role=role_code("product")[0])
+        keep = np.concatenate([keep, np.ones(sum(len(rows) for _, rows in parts))])
+    else:
+        parts += _copies(w, ends, last, first)
+        copies = [1.0 - s[at[w.m[at] > 1]] for at in (ends, last)]
+        keep = np.concatenate([keep, np.ones(len(ends)), *copies])
+    return _rows.split_tokens(_rows.insert(w, parts), keep[_rows.insertion(w, parts)]), choice.asked
+
+
+def _masked(w: Workload, ends: Array, first: Array, skips: Array, router: int) -> _rows.Inserted:
+    """Return the selection of masks, the sorting of masks of several tokens, and the zeros of
+    incomplete results."""
+    m, several = w.m[ends], w.m[ends] > 1
+    scores = m * router * _rows.stream_bytes(w, ends)
+    select = _rows.overheads(
+        w, ends, "select", m=m, n=router, read_bytes=scores, write_bytes=m * 1.0
+    )
+    at, m = ends[several], w.m[ends[several]]
+    sort = _rows.overheads(
+        w, at, "sort", m=m, n=1, read_bytes=m * SCORE_BYTES, write_bytes=m * SCORE_BYTES
+    )
+    rows = np.flatnonzero(skips & (w.kind != Kind.COLLECTIVE))
+    tokens = np.where(w.is_attention[rows], w.batch[rows] * w.q_len[rows], w.m[rows])
+    width = np.where(w.is_attention[rows], w.heads[rows] * w.value_features[rows], w.n[rows])
+    width = np.where(w.kind[rows] == Kind.EXPERTS, w.k[rows], width)
+    zeros = 1.0 * tokens * width * _rows.stream_bytes(w, rows)
+    fill = _rows.overheads(w, rows, "fill", m=tokens, n=width, write_bytes=zeros)
+    select, sort = (
+        select.replace(count=SELECT * select.count),
+        sort.replace(count=SORT * sort.count),
+    )
+    return [(first, select), (first[several], sort), (rows - 0.5, fill)]
+
+
+def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
+    """Return the ends of the first sublayer of each layer, and of the last."""
+    each, part = w.take(ends).expand(), w.part[ends]
+    attends, feeds = (
+        np.isin(w.layer[ends], each.layer[each.part == of]) for of in (Part.ATTENTION, Part.MLP)
+    )
+    return ends[(part == Part.ATTENTION) | ~attends], ends[(part == Part.MLP) | ~feeds]
+
+
+def _copies(w: Workload, ends: Array, last: Array, first: Array) -> _rows.Inserted:
+    def copied(at: Array, role: str) -> Workload:
+        m, hidden = w.m[at], _rows.hidden_at(w, at)
+        size = m * hidden * _rows.stream_bytes(w, at)
+        return _rows.overheads(
+            w, at, role, m=m, n=hidden, read_bytes=size + SCORE_BYTES * m, write_bytes=size
+        )
+
+    several, after = w.m[ends] > 1, last[w.m[last] > 1]
+    return [
+        (first[several], copied(ends[several], "gather")),
+        (after + 0.5, copied(after, "scatter")),
+    ]
+
+
+FAMILY = Family(
+    function=dynamic_depth,
+    axis="dynamic M",
+    loading="kernels",
+    parts=None,
+    order=7,
+    summary=(
+        "each sublayer (or layer) computes a share of the tokens; k and v stay dense (prune_kv=True"
+        " prunes them)"
+    ),
+    targets=SUBLAYERS,
+)

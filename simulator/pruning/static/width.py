@@ -1,0 +1,74 @@
+"""Width pruning: remove KV groups with their query heads, and MLP channels (LLM-Pruner, FLAP,
+Sheared LLaMA).
+
+In a gated delta net, a group is a key head with its value heads: projections, convolution and state
+shrink. It has no query heads or KV heads alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simulator.errors import InputError
+from simulator.models.model import Layer, Model
+from simulator.pruning._family import (
+    NESTED,
+    SUBLAYERS,
+    Choice,
+    Family,
+    changed,
+    weights_removed,
+    whole,
+)
+from simulator.pruning.static.width_cross import narrowed
+
+PARTS = ("attention", "heads", "kv", "mlp")
+
+
+def width(
+    model: Model, choice: Choice, *, align: int = 16, inner: Any = None
+) -> tuple[Model, float]:
+    """Keep ``round((1-s) G)`` KV groups, at least one, and ``1-s`` of the inner width, rounded up
+    to ``align``.
+
+    Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads
+    alone; the cache stays), ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers).
+    ``inner`` sets the inner width, for an existing pruned checkpoint."""
+    align = whole("align", align)
+    wanted = None if inner is None else _inner(model, whole("inner", inner))
+
+    def narrower(layer: Layer, *shares: float) -> Layer:
+        by_part = dict(zip(PARTS, shares))
+        return layer.each(lambda sublayer: sublayer.narrower(by_part, align, wanted))
+
+    out = changed(model, narrower, *(choice.of(part) for part in PARTS))
+    if (hidden := float(choice.of("hidden").max(initial=0.0))) > 0:
+        out = narrowed(out, hidden, align)
+    return out, weights_removed(model, out)
+
+
+def _inner(model: Model, inner: int) -> int:
+    widths = model.sizes("inner width")
+    if widths and min(widths) < inner:
+        expected = f"expected a width up to the inner width {int(max(widths))}"
+        raise InputError(f"option inner: {expected}, got {inner}")
+    return inner
+
+
+FAMILY = Family(
+    function=width,
+    axis="static N -> K",
+    loading="config",
+    parts={
+        "": ("KV heads", "inner width", "expert width"),
+        "attention": ("KV heads",),
+        "heads": ("heads",),
+        "kv": ("KV heads",),
+        "mlp": ("inner width", "expert width"),
+        "hidden": ("hidden size",),
+    },
+    narrows=True,
+    order=2,
+    summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
+    targets=(*SUBLAYERS, *NESTED),
+)
