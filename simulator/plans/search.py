@@ -32,7 +32,7 @@ from simulator.plans.library import (
     metric_of,
     read_library,
 )
-from simulator.plans.solve import COARSE, Found, Limit, Program, Solver, Targets, Variants
+from simulator.plans.solve import Found, Limit, Program, Solver, Targets, Variants
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
@@ -365,7 +365,7 @@ def alternatives(
     out = []
     for name, column in measures.items():
         cost = variants.sums(column)[None]
-        choice, excess, _ = solver.choose(cost, cost[:, found.choice].sum(axis=1), COARSE)
+        choice, excess, _ = solver.choose(cost, cost[:, found.choice].sum(axis=1))
         plans = {
             "same": solver.predict(choice) if excess == 0.0 else None,
             "targets": _until(solver, cost),
@@ -389,7 +389,7 @@ def _until(solver: Solver, cost: FloatArray) -> Found | None:
             low, high = (low, middle) if solver.predict(plans[middle]).meets else (middle, high)
         found = solver.predict(plans[high])
         budget = cost[:, found.choice].sum(axis=1)
-        exact = solver.predict(solver.choose(cost, budget, COARSE)[0])
+        exact = solver.predict(solver.choose(cost, budget)[0])
         found = exact if exact.meets and exact.score < found.score else found
         if best is None or found.score < best.score:
             best = found
